@@ -1,0 +1,1 @@
+//! Algorithms on embeddings: k-means, neighbours, Hungarian.

@@ -1,0 +1,1 @@
+//! ResNets and their files.

@@ -1,0 +1,1 @@
+//! Stage: k-means, then the clustering network; reliable pseudo-labels.

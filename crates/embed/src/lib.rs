@@ -1,0 +1,1 @@
+//! Stage: embeddings of all images by a trained network.

@@ -1,0 +1,1 @@
+//! The machine: dispatch, matrix products, convolutions, image rows.

@@ -1,0 +1,1 @@
+//! Stage: pseudo-labels and ground truth to ACC, NMI, ARI.

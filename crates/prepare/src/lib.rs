@@ -1,0 +1,1 @@
+//! Image sources to an images file.

@@ -1,0 +1,1 @@
+//! Stage: BYOL, no negative pairs.

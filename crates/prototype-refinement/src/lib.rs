@@ -1,0 +1,1 @@
+//! Stage: prototype-based representation learning.

@@ -1,0 +1,151 @@
+//! The command line that every stage understands.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Parser;
+
+/// Arguments of a stage program, the same for all of them.
+#[derive(Debug, Clone, Parser)]
+pub struct Arguments {
+    /// Experiment file; the program reads `[data]` and the table that bears its own name.
+    #[arg(long, value_name = "FILE")]
+    pub experiment: PathBuf,
+    /// The prepared pictures, `images.safetensors`.
+    #[arg(long, value_name = "FILE")]
+    pub images: PathBuf,
+    /// The folder of an earlier output, by the role it plays here; may be given several times.
+    #[arg(long = "in", value_name = "ROLE=DIR", value_parser = role)]
+    pub inputs: Vec<(String, PathBuf)>,
+    /// Folder to write into; created when missing. A started run in it is resumed.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Which round of the loop this is, from 0.
+    #[arg(long, default_value_t = 0)]
+    pub round: usize,
+    /// How many rounds follow round 0.
+    #[arg(long, default_value_t = 0)]
+    pub rounds: usize,
+    /// Seed of every random draw.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Check the table, the inputs that exist and the device, print the table, and stop.
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl Arguments {
+    /// The inputs by role.
+    ///
+    /// # Errors
+    ///
+    /// A role is given twice.
+    pub fn inputs_by_role(&self) -> anyhow::Result<BTreeMap<String, PathBuf>> {
+        let mut roles = BTreeMap::new();
+        for (role, path) in &self.inputs {
+            if let Some(first) = roles.insert(role.clone(), path.clone()) {
+                anyhow::bail!(
+                    "--in {role}= is given twice, as `{}` and `{}`; keep one",
+                    first.display(),
+                    path.display()
+                );
+            }
+        }
+        Ok(roles)
+    }
+}
+
+fn role(argument: &str) -> Result<(String, PathBuf), String> {
+    match argument.split_once('=') {
+        Some((role, path)) if !role.is_empty() && !path.is_empty() => {
+            Ok((role.to_owned(), PathBuf::from(path)))
+        }
+        _ => {
+            Err(format!("`{argument}` is not ROLE=DIR, as in network=runs/digits/0/0-pretraining"))
+        }
+    }
+}
+
+/// Where to compute, as asked for on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// CUDA or Metal where the program was built for it and the machine has it, else the CPU.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A CUDA device by its number.
+    Cuda(usize),
+    /// Apple's GPU.
+    Metal,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| {
+                    format!("no device `{text}`; one of auto, cpu, cuda, cuda:N, metal")
+                }),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => write!(f, "auto"),
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Metal => write!(f, "metal"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Arguments, clap::Error> {
+        let fixed = ["stage", "--experiment", "e.toml", "--images", "i.safetensors", "--out", "o"];
+        Arguments::try_parse_from(fixed.iter().chain(words))
+    }
+
+    #[test]
+    fn roles_are_read_and_a_second_one_of_a_name_is_refused() {
+        let one = parse(&["--in", "network=a/b=c", "--in", "previous=p"]).expect("valid");
+        let roles = one.inputs_by_role().expect("distinct");
+        assert_eq!(roles["network"], PathBuf::from("a/b=c"));
+        assert_eq!(roles["previous"], PathBuf::from("p"));
+
+        let two = parse(&["--in", "network=a", "--in", "network=b"]).expect("parses");
+        let error = two.inputs_by_role().expect_err("a duplicate").to_string();
+        assert!(error.contains("network") && error.contains('a') && error.contains('b'), "{error}");
+
+        assert!(parse(&["--in", "network"]).is_err());
+        assert!(parse(&["--in", "=a"]).is_err());
+    }
+
+    #[test]
+    fn devices_are_read_as_they_are_printed() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3", "metal"] {
+            assert_eq!(text.parse::<DeviceChoice>().expect(text).to_string(), text);
+        }
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        assert!("cuda:x".parse::<DeviceChoice>().expect_err("no number").contains("cuda:x"));
+        assert!("tpu".parse::<DeviceChoice>().is_err());
+    }
+}

@@ -1,0 +1,96 @@
+//! Files that are whole or not there: written beside their place, flushed, then renamed.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Replaces `path` by what `fill` writes, all of it or nothing.
+///
+/// The bytes go to a temporary file in the same folder, are flushed to disk, and the file is
+/// renamed; then the folder is flushed. A process killed at any moment leaves the old file or the
+/// new one.
+///
+/// # Errors
+///
+/// `fill` fails, or the file system refuses; the message names `path`. Nothing is left behind.
+pub fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    write_beside(path, fill).with_context(|| format!("writing `{}`", path.display()))
+}
+
+fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(folder)?;
+    let mut temporary = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)?;
+    fill(temporary.as_file_mut())?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(path)?;
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+/// How the names of unfinished files begin; a killed process can leave one, which
+/// [`remove_unfinished`] clears away.
+pub const TEMPORARY: &str = ".unfinished-";
+
+/// Replaces `path` by these bytes, all of them or nothing; see [`replace`].
+///
+/// # Errors
+///
+/// As [`replace`].
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, |file| Ok(file.write_all(bytes)?))
+}
+
+/// Removes what a killed process left half-written in `folder`.
+///
+/// # Errors
+///
+/// The folder cannot be read or a file not removed.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+            fs::remove_file(entry.path())
+                .with_context(|| format!("removing `{}`", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file_and_leaves_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("deep/file");
+        write(&path, b"old").expect("written");
+        let failed = replace(&path, |file| {
+            file.write_all(b"half")?;
+            anyhow::bail!("stopped")
+        });
+        let message = format!("{:#}", failed.expect_err("stopped"));
+        assert!(message.contains("deep/file") && message.contains("stopped"), "{message}");
+        assert_eq!(fs::read(&path).expect("there"), b"old");
+        assert_eq!(fs::read_dir(folder.path().join("deep")).expect("there").count(), 1);
+    }
+
+    #[test]
+    fn unfinished_files_are_cleared_and_others_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join(format!("{TEMPORARY}x")), b"half").expect("written");
+        fs::write(folder.path().join("kept"), b"whole").expect("written");
+        remove_unfinished(folder.path()).expect("cleared");
+        let names: Vec<_> = fs::read_dir(folder.path())
+            .expect("there")
+            .map(|entry| entry.expect("readable").file_name())
+            .collect();
+        assert_eq!(names, ["kept"]);
+    }
+}

@@ -1,0 +1,61 @@
+//! What a person sees of a long step: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Progress of a step whose length is known.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    label: String,
+    length: u64,
+    done: u64,
+    last_line: Instant,
+}
+
+/// How far apart plain lines are at least, where there is no terminal.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// Shows `label` and how much of `length` is done: on stderr, as a bar if that is a terminal.
+    pub fn new(label: &str, length: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style =
+                ProgressStyle::with_template("{prefix:22} {bar:32} {pos}/{len} {msg} {eta}");
+            let bar = ProgressBar::new(length).with_prefix(label.to_owned());
+            bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { bar, label: label.to_owned(), length, done: 0, last_line: Instant::now() }
+    }
+
+    /// `done` of the length is done; `note` says something about it, such as the loss.
+    pub fn at(&mut self, done: u64, note: &str) {
+        self.done = done;
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(done);
+                bar.set_message(note.to_owned());
+            }
+            None if self.last_line.elapsed() >= BETWEEN_LINES => {
+                self.last_line = Instant::now();
+                tracing::info!("{} {done}/{} {note}", self.label, self.length);
+            }
+            None => {}
+        }
+    }
+
+    /// One more is done.
+    pub fn step(&mut self, note: &str) {
+        self.at(self.done + 1, note);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

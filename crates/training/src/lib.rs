@@ -1,0 +1,1 @@
+//! What lies between a loss and better weights.

@@ -1,0 +1,2 @@
+//! Runs the stages in order; starts programs, links none of them.
+fn main() {}
