@@ -1,1 +1,22 @@
-//! Algorithms on embeddings: k-means, neighbours, Hungarian.
+//! Algorithms on embeddings: k-means, nearest neighbours, matching of clusterings, Sinkhorn-Knopp.
+//!
+//! Every round of every method groups embeddings ([`k_means`]), looks for what lies close
+//! ([`nearest_neighbours`]) and compares two groupings whose numbers mean nothing
+//! ([`optimal_map`]). This crate is those algorithms and nothing else: it reads no file and knows
+//! no picture, no network and no label.
+//!
+//! Points are rows of a flat `f32` slice, `(N, D)` row-major. Sums are taken in `f64`, split by
+//! shape and added in a fixed order, so results are the same bits for any number of threads.
+//! Bad input is an error that names the row; nothing is silently repaired.
+
+mod k_means;
+mod matching;
+mod neighbours;
+mod points;
+mod seeding;
+mod sinkhorn;
+
+pub use k_means::{Clustering, KMeans, Metric, k_means, k_means_from};
+pub use matching::{Contingency, contingency, optimal_map};
+pub use neighbours::nearest_neighbours;
+pub use sinkhorn::sinkhorn;

@@ -1,0 +1,116 @@
+//! Rows of numbers: what they must be before an algorithm takes them, and products between them.
+
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
+
+/// Rows below this length cannot be given a direction.
+const SHORTEST: f64 = 1e-12;
+
+/// Checks that `points` is a matrix of `n` rows of `d` finite numbers.
+///
+/// # Errors
+///
+/// The length is not `n · d`, `d` is 0, or a number is not finite; the message names the row.
+pub fn check(points: &[f32], n: usize, d: usize, function: &str) -> Result<()> {
+    ensure!(d > 0, "{function}: the points have width 0");
+    ensure!(
+        n.checked_mul(d) == Some(points.len()),
+        "{function}: {n} points of width {d} make {n}·{d} numbers, but there are {}",
+        points.len()
+    );
+    let bad = points.par_chunks(d).position_first(|row| row.iter().any(|x| !x.is_finite()));
+    if let Some(row) = bad {
+        let column = points[row * d..][..d].iter().position(|x| !x.is_finite()).unwrap_or(0);
+        bail!(
+            "{function}: row {row} holds {} in column {column}; only finite numbers can be \
+             compared: look at what computed this row",
+            points[row * d + column]
+        );
+    }
+    Ok(())
+}
+
+/// The rows of `points` scaled to unit length.
+///
+/// # Errors
+///
+/// A row has no direction because its length is 0; the message names it.
+pub fn unit_rows(points: &[f32], d: usize, function: &str) -> Result<Vec<f32>> {
+    let mut unit = points.to_vec();
+    let zero = unit.par_chunks_mut(d).enumerate().filter_map(|(i, row)| {
+        let length = squared_length(row).sqrt();
+        if length < SHORTEST {
+            return Some(i);
+        }
+        row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+        None
+    });
+    if let Some(row) = zero.min() {
+        bail!(
+            "{function}: row {row} has length 0, so it has no direction; leave it out or use the \
+             Euclidean metric"
+        );
+    }
+    Ok(unit)
+}
+
+/// `Σ x²`, in `f64`.
+pub fn squared_length(row: &[f32]) -> f64 {
+    row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
+
+/// `Σ (x − y)²`, in `f64`: the distance to trust where differences are small.
+pub fn squared_distance(x: &[f32], y: &[f32]) -> f64 {
+    x.iter()
+        .zip(y)
+        .map(|(&x, &y)| {
+            let difference = f64::from(x) - f64::from(y);
+            difference * difference
+        })
+        .sum()
+}
+
+/// `Σ x·y`, in `f32`, sixteen partial sums wide.
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0f32; LANES];
+    let (x_parts, y_parts) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let rest: f32 = x_parts.remainder().iter().zip(y_parts.remainder()).map(|(&x, &y)| x * y).sum();
+    for (x, y) in x_parts.zip(y_parts) {
+        for lane in 0..LANES {
+            sums[lane] += x[lane] * y[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_row() {
+        let mut points = vec![1f32; 12];
+        assert!(check(&points, 4, 3, "f").is_ok());
+        assert!(check(&points, 5, 3, "f").expect_err("too few").to_string().contains("12"));
+        points[7] = f32::NAN;
+        let error = check(&points, 4, 3, "f").expect_err("not finite").to_string();
+        assert!(error.contains("row 2") && error.contains("column 1"), "{error}");
+        points[6..9].fill(0.);
+        let error = unit_rows(&points, 3, "f").expect_err("no direction").to_string();
+        assert!(error.contains("row 2"), "{error}");
+    }
+
+    #[test]
+    fn products_and_lengths_are_right_at_every_width() {
+        for d in [1, 15, 16, 17, 33] {
+            let x: Vec<f32> = (0..d).map(|i| i as f32 - 3.).collect();
+            let y: Vec<f32> = (0..d).map(|i| (i * i % 7) as f32).collect();
+            let want: f64 = x.iter().zip(&y).map(|(x, y)| f64::from(x * y)).sum();
+            assert_eq!(f64::from(dot(&x, &y)), want);
+            let unit = unit_rows(&x, d, "f").expect("not zero");
+            assert!((squared_length(&unit) - 1.).abs() < 1e-6);
+        }
+        assert_eq!(squared_distance(&[1., 2.], &[4., -2.]), 25.);
+    }
+}
