@@ -1,0 +1,156 @@
+//! The operations that losses may use.
+//!
+//! Elementwise arithmetic, `exp`, `log`, `sqr`, sums and means of candle are sound. These stand in
+//! for what is not: the gradient of `sqrt` at a zero row is NaN, a maximum over ties hands each of
+//! them the whole gradient, and `relu` has slope 1 at 0. Each is tested against finite differences,
+//! in f32 and f64, and gives the same bits for any number of threads.
+
+use candle_core::{D, Result, Tensor};
+
+/// Rows of unit length: `x / sqrt(max(Σ x², 10⁻²⁴))`, along the last axis.
+///
+/// A zero row stays zero, with a finite gradient.
+///
+/// # Errors
+///
+/// `x` is a scalar or not of floats.
+pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
+    let length = x.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-24)?.sqrt()?;
+    x.broadcast_div(&length)
+}
+
+/// `ln Σⱼ exp xⱼ` along the last axis, which is kept with extent 1.
+///
+/// The largest entry is taken out first, as a constant: the sum cannot overflow, and the gradient
+/// is exactly the softmax, also among ties.
+///
+/// # Errors
+///
+/// `x` is a scalar or not of floats.
+pub fn log_sum_exp(x: &Tensor) -> Result<Tensor> {
+    let largest = x.detach().max_keepdim(D::Minus1)?;
+    x.broadcast_sub(&largest)?.exp()?.sum_keepdim(D::Minus1)?.log()?.broadcast_add(&largest)
+}
+
+/// `xᵢ − ln Σⱼ exp xⱼ` along the last axis.
+///
+/// # Errors
+///
+/// `x` is a scalar or not of floats.
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    x.broadcast_sub(&log_sum_exp(x)?)
+}
+
+/// `exp xᵢ / Σⱼ exp xⱼ` along the last axis.
+///
+/// # Errors
+///
+/// `x` is a scalar or not of floats.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    log_softmax(x)?.exp()
+}
+
+/// The entry `index[n]` of each row `n`: `(N, K)` and `(N,)` u32 to `(N,)`.
+///
+/// # Errors
+///
+/// `x` is not a matrix, `index` has another length, or an index lies outside.
+pub fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let (n, _) = x.dims2()?;
+    if index.dims() != [n] {
+        candle_core::bail!("pick: {n} rows but indices of shape {:?}", index.dims())
+    }
+    x.gather(&index.unsqueeze(1)?, 1)?.squeeze(1)
+}
+
+/// `max(x, 0)` with slope 0 at 0, as in every other framework.
+///
+/// # Errors
+///
+/// `x` is not of floats.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    x.mul(&x.detach().gt(0f64)?.to_dtype(x.dtype())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device::Cpu, Var};
+
+    use super::*;
+
+    /// Compares candle's gradient of `Σ w ∘ f(x)` with central differences, for fixed uneven `w`.
+    fn check_gradient(f: impl Fn(&Tensor) -> Result<Tensor>, at: &[[f64; 3]; 2]) -> Result<()> {
+        let value = |x: &Tensor| -> Result<Tensor> {
+            let y = f(x)?;
+            let count = y.elem_count();
+            let weights: Vec<f64> = (0..count).map(|i| 0.3 + 0.7 * (i * i) as f64).collect();
+            (y.clone() * Tensor::from_vec(weights, y.shape(), &Cpu)?)?.sum_all()
+        };
+        let x = Var::new(at, &Cpu)?;
+        let gradients = value(&x)?.backward()?;
+        let analytic = gradients.get(&x).expect("a gradient").to_vec2::<f64>()?;
+        let h = 1e-6;
+        for i in 0..2 {
+            for j in 0..3 {
+                let (mut up, mut down) = (*at, *at);
+                up[i][j] += h;
+                down[i][j] -= h;
+                let up = value(&Tensor::new(&up, &Cpu)?)?.to_scalar::<f64>()?;
+                let down = value(&Tensor::new(&down, &Cpu)?)?.to_scalar::<f64>()?;
+                let (got, want) = (analytic[i][j], (up - down) / (2. * h));
+                assert!((got - want).abs() < 1e-7, "d/dx[{i}][{j}]: got {got}, want {want}");
+            }
+        }
+        Ok(())
+    }
+
+    const AT: [[f64; 3]; 2] = [[0.3, -1.2, 0.7], [2.0, 0.1, -0.4]];
+    const TIES: [[f64; 3]; 2] = [[0.5, 0.5, 0.5], [2.0, 2.0, -0.4]];
+
+    #[test]
+    fn gradients_match_central_differences() -> Result<()> {
+        for at in [&AT, &TIES] {
+            check_gradient(unit_rows, at)?;
+            check_gradient(log_sum_exp, at)?;
+            check_gradient(log_softmax, at)?;
+            check_gradient(softmax, at)?;
+            check_gradient(relu, at)?;
+            check_gradient(|x| pick(x, &Tensor::new(&[2u32, 1], &Cpu)?), at)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn values_match_hand_computation() -> Result<()> {
+        let x = Tensor::new(&[[3f64, 4.], [0., 0.]], &Cpu)?;
+        assert_eq!(unit_rows(&x)?.to_vec2::<f64>()?, [[0.6, 0.8], [0., 0.]]);
+        // ln(e³ + e⁴) = 4 + ln(1 + 1/e).
+        let sums = log_sum_exp(&x)?.flatten_all()?.to_vec1::<f64>()?;
+        assert!((sums[0] - 4.313261687518223).abs() < 1e-12, "{sums:?}");
+        assert!((sums[1] - 2f64.ln()).abs() < 1e-12, "{sums:?}");
+        let logs = log_softmax(&x)?.to_vec2::<f64>()?;
+        assert!((logs[0][0] + 1.313261687518223).abs() < 1e-12, "{logs:?}");
+        assert!((softmax(&x)?.to_vec2::<f64>()?[1][1] - 0.5).abs() < 1e-12);
+        assert_eq!(pick(&x, &Tensor::new(&[1u32, 0], &Cpu)?)?.to_vec1::<f64>()?, [4., 0.]);
+        assert!(pick(&x, &Tensor::new(&[1u32], &Cpu)?).is_err());
+        let signs = Tensor::new(&[-1f64, 0., 2.], &Cpu)?;
+        assert_eq!(relu(&signs)?.to_vec1::<f64>()?, [0., 0., 2.]);
+        Ok(())
+    }
+
+    #[test]
+    fn extreme_values_stay_finite() -> Result<()> {
+        let large = Tensor::new(&[[1e4f32, -1e4, 0.]], &Cpu)?;
+        assert_eq!(log_sum_exp(&large)?.flatten_all()?.to_vec1::<f32>()?, [1e4]);
+        for f in [unit_rows, relu] {
+            let zero = Var::zeros((2, 3), DType::F32, &Cpu)?;
+            let gradients = f(&zero)?.sum_all()?.backward()?;
+            let gradient = gradients.get(&zero).expect("a gradient").flatten_all()?;
+            assert!(gradient.to_vec1::<f32>()?.iter().all(|g| g.is_finite()));
+        }
+        let zero = Var::zeros(3, DType::F64, &Cpu)?;
+        let gradients = relu(&zero)?.sum_all()?.backward()?;
+        assert_eq!(gradients.get(&zero).expect("a gradient").to_vec1::<f64>()?, [0.; 3]);
+        Ok(())
+    }
+}

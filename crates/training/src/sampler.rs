@@ -1,0 +1,144 @@
+//! Which images a step sees. An order depends on seed and epoch alone, so that a resumed epoch goes
+//! on where it stopped.
+
+use anyhow::{Result, bail, ensure};
+use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
+use rand::seq::SliceRandom;
+
+/// Steps of an epoch over `count` images: whole batches, but at least one.
+pub fn steps(count: usize, batch_size: usize) -> usize {
+    (count / batch_size.max(1)).max(1)
+}
+
+/// Every image once, in random order; the rest that fills no batch is dropped. Fewer images than
+/// a batch make one smaller batch.
+///
+/// - `rows`: rows of the images file.
+///
+/// # Errors
+///
+/// Fewer than two images or a batch size below two: batch statistics need two.
+pub fn uniform(rows: &[u32], batch_size: usize, seed: u64, epoch: usize) -> Result<Vec<Vec<u32>>> {
+    check(rows.len(), batch_size)?;
+    let mut order = rows.to_vec();
+    order.shuffle(&mut stage::random::stream(seed, "order of images", &[epoch as u64]));
+    Ok(into_batches(&order, batch_size))
+}
+
+/// Images drawn with replacement, each with weight `N / N_k` for `N_k` images in its cluster: every
+/// cluster has the same share of an epoch. As many batches as [`uniform`] makes.
+///
+/// - `rows`: rows of the images file.
+/// - `assignment`: the cluster of each of them, below `clusters`.
+///
+/// # Errors
+///
+/// As [`uniform`]; or an assignment is missing or not below `clusters`.
+pub fn balanced(
+    rows: &[u32],
+    assignment: &[u32],
+    clusters: usize,
+    batch_size: usize,
+    seed: u64,
+    epoch: usize,
+) -> Result<Vec<Vec<u32>>> {
+    check(rows.len(), batch_size)?;
+    ensure!(
+        rows.len() == assignment.len(),
+        "{} images but {} assignments; cluster again from these images",
+        rows.len(),
+        assignment.len()
+    );
+    let draw = WeightedIndex::new(balanced_weights(assignment, clusters)?)?;
+    let mut random = stage::random::stream(seed, "balanced draw of images", &[epoch as u64]);
+    let count = steps(rows.len(), batch_size) * batch_size.min(rows.len());
+    let order: Vec<u32> = (0..count).map(|_| rows[draw.sample(&mut random)]).collect();
+    Ok(into_batches(&order, batch_size))
+}
+
+/// `N / N_k` of each image, `N_k` counted by cluster number, so that an empty cluster shifts none.
+fn balanced_weights(assignment: &[u32], clusters: usize) -> Result<Vec<f64>> {
+    let mut sizes = vec![0usize; clusters];
+    for &cluster in assignment {
+        match sizes.get_mut(cluster as usize) {
+            Some(size) => *size += 1,
+            None => bail!("an assignment to cluster {cluster}, but there are {clusters} clusters"),
+        }
+    }
+    let count = assignment.len() as f64;
+    Ok(assignment.iter().map(|&cluster| count / sizes[cluster as usize] as f64).collect())
+}
+
+fn check(count: usize, batch_size: usize) -> Result<()> {
+    ensure!(
+        count >= 2,
+        "{count} images to train on: at least 2 are needed; see `train-on` in table `[data]`"
+    );
+    ensure!(batch_size >= 2, "batch-size = {batch_size}: batch statistics need at least 2 images");
+    Ok(())
+}
+
+fn into_batches(order: &[u32], batch_size: usize) -> Vec<Vec<u32>> {
+    order.chunks_exact(batch_size.min(order.len())).map(<[u32]>::to_vec).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uniform_takes_every_image_once_and_drops_the_rest() -> Result<()> {
+        let rows: Vec<u32> = (100..137).collect();
+        let batches = uniform(&rows, 10, 5, 3)?;
+        assert_eq!(batches.len(), steps(37, 10));
+        assert!(batches.iter().all(|batch| batch.len() == 10));
+        let mut seen: Vec<u32> = batches.concat();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 30);
+        assert!(seen.iter().all(|row| rows.contains(row)));
+        assert_eq!(batches, uniform(&rows, 10, 5, 3)?);
+        assert_ne!(batches, uniform(&rows, 10, 5, 4)?);
+        assert_ne!(batches, uniform(&rows, 10, 6, 3)?);
+        Ok(())
+    }
+
+    #[test]
+    fn fewer_images_than_a_batch_make_one_batch() -> Result<()> {
+        assert_eq!(uniform(&[4, 7, 9], 64, 0, 0)?.concat().len(), 3);
+        assert_eq!(balanced(&[4, 7, 9], &[0, 0, 1], 2, 64, 0, 0)?.concat().len(), 3);
+        for wrong in [uniform(&[4], 64, 0, 0), uniform(&[], 64, 0, 0), uniform(&[1, 2], 1, 0, 0)] {
+            assert!(wrong.is_err());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn balanced_gives_every_cluster_the_same_mass() -> Result<()> {
+        let assignment = [0, 0, 0, 0, 0, 0, 2, 2, 2, 3];
+        let weights = balanced_weights(&assignment, 4)?;
+        for (weight, want) in weights.iter().zip([10. / 6.; 6].into_iter().chain([10. / 3.; 3])) {
+            assert!((weight - want).abs() < 1e-6, "got {weight}, want {want}");
+        }
+        assert_eq!(weights[9], 10.);
+
+        let rows: Vec<u32> = (0..10).collect();
+        let mut drawn = [0usize; 10];
+        for epoch in 0..3000 {
+            for row in balanced(&rows, &assignment, 4, 10, 1, epoch)?.concat() {
+                drawn[row as usize] += 1;
+            }
+        }
+        let shares = [&drawn[..6], &drawn[6..9], &drawn[9..]]
+            .map(|part| part.iter().sum::<usize>() as f64 / 30_000.);
+        assert!(shares.iter().all(|share| (share - 1. / 3.).abs() < 0.01), "{shares:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn foreign_assignments_are_refused() {
+        assert!(balanced(&[0, 1, 2], &[0, 1], 2, 2, 0, 0).is_err());
+        assert!(balanced(&[0, 1, 2], &[0, 1, 2], 2, 2, 0, 0).is_err());
+    }
+}
