@@ -14,13 +14,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
+use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::files;
@@ -112,6 +113,114 @@ pub fn write(
     })
 }
 
+/// A tensor of bytes too large to be held in memory, written as it is produced.
+///
+/// It lies last in the file, and the header's digest covers its name and length but not its bytes:
+/// a kind of file that uses it carries digests of their parts in another tensor, and says so.
+pub struct Streamed<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// How many bytes `fill` writes.
+    pub length: u64,
+    /// Writes the bytes.
+    pub fill: &'a mut dyn FnMut(&mut dyn Write) -> Result<()>,
+}
+
+/// Writes a file like [`write`], with one tensor more whose bytes need not fit into memory.
+///
+/// # Errors
+///
+/// As [`write`]; also when `fill` fails or writes another number of bytes than it promised.
+pub fn write_streamed(
+    path: &Path,
+    kind: &str,
+    version: u64,
+    mut header: Header,
+    tensors: &[Tensor],
+    streamed: Streamed,
+) -> Result<()> {
+    let length = usize::try_from(streamed.length)?;
+    let mut sorted: Vec<&Tensor> = tensors.iter().collect();
+    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+    header.insert("kind".into(), kind.into());
+    header.insert("format-version".into(), version.into());
+    let mut parts: Vec<_> =
+        sorted.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), t.bytes)).collect();
+    let streamed_shape = [length];
+    parts.push((streamed.name, Dtype::U8, &streamed_shape, &[]));
+    parts.sort_by_key(|part| part.0);
+    let digest = digest(&header, parts.into_iter())?;
+    header.insert("sha256".into(), digest.into());
+
+    // The widest types first keep every tensor aligned; the streamed bytes need no alignment.
+    sorted.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
+    let mut entries = serde_json::Map::new();
+    entries.insert("__metadata__".into(), json!({ KEY: serde_json::to_string(&header)? }));
+    let mut end = 0;
+    for tensor in &sorted {
+        check_finite(tensor.dtype, tensor.bytes)
+            .and_then(|()| check_shape(tensor))
+            .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
+        let range = [end, end + tensor.bytes.len()];
+        end = range[1];
+        let entry = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": range });
+        entries.insert(tensor.name.clone(), entry);
+    }
+    let range = [end, end + length];
+    let entry = json!({ "dtype": Dtype::U8, "shape": [length], "data_offsets": range });
+    entries.insert(streamed.name.to_owned(), entry);
+    let mut text = serde_json::to_vec(&entries)?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+
+    files::replace(path, |file| {
+        let mut out = Counted { inner: BufWriter::with_capacity(1 << 20, file), bytes: 0 };
+        out.write_all(&(text.len() as u64).to_le_bytes())?;
+        out.write_all(&text)?;
+        for tensor in &sorted {
+            out.write_all(tensor.bytes)?;
+        }
+        let before = out.bytes;
+        (streamed.fill)(&mut out)?;
+        let written = out.bytes - before;
+        ensure!(
+            written == streamed.length,
+            "tensor `{}` got {written} bytes of {} promised",
+            streamed.name,
+            streamed.length
+        );
+        Ok(out.flush()?)
+    })
+}
+
+/// Counts what passes through.
+struct Counted<W> {
+    inner: W,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+fn check_shape(tensor: &Tensor) -> Result<()> {
+    let wanted = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
+    ensure!(
+        wanted == tensor.bytes.len(),
+        "shape {:?} holds {wanted} bytes, but {} are given",
+        tensor.shape,
+        tensor.bytes.len()
+    );
+    Ok(())
+}
+
 /// Where a tensor lies in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
@@ -187,10 +296,22 @@ impl Contents {
     ///
     /// They differ: the file was changed or damaged after it was written.
     pub fn verify(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        self.verify_around(path, bytes, None)
+    }
+
+    /// Like [`Contents::verify`] for a file of [`write_streamed`]: the bytes of the tensor
+    /// `streamed` are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// As [`Contents::verify`].
+    pub fn verify_around(&self, path: &Path, bytes: &[u8], streamed: Option<&str>) -> Result<()> {
         let mut header = self.header.clone();
         let expected = header.remove("sha256");
         let tensors = self.tensors.iter().map(|(name, place)| {
-            (name.as_str(), place.dtype, place.shape.as_slice(), &bytes[place.bytes.clone()])
+            let covered = streamed != Some(name.as_str());
+            let bytes = if covered { &bytes[place.bytes.clone()] } else { &[] };
+            (name.as_str(), place.dtype, place.shape.as_slice(), bytes)
         });
         let found = digest(&header, tensors)?;
         ensure!(
@@ -357,7 +478,7 @@ fn digest<'a>(
     let mut hash = Sha256::new();
     hash.update(serde_json::to_vec(header)?);
     for (name, dtype, shape, bytes) in tensors {
-        hash.update(format!("{name} {dtype:?} {shape:?} {}\n", bytes.len()));
+        hash.update(format!("{name} {dtype:?} {shape:?}\n"));
         hash.update(bytes);
     }
     Ok(hex(&hash.finalize()))
@@ -462,6 +583,34 @@ mod tests {
         assert!(message.contains("weight") && message.contains("value 1 is NaN"), "{message}");
         assert!(!path.exists());
         assert!(check_finite(Dtype::F32, &f32::INFINITY.to_le_bytes()).is_err());
+    }
+
+    #[test]
+    fn streamed_bytes_are_written_last_and_outside_the_digest() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("streamed.safetensors");
+        let write = |length| {
+            let tensors = [Tensor::u8("a", &[3], &[1, 2, 3]), Tensor::u64("z", &[1], &[7])];
+            let mut fill = |out: &mut dyn Write| Ok(out.write_all(b"streamed")?);
+            let streamed = Streamed { name: "bytes", length, fill: &mut fill };
+            write_streamed(&path, "example", 1, Header::new(), &tensors, streamed)
+        };
+        assert!(message(write(9)).contains("8 bytes of 9 promised"));
+        assert!(!path.exists());
+        write(8).expect("written");
+
+        let mut bytes = fs::read(&path).expect("there");
+        let contents = Contents::parse(&path, &bytes, "example", 1).expect("sound");
+        assert_eq!(&bytes[contents.tensors["bytes"].bytes.clone()], b"streamed");
+        assert_eq!(bytes[contents.tensors["z"].bytes.clone()], 7u64.to_le_bytes());
+        assert_eq!(contents.tensors["z"].bytes.start % 8, 0);
+        assert_eq!(bytes[contents.tensors["a"].bytes.clone()], [1, 2, 3]);
+
+        let verify = |bytes: &[u8]| contents.verify_around(&path, bytes, Some("bytes"));
+        *bytes.last_mut().expect("some") ^= 1;
+        verify(&bytes).expect("these bytes are not covered");
+        bytes[contents.tensors["a"].bytes.start] ^= 1;
+        assert!(message(verify(&bytes)).contains("damaged"));
     }
 
     #[test]

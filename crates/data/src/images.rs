@@ -1,0 +1,676 @@
+//! `images.safetensors`: the pictures, ordered by content.
+//!
+//! Kind `images`, format version 1. No names and no labels: neither can reach training, nor can
+//! the order of folders or classes, because rows ascend by the digest of the bytes.
+//!
+//! | tensor | shape, type | |
+//! |---|---|---|
+//! | `id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture, ascending, none twice |
+//! | `split` | `(N,)` u8 | 0 train, 1 test, 2 unlabelled |
+//! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG file, 2 PNG file |
+//! | `size` | `(N, 2)` u32 | height and width of the decoded picture |
+//! | `offset` | `(N + 1,)` u64 | picture `n` is `bytes[offset[n]..offset[n + 1]]` |
+//! | `bytes` | `(B,)` u8 | the stored bytes: files as they were found, or raw pixels |
+//!
+//! Header: `images`, N; `channels`, 1 for grey or 3 for colour, which pictures are decoded to;
+//! `fingerprint`, the hex SHA-256 over `channels` as u32 and then, by row, id, split as u8, height
+//! and width as u32, all little-endian.
+//!
+//! The digest in the header covers all tensors but `bytes`; these are covered by the ids. So
+//! opening checks everything but the pictures, in time that does not depend on their size, and
+//! each picture is checked when it is first read. That costs 1 µs for 2 KB with the processor's
+//! SHA instructions and at most a few percent of decoding without them.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, bail, ensure};
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+use stage::Split;
+use stage::container::{self, Contents, Header, Streamed, Tensor, hex};
+
+use crate::data_set::DataSet;
+use crate::picture::{Encoding, Picture, decode};
+
+const KIND: &str = "images";
+const VERSION: u64 = 1;
+
+/// The tensor that is too large to be held.
+const BYTES: &str = "bytes";
+
+/// How many bytes of decoded pictures are kept unless [`Images::keep_decoded`] says otherwise:
+/// 1 GiB, enough for 38,000 pictures of 96×96 in colour.
+pub const DECODED_BYTES: usize = 1 << 30;
+
+/// SHA-256 of a picture's stored bytes.
+pub type Id = [u8; 32];
+
+/// The pictures of a data set, read from a memory-mapped file. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Images {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    data_set: DataSet,
+    channels: usize,
+    map: Mmap,
+    /// Where the tensor `bytes` begins in the file.
+    start: usize,
+    ids: Vec<Id>,
+    splits: Vec<Split>,
+    encodings: Vec<Encoding>,
+    sizes: Vec<[u32; 2]>,
+    offsets: Vec<u64>,
+    /// Whether the bytes of a row were found to have its id.
+    checked: Vec<AtomicBool>,
+    /// Pictures that were decoded and kept, while there is room.
+    decoded: Vec<OnceLock<Arc<Picture>>>,
+    room: AtomicUsize,
+}
+
+impl Images {
+    /// Maps the file and checks all of it but the pictures' bytes, which [`Images::picture`] does.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing, foreign, of another version, cut short or damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file =
+            File::open(path).with_context(|| format!("opening the images `{}`", path.display()))?;
+        let map = map(&file).with_context(|| format!("mapping `{}`", path.display()))?;
+        let contents = Contents::parse(path, &map, KIND, VERSION)?;
+        contents.verify_around(path, &map, Some(BYTES))?;
+        let shared = Shared::read(path, map, &contents).with_context(|| {
+            format!("`{}` contradicts itself; prepare the images again", path.display())
+        })?;
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Number of pictures, N.
+    pub fn len(&self) -> usize {
+        self.shared.data_set.images
+    }
+
+    /// Whether there is no picture at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// 1 if pictures are decoded to grey, 3 for colour.
+    pub fn channels(&self) -> usize {
+        self.shared.channels
+    }
+
+    /// Which pictures these are, to compare other files with.
+    pub fn data_set(&self) -> &DataSet {
+        &self.shared.data_set
+    }
+
+    /// Hex SHA-256 over the ids, splits and sizes of all pictures.
+    pub fn fingerprint(&self) -> &str {
+        &self.shared.data_set.fingerprint
+    }
+
+    /// The rows of the pictures in these splits, ascending.
+    pub fn rows(&self, splits: &[Split]) -> Vec<u32> {
+        let rows = self.shared.splits.iter().zip(0u32..);
+        rows.filter(|(split, _)| splits.contains(split)).map(|(_, row)| row).collect()
+    }
+
+    /// The SHA-256 of the stored bytes of a picture.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row.
+    pub fn id(&self, row: u32) -> Result<Id> {
+        Ok(self.shared.ids[self.position(row)?])
+    }
+
+    /// Height and width of a picture, without decoding it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row.
+    pub fn size(&self, row: u32) -> Result<(usize, usize)> {
+        let [height, width] = self.shared.sizes[self.position(row)?];
+        Ok((height as usize, width as usize))
+    }
+
+    /// The picture of a row, decoded. It is kept in memory while there is room, see
+    /// [`Images::keep_decoded`], so that small data sets are decoded once and not every epoch.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row, its bytes do not have its id, or they cannot be decoded. The message
+    /// names file and row.
+    pub fn picture(&self, row: u32) -> Result<Arc<Picture>> {
+        let position = self.position(row)?;
+        if let Some(picture) = self.shared.decoded[position].get() {
+            return Ok(picture.clone());
+        }
+        let picture = self.decode(position).with_context(|| {
+            let path = self.shared.data_set.path.display();
+            format!("picture {row} of `{path}` is damaged; prepare the images again")
+        })?;
+        let picture = Arc::new(picture);
+        // Raw pixels are as quickly read again from the mapped file.
+        if self.shared.encodings[position] != Encoding::Raw {
+            self.keep(position, &picture);
+        }
+        Ok(picture)
+    }
+
+    /// Keeps at most about `bytes` of decoded pictures, from now on; those already kept stay.
+    pub fn keep_decoded(&self, bytes: usize) {
+        self.shared.room.store(bytes, Ordering::Relaxed);
+    }
+
+    fn position(&self, row: u32) -> Result<usize> {
+        let position = row as usize;
+        ensure!(
+            position < self.len(),
+            "row {row} is asked for, but `{}` has {} pictures",
+            self.shared.data_set.path.display(),
+            self.len()
+        );
+        Ok(position)
+    }
+
+    fn decode(&self, position: usize) -> Result<Picture> {
+        let shared = &*self.shared;
+        let bytes = &shared.map[shared.stored(position)];
+        if !shared.checked[position].load(Ordering::Relaxed) {
+            let id: Id = Sha256::digest(bytes).into();
+            ensure!(id == shared.ids[position], "its bytes do not have the checksum in its id");
+            shared.checked[position].store(true, Ordering::Relaxed);
+        }
+        let [height, width] = shared.sizes[position].map(|extent| extent as usize);
+        let picture = match shared.encodings[position] {
+            Encoding::Raw => Picture::new(height, width, shared.channels, bytes.to_vec())?,
+            Encoding::Jpeg | Encoding::Png => decode(bytes, shared.channels)?,
+        };
+        ensure!(
+            (picture.height, picture.width) == (height, width),
+            "it is {}×{} pixels, not {height}×{width}",
+            picture.height,
+            picture.width
+        );
+        Ok(picture)
+    }
+
+    fn keep(&self, position: usize, picture: &Arc<Picture>) {
+        let bytes = picture.pixels.len();
+        let take = |room: usize| room.checked_sub(bytes);
+        let room = &self.shared.room;
+        let taken = room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
+        // Another thread may have decoded the same picture meanwhile.
+        if taken && self.shared.decoded[position].set(picture.clone()).is_err() {
+            room.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "mapping a file is unsafe because others can change it")]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the bytes are only ever read as bytes, which have no invalid values, and a picture
+    // that is changed after it was checked is at worst another picture. `prepare` never writes into
+    // a file that has its final name. A file cut short while it is mapped ends the program by a
+    // signal, as it would end any other reader.
+    unsafe { Mmap::map(file) }
+}
+
+impl Shared {
+    fn read(path: &Path, map: Mmap, contents: &Contents) -> Result<Self> {
+        let tensor = |name: &str, type_name: &str, shape: &[Option<usize>]| {
+            let place =
+                contents.tensors.get(name).with_context(|| format!("no tensor `{name}`"))?;
+            let fits = place.shape.len() == shape.len()
+                && place
+                    .shape
+                    .iter()
+                    .zip(shape)
+                    .all(|(found, want)| want.is_none_or(|w| w == *found));
+            let dtype = format!("{:?}", place.dtype);
+            ensure!(fits && dtype == type_name, "tensor `{name}` is {dtype} {:?}", place.shape);
+            Ok(place.bytes.clone())
+        };
+        let number = |key: &str| -> Result<usize> {
+            let value = contents.header.get(key).and_then(serde_json::Value::as_u64);
+            Ok(usize::try_from(value.with_context(|| format!("no header field `{key}`"))?)?)
+        };
+        let (n, channels) = (number("images")?, number("channels")?);
+        ensure!(channels == 1 || channels == 3, "`channels` is {channels}, not 1 or 3");
+        let words = |range: Range<usize>| bytemuck::allocation::pod_collect_to_vec(&map[range]);
+
+        let ids: Vec<Id> = bytemuck::allocation::pod_collect_to_vec(
+            &map[tensor("id", "U8", &[Some(n), Some(32)])?],
+        );
+        let splits = map[tensor("split", "U8", &[Some(n)])?].iter();
+        let encodings = map[tensor("encoding", "U8", &[Some(n)])?].iter();
+        let sizes: Vec<u32> = words(tensor("size", "U32", &[Some(n), Some(2)])?);
+        let offsets: Vec<u64> = bytemuck::allocation::pod_collect_to_vec(
+            &map[tensor("offset", "U64", &[Some(n + 1)])?],
+        );
+        let bytes = tensor(BYTES, "U8", &[None])?;
+
+        let mut shared = Self {
+            data_set: DataSet { path: path.to_owned(), images: n, fingerprint: String::new() },
+            channels,
+            start: bytes.start,
+            ids,
+            splits: splits
+                .map(|&code| Split::from_code(code).with_context(|| format!("split {code}")))
+                .collect::<Result<_>>()?,
+            encodings: encodings
+                .map(|&code| Encoding::from_code(code).with_context(|| format!("encoding {code}")))
+                .collect::<Result<_>>()?,
+            sizes: sizes.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect(),
+            offsets,
+            checked: (0..n).map(|_| AtomicBool::new(false)).collect(),
+            decoded: (0..n).map(|_| OnceLock::new()).collect(),
+            room: AtomicUsize::new(DECODED_BYTES),
+            map,
+        };
+        let ascending = |pair: &[Id]| pair[0] < pair[1];
+        ensure!(shared.ids.windows(2).all(ascending), "the ids do not ascend");
+        let rising = shared.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+        let ends = [shared.offsets.first(), shared.offsets.last()];
+        ensure!(
+            rising && ends == [Some(&0), Some(&(bytes.len() as u64))],
+            "the offsets do not cover the bytes"
+        );
+        let rows = shared.ids.iter().zip(&shared.splits).zip(&shared.sizes);
+        let fingerprint =
+            fingerprint(channels, rows.map(|((id, split), size)| (id, *split, *size)));
+        let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
+        ensure!(stated == Some(&fingerprint), "the fingerprint is not that of its pictures");
+        shared.data_set.fingerprint = fingerprint;
+        Ok(shared)
+    }
+
+    /// The bytes of a picture in the mapped file; they lie inside it, [`Shared::read`] saw to it.
+    fn stored(&self, position: usize) -> Range<usize> {
+        let at = |offset: u64| self.start + offset as usize;
+        at(self.offsets[position])..at(self.offsets[position + 1])
+    }
+}
+
+fn fingerprint<'a>(
+    channels: usize,
+    rows: impl Iterator<Item = (&'a Id, Split, [u32; 2])>,
+) -> String {
+    let mut hash = Sha256::new();
+    hash.update((channels as u32).to_le_bytes());
+    for (id, split, [height, width]) in rows {
+        hash.update(id);
+        hash.update([split.code()]);
+        hash.update(height.to_le_bytes());
+        hash.update(width.to_le_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+/// A picture on its way into the file: its bytes as they will be stored, known to be readable.
+#[derive(Debug, Clone)]
+pub struct Source {
+    id: Id,
+    encoding: Encoding,
+    channels: usize,
+    size: [u32; 2],
+    bytes: Vec<u8>,
+}
+
+impl Source {
+    /// A JPEG or PNG file, which is stored as it is. It is decoded once, to grey (1) or colour
+    /// (3), to make sure that it can be.
+    ///
+    /// # Errors
+    ///
+    /// It is neither, is broken, cut short or too large; the message says which, but not where the
+    /// file came from.
+    pub fn file(bytes: Vec<u8>, channels: usize) -> Result<Self> {
+        let picture = decode(&bytes, channels)?;
+        let encoding = Encoding::of(&bytes).context("what was decoded has an encoding")?;
+        Self::new(encoding, &picture, bytes)
+    }
+
+    /// Raw pixels, for sources that have no file per picture. Grey becomes colour, or colour grey,
+    /// if `channels` asks for it, before the id is taken.
+    ///
+    /// # Errors
+    ///
+    /// The picture is too large for the file format.
+    pub fn raw(picture: Picture, channels: usize) -> Result<Self> {
+        let mut picture = picture.with_channels(channels);
+        let pixels = std::mem::take(&mut picture.pixels);
+        Self::new(Encoding::Raw, &picture, pixels)
+    }
+
+    fn new(encoding: Encoding, picture: &Picture, bytes: Vec<u8>) -> Result<Self> {
+        Ok(Self {
+            id: Sha256::digest(&bytes).into(),
+            encoding,
+            channels: picture.channels,
+            size: [u32::try_from(picture.height)?, u32::try_from(picture.width)?],
+            bytes,
+        })
+    }
+
+    /// The SHA-256 of the bytes.
+    pub fn id(&self) -> Id {
+        self.id
+    }
+}
+
+/// Writes `images.safetensors` from pictures that come one by one, in any order.
+///
+/// The bytes go to a temporary file at once and are put in order at the end, so memory holds about
+/// 100 bytes a picture, and the disk twice the pictures for a while. Nothing has the final name
+/// before [`Writer::finish`].
+#[derive(Debug)]
+pub struct Writer {
+    path: PathBuf,
+    channels: usize,
+    spool: BufWriter<File>,
+    spooled: u64,
+    kept: Vec<Kept>,
+    tickets: HashMap<Id, usize>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    id: Id,
+    encoding: Encoding,
+    split: Split,
+    size: [u32; 2],
+    range: Range<u64>,
+}
+
+/// What became of a picture that was added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Added {
+    /// It is the `n`-th that was kept, counting from 0: its ticket.
+    Kept(usize),
+    /// The picture with this ticket has the same bytes; it stands for both.
+    Duplicate(usize),
+}
+
+/// What [`Writer::finish`] wrote.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// The pictures in the file.
+    pub data_set: DataSet,
+    /// The row of each ticket, or none for pictures beyond the number asked for.
+    pub rows: Vec<Option<u32>>,
+}
+
+impl Writer {
+    /// Begins a file at `path` whose pictures are grey (1) or in colour (3).
+    ///
+    /// # Errors
+    ///
+    /// `channels` is neither, or the folder cannot be written to.
+    pub fn create(path: &Path, channels: usize) -> Result<Self> {
+        ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let spool = std::fs::create_dir_all(folder)
+            .and_then(|()| tempfile::tempfile_in(folder))
+            .with_context(|| format!("writing into `{}`", folder.display()))?;
+        Ok(Self {
+            path: path.to_owned(),
+            channels,
+            spool: BufWriter::with_capacity(1 << 20, spool),
+            spooled: 0,
+            kept: Vec::new(),
+            tickets: HashMap::new(),
+        })
+    }
+
+    /// Adds a picture, unless one with the same bytes is there already. Then the lower of the two
+    /// splits holds (train before test), whichever came first.
+    ///
+    /// # Errors
+    ///
+    /// The picture has other channels than the file, or the disk refuses.
+    pub fn add(&mut self, source: &Source, split: Split) -> Result<Added> {
+        ensure!(
+            source.channels == self.channels,
+            "a picture with {} channels for `{}`, which has {}",
+            source.channels,
+            self.path.display(),
+            self.channels
+        );
+        if let Some(&ticket) = self.tickets.get(&source.id) {
+            let kept = &mut self.kept[ticket];
+            kept.split = kept.split.min(split);
+            return Ok(Added::Duplicate(ticket));
+        }
+        self.spool.write_all(&source.bytes).with_context(|| self.refused())?;
+        let range = self.spooled..self.spooled + source.bytes.len() as u64;
+        self.spooled = range.end;
+        let Source { id, encoding, size, .. } = *source;
+        self.kept.push(Kept { id, encoding, split, size, range });
+        let ticket = self.kept.len() - 1;
+        self.tickets.insert(id, ticket);
+        Ok(Added::Kept(ticket))
+    }
+
+    /// Puts the pictures in order and writes the file; of more than `at_most` the first by order.
+    ///
+    /// # Errors
+    ///
+    /// No picture was added, or the disk refuses.
+    pub fn finish(mut self, at_most: Option<usize>) -> Result<Written> {
+        if self.kept.is_empty() {
+            bail!("no picture was found, so `{}` is not written", self.path.display());
+        }
+        self.spool.flush().with_context(|| self.refused())?;
+        let mut order: Vec<usize> = (0..self.kept.len()).collect();
+        order.sort_by_key(|&ticket| self.kept[ticket].id);
+        order.truncate(at_most.unwrap_or(usize::MAX));
+        let mut rows = vec![None; self.kept.len()];
+        for (&ticket, row) in order.iter().zip(0u32..) {
+            rows[ticket] = Some(row);
+        }
+        let data_set = self.write(&order)?;
+        Ok(Written { data_set, rows })
+    }
+
+    fn write(&self, order: &[usize]) -> Result<DataSet> {
+        let n = order.len();
+        let kept = || order.iter().map(|&ticket| &self.kept[ticket]);
+        let ids: Vec<u8> = kept().flat_map(|kept| kept.id).collect();
+        let splits: Vec<u8> = kept().map(|kept| kept.split.code()).collect();
+        let encodings: Vec<u8> = kept().map(|kept| kept.encoding.code()).collect();
+        let sizes: Vec<u32> = kept().flat_map(|kept| kept.size).collect();
+        let mut offsets = vec![0];
+        offsets.extend(kept().scan(0, |end, kept| {
+            *end += kept.range.end - kept.range.start;
+            Some(*end)
+        }));
+        let fingerprint =
+            fingerprint(self.channels, kept().map(|kept| (&kept.id, kept.split, kept.size)));
+        let data_set = DataSet { path: self.path.clone(), images: n, fingerprint };
+        let mut header: Header = data_set.header();
+        header.insert("channels".into(), self.channels.into());
+        let tensors = [
+            Tensor::u8("id", &[n, 32], &ids),
+            Tensor::u8("split", &[n], &splits),
+            Tensor::u8("encoding", &[n], &encodings),
+            Tensor::u32("size", &[n, 2], &sizes),
+            Tensor::u64("offset", &[n + 1], &offsets),
+        ];
+        let spool = map(self.spool.get_ref()).with_context(|| self.refused())?;
+        let mut fill = |out: &mut dyn Write| {
+            for kept in kept() {
+                out.write_all(&spool[kept.range.start as usize..kept.range.end as usize])?;
+            }
+            Ok(())
+        };
+        let length = offsets[n];
+        let streamed = Streamed { name: BYTES, length, fill: &mut fill };
+        container::write_streamed(&self.path, KIND, VERSION, header, &tensors, streamed)?;
+        Ok(data_set)
+    }
+
+    fn refused(&self) -> String {
+        format!("writing the pictures for `{}`", self.path.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::picture::tests::{example, jpeg, png};
+
+    fn sources() -> Vec<(Source, Split)> {
+        let raw = Source::raw(example(5, 7, 3), 3).expect("sound");
+        let grey = Source::raw(example(6, 4, 1), 3).expect("sound");
+        let jpeg = Source::file(jpeg(&example(9, 13, 3)), 3).expect("sound");
+        let png = Source::file(png(&example(8, 3, 1)), 3).expect("sound");
+        [raw, grey, jpeg, png]
+            .into_iter()
+            .zip([Split::Train, Split::Test, Split::Unlabelled, Split::Train])
+            .collect()
+    }
+
+    fn write(path: &Path, sources: &[(Source, Split)], at_most: Option<usize>) -> Written {
+        let mut writer = Writer::create(path, 3).expect("created");
+        for (source, split) in sources {
+            writer.add(source, *split).expect("added");
+        }
+        writer.finish(at_most).expect("written")
+    }
+
+    fn scratch() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("images.safetensors");
+        (folder, path)
+    }
+
+    #[test]
+    fn pictures_are_read_as_written_by_ascending_id() {
+        let (_folder, path) = scratch();
+        let sources = sources();
+        let written = write(&path, &sources, None);
+        let images = Images::open(&path).expect("sound");
+        assert_eq!((images.len(), images.channels()), (4, 3));
+        images.data_set().require(&written.data_set, "").expect("the same");
+        for (ticket, (source, split)) in sources.iter().enumerate() {
+            let row = written.rows[ticket].expect("kept");
+            assert_eq!(images.id(row).expect("there"), source.id());
+            assert!(images.rows(&[*split]).contains(&row));
+            let picture = images.picture(row).expect("sound");
+            let size = (picture.height, picture.width);
+            assert_eq!(images.size(row).expect("there"), size);
+            assert_eq!(picture.channels, 3);
+        }
+        let raw = images.picture(written.rows[0].expect("kept")).expect("sound");
+        assert_eq!(*raw, example(5, 7, 3));
+        let grey = images.picture(written.rows[3].expect("kept")).expect("sound");
+        assert_eq!(*grey, example(8, 3, 1).with_channels(3));
+        let ids: Vec<Id> = (0..4).map(|row| images.id(row).expect("there")).collect();
+        assert!(ids.is_sorted());
+        assert_eq!(images.rows(&[Split::Train, Split::Unlabelled]).len(), 3);
+        assert!(images.picture(4).expect_err("no row 4").to_string().contains("row 4"));
+    }
+
+    #[test]
+    fn the_order_of_arrival_leaves_no_trace() {
+        let (_folder, path) = scratch();
+        let mut sources = sources();
+        // The same picture once for training and once for testing.
+        sources.push((sources[0].0.clone(), Split::Test));
+        write(&path, &sources, None);
+        let first = std::fs::read(&path).expect("there");
+        sources.reverse();
+        write(&path, &sources, None);
+        assert_eq!(std::fs::read(&path).expect("there"), first);
+        sources[0].1 = Split::Train;
+        sources[4].1 = Split::Test;
+        write(&path, &sources, None);
+        assert_eq!(std::fs::read(&path).expect("there"), first);
+    }
+
+    #[test]
+    fn duplicates_are_told_and_the_first_by_order_are_kept() {
+        let (_folder, path) = scratch();
+        let sources = sources();
+        let mut writer = Writer::create(&path, 3).expect("created");
+        assert_eq!(writer.add(&sources[0].0, Split::Test).expect("added"), Added::Kept(0));
+        assert_eq!(writer.add(&sources[1].0, Split::Train).expect("added"), Added::Kept(1));
+        assert_eq!(writer.add(&sources[0].0, Split::Train).expect("added"), Added::Duplicate(0));
+        assert_eq!(writer.add(&sources[2].0, Split::Train).expect("added"), Added::Kept(2));
+        let written = writer.finish(Some(2)).expect("written");
+        let mut rows: Vec<Option<u32>> = written.rows.clone();
+        rows.sort();
+        assert_eq!(rows, [None, Some(0), Some(1)]);
+        assert_eq!(written.data_set.images, 2);
+        let left_out = written.rows.iter().position(Option::is_none).expect("one");
+        let largest = sources[..3].iter().map(|(source, _)| source.id()).max().expect("some");
+        assert_eq!(sources[left_out].0.id(), largest);
+        assert_eq!(Images::open(&path).expect("sound").rows(&[Split::Train]).len(), 2);
+
+        let empty = Writer::create(&path, 3).expect("created").finish(None);
+        assert!(empty.expect_err("empty").to_string().contains("no picture"));
+        let grey = Source::raw(example(2, 2, 1), 1).expect("sound");
+        assert!(Writer::create(&path, 3).expect("created").add(&grey, Split::Train).is_err());
+    }
+
+    #[test]
+    fn fingerprints_tell_split_and_pictures_apart() {
+        let (_folder, path) = scratch();
+        let mut sources = sources();
+        let mut fingerprints = vec![write(&path, &sources, None).data_set.fingerprint];
+        sources[2].1 = Split::Train;
+        fingerprints.push(write(&path, &sources, None).data_set.fingerprint);
+        sources.pop();
+        fingerprints.push(write(&path, &sources, None).data_set.fingerprint);
+        fingerprints.sort();
+        fingerprints.dedup();
+        assert_eq!(fingerprints.len(), 3);
+    }
+
+    #[test]
+    fn every_flipped_byte_is_found_on_opening_or_on_reading_its_picture() {
+        let (_folder, path) = scratch();
+        write(&path, &sources(), None);
+        let whole = std::fs::read(&path).expect("there");
+        for position in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[position] ^= 1;
+            std::fs::write(&path, &flipped).expect("written");
+            let read = Images::open(&path)
+                .and_then(|images| (0..4).try_for_each(|row| images.picture(row).map(|_| ())));
+            let error = format!("{:#}", read.expect_err("a flipped byte"));
+            assert!(error.contains("images.safetensors"), "byte {position}: {error}");
+        }
+        for length in [0, 8, 100, whole.len() - 1] {
+            std::fs::write(&path, &whole[..length]).expect("written");
+            let error = format!("{:#}", Images::open(&path).expect_err("cut short"));
+            assert!(error.contains("images.safetensors"), "{length} bytes: {error}");
+        }
+    }
+
+    #[test]
+    fn decoded_pictures_are_kept_while_there_is_room() {
+        let (_folder, path) = scratch();
+        let written = write(&path, &sources(), None);
+        let [jpeg, png] = [2, 3].map(|ticket| written.rows[ticket].expect("kept"));
+        let images = Images::open(&path).expect("sound");
+        images.keep_decoded(9 * 13 * 3);
+        let first = images.picture(jpeg).expect("sound");
+        assert!(Arc::ptr_eq(&first, &images.picture(jpeg).expect("sound")));
+        let first = images.picture(png).expect("sound");
+        assert!(!Arc::ptr_eq(&first, &images.picture(png).expect("sound")));
+    }
+}

@@ -1,0 +1,216 @@
+//! `pseudo-labels.safetensors`: the result of clustering, and the training target of refinement.
+//!
+//! Kind `pseudo-labels`, format version 1. `M` pictures, `K` clusters, projections of width `P`.
+//!
+//! | tensor | shape, type | |
+//! |---|---|---|
+//! | `index` | `(M,)` u32 | the pictures, as ascending rows of `images.safetensors` |
+//! | `assignment` | `(M,)` u32 | cluster of each, by the clustering network |
+//! | `kmeans-assignment` | `(M,)` u32 | cluster of each, by k-means on the same embeddings |
+//! | `confidence` | `(M,)` f32 | probability that the network gives its cluster, in `[0, 1]` |
+//! | `score` | `(M,)` f32 | confidence × share of neighbours in the same cluster, in `[0, 1]` |
+//! | `reliable` | `(M,)` u8 | 1 if the assignment may be trained on |
+//! | `prototypes` | `(K, P)` f32 | centre of each cluster among the projections |
+//!
+//! Header: `images` and `fingerprint` of the whole data set, see [`DataSet`], and `clusters`, K.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use stage::container::{self, Container, Tensor};
+
+use crate::data_set::{DataSet, check_index, check_length};
+
+const KIND: &str = "pseudo-labels";
+const VERSION: u64 = 1;
+
+/// Clusters of `M` pictures, how sure they are, and where they lie.
+#[derive(Debug, Clone)]
+pub struct PseudoLabels {
+    /// The data set that the pictures belong to.
+    pub data_set: DataSet,
+    /// Number of clusters, `K`.
+    pub clusters: usize,
+    /// The pictures, as ascending rows of `images.safetensors`, `M`.
+    pub index: Vec<u32>,
+    /// Cluster of each picture by the clustering network, `M`.
+    pub assignment: Vec<u32>,
+    /// Cluster of each picture by k-means, `M`.
+    pub kmeans_assignment: Vec<u32>,
+    /// Probability that the clustering network gives its cluster, `M`, in `[0, 1]`.
+    pub confidence: Vec<f32>,
+    /// Confidence × share of neighbours in the same cluster, `M`, in `[0, 1]`.
+    pub score: Vec<f32>,
+    /// Whether the assignment may be trained on, `M`.
+    pub reliable: Vec<bool>,
+    /// Width of a projection, `P`.
+    pub projection_width: usize,
+    /// Centre of each cluster among the projections, `(K, P)`.
+    pub prototypes: Vec<f32>,
+}
+
+impl PseudoLabels {
+    /// Writes the file.
+    ///
+    /// # Errors
+    ///
+    /// A length contradicts another, a cluster is out of range, a number is not finite, or the
+    /// file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        self.check(path)?;
+        let m = [self.index.len()];
+        let reliable: Vec<u8> = self.reliable.iter().map(|&reliable| reliable.into()).collect();
+        let tensors = [
+            Tensor::u32("index", &m, &self.index),
+            Tensor::u32("assignment", &m, &self.assignment),
+            Tensor::u32("kmeans-assignment", &m, &self.kmeans_assignment),
+            Tensor::f32("confidence", &m, &self.confidence),
+            Tensor::f32("score", &m, &self.score),
+            Tensor::u8("reliable", &m, &reliable),
+            Tensor::f32("prototypes", &[self.clusters, self.projection_width], &self.prototypes),
+        ];
+        let mut header = self.data_set.header();
+        header.insert("clusters".into(), self.clusters.into());
+        container::write(path, KIND, VERSION, header, &tensors)
+    }
+
+    /// Reads and checks the file.
+    ///
+    /// # Errors
+    ///
+    /// It is missing, foreign, damaged, or contradicts itself.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = Container::open(path, KIND, VERSION)?;
+        let read = Self {
+            data_set: DataSet::of(&file)?,
+            clusters: usize::try_from(file.header_number("clusters")?)?,
+            index: file.u32("index")?,
+            assignment: file.u32("assignment")?,
+            kmeans_assignment: file.u32("kmeans-assignment")?,
+            confidence: file.f32("confidence")?,
+            score: file.f32("score")?,
+            reliable: file.u8("reliable")?.iter().map(|&reliable| reliable != 0).collect(),
+            projection_width: file.shape("prototypes")?.last().copied().unwrap_or(0),
+            prototypes: file.f32("prototypes")?,
+        };
+        read.check(path)?;
+        Ok(read)
+    }
+
+    /// Fails unless there are `clusters` clusters, the number that the experiment asks for.
+    ///
+    /// # Errors
+    ///
+    /// There are others; the message names the file and what to do.
+    pub fn require_clusters(&self, clusters: usize) -> Result<()> {
+        ensure!(
+            self.clusters == clusters,
+            "`{}` has {} clusters but the experiment asks for {clusters}; cluster again with \
+             `clusters = {clusters}` in table `[data]`",
+            self.data_set.path.display(),
+            self.clusters
+        );
+        Ok(())
+    }
+
+    fn check(&self, path: &Path) -> Result<()> {
+        let m = self.index.len();
+        check_index(path, &self.index, self.data_set.images)?;
+        for (name, length) in [
+            ("assignment", self.assignment.len()),
+            ("kmeans-assignment", self.kmeans_assignment.len()),
+            ("confidence", self.confidence.len()),
+            ("score", self.score.len()),
+            ("reliable", self.reliable.len()),
+        ] {
+            check_length(path, name, length, m)?;
+        }
+        let prototypes = self.clusters * self.projection_width;
+        check_length(path, "prototypes", self.prototypes.len(), prototypes)?;
+        for (name, clusters) in
+            [("assignment", &self.assignment), ("kmeans-assignment", &self.kmeans_assignment)]
+        {
+            if let Some(cluster) = clusters.iter().find(|&&c| c as usize >= self.clusters) {
+                anyhow::bail!(
+                    "tensor `{name}` of `{}` names cluster {cluster}, but there are {}; cluster \
+                     again",
+                    path.display(),
+                    self.clusters
+                );
+            }
+        }
+        for (name, values) in [("confidence", &self.confidence), ("score", &self.score)] {
+            if let Some(value) = values.iter().find(|value| !(0. ..=1.00001).contains(*value)) {
+                anyhow::bail!(
+                    "tensor `{name}` of `{}` has the value {value}, outside [0, 1]; cluster again",
+                    path.display()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(path: &Path) -> PseudoLabels {
+        PseudoLabels {
+            data_set: DataSet { path: path.to_owned(), images: 4, fingerprint: "f".into() },
+            clusters: 2,
+            index: vec![0, 1, 3],
+            assignment: vec![1, 0, 1],
+            kmeans_assignment: vec![0, 0, 1],
+            confidence: vec![1., 0.5, 0.25],
+            score: vec![0.5, 0.5, 0.],
+            reliable: vec![true, true, false],
+            projection_width: 3,
+            prototypes: vec![1., 0., 0., 0., 0., -1.],
+        }
+    }
+
+    #[test]
+    fn pseudo_labels_are_read_as_written() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("pseudo-labels.safetensors");
+        let written = example(&path);
+        written.write(&path).expect("written");
+        let read = PseudoLabels::open(&path).expect("sound");
+        assert_eq!(read.clusters, 2);
+        assert_eq!(read.index, written.index);
+        assert_eq!(read.assignment, written.assignment);
+        assert_eq!(read.kmeans_assignment, written.kmeans_assignment);
+        assert_eq!(read.confidence, written.confidence);
+        assert_eq!(read.score, written.score);
+        assert_eq!(read.reliable, written.reliable);
+        assert_eq!(read.projection_width, 3);
+        assert_eq!(read.prototypes, written.prototypes);
+
+        read.require_clusters(2).expect("two");
+        let error = read.require_clusters(3).expect_err("two").to_string();
+        assert!(error.contains("2 clusters") && error.contains("pseudo-labels"), "{error}");
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let path = Path::new("pseudo-labels.safetensors");
+        example(path).check(path).expect("sound");
+        let spoilt: [fn(&mut PseudoLabels); 9] = [
+            |p| p.index[2] = 4,
+            |p| p.assignment[0] = 2,
+            |p| p.kmeans_assignment[0] = 2,
+            |p| p.confidence[0] = 1.5,
+            |p| p.score[0] = -0.5,
+            |p| p.reliable.truncate(2),
+            |p| p.score.truncate(2),
+            |p| p.projection_width = 2,
+            |p| p.data_set.images = 3,
+        ];
+        for (case, spoil) in spoilt.iter().enumerate() {
+            let mut labels = example(path);
+            spoil(&mut labels);
+            assert!(labels.check(path).is_err(), "case {case}");
+        }
+    }
+}
