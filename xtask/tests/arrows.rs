@@ -13,7 +13,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("kernels", &[]),
     ("stage", &[]),
     ("layers", &["kernels"]),
-    ("assignment", &["kernels"]),
+    ("assignment", &["stage", "kernels"]),
     ("data", &["stage", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "layers", "backbone"]),
