@@ -1,1 +1,172 @@
-//! Stage: pseudo-labels and ground truth to ACC, NMI, ARI.
+//! Metrics: says how good a grouping is, against the ground truth where there is one.
+//!
+//! The one stage that reads labels, and it gives them to nobody: it writes `metrics.json` and that
+//! is all. Cluster numbers have no meaning, so every comparison is invariant to their permutation.
+//!
+//! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI and more.
+//! - [`geometry`]: scores of a grouping against the points it groups, without any truth.
+//! - [`confidence`]: whether confidences mean what they say.
+//! - [`report`]: what is computed for one round, and the form of `metrics.json`.
+
+pub mod agreement;
+pub mod confidence;
+pub mod geometry;
+pub mod report;
+
+use anyhow::Result;
+use data::{Labels, PseudoLabels};
+use serde::{Deserialize, Serialize};
+use stage::Stage;
+
+use crate::report::Report;
+
+/// The table `[metrics]`: it has no values, so that two experiments are always scored alike.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {}
+
+const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
+const LABELS: &str = "labels.safetensors";
+
+/// Opens those inputs that exist already, and compares what they are about.
+///
+/// # Errors
+///
+/// An input is not usable or belongs to other images.
+pub fn check(_: &Config, stage: &Stage) -> Result<()> {
+    let exists =
+        |role, file| stage.optional_input(role).map(|d| d.join(file)).filter(|p| p.exists());
+    let scored =
+        exists("pseudo-labels", PSEUDO_LABELS).map(|p| PseudoLabels::open(&p)).transpose()?;
+    let labels = exists("labels", LABELS).map(|p| Labels::open(&p)).transpose()?;
+    if let (Some(scored), Some(labels)) = (&scored, &labels) {
+        scored.data_set.require(&labels.data_set, REMEDY)?;
+    }
+    Ok(())
+}
+
+const REMEDY: &str = "score pseudo-labels with the labels that were prepared with their images";
+
+/// Reads `pseudo-labels.safetensors` in role `pseudo-labels`, the ground truth in role `labels`
+/// and the last round's in role `previous`, where given; writes `metrics.json`.
+///
+/// # Errors
+///
+/// A file is missing or damaged, or they are about different images.
+pub fn run(_: &Config, stage: &Stage) -> Result<()> {
+    let scored = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
+    let labels =
+        stage.optional_input("labels").map(|d| Labels::open(&d.join(LABELS))).transpose()?;
+    let previous = stage
+        .optional_input("previous")
+        .map(|d| PseudoLabels::open(&d.join(PSEUDO_LABELS)))
+        .transpose()?;
+    scored.require_clusters(stage.data.clusters)?;
+    if let Some(labels) = &labels {
+        scored.data_set.require(&labels.data_set, REMEDY)?;
+    }
+    if let Some(previous) = &previous {
+        let remedy = "name the pseudo-labels of this run's last round";
+        scored.data_set.require(&previous.data_set, remedy)?;
+    }
+    let report = Report::new(&scored, labels.as_ref(), previous.as_ref())?;
+    let mut text = serde_json::to_string_pretty(&report)?;
+    text.push('\n');
+    stage::files::write(&stage.out.join("metrics.json"), text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    use data::DataSet;
+    use stage::{DataTable, DeviceChoice};
+
+    use super::*;
+
+    fn data_set(fingerprint: &str) -> DataSet {
+        DataSet { path: "x".into(), images: 4, fingerprint: fingerprint.into() }
+    }
+
+    fn stage(folder: &Path, roles: &[&str]) -> Stage {
+        Stage {
+            name: "metrics",
+            experiment: "e.toml".into(),
+            images: "i.safetensors".into(),
+            inputs: roles.iter().map(|role| (role.to_string(), folder.join("in"))).collect(),
+            out: folder.join("out"),
+            round: 0,
+            rounds: 0,
+            seed: 0,
+            device: DeviceChoice::Cpu,
+            data: DataTable { clusters: 2, train_on: vec![], score_on: vec![] },
+        }
+    }
+
+    fn write_inputs(folder: &Path, fingerprint: &str) -> Result<()> {
+        let scored = PseudoLabels {
+            data_set: data_set("f"),
+            clusters: 2,
+            index: vec![0, 1, 2, 3],
+            assignment: vec![1, 1, 0, 1],
+            kmeans_assignment: vec![0, 1, 0, 1],
+            confidence: vec![1.; 4],
+            score: vec![1.; 4],
+            reliable: vec![true, true, false, false],
+            projection_width: 1,
+            prototypes: vec![1., -1.],
+        };
+        let labels = Labels {
+            data_set: data_set(fingerprint),
+            labels: vec![Some(0), Some(0), Some(1), Some(1)],
+            classes: vec!["cat".into(), "dog".into()],
+        };
+        let folder = folder.join("in");
+        fs::create_dir_all(&folder)?;
+        scored.write(&folder.join(PSEUDO_LABELS))?;
+        labels.write(&folder.join(LABELS))
+    }
+
+    #[test]
+    fn the_file_has_the_agreed_form() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        write_inputs(folder.path(), "f")?;
+        let stage = stage(folder.path(), &["pseudo-labels", "labels", "previous"]);
+        check(&Config {}, &stage)?;
+        run(&Config {}, &stage)?;
+        let text = fs::read_to_string(stage.out.join("metrics.json"))?;
+        let read: BTreeMap<String, serde_json::Value> = serde_json::from_str(&text)?;
+        let keys: Vec<&str> = read.keys().map(String::as_str).collect();
+        let want = ["clusters", "head", "images", "kmeans", "reliable", "sizes", "stability"];
+        assert_eq!(keys, want);
+        assert_eq!(read["images"], 4);
+        assert_eq!(read["head"]["acc"], 0.75);
+        assert_eq!(read["kmeans"]["acc"], 0.5);
+        assert_eq!(read["reliable"], serde_json::json!({ "share": 0.5, "acc": 1.0 }));
+        assert_eq!(read["stability"], 1.0);
+        assert_eq!(read["sizes"], serde_json::json!([3, 1]));
+        Ok(())
+    }
+
+    #[test]
+    fn labels_of_other_images_and_other_clusters_are_refused() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        write_inputs(folder.path(), "g")?;
+        let mut stage = stage(folder.path(), &["pseudo-labels", "labels"]);
+        for error in [check(&Config {}, &stage), run(&Config {}, &stage)] {
+            let error = error.expect_err("other images").to_string();
+            assert!(error.contains(REMEDY), "{error}");
+        }
+        stage.data.clusters = 3;
+        let error = run(&Config {}, &stage).expect_err("other K").to_string();
+        assert!(error.contains("asks for 3"), "{error}");
+        assert!(!stage.out.join("metrics.json").exists());
+        stage.inputs.clear();
+        check(&Config {}, &stage)?;
+        let error = run(&Config {}, &stage).expect_err("no input").to_string();
+        assert!(error.contains("--in pseudo-labels=DIR"), "{error}");
+        Ok(())
+    }
+}

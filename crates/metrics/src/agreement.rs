@@ -1,0 +1,411 @@
+//! Scores of a grouping against another one or the truth.
+//!
+//! All take a [`Contingency`] table, made by one pass over the points ([`assignment::contingency`]):
+//! rows are clusters, columns are classes, `n_kc` points are in both, `a_k` and `b_c` are the sums.
+//! Clusters and classes without points change nothing. Logarithms are natural, scores without unit.
+
+use assignment::Contingency;
+
+/// The share of points in the right cluster, if every cluster is given one class of its own.
+///
+/// `max over one-to-one maps m of Σ_k n_{k, m(k)} / N`, by the Hungarian algorithm; where there are
+/// more clusters than classes, the points of those left over are all wrong, and no class is used
+/// twice. In `[0, 1]`; 1 for no points.
+pub fn accuracy(table: &Contingency) -> f64 {
+    share(hits(table, &table.best_map()), points(table))
+}
+
+/// Points that a map from clusters to classes gives their class.
+pub fn hits(table: &Contingency, map: &[Option<u32>]) -> u64 {
+    let hit = |(row, class): (usize, &Option<u32>)| -> u64 {
+        class.map_or(0, |class| table.at(row, class as usize).into())
+    };
+    map.iter().enumerate().map(hit).sum()
+}
+
+/// The share of points in the right cluster, if every cluster is given its most frequent class,
+/// whether others have it or not: purity.
+///
+/// `Σ_k max_c n_kc / N`. Never below [`accuracy`], and 1 if every point is its own cluster: compare
+/// it only at equal numbers of clusters. In `[0, 1]`; 1 for no points.
+pub fn many_to_one_accuracy(table: &Contingency) -> f64 {
+    share(hits(table, &many_to_one_map(table)), points(table))
+}
+
+/// The most frequent class of each cluster (the lowest index of equals); `None` if it is empty.
+pub fn many_to_one_map(table: &Contingency) -> Vec<Option<u32>> {
+    let majority = |row: &[u32]| {
+        let largest = *row.iter().max()?;
+        let class = row.iter().position(|&n| n == largest && n > 0)?;
+        u32::try_from(class).ok()
+    };
+    table.counts.chunks(table.columns).map(majority).collect()
+}
+
+/// What mutual information is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mean {
+    /// `(H(clusters) + H(classes)) / 2`: what clustering papers report.
+    Arithmetic,
+    /// `√(H(clusters) · H(classes))`.
+    Geometric,
+    /// The larger entropy.
+    Maximum,
+    /// The smaller entropy.
+    Minimum,
+}
+
+impl Mean {
+    fn of(self, a: f64, b: f64) -> f64 {
+        match self {
+            Self::Arithmetic => (a + b) / 2.,
+            Self::Geometric => (a * b).sqrt(),
+            Self::Maximum => a.max(b),
+            Self::Minimum => a.min(b),
+        }
+    }
+}
+
+/// NMI: mutual information as a share of the entropies' mean.
+///
+/// `I / mean(H(clusters), H(classes))`: Strehl and Ghosh 2002, with the mean by name. In `[0, 1]`;
+/// 1 if both sides have a single group or there are no points, 0 if only one side has.
+pub fn normalized_mutual_information(table: &Contingency, mean: Mean) -> f64 {
+    let (a, b) = sums(table);
+    if groups(&a) <= 1 && groups(&b) <= 1 {
+        return 1.;
+    }
+    let information = mutual_information(table);
+    if information == 0. {
+        return 0.;
+    }
+    information / mean.of(entropy(&a), entropy(&b))
+}
+
+/// `I = Σ_kc (n_kc / N) ln(N n_kc / (a_k b_c))`, in nats; not below 0.
+pub fn mutual_information(table: &Contingency) -> f64 {
+    let (a, b) = sums(table);
+    let n: u64 = a.iter().sum();
+    let logarithms: Vec<f64> = b.iter().map(|&b| (b as f64).ln()).collect();
+    let mut information = 0f64;
+    for (row, &a) in table.counts.chunks(table.columns).zip(&a).filter(|(_, a)| **a > 0) {
+        // ln a − ln N, once a row; each further logarithm belongs to a cell with points.
+        let offset = (n as f64).ln() - (a as f64).ln();
+        for (&count, &logarithm) in row.iter().zip(&logarithms).filter(|(count, _)| **count > 0) {
+            let count = f64::from(count);
+            information += count / n as f64 * (count.ln() + offset - logarithm);
+        }
+    }
+    // Independent sides leave rounding errors of either sign.
+    if information < 4. * f64::EPSILON { 0. } else { information }
+}
+
+/// `H = −Σ (a / N) ln(a / N)`, in nats.
+pub fn entropy(sizes: &[u64]) -> f64 {
+    let n = sizes.iter().sum::<u64>() as f64;
+    let terms =
+        sizes.iter().filter(|&&a| a > 0).map(|&a| a as f64 / n * ((a as f64).ln() - n.ln()));
+    (-terms.sum::<f64>()).max(0.)
+}
+
+/// AMI: mutual information beyond chance, as a share of what is possible.
+///
+/// `(I − E[I]) / (mean(H(clusters), H(classes)) − E[I])` with the expectation over groupings of the
+/// same sizes: Vinh, Epps and Bailey 2010, arithmetic mean. At most 1, about 0 for chance; 1 for
+/// equal groupings and for no points, 0 if only one side has a single group.
+pub fn adjusted_mutual_information(table: &Contingency) -> f64 {
+    let (a, b) = sums(table);
+    // Where no grouping of these sizes can score otherwise, the quotient would be 0 / 0.
+    if is_renumbering(table) {
+        return 1.;
+    }
+    if groups(&a) == 1 || groups(&b) == 1 {
+        return 0.;
+    }
+    let expected = expected_mutual_information(&a, &b);
+    let possible = Mean::Arithmetic.of(entropy(&a), entropy(&b));
+    (mutual_information(table) - expected) / (possible - expected)
+}
+
+/// Whether the two sides are the same grouping but for the numbers of their groups.
+fn is_renumbering(table: &Contingency) -> bool {
+    let (a, b) = sums(table);
+    let cells = table.counts.iter().filter(|&&n| n > 0).count();
+    cells == groups(&a) && cells == groups(&b)
+}
+
+/// The mutual information of two random groupings of these sizes, in nats: Vinh et al. 2010, Eq. 24a.
+///
+/// The number of points in a cell is hypergeometric; its probabilities are followed from the most
+/// likely value in both directions. Pairs of equal sizes are computed once.
+pub fn expected_mutual_information(a: &[u64], b: &[u64]) -> f64 {
+    let n: u64 = a.iter().sum();
+    let logarithms = LogFactorials::new(n as usize);
+    let mut expected = 0f64;
+    for &(a, times_a) in &distinct(a) {
+        for &(b, times_b) in &distinct(b) {
+            expected += (times_a * times_b) as f64 * cell_expectation(a, b, n, &logarithms);
+        }
+    }
+    expected
+}
+
+/// `E[(x / n) ln(n x / (a b))]` for the hypergeometric `x` with margins `a` and `b`.
+fn cell_expectation(a: u64, b: u64, n: u64, logarithms: &LogFactorials) -> f64 {
+    let (least, most) = ((a + b).saturating_sub(n).max(1), a.min(b));
+    if least > most {
+        return 0.;
+    }
+    let term = |x: u64, p: f64| {
+        let information = (x as f64).ln() + (n as f64).ln() - (a as f64).ln() - (b as f64).ln();
+        p * (x as f64 / n as f64) * information
+    };
+    // P(x + 1) / P(x).
+    let ratio =
+        |x: u64| ((a - x) as f64 * (b - x) as f64) / ((x + 1) as f64 * (n + x + 1 - a - b) as f64);
+    let mode = (((a + 1) as f64 * (b + 1) as f64 / (n + 2) as f64) as u64).clamp(least, most);
+    let peak = logarithms.hypergeometric(mode, a, b, n).exp();
+    let mut sum = term(mode, peak);
+    let mut p = peak;
+    for x in mode..most {
+        p *= ratio(x);
+        sum += term(x + 1, p);
+        if p < peak * 1e-25 {
+            break;
+        }
+    }
+    p = peak;
+    for x in (least..mode).rev() {
+        p /= ratio(x);
+        sum += term(x, p);
+        if p < peak * 1e-25 {
+            break;
+        }
+    }
+    sum
+}
+
+/// `ln i!` for `i` up to `n`.
+struct LogFactorials(Vec<f64>);
+
+impl LogFactorials {
+    fn new(n: usize) -> Self {
+        let mut logarithms = vec![0f64; n + 1];
+        // The running sum's rounding error is carried along (Kahan).
+        let mut carry = 0f64;
+        for i in 1..=n {
+            let term = (i as f64).ln() - carry;
+            logarithms[i] = logarithms[i - 1] + term;
+            carry = (logarithms[i] - logarithms[i - 1]) - term;
+        }
+        Self(logarithms)
+    }
+
+    /// `ln P(x)` for `a` draws from `n` of which `b` count.
+    fn hypergeometric(&self, x: u64, a: u64, b: u64, n: u64) -> f64 {
+        let f = |i: u64| self.0[i as usize];
+        f(a) + f(b) + f(n - a) + f(n - b) - f(n) - f(x) - f(a - x) - f(b - x) - f(n + x - a - b)
+    }
+}
+
+/// The sizes above 0 with how often each occurs.
+fn distinct(sizes: &[u64]) -> Vec<(u64, usize)> {
+    let mut sorted: Vec<u64> = sizes.iter().copied().filter(|&size| size > 0).collect();
+    sorted.sort_unstable();
+    sorted.chunk_by(|x, y| x == y).map(|equal| (equal[0], equal.len())).collect()
+}
+
+/// ARI: pairs on which the two sides agree, beyond chance.
+///
+/// `2 (p q − r s) / ((p + r)(r + q) + (p + s)(s + q))` over the pairs that are together on both
+/// sides `p`, on neither `q`, on one `r`, `s`: Hubert and Arabie 1985. In `[−½, 1]`; about 0 for
+/// chance, 1 for equal groupings, and for no points.
+pub fn adjusted_rand_index(table: &Contingency) -> f64 {
+    let (a, b) = sums(table);
+    let square = |sizes: &[u64]| sizes.iter().map(|&x| u128::from(x) * u128::from(x)).sum::<u128>();
+    let n = u128::from(a.iter().sum::<u64>());
+    let both: u128 = table.counts.iter().map(|&x| u128::from(x) * u128::from(x)).sum();
+    let (rows, columns) = (square(&a), square(&b));
+    // Ordered pairs; integers, so nothing is lost before the division.
+    let (together, only_rows, only_columns) = (both - n, rows - both, columns - both);
+    if only_rows == 0 && only_columns == 0 {
+        return 1.;
+    }
+    let apart = (n * n + both - rows - columns) as f64;
+    let (p, r, s) = (together as f64, only_rows as f64, only_columns as f64);
+    2. * (p * apart - r * s) / ((p + r) * (r + apart) + (p + s) * (s + apart))
+}
+
+/// How far clusters hold points of one class only: `1 − H(classes | clusters) / H(classes)`.
+///
+/// Rosenberg and Hirschberg 2007, Eq. 1. In `[0, 1]`; 1 if there is a single class.
+pub fn homogeneity(table: &Contingency) -> f64 {
+    let (_, b) = sums(table);
+    let entropy = entropy(&b);
+    if entropy == 0. { 1. } else { mutual_information(table) / entropy }
+}
+
+/// How far classes lie in one cluster only: `1 − H(clusters | classes) / H(clusters)`.
+///
+/// Rosenberg and Hirschberg 2007, Eq. 2. In `[0, 1]`; 1 if there is a single cluster.
+pub fn completeness(table: &Contingency) -> f64 {
+    let (a, _) = sums(table);
+    let entropy = entropy(&a);
+    if entropy == 0. { 1. } else { mutual_information(table) / entropy }
+}
+
+/// The harmonic mean of [`homogeneity`] and [`completeness`], the second weighted by `beta`.
+///
+/// `(1 + β) h c / (β h + c)`: Rosenberg and Hirschberg 2007, Eq. 3. With `beta` 1 it is
+/// [`normalized_mutual_information`] by the arithmetic mean. In `[0, 1]`.
+pub fn v_measure(table: &Contingency, beta: f64) -> f64 {
+    let (h, c) = (homogeneity(table), completeness(table));
+    if h + c == 0. { 0. } else { (1. + beta) * h * c / (beta * h + c) }
+}
+
+/// Precision and recall of one class.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClassScore {
+    /// Share of the points given this class that belong to it; `None` if none are given it.
+    pub precision: Option<f64>,
+    /// Share of the points of this class that are given it; `None` if it has none.
+    pub recall: Option<f64>,
+}
+
+/// Precision and recall of every class under a map from clusters to classes, such as
+/// [`Contingency::best_map`] or [`many_to_one_map`]. Returns one score for each class.
+pub fn class_scores(table: &Contingency, map: &[Option<u32>]) -> Vec<ClassScore> {
+    let (clusters, classes) = sums(table);
+    let mut right = vec![0u64; table.columns];
+    let mut given = vec![0u64; table.columns];
+    for (row, class) in map.iter().enumerate() {
+        if let Some(class) = class.map(|class| class as usize) {
+            right[class] += u64::from(table.at(row, class));
+            given[class] += clusters[row];
+        }
+    }
+    let part = |of: u64, all: u64| (all > 0).then(|| of as f64 / all as f64);
+    (0..table.columns)
+        .map(|c| ClassScore {
+            precision: part(right[c], given[c]),
+            recall: part(right[c], classes[c]),
+        })
+        .collect()
+}
+
+fn sums(table: &Contingency) -> (Vec<u64>, Vec<u64>) {
+    (table.row_sums(), table.column_sums())
+}
+
+fn points(table: &Contingency) -> u64 {
+    table.row_sums().iter().sum()
+}
+
+fn groups(sizes: &[u64]) -> usize {
+    sizes.iter().filter(|&&size| size > 0).count()
+}
+
+fn share(part: u64, all: u64) -> f64 {
+    if all == 0 { 1. } else { part as f64 / all as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use assignment::contingency;
+
+    use super::*;
+
+    fn table(clusters: &[u32], classes: &[u32]) -> Contingency {
+        let count = |x: &[u32]| x.iter().max().map_or(1, |&m| m as usize + 1);
+        contingency(clusters, classes, count(clusters), count(classes)).expect("valid")
+    }
+
+    fn near(got: f64, want: f64) {
+        assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
+    }
+
+    #[test]
+    fn the_worked_examples_have_their_scores() {
+        let t = table(&[0, 0, 0, 1, 1, 2, 2, 2, 2, 2], &[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
+        near(normalized_mutual_information(&t, Mean::Arithmetic), 0.496_646);
+        near(normalized_mutual_information(&t, Mean::Geometric), 0.507_913);
+        near(normalized_mutual_information(&t, Mean::Maximum), 0.410_634);
+        near(normalized_mutual_information(&t, Mean::Minimum), 0.628_236);
+        near(adjusted_rand_index(&t), 0.316_109);
+
+        let t = table(&[1, 1, 0, 0, 0, 0, 2, 2, 2, 1], &[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]);
+        near(accuracy(&t), 0.8);
+        near(adjusted_rand_index(&t), 0.431_818);
+    }
+
+    #[test]
+    fn accuracy_is_neither_greedy_nor_many_to_one() {
+        let t = Contingency { rows: 2, columns: 2, counts: vec![5, 4, 4, 0] };
+        near(accuracy(&t), 8. / 13.);
+        near(many_to_one_accuracy(&t), 9. / 13.);
+    }
+
+    #[test]
+    fn surplus_clusters_and_classes_count_as_errors() {
+        let t = Contingency { rows: 3, columns: 2, counts: vec![4, 0, 3, 1, 0, 2] };
+        near(accuracy(&t), 0.6);
+        near(many_to_one_accuracy(&t), 0.9);
+        let t = Contingency { rows: 1, columns: 3, counts: vec![1, 2, 3] };
+        near(accuracy(&t), 0.5);
+    }
+
+    #[test]
+    fn classes_have_precision_and_recall_under_a_map() {
+        let t = Contingency { rows: 3, columns: 3, counts: vec![4, 1, 0, 0, 0, 0, 2, 3, 0] };
+        let scores = class_scores(&t, &[Some(0), None, Some(1)]);
+        assert_eq!(scores[0], ClassScore { precision: Some(0.8), recall: Some(4. / 6.) });
+        assert_eq!(scores[1], ClassScore { precision: Some(0.6), recall: Some(0.75) });
+        assert_eq!(scores[2], ClassScore { precision: None, recall: None });
+        assert_eq!(many_to_one_map(&t), [Some(0), None, Some(1)]);
+    }
+
+    #[test]
+    fn no_point_and_one_group_are_defined() {
+        let none = contingency(&[], &[], 2, 3).expect("valid");
+        let one = table(&[0, 0], &[0, 0]);
+        for t in [none, one] {
+            assert_eq!(accuracy(&t), 1.);
+            assert_eq!(adjusted_rand_index(&t), 1.);
+            assert_eq!(normalized_mutual_information(&t, Mean::Geometric), 1.);
+            assert_eq!(adjusted_mutual_information(&t), 1.);
+            assert_eq!(v_measure(&t, 1.), 1.);
+        }
+    }
+
+    /// Labels of a case are text, one printable character a point; the script says how they are drawn.
+    #[test]
+    fn scores_agree_with_scikit_learn() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../tests-data/agreement.json")).expect("JSON");
+        let cases = fixture["cases"].as_array().expect("cases");
+        assert_eq!(cases.len(), 200);
+        for (i, case) in cases.iter().enumerate() {
+            let labels = |key: &str| -> Vec<u32> {
+                let text = case[key].as_str().expect("labels");
+                // One printable character each, from `0` on.
+                text.bytes().map(|byte| u32::from(byte - b'0')).collect()
+            };
+            let t = table(&labels("clusters"), &labels("classes"));
+            for (name, got) in [
+                ("acc", accuracy(&t)),
+                ("nmi", normalized_mutual_information(&t, Mean::Arithmetic)),
+                ("nmi-geometric", normalized_mutual_information(&t, Mean::Geometric)),
+                ("nmi-max", normalized_mutual_information(&t, Mean::Maximum)),
+                ("nmi-min", normalized_mutual_information(&t, Mean::Minimum)),
+                ("ami", adjusted_mutual_information(&t)),
+                ("ari", adjusted_rand_index(&t)),
+                ("homogeneity", homogeneity(&t)),
+                ("completeness", completeness(&t)),
+                ("v-measure", v_measure(&t, 1.)),
+            ] {
+                let want = case[name].as_f64().expect("a score");
+                assert!((got - want).abs() < 1e-12, "case {i}, {name}: got {got}, want {want}");
+            }
+        }
+    }
+}
