@@ -5,7 +5,7 @@
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
-//! | `id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture, ascending, none twice |
+//! | `id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture, ascending; equal ones by split |
 //! | `split` | `(N,)` u8 | 0 train, 1 test, 2 unlabelled |
 //! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG file, 2 PNG file |
 //! | `size` | `(N, 2)` u32 | height and width of the decoded picture |
@@ -31,6 +31,7 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stage::Split;
 use stage::container::{self, Contents, Header, Streamed, Tensor, hex};
@@ -279,7 +280,7 @@ impl Shared {
             room: AtomicUsize::new(DECODED_BYTES),
             map,
         };
-        let ascending = |pair: &[Id]| pair[0] < pair[1];
+        let ascending = |pair: &[Id]| pair[0] <= pair[1];
         ensure!(shared.ids.windows(2).all(ascending), "the ids do not ascend");
         let rising = shared.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
         let ends = [shared.offsets.first(), shared.offsets.last()];
@@ -381,7 +382,9 @@ pub struct Writer {
     channels: usize,
     spool: BufWriter<File>,
     spooled: u64,
+    identical: Identical,
     kept: Vec<Kept>,
+    /// The first picture with these bytes.
     tickets: HashMap<Id, usize>,
 }
 
@@ -394,12 +397,23 @@ struct Kept {
     range: Range<u64>,
 }
 
+/// What to do with a picture whose bytes another one has too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Identical {
+    /// Each is an image of its own, as published counts and scores have it: CIFAR and ILSVRC-2012
+    /// hold some pictures twice.
+    Keep,
+    /// The first to come stands for all: for a collection in which one picture was saved often.
+    Drop,
+}
+
 /// What became of a picture that was added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Added {
     /// It is the `n`-th that was kept, counting from 0: its ticket.
     Kept(usize),
-    /// The picture with this ticket has the same bytes; it stands for both.
+    /// The picture with this ticket has the same bytes and stands for both: [`Identical::Drop`].
     Duplicate(usize),
 }
 
@@ -418,7 +432,7 @@ impl Writer {
     /// # Errors
     ///
     /// `channels` is neither, or the folder cannot be written to.
-    pub fn create(path: &Path, channels: usize) -> Result<Self> {
+    pub fn create(path: &Path, channels: usize, identical: Identical) -> Result<Self> {
         ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
         let folder = path.parent().unwrap_or(Path::new(""));
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
@@ -430,13 +444,14 @@ impl Writer {
             channels,
             spool: BufWriter::with_capacity(1 << 20, spool),
             spooled: 0,
+            identical,
             kept: Vec::new(),
             tickets: HashMap::new(),
         })
     }
 
-    /// Adds a picture, unless one with the same bytes is there already. Then the lower of the two
-    /// splits holds (train before test), whichever came first.
+    /// Adds a picture. If one with the same bytes is there already and only one is to stay, the
+    /// lower of the two splits holds (train before test), whichever came first.
     ///
     /// # Errors
     ///
@@ -449,19 +464,28 @@ impl Writer {
             self.path.display(),
             self.channels
         );
-        if let Some(&ticket) = self.tickets.get(&source.id) {
-            let kept = &mut self.kept[ticket];
-            kept.split = kept.split.min(split);
-            return Ok(Added::Duplicate(ticket));
-        }
-        self.spool.write_all(&source.bytes).with_context(|| self.refused())?;
-        let range = self.spooled..self.spooled + source.bytes.len() as u64;
-        self.spooled = range.end;
+        let first = self.tickets.get(&source.id).copied();
+        let range = match (first, self.identical) {
+            (Some(ticket), Identical::Drop) => {
+                let kept = &mut self.kept[ticket];
+                kept.split = kept.split.min(split);
+                return Ok(Added::Duplicate(ticket));
+            }
+            (Some(ticket), Identical::Keep) => self.kept[ticket].range.clone(),
+            (None, _) => self.spool(&source.bytes)?,
+        };
         let Source { id, encoding, size, .. } = *source;
         self.kept.push(Kept { id, encoding, split, size, range });
         let ticket = self.kept.len() - 1;
-        self.tickets.insert(id, ticket);
+        self.tickets.entry(id).or_insert(ticket);
         Ok(Added::Kept(ticket))
+    }
+
+    fn spool(&mut self, bytes: &[u8]) -> Result<Range<u64>> {
+        self.spool.write_all(bytes).with_context(|| self.refused())?;
+        let range = self.spooled..self.spooled + bytes.len() as u64;
+        self.spooled = range.end;
+        Ok(range)
     }
 
     /// Puts the pictures in order and writes the file; of more than `at_most` the first by order.
@@ -475,7 +499,9 @@ impl Writer {
         }
         self.spool.flush().with_context(|| self.refused())?;
         let mut order: Vec<usize> = (0..self.kept.len()).collect();
-        order.sort_by_key(|&ticket| self.kept[ticket].id);
+        // Equal bytes of equal split are told apart by nothing in this file, so that their order,
+        // which is that of arrival, moves only names and labels.
+        order.sort_by_key(|&ticket| (self.kept[ticket].id, self.kept[ticket].split));
         order.truncate(at_most.unwrap_or(usize::MAX));
         let mut rows = vec![None; self.kept.len()];
         for (&ticket, row) in order.iter().zip(0u32..) {
@@ -544,7 +570,7 @@ mod tests {
     }
 
     fn write(path: &Path, sources: &[(Source, Split)], at_most: Option<usize>) -> Written {
-        let mut writer = Writer::create(path, 3).expect("created");
+        let mut writer = Writer::create(path, 3, Identical::Drop).expect("created");
         for (source, split) in sources {
             writer.add(source, *split).expect("added");
         }
@@ -605,7 +631,7 @@ mod tests {
     fn duplicates_are_told_and_the_first_by_order_are_kept() {
         let (_folder, path) = scratch();
         let sources = sources();
-        let mut writer = Writer::create(&path, 3).expect("created");
+        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
         assert_eq!(writer.add(&sources[0].0, Split::Test).expect("added"), Added::Kept(0));
         assert_eq!(writer.add(&sources[1].0, Split::Train).expect("added"), Added::Kept(1));
         assert_eq!(writer.add(&sources[0].0, Split::Train).expect("added"), Added::Duplicate(0));
@@ -620,10 +646,45 @@ mod tests {
         assert_eq!(sources[left_out].0.id(), largest);
         assert_eq!(Images::open(&path).expect("sound").rows(&[Split::Train]).len(), 2);
 
-        let empty = Writer::create(&path, 3).expect("created").finish(None);
+        let empty = Writer::create(&path, 3, Identical::Drop).expect("created").finish(None);
         assert!(empty.expect_err("empty").to_string().contains("no picture"));
         let grey = Source::raw(example(2, 2, 1), 1).expect("sound");
-        assert!(Writer::create(&path, 3).expect("created").add(&grey, Split::Train).is_err());
+        assert!(
+            Writer::create(&path, 3, Identical::Drop)
+                .expect("created")
+                .add(&grey, Split::Train)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn equal_pictures_stay_where_each_counts_and_their_order_of_arrival_leaves_no_trace() {
+        let (_folder, path) = scratch();
+        let picture = |rows| Source::raw(example(rows, 3, 1), 1).expect("sound");
+        let mut arrivals =
+            [(2, Split::Test), (5, Split::Test), (2, Split::Train), (2, Split::Test)];
+        let mut files = Vec::new();
+        for _ in 0..2 {
+            let mut writer = Writer::create(&path, 1, Identical::Keep).expect("created");
+            for (ticket, (rows, split)) in arrivals.into_iter().enumerate() {
+                let added = writer.add(&picture(rows), split).expect("added");
+                assert_eq!(added, Added::Kept(ticket));
+            }
+            let written = writer.finish(None).expect("written");
+            assert_eq!(written.data_set.images, 4);
+            let mut rows: Vec<_> = written.rows.iter().map(|row| row.expect("kept")).collect();
+            let images = Images::open(&path).expect("sound");
+            for (&row, (height, split)) in rows.iter().zip(arrivals) {
+                assert_eq!(images.size(row).expect("there"), (height, 3));
+                assert!(images.rows(&[split]).contains(&row));
+                assert_eq!(*images.picture(row).expect("sound"), example(height, 3, 1));
+            }
+            rows.sort();
+            assert_eq!(rows, [0, 1, 2, 3]);
+            files.push(std::fs::read(&path).expect("there"));
+            arrivals.reverse();
+        }
+        assert_eq!(files[0], files[1]);
     }
 
     #[test]

@@ -1,0 +1,136 @@
+//! The programs that fill the places: built from this workspace, ready-built, or foreign.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::key;
+
+/// A program that can be started.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// Its file.
+    pub path: PathBuf,
+    /// What tells its results from those of another: for our own, the line that `--version`
+    /// prints; for a foreign executable, which need not know that flag, the digest of its file.
+    pub version: String,
+}
+
+/// The programs of a run, by the word that names them in `[stages]`.
+#[derive(Debug, Clone)]
+pub struct Programs(BTreeMap<String, Program>);
+
+impl Programs {
+    /// Builds exactly these programs, in one go; those named by a path are taken as they are.
+    pub fn build(words: &[&str]) -> Result<Self> {
+        let crates: Vec<&str> = words.iter().copied().filter(|word| !is_path(word)).collect();
+        for name in &crates {
+            ensure!(
+                Path::new("crates").join(name).join("Cargo.toml").exists(),
+                "there is no program `{name}`: `crates/{name}` is missing; `[stages]` may also \
+                 name an executable by its path"
+            );
+        }
+        let built = if crates.is_empty() { BTreeMap::new() } else { cargo_build(&crates)? };
+        Self::located(words, |name| {
+            built.get(name).cloned().with_context(|| {
+                format!("`crates/{name}` builds no program: it needs a `src/main.rs`")
+            })
+        })
+    }
+
+    /// Takes the ready-built programs in `folder`.
+    pub fn in_folder(words: &[&str], folder: &Path) -> Result<Self> {
+        Self::located(words, |name| Ok(folder.join(format!("{name}{}", env::consts::EXE_SUFFIX))))
+    }
+
+    /// The program that `word` names.
+    pub fn get(&self, word: &str) -> &Program {
+        self.0.get(word).expect("every program of the plan was located")
+    }
+
+    fn located(words: &[&str], place: impl Fn(&str) -> Result<PathBuf>) -> Result<Self> {
+        let mut programs = BTreeMap::new();
+        for &word in words {
+            let path = if is_path(word) { PathBuf::from(word) } else { place(word)? };
+            ensure!(
+                path.is_file(),
+                "the program `{word}` is missing: there is no file `{}`",
+                path.display()
+            );
+            let version = match is_path(word) {
+                true => format!("sha256 {}", key::digest_of_file(&path)?),
+                false => version_of(&path)?,
+            };
+            programs.insert(word.to_owned(), Program { path, version });
+        }
+        Ok(Self(programs))
+    }
+}
+
+fn is_path(word: &str) -> bool {
+    word.contains(['/', '\\'])
+}
+
+/// Runs `cargo build` and returns the executables by name.
+fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
+    tracing::info!("building {}", crates.join(", "));
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "--message-format", "json-render-diagnostics"]);
+    for name in crates {
+        command.args(["--package", name]);
+    }
+    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.context("starting cargo to build the programs")?;
+    ensure!(
+        output.status.success(),
+        "building {} failed; cargo's messages are above",
+        crates.join(", ")
+    );
+    let mut executables = BTreeMap::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        // Lines that are no message of cargo's are what build scripts print.
+        let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
+        let name = message.pointer("/target/name").and_then(Value::as_str);
+        let executable = message.get("executable").and_then(Value::as_str);
+        if let (Some(name), Some(executable)) = (name, executable) {
+            executables.insert(name.to_owned(), PathBuf::from(executable));
+        }
+    }
+    Ok(executables)
+}
+
+/// The line that `program --version` prints.
+fn version_of(program: &Path) -> Result<String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("starting `{}`", program.display()))?;
+    let line = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if !output.status.success() || line.is_empty() {
+        bail!("`{} --version` does not say which algorithm it is", program.display());
+    }
+    Ok(line)
+}
+
+/// The experiments in `configs/`, sorted by name.
+pub fn experiments(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,328 @@
+//! Runs of `xtask` with programs that compute nothing: what is started, with what, and when not.
+#![cfg(unix)]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// A folder with fake programs, an experiment and what the runs write.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+/// Where the sources of the tests are.
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let programs = folder.path().join("programs");
+        fs::create_dir(&programs).expect("created");
+        let names =
+            ["prepare", "pretraining", "embed", "clustering", "prototype-refinement", "metrics"];
+        for name in names.into_iter().chain(["foreign"]) {
+            symlink(sources().join("fake-program"), programs.join(name)).expect("linked");
+        }
+        fs::copy(sources().join("example.toml"), folder.path().join("example.toml"))
+            .expect("copied");
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        let (subcommand, words) = words.split_first().expect("a subcommand");
+        command
+            .arg(subcommand)
+            .args(words)
+            .arg("--programs")
+            .arg(self.path("programs"))
+            .arg("--runs")
+            .arg(self.path("runs"))
+            .env("FAKE_LOG", self.path("log"))
+            .current_dir(self.folder.path());
+        command
+    }
+
+    fn reproduce(&self, words: &[&str]) -> Output {
+        let words: Vec<_> = ["reproduce", "example.toml"].iter().chain(words).copied().collect();
+        self.command(&words).output().expect("started")
+    }
+
+    /// What was started since the last call, one program a line.
+    fn started(&self) -> Vec<String> {
+        let log = fs::read_to_string(self.path("log")).unwrap_or_default();
+        let _ = fs::remove_file(self.path("log"));
+        log.lines().map(str::to_owned).collect()
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn assert_status(output: &Output, status: i32) {
+    assert_eq!(output.status.code(), Some(status), "{}", text(&output.stderr));
+}
+
+const FIRST: [&str; 13] = [
+    "prepare ",
+    "pretraining 0",
+    "embed 0 network",
+    "clustering 0 embeddings",
+    "metrics 0 pseudo-labels labels",
+    "prototype-refinement 1 network pseudo-labels",
+    "embed 1 network",
+    "clustering 1 embeddings previous",
+    "metrics 1 pseudo-labels labels previous",
+    // The baseline: no network, no round.
+    "embed 0",
+    "clustering 0 embeddings",
+    "metrics 0 pseudo-labels labels",
+    // The control shares everything before its first refinement.
+    "prototype-refinement 1 network pseudo-labels",
+];
+
+const REST_OF_CONTROL: [&str; 3] = [
+    "embed 1 network",
+    "clustering 1 embeddings previous",
+    "metrics 1 pseudo-labels labels previous",
+];
+
+#[test]
+fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
+    let bench = Bench::new();
+    let output = bench.reproduce(&["--json"]);
+    assert_status(&output, 0);
+    assert_eq!(bench.started(), [&FIRST[..], &REST_OF_CONTROL].concat());
+
+    let stdout = text(&output.stdout);
+    let json: Value = serde_json::from_str(stdout.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(json["seeds"], json!([0]));
+    assert_eq!(json["scores"]["acc"]["mean"], json!(0.9));
+    assert_eq!(json["baselines"]["kmeans-pixels"]["acc"]["mean"], json!(0.6));
+    assert_eq!(json["control"]["rounds"][0]["round"], json!(1));
+    assert!(stdout.contains("control, round 1") && stdout.contains("90.0"), "{stdout}");
+
+    for view in ["0-pretraining", "1-clustering", "pixels/0-embed", "control/1-embed"] {
+        assert!(bench.path("runs/example/0").join(view).join("done.json").exists(), "{view}");
+    }
+    let assignments = bench.path("runs/example/0/1-clustering/pseudo-labels.safetensors");
+    assert!(stdout.contains(&assignments.display().to_string()), "{stdout}");
+
+    assert_status(&bench.reproduce(&[]), 0);
+    assert!(bench.started().is_empty(), "everything is done");
+}
+
+#[test]
+fn a_changed_value_runs_again_what_depends_on_it_and_nothing_else() {
+    let bench = Bench::new();
+    assert_status(&bench.reproduce(&[]), 0);
+    bench.started();
+    assert_status(&bench.reproduce(&["--set", "prototype-refinement.noise=0.5"]), 0);
+    let expected = [&FIRST[12..], &REST_OF_CONTROL].concat();
+    assert_eq!(bench.started(), expected, "the control had noise 0 before and has it now");
+
+    assert_status(&bench.reproduce(&["--set", "pretraining.epochs=3"]), 0);
+    let started = bench.started();
+    assert_eq!(started.len(), 12, "all but the data and the baseline: {started:?}");
+
+    let mut raised = bench.command(&["reproduce", "example.toml"]);
+    assert_status(&raised.env("FAKE_ALGORITHM", "2").output().expect("started"), 0);
+    assert_eq!(bench.started().len(), 16, "all of it, by programs with another algorithm");
+}
+
+#[test]
+fn seeds_share_the_data_and_the_table_has_their_mean() {
+    let bench = Bench::new();
+    let output = bench.reproduce(&["--seeds", "3", "--json"]);
+    assert_status(&output, 0);
+    assert_eq!(bench.started().len(), 1 + 3 * 15);
+    let stdout = text(&output.stdout);
+    let json: Value = serde_json::from_str(stdout.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(json["scores"]["acc"]["values"], json!([0.9, 0.91, 0.92]));
+    assert!(stdout.contains("91.0 ± 1.0"), "{stdout}");
+
+    assert_status(&bench.reproduce(&["--seed", "1"]), 0);
+    assert!(bench.started().is_empty());
+    assert_status(&bench.reproduce(&["--seed", "1", "--fresh"]), 0);
+    assert_eq!(bench.started().len(), 15, "the steps of this seed, not the data");
+    assert_status(&bench.reproduce(&["--seed", "0"]), 0);
+    assert!(bench.started().is_empty(), "another seed is not forgotten");
+}
+
+#[test]
+fn a_wrong_table_is_found_before_the_first_step() {
+    let bench = Bench::new();
+    let mut command = bench.command(&["reproduce", "example.toml"]);
+    let output = command.env("FAKE_CHECK", "prototype-refinement").output().expect("started");
+    assert_status(&output, 2);
+    assert_eq!(bench.started(), ["prepare "]);
+    let stderr = text(&output.stderr);
+    for part in ["prototype-refinement: unknown field", "nothing was started", "example.toml"] {
+        assert!(stderr.contains(part), "{part} is not in: {stderr}");
+    }
+
+    let output = bench.reproduce(&["--set", "clustering.head=3"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("its keys are heads, kmeans-metric, neighbours"));
+    assert!(bench.started().is_empty());
+}
+
+#[test]
+fn a_program_that_fails_decides_the_status_and_goes_on_in_its_folder() {
+    let bench = Bench::new();
+    for (failure, status, message) in [
+        ("embed 3", 3, "the same command goes on"),
+        ("embed 4", 4, "diverged or collapsed"),
+        ("embed 2", 2, "0-embed, seed 0 failed with exit status 2"),
+        ("embed 101", 2, "exit status 101"),
+    ] {
+        let mut command = bench.command(&["reproduce", "example.toml"]);
+        let output = command.env("FAKE_FAIL", failure).output().expect("started");
+        assert_status(&output, status);
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(message), "{message} is not in: {stderr}");
+        assert!(stderr.contains("embed: a message of its own"), "{stderr}");
+        assert!(output.stdout.is_empty(), "no result, so nothing on stdout");
+    }
+    bench.started();
+    assert_status(&bench.reproduce(&[]), 0);
+    assert_eq!(bench.started()[0], "embed 0 network again");
+}
+
+#[test]
+fn an_interrupt_lets_the_program_save_and_the_same_command_goes_on() {
+    let bench = Bench::new();
+    let mut command = bench.command(&["reproduce", "example.toml"]);
+    // A group of its own, so that the signal reaches it as Ctrl-C on a terminal would.
+    let child = command.env("FAKE_WAIT", "clustering").process_group(0).spawn().expect("started");
+    while !bench.path("log.waiting").exists() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let group = format!("-{}", child.id());
+    let sent = Command::new("kill").args(["-INT", "--", &group]).status().expect("sent");
+    assert!(sent.success());
+    let output = child.wait_with_output().expect("ended");
+    assert_eq!(output.status.code(), Some(3));
+    let started = bench.started();
+    assert_eq!(started.last().expect("a line"), "clustering saves");
+    assert_eq!(started.len(), 5, "nothing was started after it: {started:?}");
+
+    assert_status(&bench.reproduce(&[]), 0);
+    assert_eq!(bench.started()[0], "clustering 0 embeddings again");
+}
+
+#[test]
+fn a_dry_run_starts_nothing() {
+    let bench = Bench::new();
+    let output = bench.reproduce(&["--dry-run"]);
+    assert_status(&output, 0);
+    assert!(text(&output.stdout).contains("1-prototype-refinement"));
+    assert!(bench.started().is_empty() && !bench.path("runs/.store").exists());
+
+    assert_status(
+        &bench.command(&["stage", "pretraining", "example.toml"]).output().expect("started"),
+        0,
+    );
+    bench.started();
+    let output = bench.reproduce(&["--dry-run", "--fresh"]);
+    assert_status(&output, 0);
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains("0-pretraining, seed 0: is done"), "{stdout}");
+    assert!(
+        stdout.contains("0-embed, seed 0: runs") && stdout.contains("--in network="),
+        "{stdout}"
+    );
+    assert!(bench.started().is_empty());
+    assert!(bench.path("runs/example/0/0-pretraining/done.json").exists());
+}
+
+#[test]
+fn a_stage_runs_alone_on_what_the_run_has_found() {
+    let bench = Bench::new();
+    let stage = |words: &[&str]| {
+        let (place, rest) = words.split_first().expect("a place");
+        let words: Vec<_> = ["stage", place, "example.toml"].iter().chain(rest).copied().collect();
+        bench.command(&words).output().expect("started")
+    };
+    let output = stage(&["embed"]);
+    assert_status(&output, 2);
+    let stderr = text(&output.stderr);
+    assert!(
+        stderr.contains("cargo xtask stage pretraining") && stderr.contains("--round 0"),
+        "{stderr}"
+    );
+
+    assert_status(&stage(&["pretraining"]), 0);
+    let output = stage(&["embed"]);
+    assert_status(&output, 0);
+    assert_eq!(bench.started(), ["prepare ", "pretraining 0", "embed 0 network"]);
+    let view = bench.path("runs/example/0/0-embed");
+    assert_eq!(text(&output.stdout).trim(), view.display().to_string());
+
+    let output = stage(&["embed", "--round", "1"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("1-prototype-refinement"));
+    let output = stage(&["embedding"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("1-clustering"), "the steps are named");
+}
+
+#[test]
+fn a_foreign_executable_takes_a_place() {
+    let bench = Bench::new();
+    let foreign = bench.path("programs/foreign");
+    let set = format!("stages.clustering={}", foreign.display());
+    assert_status(&bench.reproduce(&["--set", &set]), 0);
+    let started = bench.started();
+    assert!(started.contains(&"foreign 1 embeddings previous".to_owned()), "{started:?}");
+    assert!(started.contains(&"clustering 0 embeddings".to_owned()), "the baseline: {started:?}");
+    assert_status(&bench.reproduce(&["--set", &set]), 0);
+    assert!(bench.started().is_empty(), "exit status 0 marks its folder as finished");
+
+    let output = bench.reproduce(&["--set", "stages.clustering=./none"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("no file `./none`"));
+}
+
+#[test]
+fn other_pictures_are_prepared_and_everything_depends_on_them() {
+    let bench = Bench::new();
+    assert_status(&bench.reproduce(&[]), 0);
+    bench.started();
+    fs::create_dir(bench.path("photos")).expect("created");
+    fs::write(bench.path("photos/a.png"), "1").expect("written");
+    assert_status(&bench.reproduce(&["--images", "photos"]), 0);
+    // The fake writes the same file for any source, so that the steps are shared.
+    assert_eq!(bench.started(), ["prepare "]);
+    fs::write(bench.path("photos/b.png"), "2").expect("written");
+    assert_status(&bench.reproduce(&["--images", "photos"]), 0);
+    assert_eq!(bench.started(), ["prepare "], "a changed folder is prepared again");
+}
+
+#[test]
+fn an_experiment_is_shown_as_it_would_run() {
+    let example = sources().join("example.toml");
+    let xtask = |words: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_xtask")).args(words).output().expect("started")
+    };
+    let output =
+        xtask(&["show", example.to_str().expect("UTF-8"), "--set", "pretraining.epochs=7"]);
+    assert_status(&output, 0);
+    assert!(text(&output.stdout).contains("[pretraining]\nepochs = 7\n"));
+    let output = xtask(&["show", "nowhere"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("cargo xtask list"));
+}
