@@ -12,7 +12,9 @@
 //! | `reliable` | `(M,)` u8 | 1 if the assignment may be trained on |
 //! | `prototypes` | `(K, P)` f32 | centre of each cluster among the projections |
 //!
-//! Header: `images` and `fingerprint` of the whole data set, see [`DataSet`], and `clusters`, K.
+//! Header: `images` and `fingerprint` of the whole data set, see [`DataSet`]; `clusters`, K; and, where it
+//! was measured, `stability`, the share of pictures whose cluster by a freshly started network is
+//! the last round's.
 
 use std::path::Path;
 
@@ -43,6 +45,9 @@ pub struct PseudoLabels {
     pub score: Vec<f32>,
     /// Whether the assignment may be trained on, `M`.
     pub reliable: Vec<bool>,
+    /// Share of pictures that a freshly started clustering network puts where the last round had
+    /// them, in `[0, 1]`; none in the first round.
+    pub stability: Option<f64>,
     /// Width of a projection, `P`.
     pub projection_width: usize,
     /// Centre of each cluster among the projections, `(K, P)`.
@@ -71,6 +76,9 @@ impl PseudoLabels {
         ];
         let mut header = self.data_set.header();
         header.insert("clusters".into(), self.clusters.into());
+        if let Some(stability) = self.stability {
+            header.insert("stability".into(), stability.into());
+        }
         container::write(path, KIND, VERSION, header, &tensors)
     }
 
@@ -90,6 +98,7 @@ impl PseudoLabels {
             confidence: file.f32("confidence")?,
             score: file.f32("score")?,
             reliable: file.u8("reliable")?.iter().map(|&reliable| reliable != 0).collect(),
+            stability: file.header("stability").ok().and_then(serde_json::Value::as_f64),
             projection_width: file.shape("prototypes")?.last().copied().unwrap_or(0),
             prototypes: file.f32("prototypes")?,
         };
@@ -139,6 +148,13 @@ impl PseudoLabels {
                 );
             }
         }
+        if let Some(stability) = self.stability {
+            ensure!(
+                (0. ..=1.).contains(&stability),
+                "header field `stability` of `{}` is {stability}, outside [0, 1]; cluster again",
+                path.display()
+            );
+        }
         for (name, values) in [("confidence", &self.confidence), ("score", &self.score)] {
             if let Some(value) = values.iter().find(|value| !(0. ..=1.00001).contains(*value)) {
                 anyhow::bail!(
@@ -165,6 +181,7 @@ mod tests {
             confidence: vec![1., 0.5, 0.25],
             score: vec![0.5, 0.5, 0.],
             reliable: vec![true, true, false],
+            stability: Some(0.75),
             projection_width: 3,
             prototypes: vec![1., 0., 0., 0., 0., -1.],
         }
@@ -174,9 +191,13 @@ mod tests {
     fn pseudo_labels_are_read_as_written() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("pseudo-labels.safetensors");
-        let written = example(&path);
+        let mut written = example(&path);
         written.write(&path).expect("written");
         let read = PseudoLabels::open(&path).expect("sound");
+        assert_eq!(read.stability, Some(0.75));
+        written.stability = None;
+        written.write(&path).expect("written");
+        assert_eq!(PseudoLabels::open(&path).expect("sound").stability, None);
         assert_eq!(read.clusters, 2);
         assert_eq!(read.index, written.index);
         assert_eq!(read.assignment, written.assignment);
@@ -196,7 +217,7 @@ mod tests {
     fn contradictions_are_refused() {
         let path = Path::new("pseudo-labels.safetensors");
         example(path).check(path).expect("sound");
-        let spoilt: [fn(&mut PseudoLabels); 9] = [
+        let spoilt: [fn(&mut PseudoLabels); 10] = [
             |p| p.index[2] = 4,
             |p| p.assignment[0] = 2,
             |p| p.kmeans_assignment[0] = 2,
@@ -206,6 +227,7 @@ mod tests {
             |p| p.score.truncate(2),
             |p| p.projection_width = 2,
             |p| p.data_set.images = 3,
+            |p| p.stability = Some(1.5),
         ];
         for (case, spoil) in spoilt.iter().enumerate() {
             let mut labels = example(path);

@@ -1,1 +1,3 @@
 //! The machine: dispatch, matrix products, convolutions, image rows.
+
+pub mod image;

@@ -1,0 +1,349 @@
+//! Batches of views, made by threads ahead of the step that needs them.
+//!
+//! Each thread makes whole batches; a batch's turn comes by its place in the order, and a thread
+//! that is [`AHEAD`] batches beyond what was taken waits. What a batch holds depends on seed,
+//! epoch, row and view alone, so it has the same bytes whoever made it, however many there were,
+//! and whichever other rows stood beside it.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use stage::random::stream;
+
+use crate::Images;
+use crate::views::{Input, Pipeline, Workspace};
+
+/// How many finished batches may wait, besides the one that each thread is making.
+pub const AHEAD: usize = 2;
+
+/// Views of a few pictures: what one step takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// The pictures, as rows of `images.safetensors`, B.
+    pub rows: Vec<u32>,
+    /// By view, the normalised values `(B, height, width, channels)`.
+    pub views: Vec<Vec<f32>>,
+    /// Rows of pixels.
+    pub height: usize,
+    /// Pixels in a row.
+    pub width: usize,
+    /// 1 grey, 3 red, green, blue.
+    pub channels: usize,
+}
+
+/// An iterator over batches in the order asked for. It ends after the first error; dropping it
+/// stops the threads.
+#[derive(Debug)]
+pub struct Loader {
+    ring: Arc<Ring>,
+    threads: Vec<JoinHandle<()>>,
+    next: usize,
+    batches: usize,
+}
+
+/// What the threads share with the loader.
+#[derive(Debug)]
+struct Ring {
+    state: Mutex<State>,
+    /// Told when a batch was finished or taken, or everything is to stop.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The batch that the next free thread makes.
+    claimed: usize,
+    /// How many were taken.
+    taken: usize,
+    finished: BTreeMap<usize, Result<Batch>>,
+    stopped: bool,
+}
+
+/// What makes a batch from its rows.
+#[derive(Debug)]
+struct Maker {
+    images: Images,
+    batches: Vec<Vec<u32>>,
+    pipelines: Vec<Pipeline>,
+    input: Input,
+    seed: u64,
+    epoch: u64,
+}
+
+impl Loader {
+    /// Starts `threads` threads that make a batch of each list of rows, in this order, with one view
+    /// by each of the pipelines.
+    ///
+    /// The draws of view `v` of a row come from `stage::random::stream(seed, "views", [epoch, row,
+    /// v])`. Memory holds at most `threads +` [`AHEAD`] batches.
+    ///
+    /// # Errors
+    ///
+    /// The pictures have other channels than the input, a row does not exist, or the system gives
+    /// no thread.
+    pub fn new(
+        images: &Images,
+        batches: Vec<Vec<u32>>,
+        pipelines: Vec<Pipeline>,
+        input: &Input,
+        seed: u64,
+        epoch: u64,
+        threads: usize,
+    ) -> Result<Self> {
+        ensure!(
+            images.channels() == input.channels,
+            "`{}` has pictures of {} channels but the network takes {}; prepare the images again \
+             with `channels = {}` in table `[prepare]`",
+            images.data_set().path.display(),
+            images.channels(),
+            input.channels,
+            input.channels
+        );
+        if let Some(&row) = batches.iter().flatten().find(|&&row| row as usize >= images.len()) {
+            images.id(row)?;
+        }
+        let count = batches.len();
+        let (images, input) = (images.clone(), input.clone());
+        let maker = Arc::new(Maker { images, batches, pipelines, input, seed, epoch });
+        let ring = Arc::new(Ring { state: Mutex::default(), changed: Condvar::new() });
+        let mut loader = Self { ring, threads: Vec::new(), next: 0, batches: count };
+        for _ in 0..threads.clamp(1, count.max(1)) {
+            let (ring, maker) = (loader.ring.clone(), maker.clone());
+            let limit = threads.max(1) + AHEAD;
+            let thread = thread::Builder::new()
+                .name("views".into())
+                .spawn(move || work(&ring, &maker, limit))
+                .context("starting a thread that makes views")?;
+            loader.threads.push(thread);
+        }
+        Ok(loader)
+    }
+}
+
+/// Makes batches until none is left or everything is to stop.
+fn work(ring: &Ring, maker: &Maker, limit: usize) {
+    let mut workspace = Workspace::default();
+    while let Some(number) = ring.claim(maker.batches.len(), limit) {
+        // A thread that died without a word would leave the loader waiting for ever.
+        let batch = catch_unwind(AssertUnwindSafe(|| maker.make(number, &mut workspace)))
+            .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
+        ring.lock().finished.insert(number, batch);
+        ring.changed.notify_all();
+    }
+}
+
+impl Ring {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is sound after every statement, so a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of the next batch to make, once there is room for it.
+    fn claim(&self, batches: usize, limit: usize) -> Option<usize> {
+        let mut state = self.lock();
+        while !state.stopped && state.claimed < batches && state.claimed >= state.taken + limit {
+            state = self.wait(state);
+        }
+        let number = state.claimed;
+        if state.stopped || number >= batches {
+            return None;
+        }
+        state.claimed += 1;
+        Some(number)
+    }
+
+    fn take(&self, number: usize) -> Result<Batch> {
+        let mut state = self.lock();
+        loop {
+            if let Some(batch) = state.finished.remove(&number) {
+                state.taken = number + 1;
+                drop(state);
+                self.changed.notify_all();
+                return batch;
+            }
+            state = self.wait(state);
+        }
+    }
+}
+
+impl Maker {
+    fn make(&self, number: usize, workspace: &mut Workspace) -> Result<Batch> {
+        let (rows, input) = (&self.batches[number], &self.input);
+        let mut views = vec![vec![0f32; rows.len() * input.values()]; self.pipelines.len()];
+        for (position, &row) in rows.iter().enumerate() {
+            let picture = self.images.picture(row)?;
+            let range = position * input.values()..(position + 1) * input.values();
+            for (view, pipeline) in self.pipelines.iter().enumerate() {
+                let counters = [self.epoch, u64::from(row), view as u64];
+                let mut rng = stream(self.seed, "views", &counters);
+                let out = &mut views[view][range.clone()];
+                pipeline.apply(&picture, input, &mut rng, workspace, out).with_context(|| {
+                    let path = self.images.data_set().path.display();
+                    format!("view {} of picture {row} of `{path}`", view + 1)
+                })?;
+            }
+        }
+        let Input { height, width, channels, .. } = *input;
+        Ok(Batch { rows: rows.clone(), views, height, width, channels })
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.next == self.batches {
+            return None;
+        }
+        let batch = self.ring.take(self.next);
+        self.next = if batch.is_ok() { self.next + 1 } else { self.batches };
+        Some(batch)
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.ring.lock().stopped = true;
+        self.ring.changed.notify_all();
+        for thread in self.threads.drain(..) {
+            // A panic was caught and told as an error already.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stage::Split;
+
+    use super::*;
+    use crate::images::{Source, Writer};
+    use crate::picture::tests::example;
+    use crate::views::{Filter, Operation};
+
+    const ROWS: u32 = 20;
+
+    /// Twenty pictures, neither square nor alike.
+    fn images(folder: &std::path::Path) -> Images {
+        let path = folder.join("images.safetensors");
+        let mut writer = Writer::create(&path, 3).expect("created");
+        for i in 0..ROWS as usize {
+            let source = Source::raw(example(6 + i % 3, 9 + i, 3), 3).expect("sound");
+            writer.add(&source, Split::Train).expect("added");
+        }
+        writer.finish(None).expect("written");
+        Images::open(&path).expect("sound")
+    }
+
+    fn input() -> Input {
+        Input {
+            height: 4,
+            width: 5,
+            channels: 3,
+            mean: vec![0.5, 0.4, 0.3],
+            std: vec![0.2, 0.25, 0.3],
+            clean: vec![Operation::Resize { pixels: 4, filter: Filter::Bicubic }],
+        }
+    }
+
+    fn pipeline() -> Pipeline {
+        Pipeline {
+            operations: vec![
+                Operation::ResizedCrop { scale: [0.2, 1.], aspect: [0.75, 1.25] },
+                Operation::Noise { deviation: 0.1 },
+            ],
+        }
+    }
+
+    fn batches() -> Vec<Vec<u32>> {
+        (0..ROWS).collect::<Vec<_>>().chunks(3).map(<[u32]>::to_vec).collect()
+    }
+
+    fn load(images: &Images, batches: Vec<Vec<u32>>, seed: u64, threads: usize) -> Vec<Batch> {
+        let pipelines = vec![pipeline(), pipeline()];
+        Loader::new(images, batches, pipelines, &input(), seed, 7, threads)
+            .expect("started")
+            .collect::<Result<_>>()
+            .expect("made")
+    }
+
+    #[test]
+    fn batches_come_in_order_and_alike_from_any_number_of_threads() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let one = load(&images, batches(), 1, 1);
+        assert_eq!(one.iter().map(|batch| batch.rows.clone()).collect::<Vec<_>>(), batches());
+        assert_eq!(one[6].views[1].len(), 2 * 4 * 5 * 3);
+        assert_ne!(one[0].views[0], one[0].views[1]);
+        for threads in [0, 2, 3, 8] {
+            assert_eq!(load(&images, batches(), 1, threads), one, "{threads} threads");
+        }
+        assert_ne!(load(&images, batches(), 2, 1), one);
+        assert!(load(&images, vec![], 1, 2).is_empty());
+    }
+
+    #[test]
+    fn a_view_does_not_depend_on_its_batch() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let together = load(&images, vec![vec![4, 11, 2]], 1, 1);
+        let alone = load(&images, vec![vec![11]], 1, 1);
+        let values = input().values();
+        for view in [0, 1] {
+            assert_eq!(alone[0].views[view], together[0].views[view][values..2 * values]);
+        }
+    }
+
+    #[test]
+    fn a_picture_that_cannot_be_used_is_named_and_ends_the_batches() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let cut = Pipeline { operations: vec![Operation::CentreCrop { pixels: 7 }] };
+        let wide = Input { height: 7, width: 7, ..input() };
+        let mut loader =
+            Loader::new(&images, batches(), vec![cut], &wide, 1, 0, 2).expect("started");
+        let error = loader.find_map(Result::err).expect("some pictures have 6 rows");
+        let error = format!("{error:#}");
+        assert!(
+            error.contains("images.safetensors") && error.contains("resize-shorter"),
+            "{error}"
+        );
+        assert!(loader.next().is_none());
+    }
+
+    #[test]
+    fn foreign_rows_and_channels_are_refused_at_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let start = |rows, input: &Input| {
+            Loader::new(&images, vec![rows], vec![pipeline()], input, 1, 0, 1).map(|_| ())
+        };
+        let error = start(vec![0, ROWS], &input()).expect_err("no such row").to_string();
+        assert!(error.contains("row 20"), "{error}");
+        let grey = Input { channels: 1, mean: vec![0.], std: vec![1.], ..input() };
+        let error = start(vec![0], &grey).expect_err("other channels").to_string();
+        assert!(error.contains("channels = 1"), "{error}");
+    }
+
+    #[test]
+    fn a_loader_that_is_dropped_early_stops_its_threads() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let many = (0..10_000).map(|i| vec![i % ROWS]).collect();
+        let mut loader =
+            Loader::new(&images, many, vec![pipeline()], &input(), 1, 0, 3).expect("started");
+        loader.next().expect("a batch").expect("made");
+        let ring = loader.ring.clone();
+        drop(loader);
+        // Only this handle is left: every thread has ended.
+        assert_eq!(Arc::strong_count(&ring), 1);
+        assert!(ring.lock().claimed <= 1 + 3 + AHEAD);
+    }
+}
