@@ -13,10 +13,12 @@ mod k_means;
 mod matching;
 mod neighbours;
 mod points;
+mod prototypes;
 mod seeding;
 mod sinkhorn;
 
 pub use k_means::{Clustering, KMeans, Metric, k_means, k_means_from};
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::nearest_neighbours;
+pub use prototypes::prototypes;
 pub use sinkhorn::sinkhorn;
