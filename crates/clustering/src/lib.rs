@@ -1,1 +1,449 @@
-//! Stage: k-means, then the clustering network; reliable pseudo-labels.
+//! Stage: from embeddings to clusters, and which of them to trust. Knows no network but its own
+//! small one, and no picture.
+//!
+//! k-means on the projections gives a first set of clusters. Then small networks are trained on
+//! the frozen embeddings, so that an image and its neighbours land in one cluster and all clusters
+//! are used (SCAN, Van Gansbeke et al. 2020); half of them start from k-means, half by chance. The
+//! one with the lowest loss is kept. Its assignments are the pseudo-labels; the ones with
+//! confident outputs and agreeing neighbours are marked as reliable.
+//!
+//! This is the second stage of PLDC. The paper's abstract says that a clustering network yields
+//! reliable assignments which serve as pseudo-labels; everything beyond that sentence is our
+//! reading, and a check on real digits that restarts, steps and the half by chance rest on.
+//!
+//! - Reads `embeddings` (one folder), and `previous`: this stage's last round, if any.
+//! - Writes `pseudo-labels.safetensors` and [`head.safetensors`](head).
+//!
+//! Start at [`cluster`]: the method in order.
+
+pub mod fit;
+pub mod head;
+pub mod heads;
+pub mod loss;
+pub mod reliability;
+
+use anyhow::{Context, Result, ensure};
+use assignment::{KMeans, Metric};
+use data::{Embeddings, PseudoLabels};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use stage::{Diverged, Stage};
+
+use crate::fit::{Candidate, lowest_loss};
+use crate::head::{Head, Shape};
+
+/// Raised when results change for the same table.
+pub const ALGORITHM: u32 = 1;
+
+/// The table `[clustering]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Networks `R`; the one with the lowest loss is kept. With 0, k-means is the result.
+    pub heads: usize,
+    /// Width `H` of their hidden layer.
+    pub hidden: usize,
+    /// Starts of k-means; the one with the lowest inertia is kept.
+    pub kmeans_restarts: usize,
+    /// Steps of one start of k-means at most.
+    pub kmeans_iterations: usize,
+    /// Distance of k-means: by angle, or Euclidean.
+    pub kmeans_metric: KMeansMetric,
+    /// Nearest neighbours of each image, by the angle between projections. With 0, an image agrees
+    /// with itself alone.
+    pub neighbours: usize,
+    /// Images per step.
+    pub batch_size: usize,
+    /// Passes over the images in which the first half of the networks learn k-means' clusters.
+    pub start_epochs: usize,
+    /// Passes over the images after that, for all networks.
+    pub epochs: usize,
+    /// Steps after the start at least: more epochs are added until there are as many.
+    pub least_steps: usize,
+    /// Learning rate of Adam, constant.
+    pub learning_rate: f64,
+    /// Weight λ of the entropy, which keeps all clusters in use.
+    pub entropy_weight: f64,
+    /// Share η of each cluster that is taken as reliable, in the first and in the last round.
+    pub reliable_share: [f64; 2],
+}
+
+/// Distance of k-means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KMeansMetric {
+    /// `1 − cos`: rows are taken at unit length.
+    Spherical,
+    /// Squared Euclidean distance of the rows as they are.
+    Euclidean,
+}
+
+/// What is found wrong in the table before anything runs.
+///
+/// # Errors
+///
+/// A value out of its range; the message names the key.
+pub fn check(config: &Config, stage: &Stage) -> Result<()> {
+    let at_least_1 = [
+        ("hidden", config.hidden),
+        ("kmeans-restarts", config.kmeans_restarts),
+        ("kmeans-iterations", config.kmeans_iterations),
+        ("batch-size", config.batch_size),
+    ];
+    for (key, value) in at_least_1 {
+        ensure!(value >= 1, "clustering.{key} must be at least 1");
+    }
+    ensure!(
+        config.learning_rate > 0.0 && config.learning_rate.is_finite(),
+        "clustering.learning-rate must be a number above 0, not {}",
+        config.learning_rate
+    );
+    ensure!(
+        config.entropy_weight >= 0.0 && config.entropy_weight.is_finite(),
+        "clustering.entropy-weight must be 0 or a number above, not {}",
+        config.entropy_weight
+    );
+    ensure!(
+        config.reliable_share.iter().all(|share| *share > 0.0 && *share <= 1.0),
+        "clustering.reliable-share must be two shares above 0 and at most 1, not {:?}",
+        config.reliable_share
+    );
+    training::device(stage.device).map(|_| ())
+}
+
+/// Files in, files out: reads the embeddings and the last round, clusters, writes the pseudo-labels
+/// and the head.
+///
+/// # Errors
+///
+/// An input is missing, broken or of another data set; the clusters collapse into one or the loss
+/// leaves the finite numbers ([`Diverged`]); the user interrupts ([`stage::Interrupted`]).
+pub fn run(config: &Config, stage: &Stage) -> Result<()> {
+    let embeddings = Embeddings::open(&stage.input("embeddings")?.join(EMBEDDINGS))?;
+    let (data_set, index) = (embeddings.data_set.clone(), embeddings.index.clone());
+    let projection_width = embeddings.projection_width;
+    let features = Features::from(embeddings);
+    let previous = match stage.optional_input("previous") {
+        Some(folder) => {
+            let labels = PseudoLabels::open(&folder.join(PSEUDO_LABELS))?;
+            labels.data_set.require(&data_set, "start the rounds again from one data set")?;
+            labels.require_clusters(stage.data.clusters)?;
+            ensure!(
+                labels.index == index,
+                "the last round's pseudo-labels in `{}` are of other splits than the embeddings; \
+                 start the rounds again with one `score-on`",
+                folder.display()
+            );
+            let head = (config.heads > 0)
+                .then(|| Head::read(folder, config.shape(&features, stage)))
+                .transpose()?;
+            Some(Previous { assignment: labels.assignment, head })
+        }
+        None => None,
+    };
+
+    let clusters = cluster(config, features, previous.as_ref(), stage)?;
+
+    match &clusters.head {
+        Some(head) => head.write(&stage.out)?,
+        None => {
+            let metric = match config.kmeans_metric {
+                KMeansMetric::Spherical => "spherical",
+                KMeansMetric::Euclidean => "euclidean",
+            };
+            head::write_centres(&stage.out, &clusters.centres, stage.data.clusters, metric)?;
+        }
+    }
+    PseudoLabels {
+        data_set,
+        clusters: stage.data.clusters,
+        index,
+        assignment: clusters.assignment,
+        kmeans_assignment: clusters.kmeans_assignment,
+        confidence: clusters.confidence,
+        score: clusters.score,
+        reliable: clusters.reliable,
+        projection_width,
+        prototypes: clusters.prototypes,
+    }
+    .write(&stage.out.join(PSEUDO_LABELS))
+}
+
+const EMBEDDINGS: &str = "embeddings.safetensors";
+const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
+
+/// The embeddings of `N` images as clustering takes them.
+#[derive(Debug, Clone)]
+pub struct Features {
+    /// Images `N`.
+    pub count: usize,
+    /// The target backbone's outputs for un-augmented images, `(N, D)`.
+    pub backbone: Vec<f32>,
+    /// The target projector's for the same, `(N, P)`.
+    pub projection: Vec<f32>,
+    /// The target backbone's for `V` augmented copies, `(V, N, D)`; `V` may be 0.
+    pub backbone_views: Vec<f32>,
+}
+
+impl From<Embeddings> for Features {
+    fn from(embeddings: Embeddings) -> Self {
+        Self {
+            count: embeddings.index.len(),
+            backbone: embeddings.backbone,
+            projection: embeddings.projection,
+            backbone_views: embeddings.backbone_views,
+        }
+    }
+}
+
+/// What the last round of this stage left.
+#[derive(Debug, Clone)]
+pub struct Previous {
+    /// Its assignment, `(N,)`: this round's clusters are numbered after it.
+    pub assignment: Vec<u32>,
+    /// Its network, one of this round's candidates.
+    pub head: Option<Head>,
+}
+
+/// The result of clustering `N` images into `K` clusters; one numbering holds for all of it.
+#[derive(Debug, Clone)]
+pub struct Clusters {
+    /// Cluster of each image, `(N,)`.
+    pub assignment: Vec<u32>,
+    /// k-means' cluster of each image, `(N,)`.
+    pub kmeans_assignment: Vec<u32>,
+    /// Largest membership of each image, `(N,)`.
+    pub confidence: Vec<f32>,
+    /// Confidence times agreement of the neighbours, `(N,)`.
+    pub score: Vec<f32>,
+    /// Whether an image is among the best of its cluster by score, `(N,)`.
+    pub reliable: Vec<bool>,
+    /// Unit-length means of the reliable projections, weighted by score, `(K, P)`; a row of zeros
+    /// for a cluster without any.
+    pub prototypes: Vec<f32>,
+    /// Centres of k-means, `(K, P)`.
+    pub centres: Vec<f32>,
+    /// The network that was kept; none when `heads` is 0.
+    pub head: Option<Head>,
+    /// Share of images whose cluster is that of the last round; none in the first.
+    pub stability: Option<f64>,
+    /// The same for the best network that was started afresh: a network that goes on from the last
+    /// round agrees with it whether it is right or not.
+    pub restarted_stability: Option<f64>,
+}
+
+impl Config {
+    fn shape(&self, features: &Features, stage: &Stage) -> Shape {
+        Shape {
+            width: features.backbone.len() / features.count.max(1),
+            hidden: self.hidden,
+            clusters: stage.data.clusters,
+        }
+    }
+}
+
+/// The method: k-means and neighbours, networks, the best of them, the reliable assignments.
+///
+/// # Errors
+///
+/// There are fewer images than clusters; the clusters collapse into one or a loss is not finite
+/// ([`Diverged`]); the user interrupts ([`stage::Interrupted`]); the log cannot be written.
+pub fn cluster(
+    config: &Config,
+    features: Features,
+    previous: Option<&Previous>,
+    stage: &Stage,
+) -> Result<Clusters> {
+    let (n, k) = (features.count, stage.data.clusters);
+    ensure!(n >= k, "{n} images cannot be sorted into {k} clusters; ask for fewer clusters");
+    let projection_width = features.projection.len() / n;
+    let unit_projection = with_length(&features.projection, projection_width, 1.0);
+
+    // First clusters, and who is near whom.
+    let kmeans = assignment::k_means(
+        &features.projection,
+        n,
+        projection_width,
+        &KMeans {
+            clusters: k,
+            metric: match config.kmeans_metric {
+                KMeansMetric::Spherical => Metric::Spherical,
+                KMeansMetric::Euclidean => Metric::Euclidean,
+            },
+            restarts: config.kmeans_restarts,
+            iterations: config.kmeans_iterations,
+            tolerance: KMEANS_TOLERANCE,
+        },
+        stage.seed,
+    )?;
+    let neighbours = match config.neighbours.min(n - 1) {
+        0 => Vec::new(),
+        m => assignment::nearest_neighbours(&unit_projection, n, projection_width, m)?,
+    };
+
+    // The networks, and which of them agrees best with itself on un-augmented images.
+    let candidates = match config.heads {
+        0 => {
+            let (rows, metric) = (&features.projection, config.kmeans_metric);
+            let memberships = distance_memberships(rows, projection_width, &kmeans.centres, metric);
+            let weight = config.entropy_weight;
+            vec![Candidate::new(None, false, memberships, k, &neighbours, weight)]
+        }
+        _ => fit::train(config, features, &kmeans.assignment, &neighbours, previous, stage)?,
+    };
+    let best = lowest_loss(&candidates).context("there is no clustering network")?;
+    let (assignment, confidence) = reliability::assignments(&best.memberships, k);
+    if k > 1 && assignment.iter().all(|&cluster| cluster == assignment[0]) {
+        let message = "all images fell into one cluster; a larger clustering.entropy-weight or a \
+                       better pretrained network is the usual cure";
+        return Err(Diverged(message.into()).into());
+    }
+
+    // Clusters have no order of their own: they take the last round's, so that numbers stay.
+    let mut head = best.head.clone();
+    let (assignment, stability) = match previous {
+        Some(last) => {
+            let map = assignment::optimal_map(&assignment, &last.assignment, k)?;
+            if let Some(head) = &mut head {
+                head.renumber(&map);
+            }
+            let assignment = renumber(&assignment, &map);
+            let stability = share_of_equal(&assignment, &last.assignment);
+            (assignment, Some(stability))
+        }
+        None => (assignment, None),
+    };
+    let kmeans_map = assignment::optimal_map(&kmeans.assignment, &assignment, k)?;
+    let restarted_stability = match (previous, lowest_loss(fresh(&candidates))) {
+        (Some(last), Some(restarted)) => {
+            let (restarted, _) = reliability::assignments(&restarted.memberships, k);
+            let map = assignment::optimal_map(&restarted, &last.assignment, k)?;
+            Some(share_of_equal(&renumber(&restarted, &map), &last.assignment))
+        }
+        _ => None,
+    };
+
+    // Whom to trust, and what they look like in the middle.
+    let agreement = reliability::agreement(&assignment, &neighbours);
+    let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
+    let share = reliability::share(config.reliable_share, stage.round, stage.rounds);
+    let reliable = reliability::reliable(&assignment, &score, k, share);
+    let weight: Vec<f32> =
+        score.iter().zip(&reliable).map(|(&s, &r)| if r { s } else { 0.0 }).collect();
+    let prototypes =
+        assignment::prototypes(&unit_projection, projection_width, &assignment, &weight, k)?;
+
+    stage.log(&json!({
+        "phase": "result",
+        "losses": candidates.iter().map(|candidate| candidate.loss).collect::<Vec<_>>(),
+        "kept": best.loss,
+        "kept-continued": best.continued,
+        "stability": stability,
+        "restarted-stability": restarted_stability,
+        "reliable-share": share,
+    }))?;
+    Ok(Clusters {
+        assignment,
+        kmeans_assignment: renumber(&kmeans.assignment, &kmeans_map),
+        confidence,
+        score,
+        reliable,
+        prototypes,
+        centres: permute_rows(&kmeans.centres, projection_width, &kmeans_map),
+        head,
+        stability,
+        restarted_stability,
+    })
+}
+
+/// Where k-means stops: when the centres move by less than this share of the mean variance.
+const KMEANS_TOLERANCE: f64 = 1e-4;
+
+/// Memberships by distance to centres, where no network gives any: `N × K`.
+///
+/// `softmax_k(−‖x − c_k‖² / (2 τ s²))`, `τ = .1`. Spherical: rows and centres at unit length and
+/// `s = 1`, which is the softmax of `cos(x, c_k) / .1`. Euclidean: rows as they are, and `s²` the
+/// mean squared distance of the images from their mean, so that the scale of the rows does not
+/// matter; for unit-length rows around the origin the two are equal.
+fn distance_memberships(
+    rows: &[f32],
+    width: usize,
+    centres: &[f32],
+    metric: KMeansMetric,
+) -> Vec<f32> {
+    let (rows, centres, variance) = match metric {
+        KMeansMetric::Spherical => {
+            (with_length(rows, width, 1.0), with_length(centres, width, 1.0), 1.0)
+        }
+        KMeansMetric::Euclidean => (rows.to_vec(), centres.to_vec(), variance(rows, width)),
+    };
+    let scale = 1.0 / (2.0 * CENTRE_TEMPERATURE * variance.max(f64::MIN_POSITIVE));
+    let clusters = centres.len() / width;
+    let mut memberships = Vec::with_capacity(rows.len() / width * clusters);
+    for row in rows.chunks_exact(width) {
+        let logits: Vec<f64> = centres
+            .chunks_exact(width)
+            .map(|centre| {
+                -scale * row.iter().zip(centre).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
+            })
+            .collect();
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+        memberships.extend(logits.iter().map(|logit| ((logit - largest).exp() / sum) as f32));
+    }
+    memberships
+}
+
+/// Temperature of [`distance_memberships`].
+const CENTRE_TEMPERATURE: f64 = 0.1;
+
+/// Mean squared distance of rows from their mean.
+fn variance(rows: &[f32], width: usize) -> f64 {
+    let n = (rows.len() / width) as f64;
+    (0..width)
+        .map(|column| {
+            let values = rows.iter().skip(column).step_by(width).map(|&x| f64::from(x));
+            let mean = values.clone().sum::<f64>() / n;
+            values.map(|x| (x - mean).powi(2)).sum::<f64>() / n
+        })
+        .sum()
+}
+
+/// Rows scaled to `length`; a row of zeros stays.
+fn with_length(rows: &[f32], width: usize, length: f32) -> Vec<f32> {
+    let mut scaled = rows.to_vec();
+    scale_to_length(&mut scaled, width, length);
+    scaled
+}
+
+/// Scales each row of `rows` to `length`; a row of zeros stays.
+pub(crate) fn scale_to_length(rows: &mut [f32], width: usize, length: f32) {
+    for row in rows.chunks_exact_mut(width) {
+        let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        let factor = (f64::from(length) / squares.sqrt().max(1e-12)) as f32;
+        row.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+/// Networks that did not go on from the last round.
+fn fresh(candidates: &[Candidate]) -> impl Iterator<Item = &Candidate> {
+    candidates.iter().filter(|candidate| !candidate.continued)
+}
+
+fn renumber(assignment: &[u32], map: &[u32]) -> Vec<u32> {
+    assignment.iter().map(|&cluster| map[cluster as usize]).collect()
+}
+
+/// Row `k` becomes row `map[k]`.
+fn permute_rows(rows: &[f32], width: usize, map: &[u32]) -> Vec<f32> {
+    let mut permuted = vec![0.0; rows.len()];
+    for (row, &to) in rows.chunks_exact(width).zip(map) {
+        permuted[to as usize * width..][..width].copy_from_slice(row);
+    }
+    permuted
+}
+
+/// Share of places where two assignments are equal.
+fn share_of_equal(a: &[u32], b: &[u32]) -> f64 {
+    a.iter().zip(b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64
+}

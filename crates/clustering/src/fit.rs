@@ -1,0 +1,305 @@
+//! Training of the clustering networks on frozen embeddings, and the measure by which one is kept.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use rand::RngExt;
+use rand::seq::SliceRandom;
+use serde_json::json;
+use stage::progress::Progress;
+use stage::random::stream;
+use stage::{Diverged, Interrupted, Stage};
+use training::Adam;
+
+use crate::head::{Head, Shape};
+use crate::heads::Heads;
+use crate::{Config, Features, Previous, loss};
+
+/// A way to cluster the images, and how well it does by its own measure.
+#[derive(Debug)]
+pub struct Candidate {
+    /// The network; none for the centres of k-means.
+    pub head: Option<Head>,
+    /// It went on from the last round's network.
+    pub continued: bool,
+    /// On un-augmented images, `(N, K)`.
+    pub memberships: Vec<f32>,
+    /// [`loss::expected_clustering_loss`] of the memberships.
+    pub loss: f64,
+}
+
+impl Candidate {
+    /// Measures `memberships`, `(N, K)`.
+    pub fn new(
+        head: Option<Head>,
+        continued: bool,
+        memberships: Vec<f32>,
+        clusters: usize,
+        neighbours: &[u32],
+        entropy_weight: f64,
+    ) -> Self {
+        let loss =
+            loss::expected_clustering_loss(&memberships, clusters, neighbours, entropy_weight);
+        Self { head, continued, memberships, loss }
+    }
+}
+
+/// The candidate with the lowest loss, the first of equals; none of none.
+pub fn lowest_loss<'a>(
+    candidates: impl IntoIterator<Item = &'a Candidate>,
+) -> Option<&'a Candidate> {
+    candidates.into_iter().min_by(|a, b| a.loss.total_cmp(&b.loss))
+}
+
+/// Trains the networks side by side and measures each on the un-augmented images.
+///
+/// The first half, rounded up, start from k-means' clusters. The last one goes on from the last
+/// round's network, if there is one and it does not stand alone. The others start by chance.
+///
+/// - `features`: of `N` images; given away, for the views may fill much of the memory.
+/// - `kmeans_assignment`: `(N,)`.
+/// - `neighbours`: `N × m` rows.
+///
+/// # Errors
+///
+/// A loss is not finite ([`Diverged`]), the user interrupts ([`Interrupted`]), the log cannot be
+/// written, or the device fails.
+pub fn train(
+    config: &Config,
+    features: Features,
+    kmeans_assignment: &[u32],
+    neighbours: &[u32],
+    previous: Option<&Previous>,
+    stage: &Stage,
+) -> Result<Vec<Candidate>> {
+    let device = training::device(stage.device)?;
+    let shape = config.shape(&features, stage);
+    let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
+    let steps = Steps::new(config, &embeddings, neighbours, stage);
+    let mut networks = first_networks(config, shape, previous, stage);
+    let continued = networks.continued;
+
+    // The first half learns the clusters of k-means.
+    let from_kmeans = config.heads.div_ceil(2);
+    let half = Heads::stack(&networks.heads[..from_kmeans], &device)?;
+    let labels = Tensor::new(kmeans_assignment, &device)?;
+    steps.take(&half, "start", config.start_epochs, |draw| {
+        let labels = labels.index_select(&draw.images, 0)?;
+        let views = embeddings.views.index_select(&draw.anchors, 0)?;
+        Ok(loss::cross_entropy(&half.logits(&views)?, &labels)?)
+    })?;
+    networks.heads.splice(..from_kmeans, half.unstack()?);
+
+    // All learn to agree between neighbours and views, and to use all clusters.
+    let heads = Heads::stack(&networks.heads, &device)?;
+    let epochs = config.epochs.max(config.least_steps.div_ceil(steps.per_epoch));
+    steps.take(&heads, "consistency", epochs, |draw| {
+        let views = Tensor::cat(&[&draw.anchors, &draw.neighbours], 0)?;
+        let memberships =
+            training::ops::softmax(&heads.logits(&embeddings.views.index_select(&views, 0)?)?)?;
+        let anchors = memberships.narrow(1, 0, steps.batch_size)?;
+        let neighbours = memberships.narrow(1, steps.batch_size, steps.batch_size)?;
+        Ok(loss::clustering_loss(&anchors, &neighbours, config.entropy_weight)?)
+    })?;
+
+    let memberships = embeddings.memberships(&heads)?;
+    let measured = heads.unstack()?.into_iter().zip(memberships).enumerate();
+    Ok(measured
+        .map(|(number, (head, memberships))| {
+            let continued = continued == Some(number);
+            let (k, weight) = (shape.clusters, config.entropy_weight);
+            Candidate::new(Some(head), continued, memberships, k, neighbours, weight)
+        })
+        .collect())
+}
+
+/// Networks before training, and which of them is the last round's.
+struct Networks {
+    heads: Vec<Head>,
+    continued: Option<usize>,
+}
+
+fn first_networks(
+    config: &Config,
+    shape: Shape,
+    previous: Option<&Previous>,
+    stage: &Stage,
+) -> Networks {
+    let mut heads: Vec<Head> = (0..config.heads as u64)
+        .map(|number| Head::random(shape, stage.seed, &[stage.round as u64, number]))
+        .collect();
+    let last = heads.len() - 1;
+    match previous.and_then(|previous| previous.head.as_ref()) {
+        Some(head) if last > 0 => {
+            heads[last] = head.clone();
+            Networks { heads, continued: Some(last) }
+        }
+        _ => Networks { heads, continued: None },
+    }
+}
+
+/// Embeddings as the networks take them: rows of length `√D`, on the device.
+struct UnitEmbeddings {
+    /// Of un-augmented images, `(N, D)`.
+    clean: Tensor,
+    /// Of augmented copies, `(V·N, D)`, all images of a copy together; the un-augmented ones where
+    /// there are no copies.
+    views: Tensor,
+    view_count: usize,
+}
+
+impl UnitEmbeddings {
+    fn new(features: Features, width: usize, device: &Device) -> Result<Self> {
+        let tensor = |mut rows: Vec<f32>| -> Result<Tensor> {
+            crate::scale_to_length(&mut rows, width, (width as f32).sqrt());
+            let count = rows.len() / width;
+            Ok(Tensor::from_vec(rows, (count, width), device)?)
+        };
+        let clean = tensor(features.backbone)?;
+        let views = match features.backbone_views.is_empty() {
+            true => clean.clone(),
+            false => tensor(features.backbone_views)?,
+        };
+        let view_count = views.dim(0)? / clean.dim(0)?;
+        Ok(Self { clean, views, view_count })
+    }
+
+    fn count(&self) -> usize {
+        self.clean.dims()[0]
+    }
+
+    /// Memberships of the un-augmented images by each network, `(N, K)` each.
+    fn memberships(&self, heads: &Heads) -> Result<Vec<Vec<f32>>> {
+        const ROWS_AT_ONCE: usize = 4096;
+        let mut memberships: Vec<Vec<f32>> = Vec::new();
+        for start in (0..self.count()).step_by(ROWS_AT_ONCE) {
+            let rows = self.clean.narrow(0, start, ROWS_AT_ONCE.min(self.count() - start))?;
+            let part = training::ops::softmax(&heads.logits(&rows)?.detach())?;
+            memberships.resize_with(part.dim(0)?, Vec::new);
+            for (all, part) in memberships.iter_mut().zip(part.to_vec3::<f32>()?) {
+                all.extend(part.into_iter().flatten());
+            }
+        }
+        Ok(memberships)
+    }
+}
+
+/// What one step draws.
+struct Draw {
+    /// The images of the batch, `(B,)` u32.
+    images: Tensor,
+    /// For each a view of it, as a row of the views, `(B,)` u32.
+    anchors: Tensor,
+    /// For each a view of one of its neighbours or of itself, `(B,)` u32.
+    neighbours: Tensor,
+}
+
+/// The steps of a phase: what is drawn, the update, the log.
+struct Steps<'a> {
+    config: &'a Config,
+    stage: &'a Stage,
+    device: Device,
+    images: usize,
+    view_count: usize,
+    neighbours: &'a [u32],
+    batch_size: usize,
+    per_epoch: usize,
+}
+
+impl<'a> Steps<'a> {
+    fn new(
+        config: &'a Config,
+        embeddings: &UnitEmbeddings,
+        neighbours: &'a [u32],
+        stage: &'a Stage,
+    ) -> Self {
+        let images = embeddings.count();
+        let batch_size = config.batch_size.min(images);
+        Self {
+            config,
+            stage,
+            device: embeddings.clean.device().clone(),
+            images,
+            view_count: embeddings.view_count,
+            neighbours,
+            batch_size,
+            // A last batch of few images would ask for few clusters: it is left out.
+            per_epoch: images / batch_size,
+        }
+    }
+
+    /// Trains `heads` for `epochs` passes with a fresh Adam; `loss` gives a value a network.
+    fn take(
+        &self,
+        heads: &Heads,
+        phase: &str,
+        epochs: usize,
+        loss: impl Fn(&Draw) -> Result<Tensor>,
+    ) -> Result<()> {
+        let mut adam = Adam::new(heads.variables(), self.config.learning_rate, 0.9, 0.999, 1e-8)?;
+        let mut progress = Progress::new(phase, epochs as u64);
+        for epoch in 0..epochs {
+            let mut sum = vec![0f64; heads.count()];
+            for (step, draw) in self.epoch(phase, epoch)?.iter().enumerate() {
+                if self.stage.interrupted() {
+                    return Err(Interrupted.into());
+                }
+                let losses = loss(draw)?;
+                adam.step(&losses.sum_all()?.backward()?)?;
+                for (sum, loss) in sum.iter_mut().zip(losses.to_vec1::<f32>()?) {
+                    if !loss.is_finite() {
+                        let message = format!(
+                            "the loss of a clustering network is {loss} in phase {phase}, epoch \
+                             {epoch}, step {step}; a lower clustering.learning-rate is the usual \
+                             cure"
+                        );
+                        return Err(Diverged(message).into());
+                    }
+                    *sum += f64::from(loss);
+                }
+            }
+            let means: Vec<f64> = sum.iter().map(|sum| sum / self.per_epoch as f64).collect();
+            self.stage.log(&json!({ "phase": phase, "epoch": epoch, "losses": means }))?;
+            let lowest = means.iter().copied().fold(f64::INFINITY, f64::min);
+            progress.step(&format!("lowest loss {lowest:.4}"));
+        }
+        Ok(())
+    }
+
+    /// The draws of one epoch, a pure function of seed, round, phase and epoch.
+    fn epoch(&self, phase: &str, epoch: usize) -> Result<Vec<Draw>> {
+        let counters = [self.stage.round as u64, epoch as u64];
+        let purpose = format!("clustering {phase}");
+        let mut rng = stream(self.stage.seed, &purpose, &counters);
+        let mut order: Vec<u32> = (0..self.images as u32).collect();
+        order.shuffle(&mut rng);
+        order.chunks_exact(self.batch_size).map(|images| self.draw(images, &mut rng)).collect()
+    }
+
+    fn draw(&self, images: &[u32], rng: &mut impl rand::Rng) -> Result<Draw> {
+        let each = self.neighbours.len() / self.images;
+        let mut anchors = Vec::with_capacity(images.len());
+        let mut neighbours = Vec::with_capacity(images.len());
+        for &image in images {
+            let view_of = |image: u32, rng: &mut _| {
+                (random_below(self.view_count, rng) * self.images) as u32 + image
+            };
+            anchors.push(view_of(image, rng));
+            // One draw in m + 1 is the image itself.
+            let neighbour = match random_below(each + 1, rng) {
+                0 => image,
+                which => self.neighbours[image as usize * each + which - 1],
+            };
+            neighbours.push(view_of(neighbour, rng));
+        }
+        let tensor = |rows: &[u32]| Tensor::new(rows, &self.device);
+        Ok(Draw {
+            images: tensor(images)?,
+            anchors: tensor(&anchors)?,
+            neighbours: tensor(&neighbours)?,
+        })
+    }
+}
+
+fn random_below(bound: usize, rng: &mut impl rand::Rng) -> usize {
+    rng.random_range(0..bound as u64) as usize
+}

@@ -1,0 +1,220 @@
+//! The clustering network, and its file `head.safetensors`.
+//!
+//! One hidden layer between an embedding and the memberships of `K` clusters:
+//! `p = softmax(W₂ relu(W₁ x + b₁) + b₂)`, where `x` is the backbone's embedding scaled to length
+//! `√D`. A unit-length row of 512 values would keep Adam's first steps from having any effect, a
+//! raw one would saturate the softmax; at length `√D` its values are of order 1.
+//!
+//! # `head.safetensors`, kind `head`, version 1
+//!
+//! Header: `clusters` K; `form`, one of
+//!
+//! - `network`: tensors `hidden.weight (H, D)`, `hidden.bias (H,)`, `output.weight (K, H)`,
+//!   `output.bias (K,)`, all f32. Takes `backbone` rows of the embeddings, scaled to length `√D`.
+//! - `centres`: tensor `centres (K, P)` f32. Takes `projection` rows; the cluster is that of the
+//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. Written when no network
+//!   is trained.
+//!
+//! Output `k` of either is cluster `k` of the `pseudo-labels.safetensors` beside it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use rand::RngExt;
+use stage::container::{self, Container, Header, Tensor};
+
+const KIND: &str = "head";
+const VERSION: u64 = 1;
+
+/// File name of a head inside its stage's folder.
+pub const FILE: &str = "head.safetensors";
+
+/// Weights of one clustering network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Head {
+    /// Extents: embedding, hidden layer, clusters.
+    pub shape: Shape,
+    /// `W₁`, `(H, D)` row by row.
+    pub hidden_weight: Vec<f32>,
+    /// `b₁`, `(H,)`.
+    pub hidden_bias: Vec<f32>,
+    /// `W₂`, `(K, H)` row by row.
+    pub output_weight: Vec<f32>,
+    /// `b₂`, `(K,)`.
+    pub output_bias: Vec<f32>,
+}
+
+/// Extents of a clustering network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Width `D` of the embedding.
+    pub width: usize,
+    /// Width `H` of the hidden layer.
+    pub hidden: usize,
+    /// Clusters `K`.
+    pub clusters: usize,
+}
+
+impl Head {
+    /// A network by chance: every weight and bias uniform in `±1/√(inputs of its layer)`.
+    ///
+    /// `seed` and `counters` name the draw; see [`stage::random`].
+    pub fn random(shape: Shape, seed: u64, counters: &[u64]) -> Self {
+        let mut rng = stage::random::stream(seed, "clustering head", counters);
+        let mut uniform = |count: usize, inputs: usize| -> Vec<f32> {
+            let bound = 1.0 / (inputs as f32).sqrt();
+            (0..count).map(|_| rng.random_range(-bound..bound)).collect()
+        };
+        let Shape { width, hidden, clusters } = shape;
+        Self {
+            shape,
+            hidden_weight: uniform(hidden * width, width),
+            hidden_bias: uniform(hidden, width),
+            output_weight: uniform(clusters * hidden, hidden),
+            output_bias: uniform(clusters, hidden),
+        }
+    }
+
+    /// Renames its clusters: what was cluster `k` becomes `map[k]`.
+    pub fn renumber(&mut self, map: &[u32]) {
+        let width = self.shape.hidden;
+        let (weight, bias) = (self.output_weight.clone(), self.output_bias.clone());
+        for (from, &to) in map.iter().enumerate() {
+            let to = to as usize;
+            self.output_weight[to * width..(to + 1) * width]
+                .copy_from_slice(&weight[from * width..(from + 1) * width]);
+            self.output_bias[to] = bias[from];
+        }
+    }
+
+    /// Reads the head in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing or broken, holds centres in place of a network, or a network of other
+    /// extents than `shape`.
+    pub fn read(folder: &Path, shape: Shape) -> Result<Self> {
+        let file = Container::open(&folder.join(FILE), KIND, VERSION)?;
+        let form = file.header_text("form")?;
+        ensure!(
+            form == "network",
+            "`{}` holds {form}, but this round goes on from a network; cluster the last round with \
+             `heads` above 0",
+            file.path().display()
+        );
+        let Shape { width, hidden, clusters } = shape;
+        for (name, want) in [
+            ("hidden.weight", vec![hidden, width]),
+            ("hidden.bias", vec![hidden]),
+            ("output.weight", vec![clusters, hidden]),
+            ("output.bias", vec![clusters]),
+        ] {
+            let found = file.shape(name)?;
+            ensure!(
+                found == want,
+                "`{}`: {name} is {found:?}, but the experiment asks for {want:?}; start the rounds \
+                 again, or set `hidden` and `clusters` back",
+                file.path().display()
+            );
+        }
+        let tensor = |name| file.f32(name);
+        Ok(Self {
+            shape,
+            hidden_weight: tensor("hidden.weight")?,
+            hidden_bias: tensor("hidden.bias")?,
+            output_weight: tensor("output.weight")?,
+            output_bias: tensor("output.bias")?,
+        })
+    }
+
+    /// Writes the head into `folder`.
+    ///
+    /// # Errors
+    ///
+    /// A weight is not finite, or the file system refuses.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let Shape { width, hidden, clusters } = self.shape;
+        write(
+            folder,
+            [("clusters".to_owned(), clusters.into()), ("form".to_owned(), "network".into())],
+            &[
+                Tensor::f32("hidden.weight", &[hidden, width], &self.hidden_weight),
+                Tensor::f32("hidden.bias", &[hidden], &self.hidden_bias),
+                Tensor::f32("output.weight", &[clusters, hidden], &self.output_weight),
+                Tensor::f32("output.bias", &[clusters], &self.output_bias),
+            ],
+        )
+    }
+}
+
+/// Writes k-means centres, `(K, P)` row by row, as the head of a round without a network.
+///
+/// # Errors
+///
+/// A value is not finite, or the file system refuses.
+pub fn write_centres(folder: &Path, centres: &[f32], clusters: usize, metric: &str) -> Result<()> {
+    write(
+        folder,
+        [
+            ("clusters".to_owned(), clusters.into()),
+            ("form".to_owned(), "centres".into()),
+            ("metric".to_owned(), metric.into()),
+        ],
+        &[Tensor::f32("centres", &[clusters, centres.len() / clusters], centres)],
+    )
+}
+
+fn write<const N: usize>(
+    folder: &Path,
+    header: [(String, serde_json::Value); N],
+    tensors: &[Tensor],
+) -> Result<()> {
+    container::write(&folder.join(FILE), KIND, VERSION, Header::from(header), tensors)
+        .context("writing the head")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { width: 5, hidden: 4, clusters: 3 };
+
+    #[test]
+    fn a_head_is_read_as_it_was_written() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let head = Head::random(SHAPE, 1, &[0]);
+        head.write(folder.path())?;
+        assert_eq!(Head::read(folder.path(), SHAPE)?, head);
+
+        let other = Shape { hidden: 6, ..SHAPE };
+        let error = format!("{:#}", Head::read(folder.path(), other).expect_err("other extents"));
+        assert!(error.contains("hidden.weight") && error.contains("[6, 5]"), "{error}");
+
+        write_centres(folder.path(), &[0.0; 6], 3, "spherical")?;
+        let error = format!("{:#}", Head::read(folder.path(), SHAPE).expect_err("no network"));
+        assert!(error.contains("centres"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn draws_differ_by_counter_and_stay_in_bounds() {
+        let head = Head::random(SHAPE, 1, &[0]);
+        assert_ne!(head, Head::random(SHAPE, 1, &[1]));
+        assert_ne!(head, Head::random(SHAPE, 2, &[0]));
+        let bound = 1.0 / 5f32.sqrt();
+        assert!(head.hidden_weight.iter().all(|w| w.abs() <= bound));
+        assert!(head.hidden_weight.iter().any(|w| w.abs() > bound / 2.0));
+    }
+
+    #[test]
+    fn renumbering_moves_a_clusters_row_and_bias_together() {
+        let mut head = Head::random(SHAPE, 1, &[0]);
+        let before = head.clone();
+        head.renumber(&[1, 2, 0]);
+        assert_eq!(head.output_weight[4..8], before.output_weight[0..4]);
+        assert_eq!(head.output_bias[1], before.output_bias[0]);
+        assert_eq!(head.output_weight[0..4], before.output_weight[8..12]);
+        assert_eq!(head.output_bias[0], before.output_bias[2]);
+        assert_eq!(head.hidden_weight, before.hidden_weight);
+    }
+}

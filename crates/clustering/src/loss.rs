@@ -1,0 +1,277 @@
+//! What the clustering network learns from: agreement between neighbours, and use of all clusters.
+//!
+//! Several networks of one shape learn side by side (see [`crate::heads`]). So every function here
+//! takes their outputs stacked, `(R, B, K)` for `R` networks, `B` images and `K` clusters, and
+//! returns one value for each network, `(R,)`. The networks share nothing: the sum of the values
+//! has for each network the gradient of its own.
+
+use candle_core::{D, Result, Tensor, bail};
+use training::ops::{log_softmax, pick};
+
+/// The smallest product of two memberships whose logarithm is taken, so that two outputs
+/// without a common cluster give a large loss and not an infinite one.
+pub const FLOOR: f64 = 1e-8;
+
+/// How little two images that should lie in one cluster agree.
+///
+/// `L_con = −1/B Σᵢ ln max(pᵢ·p̃ᵢ, 10⁻⁸)`: Van Gansbeke et al. 2020 (SCAN), Eq. 2, first term.
+///
+/// - `anchor`: memberships `p` of one view of each image, `(R, B, K)`; each row sums to 1.
+/// - `neighbour`: memberships `p̃` of a view of a neighbour of each image, or of itself, `(R, B, K)`.
+///
+/// The gradient reaches both. Returns `(R,)`, each in `[0, 18.43]` nats: 0 when every pair is in one
+/// cluster for certain.
+///
+/// # Errors
+///
+/// The two have other shapes than each other, or not three dimensions.
+pub fn consistency(anchor: &Tensor, neighbour: &Tensor) -> Result<Tensor> {
+    anchor.dims3()?;
+    if anchor.dims() != neighbour.dims() {
+        bail!("consistency: anchors are {:?} but neighbours {:?}", anchor.dims(), neighbour.dims())
+    }
+    let products = (anchor * neighbour)?.sum(D::Minus1)?;
+    products.maximum(FLOOR)?.log()?.mean(1)?.neg()
+}
+
+/// Entropy of the clusters' shares in a batch: high when all clusters are used alike.
+///
+/// `H = −Σₖ p̄ₖ ln max(p̄ₖ, 10⁻⁸)` with `p̄ = 1/B Σᵢ pᵢ`: Van Gansbeke et al. 2020, Eq. 2, second term.
+///
+/// - `memberships`: `p`, `(R, B, K)`.
+///
+/// Returns `(R,)`, each in `[0, ln K]` nats: 0 when all images lie in one cluster.
+///
+/// # Errors
+///
+/// `memberships` has not three dimensions.
+pub fn entropy(memberships: &Tensor) -> Result<Tensor> {
+    memberships.dims3()?;
+    let shares = memberships.mean(1)?;
+    (&shares * shares.maximum(FLOOR)?.log()?)?.sum(D::Minus1)?.neg()
+}
+
+/// What a clustering network minimises: `L₂ = L_con − λ H`, see [`consistency`] and [`entropy`].
+///
+/// - `anchor`, `neighbour`: memberships as in [`consistency`]; the entropy is the anchors'.
+/// - `entropy_weight`: λ.
+///
+/// Returns `(R,)`: `−λ ln K` at best, `(1 − λ) ln K` for uniform memberships, 0 for one cluster.
+///
+/// # Errors
+///
+/// As [`consistency`].
+pub fn clustering_loss(anchor: &Tensor, neighbour: &Tensor, entropy_weight: f64) -> Result<Tensor> {
+    consistency(anchor, neighbour)? - (entropy(anchor)? * entropy_weight)?
+}
+
+/// Cross-entropy to given clusters, with which a network starts from k-means.
+///
+/// `−1/B Σᵢ ln softmax(logitsᵢ)[yᵢ]`.
+///
+/// - `logits`: `(R, B, K)`.
+/// - `pseudo_labels`: `y`, `(B,)` u32, the same for all networks.
+///
+/// Returns `(R,)`, each at least 0 nats; `ln K` for uniform logits.
+///
+/// # Errors
+///
+/// The shapes do not fit, or a label is not below `K`.
+pub fn cross_entropy(logits: &Tensor, pseudo_labels: &Tensor) -> Result<Tensor> {
+    let (r, b, k) = logits.dims3()?;
+    if pseudo_labels.dims() != [b] {
+        bail!("cross_entropy: {b} rows of logits but labels {:?}", pseudo_labels.dims())
+    }
+    let logarithms = log_softmax(logits)?.reshape((r * b, k))?;
+    let own = pick(&logarithms, &pseudo_labels.repeat(r)?)?;
+    own.reshape((r, b))?.mean(1)?.neg()
+}
+
+/// [`clustering_loss`] of one network on given memberships, its expectation over the draw of the
+/// neighbour: the measure by which one network is kept. No label enters it.
+///
+/// `1/N Σᵢ 1/(m+1) Σ_{j ∈ NN(i) ∪ {i}} −ln max(pᵢ·pⱼ, 10⁻⁸) − λ H` with the entropy over all `N`.
+///
+/// - `memberships`: `p` on un-augmented images, `N × K`, row by row.
+/// - `neighbours`: `N × m` rows, row by row; `m` may be 0.
+///
+/// # Panics
+///
+/// A neighbour does not lie in the set.
+pub fn expected_clustering_loss(
+    memberships: &[f32],
+    clusters: usize,
+    neighbours: &[u32],
+    entropy_weight: f64,
+) -> f64 {
+    let rows: Vec<&[f32]> = memberships.chunks_exact(clusters).collect();
+    let each = neighbours.len() / rows.len();
+    let product = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    };
+    let mut disagreement = 0.0;
+    let mut shares = vec![0.0; clusters];
+    for (i, row) in rows.iter().enumerate() {
+        let with_itself = -product(row, row).max(FLOOR).ln();
+        let with_neighbours: f64 = neighbours[i * each..(i + 1) * each]
+            .iter()
+            .map(|&j| -product(row, rows[j as usize]).max(FLOOR).ln())
+            .sum();
+        disagreement += (with_itself + with_neighbours) / (each + 1) as f64;
+        for (share, &p) in shares.iter_mut().zip(*row) {
+            *share += f64::from(p);
+        }
+    }
+    let n = rows.len() as f64;
+    let entropy: f64 = shares.iter().map(|s| s / n).map(|p| -p * p.max(FLOOR).ln()).sum();
+    disagreement / n - entropy_weight * entropy
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device::Cpu, IndexOp, Var};
+    use training::ops::softmax;
+
+    use super::*;
+
+    /// Memberships of one network.
+    fn one(rows: &[[f64; 2]]) -> Tensor {
+        let flat: Vec<f64> = rows.iter().flatten().copied().collect();
+        Tensor::from_vec(flat, (1, rows.len(), 2), &Cpu).expect("rows of two")
+    }
+
+    fn scalar(values: &Tensor) -> f64 {
+        values.to_vec1::<f64>().expect("one value a network")[0]
+    }
+
+    #[test]
+    fn values_match_hand_computation() -> Result<()> {
+        let anchor = one(&[[0.8, 0.2], [0.3, 0.7]]);
+        let neighbour = one(&[[0.9, 0.1], [0.2, 0.8]]);
+        // Products .74 and .62; shares (.55, .45).
+        let close = |got: Tensor, want: f64| assert!((scalar(&got) - want).abs() < 1e-6, "{got}");
+        close(consistency(&anchor, &neighbour)?, 0.389570);
+        close(entropy(&anchor)?, 0.688139);
+        close(clustering_loss(&anchor, &neighbour, 5.0)?, -3.051124);
+        close(clustering_loss(&anchor, &neighbour, 2.0)?, -0.986707);
+        Ok(())
+    }
+
+    #[test]
+    fn the_best_the_uniform_and_the_collapsed_output_have_their_known_values() -> Result<()> {
+        for (k, best, uniform) in [
+            (10, -11.512925, -9.210340),
+            (15, -13.540251, -10.832201),
+            (20, -14.978661, -11.982929),
+        ] {
+            let outputs = [
+                (Tensor::eye(k, DType::F64, &Cpu)?, best),
+                (Tensor::full(1.0 / k as f64, (k, k), &Cpu)?, uniform),
+                (Tensor::eye(k, DType::F64, &Cpu)?.i(0)?.repeat((k, 1))?, 0.0),
+            ];
+            for (p, want) in outputs {
+                let got = scalar(&clustering_loss(&p.unsqueeze(0)?, &p.unsqueeze(0)?, 5.0)?);
+                assert!((got - want).abs() < 1e-5, "K = {k}: got {got}, want {want}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_common_cluster_is_a_large_loss_with_finite_gradients() -> Result<()> {
+        let anchor = Var::from_tensor(&one(&[[1.0, 0.0]]))?;
+        let loss = consistency(&anchor, &one(&[[0.0, 1.0]]))?;
+        assert!((scalar(&loss) - 18.420681).abs() < 1e-5);
+        let gradients = loss.backward()?;
+        let gradient = gradients.get(&anchor).expect("a gradient").flatten_all()?;
+        assert!(gradient.to_vec1::<f64>()?.iter().all(|g| g.is_finite()));
+        Ok(())
+    }
+
+    #[test]
+    fn networks_side_by_side_do_not_mix() -> Result<()> {
+        let (a, b) = (one(&[[0.8, 0.2], [0.3, 0.7]]), one(&[[0.5, 0.5], [0.9, 0.1]]));
+        let both = Tensor::cat(&[&a, &b], 0)?;
+        let other = Tensor::cat(&[&b, &a], 0)?;
+        let got = clustering_loss(&both, &other, 5.0)?.to_vec1::<f64>()?;
+        let want = [scalar(&clustering_loss(&a, &b, 5.0)?), scalar(&clustering_loss(&b, &a, 5.0)?)];
+        assert_eq!(got, want);
+        Ok(())
+    }
+
+    /// Compares the gradient of `loss` at logits `at` with central differences.
+    fn check_gradient(at: &[f64], loss: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+        let shape = (1, at.len() / 3, 3);
+        let value =
+            |x: &[f64]| -> Result<f64> { Ok(scalar(&loss(&Tensor::from_slice(x, shape, &Cpu)?)?)) };
+        let logits = Var::from_tensor(&Tensor::from_slice(at, shape, &Cpu)?)?;
+        let gradients = loss(&logits)?.backward()?;
+        let analytic = gradients.get(&logits).expect("a gradient").flatten_all()?;
+        for (i, got) in analytic.to_vec1::<f64>()?.into_iter().enumerate() {
+            let (mut up, mut down) = (at.to_vec(), at.to_vec());
+            up[i] += 1e-5;
+            down[i] -= 1e-5;
+            let want = (value(&up)? - value(&down)?) / 2e-5;
+            assert!((got - want).abs() < 1e-8, "d/dx[{i}]: got {got}, want {want}");
+        }
+        Ok(())
+    }
+
+    const LOGITS: [f64; 12] = [0.3, -1.2, 0.7, 2.0, 0.1, -0.4, 0.0, 0.9, 0.2, -0.7, 0.4, 1.1];
+
+    #[test]
+    fn gradients_match_central_differences() -> Result<()> {
+        // The second half of the rows are the neighbours of the first, so both sides are moved.
+        check_gradient(&LOGITS, |x| {
+            let p = softmax(x)?;
+            clustering_loss(&p.narrow(1, 0, 2)?, &p.narrow(1, 2, 2)?, 5.0)
+        })?;
+        check_gradient(&LOGITS, |x| entropy(&softmax(x)?))?;
+        let pseudo_labels = Tensor::new(&[2u32, 0, 0, 1], &Cpu)?;
+        check_gradient(&LOGITS, |x| cross_entropy(x, &pseudo_labels))
+    }
+
+    #[test]
+    fn a_tie_for_the_maximum_leaves_the_gradient_right() -> Result<()> {
+        check_gradient(&[0.5, 0.5, 0.5], |x| cross_entropy(x, &Tensor::new(&[1u32], &Cpu)?))
+    }
+
+    #[test]
+    fn the_gradient_reaches_anchor_and_neighbour() -> Result<()> {
+        let anchor = Var::from_tensor(&one(&[[0.8, 0.2], [0.3, 0.7]]))?;
+        let neighbour = Var::from_tensor(&one(&[[0.9, 0.1], [0.2, 0.8]]))?;
+        let gradients = clustering_loss(&anchor, &neighbour, 5.0)?.backward()?;
+        for (side, name) in [(&anchor, "anchor"), (&neighbour, "neighbour")] {
+            let gradient = gradients.get(side).expect(name).abs()?.min_all()?;
+            assert!(gradient.to_scalar::<f64>()? > 0.0, "no gradient at the {name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn cross_entropy_matches_hand_computation() -> Result<()> {
+        let logits = one(&[[0.0, 2f64.ln()], [0.0, 0.0]]);
+        // Row 1: softmax (1/3, 2/3), label 1; row 2: (1/2, 1/2), label 0.
+        let loss = cross_entropy(&logits, &Tensor::new(&[1u32, 0], &Cpu)?)?;
+        assert!((scalar(&loss) - (1.5f64.ln() + 2f64.ln()) / 2.0).abs() < 1e-9, "{loss}");
+        assert!(cross_entropy(&logits, &Tensor::new(&[1u32], &Cpu)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn the_expected_loss_is_the_mean_over_all_draws() -> Result<()> {
+        let p = [[0.8f64, 0.2], [0.3, 0.7], [0.6, 0.4]];
+        let neighbours = [1u32, 2, 0];
+        let flat: Vec<f32> = p.iter().flatten().map(|&x| x as f32).collect();
+        let with = |order: [usize; 3]| {
+            scalar(&consistency(&one(&p), &one(&order.map(|i| p[i]))).expect("a loss"))
+        };
+        let want = (with([0, 1, 2]) + with([1, 2, 0])) / 2.0 - 5.0 * scalar(&entropy(&one(&p))?);
+        let got = expected_clustering_loss(&flat, 2, &neighbours, 5.0);
+        assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
+        // Without neighbours only the agreement with itself is left.
+        let alone = expected_clustering_loss(&flat, 2, &[], 0.0);
+        assert!((alone - with([0, 1, 2])).abs() < 1e-6);
+        Ok(())
+    }
+}

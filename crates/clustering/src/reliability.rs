@@ -1,0 +1,128 @@
+//! Which pseudo-labels to trust: confidence, agreement among neighbours, and the best of each
+//! cluster.
+//!
+//! The whole module is our reading: the paper says that assignments are reliable, not how.
+
+/// Cluster and confidence of each image: the largest membership and its place, the first of equals.
+///
+/// - `memberships`: `N × K`, row by row.
+///
+/// Returns `(assignment, confidence)`, `(N,)` each.
+pub fn assignments(memberships: &[f32], clusters: usize) -> (Vec<u32>, Vec<f32>) {
+    memberships
+        .chunks_exact(clusters)
+        .map(|row| {
+            let first = (0u32, row[0]);
+            (1..).zip(&row[1..]).fold(first, |best, (k, &p)| if p > best.1 { (k, p) } else { best })
+        })
+        .unzip()
+}
+
+/// Share of each image's neighbours that lie in its cluster, `(N,)` in `[0, 1]`.
+///
+/// - `neighbours`: `N × m` rows without the image itself. With `m = 0` every agreement is 1.
+pub fn agreement(assignment: &[u32], neighbours: &[u32]) -> Vec<f32> {
+    let each = neighbours.len() / assignment.len().max(1);
+    if each == 0 {
+        return vec![1.0; assignment.len()];
+    }
+    let same = |(own, row): (&u32, &[u32])| {
+        let count = row.iter().filter(|&&j| assignment[j as usize] == *own).count();
+        count as f32 / each as f32
+    };
+    assignment.iter().zip(neighbours.chunks_exact(each)).map(same).collect()
+}
+
+/// Marks in each cluster the best `⌈η N_k⌉` of its `N_k` images by score, at least one.
+///
+/// Ranks are taken within a cluster and not over all images, so that a hard cluster is not left
+/// without reliable images. Of equal scores the lower index is the better.
+///
+/// - `share`: η, in `(0, 1]`.
+///
+/// Returns `(N,)`: whether each image is reliable.
+pub fn reliable(assignment: &[u32], scores: &[f32], clusters: usize, share: f64) -> Vec<bool> {
+    let mut members = vec![Vec::new(); clusters];
+    for (i, &k) in assignment.iter().enumerate() {
+        members[k as usize].push(i);
+    }
+    let mut marks = vec![false; assignment.len()];
+    for mut cluster in members {
+        // The sort is stable, and the members are in the order of their index.
+        cluster.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        // Without the small number, .7 of 10 would be 8.
+        let keep = (share * cluster.len() as f64 - 1e-9).ceil().max(1.0) as usize;
+        for &i in cluster.iter().take(keep) {
+            marks[i] = true;
+        }
+    }
+    marks
+}
+
+/// The share η of each cluster that round `round` of `rounds` keeps: linear from `first` to `last`.
+///
+/// The clustering of round `r` is what refinement round `r + 1` learns from, so the last share
+/// belongs to round `rounds − 1`; the clustering after it is the result, and keeps that share.
+pub fn share([first, last]: [f64; 2], round: usize, rounds: usize) -> f64 {
+    let steps = rounds.saturating_sub(1);
+    if steps == 0 {
+        return first;
+    }
+    first + (last - first) * round.min(steps) as f64 / steps as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SCORES: [f32; 8] = [0.99, 0.95, 0.9, 0.6, 0.97, 0.5, 0.45, 0.4];
+    const ASSIGNMENT: [u32; 8] = [0, 0, 0, 0, 1, 1, 1, 1];
+
+    fn chosen(share: f64, scores: &[f32]) -> Vec<usize> {
+        let marks = reliable(&ASSIGNMENT, scores, 2, share);
+        (0..8).filter(|&i| marks[i]).collect()
+    }
+
+    #[test]
+    fn the_best_share_of_each_cluster_is_kept() {
+        assert_eq!(chosen(0.5, &SCORES), [0, 1, 4, 5]);
+        assert_eq!(chosen(0.25, &SCORES), [0, 4]);
+        assert_eq!(chosen(0.01, &SCORES), [0, 4], "a cluster keeps at least one");
+        assert_eq!(chosen(1.0, &SCORES).len(), 8);
+        assert_eq!(chosen(0.5, &SCORES.map(|s| s * 0.1)), chosen(0.5, &SCORES), "scale is nothing");
+        assert_eq!(chosen(0.25, &[0.5; 8]), [0, 4], "ties go by index");
+        let sizes: Vec<usize> =
+            (1..=20).map(|i| chosen(f64::from(i) / 20.0, &SCORES).len()).collect();
+        assert!(sizes.is_sorted(), "{sizes:?}");
+    }
+
+    #[test]
+    fn an_empty_cluster_and_an_exact_share_are_no_trouble() {
+        assert_eq!(reliable(&[0, 0], &[0.1, 0.2], 3, 0.5), [false, true]);
+        let ten = reliable(&[0; 10], &[0.5; 10], 1, 0.7);
+        assert_eq!(ten.iter().filter(|&&reliable| reliable).count(), 7);
+    }
+
+    #[test]
+    fn agreement_does_not_count_the_image_itself() {
+        let got = agreement(&[0, 0, 1, 1], &[1, 2, 0, 2, 1, 3, 2, 1]);
+        assert_eq!(got, [0.5; 4]);
+        assert_eq!(agreement(&[0, 1], &[]), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn assignments_take_the_first_of_equal_memberships() {
+        let (assignment, confidence) = assignments(&[0.2, 0.5, 0.3, 0.4, 0.2, 0.4], 3);
+        assert_eq!(assignment, [1, 0]);
+        assert_eq!(confidence, [0.5, 0.4]);
+    }
+
+    #[test]
+    fn the_share_rises_over_the_rounds_that_are_learnt_from() {
+        for (round, want) in [0.5, 0.6, 0.7, 0.8, 0.9, 0.9].into_iter().enumerate() {
+            assert!((share([0.5, 0.9], round, 5) - want).abs() < 1e-12, "round {round}");
+        }
+        assert_eq!(share([0.5, 0.9], 0, 1), 0.5);
+        assert_eq!(share([0.5, 0.9], 0, 0), 0.5);
+    }
+}
