@@ -165,6 +165,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         reliable: clusters.reliable,
         projection_width,
         prototypes: clusters.prototypes,
+        stability: clusters.restarted_stability,
     }
     .write(&stage.out.join(PSEUDO_LABELS))
 }

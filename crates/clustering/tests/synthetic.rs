@@ -251,6 +251,7 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
 
     // The next round reads what this one wrote.
     assert!(run("2", "1", Some("1-0"))? != one);
-    assert_eq!(PseudoLabels::open(&at("2-1").join("pseudo-labels.safetensors"))?.clusters, 4);
+    let labels = PseudoLabels::open(&at("2-1").join("pseudo-labels.safetensors"))?;
+    assert!(labels.stability.expect("there was a round before") > 0.5);
     Ok(())
 }
