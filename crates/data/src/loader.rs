@@ -224,7 +224,7 @@ mod tests {
     use stage::Split;
 
     use super::*;
-    use crate::images::{Source, Writer};
+    use crate::images::{Identical, Source, Writer};
     use crate::picture::tests::example;
     use crate::views::{Filter, Operation};
 
@@ -233,7 +233,7 @@ mod tests {
     /// Twenty pictures, neither square nor alike.
     fn images(folder: &std::path::Path) -> Images {
         let path = folder.join("images.safetensors");
-        let mut writer = Writer::create(&path, 3).expect("created");
+        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
         for i in 0..ROWS as usize {
             let source = Source::raw(example(6 + i % 3, 9 + i, 3), 3).expect("sound");
             writer.add(&source, Split::Train).expect("added");

@@ -115,6 +115,7 @@ mod tests {
             confidence: vec![1.; 4],
             score: vec![1.; 4],
             reliable: vec![true, true, false, false],
+            stability: None,
             projection_width: 1,
             prototypes: vec![1., -1.],
         };

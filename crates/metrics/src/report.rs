@@ -191,6 +191,7 @@ mod tests {
             confidence: vec![1.; m],
             score: vec![1.; m],
             reliable: reliable.to_vec(),
+            stability: None,
             projection_width: 1,
             prototypes: vec![0.; 3],
         }
