@@ -1,0 +1,428 @@
+//! Pictures in folders: one folder a class, or a flat folder without ground truth.
+//!
+//! Classes are the folders directly within the source, pictures the files directly within those.
+//! Anything deeper is an error and never a class of its own: torchvision would take `train` and
+//! `val` for two classes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use stage::Split;
+
+use crate::collection::{Collection, Load};
+use crate::{Config, picture};
+
+/// What a folder holds, sorted by name.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// Folders, and links to folders.
+    pub folders: Vec<PathBuf>,
+    /// Files, and links to files.
+    pub files: Vec<PathBuf>,
+    /// Names that are passed over, with the reason.
+    ignored: Vec<(PathBuf, &'static str)>,
+}
+
+/// Lists a folder. Hidden names are passed over, and links that lead nowhere.
+///
+/// # Errors
+///
+/// The folder cannot be read.
+pub fn contents(folder: &Path) -> Result<Contents> {
+    let mut contents = Contents::default();
+    let context = || format!("reading the folder `{}`", folder.display());
+    for entry in fs::read_dir(folder).with_context(context)? {
+        let entry = entry.with_context(context)?;
+        let path = entry.path();
+        if file_name(&path).starts_with('.') {
+            contents.ignored.push((path, "is hidden"));
+            continue;
+        }
+        // Only links need a second look at the disk: ILSVRC-2012 has 1.3 million files.
+        let kind = match entry.file_type().with_context(context)? {
+            kind if kind.is_symlink() => fs::metadata(&path).map(|metadata| metadata.file_type()),
+            kind => Ok(kind),
+        };
+        match kind {
+            Ok(kind) if kind.is_dir() => contents.folders.push(path),
+            Ok(kind) if kind.is_file() => contents.files.push(path),
+            Ok(_) => contents.ignored.push((path, "is neither a file nor a folder")),
+            Err(_) => contents.ignored.push((path, "is a link that leads nowhere")),
+        }
+    }
+    contents.folders.sort();
+    contents.files.sort();
+    Ok(contents)
+}
+
+/// The last part of a path as text, with a replacement character for what is not UTF-8.
+pub fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// The pictures of a source that is a folder: listed, not yet read.
+#[derive(Debug)]
+pub struct Listing {
+    root: PathBuf,
+    /// Classes with their pictures, by name; one without a name where the folder is flat.
+    classes: Vec<(Option<String>, Vec<PathBuf>)>,
+    ignored: Vec<(PathBuf, &'static str)>,
+}
+
+/// Lists the pictures in `root`: of the classes that the experiment names, or of all.
+///
+/// # Errors
+///
+/// No folder of that layout; the message says what there is instead, and what to do.
+pub fn list(root: &Path, config: &Config) -> Result<Listing> {
+    let top = contents(root)?;
+    let mut listing = Listing { root: root.to_owned(), classes: Vec::new(), ignored: Vec::new() };
+    let folders = match config.classes.is_empty() {
+        false => chosen(root, &top, &config.classes)?,
+        true => top.folders.clone(),
+    };
+    let mut deeper = Vec::new();
+    for folder in &folders {
+        let inside = contents(folder)?;
+        deeper.extend(first_with_pictures(&inside)?);
+        let pictures = listing.pictures_among(inside);
+        listing.classes.push((Some(file_name(folder)), pictures));
+    }
+    listing.check_depth(&deeper)?;
+    if config.classes.is_empty() {
+        let loose = listing.pictures_among(top);
+        listing.add_loose(loose)?;
+    }
+    listing.check_classes()?;
+    let counts: Vec<(&str, usize)> = listing
+        .classes
+        .iter()
+        .filter_map(|(class, pictures)| Some((class.as_deref()?, pictures.len())))
+        .collect();
+    config.check_images_per_class(&counts)?;
+    Ok(listing)
+}
+
+impl Listing {
+    /// How many pictures there are.
+    pub fn count(&self) -> usize {
+        self.classes.iter().map(|(_, pictures)| pictures.len()).sum()
+    }
+
+    /// How many classes there are; none in a flat folder.
+    pub fn classes(&self) -> usize {
+        self.classes.iter().filter(|(class, _)| class.is_some()).count()
+    }
+
+    /// Hands all pictures over, named by their path within the source.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses.
+    pub fn read(&self, collection: &mut Collection) -> Result<()> {
+        for (path, reason) in &self.ignored {
+            collection.ignored(self.name(path), (*reason).to_owned());
+        }
+        for (class, pictures) in &self.classes {
+            for path in pictures {
+                let load = Load::File(path.clone());
+                collection.file(self.name(path), class.as_deref(), Split::Train, load)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The path within the source, with `/` between its parts on every system.
+    fn name(&self, path: &Path) -> String {
+        let inner = path.strip_prefix(&self.root).unwrap_or(path);
+        let parts: Vec<_> =
+            inner.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+        parts.join("/")
+    }
+
+    fn pictures_among(&mut self, contents: Contents) -> Vec<PathBuf> {
+        self.ignored.extend(contents.ignored);
+        let (pictures, others): (Vec<_>, Vec<_>) =
+            contents.files.into_iter().partition(|file| picture::is_meant(file));
+        self.ignored.extend(others.into_iter().map(|file| (file, "is not a picture")));
+        pictures
+    }
+
+    /// Fails if there are folders with pictures, `deeper`, within the class folders.
+    fn check_depth(&self, deeper: &[PathBuf]) -> Result<()> {
+        let Some(first) = deeper.first() else { return Ok(()) };
+        let above = first.parent().unwrap_or(&self.root);
+        bail!(
+            "pictures of `{}` lie one level too deep, such as those in `{}`: they must lie directly \
+             in the folder of their class, and that directly in the source; name the folder above \
+             the class folders with {SOURCE}, perhaps `{}`",
+            self.root.display(),
+            self.name(first),
+            above.display()
+        )
+    }
+
+    /// Takes pictures directly in the source for a flat folder, if they are the only ones.
+    fn add_loose(&mut self, loose: Vec<PathBuf>) -> Result<()> {
+        let Some(first) = loose.first() else { return Ok(()) };
+        self.classes.retain(|(_, pictures)| !pictures.is_empty());
+        if let Some((class, _)) = self.classes.first() {
+            bail!(
+                "`{}` holds pictures directly, such as `{}`, and in folders, such as `{}`: with \
+                 ground truth every picture lies in the folder of its class, without it none does",
+                self.root.display(),
+                file_name(first),
+                class.as_deref().unwrap_or_default()
+            );
+        }
+        self.classes.push((None, loose));
+        Ok(())
+    }
+
+    fn check_classes(&self) -> Result<()> {
+        let root = self.root.display();
+        if self.count() == 0 {
+            bail!("`{root}` holds no JPEG or PNG pictures{}", hint_at_archives(&self.root)?);
+        }
+        let empty = |pictures: &Vec<PathBuf>| pictures.is_empty();
+        if let Some((class, _)) = self.classes.iter().find(|(_, pictures)| empty(pictures)) {
+            bail!(
+                "the class folder `{}` of `{root}` holds no pictures: fill it, remove it, or name \
+                 the folders to keep in `classes`",
+                class.as_deref().unwrap_or_default()
+            );
+        }
+        if let [(Some(class), pictures)] = &self.classes[..] {
+            bail!(
+                "`{root}` has one class only, `{class}`, with {} pictures; pictures without ground \
+                 truth lie directly in the source: name `{}` with {SOURCE}",
+                pictures.len(),
+                self.root.join(class).display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// How a person names the source, for messages: here, and when `xtask` runs this program.
+pub const SOURCE: &str = "--source (`--images` of `cargo xtask`)";
+
+/// The class folders that the experiment names.
+fn chosen(root: &Path, top: &Contents, classes: &[String]) -> Result<Vec<PathBuf>> {
+    let missing: Vec<&String> = classes
+        .iter()
+        .filter(|class| !top.folders.iter().any(|folder| file_name(folder) == **class))
+        .collect();
+    if let Some(first) = missing.first() {
+        let listed: Vec<&str> = missing.iter().take(3).map(|class| class.as_str()).collect();
+        bail!(
+            "`{}` lacks {} of the {} class folders that the experiment names (`{}`{}): {}",
+            root.display(),
+            missing.len(),
+            classes.len(),
+            listed.join("`, `"),
+            if missing.len() > listed.len() { ", ..." } else { "" },
+            diagnosis(root, top, first, classes)?
+        );
+    }
+    Ok(top.folders.iter().filter(|folder| classes.contains(&file_name(folder))).cloned().collect())
+}
+
+/// What is probably wrong with a folder that lacks the class `missing`, and what to do.
+fn diagnosis(root: &Path, top: &Contents, missing: &str, classes: &[String]) -> Result<String> {
+    let stanford = |folder: &&PathBuf| {
+        file_name(folder).strip_prefix(missing).is_some_and(|rest| rest.starts_with(['-', '_']))
+    };
+    if let Some(folder) = top.folders.iter().find(stanford) {
+        return Ok(format!(
+            "`{}` is how Stanford Dogs names its folders, and that is another set, of about 170 \
+             pictures a class; name the train folder of ILSVRC-2012",
+            file_name(folder)
+        ));
+    }
+    if let Some(folder) = top.folders.iter().find(|folder| folder.join(missing).is_dir()) {
+        return Ok(format!("they lie one level deeper; name `{}` with {SOURCE}", folder.display()));
+    }
+    if classes.contains(&file_name(root)) {
+        return Ok(format!("this is one class's folder; name the folder it lies in with {SOURCE}"));
+    }
+    if root.join(format!("{missing}.tar")).is_file() {
+        return Ok(format!(
+            "`{missing}.tar` is still packed; unpack each class's archive into a folder of its \
+             name, as in `mkdir {missing} && tar -xf {missing}.tar -C {missing}`"
+        ));
+    }
+    if top.folders.is_empty() && !top.files.is_empty() {
+        return Ok(format!(
+            "it has no class folders at all, only files such as `{}` (ILSVRC-2012's `val` comes \
+             like that); name the train folder with {SOURCE}",
+            file_name(&top.files[0])
+        ));
+    }
+    let some: Vec<_> = top.folders.iter().take(3).map(|folder| file_name(folder)).collect();
+    Ok(match some.is_empty() {
+        true => "the folder is empty".to_owned(),
+        false => format!(
+            "it has {} folders, such as `{}`; name another source with {SOURCE}, or other classes",
+            top.folders.len(),
+            some.join("`, `")
+        ),
+    })
+}
+
+/// The first folder within `contents` that holds pictures, or folders in their turn.
+fn first_with_pictures(inside: &Contents) -> Result<Option<PathBuf>> {
+    for folder in &inside.folders {
+        let contents = contents(folder)?;
+        if !contents.folders.is_empty() || contents.files.iter().any(|file| picture::is_meant(file))
+        {
+            return Ok(Some(folder.clone()));
+        }
+    }
+    Ok(None)
+}
+
+/// For a folder without pictures: whether they are still packed.
+fn hint_at_archives(root: &Path) -> Result<String> {
+    let packed = contents(root)?.files.into_iter().find(|file| {
+        let name = file_name(file);
+        [".tar", ".tgz", ".gz", ".xz", ".zip", ".parquet", ".h5", ".mat"]
+            .iter()
+            .any(|ending| name.ends_with(ending))
+    });
+    Ok(match packed {
+        None => format!("; name another source with {SOURCE}"),
+        Some(file) if file_name(&file).contains(".tar") || file_name(&file).ends_with(".tgz") => {
+            format!("; it holds an archive: name that, {SOURCE} {}", file.display())
+        }
+        Some(file) => format!("; unpack `{}` and name its folder with {SOURCE}", file.display()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::example::{assert_has, config, jpeg, png, prepare, put, refusal, scratch};
+
+    /// Writes pictures, each another one, at these names; something else at those of archives.
+    fn pictures(root: &Path, names: &[&str]) {
+        for (seed, name) in names.iter().enumerate() {
+            let file = if name.ends_with(".tar") { b"packed".to_vec() } else { png(seed) };
+            put(&root.join(name), &file);
+        }
+    }
+
+    #[test]
+    fn classes_are_folders_and_pictures_are_told_by_content() {
+        let (_folder, path) = scratch();
+        put(&path.join("cat/a.JPEG"), &png(0));
+        put(&path.join("cat/b.png"), &jpeg(1));
+        put(&path.join("dog/no-extension"), &png(2));
+        put(&path.join("dog/Thumbs.db"), b"not a picture");
+        put(&path.join("dog/._a.jpg"), b"hidden");
+        put(&path.join("read me.txt"), b"beside the classes");
+        let read = prepare(&path, &config()).expect("sound");
+        assert_eq!(read.names.len(), 3);
+        assert_eq!(read.class("cat/b.png"), Some("cat"));
+        assert_eq!(read.class("dog/no-extension"), Some("dog"));
+        assert_eq!(read.picture("cat/a.JPEG").pixels, crate::example::pixels(4, 6, 3, 0));
+        let ignored = read.skipped("ignored");
+        let names: Vec<&str> = ignored.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["dog/._a.jpg", "dog/Thumbs.db", "read me.txt"]);
+        assert_eq!(ignored[1].1, "is not a picture");
+    }
+
+    #[test]
+    fn chosen_classes_alone_are_read_in_whatever_order_they_are_named() {
+        let (_folder, path) = scratch();
+        pictures(&path, &["n1/a.png", "n2/b.png", "n3/c.png", "n3/d.png"]);
+        put(&path.join("n2/broken.png"), b"");
+        let chosen = |names: [&str; 2]| Config {
+            classes: names.map(String::from).to_vec(),
+            images_per_class: 0,
+            ..config()
+        };
+        let read = prepare(&path, &chosen(["n3", "n1"])).expect("sound");
+        assert_eq!(read.names.len(), 3);
+        assert_eq!(prepare(&path, &chosen(["n1", "n3"])).expect("sound").bytes, read.bytes);
+        let counted = Config { images_per_class: 2, ..chosen(["n1", "n3"]) };
+        assert_has(&refusal(&path, &counted), &["1 of 2 classes", "`n1` has 1", "whole data set"]);
+    }
+
+    #[test]
+    fn a_flat_folder_has_no_ground_truth() {
+        let (_folder, path) = scratch();
+        pictures(&path, &["a.png", "b.png"]);
+        put(&path.join("notes/c.txt"), b"a folder without pictures");
+        let read = prepare(&path, &config()).expect("sound");
+        assert_eq!(read.names.len(), 2);
+        assert_eq!(read.class("a.png"), None);
+        let counted = Config { images_per_class: 1300, ..config() };
+        assert_has(&refusal(&path, &counted), &["flat", "`val`", "train folder"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn linked_class_folders_are_followed_and_dead_links_listed() {
+        let (_folder, path) = scratch();
+        pictures(&path, &["elsewhere/cat/a.png", "set/dog/b.png"]);
+        std::os::unix::fs::symlink(path.join("elsewhere/cat"), path.join("set/cat"))
+            .expect("linked");
+        std::os::unix::fs::symlink(path.join("nowhere"), path.join("set/dog/x.png"))
+            .expect("linked");
+        let read = prepare(&path.join("set"), &config()).expect("sound");
+        assert_eq!(read.class("cat/a.png"), Some("cat"));
+        let (name, reason) = &read.skipped("ignored")[0];
+        assert_eq!((name.as_str(), reason.as_str()), ("dog/x.png", "is a link that leads nowhere"));
+    }
+
+    #[test]
+    fn a_wrong_layout_is_named_with_its_remedy() {
+        let cases: [(&[&str], &[&str]); 7] = [
+            (&["train/n1/a.png", "val/n1/b.png"], &["too deep", "`train/n1`", "perhaps", "train`"]),
+            (&["n1/images/a.png", "n2/images/b.png"], &["too deep", "`n1/images`"]),
+            (&["n1/a.png", "n2/b.png", "n2/more/c.png"], &["too deep", "`n2/more`"]),
+            (&["all/a.png", "all/b.png"], &["one class only, `all`, with 2 pictures", "--source"]),
+            (&["a.png", "n1/b.png"], &["`a.png`", "`n1`", "ground truth"]),
+            (&[], &["holds no JPEG or PNG pictures"]),
+            (&["n1.tar", "n2.tar"], &["an archive", "n1.tar"]),
+        ];
+        for (names, parts) in cases {
+            let (_folder, path) = scratch();
+            pictures(&path, names);
+            assert_has(&refusal(&path, &config()), parts);
+        }
+        let (_folder, path) = scratch();
+        pictures(&path, &["n1/a.png", "n2/b.png"]);
+        fs::create_dir(path.join("n3")).expect("created");
+        assert_has(&refusal(&path, &config()), &["`n3`", "holds no pictures", "`classes`"]);
+        let missing = refusal(&path.join("nowhere"), &config());
+        assert_has(&missing, &["nowhere", "--source"]);
+    }
+
+    #[test]
+    fn a_missing_class_is_named_with_what_is_there_instead() {
+        let (train, single) = ("n02085936/a.JPEG", "n02086646/b.JPEG");
+        let stanford = "n02085936-Maltese_dog/a.jpg";
+        let cases: [(&str, &[&str], &[&str]); 6] = [
+            (
+                "",
+                &[stanford, "n02086646-Blenheim_spaniel/b.jpg"],
+                &["Stanford Dogs", "train folder"],
+            ),
+            ("", &["train/n02085936/a.JPEG", "val/a.JPEG"], &["one level deeper", "train`"]),
+            ("n02085936", &[train, single], &["one class's folder", "folder it lies in"]),
+            ("", &["n02085936.tar", "n02086646.tar"], &["still packed", "mkdir n02085936"]),
+            ("", &["ILSVRC2012_val_00000001.JPEG"], &["no class folders", "`val`", "train folder"]),
+            ("", &[train, "n3/x.png"], &["lacks 1 of the 2", "`n02086646`", "2 folders", "`n3`"]),
+        ];
+        for (inner, names, parts) in cases {
+            let (_folder, path) = scratch();
+            pictures(&path, names);
+            let classes = ["n02085936", "n02086646"].map(String::from).to_vec();
+            let ilsvrc = Config { classes, images_per_class: 1300, ..config() };
+            assert_has(&refusal(&path.join(inner), &ilsvrc), parts);
+        }
+    }
+}

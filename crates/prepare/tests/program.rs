@@ -1,0 +1,115 @@
+//! The program as a person calls it: arguments, exit status, messages, files.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+const TABLE: &str = r#"
+[prepare]
+source = "SOURCE"
+format = "auto"
+classes = []
+images-per-class = 0
+images-at-most = 0
+channels = 1
+broken-share = 0.01
+identical = "keep"
+"#;
+
+/// The digits that ship with the project.
+fn digits() -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/digits").display().to_string()
+}
+
+fn call(folder: &Path, table: &str, more: &[&str]) -> Output {
+    let experiment = folder.join("example.toml");
+    fs::write(&experiment, table).expect("written");
+    Command::new(env!("CARGO_BIN_EXE_prepare"))
+        .arg("--experiment")
+        .arg(experiment)
+        .arg("--out")
+        .arg(folder.join("out"))
+        .args(more)
+        .output()
+        .expect("started")
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_digits_are_prepared_once_with_all_their_pictures_and_labels() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let table = TABLE.replace("SOURCE", "nowhere");
+    let first = call(folder.path(), &table, &["--source", &digits()]);
+    assert_eq!(first.status.code(), Some(0), "{}", message(&first));
+    let out = folder.path().join("out");
+    let done = fs::read_to_string(out.join("done.json")).expect("finished");
+    assert_eq!(done, "{\"algorithm\":1,\"stage\":\"prepare\"}\n");
+
+    let images = data::Images::open(&out.join(prepare::IMAGES)).expect("sound");
+    let labels = data::Labels::open(&out.join(prepare::LABELS)).expect("sound");
+    assert_eq!(images.len(), 1797);
+    let mut counts = [0; 10];
+    for label in labels.labels {
+        counts[label.expect("known") as usize] += 1;
+    }
+    // As the study's table of the data set has them.
+    assert_eq!(counts, [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]);
+    for row in 0..1797 {
+        let picture = images.picture(row).expect("sound");
+        assert_eq!((picture.height, picture.width, picture.channels), (8, 8, 1));
+        // Ink from 0 to 16, stored as the nearest of 0 to 255, comes back exactly.
+        let ink = |value: u8| (f64::from(value) * 16. / 255.).round();
+        for &value in &picture.pixels {
+            assert_eq!((ink(value) * 255. / 16.).round(), f64::from(value));
+        }
+    }
+
+    fs::remove_file(out.join(prepare::IMAGES)).expect("removed");
+    let again = call(folder.path(), &table, &["--source", &digits()]);
+    assert_eq!(again.status.code(), Some(0));
+    assert!(message(&again).contains("is finished"), "{}", message(&again));
+    assert!(!out.join(prepare::IMAGES).exists());
+}
+
+#[test]
+fn a_check_prints_the_table_and_writes_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let output = call(folder.path(), &TABLE.replace("SOURCE", &digits()), &["--check"]);
+    assert_eq!(output.status.code(), Some(0), "{}", message(&output));
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(printed.starts_with("[prepare]\n") && printed.contains("images-at-most = 0"));
+    assert!(!folder.path().join("out").exists());
+}
+
+#[test]
+fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
+    let digits = digits();
+    let cases = [
+        (TABLE.replace("broken-share", "broken"), "unknown field `broken`"),
+        (TABLE.replace("channels = 1\n", ""), "missing field `channels`"),
+        (TABLE.replace("channels = 1", "channels = 4"), "1 is grey, 3 is colour"),
+        (TABLE.replace("share = 0.01", "share = 1.5"), "`broken-share = 1.5`"),
+        (TABLE.replace("\"auto\"", "\"zip\""), "unknown variant `zip`"),
+        (TABLE.replace("\"auto\"", "\"tar\""), "set `format = \"auto\"`"),
+        (TABLE.replace("[]", "[\"1\"]"), "names one class only"),
+        (TABLE.replace("[]", "[\"1\", \"2\", \"1\"]"), "names `1` twice"),
+        (TABLE.replace("SOURCE", "no/such/folder"), "opening the source `no/such/folder`"),
+        (TABLE.replace("SOURCE", ""), "no source is named"),
+        (TABLE.replace("per-class = 0", "per-class = 178"), "9 of 10 classes"),
+        (TABLE.replace("[]", "[\"1\", \"ten\"]"), "no class `ten`"),
+    ];
+    for (table, part) in cases {
+        let folder = tempfile::tempdir().expect("a folder");
+        let output = call(folder.path(), &table.replace("SOURCE", &digits), &[]);
+        let message = message(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("prepare: ") && message.contains(part), "{part}: {message}");
+        let left = fs::read_dir(folder.path().join("out")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "{part}");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_prepare")).output().expect("started");
+    assert_eq!(output.status.code(), Some(2));
+}
