@@ -60,7 +60,8 @@ enum Command {
     },
     /// Runs one step of an experiment, on what the steps before it left.
     Stage {
-        /// What the step is for: pretraining, embed, clustering, prototype-refinement, metrics.
+        /// What the step is for: prepare, pretraining, embed, clustering, prototype-refinement or
+        /// metrics.
         place: String,
         #[command(flatten)]
         options: Options,
@@ -216,13 +217,18 @@ fn stage(options: &Options, place: &str, round: Option<usize>) -> Result<()> {
     let experiment = resolved(&options.experiment, &options.set)?;
     let plan = Plan::of(&experiment)?;
     let fits = |position: &usize| round.is_none_or(|round| plan.steps[*position].round == round);
-    let Some(position) = plan.at(Arm::Main, place).find(fits) else {
+    let position = plan.at(Arm::Main, place).find(fits);
+    if position.is_none() && place != PREPARE {
         let steps = plan.steps.iter().filter(|step| step.arm == Arm::Main);
         let names: Vec<_> = steps.map(|step| step.name()).collect();
         bail!("`{}` has no such step; its steps are {}", experiment.name, names.join(", "))
-    };
+    }
     let bench = Bench::set_up(options, &plan)?;
     let Some(data) = bench.data()? else { return bench.say_what_would_run() };
+    let Some(position) = position else {
+        println!("{}", data.folder.display());
+        return Ok(());
+    };
     let run = bench.run(options.seed, data)?;
     if let Some(missing) = run.missing_input(position) {
         bail!(

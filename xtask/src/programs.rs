@@ -82,7 +82,7 @@ fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
     tracing::info!("building {}", crates.join(", "));
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--message-format", "json-render-diagnostics"]);
+    command.args(["build", "--message-format", "json-render-diagnostics"]);
     for name in crates {
         command.args(["--package", name]);
     }

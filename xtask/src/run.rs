@@ -215,7 +215,10 @@ pub fn write_experiments(plan: &Plan, runs: &Path) -> Result<BTreeMap<Arm, PathB
         let path = runs.join(&experiment.name).join(format!("{arm}-{digest}.toml"));
         let write = || -> io::Result<()> {
             fs::create_dir_all(runs.join(&experiment.name))?;
-            fs::write(&path, &text)
+            // Renamed into its place: another command may be reading the same experiment.
+            let beside = path.with_extension(format!("{}.unfinished", std::process::id()));
+            fs::write(&beside, &text)?;
+            fs::rename(&beside, &path)
         };
         write().with_context(|| format!("writing the experiment `{}`", path.display()))?;
         files.insert(*arm, path);

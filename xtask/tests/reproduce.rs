@@ -265,10 +265,12 @@ fn a_stage_runs_alone_on_what_the_run_has_found() {
         "{stderr}"
     );
 
+    assert_status(&stage(&["prepare"]), 0);
+    assert_eq!(bench.started(), ["prepare "], "once, though two commands asked for it");
     assert_status(&stage(&["pretraining"]), 0);
     let output = stage(&["embed"]);
     assert_status(&output, 0);
-    assert_eq!(bench.started(), ["prepare ", "pretraining 0", "embed 0 network"]);
+    assert_eq!(bench.started(), ["pretraining 0", "embed 0 network"]);
     let view = bench.path("runs/example/0/0-embed");
     assert_eq!(text(&output.stdout).trim(), view.display().to_string());
 
