@@ -5,8 +5,10 @@
 //! unit rows (the E-step of Huang et al. 2023, arXiv:2111.11821).
 
 use anyhow::{Result, ensure};
+use kernels::similarity::{Precision, add_row, product};
 use rayon::prelude::*;
 
+use crate::lloyd::{self, Nearest, Points};
 use crate::points;
 use crate::seeding;
 
@@ -82,13 +84,14 @@ pub fn k_means(
 ) -> Result<Clustering> {
     ensure!(config.restarts > 0, "k_means: restarts is 0; at least one is needed");
     let rows = Rows::new(points, n, d, config)?;
+    let prepared = rows.prepare();
     let mut best: Option<Clustering> = None;
     let mut reseeded = 0;
     for restart in 0..config.restarts {
         let mut random = stage::random::stream(seed, "k-means++", &[restart as u64]);
         let centres =
             seeding::greedy_k_means_plus_plus(&rows.values, d, config.clusters, &mut random);
-        let found = Clustering { restart, ..lloyd(&rows, centres, config) };
+        let found = Clustering { restart, ..lloyd(&rows, &prepared, centres, config) };
         reseeded += found.reseeded;
         if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
             best = Some(found);
@@ -119,7 +122,7 @@ pub fn k_means_from(
         Metric::Spherical => points::unit_rows(centres, d, "k_means_from, centres")?,
         Metric::Euclidean => rows.shift(centres),
     };
-    Ok(rows.restore(lloyd(&rows, centres, config)))
+    Ok(rows.restore(lloyd(&rows, &rows.prepare(), centres, config)))
 }
 
 /// The points as the iterations take them.
@@ -155,10 +158,14 @@ impl Rows {
                 (shifted(points, &origin), origin)
             }
         };
-        let squares: f64 = sum_rows(&values, d, points::squared_length);
+        let squares: f64 = sum_rows(&values, d, |row| product(row, row));
         let mean_square: f64 = column_means(&values, d).iter().map(|m| m * m).sum();
         let variance = (squares / n as f64 - mean_square).max(0.) / d as f64;
         Ok(Self { values, d, metric: config.metric, origin, squares, variance })
+    }
+
+    fn prepare(&self) -> Points<'_> {
+        Points::new(&self.values, self.d, Precision::fastest())
     }
 
     fn shift(&self, centres: &[f32]) -> Vec<f32> {
@@ -213,8 +220,8 @@ fn column_means(rows: &[f32], d: usize) -> Vec<f64> {
 }
 
 /// One restart: assignment and means in turn, from `centres` on.
-fn lloyd(rows: &Rows, mut centres: Vec<f32>, config: &KMeans) -> Clustering {
-    let Rows { values, d, metric, squares, variance, .. } = rows;
+fn lloyd(rows: &Rows, points: &Points, mut centres: Vec<f32>, config: &KMeans) -> Clustering {
+    let Rows { d, metric, squares, variance, .. } = *rows;
     let mut best = Clustering {
         assignment: vec![],
         centres: vec![],
@@ -224,66 +231,45 @@ fn lloyd(rows: &Rows, mut centres: Vec<f32>, config: &KMeans) -> Clustering {
         converged: false,
         reseeded: 0,
     };
-    let mut previous: Vec<u32> = vec![];
+    let mut nearest = Nearest::unknown(points.squares.len());
+    let mut sums = Sums::new(config.clusters, d);
+    let mut drift = vec![];
     let mut last = false;
     for iteration in 1..=config.iterations {
-        let mut assignment = nearest_centres(values, &centres, *d, *metric);
-        let mut sums = Sums::new(values, &assignment, config.clusters, *d);
-        let inertia = sums.inertia(&centres, *d, *metric, *squares);
+        let before = nearest.assignment.clone();
+        points.assign(&mut nearest, &centres, &drift);
+        let changed = sums.follow(points.values, &before, &nearest.assignment);
+        let inertia = sums.inertia(&centres, d, metric, squares);
         best.iterations = iteration;
         if inertia < best.inertia {
             best.inertia = inertia;
-            best.assignment.clone_from(&assignment);
+            best.assignment.clone_from(&nearest.assignment);
             best.centres.clone_from(&centres);
         }
-        if last || assignment == previous {
+        if last || changed == 0 {
             best.converged = true;
             break;
         }
-        let moved = reseed_empty(values, &mut assignment, &mut sums, &centres, *d);
+        let moved = reseed_empty(points.values, &mut nearest, &mut sums, &centres, d);
         best.reseeded += moved;
-        let next = sums.means(&centres, *d, *metric);
-        let shift = sum_rows_pairwise(&centres, &next, *d, *metric);
+        let next = sums.means(&centres, d, metric);
+        drift = lloyd::drift(&centres, &next, d);
+        let shift = summed_shift(&centres, &next, d, metric);
         // Once more, so that the assignment belongs to the centres that met the tolerance.
         last = shift <= config.tolerance * variance && moved == 0;
         centres = next;
-        previous = assignment;
     }
     best
 }
 
 /// The summed shift between two sets of centres.
-fn sum_rows_pairwise(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
+fn summed_shift(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
     let squares: f64 =
         from.chunks(d).zip(to.chunks(d)).map(|(x, y)| points::squared_distance(x, y)).sum();
     match metric {
         Metric::Euclidean => squares,
         Metric::Spherical => squares / 2.,
     }
-}
-
-/// The nearest centre of each point: the highest `x·c − ‖c‖²/2`, the lowest index of equals.
-fn nearest_centres(values: &[f32], centres: &[f32], d: usize, metric: Metric) -> Vec<u32> {
-    let halves: Vec<f32> = centres
-        .chunks(d)
-        .map(|c| match metric {
-            Metric::Euclidean => (points::squared_length(c) / 2.) as f32,
-            Metric::Spherical => 0.,
-        })
-        .collect();
-    values
-        .par_chunks(d)
-        .map(|row| {
-            let mut nearest = (f32::NEG_INFINITY, 0);
-            for (k, (centre, half)) in centres.chunks(d).zip(&halves).enumerate() {
-                let score = points::dot(row, centre) - half;
-                if score > nearest.0 {
-                    nearest = (score, k as u32);
-                }
-            }
-            nearest.1
-        })
-        .collect()
 }
 
 /// Sum and count of the points of each cluster.
@@ -293,20 +279,49 @@ struct Sums {
     counts: Vec<usize>,
 }
 
+/// Rows that are added up at a time; the partial sums are then added in order.
+const SUM_PART: usize = 2048;
+
 impl Sums {
-    fn new(values: &[f32], assignment: &[u32], k: usize, d: usize) -> Self {
-        let mut members = vec![vec![]; k];
-        for (i, &cluster) in assignment.iter().enumerate() {
-            members[cluster as usize].push(i);
+    fn new(k: usize, d: usize) -> Self {
+        Self { sums: vec![0.; k * d], counts: vec![0; k] }
+    }
+
+    /// Takes points that changed their cluster from one sum to the other; returns how many did.
+    fn follow(&mut self, values: &[f32], before: &[u32], after: &[u32]) -> usize {
+        let k = self.counts.len();
+        let d = self.sums.len() / k;
+        let changed: Vec<usize> = (0..after.len())
+            .into_par_iter()
+            .with_min_len(PART)
+            .filter(|&i| before[i] != after[i])
+            .collect();
+        // The rows that join and leave each cluster, in the order of the points.
+        let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; k];
+        for &i in &changed {
+            members[after[i] as usize].push((i as u32, 1.));
+            self.counts[after[i] as usize] += 1;
+            if before[i] != lloyd::UNASSIGNED {
+                members[before[i] as usize].push((i as u32, -1.));
+                self.counts[before[i] as usize] -= 1;
+            }
         }
-        let mut sums = vec![0f64; k * d];
-        sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
-            for &i in members {
-                let row = &values[i * d..][..d];
-                sum.iter_mut().zip(row).for_each(|(s, &x)| *s += f64::from(x));
+        self.sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
+            let parts: Vec<Vec<f64>> = members
+                .par_chunks(SUM_PART)
+                .map(|part| {
+                    let mut sum = vec![0f64; d];
+                    for &(i, sign) in part {
+                        add_row(&mut sum, &values[i as usize * d..][..d], sign);
+                    }
+                    sum
+                })
+                .collect();
+            for part in &parts {
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
             }
         });
-        Self { sums, counts: members.iter().map(Vec::len).collect() }
+        changed.len()
     }
 
     /// `Σ ‖x − c‖²` by `Σ ‖x‖² + Σ_k (n_k ‖c_k‖² − 2 s_k·c_k)`, or its half for unit rows.
@@ -314,7 +329,7 @@ impl Sums {
         let rest: f64 = (self.sums.chunks(d).zip(centres.chunks(d)).zip(&self.counts))
             .map(|((sum, centre), &count)| {
                 let dot: f64 = sum.iter().zip(centre).map(|(s, &c)| s * f64::from(c)).sum();
-                count as f64 * points::squared_length(centre) - 2. * dot
+                count as f64 * product(centre, centre) - 2. * dot
             })
             .sum();
         let inertia = (squares + rest).max(0.);
@@ -346,10 +361,8 @@ impl Sums {
 
     fn move_point(&mut self, row: &[f32], from: usize, to: usize) {
         let d = row.len();
-        for (j, &x) in row.iter().enumerate() {
-            self.sums[from * d + j] -= f64::from(x);
-            self.sums[to * d + j] += f64::from(x);
-        }
+        add_row(&mut self.sums[from * d..][..d], row, -1.);
+        add_row(&mut self.sums[to * d..][..d], row, 1.);
         self.counts[from] -= 1;
         self.counts[to] += 1;
     }
@@ -358,7 +371,7 @@ impl Sums {
 /// Gives each empty cluster the point farthest from its own centre; returns how many got one.
 fn reseed_empty(
     values: &[f32],
-    assignment: &mut [u32],
+    nearest: &mut Nearest,
     sums: &mut Sums,
     centres: &[f32],
     d: usize,
@@ -369,13 +382,13 @@ fn reseed_empty(
     }
     let mut farthest: Vec<(f64, usize)> = values
         .par_chunks(d)
-        .zip(&*assignment)
+        .zip(&nearest.assignment)
         .enumerate()
         .map(|(i, (row, &k))| {
             let centre = &centres[k as usize * d..][..d];
             let distance = points::squared_distance(row, centre);
             // A point that differs from its centre by rounding alone is not far from it.
-            let size = points::squared_length(row).max(points::squared_length(centre));
+            let size = product(row, row).max(product(centre, centre));
             (if distance > 1e-12 * size { distance } else { 0. }, i)
         })
         .filter(|&(distance, _)| distance > 0.)
@@ -385,12 +398,12 @@ fn reseed_empty(
     let mut reseeded = 0;
     for k in empty {
         // A cluster's only point stays where it is.
-        let Some(&(_, i)) = candidates.find(|&&(_, i)| sums.counts[assignment[i] as usize] > 1)
-        else {
+        let alone = |i: usize| sums.counts[nearest.assignment[i] as usize] == 1;
+        let Some(&(_, i)) = candidates.find(|&&(_, i)| !alone(i)) else {
             break;
         };
-        sums.move_point(&values[i * d..][..d], assignment[i] as usize, k);
-        assignment[i] = k as u32;
+        sums.move_point(&values[i * d..][..d], nearest.assignment[i] as usize, k);
+        nearest.place(i, k as u32);
         reseeded += 1;
     }
     reseeded
@@ -552,7 +565,7 @@ mod tests {
         // Opposite rows have no mean direction; their centre stays a unit vector.
         let opposite = [1f32, 0., -1., 0.];
         let found = k_means(&opposite, 2, 2, &KMeans { clusters: 1, ..SPHERICAL }, 0)?;
-        assert!((points::squared_length(&found.centres) - 1.).abs() < 1e-6);
+        assert!((product(&found.centres, &found.centres) - 1.).abs() < 1e-6);
         Ok(())
     }
 

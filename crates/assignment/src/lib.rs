@@ -10,6 +10,7 @@
 //! Bad input is an error that names the row; nothing is silently repaired.
 
 mod k_means;
+mod lloyd;
 mod matching;
 mod neighbours;
 mod points;

@@ -1,0 +1,768 @@
+//! Products of the rows of one matrix with the rows of another, a tile at a time.
+//!
+//! Whoever looks for the largest products (k-means, nearest neighbours) needs each of them once and
+//! none of them later, so they are never written out. [`products`] makes a [`Tile`]: [`LANES`] rows
+//! of the one matrix, packed side by side in a [`Panel`], against [`GROUP`] rows of the other,
+//! packed in [`Groups`]. A tile is approximate, with a proven [bound](Bound); the few products that
+//! the bound leaves open are then computed by [`product`], whose result is the same on every
+//! processor. So the answer is exact, whatever the tile was made from:
+//!
+//! - [`Precision::Bytes`]: rows rounded to 8 bits, multiplied in integers; four times as fast as
+//!   floats where the processor has AVX-512 VNNI.
+//! - [`Precision::Floats`]: the rows themselves.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+use rayon::prelude::*;
+
+/// Rows of a panel: three vectors of 16.
+pub const LANES: usize = 48;
+
+/// Rows of a group, one broadcast each: with three vectors, 24 sums fill the registers.
+pub const GROUP: usize = 8;
+
+/// What products are made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// Rows rounded to 8 bits, each with a scale of its own.
+    Bytes,
+    /// `f32`.
+    Floats,
+}
+
+impl Precision {
+    /// The one whose products this processor makes faster.
+    pub fn fastest() -> Self {
+        if has_vnni() { Self::Bytes } else { Self::Floats }
+    }
+}
+
+/// Rows of a matrix as products take them.
+#[derive(Debug, Clone)]
+pub struct Rows<'a> {
+    values: &'a [f32],
+    d: usize,
+    /// Bytes: each row's 8-bit numbers, four to a word; empty for floats.
+    codes: Vec<u32>,
+    /// Bytes: what a number stands for, in units of 1.
+    scales: Vec<f32>,
+    /// What is known of each row.
+    pub extents: Vec<Extent>,
+    precision: Precision,
+}
+
+/// How long a row is, and how far its rounded form lies from it; both from above.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Extent {
+    /// `‖x‖`.
+    pub length: f32,
+    /// `‖x − x̂‖`; 0 for floats.
+    pub error: f32,
+}
+
+impl Extent {
+    /// Both of whichever row has more.
+    pub fn max(self, other: Self) -> Self {
+        Self { length: self.length.max(other.length), error: self.error.max(other.error) }
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// Looks at (and, for bytes, rounds) the rows of `values` `(N, d)`, which are finite.
+    pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
+        let n = values.len() / d;
+        let words = words(d, precision);
+        let (mut codes, mut scales) = match precision {
+            Precision::Bytes => (vec![0u32; n * words], vec![0f32; n]),
+            Precision::Floats => (vec![], vec![]),
+        };
+        let mut extents = vec![Extent::default(); n];
+        match precision {
+            Precision::Bytes => (values.par_chunks(d).zip(codes.par_chunks_mut(words)))
+                .zip(scales.par_iter_mut().zip(&mut extents))
+                .for_each(|((row, codes), (scale, extent))| {
+                    (*scale, *extent) = round_row(row, codes);
+                }),
+            Precision::Floats => {
+                (values.par_chunks(d).zip(&mut extents)).for_each(|(row, extent)| {
+                    *extent = Extent { length: above(product(row, row).sqrt()), error: 0. };
+                })
+            }
+        }
+        Self { values, d, codes, scales, extents, precision }
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.extents.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// What products are made from.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The most of each extent over all rows.
+    pub fn extent(&self) -> Extent {
+        self.extents.iter().copied().fold(Extent::default(), Extent::max)
+    }
+
+    /// A row's words: its codes, or its floats.
+    fn word(&self, row: usize, word: usize) -> u32 {
+        match self.precision {
+            Precision::Bytes => self.codes[row * words(self.d, self.precision) + word],
+            Precision::Floats => self.values[row * self.d + word].to_bits(),
+        }
+    }
+}
+
+/// How far a tile's products can lie from the true ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Bound {
+    other: Extent,
+    rounding: f32,
+    largest_minus: f32,
+}
+
+impl Bound {
+    /// For products with rows of `other`, whose subtrahends are at most `largest_minus` in size.
+    pub fn new(other: &Rows, largest_minus: f32) -> Self {
+        // Bytes: integer sums are exact; a conversion, two scalings and a difference round.
+        // Floats: one rounding for each term, and the difference.
+        let roundings = match other.precision {
+            Precision::Bytes => 8.,
+            Precision::Floats => other.d as f32 + 2.,
+        };
+        Self { other: other.extent(), rounding: 1.1 * roundings * f32::EPSILON, largest_minus }
+    }
+
+    /// The most that a product of a row of this extent with any of the others can be off.
+    pub fn of(&self, row: Extent) -> f32 {
+        let other = self.other.length + self.other.error;
+        let rounded = row.length * self.other.error + row.error * other;
+        let size = (row.length + row.error) * other + self.largest_minus;
+        (rounded + self.rounding * size) * (1. + 1e-5) + f32::MIN_POSITIVE
+    }
+}
+
+/// Words of a row: 8-bit numbers come in fours.
+fn words(d: usize, precision: Precision) -> usize {
+    match precision {
+        Precision::Bytes => d.div_ceil(4),
+        Precision::Floats => d,
+    }
+}
+
+/// A number of `f32` that is not below `x`.
+fn above(x: f64) -> f32 {
+    (x * (1. + 1e-6)) as f32
+}
+
+/// A cache line, for aligned loads.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+/// Vectors of 16 lanes.
+const VECTORS: usize = LANES / 16;
+
+/// Up to [`LANES`] rows side by side: word 0 of all, word 1 of all, and so on.
+#[derive(Debug, Clone)]
+pub struct Panel {
+    lines: Vec<Line>,
+    scales: [f32; LANES],
+    precision: Precision,
+}
+
+impl Panel {
+    /// Room for rows of width `d`.
+    pub fn new(d: usize, precision: Precision) -> Self {
+        let lines = vec![Line([0; 16]); VECTORS * words(d, precision)];
+        Self { lines, scales: [0.; LANES], precision }
+    }
+
+    /// Takes up to [`LANES`] of the rows, in this order; the products of other lanes are 0.
+    pub fn fill(&mut self, rows: &Rows, indices: impl ExactSizeIterator<Item = usize>) {
+        assert!(indices.len() <= LANES && rows.precision == self.precision);
+        let words = words(rows.d, self.precision);
+        assert_eq!(self.lines.len(), VECTORS * words);
+        let mut taken = [usize::MAX; LANES];
+        taken.iter_mut().zip(indices).for_each(|(to, index)| *to = index);
+        for (vector, taken) in taken.chunks(16).enumerate() {
+            for (lane, &row) in taken.iter().enumerate() {
+                let scale = &mut self.scales[16 * vector + lane];
+                let source: &[u32] = match self.precision {
+                    _ if row == usize::MAX => &[],
+                    Precision::Bytes => &rows.codes[row * words..][..words],
+                    Precision::Floats => as_words(&rows.values[row * words..][..words]),
+                };
+                *scale = rows.scales.get(row).copied().unwrap_or(0.);
+                let lines = self.lines[vector..].iter_mut().step_by(VECTORS);
+                // Bytes are unsigned on this side: 128 is added, and taken off by the groups.
+                let flip = if self.precision == Precision::Bytes { 0x8080_8080 } else { 0 };
+                if source.is_empty() {
+                    lines.for_each(|line| line.0[lane] = 0);
+                } else {
+                    lines.zip(source).for_each(|(line, word)| line.0[lane] = word ^ flip);
+                }
+            }
+        }
+    }
+}
+
+/// All rows of a matrix in groups of [`GROUP`]: word 0 of the group, word 1, and so on.
+#[derive(Debug, Clone)]
+pub struct Groups {
+    words: Vec<u32>,
+    /// Bytes: what undoes the 128 that panels add, `−128 Σ codes`.
+    offsets: Vec<i32>,
+    scales: Vec<f32>,
+    /// What is subtracted from each product; infinite for the rows that fill the last group.
+    minus: Vec<f32>,
+    width: usize,
+    precision: Precision,
+}
+
+impl Groups {
+    /// Packs all rows; `minus` is subtracted from the products of each, one number a row or none.
+    pub fn new(rows: &Rows, minus: &[f32]) -> Self {
+        let width = words(rows.d, rows.precision);
+        let n = rows.len();
+        assert!(minus.is_empty() || minus.len() == n);
+        let padded = n.div_ceil(GROUP) * GROUP;
+        let mut packed = vec![0u32; padded * width];
+        packed.par_chunks_mut(width.max(1) * GROUP).enumerate().for_each(|(group, words)| {
+            for j in 0..GROUP.min(n - group * GROUP) {
+                for word in 0..width {
+                    words[word * GROUP + j] = rows.word(group * GROUP + j, word);
+                }
+            }
+        });
+        let mut offsets = vec![0i32; padded];
+        for (offset, codes) in offsets.iter_mut().zip(rows.codes.chunks(width.max(1))) {
+            let sum: i32 =
+                codes.iter().flat_map(|w| w.to_le_bytes()).map(|b| i32::from(b as i8)).sum();
+            *offset = -128 * sum;
+        }
+        let mut scales = rows.scales.clone();
+        scales.resize(padded, 0.);
+        let mut all_minus = if minus.is_empty() { vec![0.; n] } else { minus.to_vec() };
+        all_minus.resize(padded, f32::INFINITY);
+        Self { words: packed, offsets, scales, minus: all_minus, width, precision: rows.precision }
+    }
+
+    /// Number of groups.
+    pub fn len(&self) -> usize {
+        self.minus.len() / GROUP
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.minus.is_empty()
+    }
+}
+
+/// The products of a panel with a group, less what the group subtracts.
+#[derive(Debug, Clone)]
+#[repr(C, align(64))]
+pub struct Tile {
+    /// `(GROUP, LANES)`; `−∞` where the last group has no row.
+    pub products: [f32; GROUP * LANES],
+    /// The largest of each lane.
+    pub largest: [f32; LANES],
+}
+
+impl Default for Tile {
+    fn default() -> Self {
+        Self { products: [0.; GROUP * LANES], largest: [0.; LANES] }
+    }
+}
+
+impl Tile {
+    /// The products of one row of the group with all lanes.
+    pub fn row(&self, j: usize) -> &[f32; LANES] {
+        self.products[j * LANES..].first_chunk().expect("a row has this many lanes")
+    }
+}
+
+/// Which lanes are at least their threshold, a bit each from the lowest.
+pub fn reached(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { reached_avx512(values, thresholds) };
+    }
+    let bit = |lane: usize| u64::from(values[lane] >= thresholds[lane]) << lane;
+    (0..LANES).map(bit).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn reached_avx512(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
+    let mut bits = 0u64;
+    for vector in 0..VECTORS {
+        // SAFETY: both arrays have 16 values from this offset on.
+        let (x, t) = unsafe {
+            (
+                _mm512_loadu_ps(values.as_ptr().add(16 * vector)),
+                _mm512_loadu_ps(thresholds.as_ptr().add(16 * vector)),
+            )
+        };
+        bits |= u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, t)) << (16 * vector);
+    }
+    bits
+}
+
+/// Computes the products of all lanes of `panel` with one group of `groups`.
+pub fn products(panel: &Panel, groups: &Groups, group: usize, tile: &mut Tile) {
+    assert_eq!(panel.precision, groups.precision);
+    let part = Part {
+        lines: &panel.lines,
+        lane_scales: &panel.scales,
+        words: &groups.words[group * GROUP * groups.width..][..GROUP * groups.width],
+        offsets: groups.offsets[group * GROUP..].first_chunk().expect("groups are full"),
+        scales: groups.scales.get(group * GROUP..).and_then(<[f32]>::first_chunk),
+        minus: groups.minus[group * GROUP..].first_chunk().expect("groups are full"),
+    };
+    assert_eq!(part.lines.len(), VECTORS * groups.width);
+    match panel.precision {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX-512 VNNI, and the lengths were checked.
+        Precision::Bytes if has_vnni() => unsafe { bytes_vnni(&part, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX-512, and the lengths were checked.
+        Precision::Floats if has_avx512() => unsafe { floats_avx512(&part, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX2 and FMA.
+        Precision::Floats if has_avx2() => unsafe { floats_avx2(&part, tile) },
+        Precision::Bytes => bytes_portable(&part, tile),
+        Precision::Floats => floats_portable(&part, tile, |x, y, sum| x * y + sum),
+    }
+}
+
+/// A panel and a group, their lengths checked.
+struct Part<'a> {
+    lines: &'a [Line],
+    lane_scales: &'a [f32; LANES],
+    words: &'a [u32],
+    offsets: &'a [i32; GROUP],
+    scales: Option<&'a [f32; GROUP]>,
+    minus: &'a [f32; GROUP],
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn bytes_vnni(part: &Part, tile: &mut Tile) {
+    let mut sums = [[_mm512_setzero_si512(); VECTORS]; GROUP];
+    for (sums, &offset) in sums.iter_mut().zip(part.offsets) {
+        *sums = [_mm512_set1_epi32(offset); VECTORS];
+    }
+    let (mut line, mut word) = (part.lines.as_ptr(), part.words.as_ptr());
+    for _ in 0..part.words.len() / GROUP {
+        // SAFETY: there are VECTORS lines and GROUP words for each step, as `products` checked.
+        unsafe {
+            let lanes: [__m512i; VECTORS] =
+                std::array::from_fn(|v| _mm512_load_si512(line.add(v).cast()));
+            for (j, sums) in sums.iter_mut().enumerate() {
+                let broadcast = _mm512_set1_epi32((*word.add(j)).cast_signed());
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_dpbusd_epi32(*sum, lanes, broadcast);
+                }
+            }
+            line = line.add(VECTORS);
+            word = word.add(GROUP);
+        }
+    }
+    let scales = part.scales.expect("bytes have scales");
+    let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); VECTORS];
+    for (j, sums) in sums.iter().enumerate() {
+        for (vector, &sum) in sums.iter().enumerate() {
+            // SAFETY: the arrays have 16 values from these offsets on.
+            unsafe {
+                let lane_scales = _mm512_loadu_ps(part.lane_scales.as_ptr().add(16 * vector));
+                let scale = _mm512_mul_ps(lane_scales, _mm512_set1_ps(scales[j]));
+                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+                let value = _mm512_sub_ps(product, _mm512_set1_ps(part.minus[j]));
+                largest[vector] = _mm512_max_ps(largest[vector], value);
+                _mm512_store_ps(tile.products.as_mut_ptr().add(j * LANES + 16 * vector), value);
+            }
+        }
+    }
+    store_largest(&largest, tile);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn store_largest(largest: &[__m512; VECTORS], tile: &mut Tile) {
+    for (vector, &value) in largest.iter().enumerate() {
+        // SAFETY: the array has 16 values from this offset on.
+        unsafe { _mm512_storeu_ps(tile.largest.as_mut_ptr().add(16 * vector), value) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn floats_avx512(part: &Part, tile: &mut Tile) {
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; GROUP];
+    let (mut line, mut word) = (part.lines.as_ptr(), part.words.as_ptr());
+    for _ in 0..part.words.len() / GROUP {
+        // SAFETY: there are VECTORS lines and GROUP words for each step, as `products` checked.
+        unsafe {
+            let lanes: [__m512; VECTORS] =
+                std::array::from_fn(|v| _mm512_load_ps(line.add(v).cast()));
+            for (j, sums) in sums.iter_mut().enumerate() {
+                let broadcast = _mm512_set1_ps(f32::from_bits(*word.add(j)));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_fmadd_ps(lanes, broadcast, *sum);
+                }
+            }
+            line = line.add(VECTORS);
+            word = word.add(GROUP);
+        }
+    }
+    let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); VECTORS];
+    for (j, sums) in sums.iter().enumerate() {
+        for (vector, &sum) in sums.iter().enumerate() {
+            let value = _mm512_sub_ps(sum, _mm512_set1_ps(part.minus[j]));
+            largest[vector] = _mm512_max_ps(largest[vector], value);
+            // SAFETY: the array has 16 values from this offset on.
+            unsafe {
+                _mm512_store_ps(tile.products.as_mut_ptr().add(j * LANES + 16 * vector), value)
+            };
+        }
+    }
+    store_largest(&largest, tile);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn floats_avx2(part: &Part, tile: &mut Tile) {
+    floats_portable(part, tile, f32::mul_add);
+}
+
+/// Two rows of the group at a time: with 8-wide vectors, their 12 sums fill the registers.
+#[inline(always)]
+fn floats_portable(part: &Part, tile: &mut Tile, multiply_add: impl Fn(f32, f32, f32) -> f32) {
+    for j in (0..GROUP).step_by(2) {
+        let mut sums = [[0f32; LANES]; 2];
+        for (lines, words) in part.lines.chunks_exact(VECTORS).zip(part.words.chunks_exact(GROUP)) {
+            for (sums, &word) in sums.iter_mut().zip(&words[j..j + 2]) {
+                let broadcast = f32::from_bits(word);
+                for (sums, line) in sums.chunks_exact_mut(16).zip(lines) {
+                    for (sum, &lane) in sums.iter_mut().zip(&line.0) {
+                        *sum = multiply_add(f32::from_bits(lane), broadcast, *sum);
+                    }
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            let row = &mut tile.products[(j + i) * LANES..][..LANES];
+            row.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum - part.minus[j + i]);
+        }
+    }
+    fill_largest(tile);
+}
+
+fn bytes_portable(part: &Part, tile: &mut Tile) {
+    let scales = part.scales.expect("bytes have scales");
+    for j in 0..GROUP {
+        let mut sums = [part.offsets[j]; LANES];
+        for (lines, words) in part.lines.chunks_exact(VECTORS).zip(part.words.chunks_exact(GROUP)) {
+            let broadcast = words[j].to_le_bytes();
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                let bytes = lines[lane / 16].0[lane % 16].to_le_bytes();
+                for (byte, other) in bytes.into_iter().zip(broadcast) {
+                    *sum += i32::from(byte) * i32::from(other as i8);
+                }
+            }
+        }
+        for (lane, &sum) in sums.iter().enumerate() {
+            let scale = part.lane_scales[lane] * scales[j];
+            tile.products[j * LANES + lane] = sum as f32 * scale - part.minus[j];
+        }
+    }
+    fill_largest(tile);
+}
+
+fn fill_largest(tile: &mut Tile) {
+    tile.largest = [f32::NEG_INFINITY; LANES];
+    for row in tile.products.chunks_exact(LANES) {
+        tile.largest.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x));
+    }
+}
+
+/// Rounds a row to 8 bits; returns its scale and extent.
+fn round_row(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { round_row_avx512(row, codes) };
+    }
+    round_row_portable(row, codes)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn round_row_avx512(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+    round_row_portable(row, codes)
+}
+
+#[inline(always)]
+fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+    const WIDE: usize = 16;
+    let mut largest = [0f32; WIDE];
+    for part in row.chunks(WIDE) {
+        largest.iter_mut().zip(part).for_each(|(most, x)| *most = most.max(x.abs()));
+    }
+    let largest = largest.into_iter().fold(0., f32::max);
+    let length = above(product(row, row).sqrt());
+    // Where a scale cannot be inverted, the row is taken as 0 and all of it as error.
+    let scale = largest / 127.;
+    let inverse = 1. / scale;
+    if !inverse.is_finite() {
+        codes.fill(0);
+        return (0., Extent { length, error: length });
+    }
+    let mut squares = [0f32; WIDE];
+    for (part, codes) in row.chunks(WIDE).zip(codes.chunks_mut(WIDE / 4)) {
+        let mut numbers = [0i8; WIDE];
+        for ((&x, number), square) in part.iter().zip(&mut numbers).zip(&mut squares) {
+            let rounded = (x * inverse).round_ties_even();
+            *number = rounded as i8;
+            // In units of the scale, so that tiny rows do not vanish when squared.
+            let error = x * inverse - rounded;
+            *square += error * error;
+        }
+        for (code, numbers) in codes.iter_mut().zip(numbers.as_chunks::<4>().0) {
+            *code = u32::from_le_bytes(numbers.map(|number| number as u8));
+        }
+    }
+    let squares: f32 = squares.iter().sum();
+    // The second term is for the rounding of `x · inverse` itself.
+    let error = f64::from(squares).sqrt() * f64::from(scale) * (1. + 1e-4);
+    (scale, Extent { length, error: above(error + f64::from(length) * 1e-6) })
+}
+
+/// `Σ x·y` in `f64`: the same bits on every processor.
+///
+/// Products of two `f32` are exact in `f64`; they are added to 32 sums, and these in pairs.
+pub fn product(x: &[f32], y: &[f32]) -> f64 {
+    assert_eq!(x.len(), y.len());
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { product_avx512(x, y) };
+    }
+    product_portable(x, y)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn product_avx512(x: &[f32], y: &[f32]) -> f64 {
+    product_portable(x, y)
+}
+
+#[inline(always)]
+fn product_portable(x: &[f32], y: &[f32]) -> f64 {
+    const WIDE: usize = 32;
+    let mut sums = [0f64; WIDE];
+    let (x_parts, x_rest) = x.as_chunks::<WIDE>();
+    let (y_parts, y_rest) = y.as_chunks::<WIDE>();
+    for (x, y) in x_parts.iter().zip(y_parts) {
+        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += f64::from(x) * f64::from(y);
+        }
+    }
+    for ((sum, &x), &y) in sums.iter_mut().zip(x_rest).zip(y_rest) {
+        *sum += f64::from(x) * f64::from(y);
+    }
+    let mut width = WIDE / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// `sums += factor · row`, in `f64`.
+pub fn add_row(sums: &mut [f64], row: &[f32], factor: f64) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { add_row_avx512(sums, row, factor) };
+    }
+    add_row_portable(sums, row, factor);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn add_row_avx512(sums: &mut [f64], row: &[f32], factor: f64) {
+    add_row_portable(sums, row, factor);
+}
+
+#[inline(always)]
+fn add_row_portable(sums: &mut [f64], row: &[f32], factor: f64) {
+    sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += factor * f64::from(x));
+}
+
+fn as_words(values: &[f32]) -> &[u32] {
+    // SAFETY: both types have size and alignment 4, and every bit pattern is a number.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
+fn has_vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return has_avx512() && is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers in `[−1, 1)`, some rows much larger than others.
+    fn matrix(n: usize, d: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
+        };
+        (0..n * d).map(|i| next() * [1., 100., 1e-3][i / d % 3]).collect()
+    }
+
+    #[test]
+    fn every_tile_lies_within_its_bound() {
+        for precision in [Precision::Bytes, Precision::Floats] {
+            for (n, m, d) in [(48, 8, 512), (50, 13, 37), (1, 1, 1), (100, 9, 4)] {
+                let (x, y) = (matrix(n, d, 1), matrix(m, d, 2));
+                let (x_rows, y_rows) = (Rows::new(&x, d, precision), Rows::new(&y, d, precision));
+                let minus: Vec<f32> = (0..m).map(|j| j as f32 * 0.5).collect();
+                let groups = Groups::new(&y_rows, &minus);
+                let bound = Bound::new(&y_rows, minus.iter().copied().fold(0., f32::max));
+                let mut panel = Panel::new(d, precision);
+                let (mut tile, mut used) = (Tile::default(), 0f64);
+                for first in (0..n).step_by(LANES) {
+                    let lanes = LANES.min(n - first);
+                    // Backwards, to see that lanes are where they were asked for.
+                    panel.fill(&x_rows, (0..lanes).map(|lane| first + lanes - 1 - lane));
+                    for group in 0..groups.len() {
+                        products(&panel, &groups, group, &mut tile);
+                        for lane in 0..lanes {
+                            let i = first + lanes - 1 - lane;
+                            let mut largest = f32::NEG_INFINITY;
+                            for j in 0..GROUP {
+                                let got = tile.row(j)[lane];
+                                largest = largest.max(got);
+                                let k = group * GROUP + j;
+                                if k >= m {
+                                    assert_eq!(got, f32::NEG_INFINITY);
+                                    continue;
+                                }
+                                let want = product(&x[i * d..][..d], &y[k * d..][..d])
+                                    - f64::from(minus[k]);
+                                let allowed = f64::from(bound.of(x_rows.extents[i]));
+                                let off = (f64::from(got) - want).abs();
+                                assert!(off <= allowed, "{precision:?} {i} {k}: {off} > {allowed}");
+                                used = used.max(off / allowed);
+                            }
+                            assert_eq!(tile.largest[lane], largest);
+                        }
+                    }
+                }
+                assert!(
+                    precision == Precision::Floats || used > 1e-3,
+                    "the bound says nothing: {used}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn portable_tiles_equal_the_processor_s() {
+        let (x, y, d) = (matrix(48, 70, 3), matrix(8, 70, 4), 70);
+        for precision in [Precision::Bytes, Precision::Floats] {
+            let (x_rows, y_rows) = (Rows::new(&x, d, precision), Rows::new(&y, d, precision));
+            let groups = Groups::new(&y_rows, &[]);
+            let mut panel = Panel::new(d, precision);
+            panel.fill(&x_rows, 0..48);
+            let mut fast = Tile::default();
+            products(&panel, &groups, 0, &mut fast);
+            let part = Part {
+                lines: &panel.lines,
+                lane_scales: &panel.scales,
+                words: &groups.words,
+                offsets: groups.offsets.first_chunk().expect("one group"),
+                scales: groups.scales.first_chunk(),
+                minus: groups.minus.first_chunk().expect("one group"),
+            };
+            let mut plain = Tile::default();
+            match precision {
+                Precision::Bytes => bytes_portable(&part, &mut plain),
+                Precision::Floats => floats_portable(&part, &mut plain, |x, y, sum| x * y + sum),
+            }
+            let bound = Bound::new(&y_rows, 0.);
+            for (i, (fast, plain)) in fast.products.iter().zip(&plain.products).enumerate() {
+                // Bytes differ by the order of the scalings alone.
+                let allowed = match precision {
+                    Precision::Bytes => plain.abs() * 1e-6,
+                    Precision::Floats => bound.of(x_rows.extents[i % LANES]),
+                };
+                assert!((fast - plain).abs() <= allowed, "{precision:?} {fast} {plain}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_without_a_direction_are_all_error() {
+        let x = [0f32, 0., 1e-40, -1e-41];
+        let rows = Rows::new(&x, 2, Precision::Bytes);
+        assert_eq!(rows.extents[0], Extent { length: 0., error: 0. });
+        assert!(rows.extents[1].error >= 1e-40);
+        assert_eq!(rows.len(), 2);
+    }
+
+    #[test]
+    fn products_and_sums_are_right_at_every_width() {
+        for d in [1, 31, 32, 33, 100] {
+            let (x, y) = (matrix(1, d, 5), matrix(1, d, 6));
+            let want: f64 = x.iter().zip(&y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
+            assert!((product(&x, &y) - want).abs() < 1e-13 * d as f64);
+            assert_eq!(product(&x, &y).to_bits(), product_portable(&x, &y).to_bits());
+            let mut sums = vec![1f64; d];
+            add_row(&mut sums, &x, -2.);
+            assert!(sums.iter().zip(&x).all(|(s, &x)| *s == 1. - 2. * f64::from(x)));
+        }
+    }
+
+    #[test]
+    fn thresholds_are_reached_lane_by_lane() {
+        let values: [f32; LANES] = std::array::from_fn(|i| i as f32);
+        let thresholds: [f32; LANES] =
+            std::array::from_fn(|i| if i % 3 == 0 { i as f32 } else { 99. });
+        let want: u64 = (0..LANES).step_by(3).map(|i| 1 << i).sum();
+        assert_eq!(reached(&values, &thresholds), want);
+    }
+}
