@@ -1,1 +1,62 @@
-//! What a network is made of, forward and backward.
+//! What a network is made of, forward and backward: safe, explicit, the same bits on any number of
+//! threads.
+//!
+//! A [`Network`] is an immutable plan, put together with a [`Builder`]: blocks of convolutions,
+//! batch norms, pools and linear layers, with residual sums. It holds no numbers. Those live in
+//! [`Parameters`], [`Gradients`], [`Statistics`] and [`Tape`]s, each made by the network:
+//!
+//! ```
+//! # fn main() -> candle_core::Result<()> {
+//! use candle_core::{Device, Tensor};
+//! use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Sgd};
+//!
+//! let mut b = Builder::images(3);
+//! b.block("stem");
+//! let input = b.input();
+//! let c = Convolution { out_channels: 16, kernel: 3, stride: 1, padding: 1 };
+//! let z = b.convolution("conv1", input, c)?;
+//! let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+//! let y = b.batch_norm("bn1", z, norm)?;
+//! let embedding = b.global_average_pool(y)?;
+//! let network = b.finish(embedding)?;
+//!
+//! let (mut parameters, mut gradients) = (network.parameters(), network.gradients());
+//! let (mut statistics, mut momenta) = (network.statistics(), network.momenta());
+//! let modes = Modes::all(&network, Mode::Batch);
+//! let mut tape = network.tape();
+//!
+//! let pictures = Tensor::ones((2, 8, 8, 3), candle_core::DType::F32, &Device::Cpu)?;
+//! let output = network.forward(&parameters, &mut statistics, &pictures, &modes, Some(&mut tape))?;
+//! let gradient = output.ones_like()?; // Of the loss, from candle's autograd.
+//! network.backward(&parameters, &mut tape, &gradient, &mut gradients, false)?;
+//! let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 5e-4 };
+//! parameters.sgd(&gradients, &mut momenta, sgd)?;
+//! gradients.zero();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The output is detached: a caller opens it to candle as a `Var`, lets candle differentiate the
+//! loss, and hands the gradient to [`Network::backward`]. A step may hold any number of tapes, of
+//! any input sizes; their gradients add.
+//!
+//! This crate knows no architecture, no loss and no schedule. Where the numbers lie and with which
+//! instructions they are multiplied is the affair of `kernels`.
+
+mod backward;
+mod flat;
+mod forward;
+mod modes;
+mod network;
+mod parameters;
+mod plan;
+mod statistics;
+mod tape;
+
+pub use flat::{Entry, Kind};
+pub use kernels::flat::{Adam, Sgd};
+pub use modes::{Mode, Modes};
+pub use network::{BatchNorm, Builder, Convolution, Network, Pool, Value};
+pub use parameters::{AdamMoments, Gradients, Momenta, Parameters};
+pub use statistics::Statistics;
+pub use tape::Tape;

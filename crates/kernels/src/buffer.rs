@@ -1,0 +1,137 @@
+//! Memory for values: aligned, and reused from step to step.
+#![expect(unsafe_code, reason = "a cache-line-aligned buffer is viewed as the numbers it holds")]
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Numbers in one cache line and in one AVX-512 register.
+const LINE: usize = 16;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+/// A run of `f32` that starts on a cache line. It goes back to its [`Pool`] when dropped.
+pub struct Buffer {
+    lines: Vec<Line>,
+    len: usize,
+    pool: Option<Arc<Pool>>,
+}
+
+impl Buffer {
+    /// `len` zeros that belong to no pool.
+    pub fn zeros(len: usize) -> Buffer {
+        Buffer { lines: vec![Line([0.; LINE]); len.div_ceil(LINE)], len, pool: None }
+    }
+
+    /// The same memory as bytes: four for each number.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `len` initialised `f32` are `4 * len` initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), 4 * self.len) }
+    }
+
+    /// The same memory as bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and any four bytes are a valid `f32`.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), 4 * self.len) }
+    }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Buffer {
+        let mut copy = Buffer::zeros(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        // SAFETY: `Line` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines
+        // are `16 * lines.len()` initialised numbers in a row, and `len` is at most that.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.take() {
+            pool.put(std::mem::take(&mut self.lines));
+        }
+    }
+}
+
+/// Buffers that wait to be used again, so that a step after the first allocates nothing.
+#[derive(Default)]
+pub struct Pool {
+    /// Sorted by size.
+    free: Mutex<Vec<Vec<Line>>>,
+}
+
+impl Pool {
+    /// A pool without buffers.
+    pub fn new() -> Arc<Pool> {
+        Arc::default()
+    }
+
+    /// A buffer of `len` numbers with whatever values its last use left in it.
+    ///
+    /// It takes the smallest waiting buffer that is large enough, if that wastes at most half.
+    pub fn take(self: &Arc<Pool>, len: usize) -> Buffer {
+        let wanted = len.div_ceil(LINE);
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = free.partition_point(|lines| lines.len() < wanted);
+        let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);
+        let lines = if reuse { free.remove(at) } else { Vec::new() };
+        drop(free);
+        let lines = if reuse { lines } else { vec![Line([0.; LINE]); wanted] };
+        Buffer { lines, len, pool: Some(Arc::clone(self)) }
+    }
+
+    fn put(&self, lines: Vec<Line>) {
+        if lines.is_empty() {
+            return;
+        }
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = free.partition_point(|other| other.len() < lines.len());
+        free.insert(at, lines);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_come_back() {
+        let pool = Pool::new();
+        let mut buffer = pool.take(37);
+        assert_eq!(buffer.len(), 37);
+        assert_eq!(buffer.as_ptr() as usize % 64, 0);
+        buffer[36] = 5.;
+        let place = buffer.as_ptr();
+        drop(buffer);
+        let again = pool.take(40);
+        assert_eq!(again.as_ptr(), place);
+        assert_eq!(again[36], 5.);
+        let other = pool.take(40);
+        assert_ne!(other.as_ptr(), place);
+    }
+
+    #[test]
+    fn a_small_request_leaves_a_large_buffer_alone() {
+        let pool = Pool::new();
+        drop(pool.take(10_000));
+        let small = pool.take(100);
+        let large = pool.take(10_000);
+        assert!(small.lines.len() < 10 && large.lines.len() == 625);
+    }
+}

@@ -1,0 +1,139 @@
+//! Updates of flat parameter buffers, in place: optimizers and the moving average.
+//!
+//! All are element by element, so neither threads nor the cut into chunks can change a bit.
+
+use rayon::prelude::*;
+
+/// Numbers per task.
+const CHUNK: usize = 1 << 16;
+
+/// Calls `update(i)` chunk by chunk, on several threads when there is enough to do.
+fn chunks<const M: usize, const R: usize>(
+    written: [&mut [f32]; M],
+    read: [&[f32]; R],
+    update: impl Fn([&mut [f32]; M], [&[f32]; R]) + Sync + Send,
+) {
+    let len = written.first().map_or(0, |slice| slice.len());
+    assert!(written.iter().all(|s| s.len() == len) && read.iter().all(|s| s.len() == len));
+    let mut written = written.map(|slice| slice.chunks_mut(CHUNK));
+    let mut read = read.map(|slice| slice.chunks(CHUNK));
+    let tasks: Vec<_> = (0..len.div_ceil(CHUNK))
+        .map(|_| {
+            let written = written.each_mut().map(|s| s.next().expect("equal lengths"));
+            let read = read.each_mut().map(|s| s.next().expect("equal lengths"));
+            (written, read)
+        })
+        .collect();
+    if tasks.len() > 1 {
+        tasks.into_par_iter().for_each(|(written, read)| update(written, read));
+    } else {
+        tasks.into_iter().for_each(|(written, read)| update(written, read));
+    }
+}
+
+/// One step of stochastic gradient descent with momentum.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sgd {
+    /// Step length `lr`.
+    pub learning_rate: f64,
+    /// Share `μ` of the last step's direction that is kept, 0 to 1.
+    pub momentum: f64,
+    /// Factor `λ` of the weights that is added to their gradient.
+    pub weight_decay: f64,
+}
+
+/// `b ← μ·b + (g + λ·p)`, then `p ← p − lr·b`: no Nesterov, no dampening, the first step with
+/// `b = g + λ·p` since momenta start at 0.
+///
+/// # Panics
+///
+/// When the lengths differ.
+pub fn sgd(values: &mut [f32], gradients: &[f32], momenta: &mut [f32], with: Sgd) {
+    let (rate, momentum) = (with.learning_rate as f32, with.momentum as f32);
+    let decay = with.weight_decay as f32;
+    chunks([values, momenta], [gradients], |[values, momenta], [gradients]| {
+        for ((value, momentum_of), gradient) in values.iter_mut().zip(momenta).zip(gradients) {
+            *momentum_of = momentum * *momentum_of + (gradient + decay * *value);
+            *value -= rate * *momentum_of;
+        }
+    });
+}
+
+/// One step of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Adam {
+    /// Step length `α`.
+    pub learning_rate: f64,
+    /// Decay `β₁` of the mean of gradients.
+    pub beta_1: f64,
+    /// Decay `β₂` of the mean of squared gradients.
+    pub beta_2: f64,
+    /// `ε`, added to the root.
+    pub epsilon: f64,
+    /// Factor of the weights that is added to their gradient, before the means.
+    pub weight_decay: f64,
+}
+
+/// `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`,
+/// `p ← p − α · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)`; `step` is `t`, from 1.
+///
+/// # Panics
+///
+/// When the lengths differ.
+pub fn adam(
+    values: &mut [f32],
+    gradients: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+    step: u64,
+    with: Adam,
+) {
+    let power = |beta: f64| beta.powf(step as f64);
+    let rate = (with.learning_rate / (1. - power(with.beta_1))) as f32;
+    let root = (1. / (1. - power(with.beta_2))).sqrt() as f32;
+    let (beta_1, beta_2) = (with.beta_1 as f32, with.beta_2 as f32);
+    let (rest_1, rest_2) = ((1. - with.beta_1) as f32, (1. - with.beta_2) as f32);
+    let (epsilon, decay) = (with.epsilon as f32, with.weight_decay as f32);
+    chunks([values, first, second], [gradients], |[values, first, second], [gradients]| {
+        let means = first.iter_mut().zip(second);
+        for ((value, (first, second)), gradient) in values.iter_mut().zip(means).zip(gradients) {
+            let gradient = gradient + decay * *value;
+            *first = beta_1 * *first + rest_1 * gradient;
+            *second = beta_2 * *second + rest_2 * gradient * gradient;
+            *value -= rate * *first / (second.sqrt() * root + epsilon);
+        }
+    });
+}
+
+/// `t ← t + (1 − τ)·(o − t)`, the moving average `τ·t + (1 − τ)·o`; where `o = t`, `t` stays as
+/// it is to the bit.
+///
+/// # Panics
+///
+/// When the lengths differ.
+pub fn follow(target: &mut [f32], online: &[f32], decay: f64) {
+    let share = (1. - decay) as f32;
+    chunks([target], [online], |[target], [online]| {
+        for (target, online) in target.iter_mut().zip(online) {
+            *target += share * (online - *target);
+        }
+    });
+}
+
+/// `total ← total + values`.
+///
+/// # Panics
+///
+/// When the lengths differ.
+pub fn add(total: &mut [f32], values: &[f32]) {
+    chunks([total], [values], |[total], [values]| {
+        for (total, value) in total.iter_mut().zip(values) {
+            *total += value;
+        }
+    });
+}
+
+/// The place of the first NaN or infinity.
+pub fn first_non_finite(values: &[f32]) -> Option<usize> {
+    values.iter().position(|value| !value.is_finite())
+}

@@ -1,0 +1,165 @@
+//! Where the numbers of a value lie.
+
+use std::ops::Range;
+
+use crate::parallel;
+
+/// Images in a group, and channels in a block: the sides of a tile.
+pub(crate) const SIDE: usize = 16;
+/// Numbers in a tile.
+pub(crate) const TILE: usize = SIDE * SIDE;
+
+/// The extent of a value: images, rows, columns and channels. Features are maps of one pixel.
+///
+/// A value is stored as tiles of 16 images × 16 channels, in the order (group of 16 images, row,
+/// column, block of 16 channels, image, channel). A tile is 1 KiB in a row, one register per image
+/// with AVX-512; a product of tiles needs no packing and no bounds, and the images of a tile share
+/// a pixel, so what lies beyond the border is left out for all of them at once.
+///
+/// The last group and the last block are filled up with zeros. They stay zero: every kernel writes
+/// whole tiles and writes zeros there, so they never reach statistics, gradients or outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Images, `N`.
+    pub images: usize,
+    /// Rows of pixels, `H`.
+    pub height: usize,
+    /// Columns of pixels, `W`.
+    pub width: usize,
+    /// Channels, `C`.
+    pub channels: usize,
+}
+
+impl Shape {
+    /// Images of `height` × `width` pixels.
+    pub fn new(images: usize, height: usize, width: usize, channels: usize) -> Shape {
+        Shape { images, height, width, channels }
+    }
+
+    /// Rows of `width` features: one pixel each.
+    pub fn features(images: usize, width: usize) -> Shape {
+        Shape::new(images, 1, 1, width)
+    }
+
+    /// Numbers that a buffer for this value holds, or `None` when they pass the address space.
+    pub fn checked_len(&self) -> Option<usize> {
+        let tiles = self.images.div_ceil(SIDE).checked_mul(self.height)?.checked_mul(self.width)?;
+        let len = tiles.checked_mul(self.channels.div_ceil(SIDE))?.checked_mul(TILE)?;
+        (len <= isize::MAX as usize / 8).then_some(len)
+    }
+
+    /// Numbers that a buffer for this value holds.
+    pub fn len(&self) -> usize {
+        self.groups() * self.pixels() * self.blocks() * TILE
+    }
+
+    /// Whether the value holds no number.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Values per channel: images × pixels.
+    pub fn count(&self) -> usize {
+        self.images * self.pixels()
+    }
+
+    /// Pixels of one image.
+    pub fn pixels(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// Groups of 16 images; the last may be part filled.
+    pub(crate) fn groups(&self) -> usize {
+        self.images.div_ceil(SIDE)
+    }
+
+    /// Blocks of 16 channels; the last may be part filled.
+    pub(crate) fn blocks(&self) -> usize {
+        self.channels.div_ceil(SIDE)
+    }
+
+    /// Channels with the filling of the last block.
+    pub fn padded_channels(&self) -> usize {
+        self.blocks() * SIDE
+    }
+
+    /// Numbers at one pixel of one group.
+    pub(crate) fn pixel_len(&self) -> usize {
+        self.blocks() * TILE
+    }
+
+    /// Images that the group really holds.
+    pub(crate) fn images_in(&self, group: usize) -> usize {
+        (self.images - group * SIDE).min(SIDE)
+    }
+
+    /// Channels that the block really holds.
+    pub(crate) fn channels_in(&self, block: usize) -> usize {
+        (self.channels - block * SIDE).min(SIDE)
+    }
+
+    /// Pixels of a part, the unit in which statistics are taken: at most 32, of one group.
+    pub(crate) fn part_pixels(&self) -> usize {
+        self.pixels().min(32)
+    }
+
+    /// Parts of all groups.
+    pub(crate) fn parts(&self) -> usize {
+        self.groups() * self.parts_per_group()
+    }
+
+    /// The group and the pixels of a part.
+    pub(crate) fn part(&self, part: usize) -> (usize, Range<usize>) {
+        let (group, part) = (part / self.parts_per_group(), part % self.parts_per_group());
+        let first = part * self.part_pixels();
+        (group, first..(first + self.part_pixels()).min(self.pixels()))
+    }
+
+    fn parts_per_group(&self) -> usize {
+        self.pixels().div_ceil(self.part_pixels())
+    }
+
+    /// Fills `tiles` from `rows` in the order (N, H, W, C).
+    ///
+    /// # Panics
+    ///
+    /// When a slice has another length than the shape says.
+    pub fn pack(&self, rows: &[f32], tiles: &mut [f32]) {
+        assert_eq!(rows.len(), self.count() * self.channels);
+        assert_eq!(tiles.len(), self.len());
+        let (pixels, channels) = (self.pixels(), self.channels);
+        parallel::for_each_chunk(tiles, self.pixel_len(), self.len(), |at, tile| {
+            let (group, pixel) = (at / pixels, at % pixels);
+            tile.fill(0.);
+            for image in 0..self.images_in(group) {
+                let from = ((group * SIDE + image) * pixels + pixel) * channels;
+                let row = &rows[from..from + channels];
+                for (block, part) in row.chunks(SIDE).enumerate() {
+                    let to = block * TILE + image * SIDE;
+                    tile[to..to + part.len()].copy_from_slice(part);
+                }
+            }
+        });
+    }
+
+    /// The reverse of [`pack`](Self::pack).
+    ///
+    /// # Panics
+    ///
+    /// When a slice has another length than the shape says.
+    pub fn unpack(&self, tiles: &[f32], rows: &mut [f32]) {
+        assert_eq!(rows.len(), self.count() * self.channels);
+        assert_eq!(tiles.len(), self.len());
+        let (pixels, channels) = (self.pixels(), self.channels);
+        parallel::for_each_chunk(rows, pixels * channels, self.len(), |at, row| {
+            let (group, image) = (at / SIDE, at % SIDE);
+            for (pixel, row) in row.chunks_mut(channels).enumerate() {
+                let tile = (group * pixels + pixel) * self.pixel_len();
+                for (block, part) in row.chunks_mut(SIDE).enumerate() {
+                    let from = tile + block * TILE + image * SIDE;
+                    part.copy_from_slice(&tiles[from..from + part.len()]);
+                }
+            }
+        });
+    }
+}

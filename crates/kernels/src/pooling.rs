@@ -1,0 +1,217 @@
+//! Max-pool and global average pool, forward and backward.
+
+use crate::convolution::output_side;
+use crate::layout::{SIDE, TILE};
+use crate::variant::for_each_variant;
+use crate::{Shape, Variant, parallel};
+
+/// A square window that moves over a value. What lies beyond the border counts as −∞.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// What it reads.
+    pub input: Shape,
+    /// What it writes.
+    pub output: Shape,
+    /// Side of the window, in pixels.
+    pub kernel: usize,
+    /// Input pixels from one window to the next.
+    pub stride: usize,
+    /// Pixels beyond the border on each side, at most half the window.
+    pub padding: usize,
+}
+
+impl Window {
+    /// The windows over `input`, or `None` when none fits, when padding passes half the window (a
+    /// window would hold no pixel), or when the window has more than 256 pixels.
+    pub fn new(input: Shape, kernel: usize, stride: usize, padding: usize) -> Option<Window> {
+        if padding > kernel / 2 || kernel > 16 {
+            return None;
+        }
+        let height = output_side(input.height, kernel, stride, padding)?;
+        let width = output_side(input.width, kernel, stride, padding)?;
+        Some(Window { input, output: Shape { height, width, ..input }, kernel, stride, padding })
+    }
+
+    /// The taps of a window that lie inside along one side, with the input pixel they meet.
+    fn taps(&self, at: usize, limit: usize) -> impl Iterator<Item = (usize, usize)> {
+        let (first, padding) = (at * self.stride, self.padding);
+        (0..self.kernel).filter_map(move |tap| {
+            (first + tap).checked_sub(padding).filter(|from| *from < limit).map(|from| (tap, from))
+        })
+    }
+
+    /// The windows along one side that hold the input pixel `at`, with the tap that meets it.
+    fn windows(&self, at: usize, limit: usize) -> impl Iterator<Item = (usize, usize)> {
+        let (stride, padding) = (self.stride, self.padding);
+        (0..self.kernel).filter_map(move |tap| {
+            let steps = (at + padding).checked_sub(tap)?;
+            let window = steps / stride;
+            (steps.is_multiple_of(stride) && window < limit).then_some((tap, window))
+        })
+    }
+}
+
+/// The maximum of every window, and in `taps` which pixel of the window held it: the first of
+/// equal ones in reading order; the last NaN, if there is one.
+///
+/// # Panics
+///
+/// When a slice has another length than the shapes say.
+pub fn max_forward(
+    variant: Variant,
+    w: &Window,
+    input: &[f32],
+    output: &mut [f32],
+    taps: &mut [u8],
+) {
+    assert_eq!(input.len(), w.input.len());
+    assert_eq!(output.len(), w.output.len());
+    assert_eq!(taps.len(), w.output.len());
+    let len = w.output.pixel_len();
+    let operations = w.output.len() * w.kernel * w.kernel;
+    parallel::for_each_chunk_of_two(output, taps, len, operations, |at, output, taps| {
+        let (group, pixel) = (at / w.output.pixels(), at % w.output.pixels());
+        let (y, x) = (pixel / w.output.width, pixel % w.output.width);
+        let mut first = true;
+        for (tap_y, from_y) in w.taps(y, w.input.height) {
+            for (tap_x, from_x) in w.taps(x, w.input.width) {
+                let from = ((group * w.input.height + from_y) * w.input.width + from_x) * len;
+                let tap = (tap_y * w.kernel + tap_x) as u8;
+                let input = &input[from..from + len];
+                if std::mem::take(&mut first) {
+                    output.copy_from_slice(input);
+                    taps.fill(tap);
+                } else {
+                    larger(variant, input, tap, output, taps);
+                }
+            }
+        }
+    });
+}
+
+for_each_variant! {
+    fn larger(input: &[f32], tap: u8, output: &mut [f32], taps: &mut [u8]) {
+        let rows = output.chunks_exact_mut(SIDE).zip(taps.chunks_exact_mut(SIDE));
+        for ((output, taps), input) in rows.zip(input.chunks_exact(SIDE)) {
+            for lane in 0..SIDE {
+                let wins = input[lane] > output[lane] || input[lane].is_nan();
+                taps[lane] = if wins { tap } else { taps[lane] };
+                output[lane] = if wins { input[lane] } else { output[lane] };
+            }
+        }
+    }
+}
+
+/// Gives each window's gradient to the pixel that held its maximum. With `add` it adds to what
+/// `gradient` holds, otherwise it replaces it.
+///
+/// # Panics
+///
+/// When a slice has another length than the shapes say.
+pub fn max_backward(
+    variant: Variant,
+    w: &Window,
+    output_gradient: &[f32],
+    taps: &[u8],
+    gradient: &mut [f32],
+    add: bool,
+) {
+    assert_eq!(gradient.len(), w.input.len());
+    assert_eq!(output_gradient.len(), w.output.len());
+    assert_eq!(taps.len(), w.output.len());
+    let len = w.input.pixel_len();
+    let operations = w.output.len() * w.kernel * w.kernel;
+    parallel::for_each_chunk(gradient, len, operations, |at, gradient| {
+        let (group, pixel) = (at / w.input.pixels(), at % w.input.pixels());
+        let (y, x) = (pixel / w.input.width, pixel % w.input.width);
+        if !add {
+            gradient.fill(0.);
+        }
+        for (tap_y, to_y) in w.windows(y, w.output.height) {
+            for (tap_x, to_x) in w.windows(x, w.output.width) {
+                let from = ((group * w.output.height + to_y) * w.output.width + to_x) * len;
+                let tap = (tap_y * w.kernel + tap_x) as u8;
+                let (from, taps) = (&output_gradient[from..from + len], &taps[from..from + len]);
+                add_where(variant, from, taps, tap, gradient);
+            }
+        }
+    });
+}
+
+for_each_variant! {
+    fn add_where(from: &[f32], taps: &[u8], tap: u8, gradient: &mut [f32]) {
+        let rows = gradient.chunks_exact_mut(SIDE).zip(taps.chunks_exact(SIDE));
+        for ((gradient, taps), from) in rows.zip(from.chunks_exact(SIDE)) {
+            for lane in 0..SIDE {
+                gradient[lane] += if taps[lane] == tap { from[lane] } else { 0. };
+            }
+        }
+    }
+}
+
+/// The mean over all pixels: `input` to features of the same channels.
+///
+/// # Panics
+///
+/// When a slice has another length than the shapes say.
+pub fn average_forward(variant: Variant, input_shape: Shape, input: &[f32], output: &mut [f32]) {
+    let len = input_shape.pixel_len();
+    assert_eq!(input.len(), input_shape.len());
+    assert_eq!(output.len(), input_shape.groups() * len);
+    let pixels = input_shape.pixels();
+    parallel::for_each_chunk(output, TILE, input.len(), |at, output| {
+        let (group, block) = (at / input_shape.blocks(), at % input_shape.blocks());
+        let input = &input[group * pixels * len..][..pixels * len];
+        mean_of_pixels(variant, input, len, block, output);
+    });
+}
+
+for_each_variant! {
+    fn mean_of_pixels(input: &[f32], pixel_len: usize, block: usize, output: &mut [f32]) {
+        output.fill(0.);
+        for pixel in input.chunks_exact(pixel_len) {
+            for (output, value) in output.iter_mut().zip(&pixel[block * TILE..][..TILE]) {
+                *output += value;
+            }
+        }
+        let share = 1. / (input.len() / pixel_len) as f32;
+        for output in output.iter_mut() {
+            *output *= share;
+        }
+    }
+}
+
+/// Gives each pixel its share of the mean's gradient. With `add` it adds to what `gradient` holds,
+/// otherwise it replaces it.
+///
+/// # Panics
+///
+/// When a slice has another length than the shapes say.
+pub fn average_backward(
+    variant: Variant,
+    input_shape: Shape,
+    output_gradient: &[f32],
+    gradient: &mut [f32],
+    add: bool,
+) {
+    let len = input_shape.pixel_len();
+    assert_eq!(gradient.len(), input_shape.len());
+    assert_eq!(output_gradient.len(), input_shape.groups() * len);
+    let pixels = input_shape.pixels();
+    let share = 1. / pixels as f32;
+    parallel::for_each_chunk(gradient, len, input_shape.len(), |at, gradient| {
+        let from = &output_gradient[at / pixels * len..][..len];
+        spread(variant, from, share, add, gradient);
+    });
+}
+
+for_each_variant! {
+    fn spread(from: &[f32], share: f32, add: bool, gradient: &mut [f32]) {
+        if !add {
+            gradient.fill(0.);
+        }
+        for (gradient, from) in gradient.iter_mut().zip(from) {
+            *gradient += from * share;
+        }
+    }
+}

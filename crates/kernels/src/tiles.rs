@@ -1,0 +1,264 @@
+//! Products of tiles: the innermost loops of convolutions and linear layers, one per variant.
+//!
+//! A tile is 16 × 16 numbers, row by row, 1 KiB (see [`crate::Shape`]). All three products of a
+//! convolution are sums of tile products: output = Σ input · weights, input gradient =
+//! Σ output gradient · weightsᵀ, weight gradient = Σ inputᵀ · output gradient.
+#![expect(unsafe_code, reason = "vector intrinsics on tiles addressed from a base pointer")]
+
+use crate::Variant;
+use crate::layout::{SIDE, TILE};
+
+/// One term of a sum: where the tile on the left and the one or two tiles on the right begin.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pair {
+    /// Offset of the left tile.
+    pub left: usize,
+    /// Offset of the first right tile; a second one follows it.
+    pub right: usize,
+    /// How many of the 16 products along the inner side to add; the others are zero.
+    pub depth: usize,
+}
+
+/// What to compute of `output = Σ left · right`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sum {
+    /// Rows of the output tile wanted, at most 16; the kernels compute 8 or 16.
+    pub rows: usize,
+    /// Output tiles side by side, 1 or 2: 16 or 32 columns.
+    pub columns: usize,
+    /// Add to what the output holds instead of replacing it.
+    pub add: bool,
+}
+
+/// `output (+)= Σ left · right`, or with `TRANSPOSED` `Σ leftᵀ · right`, over the pairs in order.
+///
+/// Each number of the output is one chain of multiply-adds in the order of `pairs` and, inside a
+/// pair, of the inner side: cutting the pairs into several calls with `add` changes no bit.
+pub(crate) fn product<const TRANSPOSED: bool>(
+    variant: Variant,
+    left: &[f32],
+    right: &[f32],
+    pairs: &[Pair],
+    output: &mut [f32],
+    sum: Sum,
+) {
+    assert!((1..=2).contains(&sum.columns) && sum.rows <= SIDE);
+    assert!(output.len() >= sum.columns * TILE);
+    let (last_left, last_right) = (left.len(), right.len());
+    for pair in pairs {
+        assert!(pair.left + TILE <= last_left && pair.depth <= SIDE);
+        assert!(pair.right + sum.columns * TILE <= last_right);
+    }
+    match variant {
+        #[cfg(target_arch = "x86_64")]
+        Variant::Avx512 => {
+            assert!(variant.is_available());
+            // SAFETY: the processor has AVX-512 (line above); every tile lies inside its slice
+            // (checked for each pair and for the output above).
+            unsafe { x86::avx512::<TRANSPOSED>(left, right, pairs, output, sum) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Variant::Avx2 => {
+            assert!(variant.is_available());
+            // SAFETY: as above, for AVX2 and FMA.
+            unsafe { x86::avx2::<TRANSPOSED>(left, right, pairs, output, sum) }
+        }
+        _ => portable::<TRANSPOSED>(left, right, pairs, output, sum),
+    }
+}
+
+fn portable<const TRANSPOSED: bool>(
+    left: &[f32],
+    right: &[f32],
+    pairs: &[Pair],
+    output: &mut [f32],
+    sum: Sum,
+) {
+    for column in 0..sum.columns {
+        for row in 0..sum.rows {
+            let at = column * TILE + row * SIDE;
+            let output = &mut output[at..at + SIDE];
+            let mut total = [0f32; SIDE];
+            if sum.add {
+                total.copy_from_slice(output);
+            }
+            for pair in pairs {
+                let left = &left[pair.left..pair.left + TILE];
+                let from = pair.right + column * TILE;
+                let right = &right[from..from + TILE];
+                for (k, right) in right.chunks_exact(SIDE).take(pair.depth).enumerate() {
+                    let factor = left[if TRANSPOSED { k * SIDE + row } else { row * SIDE + k }];
+                    for (total, right) in total.iter_mut().zip(right) {
+                        *total = multiply_add(factor, *right, *total);
+                    }
+                }
+            }
+            output.copy_from_slice(&total);
+        }
+    }
+}
+
+/// `a · b + c`, fused where the target always has the instruction (a call to a library otherwise).
+#[inline(always)]
+fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+        a.mul_add(b, c)
+    } else {
+        a * b + c
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Pair, Sum};
+    use crate::layout::{SIDE, TILE};
+
+    /// # Safety
+    ///
+    /// The processor has AVX-512; every pair's tiles and the output's lie inside their slices.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
+        left: &[f32],
+        right: &[f32],
+        pairs: &[Pair],
+        output: &mut [f32],
+        sum: Sum,
+    ) {
+        let (l, r, o) = (left.as_ptr(), right.as_ptr(), output.as_mut_ptr());
+        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        unsafe {
+            match (sum.columns, sum.rows > 8) {
+                (2, false) => avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
+                (2, true) => {
+                    avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add);
+                    avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 8, sum.add);
+                }
+                (_, false) => avx512_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
+                (_, true) => avx512_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
+            }
+        }
+    }
+
+    /// `ROWS` × `COLUMNS` registers of 16 sums, from row `first` of the tiles on.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
+        left: *const f32,
+        right: *const f32,
+        pairs: &[Pair],
+        output: *mut f32,
+        first: usize,
+        add: bool,
+    ) {
+        // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k`
+        // and `COLUMNS` stay inside a tile's 16 rows, 16 columns and the tiles side by side.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
+            if add {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for (column, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_loadu_ps(output.add(column * TILE + (first + row) * SIDE));
+                    }
+                }
+            }
+            let left = left.add(if TRANSPOSED { first } else { first * SIDE });
+            for pair in pairs {
+                let (left, right) = (left.add(pair.left), right.add(pair.right));
+                let mut step = |k: usize| {
+                    let mut factors = [_mm512_setzero_ps(); COLUMNS];
+                    for (column, factor) in factors.iter_mut().enumerate() {
+                        *factor = _mm512_loadu_ps(right.add(column * TILE + k * SIDE));
+                    }
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
+                        let value = _mm512_set1_ps(*left.add(at));
+                        for (sum, factor) in sums.iter_mut().zip(factors) {
+                            *sum = _mm512_fmadd_ps(value, factor, *sum);
+                        }
+                    }
+                };
+                if pair.depth == SIDE {
+                    for k in 0..SIDE {
+                        step(k);
+                    }
+                } else {
+                    for k in 0..pair.depth {
+                        step(k);
+                    }
+                }
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (column, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(output.add(column * TILE + (first + row) * SIDE), *sum);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The processor has AVX2 and FMA; every pair's tiles and the output's lie inside their slices.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
+        left: &[f32],
+        right: &[f32],
+        pairs: &[Pair],
+        output: &mut [f32],
+        sum: Sum,
+    ) {
+        for column in 0..sum.columns {
+            for first in (0..sum.rows).step_by(4) {
+                // SAFETY: the caller's promise; `first` is 0, 4, 8 or 12 of 16 rows.
+                unsafe {
+                    let (l, r) = (left.as_ptr(), right.as_ptr().add(column * TILE));
+                    let o = output.as_mut_ptr().add(column * TILE);
+                    avx2_block::<TRANSPOSED>(l, r, pairs, o, first, sum.add);
+                }
+            }
+        }
+    }
+
+    /// 4 rows × 16 columns in 8 registers, from row `first` of the tiles on.
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2_block<const TRANSPOSED: bool>(
+        left: *const f32,
+        right: *const f32,
+        pairs: &[Pair],
+        output: *mut f32,
+        first: usize,
+        add: bool,
+    ) {
+        // SAFETY: the caller promises that the tiles lie inside their slices; rows `first..first +
+        // 4`, `k` and both halves of 8 columns stay inside a tile.
+        unsafe {
+            let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+            if add {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for (half, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm256_loadu_ps(output.add((first + row) * SIDE + half * 8));
+                    }
+                }
+            }
+            let left = left.add(if TRANSPOSED { first } else { first * SIDE });
+            for pair in pairs {
+                let (left, right) = (left.add(pair.left), right.add(pair.right));
+                for k in 0..pair.depth {
+                    let low = _mm256_loadu_ps(right.add(k * SIDE));
+                    let high = _mm256_loadu_ps(right.add(k * SIDE + 8));
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
+                        let value = _mm256_set1_ps(*left.add(at));
+                        sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
+                        sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
+                    }
+                }
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (half, sum) in sums.iter().enumerate() {
+                    _mm256_storeu_ps(output.add((first + row) * SIDE + half * 8), *sum);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The backward pass.
+
+use candle_core::{Device, Result, Tensor, bail};
+use kernels::norm::{self, Normalisation};
+use kernels::{Buffer, Shape, convolution, linear, pooling};
+
+use crate::forward::Numbers;
+use crate::parameters::Direction;
+use crate::plan::{Norm, Operation, Plan, Work};
+use crate::tape::{Note, Record};
+use crate::{Gradients, Network, Parameters, Tape};
+
+impl Network {
+    /// Adds to `gradients` what the forward pass on `tape` contributes, and empties the tape.
+    ///
+    /// - `parameters`: as they were in the forward pass.
+    /// - `gradient`: of the loss with respect to the output, (N, D), f32 on the CPU.
+    /// - `input_gradient`: whether to go on to the input and return its gradient, in the input's
+    ///   shape. Otherwise the pass stops below the lowest block that is trained.
+    ///
+    /// Frozen blocks get no gradient; what they pass on is computed only if something below needs
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// An empty tape; a gradient of another type or extent than the output; parameters that were
+    /// changed since; arguments of another network. The tape keeps its forward pass then.
+    pub fn backward(
+        &self,
+        parameters: &Parameters,
+        tape: &mut Tape,
+        gradient: &Tensor,
+        gradients: &mut Gradients,
+        input_gradient: bool,
+    ) -> Result<Option<Tensor>> {
+        let plan = &self.0;
+        parameters.check_plan(plan)?;
+        gradients.flat.check_layout(&plan.parameters, "the gradients")?;
+        let Some(record) = tape.record.as_ref() else {
+            bail!("the tape is empty; run `forward` with it first")
+        };
+        if record.plan.parameters != plan.parameters || record.plan.channels != plan.channels {
+            bail!("the tape belongs to another network")
+        }
+        if record.version != parameters.version() {
+            bail!("the parameters have changed since the forward pass on this tape")
+        }
+        let shape = record.shapes[plan.output];
+        if gradient.dims() != [shape.images, shape.channels] {
+            let wanted = (shape.images, shape.channels);
+            bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
+        }
+        let gradient = Numbers::of(gradient, "the gradient")?;
+        let Some(record) = tape.record.take() else { return Ok(None) };
+
+        let needed = needed(plan, parameters, input_gradient);
+        let values = record.shapes.iter().map(|_| None).collect();
+        let mut run = Run { plan, parameters, record, gradients, needed, values };
+        kernels::on_workers(|| {
+            gradient.with(|numbers| run.read(numbers));
+            for at in (0..plan.operations.len()).rev() {
+                run.operation(at);
+            }
+        });
+        if input_gradient { run.input_gradient().map(Some) } else { Ok(None) }
+    }
+}
+
+/// For each value, whether its gradient is of use: some trained parameter, or the input when
+/// asked, lies at or below it.
+fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<bool> {
+    let mut needed = vec![false; plan.channels.len()];
+    needed[0] = input_gradient;
+    for operation in &plan.operations {
+        let (own, residual) = match &operation.work {
+            Work::Product { .. } => (true, None),
+            Work::BatchNorm(norm) => (true, norm.residual),
+            Work::MaxPool { .. } | Work::AveragePool => (false, None),
+        };
+        needed[operation.output] = needed[operation.input]
+            || residual.is_some_and(|r| needed[r])
+            || own && parameters.is_trained(operation.block);
+    }
+    needed
+}
+
+/// A backward pass on its way.
+struct Run<'a> {
+    plan: &'a Plan,
+    parameters: &'a Parameters,
+    record: Record,
+    gradients: &'a mut Gradients,
+    needed: Vec<bool>,
+    /// Gradients of values: what the operations above have added so far.
+    values: Vec<Option<Buffer>>,
+}
+
+impl Run<'_> {
+    fn read(&mut self, numbers: &[f32]) {
+        let shape = self.record.shapes[self.plan.output];
+        let mut gradient = self.take(shape.len());
+        shape.pack(numbers, &mut gradient);
+        self.values[self.plan.output] = Some(gradient);
+    }
+
+    fn operation(&mut self, at: usize) {
+        let plan = self.plan;
+        let operation = &plan.operations[at];
+        // Taken, so that its memory is free for the gradients below.
+        let Some(gradient) = self.values[operation.output].take() else { return };
+        if !self.needed[operation.output] {
+            return;
+        }
+        match &operation.work {
+            Work::Product { weight, bias, .. } => {
+                self.product(operation, *weight, *bias, &gradient);
+            }
+            Work::BatchNorm(norm) => self.batch_norm(at, norm, gradient),
+            Work::MaxPool { .. } => self.max_pool(at, &gradient),
+            Work::AveragePool => self.average_pool(operation, &gradient),
+        }
+    }
+
+    fn product(
+        &mut self,
+        operation: &Operation,
+        weight: usize,
+        bias: Option<usize>,
+        gradient: &Buffer,
+    ) {
+        let variant = self.plan.variant;
+        let g = self.plan.geometry(operation, &self.record.shapes).expect("as in forward");
+        if self.parameters.is_trained(operation.block) {
+            let mut scratch = self.take(g.scratch_len());
+            let input = kept(&self.record, operation.input);
+            let into = self.gradients.of_mut(weight);
+            convolution::weight_gradient(variant, &g, input, gradient, &mut scratch, into);
+            if let Some(bias) = bias {
+                linear::bias_gradient(variant, g.output, gradient, self.gradients.of_mut(bias));
+            }
+        }
+        if self.needed[operation.input] {
+            let pool = &self.plan.pool;
+            let packed = self.parameters.packed(weight, Direction::Backward, &g, pool);
+            let (mut into, add) = self.into(operation.input, g.input);
+            convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
+            self.values[operation.input] = Some(into);
+        }
+    }
+
+    fn batch_norm(&mut self, at: usize, norm: &Norm, mut gradient: Buffer) {
+        let operation = &self.plan.operations[at];
+        let variant = self.plan.variant;
+        let shape = self.record.shapes[operation.input];
+        if norm.relu {
+            let output = kept(&self.record, operation.output);
+            norm::relu_backward(variant, shape, output, &mut gradient);
+        }
+        if let Some(residual) = norm.residual.filter(|r| self.needed[*r]) {
+            self.add(residual, shape, &gradient);
+        }
+        let Note::Normalisation(n) = &self.record.notes[at] else { return };
+        let n: Normalisation = n.clone();
+        let input = kept(&self.record, operation.input);
+        let mut scratch = self.take(norm::moments_len(shape));
+        let sums = norm::gradient_sums(variant, shape, &gradient, input, &n, &mut scratch);
+        if self.parameters.is_trained(operation.block) {
+            norm::weight_gradient(&n, &sums, self.gradients.of_mut(norm.weight));
+            norm::bias_gradient(&sums, self.gradients.of_mut(norm.bias));
+        }
+        if self.needed[operation.input] {
+            let weight = self.parameters.of(norm.weight);
+            norm::input_gradient(variant, shape, input, &n, weight, &sums, &mut gradient);
+            self.hand_on(operation.input, shape, gradient);
+        }
+    }
+
+    fn max_pool(&mut self, at: usize, gradient: &Buffer) {
+        let operation = &self.plan.operations[at];
+        let w = self.plan.window(operation, &self.record.shapes).expect("as in forward");
+        let (mut into, add) = self.into(operation.input, w.input);
+        if let Note::Taps(taps) = &self.record.notes[at] {
+            let variant = self.plan.variant;
+            pooling::max_backward(variant, &w, gradient, taps.bytes(), &mut into, add);
+        }
+        self.values[operation.input] = Some(into);
+    }
+
+    fn average_pool(&mut self, operation: &Operation, gradient: &Buffer) {
+        let shape = self.record.shapes[operation.input];
+        let (mut into, add) = self.into(operation.input, shape);
+        pooling::average_backward(self.plan.variant, shape, gradient, &mut into, add);
+        self.values[operation.input] = Some(into);
+    }
+
+    fn input_gradient(&mut self) -> Result<Tensor> {
+        let shape = self.record.shapes[0];
+        let mut rows = vec![0.; shape.count() * shape.channels];
+        if let Some(gradient) = self.values[0].take() {
+            shape.unpack(&gradient, &mut rows);
+        }
+        match self.plan.input {
+            crate::plan::Input::Images(_) => {
+                let Shape { images, height, width, channels } = shape;
+                Tensor::from_vec(rows, (images, height, width, channels), &Device::Cpu)
+            }
+            crate::plan::Input::Features(_) => {
+                Tensor::from_vec(rows, (shape.images, shape.channels), &Device::Cpu)
+            }
+        }
+    }
+
+    /// The gradient of a value, to be added to or, when it is new, to be replaced.
+    fn into(&mut self, value: usize, shape: Shape) -> (Buffer, bool) {
+        match self.values[value].take() {
+            Some(gradient) => (gradient, true),
+            None => (self.take(shape.len()), false),
+        }
+    }
+
+    /// Adds a copy to the gradient of a value.
+    fn add(&mut self, value: usize, shape: Shape, gradient: &Buffer) {
+        match &mut self.values[value] {
+            Some(total) => norm::add(self.plan.variant, shape, gradient, total),
+            none => {
+                let mut copy = self.plan.pool.take(shape.len());
+                copy.copy_from_slice(gradient);
+                *none = Some(copy);
+            }
+        }
+    }
+
+    /// Adds to the gradient of a value, or becomes it.
+    fn hand_on(&mut self, value: usize, shape: Shape, gradient: Buffer) {
+        match &mut self.values[value] {
+            Some(total) => norm::add(self.plan.variant, shape, &gradient, total),
+            none => *none = Some(gradient),
+        }
+    }
+
+    fn take(&self, len: usize) -> Buffer {
+        self.plan.pool.take(len)
+    }
+}
+
+/// A value that the forward pass kept.
+fn kept(record: &Record, value: usize) -> &Buffer {
+    record.values[value].as_ref().expect("the forward pass keeps what the backward pass reads")
+}

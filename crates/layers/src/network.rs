@@ -1,0 +1,382 @@
+//! The plan of a network, and the builder that makes it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{Result, bail};
+use kernels::Variant;
+
+use crate::flat::{Kind, Layout};
+use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
+use crate::plan::{Input, Norm, Operation, Plan, Work};
+use crate::{Statistics, Tape};
+
+/// A convolution without bias; its weights are `<name>.weight`, (O, I, KH, KW).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Convolution {
+    /// Channels of the output, `O`.
+    pub out_channels: usize,
+    /// Side of the square kernel, in pixels; 1 to 255.
+    pub kernel: usize,
+    /// Input pixels from one output pixel to the next, at least 1.
+    pub stride: usize,
+    /// Zero pixels added on each side, fewer than the kernel's.
+    pub padding: usize,
+}
+
+/// A batch norm, with the sum and the ReLU that follow it:
+/// `relu((z − mean) · weight / √(variance + ε) + bias + residual)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BatchNorm {
+    /// `ε`, added to the variance; above 0.
+    pub epsilon: f64,
+    /// Share of the batch's statistics in the running ones after an update, 0 to 1.
+    pub momentum: f64,
+    /// Whether a ReLU ends it.
+    pub relu: bool,
+    /// A value of the same shape that is added before the ReLU.
+    pub residual: Option<Value>,
+}
+
+/// A max-pool. Beyond the border counts as −∞; of equal values the first gets the gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Side of the square window, in pixels; 1 to 16.
+    pub kernel: usize,
+    /// Input pixels from one window to the next, at least 1.
+    pub stride: usize,
+    /// Pixels added on each side, at most half the window.
+    pub padding: usize,
+}
+
+/// What an operation of a [`Builder`] gives, for later operations to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Value {
+    builder: u64,
+    index: usize,
+}
+
+/// Puts a [`Network`] together, operation by operation.
+pub struct Builder {
+    id: u64,
+    input: Input,
+    blocks: Vec<String>,
+    block: Option<usize>,
+    operations: Vec<Operation>,
+    channels: Vec<usize>,
+    /// Whether a value is a map of pixels rather than features.
+    maps: Vec<bool>,
+    parameters: Layout,
+    statistics: Layout,
+}
+
+impl Builder {
+    /// A network that takes images (N, H, W, `channels`).
+    pub fn images(channels: usize) -> Builder {
+        Builder::new(Input::Images(channels), channels, true)
+    }
+
+    /// A network that takes features (N, `width`).
+    pub fn features(width: usize) -> Builder {
+        Builder::new(Input::Features(width), width, false)
+    }
+
+    fn new(input: Input, channels: usize, map: bool) -> Builder {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Builder {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            input,
+            blocks: Vec::new(),
+            block: None,
+            operations: Vec::new(),
+            channels: vec![channels],
+            maps: vec![map],
+            parameters: Layout::default(),
+            statistics: Layout::default(),
+        }
+    }
+
+    /// The input of the network.
+    pub fn input(&self) -> Value {
+        Value { builder: self.id, index: 0 }
+    }
+
+    /// Begins a block, the unit of mode and of freezing; what follows belongs to it. A name used
+    /// before continues that block.
+    pub fn block(&mut self, name: &str) {
+        let at = self.blocks.iter().position(|block| block == name);
+        self.block = Some(at.unwrap_or_else(|| {
+            self.blocks.push(name.to_owned());
+            self.blocks.len() - 1
+        }));
+    }
+
+    /// A convolution without bias. Parameter `<name>.weight` (O, I, KH, KW).
+    ///
+    /// # Errors
+    ///
+    /// The input is not a map, a number is out of its range, the name is taken, or no block was
+    /// begun.
+    pub fn convolution(&mut self, name: &str, input: Value, c: Convolution) -> Result<Value> {
+        let channels = self.map_of(name, input)?;
+        let Convolution { out_channels, kernel, stride, padding } = c;
+        if out_channels == 0 || !(1..=255).contains(&kernel) || stride == 0 || padding >= kernel {
+            bail!(
+                "`{name}`: {c:?} is no convolution: it needs a channel, a kernel of 1 to 255, a \
+                 stride of at least 1 and a padding below the kernel"
+            )
+        }
+        let block = self.current_block(name)?;
+        let shape = vec![out_channels, channels, kernel, kernel];
+        let kind = Kind::ConvolutionWeight;
+        let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
+        let work = Work::Product { weight, bias: None, kernel, stride, padding };
+        self.push(name, input, work, out_channels, true)
+    }
+
+    /// A batch norm over images and pixels, with residual sum and ReLU as asked. Parameters
+    /// `<name>.weight` and `<name>.bias`, statistics `<name>.running_mean` and
+    /// `<name>.running_var`.
+    ///
+    /// # Errors
+    ///
+    /// A number is out of its range, the residual has other channels, the name is taken, or no
+    /// block was begun.
+    pub fn batch_norm(&mut self, name: &str, input: Value, b: BatchNorm) -> Result<Value> {
+        let index = self.index_of(name, input)?;
+        let (channels, map) = (self.channels[index], self.maps[index]);
+        if !(b.epsilon > 0. && b.epsilon.is_finite() && (0. ..=1.).contains(&b.momentum)) {
+            bail!("`{name}`: ε is {} and momentum {}, outside their range", b.epsilon, b.momentum)
+        }
+        let residual = b.residual.map(|r| self.index_of(name, r)).transpose()?;
+        if let Some(residual) = residual
+            && (self.channels[residual], self.maps[residual]) != (channels, map)
+        {
+            let other = self.channels[residual];
+            bail!("`{name}`: the residual has {other} channels but the input {channels}")
+        }
+        let block = self.current_block(name)?;
+        let mut push = |layout: fn(&mut Builder) -> &mut Layout, part: &str, kind| {
+            layout(self).push(format!("{name}.{part}"), vec![channels], kind, block)
+        };
+        let norm = Norm {
+            weight: push(|b| &mut b.parameters, "weight", Kind::NormWeight)?,
+            bias: push(|b| &mut b.parameters, "bias", Kind::NormBias)?,
+            running_mean: push(|b| &mut b.statistics, "running_mean", Kind::RunningMean)?,
+            running_variance: push(|b| &mut b.statistics, "running_var", Kind::RunningVariance)?,
+            epsilon: b.epsilon,
+            momentum: b.momentum,
+            relu: b.relu,
+            residual,
+        };
+        self.push(name, input, Work::BatchNorm(norm), channels, map)
+    }
+
+    /// A max-pool.
+    ///
+    /// # Errors
+    ///
+    /// The input is not a map, a number is out of its range, or no block was begun.
+    pub fn max_pool(&mut self, input: Value, p: Pool) -> Result<Value> {
+        let channels = self.map_of("max-pool", input)?;
+        let Pool { kernel, stride, padding } = p;
+        if !(1..=16).contains(&kernel) || stride == 0 || padding > kernel / 2 {
+            bail!(
+                "{p:?} is no max-pool: it needs a window of 1 to 16, a stride of at least 1 and a \
+                 padding of at most half the window"
+            )
+        }
+        self.push("max-pool", input, Work::MaxPool { kernel, stride, padding }, channels, true)
+    }
+
+    /// The mean over all pixels: a map becomes features.
+    ///
+    /// # Errors
+    ///
+    /// The input is not a map, or no block was begun.
+    pub fn global_average_pool(&mut self, input: Value) -> Result<Value> {
+        let channels = self.map_of("global average pool", input)?;
+        self.push("global average pool", input, Work::AveragePool, channels, false)
+    }
+
+    /// A linear layer with bias: `x · weightᵀ + bias`. Parameters `<name>.weight` (O, I) and
+    /// `<name>.bias`.
+    ///
+    /// # Errors
+    ///
+    /// The input is not features, the width is 0, the name is taken, or no block was begun.
+    pub fn linear(&mut self, name: &str, input: Value, width: usize) -> Result<Value> {
+        let index = self.index_of(name, input)?;
+        let inputs = self.channels[index];
+        if self.maps[index] {
+            bail!("`{name}`: a linear layer takes features; pool the map before it")
+        }
+        if width == 0 {
+            bail!("`{name}`: a linear layer of width 0")
+        }
+        let block = self.current_block(name)?;
+        let kind = Kind::LinearWeight;
+        let shape = vec![width, inputs];
+        let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
+        let kind = Kind::LinearBias;
+        let bias = self.parameters.push(format!("{name}.bias"), vec![width], kind, block)?;
+        let work = Work::Product { weight, bias: Some(bias), kernel: 1, stride: 1, padding: 0 };
+        self.push(name, input, work, width, false)
+    }
+
+    /// The network whose output is `output`: features.
+    ///
+    /// # Errors
+    ///
+    /// The output is a map, or the input has no channel, or `ASSORT_KERNEL` names kernels that
+    /// this processor cannot run.
+    pub fn finish(self, output: Value) -> Result<Network> {
+        match Variant::selected() {
+            Ok(variant) => self.finish_with(output, variant),
+            Err(error) => bail!("{error}"),
+        }
+    }
+
+    /// [`finish`](Self::finish) with kernels of the caller's choice, to compare them.
+    ///
+    /// # Errors
+    ///
+    /// As [`finish`](Self::finish); or this processor lacks the variant's instructions.
+    pub fn finish_with(self, output: Value, variant: Variant) -> Result<Network> {
+        let output = self.index_of("output", output)?;
+        if self.maps[output] {
+            bail!("the output is a map of pixels; a network ends in features: pool it first")
+        }
+        if self.channels[0] == 0 {
+            bail!("the input has no channel")
+        }
+        if !variant.is_available() {
+            bail!("this processor cannot run the {variant} kernels")
+        }
+        let (last_use, kept) = self.uses(output);
+        Ok(Network(Arc::new(Plan {
+            input: self.input,
+            blocks: self.blocks,
+            operations: self.operations,
+            channels: self.channels,
+            output,
+            parameters: Arc::new(self.parameters),
+            statistics: Arc::new(self.statistics),
+            variant,
+            pool: kernels::Pool::new(),
+            last_use,
+            kept,
+        })))
+    }
+
+    /// For each value: the last operation that reads it forward, and whether one reads it backward.
+    fn uses(&self, output: usize) -> (Vec<usize>, Vec<bool>) {
+        let mut last_use = vec![0; self.channels.len()];
+        let mut kept = vec![false; self.channels.len()];
+        for (at, operation) in self.operations.iter().enumerate() {
+            last_use[operation.input] = at;
+            // A value that nothing reads can go at once.
+            last_use[operation.output] = at;
+            match &operation.work {
+                Work::Product { .. } => kept[operation.input] = true,
+                Work::BatchNorm(norm) => {
+                    kept[operation.input] = true;
+                    kept[operation.output] |= norm.relu;
+                    if let Some(residual) = norm.residual {
+                        last_use[residual] = at;
+                    }
+                }
+                Work::MaxPool { .. } | Work::AveragePool => {}
+            }
+        }
+        last_use[output] = self.operations.len();
+        (last_use, kept)
+    }
+
+    fn push(
+        &mut self,
+        name: &str,
+        input: Value,
+        work: Work,
+        channels: usize,
+        map: bool,
+    ) -> Result<Value> {
+        let input = self.index_of(name, input)?;
+        let block = self.current_block(name)?;
+        let output = self.channels.len();
+        self.channels.push(channels);
+        self.maps.push(map);
+        self.operations.push(Operation { name: name.to_owned(), block, input, output, work });
+        Ok(Value { builder: self.id, index: output })
+    }
+
+    fn current_block(&self, name: &str) -> Result<usize> {
+        match self.block {
+            Some(block) => Ok(block),
+            None => bail!("`{name}` belongs to no block; begin one with `Builder::block`"),
+        }
+    }
+
+    fn index_of(&self, name: &str, value: Value) -> Result<usize> {
+        if value.builder != self.id {
+            bail!("`{name}` takes a value of another builder")
+        }
+        Ok(value.index)
+    }
+
+    /// The channels of a value that must be a map.
+    fn map_of(&self, name: &str, value: Value) -> Result<usize> {
+        let index = self.index_of(name, value)?;
+        if !self.maps[index] {
+            bail!("`{name}` takes a map of pixels but its input is features")
+        }
+        Ok(self.channels[index])
+    }
+}
+
+/// An immutable plan: blocks of operations, no numbers. Cheap to clone; clones share the memory
+/// pool of their tapes.
+#[derive(Clone)]
+pub struct Network(pub(crate) Arc<Plan>);
+
+impl Network {
+    /// New parameters: zeros, but ones for the weights of batch norms.
+    pub fn parameters(&self) -> Parameters {
+        Parameters::new(&self.0)
+    }
+
+    /// New gradients, zero.
+    pub fn gradients(&self) -> Gradients {
+        Gradients::new(&self.0.parameters)
+    }
+
+    /// New momenta for [`Parameters::sgd`], zero.
+    pub fn momenta(&self) -> Momenta {
+        Momenta::new(&self.0.parameters)
+    }
+
+    /// New moments for [`Parameters::adam`], zero, before the first step.
+    pub fn adam_moments(&self) -> AdamMoments {
+        AdamMoments::new(&self.0.parameters)
+    }
+
+    /// New running statistics: means 0, variances 1.
+    pub fn statistics(&self) -> Statistics {
+        Statistics::new(&self.0.statistics)
+    }
+
+    /// An empty tape.
+    pub fn tape(&self) -> Tape {
+        Tape::default()
+    }
+
+    /// Names of the blocks, from the input on.
+    pub fn blocks(&self) -> &[String] {
+        &self.0.blocks
+    }
+
+    /// Width of the output, `D`.
+    pub fn output_width(&self) -> usize {
+        self.0.channels[self.0.output]
+    }
+}

@@ -1,0 +1,77 @@
+//! Running mean and variance of every batch norm.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+use kernels::norm::Moments;
+
+use crate::Entry;
+use crate::flat::{Flat, Kind, Layout};
+
+/// Running mean and variance of every batch norm: at first 0 and 1.
+#[derive(Clone)]
+pub struct Statistics {
+    pub(crate) flat: Flat,
+}
+
+impl Statistics {
+    pub(crate) fn new(layout: &Arc<Layout>) -> Statistics {
+        let mut flat = Flat::zeros(layout);
+        for entry in &layout.entries {
+            if entry.kind == Kind::RunningVariance {
+                flat.values[entry.range.clone()].fill(1.);
+            }
+        }
+        Statistics { flat }
+    }
+
+    /// The entries, `<name>.running_mean` and `<name>.running_var` for each batch norm in turn.
+    pub fn entries(&self) -> &[Entry] {
+        &self.flat.layout.entries
+    }
+
+    /// The numbers of an entry.
+    ///
+    /// # Errors
+    ///
+    /// No entry has that name.
+    pub fn get(&self, name: &str) -> Result<Vec<f32>> {
+        self.flat.get(name)
+    }
+
+    /// Replaces the numbers of an entry.
+    ///
+    /// # Errors
+    ///
+    /// No entry has that name, it holds another number of values, or one is not finite.
+    pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.flat.set(name, values)
+    }
+
+    /// All numbers, in the order of the entries.
+    pub fn to_vec(&self) -> Vec<f32> {
+        self.flat.values.to_vec()
+    }
+
+    /// `running ← (1 − momentum)·running + momentum·batch`, the variance without bias, as PyTorch.
+    pub(crate) fn update(
+        &mut self,
+        mean: usize,
+        variance: usize,
+        moments: &Moments,
+        momentum: f64,
+    ) {
+        let mix = |old: f32, new: f64| ((1. - momentum) * f64::from(old) + momentum * new) as f32;
+        let [mean, variance] = [mean, variance].map(|at| self.entries()[at].range.clone());
+        for (channel, value) in self.flat.values[mean].iter_mut().enumerate() {
+            *value = mix(*value, moments.mean[channel]);
+        }
+        for (channel, value) in self.flat.values[variance].iter_mut().enumerate() {
+            *value = mix(*value, moments.unbiased_variance(channel));
+        }
+    }
+
+    pub(crate) fn of(&self, entry: usize) -> &[f32] {
+        &self.flat.values[self.entries()[entry].range.clone()]
+    }
+}
