@@ -1,9 +1,10 @@
 //! The machine: what a network's layers cost in time is decided here.
 //!
-//! Products of tiles, convolutions, batch norm, pooling, the updates of flat parameter buffers and
-//! [image rows](image): what is worth it is written once in plain Rust and once per instruction set that is worth it, chosen when the
-//! program runs ([`Variant`]). Nearly all `unsafe` of the workspace lives in this crate. It knows
-//! no network, no parameter's name and no training: `layers` puts its functions together.
+//! Products of tiles, convolutions, batch norm, pooling, updates of flat parameter buffers and
+//! [rows of pictures](image). What decides the time is written once in plain Rust and once more per
+//! instruction set that is worth it, chosen when the program runs ([`Variant`]). Nearly all `unsafe`
+//! of the workspace lives in this crate. It knows no network, no parameter's name and no training:
+//! `layers` puts its functions together.
 //!
 //! Values inside a network live in a layout of this crate's choice ([`Shape`]); its users hold them
 //! in a [`Buffer`] and never index into it.
