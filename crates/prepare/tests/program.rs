@@ -113,3 +113,23 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
     let output = Command::new(env!("CARGO_BIN_EXE_prepare")).output().expect("started");
     assert_eq!(output.status.code(), Some(2));
 }
+
+#[test]
+fn every_experiment_says_what_to_prepare() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    let mut experiments = 0;
+    for entry in fs::read_dir(folder).expect("the experiments") {
+        let path = entry.expect("readable").path();
+        let experiment = stage::Experiment::read(&path).expect("TOML");
+        let config: prepare::Config = experiment.table("prepare").expect("a whole table");
+        let data: stage::DataTable = experiment.table("data").expect("a whole table");
+        config.check().expect("sound");
+        data.check().expect("sound");
+        let classes = config.classes.len();
+        assert!(classes == 0 || classes == data.clusters, "{}", path.display());
+        // Of ILSVRC-2012, the published subsets have 1,300 pictures a class.
+        assert_eq!(config.images_per_class == 1300, classes > 0, "{}", path.display());
+        experiments += 1;
+    }
+    assert!(experiments >= 9);
+}
