@@ -709,6 +709,8 @@ mod tests {
         for position in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[position] ^= 1;
+            // A file that is overwritten, not replaced, is flushed to disk by some file systems.
+            std::fs::remove_file(&path).expect("removed");
             std::fs::write(&path, &flipped).expect("written");
             let read = Images::open(&path)
                 .and_then(|images| (0..4).try_for_each(|row| images.picture(row).map(|_| ())));

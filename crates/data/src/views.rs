@@ -247,3 +247,218 @@ impl Pipeline {
 fn picture_size(source: Option<&Picture>, canvas: &Canvas) -> (usize, usize) {
     source.map_or((canvas.height, canvas.width), |picture| (picture.height, picture.width))
 }
+
+#[cfg(test)]
+mod tests {
+    use stage::random::stream;
+
+    use super::*;
+    use crate::picture::tests::example;
+
+    const INPUT: &str = r#"
+        height = 7
+        width = 11
+        channels = 3
+        mean = [0.5, 0.4, 0.3]
+        std = [0.2, 0.25, 0.5]
+        clean = []
+    "#;
+
+    /// The views of propos.md, section 4, then those of pldc.md, section 10.
+    const OPERATIONS: &str = r#"
+        operations = [
+          { operation = "resized-crop", scale = [0.08, 1.0], aspect = [0.75, 1.3333333333] },
+          { operation = "flip", probability = 0.5 },
+          { operation = "jitter", probability = 0.8, brightness = 0.4, contrast = 0.4, saturation = 0.4, hue = 0.1 },
+          { operation = "grey", probability = 0.2 },
+          { operation = "blur", probability = 0.5, kernel = 5, deviation = [0.1, 2.0] },
+          { operation = "solarise", probability = 0.2, threshold = 128.0 },
+          { operation = "affine", degrees = 15.0, log-scale = 0.15, log-aspect = 0.1, shear = 0.15, shift = 0.15 },
+          { operation = "elastic", grid = 4, deviation = 0.06 },
+          { operation = "gamma", log-range = 0.5 },
+          { operation = "contrast-scale", range = 0.4 },
+          { operation = "noise", deviation = 0.05 },
+        ]
+    "#;
+
+    fn input() -> Input {
+        toml::from_str(INPUT).expect("sound")
+    }
+
+    fn pipeline(operations: Vec<Operation>) -> Pipeline {
+        Pipeline { operations }
+    }
+
+    fn view(pipeline: &Pipeline, picture: &Picture, input: &Input, draw: u64) -> Result<Vec<f32>> {
+        let mut out = vec![f32::NAN; input.values()];
+        let mut rng = stream(1, "views", &[draw]);
+        pipeline.apply(picture, input, &mut rng, &mut Workspace::default(), &mut out)?;
+        Ok(out)
+    }
+
+    #[test]
+    fn without_operations_a_view_is_the_normalised_picture() {
+        let (picture, input) = (example(7, 11, 3), input());
+        let got = view(&input.clean(), &picture, &input, 0).expect("made");
+        for (i, (got, &byte)) in got.iter().zip(&picture.pixels).enumerate() {
+            let want = (f64::from(byte) / 255. - input.mean[i % 3]) / input.std[i % 3];
+            assert!((f64::from(*got) - want).abs() < 1e-5, "{i}: {got}, {want}");
+        }
+        let grey = Input { channels: 1, mean: vec![0.3], std: vec![0.35], ..input };
+        let picture = example(7, 11, 1);
+        let got = view(&grey.clean(), &picture, &grey, 0).expect("made");
+        let want = (f32::from(picture.pixels[40]) / 255. - 0.3) / 0.35;
+        assert!((got[40] - want).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_view_has_the_same_bytes_in_a_workspace_that_was_used() {
+        let pipeline: Pipeline = toml::from_str(OPERATIONS).expect("sound");
+        pipeline.check("views").expect("in range");
+        let (picture, input) = (example(30, 20, 3), input());
+        let mut workspace = Workspace::default();
+        let mut different = std::collections::BTreeSet::new();
+        for draw in 0..40 {
+            let mut out = vec![f32::NAN; input.values()];
+            let mut rng = stream(1, "views", &[draw]);
+            pipeline.apply(&picture, &input, &mut rng, &mut workspace, &mut out).expect("made");
+            assert!(out.iter().all(|value| value.is_finite()));
+            assert_eq!(out, view(&pipeline, &picture, &input, draw).expect("made"));
+            different.insert(out[50].to_bits());
+        }
+        assert_eq!(different.len(), 40);
+    }
+
+    #[test]
+    fn every_operation_stands_for_itself() {
+        // A flip and the same by hand; each of the others changes the picture.
+        let (picture, input) = (example(7, 11, 3), input());
+        let plain = view(&pipeline(vec![]), &picture, &input, 3).expect("made");
+        let flipped = pipeline(vec![Operation::Flip { probability: 1. }]);
+        let flipped = view(&flipped, &picture, &input, 3).expect("made");
+        for (i, value) in flipped.iter().enumerate() {
+            let (channel, x, y) = (i % 3, i / 3 % 11, i / 33);
+            assert_eq!(*value, plain[(y * 11 + 10 - x) * 3 + channel]);
+        }
+        let all: Pipeline = toml::from_str(OPERATIONS).expect("sound");
+        for operation in all.operations {
+            let always = match operation {
+                Operation::Jitter { brightness, contrast, saturation, hue, .. } => {
+                    Operation::Jitter { probability: 1., brightness, contrast, saturation, hue }
+                }
+                Operation::Grey { .. } => Operation::Grey { probability: 1. },
+                Operation::Flip { .. } => Operation::Flip { probability: 1. },
+                Operation::Blur { kernel, .. } => {
+                    Operation::Blur { probability: 1., kernel, deviation: [1., 1.] }
+                }
+                Operation::Solarise { threshold, .. } => {
+                    Operation::Solarise { probability: 1., threshold }
+                }
+                other => other,
+            };
+            let got = view(&pipeline(vec![always]), &picture, &input, 3).expect("made");
+            assert_ne!(got, plain, "{always:?}");
+            assert!(got.iter().all(|value| value.is_finite()), "{always:?}");
+        }
+    }
+
+    #[test]
+    fn never_is_never() {
+        let (picture, input) = (example(7, 11, 3), input());
+        let never = pipeline(vec![
+            Operation::Flip { probability: 0. },
+            Operation::Jitter {
+                probability: 0.,
+                brightness: 1.,
+                contrast: 1.,
+                saturation: 1.,
+                hue: 0.5,
+            },
+            Operation::Grey { probability: 0. },
+            Operation::Blur { probability: 0., kernel: 5, deviation: [1., 1.] },
+            Operation::Solarise { probability: 0., threshold: 0. },
+        ]);
+        let plain = view(&pipeline(vec![]), &picture, &input, 3).expect("made");
+        assert_eq!(view(&never, &picture, &input, 3).expect("made"), plain);
+    }
+
+    #[test]
+    fn un_augmented_photographs_are_resized_cut_and_resized_again() {
+        let clean: Input = toml::from_str(
+            r#"
+            height = 6
+            width = 6
+            channels = 3
+            mean = [0.0, 0.0, 0.0]
+            std = [1.0, 1.0, 1.0]
+            clean = [
+              { operation = "resize-shorter", pixels = 16, filter = "bilinear" },
+              { operation = "centre-crop", pixels = 14 },
+              { operation = "resize", pixels = 6, filter = "bicubic" },
+            ]
+        "#,
+        )
+        .expect("sound");
+        clean.check("embed.input").expect("in range");
+        // A ramp across, constant down: 20×33 → 16×26, cut at 1 and 6, → 6×6.
+        let pixels = (0..20 * 33 * 3).map(|i| (7 * (i / 3 % 33)) as u8).collect();
+        let picture = Picture::new(20, 33, 3, pixels).expect("sound");
+        let got = view(&clean.clean(), &picture, &clean, 0).expect("made");
+        for (i, &value) in got.iter().enumerate() {
+            let x = i / 3 % 6;
+            // Resampling a ramp gives a ramp: the middle of pixel x of 6 lies at (x + ½)·14/6 + 6
+            // of 26, which is at (…)·33/26 of 33.
+            let at = ((x as f64 + 0.5) * 14. / 6. + 6.) * 33. / 26. - 0.5;
+            let want = 7. * at / 255.;
+            // The outermost cubics, 4⅔ pixels to each side, lean on the edge of the cut.
+            let tolerance = if (2..4).contains(&x) { 1e-3 } else { 0.02 };
+            assert!((f64::from(value) - want).abs() < tolerance, "{i}: {value}, {want}");
+        }
+    }
+
+    #[test]
+    fn wrong_sizes_and_channels_are_errors_with_a_remedy() {
+        let input = input();
+        let error = |picture: &Picture, operations| {
+            let made = view(&pipeline(operations), picture, &input, 0);
+            made.expect_err("an error").to_string()
+        };
+        let text = error(&example(7, 12, 3), vec![]);
+        assert!(text.contains("7×12") && text.contains("resized-crop"), "{text}");
+        let text = error(&example(7, 11, 1), vec![]);
+        assert!(text.contains("1 channels") && text.contains("channels = 3"), "{text}");
+        let text = error(&example(7, 11, 3), vec![Operation::CentreCrop { pixels: 8 }]);
+        assert!(text.contains("resize-shorter"), "{text}");
+        let blur = Operation::Blur { probability: 1., kernel: 15, deviation: [1., 1.] };
+        let text = error(&example(7, 11, 3), vec![blur]);
+        assert!(text.contains("kernel = 15"), "{text}");
+    }
+
+    #[test]
+    fn an_input_that_contradicts_itself_is_named() {
+        input().check("pretraining.input").expect("sound");
+        type Spoil = fn(&mut Input);
+        let spoilt: [(&str, Spoil); 6] = [
+            ("height", |input| input.height = 0),
+            ("channels", |input| input.channels = 2),
+            ("mean", |input| input.mean.truncate(2)),
+            ("std", |input| input.std[1] = 0.),
+            ("std", |input| input.std[1] = f64::INFINITY),
+            ("clean", |input| input.clean = vec![Operation::Flip { probability: 0.5 }]),
+        ];
+        for (key, spoil) in spoilt {
+            let mut input = input();
+            spoil(&mut input);
+            let error = input.check("pretraining.input").expect_err(key).to_string();
+            assert!(error.contains(key) && error.contains("[pretraining.input]"), "{error}");
+        }
+        let broken = pipeline(vec![
+            Operation::Gamma { log_range: 0.5 },
+            Operation::Flip { probability: 2. },
+        ]);
+        let error = broken.check("pretraining.views").expect_err("2").to_string();
+        for part in ["operations[1]", "[pretraining.views]", "probability = 2"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

@@ -79,3 +79,60 @@ fn mirrored(position: usize, before: usize, length: usize) -> usize {
         position - before
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::picture::tests::example;
+
+    /// torchvision's way: pad by reflection, then convolve with the whole kernel in two dimensions.
+    fn by_definition(canvas: &Canvas, extent: usize, deviation: f64) -> Vec<f64> {
+        let (height, width) = (canvas.height as isize, canvas.width as isize);
+        let half = extent as isize / 2;
+        let weight = |at: isize| (-0.5 * (at as f64 / deviation).powi(2)).exp();
+        let sum: f64 = (-half..=half).map(weight).sum();
+        let mirror = |at: isize, side: isize| (side - 1 - (side - 1 - at.abs()).abs()) as usize;
+        let mut out = Vec::new();
+        for plane in canvas.planes() {
+            for y in 0..height {
+                for x in 0..width {
+                    let mut value = 0.;
+                    for dy in -half..=half {
+                        for dx in -half..=half {
+                            let at = mirror(y + dy, height) * canvas.width + mirror(x + dx, width);
+                            value += weight(dy) * weight(dx) / (sum * sum) * f64::from(plane[at]);
+                        }
+                    }
+                    out.push(value);
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn blurring_agrees_with_the_definition() {
+        let mut canvas = Canvas::default();
+        canvas.load(&example(13, 17, 3));
+        let mut out = Canvas::default();
+        let mut buffers = Buffers::default();
+        for (extent, deviation) in [(1, 1.), (3, 0.5), (9, 0.1), (9, 1.3), (23, 2.), (25, 5.)] {
+            apply(&canvas, &mut out, extent, deviation, &mut buffers).expect("large enough");
+            let want = by_definition(&canvas, extent, deviation);
+            for (got, want) in out.values.iter().zip(want) {
+                let error = (f64::from(*got) - want).abs();
+                assert!(error < 2e-6, "{extent}, {deviation}: {got}, not {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_picture_too_small_to_be_mirrored_is_refused() {
+        let mut canvas = Canvas::default();
+        canvas.load(&example(4, 9, 1));
+        let error = apply(&canvas, &mut Canvas::default(), 9, 1., &mut Buffers::default());
+        let error = error.expect_err("4 rows").to_string();
+        assert!(error.contains("kernel = 9") && error.contains("4×9"), "{error}");
+        apply(&canvas, &mut Canvas::default(), 7, 1., &mut Buffers::default()).expect("4 rows do");
+    }
+}

@@ -121,3 +121,171 @@ pub(super) fn noise(canvas: &mut Canvas, deviation: f64, rng: &mut ChaCha8Rng) {
         *value += deviation * normal;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stage::random::stream;
+
+    use super::*;
+
+    const PIXELS: [[f32; 3]; 5] = [
+        [0.7372988, 0.4921367, 0.7162594],
+        [0.1435229, 0.2116342, 0.8238248],
+        [0.835711, 0.1852112, 0.141226],
+        [0.4631552, 0.5195767, 0.9304064],
+        [0.0565417, 0.6795097, 0.7454618],
+    ];
+
+    /// One row of these pixels, as planes.
+    fn canvas(pixels: &[[f32; 3]]) -> Canvas {
+        let values = (0..3).flat_map(|c| pixels.iter().map(move |pixel| pixel[c])).collect();
+        Canvas { height: 1, width: pixels.len(), channels: 3, values }
+    }
+
+    fn assert_close(got: &Canvas, want: &[[f32; 3]], what: &str) {
+        for (got, want) in got.values.iter().zip(&canvas(want).values) {
+            assert!((got - want).abs() < 2e-6, "{what}: {got}, not {want}");
+        }
+    }
+
+    #[test]
+    fn changes_of_colour_match_torchvision() {
+        // What its `adjust_…` functions give in float64.
+        for (change, want) in [
+            (
+                Change::Brightness(1.4),
+                [
+                    [1.0, 0.6889913, 1.0],
+                    [0.2009321, 0.2962879, 1.0],
+                    [1.0, 0.2592957, 0.1977164],
+                    [0.6484172, 0.7274073, 1.0],
+                    [0.0791584, 0.9513136, 1.0],
+                ],
+            ),
+            (
+                Change::Saturation(1.4),
+                [
+                    [0.7958518, 0.4526248, 0.7663965],
+                    [0.0965144, 0.1918702, 1.0],
+                    [1.0, 0.1094506, 0.0478713],
+                    [0.4286192, 0.5076094, 1.0],
+                    [0.0, 0.7510115, 0.8433444],
+                ],
+            ),
+            (
+                Change::Hue(-0.1),
+                [
+                    [0.6112411, 0.4921367, 0.7372988],
+                    [0.1435229, 0.6198152, 0.8238248],
+                    [0.835711, 0.141226, 0.5139318],
+                    [0.4631551, 0.7999274, 0.9304064],
+                    [0.0565417, 0.7454618, 0.398062],
+                ],
+            ),
+            (
+                Change::Hue(0.5),
+                [
+                    [0.4921367, 0.7372988, 0.5131762],
+                    [0.8238248, 0.7557137, 0.1435229],
+                    [0.141226, 0.7917257, 0.835711],
+                    [0.9304064, 0.8739849, 0.4631551],
+                    [0.7454618, 0.1224939, 0.0565417],
+                ],
+            ),
+        ] {
+            let mut got = canvas(&PIXELS);
+            change.apply(&mut got);
+            assert_close(&got, &want, &format!("{change:?}"));
+        }
+        let mut got = canvas(&PIXELS);
+        grey(&mut got);
+        let want = [0.5909164, 0.2610443, 0.3746127, 0.5494949, 0.5007552].map(|grey| [grey; 3]);
+        assert_close(&got, &want, "grey");
+    }
+
+    #[test]
+    fn contrast_mixes_with_the_mean_grey_and_hue_keeps_grey_pixels() {
+        let mut got = canvas(&PIXELS);
+        Change::Contrast(0.5).apply(&mut got);
+        // The mean of the five greys above.
+        let mean = (0.5909164 + 0.2610443 + 0.3746127 + 0.5494949 + 0.5007552) / 5.;
+        assert_close(&got, &PIXELS.map(|pixel| pixel.map(|v| 0.5 * v + 0.5 * mean)), "contrast");
+
+        let greys = [[0.; 3], [0.5; 3], [1.; 3]];
+        let mut got = canvas(&greys);
+        Change::Hue(0.3).apply(&mut got);
+        assert_close(&got, &greys, "grey pixels");
+    }
+
+    #[test]
+    fn one_channel_takes_brightness_and_contrast_alone() {
+        let mut got = Canvas { height: 1, width: 2, channels: 1, values: vec![0.2, 0.6] };
+        for change in [Change::Saturation(0.1), Change::Hue(0.4)] {
+            change.apply(&mut got);
+        }
+        grey(&mut got);
+        assert_eq!(got.values, [0.2, 0.6]);
+        Change::Contrast(0.5).apply(&mut got);
+        assert!((got.values[0] - 0.3).abs() < 1e-6 && (got.values[1] - 0.5).abs() < 1e-6);
+    }
+
+    #[test]
+    fn jitter_draws_every_order_and_stays_in_its_ranges() {
+        let strength = Strength { brightness: 0.4, contrast: 1.5, saturation: 0., hue: 0.1 };
+        let mut rng = stream(5, "jitter", &[]);
+        let mut orders = std::collections::BTreeSet::new();
+        for _ in 0..1000 {
+            let Jitter(changes) = strength.draw(&mut rng);
+            let order = changes.map(|change| match change {
+                Change::Brightness(factor) => {
+                    assert!((0.6..1.4).contains(&factor));
+                    0
+                }
+                Change::Contrast(factor) => {
+                    assert!((0. ..2.5).contains(&factor));
+                    1
+                }
+                Change::Saturation(factor) => {
+                    assert_eq!(factor, 1.);
+                    2
+                }
+                Change::Hue(turn) => {
+                    assert!((-0.1..0.1).contains(&turn));
+                    3
+                }
+            });
+            orders.insert(order);
+        }
+        assert_eq!(orders.len(), 24);
+    }
+
+    #[test]
+    fn solarise_gamma_scale_and_noise_do_what_they_say() {
+        let row = |values: &[f32]| Canvas {
+            height: 1,
+            width: values.len(),
+            channels: 1,
+            values: values.to_vec(),
+        };
+        let mut got = row(&[127. / 255., 128. / 255., 1.]);
+        solarise(&mut got, 128.);
+        assert_eq!(got.values, [127. / 255., 1. - 128. / 255., 0.]);
+
+        let mut got = row(&[0., 0.25, 1., 1.5, -0.5]);
+        gamma(&mut got, 1.5);
+        for (got, want) in got.values.iter().zip([0., 0.125, 1., 1., 0.]) {
+            assert!((got - want).abs() < 1e-6, "{got}, {want}");
+        }
+        let mut got = row(&[0.5, 1.]);
+        scale(&mut got, 1.25);
+        assert_eq!(got.values, [0.625, 1.25]);
+
+        let mut got = row(&[0.5; 4000]);
+        noise(&mut got, 0.05, &mut stream(1, "noise", &[]));
+        let mean = got.values.iter().sum::<f32>() / 4000.;
+        let variance = got.values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 4000.;
+        // Five standard deviations of the mean and of the deviation.
+        assert!((mean - 0.5).abs() < 0.004, "{mean}");
+        assert!((variance.sqrt() - 0.05).abs() < 0.003, "{}", variance.sqrt());
+    }
+}

@@ -174,3 +174,179 @@ fn sample(bordered: &[f32], height: usize, width: usize, places: &[[f32; 2]], ou
         *out = upper * (1. - below) + lower * below;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stage::random::stream;
+
+    use super::*;
+    use crate::picture::tests::example;
+
+    const HEIGHT: usize = 6;
+    const WIDTH: usize = 10;
+
+    fn canvas() -> Canvas {
+        let mut canvas = Canvas::default();
+        canvas.load(&example(HEIGHT, WIDTH, 3));
+        canvas
+    }
+
+    fn warped(warps: Vec<Warp>) -> Canvas {
+        let mut out = Canvas::default();
+        warp(&canvas(), &mut out, &mut Buffers { warps, ..Buffers::default() });
+        out
+    }
+
+    fn shift(across: f64, down: f64) -> Warp {
+        Warp::Affine { matrix: [[1., 0.], [0., 1.]], shift: [across, down] }
+    }
+
+    #[test]
+    fn whole_shifts_move_pixels_and_bring_in_zeros() {
+        let canvas = canvas();
+        // Two pixels across of ten are 0.4 half-widths, one down of six is a third half-height.
+        for (across, down) in [(2isize, 1isize), (-3, 0), (0, -2), (20, 20), (0, 0)] {
+            let got = warped(vec![shift(across as f64 * 0.2, down as f64 / 3.)]);
+            for (plane, want) in got.planes().zip(canvas.planes()) {
+                for (i, value) in plane.iter().enumerate() {
+                    let from = |at: usize, by: isize, side: usize| {
+                        at.checked_add_signed(by).filter(|&at| at < side)
+                    };
+                    let (y, x) = (from(i / WIDTH, down, HEIGHT), from(i % WIDTH, across, WIDTH));
+                    let want = y.zip(x).map_or(0., |(y, x)| want[y * WIDTH + x]);
+                    assert!((value - want).abs() < 1e-5, "{across}, {down}: {value}, {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_shifts_mix_neighbours_and_zeros() {
+        let got = warped(vec![shift(0.1, 0.)]);
+        let want = &canvas().values;
+        assert!((got.values[3] - (want[3] + want[4]) / 2.).abs() < 1e-6);
+        assert!((got.values[WIDTH - 1] - want[WIDTH - 1] / 2.).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_angle_is_an_angle_in_pixels_even_in_a_long_picture() {
+        // Largest angle alone: the drawn matrix turns pixel offsets without stretching them.
+        let only =
+            Operation::Affine { degrees: 90., log_scale: 0., log_aspect: 0., shear: 0., shift: 0. };
+        let mut rng = stream(2, "warp", &[]);
+        let mut angles = Vec::new();
+        for _ in 0..200 {
+            let Some(Warp::Affine { matrix: [[a, b], [c, d]], shift }) =
+                draw(&only, HEIGHT, WIDTH, &mut rng)
+            else {
+                panic!("an affine warp")
+            };
+            assert_eq!(shift, [0., 0.]);
+            // From half-widths and half-heights to pixels.
+            let aspect = WIDTH as f64 / HEIGHT as f64;
+            let (b, c) = (b * aspect, c / aspect);
+            assert!((a - d).abs() < 1e-12 && (b + c).abs() < 1e-12);
+            assert!((a * a + c * c - 1.).abs() < 1e-12);
+            angles.push(c.atan2(a).to_degrees());
+        }
+        let (least, most) =
+            (angles.iter().copied().fold(0., f64::min), angles.iter().copied().fold(0., f64::max));
+        assert!((-90. ..-80.).contains(&least) && (80. ..90.).contains(&most), "{least}, {most}");
+    }
+
+    #[test]
+    fn drawn_maps_have_the_scale_aspect_and_shift_asked_for() {
+        let operation = Operation::Affine {
+            degrees: 0.,
+            log_scale: 0.15,
+            log_aspect: 0.1,
+            shear: 0.,
+            shift: 0.2,
+        };
+        let mut rng = stream(2, "warp", &[]);
+        let mut most = [0f64; 3];
+        for _ in 0..500 {
+            let Some(Warp::Affine { matrix: [[a, b], [c, d]], shift }) =
+                draw(&operation, HEIGHT, WIDTH, &mut rng)
+            else {
+                panic!("an affine warp")
+            };
+            assert_eq!((b, c), (0., 0.));
+            let found = [(a * d).ln() / 2., (a / d).ln(), shift[0].abs().max(shift[1].abs())];
+            for (most, found) in most.iter_mut().zip(found) {
+                *most = most.max(found.abs());
+            }
+        }
+        for (most, limit) in most.into_iter().zip([0.15, 0.1, 0.2]) {
+            assert!((0.95 * limit..=limit + 1e-12).contains(&most), "{most} of {limit}");
+        }
+    }
+
+    #[test]
+    fn the_surface_is_pytorchs_bicubic_interpolation() {
+        // By hand: at t = ½ Keys' weights with a = −0.75 are −3/32, 19/32, 19/32, −3/32.
+        let weights = cubic(0.5);
+        for (got, want) in weights.into_iter().zip([-0.09375, 0.59375, 0.59375, -0.09375]) {
+            assert!((got - want).abs() < 1e-6, "{got}, {want}");
+        }
+        let grid: Vec<[f32; 2]> = (0..16).map(|i| [(i * i) as f32, 100. - 7. * i as f32]).collect();
+        // In the middle of each cell stands its point.
+        for (i, want) in grid.iter().enumerate() {
+            let place = [(i % 4) as f32, (i / 4) as f32].map(|cell| (2. * cell + 1.) / 4. - 1.);
+            let got = surface(4, &grid, place);
+            assert!((got[0] - want[0]).abs() < 1e-3 && (got[1] - want[1]).abs() < 1e-3);
+        }
+        // Between the first two points of the first row, the edge is repeated to the left.
+        let got = surface(4, &grid, [-0.5, -0.75]);
+        let want =
+            -0.09375 * grid[0][0] + 0.59375 * (grid[0][0] + grid[1][0]) - 0.09375 * grid[2][0];
+        assert!((got[0] - want).abs() < 1e-4, "{got:?}, {want}");
+        // Beyond the corner nothing changes any more.
+        let got = surface(4, &grid, [9., 9.]);
+        assert!((got[0] - grid[15][0]).abs() < 1e-3 && (got[1] - grid[15][1]).abs() < 1e-3);
+    }
+
+    #[test]
+    fn warps_are_composed_from_the_last_to_the_first() {
+        // Mirroring and then moving by two pixels is not moving and then mirroring.
+        let mirror = || Warp::Affine { matrix: [[-1., 0.], [0., 1.]], shift: [0., 0.] };
+        let canvas = canvas();
+        let first = &canvas.values[..WIDTH];
+        let got = warped(vec![mirror(), shift(0.4, 0.)]);
+        assert!((got.values[0] - first[WIDTH - 3]).abs() < 1e-5);
+        let got = warped(vec![shift(0.4, 0.), mirror()]);
+        assert!((got.values[0] - 0.).abs() < 1e-5);
+        assert!((got.values[WIDTH - 1] - first[2]).abs() < 1e-5);
+    }
+
+    #[test]
+    fn elastic_and_affine_sample_once_where_both_send_a_pixel() {
+        let affine = Warp::Affine { matrix: [[0.9, 0.2], [-0.1, 1.1]], shift: [0.05, -0.1] };
+        let displacements: Vec<[f32; 2]> =
+            (0..9).map(|i| [0.02 * i as f32, 0.1 - 0.03 * i as f32]).collect();
+        let got =
+            warped(vec![affine, Warp::Elastic { grid: 3, displacements: displacements.clone() }]);
+        let plane = &canvas().values[..HEIGHT * WIDTH];
+        let value = |y: isize, x: isize| {
+            let inside = (0..HEIGHT as isize).contains(&y) && (0..WIDTH as isize).contains(&x);
+            if inside { plane[y as usize * WIDTH + x as usize] } else { 0. }
+        };
+        for (y, x) in [(0, 0), (2, 7), (5, 9), (3, 0)] {
+            let place =
+                [(2 * x + 1) as f32 / WIDTH as f32 - 1., (2 * y + 1) as f32 / HEIGHT as f32 - 1.];
+            let moved = surface(3, &displacements, place);
+            let (u, v) = (place[0] + moved[0], place[1] + moved[1]);
+            let (u, v) = (0.9 * u + 0.2 * v + 0.05, -0.1 * u + 1.1 * v - 0.1);
+            let (column, row) =
+                (((u + 1.) * WIDTH as f32 - 1.) / 2., ((v + 1.) * HEIGHT as f32 - 1.) / 2.);
+            let (right, below) = (column - column.floor(), row - row.floor());
+            let (left, top) = (column.floor() as isize, row.floor() as isize);
+            let want = value(top, left) * (1. - right) * (1. - below)
+                + value(top, left + 1) * right * (1. - below)
+                + value(top + 1, left) * (1. - right) * below
+                + value(top + 1, left + 1) * right * below;
+            let got = got.values[y * WIDTH + x];
+            assert!((got - want).abs() < 1e-5, "{y}, {x}: {got}, {want}");
+        }
+    }
+}
