@@ -1,0 +1,104 @@
+//! `config.json`: what a network was built from and what it was fed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{Architecture, Predictor, Projector, Segment, perceptron, resnet};
+
+/// Name of the file beside `network.safetensors` and `backbone.safetensors`.
+pub const CONFIGURATION: &str = "config.json";
+
+/// Everything that is needed to build the network again and to feed it as it was fed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Configuration {
+    /// The residual network.
+    pub backbone: Architecture,
+    /// The projector behind it.
+    pub projector: Projector,
+    /// The predictor behind the projector, in the online network alone.
+    pub predictor: Predictor,
+    /// Channels of a picture: 1 or 3.
+    pub channels: usize,
+    /// Size, mean, deviation and clean operations of the pictures. This crate knows no pictures,
+    /// so that it only carries them; see [`Configuration::input`].
+    pub input: Value,
+}
+
+impl Configuration {
+    /// Reads `config.json` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing or is not such a configuration; the message names it.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIGURATION);
+        let text = fs::read_to_string(&path).with_context(|| {
+            format!(
+                "opening the network's configuration `{}`; it is written beside \
+                 network.safetensors by the stage that trained the network",
+                path.display()
+            )
+        })?;
+        serde_json::from_str(&text).with_context(|| {
+            format!("`{}` is not the configuration of a network of assort", path.display())
+        })
+    }
+
+    /// Writes `config.json` in `folder`, whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// The file system refuses.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        // Through `Value`, whose keys are sorted: equal configurations are equal bytes.
+        let text = serde_json::to_string_pretty(&serde_json::to_value(self)?)?;
+        stage::files::write(&folder.join(CONFIGURATION), format!("{text}\n").as_bytes())
+    }
+
+    /// The input as the type that the pictures' crate has for it.
+    ///
+    /// # Errors
+    ///
+    /// A field is missing, unknown or of another type.
+    pub fn input<I: DeserializeOwned>(&self) -> Result<I> {
+        I::deserialize(&self.input).context("`input` in config.json is not usable")
+    }
+
+    /// A backbone of this configuration with random weights; see [`Segment::random`].
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn random_backbone(&self, seed: u64) -> candle_core::Result<Segment> {
+        let plan = resnet::plan(&self.backbone, self.channels)?;
+        Segment::random("backbone", plan, seed)
+    }
+
+    /// A projector of this configuration with random weights.
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn random_projector(&self, seed: u64) -> candle_core::Result<Segment> {
+        let Projector { hidden, width } = self.projector;
+        let plan = perceptron::plan(self.backbone.embedding_width(), hidden, width)?;
+        Segment::random("projector", plan, seed)
+    }
+
+    /// A predictor of this configuration with random weights.
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn random_predictor(&self, seed: u64) -> candle_core::Result<Segment> {
+        let width = self.projector.width;
+        let plan = perceptron::plan(width, self.predictor.hidden, width)?;
+        Segment::random("predictor", plan, seed)
+    }
+}

@@ -1,0 +1,103 @@
+//! First weights.
+//!
+//! Convolutions: normal with variance `2 / (O·KH·KW)` (Kaiming, fan-out), but the 3×3 stem uniform
+//! within `±1/√fan_in` (Kaiming-uniform with a = √5, the default of the framework in which it
+//! replaces the published stem). Linear layers: weight and bias uniform within `±1/√fan_in`, but
+//! the predictor's weights normal with deviation 0.01 and its biases 0. Batch norm: weight 1,
+//! bias 0, the last one of a block included.
+//!
+//! Every tensor is drawn from a stream of its own, named after it: a layer more or less changes no
+//! other layer's weights.
+
+use layers::Kind;
+use rand::RngExt;
+use rand_distr::{Distribution, Normal, Uniform};
+
+/// What a tensor's first values are drawn from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Draw {
+    /// Every value the same.
+    Constant(f32),
+    /// Normal with mean 0 and this deviation.
+    Normal(f64),
+    /// Uniform between minus and plus this bound.
+    Uniform(f64),
+}
+
+impl Draw {
+    /// The rule for a parameter of segment `segment`; `weight_shape` is the shape of the weight
+    /// that a bias belongs to, or the parameter's own.
+    pub(crate) fn of(segment: &str, name: &str, kind: Kind, weight_shape: &[usize]) -> Self {
+        let fan_in = weight_shape.iter().skip(1).product::<usize>() as f64;
+        let fan_out =
+            (weight_shape.iter().product::<usize>() / weight_shape.get(1).unwrap_or(&1)) as f64;
+        match kind {
+            // Of the stems, only the 7×7 one is published with fan-out.
+            Kind::ConvolutionWeight if name == "conv1.weight" && weight_shape[2..] == [3, 3] => {
+                Self::Uniform(1. / fan_in.sqrt())
+            }
+            Kind::ConvolutionWeight => Self::Normal((2. / fan_out).sqrt()),
+            Kind::LinearWeight if segment == "predictor" => Self::Normal(0.01),
+            Kind::LinearBias if segment == "predictor" => Self::Constant(0.),
+            Kind::LinearWeight | Kind::LinearBias => Self::Uniform(1. / fan_in.sqrt()),
+            Kind::NormWeight | Kind::RunningVariance => Self::Constant(1.),
+            Kind::NormBias | Kind::RunningMean => Self::Constant(0.),
+        }
+    }
+
+    /// `count` values for the tensor called `segment.name` of a run with this seed.
+    pub(crate) fn values(self, seed: u64, segment: &str, name: &str, count: usize) -> Vec<f32> {
+        let mut random = stage::random::stream(seed, &format!("weights of {segment}.{name}"), &[]);
+        let sample = |draw: &mut dyn FnMut() -> f64| (0..count).map(|_| draw() as f32).collect();
+        match self {
+            Self::Constant(value) => vec![value; count],
+            Self::Normal(deviation) => {
+                let normal = Normal::new(0., deviation).expect("a positive deviation");
+                sample(&mut || normal.sample(&mut random))
+            }
+            Self::Uniform(bound) => {
+                let uniform = Uniform::new(-bound, bound).expect("a positive bound");
+                sample(&mut || random.sample(uniform))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_layer_has_its_published_distribution() {
+        use Draw::{Constant, Normal, Uniform};
+        let conv =
+            |name, shape: &[usize]| Draw::of("backbone", name, Kind::ConvolutionWeight, shape);
+        assert_eq!(conv("conv1.weight", &[64, 3, 7, 7]), Normal((2f64 / 3136.).sqrt()));
+        assert_eq!(conv("conv1.weight", &[64, 3, 3, 3]), Uniform(1. / 27f64.sqrt()));
+        assert_eq!(conv("layer1.0.conv1.weight", &[16, 8, 3, 3]), Normal((2f64 / 144.).sqrt()));
+        let norm = |kind| Draw::of("backbone", "layer1.0.bn2.weight", kind, &[16]);
+        assert_eq!(norm(Kind::NormWeight), Constant(1.));
+        assert_eq!(norm(Kind::NormBias), Constant(0.));
+        for kind in [Kind::LinearWeight, Kind::LinearBias] {
+            let draw = Draw::of("projector", "hidden.weight", kind, &[512, 128]);
+            assert_eq!(draw, Uniform(1. / 128f64.sqrt()));
+        }
+        let predictor = |kind| Draw::of("predictor", "hidden.weight", kind, &[512, 128]);
+        assert_eq!(predictor(Kind::LinearWeight), Normal(0.01));
+        assert_eq!(predictor(Kind::LinearBias), Constant(0.));
+    }
+
+    #[test]
+    fn draws_have_the_stated_spread_and_differ_by_seed_and_name() {
+        let spread = |values: &[f32]| {
+            (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt()
+        };
+        let normal = Draw::Normal(0.01).values(1, "predictor", "hidden.weight", 20_000);
+        assert!((spread(&normal) / 0.01 - 1.).abs() < 0.02, "{}", spread(&normal));
+        let uniform = Draw::Uniform(0.3).values(1, "projector", "hidden.weight", 20_000);
+        assert!((spread(&uniform) * 3f32.sqrt() / 0.3 - 1.).abs() < 0.02);
+        assert!(uniform.iter().all(|v| v.abs() <= 0.3));
+        assert_ne!(uniform, Draw::Uniform(0.3).values(2, "projector", "hidden.weight", 20_000));
+        assert_ne!(uniform, Draw::Uniform(0.3).values(1, "projector", "output.weight", 20_000));
+    }
+}

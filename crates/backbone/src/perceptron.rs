@@ -1,0 +1,26 @@
+//! The plan of projector and predictor: linear, batch norm, ReLU, linear.
+//!
+//! One block, `perceptron`; parameters `hidden.weight`, `hidden.bias`, `norm.weight`, `norm.bias`,
+//! `output.weight`, `output.bias`.
+
+use candle_core::Result;
+use layers::{BatchNorm, Builder, Network};
+
+/// The plan from `(N, input)` through `hidden` to `(N, output)`; no batch norm at the end.
+///
+/// # Errors
+///
+/// A width is zero.
+pub fn plan(input: usize, hidden: usize, output: usize) -> Result<Network> {
+    if [input, hidden, output].contains(&0) {
+        candle_core::bail!("perceptron: widths {input}, {hidden}, {output} must be positive")
+    }
+    let mut builder = Builder::features(input);
+    builder.block("perceptron");
+    let value = builder.input();
+    let value = builder.linear("hidden", value, hidden)?;
+    let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+    let value = builder.batch_norm("norm", value, norm)?;
+    let value = builder.linear("output", value, output)?;
+    builder.finish(value)
+}

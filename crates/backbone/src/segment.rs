@@ -1,0 +1,78 @@
+//! A plan with its values.
+
+use candle_core::{Result, Tensor};
+use layers::{Entry, Gradients, Modes, Network, Parameters, Statistics, Tape};
+
+use crate::initial::Draw;
+
+/// One of the parts a picture passes through, with its values: backbone, projector or predictor.
+#[derive(Clone)]
+pub struct Segment {
+    network: Network,
+    /// The values that learning changes.
+    pub parameters: Parameters,
+    /// Running mean and variance of every batch norm.
+    pub statistics: Statistics,
+}
+
+impl Segment {
+    /// First weights for `plan`, drawn for the segment `name` of a run with this seed. What is
+    /// drawn from stands in the source of this crate's `initial` module, with its reasons.
+    ///
+    /// # Errors
+    ///
+    /// A layer cannot take its values: a fault of this program.
+    pub fn random(name: &str, network: Network, seed: u64) -> Result<Self> {
+        let mut parameters = network.parameters();
+        let entries = parameters.entries().to_vec();
+        for Entry { name: parameter, shape, kind, range, .. } in &entries {
+            let weight = parameter.strip_suffix(".bias").map(|layer| format!("{layer}.weight"));
+            let weight_shape = weight
+                .and_then(|weight| entries.iter().find(|entry| entry.name == weight))
+                .map_or(shape, |entry| &entry.shape);
+            let draw = Draw::of(name, parameter, *kind, weight_shape);
+            parameters.set(parameter, &draw.values(seed, name, parameter, range.len()))?;
+        }
+        let statistics = network.statistics();
+        Ok(Self { network, parameters, statistics })
+    }
+
+    /// The plan.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// Output of every row of `input`; batch norm as `modes` says. Running statistics are updated
+    /// where batch statistics are used. With a tape, what [`Network::backward`] needs is kept.
+    ///
+    /// # Errors
+    ///
+    /// `input` does not have the shape that the plan takes.
+    pub fn forward(
+        &mut self,
+        input: &Tensor,
+        modes: &Modes,
+        tape: Option<&mut Tape>,
+    ) -> Result<Tensor> {
+        self.network.forward(&self.parameters, &mut self.statistics, input, modes, tape)
+    }
+
+    /// Adds the gradients of one forward pass to `gradients`, and empties its tape.
+    ///
+    /// - `at_output`: gradient of the loss at the output of that pass.
+    ///
+    /// Returns the gradient at the input where it was asked for.
+    ///
+    /// # Errors
+    ///
+    /// The tape is empty, or `at_output` does not have the output's shape.
+    pub fn backward(
+        &self,
+        tape: &mut Tape,
+        at_output: &Tensor,
+        gradients: &mut Gradients,
+        input_gradient: bool,
+    ) -> Result<Option<Tensor>> {
+        self.network.backward(&self.parameters, tape, at_output, gradients, input_gradient)
+    }
+}
