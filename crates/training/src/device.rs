@@ -31,6 +31,22 @@ pub fn device(choice: DeviceChoice) -> Result<Device> {
     }
 }
 
+/// Opens the device of a stage that trains or runs a network of [`layers`], which compute on the
+/// CPU: `auto` and `cpu` are that.
+///
+/// # Errors
+///
+/// Another device was asked for.
+pub fn network_device(choice: DeviceChoice) -> Result<Device> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda(_) | DeviceChoice::Metal => {
+            device(choice)?;
+            bail!("--device {choice}: networks compute on the CPU alone here; use --device cpu")
+        }
+    }
+}
+
 fn automatic() -> Result<Device> {
     if cfg!(feature = "cuda") {
         Ok(Device::cuda_if_available(0)?)
@@ -48,6 +64,7 @@ mod tests {
     #[test]
     fn the_cpu_is_always_there() -> Result<()> {
         assert!(device(DeviceChoice::Cpu)?.is_cpu());
+        assert!(network_device(DeviceChoice::Auto)?.is_cpu());
         Ok(())
     }
 
@@ -58,6 +75,8 @@ mod tests {
         for (choice, flag) in [(DeviceChoice::Cuda(1), "cuda"), (DeviceChoice::Metal, "metal")] {
             let message = device(choice).expect_err("not compiled in").to_string();
             assert!(message.contains(&format!("--features {flag}")), "{message}");
+            assert!(message.contains(&choice.to_string()), "{message}");
+            let message = network_device(choice).expect_err("not compiled in").to_string();
             assert!(message.contains(&choice.to_string()), "{message}");
         }
         Ok(())

@@ -1,22 +1,31 @@
-//! What lies between a loss and better weights: optimizers, schedules and the order of the images.
+//! What lies between a loss and better weights: the networks that learn and their seams to candle,
+//! optimizers, schedules, the order of the images, and a run that can stop and go on.
 //!
-//! Losses are built from the operations in [`ops`], which are tested against finite differences and
-//! give the same bits for any number of threads. The [`sampler`] orders the images of an epoch,
-//! [`LearningRate`] and [`TargetDecay`] say how a run's rates change.
+//! A training stage holds a [`Learner`]: an [`Online`] network, the [`Target`] that follows it, and
+//! the optimizer, [`Sgd`]. Its loop asks a [`Run`] for the next epoch, the [`sampler`] for the
+//! epoch's batches, computes a [`loss`] between the seams of a [`Pass`], hands the gradients back,
+//! and steps. Losses of other methods are built from the operations in [`ops`], which are tested
+//! against finite differences and give the same bits for any number of threads.
 //!
 //! This crate knows no picture files and no method.
 
 mod adam;
 mod device;
+mod learner;
 pub mod loss;
 mod noise;
 pub mod ops;
 mod precision;
+pub mod run;
 pub mod sampler;
 mod schedule;
+mod sgd;
 
 pub use adam::Adam;
-pub use device::device;
+pub use device::{device, network_device};
+pub use learner::{Learner, Online, Pass, Target};
 pub use noise::noise;
 pub use precision::Precision;
+pub use run::{Plan, Run};
 pub use schedule::{Cosine, LearningRate, TargetDecay};
+pub use sgd::{Group, Groups, Sgd};

@@ -153,4 +153,69 @@ mod tests {
         assert_eq!(gradients.get(&zero).expect("a gradient").to_vec1::<f64>()?, [0.; 3]);
         Ok(())
     }
+
+    /// A head's loss and every gradient of it, as one number that differs when any bit does.
+    fn bits_of_a_head() -> Result<u64> {
+        let values = |shape: (usize, usize), salt: usize| -> Result<Var> {
+            let count = shape.0 * shape.1;
+            let values: Vec<f32> = (0..count)
+                .map(|i| ((i * 7919 + salt * 104_729) % 1009) as f32 / 1009. - 0.5)
+                .collect();
+            Var::from_tensor(&Tensor::from_vec(values, shape, &Cpu)?)
+        };
+        let mut bits = 0u64;
+        for (n, d, hidden, k) in [(512, 512, 512, 10), (509, 128, 128, 15), (37, 128, 128, 20)] {
+            let variables = [
+                values((n, d), 1)?,
+                values((d, hidden), 2)?,
+                values((1, hidden), 3)?,
+                values((hidden, k), 4)?,
+            ];
+            let [x, first, bias, second] = &variables;
+            let inner = relu(&unit_rows(x)?.matmul(first)?.broadcast_add(bias)?)?;
+            let logits = inner.matmul(second)?;
+            let index = Tensor::from_iter((0..n as u32).map(|i| i % k as u32), &Cpu)?;
+            let entropy = softmax(&logits)?.mean(0)?;
+            let entropy = (&entropy * entropy.log()?)?.sum_all()?;
+            let loss = (pick(&log_softmax(&logits)?, &index)?.mean_all()? + entropy)?;
+            let gradients = loss.backward()?;
+            let mut all = loss.flatten_all()?.to_vec1::<f32>()?;
+            for variable in &variables {
+                let gradient = gradients.get(variable).expect("a gradient");
+                all.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+            }
+            for value in all {
+                bits = bits.rotate_left(5).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                    ^ u64::from(value.to_bits());
+            }
+        }
+        Ok(bits)
+    }
+
+    #[test]
+    fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
+        const ASKED: &str = "TRAINING_TEST_PRINTS_BITS";
+        let name = "ops::tests::any_number_of_threads_gives_the_same_bits";
+        if std::env::var_os(ASKED).is_some() {
+            println!("bits {:016x}", bits_of_a_head()?);
+            return Ok(());
+        }
+        // candle reads its number of threads once a process, so that each needs its own.
+        let run = |threads: &str| -> String {
+            let output = std::process::Command::new(std::env::current_exe().expect("this test"))
+                .args([name, "--exact", "--nocapture"])
+                .env(ASKED, "1")
+                .env("RAYON_NUM_THREADS", threads)
+                .output()
+                .expect("the test runs itself");
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let start = text.find("bits ").expect("bits are printed");
+            text[start..start + 21].to_owned()
+        };
+        let one = run("1");
+        for threads in ["2", "3", "8"] {
+            assert_eq!(run(threads), one, "{threads} threads");
+        }
+        Ok(())
+    }
 }
