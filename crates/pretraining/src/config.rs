@@ -1,0 +1,137 @@
+//! The table `[pretraining]`.
+
+use std::num::NonZero;
+
+use anyhow::{Context, Result, ensure};
+use backbone::{Architecture, Configuration, Predictor, Projector};
+use data::views::{Input, Pipeline};
+use data::{Images, Loader};
+use serde::{Deserialize, Serialize};
+use stage::Stage;
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay};
+
+/// What a pretraining run can vary. The experiment file sets every field: there are no defaults
+/// in code, and an unknown or missing key is an error. The seed is an argument of the program.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Passes over the images.
+    pub epochs: usize,
+    /// Images per step; each gives two views.
+    pub batch_size: usize,
+    /// Learning rate after warm-up, for 256 images; scales linearly with `batch_size`.
+    pub peak_learning_rate: f64,
+    /// The predictor learns faster by this factor; 10 is published.
+    pub predictor_learning_rate_factor: f64,
+    /// Share of the last step's direction that a step keeps.
+    pub momentum: f64,
+    /// Weight decay of every parameter, batch norm and biases included.
+    pub weight_decay: f64,
+    /// Epochs over which the learning rate rises from 0.
+    pub warmup_epochs: f64,
+    /// How the learning rate falls after them.
+    pub cosine: Cosine,
+    /// Decay τ of the target network at first; rises to 1 along a cosine (section 3.2 of BYOL).
+    pub target_decay: f64,
+    /// Deviation σ of the noise on the projection before the predictor; 0 is BYOL, 0.001 the
+    /// positive sampling of ProPos.
+    pub noise: f64,
+    /// Number type of activations and products.
+    pub precision: Precision,
+    /// Epochs between checkpoints.
+    pub save_every: usize,
+    /// The run stops when the deviation of unit-length projections falls below this.
+    pub collapse_deviation: f64,
+    /// Order of the images.
+    pub sampling: Sampling,
+    /// The residual network.
+    pub backbone: Architecture,
+    /// Behind it.
+    pub projector: Projector,
+    /// Behind the projector, in the online network alone.
+    pub predictor: Predictor,
+    /// What the network is fed with, here and in every later stage.
+    pub input: Input,
+    /// From a picture to a view.
+    pub views: Pipeline,
+}
+
+/// Order of the images of an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sampling {
+    /// Every image once.
+    Uniform,
+}
+
+impl Config {
+    /// Finds what is wrong before anything runs.
+    ///
+    /// # Errors
+    ///
+    /// A value lies outside its range, or the device is not there.
+    pub fn check(&self, stage: &Stage) -> Result<()> {
+        self.precision.check()?;
+        training::network_device(stage.device)?;
+        self.plan(1).check()?;
+        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
+        self.groups()?;
+        self.learning_rate(1)?;
+        self.target_decay(1)?;
+        ensure!(
+            self.noise.is_finite() && self.noise >= 0.,
+            "noise = {}: a deviation is not negative",
+            self.noise
+        );
+        self.input.check("pretraining.input")?;
+        self.views.check("pretraining.views")
+    }
+
+    /// Length of the run and its checkpoints.
+    pub(crate) fn plan(&self, steps_per_epoch: usize) -> Plan {
+        Plan {
+            epochs: self.epochs,
+            steps_per_epoch,
+            batch_size: self.batch_size,
+            save_every: self.save_every,
+            collapse_deviation: self.collapse_deviation,
+        }
+    }
+
+    pub(crate) fn groups(&self) -> Result<Groups> {
+        Groups::byol(self.momentum, self.weight_decay, self.predictor_learning_rate_factor)
+    }
+
+    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> Result<LearningRate> {
+        let peak = self.peak_learning_rate * self.batch_size as f64 / 256.;
+        LearningRate::new(peak, self.warmup_epochs, self.epochs, steps_per_epoch, self.cosine)
+    }
+
+    pub(crate) fn target_decay(&self, steps_per_epoch: usize) -> Result<TargetDecay> {
+        TargetDecay::new(self.target_decay, self.epochs * steps_per_epoch)
+    }
+
+    /// What `config.json` will say.
+    pub(crate) fn configuration(&self) -> Result<Configuration> {
+        Ok(Configuration {
+            backbone: self.backbone,
+            projector: self.projector,
+            predictor: self.predictor,
+            channels: self.input.channels,
+            input: serde_json::to_value(&self.input).context("`input` of the experiment")?,
+        })
+    }
+
+    /// Two views of every image of these batches, made by threads ahead of the steps.
+    pub(crate) fn loader(
+        &self,
+        images: &Images,
+        batches: Vec<Vec<u32>>,
+        seed: u64,
+        epoch: usize,
+    ) -> Result<Loader> {
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let pipelines = vec![self.views.clone(), self.views.clone()];
+        Loader::new(images, batches, pipelines, &self.input, seed, epoch as u64, threads)
+    }
+}
