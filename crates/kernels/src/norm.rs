@@ -272,6 +272,26 @@ for_each_variant! {
     }
 }
 
+/// `output = max(input, 0)`; a NaN comes through.
+///
+/// # Panics
+///
+/// When a slice has another length than the shape says.
+pub fn relu_forward(variant: Variant, shape: Shape, input: &[f32], output: &mut [f32]) {
+    assert_eq!(input.len(), shape.len());
+    for_each_part(shape, output, |from, _, output| {
+        rectify(variant, &input[from..from + output.len()], output);
+    });
+}
+
+for_each_variant! {
+    fn rectify(input: &[f32], output: &mut [f32]) {
+        for (output, input) in output.iter_mut().zip(input) {
+            *output = if *input <= 0. { 0. } else { *input };
+        }
+    }
+}
+
 /// Sets the gradient to zero where the ReLU's output is zero: `relu'(0) = 0`, as PyTorch has it.
 ///
 /// # Panics

@@ -75,7 +75,7 @@ fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<boo
         let (own, residual) = match &operation.work {
             Work::Product { .. } => (true, None),
             Work::BatchNorm(norm) => (true, norm.residual),
-            Work::MaxPool { .. } | Work::AveragePool => (false, None),
+            Work::Relu | Work::MaxPool { .. } | Work::AveragePool => (false, None),
         };
         needed[operation.output] = needed[operation.input]
             || residual.is_some_and(|r| needed[r])
@@ -116,6 +116,7 @@ impl Run<'_> {
                 self.product(operation, *weight, *bias, &gradient);
             }
             Work::BatchNorm(norm) => self.batch_norm(at, norm, gradient),
+            Work::Relu => self.relu(operation, gradient),
             Work::MaxPool { .. } => self.max_pool(at, &gradient),
             Work::AveragePool => self.average_pool(operation, &gradient),
         }
@@ -173,6 +174,13 @@ impl Run<'_> {
             norm::input_gradient(variant, shape, input, &n, weight, &sums, &mut gradient);
             self.hand_on(operation.input, shape, gradient);
         }
+    }
+
+    fn relu(&mut self, operation: &Operation, mut gradient: Buffer) {
+        let shape = self.record.shapes[operation.input];
+        let output = kept(&self.record, operation.output);
+        norm::relu_backward(self.plan.variant, shape, output, &mut gradient);
+        self.hand_on(operation.input, shape, gradient);
     }
 
     fn max_pool(&mut self, at: usize, gradient: &Buffer) {

@@ -140,6 +140,7 @@ impl<'a> Run<'a> {
         let note = match &operation.work {
             Work::Product { weight, bias, .. } => self.product(operation, *weight, *bias),
             Work::BatchNorm(norm) => self.batch_norm(operation, norm),
+            Work::Relu => self.relu(operation),
             Work::MaxPool { .. } => self.max_pool(operation),
             Work::AveragePool => self.average_pool(operation),
         };
@@ -231,6 +232,14 @@ impl<'a> Run<'a> {
             }
         }
         n
+    }
+
+    fn relu(&mut self, operation: &Operation) -> Note {
+        let shape = self.shapes[operation.input];
+        let mut output = self.take(shape.len());
+        norm::relu_forward(self.plan.variant, shape, self.value(operation.input), &mut output);
+        self.values[operation.output] = Some(output);
+        Note::Nothing
     }
 
     fn max_pool(&mut self, operation: &Operation) -> Note {

@@ -172,6 +172,16 @@ impl Builder {
         self.push(name, input, Work::BatchNorm(norm), channels, map)
     }
 
+    /// `max(x, 0)`, with slope 0 at 0. A ReLU after a batch norm is cheaper inside it.
+    ///
+    /// # Errors
+    ///
+    /// No block was begun.
+    pub fn relu(&mut self, input: Value) -> Result<Value> {
+        let index = self.index_of("relu", input)?;
+        self.push("relu", input, Work::Relu, self.channels[index], self.maps[index])
+    }
+
     /// A max-pool.
     ///
     /// # Errors
@@ -286,6 +296,7 @@ impl Builder {
                         last_use[residual] = at;
                     }
                 }
+                Work::Relu => kept[operation.output] = true,
                 Work::MaxPool { .. } | Work::AveragePool => {}
             }
         }

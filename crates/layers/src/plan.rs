@@ -40,6 +40,7 @@ pub(crate) enum Work {
         padding: usize,
     },
     BatchNorm(Norm),
+    Relu,
     MaxPool {
         kernel: usize,
         stride: usize,
@@ -132,6 +133,7 @@ impl Plan {
                 Some(window) => Ok(window.output),
                 None => bail!("a max-pool in `{name}`: no window fits into {h} × {w} pixels"),
             },
+            Work::Relu => Ok(input),
             Work::AveragePool => Ok(Shape::features(input.images, input.channels)),
         }
     }
