@@ -141,6 +141,26 @@ mod x86 {
         }
     }
 
+    /// One number of each row on the left times one register of each tile on the right. A macro,
+    /// since the sums must stay in registers and functions with instructions of their own are
+    /// inlined only when the compiler likes to.
+    macro_rules! avx512_step {
+        ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
+            let mut factors = [_mm512_setzero_ps(); COLUMNS];
+            for column in 0..COLUMNS {
+                factors[column] = _mm512_loadu_ps($right.add(column * TILE + $k * SIDE));
+            }
+            for row in 0..ROWS {
+                let at = if $transposed { $k * SIDE + row } else { row * SIDE + $k };
+                let value = _mm512_set1_ps(*$left.add(at));
+                for column in 0..COLUMNS {
+                    $sums[row][column] =
+                        _mm512_fmadd_ps(value, factors[column], $sums[row][column]);
+                }
+            }
+        }};
+    }
+
     /// `ROWS` × `COLUMNS` registers of 16 sums, from row `first` of the tiles on.
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
@@ -165,26 +185,14 @@ mod x86 {
             let left = left.add(if TRANSPOSED { first } else { first * SIDE });
             for pair in pairs {
                 let (left, right) = (left.add(pair.left), right.add(pair.right));
-                let mut step = |k: usize| {
-                    let mut factors = [_mm512_setzero_ps(); COLUMNS];
-                    for (column, factor) in factors.iter_mut().enumerate() {
-                        *factor = _mm512_loadu_ps(right.add(column * TILE + k * SIDE));
-                    }
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
-                        let value = _mm512_set1_ps(*left.add(at));
-                        for (sum, factor) in sums.iter_mut().zip(factors) {
-                            *sum = _mm512_fmadd_ps(value, factor, *sum);
-                        }
-                    }
-                };
+                // Sixteen written out, so that every address is a constant from two pointers.
                 if pair.depth == SIDE {
                     for k in 0..SIDE {
-                        step(k);
+                        avx512_step!(TRANSPOSED, sums, left, right, k);
                     }
                 } else {
                     for k in 0..pair.depth {
-                        step(k);
+                        avx512_step!(TRANSPOSED, sums, left, right, k);
                     }
                 }
             }
