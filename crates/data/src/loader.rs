@@ -1,11 +1,12 @@
 //! Batches of views, made by threads ahead of the step that needs them.
 //!
 //! Each thread makes whole batches; a batch's turn comes by its place in the order, and a thread
-//! that is [`AHEAD`] batches beyond what was taken waits. What a batch holds depends on seed,
-//! epoch, row and view alone, so it has the same bytes whoever made it, however many there were,
-//! and whichever other rows stood beside it.
+//! that is [`AHEAD`] batches beyond what was taken waits. A view depends on seed, epoch, row, the
+//! number of times that the row came before in the epoch, and the number of the view, so a batch
+//! has the same bytes whoever made it and however many there were, and also when an interrupted
+//! epoch is resumed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -67,6 +68,8 @@ struct State {
 struct Maker {
     images: Images,
     batches: Vec<Vec<u32>>,
+    /// For each row of each batch, how often it came before.
+    occurrences: Vec<Vec<u32>>,
     pipelines: Vec<Pipeline>,
     input: Input,
     seed: u64,
@@ -78,7 +81,8 @@ impl Loader {
     /// by each of the pipelines.
     ///
     /// The draws of view `v` of a row come from `stage::random::stream(seed, "views", [epoch, row,
-    /// v])`. Memory holds at most `threads +` [`AHEAD`] batches.
+    /// v, n])`, where `n` counts from 0 how often the row came before in `batches`: samplers may
+    /// take an image several times. Memory holds at most `threads +` [`AHEAD`] batches.
     ///
     /// # Errors
     ///
@@ -87,6 +91,29 @@ impl Loader {
     pub fn new(
         images: &Images,
         batches: Vec<Vec<u32>>,
+        pipelines: Vec<Pipeline>,
+        input: &Input,
+        seed: u64,
+        epoch: u64,
+        threads: usize,
+    ) -> Result<Self> {
+        Self::resume(images, batches, 0, pipelines, input, seed, epoch, threads)
+    }
+
+    /// Like [`Loader::new`], but leaves out the first `done` batches: those that an interrupted
+    /// epoch has used. The others are as they would have been.
+    ///
+    /// # Errors
+    ///
+    /// As [`Loader::new`].
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one more than `new`, and no two belong together"
+    )]
+    pub fn resume(
+        images: &Images,
+        batches: Vec<Vec<u32>>,
+        done: usize,
         pipelines: Vec<Pipeline>,
         input: &Input,
         seed: u64,
@@ -106,11 +133,14 @@ impl Loader {
             images.id(row)?;
         }
         let count = batches.len();
+        let done = done.min(count);
+        let occurrences = occurrences(&batches);
         let (images, input) = (images.clone(), input.clone());
-        let maker = Arc::new(Maker { images, batches, pipelines, input, seed, epoch });
-        let ring = Arc::new(Ring { state: Mutex::default(), changed: Condvar::new() });
-        let mut loader = Self { ring, threads: Vec::new(), next: 0, batches: count };
-        for _ in 0..threads.clamp(1, count.max(1)) {
+        let maker = Arc::new(Maker { images, batches, occurrences, pipelines, input, seed, epoch });
+        let state = State { claimed: done, taken: done, ..State::default() };
+        let ring = Arc::new(Ring { state: Mutex::new(state), changed: Condvar::new() });
+        let mut loader = Self { ring, threads: Vec::new(), next: done, batches: count };
+        for _ in 0..threads.clamp(1, (count - done).max(1)) {
             let (ring, maker) = (loader.ring.clone(), maker.clone());
             let limit = threads.max(1) + AHEAD;
             let thread = thread::Builder::new()
@@ -121,6 +151,17 @@ impl Loader {
         }
         Ok(loader)
     }
+}
+
+/// For each row of each batch, how often it came before.
+fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut seen: HashMap<u32, u32> = HashMap::new();
+    let mut next = |row: &u32| {
+        let count = seen.entry(*row).or_default();
+        *count += 1;
+        *count - 1
+    };
+    batches.iter().map(|batch| batch.iter().map(&mut next).collect()).collect()
 }
 
 /// Makes batches until none is left or everything is to stop.
@@ -181,7 +222,8 @@ impl Maker {
             let picture = self.images.picture(row)?;
             let range = position * input.values()..(position + 1) * input.values();
             for (view, pipeline) in self.pipelines.iter().enumerate() {
-                let counters = [self.epoch, u64::from(row), view as u64];
+                let occurrence = u64::from(self.occurrences[number][position]);
+                let counters = [self.epoch, u64::from(row), view as u64, occurrence];
                 let mut rng = stream(self.seed, "views", &counters);
                 let out = &mut views[view][range.clone()];
                 pipeline.apply(&picture, input, &mut rng, workspace, out).with_context(|| {
@@ -298,6 +340,32 @@ mod tests {
         let values = input().values();
         for view in [0, 1] {
             assert_eq!(alone[0].views[view], together[0].views[view][values..2 * values]);
+        }
+    }
+
+    #[test]
+    fn a_row_that_comes_again_gets_other_views_and_a_resumed_epoch_the_same() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let order = vec![vec![5, 3], vec![5, 5], vec![3, 1]];
+        let whole = load(&images, order.clone(), 1, 2);
+        let values = input().values();
+        let of_five = [
+            &whole[0].views[0][..values],
+            &whole[1].views[0][..values],
+            &whole[1].views[0][values..],
+            &load(&images, vec![vec![5]], 1, 1)[0].views[0],
+        ];
+        assert!(of_five[0] != of_five[1] && of_five[0] != of_five[2] && of_five[1] != of_five[2]);
+        assert_eq!(of_five[0], of_five[3]);
+        for done in 0..5 {
+            let pipelines = vec![pipeline(), pipeline()];
+            let rest: Vec<Batch> =
+                Loader::resume(&images, order.clone(), done, pipelines, &input(), 1, 7, 2)
+                    .expect("started")
+                    .collect::<Result<_>>()
+                    .expect("made");
+            assert_eq!(rest, whole[done.min(3)..]);
         }
     }
 
