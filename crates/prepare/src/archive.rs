@@ -69,7 +69,14 @@ pub fn recognise(path: &Path) -> Result<Holds> {
     let mut holds = None;
     archive.each(|entry| {
         let Ok(name) = &entry.name else { return Ok(true) };
-        if cifar::recognise(&folder::file_name(name)).is_some() {
+        let inner = folder::file_name(name);
+        ensure!(
+            !inner.ends_with(".tar"),
+            "`{}` holds archives, such as `{inner}`, as ILSVRC-2012's train archive does; unpack \
+             it, and each class's archive into a folder of its name (see data/README.md)",
+            path.display()
+        );
+        if cifar::recognise(&inner).is_some() {
             holds = Some(Holds::Cifar);
         } else if picture::has_extension(name) || Encoding::of(&entry.start()?).is_some() {
             holds = Some(Holds::Pictures);
@@ -430,6 +437,25 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_too_large_to_be_a_picture_is_broken() {
+        let mut archive = tar(&[("a/1.png", &png(0)), ("b/2.png", &png(1))]);
+        archive.truncate(archive.len() - 2 * BLOCK);
+        let mut header = tar::Header::new_gnu();
+        header.set_path("b/3.png").expect("fits");
+        header.set_size(picture::BYTES_AT_MOST + 1);
+        header.set_cksum();
+        archive.extend(header.as_bytes());
+        let (_folder, path) = scratch();
+        let path = path.join("x.tar");
+        put(&path, &archive);
+        let length = archive.len() as u64 + picture::BYTES_AT_MOST + 3 * BLOCK as u64;
+        let file = std::fs::OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| file.set_len(length)).expect("a sparse file");
+        let read = prepare(&path, &Config { broken_share: 0.4, ..config() }).expect("sound");
+        assert_has(&read.skipped("broken")[0].1, &["134217729 bytes, more than"]);
+    }
+
+    #[test]
     fn an_entry_that_says_it_is_huge_is_not_held_in_memory() {
         let mut header = tar::Header::new_gnu();
         header.set_path("a/1.png").expect("fits");
@@ -442,7 +468,8 @@ mod tests {
 
     #[test]
     fn folders_that_are_no_classes_are_refused() {
-        let cases: [(&[&str], &[&str]); 4] = [
+        let cases: [(&[&str], &[&str]); 5] = [
+            (&["n02085936.tar", "n02086646.tar"], &["holds archives", "`n02085936.tar`"]),
             (&["train/a/1.png", "val/a/2.png"], &["side by side", "`train/a`", "`val/a`"]),
             (&["1.png", "a/2.png"], &["side by side", "`a`"]),
             (&["a/1.png", "a/2.png"], &["one class only, `a`"]),

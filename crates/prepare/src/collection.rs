@@ -385,6 +385,10 @@ mod tests {
         let mut names = dropped.names.clone();
         names.sort();
         assert_eq!(names, ["a/1.png", "a/2.png"]);
+        // A picture that was dropped is still one of those that could be read.
+        put(&path.join("b/4.png"), b"");
+        let quarter = Config { broken_share: 0.25, ..drop };
+        assert_eq!(prepare(&path, &quarter).expect("1 of 4 is broken").names.len(), 2);
     }
 
     #[test]
@@ -462,6 +466,17 @@ mod tests {
         }
         assert_eq!(in_colour.picture("grey.jpg").channels, 3);
         assert_eq!(in_grey.picture("grey.jpg").channels, 1);
+    }
+
+    #[test]
+    fn a_file_too_large_to_be_a_picture_is_not_read() {
+        let (_folder, path) = scratch();
+        put(&path.join("a.png"), &png(0));
+        put(&path.join("large.png"), &png(1));
+        let large = fs::OpenOptions::new().write(true).open(path.join("large.png"));
+        large.and_then(|file| file.set_len(picture::BYTES_AT_MOST + 1)).expect("a sparse file");
+        let read = prepare(&path, &Config { broken_share: 0.5, ..config() }).expect("sound");
+        assert_has(&read.skipped("broken")[0].1, &["134217729 bytes, more than"]);
     }
 
     #[test]

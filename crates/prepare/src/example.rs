@@ -102,6 +102,8 @@ pub struct Prepared {
     pub names: Vec<String>,
     /// Names of the classes by row.
     pub classes: Vec<Option<String>>,
+    /// The classes in the order of their numbers.
+    pub class_names: Vec<String>,
     /// The list of what was skipped.
     pub skipped: serde_json::Value,
 }
@@ -125,6 +127,7 @@ pub fn prepare(source: &Path, config: &Config) -> Result<Prepared> {
     Ok(Prepared {
         bytes,
         classes: labels.labels.iter().map(class).collect(),
+        class_names: labels.classes.clone(),
         names: names.names,
         skipped: serde_json::from_slice(&fs::read(out.join(crate::SKIPPED))?)?,
         images,

@@ -227,6 +227,7 @@ mod tests {
         assert_eq!(read.picture("t10k-images.idx3-ubyte:1"), expected);
         assert_eq!(read.class("t10k-images.idx3-ubyte:1"), Some("2"));
         assert_eq!(read.images.rows(&[Split::Test]).len(), 2);
+        assert_eq!(read.class_names, ["2", "10"]);
 
         let colour = prepare(&path, &config()).expect("sound");
         let threefold: Vec<u8> = pixels(2, 4, 1, 3).into_iter().flat_map(|v| [v; 3]).collect();
