@@ -1,17 +1,18 @@
 //! Training of the clustering networks on frozen embeddings, and the measure by which one is kept.
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use rand::RngExt;
 use rand::seq::SliceRandom;
+use rayon::prelude::*;
 use serde_json::json;
 use stage::progress::Progress;
 use stage::random::stream;
 use stage::{Diverged, Interrupted, Stage};
-use training::Adam;
+use training::ops::softmax;
 
 use crate::head::{Head, Shape};
-use crate::heads::Heads;
+use crate::learner::{DEVICE, Learner};
 use crate::{Config, Features, Previous, loss};
 
 /// A way to cluster the images, and how well it does by its own measure.
@@ -71,45 +72,43 @@ pub fn train(
     previous: Option<&Previous>,
     stage: &Stage,
 ) -> Result<Vec<Candidate>> {
-    let device = training::device(stage.device)?;
     let shape = config.shape(&features, stage);
-    let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
+    let embeddings = UnitEmbeddings::new(features, shape.width)?;
     let steps = Steps::new(config, &embeddings, neighbours, stage);
-    let mut networks = first_networks(config, shape, previous, stage);
-    let continued = networks.continued;
+    let Networks { mut heads, continued } = first_networks(config, shape, previous, stage);
 
     // The first half learns the clusters of k-means.
-    let from_kmeans = config.heads.div_ceil(2);
-    let half = Heads::stack(&networks.heads[..from_kmeans], &device)?;
-    let labels = Tensor::new(kmeans_assignment, &device)?;
-    steps.take(&half, "start", config.start_epochs, |draw| {
+    let labels = Tensor::new(kmeans_assignment, &DEVICE)?;
+    let (from_kmeans, _) = heads.split_at_mut(config.heads.div_ceil(2));
+    steps.take(from_kmeans, "start", config.start_epochs, |draw| {
         let labels = labels.index_select(&draw.images, 0)?;
         let views = embeddings.views.index_select(&draw.anchors, 0)?;
-        Ok(loss::cross_entropy(&half.logits(&views)?, &labels)?)
+        Ok((views, move |logits: &Tensor| loss::cross_entropy(logits, &labels)))
     })?;
-    networks.heads.splice(..from_kmeans, half.unstack()?);
 
     // All learn to agree between neighbours and views, and to use all clusters.
-    let heads = Heads::stack(&networks.heads, &device)?;
     let epochs = config.epochs.max(config.least_steps.div_ceil(steps.per_epoch));
-    steps.take(&heads, "consistency", epochs, |draw| {
+    steps.take(&mut heads, "consistency", epochs, |draw| {
         let views = Tensor::cat(&[&draw.anchors, &draw.neighbours], 0)?;
-        let memberships =
-            training::ops::softmax(&heads.logits(&embeddings.views.index_select(&views, 0)?)?)?;
-        let anchors = memberships.narrow(1, 0, steps.batch_size)?;
-        let neighbours = memberships.narrow(1, steps.batch_size, steps.batch_size)?;
-        Ok(loss::clustering_loss(&anchors, &neighbours, config.entropy_weight)?)
+        let views = embeddings.views.index_select(&views, 0)?;
+        Ok((views, |logits: &Tensor| {
+            let memberships = softmax(logits)?;
+            let anchors = memberships.narrow(0, 0, steps.batch_size)?;
+            let neighbours = memberships.narrow(0, steps.batch_size, steps.batch_size)?;
+            loss::clustering_loss(&anchors, &neighbours, config.entropy_weight)
+        }))
     })?;
 
-    let memberships = embeddings.memberships(&heads)?;
-    let measured = heads.unstack()?.into_iter().zip(memberships).enumerate();
-    Ok(measured
-        .map(|(number, (head, memberships))| {
+    heads
+        .into_iter()
+        .enumerate()
+        .map(|(number, head)| {
             let continued = continued == Some(number);
+            let memberships = embeddings.memberships(&head)?;
             let (k, weight) = (shape.clusters, config.entropy_weight);
-            Candidate::new(Some(head), continued, memberships, k, neighbours, weight)
+            Ok(Candidate::new(Some(head), continued, memberships, k, neighbours, weight))
         })
-        .collect())
+        .collect()
 }
 
 /// Networks before training, and which of them is the last round's.
@@ -137,7 +136,7 @@ fn first_networks(
     }
 }
 
-/// Embeddings as the networks take them: rows of length `√D`, on the device.
+/// Embeddings as the networks take them: rows of length `√D`.
 struct UnitEmbeddings {
     /// Of un-augmented images, `(N, D)`.
     clean: Tensor,
@@ -148,11 +147,11 @@ struct UnitEmbeddings {
 }
 
 impl UnitEmbeddings {
-    fn new(features: Features, width: usize, device: &Device) -> Result<Self> {
+    fn new(features: Features, width: usize) -> Result<Self> {
         let tensor = |mut rows: Vec<f32>| -> Result<Tensor> {
             crate::scale_to_length(&mut rows, width, (width as f32).sqrt());
             let count = rows.len() / width;
-            Ok(Tensor::from_vec(rows, (count, width), device)?)
+            Ok(Tensor::from_vec(rows, (count, width), &DEVICE)?)
         };
         let clean = tensor(features.backbone)?;
         let views = match features.backbone_views.is_empty() {
@@ -167,17 +166,15 @@ impl UnitEmbeddings {
         self.clean.dims()[0]
     }
 
-    /// Memberships of the un-augmented images by each network, `(N, K)` each.
-    fn memberships(&self, heads: &Heads) -> Result<Vec<Vec<f32>>> {
+    /// Memberships of the un-augmented images by a network, `(N, K)`.
+    fn memberships(&self, head: &Head) -> Result<Vec<f32>> {
         const ROWS_AT_ONCE: usize = 4096;
-        let mut memberships: Vec<Vec<f32>> = Vec::new();
+        let mut learner = Learner::new(head)?;
+        let mut memberships = Vec::with_capacity(self.count() * head.shape.clusters);
         for start in (0..self.count()).step_by(ROWS_AT_ONCE) {
             let rows = self.clean.narrow(0, start, ROWS_AT_ONCE.min(self.count() - start))?;
-            let part = training::ops::softmax(&heads.logits(&rows)?.detach())?;
-            memberships.resize_with(part.dim(0)?, Vec::new);
-            for (all, part) in memberships.iter_mut().zip(part.to_vec3::<f32>()?) {
-                all.extend(part.into_iter().flatten());
-            }
+            let part = softmax(&learner.logits(&rows)?)?;
+            memberships.extend(part.flatten_all()?.to_vec1::<f32>()?);
         }
         Ok(memberships)
     }
@@ -197,7 +194,6 @@ struct Draw {
 struct Steps<'a> {
     config: &'a Config,
     stage: &'a Stage,
-    device: Device,
     images: usize,
     view_count: usize,
     neighbours: &'a [u32],
@@ -217,7 +213,6 @@ impl<'a> Steps<'a> {
         Self {
             config,
             stage,
-            device: embeddings.clean.device().clone(),
             images,
             view_count: embeddings.view_count,
             neighbours,
@@ -227,25 +222,33 @@ impl<'a> Steps<'a> {
         }
     }
 
-    /// Trains `heads` for `epochs` passes with a fresh Adam; `loss` gives a value a network.
-    fn take(
+    /// Trains `heads` for `epochs` passes, each with an Adam of its own from its first step.
+    ///
+    /// `prepare` gives the embeddings of a step, the same for all networks, and the loss of their
+    /// logits. The networks are computed side by side: threads decide which of them goes first,
+    /// never what one computes.
+    fn take<L: Fn(&Tensor) -> candle_core::Result<Tensor> + Sync>(
         &self,
-        heads: &Heads,
+        heads: &mut [Head],
         phase: &str,
         epochs: usize,
-        loss: impl Fn(&Draw) -> Result<Tensor>,
+        prepare: impl Fn(&Draw) -> Result<(Tensor, L)>,
     ) -> Result<()> {
-        let mut adam = Adam::new(heads.variables(), self.config.learning_rate, 0.9, 0.999, 1e-8)?;
+        let mut learners =
+            heads.iter().map(Learner::new).collect::<candle_core::Result<Vec<_>>>()?;
         let mut progress = Progress::new(phase, epochs as u64);
         for epoch in 0..epochs {
-            let mut sum = vec![0f64; heads.count()];
+            let mut means = vec![0f64; learners.len()];
             for (step, draw) in self.epoch(phase, epoch)?.iter().enumerate() {
                 if self.stage.interrupted() {
                     return Err(Interrupted.into());
                 }
-                let losses = loss(draw)?;
-                adam.step(&losses.sum_all()?.backward()?)?;
-                for (sum, loss) in sum.iter_mut().zip(losses.to_vec1::<f32>()?) {
+                let (embeddings, loss) = prepare(draw)?;
+                let losses: Vec<f64> = learners
+                    .par_iter_mut()
+                    .map(|learner| self.step(learner, &embeddings, &loss))
+                    .collect::<candle_core::Result<_>>()?;
+                for (mean, loss) in means.iter_mut().zip(losses) {
                     if !loss.is_finite() {
                         let message = format!(
                             "the loss of a clustering network is {loss} in phase {phase}, epoch \
@@ -254,15 +257,30 @@ impl<'a> Steps<'a> {
                         );
                         return Err(Diverged(message).into());
                     }
-                    *sum += f64::from(loss);
+                    *mean += loss / self.per_epoch as f64;
                 }
             }
-            let means: Vec<f64> = sum.iter().map(|sum| sum / self.per_epoch as f64).collect();
             self.stage.log(&json!({ "phase": phase, "epoch": epoch, "losses": means }))?;
             let lowest = means.iter().copied().fold(f64::INFINITY, f64::min);
             progress.step(&format!("lowest loss {lowest:.4}"));
         }
+        for (head, learner) in heads.iter_mut().zip(&learners) {
+            *head = learner.head()?;
+        }
         Ok(())
+    }
+
+    /// One step of one network; returns its loss before the step.
+    fn step(
+        &self,
+        learner: &mut Learner,
+        embeddings: &Tensor,
+        loss: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<f64> {
+        let logits = learner.seam(embeddings)?;
+        let loss = loss(&logits)?;
+        learner.step(&logits, &loss.backward()?, self.config.learning_rate)?;
+        Ok(f64::from(loss.to_scalar::<f32>()?))
     }
 
     /// The draws of one epoch, a pure function of seed, round, phase and epoch.
@@ -291,7 +309,7 @@ impl<'a> Steps<'a> {
             };
             neighbours.push(view_of(neighbour, rng));
         }
-        let tensor = |rows: &[u32]| Tensor::new(rows, &self.device);
+        let tensor = |rows: &[u32]| Tensor::new(rows, &DEVICE);
         Ok(Draw {
             images: tensor(images)?,
             anchors: tensor(&anchors)?,

@@ -18,7 +18,7 @@
 
 pub mod fit;
 pub mod head;
-pub mod heads;
+pub mod learner;
 pub mod loss;
 pub mod reliability;
 

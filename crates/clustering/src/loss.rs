@@ -1,9 +1,6 @@
 //! What the clustering network learns from: agreement between neighbours, and use of all clusters.
 //!
-//! Several networks of one shape learn side by side (see [`crate::heads`]). So every function here
-//! takes their outputs stacked, `(R, B, K)` for `R` networks, `B` images and `K` clusters, and
-//! returns one value for each network, `(R,)`. The networks share nothing: the sum of the values
-//! has for each network the gradient of its own.
+//! Memberships are `(B, K)` for `B` images and `K` clusters: rows of a softmax.
 
 use candle_core::{D, Result, Tensor, bail};
 use training::ops::{log_softmax, pick};
@@ -16,39 +13,39 @@ pub const FLOOR: f64 = 1e-8;
 ///
 /// `L_con = −1/B Σᵢ ln max(pᵢ·p̃ᵢ, 10⁻⁸)`: Van Gansbeke et al. 2020 (SCAN), Eq. 2, first term.
 ///
-/// - `anchor`: memberships `p` of one view of each image, `(R, B, K)`; each row sums to 1.
-/// - `neighbour`: memberships `p̃` of a view of a neighbour of each image, or of itself, `(R, B, K)`.
+/// - `anchor`: memberships `p` of one view of each image, `(B, K)`.
+/// - `neighbour`: memberships `p̃` of a view of a neighbour of each image, or of itself, `(B, K)`.
 ///
-/// The gradient reaches both. Returns `(R,)`, each in `[0, 18.43]` nats: 0 when every pair is in one
+/// The gradient reaches both. Returns a scalar in `[0, 18.43]` nats: 0 when every pair is in one
 /// cluster for certain.
 ///
 /// # Errors
 ///
-/// The two have other shapes than each other, or not three dimensions.
+/// The two have other shapes than each other, or are no matrices.
 pub fn consistency(anchor: &Tensor, neighbour: &Tensor) -> Result<Tensor> {
-    anchor.dims3()?;
+    anchor.dims2()?;
     if anchor.dims() != neighbour.dims() {
         bail!("consistency: anchors are {:?} but neighbours {:?}", anchor.dims(), neighbour.dims())
     }
     let products = (anchor * neighbour)?.sum(D::Minus1)?;
-    products.maximum(FLOOR)?.log()?.mean(1)?.neg()
+    products.maximum(FLOOR)?.log()?.mean_all()?.neg()
 }
 
 /// Entropy of the clusters' shares in a batch: high when all clusters are used alike.
 ///
 /// `H = −Σₖ p̄ₖ ln max(p̄ₖ, 10⁻⁸)` with `p̄ = 1/B Σᵢ pᵢ`: Van Gansbeke et al. 2020, Eq. 2, second term.
 ///
-/// - `memberships`: `p`, `(R, B, K)`.
+/// - `memberships`: `p`, `(B, K)`.
 ///
-/// Returns `(R,)`, each in `[0, ln K]` nats: 0 when all images lie in one cluster.
+/// Returns a scalar in `[0, ln K]` nats: 0 when all images lie in one cluster.
 ///
 /// # Errors
 ///
-/// `memberships` has not three dimensions.
+/// `memberships` is no matrix.
 pub fn entropy(memberships: &Tensor) -> Result<Tensor> {
-    memberships.dims3()?;
-    let shares = memberships.mean(1)?;
-    (&shares * shares.maximum(FLOOR)?.log()?)?.sum(D::Minus1)?.neg()
+    memberships.dims2()?;
+    let shares = memberships.mean(0)?;
+    (&shares * shares.maximum(FLOOR)?.log()?)?.sum_all()?.neg()
 }
 
 /// What a clustering network minimises: `L₂ = L_con − λ H`, see [`consistency`] and [`entropy`].
@@ -56,7 +53,7 @@ pub fn entropy(memberships: &Tensor) -> Result<Tensor> {
 /// - `anchor`, `neighbour`: memberships as in [`consistency`]; the entropy is the anchors'.
 /// - `entropy_weight`: λ.
 ///
-/// Returns `(R,)`: `−λ ln K` at best, `(1 − λ) ln K` for uniform memberships, 0 for one cluster.
+/// Returns a scalar: `−λ ln K` at best, `(1 − λ) ln K` for uniform memberships, 0 for one cluster.
 ///
 /// # Errors
 ///
@@ -69,25 +66,19 @@ pub fn clustering_loss(anchor: &Tensor, neighbour: &Tensor, entropy_weight: f64)
 ///
 /// `−1/B Σᵢ ln softmax(logitsᵢ)[yᵢ]`.
 ///
-/// - `logits`: `(R, B, K)`.
-/// - `pseudo_labels`: `y`, `(B,)` u32, the same for all networks.
+/// - `logits`: `(B, K)`.
+/// - `pseudo_labels`: `y`, `(B,)` u32.
 ///
-/// Returns `(R,)`, each at least 0 nats; `ln K` for uniform logits.
+/// Returns a scalar of at least 0 nats; `ln K` for uniform logits.
 ///
 /// # Errors
 ///
 /// The shapes do not fit, or a label is not below `K`.
 pub fn cross_entropy(logits: &Tensor, pseudo_labels: &Tensor) -> Result<Tensor> {
-    let (r, b, k) = logits.dims3()?;
-    if pseudo_labels.dims() != [b] {
-        bail!("cross_entropy: {b} rows of logits but labels {:?}", pseudo_labels.dims())
-    }
-    let logarithms = log_softmax(logits)?.reshape((r * b, k))?;
-    let own = pick(&logarithms, &pseudo_labels.repeat(r)?)?;
-    own.reshape((r, b))?.mean(1)?.neg()
+    pick(&log_softmax(logits)?, pseudo_labels)?.mean_all()?.neg()
 }
 
-/// [`clustering_loss`] of one network on given memberships, its expectation over the draw of the
+/// [`clustering_loss`] on given memberships, its expectation over the draw of the
 /// neighbour: the measure by which one network is kept. No label enters it.
 ///
 /// `1/N Σᵢ 1/(m+1) Σ_{j ∈ NN(i) ∪ {i}} −ln max(pᵢ·pⱼ, 10⁻⁸) − λ H` with the entropy over all `N`.
@@ -134,20 +125,19 @@ mod tests {
 
     use super::*;
 
-    /// Memberships of one network.
-    fn one(rows: &[[f64; 2]]) -> Tensor {
+    fn matrix(rows: &[[f64; 2]]) -> Tensor {
         let flat: Vec<f64> = rows.iter().flatten().copied().collect();
-        Tensor::from_vec(flat, (1, rows.len(), 2), &Cpu).expect("rows of two")
+        Tensor::from_vec(flat, (rows.len(), 2), &Cpu).expect("rows of two")
     }
 
     fn scalar(values: &Tensor) -> f64 {
-        values.to_vec1::<f64>().expect("one value a network")[0]
+        values.to_scalar().expect("a scalar")
     }
 
     #[test]
     fn values_match_hand_computation() -> Result<()> {
-        let anchor = one(&[[0.8, 0.2], [0.3, 0.7]]);
-        let neighbour = one(&[[0.9, 0.1], [0.2, 0.8]]);
+        let anchor = matrix(&[[0.8, 0.2], [0.3, 0.7]]);
+        let neighbour = matrix(&[[0.9, 0.1], [0.2, 0.8]]);
         // Products .74 and .62; shares (.55, .45).
         let close = |got: Tensor, want: f64| assert!((scalar(&got) - want).abs() < 1e-6, "{got}");
         close(consistency(&anchor, &neighbour)?, 0.389570);
@@ -170,7 +160,7 @@ mod tests {
                 (Tensor::eye(k, DType::F64, &Cpu)?.i(0)?.repeat((k, 1))?, 0.0),
             ];
             for (p, want) in outputs {
-                let got = scalar(&clustering_loss(&p.unsqueeze(0)?, &p.unsqueeze(0)?, 5.0)?);
+                let got = scalar(&clustering_loss(&p, &p, 5.0)?);
                 assert!((got - want).abs() < 1e-5, "K = {k}: got {got}, want {want}");
             }
         }
@@ -179,8 +169,8 @@ mod tests {
 
     #[test]
     fn no_common_cluster_is_a_large_loss_with_finite_gradients() -> Result<()> {
-        let anchor = Var::from_tensor(&one(&[[1.0, 0.0]]))?;
-        let loss = consistency(&anchor, &one(&[[0.0, 1.0]]))?;
+        let anchor = Var::from_tensor(&matrix(&[[1.0, 0.0]]))?;
+        let loss = consistency(&anchor, &matrix(&[[0.0, 1.0]]))?;
         assert!((scalar(&loss) - 18.420681).abs() < 1e-5);
         let gradients = loss.backward()?;
         let gradient = gradients.get(&anchor).expect("a gradient").flatten_all()?;
@@ -188,20 +178,9 @@ mod tests {
         Ok(())
     }
 
-    #[test]
-    fn networks_side_by_side_do_not_mix() -> Result<()> {
-        let (a, b) = (one(&[[0.8, 0.2], [0.3, 0.7]]), one(&[[0.5, 0.5], [0.9, 0.1]]));
-        let both = Tensor::cat(&[&a, &b], 0)?;
-        let other = Tensor::cat(&[&b, &a], 0)?;
-        let got = clustering_loss(&both, &other, 5.0)?.to_vec1::<f64>()?;
-        let want = [scalar(&clustering_loss(&a, &b, 5.0)?), scalar(&clustering_loss(&b, &a, 5.0)?)];
-        assert_eq!(got, want);
-        Ok(())
-    }
-
     /// Compares the gradient of `loss` at logits `at` with central differences.
     fn check_gradient(at: &[f64], loss: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
-        let shape = (1, at.len() / 3, 3);
+        let shape = (at.len() / 3, 3);
         let value =
             |x: &[f64]| -> Result<f64> { Ok(scalar(&loss(&Tensor::from_slice(x, shape, &Cpu)?)?)) };
         let logits = Var::from_tensor(&Tensor::from_slice(at, shape, &Cpu)?)?;
@@ -224,7 +203,7 @@ mod tests {
         // The second half of the rows are the neighbours of the first, so both sides are moved.
         check_gradient(&LOGITS, |x| {
             let p = softmax(x)?;
-            clustering_loss(&p.narrow(1, 0, 2)?, &p.narrow(1, 2, 2)?, 5.0)
+            clustering_loss(&p.narrow(0, 0, 2)?, &p.narrow(0, 2, 2)?, 5.0)
         })?;
         check_gradient(&LOGITS, |x| entropy(&softmax(x)?))?;
         let pseudo_labels = Tensor::new(&[2u32, 0, 0, 1], &Cpu)?;
@@ -238,8 +217,8 @@ mod tests {
 
     #[test]
     fn the_gradient_reaches_anchor_and_neighbour() -> Result<()> {
-        let anchor = Var::from_tensor(&one(&[[0.8, 0.2], [0.3, 0.7]]))?;
-        let neighbour = Var::from_tensor(&one(&[[0.9, 0.1], [0.2, 0.8]]))?;
+        let anchor = Var::from_tensor(&matrix(&[[0.8, 0.2], [0.3, 0.7]]))?;
+        let neighbour = Var::from_tensor(&matrix(&[[0.9, 0.1], [0.2, 0.8]]))?;
         let gradients = clustering_loss(&anchor, &neighbour, 5.0)?.backward()?;
         for (side, name) in [(&anchor, "anchor"), (&neighbour, "neighbour")] {
             let gradient = gradients.get(side).expect(name).abs()?.min_all()?;
@@ -250,7 +229,7 @@ mod tests {
 
     #[test]
     fn cross_entropy_matches_hand_computation() -> Result<()> {
-        let logits = one(&[[0.0, 2f64.ln()], [0.0, 0.0]]);
+        let logits = matrix(&[[0.0, 2f64.ln()], [0.0, 0.0]]);
         // Row 1: softmax (1/3, 2/3), label 1; row 2: (1/2, 1/2), label 0.
         let loss = cross_entropy(&logits, &Tensor::new(&[1u32, 0], &Cpu)?)?;
         assert!((scalar(&loss) - (1.5f64.ln() + 2f64.ln()) / 2.0).abs() < 1e-9, "{loss}");
@@ -264,9 +243,9 @@ mod tests {
         let neighbours = [1u32, 2, 0];
         let flat: Vec<f32> = p.iter().flatten().map(|&x| x as f32).collect();
         let with = |order: [usize; 3]| {
-            scalar(&consistency(&one(&p), &one(&order.map(|i| p[i]))).expect("a loss"))
+            scalar(&consistency(&matrix(&p), &matrix(&order.map(|i| p[i]))).expect("a loss"))
         };
-        let want = (with([0, 1, 2]) + with([1, 2, 0])) / 2.0 - 5.0 * scalar(&entropy(&one(&p))?);
+        let want = (with([0, 1, 2]) + with([1, 2, 0])) / 2.0 - 5.0 * scalar(&entropy(&matrix(&p))?);
         let got = expected_clustering_loss(&flat, 2, &neighbours, 5.0);
         assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
         // Without neighbours only the agreement with itself is left.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
+use clustering::learner::{DEVICE, Learner};
 use clustering::{Config, Features, KMeansMetric, Previous, cluster};
 use data::{DataSet, Embeddings, PseudoLabels};
 use rand::RngExt;
@@ -143,13 +144,10 @@ fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> 
     assert!(equal > 1940, "k-means has the same numbers: {equal} of 2000");
 
     // The network that was kept gives the assignment that was written.
-    let heads = clustering::heads::Heads::stack(
-        &[second.head.expect("a network")],
-        &candle_core::Device::Cpu,
-    )?;
+    let mut network = Learner::new(&second.head.expect("a network"))?;
     let rows: Vec<f32> = features.backbone.iter().map(|x| x * (WIDTH as f32).sqrt()).collect();
-    let rows = candle_core::Tensor::from_vec(rows, (2000, WIDTH), &candle_core::Device::Cpu)?;
-    let outputs = heads.logits(&rows)?.squeeze(0)?.argmax(1)?.to_vec1::<u32>()?;
+    let rows = candle_core::Tensor::from_vec(rows, (2000, WIDTH), &DEVICE)?;
+    let outputs = network.logits(&rows)?.argmax(1)?.to_vec1::<u32>()?;
     assert_eq!(outputs, second.assignment);
     Ok(())
 }
