@@ -1,1 +1,181 @@
-//! Stage: prototype-based representation learning.
+//! Stage: refines a network by the clusters that were found with it, prototype by prototype.
+//!
+//! The online, target and predictor networks of BYOL (Grill et al. 2020, arXiv:2006.07733) go on
+//! learning that two views of one image are the same. To that come two losses on the images whose
+//! pseudo-labels are reliable: each image is drawn to the prototype of its cluster and held off the
+//! others, and the clusters' means are held apart and alike between views. No pair of images is
+//! ever pushed apart, so that two of one cluster cannot be.
+//!
+//! This is the third stage of PLDC, prototype-based representation learning. The paper's abstract
+//! gives its idea; losses, weights and schedules are our reading. That the first loss waits for
+//! stable pseudo-labels comes from a check on real digits, in which it hurt before that.
+//!
+//! - Reads `images.safetensors`, `network` (the last training stage), `pseudo-labels` (the last
+//!   clustering), and from the second round on `previous` (this stage's last round: momenta).
+//! - Writes `network.safetensors`, `backbone.safetensors`, `config.json`, `state.safetensors`.
+//!
+//! Start at [`run`]; the objective is in [`loss`], what varies in [`Config`].
+
+mod config;
+pub mod loss;
+mod marked;
+mod prototypes;
+
+use anyhow::{Result, anyhow, ensure};
+use backbone::Configuration;
+use candle_core::{Device, Tensor};
+use data::{Batch, Images, PseudoLabels};
+use serde_json::json;
+use stage::Stage;
+use training::loss::regression_loss;
+use training::{Learner, Run, sampler};
+
+pub use config::{Config, PrototypeUpdate, Sampling};
+
+use crate::loss::{sample_to_prototype_loss, scatter_loss};
+use crate::marked::Marked;
+use crate::prototypes::Prototypes;
+
+/// Raised when results change for the same table.
+pub const ALGORITHM: u32 = 1;
+
+/// Finds what is wrong before anything runs.
+///
+/// # Errors
+///
+/// See [`Config::check`].
+pub fn check(config: &Config, stage: &Stage) -> Result<()> {
+    config.check(stage)
+}
+
+/// Files in, files out; goes on where an interrupted run stopped.
+///
+/// # Errors
+///
+/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+pub fn run(config: &Config, stage: &Stage) -> Result<()> {
+    ensure!(stage.round >= 1, "refinement follows a clustering: --round counts from 1");
+    let images = Images::open(&stage.images)?;
+    let device = training::device(stage.device)?;
+    let rows = images.rows(&stage.data.train_on);
+    let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
+    labels.data_set.require(images.data_set(), "cluster again from these images")?;
+    labels.require_clusters(stage.data.clusters)?;
+    let marked = Marked::new(&labels, images.len());
+
+    let network = stage.input("network")?;
+    let configuration = Configuration::read(network)?;
+    let input: data::views::Input = configuration.input()?;
+    let mut learner = Learner::open(network, &configuration, config.groups()?)?;
+    if stage.round > 1 {
+        learner.take_up_momenta(stage.input("previous")?)?;
+    }
+    let mut prototypes = Prototypes::of(&labels, &device)?;
+    let pulls = config.pulls(labels.stability);
+
+    // One schedule spans all rounds: this one begins where the last one ended.
+    let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
+    let epochs_before = (stage.round - 1) * config.epochs;
+    let learning_rate = config.learning_rate(stage.rounds, steps_per_epoch)?;
+    let target_decay = config.target_decay(stage.rounds, steps_per_epoch)?;
+    let plan = config.plan(steps_per_epoch);
+    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
+    if run.step() == 1 {
+        stage.log(&json!({ "stability": labels.stability, "drawn-to-prototypes": pulls }))?;
+    }
+
+    while let Some(epoch) = run.next_epoch() {
+        let done = run.step() - 1 - epoch * steps_per_epoch; // Above 0 in an epoch that is resumed.
+        let epoch = epochs_before + epoch;
+        let (clusters, labels_of_rows) = (stage.data.clusters, marked.pseudo_labels(&rows));
+        let batches = config.order(&rows, &labels_of_rows, clusters, stage.seed, epoch)?;
+        if pulls {
+            match config.prototypes {
+                PrototypeUpdate::MovingAverage if run.step() > 1 => prototypes.take_up(&run)?,
+                _ if done > 0 => prototypes.take_up(&run)?,
+                _ => {
+                    let target = &mut learner.target;
+                    prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
+                    prototypes.keep(&mut run)?;
+                }
+            }
+        }
+        for batch in config.loader(&images, batches, done, &input, stage.seed, epoch)? {
+            let batch = batch?;
+            let marks = marked.marks(&batch.rows);
+            let [view_1, view_2] = tensors(batch, &device)?;
+            let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
+            let epochs = step as f64 / steps_per_epoch as f64;
+            let (prototype_weight, scatter_weight) = config.weights(epochs, labels.stability);
+            let Learner { online, target, optimizer } = &mut learner;
+
+            let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
+            let target_2 = target.project(&view_2)?;
+            run.note_projections(&target_1)?; // An error when they have collapsed.
+            let directions = [(&view_1, &target_2), (&view_2, &target_1)];
+            for (direction, (view, projection)) in directions.into_iter().enumerate() {
+                let draw = [step as u64, direction as u64];
+                let noise =
+                    training::noise(config.noise, projection.dims2()?, stage.seed, &draw, &device)?;
+                let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
+                let regression = regression_loss(pass.prediction(), projection)?;
+                // Mean of both directions, not their sum.
+                let mut loss = (&regression * 0.5)?;
+                // A weight of 0 leaves the graph, and so every bit, as in pretraining.
+                if prototype_weight > 0. {
+                    let term = sample_to_prototype_loss(
+                        pass.projection(),
+                        prototypes.rows(),
+                        &marks,
+                        config.sample_to_prototype_temperature,
+                    )?;
+                    run.note("sample-to-prototype-loss", scalar(&term)?);
+                    loss = (loss + (term * (0.5 * prototype_weight))?)?;
+                }
+                if scatter_weight > 0. {
+                    let temperature = config.scatter_temperature;
+                    let term = scatter_loss(pass.projection(), projection, &marks, temperature)?;
+                    run.note("scatter-loss", scalar(&term)?);
+                    loss = (loss + (term * (0.5 * scatter_weight))?)?;
+                }
+                run.note("regression-loss", scalar(&regression)?);
+                run.note("projection-length", mean_length(pass.projection())?);
+                run.note_loss(&loss)?; // An error when it is not finite.
+                online.backward(pass, &loss.backward()?)?; // Adds to the gradients.
+            }
+            run.check_gradients(online)?;
+            optimizer.step(online, learning_rate.at(step))?;
+            target.follow(online, target_decay.at(step))?;
+            if pulls && config.prototypes == PrototypeUpdate::MovingAverage {
+                prototypes.follow([&target_1, &target_2], &marks)?;
+                prototypes.keep(&mut run)?;
+            }
+            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+        }
+        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+    }
+    run.finish(&learner, &configuration)
+}
+
+const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
+
+/// The views of a batch, `(B, H, W, C)` each.
+fn tensors<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Tensor; VIEWS]> {
+    let shape = (batch.rows.len(), batch.height, batch.width, batch.channels);
+    let mut views = batch.views.into_iter();
+    let mut tensors = Vec::with_capacity(VIEWS);
+    for view in views.by_ref().take(VIEWS) {
+        tensors.push(Tensor::from_vec(view, shape, device)?);
+    }
+    tensors.try_into().map_err(|_| anyhow!("a batch holds fewer than {VIEWS} views"))
+}
+
+/// The value of a scalar, for the log.
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
+}
+
+/// Mean length of rows, for the log: noise of a fixed deviation does nothing to long projections.
+fn mean_length(rows: &Tensor) -> Result<f64> {
+    scalar(&rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
+}

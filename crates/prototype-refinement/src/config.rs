@@ -1,0 +1,332 @@
+//! The table `[prototype-refinement]`, and what follows from it.
+
+use std::num::NonZero;
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use data::views::{Input, Pipeline};
+use data::{Images, Loader};
+use serde::{Deserialize, Serialize};
+use stage::Stage;
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, sampler};
+
+/// What a refinement can vary. The experiment file sets every field: there are no defaults in
+/// code, and an unknown or missing key is an error. The networks' shape and the pictures' size come
+/// with the network that is refined.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Passes over the images in each round.
+    pub epochs: usize,
+    /// Images per step; each gives two views.
+    pub batch_size: usize,
+    /// Learning rate after warm-up, for 256 images; scales linearly with `batch_size`.
+    pub peak_learning_rate: f64,
+    /// The predictor learns faster by this factor; 10 is published for BYOL.
+    pub predictor_learning_rate_factor: f64,
+    /// Share of the last step's direction that a step keeps. The first round starts without any,
+    /// the later ones take it over.
+    pub momentum: f64,
+    /// Weight decay of every parameter, batch norm and biases included.
+    pub weight_decay: f64,
+    /// Epochs of the first round over which the learning rate rises from 0. From there it falls
+    /// along one cosine over all rounds, to 0.
+    pub warmup_epochs: f64,
+    /// Decay τ of the target network at the first step of the first round; rises to 1 along a
+    /// cosine over all rounds.
+    pub target_decay: f64,
+    /// Deviation σ of the noise on the projection before the predictor.
+    pub noise: f64,
+    /// Weight of [`sample_to_prototype_loss`](crate::loss::sample_to_prototype_loss), once the gate
+    /// is open.
+    pub sample_to_prototype_weight: f64,
+    /// Its weight is 0 until the stability between two rounds of clustering is above this: wrong
+    /// pseudo-labels are confident ones, and the loss would pull their images to wrong prototypes.
+    /// The first round has no stability; below 0 the gate is open from there on.
+    pub sample_to_prototype_gate: f64,
+    /// Weight of [`scatter_loss`](crate::loss::scatter_loss).
+    pub scatter_weight: f64,
+    /// Temperature τ of the first of the two.
+    pub sample_to_prototype_temperature: f64,
+    /// Temperature τ of the second.
+    pub scatter_temperature: f64,
+    /// Epochs of the first round over which both weights rise linearly from 0.
+    pub ramp_epochs: f64,
+    /// When the prototypes move.
+    pub prototypes: PrototypeUpdate,
+    /// Order of the images.
+    pub sampling: Sampling,
+    /// Number type of activations and products.
+    pub precision: Precision,
+    /// Epochs between checkpoints.
+    pub save_every: usize,
+    /// The run stops when the deviation of unit-length projections falls below this.
+    pub collapse_deviation: f64,
+    /// From a picture to a view.
+    pub views: Pipeline,
+}
+
+/// When the prototypes move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrototypeUpdate {
+    /// Before every epoch: computed from all reliable images by the target network of that moment.
+    Epoch,
+    /// Before the first epoch of a round as above, and after every step `c ← n(.9 c + .1 μ')` with
+    /// the step's means `μ'`.
+    MovingAverage,
+}
+
+/// Order of the images of an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sampling {
+    /// Every image once.
+    Uniform,
+    /// Drawn with replacement so that every cluster has the same share; uniform for a round whose
+    /// smallest cluster holds less than .3 of its even share, for drawing from a cluster that is
+    /// wrong multiplies its errors.
+    Balanced,
+}
+
+/// Of its even share `N/K`, what the smallest cluster must hold for balanced sampling.
+const LEAST_SHARE_FOR_BALANCE: f64 = 0.3;
+
+impl Config {
+    /// Finds what is wrong before anything runs.
+    ///
+    /// # Errors
+    ///
+    /// A value lies outside its range, or the device is not there; the message names the key.
+    pub fn check(&self, stage: &Stage) -> Result<()> {
+        self.precision.check()?;
+        training::device(stage.device)?;
+        self.plan(1).check()?;
+        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
+        self.groups()?;
+        self.learning_rate(stage.rounds.max(1), 1)?;
+        self.target_decay(stage.rounds.max(1), 1)?;
+        self.views.check("prototype-refinement.views")?;
+        for (key, value) in [
+            ("noise", self.noise),
+            ("sample-to-prototype-weight", self.sample_to_prototype_weight),
+            ("scatter-weight", self.scatter_weight),
+            ("ramp-epochs", self.ramp_epochs),
+        ] {
+            ensure!(
+                value.is_finite() && value >= 0.,
+                "{key} = {value}: it must be a number that is not negative"
+            );
+        }
+        for (key, value) in [
+            ("sample-to-prototype-temperature", self.sample_to_prototype_temperature),
+            ("scatter-temperature", self.scatter_temperature),
+        ] {
+            ensure!(value.is_finite() && value > 0., "{key} = {value}: it must be above 0");
+        }
+        ensure!(
+            self.sample_to_prototype_gate <= 1.,
+            "sample-to-prototype-gate = {}: a stability is at most 1; set \
+             sample-to-prototype-weight = 0.0 to leave the loss out",
+            self.sample_to_prototype_gate
+        );
+        Ok(())
+    }
+
+    /// Length of one round and its checkpoints.
+    pub(crate) fn plan(&self, steps_per_epoch: usize) -> Plan {
+        Plan {
+            epochs: self.epochs,
+            steps_per_epoch,
+            batch_size: self.batch_size,
+            save_every: self.save_every,
+            collapse_deviation: self.collapse_deviation,
+        }
+    }
+
+    pub(crate) fn groups(&self) -> Result<Groups> {
+        Groups::byol(self.momentum, self.weight_decay, self.predictor_learning_rate_factor)
+    }
+
+    /// Over all rounds; its steps count from the first step of the first round.
+    pub(crate) fn learning_rate(&self, rounds: usize, steps: usize) -> Result<LearningRate> {
+        let peak = self.peak_learning_rate * self.batch_size as f64 / 256.;
+        LearningRate::new(peak, self.warmup_epochs, rounds * self.epochs, steps, Cosine::ToZero)
+    }
+
+    /// Over all rounds, as [`Config::learning_rate`].
+    pub(crate) fn target_decay(&self, rounds: usize, steps: usize) -> Result<TargetDecay> {
+        TargetDecay::new(self.target_decay, rounds * self.epochs * steps)
+    }
+
+    /// Weights of the two losses of this stage at a step, `(sample to prototype, scatter)`.
+    ///
+    /// - `epochs`: passed since the first round began, with fractions.
+    /// - `stability`: of the pseudo-labels, where a round before gives one.
+    pub(crate) fn weights(&self, epochs: f64, stability: Option<f64>) -> (f64, f64) {
+        let ramp = match self.ramp_epochs {
+            0. => 1.,
+            length => (epochs / length).min(1.),
+        };
+        let pull = if self.pulls(stability) { self.sample_to_prototype_weight } else { 0. };
+        (pull * ramp, self.scatter_weight * ramp)
+    }
+
+    /// Whether images are drawn to prototypes in a round whose pseudo-labels have this stability.
+    pub(crate) fn pulls(&self, stability: Option<f64>) -> bool {
+        self.sample_to_prototype_weight > 0.
+            && stability.unwrap_or(0.) > self.sample_to_prototype_gate
+    }
+
+    /// The batches of an epoch.
+    ///
+    /// - `rows`: the images, as rows of the images file.
+    /// - `pseudo_labels`: of each of them; `None` where an image has none.
+    /// - `epoch`: counted over all rounds, from 0.
+    ///
+    /// # Errors
+    ///
+    /// There are too few images, or some without a pseudo-label for balanced sampling.
+    pub(crate) fn order(
+        &self,
+        rows: &[u32],
+        pseudo_labels: &[Option<u32>],
+        clusters: usize,
+        seed: u64,
+        epoch: usize,
+    ) -> Result<Vec<Vec<u32>>> {
+        let uniform = || sampler::uniform(rows, self.batch_size, seed, epoch);
+        if self.sampling == Sampling::Uniform {
+            return uniform();
+        }
+        let labels: Vec<u32> = pseudo_labels.iter().copied().collect::<Option<_>>().context(
+            "some images of `train-on` have no pseudo-label, for they are not in `score-on`; \
+             set prototype-refinement.sampling = \"uniform\"",
+        )?;
+        if !is_balanced_enough(&labels, clusters) {
+            return uniform();
+        }
+        sampler::balanced(rows, &labels, clusters, self.batch_size, seed, epoch)
+    }
+
+    /// Two views of each image of `batches` but the first `done`.
+    ///
+    /// # Errors
+    ///
+    /// The pictures do not fit the network.
+    pub(crate) fn loader(
+        &self,
+        images: &Images,
+        batches: Vec<Vec<u32>>,
+        done: usize,
+        input: &Input,
+        seed: u64,
+        epoch: usize,
+    ) -> Result<Loader> {
+        let views = vec![self.views.clone(); 2];
+        Loader::resume(images, batches, done, views, input, seed, epoch as u64, threads())
+    }
+}
+
+/// Threads that make views.
+pub(crate) fn threads() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Whether the smallest cluster is large enough to be drawn as often as the others.
+pub(crate) fn is_balanced_enough(pseudo_labels: &[u32], clusters: usize) -> bool {
+    let mut sizes = vec![0usize; clusters];
+    pseudo_labels.iter().for_each(|&cluster| sizes[cluster as usize] += 1);
+    let smallest = sizes.into_iter().min().unwrap_or(0) as f64;
+    smallest >= LEAST_SHARE_FOR_BALANCE * pseudo_labels.len() as f64 / clusters as f64
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The published-size table of the specification.
+    pub(crate) fn published() -> Config {
+        let text = r#"
+            epochs = 40
+            batch-size = 256
+            peak-learning-rate = 0.02
+            predictor-learning-rate-factor = 10.0
+            momentum = 0.9
+            weight-decay = 5e-4
+            warmup-epochs = 5.0
+            target-decay = 0.996
+            noise = 0.001
+            sample-to-prototype-weight = 0.1
+            sample-to-prototype-gate = 0.99
+            scatter-weight = 0.1
+            sample-to-prototype-temperature = 0.2
+            scatter-temperature = 0.5
+            ramp-epochs = 5.0
+            prototypes = "epoch"
+            sampling = "balanced"
+            precision = "f32"
+            save-every = 10
+            collapse-deviation = 1e-4
+            views = { operations = [{ operation = "flip", probability = 0.5 }] }
+        "#;
+        toml::from_str(text).expect("a table")
+    }
+
+    #[test]
+    fn one_schedule_spans_all_rounds() -> Result<()> {
+        let rate = published().learning_rate(5, 100)?;
+        for (epoch, want) in [(2.5, 0.01), (5., 0.02), (102.5, 0.01), (200., 0.)] {
+            let got = rate.at((epoch * 100.) as usize);
+            assert!((got - want).abs() < 1e-9, "epoch {epoch}: got {got}, want {want}");
+        }
+        assert_eq!(published().groups()?.predictor.learning_rate_factor, 10.);
+        let decay = published().target_decay(5, 100)?;
+        assert!((decay.at(0) - 0.996).abs() < 1e-12 && (decay.at(20_000) - 1.).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
+    fn weights_rise_in_the_first_epochs_and_the_gate_holds_one_back() {
+        let config = published();
+        let assert_weights = |epochs, stability, want: (f64, f64)| {
+            let got = config.weights(epochs, stability);
+            let close = (got.0 - want.0).abs() < 1e-12 && (got.1 - want.1).abs() < 1e-12;
+            assert!(close, "{epochs} {stability:?}: got {got:?}, want {want:?}");
+        };
+        assert_weights(0., None, (0., 0.));
+        assert_weights(2.5, None, (0., 0.05));
+        assert_weights(60., None, (0., 0.1));
+        assert_weights(60., Some(0.99), (0., 0.1));
+        assert_weights(60., Some(0.991), (0.1, 0.1));
+        let open = Config { sample_to_prototype_gate: -1., ..published() };
+        assert_eq!(open.weights(60., None), (0.1, 0.1));
+        let at_once = Config { ramp_epochs: 0., ..published() };
+        assert_eq!(at_once.weights(0., None), (0., 0.1));
+    }
+
+    #[test]
+    fn balanced_sampling_waits_for_clusters_of_some_size() -> Result<()> {
+        let labels = |small: usize| -> Vec<Option<u32>> {
+            (0..100).map(|i| Some(u32::from(i < small))).collect()
+        };
+        let rows: Vec<u32> = (0..100).collect();
+        let config = Config { batch_size: 50, ..published() };
+        // .3 of the even share of 50 is 15.
+        let uniform = sampler::uniform(&rows, 50, 1, 3)?;
+        assert_eq!(config.order(&rows, &labels(14), 2, 1, 3)?, uniform);
+        assert_eq!(config.order(&rows, &labels(0), 2, 1, 3)?, uniform);
+        let balanced = config.order(&rows, &labels(15), 2, 1, 3)?;
+        assert_ne!(balanced, uniform);
+        let small = balanced.concat().iter().filter(|&&row| row < 15).count();
+        assert!((30..70).contains(&small), "half of 100 draws, not {small}");
+
+        let mut one_missing = labels(15);
+        one_missing[7] = None;
+        let error = config.order(&rows, &one_missing, 2, 1, 3).expect_err("a missing label");
+        assert!(error.to_string().contains("score-on"), "{error}");
+        let uniform_config = Config { sampling: Sampling::Uniform, ..config };
+        assert_eq!(uniform_config.order(&rows, &one_missing, 2, 1, 3)?, uniform);
+        Ok(())
+    }
+}

@@ -1,0 +1,286 @@
+//! The whole stage on a small network and small pictures.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use backbone::{Configuration, network_file};
+use candle_core::{Device, Tensor};
+use data::images::{Identical, Source, Writer};
+use data::views::Input;
+use data::{Images, Loader, Picture, PseudoLabels};
+use prototype_refinement::{Config, run};
+use stage::{DataTable, DeviceChoice, Split, Stage};
+use training::loss::regression_loss;
+use training::{Learner, sampler};
+
+const IMAGES: usize = 24;
+const CLUSTERS: usize = 3;
+const WIDTH: usize = 8;
+
+/// A folder with pictures, a network of random weights, and pseudo-labels.
+struct Experiment {
+    folder: tempfile::TempDir,
+}
+
+impl Experiment {
+    fn new() -> Result<Self> {
+        let experiment = Self { folder: tempfile::tempdir()? };
+        let mut writer = Writer::create(&experiment.at("images.safetensors"), 1, Identical::Keep)?;
+        for i in 0..IMAGES {
+            // Taller than wide, and a pattern that no mirror image repeats.
+            let pixels = (0..12 * 8).map(|p| ((p * p + 31 * i * (p % 7)) % 251) as u8).collect();
+            writer.add(&Source::raw(Picture::new(12, 8, 1, pixels)?, 1)?, Split::Train)?;
+        }
+        writer.finish(None)?;
+
+        let configuration: Configuration = serde_json::from_value(serde_json::json!({
+            "backbone": { "depth": "10", "width": 4, "stem": "3x3" },
+            "projector": { "hidden": 16, "width": WIDTH },
+            "predictor": { "hidden": 16 },
+            "channels": 1,
+            "input": { "height": 12, "width": 8, "channels": 1, "mean": [0.4], "std": [0.3],
+                       "clean": [] },
+        }))?;
+        for name in ["network", "pseudo-labels"] {
+            fs::create_dir(experiment.at(name))?;
+        }
+        let learner = Learner::random(&configuration, training::Groups::byol(0.9, 5e-4, 10.)?, 7)?;
+        configuration.write(&experiment.at("network"))?;
+        network_file::write(&experiment.at("network"), &learner.segments())?;
+        experiment.write_labels(0.8, None)?;
+        Ok(experiment)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Pseudo-labels in which every image of even number is reliable, with this score.
+    fn write_labels(&self, score: f32, stability: Option<f64>) -> Result<()> {
+        let images = Images::open(&self.at("images.safetensors"))?;
+        let mut prototypes = vec![0.; CLUSTERS * WIDTH];
+        (0..CLUSTERS).for_each(|k| prototypes[k * WIDTH + k] = 1.);
+        PseudoLabels {
+            data_set: images.data_set().clone(),
+            clusters: CLUSTERS,
+            index: (0..IMAGES as u32).collect(),
+            assignment: (0..IMAGES as u32).map(|i| i % 3).collect(),
+            kmeans_assignment: vec![0; IMAGES],
+            confidence: vec![1.; IMAGES],
+            score: vec![score; IMAGES],
+            reliable: (0..IMAGES).map(|i| i % 2 == 0).collect(),
+            projection_width: WIDTH,
+            prototypes,
+            stability,
+        }
+        .write(&self.at("pseudo-labels").join("pseudo-labels.safetensors"))?;
+        // Another stage's file beside them, which refinement must leave alone.
+        Ok(fs::write(self.at("pseudo-labels").join("head.safetensors"), b"weights")?)
+    }
+
+    fn refine(
+        &self,
+        config: &Config,
+        out: &str,
+        round: usize,
+        inputs: &[(&str, &str)],
+    ) -> Result<Vec<u8>> {
+        let out = self.at(out);
+        fs::create_dir_all(&out)?;
+        let inputs: BTreeMap<String, PathBuf> =
+            inputs.iter().map(|(role, name)| ((*role).to_owned(), self.at(name))).collect();
+        let stage = Stage {
+            name: "prototype-refinement",
+            experiment: PathBuf::from("experiment.toml"),
+            images: self.at("images.safetensors"),
+            inputs,
+            out: out.clone(),
+            round,
+            rounds: 2,
+            seed: 3,
+            device: DeviceChoice::Cpu,
+            data: DataTable {
+                clusters: CLUSTERS,
+                train_on: vec![Split::Train],
+                score_on: vec![Split::Train],
+            },
+        };
+        run(config, &stage)?;
+        Ok(fs::read(out.join("network.safetensors"))?)
+    }
+
+    fn first_round(&self, config: &Config, out: &str) -> Result<Vec<u8>> {
+        self.refine(config, out, 1, &[("network", "network"), ("pseudo-labels", "pseudo-labels")])
+    }
+}
+
+fn config() -> Config {
+    let text = r#"
+        epochs = 2
+        batch-size = 8
+        peak-learning-rate = 0.5
+        predictor-learning-rate-factor = 10.0
+        momentum = 0.9
+        weight-decay = 5e-4
+        warmup-epochs = 1.0
+        target-decay = 0.9
+        noise = 0.0
+        sample-to-prototype-weight = 0.0
+        sample-to-prototype-gate = 0.99
+        scatter-weight = 0.0
+        sample-to-prototype-temperature = 0.2
+        scatter-temperature = 0.5
+        ramp-epochs = 1.0
+        prototypes = "epoch"
+        sampling = "uniform"
+        precision = "f32"
+        save-every = 1
+        collapse-deviation = 0.0
+        views = { operations = [{ operation = "flip", probability = 0.5 },
+                                { operation = "noise", deviation = 0.1 }] }
+    "#;
+    toml::from_str(text).expect("a table")
+}
+
+/// BYOL as pretraining does it, from the experiment's network, with the schedules of two rounds of
+/// refinement.
+fn byol(experiment: &Experiment, config: &Config) -> Result<Vec<u8>> {
+    let images = Images::open(&experiment.at("images.safetensors"))?;
+    let configuration = Configuration::read(&experiment.at("network"))?;
+    let input: Input = configuration.input()?;
+    let groups = training::Groups::byol(0.9, 5e-4, 10.)?;
+    let mut learner = Learner::open(&experiment.at("network"), &configuration, groups)?;
+    let Learner { online, target, optimizer } = &mut learner;
+    let steps = sampler::steps(IMAGES, 8);
+    let rate =
+        training::LearningRate::new(0.5 * 8. / 256., 1., 4, steps, training::Cosine::ToZero)?;
+    let decay = training::TargetDecay::new(0.9, 4 * steps)?;
+    let rows: Vec<u32> = (0..IMAGES as u32).collect();
+    let mut step = 0;
+    for epoch in 0..2 {
+        let order = sampler::uniform(&rows, 8, 3, epoch)?;
+        let views = vec![config.views.clone(); 2];
+        for batch in Loader::new(&images, order, views, &input, 3, epoch as u64, 2)? {
+            step += 1;
+            let batch = batch?;
+            let view = |v: usize| Tensor::from_slice(&batch.views[v], (8, 12, 8, 1), &Device::Cpu);
+            let views = [view(0)?, view(1)?];
+            let targets = [target.project(&views[0])?, target.project(&views[1])?];
+            for (view, projection) in [(&views[0], &targets[1]), (&views[1], &targets[0])] {
+                let pass = online.forward(view, None)?;
+                let loss = (regression_loss(pass.prediction(), projection)? * 0.5)?;
+                online.backward(pass, &loss.backward()?)?;
+            }
+            optimizer.step(online, rate.at(step))?;
+            target.follow(online, decay.at(step))?;
+        }
+    }
+    let out = experiment.at("byol");
+    fs::create_dir_all(&out)?;
+    network_file::write(&out, &learner.segments())?;
+    Ok(fs::read(out.join("network.safetensors"))?)
+}
+
+fn log_of(folder: &Path) -> Result<Vec<serde_json::Value>> {
+    let text = fs::read_to_string(folder.join("log.jsonl"))?;
+    Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+}
+
+#[test]
+fn without_its_losses_refinement_is_byol_bit_for_bit() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let want = byol(&experiment, &config())?;
+    assert!(experiment.first_round(&config(), "plain")? == want, "weights of 0");
+
+    // No image is reliable: both losses are there, and exactly zero.
+    experiment.write_labels(0., Some(1.))?;
+    let config = Config { sample_to_prototype_weight: 0.1, scatter_weight: 0.1, ..config() };
+    assert!(experiment.first_round(&config, "none-reliable")? == want, "an empty reliable set");
+    Ok(())
+}
+
+#[test]
+fn each_loss_acts_and_the_gate_holds_one_back() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let plain = experiment.first_round(&config(), "plain")?;
+    let scatter = Config { scatter_weight: 0.1, ..config() };
+    assert!(experiment.first_round(&scatter, "scatter")? != plain);
+
+    let pull = Config { sample_to_prototype_weight: 0.1, ..config() };
+    assert!(experiment.first_round(&pull, "no-stability")? == plain, "no stability, closed");
+    experiment.write_labels(0.8, Some(0.98))?;
+    assert!(experiment.first_round(&pull, "unstable")? == plain, "below the gate, closed");
+    experiment.write_labels(0.8, Some(0.995))?;
+    let pulled = experiment.first_round(&pull, "stable")?;
+    assert!(pulled != plain, "above the gate, open");
+
+    let moving =
+        Config { prototypes: prototype_refinement::PrototypeUpdate::MovingAverage, ..pull };
+    assert!(experiment.first_round(&moving, "moving")? != pulled);
+
+    let last = log_of(&experiment.at("stable"))?.pop().expect("an epoch");
+    for key in ["loss", "regression-loss", "sample-to-prototype-loss", "projection-length"] {
+        assert!(last[key].as_f64().is_some_and(|value| value > 0.), "{key} in {last}");
+    }
+    Ok(())
+}
+
+#[test]
+fn inputs_are_left_as_they_are() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let inputs = [
+        "network/network.safetensors",
+        "pseudo-labels/head.safetensors",
+        "pseudo-labels/pseudo-labels.safetensors",
+        "images.safetensors",
+    ];
+    let read = || inputs.map(|name| fs::read(experiment.at(name)).expect("an input"));
+    let before = read();
+    experiment.first_round(&Config { scatter_weight: 0.1, noise: 0.001, ..config() }, "out")?;
+    assert!(read() == before);
+    Ok(())
+}
+
+#[test]
+fn a_second_round_takes_over_momenta_and_schedule() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let config = Config { scatter_weight: 0.1, ..config() };
+    experiment.first_round(&config, "1")?;
+    let inputs = [("network", "1"), ("pseudo-labels", "pseudo-labels"), ("previous", "1")];
+    let second = experiment.refine(&config, "2", 2, &inputs)?;
+
+    // The same network with other momenta goes elsewhere.
+    experiment.first_round(&Config { noise: 0.1, ..config.clone() }, "other")?;
+    let others = [inputs[0], inputs[1], ("previous", "other")];
+    assert!(experiment.refine(&config, "with-other-momenta", 2, &others)? != second);
+    // And the second round is no second first one: its learning rate goes on falling.
+    assert!(experiment.refine(&config, "again", 1, &inputs[..2])? != second);
+    let error = experiment.refine(&config, "3", 2, &inputs[..2]).expect_err("no previous");
+    assert!(format!("{error:#}").contains("--in previous=DIR"), "{error:#}");
+    let error = experiment.refine(&config, "4", 0, &inputs).expect_err("round 0");
+    assert!(format!("{error:#}").contains("--round"), "{error:#}");
+    Ok(())
+}
+
+#[test]
+fn foreign_pseudo_labels_are_refused() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let path = experiment.at("pseudo-labels").join("pseudo-labels.safetensors");
+    let good = PseudoLabels::open(&path)?;
+
+    let mut other = good.clone();
+    other.data_set.fingerprint = "another".into();
+    other.write(&path)?;
+    let error = experiment.first_round(&config(), "out").expect_err("another data set");
+    assert!(format!("{error:#}").contains("cluster again"), "{error:#}");
+
+    let mut more = good.clone();
+    more.clusters = 4;
+    more.prototypes.extend([0.; WIDTH]);
+    more.write(&path)?;
+    let error = experiment.first_round(&config(), "out").expect_err("four clusters");
+    assert!(format!("{error:#}").contains("4 clusters"), "{error:#}");
+    Ok(())
+}
