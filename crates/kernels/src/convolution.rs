@@ -10,6 +10,8 @@
 use std::ops::Range;
 
 use crate::layout::{SIDE, TILE};
+use crate::linear::add_to_rows;
+use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{Pair, Sum, product};
 use crate::{Shape, Variant};
@@ -150,8 +152,28 @@ fn columns_of(blocks: usize, pair: usize) -> usize {
     (blocks - 2 * pair).min(2)
 }
 
-/// `output = weights ∗ input`, without bias. `packed` comes from [`pack_forward`].
-pub fn forward(variant: Variant, g: &Geometry, input: &[f32], packed: &[f32], output: &mut [f32]) {
+/// `output = weights ∗ input + bias`. `packed` comes from [`pack_forward`]; `bias` is padded to whole
+/// blocks of channels.
+///
+/// `moments`, when given, receives the sums that [`crate::norm::merge`] makes into mean and
+/// variance, taken while the output is in the cache; it holds [`crate::norm::moments_len`] numbers.
+///
+/// # Panics
+///
+/// When a slice has another length than the geometry says.
+pub fn forward(
+    variant: Variant,
+    g: &Geometry,
+    input: &[f32],
+    packed: &[f32],
+    bias: Option<&[f32]>,
+    output: &mut [f32],
+    moments: Option<&mut [f32]>,
+) {
+    assert!(bias.is_none_or(|bias| bias.len() == g.output.padded_channels()));
+    assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
+    let moments = moments.map(Disjoint::new);
+    let finish = Finish { bias, moments };
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let taps = |at: usize| (0..g.kernel).map(move |tap| (tap, at * g.stride + tap));
         let inside = |(tap, at): (usize, usize)| {
@@ -162,7 +184,7 @@ pub fn forward(variant: Variant, g: &Geometry, input: &[f32], packed: &[f32], ou
     let rows = side(g.output.height, g.input.height);
     let columns = side(g.output.width, g.input.width);
     let meets = Meets { rows, columns, kernel: g.kernel };
-    gather(variant, g, (input, g.input), packed, &meets, (output, g.output), false);
+    gather(variant, g, (input, g.input), packed, &meets, (output, g.output), false, &finish);
 }
 
 /// `input_gradient (+)= weightsᵀ ∗ output_gradient`; `packed` comes from [`pack_backward`].
@@ -187,7 +209,9 @@ pub fn input_gradient(
     let rows = side(g.input.height, g.output.height);
     let columns = side(g.input.width, g.output.width);
     let meets = Meets { rows, columns, kernel: g.kernel };
-    gather(variant, g, (output_gradient, g.output), packed, &meets, (input_gradient, g.input), add);
+    let finish = Finish { bias: None, moments: None };
+    let to = (input_gradient, g.input);
+    gather(variant, g, (output_gradient, g.output), packed, &meets, to, add, &finish);
 }
 
 /// For each row and each column of the value that is written: the taps that meet the value that is
@@ -198,7 +222,14 @@ struct Meets {
     kernel: usize,
 }
 
+/// What happens to a pixel once its sum is complete.
+struct Finish<'a> {
+    bias: Option<&'a [f32]>,
+    moments: Option<Disjoint<'a, f32>>,
+}
+
 /// Every pixel of `to` as a sum over taps and channel blocks of `from`.
+#[expect(clippy::too_many_arguments, reason = "what is read, by what, what is written")]
 fn gather(
     variant: Variant,
     g: &Geometry,
@@ -207,6 +238,7 @@ fn gather(
     meets: &Meets,
     (to, to_shape): (&mut [f32], Shape),
     add: bool,
+    finish: &Finish,
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
@@ -223,7 +255,8 @@ fn gather(
         let (part_task, pair_task) = (task / pair_tasks, task % pair_tasks);
         let parts = part_task * per_task..((part_task + 1) * per_task).min(parts);
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
-        let gather = Gather { variant, from, from_shape, packed, meets, to: &to, to_shape, add };
+        let to = &to;
+        let gather = Gather { variant, from, from_shape, packed, meets, to, to_shape, add, finish };
         for pair in pairs {
             gather.pair_of_blocks(parts.clone(), pair);
         }
@@ -239,20 +272,52 @@ struct Gather<'a> {
     to: &'a Disjoint<'a, f32>,
     to_shape: Shape,
     add: bool,
+    finish: &'a Finish<'a>,
 }
 
 impl Gather<'_> {
     /// Two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
-        let terms = self.meets.kernel * self.meets.kernel * self.from_shape.blocks();
-        let chunk = terms.div_ceil(terms.div_ceil(CHUNK));
+        let all = self.meets.kernel * self.meets.kernel * self.from_shape.blocks();
+        let chunk = all.div_ceil(all.div_ceil(CHUNK));
         let mut list = Vec::with_capacity(chunk);
-        for begin in (0..terms).step_by(chunk) {
-            let terms = begin..(begin + chunk).min(terms);
+        for begin in (0..all).step_by(chunk) {
+            let terms = begin..(begin + chunk).min(all);
             for part in parts.clone() {
                 let (group, pixels) = self.to_shape.part(part);
                 for pixel in pixels {
                     self.pixel(group, pixel, pair, terms.clone(), &mut list);
+                }
+                if terms.end == all {
+                    self.finish(part, pair);
+                }
+            }
+        }
+    }
+
+    /// Bias and moments of one part, in the pair's blocks.
+    fn finish(&self, part: usize, pair: usize) {
+        let Finish { bias, moments } = self.finish;
+        if bias.is_none() && moments.is_none() {
+            return;
+        }
+        let (from, len, images) = self.to_shape.span(part);
+        let pixel_len = self.to_shape.pixel_len();
+        for column in 0..columns_of(self.to_shape.blocks(), pair) {
+            let block = 2 * pair + column;
+            let mut sums = moments.as_ref().map(|moments| {
+                let at = (part * self.to_shape.blocks() + block) * MOMENT_BLOCK;
+                // SAFETY: a task owns its parts in its pairs of blocks.
+                unsafe { moments.part(at, MOMENT_BLOCK) }
+            });
+            for (at, pixel) in (from..from + len).step_by(pixel_len).enumerate() {
+                // SAFETY: as above; the sums of this part and pair are complete.
+                let tile = unsafe { self.to.part(pixel + block * TILE, TILE) };
+                if let Some(bias) = bias {
+                    add_to_rows(self.variant, tile, images, &bias[block * SIDE..][..SIDE]);
+                }
+                if let Some(sums) = &mut sums {
+                    add_moments(self.variant, tile, images, at == 0, sums);
                 }
             }
         }

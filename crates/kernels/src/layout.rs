@@ -115,6 +115,13 @@ impl Shape {
         (group, first..(first + self.part_pixels()).min(self.pixels()))
     }
 
+    /// Where the tiles of a part lie (first number, count), and how many of their images are real.
+    pub(crate) fn span(&self, part: usize) -> (usize, usize, usize) {
+        let (group, pixels) = self.part(part);
+        let from = (group * self.pixels() + pixels.start) * self.pixel_len();
+        (from, pixels.len() * self.pixel_len(), self.images_in(group))
+    }
+
     fn parts_per_group(&self) -> usize {
         self.pixels().div_ceil(self.part_pixels())
     }

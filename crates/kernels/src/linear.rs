@@ -1,25 +1,13 @@
-//! The bias of a linear layer. Its product is a [`crate::convolution`] with kernel 1.
+//! The bias of a linear layer. Its product is a [convolution](crate::convolution) with kernel 1,
+//! which adds the bias.
 
 use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Shape, Variant, parallel};
 
-/// Adds `bias`, padded to whole blocks of channels, to every real image and pixel.
-///
-/// # Panics
-///
-/// When a slice has another length than the shape says.
-pub fn add_bias(variant: Variant, shape: Shape, bias: &[f32], values: &mut [f32]) {
-    assert_eq!(bias.len(), shape.padded_channels());
-    assert_eq!(values.len(), shape.len());
-    let pixels = shape.pixels();
-    parallel::for_each_chunk(values, shape.pixel_len(), shape.len(), |at, pixel| {
-        add_to_rows(variant, pixel, shape.images_in(at / pixels), bias);
-    });
-}
-
 for_each_variant! {
-    fn add_to_rows(tiles: &mut [f32], images: usize, bias: &[f32]) {
+    /// Adds the bias to the real images of tiles side by side.
+    pub(crate) fn add_to_rows(tiles: &mut [f32], images: usize, bias: &[f32]) {
         for (tile, bias) in tiles.chunks_exact_mut(TILE).zip(bias.chunks_exact(SIDE)) {
             for row in tile.chunks_exact_mut(SIDE).take(images) {
                 for (value, bias) in row.iter_mut().zip(bias) {

@@ -1,11 +1,14 @@
 //! Batch norm with the residual sum and the ReLU that follow it, forward and backward.
 //!
 //! `y = relu((z − mean) · w / √(variance + ε) + b + residual)`, per channel (Ioffe & Szegedy 2015,
-//! arXiv:1502.03167, Algorithm 1). Mean and variance are made in two steps: [`moments`] takes them
-//! over small parts of the value, where the data are, and [`merge`] joins the parts. What is to
-//! decide over which images a statistic runs acts between the two.
+//! arXiv:1502.03167, Algorithm 1). Mean and variance are made in two steps: sums over small parts
+//! of the value, taken by the convolution that makes it while it is in the cache, and [`merge`],
+//! which joins the parts. What is to decide over which images a statistic runs acts between the
+//! two.
+#![expect(unsafe_code, reason = "tasks write disjoint parts of one gradient")]
 
 use crate::layout::{SIDE, TILE};
+use crate::parallel::Disjoint;
 use crate::variant::for_each_variant;
 use crate::{Shape, Variant, parallel};
 
@@ -32,16 +35,21 @@ impl Moments {
     }
 }
 
-/// Numbers that [`moments`] writes: two per part and padded channel.
+/// Rows of [`SIDE`] numbers for a block of channels in a part: shift, `Σ (z − shift)` and
+/// `Σ (z − shift)²`.
+const MOMENT_ROWS: usize = 3;
+/// Numbers for a block of channels in a part.
+pub(crate) const MOMENT_BLOCK: usize = MOMENT_ROWS * SIDE;
+
+/// Numbers in the sums of all parts: layout (part, block of channels, [`MOMENT_ROWS`], channel).
+///
+/// A part is at most 32 pixels of one group of images. Its sums are taken around a shift, the mean
+/// of its first pixel: so near to the mean nothing cancels, however far that is from zero.
 pub fn moments_len(shape: Shape) -> usize {
-    shape.parts() * 2 * shape.padded_channels()
+    shape.parts() * shape.blocks() * MOMENT_BLOCK
 }
 
-/// Mean and `Σ (z − mean)²` of each part (at most 32 pixels of one group of images) and channel.
-///
-/// A part is small enough to stay in the first cache, so the squares are taken around the part's
-/// own mean in a second pass: nothing cancels, however far the mean is from zero. Layout: (part;
-/// mean, squares; padded channel).
+/// Takes the sums of a value that no convolution made.
 ///
 /// # Panics
 ///
@@ -49,59 +57,50 @@ pub fn moments_len(shape: Shape) -> usize {
 pub fn moments(variant: Variant, shape: Shape, values: &[f32], parts: &mut [f32]) {
     assert_eq!(values.len(), shape.len());
     assert_eq!(parts.len(), moments_len(shape));
-    let channels = shape.padded_channels();
-    parallel::for_each_chunk(parts, 2 * channels, 2 * shape.len(), |part, moments| {
-        let (mean, squares) = moments.split_at_mut(channels);
-        let (values, images) = pixels_of(shape, part, values);
-        part_moments(variant, values, shape.pixel_len(), images, mean, squares);
+    let len = shape.blocks() * MOMENT_BLOCK;
+    parallel::for_each_chunk(parts, len, 2 * shape.len(), |part, sums| {
+        let (from, len, images) = shape.span(part);
+        for (at, pixel) in values[from..from + len].chunks_exact(shape.pixel_len()).enumerate() {
+            let tiles = pixel.chunks_exact(TILE).zip(sums.chunks_exact_mut(MOMENT_BLOCK));
+            for (tile, sums) in tiles {
+                add_moments(variant, tile, images, at == 0, sums);
+            }
+        }
     });
 }
 
-/// The tiles of a part, and how many images of them are real.
-fn pixels_of(shape: Shape, part: usize, values: &[f32]) -> (&[f32], usize) {
-    let (from, len, images) = span_of(shape, part);
-    (&values[from..from + len], images)
-}
-
-fn span_of(shape: Shape, part: usize) -> (usize, usize, usize) {
-    let (group, pixels) = shape.part(part);
-    let from = (group * shape.pixels() + pixels.start) * shape.pixel_len();
-    (from, pixels.len() * shape.pixel_len(), shape.images_in(group))
-}
-
 for_each_variant! {
-    fn part_moments(
-        values: &[f32],
-        pixel_len: usize,
-        images: usize,
-        means: &mut [f32],
-        squares: &mut [f32],
-    ) {
-        let count = (values.len() / pixel_len * images) as f32;
-        let blocks = means.chunks_exact_mut(SIDE).zip(squares.chunks_exact_mut(SIDE));
-        for (block, (means, squares)) in blocks.enumerate() {
-            let mut mean = [0f32; SIDE];
-            for pixel in values.chunks_exact(pixel_len) {
-                for row in pixel[block * TILE..][..TILE].chunks_exact(SIDE).take(images) {
-                    for (mean, value) in mean.iter_mut().zip(row) {
-                        *mean += value;
-                    }
+    /// Adds one tile to the sums of its part; the first tile sets the shift.
+    pub(crate) fn add_moments(tile: &[f32], images: usize, first: bool, sums: &mut [f32]) {
+        let (shift, rest) = sums.split_at_mut(SIDE);
+        let (sum, square) = rest.split_at_mut(SIDE);
+        if first {
+            shift.fill(0.);
+            sum.fill(0.);
+            square.fill(0.);
+            for row in tile.chunks_exact(SIDE).take(images) {
+                for lane in 0..SIDE {
+                    shift[lane] += row[lane];
                 }
             }
-            for mean in &mut mean {
-                *mean /= count;
+            let share = 1. / images as f32;
+            for shift in shift.iter_mut() {
+                *shift *= share;
             }
-            let mut square = [0f32; SIDE];
-            for pixel in values.chunks_exact(pixel_len) {
-                for row in pixel[block * TILE..][..TILE].chunks_exact(SIDE).take(images) {
-                    for ((square, value), mean) in square.iter_mut().zip(row).zip(mean) {
-                        let deviation = value - mean;
-                        *square += deviation * deviation;
-                    }
-                }
+        }
+        let mut shifts = [0f32; SIDE];
+        shifts.copy_from_slice(shift);
+        let (mut totals, mut squares) = ([0f32; SIDE], [0f32; SIDE]);
+        for row in tile.chunks_exact(SIDE).take(images) {
+            for lane in 0..SIDE {
+                let deviation = row[lane] - shifts[lane];
+                totals[lane] += deviation;
+                squares[lane] += deviation * deviation;
             }
-            means.copy_from_slice(&mean);
-            squares.copy_from_slice(&square);
+        }
+        for lane in 0..SIDE {
+            sum[lane] += totals[lane];
+            square[lane] += squares[lane];
         }
     }
 }
@@ -117,19 +116,23 @@ pub fn merge(shape: Shape, parts: &[f32]) -> Moments {
     assert_eq!(parts.len(), moments_len(shape));
     let channels = shape.padded_channels();
     let mut all = Moments { count: 0, mean: vec![0.; channels], squares: vec![0.; channels] };
-    for (part, moments) in parts.chunks_exact(2 * channels).enumerate() {
+    for (part, sums) in parts.chunks_exact(shape.blocks() * MOMENT_BLOCK).enumerate() {
         let (group, pixels) = shape.part(part);
-        let count = pixels.len() * shape.images_in(group);
-        let total = (all.count + count) as f64;
-        let share = count as f64 / total;
-        let cross = all.count as f64 * share;
-        let (mean, squares) = moments.split_at(channels);
-        for channel in 0..channels {
-            let difference = f64::from(mean[channel]) - all.mean[channel];
-            all.mean[channel] += difference * share;
-            all.squares[channel] += f64::from(squares[channel]) + difference * difference * cross;
+        let count = (pixels.len() * shape.images_in(group)) as f64;
+        let before = all.count as f64;
+        let share = count / (before + count);
+        let means = all.mean.chunks_exact_mut(SIDE).zip(all.squares.chunks_exact_mut(SIDE));
+        for ((means, squares), sums) in means.zip(sums.chunks_exact(MOMENT_BLOCK)) {
+            for lane in 0..SIDE {
+                let sum = f64::from(sums[SIDE + lane]);
+                let mean = f64::from(sums[lane]) + sum / count;
+                let square = f64::from(sums[2 * SIDE + lane]) - sum * sum / count;
+                let difference = mean - means[lane];
+                means[lane] += difference * share;
+                squares[lane] += square.max(0.) + difference * difference * before * share;
+            }
         }
-        all.count += count;
+        all.count += count as usize;
     }
     all
 }
@@ -138,12 +141,21 @@ pub fn merge(shape: Shape, parts: &[f32]) -> Moments {
 #[derive(Clone, Debug, Default)]
 pub struct Normalisation {
     /// Mean that is taken off.
-    pub mean: Vec<f32>,
+    pub mean: Vec<f64>,
     /// `1 / √(variance + ε)`.
-    pub inverse_deviation: Vec<f32>,
+    pub inverse_deviation: Vec<f64>,
     /// Whether mean and deviation came from the values themselves, so that gradients flow through
     /// them.
     pub batch: bool,
+}
+
+impl Normalisation {
+    /// The mean as the kernels take it off, and what rounding left of it: with a mean of a
+    /// thousand deviations the rest is a ten-thousandth of one.
+    fn rounded(&self, channel: usize) -> (f32, f64) {
+        let mean = self.mean[channel] as f32;
+        (mean, self.mean[channel] - f64::from(mean))
+    }
 }
 
 /// `output = relu((input − mean) · inverse_deviation · weight + bias + residual)`; ReLU and
@@ -167,7 +179,7 @@ pub fn forward(
     assert_eq!(input.len(), shape.len());
     assert!(residual.is_none_or(|r| r.len() == shape.len()));
     let affine = Affine::new(shape, n, weight, bias);
-    for_each_part(shape, output, |from, images, output| {
+    for_each_pixel(shape, output, |from, images, output| {
         let input = &input[from..from + output.len()];
         let residual = residual.map(|r| &r[from..from + output.len()]);
         apply(variant, Some(input), &affine, residual, relu, images, output);
@@ -192,18 +204,22 @@ pub fn forward_in_place(
 ) {
     assert!(residual.is_none_or(|r| r.len() == shape.len()));
     let affine = Affine::new(shape, n, weight, bias);
-    for_each_part(shape, values, |from, images, values| {
+    for_each_pixel(shape, values, |from, images, values| {
         let residual = residual.map(|r| &r[from..from + values.len()]);
         apply(variant, None, &affine, residual, relu, images, values);
     });
 }
 
 /// Calls `task(offset, images, tiles)` for every pixel of every group.
-fn for_each_part(shape: Shape, values: &mut [f32], task: impl Fn(usize, usize, &mut [f32]) + Sync) {
+fn for_each_pixel(
+    shape: Shape,
+    values: &mut [f32],
+    task: impl Fn(usize, usize, &mut [f32]) + Sync + Send,
+) {
     assert_eq!(values.len(), shape.len());
     let len = shape.pixel_len();
     let pixels = shape.pixels();
-    parallel::for_each_chunk(values, len, 2 * shape.len(), |at, values| {
+    parallel::for_each_chunk(values, len, shape.len(), |at, values| {
         task(at * len, shape.images_in(at / pixels), values);
     });
 }
@@ -220,13 +236,16 @@ impl Affine {
         let channels = shape.padded_channels();
         assert_eq!((weight.len(), bias.len()), (shape.channels, shape.channels));
         assert_eq!((n.mean.len(), n.inverse_deviation.len()), (channels, channels));
-        let mut factor = vec![0.; channels];
-        let mut shift = vec![0.; channels];
+        let zeros = || vec![0f32; channels];
+        let mut affine = Affine { mean: zeros(), factor: zeros(), shift: zeros() };
         for channel in 0..shape.channels {
-            factor[channel] = weight[channel] * n.inverse_deviation[channel];
-            shift[channel] = bias[channel];
+            let (mean, rest) = n.rounded(channel);
+            let factor = f64::from(weight[channel]) * n.inverse_deviation[channel];
+            affine.mean[channel] = mean;
+            affine.factor[channel] = factor as f32;
+            affine.shift[channel] = (f64::from(bias[channel]) - rest * factor) as f32;
         }
-        Affine { mean: n.mean.clone(), factor, shift }
+        affine
     }
 }
 
@@ -279,7 +298,7 @@ for_each_variant! {
 /// When a slice has another length than the shape says.
 pub fn relu_forward(variant: Variant, shape: Shape, input: &[f32], output: &mut [f32]) {
     assert_eq!(input.len(), shape.len());
-    for_each_part(shape, output, |from, _, output| {
+    for_each_pixel(shape, output, |from, _, output| {
         rectify(variant, &input[from..from + output.len()], output);
     });
 }
@@ -299,7 +318,7 @@ for_each_variant! {
 /// When a slice has another length than the shape says.
 pub fn relu_backward(variant: Variant, shape: Shape, output: &[f32], gradient: &mut [f32]) {
     assert_eq!(output.len(), shape.len());
-    for_each_part(shape, gradient, |from, _, gradient| {
+    for_each_pixel(shape, gradient, |from, _, gradient| {
         mask(variant, &output[from..from + gradient.len()], gradient);
     });
 }
@@ -321,7 +340,14 @@ pub struct GradientSums {
     pub centred: Vec<f64>,
 }
 
-/// Takes the sums that the backward pass needs; `scratch` holds [`moments_len`] numbers.
+/// Numbers of scratch that [`gradient_sums`] needs: layout (part, block of channels, plain or
+/// centred, channel).
+pub fn gradient_sums_len(shape: Shape) -> usize {
+    shape.parts() * shape.blocks() * 2 * SIDE
+}
+
+/// Takes the sums that the backward pass needs. With `relu`, the output of the forward pass, it
+/// first sets the gradient to zero where that is zero, in place.
 ///
 /// # Panics
 ///
@@ -329,28 +355,38 @@ pub struct GradientSums {
 pub fn gradient_sums(
     variant: Variant,
     shape: Shape,
-    gradient: &[f32],
+    gradient: &mut [f32],
+    relu: Option<&[f32]>,
     input: &[f32],
     n: &Normalisation,
     scratch: &mut [f32],
 ) -> GradientSums {
     assert_eq!(gradient.len(), shape.len());
     assert_eq!(input.len(), shape.len());
-    assert_eq!(scratch.len(), moments_len(shape));
+    assert!(relu.is_none_or(|output| output.len() == shape.len()));
+    assert_eq!(scratch.len(), gradient_sums_len(shape));
     let channels = shape.padded_channels();
-    parallel::for_each_chunk(scratch, 2 * channels, 2 * shape.len(), |part, sums| {
-        let (gradient, _) = pixels_of(shape, part, gradient);
-        let (input, _) = pixels_of(shape, part, input);
-        let (plain, centred) = sums.split_at_mut(channels);
-        part_sums(variant, gradient, input, shape.pixel_len(), &n.mean, plain, centred);
+    let mean: Vec<f32> = (0..channels).map(|channel| n.rounded(channel).0).collect();
+    let (gradient, len) = (Disjoint::new(gradient), shape.blocks() * 2 * SIDE);
+    parallel::for_each_chunk(scratch, len, 2 * shape.len(), |part, sums| {
+        let (from, len, _) = shape.span(part);
+        // SAFETY: parts do not overlap, and each is one task's.
+        let gradient = unsafe { gradient.part(from, len) };
+        let relu = relu.map(|output| &output[from..from + len]);
+        let input = &input[from..from + len];
+        part_sums(variant, gradient, relu, input, shape.pixel_len(), &mean, sums);
     });
     let mut sums = GradientSums { plain: vec![0.; channels], centred: vec![0.; channels] };
-    for part in scratch.chunks_exact(2 * channels) {
-        let (plain, centred) = part.split_at(channels);
-        for channel in 0..channels {
-            sums.plain[channel] += f64::from(plain[channel]);
-            sums.centred[channel] += f64::from(centred[channel]);
+    for part in scratch.chunks_exact(len) {
+        for (block, part) in part.chunks_exact(2 * SIDE).enumerate() {
+            for lane in 0..SIDE {
+                sums.plain[block * SIDE + lane] += f64::from(part[lane]);
+                sums.centred[block * SIDE + lane] += f64::from(part[SIDE + lane]);
+            }
         }
+    }
+    for channel in 0..channels {
+        sums.centred[channel] -= n.rounded(channel).1 * sums.plain[channel];
     }
     sums
 }
@@ -358,31 +394,35 @@ pub fn gradient_sums(
 for_each_variant! {
     /// Rows beyond the last image have gradient zero and add nothing.
     fn part_sums(
-        gradient: &[f32],
+        gradient: &mut [f32],
+        relu: Option<&[f32]>,
         input: &[f32],
         pixel_len: usize,
         mean: &[f32],
-        plain: &mut [f32],
-        centred: &mut [f32],
+        sums: &mut [f32],
     ) {
-        let blocks = plain.chunks_exact_mut(SIDE).zip(centred.chunks_exact_mut(SIDE));
-        for (block, (plain, centred)) in blocks.enumerate() {
-            let mean: &[f32; SIDE] = mean[block * SIDE..][..SIDE].try_into().expect("16 lanes");
-            let mut sums = [0f32; SIDE];
-            let mut centred_sums = [0f32; SIDE];
+        if let Some(output) = relu {
+            for (gradient, output) in gradient.iter_mut().zip(output) {
+                *gradient = if *output <= 0. { 0. } else { *gradient };
+            }
+        }
+        for (block, sums) in sums.chunks_exact_mut(2 * SIDE).enumerate() {
+            let mut means = [0f32; SIDE];
+            means.copy_from_slice(&mean[block * SIDE..][..SIDE]);
+            let (mut plain, mut centred) = ([0f32; SIDE], [0f32; SIDE]);
             let pixels = gradient.chunks_exact(pixel_len).zip(input.chunks_exact(pixel_len));
             for (gradient, input) in pixels {
                 let gradient = gradient[block * TILE..][..TILE].chunks_exact(SIDE);
                 let input = input[block * TILE..][..TILE].chunks_exact(SIDE);
                 for (gradient, input) in gradient.zip(input) {
                     for lane in 0..SIDE {
-                        sums[lane] += gradient[lane];
-                        centred_sums[lane] += gradient[lane] * (input[lane] - mean[lane]);
+                        plain[lane] += gradient[lane];
+                        centred[lane] += gradient[lane] * (input[lane] - means[lane]);
                     }
                 }
             }
-            plain.copy_from_slice(&sums);
-            centred.copy_from_slice(&centred_sums);
+            sums[..SIDE].copy_from_slice(&plain);
+            sums[SIDE..].copy_from_slice(&centred);
         }
     }
 }
@@ -390,8 +430,7 @@ for_each_variant! {
 /// Adds the gradient of the weight: `Σ g·(z − mean)/deviation`.
 pub fn weight_gradient(n: &Normalisation, sums: &GradientSums, gradient: &mut [f32]) {
     for (channel, gradient) in gradient.iter_mut().enumerate() {
-        let inverse = f64::from(n.inverse_deviation[channel]);
-        *gradient += (sums.centred[channel] * inverse) as f32;
+        *gradient += (sums.centred[channel] * n.inverse_deviation[channel]) as f32;
     }
 }
 
@@ -402,14 +441,16 @@ pub fn bias_gradient(sums: &GradientSums, gradient: &mut [f32]) {
     }
 }
 
-/// Turns the gradient of the output into that of the input, in place.
+/// The gradient of the input from that of the output (behind the ReLU, see [`gradient_sums`]).
 ///
 /// With batch statistics over `M` values and `s = 1/deviation`:
 /// `dz = w·s · (g − Σg/M − (z − mean)·s²·Σg(z − mean)/M)`; with running ones `dz = w·s · g`.
+/// `gradient` is `None` when `result` holds it.
 ///
 /// # Panics
 ///
 /// When a slice has another length than the shape says.
+#[expect(clippy::too_many_arguments, reason = "the terms of one equation")]
 pub fn input_gradient(
     variant: Variant,
     shape: Shape,
@@ -417,17 +458,22 @@ pub fn input_gradient(
     n: &Normalisation,
     weight: &[f32],
     sums: &GradientSums,
-    gradient: &mut [f32],
+    gradient: Option<&[f32]>,
+    result: &mut [f32],
 ) {
+    assert_eq!(input.len(), shape.len());
+    assert!(gradient.is_none_or(|gradient| gradient.len() == shape.len()));
     let back = Back::new(shape, n, weight, sums);
-    for_each_part(shape, gradient, |from, images, gradient| {
-        let input = &input[from..from + gradient.len()];
-        back_apply(variant, input, &n.mean, &back, images, gradient);
+    for_each_pixel(shape, result, |from, images, result| {
+        let input = &input[from..from + result.len()];
+        let gradient = gradient.map(|gradient| &gradient[from..from + result.len()]);
+        back_apply(variant, input, gradient, &back, images, result);
     });
 }
 
 /// `dz = factor · (g − plain − (z − mean) · slope)`.
 struct Back {
+    mean: Vec<f32>,
     factor: Vec<f32>,
     plain: Vec<f32>,
     slope: Vec<f32>,
@@ -435,19 +481,18 @@ struct Back {
 
 impl Back {
     fn new(shape: Shape, n: &Normalisation, weight: &[f32], sums: &GradientSums) -> Back {
-        let channels = shape.padded_channels();
-        let mut back = Back {
-            factor: vec![0.; channels],
-            plain: vec![0.; channels],
-            slope: vec![0.; channels],
-        };
+        let zeros = || vec![0f32; shape.padded_channels()];
+        let mut back = Back { mean: zeros(), factor: zeros(), plain: zeros(), slope: zeros() };
         let count = shape.count() as f64;
         for (channel, weight) in weight.iter().enumerate() {
-            let inverse = f64::from(n.inverse_deviation[channel]);
-            back.factor[channel] = weight * n.inverse_deviation[channel];
+            let inverse = n.inverse_deviation[channel];
+            let (mean, rest) = n.rounded(channel);
+            back.mean[channel] = mean;
+            back.factor[channel] = (f64::from(*weight) * inverse) as f32;
             if n.batch {
-                back.plain[channel] = (sums.plain[channel] / count) as f32;
-                back.slope[channel] = (sums.centred[channel] * inverse * inverse / count) as f32;
+                let slope = sums.centred[channel] * inverse * inverse / count;
+                back.slope[channel] = slope as f32;
+                back.plain[channel] = (sums.plain[channel] / count - rest * slope) as f32;
             }
         }
         back
@@ -455,22 +500,31 @@ impl Back {
 }
 
 for_each_variant! {
-    fn back_apply(input: &[f32], mean: &[f32], back: &Back, images: usize, gradient: &mut [f32]) {
-        let tiles = gradient.chunks_exact_mut(TILE).zip(input.chunks_exact(TILE));
-        for (block, (gradient, input)) in tiles.enumerate() {
-            let mean = &mean[block * SIDE..][..SIDE];
+    fn back_apply(
+        input: &[f32],
+        gradient: Option<&[f32]>,
+        back: &Back,
+        images: usize,
+        result: &mut [f32],
+    ) {
+        let tiles = result.chunks_exact_mut(TILE).zip(input.chunks_exact(TILE));
+        for (block, (result, input)) in tiles.enumerate() {
+            let mean = &back.mean[block * SIDE..][..SIDE];
             let factor = &back.factor[block * SIDE..][..SIDE];
             let plain = &back.plain[block * SIDE..][..SIDE];
             let slope = &back.slope[block * SIDE..][..SIDE];
-            let rows = gradient.chunks_exact_mut(SIDE).zip(input.chunks_exact(SIDE));
-            for (image, (gradient, input)) in rows.enumerate() {
+            if let Some(gradient) = gradient {
+                result.copy_from_slice(&gradient[block * TILE..][..TILE]);
+            }
+            let rows = result.chunks_exact_mut(SIDE).zip(input.chunks_exact(SIDE));
+            for (image, (result, input)) in rows.enumerate() {
                 if image >= images {
-                    gradient.fill(0.);
+                    result.fill(0.);
                     continue;
                 }
                 for lane in 0..SIDE {
                     let centred = (input[lane] - mean[lane]) * slope[lane];
-                    gradient[lane] = factor[lane] * (gradient[lane] - plain[lane] - centred);
+                    result[lane] = factor[lane] * (result[lane] - plain[lane] - centred);
                 }
             }
         }
@@ -484,7 +538,7 @@ for_each_variant! {
 /// When the lengths differ.
 pub fn add(variant: Variant, shape: Shape, gradient: &[f32], total: &mut [f32]) {
     assert_eq!(gradient.len(), shape.len());
-    for_each_part(shape, total, |from, _, total| {
+    for_each_pixel(shape, total, |from, _, total| {
         add_tiles(variant, &gradient[from..from + total.len()], total);
     });
 }

@@ -7,6 +7,7 @@
 
 use crate::Variant;
 use crate::layout::{SIDE, TILE};
+use crate::variant::Instructions;
 
 /// One term of a sum: where the tile on the left and the one or two tiles on the right begin.
 #[derive(Clone, Copy, Debug)]
@@ -49,21 +50,19 @@ pub(crate) fn product<const TRANSPOSED: bool>(
         assert!(pair.left + TILE <= last_left && pair.depth <= SIDE);
         assert!(pair.right + sum.columns * TILE <= last_right);
     }
-    match variant {
+    match variant.instructions() {
         #[cfg(target_arch = "x86_64")]
-        Variant::Avx512 => {
-            assert!(variant.is_available());
-            // SAFETY: the processor has AVX-512 (line above); every tile lies inside its slice
-            // (checked for each pair and for the output above).
+        Instructions::Avx512 => {
+            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // its slice (checked for each pair and for the output above).
             unsafe { x86::avx512::<TRANSPOSED>(left, right, pairs, output, sum) }
         }
         #[cfg(target_arch = "x86_64")]
-        Variant::Avx2 => {
-            assert!(variant.is_available());
-            // SAFETY: as above, for AVX2 and FMA.
+        Instructions::Avx2 => {
+            // SAFETY: as above.
             unsafe { x86::avx2::<TRANSPOSED>(left, right, pairs, output, sum) }
         }
-        _ => portable::<TRANSPOSED>(left, right, pairs, output, sum),
+        Instructions::Portable => portable::<TRANSPOSED>(left, right, pairs, output, sum),
     }
 }
 

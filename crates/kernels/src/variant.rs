@@ -3,47 +3,60 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// A way of writing the same kernels. All give the same results up to rounding; one variant gives
-/// the same bits on every machine that has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Variant {
+/// A way of writing the same kernels, which this processor can run. All give the same results up
+/// to rounding; one variant gives the same bits on every machine that has it.
+///
+/// Only this module makes one, after it has found the instructions: a `Variant` is the proof that
+/// functions compiled for them may be called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Variant(Instructions);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Instructions {
     /// Plain Rust, vectorised by the compiler for the baseline of the target.
     Portable,
     /// AVX2 with fused multiply-add: 8 lanes.
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512: 16 lanes.
+    #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
 impl Variant {
-    /// Every variant there is, slowest first.
-    pub const ALL: [Variant; 3] = [Variant::Portable, Variant::Avx2, Variant::Avx512];
+    /// Plain Rust, vectorised by the compiler for the baseline of the target.
+    pub const PORTABLE: Variant = Variant(Instructions::Portable);
+
+    /// The variants that this processor can run, slowest first.
+    pub fn available() -> Vec<Variant> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no others yet"))]
+        let mut all = vec![Variant::PORTABLE];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 {
+                all.push(Variant(Instructions::Avx2));
+            }
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                all.push(Variant(Instructions::Avx512));
+            }
+        }
+        all
+    }
 
     /// The word that names the variant in `ASSORT_KERNEL` and in logs.
     pub fn name(self) -> &'static str {
-        match self {
-            Variant::Portable => "portable",
-            Variant::Avx2 => "avx2",
-            Variant::Avx512 => "avx512",
-        }
-    }
-
-    /// Whether this processor has the instructions.
-    pub fn is_available(self) -> bool {
-        match self {
-            Variant::Portable => true,
+        match self.0 {
+            Instructions::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
-            Variant::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Instructions::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Variant::Avx512 => {
-                Variant::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Variant::Avx2 | Variant::Avx512 => false,
+            Instructions::Avx512 => "avx512",
         }
     }
 
@@ -56,6 +69,10 @@ impl Variant {
         static SELECTED: OnceLock<Result<Variant, String>> = OnceLock::new();
         SELECTED.get_or_init(|| choose(std::env::var("ASSORT_KERNEL").ok().as_deref())).clone()
     }
+
+    pub(crate) fn instructions(self) -> Instructions {
+        self.0
+    }
 }
 
 impl fmt::Display for Variant {
@@ -65,18 +82,17 @@ impl fmt::Display for Variant {
 }
 
 fn choose(wanted: Option<&str>) -> Result<Variant, String> {
-    let available: Vec<Variant> = Variant::ALL.into_iter().filter(|v| v.is_available()).collect();
-    let names = || available.iter().map(|v| v.name()).collect::<Vec<_>>().join(", ");
-    let Some(wanted) = wanted.filter(|w| !w.is_empty()) else {
-        return Ok(available.last().copied().unwrap_or(Variant::Portable));
+    let available = Variant::available();
+    let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty()) else {
+        return Ok(available.last().copied().unwrap_or(Variant::PORTABLE));
     };
-    match available.iter().find(|v| v.name() == wanted) {
-        Some(variant) => Ok(*variant),
-        None => Err(format!(
+    available.iter().find(|variant| variant.name() == wanted).copied().ok_or_else(|| {
+        let names: Vec<&str> = available.iter().map(|variant| variant.name()).collect();
+        format!(
             "ASSORT_KERNEL={wanted} is not usable: this processor has {}; unset it to use the fastest",
-            names()
-        )),
-    }
+            names.join(", ")
+        )
+    })
 }
 
 /// Compiles one function body for every variant and calls the one asked for.
@@ -106,20 +122,18 @@ macro_rules! for_each_variant {
             fn avx512($($arg: $ty),*) {
                 body($($arg),*)
             }
-            match variant {
+            match variant.instructions() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::Variant::Avx2 => {
-                    assert!(variant.is_available());
-                    // SAFETY: the line above found the instructions on this processor.
+                $crate::variant::Instructions::Avx2 => {
+                    // SAFETY: a `Variant` exists only where its instructions do.
                     unsafe { avx2($($arg),*) }
                 }
                 #[cfg(target_arch = "x86_64")]
-                $crate::Variant::Avx512 => {
-                    assert!(variant.is_available());
-                    // SAFETY: the line above found the instructions on this processor.
+                $crate::variant::Instructions::Avx512 => {
+                    // SAFETY: as above.
                     unsafe { avx512($($arg),*) }
                 }
-                _ => body($($arg),*),
+                $crate::variant::Instructions::Portable => body($($arg),*),
             }
         }
     };
@@ -132,8 +146,8 @@ mod tests {
 
     #[test]
     fn the_environment_names_a_variant_or_is_an_error() {
-        assert_eq!(choose(Some("portable")), Ok(Variant::Portable));
-        assert!(choose(None).expect("some variant").is_available());
+        assert_eq!(choose(Some("portable")), Ok(Variant::PORTABLE));
+        assert!(Variant::available().contains(&choose(None).expect("some variant")));
         assert_eq!(choose(Some("")), choose(None));
         let error = choose(Some("avx1024")).expect_err("no such variant");
         assert!(error.contains("avx1024") && error.contains("portable"), "{error}");

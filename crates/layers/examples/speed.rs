@@ -73,7 +73,7 @@ fn layer(variant: Variant, count: usize, input: Shape, to: usize, kernel: usize,
     let mut scratch = kernels::Buffer::zeros(g.scratch_len());
     let mut dw = vec![0.; g.weights_len()];
     let pack = best(4, || convolution::pack_forward(&g, &weights, &mut packed));
-    let forward = best(6, || convolution::forward(variant, &g, &x, &packed, &mut y));
+    let forward = best(6, || convolution::forward(variant, &g, &x, &packed, None, &mut y, None));
     convolution::pack_backward(&g, &weights, &mut packed);
     let back = best(6, || convolution::input_gradient(variant, &g, &dy, &packed, &mut dx, false));
     let weight =

@@ -1,7 +1,7 @@
 //! The backward pass.
 
 use candle_core::{Device, Result, Tensor, bail};
-use kernels::norm::{self, Normalisation};
+use kernels::norm;
 use kernels::{Buffer, Shape, convolution, linear, pooling};
 
 use crate::forward::Numbers;
@@ -150,30 +150,39 @@ impl Run<'_> {
     }
 
     fn batch_norm(&mut self, at: usize, norm: &Norm, mut gradient: Buffer) {
-        let operation = &self.plan.operations[at];
-        let variant = self.plan.variant;
+        let plan = self.plan;
+        let (operation, variant) = (&plan.operations[at], plan.variant);
         let shape = self.record.shapes[operation.input];
-        if norm.relu {
-            let output = kept(&self.record, operation.output);
-            norm::relu_backward(variant, shape, output, &mut gradient);
-        }
-        if let Some(residual) = norm.residual.filter(|r| self.needed[*r]) {
-            self.add(residual, shape, &gradient);
-        }
-        let Note::Normalisation(n) = &self.record.notes[at] else { return };
-        let n: Normalisation = n.clone();
-        let input = kept(&self.record, operation.input);
-        let mut scratch = self.take(norm::moments_len(shape));
-        let sums = norm::gradient_sums(variant, shape, &gradient, input, &n, &mut scratch);
+        let mut scratch = self.take(norm::gradient_sums_len(shape));
+        let record = &self.record;
+        let Note::Normalisation(n) = &record.notes[at] else { return };
+        let input = kept(record, operation.input);
+        let output = norm.relu.then(|| kept(record, operation.output));
+        let sums =
+            norm::gradient_sums(variant, shape, &mut gradient, output, input, n, &mut scratch);
         if self.parameters.is_trained(operation.block) {
-            norm::weight_gradient(&n, &sums, self.gradients.of_mut(norm.weight));
+            norm::weight_gradient(n, &sums, self.gradients.of_mut(norm.weight));
             norm::bias_gradient(&sums, self.gradients.of_mut(norm.bias));
         }
-        if self.needed[operation.input] {
-            let weight = self.parameters.of(norm.weight);
-            norm::input_gradient(variant, shape, input, &n, weight, &sums, &mut gradient);
-            self.hand_on(operation.input, shape, gradient);
+        let weight = self.parameters.of(norm.weight);
+        let (needed, residual) =
+            (self.needed[operation.input], norm.residual.filter(|r| self.needed[*r]));
+        let Some(residual) = residual else {
+            if needed {
+                let result = &mut gradient;
+                norm::input_gradient(variant, shape, input, n, weight, &sums, None, result);
+                self.hand_on(operation.input, shape, gradient);
+            }
+            return;
+        };
+        // The residual's gradient is the sum's own, so the input's needs memory of its own.
+        if needed {
+            let mut result = plan.pool.take(shape.len());
+            let from = Some(&*gradient);
+            norm::input_gradient(variant, shape, input, n, weight, &sums, from, &mut result);
+            self.hand_on(operation.input, shape, result);
         }
+        self.hand_on(residual, shape, gradient);
     }
 
     fn relu(&mut self, operation: &Operation, mut gradient: Buffer) {
@@ -226,18 +235,6 @@ impl Run<'_> {
         }
     }
 
-    /// Adds a copy to the gradient of a value.
-    fn add(&mut self, value: usize, shape: Shape, gradient: &Buffer) {
-        match &mut self.values[value] {
-            Some(total) => norm::add(self.plan.variant, shape, gradient, total),
-            none => {
-                let mut copy = self.plan.pool.take(shape.len());
-                copy.copy_from_slice(gradient);
-                *none = Some(copy);
-            }
-        }
-    }
-
     /// Adds to the gradient of a value, or becomes it.
     fn hand_on(&mut self, value: usize, shape: Shape, gradient: Buffer) {
         match &mut self.values[value] {
@@ -252,6 +249,6 @@ impl Run<'_> {
 }
 
 /// A value that the forward pass kept.
-fn kept(record: &Record, value: usize) -> &Buffer {
+fn kept(record: &Record, value: usize) -> &[f32] {
     record.values[value].as_ref().expect("the forward pass keeps what the backward pass reads")
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use kernels::convolution;
 use kernels::norm::{self, Normalisation};
-use kernels::{Buffer, Shape, linear, pooling};
+use kernels::{Buffer, Shape, pooling};
 
 use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
@@ -112,6 +112,8 @@ struct Run<'a> {
     modes: &'a Modes,
     shapes: Vec<Shape>,
     values: Vec<Option<Buffer>>,
+    /// Sums of parts, from the convolution that made a value to the norm that reads it.
+    moments: Vec<Option<Buffer>>,
     notes: Vec<Note>,
     keep: bool,
 }
@@ -125,9 +127,10 @@ impl<'a> Run<'a> {
         shapes: Vec<Shape>,
         keep: bool,
     ) -> Self {
-        let values = shapes.iter().map(|_| None).collect();
+        let none = || shapes.iter().map(|_| None).collect();
+        let (values, moments) = (none(), none());
         let notes = Vec::with_capacity(plan.operations.len());
-        Run { plan, parameters, statistics, modes, shapes, values, notes, keep }
+        Run { plan, parameters, statistics, modes, shapes, values, moments, notes, keep }
     }
 
     fn read(&mut self, numbers: &[f32]) {
@@ -151,13 +154,25 @@ impl<'a> Run<'a> {
         let plan = self.plan;
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
         let packed = self.parameters.packed(weight, Direction::Forward, &g, &plan.pool);
-        let mut output = self.take(g.output.len());
-        convolution::forward(plan.variant, &g, self.value(operation.input), &packed, &mut output);
-        if let Some(bias) = bias {
+        let bias = bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));
-            linear::add_bias(plan.variant, g.output, &padded, &mut output);
-        }
+            padded
+        });
+        let mut moments = plan.feeds_norm[operation.output]
+            .filter(|block| self.modes.of(*block) == Mode::Batch)
+            .map(|_| self.take(norm::moments_len(g.output)));
+        let mut output = self.take(g.output.len());
+        convolution::forward(
+            plan.variant,
+            &g,
+            self.value(operation.input),
+            &packed,
+            bias.as_deref(),
+            &mut output,
+            moments.as_deref_mut(),
+        );
+        self.moments[operation.output] = moments;
         self.values[operation.output] = Some(output);
         Note::Nothing
     }
@@ -213,19 +228,24 @@ impl<'a> Run<'a> {
             inverse_deviation: vec![0.; shape.padded_channels()],
             batch: self.modes.of(operation.block) == Mode::Batch,
         };
-        let inverse = |variance: f64| (1. / (variance + norm.epsilon).sqrt()) as f32;
+        let inverse = |variance: f64| 1. / (variance + norm.epsilon).sqrt();
         if n.batch {
-            let mut parts = self.take(norm::moments_len(shape));
-            norm::moments(self.plan.variant, shape, self.value(operation.input), &mut parts);
+            let parts = self.moments[operation.input].take().unwrap_or_else(|| {
+                let mut parts = self.take(norm::moments_len(shape));
+                norm::moments(self.plan.variant, shape, self.value(operation.input), &mut parts);
+                parts
+            });
             let moments = norm::merge(shape, &parts);
             for channel in 0..shape.channels {
-                n.mean[channel] = moments.mean[channel] as f32;
+                n.mean[channel] = moments.mean[channel];
                 n.inverse_deviation[channel] = inverse(moments.variance(channel));
             }
             let (mean, variance) = (norm.running_mean, norm.running_variance);
             self.statistics.update(mean, variance, &moments, norm.momentum);
         } else {
-            n.mean[..shape.channels].copy_from_slice(self.statistics.of(norm.running_mean));
+            for (to, mean) in n.mean.iter_mut().zip(self.statistics.of(norm.running_mean)) {
+                *to = f64::from(*mean);
+            }
             let variances = self.statistics.of(norm.running_variance);
             for (to, variance) in n.inverse_deviation.iter_mut().zip(variances) {
                 *to = inverse(f64::from(*variance));

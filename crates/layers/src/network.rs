@@ -251,7 +251,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As [`finish`](Self::finish); or this processor lacks the variant's instructions.
+    /// The output is a map, or the input has no channel.
     pub fn finish_with(self, output: Value, variant: Variant) -> Result<Network> {
         let output = self.index_of("output", output)?;
         if self.maps[output] {
@@ -260,10 +260,13 @@ impl Builder {
         if self.channels[0] == 0 {
             bail!("the input has no channel")
         }
-        if !variant.is_available() {
-            bail!("this processor cannot run the {variant} kernels")
-        }
         let (last_use, kept) = self.uses(output);
+        let mut feeds_norm = vec![None; self.channels.len()];
+        for operation in &self.operations {
+            if matches!(operation.work, Work::BatchNorm(_)) {
+                feeds_norm[operation.input] = Some(operation.block);
+            }
+        }
         Ok(Network(Arc::new(Plan {
             input: self.input,
             blocks: self.blocks,
@@ -276,6 +279,7 @@ impl Builder {
             pool: kernels::Pool::new(),
             last_use,
             kept,
+            feeds_norm,
         })))
     }
 

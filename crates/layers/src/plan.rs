@@ -77,6 +77,8 @@ pub(crate) struct Plan {
     pub last_use: Vec<usize>,
     /// Whether the backward pass reads the value.
     pub kept: Vec<bool>,
+    /// For each value, the block of the one batch norm that takes its statistics, if one does.
+    pub feeds_norm: Vec<Option<usize>>,
 }
 
 impl Plan {
