@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use layers::Network;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Architecture, Predictor, Projector, Segment, perceptron, resnet};
+use crate::{Architecture, Predictor, Projector, perceptron, resnet};
 
 /// Name of the file beside `network.safetensors` and `backbone.safetensors`.
 pub const CONFIGURATION: &str = "config.json";
@@ -70,35 +71,31 @@ impl Configuration {
         I::deserialize(&self.input).context("`input` in config.json is not usable")
     }
 
-    /// A backbone of this configuration with random weights; see [`Segment::random`].
+    /// The plan of the backbone.
     ///
     /// # Errors
     ///
     /// A width is zero.
-    pub fn random_backbone(&self, seed: u64) -> candle_core::Result<Segment> {
-        let plan = resnet::plan(&self.backbone, self.channels)?;
-        Segment::random("backbone", plan, seed)
+    pub fn backbone_plan(&self) -> candle_core::Result<Network> {
+        resnet::plan(&self.backbone, self.channels)
     }
 
-    /// A projector of this configuration with random weights.
+    /// The plan of the projector.
     ///
     /// # Errors
     ///
     /// A width is zero.
-    pub fn random_projector(&self, seed: u64) -> candle_core::Result<Segment> {
+    pub fn projector_plan(&self) -> candle_core::Result<Network> {
         let Projector { hidden, width } = self.projector;
-        let plan = perceptron::plan(self.backbone.embedding_width(), hidden, width)?;
-        Segment::random("projector", plan, seed)
+        perceptron::plan(self.backbone.embedding_width(), hidden, width)
     }
 
-    /// A predictor of this configuration with random weights.
+    /// The plan of the predictor.
     ///
     /// # Errors
     ///
     /// A width is zero.
-    pub fn random_predictor(&self, seed: u64) -> candle_core::Result<Segment> {
-        let width = self.projector.width;
-        let plan = perceptron::plan(width, self.predictor.hidden, width)?;
-        Segment::random("predictor", plan, seed)
+    pub fn predictor_plan(&self) -> candle_core::Result<Network> {
+        perceptron::plan(self.projector.width, self.predictor.hidden, self.projector.width)
     }
 }

@@ -146,11 +146,18 @@ mod tests {
         }
     }
 
+    fn random_backbone(width: usize, seed: u64) -> Result<Segment> {
+        Ok(Segment::random("backbone", configuration(width).backbone_plan()?, seed)?)
+    }
+
+    fn random_projector(seed: u64) -> Result<Segment> {
+        Ok(Segment::random("projector", configuration(2).projector_plan()?, seed)?)
+    }
+
     #[test]
     fn networks_are_read_as_written_and_equal_ones_are_equal_bytes() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let (backbone, projector) =
-            (configuration(2).random_backbone(1)?, configuration(2).random_projector(1)?);
+        let (backbone, projector) = (random_backbone(2, 1)?, random_projector(1)?);
         let segments = [("online.backbone", &backbone), ("target.projector", &projector)];
         write(folder.path(), &segments)?;
         let bytes = std::fs::read(folder.path().join(NAME))?;
@@ -158,7 +165,7 @@ mod tests {
         assert!(bytes == std::fs::read(folder.path().join(NAME))?);
 
         let file = open(folder.path())?;
-        let mut read = configuration(2).random_projector(2)?;
+        let mut read = random_projector(2)?;
         assert_ne!(read.parameters.to_vec(), projector.parameters.to_vec());
         fill(&file, "target.projector", &mut read)?;
         assert_eq!(read.parameters.to_vec(), projector.parameters.to_vec());
@@ -169,16 +176,16 @@ mod tests {
     #[test]
     fn another_network_is_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let backbone = configuration(2).random_backbone(1)?;
+        let backbone = random_backbone(2, 1)?;
         write(folder.path(), &[("online.backbone", &backbone)])?;
         let file = open(folder.path())?;
         let refused = |prefix, mut segment: Segment, words: &str| {
             let message = fill(&file, prefix, &mut segment).expect_err("refused").to_string();
             assert!(message.contains(NAME) && message.contains(words), "{message}");
         };
-        refused("target.backbone", configuration(2).random_backbone(1)?, "target.backbone");
-        refused("online.backbone", configuration(3).random_backbone(1)?, "different networks");
-        refused("online", configuration(2).random_projector(1)?, "online.hidden.weight");
+        refused("target.backbone", random_backbone(2, 1)?, "target.backbone");
+        refused("online.backbone", random_backbone(3, 1)?, "different networks");
+        refused("online", random_projector(1)?, "online.hidden.weight");
         let missing = format!("{:#}", open(&folder.path().join("none")).expect_err("no such file"));
         assert!(missing.contains("--in network=DIR"), "{missing}");
         Ok(())

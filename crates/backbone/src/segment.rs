@@ -22,19 +22,25 @@ impl Segment {
     /// # Errors
     ///
     /// A layer cannot take its values: a fault of this program.
-    pub fn random(name: &str, network: Network, seed: u64) -> Result<Self> {
-        let mut parameters = network.parameters();
-        let entries = parameters.entries().to_vec();
+    pub fn random(name: &str, plan: Network, seed: u64) -> Result<Self> {
+        let mut segment = Self::empty(plan);
+        let entries = segment.parameters.entries().to_vec();
         for Entry { name: parameter, shape, kind, range, .. } in &entries {
             let weight = parameter.strip_suffix(".bias").map(|layer| format!("{layer}.weight"));
             let weight_shape = weight
                 .and_then(|weight| entries.iter().find(|entry| entry.name == weight))
                 .map_or(shape, |entry| &entry.shape);
             let draw = Draw::of(name, parameter, *kind, weight_shape);
-            parameters.set(parameter, &draw.values(seed, name, parameter, range.len()))?;
+            segment.parameters.set(parameter, &draw.values(seed, name, parameter, range.len()))?;
         }
-        let statistics = network.statistics();
-        Ok(Self { network, parameters, statistics })
+        Ok(segment)
+    }
+
+    /// `plan` with values that are to be read from a file: see
+    /// [`network_file::fill`](crate::network_file::fill).
+    pub fn empty(plan: Network) -> Self {
+        let (parameters, statistics) = (plan.parameters(), plan.statistics());
+        Self { network: plan, parameters, statistics }
     }
 
     /// The plan.

@@ -8,7 +8,7 @@ use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay};
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, sampler};
 
 /// What a pretraining run can vary. The experiment file sets every field: there are no defaults
 /// in code, and an unknown or missing key is an error. The seed is an argument of the program.
@@ -73,7 +73,7 @@ impl Config {
     pub fn check(&self, stage: &Stage) -> Result<()> {
         self.precision.check()?;
         training::network_device(stage.device)?;
-        self.plan(1).check()?;
+        self.plan(self.batch_size).check()?;
         ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
         self.groups()?;
         self.learning_rate(1)?;
@@ -84,15 +84,22 @@ impl Config {
             self.noise
         );
         self.input.check("pretraining.input")?;
-        self.views.check("pretraining.views")
+        self.views.check("pretraining.views")?;
+        if stage.images.exists() {
+            // One batch of nothing: the loader holds the pictures' channels against the input's.
+            let images = Images::open(&stage.images)?;
+            sampler::uniform(&images.rows(&stage.data.train_on), self.batch_size, 0, 0)?;
+            self.loader(&images, Vec::new(), 0, 0, 0)?;
+        }
+        Ok(())
     }
 
     /// Length of the run and its checkpoints.
-    pub(crate) fn plan(&self, steps_per_epoch: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> Plan {
         Plan {
             epochs: self.epochs,
-            steps_per_epoch,
-            batch_size: self.batch_size,
+            steps_per_epoch: sampler::steps(images, self.batch_size),
+            batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
         }
@@ -122,16 +129,18 @@ impl Config {
         })
     }
 
-    /// Two views of every image of these batches, made by threads ahead of the steps.
+    /// Two views of every image of these batches but the first `done`, made by threads ahead of
+    /// the steps.
     pub(crate) fn loader(
         &self,
         images: &Images,
         batches: Vec<Vec<u32>>,
+        done: usize,
         seed: u64,
         epoch: usize,
     ) -> Result<Loader> {
         let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
         let pipelines = vec![self.views.clone(), self.views.clone()];
-        Loader::new(images, batches, pipelines, &self.input, seed, epoch as u64, threads)
+        Loader::resume(images, batches, done, pipelines, &self.input, seed, epoch as u64, threads)
     }
 }

@@ -36,22 +36,21 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let images = Images::open(&stage.images)?;
     let device = training::network_device(stage.device)?;
     let rows = images.rows(&stage.data.train_on);
-    let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
-    let learning_rate = config.learning_rate(steps_per_epoch)?;
-    let target_decay = config.target_decay(steps_per_epoch)?;
+    let plan = config.plan(rows.len());
+    let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+    let target_decay = config.target_decay(plan.steps_per_epoch)?;
     let configuration = config.configuration()?;
 
     let mut learner = Learner::random(&configuration, config.groups()?, stage.seed)?;
     if let Some(folder) = stage.optional_input("backbone") {
         backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
-        learner.target = Target::copy_of(&learner.online)?;
+        learner.target = Target::copy_of(&learner.online);
     }
-    let plan = config.plan(steps_per_epoch);
     let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
 
     while let Some(epoch) = run.next_epoch() {
         let order = sampler::uniform(&rows, config.batch_size, stage.seed, epoch)?;
-        for batch in config.loader(&images, run.remaining(order), stage.seed, epoch)? {
+        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
             let Learner { online, target, optimizer } = &mut learner;
             let [view_1, view_2] = views(batch?, &device)?;
             let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
@@ -63,10 +62,10 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 let noise =
                     training::noise(config.noise, projection.dims2()?, stage.seed, &draw, &device)?;
                 let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-                // Mean of both directions, not their sum.
-                let loss = (regression_loss(pass.prediction(), projection)? * 0.5)?;
+                let loss = regression_loss(pass.prediction(), projection)?;
                 run.note_loss(&loss)?; // An error when it is not finite.
-                online.backward(pass, &loss.backward()?)?; // Adds to the gradients.
+                // Mean of both directions, not their sum; adds to the gradients.
+                online.backward(pass, &(loss * 0.5)?.backward()?)?;
             }
             run.check_gradients(online)?;
             optimizer.step(online, learning_rate.at(run.step()))?;

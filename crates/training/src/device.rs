@@ -41,7 +41,6 @@ pub fn network_device(choice: DeviceChoice) -> Result<Device> {
     match choice {
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Cuda(_) | DeviceChoice::Metal => {
-            device(choice)?;
             bail!("--device {choice}: networks compute on the CPU alone here; use --device cpu")
         }
     }

@@ -37,8 +37,8 @@ impl Learner {
         seed: u64,
     ) -> anyhow::Result<Self> {
         let online = Online::random(configuration, seed)?;
-        let target = Target::copy_of(&online)?;
-        let optimizer = Sgd::new(&online, groups)?;
+        let target = Target::copy_of(&online);
+        let optimizer = Sgd::new(&online, groups);
         Ok(Self { online, target, optimizer })
     }
 
@@ -53,7 +53,14 @@ impl Learner {
         configuration: &Configuration,
         groups: Groups,
     ) -> anyhow::Result<Self> {
-        let mut learner = Self::random(configuration, groups, 0)?;
+        let online = Online::of(
+            Segment::empty(configuration.backbone_plan()?),
+            Segment::empty(configuration.projector_plan()?),
+            Segment::empty(configuration.predictor_plan()?),
+        );
+        let target = Target::copy_of(&online);
+        let optimizer = Sgd::new(&online, groups);
+        let mut learner = Self { online, target, optimizer };
         let file = network_file::open(folder)?;
         for (prefix, segment) in learner.segments_mut() {
             network_file::fill(&file, prefix, segment)?;
@@ -108,11 +115,16 @@ impl Online {
     ///
     /// A width of the configuration is zero.
     pub fn random(configuration: &Configuration, seed: u64) -> Result<Self> {
-        let backbone = configuration.random_backbone(seed)?;
-        let projector = configuration.random_projector(seed)?;
-        let predictor = configuration.random_predictor(seed)?;
+        Ok(Self::of(
+            Segment::random("backbone", configuration.backbone_plan()?, seed)?,
+            Segment::random("projector", configuration.projector_plan()?, seed)?,
+            Segment::random("predictor", configuration.predictor_plan()?, seed)?,
+        ))
+    }
+
+    fn of(backbone: Segment, projector: Segment, predictor: Segment) -> Self {
         let gradients = [&backbone, &projector, &predictor].map(|s| s.network().gradients());
-        Ok(Self { backbone, projector, predictor, gradients })
+        Self { backbone, projector, predictor, gradients }
     }
 
     /// One view through all three segments, on batch statistics; what the backward pass needs is
@@ -229,12 +241,8 @@ pub struct Target {
 
 impl Target {
     /// A target that starts as a copy, statistics included.
-    ///
-    /// # Errors
-    ///
-    /// The device refuses the memory.
-    pub fn copy_of(online: &Online) -> Result<Self> {
-        Ok(Self { backbone: online.backbone.clone(), projector: online.projector.clone() })
+    pub fn copy_of(online: &Online) -> Self {
+        Self { backbone: online.backbone.clone(), projector: online.projector.clone() }
     }
 
     /// Reads the target out of `network.safetensors` in `folder`.
@@ -243,8 +251,8 @@ impl Target {
     ///
     /// The file is missing, damaged, or of another network than `configuration`.
     pub fn open(folder: &Path, configuration: &Configuration) -> anyhow::Result<Self> {
-        let mut backbone = configuration.random_backbone(0)?;
-        let mut projector = configuration.random_projector(0)?;
+        let mut backbone = Segment::empty(configuration.backbone_plan()?);
+        let mut projector = Segment::empty(configuration.projector_plan()?);
         let file = network_file::open(folder)?;
         let fill = |prefix, segment| network_file::fill(&file, prefix, segment);
         fill(TARGET_BACKBONE, &mut backbone).context("reading the target network")?;

@@ -147,11 +147,9 @@ impl<'a> Run<'a> {
         (self.epochs < self.plan.epochs).then_some(self.epochs)
     }
 
-    /// The batches of this epoch that are not done yet: all of them, but for a resumed epoch.
-    pub fn remaining<T>(&self, mut batches: Vec<T>) -> Vec<T> {
-        let done = self.steps - self.epochs * self.plan.steps_per_epoch;
-        batches.drain(..done.min(batches.len()));
-        batches
+    /// Batches of this epoch that are done already: 0, but for a resumed epoch.
+    pub fn batches_done(&self) -> usize {
+        self.steps - self.epochs * self.plan.steps_per_epoch
     }
 
     /// Number of the step under way, over all epochs, from 1.
@@ -166,7 +164,7 @@ impl<'a> Run<'a> {
         *count += 1;
     }
 
-    /// Notes the loss of this step, a scalar.
+    /// Notes the loss of this step, a scalar; or that of each direction, as the log has the mean.
     ///
     /// # Errors
     ///
@@ -509,7 +507,7 @@ mod tests {
         let mut run = Run::resume_or_start(&stage, &"table", "images", PLAN, &mut learner)?;
         let mut done = 0;
         while let Some(epoch) = run.next_epoch() {
-            for batch in run.remaining(vec![0, 1]) {
+            for batch in run.batches_done()..2 {
                 if kill_at == Some(done) {
                     return Ok(());
                 }

@@ -67,13 +67,8 @@ pub struct Sgd {
 
 impl Sgd {
     /// An optimizer of `online` whose momenta are zero.
-    ///
-    /// # Errors
-    ///
-    /// The device refuses the memory.
-    pub fn new(online: &Online, groups: Groups) -> Result<Self> {
-        let momenta = online.segments().map(|segment| segment.network().momenta());
-        Ok(Self { groups, momenta })
+    pub fn new(online: &Online, groups: Groups) -> Self {
+        Self { groups, momenta: online.segments().map(|segment| segment.network().momenta()) }
     }
 
     /// One step along the gradients gathered since the last one, which are then zero again.
@@ -128,7 +123,7 @@ mod tests {
             gather(&mut learner, 10)?;
             let g_1 = learner.online.gradients[segment].get(name)?;
             let p_0 = value(&learner)?;
-            let mut fresh = Sgd::new(&learner.online, Groups::byol(0.9, 5e-4, 10.)?)?;
+            let mut fresh = Sgd::new(&learner.online, Groups::byol(0.9, 5e-4, 10.)?);
             fresh.step(&mut learner.online, 0.05)?;
             let p_1 = value(&learner)?;
             assert!(learner.online.gradients[segment].get(name)?.iter().all(|g| *g == 0.));
@@ -151,7 +146,7 @@ mod tests {
         let mut learner = learner(1)?;
         let mut groups = Groups::byol(0.9, 0., 1.)?;
         groups.projector.learning_rate_factor = 0.;
-        let mut sgd = Sgd::new(&learner.online, groups)?;
+        let mut sgd = Sgd::new(&learner.online, groups);
         let before = learner.online.projector.parameters.get("output.weight")?;
         gather(&mut learner, 10)?;
         let gradient = learner.online.gradients[1].get("output.weight")?;
