@@ -137,3 +137,28 @@ pub fn add(total: &mut [f32], values: &[f32]) {
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
     values.iter().position(|value| !value.is_finite())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_everything_once() {
+        let len = 3 * CHUNK + 17;
+        let mut total: Vec<f32> = (0..len).map(|at| at as f32).collect();
+        let values = vec![0.5; len];
+        add(&mut total, &values);
+        assert!(total.iter().enumerate().all(|(at, total)| *total == at as f32 + 0.5));
+        assert_eq!(first_non_finite(&total), None);
+        total[CHUNK + 3] = f32::INFINITY;
+        assert_eq!(first_non_finite(&total), Some(CHUNK + 3));
+    }
+
+    #[test]
+    fn a_target_that_equals_the_online_stays() {
+        let online: Vec<f32> = (1..100).map(|at| 1. / at as f32).collect();
+        let mut target = online.clone();
+        follow(&mut target, &online, 0.996);
+        assert_eq!(target, online);
+    }
+}

@@ -550,3 +550,67 @@ for_each_variant! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 21 images of 7 × 9 pixels and 19 channels: two groups, two parts each, two blocks.
+    const SHAPE: Shape = Shape { images: 21, height: 7, width: 9, channels: 19 };
+
+    fn values(offset: f32) -> (Vec<f32>, Vec<f32>) {
+        let rows: Vec<f32> = (0..SHAPE.count() * SHAPE.channels)
+            .map(|at| offset + ((at * 7919) % 1013) as f32 / 1013.)
+            .collect();
+        let mut tiles = vec![f32::NAN; SHAPE.len()];
+        SHAPE.pack(&rows, &mut tiles);
+        (rows, tiles)
+    }
+
+    #[test]
+    fn merged_moments_are_those_of_all_values() {
+        for (offset, bound) in [(0., 1e-6), (3000., 1e-3)] {
+            let (rows, tiles) = values(offset);
+            for variant in Variant::available() {
+                let mut parts = vec![f32::NAN; moments_len(SHAPE)];
+                moments(variant, SHAPE, &tiles, &mut parts);
+                let merged = merge(SHAPE, &parts);
+                assert_eq!(merged.count, SHAPE.count());
+                for channel in 0..SHAPE.channels {
+                    let of_channel = || rows.iter().skip(channel).step_by(SHAPE.channels);
+                    let count = SHAPE.count() as f64;
+                    let mean = of_channel().map(|x| f64::from(*x)).sum::<f64>() / count;
+                    let squares = of_channel().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>();
+                    let off = (merged.mean[channel] - mean).abs();
+                    assert!(off < bound * 0.1, "{variant}: mean {off} off at {offset}");
+                    let off = (merged.squares[channel] / squares - 1.).abs();
+                    assert!(off < bound, "{variant}: variance {off} off at {offset}");
+                }
+                assert!(merged.squares[SHAPE.channels..].iter().all(|square| *square == 0.));
+            }
+        }
+    }
+
+    #[test]
+    fn filling_stays_zero() {
+        let (_, tiles) = values(0.5);
+        let n = Normalisation {
+            mean: vec![0.25; SHAPE.padded_channels()],
+            inverse_deviation: vec![2.; SHAPE.padded_channels()],
+            batch: true,
+        };
+        let (weight, bias) = ([1.5; 19], [0.75; 19]);
+        for variant in Variant::available() {
+            let mut output = vec![f32::NAN; SHAPE.len()];
+            forward(variant, SHAPE, &tiles, &n, &weight, &bias, None, false, &mut output);
+            let real = output.iter().filter(|value| **value != 0.).count();
+            assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
+            let sums = GradientSums { plain: vec![3.; 32], centred: vec![2.; 32] };
+            let mut result = vec![f32::NAN; SHAPE.len()];
+            let gradient = Some(&output[..]);
+            input_gradient(variant, SHAPE, &tiles, &n, &weight, &sums, gradient, &mut result);
+            let real = result.iter().filter(|value| **value != 0.).count();
+            assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
+        }
+    }
+}

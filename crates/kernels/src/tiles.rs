@@ -269,3 +269,80 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize) -> Vec<f32> {
+        let mut state = 12_345u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / 8_388_608. - 1.
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Σ left · right in f64, or Σ leftᵀ · right, added to what is there or not.
+    fn plain(transposed: bool, data: [&[f32]; 3], pairs: &[Pair], sum: Sum) -> Vec<f64> {
+        let [left, right, output] = data;
+        let mut result: Vec<f64> = output.iter().map(|x| f64::from(*x)).collect();
+        for (at, result) in result.iter_mut().enumerate().take(sum.columns * TILE) {
+            let (column, row, lane) = (at / TILE, at % TILE / SIDE, at % SIDE);
+            let mut total = if sum.add { *result } else { 0. };
+            for pair in pairs {
+                for k in 0..pair.depth {
+                    let at = if transposed { k * SIDE + row } else { row * SIDE + k };
+                    let right = right[pair.right + column * TILE + k * SIDE + lane];
+                    total += f64::from(left[pair.left + at]) * f64::from(right);
+                }
+            }
+            *result = total;
+        }
+        result
+    }
+
+    #[test]
+    fn every_variant_computes_the_sum_of_products() {
+        let (left, right, before) = (noise(5 * TILE), noise(6 * TILE), noise(2 * TILE));
+        let pairs = [(0, 2, 16), (3, 0, 16), (4, 3, 5), (1, 4, 1)].map(|(l, r, depth)| Pair {
+            left: l * TILE,
+            right: r * TILE,
+            depth,
+        });
+        for variant in Variant::available() {
+            for (rows, columns, add) in
+                [(16, 2, false), (16, 2, true), (16, 1, false), (3, 2, true), (8, 1, true)]
+            {
+                let sum = Sum { rows, columns, add };
+                let data: [&[f32]; 3] = [&left, &right, &before];
+                let (mut direct, mut turned) = (before.clone(), before.clone());
+                product::<false>(variant, &left, &right, &pairs, &mut direct, sum);
+                product::<true>(variant, &left, &right, &pairs, &mut turned, sum);
+                for (got, transposed) in [(direct, false), (turned, true)] {
+                    let want = plain(transposed, data, &pairs, sum);
+                    for at in (0..columns * TILE).filter(|at| at % TILE < rows * SIDE) {
+                        // 38 terms of at most 1, each rounded once or twice.
+                        let off = (f64::from(got[at]) - want[at]).abs();
+                        assert!(off < 1e-5, "{variant} {sum:?} {transposed} at {at}: {off}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cutting_a_sum_into_calls_changes_no_bit() {
+        let (left, right) = (noise(4 * TILE), noise(5 * TILE));
+        let pairs = [0, 1, 2, 3].map(|i| Pair { left: i * TILE, right: i * TILE, depth: 16 });
+        for variant in Variant::available() {
+            let (mut whole, mut cut) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
+            let sum = Sum { rows: 16, columns: 2, add: false };
+            product::<false>(variant, &left, &right, &pairs, &mut whole, sum);
+            product::<false>(variant, &left, &right, &pairs[..1], &mut cut, sum);
+            let add = Sum { add: true, ..sum };
+            product::<false>(variant, &left, &right, &pairs[1..], &mut cut, add);
+            assert!(whole.iter().zip(&cut).all(|(a, b)| a.to_bits() == b.to_bits()), "{variant}");
+        }
+    }
+}

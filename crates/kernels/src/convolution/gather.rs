@@ -1,0 +1,239 @@
+//! Forward pass and input gradient: every pixel gathers what its taps meet.
+#![expect(unsafe_code, reason = "tasks write disjoint pixels and channels of one buffer")]
+
+use std::ops::Range;
+
+use super::{Geometry, columns_of, panel_len};
+use crate::layout::{SIDE, TILE};
+use crate::linear::add_to_rows;
+use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
+use crate::parallel::{self, Disjoint};
+use crate::tiles::{Pair, Sum, product};
+use crate::{Shape, Variant};
+
+/// Tile products between loads of the sums: 16 pairs of right tiles fill 32 KiB of first-level
+/// cache and serve every pixel of a task before the next 16 come.
+const CHUNK: usize = 16;
+
+/// `output = weights ∗ input + bias`. `packed` comes from [`pack_forward`]; `bias` is padded to whole
+/// blocks of channels.
+///
+/// `moments`, when given, receives the sums that [`crate::norm::merge`] makes into mean and
+/// variance, taken while the output is in the cache; it holds [`crate::norm::moments_len`] numbers.
+///
+/// # Panics
+///
+/// When a slice has another length than the geometry says.
+pub fn forward(
+    variant: Variant,
+    g: &Geometry,
+    input: &[f32],
+    packed: &[f32],
+    bias: Option<&[f32]>,
+    output: &mut [f32],
+    moments: Option<&mut [f32]>,
+) {
+    assert!(bias.is_none_or(|bias| bias.len() == g.output.padded_channels()));
+    assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
+    let moments = moments.map(Disjoint::new);
+    let finish = Finish { bias, moments };
+    let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
+        let taps = |at: usize| (0..g.kernel).map(move |tap| (tap, at * g.stride + tap));
+        let inside = |(tap, at): (usize, usize)| {
+            at.checked_sub(g.padding).filter(|at| *at < limit).map(|at| (tap, at))
+        };
+        (0..count).map(|at| taps(at).filter_map(inside).collect()).collect()
+    };
+    let rows = side(g.output.height, g.input.height);
+    let columns = side(g.output.width, g.input.width);
+    let meets = Meets { rows, columns, kernel: g.kernel };
+    gather(variant, g, (input, g.input), packed, &meets, (output, g.output), false, &finish);
+}
+
+/// `input_gradient (+)= weightsᵀ ∗ output_gradient`; `packed` comes from [`pack_backward`].
+///
+/// With `add` it adds to what `input_gradient` holds, otherwise it replaces it.
+pub fn input_gradient(
+    variant: Variant,
+    g: &Geometry,
+    output_gradient: &[f32],
+    packed: &[f32],
+    input_gradient: &mut [f32],
+    add: bool,
+) {
+    let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
+        let meets = |at: usize, tap: usize| {
+            let steps = (at + g.padding).checked_sub(tap)?;
+            let output = steps / g.stride;
+            (steps.is_multiple_of(g.stride) && output < limit).then_some((tap, output))
+        };
+        (0..count).map(|at| (0..g.kernel).filter_map(|tap| meets(at, tap)).collect()).collect()
+    };
+    let rows = side(g.input.height, g.output.height);
+    let columns = side(g.input.width, g.output.width);
+    let meets = Meets { rows, columns, kernel: g.kernel };
+    let finish = Finish { bias: None, moments: None };
+    let to = (input_gradient, g.input);
+    gather(variant, g, (output_gradient, g.output), packed, &meets, to, add, &finish);
+}
+
+/// For each row and each column of the value that is written: the taps that meet the value that is
+/// read, and where.
+struct Meets {
+    rows: Vec<Vec<(usize, usize)>>,
+    columns: Vec<Vec<(usize, usize)>>,
+    kernel: usize,
+}
+
+/// What happens to a pixel once its sum is complete.
+struct Finish<'a> {
+    bias: Option<&'a [f32]>,
+    moments: Option<Disjoint<'a, f32>>,
+}
+
+/// Every pixel of `to` as a sum over taps and channel blocks of `from`.
+#[expect(clippy::too_many_arguments, reason = "what is read, by what, what is written")]
+fn gather(
+    variant: Variant,
+    g: &Geometry,
+    (from, from_shape): (&[f32], Shape),
+    packed: &[f32],
+    meets: &Meets,
+    (to, to_shape): (&mut [f32], Shape),
+    add: bool,
+    finish: &Finish,
+) {
+    assert_eq!(from.len(), from_shape.len());
+    assert_eq!(to.len(), to_shape.len());
+    assert_eq!(packed.len(), g.packed_len());
+    let parts = to_shape.parts();
+    let pairs = to_shape.blocks().div_ceil(2);
+    // How the work is cut has no influence on the result: no sum crosses a task.
+    let wanted = 4 * rayon::current_num_threads();
+    let per_task = (parts.div_ceil(wanted)).max(32 / to_shape.part_pixels()).max(1);
+    let part_tasks = parts.div_ceil(per_task);
+    let pair_tasks = wanted.div_ceil(part_tasks).min(pairs);
+    let to = Disjoint::new(to);
+    parallel::for_each(part_tasks * pair_tasks, g.operations(), |task| {
+        let (part_task, pair_task) = (task / pair_tasks, task % pair_tasks);
+        let parts = part_task * per_task..((part_task + 1) * per_task).min(parts);
+        let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
+        let to = &to;
+        let gather = Gather { variant, from, from_shape, packed, meets, to, to_shape, add, finish };
+        for pair in pairs {
+            gather.pair_of_blocks(parts.clone(), pair);
+        }
+    });
+}
+
+struct Gather<'a> {
+    variant: Variant,
+    from: &'a [f32],
+    from_shape: Shape,
+    packed: &'a [f32],
+    meets: &'a Meets,
+    to: &'a Disjoint<'a, f32>,
+    to_shape: Shape,
+    add: bool,
+    finish: &'a Finish<'a>,
+}
+
+impl Gather<'_> {
+    /// Two blocks of channels of every pixel in `parts`.
+    fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
+        let all = self.meets.kernel * self.meets.kernel * self.from_shape.blocks();
+        let chunk = all.div_ceil(all.div_ceil(CHUNK));
+        let mut list = Vec::with_capacity(chunk);
+        for begin in (0..all).step_by(chunk) {
+            let terms = begin..(begin + chunk).min(all);
+            for part in parts.clone() {
+                let (group, pixels) = self.to_shape.part(part);
+                for pixel in pixels {
+                    self.pixel(group, pixel, pair, terms.clone(), &mut list);
+                }
+                if terms.end == all {
+                    self.finish(part, pair);
+                }
+            }
+        }
+    }
+
+    /// Bias and moments of one part, in the pair's blocks.
+    fn finish(&self, part: usize, pair: usize) {
+        let Finish { bias, moments } = self.finish;
+        if bias.is_none() && moments.is_none() {
+            return;
+        }
+        let (from, len, images) = self.to_shape.span(part);
+        let pixel_len = self.to_shape.pixel_len();
+        for column in 0..columns_of(self.to_shape.blocks(), pair) {
+            let block = 2 * pair + column;
+            let mut sums = moments.as_ref().map(|moments| {
+                let at = (part * self.to_shape.blocks() + block) * MOMENT_BLOCK;
+                // SAFETY: a task owns its parts in its pairs of blocks.
+                unsafe { moments.part(at, MOMENT_BLOCK) }
+            });
+            for (at, pixel) in (from..from + len).step_by(pixel_len).enumerate() {
+                // SAFETY: as above; the sums of this part and pair are complete.
+                let tile = unsafe { self.to.part(pixel + block * TILE, TILE) };
+                if let Some(bias) = bias {
+                    add_to_rows(self.variant, tile, images, &bias[block * SIDE..][..SIDE]);
+                }
+                if let Some(sums) = &mut sums {
+                    add_moments(self.variant, tile, images, at == 0, sums);
+                }
+            }
+        }
+    }
+
+    /// Adds the terms (tap, block of channels) to one pixel; the first terms replace what it holds
+    /// unless the whole gather adds.
+    fn pixel(
+        &self,
+        group: usize,
+        pixel: usize,
+        pair: usize,
+        terms: Range<usize>,
+        list: &mut Vec<Pair>,
+    ) {
+        let columns = columns_of(self.to_shape.blocks(), pair);
+        let panel = pair * panel_len(self.meets.kernel * self.meets.kernel, self.blocks_read());
+        let add = self.add || terms.start > 0;
+        list.clear();
+        let (y, x) = (pixel / self.to_shape.width, pixel % self.to_shape.width);
+        let (first_tap, last_tap) =
+            (terms.start / self.blocks_read(), (terms.end - 1) / self.blocks_read());
+        for &(tap_y, from_y) in &self.meets.rows[y] {
+            for &(tap_x, from_x) in &self.meets.columns[x] {
+                let tap = tap_y * self.meets.kernel + tap_x;
+                if tap < first_tap || tap > last_tap {
+                    continue;
+                }
+                let from_pixel =
+                    (group * self.from_shape.height + from_y) * self.from_shape.width + from_x;
+                let first = tap * self.blocks_read();
+                let blocks = terms.start.max(first)..terms.end.min(first + self.blocks_read());
+                for term in blocks {
+                    let block = term - first;
+                    list.push(Pair {
+                        left: from_pixel * self.from_shape.pixel_len() + block * TILE,
+                        right: panel + term * columns * TILE,
+                        depth: self.from_shape.channels_in(block),
+                    });
+                }
+            }
+        }
+        if list.is_empty() && add {
+            return;
+        }
+        let at = (group * self.to_shape.pixels() + pixel) * self.to_shape.pixel_len();
+        // SAFETY: a task owns its parts' pixels in its pairs of blocks; no other task writes them.
+        let output = unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) };
+        let sum = Sum { rows: SIDE, columns, add };
+        product::<false>(self.variant, self.from, self.packed, list, output, sum);
+    }
+
+    fn blocks_read(&self) -> usize {
+        self.from_shape.blocks()
+    }
+}
