@@ -194,10 +194,13 @@ struct Archive {
 }
 
 /// A file of an archive.
-struct Entry<'a> {
+struct Entry<'a, 'm> {
     /// Its path below the archive's root, or its name and why it is passed over.
     name: Result<PathBuf, (String, String)>,
     file: tar::Entry<'a, Tail>,
+    /// For messages: the archive, and the entry's name as it stands there.
+    archive: &'m Path,
+    shown: &'m str,
 }
 
 impl Archive {
@@ -211,58 +214,57 @@ impl Archive {
 
     /// Calls `visit` with every file until it says `false`.
     fn each(&mut self, mut visit: impl FnMut(Entry) -> Result<bool>) -> Result<()> {
-        let damaged = |last: &str| {
-            let place = match last.is_empty() {
-                true => String::new(),
-                false => format!(" after `{last}`"),
-            };
-            format!(
-                "`{}` is not a tar archive, or is damaged or cut short{place}; get it again",
-                self.path.display()
-            )
-        };
+        let path = &self.path;
         let mut last = String::new();
-        for entry in self.tar.entries().with_context(|| damaged(&last))? {
-            let file = entry.with_context(|| damaged(&last))?;
-            let shown = String::from_utf8_lossy(&file.path_bytes()).into_owned();
+        for entry in self.tar.entries().with_context(|| damaged(path, &last))? {
+            let file = entry.with_context(|| damaged(path, &last))?;
+            last = String::from_utf8_lossy(&file.path_bytes()).into_owned();
             if !file.header().entry_type().is_dir() {
-                let name = safe_path(&file).map_err(|reason| (shown.clone(), reason));
-                let visited = visit(Entry { name, file });
-                // Of the errors of `visit`, those of reading are the archive's.
-                if !visited.map_err(|error| match error.is::<io::Error>() {
-                    true => error.context(damaged(&shown)),
-                    false => error,
-                })? {
+                let name = safe_path(&file).map_err(|reason| (last.clone(), reason));
+                if !visit(Entry { name, file, archive: path, shown: &last })? {
                     return Ok(());
                 }
             }
-            last = shown;
         }
         // An archive ends in blocks of zeros; one cut between two entries does not.
-        ensure!(self.tail.borrow().iter().all(|&byte| byte == 0), damaged(&last));
+        ensure!(self.tail.borrow().iter().all(|&byte| byte == 0), damaged(path, &last));
         Ok(())
     }
 }
 
-impl Entry<'_> {
+/// The message about an archive that breaks off at the entry `last` or behind it.
+fn damaged(archive: &Path, last: &str) -> String {
+    let place = if last.is_empty() { String::new() } else { format!(" around `{last}`") };
+    format!(
+        "`{}` is not a tar archive, or is damaged or cut short{place}; get it again",
+        archive.display()
+    )
+}
+
+impl Entry<'_, '_> {
     /// The bytes, or why they are too many.
-    fn read(mut self, limit: u64) -> Result<Result<Vec<u8>, String>> {
+    fn read(self, limit: u64) -> Result<Result<Vec<u8>, String>> {
         let size = self.file.size();
         if size > limit {
             return Ok(Err(picture::too_many_bytes(size)));
         }
-        let mut bytes = Vec::new();
-        self.file.read_to_end(&mut bytes)?;
-        if bytes.len() as u64 != size {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
+        let bytes = self.bytes(size)?;
         Ok(Ok(bytes))
     }
 
     /// The first bytes.
-    fn start(mut self) -> Result<Vec<u8>> {
+    fn start(self) -> Result<Vec<u8>> {
+        let length = self.file.size().min(16);
+        self.bytes(length)
+    }
+
+    fn bytes(mut self, length: u64) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        self.file.by_ref().take(16).read_to_end(&mut bytes)?;
+        let whole = match self.file.by_ref().take(length).read_to_end(&mut bytes) {
+            Ok(read) if read as u64 != length => Err(io::ErrorKind::UnexpectedEof.into()),
+            other => other,
+        };
+        whole.with_context(|| damaged(self.archive, self.shown))?;
         Ok(bytes)
     }
 }
