@@ -213,3 +213,175 @@ fn pixels(images: &Images, rows: Vec<u32>, stage: &Stage) -> Result<Embeddings> 
         backbone_views: Vec::new(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use backbone::{Architecture, Depth, Predictor, Projector, Stem, network_file};
+    use data::Picture;
+    use data::images::{Identical, Source as Original, Writer};
+    use data::views::Operation;
+    use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use training::{Groups, Learner};
+
+    use super::*;
+
+    fn picture(number: u32, width: usize) -> Picture {
+        let pixels = (0..6 * width as u32).map(|i| (i * i * (3 + number) % 251) as u8).collect();
+        Picture::new(6, width, 1, pixels).expect("as many pixels")
+    }
+
+    /// A stage on ten pictures of 6 × 7 pixels, every third of them for testing, with a network.
+    fn stage(folder: &Path, widths: &[usize]) -> Result<Stage> {
+        let images = folder.join("images.safetensors");
+        let mut writer = Writer::create(&images, 1, Identical::Keep)?;
+        for number in 0..10u32 {
+            let width = widths[number as usize % widths.len()];
+            let split = if number % 3 == 2 { Split::Test } else { Split::Train };
+            writer.add(&Original::raw(picture(number, width), 1)?, split)?;
+        }
+        writer.finish(None)?;
+        let input = Input {
+            height: 6,
+            width: 7,
+            channels: 1,
+            mean: vec![0.5],
+            std: vec![0.25],
+            clean: vec![],
+        };
+        let configuration = Configuration {
+            backbone: Architecture { depth: Depth::Ten, width: 2, stem: Stem::Plain },
+            projector: Projector { hidden: 8, width: 4 },
+            predictor: Predictor { hidden: 8 },
+            channels: 1,
+            input: serde_json::to_value(input)?,
+        };
+        let learner = Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, 1)?;
+        network_file::write(folder, &learner.segments())?;
+        configuration.write(folder)?;
+        Ok(Stage {
+            name: "embed",
+            experiment: "e.toml".into(),
+            images,
+            inputs: BTreeMap::from([("network".to_owned(), folder.to_owned())]),
+            out: folder.to_owned(),
+            round: 0,
+            rounds: 0,
+            seed: 3,
+            device: DeviceChoice::Cpu,
+            data: DataTable {
+                clusters: 2,
+                train_on: vec![Split::Train],
+                score_on: vec![Split::Train],
+            },
+        })
+    }
+
+    fn config() -> Config {
+        Config {
+            batch_size: 4,
+            views: 2,
+            pixels: false,
+            augmentation: Pipeline { operations: vec![Operation::Noise { deviation: 0.3 }] },
+        }
+    }
+
+    fn embedded(config: &Config, stage: &Stage) -> Result<Embeddings> {
+        run(config, stage)?;
+        Embeddings::open(&stage.out.join("embeddings.safetensors"))
+    }
+
+    #[test]
+    fn embeddings_are_the_targets_for_the_scored_pictures_in_their_order() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), &[7])?;
+        let found = embedded(&config(), &stage)?;
+        let images = Images::open(&stage.images)?;
+        assert_eq!(found.index, images.rows(&[Split::Train]));
+        assert_eq!(found.data_set.fingerprint, images.fingerprint());
+        assert_eq!((found.width, found.projection_width, found.views), (16, 4, 2));
+
+        let mut target = Target::open(folder.path(), &Configuration::read(folder.path())?)?;
+        for (place, &row) in found.index.iter().enumerate() {
+            let picture = images.picture(row)?;
+            let values = picture.pixels.iter().map(|&p| (f32::from(p) / 255. - 0.5) / 0.25);
+            let pictures =
+                Tensor::from_vec(values.collect::<Vec<_>>(), (1, 6, 7, 1), &Device::Cpu)?;
+            let (embedding, projection) = target.embed(&pictures)?;
+            let near = |found: &[f32], want: Vec<f32>| {
+                found.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.))
+            };
+            let embedding = embedding.flatten_all()?.to_vec1()?;
+            assert!(near(&found.backbone[16 * place..16 * (place + 1)], embedding), "{row}");
+            let projection = projection.flatten_all()?.to_vec1()?;
+            assert!(near(&found.projection[4 * place..4 * (place + 1)], projection), "{row}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn views_differ_from_each_other_and_between_rounds_but_not_by_batch_size() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), &[7])?;
+        let found = embedded(&config(), &stage)?;
+        let (first, second) = found.backbone_views.split_at(found.backbone.len());
+        assert!(first != second && first != found.backbone);
+        let larger = embedded(&Config { batch_size: 100, ..config() }, &stage)?;
+        assert!(found.backbone == larger.backbone && found.projection == larger.projection);
+        assert!(found.backbone_views == larger.backbone_views);
+        let later = embedded(&config(), &Stage { round: 1, rounds: 1, ..stage })?;
+        assert!(found.backbone == later.backbone && found.backbone_views != later.backbone_views);
+        Ok(())
+    }
+
+    #[test]
+    fn pixels_need_no_network() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = Stage { inputs: BTreeMap::new(), ..stage(folder.path(), &[7])? };
+        let config = Config { pixels: true, ..config() };
+        let found = embedded(&config, &stage)?;
+        let images = Images::open(&stage.images)?;
+        let want: Vec<f32> = images
+            .rows(&[Split::Train])
+            .iter()
+            .flat_map(|&row| images.picture(row).expect("a picture").pixels.clone())
+            .map(|pixel| f32::from(pixel) / 255.)
+            .collect();
+        assert_eq!((found.width, found.views), (42, 0));
+        for (found, want) in found.backbone.iter().zip(&want) {
+            assert!((found - want).abs() < 1e-6);
+        }
+        assert_eq!(found.backbone, found.projection);
+
+        let folder = tempfile::tempdir()?;
+        let mixed = self::stage(folder.path(), &[7, 9])?;
+        let message = run(&config, &mixed).expect_err("two sizes").to_string();
+        assert!(message.contains("of one size"), "{message}");
+        Ok(())
+    }
+
+    #[test]
+    fn missing_inputs_are_named_and_every_experiment_has_a_usable_table() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), &[7])?;
+        config().check(&stage)?;
+        assert!(Config { batch_size: 0, ..config() }.check(&stage).is_err());
+        let without = Stage { inputs: BTreeMap::new(), ..stage.clone() };
+        let message = run(&config(), &without).expect_err("no network").to_string();
+        assert!(message.contains("--in network=DIR"), "{message}");
+        let none = Stage {
+            data: DataTable { score_on: vec![Split::Unlabelled], ..stage.data.clone() },
+            ..stage
+        };
+        let message = run(&config(), &none).expect_err("no picture").to_string();
+        assert!(message.contains("score-on"), "{message}");
+
+        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
+            let experiment = Experiment::read(&entry?.path())?;
+            experiment.table::<Config>("embed")?.check(&without)?;
+        }
+        Ok(())
+    }
+}

@@ -88,3 +88,188 @@ fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
         _ => bail!("a batch does not hold two views of each image"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    use backbone::{Configuration, network_file};
+    use data::Picture;
+    use data::images::{Identical, Source, Writer};
+    use stage::{DataTable, DeviceChoice, Experiment, Split};
+
+    use super::*;
+
+    /// Twenty grey pictures of 6 × 7 pixels and a stage that reads them.
+    fn stage(folder: &Path, out: &str) -> Stage {
+        let images = folder.join("images.safetensors");
+        if !images.exists() {
+            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
+            for number in 0..20u32 {
+                let pixels = (0..42).map(|i| (i * i * (3 + number) % 251) as u8).collect();
+                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
+                let source = Source::raw(picture, 1).expect("sound");
+                writer.add(&source, Split::Train).expect("added");
+            }
+            writer.finish(None).expect("written");
+        }
+        let out = folder.join(out);
+        fs::create_dir_all(&out).expect("created");
+        Stage {
+            name: "pretraining",
+            experiment: "e.toml".into(),
+            images,
+            inputs: BTreeMap::new(),
+            out,
+            round: 0,
+            rounds: 0,
+            seed: 3,
+            device: DeviceChoice::Cpu,
+            data: DataTable {
+                clusters: 2,
+                train_on: vec![Split::Train],
+                score_on: vec![Split::Train],
+            },
+        }
+    }
+
+    fn config() -> Config {
+        toml::from_str(
+            r#"
+            epochs = 3
+            batch-size = 8
+            peak-learning-rate = 0.5
+            predictor-learning-rate-factor = 10.0
+            momentum = 0.9
+            weight-decay = 5e-4
+            warmup-epochs = 1.0
+            cosine = "to-zero"
+            target-decay = 0.9
+            noise = 0.0
+            precision = "f32"
+            save-every = 1
+            collapse-deviation = 1e-6
+            sampling = "uniform"
+            backbone = { depth = "10", width = 2, stem = "3x3" }
+            projector = { hidden = 8, width = 4 }
+            predictor = { hidden = 8 }
+            views = { operations = [{ operation = "noise", deviation = 0.2 }] }
+            [input]
+            height = 6
+            width = 7
+            channels = 1
+            mean = [0.5]
+            std = [0.3]
+            clean = []
+            "#,
+        )
+        .expect("a table")
+    }
+
+    fn network(config: &Config, stage: &Stage) -> Vec<u8> {
+        run(config, stage).expect("runs");
+        fs::read(stage.out.join(network_file::NAME)).expect("written")
+    }
+
+    #[test]
+    fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let first = network(&config(), &stage(folder.path(), "first"));
+        assert!(first == network(&config(), &stage(folder.path(), "again")));
+        let other_seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        assert!(first != network(&config(), &other_seed));
+        let with_noise = Config { noise: 0.1, ..config() };
+        assert!(first != network(&with_noise, &stage(folder.path(), "noise")));
+
+        let out = folder.path().join("first");
+        let log = fs::read_to_string(out.join("log.jsonl"))?;
+        assert_eq!(log.lines().count(), 3);
+        let line: serde_json::Value = serde_json::from_str(log.lines().next().expect("a line"))?;
+        // The mean of both directions, each in [0, 4].
+        let loss = line["loss"].as_f64().expect("a loss");
+        assert!((0.2..4.).contains(&loss), "{loss}");
+        let written = Configuration::read(&out)?;
+        assert_eq!(written.input::<data::views::Input>()?, config().input);
+        assert_eq!(written.backbone, config().backbone);
+        Ok(())
+    }
+
+    #[test]
+    fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let given = network(&config(), &stage(folder.path(), "given"));
+        let mut from = stage(folder.path(), "from");
+        from.inputs.insert("backbone".into(), folder.path().join("given"));
+        // At a learning rate of nearly nothing and a target that stands still, what comes in goes
+        // out.
+        let still =
+            Config { peak_learning_rate: 1e-30, target_decay: 1., weight_decay: 0., ..config() };
+        assert!(network(&still, &from) != given);
+        let bytes = |out: &str| fs::read(folder.path().join(out).join(backbone_file::NAME));
+        let parameters = |bytes: Vec<u8>| -> Result<Vec<f32>> {
+            let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+            Ok(tensors["layer3.0.conv2.weight"].flatten_all()?.to_vec1()?)
+        };
+        assert_eq!(parameters(bytes("given")?)?, parameters(bytes("from")?)?);
+        from.inputs.insert("backbone".into(), folder.path().join("none"));
+        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        assert!(message.contains("backbone.safetensors"), "{message}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), "out");
+        config().check(&stage)?;
+        let mut colour = config();
+        colour.input.channels = 3;
+        colour.input.mean = vec![0.5; 3];
+        colour.input.std = vec![0.5; 3];
+        for (wrong, word) in [
+            (Config { batch_size: 1, ..config() }, "batch-size"),
+            (Config { epochs: 0, ..config() }, "epochs"),
+            (Config { save_every: 0, ..config() }, "save-every"),
+            (Config { warmup_epochs: 3., ..config() }, "warmup-epochs"),
+            (Config { momentum: 1., ..config() }, "momentum"),
+            (Config { target_decay: 1.1, ..config() }, "target-decay"),
+            (Config { noise: -1., ..config() }, "noise"),
+            (Config { peak_learning_rate: 0., ..config() }, "peak-learning-rate"),
+            (Config { precision: training::Precision::Bf16, ..config() }, "precision"),
+            (colour, "channels"),
+        ] {
+            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            assert!(message.contains(word), "{word} is not in: {message}");
+        }
+        let elsewhere = Stage { device: DeviceChoice::Cuda(0), ..stage };
+        assert!(config().check(&elsewhere).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_whose_projections_collapse_stops() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let strict = Config { collapse_deviation: 0.6, ..config() };
+        let error = run(&strict, &stage(folder.path(), "out")).expect_err("at most 1/√4");
+        assert!(error.is::<stage::Diverged>(), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut stage = stage(folder.path(), "out");
+        stage.images = "none".into();
+        let configs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs");
+        let mut found = 0;
+        for entry in fs::read_dir(configs)? {
+            let path = entry?.path();
+            Experiment::read(&path)?.table::<Config>("pretraining")?.check(&stage)?;
+            found += 1;
+        }
+        assert!(found > 0);
+        Ok(())
+    }
+}
