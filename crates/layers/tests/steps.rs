@@ -161,6 +161,47 @@ fn running_statistics_follow_the_calls_in_order() -> Result<()> {
 }
 
 #[test]
+fn batch_norm_has_the_values_of_pytorch() -> Result<()> {
+    let ops = vec![Op::Block("norm"), Op::Norm { name: "n", from: 0, relu: false, residual: None }];
+    let mut b = Bench::new(Case { input: (1, 1, 4), ops }, None)?;
+    let tensor = |values: &[f32; 8]| Tensor::from_slice(values, (2, 4), &Device::Cpu);
+    b.parameters.set("n.weight", &[1.1097001, 1.1646664, 1.0697173, 0.5557224])?;
+    b.parameters.set("n.bias", &[1.5391682, -1.3183199, 2.0018475, 1.4401886])?;
+    b.statistics.set("n.running_mean", &[0.2593284, -1.5257615, 0.4039752, 0.0910532])?;
+    b.statistics.set("n.running_var", &[1.1477896, 1.7735919, 2.1219604, 1.0218018])?;
+    let first = tensor(&[
+        0.6780094, -0.1780583, 0.3602352, -0.8090167, 1.3278871, 0.8393384, 0.7311046, -1.3008009,
+    ])?;
+    let second = tensor(&[
+        0.6506737, -0.5714458, 1.0604163, -0.2578658, -2.6198859, 0.6758679, -0.2342039, -0.2638858,
+    ])?;
+    let gradient = tensor(&[
+        0.59737, 0.7539789, -0.6467543, 0.7950913, -0.6690153, -1.1613309, 0.3056909, 0.3272201,
+    ])?;
+    let near = |got: Vec<f32>, want: &[f32]| {
+        let off = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0., f32::max);
+        assert!(off < 2e-6, "{got:?}, want {want:?}");
+    };
+    near(
+        b.pass(&first, &gradient)?,
+        &[0.4295207, -2.4829638, 0.9322857, 1.9958651, 2.6488158, -0.153676, 3.0714093, 0.8845122],
+    );
+    near(b.statistics.get("n.running_mean")?, &[0.3336904, -1.3401213, 0.4181447, -0.023543]);
+    near(b.statistics.get("n.running_var")?, &[1.0541277, 1.6479875, 1.9166416, 0.9317142]);
+    near(b.gradients.get("n.weight")?, &[-1.2663254, -1.9152728, 0.9523067, 0.4678325]);
+    near(b.gradients.get("n.bias")?, &[-0.0716453, -0.407352, -0.3410635, 1.1223115]);
+    b.pass(&second, &gradient)?;
+    near(b.statistics.get("n.running_mean")?, &[0.2018607, -1.2008881, 0.4176408, -0.0472762]);
+    near(b.statistics.get("n.running_var")?, &[1.4835429, 1.5609783, 1.8087795, 0.8385446]);
+    b.modes = Modes::all(&b.network, Mode::Running);
+    near(
+        b.pass(&second, &gradient)?,
+        &[1.9480705, -0.7315637, 2.5130987, 1.3123892, -1.0316544, 0.4311623, 1.4833828, 1.3087359],
+    );
+    Ok(())
+}
+
+#[test]
 fn batch_norm_survives_a_mean_far_from_zero() -> Result<()> {
     let ops = vec![
         Op::Block("norm"),
