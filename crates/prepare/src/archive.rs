@@ -103,7 +103,7 @@ pub fn read_cifar(path: &Path, format: Format, collection: &mut Collection) -> R
         let Ok(name) = &entry.name else { return Ok(true) };
         let name = folder::file_name(name);
         if cifar::recognise(&name).is_some() || cifar::lists_classes(&name) {
-            match entry.read(picture::BYTES_AT_MOST)? {
+            match entry.read(cifar::BYTES_AT_MOST)? {
                 Ok(bytes) => files.insert(name, bytes),
                 Err(reason) => bail!("`{name}` {reason}: this is not CIFAR"),
             }
@@ -246,7 +246,7 @@ impl Entry<'_, '_> {
     fn read(self, limit: u64) -> Result<Result<Vec<u8>, String>> {
         let size = self.file.size();
         if size > limit {
-            return Ok(Err(picture::too_many_bytes(size)));
+            return Ok(Err(picture::too_many_bytes(size, limit)));
         }
         let bytes = self.bytes(size)?;
         Ok(Ok(bytes))

@@ -17,6 +17,9 @@ use crate::{Format, folder};
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
 
+/// The largest file of the published archives, `train.bin` of CIFAR-100: 50,000 records.
+pub const BYTES_AT_MOST: u64 = 50_000 * (2 + 3 * PLANE as u64);
+
 /// Which ground truth the records are read with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Truth {
@@ -302,6 +305,12 @@ mod tests {
         assert_has(&refusal(&path.join("c.tar"), &counted), &["2 of 2 classes", "`cat` has 1"]);
         let missing = Config { classes: ["cat", "cow"].map(String::from).to_vec(), ..config() };
         assert_has(&refusal(&path.join("c.tar"), &missing), &["no class `cow`", "`cat`"]);
+    }
+
+    #[test]
+    fn whole_archives_fit() {
+        // Sizes of the published files: CIFAR-100's `train.bin`, CIFAR-10's `data_batch_1.bin`.
+        assert!([153_700_000, 30_730_000].iter().all(|&size| size <= BYTES_AT_MOST));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub const BYTES_AT_MOST: u64 = 1 << 27;
 pub fn read(path: &Path) -> Result<Vec<u8>, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
     match fs::metadata(path).map_err(failed)?.len() {
-        size if size > BYTES_AT_MOST => Err(too_many_bytes(size)),
+        size if size > BYTES_AT_MOST => Err(too_many_bytes(size, BYTES_AT_MOST)),
         _ => fs::read(path).map_err(failed),
     }
 }
@@ -53,8 +53,8 @@ fn name(format: ImageFormat) -> String {
 }
 
 /// Why a file of this size is not read.
-pub fn too_many_bytes(bytes: u64) -> String {
-    format!("has {bytes} bytes, more than the {BYTES_AT_MOST} that are read")
+pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
+    format!("has {bytes} bytes, more than the {limit} that are read")
 }
 
 /// Whether a file is meant as a picture: by its extension, or failing that by its first bytes. A
