@@ -20,6 +20,6 @@ mod sinkhorn;
 
 pub use k_means::{Clustering, KMeans, Metric, k_means, k_means_from};
 pub use matching::{Contingency, contingency, optimal_map};
-pub use neighbours::nearest_neighbours;
+pub use neighbours::{nearest_neighbours, nearest_neighbours_and_self};
 pub use prototypes::prototypes;
 pub use sinkhorn::sinkhorn;

@@ -1,49 +1,400 @@
 //! Exact nearest neighbours by inner product.
+//!
+//! The products of all pairs are made once each, a tile at a time and approximately
+//! ([`kernels::similarity`]), and serve both rows of the pair. A row keeps the others that may be
+//! among its best, as far as the proven bound on a product can tell; at the end these few are
+//! compared in `f64`. So the result is that of `f64` products of all pairs.
+
+use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
+use kernels::similarity::{
+    Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
+    rows_reached,
+};
 use rayon::prelude::*;
 
 use crate::points;
 
-/// The `k` nearest rows of each row of `points` `(N, D)`: those with the highest inner product.
+/// The `k` nearest other rows of each row of `points` `(N, D)`: those of highest inner product.
 ///
-/// Rows of unit length make this the cosine. A row is not its own neighbour; equal products are
-/// ordered by index. Returns `(N, k)` indices, nearest first.
+/// Rows of unit length make this the cosine. A row is not its own neighbour; equal products (in
+/// `f64`) are ordered by index. Returns `(N, k)` indices, nearest first.
 ///
 /// # Errors
 ///
 /// The points are no `(n, d)` matrix of finite numbers (the row is named), or there are not `k`
 /// other rows.
 pub fn nearest_neighbours(points: &[f32], n: usize, d: usize, k: usize) -> Result<Vec<u32>> {
+    search(points, n, d, k, false, None)
+}
+
+/// [`nearest_neighbours`] among all rows, the row itself included: its place is that of its
+/// product, which for rows of unit length is the first, save for equals of lower index.
+///
+/// # Errors
+///
+/// As [`nearest_neighbours`], with `k` rows in all.
+pub fn nearest_neighbours_and_self(
+    points: &[f32],
+    n: usize,
+    d: usize,
+    k: usize,
+) -> Result<Vec<u32>> {
+    search(points, n, d, k, true, None)
+}
+
+fn search(
+    points: &[f32],
+    n: usize,
+    d: usize,
+    k: usize,
+    and_self: bool,
+    precision: Option<Precision>,
+) -> Result<Vec<u32>> {
     points::check(points, n, d, "nearest_neighbours")?;
+    let most = if and_self { n } else { n.saturating_sub(1) };
     ensure!(
-        k < n,
-        "nearest_neighbours: {k} neighbours of each of {n} points; at most {} others exist",
-        n.saturating_sub(1)
+        k <= most,
+        "nearest_neighbours: {k} neighbours of each of {n} points; at most {most} exist"
     );
-    let mut neighbours = vec![0u32; n * k];
+    ensure!(
+        u32::try_from(n).is_ok(),
+        "nearest_neighbours: {n} points are more than can be indexed"
+    );
     if k == 0 {
-        return Ok(neighbours);
+        return Ok(vec![]);
     }
-    neighbours.par_chunks_mut(k).enumerate().for_each(|(i, neighbours)| {
-        let row = &points[i * d..][..d];
-        let mut products: Vec<(f32, u32)> = points
-            .chunks(d)
-            .enumerate()
-            .filter(|&(j, _)| j != i)
-            .map(|(j, other)| (points::dot(row, other), j as u32))
-            .collect();
-        let nearer = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        products.select_nth_unstable_by(k - 1, nearer);
-        products[..k].sort_unstable_by(nearer);
-        neighbours.iter_mut().zip(&products).for_each(|(index, product)| *index = product.1);
+    let precision = precision.unwrap_or_else(|| cheapest(points, n, d, k));
+    let rows = Rows::new(points, d, precision);
+    let groups = Groups::new(&rows, &[]);
+    let bound = Bound::new(&rows, 0.);
+    let search = Search { points, d, k, and_self, rows, groups, bound };
+    // Small enough that both sides of a pair of blocks stay in the cache, and for all threads to
+    // have work; the result does not depend on it.
+    let block = (n / 16).clamp(1, 40 * LANES).next_multiple_of(LANES);
+    let blocks: Vec<Mutex<Block>> = (0..n.div_ceil(block))
+        .map(|b| Mutex::new(Block::new(b * block, block.min(n - b * block), k)))
+        .collect();
+    for pairs in rounds(blocks.len()) {
+        pairs.par_iter().for_each_init(
+            || (Panel::new(d, precision), Tile::default()),
+            |(panel, tile), &(a, b)| {
+                let mut lanes = lock(&blocks[a]);
+                if a == b {
+                    search.compare(&mut lanes, None, panel, tile);
+                } else {
+                    search.compare(&mut lanes, Some(&mut *lock(&blocks[b])), panel, tile);
+                }
+            },
+        );
+    }
+    let mut neighbours = vec![0u32; n * k];
+    neighbours.par_chunks_mut(block * k).zip(&blocks).for_each(|(neighbours, block)| {
+        let mut block = lock(block);
+        let first = block.first;
+        for (i, (neighbours, candidates)) in
+            neighbours.chunks_mut(k).zip(&mut block.candidates).enumerate()
+        {
+            search.settle(first + i, candidates);
+            neighbours.iter_mut().zip(&candidates.kept).for_each(|(to, from)| *to = from.1);
+        }
     });
     Ok(neighbours)
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().expect("no thread panics while it compares")
+}
+
+/// Every pair of blocks once, in rounds whose pairs share no block (the circle method).
+fn rounds(blocks: usize) -> Vec<Vec<(usize, usize)>> {
+    let mut rounds = vec![(0..blocks).map(|b| (b, b)).collect::<Vec<_>>()];
+    let seats = blocks.next_multiple_of(2);
+    for round in 0..seats.saturating_sub(1) {
+        let seat = |i: usize| if i == 0 { 0 } else { 1 + (i - 1 + round) % (seats - 1) };
+        let pairs = (0..seats / 2).map(|i| (seat(i), seat(seats - 1 - i)));
+        let real = pairs.filter(|&(a, b)| a < blocks && b < blocks);
+        rounds.push(real.map(|(a, b)| (a.min(b), a.max(b))).collect());
+    }
+    rounds
+}
+
+/// The precision that leaves the least to do: rounding to bytes is fast, but where many rows are
+/// nearly as near as the `k`-th, it leaves too many of them to be compared exactly.
+fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
+    if Precision::fastest() == Precision::Floats || n < 4 * LANES {
+        return Precision::Floats;
+    }
+    // A sample of rows against a larger one, both spread over all.
+    let sample = |count: usize| -> Vec<f32> {
+        let step = (n / count).max(1);
+        points.chunks(d).step_by(step).take(count).flatten().copied().collect()
+    };
+    let (queries, others) = (sample(2 * LANES), sample(4096));
+    let (queries, others) =
+        (Rows::new(&queries, d, Precision::Bytes), Rows::new(&others, d, Precision::Bytes));
+    let groups = Groups::new(&others, &[]);
+    let bound = Bound::new(&others, 0.);
+    let share = others.len() as f64 / n as f64;
+    let nth = ((k as f64 * share) as usize).min(others.len() - 1);
+    let (mut panel, mut tile) = (Panel::new(d, Precision::Bytes), Tile::default());
+    let mut left = 0usize;
+    for first in (0..queries.len()).step_by(LANES) {
+        let lanes = LANES.min(queries.len() - first);
+        panel.fill(&queries, first..first + lanes);
+        let mut values = vec![vec![]; lanes];
+        for group in 0..groups.len() {
+            products(&panel, &groups, group, &mut tile);
+            for j in 0..GROUP {
+                values.iter_mut().zip(tile.row(j)).for_each(|(values, &x)| values.push(x));
+            }
+        }
+        for (lane, values) in values.iter_mut().enumerate() {
+            values.sort_unstable_by(|a, b| b.total_cmp(a));
+            let least = values[nth] - 2. * bound.of(queries.extents[first + lane]);
+            left += values.iter().filter(|&&x| x >= least).count();
+        }
+    }
+    let exact = left as f64 / queries.len() as f64 / share;
+    // Screening by bytes saves three quarters of half the products; an exact product of rows that
+    // lie anywhere in memory costs about as much as 30 screened ones.
+    if 30. * exact < 0.75 * n as f64 / 2. * 4. { Precision::Bytes } else { Precision::Floats }
+}
+
+/// What all tasks share.
+struct Search<'a> {
+    points: &'a [f32],
+    d: usize,
+    k: usize,
+    and_self: bool,
+    rows: Rows<'a>,
+    groups: Groups,
+    bound: Bound,
+}
+
+/// Consecutive rows and what they have found.
+struct Block {
+    first: usize,
+    candidates: Vec<Candidates>,
+    /// The candidates' thresholds, padded with infinity to whole panels.
+    thresholds: Vec<f32>,
+}
+
+impl Block {
+    fn new(first: usize, len: usize, k: usize) -> Self {
+        let mut thresholds = vec![f32::NEG_INFINITY; len];
+        thresholds.resize(len.next_multiple_of(LANES), f32::INFINITY);
+        Self { first, candidates: (0..len).map(|_| Candidates::new(k)).collect(), thresholds }
+    }
+}
+
+/// Rows that may be among the best of one row.
+struct Candidates {
+    /// Product and index; the product is exact for the first `exact`.
+    kept: Vec<(f64, u32)>,
+    exact: usize,
+    /// How many to keep before thinning them out.
+    room: usize,
+}
+
+impl Candidates {
+    fn new(k: usize) -> Self {
+        Self { kept: vec![], exact: 0, room: 4 * k + 16 }
+    }
+}
+
+/// Nearest first, equals by index.
+fn nearer(a: &(f64, u32), b: &(f64, u32)) -> std::cmp::Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+}
+
+impl Search<'_> {
+    /// Compares all rows of one block with all of another, for both; or with itself.
+    fn compare(
+        &self,
+        lanes: &mut Block,
+        other: Option<&mut Block>,
+        panel: &mut Panel,
+        tile: &mut Tile,
+    ) {
+        let (first, len) = (lanes.first, lanes.candidates.len());
+        let mut other = other;
+        let (other_first, other_len) =
+            other.as_ref().map_or((first, len), |b| (b.first, b.candidates.len()));
+        for start in (0..len).step_by(LANES) {
+            let count = LANES.min(len - start);
+            panel.fill(&self.rows, first + start..first + start + count);
+            for group in 0..other_len.div_ceil(GROUP) {
+                products(panel, &self.groups, other_first / GROUP + group, tile);
+                self.offer_group(lanes, start, tile, other_first + group * GROUP);
+                if let Some(other) = &mut other {
+                    self.offer_lanes(other, group * GROUP, tile, first + start, count);
+                }
+            }
+        }
+    }
+
+    /// Offers the group's rows, which begin at row `from`, to the lanes.
+    fn offer_group(&self, block: &mut Block, start: usize, tile: &Tile, from: usize) {
+        let thresholds: &[f32; LANES] =
+            block.thresholds[start..].first_chunk().expect("padded to whole panels");
+        let mut hits = reached(&tile.largest, thresholds);
+        while hits != 0 {
+            let lane = hits.trailing_zeros() as usize;
+            hits &= hits - 1;
+            for j in 0..GROUP {
+                // The rows that fill the last group have a product of −∞.
+                let value = tile.row(j)[lane];
+                if value > f32::NEG_INFINITY && value >= block.thresholds[start + lane] {
+                    self.offer(block, start + lane, value, from + j);
+                }
+            }
+        }
+    }
+
+    /// Offers the lanes' rows, `count` from row `from` on, to the group.
+    fn offer_lanes(&self, block: &mut Block, start: usize, tile: &Tile, from: usize, count: usize) {
+        let thresholds = block.thresholds[start..].first_chunk().expect("padded to whole panels");
+        let mut hits = rows_reached(tile, thresholds);
+        while hits != 0 {
+            let j = hits.trailing_zeros() as usize;
+            hits &= hits - 1;
+            for (lane, &value) in tile.row(j)[..count].iter().enumerate() {
+                if value >= block.thresholds[start + j] {
+                    self.offer(block, start + j, value, from + lane);
+                }
+            }
+        }
+    }
+
+    fn offer(&self, block: &mut Block, place: usize, value: f32, row: usize) {
+        let own = block.first + place;
+        if own == row && !self.and_self {
+            return;
+        }
+        let candidates = &mut block.candidates[place];
+        candidates.kept.push((f64::from(value), row as u32));
+        if candidates.kept.len() >= candidates.room {
+            block.thresholds[place] = self.thin_out(own, candidates);
+        }
+    }
+
+    /// Drops the candidates that cannot be among the best, and returns the product that a new one
+    /// must reach.
+    fn thin_out(&self, own: usize, candidates: &mut Candidates) -> f32 {
+        let error = f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6);
+        if candidates.exact == 0 {
+            let (_, &mut (kth, _), _) = candidates.kept.select_nth_unstable_by(self.k - 1, nearer);
+            // The k-th best is at least `kth − error`; what may reach that is shown as `error` less.
+            let least = kth - 2. * error;
+            candidates.kept.retain(|&(value, _)| value >= least);
+            if 2 * candidates.kept.len() <= candidates.room {
+                return below(least);
+            }
+            if candidates.kept.len() <= 16 * self.k + 256 {
+                candidates.room = 2 * candidates.kept.len();
+                return below(least);
+            }
+        }
+        // Too many alike: from now on the best are kept exactly.
+        self.settle(own, candidates);
+        candidates.room = 8 * self.k + 128;
+        below(candidates.kept[self.k - 1].0 - error)
+    }
+
+    /// Keeps the `k` best candidates alone, by exact products, in order.
+    fn settle(&self, own: usize, candidates: &mut Candidates) {
+        let row = |i: usize| &self.points[i * self.d..][..self.d];
+        let error = f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6);
+        let mut kept = std::mem::take(&mut candidates.kept);
+        let (exact, rest) = kept.split_at_mut(candidates.exact);
+        let mut best = exact.to_vec();
+        // The most promising first, so that the rest can be left as soon as none can follow.
+        rest.sort_unstable_by(nearer);
+        for &(value, i) in &*rest {
+            if best.len() == self.k && value + error < best[self.k - 1].0 {
+                break;
+            }
+            let candidate = (product(row(own), row(i as usize)), i);
+            let place = best.partition_point(|other| nearer(other, &candidate).is_lt());
+            if place < self.k {
+                best.truncate(self.k - 1);
+                best.insert(place, candidate);
+            }
+        }
+        candidates.exact = best.len();
+        candidates.kept = best;
+    }
+}
+
+/// A number of `f32` that is not above `x`.
+fn below(x: f64) -> f32 {
+    let rounded = x as f32;
+    if f64::from(rounded) > x { rounded.next_down() } else { rounded }
+}
+
 #[cfg(test)]
 mod tests {
+    use rand::RngExt;
+
     use super::*;
+
+    /// All pairs in `f64`.
+    fn plain(points: &[f32], d: usize, k: usize, and_self: bool) -> Vec<u32> {
+        let mut neighbours = vec![];
+        for (i, row) in points.chunks(d).enumerate() {
+            let others = points.chunks(d).enumerate().filter(|&(j, _)| and_self || j != i);
+            let mut products: Vec<(f64, u32)> =
+                others.map(|(j, other)| (product(row, other), j as u32)).collect();
+            products.sort_unstable_by(nearer);
+            neighbours.extend(products[..k].iter().map(|p| p.1));
+        }
+        neighbours
+    }
+
+    fn random_rows(n: usize, d: usize, spread: f32) -> Vec<f32> {
+        let mut random = stage::random::stream(n as u64, "rows", &[d as u64]);
+        (0..n * d)
+            .map(|i| 1. - (i % d % 2) as f32 * 1.5 + spread * (random.random::<f32>() - 0.5))
+            .collect()
+    }
+
+    #[test]
+    fn neighbours_are_those_of_all_pairs() -> Result<()> {
+        for precision in [Precision::Bytes, Precision::Floats] {
+            for (n, d, k) in [(1000, 24, 20), (777, 5, 3), (50, 3, 49), (2, 1, 1), (130, 70, 1)] {
+                // Spread out; then so close together that rounding to bytes leaves all open.
+                for spread in [2., 1e-3] {
+                    let points = random_rows(n, d, spread);
+                    for and_self in [false, true] {
+                        let found = search(&points, n, d, k, and_self, Some(precision))?;
+                        let want = plain(&points, d, k, and_self);
+                        assert_eq!(found, want, "{precision:?} {n} {d} {k} {spread}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_pair_of_blocks_meets_once_and_a_round_shares_no_block() {
+        for blocks in 1..9 {
+            let mut met = vec![];
+            for round in rounds(blocks) {
+                let mut seated = vec![false; blocks];
+                for (a, b) in round {
+                    assert!(!seated[a] && (a == b || !seated[b]));
+                    (seated[a], seated[b]) = (true, true);
+                    met.push((a, b));
+                }
+            }
+            met.sort_unstable();
+            let want: Vec<_> = (0..blocks).flat_map(|a| (a..blocks).map(move |b| (a, b))).collect();
+            assert_eq!(met, want);
+        }
+    }
 
     #[test]
     fn neighbours_are_ordered_by_product_without_self() -> Result<()> {
@@ -54,14 +405,15 @@ mod tests {
         for (i, row) in found.chunks(4).enumerate() {
             assert!(!row.contains(&(i as u32)));
         }
+        assert_eq!(nearest_neighbours_and_self(&points, 5, 2, 2)?[..2], [0, 1]);
         Ok(())
     }
 
     #[test]
     fn equal_products_are_ordered_by_index() -> Result<()> {
-        let found = nearest_neighbours(&[1f32, 0.].repeat(40), 40, 2, 3)?;
+        let found = nearest_neighbours(&[1f32, 0.].repeat(2000), 2000, 2, 3)?;
         assert_eq!(found[..9], [1, 2, 3, 0, 2, 3, 0, 1, 3]);
-        assert_eq!(found[117..], [0, 1, 2]);
+        assert_eq!(found[5997..], [0, 1, 2]);
         Ok(())
     }
 

@@ -302,6 +302,32 @@ pub fn reached(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
     (0..LANES).map(bit).sum()
 }
 
+/// Which rows of the tile have a lane that is at least the row's threshold, a bit each.
+pub fn rows_reached(tile: &Tile, thresholds: &[f32; GROUP]) -> u8 {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { rows_reached_avx512(tile, thresholds) };
+    }
+    let any = |j: usize| tile.row(j).iter().any(|&x| x >= thresholds[j]);
+    (0..GROUP).map(|j| u8::from(any(j)) << j).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn rows_reached_avx512(tile: &Tile, thresholds: &[f32; GROUP]) -> u8 {
+    let mut rows = 0u8;
+    for (j, &threshold) in thresholds.iter().enumerate() {
+        let row = tile.products[j * LANES..][..LANES].as_ptr();
+        // SAFETY: a row has three vectors.
+        let [a, b, c] = std::array::from_fn(|v| unsafe { _mm512_loadu_ps(row.add(16 * v)) });
+        let largest = _mm512_max_ps(_mm512_max_ps(a, b), c);
+        let reached = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(largest, _mm512_set1_ps(threshold));
+        rows |= u8::from(reached != 0) << j;
+    }
+    rows
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn reached_avx512(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
@@ -764,5 +790,11 @@ mod tests {
             std::array::from_fn(|i| if i % 3 == 0 { i as f32 } else { 99. });
         let want: u64 = (0..LANES).step_by(3).map(|i| 1 << i).sum();
         assert_eq!(reached(&values, &thresholds), want);
+
+        let mut tile = Tile::default();
+        tile.products[3 * LANES + 47] = 2.;
+        tile.products[5 * LANES] = 1.;
+        assert_eq!(rows_reached(&tile, &[1.; GROUP]), 0b0010_1000);
+        assert_eq!(rows_reached(&tile, &[2.; GROUP]), 0b0000_1000);
     }
 }
