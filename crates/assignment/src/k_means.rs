@@ -87,14 +87,18 @@ pub fn k_means(
     let prepared = rows.prepare();
     let mut best: Option<Clustering> = None;
     let mut reseeded = 0;
-    for restart in 0..config.restarts {
-        let mut random = stage::random::stream(seed, "k-means++", &[restart as u64]);
-        let centres =
-            seeding::greedy_k_means_plus_plus(&rows.values, d, config.clusters, &mut random);
-        let found = Clustering { restart, ..lloyd(&rows, &prepared, centres, config) };
-        reseeded += found.reseeded;
-        if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
-            best = Some(found);
+    let seeding = Points::new(&rows.values, d, seeding::precision(config.clusters));
+    let restarts: Vec<usize> = (0..config.restarts).collect();
+    for together in restarts.chunks(seeding::together(n, config.clusters)) {
+        let stream = |&restart: &usize| stage::random::stream(seed, "k-means++", &[restart as u64]);
+        let mut randoms: Vec<_> = together.iter().map(stream).collect();
+        let starts = seeding::greedy_k_means_plus_plus(&seeding, config.clusters, &mut randoms);
+        for (&restart, centres) in together.iter().zip(starts) {
+            let found = Clustering { restart, ..lloyd(&rows, &prepared, centres, config) };
+            reseeded += found.reseeded;
+            if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
+                best = Some(found);
+            }
         }
     }
     let best = best.expect("there was at least one restart");

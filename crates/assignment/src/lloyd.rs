@@ -68,7 +68,8 @@ impl<'a> Points<'a> {
         Self { values, d, squares, rows: Rows::new(values, d, precision) }
     }
 
-    fn row(&self, i: usize) -> &'a [f32] {
+    /// A point.
+    pub fn row(&self, i: usize) -> &'a [f32] {
         &self.values[i * self.d..][..self.d]
     }
 

@@ -1,87 +1,211 @@
 //! Where k-means begins: greedy k-means++.
+//!
+//! All restarts take their steps together, so that the points are read once for the candidates of
+//! all of them. A candidate matters only to points that it is nearer to than their centre; tiles of
+//! approximate products with proven bounds ([`kernels::similarity`]) say which those may be.
 
+use kernels::similarity::{
+    Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
+};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 use rayon::prelude::*;
 
-use crate::points;
+use crate::lloyd::Points;
 
 /// Points of one part of the distances' sum: parts follow from the shape alone.
-const PART: usize = 1024;
+const PART: usize = 16 * LANES;
 
 /// Candidates that each new centre is chosen from: `2 + ⌊ln K⌋`.
 pub fn candidates(clusters: usize) -> usize {
     2 + (clusters as f64).ln() as usize
 }
 
-/// `K` rows of `values` `(N, D)` as centres: Arthur and Vassilvitskii 2007, greedy variant.
-///
-/// The first is drawn uniformly. Each further one is the best of [`candidates`] rows drawn in
-/// proportion to their squared distance from the centres so far: that which leaves the smallest sum
-/// of these distances. Where all rows lie on a centre, the draw is uniform.
-pub fn greedy_k_means_plus_plus(
-    values: &[f32],
-    d: usize,
-    clusters: usize,
-    random: &mut ChaCha8Rng,
-) -> Vec<f32> {
-    let n = values.len() / d;
-    let row = |i: usize| &values[i * d..][..d];
-    let squares: Vec<f32> =
-        values.par_chunks(d).map(|x| points::squared_length(x) as f32).collect();
-    let first = below(n, random);
-    let mut centres = row(first).to_vec();
-    let mut nearest = vec![f32::INFINITY; n];
-    let (mut parts, mut distances) = closer(values, &squares, &nearest, row(first));
-    nearest.copy_from_slice(&distances);
-    while centres.len() < clusters * d {
-        let mut best: Option<(f64, usize, Vec<f64>, Vec<f32>)> = None;
-        for _ in 0..candidates(clusters) {
-            let candidate = draw(&parts, &nearest, random);
-            let (new_parts, new_distances) = closer(values, &squares, &nearest, row(candidate));
-            let sum = new_parts.iter().sum();
-            if best.as_ref().is_none_or(|best| sum < best.0) {
-                best = Some((sum, candidate, new_parts, new_distances));
-            }
-        }
-        let (_, chosen, new_parts, new_distances) = best.expect("there are at least 2 candidates");
-        centres.extend_from_slice(row(chosen));
-        (parts, distances) = (new_parts, new_distances);
-        nearest.copy_from_slice(&distances);
-    }
-    centres
+/// Restarts that may step together without holding more than about 300 MB.
+pub fn together(n: usize, clusters: usize) -> usize {
+    ((1 << 25) / (n * candidates(clusters))).max(1)
 }
 
-/// The squared distances to the nearest centre if `candidate` became one, and their sums by part.
-fn closer(
-    values: &[f32],
-    squares: &[f32],
-    nearest: &[f32],
-    candidate: &[f32],
-) -> (Vec<f64>, Vec<f32>) {
-    let d = candidate.len();
-    let square = points::squared_length(candidate) as f32;
-    let mut distances = vec![0f32; nearest.len()];
-    let parts = distances
-        .par_chunks_mut(PART)
-        .zip(values.par_chunks(PART * d))
-        .zip(squares.par_chunks(PART).zip(nearest.par_chunks(PART)))
-        .map(|((distances, rows), (squares, nearest))| {
-            let mut sum = 0f64;
-            for (i, row) in rows.chunks(d).enumerate() {
-                let distance = (squares[i] + square - 2. * points::dot(row, candidate)).max(0.);
-                distances[i] = distance.min(nearest[i]);
-                sum += f64::from(distances[i]);
+/// The precision that suits the number of clusters: with few, a candidate is nearer to so many
+/// points that it is best to have its distance from all of them.
+pub fn precision(clusters: usize) -> Precision {
+    if clusters <= 16 { Precision::Floats } else { Precision::fastest() }
+}
+
+/// For each generator, `K` points as centres: Arthur and Vassilvitskii 2007, greedy variant.
+///
+/// The first is drawn uniformly. Each further one is the best of [`candidates`] points drawn in
+/// proportion to their squared distance from the centres so far: that which leaves the smallest sum
+/// of these distances. Where all points lie on a centre, the draw is uniform.
+pub fn greedy_k_means_plus_plus(
+    points: &Points,
+    clusters: usize,
+    randoms: &mut [ChaCha8Rng],
+) -> Vec<Vec<f32>> {
+    let n = points.squares.len();
+    let mut restarts: Vec<Restart> =
+        randoms.iter_mut().map(|random| Restart::new(n, random)).collect();
+    for step in 0..clusters {
+        let count = if step == 0 { 1 } else { candidates(clusters) };
+        let drawn: Vec<usize> = restarts.iter_mut().flat_map(|r| r.draw(count)).collect();
+        let parts = offer(points, &restarts, &drawn, count);
+        for (r, restart) in restarts.iter_mut().enumerate() {
+            let gain = |c: usize| parts.iter().map(|part| part[r * count + c].gain).sum::<f64>();
+            let gains: Vec<f64> = (0..count).map(gain).collect();
+            // The most gained leaves the least; the first of equals.
+            let best = (1..count).fold(0, |best, c| if gains[c] > gains[best] { c } else { best });
+            let chosen = r * count + best;
+            restart.centres.push(drawn[chosen]);
+            restart.take(parts.iter().map(|part| &part[chosen]));
+        }
+    }
+    let rows =
+        |restart: &Restart| restart.centres.iter().flat_map(|&i| points.row(i)).copied().collect();
+    restarts.iter().map(rows).collect()
+}
+
+/// One restart on its way.
+struct Restart<'a> {
+    random: &'a mut ChaCha8Rng,
+    centres: Vec<usize>,
+    /// Each point's squared distance from the nearest centre.
+    nearest: Vec<f32>,
+    /// Their sums by part.
+    parts: Vec<f64>,
+}
+
+impl<'a> Restart<'a> {
+    fn new(n: usize, random: &'a mut ChaCha8Rng) -> Self {
+        let parts = vec![0.; n.div_ceil(PART)];
+        Self { random, centres: vec![], nearest: vec![f32::INFINITY; n], parts }
+    }
+
+    fn draw(&mut self, count: usize) -> Vec<usize> {
+        (0..count).map(|_| draw(&self.parts, &self.nearest, self.random)).collect()
+    }
+
+    /// Makes a candidate a centre, from what it means to each part.
+    fn take<'b>(&mut self, offers: impl Iterator<Item = &'b Offer>) {
+        for ((offer, nearest), sum) in
+            offers.zip(self.nearest.chunks_mut(PART)).zip(&mut self.parts)
+        {
+            for &(i, distance) in &offer.nearer {
+                nearest[i as usize] = distance;
             }
-            sum
-        })
-        .collect();
-    (parts, distances)
+            if !offer.nearer.is_empty() {
+                *sum = nearest.iter().map(|&x| f64::from(x)).sum();
+            }
+        }
+    }
+}
+
+/// What a candidate means to a part.
+#[derive(Clone, Default)]
+struct Offer {
+    /// The points it is nearer to than their centre, by place in the part, with the squared distance.
+    nearer: Vec<(u16, f32)>,
+    /// By how much the sum of distances would fall.
+    gain: f64,
+}
+
+/// Every part's offers by the candidates, `count` of each restart.
+fn offer(points: &Points, restarts: &[Restart], drawn: &[usize], count: usize) -> Vec<Vec<Offer>> {
+    let (n, d, precision) = (points.squares.len(), points.d, points.rows.precision());
+    let values: Vec<f32> = drawn.iter().flat_map(|&i| points.row(i)).copied().collect();
+    let halves: Vec<f32> = drawn.iter().map(|&i| (points.squares[i] / 2.) as f32).collect();
+    let rows = Rows::new(&values, d, precision);
+    let groups = Groups::new(&rows, &halves);
+    let bound = Bound::new(&rows, halves.iter().copied().fold(0., f32::max));
+    let candidates = Candidates { points, drawn, count, groups, bound };
+    (0..n.div_ceil(PART))
+        .into_par_iter()
+        .map_init(
+            || (Panel::new(d, precision), Tile::default()),
+            |(panel, tile), part| {
+                let mut offers = vec![Offer::default(); drawn.len()];
+                let end = n.min((part + 1) * PART);
+                for first in (part * PART..end).step_by(LANES) {
+                    let lanes = first..end.min(first + LANES);
+                    panel.fill(&points.rows, lanes.clone());
+                    candidates.offer(restarts, lanes, panel, tile, &mut offers);
+                }
+                offers
+            },
+        )
+        .collect()
+}
+
+/// The candidates of one step.
+struct Candidates<'a, 'b> {
+    points: &'b Points<'a>,
+    drawn: &'b [usize],
+    /// Candidates of each restart.
+    count: usize,
+    groups: Groups,
+    bound: Bound,
+}
+
+impl Candidates<'_, '_> {
+    fn offer(
+        &self,
+        restarts: &[Restart],
+        lanes: std::ops::Range<usize>,
+        panel: &Panel,
+        tile: &mut Tile,
+        offers: &mut [Offer],
+    ) {
+        // `‖x − c‖² < D` as `x·c − ‖c‖²/2 > (‖x‖² − D) / 2`, less what the product may be off.
+        let thresholds: Vec<[f32; LANES]> = restarts
+            .iter()
+            .map(|restart| {
+                let mut thresholds = [f32::INFINITY; LANES];
+                for (threshold, i) in thresholds.iter_mut().zip(lanes.clone()) {
+                    let least = (self.points.squares[i] - f64::from(restart.nearest[i])) / 2.;
+                    let error = self.bound.of(self.points.rows.extents[i]);
+                    *threshold = least as f32 - error * 1.01;
+                }
+                thresholds
+            })
+            .collect();
+        for group in 0..self.groups.len() {
+            products(panel, &self.groups, group, tile);
+            for c in (group * GROUP..self.drawn.len()).take(GROUP) {
+                let (row, r) = (tile.row(c - group * GROUP), c / self.count);
+                let mut hits = reached(row, &thresholds[r]);
+                while hits != 0 {
+                    let lane = hits.trailing_zeros() as usize;
+                    hits &= hits - 1;
+                    let i = lanes.start + lane;
+                    let (distance, nearest) =
+                        (self.distance(i, c, row[lane]), restarts[r].nearest[i]);
+                    if distance < nearest {
+                        offers[c].nearer.push(((i % PART) as u16, distance));
+                        offers[c].gain += f64::from(nearest) - f64::from(distance);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The squared distance of a point from a candidate; from the tile if that is of floats.
+    fn distance(&self, i: usize, candidate: usize, score: f32) -> f32 {
+        let other = self.drawn[candidate];
+        let squares = self.points.squares[i];
+        let distance = match self.points.rows.precision() {
+            Precision::Floats => squares - 2. * f64::from(score),
+            Precision::Bytes => {
+                let product = product(self.points.row(i), self.points.row(other));
+                squares + self.points.squares[other] - 2. * product
+            }
+        };
+        distance.max(0.) as f32
+    }
 }
 
 /// A row drawn in proportion to its distance.
 fn draw(parts: &[f64], distances: &[f32], random: &mut ChaCha8Rng) -> usize {
     let total: f64 = parts.iter().sum();
+    // Before the first centre, and where all points lie on one.
     if total <= 0. {
         return below(distances.len(), random);
     }
@@ -145,15 +269,33 @@ mod tests {
     fn the_greedy_choice_leaves_the_smallest_sum() {
         // Three far groups: greedy seeding takes one of each, whatever the seed.
         let values: Vec<f32> =
-            (0..90).map(|i| (i % 3) as f32 * 100. + (i / 3) as f32 * 0.01).collect();
-        for seed in 0..20 {
-            let mut random = stage::random::stream(seed, "test", &[]);
-            let mut groups: Vec<i32> = greedy_k_means_plus_plus(&values, 1, 3, &mut random)
-                .iter()
-                .map(|x| (x / 100.).round() as i32)
-                .collect();
-            groups.sort_unstable();
-            assert_eq!(groups, [0, 1, 2]);
+            (0..2000).map(|i| (i % 3) as f32 * 100. + (i / 3) as f32 * 0.001).collect();
+        for precision in [Precision::Floats, Precision::Bytes] {
+            let points = Points::new(&values, 1, precision);
+            let mut randoms: Vec<_> =
+                (0..20).map(|seed| stage::random::stream(seed, "test", &[])).collect();
+            for centres in greedy_k_means_plus_plus(&points, 3, &mut randoms) {
+                let mut groups: Vec<i32> = centres.iter().map(|x| (x / 100.) as i32).collect();
+                groups.sort_unstable();
+                assert_eq!(groups, [0, 1, 2]);
+            }
         }
+    }
+
+    #[test]
+    fn restarts_together_are_those_alone_and_precision_changes_nothing() {
+        let mut random = stage::random::stream(5, "values", &[]);
+        let values: Vec<f32> = (0..1000 * 6).map(|_| uniform(&mut random) as f32).collect();
+        let stream = |seed| stage::random::stream(seed, "test", &[]);
+        let seed = |precision, seeds: &[u64]| {
+            let mut randoms: Vec<_> = seeds.iter().map(|&seed| stream(seed)).collect();
+            greedy_k_means_plus_plus(&Points::new(&values, 6, precision), 25, &mut randoms)
+        };
+        let all = seed(Precision::Bytes, &[0, 1, 2]);
+        for (r, centres) in all.iter().enumerate() {
+            assert_eq!(*centres, seed(Precision::Bytes, &[r as u64])[0]);
+        }
+        // Floats round, but these draws lie far enough apart.
+        assert_eq!(all, seed(Precision::Floats, &[0, 1, 2]));
     }
 }
