@@ -11,7 +11,8 @@
 //! reliable assignments which serve as pseudo-labels; everything beyond that sentence is our
 //! reading, and a check on real digits that restarts, steps and the half by chance rest on.
 //!
-//! - Reads `embeddings` (one folder), and `previous`: this stage's last round, if any.
+//! - Reads `embeddings` (one folder), `previous`: this stage's last round, if any, and of the
+//!   images nothing but which ones they are.
 //! - Writes `pseudo-labels.safetensors` and [`head.safetensors`](head).
 //!
 //! Start at [`cluster`]: the method in order.
@@ -24,7 +25,7 @@ pub mod reliability;
 
 use anyhow::{Context, Result, ensure};
 use assignment::{KMeans, Metric};
-use data::{Embeddings, PseudoLabels};
+use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Diverged, Stage};
@@ -119,7 +120,17 @@ pub fn check(config: &Config, stage: &Stage) -> Result<()> {
 /// An input is missing, broken or of another data set; the clusters collapse into one or the loss
 /// leaves the finite numbers ([`Diverged`]); the user interrupts ([`stage::Interrupted`]).
 pub fn run(config: &Config, stage: &Stage) -> Result<()> {
+    let images = Images::open(&stage.images)?;
     let embeddings = Embeddings::open(&stage.input("embeddings")?.join(EMBEDDINGS))?;
+    embeddings.data_set.require(images.data_set(), "embed these images again")?;
+    let rows = images.rows(&stage.data.score_on);
+    ensure!(
+        embeddings.index == rows,
+        "`{}` has {} embeddings but {} images are to be scored; embed again",
+        embeddings.data_set.path.display(),
+        embeddings.index.len(),
+        rows.len()
+    );
     let (data_set, index) = (embeddings.data_set.clone(), embeddings.index.clone());
     let projection_width = embeddings.projection_width;
     let features = Features::from(embeddings);
@@ -130,9 +141,11 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
             labels.require_clusters(stage.data.clusters)?;
             ensure!(
                 labels.index == index,
-                "the last round's pseudo-labels in `{}` are of other splits than the embeddings; \
-                 start the rounds again with one `score-on`",
-                folder.display()
+                "`{}` has {} assignments but {} images are to be scored; start the rounds again \
+                 with one `score-on`",
+                labels.data_set.path.display(),
+                labels.index.len(),
+                index.len()
             );
             let head = (config.heads > 0)
                 .then(|| Head::read(folder, config.shape(&features, stage)))

@@ -1,15 +1,16 @@
 //! The whole stage on embeddings whose clusters are known.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use anyhow::Result;
 use clustering::learner::{DEVICE, Learner};
 use clustering::{Config, Features, KMeansMetric, Previous, cluster};
-use data::{DataSet, Embeddings, PseudoLabels};
+use data::images::{Identical, Source, Writer};
+use data::{DataSet, Embeddings, Images, Picture, PseudoLabels};
 use rand::RngExt;
 use rand_distr::{Distribution, StandardNormal};
-use stage::{DataTable, DeviceChoice, Stage, exit_code};
+use stage::{DataTable, DeviceChoice, Split, Stage, exit_code};
 
 const CLUSTERS: usize = 4;
 const WIDTH: usize = 16;
@@ -199,6 +200,17 @@ fn fewer_images_than_clusters_are_refused() {
     assert_eq!(exit_code(&result), 2);
 }
 
+/// An images file of so many grey pictures of four pixels.
+fn write_images(path: &Path, count: u32) -> Result<DataSet> {
+    let mut writer = Writer::create(path, 1, Identical::Keep)?;
+    for i in 0..count {
+        let pixels = i.to_le_bytes().to_vec();
+        writer.add(&Source::raw(Picture::new(2, 2, 1, pixels)?, 1)?, Split::Train)?;
+    }
+    writer.finish(None)?;
+    Ok(Images::open(path)?.data_set().clone())
+}
+
 /// The program itself, with any number of threads: the same bytes.
 #[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
@@ -207,8 +219,9 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
     // More than 64 images, hidden units and rows, so that products are split between threads.
     let Synthetic { features, .. } = synthetic(1500, 0.3, 4);
     std::fs::create_dir(at("embeddings"))?;
-    Embeddings {
-        data_set: DataSet { path: at("x"), images: 1500, fingerprint: "f".into() },
+    let data_set = write_images(&at("images.safetensors"), 1500)?;
+    let embeddings = Embeddings {
+        data_set,
         index: (0..1500).collect(),
         width: WIDTH,
         projection_width: WIDTH,
@@ -216,16 +229,15 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         backbone: features.backbone,
         projection: features.projection,
         backbone_views: features.backbone_views,
-    }
-    .write(&at("embeddings").join("embeddings.safetensors"))?;
+    };
+    embeddings.write(&at("embeddings").join("embeddings.safetensors"))?;
     let table = toml::to_string(&Config { epochs: 2, least_steps: 20, ..config() })?;
     let text = format!(
         "[data]\nclusters = 4\ntrain-on = [\"train\"]\nscore-on = [\"train\"]\n[clustering]\n{table}"
     );
     std::fs::write(at("experiment.toml"), text)?;
 
-    let run = |threads: &str, round: &str, previous: Option<&str>| -> Result<Vec<Vec<u8>>> {
-        let out = format!("{threads}-{round}");
+    let start = |threads: &str, round: &str, previous: Option<&str>| -> Result<Output> {
         let mut program = Command::new(env!("CARGO_BIN_EXE_clustering"));
         program.env("RAYON_NUM_THREADS", threads).env("RUST_LOG", "error");
         program.arg("--experiment").arg(at("experiment.toml"));
@@ -234,9 +246,14 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         if let Some(previous) = previous {
             program.arg("--in").arg(format!("previous={}", at(previous).display()));
         }
-        program.arg("--out").arg(at(&out)).args(["--round", round, "--rounds", "1"]);
-        let status = program.status()?;
-        assert!(status.success(), "{status}");
+        let out = at(&format!("{threads}-{round}"));
+        program.arg("--out").arg(out).args(["--round", round, "--rounds", "1"]);
+        Ok(program.output()?)
+    };
+    let run = |threads: &str, round: &str, previous: Option<&str>| -> Result<Vec<Vec<u8>>> {
+        let output = start(threads, round, previous)?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let out = format!("{threads}-{round}");
         Ok(vec![
             std::fs::read(at(&out).join("pseudo-labels.safetensors"))?,
             std::fs::read(at(&out).join("head.safetensors"))?,
@@ -251,5 +268,23 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
     assert!(run("2", "1", Some("1-0"))? != one);
     let labels = PseudoLabels::open(&at("2-1").join("pseudo-labels.safetensors"))?;
     assert!(labels.stability.expect("there was a round before") > 0.5);
+
+    // Embeddings of other images, and of some of them alone, are refused.
+    let other = DataSet { fingerprint: "another".into(), ..embeddings.data_set.clone() };
+    let mut fewer = embeddings.clone();
+    fewer.index.pop();
+    fewer.backbone.truncate(1499 * WIDTH);
+    fewer.projection.truncate(1499 * WIDTH);
+    (fewer.views, fewer.backbone_views) = (0, vec![]);
+    for (spoilt, says) in [
+        (Embeddings { data_set: other, ..embeddings.clone() }, "other images"),
+        (fewer, "1499 embeddings but 1500"),
+    ] {
+        spoilt.write(&at("embeddings").join("embeddings.safetensors"))?;
+        let output = start("4", "0", None)?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains("embeddings.safetensors") && error.contains(says), "{error}");
+    }
     Ok(())
 }

@@ -61,6 +61,14 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
     labels.data_set.require(images.data_set(), "cluster again from these images")?;
     labels.require_clusters(stage.data.clusters)?;
+    let scored = images.rows(&stage.data.score_on);
+    ensure!(
+        labels.index == scored,
+        "`{}` has {} assignments but {} images are to be scored; cluster again",
+        labels.data_set.path.display(),
+        labels.index.len(),
+        scored.len()
+    );
     let marked = Marked::new(&labels, images.len());
 
     let network = stage.input("network")?;
@@ -85,7 +93,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     }
 
     while let Some(epoch) = run.next_epoch() {
-        let done = run.step() - 1 - epoch * steps_per_epoch; // Above 0 in an epoch that is resumed.
+        let done = run.batches_done(); // Above 0 in an epoch that is resumed.
         let epoch = epochs_before + epoch;
         let (clusters, labels_of_rows) = (stage.data.clusters, marked.pseudo_labels(&rows));
         let batches = config.order(&rows, &labels_of_rows, clusters, stage.seed, epoch)?;
@@ -118,30 +126,27 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 let noise =
                     training::noise(config.noise, projection.dims2()?, stage.seed, &draw, &device)?;
                 let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-                let regression = regression_loss(pass.prediction(), projection)?;
-                // Mean of both directions, not their sum.
-                let mut loss = (&regression * 0.5)?;
+                let mut loss = regression_loss(pass.prediction(), projection)?;
+                run.note("regression-loss", scalar(&loss)?);
+                run.note("projection-length", mean_length(pass.projection())?);
                 // A weight of 0 leaves the graph, and so every bit, as in pretraining.
                 if prototype_weight > 0. {
-                    let term = sample_to_prototype_loss(
-                        pass.projection(),
-                        prototypes.rows(),
-                        &marks,
-                        config.sample_to_prototype_temperature,
-                    )?;
+                    let (rows, temperature) =
+                        (prototypes.rows(), config.sample_to_prototype_temperature);
+                    let projection = pass.projection();
+                    let term = sample_to_prototype_loss(projection, rows, &marks, temperature)?;
                     run.note("sample-to-prototype-loss", scalar(&term)?);
-                    loss = (loss + (term * (0.5 * prototype_weight))?)?;
+                    loss = (loss + (term * prototype_weight)?)?;
                 }
                 if scatter_weight > 0. {
                     let temperature = config.scatter_temperature;
                     let term = scatter_loss(pass.projection(), projection, &marks, temperature)?;
                     run.note("scatter-loss", scalar(&term)?);
-                    loss = (loss + (term * (0.5 * scatter_weight))?)?;
+                    loss = (loss + (term * scatter_weight)?)?;
                 }
-                run.note("regression-loss", scalar(&regression)?);
-                run.note("projection-length", mean_length(pass.projection())?);
                 run.note_loss(&loss)?; // An error when it is not finite.
-                online.backward(pass, &loss.backward()?)?; // Adds to the gradients.
+                // Mean of both directions, not their sum.
+                online.backward(pass, &(loss * 0.5)?.backward()?)?; // Adds to the gradients.
             }
             run.check_gradients(online)?;
             optimizer.step(online, learning_rate.at(step))?;

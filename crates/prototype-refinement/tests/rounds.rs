@@ -282,5 +282,17 @@ fn foreign_pseudo_labels_are_refused() -> Result<()> {
     more.write(&path)?;
     let error = experiment.first_round(&config(), "out").expect_err("four clusters");
     assert!(format!("{error:#}").contains("4 clusters"), "{error:#}");
+
+    let mut fewer = good.clone();
+    fewer.index.pop();
+    fewer.assignment.pop();
+    fewer.kmeans_assignment.pop();
+    fewer.confidence.pop();
+    fewer.score.pop();
+    fewer.reliable.pop();
+    fewer.write(&path)?;
+    let error = experiment.first_round(&config(), "out").expect_err("an image is missing");
+    let error = format!("{error:#}");
+    assert!(error.contains("pseudo-labels.safetensors") && error.contains("23"), "{error}");
     Ok(())
 }
