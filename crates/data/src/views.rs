@@ -163,7 +163,12 @@ impl Pipeline {
         let mut operations = self.operations.as_slice();
         while let Some((operation, rest)) = operations.split_first() {
             operations = rest;
-            if let Some(area) = operation.area(picture_size(source, canvas), input, rng)? {
+            if let Some(mut area) = operation.area(picture_size(source, canvas), input, rng)? {
+                // Of a picture whose middle alone is wanted, the rest need not be resized.
+                if let Some((&Operation::CentreCrop { pixels }, further)) = rest.split_first() {
+                    area = area.cut_to_centre(pixels)?;
+                    operations = further;
+                }
                 match source.take() {
                     Some(picture) => resize::from_picture(picture, &area, canvas, resize),
                     None => {

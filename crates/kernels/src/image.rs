@@ -1,205 +1,354 @@
-//! Rows of pictures: what augmentation costs in time is decided here.
+//! Pictures: what augmentation costs in time is decided here.
 //!
-//! Each function is plain Rust over slices, compiled once for the baseline of the target and, on
-//! x86-64, again for AVX2 and AVX-512; the best the processor has is chosen at run time. No product
-//! is fused with an addition and every sum has one order, so all give the same bits.
+//! Each function is plain Rust over slices, compiled once per [`Variant`]; the fastest is chosen at
+//! run time. No product is fused with an addition and every sum has one order, so all variants give
+//! the same bits.
 //!
 //! Planes are one channel each, row by row, in 32-bit floats of range `[0, 1]`.
 
-/// Compiles a body for several instruction sets and chooses among them when it is called.
-macro_rules! dispatched {
-    ($(#[$attribute:meta])* pub fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
-        $(#[$attribute])*
-        pub fn $name($($argument: $type),*) $(-> $out)? {
-            #[inline(always)]
-            fn body($($argument: $type),*) $(-> $out)? $body
+use crate::Variant;
+use crate::variant::for_each_variant;
 
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2")]
-                fn avx2($($argument: $type),*) $(-> $out)? {
-                    body($($argument),*)
-                }
-                #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512($($argument: $type),*) $(-> $out)? {
-                    body($($argument),*)
-                }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    #[expect(unsafe_code, reason = "compiled for instructions found above")]
-                    // SAFETY: the processor has the instructions.
-                    return unsafe { avx512($($argument),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    #[expect(unsafe_code, reason = "compiled for instructions found above")]
-                    // SAFETY: the processor has the instructions.
-                    return unsafe { avx2($($argument),*) };
-                }
+/// Compiles a body for every variant and calls the fastest; `name::at` calls a given one.
+macro_rules! in_the_fastest_variant {
+    ($(#[$attribute:meta])* pub fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$attribute])*
+        #[allow(clippy::too_many_arguments, reason = "sizes and slices, each with its name")]
+        pub fn $name($($argument: $type),*) {
+            $name::at(Variant::fastest(), $($argument),*);
+        }
+
+        mod $name {
+            #[allow(unused_imports, reason = "some bodies need nothing from outside")]
+            use super::*;
+
+            for_each_variant! {
+                pub(super) fn at($($argument: $type),*) $body
             }
-            body($($argument),*)
         }
     };
 }
 
-/// Floats that are worked on at a time: enough for the widest registers several times over.
-const CHUNK: usize = 64;
+/// What each place along one side of a resized picture is mixed from: place `i` from `taps` values
+/// beginning at `starts[i]`, with the weights `weights[i · taps..][..taps]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Mix<'a> {
+    /// The first value that each place is mixed from.
+    pub starts: &'a [u32],
+    /// How many are mixed, the same for all; some weights may be 0.
+    pub taps: usize,
+    /// `(places, taps)`.
+    pub weights: &'a [f32],
+}
 
-dispatched! {
-    /// Weighted sum of rows of bytes: `out[i] = Σ_k weights[k] · bytes[k · stride + i]`.
-    ///
-    /// # Panics
-    ///
-    /// `bytes` is too short.
-    pub fn mix_byte_rows(out: &mut [f32], bytes: &[u8], stride: usize, weights: &[f32]) {
-        let width = out.len();
-        let mut at = 0;
-        while at < width {
-            let length = CHUNK.min(width - at);
-            let mut sums = [0f32; CHUNK];
-            for (k, &weight) in weights.iter().enumerate() {
-                let row = &bytes[k * stride + at..][..length];
-                if let Ok(row) = <&[u8; CHUNK]>::try_from(row) {
-                    for (sum, &byte) in sums.iter_mut().zip(row) {
-                        *sum += weight * f32::from(byte);
-                    }
-                } else {
-                    for (sum, &byte) in sums.iter_mut().zip(row) {
-                        *sum += weight * f32::from(byte);
-                    }
-                }
-            }
-            out[at..at + length].copy_from_slice(&sums[..length]);
-            at += length;
-        }
+impl Mix<'_> {
+    #[inline(always)]
+    fn at(&self, place: usize) -> (usize, &[f32]) {
+        (self.starts[place] as usize, &self.weights[place * self.taps..][..self.taps])
     }
 }
 
-dispatched! {
-    /// Weighted sum of rows of floats: `out[i] = Σ_k weights[k] · values[starts[k] + i]`.
+in_the_fastest_variant! {
+    /// Resizes a picture of bytes with 1 or 3 `channels` side by side: each value of the planes `out`
+    /// is mixed from `rows` of `width` pixels, then from `columns`.
+    ///
+    /// From row to row there are `stride` bytes. `memory` is overwritten.
     ///
     /// # Panics
     ///
-    /// `values` is too short, or `starts` and `weights` differ in length.
-    pub fn mix_rows(out: &mut [f32], values: &[f32], starts: &[usize], weights: &[f32]) {
-        assert_eq!(starts.len(), weights.len());
-        let width = out.len();
-        let mut at = 0;
-        while at < width {
-            let length = CHUNK.min(width - at);
-            let mut sums = [0f32; CHUNK];
-            for (&start, &weight) in starts.iter().zip(weights) {
-                let row = &values[start + at..][..length];
-                if let Ok(row) = <&[f32; CHUNK]>::try_from(row) {
-                    for (sum, &value) in sums.iter_mut().zip(row) {
-                        *sum += weight * value;
-                    }
-                } else {
-                    for (sum, &value) in sums.iter_mut().zip(row) {
-                        *sum += weight * value;
-                    }
-                }
-            }
-            out[at..at + length].copy_from_slice(&sums[..length]);
-            at += length;
-        }
-    }
-}
-
-dispatched! {
-    /// Weighted sums of neighbours in a row: `out[x] = Σ_k weights[x · taps + k] · row[starts[x] + k]`
-    /// with `taps = weights.len() / starts.len()`.
-    ///
-    /// # Panics
-    ///
-    /// `row` is too short, or `out` and `starts` differ in length.
-    pub fn mix_columns(out: &mut [f32], row: &[f32], starts: &[u32], weights: &[f32]) {
-        assert_eq!(out.len(), starts.len());
-        let taps = weights.len() / starts.len().max(1);
-        for ((out, &start), weights) in out.iter_mut().zip(starts).zip(weights.chunks_exact(taps)) {
-            let values = &row[start as usize..][..taps];
-            *out = values.iter().zip(weights).fold(0., |sum, (value, weight)| sum + value * weight);
-        }
-    }
-}
-
-dispatched! {
-    /// [`mix_columns`] for three channels side by side in `row`, taken apart into three planes.
-    ///
-    /// `row` has one float more than its pixels need: a fourth lane reads it and is dropped.
-    ///
-    /// # Panics
-    ///
-    /// `row` is too short, or a plane and `starts` differ in length.
-    pub fn mix_colour_columns(
-        red: &mut [f32],
-        green: &mut [f32],
-        blue: &mut [f32],
-        row: &[f32],
-        starts: &[u32],
-        weights: &[f32],
+    /// A slice is too short for what the mixes name.
+    pub fn resize_bytes(
+        bytes: &[u8],
+        stride: usize,
+        width: usize,
+        channels: usize,
+        rows: Mix<'_>,
+        columns: Mix<'_>,
+        memory: &mut Vec<f32>,
+        out: &mut [f32],
     ) {
-        let width = starts.len();
-        assert!(red.len() == width && green.len() == width && blue.len() == width);
-        let taps = weights.len() / width.max(1);
-        for (x, weights) in weights.chunks_exact(taps).enumerate() {
-            let start = 3 * starts[x] as usize;
-            let values = &row[start..start + 3 * taps + 1];
-            let mut sums = [0f32; 4];
-            for (k, &weight) in weights.iter().enumerate() {
-                let pixel: &[f32; 4] =
-                    values[3 * k..3 * k + 4].try_into().expect("a slice of four has four");
-                for (sum, value) in sums.iter_mut().zip(pixel) {
-                    *sum += weight * value;
-                }
+        let (to_height, to_width) = (rows.starts.len(), columns.starts.len());
+        let values = width * channels;
+        // One value more than the pixels have, for the fourth lane.
+        memory.resize(values + 1, 0.);
+        for y in 0..to_height {
+            let (start, weights) = rows.at(y);
+            mix_rows(&mut memory[..values], weights, |k| &bytes[(start + k) * stride..][..values]);
+            let line = y * to_width;
+            if channels == 3 {
+                mix_colour_columns(out, to_height * to_width, line, memory, columns);
+            } else {
+                mix_columns(&mut out[line..line + to_width], memory, columns);
             }
-            red[x] = sums[0];
-            green[x] = sums[1];
-            blue[x] = sums[2];
         }
     }
 }
 
-dispatched! {
-    /// Convolution of a row with a symmetric kernel: `kernel[0]` weighs the middle, `kernel[d]` both
-    /// values at distance `d`. `padded` has `kernel.len() - 1` values more on each side than `out`.
+in_the_fastest_variant! {
+    /// [`resize_bytes`] for planes of floats, each of `plane` values with `stride` values from row to
+    /// row; the part that is resized begins `first` values into each.
     ///
     /// # Panics
     ///
-    /// `padded` is too short.
-    pub fn blur_row(out: &mut [f32], padded: &[f32], kernel: &[f32]) {
-        let (radius, width) = (kernel.len() - 1, out.len());
-        let padded = &padded[..width + 2 * radius];
-        let mut at = 0;
-        while at < width {
-            let length = CHUNK.min(width - at);
-            let mut sums = [0f32; CHUNK];
-            for (sum, &value) in sums[..length].iter_mut().zip(&padded[at + radius..]) {
-                *sum = kernel[0] * value;
+    /// A slice is too short for what the mixes name.
+    pub fn resize_planes(
+        planes: &[f32],
+        plane: usize,
+        first: usize,
+        stride: usize,
+        width: usize,
+        rows: Mix<'_>,
+        columns: Mix<'_>,
+        memory: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        let (to_height, to_width) = (rows.starts.len(), columns.starts.len());
+        memory.resize(6 * width + 1, 0.);
+        let (mixed, colours) = memory.split_at_mut(3 * width);
+        for y in 0..to_height {
+            let (start, weights) = rows.at(y);
+            let at = first + start * stride;
+            for (mixed, plane) in mixed.chunks_exact_mut(width).zip(planes.chunks_exact(plane)) {
+                mix_rows(mixed, weights, |k| &plane[at + k * stride..][..width]);
             }
-            for (distance, &weight) in kernel.iter().enumerate().skip(1) {
-                let left = &padded[at + radius - distance..][..length];
-                let right = &padded[at + radius + distance..][..length];
-                let pair = (<&[f32; CHUNK]>::try_from(left), <&[f32; CHUNK]>::try_from(right));
-                if let (Ok(left), Ok(right)) = pair {
-                    for ((sum, &left), &right) in sums.iter_mut().zip(left).zip(right) {
-                        *sum += weight * (left + right);
-                    }
-                } else {
-                    for ((sum, &left), &right) in sums.iter_mut().zip(left).zip(right) {
-                        *sum += weight * (left + right);
-                    }
-                }
+            let line = y * to_width;
+            if planes.len() == 3 * plane {
+                // Put side by side, the three channels share each weight.
+                let (red, rest) = mixed.split_at(width);
+                let (green, blue) = rest.split_at(width);
+                put_side_by_side(&mut colours[..3 * width], red, green, blue, [1.; 3], [0.; 3]);
+                mix_colour_columns(out, to_height * to_width, line, colours, columns);
+            } else {
+                mix_columns(&mut out[line..line + to_width], mixed, columns);
             }
-            out[at..at + length].copy_from_slice(&sums[..length]);
-            at += length;
         }
     }
 }
 
-dispatched! {
+/// `out[i] = Σ_k weights[k] · row(k)[i]`, in blocks whose sums stay in registers. The last block
+/// overlaps the one before it where the width is no multiple.
+#[inline(always)]
+fn mix_rows<'a, T: Copy + Into<f32> + 'a>(
+    out: &mut [f32],
+    weights: &[f32],
+    row: impl Fn(usize) -> &'a [T],
+) {
+    in_blocks(
+        out,
+        #[inline(always)]
+        |at, sums: &mut [f32]| match sums.len() {
+            64 => mix_block::<64, T>(sums, at, weights, &row),
+            16 => mix_block::<16, T>(sums, at, weights, &row),
+            4 => mix_block::<4, T>(sums, at, weights, &row),
+            _ => mix_block::<1, T>(sums, at, weights, &row),
+        },
+    );
+}
+
+#[inline(always)]
+fn mix_block<'a, const N: usize, T: Copy + Into<f32> + 'a>(
+    out: &mut [f32],
+    at: usize,
+    weights: &[f32],
+    row: impl Fn(usize) -> &'a [T],
+) {
+    let mut sums = [0f32; N];
+    for (k, &weight) in weights.iter().enumerate() {
+        let values = block::<N, T>(row(k), at);
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += weight * value.into();
+        }
+    }
+    out.copy_from_slice(&sums);
+}
+
+/// Calls `fill` for blocks of 64, 16, 4 or 1 values that cover `out`, with where each begins.
+#[inline(always)]
+fn in_blocks(out: &mut [f32], fill: impl Fn(usize, &mut [f32])) {
+    let width = out.len();
+    let mut at = 0;
+    for size in [64, 16, 4, 1] {
+        while at + size <= width {
+            fill(at, &mut out[at..at + size]);
+            at += size;
+        }
+        // What is left is less than this block, which may overlap what is done already.
+        if at < width && size <= 16 && width >= size {
+            at = width - size;
+            fill(at, &mut out[at..]);
+            return;
+        }
+    }
+}
+
+#[inline(always)]
+fn block<const N: usize, T>(values: &[T], at: usize) -> &[T; N] {
+    values[at..at + N].try_into().expect("a slice of N has N values")
+}
+
+/// `out[x] = Σ_k weights[x · taps + k] · row[starts[x] + k]`.
+#[inline(always)]
+fn mix_columns(out: &mut [f32], row: &[f32], columns: Mix<'_>) {
+    match columns.taps {
+        2 => mix_columns_of::<2>(out, row, columns),
+        3 => mix_columns_of::<3>(out, row, columns),
+        4 => mix_columns_of::<4>(out, row, columns),
+        5 => mix_columns_of::<5>(out, row, columns),
+        6 => mix_columns_of::<6>(out, row, columns),
+        _ => {
+            for (x, out) in out.iter_mut().enumerate() {
+                let (start, weights) = columns.at(x);
+                let values = &row[start..start + weights.len()];
+                *out = values
+                    .iter()
+                    .zip(weights)
+                    .fold(0., |sum, (value, weight)| sum + value * weight);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn mix_columns_of<const TAPS: usize>(out: &mut [f32], row: &[f32], columns: Mix<'_>) {
+    let weights = columns.weights.as_chunks::<TAPS>().0;
+    for ((out, &start), weights) in out.iter_mut().zip(columns.starts).zip(weights) {
+        let values = block::<TAPS, f32>(row, start as usize);
+        *out = values.iter().zip(weights).fold(0., |sum, (value, weight)| sum + value * weight);
+    }
+}
+
+/// [`mix_columns`] for three channels side by side in `row`, taken apart into three planes of
+/// `plane` values, at `line` of each.
+#[inline(always)]
+fn mix_colour_columns(out: &mut [f32], plane: usize, line: usize, row: &[f32], columns: Mix<'_>) {
+    let width = columns.starts.len();
+    let (red, rest) = out.split_at_mut(plane);
+    let (green, blue) = rest.split_at_mut(plane);
+    let planes = [red, green, blue].map(|plane| &mut plane[line..line + width]);
+    match columns.taps {
+        1 => mix_colour_columns_of::<1>(planes, row, columns),
+        2 => mix_colour_columns_of::<2>(planes, row, columns),
+        3 => mix_colour_columns_of::<3>(planes, row, columns),
+        4 => mix_colour_columns_of::<4>(planes, row, columns),
+        5 => mix_colour_columns_of::<5>(planes, row, columns),
+        6 => mix_colour_columns_of::<6>(planes, row, columns),
+        7 => mix_colour_columns_of::<7>(planes, row, columns),
+        8 => mix_colour_columns_of::<8>(planes, row, columns),
+        taps => {
+            let [red, green, blue] = planes;
+            for x in 0..width {
+                let (start, weights) = columns.at(x);
+                let values = &row[3 * start..3 * (start + taps) + 1];
+                [red[x], green[x], blue[x]] = mix_pixel(values, weights);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn mix_colour_columns_of<const TAPS: usize>(
+    planes: [&mut [f32]; 3],
+    row: &[f32],
+    columns: Mix<'_>,
+) {
+    let [red, green, blue] = planes;
+    let weights = columns.weights.as_chunks::<TAPS>().0;
+    let planes = red.iter_mut().zip(green).zip(blue);
+    for (((red, green), blue), (&start, weights)) in planes.zip(columns.starts.iter().zip(weights))
+    {
+        let values = &row[3 * start as usize..][..3 * TAPS + 1];
+        [*red, *green, *blue] = mix_pixel(values, weights);
+    }
+}
+
+/// One pixel of three channels. A vector of four lanes takes each pixel and a value of the next one,
+/// which is dropped: `values` has one more than the pixels have.
+#[inline(always)]
+fn mix_pixel(values: &[f32], weights: &[f32]) -> [f32; 3] {
+    let mut sums = [0f32; 4];
+    for (k, &weight) in weights.iter().enumerate() {
+        for (sum, value) in sums.iter_mut().zip(block::<4, f32>(values, 3 * k)) {
+            *sum += weight * value;
+        }
+    }
+    [sums[0], sums[1], sums[2]]
+}
+
+in_the_fastest_variant! {
+    /// Convolves a plane with a symmetric kernel down and across: `kernel[0]` weighs the middle,
+    /// `kernel[d]` the two values at distance `d`. Edges are mirrored without repeating the edge.
+    ///
+    /// `row` is memory for a row and twice the kernel's reach.
+    ///
+    /// # Panics
+    ///
+    /// The kernel reaches as far as the plane is high or wide, or the lengths do not agree.
+    pub fn blur_plane(
+        plane: &[f32],
+        width: usize,
+        kernel: &[f32],
+        row: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (height, reach) = (plane.len() / width, kernel.len() - 1);
+        assert!(reach < height && reach < width && out.len() == plane.len());
+        assert_eq!(row.len(), width + 2 * reach);
+        let line = |y: usize| &plane[y * width..][..width];
+        for (y, out) in out.chunks_exact_mut(width).enumerate() {
+            let above = |distance: usize| line(y.abs_diff(distance));
+            let below = |distance: usize| line((height - 1) - (height - 1).abs_diff(y + distance));
+            mix_pairs(&mut row[reach..reach + width], kernel, above, below);
+            for distance in 1..=reach {
+                row[reach - distance] = row[reach + distance];
+                row[reach + width - 1 + distance] = row[reach + width - 1 - distance];
+            }
+            let left = |distance: usize| &row[reach - distance..][..width];
+            let right = |distance: usize| &row[reach + distance..][..width];
+            mix_pairs(out, kernel, left, right);
+        }
+    }
+}
+
+/// `out[i] = kernel[0] · before(0)[i] + Σ_d kernel[d] · (before(d)[i] + behind(d)[i])`.
+#[inline(always)]
+fn mix_pairs<'a>(
+    out: &mut [f32],
+    kernel: &[f32],
+    before: impl Fn(usize) -> &'a [f32],
+    behind: impl Fn(usize) -> &'a [f32],
+) {
+    in_blocks(
+        out,
+        #[inline(always)]
+        |at, sums: &mut [f32]| match sums.len() {
+            64 => mix_pair_block::<64>(sums, at, kernel, &before, &behind),
+            16 => mix_pair_block::<16>(sums, at, kernel, &before, &behind),
+            4 => mix_pair_block::<4>(sums, at, kernel, &before, &behind),
+            _ => mix_pair_block::<1>(sums, at, kernel, &before, &behind),
+        },
+    );
+}
+
+#[inline(always)]
+fn mix_pair_block<'a, const N: usize>(
+    out: &mut [f32],
+    at: usize,
+    kernel: &[f32],
+    before: impl Fn(usize) -> &'a [f32],
+    behind: impl Fn(usize) -> &'a [f32],
+) {
+    let mut sums = block::<N, f32>(before(0), at).map(|value| kernel[0] * value);
+    for (distance, &weight) in kernel.iter().enumerate().skip(1) {
+        let before = block::<N, f32>(before(distance), at);
+        let behind = block::<N, f32>(behind(distance), at);
+        for ((sum, &before), &behind) in sums.iter_mut().zip(before).zip(behind) {
+            *sum += weight * (before + behind);
+        }
+    }
+    out.copy_from_slice(&sums);
+}
+
+in_the_fastest_variant! {
     /// One channel of bytes with `channels` side by side, scaled: `out[i] = scale · bytes[i · channels]`.
     pub fn plane_of_bytes(out: &mut [f32], bytes: &[u8], channels: usize, scale: f32) {
         if channels == 1 {
@@ -214,7 +363,7 @@ dispatched! {
     }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// Three planes put side by side, each scaled and shifted: `out[3i + c] = scale[c] · plane_c[i] +
     /// shift[c]`.
     ///
@@ -229,18 +378,30 @@ dispatched! {
         scale: [f32; 3],
         shift: [f32; 3],
     ) {
-        let n = red.len();
-        assert!(green.len() == n && blue.len() == n && out.len() == 3 * n);
-        let planes = red.iter().zip(green).zip(blue);
-        for (out, ((&red, &green), &blue)) in out.chunks_exact_mut(3).zip(planes) {
-            out[0] = scale[0] * red + shift[0];
-            out[1] = scale[1] * green + shift[1];
-            out[2] = scale[2] * blue + shift[2];
-        }
+        put_side_by_side(out, red, green, blue, scale, shift);
     }
 }
 
-dispatched! {
+#[inline(always)]
+fn put_side_by_side(
+    out: &mut [f32],
+    red: &[f32],
+    green: &[f32],
+    blue: &[f32],
+    scale: [f32; 3],
+    shift: [f32; 3],
+) {
+    let n = red.len();
+    assert!(green.len() == n && blue.len() == n && out.len() == 3 * n);
+    let planes = red.iter().zip(green).zip(blue);
+    for (out, ((&red, &green), &blue)) in out.chunks_exact_mut(3).zip(planes) {
+        out[0] = scale[0] * red + shift[0];
+        out[1] = scale[1] * green + shift[1];
+        out[2] = scale[2] * blue + shift[2];
+    }
+}
+
+in_the_fastest_variant! {
     /// `values[i] ← scale · values[i] + shift`.
     pub fn scale_and_shift(values: &mut [f32], scale: f32, shift: f32) {
         for value in values {
@@ -249,7 +410,7 @@ dispatched! {
     }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// `values[i] ← scale · values[i] + shift`, held to `[0, 1]`.
     pub fn scale_and_shift_clamped(values: &mut [f32], scale: f32, shift: f32) {
         for value in values {
@@ -266,9 +427,9 @@ fn grey(red: f32, green: f32, blue: f32) -> f32 {
     GREY[0] * red + GREY[1] * green + GREY[2] * blue
 }
 
-dispatched! {
-    /// Sum of the values, in an order that depends on their number alone.
-    pub fn sum(values: &[f32]) -> f32 {
+in_the_fastest_variant! {
+    /// Adds the values to `total`, in an order that depends on their number alone.
+    pub fn add_up(values: &[f32], total: &mut f32) {
         let mut sums = [0f32; 16];
         let chunks = values.chunks_exact(16);
         let rest = chunks.remainder();
@@ -280,11 +441,11 @@ dispatched! {
         for (sum, &value) in sums.iter_mut().zip(rest) {
             *sum += value;
         }
-        sums.iter().sum()
+        *total += sums.iter().sum::<f32>();
     }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// Makes the three planes grey.
     pub fn to_grey(red: &mut [f32], green: &mut [f32], blue: &mut [f32]) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
@@ -294,7 +455,7 @@ dispatched! {
     }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// Mixes each pixel with its own grey: `factor · colour + (1 − factor) · grey`, held to `[0, 1]`.
     pub fn saturate(red: &mut [f32], green: &mut [f32], blue: &mut [f32], factor: f32) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
@@ -306,7 +467,7 @@ dispatched! {
     }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// Turns the hue of each pixel by `turn` of the colour circle, keeping HSV saturation and value.
     pub fn turn_hue(red: &mut [f32], green: &mut [f32], blue: &mut [f32], turn: f32) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
@@ -334,7 +495,7 @@ fn from_hue(angle: f32, high: f32, chroma: f32) -> f32 {
     high - chroma * angle.min(4. - angle).clamp(0., 1.)
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// `values[i] ← values[i]^exponent` for values in `[0, 1]`, to about 10⁻⁶ of the value.
     pub fn power(values: &mut [f32], exponent: f32) {
         for value in values {
@@ -368,7 +529,7 @@ fn power_of(x: f32, y: f32) -> f32 {
     if x < f32::MIN_POSITIVE { 0. } else { mantissa * scale }
 }
 
-dispatched! {
+in_the_fastest_variant! {
     /// `values[i] ← 1 − values[i]` where it is at least `threshold`.
     pub fn solarise(values: &mut [f32], threshold: f32) {
         for value in values {
@@ -386,54 +547,146 @@ mod tests {
         (0..n).map(|i| ((i * 7919 + 13) % 1009) as f32 / 1009.).collect()
     }
 
-    #[test]
-    fn rows_of_bytes_and_of_floats_are_mixed_at_every_width() {
-        for width in [1, 5, 63, 64, 65, 200] {
-            let bytes: Vec<u8> = values(3 * (width + 4)).iter().map(|v| (v * 255.) as u8).collect();
-            let weights = [0.5, -0.25, 2.];
-            let want: Vec<f32> = (0..width)
-                .map(|i| (0..3).map(|k| weights[k] * f32::from(bytes[k * (width + 4) + i])).sum())
-                .collect();
-            let mut out = vec![0.; width];
-            mix_byte_rows(&mut out, &bytes, width + 4, &weights);
-            assert_eq!(out, want);
-            let floats: Vec<f32> = bytes.iter().map(|&byte| f32::from(byte)).collect();
-            mix_rows(&mut out, &floats, &[0, width + 4, 2 * (width + 4)], &weights);
-            assert_eq!(out, want);
-        }
+    /// Starts, taps and weights of mixes of three from every other value.
+    fn mix(places: usize) -> (Vec<u32>, Vec<f32>) {
+        let starts = (0..places as u32).map(|place| 2 * place).collect();
+        (starts, values(3 * places + 5)[5..].to_vec())
     }
 
     #[test]
-    fn columns_are_mixed_alike_in_one_and_three_channels() {
-        let row = values(3 * 9 + 1);
-        let (starts, weights) = ([0, 4, 7], [0.5, 0.25, 1., -1., 2., 3.]);
-        let mut colour = [[0.; 3]; 3];
-        let [red, green, blue] = &mut colour;
-        mix_colour_columns(red, green, blue, &row, &starts, &weights);
-        for (channel, got) in colour.iter().enumerate() {
-            let plane: Vec<f32> = row.iter().skip(channel).step_by(3).copied().collect();
-            let mut want = [0.; 3];
-            mix_columns(&mut want, &plane, &starts, &weights);
-            assert_eq!(got, &want);
-            assert_eq!(want[1], plane[4] - plane[5]);
-        }
-    }
-
-    #[test]
-    fn blurring_a_row_is_a_symmetric_convolution() {
-        for width in [1, 64, 70] {
-            let padded = values(width + 4);
-            let kernel = [0.5, 0.2, 0.05];
-            let mut out = vec![0.; width];
-            blur_row(&mut out, &padded, &kernel);
-            for (x, got) in out.iter().enumerate() {
-                let want: f32 = [0.05, 0.2, 0.5, 0.2, 0.05]
-                    .iter()
-                    .zip(&padded[x..])
-                    .map(|(weight, value)| weight * value)
-                    .sum();
-                assert!((got - want).abs() < 1e-6, "{width}, {x}: {got}, {want}");
+    fn resizing_mixes_rows_and_columns_at_every_width() {
+        for (height, width, taps) in [(1, 1, 3), (2, 7, 3), (3, 40, 1), (4, 70, 12)] {
+            let (starts, _) = mix(width.max(height));
+            let weights = values(taps * width.max(height));
+            let rows = Mix { starts: &starts[..height], taps: 3, weights: &values(3 * height) };
+            let columns = Mix { starts: &starts[..width], taps, weights: &weights[..taps * width] };
+            let (from_height, from_width) = (2 * height + 1, 2 * (width - 1) + taps);
+            for channels in [1, 3] {
+                let stride = from_width * channels + 2;
+                let bytes: Vec<u8> =
+                    values(stride * from_height).iter().map(|v| (v * 255.) as u8).collect();
+                let mut want = Vec::new();
+                for channel in 0..channels {
+                    for y in 0..height {
+                        for x in 0..width {
+                            let mut sum = 0f64;
+                            for (i, row) in rows.at(y).1.iter().enumerate() {
+                                for (j, column) in columns.at(x).1.iter().enumerate() {
+                                    let at = (2 * y + i) * stride + (2 * x + j) * channels;
+                                    let byte = f64::from(bytes[at + channel]);
+                                    sum += f64::from(row * column) * byte;
+                                }
+                            }
+                            want.push(sum);
+                        }
+                    }
+                }
+                let plane = from_height * (from_width + 1);
+                let mut planes = vec![7.; plane * channels];
+                for (i, &byte) in bytes.iter().enumerate() {
+                    let (y, x) = (i / stride, i % stride / channels);
+                    if x < from_width {
+                        let at = y * (from_width + 1) + x + 1;
+                        planes[i % stride % channels * plane + at] = f32::from(byte);
+                    }
+                }
+                let (mut memory, mut out) = (vec![0.; 1000], vec![0.; want.len()]);
+                let close = |out: &[f32]| {
+                    for (got, want) in out.iter().zip(&want) {
+                        assert!(
+                            (f64::from(*got) - want).abs() < 1e-5 * want.max(1.),
+                            "{got}, {want}"
+                        );
+                    }
+                };
+                resize_bytes(
+                    &bytes,
+                    stride,
+                    from_width,
+                    channels,
+                    rows,
+                    columns,
+                    &mut memory,
+                    &mut out,
+                );
+                close(&out);
+                resize_planes(
+                    &planes,
+                    plane,
+                    1,
+                    from_width + 1,
+                    from_width,
+                    rows,
+                    columns,
+                    &mut memory,
+                    &mut out,
+                );
+                close(&out);
             }
+        }
+    }
+
+    #[test]
+    fn blurring_mixes_pairs_down_and_across_and_mirrors_edges() {
+        // By hand: a row of 4 with kernel ½, ¼ becomes (a/2 + b/2, …, d/2 + c/2).
+        let plane = [4f32, 8., 0., 2., 4., 8., 0., 2.];
+        let mut out = [0.; 8];
+        blur_plane(&plane, 4, &[0.5, 0.25], &mut [0.; 6], &mut out);
+        assert_eq!(out[..4], [6., 5., 2.5, 1.]);
+        assert_eq!(out[4..], out[..4]);
+        let upright = [4f32, 4., 8., 8., 0., 0., 2., 2.];
+        blur_plane(&upright, 2, &[0.5, 0.25], &mut [0.; 4], &mut out);
+        assert_eq!(out, [6., 6., 5., 5., 2.5, 2.5, 1., 1.]);
+    }
+
+    #[test]
+    fn every_variant_gives_the_same_bits() {
+        for variant in Variant::available() {
+            let (height, width) = (9, 75);
+            let (starts, _) = mix(width);
+            let weights = values(4 * width);
+            let rows = Mix { starts: &starts[..height], taps: 3, weights: &weights[..3 * height] };
+            let columns = Mix { starts: &starts, taps: 4, weights: &weights };
+            let bytes: Vec<u8> =
+                values(19 * 153 * 3).iter().map(|value| (value * 255.) as u8).collect();
+            let all = |variant| {
+                let mut planes = vec![0.; 3 * height * width];
+                let mut memory = Vec::new();
+                resize_bytes::at(
+                    variant,
+                    &bytes,
+                    153 * 3,
+                    153,
+                    3,
+                    rows,
+                    columns,
+                    &mut memory,
+                    &mut planes,
+                );
+                scale_and_shift_clamped::at(variant, &mut planes, 1. / 800., 0.1);
+                let mut total = 0.;
+                add_up::at(variant, &planes, &mut total);
+                let (red, rest) = planes.split_at_mut(height * width);
+                let (green, blue) = rest.split_at_mut(height * width);
+                turn_hue::at(variant, red, green, blue, 0.3);
+                saturate::at(variant, red, green, blue, 1.3);
+                let mut blurred = vec![0.; height * width];
+                let kernel = [0.3, 0.2, 0.1, 0.05];
+                blur_plane::at(
+                    variant,
+                    red,
+                    width,
+                    &kernel,
+                    &mut vec![0.; width + 6],
+                    &mut blurred,
+                );
+                power::at(variant, green, 0.7);
+                solarise::at(variant, blue, 0.5);
+                let mut out = vec![0.; 3 * height * width];
+                interleave::at(variant, &mut out, &blurred, green, blue, [2.; 3], [0.1; 3]);
+                (total, out)
+            };
+            assert!(all(variant) == all(Variant::PORTABLE), "{variant}");
         }
     }
 
@@ -475,7 +728,9 @@ mod tests {
     fn a_sum_has_every_value_once() {
         for n in [0u16, 1, 16, 17, 100] {
             let ones: Vec<f32> = (0..n).map(f32::from).collect();
-            assert_eq!(sum(&ones), f32::from(n * n.saturating_sub(1) / 2));
+            let mut total = 5.;
+            add_up(&ones, &mut total);
+            assert_eq!(total, 5. + f32::from(n * n.saturating_sub(1) / 2));
         }
     }
 }

@@ -60,6 +60,13 @@ impl Variant {
         }
     }
 
+    /// The fastest variant that this processor has, whatever `ASSORT_KERNEL` says: for kernels whose
+    /// variants all give the same bits.
+    pub fn fastest() -> Variant {
+        static FASTEST: OnceLock<Variant> = OnceLock::new();
+        *FASTEST.get_or_init(|| Variant::available().pop().unwrap_or(Variant::PORTABLE))
+    }
+
     /// The variant this process uses: the one that `ASSORT_KERNEL` names, or the fastest available.
     ///
     /// # Errors

@@ -10,8 +10,6 @@ use crate::views::canvas::Canvas;
 pub(super) struct Buffers {
     kernel: Vec<f32>,
     row: Vec<f32>,
-    starts: Vec<usize>,
-    weights: Vec<f32>,
 }
 
 /// Weights below this share of the middle one are left out: together they would move a value by
@@ -39,23 +37,10 @@ pub(super) fn apply(
         extent / 2
     );
     half_kernel(extent, deviation, &mut b.kernel);
-    let radius = b.kernel.len() - 1;
-    b.weights.clear();
-    b.weights.extend(b.kernel[1..].iter().rev().chain(&b.kernel));
-    b.row.resize(width + 2 * radius, 0.);
+    b.row.resize(width + 2 * (b.kernel.len() - 1), 0.);
     out.reshape(height, width, canvas.channels);
     for (plane, out) in canvas.planes().zip(out.planes_mut()) {
-        for (y, line) in out.chunks_exact_mut(width).enumerate() {
-            b.starts.clear();
-            let rows = 0..=2 * radius;
-            b.starts.extend(rows.map(|k| mirrored(y + k, radius, height) * width));
-            image::mix_rows(&mut b.row[radius..radius + width], plane, &b.starts, &b.weights);
-            for distance in 1..=radius {
-                b.row[radius - distance] = b.row[radius + distance];
-                b.row[radius + width - 1 + distance] = b.row[radius + width - 1 - distance];
-            }
-            image::blur_row(line, &b.row, &b.kernel);
-        }
+        image::blur_plane(plane, width, &b.kernel, &mut b.row, out);
     }
     Ok(())
 }
@@ -67,17 +52,6 @@ fn half_kernel(extent: usize, deviation: f64, kernel: &mut Vec<f32>) {
     kernel.clear();
     let heavy = (0..=extent / 2).map(weight).take_while(|&weight| weight >= NEGLIGIBLE);
     kernel.extend(heavy.map(|weight| (weight / sum) as f32));
-}
-
-/// The row that stands at `position - before`, counted back from the edges of `length` rows.
-fn mirrored(position: usize, before: usize, length: usize) -> usize {
-    if position < before {
-        before - position
-    } else if position - before >= length {
-        2 * length - 2 - (position - before)
-    } else {
-        position - before
-    }
 }
 
 #[cfg(test)]

@@ -81,12 +81,16 @@ impl Change {
 }
 
 fn mean_grey(canvas: &Canvas) -> f64 {
-    let sums = canvas.planes().map(|plane| f64::from(image::sum(plane)));
-    let sum: f64 = if canvas.channels == 3 {
-        sums.zip(image::GREY).map(|(sum, weight)| sum * f64::from(weight)).sum()
-    } else {
-        sums.sum()
-    };
+    let weights = if canvas.channels == 3 { image::GREY } else { [1.; 3] };
+    let sum: f64 = canvas
+        .planes()
+        .zip(weights)
+        .map(|(plane, weight)| {
+            let mut total = 0.;
+            image::add_up(plane, &mut total);
+            f64::from(total) * f64::from(weight)
+        })
+        .sum();
     sum / canvas.pixels() as f64
 }
 

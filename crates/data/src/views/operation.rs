@@ -1,6 +1,6 @@
 //! What can be done to a picture, as the experiment file says it.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -226,47 +226,22 @@ impl Operation {
         input: &Input,
         rng: &mut ChaCha8Rng,
     ) -> Result<Option<Area>> {
-        let whole = Area {
-            top: 0,
-            left: 0,
-            height,
-            width,
-            to_height: height,
-            to_width: width,
-            filter: Filter::Bilinear,
-        };
         Ok(Some(match *self {
             Self::ResizedCrop { scale, aspect } => {
-                let [top, left, height, width] = random_crop(height, width, scale, aspect, rng);
-                let (to_height, to_width) = (input.height, input.width);
-                Area { top, left, height, width, to_height, to_width, ..whole }
+                let part = random_crop(height, width, scale, aspect, rng);
+                Area::new(part, [input.height, input.width], Filter::Bilinear)
             }
             Self::ResizeShorter { pixels, filter } => {
-                let [to_height, to_width] = [height, width]
+                let to = [height, width]
                     .map(|side| (pixels as f64 * side as f64 / height.min(width) as f64) as usize);
-                Area { to_height, to_width, filter, ..whole }
+                Area::new([0, 0, height, width], to, filter)
             }
             Self::CentreCrop { pixels } => {
-                if height.min(width) < pixels {
-                    bail!(
-                        "centre-crop takes {pixels}×{pixels} pixels out of {height}×{width}; let \
-                         resize-shorter come first"
-                    );
-                }
-                let [top, left] =
-                    [height, width].map(|side| ((side - pixels) as f64 / 2.).round_ties_even());
-                Area {
-                    top: top as usize,
-                    left: left as usize,
-                    height: pixels,
-                    width: pixels,
-                    to_height: pixels,
-                    to_width: pixels,
-                    ..whole
-                }
+                Area::new([0, 0, height, width], [height, width], Filter::Bilinear)
+                    .cut_to_centre(pixels)?
             }
             Self::Resize { pixels, filter } => {
-                Area { to_height: pixels, to_width: pixels, filter, ..whole }
+                Area::new([0, 0, height, width], [pixels; 2], filter)
             }
             _ => return Ok(None),
         }))

@@ -5,22 +5,56 @@
 //! nearest cache when its columns are mixed. Pillow mixes columns first and rounds to bytes in
 //! between; without rounding the order makes no difference.
 
-use kernels::image;
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use kernels::image::{self, Mix};
 
 use crate::Picture;
 use crate::views::Filter;
 use crate::views::canvas::Canvas;
 
-/// A part of a picture, and the size it is to have.
+/// A part of a picture, the size it is to have, and which part of that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Area {
-    pub(super) top: usize,
-    pub(super) left: usize,
-    pub(super) height: usize,
-    pub(super) width: usize,
-    pub(super) to_height: usize,
-    pub(super) to_width: usize,
-    pub(super) filter: Filter,
+    /// Top, left, height and width of the part.
+    part: [usize; 4],
+    /// Height and width it is resized to.
+    to: [usize; 2],
+    /// Top, left, height and width of what is wanted of the result.
+    cut: [usize; 4],
+    filter: Filter,
+}
+
+impl Area {
+    /// A part (top, left, height, width) resized to a size (height, width), all of which is wanted.
+    pub(super) fn new(part: [usize; 4], to: [usize; 2], filter: Filter) -> Self {
+        Self { part, to, cut: [0, 0, to[0], to[1]], filter }
+    }
+
+    /// The same of which only the middle square is wanted, placed as torchvision's `CenterCrop`.
+    ///
+    /// # Errors
+    ///
+    /// The square does not fit.
+    pub(super) fn cut_to_centre(self, pixels: usize) -> Result<Self> {
+        let [height, width] = self.to;
+        ensure!(
+            height.min(width) >= pixels,
+            "centre-crop takes {pixels}×{pixels} pixels out of {height}×{width}; let resize-shorter \
+             come first"
+        );
+        let [top, left] = self.to.map(|side| ((side - pixels) as f64 / 2.).round_ties_even());
+        Ok(Self { cut: [top as usize, left as usize, pixels, pixels], ..self })
+    }
+
+    /// How rows and columns of the result are mixed, rows times `scale`.
+    fn set(&self, b: &mut Buffers, scale: f64) {
+        let [_, _, height, width] = self.part;
+        let [top, left, to_height, to_width] = self.cut;
+        b.rows.set(height, self.to[0], top..top + to_height, self.filter, scale);
+        b.columns.set(width, self.to[1], left..left + to_width, self.filter, 1.);
+    }
 }
 
 /// Memory that is used again for the next picture.
@@ -33,54 +67,26 @@ pub(super) struct Buffers {
 
 /// Resizes an area of a picture in bytes.
 pub(super) fn from_picture(picture: &Picture, area: &Area, out: &mut Canvas, b: &mut Buffers) {
+    area.set(b, 1. / 255.);
     let channels = picture.channels;
-    let stride = picture.width * channels;
-    b.rows.set(area.height, area.to_height, area.filter, 1. / 255.);
-    b.columns.set(area.width, area.to_width, area.filter, 1.);
-    out.reshape(area.to_height, area.to_width, channels);
-    // One value more than the pixels have, for the lane that colour drops.
-    b.row.resize(area.width * channels + 1, 0.);
-    let pixels = out.pixels();
-    for y in 0..area.to_height {
-        let (start, weights) = b.rows.at(y);
-        let first = (area.top + start) * stride + area.left * channels;
-        let mixed = &mut b.row[..area.width * channels];
-        image::mix_byte_rows(mixed, &picture.pixels[first..], stride, weights);
-        let line = y * area.to_width..(y + 1) * area.to_width;
-        match out.colours() {
-            Some(planes) => {
-                let [red, green, blue] = planes.map(|plane| &mut plane[line.clone()]);
-                let Axis { starts, weights, .. } = &b.columns;
-                image::mix_colour_columns(red, green, blue, &b.row, starts, weights);
-            }
-            None => {
-                debug_assert!(line.end <= pixels);
-                let Axis { starts, weights, .. } = &b.columns;
-                image::mix_columns(&mut out.values[line], &b.row, starts, weights);
-            }
-        }
-    }
+    out.reshape(area.cut[2], area.cut[3], channels);
+    let ([top, left, _, width], stride) = (area.part, picture.width * channels);
+    let part = &picture.pixels[top * stride + left * channels..];
+    let (rows, columns) = (b.rows.mix(), b.columns.mix());
+    let (row, values) = (&mut b.row, &mut out.values);
+    image::resize_bytes(part, stride, width, channels, rows, columns, row, values);
     hold_to_range(out, area.filter);
 }
 
 /// Resizes an area of a picture in floats.
 pub(super) fn from_canvas(canvas: &Canvas, area: &Area, out: &mut Canvas, b: &mut Buffers) {
-    b.rows.set(area.height, area.to_height, area.filter, 1.);
-    b.columns.set(area.width, area.to_width, area.filter, 1.);
-    out.reshape(area.to_height, area.to_width, canvas.channels);
-    b.row.resize(area.width, 0.);
-    let Buffers { row, rows, columns } = b;
-    let mut starts = Vec::with_capacity(rows.taps);
-    for (plane, out) in canvas.planes().zip(out.planes_mut()) {
-        for (y, line) in out.chunks_exact_mut(area.to_width).enumerate() {
-            let (start, weights) = rows.at(y);
-            let first = (area.top + start) * canvas.width + area.left;
-            starts.clear();
-            starts.extend((0..weights.len()).map(|k| first + k * canvas.width));
-            image::mix_rows(row, plane, &starts, weights);
-            image::mix_columns(line, row, &columns.starts, &columns.weights);
-        }
-    }
+    area.set(b, 1.);
+    out.reshape(area.cut[2], area.cut[3], canvas.channels);
+    let ([top, left, _, width], stride) = (area.part, canvas.width);
+    let (plane, first) = (canvas.pixels(), top * stride + left);
+    let (rows, columns) = (b.rows.mix(), b.columns.mix());
+    let (from, to) = (&canvas.values, &mut out.values);
+    image::resize_planes(from, plane, first, stride, width, rows, columns, &mut b.row, to);
     hold_to_range(out, area.filter);
 }
 
@@ -103,39 +109,51 @@ struct Axis {
 }
 
 impl Axis {
-    fn set(&mut self, from: usize, to: usize, filter: Filter, scale: f64) {
-        let ratio = from as f64 / to as f64;
-        let (radius, weight): (f64, fn(f64) -> f64) = match filter {
-            Filter::Bilinear => (1., triangle),
-            Filter::Bicubic => (2., cubic),
-        };
-        let stretch = ratio.max(1.);
-        let support = radius * stretch;
-        let range = |place: usize| {
-            let centre = (place as f64 + 0.5) * ratio;
-            let first = ((centre - support + 0.5) as usize).min(from - 1);
-            let end = ((centre + support + 0.5) as usize).min(from).max(first + 1);
-            (centre, first, end)
-        };
-        self.taps = (0..to).map(range).map(|(_, first, end)| end - first).max().unwrap_or(1);
-        self.starts.clear();
-        self.weights.clear();
-        self.weights.resize(to * self.taps, 0.);
-        for (place, weights) in self.weights.chunks_exact_mut(self.taps).enumerate() {
-            let (centre, first, end) = range(place);
-            // Near the end the row of weights begins earlier, so that it does not stick out.
-            let start = first.min(from - self.taps);
-            self.starts.push(start as u32);
-            let at = |position: usize| weight((position as f64 + 0.5 - centre) / stretch);
-            let sum: f64 = (first..end).map(at).sum();
-            for position in first..end {
-                weights[position - start] = (at(position) / sum * scale) as f32;
-            }
+    /// The weights of the wanted places among `to` that `from` values become.
+    fn set(&mut self, from: usize, to: usize, wanted: Range<usize>, filter: Filter, scale: f64) {
+        match filter {
+            Filter::Bilinear => self.set_by(from, to, wanted, 1., triangle, scale),
+            Filter::Bicubic => self.set_by(from, to, wanted, 2., cubic, scale),
         }
     }
 
-    fn at(&self, place: usize) -> (usize, &[f32]) {
-        (self.starts[place] as usize, &self.weights[place * self.taps..][..self.taps])
+    fn set_by(
+        &mut self,
+        from: usize,
+        to: usize,
+        wanted: Range<usize>,
+        radius: f64,
+        weight: impl Fn(f64) -> f64,
+        scale: f64,
+    ) {
+        let ratio = from as f64 / to as f64;
+        let stretch = ratio.max(1.);
+        let (support, shrink) = (radius * stretch, 1. / stretch);
+        // No range of length 2·support + 1 holds more whole numbers than this.
+        self.taps = ((2. * support).floor() as usize + 1).min(from);
+        self.starts.clear();
+        self.weights.clear();
+        self.weights.resize(wanted.len() * self.taps, 0.);
+        for (place, weights) in wanted.zip(self.weights.chunks_exact_mut(self.taps)) {
+            let centre = (place as f64 + 0.5) * ratio;
+            let first = ((centre - support + 0.5) as usize).min(from - 1);
+            let end = ((centre + support + 0.5) as usize).min(from).max(first + 1);
+            // Near the end the row of weights begins earlier, so that it does not stick out.
+            let start = first.min(from - self.taps);
+            self.starts.push(start as u32);
+            let mut sum = 0.;
+            for (position, slot) in (first..end).zip(&mut weights[first - start..]) {
+                let weight = weight((position as f64 + 0.5 - centre) * shrink);
+                *slot = weight as f32;
+                sum += weight;
+            }
+            let share = (scale / sum) as f32;
+            weights.iter_mut().for_each(|weight| *weight *= share);
+        }
+    }
+
+    fn mix(&self) -> Mix<'_> {
+        Mix { starts: &self.starts, taps: self.taps, weights: &self.weights }
     }
 }
 
@@ -161,10 +179,6 @@ mod tests {
     use super::*;
     use crate::picture::tests::example;
 
-    fn area([top, left, height, width]: [usize; 4], to: [usize; 2], filter: Filter) -> Area {
-        Area { top, left, height, width, to_height: to[0], to_width: to[1], filter }
-    }
-
     #[test]
     fn enlarging_matches_torchvision() {
         // A part of 6×5 pixels, and what `resized_crop(antialias=True)` makes of it in float64.
@@ -189,7 +203,7 @@ mod tests {
         }
         for (filter, want) in [(Filter::Bilinear, bilinear), (Filter::Bicubic, bicubic)] {
             let mut out = Canvas::default();
-            let area = area([2, 1, 6, 5], [16, 16], filter);
+            let area = Area::new([2, 1, 6, 5], [16, 16], filter);
             from_canvas(&canvas, &area, &mut out, &mut Buffers::default());
             for ((y, x), want) in places.into_iter().zip(want) {
                 let got = out.values[y * 16 + x];
@@ -232,7 +246,7 @@ mod tests {
                 ([2, 3, 17, 22], [1, 1]),
             ] {
                 for filter in [Filter::Bilinear, Filter::Bicubic] {
-                    let area = area(part, to, filter);
+                    let area = Area::new(part, to, filter);
                     let (mut bytes, mut floats) = (Canvas::default(), Canvas::default());
                     from_picture(&picture, &area, &mut bytes, &mut buffers);
                     from_canvas(&canvas, &area, &mut floats, &mut buffers);
@@ -263,11 +277,28 @@ mod tests {
     }
 
     #[test]
+    fn resizing_and_cutting_in_one_is_both_after_each_other() {
+        let picture = example(21, 34, 3);
+        let whole = Area::new([0, 0, 21, 34], [12, 19], Filter::Bicubic);
+        let (mut resized, mut cut, mut at_once) = Default::default();
+        let mut buffers = Buffers::default();
+        from_picture(&picture, &whole, &mut resized, &mut buffers);
+        let middle = Area::new([0, 0, 12, 19], [12, 19], Filter::Bilinear);
+        let middle = middle.cut_to_centre(8).expect("fits");
+        from_canvas(&resized, &middle, &mut cut, &mut buffers);
+        from_picture(&picture, &whole.cut_to_centre(8).expect("fits"), &mut at_once, &mut buffers);
+        assert_eq!(cut.values, at_once.values);
+        // The middle 8 of 19 begin at 5.5, which Python rounds to the even 6.
+        assert_eq!(cut.values[0], resized.values[2 * 19 + 6]);
+        assert!(whole.cut_to_centre(13).is_err());
+    }
+
+    #[test]
     fn halving_a_row_weighs_by_a_stretched_triangle() {
         // Arguments −1/4, 1/4, 3/4: weights 3, 3 and 1 sevenths.
         let picture = Picture::new(1, 4, 1, vec![70, 140, 210, 0]).expect("sound");
         let mut out = Canvas::default();
-        let area = area([0, 0, 1, 4], [1, 2], Filter::Bilinear);
+        let area = Area::new([0, 0, 1, 4], [1, 2], Filter::Bilinear);
         from_picture(&picture, &area, &mut out, &mut Buffers::default());
         let want = [(3. * 70. + 3. * 140. + 210.) / 7., (140. + 3. * 210.) / 7.];
         for (got, want) in out.values.iter().zip(want) {

@@ -11,6 +11,9 @@ use crate::views::draw::uniform;
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     warps: Vec<Warp>,
+    /// The places of rows and columns of pixels, in half-heights and half-widths.
+    rows: Vec<f32>,
+    columns: Vec<f32>,
     /// Where each pixel of the result comes from, in pixels.
     places: Vec<[f32; 2]>,
     /// The plane that is sampled, with a border of zeros.
@@ -80,13 +83,20 @@ fn draw(operation: &Operation, height: usize, width: usize, rng: &mut ChaCha8Rng
 /// Writes the canvas, warped by `buffers.warps`, to `out`.
 pub(super) fn warp(canvas: &Canvas, out: &mut Canvas, buffers: &mut Buffers) {
     let (height, width) = (canvas.height, canvas.width);
-    let Buffers { warps, places, bordered } = buffers;
+    let Buffers { warps, rows, columns, places, bordered } = buffers;
     let half = |pixel: usize, side: usize| (2 * pixel + 1) as f32 / side as f32 - 1.;
+    columns.clear();
+    columns.extend((0..width).map(|x| half(x, width)));
+    rows.clear();
+    rows.extend((0..height).map(|y| half(y, height)));
     places.clear();
-    places.extend(
-        (0..height).flat_map(|y| (0..width).map(move |x| [half(x, width), half(y, height)])),
-    );
-    for warp in warps.iter().rev() {
+    places.extend(rows.iter().flat_map(|&y| columns.iter().map(move |&x| [x, y])));
+    let mut remaining = warps.as_slice();
+    if let Some((Warp::Elastic { grid, displacements }, before)) = remaining.split_last() {
+        displace_pixels(*grid, displacements, rows, columns, places);
+        remaining = before;
+    }
+    for warp in remaining.iter().rev() {
         warp.send(places);
     }
     let to_pixel = |place: f32, side: usize| ((place + 1.) * side as f32 - 1.) / 2.;
@@ -123,22 +133,46 @@ impl Warp {
 /// The bicubic surface over the grid at a place, with the outermost points repeated beyond the edge:
 /// what PyTorch's `interpolate(mode="bicubic")` gives at the places of pixels.
 fn surface(grid: usize, displacements: &[[f32; 2]], [x, y]: [f32; 2]) -> [f32; 2] {
-    let last = grid as isize - 1;
-    let axis = |place: f32| {
-        let position = ((place + 1.) * grid as f32 - 1.) / 2.;
-        let first = position.floor();
-        let points = [-1, 0, 1, 2].map(|k| (first as isize + k).clamp(0, last) as usize);
-        (points, cubic(position - first))
-    };
-    let ((columns, across), (rows, down)) = (axis(x), axis(y));
-    let mut sum = [0f32; 2];
-    for (row, down) in rows.into_iter().zip(down) {
-        for (column, across) in columns.into_iter().zip(across) {
-            let [dx, dy] = displacements[row * grid + column];
-            let weight = down * across;
-            sum[0] += weight * dx;
-            sum[1] += weight * dy;
+    let ((columns, across), (rows, down)) = (points(grid, x), points(grid, y));
+    mix(rows.map(|row| mix(columns.map(|column| displacements[row * grid + column]), across)), down)
+}
+
+/// Adds to `places`, those of all pixels, the surface there. Pixels of a column share their weights,
+/// and those of a row the points between the rows of the grid.
+fn displace_pixels(
+    grid: usize,
+    displacements: &[[f32; 2]],
+    rows: &[f32],
+    columns: &[f32],
+    places: &mut [[f32; 2]],
+) {
+    let columns: Vec<_> = columns.iter().map(|&x| points(grid, x)).collect();
+    let mut line = vec![[0f32; 2]; grid];
+    for (&y, places) in rows.iter().zip(places.chunks_exact_mut(columns.len())) {
+        let (rows, down) = points(grid, y);
+        for (column, line) in line.iter_mut().enumerate() {
+            *line = mix(rows.map(|row| displacements[row * grid + column]), down);
         }
+        for (place, (points, across)) in places.iter_mut().zip(&columns) {
+            let [dx, dy] = mix(points.map(|point| line[point]), *across);
+            *place = [place[0] + dx, place[1] + dy];
+        }
+    }
+}
+
+/// The four points of a grid around a place along one side, and their weights.
+fn points(grid: usize, place: f32) -> ([usize; 4], [f32; 4]) {
+    let last = grid as isize - 1;
+    let position = ((place + 1.) * grid as f32 - 1.) / 2.;
+    let first = position.floor();
+    let points = [-1, 0, 1, 2].map(|k| (first as isize + k).clamp(0, last) as usize);
+    (points, cubic(position - first))
+}
+
+fn mix(displacements: [[f32; 2]; 4], weights: [f32; 4]) -> [f32; 2] {
+    let mut sum = [0f32; 2];
+    for ([dx, dy], weight) in displacements.into_iter().zip(weights) {
+        sum = [sum[0] + weight * dx, sum[1] + weight * dy];
     }
     sum
 }
