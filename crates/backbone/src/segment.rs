@@ -48,6 +48,17 @@ impl Segment {
         &self.network
     }
 
+    /// The first parameter or statistic with a NaN or an infinity.
+    pub fn first_not_finite(&self) -> Option<&str> {
+        let of_statistics = || {
+            let values = self.statistics.to_vec();
+            let place = values.iter().position(|value| !value.is_finite())?;
+            let entry = self.statistics.entries().iter().find(|e| e.range.contains(&place))?;
+            Some(entry.name.as_str())
+        };
+        self.parameters.first_non_finite().or_else(of_statistics)
+    }
+
     /// Output of every row of `input`; batch norm as `modes` says. Running statistics are updated
     /// where batch statistics are used. With a tape, what [`Network::backward`] needs is kept.
     ///

@@ -196,6 +196,52 @@ mod tests {
         Ok(())
     }
 
+    /// BYOL written down once more, with one loss over both directions instead of one for each.
+    #[test]
+    fn a_run_is_byol() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (config, stage) = (config(), stage(folder.path(), "out"));
+        run(&config, &stage)?;
+        let written = network_file::open(&stage.out)?;
+
+        let images = Images::open(&stage.images)?;
+        let rows = images.rows(&[Split::Train]);
+        let mut learner = Learner::random(&config.configuration()?, config.groups()?, 3)?;
+        let Learner { online, target, optimizer } = &mut learner;
+        let mut step = 0;
+        for epoch in 0..3 {
+            let order = sampler::uniform(&rows, 8, 3, epoch)?;
+            assert_eq!(order.len(), 2);
+            for batch in config.loader(&images, order, 0, 3, epoch)? {
+                step += 1;
+                let [view_1, view_2] = views(batch?, &Device::Cpu)?;
+                let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+                let pass_1 = online.forward(&view_1, None)?;
+                let pass_2 = online.forward(&view_2, None)?;
+                let loss_1 = regression_loss(pass_1.prediction(), &target_2)?;
+                let loss_2 = regression_loss(pass_2.prediction(), &target_1)?;
+                let gradients = ((loss_1 + loss_2)? / 2.)?.backward()?;
+                online.backward(pass_1, &gradients)?;
+                online.backward(pass_2, &gradients)?;
+                // Two steps an epoch and one epoch of warm-up to 0.5 · 8 / 256.
+                let epochs = step as f64 / 2.;
+                let cosine = (1. + (std::f64::consts::PI * (epochs - 1.) / 2.).cos()) / 2.;
+                let rate = if epochs < 1. { epochs } else { cosine };
+                optimizer.step(online, 0.5 / 32. * rate)?;
+                let cosine = (1. + (std::f64::consts::PI * step as f64 / 6.).cos()) / 2.;
+                target.follow(online, 1. - 0.1 * cosine)?;
+            }
+        }
+        for (prefix, segment) in learner.segments() {
+            for tensor in network_file::tensors(prefix, segment)? {
+                let found = written.f32(&tensor.name)?;
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1.);
+                assert!(found.iter().zip(&tensor.values).all(near), "{}", tensor.name);
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
         let folder = tempfile::tempdir()?;

@@ -322,10 +322,8 @@ impl<'a> Run<'a> {
 
     fn check_parameters(&self, learner: &Learner) -> Result<()> {
         for (prefix, segment) in learner.segments() {
-            for tensor in network_file::tensors(prefix, segment)? {
-                if !tensor.values.iter().all(|value| value.is_finite()) {
-                    return Err(self.diverged(&format!("`{}` is not finite", tensor.name)));
-                }
+            if let Some(name) = segment.first_not_finite() {
+                return Err(self.diverged(&format!("`{prefix}.{name}` is not finite")));
             }
         }
         Ok(())

@@ -142,6 +142,34 @@ mod tests {
     }
 
     #[test]
+    fn two_steps_have_the_specified_values() -> anyhow::Result<()> {
+        // One weight at 1 whose gradient is 0.1 twice: a linear layer on an input of 1.
+        let mut builder = layers::Builder::features(1);
+        builder.block("only");
+        let input = builder.input();
+        let output = builder.linear("layer", input, 1)?;
+        let network = builder.finish(output)?;
+        let mut segment = backbone::Segment::empty(network);
+        segment.parameters.set("layer.weight", &[1.])?;
+        let (mut gradients, mut momenta) =
+            (segment.network().gradients(), segment.network().momenta());
+        let modes = layers::Modes::all(segment.network(), layers::Mode::Batch);
+        let one = candle_core::Tensor::new(&[[1f32]], &candle_core::Device::Cpu)?;
+        let at_output = (&one * 0.1)?;
+        let rule = layers::Sgd { learning_rate: 0.05, momentum: 0.9, weight_decay: 5e-4 };
+        for want in [0.994975, 0.98542763] {
+            let mut tape = segment.network().tape();
+            segment.forward(&one, &modes, Some(&mut tape))?;
+            segment.backward(&mut tape, &at_output, &mut gradients, false)?;
+            segment.parameters.sgd(&gradients, &mut momenta, rule)?;
+            gradients.zero();
+            let got = f64::from(segment.parameters.get("layer.weight")?[0]);
+            assert!((got - want).abs() < 1e-7, "got {got}, want {want}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn a_group_at_rate_zero_stands_still_while_its_momentum_goes_on() -> anyhow::Result<()> {
         let mut learner = learner(1)?;
         let mut groups = Groups::byol(0.9, 0., 1.)?;
