@@ -73,8 +73,8 @@ pub struct Clustering {
 /// # Errors
 ///
 /// The points are no `(n, d)` matrix of finite numbers, there are fewer than `K`, a value of
-/// `config` is out of range, or, for [`Metric::Spherical`], a row has length 0. A row is named by
-/// its index.
+/// `config` is out of range, or, for [`Metric::Spherical`], a row is shorter than 1e-12. A row is
+/// named by its index.
 pub fn k_means(
     points: &[f32],
     n: usize,
@@ -570,6 +570,49 @@ mod tests {
         let opposite = [1f32, 0., -1., 0.];
         let found = k_means(&opposite, 2, 2, &KMeans { clusters: 1, ..SPHERICAL }, 0)?;
         assert!((product(&found.centres, &found.centres) - 1.).abs() < 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn tiny_and_huge_points_are_grouped_like_others() -> Result<()> {
+        let points = blobs(300, 5, 4, 6);
+        let config = KMeans { clusters: 4, ..EUCLIDEAN };
+        for scale in [1e-30, 1e-12, 1e15] {
+            let scaled: Vec<f32> = points.iter().map(|x| x * scale).collect();
+            let spherical = KMeans { metric: Metric::Spherical, ..config };
+            if scale < 1e-20 {
+                let error = k_means(&scaled, 300, 5, &spherical, 2).expect_err("no direction");
+                assert!(error.to_string().contains("row 0"), "{error}");
+            }
+            for config in [config, spherical].into_iter().take(if scale < 1e-20 { 1 } else { 2 }) {
+                let found = k_means(&scaled, 300, 5, &config, 2)?;
+                assert!(found.inertia.is_finite() && found.inertia > 0., "{scale}");
+                for i in 4..300 {
+                    assert_eq!(found.assignment[i], found.assignment[i % 4], "{scale}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn iterations_from_given_centres_agree_with_scikit_learn() -> Result<()> {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../tests-data/k-means.json"))?;
+        for (i, case) in fixture["cases"].as_array().expect("cases").iter().enumerate() {
+            let number = |key: &str| case[key].as_u64().expect("a number") as usize;
+            let floats = |key: &str| serde_json::from_value::<Vec<f32>>(case[key].clone());
+            let (n, d, clusters) = (number("n"), number("d"), number("k"));
+            let config = KMeans { clusters, tolerance: 0., ..EUCLIDEAN };
+            let found = k_means_from(&floats("points")?, n, d, &floats("start")?, &config)?;
+            let want: Vec<u32> = serde_json::from_value(case["assignment"].clone())?;
+            assert_eq!(found.assignment, want, "case {i}");
+            for (got, want) in found.centres.iter().zip(floats("centres")?) {
+                assert!((got - want).abs() < 2e-6, "case {i}: {got} {want}");
+            }
+            let inertia = case["inertia"].as_f64().expect("a number");
+            assert!((found.inertia / inertia - 1.).abs() < 1e-6, "case {i}: {}", found.inertia);
+        }
         Ok(())
     }
 

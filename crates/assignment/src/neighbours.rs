@@ -5,6 +5,7 @@
 //! among its best, as far as the proven bound on a product can tell; at the end these few are
 //! compared in `f64`. So the result is that of `f64` products of all pairs.
 
+use std::cmp::Ordering;
 use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
@@ -97,7 +98,7 @@ fn search(
             neighbours.chunks_mut(k).zip(&mut block.candidates).enumerate()
         {
             search.settle(first + i, candidates);
-            neighbours.iter_mut().zip(&candidates.kept).for_each(|(to, from)| *to = from.1);
+            neighbours.iter_mut().zip(&candidates.best).for_each(|(to, from)| *to = from.1);
         }
     });
     Ok(neighbours)
@@ -191,22 +192,24 @@ impl Block {
 
 /// Rows that may be among the best of one row.
 struct Candidates {
-    /// Product and index; the product is exact for the first `exact`.
-    kept: Vec<(f64, u32)>,
-    exact: usize,
-    /// How many to keep before thinning them out.
+    /// The best so far by exact product, nearest first; found only when there is need.
+    best: Vec<(f64, u32)>,
+    /// The others that may be: approximate product and index.
+    open: Vec<(f32, u32)>,
+    /// How many of these to keep before thinning them out.
     room: usize,
 }
 
 impl Candidates {
     fn new(k: usize) -> Self {
-        Self { kept: vec![], exact: 0, room: 4 * k + 16 }
+        Self { best: vec![], open: vec![], room: 4 * k + 16 }
     }
 }
 
-/// Nearest first, equals by index.
-fn nearer(a: &(f64, u32), b: &(f64, u32)) -> std::cmp::Ordering {
-    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+/// The higher product first, equals by index.
+fn nearer<T: PartialOrd>(a: &(T, u32), b: &(T, u32)) -> Ordering {
+    // Products are finite, so they can be compared.
+    b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
 }
 
 impl Search<'_> {
@@ -274,46 +277,46 @@ impl Search<'_> {
             return;
         }
         let candidates = &mut block.candidates[place];
-        candidates.kept.push((f64::from(value), row as u32));
-        if candidates.kept.len() >= candidates.room {
+        candidates.open.push((value, row as u32));
+        if candidates.open.len() >= candidates.room {
             block.thresholds[place] = self.thin_out(own, candidates);
         }
+    }
+
+    /// What a product of this row can be off, from above.
+    fn error(&self, own: usize) -> f64 {
+        f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6)
     }
 
     /// Drops the candidates that cannot be among the best, and returns the product that a new one
     /// must reach.
     fn thin_out(&self, own: usize, candidates: &mut Candidates) -> f32 {
-        let error = f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6);
-        if candidates.exact == 0 {
-            let (_, &mut (kth, _), _) = candidates.kept.select_nth_unstable_by(self.k - 1, nearer);
-            // The k-th best is at least `kth − error`; what may reach that is shown as `error` less.
-            let least = kth - 2. * error;
-            candidates.kept.retain(|&(value, _)| value >= least);
-            if 2 * candidates.kept.len() <= candidates.room {
-                return below(least);
-            }
-            if candidates.kept.len() <= 16 * self.k + 256 {
-                candidates.room = 2 * candidates.kept.len();
-                return below(least);
+        if candidates.best.is_empty() {
+            let (_, &mut (kth, _), _) = candidates.open.select_nth_unstable_by(self.k - 1, nearer);
+            // The k-th best is at least `kth − error`; what reaches that may seem another error less.
+            let least = below(f64::from(kth) - 2. * self.error(own));
+            candidates.open.retain(|&(value, _)| value >= least);
+            let left = candidates.open.len();
+            if left <= 16 * self.k + 256 {
+                candidates.room = candidates.room.max(2 * left);
+                return least;
             }
         }
         // Too many alike: from now on the best are kept exactly.
         self.settle(own, candidates);
         candidates.room = 8 * self.k + 128;
-        below(candidates.kept[self.k - 1].0 - error)
+        below(candidates.best[self.k - 1].0 - self.error(own))
     }
 
-    /// Keeps the `k` best candidates alone, by exact products, in order.
+    /// Finds the `k` best by exact products.
     fn settle(&self, own: usize, candidates: &mut Candidates) {
         let row = |i: usize| &self.points[i * self.d..][..self.d];
-        let error = f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6);
-        let mut kept = std::mem::take(&mut candidates.kept);
-        let (exact, rest) = kept.split_at_mut(candidates.exact);
-        let mut best = exact.to_vec();
+        let error = self.error(own);
+        let Candidates { best, open, .. } = candidates;
         // The most promising first, so that the rest can be left as soon as none can follow.
-        rest.sort_unstable_by(nearer);
-        for &(value, i) in &*rest {
-            if best.len() == self.k && value + error < best[self.k - 1].0 {
+        open.sort_unstable_by(nearer);
+        for &(value, i) in &*open {
+            if best.len() == self.k && f64::from(value) + error < best[self.k - 1].0 {
                 break;
             }
             let candidate = (product(row(own), row(i as usize)), i);
@@ -323,8 +326,7 @@ impl Search<'_> {
                 best.insert(place, candidate);
             }
         }
-        candidates.exact = best.len();
-        candidates.kept = best;
+        open.clear();
     }
 }
 

@@ -1,16 +1,21 @@
 //! Rows of numbers: what they must be before an algorithm takes them.
 
 use anyhow::{Result, bail, ensure};
+use kernels::similarity::product;
 use rayon::prelude::*;
 
-/// Rows below this length cannot be given a direction.
+/// Rows below this length have no direction.
 const SHORTEST: f64 = 1e-12;
 
-/// Checks that `points` is a matrix of `n` rows of `d` finite numbers.
+/// Rows whose squared length is above this are refused: products in `f32` could overflow.
+const LONGEST_SQUARED: f64 = 1e36;
+
+/// Checks that `points` is a matrix of `n` rows of `d` finite numbers of sensible size.
 ///
 /// # Errors
 ///
-/// The length is not `n · d`, `d` is 0, or a number is not finite; the message names the row.
+/// The length is not `n · d`, `d` is 0, a number is not finite, or a row is longer than 10¹⁸; the
+/// message names the row.
 pub fn check(points: &[f32], n: usize, d: usize, function: &str) -> Result<()> {
     ensure!(d > 0, "{function}: the points have width 0");
     ensure!(
@@ -18,9 +23,15 @@ pub fn check(points: &[f32], n: usize, d: usize, function: &str) -> Result<()> {
         "{function}: {n} points of width {d} make {n}·{d} numbers, but there are {}",
         points.len()
     );
-    let bad = points.par_chunks(d).position_first(|row| row.iter().any(|x| !x.is_finite()));
+    // A number that is not finite makes the sum infinite or NaN, which no range contains.
+    let sound = |row: &[f32]| (0. ..LONGEST_SQUARED).contains(&product(row, row));
+    let bad = points.par_chunks(d).position_first(|row| !sound(row));
     if let Some(row) = bad {
-        let column = points[row * d..][..d].iter().position(|x| !x.is_finite()).unwrap_or(0);
+        let Some(column) = points[row * d..][..d].iter().position(|x| !x.is_finite()) else {
+            bail!(
+                "{function}: row {row} is longer than 1e18; divide all points by a common factor"
+            );
+        };
         bail!(
             "{function}: row {row} holds {} in column {column}; only finite numbers can be \
              compared: look at what computed this row",
@@ -34,11 +45,11 @@ pub fn check(points: &[f32], n: usize, d: usize, function: &str) -> Result<()> {
 ///
 /// # Errors
 ///
-/// A row has no direction because its length is 0; the message names it.
+/// A row is shorter than 1e-12, so it has no direction; the message names it.
 pub fn unit_rows(points: &[f32], d: usize, function: &str) -> Result<Vec<f32>> {
     let mut unit = points.to_vec();
     let zero = unit.par_chunks_mut(d).enumerate().filter_map(|(i, row)| {
-        let length = squared_length(row).sqrt();
+        let length = product(row, row).sqrt();
         if length < SHORTEST {
             return Some(i);
         }
@@ -47,16 +58,11 @@ pub fn unit_rows(points: &[f32], d: usize, function: &str) -> Result<Vec<f32>> {
     });
     if let Some(row) = zero.min() {
         bail!(
-            "{function}: row {row} has length 0, so it has no direction; leave it out or use the \
-             Euclidean metric"
+            "{function}: row {row} is shorter than {SHORTEST:e}, so it has no direction; leave it \
+             out or use the Euclidean metric"
         );
     }
     Ok(unit)
-}
-
-/// `Σ x²`, in `f64`.
-fn squared_length(row: &[f32]) -> f64 {
-    row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }
 
 /// `Σ (x − y)²`, in `f64`: the distance to trust where differences are small.
@@ -82,6 +88,9 @@ mod tests {
         points[7] = f32::NAN;
         let error = check(&points, 4, 3, "f").expect_err("not finite").to_string();
         assert!(error.contains("row 2") && error.contains("column 1"), "{error}");
+        points[7] = 1e19;
+        let error = check(&points, 4, 3, "f").expect_err("too long").to_string();
+        assert!(error.contains("row 2") && error.contains("common factor"), "{error}");
         points[6..9].fill(0.);
         let error = unit_rows(&points, 3, "f").expect_err("no direction").to_string();
         assert!(error.contains("row 2"), "{error}");
