@@ -4,6 +4,9 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::Precision;
+use crate::number::Half;
+
 /// Numbers in one cache line and in one AVX-512 register.
 const LINE: usize = 16;
 
@@ -11,36 +14,85 @@ const LINE: usize = 16;
 #[repr(C, align(64))]
 struct Line([f32; LINE]);
 
-/// A run of `f32` that starts on a cache line. It goes back to its [`Pool`] when dropped.
+/// A run of numbers that starts on a cache line. It goes back to its [`Pool`] when dropped.
+///
+/// One of f32 dereferences to its numbers; what is stored otherwise only the kernels read.
 pub struct Buffer {
     lines: Vec<Line>,
     len: usize,
+    precision: Precision,
     pool: Option<Arc<Pool>>,
 }
 
 impl Buffer {
-    /// `len` zeros that belong to no pool.
+    /// `len` zeros, f32, that belong to no pool.
     pub fn zeros(len: usize) -> Buffer {
-        Buffer { lines: vec![Line([0.; LINE]); len.div_ceil(LINE)], len, pool: None }
+        Buffer::zeros_of(Precision::F32, len)
     }
 
-    /// The same memory as bytes: four for each number.
+    /// `len` zeros that belong to no pool.
+    pub fn zeros_of(precision: Precision, len: usize) -> Buffer {
+        let lines = vec![Line([0.; LINE]); lines_of(precision, len)];
+        Buffer { lines, len, precision, pool: None }
+    }
+
+    /// How its numbers are stored.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// How many numbers it holds.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Overwrites it with another of the same kind.
+    ///
+    /// # Panics
+    ///
+    /// When length or precision differ.
+    pub fn copy_from(&mut self, other: &Buffer) {
+        assert_eq!((self.len, self.precision), (other.len, other.precision));
+        self.bytes_mut().copy_from_slice(other.bytes());
+    }
+
+    pub(crate) fn halves(&self) -> &[Half] {
+        assert_eq!(self.precision, Precision::Bf16);
+        // SAFETY: the lines hold at least `2 * len` initialised bytes, aligned to 64; `Half` is a
+        // transparent `u16`, for which any bits are valid.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    pub(crate) fn halves_mut(&mut self) -> &mut [Half] {
+        assert_eq!(self.precision, Precision::Bf16);
+        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+
+    /// The same memory as bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: `len` initialised `f32` are `4 * len` initialised bytes.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), 4 * self.len) }
+        let bytes = self.precision.bytes() * self.len;
+        // SAFETY: the lines hold at least that many initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), bytes) }
     }
 
     /// The same memory as bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and any four bytes are a valid `f32`.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), 4 * self.len) }
+        let bytes = self.precision.bytes() * self.len;
+        // SAFETY: as above, and any bytes are valid numbers.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), bytes) }
     }
 }
 
 impl Clone for Buffer {
     fn clone(&self) -> Buffer {
-        let mut copy = Buffer::zeros(self.len);
-        copy.copy_from_slice(self);
+        let mut copy = Buffer::zeros_of(self.precision, self.len);
+        copy.copy_from(self);
         copy
     }
 }
@@ -48,6 +100,7 @@ impl Clone for Buffer {
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
+        assert_eq!(self.precision, Precision::F32);
         // SAFETY: `Line` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines
         // are `16 * lines.len()` initialised numbers in a row, and `len` is at most that.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
@@ -56,6 +109,7 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
+        assert_eq!(self.precision, Precision::F32);
         // SAFETY: as above; `&mut self` makes the borrow the only one.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
@@ -67,6 +121,10 @@ impl Drop for Buffer {
             pool.put(std::mem::take(&mut self.lines));
         }
     }
+}
+
+fn lines_of(precision: Precision, len: usize) -> usize {
+    (len * precision.bytes()).div_ceil(size_of::<Line>())
 }
 
 /// Buffers that wait to be used again, so that a step after the first allocates nothing.
@@ -82,18 +140,23 @@ impl Pool {
         Arc::default()
     }
 
+    /// A buffer of `len` f32 with whatever values its last use left in it.
+    pub fn take(self: &Arc<Pool>, len: usize) -> Buffer {
+        self.take_of(Precision::F32, len)
+    }
+
     /// A buffer of `len` numbers with whatever values its last use left in it.
     ///
     /// It takes the smallest waiting buffer that is large enough, if that wastes at most half.
-    pub fn take(self: &Arc<Pool>, len: usize) -> Buffer {
-        let wanted = len.div_ceil(LINE);
+    pub fn take_of(self: &Arc<Pool>, precision: Precision, len: usize) -> Buffer {
+        let wanted = lines_of(precision, len);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let at = free.partition_point(|lines| lines.len() < wanted);
         let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);
         let lines = if reuse { free.remove(at) } else { Vec::new() };
         drop(free);
         let lines = if reuse { lines } else { vec![Line([0.; LINE]); wanted] };
-        Buffer { lines, len, pool: Some(Arc::clone(self)) }
+        Buffer { lines, len, precision, pool: Some(Arc::clone(self)) }
     }
 
     fn put(&self, lines: Vec<Line>) {

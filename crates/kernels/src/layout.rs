@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use crate::parallel;
+use crate::number::{Number, by_precision};
+use crate::{Buffer, parallel};
 
 /// Images in a group, and channels in a block: the sides of a tile.
 pub(crate) const SIDE: usize = 16;
@@ -12,8 +13,8 @@ pub(crate) const TILE: usize = SIDE * SIDE;
 /// The extent of a value: images, rows, columns and channels. Features are maps of one pixel.
 ///
 /// A value is stored as tiles of 16 images × 16 channels, in the order (group of 16 images, row,
-/// column, block of 16 channels, image, channel). A tile is 1 KiB in a row, one register per image
-/// with AVX-512; a product of tiles needs no packing and no bounds, and the images of a tile share
+/// column, block of 16 channels, image, channel). A tile of f32 is 1 KiB in a row, one register per
+/// image with AVX-512; a product of tiles needs no packing and no bounds, and the images of a tile share
 /// a pixel, so what lies beyond the border is left out for all of them at once.
 ///
 /// The last group and the last block are filled up with zeros. They stay zero: every kernel writes
@@ -131,19 +132,25 @@ impl Shape {
     /// # Panics
     ///
     /// When a slice has another length than the shape says.
-    pub fn pack(&self, rows: &[f32], tiles: &mut [f32]) {
+    pub fn pack(&self, rows: &[f32], tiles: &mut Buffer) {
         assert_eq!(rows.len(), self.count() * self.channels);
         assert_eq!(tiles.len(), self.len());
+        by_precision!(tiles.precision(), T => self.pack_of(rows, T::of_mut(tiles)));
+    }
+
+    fn pack_of<T: Number>(&self, rows: &[f32], tiles: &mut [T]) {
         let (pixels, channels) = (self.pixels(), self.channels);
         parallel::for_each_chunk(tiles, self.pixel_len(), self.len(), |at, tile| {
             let (group, pixel) = (at / pixels, at % pixels);
-            tile.fill(0.);
+            tile.fill(T::narrow(0.));
             for image in 0..self.images_in(group) {
                 let from = ((group * SIDE + image) * pixels + pixel) * channels;
                 let row = &rows[from..from + channels];
                 for (block, part) in row.chunks(SIDE).enumerate() {
                     let to = block * TILE + image * SIDE;
-                    tile[to..to + part.len()].copy_from_slice(part);
+                    for (to, value) in tile[to..to + part.len()].iter_mut().zip(part) {
+                        *to = T::narrow(*value);
+                    }
                 }
             }
         });
@@ -154,9 +161,13 @@ impl Shape {
     /// # Panics
     ///
     /// When a slice has another length than the shape says.
-    pub fn unpack(&self, tiles: &[f32], rows: &mut [f32]) {
+    pub fn unpack(&self, tiles: &Buffer, rows: &mut [f32]) {
         assert_eq!(rows.len(), self.count() * self.channels);
         assert_eq!(tiles.len(), self.len());
+        by_precision!(tiles.precision(), T => self.unpack_of(T::of(tiles), rows));
+    }
+
+    fn unpack_of<T: Number>(&self, tiles: &[T], rows: &mut [f32]) {
         let (pixels, channels) = (self.pixels(), self.channels);
         parallel::for_each_chunk(rows, pixels * channels, self.len(), |at, row| {
             let (group, image) = (at / SIDE, at % SIDE);
@@ -164,7 +175,9 @@ impl Shape {
                 let tile = (group * pixels + pixel) * self.pixel_len();
                 for (block, part) in row.chunks_mut(SIDE).enumerate() {
                     let from = tile + block * TILE + image * SIDE;
-                    part.copy_from_slice(&tiles[from..from + part.len()]);
+                    for (to, value) in part.iter_mut().zip(&tiles[from..]) {
+                        *to = value.wide();
+                    }
                 }
             }
         });

@@ -20,6 +20,7 @@ pub mod image;
 mod layout;
 pub mod linear;
 pub mod norm;
+mod number;
 mod parallel;
 pub mod pooling;
 #[expect(unsafe_code, reason = "the vector instructions of a processor")]
@@ -29,5 +30,6 @@ mod variant;
 
 pub use buffer::{Buffer, Pool};
 pub use layout::Shape;
+pub use number::Precision;
 pub use parallel::on_workers;
 pub use variant::Variant;

@@ -8,9 +8,10 @@
 #![expect(unsafe_code, reason = "tasks write disjoint parts of one gradient")]
 
 use crate::layout::{SIDE, TILE};
+use crate::number::{Number, by_precision};
 use crate::parallel::Disjoint;
 use crate::variant::for_each_variant;
-use crate::{Shape, Variant, parallel};
+use crate::{Buffer, Shape, Variant, parallel};
 
 /// Count, mean and sum of squared deviations of every channel, over some set of values.
 #[derive(Clone, Debug, Default)]
@@ -54,9 +55,13 @@ pub fn moments_len(shape: Shape) -> usize {
 /// # Panics
 ///
 /// When a slice has another length than the shape says.
-pub fn moments(variant: Variant, shape: Shape, values: &[f32], parts: &mut [f32]) {
+pub fn moments(variant: Variant, shape: Shape, values: &Buffer, parts: &mut [f32]) {
     assert_eq!(values.len(), shape.len());
     assert_eq!(parts.len(), moments_len(shape));
+    by_precision!(values.precision(), T => moments_of(variant, shape, T::of(values), parts));
+}
+
+fn moments_of<T: Number>(variant: Variant, shape: Shape, values: &[T], parts: &mut [f32]) {
     let len = shape.blocks() * MOMENT_BLOCK;
     parallel::for_each_chunk(parts, len, 2 * shape.len(), |part, sums| {
         let (from, len, images) = shape.span(part);
@@ -71,7 +76,12 @@ pub fn moments(variant: Variant, shape: Shape, values: &[f32], parts: &mut [f32]
 
 for_each_variant! {
     /// Adds one tile to the sums of its part; the first tile sets the shift.
-    pub(crate) fn add_moments(tile: &[f32], images: usize, first: bool, sums: &mut [f32]) {
+    pub(crate) fn add_moments<T: Number>(
+        tile: &[T],
+        images: usize,
+        first: bool,
+        sums: &mut [f32],
+    ) {
         let (shift, rest) = sums.split_at_mut(SIDE);
         let (sum, square) = rest.split_at_mut(SIDE);
         if first {
@@ -80,7 +90,7 @@ for_each_variant! {
             square.fill(0.);
             for row in tile.chunks_exact(SIDE).take(images) {
                 for lane in 0..SIDE {
-                    shift[lane] += row[lane];
+                    shift[lane] += row[lane].wide();
                 }
             }
             let share = 1. / images as f32;
@@ -93,7 +103,7 @@ for_each_variant! {
         let (mut totals, mut squares) = ([0f32; SIDE], [0f32; SIDE]);
         for row in tile.chunks_exact(SIDE).take(images) {
             for lane in 0..SIDE {
-                let deviation = row[lane] - shifts[lane];
+                let deviation = row[lane].wide() - shifts[lane];
                 totals[lane] += deviation;
                 squares[lane] += deviation * deviation;
             }
@@ -168,21 +178,18 @@ impl Normalisation {
 pub fn forward(
     variant: Variant,
     shape: Shape,
-    input: &[f32],
+    input: &Buffer,
     n: &Normalisation,
     weight: &[f32],
     bias: &[f32],
-    residual: Option<&[f32]>,
+    residual: Option<&Buffer>,
     relu: bool,
-    output: &mut [f32],
+    output: &mut Buffer,
 ) {
-    assert_eq!(input.len(), shape.len());
-    assert!(residual.is_none_or(|r| r.len() == shape.len()));
     let affine = Affine::new(shape, n, weight, bias);
-    for_each_pixel(shape, output, |from, images, output| {
-        let input = &input[from..from + output.len()];
-        let residual = residual.map(|r| &r[from..from + output.len()]);
-        apply(variant, Some(input), &affine, residual, relu, images, output);
+    by_precision!(output.precision(), T => {
+        let (input, residual) = (Some(T::of(input)), residual.map(T::of));
+        apply_everywhere(variant, shape, input, &affine, residual, relu, T::of_mut(output));
     });
 }
 
@@ -195,26 +202,44 @@ pub fn forward(
 pub fn forward_in_place(
     variant: Variant,
     shape: Shape,
-    values: &mut [f32],
+    values: &mut Buffer,
     n: &Normalisation,
     weight: &[f32],
     bias: &[f32],
-    residual: Option<&[f32]>,
+    residual: Option<&Buffer>,
     relu: bool,
 ) {
-    assert!(residual.is_none_or(|r| r.len() == shape.len()));
     let affine = Affine::new(shape, n, weight, bias);
-    for_each_pixel(shape, values, |from, images, values| {
-        let residual = residual.map(|r| &r[from..from + values.len()]);
-        apply(variant, None, &affine, residual, relu, images, values);
+    by_precision!(values.precision(), T => {
+        let residual = residual.map(T::of);
+        apply_everywhere(variant, shape, None, &affine, residual, relu, T::of_mut(values));
+    });
+}
+
+/// `input` is `None` when the output holds it.
+fn apply_everywhere<T: Number>(
+    variant: Variant,
+    shape: Shape,
+    input: Option<&[T]>,
+    affine: &Affine,
+    residual: Option<&[T]>,
+    relu: bool,
+    output: &mut [T],
+) {
+    assert!(input.is_none_or(|input| input.len() == shape.len()));
+    assert!(residual.is_none_or(|residual| residual.len() == shape.len()));
+    for_each_pixel(shape, output, |from, images, output| {
+        let input = input.map(|input| &input[from..from + output.len()]);
+        let residual = residual.map(|residual| &residual[from..from + output.len()]);
+        apply(variant, input, affine, residual, relu, images, output);
     });
 }
 
 /// Calls `task(offset, images, tiles)` for every pixel of every group.
-fn for_each_pixel(
+fn for_each_pixel<T: Number>(
     shape: Shape,
-    values: &mut [f32],
-    task: impl Fn(usize, usize, &mut [f32]) + Sync + Send,
+    values: &mut [T],
+    task: impl Fn(usize, usize, &mut [T]) + Sync + Send,
 ) {
     assert_eq!(values.len(), shape.len());
     let len = shape.pixel_len();
@@ -250,14 +275,13 @@ impl Affine {
 }
 
 for_each_variant! {
-    /// `input` is `None` when the output holds it.
-    fn apply(
-        input: Option<&[f32]>,
+    fn apply<T: Number>(
+        input: Option<&[T]>,
         affine: &Affine,
-        residual: Option<&[f32]>,
+        residual: Option<&[T]>,
         relu: bool,
         images: usize,
-        output: &mut [f32],
+        output: &mut [T],
     ) {
         for (block, tile) in output.chunks_exact_mut(TILE).enumerate() {
             let mean = &affine.mean[block * SIDE..][..SIDE];
@@ -265,26 +289,28 @@ for_each_variant! {
             let shift = &affine.shift[block * SIDE..][..SIDE];
             for (image, row) in tile.chunks_exact_mut(SIDE).enumerate() {
                 if image >= images {
-                    row.fill(0.);
+                    row.fill(T::narrow(0.));
                     continue;
                 }
                 let at = block * TILE + image * SIDE;
-                if let Some(input) = input {
-                    row.copy_from_slice(&input[at..at + SIDE]);
-                }
+                let mut values = [0f32; SIDE];
+                let input = input.map_or(&*row, |input| &input[at..at + SIDE]);
                 for lane in 0..SIDE {
-                    row[lane] = (row[lane] - mean[lane]) * factor[lane] + shift[lane];
+                    values[lane] = (input[lane].wide() - mean[lane]) * factor[lane] + shift[lane];
                 }
                 if let Some(residual) = residual {
-                    for (value, residual) in row.iter_mut().zip(&residual[at..at + SIDE]) {
-                        *value += residual;
+                    for (value, residual) in values.iter_mut().zip(&residual[at..at + SIDE]) {
+                        *value += residual.wide();
                     }
                 }
                 if relu {
-                    for value in row.iter_mut() {
+                    for value in &mut values {
                         // Not `max`: a NaN must come through.
                         *value = if *value <= 0. { 0. } else { *value };
                     }
+                }
+                for (to, value) in row.iter_mut().zip(values) {
+                    *to = T::narrow(value);
                 }
             }
         }
@@ -296,17 +322,20 @@ for_each_variant! {
 /// # Panics
 ///
 /// When a slice has another length than the shape says.
-pub fn relu_forward(variant: Variant, shape: Shape, input: &[f32], output: &mut [f32]) {
+pub fn relu_forward(variant: Variant, shape: Shape, input: &Buffer, output: &mut Buffer) {
     assert_eq!(input.len(), shape.len());
-    for_each_pixel(shape, output, |from, _, output| {
-        rectify(variant, &input[from..from + output.len()], output);
+    by_precision!(input.precision(), T => {
+        let input = T::of(input);
+        for_each_pixel(shape, T::of_mut(output), |from, _, output| {
+            rectify(variant, &input[from..from + output.len()], output);
+        });
     });
 }
 
 for_each_variant! {
-    fn rectify(input: &[f32], output: &mut [f32]) {
+    fn rectify<T: Number>(input: &[T], output: &mut [T]) {
         for (output, input) in output.iter_mut().zip(input) {
-            *output = if *input <= 0. { 0. } else { *input };
+            *output = if input.wide() <= 0. { T::narrow(0.) } else { *input };
         }
     }
 }
@@ -316,17 +345,20 @@ for_each_variant! {
 /// # Panics
 ///
 /// When a slice has another length than the shape says.
-pub fn relu_backward(variant: Variant, shape: Shape, output: &[f32], gradient: &mut [f32]) {
+pub fn relu_backward(variant: Variant, shape: Shape, output: &Buffer, gradient: &mut Buffer) {
     assert_eq!(output.len(), shape.len());
-    for_each_pixel(shape, gradient, |from, _, gradient| {
-        mask(variant, &output[from..from + gradient.len()], gradient);
+    by_precision!(output.precision(), T => {
+        let output = T::of(output);
+        for_each_pixel(shape, T::of_mut(gradient), |from, _, gradient| {
+            mask(variant, &output[from..from + gradient.len()], gradient);
+        });
     });
 }
 
 for_each_variant! {
-    fn mask(output: &[f32], gradient: &mut [f32]) {
+    fn mask<T: Number>(output: &[T], gradient: &mut [T]) {
         for (gradient, output) in gradient.iter_mut().zip(output) {
-            *gradient = if *output <= 0. { 0. } else { *gradient };
+            *gradient = if output.wide() <= 0. { T::narrow(0.) } else { *gradient };
         }
     }
 }
@@ -355,12 +387,41 @@ pub fn gradient_sums_len(shape: Shape) -> usize {
 pub fn gradient_sums(
     variant: Variant,
     shape: Shape,
-    gradient: &mut [f32],
-    relu: Option<&[f32]>,
-    input: &[f32],
+    gradient: &mut Buffer,
+    relu: Option<&Buffer>,
+    input: &Buffer,
     n: &Normalisation,
     scratch: &mut [f32],
 ) -> GradientSums {
+    by_precision!(input.precision(), T => {
+        let (gradient, relu) = (T::of_mut(gradient), relu.map(T::of));
+        sums_of_parts(variant, shape, gradient, relu, T::of(input), n, scratch);
+    });
+    let channels = shape.padded_channels();
+    let mut sums = GradientSums { plain: vec![0.; channels], centred: vec![0.; channels] };
+    for part in scratch.chunks_exact(shape.blocks() * 2 * SIDE) {
+        for (block, part) in part.chunks_exact(2 * SIDE).enumerate() {
+            for lane in 0..SIDE {
+                sums.plain[block * SIDE + lane] += f64::from(part[lane]);
+                sums.centred[block * SIDE + lane] += f64::from(part[SIDE + lane]);
+            }
+        }
+    }
+    for channel in 0..channels {
+        sums.centred[channel] -= n.rounded(channel).1 * sums.plain[channel];
+    }
+    sums
+}
+
+fn sums_of_parts<T: Number>(
+    variant: Variant,
+    shape: Shape,
+    gradient: &mut [T],
+    relu: Option<&[T]>,
+    input: &[T],
+    n: &Normalisation,
+    scratch: &mut [f32],
+) {
     assert_eq!(gradient.len(), shape.len());
     assert_eq!(input.len(), shape.len());
     assert!(relu.is_none_or(|output| output.len() == shape.len()));
@@ -376,34 +437,21 @@ pub fn gradient_sums(
         let input = &input[from..from + len];
         part_sums(variant, gradient, relu, input, shape.pixel_len(), &mean, sums);
     });
-    let mut sums = GradientSums { plain: vec![0.; channels], centred: vec![0.; channels] };
-    for part in scratch.chunks_exact(len) {
-        for (block, part) in part.chunks_exact(2 * SIDE).enumerate() {
-            for lane in 0..SIDE {
-                sums.plain[block * SIDE + lane] += f64::from(part[lane]);
-                sums.centred[block * SIDE + lane] += f64::from(part[SIDE + lane]);
-            }
-        }
-    }
-    for channel in 0..channels {
-        sums.centred[channel] -= n.rounded(channel).1 * sums.plain[channel];
-    }
-    sums
 }
 
 for_each_variant! {
     /// Rows beyond the last image have gradient zero and add nothing.
-    fn part_sums(
-        gradient: &mut [f32],
-        relu: Option<&[f32]>,
-        input: &[f32],
+    fn part_sums<T: Number>(
+        gradient: &mut [T],
+        relu: Option<&[T]>,
+        input: &[T],
         pixel_len: usize,
         mean: &[f32],
         sums: &mut [f32],
     ) {
         if let Some(output) = relu {
             for (gradient, output) in gradient.iter_mut().zip(output) {
-                *gradient = if *output <= 0. { 0. } else { *gradient };
+                *gradient = if output.wide() <= 0. { T::narrow(0.) } else { *gradient };
             }
         }
         for (block, sums) in sums.chunks_exact_mut(2 * SIDE).enumerate() {
@@ -416,8 +464,9 @@ for_each_variant! {
                 let input = input[block * TILE..][..TILE].chunks_exact(SIDE);
                 for (gradient, input) in gradient.zip(input) {
                     for lane in 0..SIDE {
-                        plain[lane] += gradient[lane];
-                        centred[lane] += gradient[lane] * (input[lane] - means[lane]);
+                        let gradient = gradient[lane].wide();
+                        plain[lane] += gradient;
+                        centred[lane] += gradient * (input[lane].wide() - means[lane]);
                     }
                 }
             }
@@ -454,20 +503,34 @@ pub fn bias_gradient(sums: &GradientSums, gradient: &mut [f32]) {
 pub fn input_gradient(
     variant: Variant,
     shape: Shape,
-    input: &[f32],
+    input: &Buffer,
     n: &Normalisation,
     weight: &[f32],
     sums: &GradientSums,
-    gradient: Option<&[f32]>,
-    result: &mut [f32],
+    gradient: Option<&Buffer>,
+    result: &mut Buffer,
+) {
+    let back = Back::new(shape, n, weight, sums);
+    by_precision!(input.precision(), T => {
+        let (gradient, result) = (gradient.map(T::of), T::of_mut(result));
+        back_apply_everywhere(variant, shape, T::of(input), &back, gradient, result);
+    });
+}
+
+fn back_apply_everywhere<T: Number>(
+    variant: Variant,
+    shape: Shape,
+    input: &[T],
+    back: &Back,
+    gradient: Option<&[T]>,
+    result: &mut [T],
 ) {
     assert_eq!(input.len(), shape.len());
     assert!(gradient.is_none_or(|gradient| gradient.len() == shape.len()));
-    let back = Back::new(shape, n, weight, sums);
     for_each_pixel(shape, result, |from, images, result| {
         let input = &input[from..from + result.len()];
         let gradient = gradient.map(|gradient| &gradient[from..from + result.len()]);
-        back_apply(variant, input, gradient, &back, images, result);
+        back_apply(variant, input, gradient, back, images, result);
     });
 }
 
@@ -500,12 +563,13 @@ impl Back {
 }
 
 for_each_variant! {
-    fn back_apply(
-        input: &[f32],
-        gradient: Option<&[f32]>,
+    /// `gradient` is `None` when the result holds it.
+    fn back_apply<T: Number>(
+        input: &[T],
+        gradient: Option<&[T]>,
         back: &Back,
         images: usize,
-        result: &mut [f32],
+        result: &mut [T],
     ) {
         let tiles = result.chunks_exact_mut(TILE).zip(input.chunks_exact(TILE));
         for (block, (result, input)) in tiles.enumerate() {
@@ -513,18 +577,21 @@ for_each_variant! {
             let factor = &back.factor[block * SIDE..][..SIDE];
             let plain = &back.plain[block * SIDE..][..SIDE];
             let slope = &back.slope[block * SIDE..][..SIDE];
-            if let Some(gradient) = gradient {
-                result.copy_from_slice(&gradient[block * TILE..][..TILE]);
-            }
             let rows = result.chunks_exact_mut(SIDE).zip(input.chunks_exact(SIDE));
             for (image, (result, input)) in rows.enumerate() {
                 if image >= images {
-                    result.fill(0.);
+                    result.fill(T::narrow(0.));
                     continue;
                 }
+                let at = block * TILE + image * SIDE;
+                let gradient = gradient.map_or(&*result, |gradient| &gradient[at..at + SIDE]);
+                let mut values = [0f32; SIDE];
                 for lane in 0..SIDE {
-                    let centred = (input[lane] - mean[lane]) * slope[lane];
-                    result[lane] = factor[lane] * (result[lane] - plain[lane] - centred);
+                    let centred = (input[lane].wide() - mean[lane]) * slope[lane];
+                    values[lane] = factor[lane] * (gradient[lane].wide() - plain[lane] - centred);
+                }
+                for (to, value) in result.iter_mut().zip(values) {
+                    *to = T::narrow(value);
                 }
             }
         }
@@ -536,17 +603,20 @@ for_each_variant! {
 /// # Panics
 ///
 /// When the lengths differ.
-pub fn add(variant: Variant, shape: Shape, gradient: &[f32], total: &mut [f32]) {
+pub fn add(variant: Variant, shape: Shape, gradient: &Buffer, total: &mut Buffer) {
     assert_eq!(gradient.len(), shape.len());
-    for_each_pixel(shape, total, |from, _, total| {
-        add_tiles(variant, &gradient[from..from + total.len()], total);
+    by_precision!(gradient.precision(), T => {
+        let gradient = T::of(gradient);
+        for_each_pixel(shape, T::of_mut(total), |from, _, total| {
+            add_tiles(variant, &gradient[from..from + total.len()], total);
+        });
     });
 }
 
 for_each_variant! {
-    fn add_tiles(values: &[f32], total: &mut [f32]) {
+    fn add_tiles<T: Number>(values: &[T], total: &mut [T]) {
         for (total, value) in total.iter_mut().zip(values) {
-            *total += value;
+            *total = T::narrow(total.wide() + value.wide());
         }
     }
 }
@@ -558,11 +628,12 @@ mod tests {
     /// 21 images of 7 × 9 pixels and 19 channels: two groups, two parts each, two blocks.
     const SHAPE: Shape = Shape { images: 21, height: 7, width: 9, channels: 19 };
 
-    fn values(offset: f32) -> (Vec<f32>, Vec<f32>) {
+    fn values(offset: f32) -> (Vec<f32>, Buffer) {
         let rows: Vec<f32> = (0..SHAPE.count() * SHAPE.channels)
             .map(|at| offset + ((at * 7919) % 1013) as f32 / 1013.)
             .collect();
-        let mut tiles = vec![f32::NAN; SHAPE.len()];
+        let mut tiles = Buffer::zeros(SHAPE.len());
+        tiles.fill(f32::NAN);
         SHAPE.pack(&rows, &mut tiles);
         (rows, tiles)
     }
@@ -601,13 +672,15 @@ mod tests {
         };
         let (weight, bias) = ([1.5; 19], [0.75; 19]);
         for variant in Variant::available() {
-            let mut output = vec![f32::NAN; SHAPE.len()];
+            let mut output = tiles.clone();
+            output.fill(f32::NAN);
             forward(variant, SHAPE, &tiles, &n, &weight, &bias, None, false, &mut output);
             let real = output.iter().filter(|value| **value != 0.).count();
             assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
             let sums = GradientSums { plain: vec![3.; 32], centred: vec![2.; 32] };
-            let mut result = vec![f32::NAN; SHAPE.len()];
-            let gradient = Some(&output[..]);
+            let mut result = tiles.clone();
+            result.fill(f32::NAN);
+            let gradient = Some(&output);
             input_gradient(variant, SHAPE, &tiles, &n, &weight, &sums, gradient, &mut result);
             let real = result.iter().filter(|value| **value != 0.).count();
             assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");

@@ -2,8 +2,9 @@
 
 use crate::convolution::output_side;
 use crate::layout::{SIDE, TILE};
+use crate::number::{Number, by_precision};
 use crate::variant::for_each_variant;
-use crate::{Shape, Variant, parallel};
+use crate::{Buffer, Shape, Variant, parallel};
 
 /// A square window that moves over a value. What lies beyond the border counts as −∞.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,13 +61,25 @@ impl Window {
 pub fn max_forward(
     variant: Variant,
     w: &Window,
-    input: &[f32],
-    output: &mut [f32],
+    input: &Buffer,
+    output: &mut Buffer,
     taps: &mut [u8],
 ) {
     assert_eq!(input.len(), w.input.len());
     assert_eq!(output.len(), w.output.len());
     assert_eq!(taps.len(), w.output.len());
+    by_precision!(input.precision(), T => {
+        max_forward_of::<T>(variant, w, T::of(input), T::of_mut(output), taps);
+    });
+}
+
+fn max_forward_of<T: Number>(
+    variant: Variant,
+    w: &Window,
+    input: &[T],
+    output: &mut [T],
+    taps: &mut [u8],
+) {
     let len = w.output.pixel_len();
     let operations = w.output.len() * w.kernel * w.kernel;
     parallel::for_each_chunk_of_two(output, taps, len, operations, |at, output, taps| {
@@ -90,11 +103,12 @@ pub fn max_forward(
 }
 
 for_each_variant! {
-    fn larger(input: &[f32], tap: u8, output: &mut [f32], taps: &mut [u8]) {
+    fn larger<T: Number>(input: &[T], tap: u8, output: &mut [T], taps: &mut [u8]) {
         let rows = output.chunks_exact_mut(SIDE).zip(taps.chunks_exact_mut(SIDE));
         for ((output, taps), input) in rows.zip(input.chunks_exact(SIDE)) {
             for lane in 0..SIDE {
-                let wins = input[lane] > output[lane] || input[lane].is_nan();
+                let value = input[lane].wide();
+                let wins = value > output[lane].wide() || value.is_nan();
                 taps[lane] = if wins { tap } else { taps[lane] };
                 output[lane] = if wins { input[lane] } else { output[lane] };
             }
@@ -111,21 +125,34 @@ for_each_variant! {
 pub fn max_backward(
     variant: Variant,
     w: &Window,
-    output_gradient: &[f32],
+    output_gradient: &Buffer,
     taps: &[u8],
-    gradient: &mut [f32],
+    gradient: &mut Buffer,
     add: bool,
 ) {
     assert_eq!(gradient.len(), w.input.len());
     assert_eq!(output_gradient.len(), w.output.len());
     assert_eq!(taps.len(), w.output.len());
+    by_precision!(gradient.precision(), T => {
+        max_backward_of::<T>(variant, w, T::of(output_gradient), taps, T::of_mut(gradient), add);
+    });
+}
+
+fn max_backward_of<T: Number>(
+    variant: Variant,
+    w: &Window,
+    output_gradient: &[T],
+    taps: &[u8],
+    gradient: &mut [T],
+    add: bool,
+) {
     let len = w.input.pixel_len();
     let operations = w.output.len() * w.kernel * w.kernel;
     parallel::for_each_chunk(gradient, len, operations, |at, gradient| {
         let (group, pixel) = (at / w.input.pixels(), at % w.input.pixels());
         let (y, x) = (pixel / w.input.width, pixel % w.input.width);
         if !add {
-            gradient.fill(0.);
+            gradient.fill(T::narrow(0.));
         }
         for (tap_y, to_y) in w.windows(y, w.output.height) {
             for (tap_x, to_x) in w.windows(x, w.output.width) {
@@ -139,11 +166,12 @@ pub fn max_backward(
 }
 
 for_each_variant! {
-    fn add_where(from: &[f32], taps: &[u8], tap: u8, gradient: &mut [f32]) {
+    fn add_where<T: Number>(from: &[T], taps: &[u8], tap: u8, gradient: &mut [T]) {
         let rows = gradient.chunks_exact_mut(SIDE).zip(taps.chunks_exact(SIDE));
         for ((gradient, taps), from) in rows.zip(from.chunks_exact(SIDE)) {
             for lane in 0..SIDE {
-                gradient[lane] += if taps[lane] == tap { from[lane] } else { 0. };
+                let share = if taps[lane] == tap { from[lane].wide() } else { 0. };
+                gradient[lane] = T::narrow(gradient[lane].wide() + share);
             }
         }
     }
@@ -154,10 +182,21 @@ for_each_variant! {
 /// # Panics
 ///
 /// When a slice has another length than the shapes say.
-pub fn average_forward(variant: Variant, input_shape: Shape, input: &[f32], output: &mut [f32]) {
-    let len = input_shape.pixel_len();
+pub fn average_forward(variant: Variant, input_shape: Shape, input: &Buffer, output: &mut Buffer) {
     assert_eq!(input.len(), input_shape.len());
-    assert_eq!(output.len(), input_shape.groups() * len);
+    assert_eq!(output.len(), input_shape.groups() * input_shape.pixel_len());
+    by_precision!(input.precision(), T => {
+        average_forward_of::<T>(variant, input_shape, T::of(input), T::of_mut(output));
+    });
+}
+
+fn average_forward_of<T: Number>(
+    variant: Variant,
+    input_shape: Shape,
+    input: &[T],
+    output: &mut [T],
+) {
+    let len = input_shape.pixel_len();
     let pixels = input_shape.pixels();
     parallel::for_each_chunk(output, TILE, input.len(), |at, output| {
         let (group, block) = (at / input_shape.blocks(), at % input_shape.blocks());
@@ -167,16 +206,16 @@ pub fn average_forward(variant: Variant, input_shape: Shape, input: &[f32], outp
 }
 
 for_each_variant! {
-    fn mean_of_pixels(input: &[f32], pixel_len: usize, block: usize, output: &mut [f32]) {
-        output.fill(0.);
+    fn mean_of_pixels<T: Number>(input: &[T], pixel_len: usize, block: usize, output: &mut [T]) {
+        let mut sums = [0f32; TILE];
         for pixel in input.chunks_exact(pixel_len) {
-            for (output, value) in output.iter_mut().zip(&pixel[block * TILE..][..TILE]) {
-                *output += value;
+            for (sum, value) in sums.iter_mut().zip(&pixel[block * TILE..][..TILE]) {
+                *sum += value.wide();
             }
         }
         let share = 1. / (input.len() / pixel_len) as f32;
-        for output in output.iter_mut() {
-            *output *= share;
+        for (output, sum) in output.iter_mut().zip(sums) {
+            *output = T::narrow(sum * share);
         }
     }
 }
@@ -190,13 +229,26 @@ for_each_variant! {
 pub fn average_backward(
     variant: Variant,
     input_shape: Shape,
-    output_gradient: &[f32],
-    gradient: &mut [f32],
+    output_gradient: &Buffer,
+    gradient: &mut Buffer,
+    add: bool,
+) {
+    assert_eq!(gradient.len(), input_shape.len());
+    assert_eq!(output_gradient.len(), input_shape.groups() * input_shape.pixel_len());
+    by_precision!(gradient.precision(), T => {
+        let (from, to) = (T::of(output_gradient), T::of_mut(gradient));
+        average_backward_of::<T>(variant, input_shape, from, to, add);
+    });
+}
+
+fn average_backward_of<T: Number>(
+    variant: Variant,
+    input_shape: Shape,
+    output_gradient: &[T],
+    gradient: &mut [T],
     add: bool,
 ) {
     let len = input_shape.pixel_len();
-    assert_eq!(gradient.len(), input_shape.len());
-    assert_eq!(output_gradient.len(), input_shape.groups() * len);
     let pixels = input_shape.pixels();
     let share = 1. / pixels as f32;
     parallel::for_each_chunk(gradient, len, input_shape.len(), |at, gradient| {
@@ -206,12 +258,12 @@ pub fn average_backward(
 }
 
 for_each_variant! {
-    fn spread(from: &[f32], share: f32, add: bool, gradient: &mut [f32]) {
+    fn spread<T: Number>(from: &[T], share: f32, add: bool, gradient: &mut [T]) {
         if !add {
-            gradient.fill(0.);
+            gradient.fill(T::narrow(0.));
         }
         for (gradient, from) in gradient.iter_mut().zip(from) {
-            *gradient += from * share;
+            *gradient = T::narrow(gradient.wide() + from.wide() * share);
         }
     }
 }

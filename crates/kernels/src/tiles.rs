@@ -7,7 +7,8 @@
 
 use crate::Variant;
 use crate::layout::{SIDE, TILE};
-use crate::variant::Instructions;
+use crate::number::{Half, Number};
+use crate::variant::{Instructions, for_each_variant};
 
 /// One term of a sum: where the tile on the left and the one or two tiles on the right begin.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +53,7 @@ pub(crate) fn product<const TRANSPOSED: bool>(
     }
     match variant.instructions() {
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512 => {
+        Instructions::Avx512 | Instructions::Avx512Bf16 => {
             // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
             // its slice (checked for each pair and for the output above).
             unsafe { x86::avx512::<TRANSPOSED>(left, right, pairs, output, sum) }
@@ -63,6 +64,71 @@ pub(crate) fn product<const TRANSPOSED: bool>(
             unsafe { x86::avx2::<TRANSPOSED>(left, right, pairs, output, sum) }
         }
         Instructions::Portable => portable::<TRANSPOSED>(left, right, pairs, output, sum),
+    }
+}
+
+/// [`product`] of bfloat16 tiles, summed in f32.
+///
+/// Tiles on the right hold pairs along the inner side next to each other: (inner / 2, column,
+/// inner % 2). So do those on the left with `TRANSPOSED`, (inner / 2, row, inner % 2).
+pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
+    variant: Variant,
+    left: &[Half],
+    right: &[Half],
+    pairs: &[Pair],
+    output: &mut [f32],
+    sum: Sum,
+) {
+    assert!((1..=2).contains(&sum.columns) && sum.rows <= SIDE);
+    assert!(output.len() >= sum.columns * TILE);
+    for pair in pairs {
+        assert!(pair.left + TILE <= left.len() && pair.depth <= SIDE);
+        assert!(pair.right + sum.columns * TILE <= right.len());
+    }
+    match variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512Bf16 => {
+            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // its slice (checked for each pair and for the output above).
+            unsafe { x86::avx512_bf16::<TRANSPOSED>(left, right, pairs, output, sum) }
+        }
+        _ => widened(variant, TRANSPOSED, left, right, pairs, output, sum),
+    }
+}
+
+for_each_variant! {
+    fn widened(
+        transposed: bool,
+        left: &[Half],
+        right: &[Half],
+        pairs: &[Pair],
+        output: &mut [f32],
+        sum: Sum,
+    ) {
+        for column in 0..sum.columns {
+            for row in 0..sum.rows {
+                let (first, step) = if transposed { (2 * row, 2 * SIDE) } else { (row * SIDE, 2) };
+                let output = &mut output[column * TILE + row * SIDE..][..SIDE];
+                let mut total = [0f32; SIDE];
+                if sum.add {
+                    total.copy_from_slice(output);
+                }
+                for pair in pairs {
+                    let left = &left[pair.left..][..TILE];
+                    let right = &right[pair.right + column * TILE..][..TILE];
+                    let right = right.chunks_exact(2 * SIDE).take(pair.depth.div_ceil(2));
+                    for (k, right) in right.enumerate() {
+                        let (even, odd) = (left[first + k * step], left[first + k * step + 1]);
+                        let (even, odd) = (even.wide(), odd.wide());
+                        for lane in 0..SIDE {
+                            total[lane] += even * right[2 * lane].wide();
+                            total[lane] += odd * right[2 * lane + 1].wide();
+                        }
+                    }
+                }
+                output.copy_from_slice(&total);
+            }
+        }
     }
 }
 
@@ -110,9 +176,11 @@ fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+    use std::mem::transmute;
 
     use super::{Pair, Sum};
     use crate::layout::{SIDE, TILE};
+    use crate::number::Half;
 
     /// # Safety
     ///
@@ -192,6 +260,87 @@ mod x86 {
                 } else {
                     for k in 0..pair.depth {
                         avx512_step!(TRANSPOSED, sums, left, right, k);
+                    }
+                }
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (column, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(output.add(column * TILE + (first + row) * SIDE), *sum);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The processor has AVX-512 with BF16; every pair's tiles and the output's lie inside their
+    /// slices.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
+        left: &[Half],
+        right: &[Half],
+        pairs: &[Pair],
+        output: &mut [f32],
+        sum: Sum,
+    ) {
+        let (l, r, o) = (left.as_ptr(), right.as_ptr(), output.as_mut_ptr());
+        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        unsafe {
+            match (sum.columns, sum.rows > 8) {
+                (2, false) => bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
+                (2, true) => {
+                    bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add);
+                    bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 8, sum.add);
+                }
+                (_, false) => bf16_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
+                (_, true) => bf16_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
+            }
+        }
+    }
+
+    /// As [`avx512_block`], two products along the inner side at a time.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
+        left: *const Half,
+        right: *const Half,
+        pairs: &[Pair],
+        output: *mut f32,
+        first: usize,
+        add: bool,
+    ) {
+        // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, the
+        // 8 pairs along the inner side and `COLUMNS` stay inside a tile's 16 rows, 16 columns and
+        // the tiles side by side. `__m512bh` is 512 bits of any content.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
+            if add {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    for (column, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_loadu_ps(output.add(column * TILE + (first + row) * SIDE));
+                    }
+                }
+            }
+            let left = left.add(if TRANSPOSED { 2 * first } else { first * SIDE });
+            for pair in pairs {
+                let left = left.add(pair.left).cast::<i32>();
+                let right = right.add(pair.right).cast::<i32>();
+                for k in 0..pair.depth.div_ceil(2) {
+                    let mut factors = [_mm512_setzero_si512(); COLUMNS];
+                    for (column, factor) in factors.iter_mut().enumerate() {
+                        *factor =
+                            _mm512_loadu_si512(right.add(column * TILE / 2 + k * SIDE).cast());
+                    }
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE / 2 + k };
+                        let value: __m512bh =
+                            transmute(_mm512_set1_epi32(left.add(at).read_unaligned()));
+                        for (sum, factor) in sums.iter_mut().zip(factors) {
+                            *sum = _mm512_dpbf16_ps(
+                                *sum,
+                                value,
+                                transmute::<__m512i, __m512bh>(factor),
+                            );
+                        }
                     }
                 }
             }

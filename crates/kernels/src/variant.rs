@@ -21,6 +21,9 @@ pub(crate) enum Instructions {
     /// AVX-512: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with products of bfloat16 pairs; the same as `Avx512` for f32.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Variant {
@@ -44,6 +47,9 @@ impl Variant {
                 && is_x86_feature_detected!("avx512vl")
             {
                 all.push(Variant(Instructions::Avx512));
+                if is_x86_feature_detected!("avx512bf16") {
+                    all.push(Variant(Instructions::Avx512Bf16));
+                }
             }
         }
         all
@@ -57,6 +63,8 @@ impl Variant {
             Instructions::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => "avx512-bf16",
         }
     }
 
@@ -109,24 +117,24 @@ fn choose(wanted: Option<&str>) -> Result<Variant, String> {
 /// parallel loop): those keep the baseline's instructions. Nothing here fuses a multiplication with
 /// an addition, so all variants give the same bits.
 macro_rules! for_each_variant {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
         #[expect(unsafe_code, reason = "calls a function compiled for the instructions found")]
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name(variant: $crate::Variant, $($arg: $ty),*) {
+        $vis fn $name $(<$t: $bound>)? (variant: $crate::Variant, $($arg: $ty),*) {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body($($arg: $ty),*) $body
+            fn body $(<$t: $bound>)? ($($arg: $ty),*) $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            fn avx2($($arg: $ty),*) {
+            fn avx2 $(<$t: $bound>)? ($($arg: $ty),*) {
                 body($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
             #[allow(clippy::too_many_arguments)]
-            fn avx512($($arg: $ty),*) {
+            fn avx512 $(<$t: $bound>)? ($($arg: $ty),*) {
                 body($($arg),*)
             }
             match variant.instructions() {
@@ -136,7 +144,8 @@ macro_rules! for_each_variant {
                     unsafe { avx2($($arg),*) }
                 }
                 #[cfg(target_arch = "x86_64")]
-                $crate::variant::Instructions::Avx512 => {
+                $crate::variant::Instructions::Avx512
+                | $crate::variant::Instructions::Avx512Bf16 => {
                     // SAFETY: as above.
                     unsafe { avx512($($arg),*) }
                 }

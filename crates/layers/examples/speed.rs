@@ -1,20 +1,31 @@
 //! Times the convolutions of a ResNet-18 on 32 × 32 pictures layer by layer, and whole steps.
 //!
-//! `cargo run --example speed -p layers [-- layers|resnet|digits]`; `ASSORT_KERNEL` chooses the
-//! kernels and `RAYON_NUM_THREADS` the threads. Best of several repetitions.
+//! `cargo run --example speed -p layers [-- layers|resnet|digits [f32|bf16]]`; `ASSORT_KERNEL`
+//! chooses the kernels and `RAYON_NUM_THREADS` the threads. Best of several repetitions.
 
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::convolution::{self, Geometry};
-use kernels::{Shape, Variant};
-use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Sgd, Value};
+use kernels::{Buffer, Pool, Shape, Variant};
+use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Precision, Sgd, Value};
 
 fn main() -> Result<()> {
     let what = std::env::args().nth(1);
     let wants = |name: &str| what.as_deref().is_none_or(|w| w == name);
     let variant = Variant::selected().map_err(candle_core::Error::msg)?;
     println!("{variant} kernels, {} threads", rayon::current_num_threads());
+    for precision in [Precision::F32, Precision::Bf16] {
+        let name = if precision == Precision::F32 { "f32" } else { "bf16" };
+        if std::env::args().nth(2).is_none_or(|only| only == name) {
+            println!("{name}");
+            run(variant, precision, &wants)?;
+        }
+    }
+    Ok(())
+}
+
+fn run(variant: Variant, precision: Precision, wants: &dyn Fn(&str) -> bool) -> Result<()> {
     if wants("layers") {
         for (count, from, to, side, kernel, stride) in [
             (1, 3, 64, 32, 3, 1),
@@ -27,14 +38,22 @@ fn main() -> Result<()> {
             (3, 512, 512, 4, 3, 1),
             (1, 64, 128, 32, 1, 2),
         ] {
-            layer(variant, count, Shape::new(64, side, side, from), to, kernel, stride);
+            layer(variant, precision, count, Shape::new(64, side, side, from), to, kernel, stride);
         }
     }
     if wants("resnet") {
-        step("ResNet-18 @32, width 64, batch 64", &resnet(3, 64, 2)?, 64, 32, 3, 3)?;
+        step(
+            "ResNet-18 @32, width 64, batch 64",
+            &resnet(3, 64, 2)?.with_precision(precision),
+            [64, 32, 3, 3],
+        )?;
     }
     if wants("digits") {
-        step("ResNet-10 @8, width 16, batch 64", &resnet(1, 16, 1)?, 64, 8, 1, 60)?;
+        step(
+            "ResNet-10 @8, width 16, batch 64",
+            &resnet(1, 16, 1)?.with_precision(precision),
+            [64, 8, 1, 60],
+        )?;
     }
     Ok(())
 }
@@ -58,26 +77,32 @@ fn noise(len: usize) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-fn layer(variant: Variant, count: usize, input: Shape, to: usize, kernel: usize, stride: usize) {
+fn layer(
+    variant: Variant,
+    precision: Precision,
+    count: usize,
+    input: Shape,
+    to: usize,
+    kernel: usize,
+    stride: usize,
+) {
     let Some(g) = Geometry::new(input, to, kernel, stride, kernel / 2) else { return };
     let flops = 2. * (g.output.count() * g.weights_len()) as f64;
-    let buffer = |len| {
-        let mut buffer = kernels::Buffer::zeros(len);
-        buffer.copy_from_slice(&noise(len));
-        buffer
+    let value = |shape: Shape| {
+        let mut value = Buffer::zeros_of(precision, shape.len());
+        shape.pack(&noise(shape.count() * shape.channels), &mut value);
+        value
     };
-    let (x, dy) = (buffer(input.len()), buffer(g.output.len()));
-    let (mut y, mut dx) = (buffer(g.output.len()), buffer(input.len()));
+    let (x, dy, mut y, mut dx) = (value(input), value(g.output), value(g.output), value(input));
     let weights = noise(g.weights_len());
-    let mut packed = kernels::Buffer::zeros(g.packed_len());
-    let mut scratch = kernels::Buffer::zeros(g.scratch_len());
+    let mut packed = Buffer::zeros_of(precision, g.packed_len());
+    let pool = Pool::new();
     let mut dw = vec![0.; g.weights_len()];
     let pack = best(4, || convolution::pack_forward(&g, &weights, &mut packed));
     let forward = best(6, || convolution::forward(variant, &g, &x, &packed, None, &mut y, None));
     convolution::pack_backward(&g, &weights, &mut packed);
     let back = best(6, || convolution::input_gradient(variant, &g, &dy, &packed, &mut dx, false));
-    let weight =
-        best(6, || convolution::weight_gradient(variant, &g, &x, &dy, &mut scratch, &mut dw));
+    let weight = best(6, || convolution::weight_gradient(variant, &g, &x, &dy, &pool, &mut dw));
     let show =
         |seconds: f64| format!("{:7.2} ms {:4.0} GF/s", 1e3 * seconds, flops / seconds / 1e9);
     println!(
@@ -127,10 +152,7 @@ fn resnet(channels: usize, width: usize, blocks: usize) -> Result<Network> {
 fn step(
     title: &str,
     network: &Network,
-    batch: usize,
-    side: usize,
-    channels: usize,
-    repetitions: usize,
+    [batch, side, channels, repetitions]: [usize; 4],
 ) -> Result<()> {
     let mut parameters = network.parameters();
     for entry in parameters.entries().to_vec() {

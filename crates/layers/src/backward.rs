@@ -39,7 +39,11 @@ impl Network {
         let Some(record) = tape.record.as_ref() else {
             bail!("the tape is empty; run `forward` with it first")
         };
-        if record.plan.parameters != plan.parameters || record.plan.channels != plan.channels {
+        let other = &record.plan;
+        if other.parameters != plan.parameters
+            || other.channels != plan.channels
+            || other.precision != plan.precision
+        {
             bail!("the tape belongs to another network")
         }
         if record.version != parameters.version() {
@@ -98,7 +102,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn read(&mut self, numbers: &[f32]) {
         let shape = self.record.shapes[self.plan.output];
-        let mut gradient = self.take(shape.len());
+        let mut gradient = self.value_buffer(shape.len());
         shape.pack(numbers, &mut gradient);
         self.values[self.plan.output] = Some(gradient);
     }
@@ -132,17 +136,15 @@ impl Run<'_> {
         let variant = self.plan.variant;
         let g = self.plan.geometry(operation, &self.record.shapes).expect("as in forward");
         if self.parameters.is_trained(operation.block) {
-            let mut scratch = self.take(g.scratch_len());
             let input = kept(&self.record, operation.input);
             let into = self.gradients.of_mut(weight);
-            convolution::weight_gradient(variant, &g, input, gradient, &mut scratch, into);
+            convolution::weight_gradient(variant, &g, input, gradient, &self.plan.pool, into);
             if let Some(bias) = bias {
                 linear::bias_gradient(variant, g.output, gradient, self.gradients.of_mut(bias));
             }
         }
         if self.needed[operation.input] {
-            let pool = &self.plan.pool;
-            let packed = self.parameters.packed(weight, Direction::Backward, &g, pool);
+            let packed = self.parameters.packed(weight, Direction::Backward, &g, self.plan);
             let (mut into, add) = self.into(operation.input, g.input);
             convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
             self.values[operation.input] = Some(into);
@@ -153,7 +155,7 @@ impl Run<'_> {
         let plan = self.plan;
         let (operation, variant) = (&plan.operations[at], plan.variant);
         let shape = self.record.shapes[operation.input];
-        let mut scratch = self.take(norm::gradient_sums_len(shape));
+        let mut scratch = plan.pool.take(norm::gradient_sums_len(shape));
         let record = &self.record;
         let Note::Normalisation(n) = &record.notes[at] else { return };
         let input = kept(record, operation.input);
@@ -177,8 +179,8 @@ impl Run<'_> {
         };
         // The residual's gradient is the sum's own, so the input's needs memory of its own.
         if needed {
-            let mut result = plan.pool.take(shape.len());
-            let from = Some(&*gradient);
+            let mut result = plan.pool.take_of(plan.precision, shape.len());
+            let from = Some(&gradient);
             norm::input_gradient(variant, shape, input, n, weight, &sums, from, &mut result);
             self.hand_on(operation.input, shape, result);
         }
@@ -231,7 +233,7 @@ impl Run<'_> {
     fn into(&mut self, value: usize, shape: Shape) -> (Buffer, bool) {
         match self.values[value].take() {
             Some(gradient) => (gradient, true),
-            None => (self.take(shape.len()), false),
+            None => (self.value_buffer(shape.len()), false),
         }
     }
 
@@ -243,12 +245,12 @@ impl Run<'_> {
         }
     }
 
-    fn take(&self, len: usize) -> Buffer {
-        self.plan.pool.take(len)
+    fn value_buffer(&self, len: usize) -> Buffer {
+        self.plan.pool.take_of(self.plan.precision, len)
     }
 }
 
 /// A value that the forward pass kept.
-fn kept(record: &Record, value: usize) -> &[f32] {
+fn kept(record: &Record, value: usize) -> &Buffer {
     record.values[value].as_ref().expect("the forward pass keeps what the backward pass reads")
 }

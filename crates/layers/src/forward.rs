@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
     }
 
     fn read(&mut self, numbers: &[f32]) {
-        let mut input = self.take(self.shapes[0].len());
+        let mut input = self.value_buffer(self.shapes[0].len());
         self.shapes[0].pack(numbers, &mut input);
         self.values[0] = Some(input);
     }
@@ -153,7 +153,7 @@ impl<'a> Run<'a> {
     fn product(&mut self, operation: &Operation, weight: usize, bias: Option<usize>) -> Note {
         let plan = self.plan;
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
-        let packed = self.parameters.packed(weight, Direction::Forward, &g, &plan.pool);
+        let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
         let bias = bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));
@@ -162,7 +162,7 @@ impl<'a> Run<'a> {
         let mut moments = plan.feeds_norm[operation.output]
             .filter(|block| self.modes.of(*block) == Mode::Batch)
             .map(|_| self.take(norm::moments_len(g.output)));
-        let mut output = self.take(g.output.len());
+        let mut output = self.value_buffer(g.output.len());
         convolution::forward(
             plan.variant,
             &g,
@@ -200,7 +200,7 @@ impl<'a> Run<'a> {
             );
             values
         } else {
-            let mut output = self.take(shape.len());
+            let mut output = self.value_buffer(shape.len());
             let (input, residual) =
                 (self.value(operation.input), norm.residual.map(|r| self.value(r)));
             norm::forward(
@@ -256,7 +256,7 @@ impl<'a> Run<'a> {
 
     fn relu(&mut self, operation: &Operation) -> Note {
         let shape = self.shapes[operation.input];
-        let mut output = self.take(shape.len());
+        let mut output = self.value_buffer(shape.len());
         norm::relu_forward(self.plan.variant, shape, self.value(operation.input), &mut output);
         self.values[operation.output] = Some(output);
         Note::Nothing
@@ -264,8 +264,8 @@ impl<'a> Run<'a> {
 
     fn max_pool(&mut self, operation: &Operation) -> Note {
         let w = self.plan.window(operation, &self.shapes).expect("shapes were checked");
-        let mut output = self.take(w.output.len());
-        let mut taps = self.take(w.output.len() / 4);
+        let mut output = self.value_buffer(w.output.len());
+        let mut taps = self.take(w.output.len() / size_of::<f32>());
         let input = self.value(operation.input);
         pooling::max_forward(self.plan.variant, &w, input, &mut output, taps.bytes_mut());
         self.values[operation.output] = Some(output);
@@ -273,7 +273,7 @@ impl<'a> Run<'a> {
     }
 
     fn average_pool(&mut self, operation: &Operation) -> Note {
-        let mut output = self.take(self.shapes[operation.output].len());
+        let mut output = self.value_buffer(self.shapes[operation.output].len());
         let shape = self.shapes[operation.input];
         let input = self.value(operation.input);
         pooling::average_forward(self.plan.variant, shape, input, &mut output);
@@ -308,10 +308,15 @@ impl<'a> Run<'a> {
         (output, record)
     }
 
-    fn value(&self, value: usize) -> &[f32] {
+    fn value(&self, value: usize) -> &Buffer {
         self.values[value].as_ref().expect("a value is there until its last use")
     }
 
+    fn value_buffer(&self, len: usize) -> Buffer {
+        self.plan.pool.take_of(self.plan.precision, len)
+    }
+
+    /// Of f32, whatever values are stored as.
     fn take(&self, len: usize) -> Buffer {
         self.plan.pool.take(len)
     }

@@ -54,6 +54,7 @@ mod statistics;
 mod tape;
 
 pub use flat::{Entry, Kind};
+pub use kernels::Precision;
 pub use kernels::flat::{Adam, Sgd};
 pub use modes::{Mode, Modes};
 pub use network::{BatchNorm, Builder, Convolution, Network, Pool, Value};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Result, bail};
-use kernels::Variant;
+use kernels::{Precision, Variant};
 
 use crate::flat::{Kind, Layout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
@@ -276,6 +276,7 @@ impl Builder {
             parameters: Arc::new(self.parameters),
             statistics: Arc::new(self.statistics),
             variant,
+            precision: Precision::F32,
             pool: kernels::Pool::new(),
             last_use,
             kept,
@@ -355,6 +356,18 @@ impl Builder {
 pub struct Network(pub(crate) Arc<Plan>);
 
 impl Network {
+    /// The same network with values and their gradients stored and multiplied in `precision`;
+    /// parameters, their gradients and statistics are f32 as before, and fit both. At first, f32.
+    pub fn with_precision(&self, precision: Precision) -> Network {
+        let plan = Plan { precision, pool: kernels::Pool::new(), ..Plan::clone(&self.0) };
+        Network(Arc::new(plan))
+    }
+
+    /// How values and their gradients are stored and multiplied.
+    pub fn precision(&self) -> Precision {
+        self.0.precision
+    }
+
     /// New parameters: zeros, but ones for the weights of batch norms.
     pub fn parameters(&self) -> Parameters {
         Parameters::new(&self.0)

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{Result, bail};
 use kernels::convolution::{self, Geometry};
 use kernels::flat::{Adam, Sgd};
-use kernels::{Buffer, Pool};
+use kernels::{Buffer, Precision};
 
 use crate::flat::{Entry, Flat, Kind, Layout};
 use crate::plan::Plan;
@@ -23,7 +23,7 @@ pub struct Parameters {
     trainable: Vec<bool>,
     /// Never the same for two different contents within a process.
     version: u64,
-    packed: Mutex<HashMap<(usize, Direction), Arc<Buffer>>>,
+    packed: Mutex<HashMap<(usize, Direction, Precision), Arc<Buffer>>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -211,13 +211,13 @@ impl Parameters {
         entry: usize,
         direction: Direction,
         geometry: &Geometry,
-        pool: &Arc<Pool>,
+        plan: &Plan,
     ) -> Arc<Buffer> {
-        let key = (entry, direction);
+        let key = (entry, direction, plan.precision);
         if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Arc::clone(packed);
         }
-        let mut packed = pool.take(geometry.packed_len());
+        let mut packed = plan.pool.take_of(plan.precision, geometry.packed_len());
         match direction {
             Direction::Forward => {
                 convolution::pack_forward(geometry, self.of(entry), &mut packed);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, bail};
 use kernels::convolution::Geometry;
 use kernels::pooling::Window;
-use kernels::{Pool, Shape, Variant};
+use kernels::{Pool, Precision, Shape, Variant};
 
 use crate::flat::Layout;
 
@@ -62,6 +62,7 @@ pub(crate) struct Norm {
 }
 
 /// A network without its numbers.
+#[derive(Clone)]
 pub(crate) struct Plan {
     pub input: Input,
     pub blocks: Vec<String>,
@@ -72,6 +73,7 @@ pub(crate) struct Plan {
     pub parameters: Arc<Layout>,
     pub statistics: Arc<Layout>,
     pub variant: Variant,
+    pub precision: Precision,
     pub pool: Arc<Pool>,
     /// Index of the last operation that reads each value in the forward pass.
     pub last_use: Vec<usize>,

@@ -7,13 +7,11 @@ use super::{Geometry, columns_of, panel_len};
 use crate::layout::{SIDE, TILE};
 use crate::linear::add_to_rows;
 use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
+use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Pair, Sum, product};
-use crate::{Shape, Variant};
-
-/// Tile products between loads of the sums: 16 pairs of right tiles fill 32 KiB of first-level
-/// cache and serve every pixel of a task before the next 16 come.
-const CHUNK: usize = 16;
+use crate::tiles::{Pair, Sum};
+use crate::variant::for_each_variant;
+use crate::{Buffer, Shape, Variant};
 
 /// `output = weights ∗ input + bias`. `packed` comes from [`pack_forward`]; `bias` is padded to whole
 /// blocks of channels.
@@ -27,10 +25,10 @@ const CHUNK: usize = 16;
 pub fn forward(
     variant: Variant,
     g: &Geometry,
-    input: &[f32],
-    packed: &[f32],
+    input: &Buffer,
+    packed: &Buffer,
     bias: Option<&[f32]>,
-    output: &mut [f32],
+    output: &mut Buffer,
     moments: Option<&mut [f32]>,
 ) {
     assert!(bias.is_none_or(|bias| bias.len() == g.output.padded_channels()));
@@ -47,7 +45,10 @@ pub fn forward(
     let rows = side(g.output.height, g.input.height);
     let columns = side(g.output.width, g.input.width);
     let meets = Meets { rows, columns, kernel: g.kernel };
-    gather(variant, g, (input, g.input), packed, &meets, (output, g.output), false, &finish);
+    by_precision!(output.precision(), T => {
+        let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
+        gather(variant, g, from, T::of(packed), &meets, to, false, &finish);
+    });
 }
 
 /// `input_gradient (+)= weightsᵀ ∗ output_gradient`; `packed` comes from [`pack_backward`].
@@ -56,9 +57,9 @@ pub fn forward(
 pub fn input_gradient(
     variant: Variant,
     g: &Geometry,
-    output_gradient: &[f32],
-    packed: &[f32],
-    input_gradient: &mut [f32],
+    output_gradient: &Buffer,
+    packed: &Buffer,
+    input_gradient: &mut Buffer,
     add: bool,
 ) {
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
@@ -73,8 +74,11 @@ pub fn input_gradient(
     let columns = side(g.input.width, g.output.width);
     let meets = Meets { rows, columns, kernel: g.kernel };
     let finish = Finish { bias: None, moments: None };
-    let to = (input_gradient, g.input);
-    gather(variant, g, (output_gradient, g.output), packed, &meets, to, add, &finish);
+    by_precision!(input_gradient.precision(), T => {
+        let from = (T::of(output_gradient), g.output);
+        let to = (T::of_mut(input_gradient), g.input);
+        gather(variant, g, from, T::of(packed), &meets, to, add, &finish);
+    });
 }
 
 /// For each row and each column of the value that is written: the taps that meet the value that is
@@ -93,13 +97,13 @@ struct Finish<'a> {
 
 /// Every pixel of `to` as a sum over taps and channel blocks of `from`.
 #[expect(clippy::too_many_arguments, reason = "what is read, by what, what is written")]
-fn gather(
+fn gather<T: Number>(
     variant: Variant,
     g: &Geometry,
-    (from, from_shape): (&[f32], Shape),
-    packed: &[f32],
+    (from, from_shape): (&[T], Shape),
+    packed: &[T],
     meets: &Meets,
-    (to, to_shape): (&mut [f32], Shape),
+    (to, to_shape): (&mut [T], Shape),
     add: bool,
     finish: &Finish,
 ) {
@@ -126,23 +130,23 @@ fn gather(
     });
 }
 
-struct Gather<'a> {
+struct Gather<'a, T> {
     variant: Variant,
-    from: &'a [f32],
+    from: &'a [T],
     from_shape: Shape,
-    packed: &'a [f32],
+    packed: &'a [T],
     meets: &'a Meets,
-    to: &'a Disjoint<'a, f32>,
+    to: &'a Disjoint<'a, T>,
     to_shape: Shape,
     add: bool,
     finish: &'a Finish<'a>,
 }
 
-impl Gather<'_> {
+impl<T: Number> Gather<'_, T> {
     /// Two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
         let all = self.meets.kernel * self.meets.kernel * self.from_shape.blocks();
-        let chunk = all.div_ceil(all.div_ceil(CHUNK));
+        let chunk = all.div_ceil(all.div_ceil(T::CHUNK));
         let mut list = Vec::with_capacity(chunk);
         for begin in (0..all).step_by(chunk) {
             let terms = begin..(begin + chunk).min(all);
@@ -230,10 +234,27 @@ impl Gather<'_> {
         // SAFETY: a task owns its parts' pixels in its pairs of blocks; no other task writes them.
         let output = unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) };
         let sum = Sum { rows: SIDE, columns, add };
-        product::<false>(self.variant, self.from, self.packed, list, output, sum);
+        if let Some(output) = T::as_sums(output) {
+            T::product::<false>(self.variant, self.from, self.packed, list, output, sum);
+        } else {
+            let mut sums = [0f32; 2 * TILE];
+            for (sum, output) in sums.iter_mut().zip(&*output) {
+                *sum = output.wide();
+            }
+            T::product::<false>(self.variant, self.from, self.packed, list, &mut sums, sum);
+            round(self.variant, &sums, output);
+        }
     }
 
     fn blocks_read(&self) -> usize {
         self.from_shape.blocks()
+    }
+}
+
+for_each_variant! {
+    fn round<T: Number>(sums: &[f32], output: &mut [T]) {
+        for (output, sum) in output.iter_mut().zip(sums) {
+            *output = T::narrow(*sum);
+        }
     }
 }

@@ -1,11 +1,15 @@
 //! Weight gradient: parts of the pixels are summed apart and added in order.
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
+use std::sync::Arc;
+
 use super::{Geometry, columns_of};
-use crate::Variant;
 use crate::layout::{SIDE, TILE};
+use crate::number::{Half, Number};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Pair, Sum, product};
+use crate::tiles::{Pair, Sum};
+use crate::variant::for_each_variant;
+use crate::{Buffer, Pool, Precision, Variant};
 
 /// Pixels of a group summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
@@ -13,35 +17,60 @@ const SEGMENT: usize = 8;
 /// Independent tasks wanted, whatever the number of threads.
 const TASKS: usize = 32;
 
-/// Parts into which the pixels are cut, by shape alone.
-pub(super) fn parts(g: &Geometry) -> usize {
-    WeightTasks::new(g).parts
-}
-
 /// `gradient += inputᵀ · output_gradient`: adds the gradient of the weights `(O, I, K, K)`.
 ///
-/// `scratch` holds [`Geometry::scratch_len`] numbers; what it held before does not matter.
+/// # Panics
+///
+/// When a slice has another length than the geometry says.
 pub fn weight_gradient(
     variant: Variant,
     g: &Geometry,
-    input: &[f32],
-    output_gradient: &[f32],
-    scratch: &mut [f32],
+    input: &Buffer,
+    output_gradient: &Buffer,
+    pool: &Arc<Pool>,
     gradient: &mut [f32],
 ) {
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
-    assert_eq!(scratch.len(), g.scratch_len());
     let tasks = WeightTasks::new(g);
-    let all = Disjoint::new(scratch);
-    parallel::for_each(tasks.count(), g.operations(), |task| {
-        let (at, len) = tasks.tiles(task);
-        // SAFETY: `tiles` gives every task its own place.
-        let tiles = unsafe { all.part(at, len) };
-        tasks.sum(variant, task, input, output_gradient, tiles);
+    let mut scratch = pool.take(g.packed_len() * tasks.parts);
+    match input.precision() {
+        Precision::F32 => {
+            tasks.run(variant, f32::of(input), f32::of(output_gradient), &mut scratch);
+        }
+        Precision::Bf16 => {
+            let input = pair_images(variant, pool, input);
+            let output_gradient = pair_images(variant, pool, output_gradient);
+            let (input, output_gradient) = (Half::of(&input), Half::of(&output_gradient));
+            tasks.run(variant, input, output_gradient, &mut scratch);
+        }
+    }
+    tasks.merge(&scratch, gradient);
+}
+
+/// A copy whose tiles hold two images' numbers of a channel side by side, as the product of
+/// bfloat16 tiles wants its inner side.
+fn pair_images(variant: Variant, pool: &Arc<Pool>, values: &Buffer) -> Buffer {
+    let mut paired = pool.take_of(Precision::Bf16, values.len());
+    let (from, to) = (Half::of(values), Half::of_mut(&mut paired));
+    let len = 16 * TILE;
+    parallel::for_each_chunk(to, len, from.len(), |at, to| {
+        pair_rows(variant, &from[at * len..][..to.len()], to);
     });
-    tasks.merge(scratch, gradient);
+    paired
+}
+
+for_each_variant! {
+    fn pair_rows(from: &[Half], to: &mut [Half]) {
+        let rows = from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE));
+        for (from, to) in rows {
+            for lane in 0..SIDE {
+                to[2 * lane] = from[lane];
+                to[2 * lane + 1] = from[SIDE + lane];
+            }
+        }
+    }
 }
 
 /// How a weight gradient is cut: (part of the pixels, block of input channels, pair of blocks of
@@ -68,6 +97,23 @@ impl<'a> WeightTasks<'a> {
         WeightTasks { g, parts, pairs, segments, segments_per_row, rows_per_segment }
     }
 
+    /// Sums every part into its place in the scratch.
+    fn run<T: Number>(
+        &self,
+        variant: Variant,
+        input: &[T],
+        output_gradient: &[T],
+        scratch: &mut [f32],
+    ) {
+        let all = Disjoint::new(scratch);
+        parallel::for_each(self.count(), self.g.operations(), |task| {
+            let (at, len) = self.tiles(task);
+            // SAFETY: `tiles` gives every task its own place.
+            let tiles = unsafe { all.part(at, len) };
+            self.sum(variant, task, input, output_gradient, tiles);
+        });
+    }
+
     fn count(&self) -> usize {
         self.parts * self.g.input.blocks() * self.pairs
     }
@@ -84,12 +130,12 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// Sums one part of the pixels for one block of input and one pair of output channels.
-    fn sum(
+    fn sum<T: Number>(
         &self,
         variant: Variant,
         task: usize,
-        input: &[f32],
-        output_gradient: &[f32],
+        input: &[T],
+        output_gradient: &[T],
         tiles: &mut [f32],
     ) {
         let g = self.g;
@@ -106,7 +152,7 @@ impl<'a> WeightTasks<'a> {
                 self.meet(segment, tap, block, pair, &mut list);
                 if !list.is_empty() {
                     let tile = &mut tiles[tap * columns * TILE..][..columns * TILE];
-                    product::<true>(variant, input, output_gradient, &list, tile, sum);
+                    T::product::<true>(variant, input, output_gradient, &list, tile, sum);
                 }
             }
         }
