@@ -18,8 +18,8 @@
 //!
 //! The digest in the header covers all tensors but `bytes`; these are covered by the ids. So
 //! opening checks everything but the pictures, in time that does not depend on their size, and
-//! each picture is checked when it is first read. That costs 1 µs for 2 KB with the processor's
-//! SHA instructions and at most a few percent of decoding without them.
+//! each picture is checked once, when a program first reads it. Measured with the processor's SHA
+//! instructions, that is 1.4 µs for each KB: a tenth of decoding a JPEG file once.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -84,8 +84,10 @@ impl Images {
     ///
     /// The file is missing, foreign, of another version, cut short or damaged.
     pub fn open(path: &Path) -> Result<Self> {
-        let file =
-            File::open(path).with_context(|| format!("opening the images `{}`", path.display()))?;
+        let file = File::open(path).with_context(|| {
+            let path = path.display();
+            format!("opening the images `{path}`; prepare them first or name others with --images")
+        })?;
         let map = map(&file).with_context(|| format!("mapping `{}`", path.display()))?;
         let contents = Contents::parse(path, &map, KIND, VERSION)?;
         contents.verify_around(path, &map, Some(BYTES))?;

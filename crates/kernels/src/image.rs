@@ -131,16 +131,17 @@ in_the_fastest_variant! {
 fn mix_rows<'a, T: Copy + Into<f32> + 'a>(
     out: &mut [f32],
     weights: &[f32],
-    row: impl Fn(usize) -> &'a [T],
+    row: impl Fn(usize) -> &'a [T] + Copy,
 ) {
     in_blocks(
         out,
         #[inline(always)]
         |at, sums: &mut [f32]| match sums.len() {
-            64 => mix_block::<64, T>(sums, at, weights, &row),
-            16 => mix_block::<16, T>(sums, at, weights, &row),
-            4 => mix_block::<4, T>(sums, at, weights, &row),
-            _ => mix_block::<1, T>(sums, at, weights, &row),
+            64 => mix_block::<64, T>(sums, at, weights, row),
+            32 => mix_block::<32, T>(sums, at, weights, row),
+            16 => mix_block::<16, T>(sums, at, weights, row),
+            4 => mix_block::<4, T>(sums, at, weights, row),
+            _ => mix_block::<1, T>(sums, at, weights, row),
         },
     );
 }
@@ -150,7 +151,7 @@ fn mix_block<'a, const N: usize, T: Copy + Into<f32> + 'a>(
     out: &mut [f32],
     at: usize,
     weights: &[f32],
-    row: impl Fn(usize) -> &'a [T],
+    row: impl Fn(usize) -> &'a [T] + Copy,
 ) {
     let mut sums = [0f32; N];
     for (k, &weight) in weights.iter().enumerate() {
@@ -162,18 +163,18 @@ fn mix_block<'a, const N: usize, T: Copy + Into<f32> + 'a>(
     out.copy_from_slice(&sums);
 }
 
-/// Calls `fill` for blocks of 64, 16, 4 or 1 values that cover `out`, with where each begins.
+/// Calls `fill` for blocks of 64, 32, 16, 4 or 1 values that cover `out`, with where each begins.
 #[inline(always)]
 fn in_blocks(out: &mut [f32], fill: impl Fn(usize, &mut [f32])) {
     let width = out.len();
     let mut at = 0;
-    for size in [64, 16, 4, 1] {
+    for size in [64, 32, 16, 4, 1] {
         while at + size <= width {
             fill(at, &mut out[at..at + size]);
             at += size;
         }
         // What is left is less than this block, which may overlap what is done already.
-        if at < width && size <= 16 && width >= size {
+        if at < width && size <= 32 && width >= size {
             at = width - size;
             fill(at, &mut out[at..]);
             return;
@@ -314,17 +315,18 @@ in_the_fastest_variant! {
 fn mix_pairs<'a>(
     out: &mut [f32],
     kernel: &[f32],
-    before: impl Fn(usize) -> &'a [f32],
-    behind: impl Fn(usize) -> &'a [f32],
+    before: impl Fn(usize) -> &'a [f32] + Copy,
+    behind: impl Fn(usize) -> &'a [f32] + Copy,
 ) {
     in_blocks(
         out,
         #[inline(always)]
         |at, sums: &mut [f32]| match sums.len() {
-            64 => mix_pair_block::<64>(sums, at, kernel, &before, &behind),
-            16 => mix_pair_block::<16>(sums, at, kernel, &before, &behind),
-            4 => mix_pair_block::<4>(sums, at, kernel, &before, &behind),
-            _ => mix_pair_block::<1>(sums, at, kernel, &before, &behind),
+            64 => mix_pair_block::<64>(sums, at, kernel, before, behind),
+            32 => mix_pair_block::<32>(sums, at, kernel, before, behind),
+            16 => mix_pair_block::<16>(sums, at, kernel, before, behind),
+            4 => mix_pair_block::<4>(sums, at, kernel, before, behind),
+            _ => mix_pair_block::<1>(sums, at, kernel, before, behind),
         },
     );
 }
@@ -334,11 +336,14 @@ fn mix_pair_block<'a, const N: usize>(
     out: &mut [f32],
     at: usize,
     kernel: &[f32],
-    before: impl Fn(usize) -> &'a [f32],
-    behind: impl Fn(usize) -> &'a [f32],
+    before: impl Fn(usize) -> &'a [f32] + Copy,
+    behind: impl Fn(usize) -> &'a [f32] + Copy,
 ) {
-    let mut sums = block::<N, f32>(before(0), at).map(|value| kernel[0] * value);
-    for (distance, &weight) in kernel.iter().enumerate().skip(1) {
+    let mut sums = *block::<N, f32>(before(0), at);
+    for sum in &mut sums {
+        *sum *= kernel[0];
+    }
+    for (distance, &weight) in (1..).zip(&kernel[1..]) {
         let before = block::<N, f32>(before(distance), at);
         let behind = block::<N, f32>(behind(distance), at);
         for ((sum, &before), &behind) in sums.iter_mut().zip(before).zip(behind) {
@@ -512,8 +517,9 @@ fn power_of(x: f32, y: f32) -> f32 {
     // x = 2^e · m with m in [√½, √2): subtracting the bits of √½ moves the exponent's boundary.
     const ROOT_HALF: i32 = 0x3f35_04f3;
     let bits = normal.to_bits() as i32;
-    let exponent = (bits - ROOT_HALF) >> 23;
-    let m = f32::from_bits((bits - (exponent << 23)) as u32);
+    // Wrapping, which never happens here, because a check would keep this from being vectorised.
+    let exponent = bits.wrapping_sub(ROOT_HALF) >> 23;
+    let m = f32::from_bits(bits.wrapping_sub(exponent << 23) as u32);
     // log₂ m = 2/ln 2 · artanh(s) with s = (m − 1)/(m + 1), |s| < 0.172.
     let s = (m - 1.) / (m + 1.);
     let t = s * s;
@@ -525,7 +531,7 @@ fn power_of(x: f32, y: f32) -> f32 {
     let f = (z - n) * std::f32::consts::LN_2;
     let tail = 1. / 24. + f * (1. / 120. + f * (1. / 720. + f * (1. / 5040.)));
     let mantissa = 1. + f * (1. + f * (0.5 + f * (1. / 6. + f * tail)));
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    let scale = f32::from_bits(((n as i32).wrapping_add(127) << 23) as u32);
     if x < f32::MIN_POSITIVE { 0. } else { mantissa * scale }
 }
 
