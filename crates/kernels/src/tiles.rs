@@ -3,7 +3,10 @@
 //! A tile is 16 × 16 numbers, row by row, 1 KiB (see [`crate::Shape`]). All three products of a
 //! convolution are sums of tile products: output = Σ input · weights, input gradient =
 //! Σ output gradient · weightsᵀ, weight gradient = Σ inputᵀ · output gradient.
-#![expect(unsafe_code, reason = "vector intrinsics on tiles addressed from a base pointer")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "vector intrinsics on tiles addressed from a base pointer")
+)]
 
 use crate::Variant;
 use crate::layout::{SIDE, TILE};
@@ -24,7 +27,8 @@ pub(crate) struct Pair {
 /// What to compute of `output = Σ left · right`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sum {
-    /// Rows of the output tile wanted, at most 16; the kernels compute 8 or 16.
+    /// Rows of the output tile wanted, at most 16; the kernels compute a few more where that is
+    /// cheaper than to stop.
     pub rows: usize,
     /// Output tiles side by side, 1 or 2: 16 or 32 columns.
     pub columns: usize,
@@ -132,6 +136,9 @@ for_each_variant! {
     }
 }
 
+/// Rows whose sums the baseline's registers hold: 32 of 4 numbers on ARM, 16 elsewhere.
+const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
+
 fn portable<const TRANSPOSED: bool>(
     left: &[f32],
     right: &[f32],
@@ -140,25 +147,26 @@ fn portable<const TRANSPOSED: bool>(
     sum: Sum,
 ) {
     for column in 0..sum.columns {
-        for row in 0..sum.rows {
-            let at = column * TILE + row * SIDE;
-            let output = &mut output[at..at + SIDE];
-            let mut total = [0f32; SIDE];
+        for first in (0..sum.rows).step_by(PORTABLE_ROWS) {
+            let output = &mut output[column * TILE + first * SIDE..][..PORTABLE_ROWS * SIDE];
+            let mut totals = [[0f32; SIDE]; PORTABLE_ROWS];
             if sum.add {
-                total.copy_from_slice(output);
+                totals.as_flattened_mut().copy_from_slice(output);
             }
             for pair in pairs {
-                let left = &left[pair.left..pair.left + TILE];
-                let from = pair.right + column * TILE;
-                let right = &right[from..from + TILE];
+                let left = &left[pair.left..][..TILE];
+                let right = &right[pair.right + column * TILE..][..TILE];
                 for (k, right) in right.chunks_exact(SIDE).take(pair.depth).enumerate() {
-                    let factor = left[if TRANSPOSED { k * SIDE + row } else { row * SIDE + k }];
-                    for (total, right) in total.iter_mut().zip(right) {
-                        *total = multiply_add(factor, *right, *total);
+                    for (row, totals) in totals.iter_mut().enumerate() {
+                        let row = first + row;
+                        let factor = left[if TRANSPOSED { k * SIDE + row } else { row * SIDE + k }];
+                        for (total, right) in totals.iter_mut().zip(right) {
+                            *total = multiply_add(factor, *right, *total);
+                        }
                     }
                 }
             }
-            output.copy_from_slice(&total);
+            output.copy_from_slice(totals.as_flattened());
         }
     }
 }
@@ -196,14 +204,16 @@ mod x86 {
         let (l, r, o) = (left.as_ptr(), right.as_ptr(), output.as_mut_ptr());
         // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
         unsafe {
-            match (sum.columns, sum.rows > 8) {
-                (2, false) => avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
-                (2, true) => {
+            match (sum.columns, sum.rows) {
+                // A picture has one channel or three: the weight gradient of the first layer.
+                (2, ..=4) => avx512_block::<TRANSPOSED, 4, 2>(l, r, pairs, o, 0, sum.add),
+                (2, ..=8) => avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
+                (2, _) => {
                     avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add);
                     avx512_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 8, sum.add);
                 }
-                (_, false) => avx512_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
-                (_, true) => avx512_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
+                (_, ..=8) => avx512_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
+                (_, _) => avx512_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
             }
         }
     }
@@ -286,14 +296,16 @@ mod x86 {
         let (l, r, o) = (left.as_ptr(), right.as_ptr(), output.as_mut_ptr());
         // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
         unsafe {
-            match (sum.columns, sum.rows > 8) {
-                (2, false) => bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
-                (2, true) => {
+            match (sum.columns, sum.rows) {
+                // A picture has one channel or three: the weight gradient of the first layer.
+                (2, ..=4) => bf16_block::<TRANSPOSED, 4, 2>(l, r, pairs, o, 0, sum.add),
+                (2, ..=8) => bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add),
+                (2, _) => {
                     bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 0, sum.add);
                     bf16_block::<TRANSPOSED, 8, 2>(l, r, pairs, o, 8, sum.add);
                 }
-                (_, false) => bf16_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
-                (_, true) => bf16_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
+                (_, ..=8) => bf16_block::<TRANSPOSED, 8, 1>(l, r, pairs, o, 0, sum.add),
+                (_, _) => bf16_block::<TRANSPOSED, 16, 1>(l, r, pairs, o, 0, sum.add),
             }
         }
     }

@@ -119,7 +119,10 @@ fn choose(wanted: Option<&str>) -> Result<Variant, String> {
 macro_rules! for_each_variant {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
-        #[expect(unsafe_code, reason = "calls a function compiled for the instructions found")]
+        #[cfg_attr(
+            target_arch = "x86_64",
+            expect(unsafe_code, reason = "calls a function compiled for the instructions found")
+        )]
         #[allow(clippy::too_many_arguments)]
         $vis fn $name $(<$t: $bound>)? (variant: $crate::Variant, $($arg: $ty),*) {
             #[inline(always)]
