@@ -98,7 +98,9 @@ fn machine(device: &str) -> String {
 
 #[cfg(target_arch = "x86_64")]
 fn instructions() -> &'static str {
-    if is_x86_feature_detected!("avx512f") {
+    if is_x86_feature_detected!("avx512bf16") {
+        "avx512-bf16"
+    } else if is_x86_feature_detected!("avx512f") {
         "avx512"
     } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         "avx2"

@@ -290,7 +290,6 @@ impl<'a> Bench<'a> {
             Some(folder) => Programs::in_folder(&words, folder)?,
             None => Programs::build(&words)?,
         };
-        interrupt::check()?;
         let experiment_files = run::write_experiments(plan, &options.runs)?;
         let prepared = Prepared::of(
             plan.experiment(Arm::Main),

@@ -40,7 +40,8 @@ impl Prepared {
             "source": source,
             "state": key::state_of(&source)?,
         });
-        let key = Key::of(&experiment.name, record);
+        let name = source.file_stem().unwrap_or("data".as_ref()).to_string_lossy();
+        let key = Key::of(&name, record);
         let store = Store::new(runs.join(".data"));
         Ok(Self { folder: store.path(&key), key, store })
     }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::key;
+use crate::{interrupt, key};
 
 /// A program that can be started.
 #[derive(Debug, Clone)]
@@ -88,6 +88,7 @@ fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
     }
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.context("starting cargo to build the programs")?;
+    interrupt::check()?;
     ensure!(
         output.status.success(),
         "building {} failed; cargo's messages are above",

@@ -21,7 +21,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("prepare", &["stage", "data"]),
     ("pretraining", &["stage", "data", "layers", "backbone", "training"]),
     ("embed", &["stage", "data", "layers", "backbone", "training"]),
-    ("clustering", &["stage", "data", "assignment", "training"]),
+    ("clustering", &["stage", "data", "assignment", "layers", "training"]),
     ("prototype-refinement", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("metrics", &["stage", "data", "assignment"]),
     // What starts programs links none of them.
