@@ -1,0 +1,173 @@
+//! A folder with pictures, an experiment, and the runs on it.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::pictures::{self, PLAIN};
+
+/// Everything one test works on; removed at its end.
+#[derive(Debug)]
+pub struct Bench {
+    folder: TempDir,
+    experiment: toml::Table,
+}
+
+impl Bench {
+    /// A folder with the plain pictures and the tiny experiment.
+    pub fn new() -> Self {
+        Self::with_pictures(|folder| pictures::write(folder, PLAIN, 0))
+    }
+
+    /// The same with other pictures.
+    pub fn with_pictures(write: impl FnOnce(&Path) -> Result<()>) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let pictures = folder.path().join("pictures");
+        fs::create_dir(&pictures).expect("created");
+        write(&pictures).expect("written");
+        let text = include_str!("../tiny.toml");
+        let bench = Self { folder, experiment: text.parse().expect("TOML") };
+        bench.write_experiment();
+        bench
+    }
+
+    /// The path of `name` in the folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The folder where the step `name` (`0-embed`) left its files.
+    pub fn step(&self, name: &str) -> PathBuf {
+        self.path("runs/tiny/0").join(name)
+    }
+
+    /// The prepared pictures.
+    pub fn images(&self) -> PathBuf {
+        self.path("runs/tiny/data/images.safetensors")
+    }
+
+    /// Sets a value of the experiment; `key` has dots between tables.
+    pub fn set(&mut self, key: &str, value: impl Into<toml::Value>) {
+        let (path, last) = key.rsplit_once('.').expect("a table and a key");
+        let mut table = &mut self.experiment;
+        for part in path.split('.') {
+            table = table[part].as_table_mut().expect("a table");
+        }
+        table.insert(last.to_owned(), value.into());
+        self.write_experiment();
+    }
+
+    fn write_experiment(&self) {
+        fs::write(self.path("tiny.toml"), self.experiment.to_string()).expect("written");
+    }
+
+    /// `cargo xtask` on the experiment, with the programs that are built.
+    pub fn xtask(&self, words: &[&str]) -> Command {
+        let mut command = program("xtask");
+        let (subcommand, words) = words.split_first().expect("a subcommand");
+        command.arg(subcommand);
+        if *subcommand == "stage" {
+            command.arg(words[0]).arg(self.path("tiny.toml")).args(&words[1..]);
+        } else {
+            command.arg(self.path("tiny.toml")).args(words);
+        }
+        command
+            .arg("--images")
+            .arg(self.path("pictures"))
+            .arg("--runs")
+            .arg(self.path("runs"))
+            .arg("--programs")
+            .arg(programs())
+            .args(["--device", "cpu"]);
+        command
+    }
+
+    /// Runs the experiment to its end and returns the JSON object it prints last.
+    ///
+    /// # Errors
+    ///
+    /// It does not end with status 0, or prints no such object.
+    pub fn reproduce(&self, words: &[&str]) -> Result<Value> {
+        let output = self.xtask(&[&["reproduce", "--json"], words].concat()).output()?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "{}: {stderr}", output.status);
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        serde_json::from_str(stdout.lines().last().context("nothing on stdout")?)
+            .with_context(|| format!("no JSON at the end of {stdout}"))
+    }
+
+    /// The program `name`, started as the step of round `round`, with inputs by role.
+    pub fn stage(&self, name: &str, round: usize, inputs: &[(&str, &Path)], out: &str) -> Command {
+        let mut command = program(name);
+        command.arg("--experiment").arg(self.path("tiny.toml"));
+        command.arg("--images").arg(self.images());
+        for (role, folder) in inputs {
+            command.arg("--in").arg(format!("{role}={}", folder.display()));
+        }
+        command.arg("--out").arg(self.path(out));
+        command.args(["--round", &round.to_string(), "--rounds", "1", "--seed", "0"]);
+        command.args(["--device", "cpu"]);
+        command
+    }
+
+    /// The bytes of a file that a step left.
+    pub fn bytes(&self, step: &str, file: &str) -> Vec<u8> {
+        let path = self.step(step).join(file);
+        fs::read(&path).unwrap_or_else(|error| panic!("`{}`: {error}", path.display()))
+    }
+}
+
+impl Default for Bench {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A command for the program `name`, away from the terminal.
+pub fn program(name: &str) -> Command {
+    let mut command = Command::new(programs().join(format!("{name}{}", env::consts::EXE_SUFFIX)));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// What a program printed to stderr.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The folder of all programs, which the first caller builds.
+///
+/// Cargo gives a test only the programs of its own package, so that the others are asked for here;
+/// their libraries are built already when the whole workspace is tested.
+pub fn programs() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| build().expect("the programs are built"))
+}
+
+const PROGRAMS: [&str; 7] =
+    ["xtask", "prepare", "pretraining", "embed", "clustering", "prototype-refinement", "metrics"];
+
+fn build() -> Result<PathBuf> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--message-format", "json"]).stdin(Stdio::null());
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    for name in PROGRAMS {
+        command.args(["--package", name]);
+    }
+    let output = command.output()?;
+    anyhow::ensure!(output.status.success(), "{}", stderr(&output));
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let executables = stdout.lines().filter_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message.get("executable")?.as_str()?))
+    });
+    let mut folders = executables.filter_map(|path| Some(path.parent()?.to_owned()));
+    folders.next().context("cargo built no program")
+}

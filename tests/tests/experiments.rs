@@ -1,0 +1,49 @@
+//! Every experiment that ships is understood by the programs that it names.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use tests::bench::{program, programs, stderr};
+use tests::pictures::{self, PLAIN};
+
+/// `cargo xtask` on an experiment that ships, but on the tiny pictures and in `folder`.
+fn xtask(words: &[&str], folder: &Path) -> Output {
+    let mut command: Command = program("xtask");
+    command.args(words).arg("--images").arg(folder.join("pictures"));
+    command.arg("--runs").arg(folder.join("runs")).arg("--programs").arg(programs());
+    command.args(["--set", "prepare.classes=[]", "--set", "prepare.images-per-class=0"]);
+    command.output().expect("started")
+}
+
+#[test]
+fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
+    let folder = tempfile::tempdir().expect("a folder");
+    pictures::write(&folder.path().join("pictures"), PLAIN, 0).expect("written");
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut count = 0;
+    for entry in fs::read_dir(configs).expect("experiments") {
+        let file = entry.expect("readable").file_name();
+        let name = file.to_str().expect("UTF-8").strip_suffix(".toml").expect("an experiment");
+        let prepared = xtask(&["stage", "prepare", name], folder.path());
+        assert!(prepared.status.success(), "{name}: {}", stderr(&prepared));
+        let checked = xtask(&["reproduce", name, "--dry-run"], folder.path());
+        assert!(checked.status.success(), "{name}: {}", stderr(&checked));
+        let plan = String::from_utf8(checked.stdout).expect("UTF-8");
+        for step in ["0-pretraining, ", "control/1-clustering, ", "pixels/0-metrics, "] {
+            assert!(plan.contains(step), "{name} has no {step}: {plan}");
+        }
+        count += 1;
+    }
+    assert!(count > 0, "no experiment ships");
+}
+
+#[test]
+fn the_digits_are_the_set_that_their_readme_describes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut command = program("xtask");
+    command.args(["stage", "prepare", "digits"]).arg("--runs").arg(folder.path());
+    let output = command.arg("--programs").arg(programs()).output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("1797 images of 10 classes"), "{}", stderr(&output));
+}

@@ -1,0 +1,185 @@
+//! Killed at any moment and started again, a run ends with the same bytes.
+#![cfg(unix)]
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::Bench;
+
+/// Kills spread over whole runs.
+const ANYWHERE: usize = 15;
+/// Kills while a file is being written.
+const INSIDE_A_SAVE: usize = 5;
+
+const RESULTS: [(&str, &str); 3] = [
+    ("0-pretraining", "network.safetensors"),
+    ("1-prototype-refinement", "network.safetensors"),
+    ("1-clustering", "pseudo-labels.safetensors"),
+];
+
+fn assert_same(bench: &Bench, reference: &Bench) {
+    for (step, file) in RESULTS {
+        assert!(bench.bytes(step, file) == reference.bytes(step, file), "{step}/{file} differs");
+    }
+    let left = unfinished(&bench.path("runs/.store"));
+    assert!(left.is_empty(), "half-written files are left: {left:?}");
+}
+
+#[test]
+fn killed_at_twenty_moments_a_run_ends_with_the_same_bytes() {
+    let reference = Bench::new();
+    let begin = Instant::now();
+    reference.reproduce(&[]).expect("runs through");
+    let whole = begin.elapsed();
+
+    kill_anywhere(&reference, whole);
+    kill_inside_saves(&reference);
+}
+
+#[test]
+fn interrupted_by_the_user_a_run_goes_on_where_it_was() {
+    let reference = Bench::new();
+    reference.reproduce(&[]).expect("runs through");
+    let bench = Bench::new();
+    let mut run = start_group(&mut bench.xtask(&["reproduce"]));
+    let log = bench.step("0-pretraining").join("log.jsonl");
+    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 2 {
+        assert!(run.try_wait().expect("waited").is_none(), "it ended before it was interrupted");
+        thread::sleep(Duration::from_millis(1));
+    }
+    signal("-INT", &run);
+    let status = run.wait().expect("ended");
+    assert_eq!(status.code(), Some(3), "the status of a run that can go on");
+    assert!(!bench.step("0-pretraining").join("network.safetensors").exists(), "it has stopped");
+
+    bench.reproduce(&[]).expect("goes on");
+    assert_same(&bench, &reference);
+    let epochs = fs::read_to_string(&log).expect("there").lines().count();
+    let whole = fs::read_to_string(reference.step("0-pretraining").join("log.jsonl"));
+    assert!(epochs < 2 * whole.expect("there").lines().count(), "it began anew");
+}
+
+/// Kills whole runs, `xtask` and the program at work, after drawn times.
+fn kill_anywhere(reference: &Bench, whole: Duration) {
+    let mut kills = 0;
+    let mut draw = 0.5;
+    while kills < ANYWHERE {
+        let bench = Bench::new();
+        loop {
+            // Multiples of the golden ratio are spread evenly, however many are drawn.
+            draw = (draw + 0.618_033_988_749_895) % 1.;
+            let mut run = start_group(&mut bench.xtask(&["reproduce"]));
+            if kills < ANYWHERE && !ended_within(&mut run, whole.mul_f64(0.05 + 0.6 * draw)) {
+                kill_group(&mut run);
+                kills += 1;
+                continue;
+            }
+            let status = run.wait().expect("ended");
+            assert!(status.success(), "{status} after {kills} kills");
+            break;
+        }
+        assert_same(&bench, reference);
+    }
+}
+
+/// Kills pretraining whenever a file of its is seen half-written.
+fn kill_inside_saves(reference: &Bench) {
+    let mut kills = 0;
+    let mut benches = 0;
+    while kills < INSIDE_A_SAVE {
+        benches += 1;
+        assert!(benches <= 50, "a save was hit only {kills} times");
+        let bench = Bench::new();
+        let (mut command, out) = pretraining(&bench);
+        loop {
+            let before = unfinished(&out);
+            let mut run = start_group(&mut command);
+            if kills < INSIDE_A_SAVE && saw_unfinished(&mut run, &out, &before) {
+                run.kill().expect("killed");
+                run.wait().expect("ended");
+                // Only what is left behind proves that the kill came before the rename.
+                kills += usize::from(unfinished(&out).iter().any(|file| !before.contains(file)));
+                continue;
+            }
+            let status = run.wait().expect("ended");
+            assert!(status.success(), "{status} after {kills} kills inside a save");
+            break;
+        }
+        bench.reproduce(&[]).expect("goes on");
+        assert_same(&bench, reference);
+    }
+}
+
+/// The command by which `xtask` would start pretraining, and the folder it writes into.
+fn pretraining(bench: &Bench) -> (Command, PathBuf) {
+    // The data must be prepared for the step to have a place in the store.
+    let prepare = bench.xtask(&["stage", "prepare"]).output();
+    assert!(prepare.expect("started").status.success());
+    let dry = bench.xtask(&["stage", "pretraining", "--dry-run"]).output().expect("started");
+    let text = String::from_utf8(dry.stdout).expect("UTF-8");
+    let line = text.lines().find(|line| line.contains("--out")).expect("a command");
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let out = words.iter().position(|word| *word == "--out").expect("the flag") + 1;
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
+    (command, PathBuf::from(words[out]))
+}
+
+fn start_group(command: &mut Command) -> Child {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    quiet.process_group(0).spawn().expect("started")
+}
+
+fn kill_group(child: &mut Child) {
+    signal("-KILL", child);
+    child.wait().expect("ended");
+}
+
+/// Sends a signal to the child and all that it started, as a terminal does.
+fn signal(signal: &str, child: &Child) {
+    let group = format!("-{}", child.id());
+    let sent = Command::new("kill").args([signal, "--", &group]).status().expect("sent");
+    assert!(sent.success());
+}
+
+fn ended_within(child: &mut Child, time: Duration) -> bool {
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        if child.try_wait().expect("waited").is_some() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    false
+}
+
+/// Waits until a half-written file appears in `folder` that was not there before; false when the
+/// program ended first.
+fn saw_unfinished(child: &mut Child, folder: &Path, before: &[PathBuf]) -> bool {
+    loop {
+        if unfinished(folder).iter().any(|file| !before.contains(file)) {
+            return true;
+        }
+        if child.try_wait().expect("waited").is_some() {
+            return false;
+        }
+    }
+}
+
+/// Half-written files below a folder.
+fn unfinished(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().starts_with(".unfinished-") {
+            found.push(path);
+        } else if path.is_dir() {
+            found.extend(unfinished(&path));
+        }
+    }
+    found
+}
