@@ -749,6 +749,14 @@ mod tests {
                 Precision::Bytes => bytes_portable(&part, &mut plain),
                 Precision::Floats => floats_portable(&part, &mut plain, |x, y, sum| x * y + sum),
             }
+            #[cfg(target_arch = "x86_64")]
+            if precision == Precision::Floats && has_avx2() && has_avx512() {
+                let mut narrow = Tile::default();
+                // SAFETY: the processor has AVX2 and FMA.
+                unsafe { floats_avx2(&part, &mut narrow) };
+                assert_eq!(narrow.products, fast.products);
+                assert_eq!(narrow.largest, fast.largest);
+            }
             let bound = Bound::new(&y_rows, 0.);
             for (i, (fast, plain)) in fast.products.iter().zip(&plain.products).enumerate() {
                 // Bytes differ by the order of the scalings alone.
