@@ -109,7 +109,7 @@ pub fn check(config: &Config, stage: &Stage) -> Result<()> {
         "clustering.reliable-share must be two shares above 0 and at most 1, not {:?}",
         config.reliable_share
     );
-    training::device(stage.device).map(|_| ())
+    training::network_device(stage.device).map(|_| ())
 }
 
 /// Files in, files out: reads the embeddings and the last round, clusters, writes the pseudo-labels
@@ -247,6 +247,19 @@ pub struct Clusters {
 }
 
 impl Config {
+    fn k_means(&self, clusters: usize) -> KMeans {
+        KMeans {
+            clusters,
+            metric: match self.kmeans_metric {
+                KMeansMetric::Spherical => Metric::Spherical,
+                KMeansMetric::Euclidean => Metric::Euclidean,
+            },
+            restarts: self.kmeans_restarts,
+            iterations: self.kmeans_iterations,
+            tolerance: KMEANS_TOLERANCE,
+        }
+    }
+
     fn shape(&self, features: &Features, stage: &Stage) -> Shape {
         Shape {
             width: features.backbone.len() / features.count.max(1),
@@ -274,22 +287,8 @@ pub fn cluster(
     let unit_projection = with_length(&features.projection, projection_width, 1.0);
 
     // First clusters, and who is near whom.
-    let kmeans = assignment::k_means(
-        &features.projection,
-        n,
-        projection_width,
-        &KMeans {
-            clusters: k,
-            metric: match config.kmeans_metric {
-                KMeansMetric::Spherical => Metric::Spherical,
-                KMeansMetric::Euclidean => Metric::Euclidean,
-            },
-            restarts: config.kmeans_restarts,
-            iterations: config.kmeans_iterations,
-            tolerance: KMEANS_TOLERANCE,
-        },
-        stage.seed,
-    )?;
+    let rows = &features.projection;
+    let kmeans = assignment::k_means(rows, n, projection_width, &config.k_means(k), stage.seed)?;
     let neighbours = match config.neighbours.min(n - 1) {
         0 => Vec::new(),
         m => assignment::nearest_neighbours(&unit_projection, n, projection_width, m)?,
@@ -298,8 +297,8 @@ pub fn cluster(
     // The networks, and which of them agrees best with itself on un-augmented images.
     let candidates = match config.heads {
         0 => {
-            let (rows, metric) = (&features.projection, config.kmeans_metric);
-            let memberships = distance_memberships(rows, projection_width, &kmeans.centres, metric);
+            let (centres, metric) = (&kmeans.centres, config.kmeans_metric);
+            let memberships = distance_memberships(rows, projection_width, centres, metric);
             let weight = config.entropy_weight;
             vec![Candidate::new(None, false, memberships, k, &neighbours, weight)]
         }

@@ -56,7 +56,7 @@ pub fn check(config: &Config, stage: &Stage) -> Result<()> {
 pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     ensure!(stage.round >= 1, "refinement follows a clustering: --round counts from 1");
     let images = Images::open(&stage.images)?;
-    let device = training::device(stage.device)?;
+    let device = training::network_device(stage.device)?;
     let rows = images.rows(&stage.data.train_on);
     let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
     labels.data_set.require(images.data_set(), "cluster again from these images")?;
