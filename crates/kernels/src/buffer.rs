@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "a cache-line-aligned buffer is viewed as the numbers it holds")]
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Precision;
@@ -132,12 +133,18 @@ fn lines_of(precision: Precision, len: usize) -> usize {
 pub struct Pool {
     /// Sorted by size.
     free: Mutex<Vec<Vec<Line>>>,
+    allocated: AtomicUsize,
 }
 
 impl Pool {
     /// A pool without buffers.
     pub fn new() -> Arc<Pool> {
         Arc::default()
+    }
+
+    /// How often it had no fitting buffer and allocated one.
+    pub fn allocations(&self) -> usize {
+        self.allocated.load(Ordering::Relaxed)
     }
 
     /// A buffer of `len` f32 with whatever values its last use left in it.
@@ -155,7 +162,12 @@ impl Pool {
         let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);
         let lines = if reuse { free.remove(at) } else { Vec::new() };
         drop(free);
-        let lines = if reuse { lines } else { vec![Line([0.; LINE]); wanted] };
+        let lines = if reuse {
+            lines
+        } else {
+            self.allocated.fetch_add(1, Ordering::Relaxed);
+            vec![Line([0.; LINE]); wanted]
+        };
         Buffer { lines, len, precision, pool: Some(Arc::clone(self)) }
     }
 
@@ -187,6 +199,7 @@ mod tests {
         assert_eq!(again[36], 5.);
         let other = pool.take(40);
         assert_ne!(other.as_ptr(), place);
+        assert_eq!(pool.allocations(), 2);
     }
 
     #[test]

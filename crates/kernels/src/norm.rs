@@ -42,7 +42,8 @@ const MOMENT_ROWS: usize = 3;
 /// Numbers for a block of channels in a part.
 pub(crate) const MOMENT_BLOCK: usize = MOMENT_ROWS * SIDE;
 
-/// Numbers in the sums of all parts: layout (part, block of channels, [`MOMENT_ROWS`], channel).
+/// Numbers in the sums of all parts: layout (part, block of channels, shift or sum or squares,
+/// channel).
 ///
 /// A part is at most 32 pixels of one group of images. Its sums are taken around a shift, the mean
 /// of its first pixel: so near to the mean nothing cancels, however far that is from zero.

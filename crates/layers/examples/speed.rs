@@ -1,4 +1,5 @@
-//! Times the convolutions of a ResNet-18 on 32 × 32 pictures layer by layer, and whole steps.
+//! Times the convolutions of a ResNet-18 on 32 × 32 pictures layer by layer, and whole steps of it,
+//! of a ResNet-34 on 96 × 96 and of the small one for digits.
 //!
 //! `cargo run --example speed -p layers [-- layers|resnet|digits [f32|bf16]]`; `ASSORT_KERNEL`
 //! chooses the kernels and `RAYON_NUM_THREADS` the threads. Best of several repetitions.
@@ -42,16 +43,15 @@ fn run(variant: Variant, precision: Precision, wants: &dyn Fn(&str) -> bool) -> 
         }
     }
     if wants("resnet") {
-        step(
-            "ResNet-18 @32, width 64, batch 64",
-            &resnet(3, 64, 2)?.with_precision(precision),
-            [64, 32, 3, 3],
-        )?;
+        let network = resnet(3, 64, [2; 4], false)?.with_precision(precision);
+        step("ResNet-18 @32, batch 64", &network, [64, 32, 3, 3])?;
+        let network = resnet(3, 64, [3, 4, 6, 3], true)?.with_precision(precision);
+        step("ResNet-34 @96, batch 64", &network, [64, 96, 3, 3])?;
     }
     if wants("digits") {
         step(
             "ResNet-10 @8, width 16, batch 64",
-            &resnet(1, 16, 1)?.with_precision(precision),
+            &resnet(1, 16, [1; 4], false)?.with_precision(precision),
             [64, 8, 1, 60],
         )?;
     }
@@ -116,8 +116,9 @@ fn layer(
     );
 }
 
-/// A ResNet for small pictures: a 3×3 stem and four stages of `blocks` basic blocks.
-fn resnet(channels: usize, width: usize, blocks: usize) -> Result<Network> {
+/// A ResNet of basic blocks, as many as asked for in each stage; its stem is 3×3 or, for large
+/// pictures, 7×7 with stride 2 and a max-pool.
+fn resnet(channels: usize, width: usize, blocks: [usize; 4], large: bool) -> Result<Network> {
     let mut b = Builder::images(channels);
     let norm = |relu, residual| BatchNorm { epsilon: 1e-5, momentum: 0.1, relu, residual };
     let conv = |b: &mut Builder, name: &str, x, out_channels, kernel, stride| {
@@ -125,9 +126,13 @@ fn resnet(channels: usize, width: usize, blocks: usize) -> Result<Network> {
     };
     b.block("stem");
     let input = b.input();
-    let x = conv(&mut b, "conv1", input, width, 3, 1)?;
+    let (kernel, stride) = if large { (7, 2) } else { (3, 1) };
+    let x = conv(&mut b, "conv1", input, width, kernel, stride)?;
     let mut x: Value = b.batch_norm("bn1", x, norm(true, None))?;
-    for stage in 0..4 {
+    if large {
+        x = b.max_pool(x, layers::Pool { kernel: 3, stride: 2, padding: 1 })?;
+    }
+    for (stage, blocks) in blocks.into_iter().enumerate() {
         let out = width << stage;
         for block in 0..blocks {
             let name = format!("layer{}.{block}", stage + 1);

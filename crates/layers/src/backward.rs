@@ -254,3 +254,48 @@ impl Run<'_> {
 fn kept(record: &Record, value: usize) -> &Buffer {
     record.values[value].as_ref().expect("the forward pass keeps what the backward pass reads")
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{BatchNorm, Builder, Convolution};
+
+    use super::*;
+
+    /// Values: 0 the input, then one for each operation of `stem`, `middle` and `head`.
+    fn network() -> Result<Network> {
+        let mut b = Builder::images(3);
+        let c = Convolution { out_channels: 4, kernel: 3, stride: 1, padding: 1 };
+        let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+        b.block("stem");
+        let x = b.input();
+        let y = b.convolution("conv1", x, c)?;
+        b.block("middle");
+        let z = b.convolution("conv2", y, c)?;
+        let y = b.batch_norm("bn2", z, BatchNorm { residual: Some(y), ..norm })?;
+        b.block("head");
+        let y = b.global_average_pool(y)?;
+        let y = b.linear("fc", y, 2)?;
+        b.finish(y)
+    }
+
+    #[test]
+    fn gradients_are_computed_down_to_the_lowest_trained_block_only() -> Result<()> {
+        let network = network()?;
+        let mut parameters = network.parameters();
+        let with = |parameters: &Parameters, input| needed(&network.0, parameters, input);
+        assert_eq!(with(&parameters, false), [false, true, true, true, true, true]);
+        assert_eq!(with(&parameters, true), [true; 6]);
+        parameters.set_trainable("stem", false)?;
+        assert_eq!(with(&parameters, false), [false, false, true, true, true, true]);
+        parameters.set_trainable("middle", false)?;
+        // The pool above it passes nothing on either.
+        assert_eq!(with(&parameters, false), [false, false, false, false, false, true]);
+        assert_eq!(with(&parameters, true), [true; 6]);
+        parameters.set_trainable("head", false)?;
+        assert_eq!(with(&parameters, false), [false; 6]);
+        // A trained block below frozen ones needs all above it.
+        parameters.set_trainable("stem", true)?;
+        assert_eq!(with(&parameters, false), [false, true, true, true, true, true]);
+        Ok(())
+    }
+}

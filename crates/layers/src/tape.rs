@@ -45,3 +45,59 @@ impl Tape {
         self.record = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Result, Tensor};
+
+    use crate::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Pool, Sgd};
+
+    fn network() -> Result<Network> {
+        let mut b = Builder::images(3);
+        let c = Convolution { out_channels: 20, kernel: 3, stride: 1, padding: 1 };
+        let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+        b.block("stem");
+        let x = b.input();
+        let z = b.convolution("conv1", x, c)?;
+        let y = b.batch_norm("bn1", z, norm)?;
+        let y = b.max_pool(y, Pool { kernel: 2, stride: 2, padding: 0 })?;
+        b.block("layer1");
+        let z = b.convolution("conv2", y, c)?;
+        let z = b.batch_norm("bn2", z, BatchNorm { residual: Some(y), ..norm })?;
+        let y = b.global_average_pool(z)?;
+        let y = b.linear("fc", y, 7)?;
+        b.finish(y)
+    }
+
+    #[test]
+    fn a_step_after_the_first_takes_its_memory_from_the_pool() -> Result<()> {
+        let network = network()?;
+        let (mut parameters, mut gradients) = (network.parameters(), network.gradients());
+        let (mut statistics, mut momenta) = (network.statistics(), network.momenta());
+        let modes = Modes::all(&network, Mode::Batch);
+        let large = Tensor::rand(-1f32, 1., (18, 12, 10, 3), &Device::Cpu)?;
+        let small = Tensor::rand(-1f32, 1., (5, 6, 8, 3), &Device::Cpu)?;
+        let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 0. };
+        let mut after = Vec::new();
+        for _ in 0..4 {
+            // Two crop sizes at once, and a pass that keeps nothing.
+            let mut tapes = [network.tape(), network.tape()];
+            let mut outputs = Vec::new();
+            for (input, tape) in [&large, &small].into_iter().zip(&mut tapes) {
+                let s = &mut statistics;
+                outputs.push(network.forward(&parameters, s, input, &modes, Some(tape))?);
+            }
+            network.forward(&parameters, &mut statistics, &large, &modes, None)?;
+            for (output, tape) in outputs.iter().zip(&mut tapes) {
+                network.backward(&parameters, tape, output, &mut gradients, false)?;
+                assert!(tape.is_empty());
+            }
+            parameters.sgd(&gradients, &mut momenta, sgd)?;
+            gradients.zero();
+            after.push(network.0.pool.allocations());
+        }
+        assert!(after[0] > 10, "{after:?}");
+        assert!(after.iter().all(|count| *count == after[0]), "{after:?}");
+        Ok(())
+    }
+}

@@ -13,8 +13,8 @@ use crate::tiles::{Pair, Sum};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant};
 
-/// `output = weights ∗ input + bias`. `packed` comes from [`pack_forward`]; `bias` is padded to whole
-/// blocks of channels.
+/// `output = weights ∗ input + bias`. `packed` comes from [`super::pack_forward`]; `bias` is padded
+/// to whole blocks of channels.
 ///
 /// `moments`, when given, receives the sums that [`crate::norm::merge`] makes into mean and
 /// variance, taken while the output is in the cache; it holds [`crate::norm::moments_len`] numbers.
@@ -51,7 +51,8 @@ pub fn forward(
     });
 }
 
-/// `input_gradient (+)= weightsᵀ ∗ output_gradient`; `packed` comes from [`pack_backward`].
+/// `input_gradient (+)= weightsᵀ ∗ output_gradient`; `packed` comes from
+/// [`super::pack_backward`].
 ///
 /// With `add` it adds to what `input_gradient` holds, otherwise it replaces it.
 pub fn input_gradient(
