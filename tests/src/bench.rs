@@ -156,7 +156,7 @@ const PROGRAMS: [&str; 7] =
 fn build() -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--message-format", "json"]).stdin(Stdio::null());
+    command.args(["build", "--message-format", "json-render-diagnostics"]).stdin(Stdio::null());
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     for name in PROGRAMS {
         command.args(["--package", name]);
