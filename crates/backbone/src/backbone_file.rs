@@ -1,6 +1,6 @@
 //! `backbone.safetensors`: a backbone alone, under timm's names, going out and coming in.
 //!
-//! Going out it is a [container](stage::container) of kind `backbone`, version 1, whose tensors
+//! Going out it is a [container] of kind `backbone`, version 1, whose tensors
 //! are exactly timm's state dictionary of the network without its classifier: f32 parameters and
 //! running statistics, and `num_batches_tracked` (i64 scalars, 0, which nothing here counts).
 //!

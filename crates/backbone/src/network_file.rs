@@ -1,6 +1,6 @@
 //! `network.safetensors`: named segments with parameters and statistics.
 //!
-//! A [container](stage::container) of kind `network`, version 1. Tensors, all f32:
+//! A [container] of kind `network`, version 1. Tensors, all f32:
 //! `<segment>.<parameter>` and `<segment>.<statistic>`, where the segments are `online.backbone`,
 //! `online.projector`, `online.predictor`, `target.backbone`, `target.projector`, and the names
 //! below a backbone are timm's. Convolutions are `(O, I, KH, KW)`, linear weights `(out, in)`.

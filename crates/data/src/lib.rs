@@ -3,12 +3,12 @@
 //! One module writes and reads each file format, and its documentation is the specification:
 //! [`images`], [`names`] and [`labels`], which `prepare` writes; [`embeddings`] and
 //! [`pseudo_labels`], which stages hand to each other. All of them say which pictures they are
-//! about by a [`DataSet`](data_set::DataSet), so that nothing is combined with the outputs of
+//! about by a [`DataSet`], so that nothing is combined with the outputs of
 //! another data set.
 //!
 //! [`views`] turns a picture into a network's input, augmented or not, by operations that the
 //! experiment file lists; [`loader`] has threads make batches of them ahead of the training step;
-//! [`thumbnail`] makes the pixel baseline.
+//! [`thumbnail()`] makes the pixel baseline.
 //!
 //! This crate knows no network and no method. To add an augmentation, see [`views::Operation`].
 

@@ -9,7 +9,7 @@
 //! the last to the first, and the picture is sampled once at the place where it ends up, so
 //! nothing is blurred twice.
 //!
-//! To add an operation: a variant of [`Operation`], its ranges in [`Operation::check`], a line in
+//! To add an operation: a variant of [`Operation`], its ranges in `Operation::check`, a line in
 //! [`Pipeline::apply`].
 
 mod blur;

@@ -1,6 +1,6 @@
 //! Prepare: turns pictures, however they come, into the one form that every stage reads.
 //!
-//! Reads a [`Source`](source::Source): IDX files ([`idx`]), the binary form of CIFAR ([`cifar`]), a
+//! Reads a [`Source`]: IDX files ([`idx`]), the binary form of CIFAR ([`cifar`]), a
 //! folder of JPEG and PNG pictures ([`folder`]), or a tar archive of either ([`archive`]). Writes
 //! `images.safetensors`, ordered by content ([`collection`] says why), `names.safetensors`,
 //! `labels.safetensors`, and `skipped.json`, which lists what was left out. Their formats are those

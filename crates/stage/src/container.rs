@@ -126,11 +126,11 @@ pub struct Streamed<'a> {
     pub fill: &'a mut dyn FnMut(&mut dyn Write) -> Result<()>,
 }
 
-/// Writes a file like [`write`], with one tensor more whose bytes need not fit into memory.
+/// Writes a file like [`write()`], with one tensor more whose bytes need not fit into memory.
 ///
 /// # Errors
 ///
-/// As [`write`]; also when `fill` fails or writes another number of bytes than it promised.
+/// As [`write()`]; also when `fill` fails or writes another number of bytes than it promised.
 pub fn write_streamed(
     path: &Path,
     kind: &str,

@@ -1,7 +1,7 @@
 //! A run that can stop at any moment and go on to the same bytes.
 //!
 //! Its checkpoint is one file, `state.safetensors`, replaced whole: a kill leaves the old one or
-//! the new one, and nothing of two epochs can mix. It is a [container](stage::container) of kind
+//! the new one, and nothing of two epochs can mix. It is a [container] of kind
 //! `state`, version 1:
 //!
 //! - header `identity`: stage, round, seed, table and data set it belongs to; another run's state is
