@@ -37,7 +37,7 @@ use crate::marked::Marked;
 use crate::prototypes::Prototypes;
 
 /// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// Finds what is wrong before anything runs.
 ///
@@ -81,6 +81,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let mut prototypes = Prototypes::of(&labels, &device)?;
     let pulls = config.pulls(labels.stability);
 
+    let seed = draws(stage.seed);
     // One schedule spans all rounds: this one begins where the last one ended.
     let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
     let epochs_before = (stage.round - 1) * config.epochs;
@@ -96,7 +97,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         let done = run.batches_done(); // Above 0 in an epoch that is resumed.
         let epoch = epochs_before + epoch;
         let (clusters, labels_of_rows) = (stage.data.clusters, marked.pseudo_labels(&rows));
-        let batches = config.order(&rows, &labels_of_rows, clusters, stage.seed, epoch)?;
+        let batches = config.order(&rows, &labels_of_rows, clusters, seed, epoch)?;
         if pulls {
             match config.prototypes {
                 PrototypeUpdate::MovingAverage if run.step() > 1 => prototypes.take_up(&run)?,
@@ -108,7 +109,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 }
             }
         }
-        for batch in config.loader(&images, batches, done, &input, stage.seed, epoch)? {
+        for batch in config.loader(&images, batches, done, &input, seed, epoch)? {
             let batch = batch?;
             let marks = marked.marks(&batch.rows);
             let [view_1, view_2] = tensors(batch, &device)?;
@@ -124,7 +125,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
             for (direction, (view, projection)) in directions.into_iter().enumerate() {
                 let draw = [step as u64, direction as u64];
                 let noise =
-                    training::noise(config.noise, projection.dims2()?, stage.seed, &draw, &device)?;
+                    training::noise(config.noise, projection.dims2()?, seed, &draw, &device)?;
                 let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
                 let mut loss = regression_loss(pass.prediction(), projection)?;
                 run.note("regression-loss", scalar(&loss)?);
@@ -160,6 +161,13 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
     }
     run.finish(&learner, &configuration)
+}
+
+/// The seed of the batches, views and noise of a run's refinement. Epochs count from 0 here as in
+/// pretraining; under the run's own seed they would bring its batches and views once more, and the
+/// control's extra epochs nothing new.
+pub fn draws(seed: u64) -> u64 {
+    stage::random::derived(seed, "prototype-refinement")
 }
 
 const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";

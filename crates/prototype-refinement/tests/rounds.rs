@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use data::images::{Identical, Source, Writer};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
-use prototype_refinement::{Config, run};
+use prototype_refinement::{Config, draws, run};
 use stage::{DataTable, DeviceChoice, Split, Stage};
 use training::loss::regression_loss;
 use training::{Learner, sampler};
@@ -160,9 +160,9 @@ fn byol(experiment: &Experiment, config: &Config) -> Result<Vec<u8>> {
     let rows: Vec<u32> = (0..IMAGES as u32).collect();
     let mut step = 0;
     for epoch in 0..2 {
-        let order = sampler::uniform(&rows, 8, 3, epoch)?;
+        let order = sampler::uniform(&rows, 8, draws(3), epoch)?;
         let views = vec![config.views.clone(); 2];
-        for batch in Loader::new(&images, order, views, &input, 3, epoch as u64, 2)? {
+        for batch in Loader::new(&images, order, views, &input, draws(3), epoch as u64, 2)? {
             step += 1;
             let batch = batch?;
             let view = |v: usize| Tensor::from_slice(&batch.views[v], (8, 12, 8, 1), &Device::Cpu);

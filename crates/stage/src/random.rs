@@ -4,6 +4,7 @@
 //! gets a generator of its own from them. So a run gives the same bits with any number of threads,
 //! in any batch order, and when it is interrupted and resumed.
 
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
@@ -23,10 +24,14 @@ pub fn stream(seed: u64, purpose: &str, counters: &[u64]) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(hash.finalize().into())
 }
 
+/// A seed for one purpose out of the seed of a run, for a stage that draws as another one does and
+/// must not draw the same: further epochs would else see the views of the first ones again.
+pub fn derived(seed: u64, purpose: &str) -> u64 {
+    stream(seed, purpose, &[]).next_u64()
+}
+
 #[cfg(test)]
 mod tests {
-    use rand::Rng;
-
     use super::*;
 
     fn first(seed: u64, purpose: &str, counters: &[u64]) -> u64 {
@@ -46,6 +51,13 @@ mod tests {
         ] {
             assert_ne!(draw, other);
         }
+    }
+
+    #[test]
+    fn a_derived_seed_depends_on_seed_and_purpose() {
+        let seed = derived(1, "refinement");
+        assert_eq!(seed, derived(1, "refinement"));
+        assert!(![1, derived(2, "refinement"), derived(1, "pretraining")].contains(&seed));
     }
 
     #[test]
