@@ -23,7 +23,7 @@ pub mod learner;
 pub mod loss;
 pub mod reliability;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use assignment::{KMeans, Metric};
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
@@ -66,7 +66,11 @@ pub struct Config {
     /// Weight λ of the entropy, which keeps all clusters in use.
     pub entropy_weight: f64,
     /// Share η of each cluster that is taken as reliable, in the first and in the last round.
-    pub reliable_share: [f64; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reliable_share: Option<[f64; 2]>,
+    /// In its place: the confidence above which an image is reliable, whatever its cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reliable_confidence: Option<f64>,
 }
 
 /// Distance of k-means.
@@ -104,11 +108,16 @@ pub fn check(config: &Config, stage: &Stage) -> Result<()> {
         "clustering.entropy-weight must be 0 or a number above, not {}",
         config.entropy_weight
     );
-    ensure!(
-        config.reliable_share.iter().all(|share| *share > 0.0 && *share <= 1.0),
-        "clustering.reliable-share must be two shares above 0 and at most 1, not {:?}",
-        config.reliable_share
-    );
+    match config.reliability()? {
+        Reliability::Share(shares) => ensure!(
+            shares.iter().all(|share| *share > 0.0 && *share <= 1.0),
+            "clustering.reliable-share must be two shares above 0 and at most 1, not {shares:?}"
+        ),
+        Reliability::Confidence(threshold) => ensure!(
+            (0.0..1.0).contains(&threshold),
+            "clustering.reliable-confidence must be at least 0 and below 1, not {threshold}"
+        ),
+    }
     training::network_device(stage.device).map(|_| ())
 }
 
@@ -230,7 +239,7 @@ pub struct Clusters {
     pub confidence: Vec<f32>,
     /// Confidence times agreement of the neighbours, `(N,)`.
     pub score: Vec<f32>,
-    /// Whether an image is among the best of its cluster by score, `(N,)`.
+    /// Whether an image is to be trusted, `(N,)`.
     pub reliable: Vec<bool>,
     /// Unit-length means of the reliable projections, weighted by score, `(K, P)`; a row of zeros
     /// for a cluster without any.
@@ -246,7 +255,25 @@ pub struct Clusters {
     pub restarted_stability: Option<f64>,
 }
 
+/// The rule by which an image is reliable.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Reliability {
+    Share([f64; 2]),
+    Confidence(f64),
+}
+
 impl Config {
+    fn reliability(&self) -> Result<Reliability> {
+        match (self.reliable_share, self.reliable_confidence) {
+            (Some(shares), None) => Ok(Reliability::Share(shares)),
+            (None, Some(threshold)) => Ok(Reliability::Confidence(threshold)),
+            _ => bail!(
+                "[clustering] must have one of `reliable-share` and `reliable-confidence`, not \
+                 both and not neither"
+            ),
+        }
+    }
+
     fn k_means(&self, clusters: usize) -> KMeans {
         KMeans {
             clusters,
@@ -339,8 +366,15 @@ pub fn cluster(
     // Whom to trust, and what they look like in the middle.
     let agreement = reliability::agreement(&assignment, &neighbours);
     let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
-    let share = reliability::share(config.reliable_share, stage.round, stage.rounds);
-    let reliable = reliability::reliable(&assignment, &score, k, share);
+    let (reliable, share) = match config.reliability()? {
+        Reliability::Share(shares) => {
+            let share = reliability::share(shares, stage.round, stage.rounds);
+            (reliability::reliable(&assignment, &score, k, share), Some(share))
+        }
+        Reliability::Confidence(threshold) => {
+            (reliability::confident(&confidence, threshold), None)
+        }
+    };
     let weight: Vec<f32> =
         score.iter().zip(&reliable).map(|(&s, &r)| if r { s } else { 0.0 }).collect();
     let prototypes =

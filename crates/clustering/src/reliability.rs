@@ -59,6 +59,17 @@ pub fn reliable(assignment: &[u32], scores: &[f32], clusters: usize, share: f64)
     marks
 }
 
+/// Marks the images whose confidence is above `threshold`: one measure for all clusters, so that a
+/// hard one may be left without any.
+///
+/// - `confidence`: `(N,)` in `[0, 1]`.
+///
+/// Returns `(N,)`: whether each image is reliable.
+pub fn confident(confidence: &[f32], threshold: f64) -> Vec<bool> {
+    // At the precision of the confidence, so that a value equal to the threshold is not above it.
+    confidence.iter().map(|&c| c > threshold as f32).collect()
+}
+
 /// The share η of each cluster that round `round` of `rounds` keeps: linear from `first` to `last`.
 ///
 /// The clustering of round `r` is what refinement round `r + 1` learns from, so the last share
@@ -94,6 +105,17 @@ mod tests {
         let sizes: Vec<usize> =
             (1..=20).map(|i| chosen(f64::from(i) / 20.0, &SCORES).len()).collect();
         assert!(sizes.is_sorted(), "{sizes:?}");
+    }
+
+    #[test]
+    fn what_equals_the_threshold_is_not_above_it() {
+        let above = |threshold| -> Vec<usize> {
+            let marks = confident(&SCORES, threshold);
+            (0..8).filter(|&i| marks[i]).collect()
+        };
+        assert_eq!(above(0.95), [0, 4]);
+        assert_eq!(above(0.94), [0, 1, 4]);
+        assert_eq!(above(0.99), [0usize; 0]);
     }
 
     #[test]
