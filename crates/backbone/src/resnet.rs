@@ -172,6 +172,52 @@ mod tests {
         }
     }
 
+    /// Pixels `m` of the last map for one square picture. The variance that batch norm keeps is
+    /// `m / (m − 1)` times that of its values, so that a picture alone and the same one twice tell
+    /// `m`: their variances are in the ratio `(2m − 1) / (2m − 2)`.
+    fn last_map(network: &Network, last_norm: &str, side: usize) -> Result<f64> {
+        let mut parameters = network.parameters();
+        for entry in parameters.entries().to_vec() {
+            let (offset, scale) = spread(&entry.name, &entry.shape);
+            parameters.set(&entry.name, &made(&entry.name, entry.range.len(), offset, scale))?;
+        }
+        let picture = made("picture", side * side * 3, 0., 2.);
+        let picture = Tensor::from_vec(picture, (1, side, side, 3), &Cpu)?;
+        let modes = Modes::all(network, Mode::Batch);
+        let variance = |pictures: &Tensor| -> Result<f64> {
+            let mut statistics = network.statistics();
+            network.forward(&parameters, &mut statistics, pictures, &modes, None)?;
+            // A tenth of it was added to nine tenths of the first value, 1.
+            let kept = statistics.get(&format!("{last_norm}.running_var"))?;
+            Ok(kept.iter().map(|v| f64::from(*v) - 0.9).sum())
+        };
+        let ratio = variance(&picture)? / variance(&Tensor::cat(&[&picture, &picture], 0)?)?;
+        Ok((2. * ratio - 1.) / (2. * ratio - 2.))
+    }
+
+    #[test]
+    fn last_maps_have_the_published_size() -> Result<()> {
+        for (depth, stem, last_norm, picture, map) in [
+            (Depth::Eighteen, Stem::Plain, "layer4.1.bn2", 32, 4),
+            (Depth::ThirtyFour, Stem::Large, "layer4.2.bn2", 96, 3),
+        ] {
+            let network = plan(&architecture(depth, 4, stem), 3)?;
+            let pixels = last_map(&network, last_norm, picture)?;
+            assert!((pixels - f64::from(map * map)).abs() < 0.05, "{pixels} pixels, not {map}²");
+            assert_eq!(plan(&architecture(depth, 64, stem), 3)?.output_width(), 512);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_projector_has_the_published_shape() -> Result<()> {
+        let projector = crate::perceptron::plan(512, 4096, 256)?;
+        assert_eq!(projector.output_width(), 256);
+        // Two linear layers with bias, and weight and bias of the norm between them.
+        assert_eq!(count(&projector), 512 * 4096 + 4096 + 2 * 4096 + 4096 * 256 + 256);
+        Ok(())
+    }
+
     /// The embedding that timm 1.0.31 (PyTorch 2.15, f64) computes from these weights and pictures.
     #[test]
     fn embedding_is_that_of_timm() -> Result<()> {

@@ -263,6 +263,8 @@ mod tests {
         let gradient = gradients.get(&q).expect("a gradient").to_vec2::<f64>()?;
         assert_close(gradient[0][0], 1.506072);
         assert_close(gradient[0][1], -1.129554);
+        // The length of a projection does not matter.
+        assert!((0.6 * gradient[0][0] + 0.8 * gradient[0][1]).abs() < 1e-12);
         assert!(gradients.get(&c).is_none(), "prototypes are constants");
         Ok(())
     }
@@ -321,12 +323,20 @@ mod tests {
     /// Case 2 of ProPos: means of unit rows, at unit length again. With the two means as clusters
     /// of their own, the loss is the same.
     #[test]
-    fn prototypes_are_unit_means_of_unit_rows() {
+    fn prototypes_are_unit_means_of_unit_rows() -> Result<()> {
         let rows = matrix(&[&[2., 0.], &[0., 0.5], &[-3., 0.], &[-1., -1.]]);
         let means = matrix(&[&[1., 1.], &[-0.9238795, -0.3826834]]);
         let of_rows = value(scatter_loss(&rows, &rows, &marks(&[0, 0, 1, 1]), 0.5));
         let of_means = value(scatter_loss(&means, &means, &marks(&[0, 1]), 0.5));
         assert_close(of_rows, of_means);
+
+        let (clusters, means) = cluster_means(&rows, &marks(&[0, 0, 1, 1]))?.expect("two clusters");
+        assert_eq!(clusters, [0, 1]);
+        let want = [0.707107, 0.707107, -0.923880, -0.382683];
+        for (got, want) in means.flatten_all()?.to_vec1::<f64>()?.into_iter().zip(want) {
+            assert_close(got, want);
+        }
+        Ok(())
     }
 
     /// Case 5 of ProPos, with the absent cluster left out.

@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use data::images::{Identical, Source, Writer};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
+use prototype_refinement::loss::{Marks, scatter_loss};
 use prototype_refinement::{Config, draws, run};
 use stage::{DataTable, DeviceChoice, Split, Stage};
 use training::loss::regression_loss;
@@ -55,6 +56,13 @@ impl Experiment {
 
     fn at(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The network as refinement takes it up.
+    fn learner(&self) -> Result<Learner> {
+        let configuration = Configuration::read(&self.at("network"))?;
+        let groups = training::Groups::byol(0.9, 5e-4, 10.)?;
+        Learner::open(&self.at("network"), &configuration, groups)
     }
 
     /// Pseudo-labels in which every image of even number is reliable, with this score.
@@ -144,14 +152,22 @@ fn config() -> Config {
     toml::from_str(text).expect("a table")
 }
 
-/// BYOL as pretraining does it, from the experiment's network, with the schedules of two rounds of
-/// refinement.
-fn byol(experiment: &Experiment, config: &Config) -> Result<Vec<u8>> {
+/// Refinement written out, from the experiment's network with the schedules of two rounds: BYOL,
+/// as pretraining does it, and the scatter loss where `config` gives it a weight.
+///
+/// - `epochs`: of the first round.
+/// - `order`: which of the two views comes first.
+fn by_hand(
+    experiment: &Experiment,
+    config: &Config,
+    epochs: usize,
+    order: [usize; 2],
+) -> Result<Learner> {
     let images = Images::open(&experiment.at("images.safetensors"))?;
-    let configuration = Configuration::read(&experiment.at("network"))?;
-    let input: Input = configuration.input()?;
-    let groups = training::Groups::byol(0.9, 5e-4, 10.)?;
-    let mut learner = Learner::open(&experiment.at("network"), &configuration, groups)?;
+    let labels =
+        PseudoLabels::open(&experiment.at("pseudo-labels").join("pseudo-labels.safetensors"))?;
+    let mut learner = experiment.learner()?;
+    let input: Input = Configuration::read(&experiment.at("network"))?.input()?;
     let Learner { online, target, optimizer } = &mut learner;
     let steps = sampler::steps(IMAGES, 8);
     let rate =
@@ -159,25 +175,39 @@ fn byol(experiment: &Experiment, config: &Config) -> Result<Vec<u8>> {
     let decay = training::TargetDecay::new(0.9, 4 * steps)?;
     let rows: Vec<u32> = (0..IMAGES as u32).collect();
     let mut step = 0;
-    for epoch in 0..2 {
-        let order = sampler::uniform(&rows, 8, draws(3), epoch)?;
+    for epoch in 0..epochs {
+        let batches = sampler::uniform(&rows, 8, draws(3), epoch)?;
         let views = vec![config.views.clone(); 2];
-        for batch in Loader::new(&images, order, views, &input, draws(3), epoch as u64, 2)? {
+        for batch in Loader::new(&images, batches, views, &input, draws(3), epoch as u64, 2)? {
             step += 1;
             let batch = batch?;
+            let numbers = batch.rows.iter().map(|&row| row as usize);
+            let weight = |i: usize| if labels.reliable[i] { labels.score[i] } else { 0. };
+            let marks = Marks {
+                pseudo_labels: numbers.clone().map(|i| labels.assignment[i]).collect(),
+                weights: numbers.map(weight).collect(),
+            };
             let view = |v: usize| Tensor::from_slice(&batch.views[v], (8, 12, 8, 1), &Device::Cpu);
-            let views = [view(0)?, view(1)?];
+            let views = [view(order[0])?, view(order[1])?];
             let targets = [target.project(&views[0])?, target.project(&views[1])?];
             for (view, projection) in [(&views[0], &targets[1]), (&views[1], &targets[0])] {
                 let pass = online.forward(view, None)?;
-                let loss = (regression_loss(pass.prediction(), projection)? * 0.5)?;
-                online.backward(pass, &loss.backward()?)?;
+                let mut loss = regression_loss(pass.prediction(), projection)?;
+                if config.scatter_weight > 0. {
+                    let term = scatter_loss(pass.projection(), projection, &marks, 0.5)?;
+                    loss = (loss + (term * config.scatter_weight)?)?;
+                }
+                online.backward(pass, &(loss * 0.5)?.backward()?)?;
             }
             optimizer.step(online, rate.at(step))?;
             target.follow(online, decay.at(step))?;
         }
     }
-    let out = experiment.at("byol");
+    Ok(learner)
+}
+
+fn bytes(experiment: &Experiment, learner: &Learner) -> Result<Vec<u8>> {
+    let out = experiment.at("by-hand");
     fs::create_dir_all(&out)?;
     network_file::write(&out, &learner.segments())?;
     Ok(fs::read(out.join("network.safetensors"))?)
@@ -191,13 +221,43 @@ fn log_of(folder: &Path) -> Result<Vec<serde_json::Value>> {
 #[test]
 fn without_its_losses_refinement_is_byol_bit_for_bit() -> Result<()> {
     let experiment = Experiment::new()?;
-    let want = byol(&experiment, &config())?;
+    let want = bytes(&experiment, &by_hand(&experiment, &config(), 2, [0, 1])?)?;
     assert!(experiment.first_round(&config(), "plain")? == want, "weights of 0");
 
     // No image is reliable: both losses are there, and exactly zero.
     experiment.write_labels(0., Some(1.))?;
     let config = Config { sample_to_prototype_weight: 0.1, scatter_weight: 0.1, ..config() };
     assert!(experiment.first_round(&config, "none-reliable")? == want, "an empty reliable set");
+    Ok(())
+}
+
+/// All that the online network has learnt.
+fn parameters(learner: &Learner) -> Result<Vec<f32>> {
+    let mut all = Vec::new();
+    for segment in learner.online.segments() {
+        for entry in segment.parameters.entries() {
+            all.extend(segment.parameters.get(&entry.name)?);
+        }
+    }
+    Ok(all)
+}
+
+#[test]
+fn which_view_comes_first_has_no_meaning() -> Result<()> {
+    let experiment = Experiment::new()?;
+    let config = Config { scatter_weight: 0.5, ramp_epochs: 0., ..config() };
+    let stage = experiment.first_round(&config, "out")?;
+    let both_epochs = by_hand(&experiment, &config, 2, [0, 1])?;
+    assert!(bytes(&experiment, &both_epochs)? == stage, "what is written out is the stage");
+
+    let distance = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+    };
+    let start = parameters(&experiment.learner()?)?;
+    let one = parameters(&by_hand(&experiment, &config, 1, [0, 1])?)?;
+    let other = parameters(&by_hand(&experiment, &config, 1, [1, 0])?)?;
+    let (moved, apart) = (distance(&start, &one), distance(&one, &other));
+    assert!(moved > 0. && apart < 1e-3 * moved, "moved by {moved}, apart by {apart}");
     Ok(())
 }
 

@@ -46,8 +46,13 @@ mod tests {
     fn value_is_that_of_the_specified_case_and_blind_to_length() -> Result<()> {
         // Cosines 0.6 and 0: (0.8 + 2) / 2.
         let projection = Tensor::new(&[[1f64, 0.], [0., 2.]], &Cpu)?;
-        for rows in [[[3f64, 4.], [1., 0.]], [[0.3, 0.4], [70., 0.]]] {
+        for (rows, scale) in [
+            ([[3f64, 4.], [1., 0.]], 1.),
+            ([[0.3, 0.4], [70., 0.]], 1.),
+            ([[3., 4.], [1., 0.]], 9.),
+        ] {
             let prediction = Tensor::new(&rows, &Cpu)?;
+            let projection = (&projection * scale)?;
             let loss = regression_loss(&prediction, &projection)?.to_scalar::<f64>()?;
             assert!((loss - 1.4).abs() < 1e-9, "got {loss}");
         }
