@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tests::Bench;
 use tests::pictures::{self, Layout, PLAIN};
+use tests::tensors::File;
 
 /// The files that a run leaves and others build on.
 const RESULTS: [(&str, &str); 7] = [
@@ -72,7 +73,7 @@ fn a_data_set_renamed_and_sorted_anew_gives_the_same_bytes() {
 #[test]
 fn no_program_changes_what_it_is_given() {
     let bench = Bench::with_pictures(|folder| pictures::write(folder, PLAIN, 0));
-    let mut before = BTreeMap::new();
+    let mut before = BTreeMap::<PathBuf, Vec<u8>>::new();
     for words in [
         &["stage", "pretraining"][..],
         &["stage", "embed"],
@@ -83,6 +84,12 @@ fn no_program_changes_what_it_is_given() {
         &["stage", "metrics", "--round", "0"],
         &["stage", "metrics", "--round", "1"],
     ] {
+        let is_there = |name: &str| before.keys().any(|path| path.ends_with(name));
+        match words[1] {
+            "clustering" => assert!(is_there("network.safetensors")),
+            "prototype-refinement" => assert!(is_there("head.safetensors")),
+            _ => {}
+        }
         let output = bench.xtask(words).output().expect("started");
         assert!(output.status.success(), "{words:?}: {}", tests::bench::stderr(&output));
         // All weights, batch-norm statistics and heads lie in these files.
@@ -92,7 +99,17 @@ fn no_program_changes_what_it_is_given() {
         }
         before = files(&bench.path("runs/.store"));
     }
-    assert!(before.keys().any(|path| path.ends_with("head.safetensors")));
+    let holds = |file: &str, ends: &[&str]| {
+        for path in before.keys().filter(|path| path.ends_with(file)) {
+            let tensors = File::read(path).expect("a tensor file").tensors;
+            for end in ends {
+                let found = tensors.keys().any(|name| name.ends_with(end));
+                assert!(found, "`{}` has no tensor that ends in {end}", path.display());
+            }
+        }
+    };
+    holds("network.safetensors", &["weight", "bias", "running_mean", "running_var"]);
+    holds("head.safetensors", &["weight", "bias"]);
 }
 
 /// All files below a folder but the logs, with their bytes.
