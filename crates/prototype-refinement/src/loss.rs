@@ -332,7 +332,8 @@ mod tests {
 
         let (clusters, means) = cluster_means(&rows, &marks(&[0, 0, 1, 1]))?.expect("two clusters");
         assert_eq!(clusters, [0, 1]);
-        let want = [0.707107, 0.707107, -0.923880, -0.382683];
+        let diagonal = 0.5f64.sqrt(); // The .707107 of ProPos, case 2.
+        let want = [diagonal, diagonal, -0.923880, -0.382683];
         for (got, want) in means.flatten_all()?.to_vec1::<f64>()?.into_iter().zip(want) {
             assert_close(got, want);
         }
