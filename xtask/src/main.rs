@@ -7,6 +7,7 @@
 //! [`store`]; the [`run`] checks all steps and starts those that are not done; the [`report`] is
 //! the table at the end.
 
+mod cuda_toolchain;
 mod experiment;
 mod interrupt;
 mod key;
@@ -68,6 +69,19 @@ enum Command {
         /// Which round; the first that has this step when not given.
         #[arg(long, value_name = "T")]
         round: Option<usize>,
+    },
+    /// Sets up what building with `--features cuda,cudnn` needs, and prints the variables to set:
+    /// eval "$(cargo xtask cuda-toolchain)".
+    CudaToolchain {
+        /// Where to keep it: about 3 GB.
+        #[arg(long, value_name = "DIR", default_value = ".cuda")]
+        folder: PathBuf,
+        /// A Python with pip.
+        #[arg(long, value_name = "PATH", default_value = "python3")]
+        python: PathBuf,
+        /// Compute capability of the card, without its point: 80 A100, 89 L4, 90 H100 and H200.
+        #[arg(long, value_name = "N", default_value_t = 90)]
+        capability: u32,
     },
     /// Names the experiments.
     List,
@@ -158,6 +172,11 @@ fn follow(command: Command) -> Result<()> {
             options.resolve_paths()?;
             go_to_root()?;
             stage(&options, &place, round)
+        }
+        Command::CudaToolchain { folder, python, capability } => {
+            go_to_root()?;
+            print!("{}", cuda_toolchain::set_up(&absolute(folder)?, &python, capability)?);
+            Ok(())
         }
         Command::List => {
             go_to_root()?;
