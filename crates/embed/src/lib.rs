@@ -22,7 +22,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::progress::Progress;
 use stage::{Interrupted, Stage};
-use training::Target;
+use training::{Precision, Target};
 
 /// Raised when the results change for the same table.
 pub const ALGORITHM: u32 = 1;
@@ -35,6 +35,8 @@ pub struct Config {
     pub batch_size: usize,
     /// Augmented views V of each picture.
     pub views: usize,
+    /// Number type of activations and products; thumbnails are f32.
+    pub precision: Precision,
     /// Thumbnails instead of a network's embeddings.
     pub pixels: bool,
     /// From a picture to an augmented view; may be milder than in training.
@@ -104,7 +106,7 @@ fn embeddings(
     let configuration = Configuration::read(folder)?;
     let input: Input = configuration.input()?;
     input.check("input")?;
-    let mut target = Target::open(folder, &configuration)?;
+    let mut target = Target::open(folder, &configuration, config.precision)?;
     let source = Source { config, images, rows: &rows, input: &input, stage, device };
     let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
 
@@ -258,7 +260,8 @@ mod tests {
             channels: 1,
             input: serde_json::to_value(input)?,
         };
-        let learner = Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, 1)?;
+        let learner =
+            Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, Precision::F32, 1)?;
         network_file::write(folder, &learner.segments())?;
         configuration.write(folder)?;
         Ok(Stage {
@@ -283,6 +286,7 @@ mod tests {
         Config {
             batch_size: 4,
             views: 2,
+            precision: Precision::F32,
             pixels: false,
             augmentation: Pipeline { operations: vec![Operation::Noise { deviation: 0.3 }] },
         }
@@ -303,7 +307,8 @@ mod tests {
         assert_eq!(found.data_set.fingerprint, images.fingerprint());
         assert_eq!((found.width, found.projection_width, found.views), (16, 4, 2));
 
-        let mut target = Target::open(folder.path(), &Configuration::read(folder.path())?)?;
+        let mut target =
+            Target::open(folder.path(), &Configuration::read(folder.path())?, Precision::F32)?;
         for (place, &row) in found.index.iter().enumerate() {
             let picture = images.picture(row)?;
             let values = picture.pixels.iter().map(|&p| (f32::from(p) / 255. - 0.5) / 0.25);

@@ -71,7 +71,6 @@ impl Config {
     ///
     /// A value lies outside its range, or the device is not there.
     pub fn check(&self, stage: &Stage) -> Result<()> {
-        self.precision.check()?;
         training::network_device(stage.device)?;
         self.plan(self.batch_size).check()?;
         ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);

@@ -41,7 +41,8 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let target_decay = config.target_decay(plan.steps_per_epoch)?;
     let configuration = config.configuration()?;
 
-    let mut learner = Learner::random(&configuration, config.groups()?, stage.seed)?;
+    let mut learner =
+        Learner::random(&configuration, config.groups()?, config.precision, stage.seed)?;
     if let Some(folder) = stage.optional_input("backbone") {
         backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
         learner.target = Target::copy_of(&learner.online);
@@ -182,6 +183,8 @@ mod tests {
         assert!(first != network(&config(), &other_seed));
         let with_noise = Config { noise: 0.1, ..config() };
         assert!(first != network(&with_noise, &stage(folder.path(), "noise")));
+        let rounded = Config { precision: training::Precision::Bf16, ..config() };
+        assert!(first != network(&rounded, &stage(folder.path(), "bf16")));
 
         let out = folder.path().join("first");
         let log = fs::read_to_string(out.join("log.jsonl"))?;
@@ -206,7 +209,8 @@ mod tests {
 
         let images = Images::open(&stage.images)?;
         let rows = images.rows(&[Split::Train]);
-        let mut learner = Learner::random(&config.configuration()?, config.groups()?, 3)?;
+        let mut learner =
+            Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
         let Learner { online, target, optimizer } = &mut learner;
         let mut step = 0;
         for epoch in 0..3 {
@@ -283,7 +287,6 @@ mod tests {
             (Config { target_decay: 1.1, ..config() }, "target-decay"),
             (Config { noise: -1., ..config() }, "noise"),
             (Config { peak_learning_rate: 0., ..config() }, "peak-learning-rate"),
-            (Config { precision: training::Precision::Bf16, ..config() }, "precision"),
             (colour, "channels"),
         ] {
             let message = format!("{:#}", wrong.check(&stage).expect_err(word));

@@ -99,7 +99,6 @@ impl Config {
     ///
     /// A value lies outside its range, or the device is not there; the message names the key.
     pub fn check(&self, stage: &Stage) -> Result<()> {
-        self.precision.check()?;
         training::network_device(stage.device)?;
         self.plan(1).check()?;
         ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);

@@ -74,7 +74,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let network = stage.input("network")?;
     let configuration = Configuration::read(network)?;
     let input: data::views::Input = configuration.input()?;
-    let mut learner = Learner::open(network, &configuration, config.groups()?)?;
+    let mut learner = Learner::open(network, &configuration, config.groups()?, config.precision)?;
     if stage.round > 1 {
         learner.take_up_momenta(stage.input("previous")?)?;
     }

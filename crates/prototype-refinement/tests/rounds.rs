@@ -14,7 +14,7 @@ use prototype_refinement::loss::{Marks, scatter_loss};
 use prototype_refinement::{Config, draws, run};
 use stage::{DataTable, DeviceChoice, Split, Stage};
 use training::loss::regression_loss;
-use training::{Learner, sampler};
+use training::{Groups, Learner, Precision, sampler};
 
 const IMAGES: usize = 24;
 const CLUSTERS: usize = 3;
@@ -47,7 +47,8 @@ impl Experiment {
         for name in ["network", "pseudo-labels"] {
             fs::create_dir(experiment.at(name))?;
         }
-        let learner = Learner::random(&configuration, training::Groups::byol(0.9, 5e-4, 10.)?, 7)?;
+        let groups = Groups::byol(0.9, 5e-4, 10.)?;
+        let learner = Learner::random(&configuration, groups, Precision::F32, 7)?;
         configuration.write(&experiment.at("network"))?;
         network_file::write(&experiment.at("network"), &learner.segments())?;
         experiment.write_labels(0.8, None)?;
@@ -61,8 +62,8 @@ impl Experiment {
     /// The network as refinement takes it up.
     fn learner(&self) -> Result<Learner> {
         let configuration = Configuration::read(&self.at("network"))?;
-        let groups = training::Groups::byol(0.9, 5e-4, 10.)?;
-        Learner::open(&self.at("network"), &configuration, groups)
+        let groups = Groups::byol(0.9, 5e-4, 10.)?;
+        Learner::open(&self.at("network"), &configuration, groups, Precision::F32)
     }
 
     /// Pseudo-labels in which every image of even number is reliable, with this score.

@@ -10,8 +10,9 @@ use anyhow::Context as _;
 use backbone::{Configuration, Segment, network_file};
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
-use layers::{Gradients, Mode, Modes, Tape};
+use layers::{Gradients, Mode, Modes, Network, Tape};
 
+use crate::Precision;
 use crate::ops::unit_rows;
 use crate::sgd::{Groups, Sgd};
 
@@ -34,9 +35,10 @@ impl Learner {
     pub fn random(
         configuration: &Configuration,
         groups: Groups,
+        precision: Precision,
         seed: u64,
     ) -> anyhow::Result<Self> {
-        let online = Online::random(configuration, seed)?;
+        let online = Online::random(configuration, precision, seed)?;
         let target = Target::copy_of(&online);
         let optimizer = Sgd::new(&online, groups);
         Ok(Self { online, target, optimizer })
@@ -52,11 +54,13 @@ impl Learner {
         folder: &Path,
         configuration: &Configuration,
         groups: Groups,
+        precision: Precision,
     ) -> anyhow::Result<Self> {
+        let [backbone, projector, predictor] = plans(configuration, precision)?;
         let online = Online::of(
-            Segment::empty(configuration.backbone_plan()?),
-            Segment::empty(configuration.projector_plan()?),
-            Segment::empty(configuration.predictor_plan()?),
+            Segment::empty(backbone),
+            Segment::empty(projector),
+            Segment::empty(predictor),
         );
         let target = Target::copy_of(&online);
         let optimizer = Sgd::new(&online, groups);
@@ -114,11 +118,12 @@ impl Online {
     /// # Errors
     ///
     /// A width of the configuration is zero.
-    pub fn random(configuration: &Configuration, seed: u64) -> Result<Self> {
+    pub fn random(configuration: &Configuration, precision: Precision, seed: u64) -> Result<Self> {
+        let [backbone, projector, predictor] = plans(configuration, precision)?;
         Ok(Self::of(
-            Segment::random("backbone", configuration.backbone_plan()?, seed)?,
-            Segment::random("projector", configuration.projector_plan()?, seed)?,
-            Segment::random("predictor", configuration.predictor_plan()?, seed)?,
+            Segment::random("backbone", backbone, seed)?,
+            Segment::random("projector", projector, seed)?,
+            Segment::random("predictor", predictor, seed)?,
         ))
     }
 
@@ -192,6 +197,16 @@ impl Online {
     }
 }
 
+/// The plans of the online segments, computing in `precision`.
+fn plans(configuration: &Configuration, precision: Precision) -> Result<[Network; 3]> {
+    let in_precision = |plan: Network| plan.with_precision(precision.into());
+    Ok([
+        in_precision(configuration.backbone_plan()?),
+        in_precision(configuration.projector_plan()?),
+        in_precision(configuration.predictor_plan()?),
+    ])
+}
+
 /// Forward on batch statistics with a tape; the output is a seam.
 fn learn(segment: &mut Segment, input: &Tensor, tape: &mut Tape) -> Result<Var> {
     let modes = Modes::all(segment.network(), Mode::Batch);
@@ -250,9 +265,13 @@ impl Target {
     /// # Errors
     ///
     /// The file is missing, damaged, or of another network than `configuration`.
-    pub fn open(folder: &Path, configuration: &Configuration) -> anyhow::Result<Self> {
-        let mut backbone = Segment::empty(configuration.backbone_plan()?);
-        let mut projector = Segment::empty(configuration.projector_plan()?);
+    pub fn open(
+        folder: &Path,
+        configuration: &Configuration,
+        precision: Precision,
+    ) -> anyhow::Result<Self> {
+        let [backbone, projector, _] = plans(configuration, precision)?;
+        let (mut backbone, mut projector) = (Segment::empty(backbone), Segment::empty(projector));
         let file = network_file::open(folder)?;
         let fill = |prefix, segment| network_file::fill(&file, prefix, segment);
         fill(TARGET_BACKBONE, &mut backbone).context("reading the target network")?;
@@ -336,7 +355,11 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn learner(seed: u64) -> anyhow::Result<Learner> {
-        Learner::random(&tiny(), Groups::byol(0.9, 5e-4, 10.)?, seed)
+        learner_in(Precision::F32, seed)
+    }
+
+    fn learner_in(precision: Precision, seed: u64) -> anyhow::Result<Learner> {
+        Learner::random(&tiny(), Groups::byol(0.9, 5e-4, 10.)?, precision, seed)
     }
 
     fn all_gradients(online: &Online) -> Result<Vec<f32>> {
@@ -431,6 +454,31 @@ pub(crate) mod tests {
         {
             assert_eq!(*sum, a + b);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn precision_changes_the_numbers_a_little_and_first_weights_not_at_all() -> anyhow::Result<()> {
+        let steps = |precision| -> anyhow::Result<(Vec<f32>, Vec<f32>)> {
+            let mut learner = learner_in(precision, 3)?;
+            let first = learner.online.backbone.parameters.to_vec();
+            let Learner { online, target, optimizer } = &mut learner;
+            let projection = target.project(&pictures(2)?)?;
+            let pass = online.forward(&pictures(1)?, None)?;
+            let gradients = regression_loss(pass.prediction(), &projection)?.backward()?;
+            online.backward(pass, &gradients)?;
+            optimizer.step(online, 0.05)?;
+            target.follow(online, 0.9)?;
+            let projection = target.project(&pictures(2)?)?.flatten_all()?.to_vec1()?;
+            Ok((first, projection))
+        };
+        let (first, exact) = steps(Precision::F32)?;
+        let (first_again, rounded) = steps(Precision::Bf16)?;
+        assert_eq!(first, first_again);
+        assert_ne!(exact, rounded);
+        let length = exact.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let off = exact.iter().zip(&rounded).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+        assert!(off < 0.05 * length, "off by {off} of {length}");
         Ok(())
     }
 

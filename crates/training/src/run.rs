@@ -471,6 +471,7 @@ mod tests {
     use stage::{DataTable, DeviceChoice};
 
     use super::*;
+    use crate::Precision;
     use crate::learner::tests::{learner, pictures, tiny};
     use crate::loss::regression_loss;
 
@@ -582,7 +583,7 @@ mod tests {
         assert_eq!(kept_in(folder.path(), "step")?, [6.]);
         assert!(kept_in(folder.path(), "else").is_err());
         let groups = crate::Groups::byol(0.9, 0., 1.)?;
-        let mut next = Learner::open(folder.path(), &tiny(), groups)?;
+        let mut next = Learner::open(folder.path(), &tiny(), groups, Precision::F32)?;
         let before = momenta(&next)?;
         next.take_up_momenta(folder.path())?;
         assert!(momenta(&next)? != before);
