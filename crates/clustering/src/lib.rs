@@ -23,6 +23,9 @@ pub mod learner;
 pub mod loss;
 pub mod reliability;
 
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
 use anyhow::{Context, Result, bail, ensure};
 use assignment::{KMeans, Metric};
 use data::{Embeddings, Images, PseudoLabels};
@@ -35,6 +38,11 @@ use crate::head::{Head, Shape};
 
 /// Raised when results change for the same table.
 pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("clustering", ALGORITHM, check, run, words)
+}
 
 /// The table `[clustering]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -1,5 +1,5 @@
-//! The program `clustering`: see the library of this crate.
+//! The program `clustering`: see the library.
 
 fn main() -> std::process::ExitCode {
-    stage::run_program("clustering", clustering::ALGORITHM, clustering::check, clustering::run)
+    clustering::program(std::env::args_os())
 }

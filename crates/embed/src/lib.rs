@@ -10,7 +10,9 @@
 //!
 //! This stage trains nothing and knows no clusters.
 
+use std::env::ArgsOs;
 use std::num::NonZero;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -26,6 +28,11 @@ use training::{Precision, Target};
 
 /// Raised when the results change for the same table.
 pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("embed", ALGORITHM, Config::check, run, words)
+}
 
 /// What embedding can vary. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,7 +1,5 @@
-//! The program `embed`; see the library.
+//! The program `embed`: see the library.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    stage::run_program("embed", embed::ALGORITHM, embed::Config::check, embed::run)
+fn main() -> std::process::ExitCode {
+    embed::program(std::env::args_os())
 }

@@ -13,12 +13,23 @@ pub mod confidence;
 pub mod geometry;
 pub mod report;
 
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
 use anyhow::Result;
 use data::{Labels, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
 
 use crate::report::Report;
+
+/// Raised by hand when results change for the same inputs; see [`stage::run_program`].
+pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("metrics", ALGORITHM, check, run, words)
+}
 
 /// The table `[metrics]`: it has no values, so that two experiments are always scored alike.
 #[derive(Debug, Clone, Serialize, Deserialize)]

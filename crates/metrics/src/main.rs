@@ -1,7 +1,5 @@
 //! The program `metrics`: see the library.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    stage::run_program("metrics", 1, metrics::check, metrics::run)
+fn main() -> std::process::ExitCode {
+    metrics::program(std::env::args_os())
 }

@@ -17,6 +17,7 @@ mod example;
 pub mod folder;
 pub mod idx;
 pub mod picture;
+mod program;
 pub mod source;
 
 use std::path::Path;
@@ -25,6 +26,8 @@ use anyhow::{Result, ensure};
 use data::images::Identical;
 use serde::{Deserialize, Serialize};
 use stage::{DONE, files};
+
+pub use program::program;
 
 use crate::collection::Collection;
 use crate::source::Source;

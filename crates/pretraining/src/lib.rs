@@ -14,6 +14,9 @@
 
 mod config;
 
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
 use anyhow::{Result, bail};
 use backbone::backbone_file;
 use candle_core::{Device, Tensor};
@@ -26,6 +29,11 @@ pub use config::{Config, Sampling};
 
 /// Raised when the results change for the same table.
 pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("pretraining", ALGORITHM, Config::check, run, words)
+}
 
 /// Files in, files out; goes on where an interrupted run stopped.
 ///

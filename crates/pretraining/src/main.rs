@@ -1,12 +1,5 @@
-//! The program `pretraining`; see the library.
+//! The program `pretraining`: see the library.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    stage::run_program(
-        "pretraining",
-        pretraining::ALGORITHM,
-        pretraining::Config::check,
-        pretraining::run,
-    )
+fn main() -> std::process::ExitCode {
+    pretraining::program(std::env::args_os())
 }

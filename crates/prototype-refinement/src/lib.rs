@@ -21,6 +21,9 @@ pub mod loss;
 mod marked;
 mod prototypes;
 
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
 use anyhow::{Result, anyhow, ensure};
 use backbone::Configuration;
 use candle_core::{Device, Tensor};
@@ -38,6 +41,11 @@ use crate::prototypes::Prototypes;
 
 /// Raised when results change for the same table.
 pub const ALGORITHM: u32 = 2;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("prototype-refinement", ALGORITHM, check, run, words)
+}
 
 /// Finds what is wrong before anything runs.
 ///

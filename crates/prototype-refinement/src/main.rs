@@ -1,7 +1,5 @@
-//! The program `prototype-refinement`: see the library of this crate.
-
-use prototype_refinement::{ALGORITHM, check, run};
+//! The program `prototype-refinement`: see the library.
 
 fn main() -> std::process::ExitCode {
-    stage::run_program("prototype-refinement", ALGORITHM, check, run)
+    prototype_refinement::program(std::env::args_os())
 }

@@ -1,6 +1,7 @@
 //! From `main` to the stage's `run`, and from its result to the exit status.
 
 use std::collections::BTreeMap;
+use std::env::ArgsOs;
 use std::fmt::{self, Debug};
 use std::fs::{self, OpenOptions};
 use std::io::{IsTerminal, Write};
@@ -131,6 +132,8 @@ pub fn exit_code(result: &Result<()>) -> u8 {
 /// - `check`: what can be found wrong before anything runs. Under `--check` it sees only the
 ///   inputs that exist already.
 /// - `run`: the stage. It is not called when the output folder is finished already.
+/// - `words`: the command line, whose first word is the program's name: all of
+///   [`std::env::args_os`] in a program of its own, what follows `assort` in that one.
 ///
 /// Returns the exit status, see [`exit_code`]; the error goes to stderr.
 pub fn run_program<C: DeserializeOwned + Serialize + Debug>(
@@ -138,10 +141,11 @@ pub fn run_program<C: DeserializeOwned + Serialize + Debug>(
     algorithm: u32,
     check: fn(&C, &Stage) -> Result<()>,
     run: fn(&C, &Stage) -> Result<()>,
+    words: ArgsOs,
 ) -> ExitCode {
     start_logging();
     let command = Arguments::command().name(name).version(algorithm_version(algorithm));
-    let arguments = match Arguments::from_arg_matches(&command.get_matches()) {
+    let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
