@@ -61,8 +61,7 @@ enum Command {
     },
     /// Runs one step of an experiment, on what the steps before it left.
     Stage {
-        /// What the step is for: prepare, pretraining, embed, clustering, prototype-refinement or
-        /// metrics.
+        /// What the step is for: prepare, or a place of the experiment's `[rounds]`, or metrics.
         place: String,
         #[command(flatten)]
         options: Options,
@@ -275,9 +274,11 @@ fn stage(options: &Options, place: &str, round: Option<usize>) -> Result<()> {
 }
 
 fn list() -> Result<()> {
-    for name in programs::experiments(Path::new(experiment::FOLDER))? {
+    let names = programs::experiments(Path::new(experiment::FOLDER))?;
+    let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
+    for name in names {
         let experiment = Experiment::open(&name)?;
-        println!("{name:16} {:8} {}", experiment.system()?, experiment.title()?);
+        println!("{name:width$}  {:8} {}", experiment.system()?, experiment.title()?);
     }
     Ok(())
 }
@@ -363,11 +364,15 @@ fn outcome(plan: &Plan, run: &Run) -> Result<Outcome> {
     let read = |position: usize| Metrics::read(&run.folder(position));
     let main: Vec<usize> = plan.at(Arm::Main, "metrics").collect();
     let differs = |control: &usize| !main.iter().any(|&main| run.is_shared(main, *control));
-    let last = plan.at(Arm::Main, "clustering").last();
-    let last = last.context("the experiment has no clustering")?;
+    let scored: Vec<usize> = main.iter().filter_map(|&metrics| plan.scored_by(metrics)).collect();
+    let last = *scored.last().context("nothing that the experiment runs is scored")?;
+    let rounds = main.iter().map(|&position| read(position)).collect::<Result<Vec<_>>>()?;
+    // A system of one phase has no network that knows nothing of clusters yet.
+    let is_pretrained = scored.first().is_some_and(|&first| plan.clusters_alone(first));
     Ok(Outcome {
         seed: run.seed,
-        rounds: main.iter().map(|&position| read(position)).collect::<Result<_>>()?,
+        embedding: rounds.first().filter(|_| is_pretrained).cloned(),
+        rounds,
         pixels: plan.at(Arm::Pixels, "metrics").next().map(read).transpose()?,
         control: plan
             .at(Arm::Control, "metrics")

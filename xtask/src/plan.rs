@@ -5,51 +5,93 @@
 
 use std::fmt;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::experiment::Experiment;
 
-/// What a step is given, by role.
+/// Where a step's input comes from, among the steps before it.
+#[derive(Debug, Clone, Copy)]
 enum Origin {
     /// The last step that trained the network.
     Network,
+    /// The same, for its backbone alone; absent where nothing trained one.
+    Backbone,
     /// The last embeddings.
     Embeddings,
-    /// The last clustering.
-    Clustering,
+    /// The last pseudo-labels.
+    PseudoLabels,
     /// The same place, one round before; absent in its first round.
     OneRoundBefore,
-    /// The clustering before the last; absent in the first round.
-    ClusteringBefore,
+    /// The pseudo-labels before the last; absent in the first round.
+    PseudoLabelsBefore,
     /// The prepared folder with the ground truth.
     Labels,
 }
 
-/// The places, and what the program in each is given.
-const PLACES: [(&str, &[(&str, Origin)]); 5] = [
-    ("pretraining", &[]),
-    ("embed", &[("network", Origin::Network)]),
-    ("clustering", &[("embeddings", Origin::Embeddings), ("previous", Origin::OneRoundBefore)]),
-    (
-        "prototype-refinement",
-        &[
+/// What a step can be for.
+#[derive(Debug)]
+struct Place {
+    name: &'static str,
+    /// What its program is given, by role.
+    given: &'static [(&'static str, Origin)],
+    /// Whether its program writes a network.
+    trains: bool,
+    /// Whether its program writes pseudo-labels: `metrics` then follows it, and a run may end here.
+    clusters: bool,
+}
+
+/// Every place there is. The last four are whole systems, which train and cluster in one stage.
+const PLACES: [Place; 9] = [
+    Place { name: "pretraining", given: &[], trains: true, clusters: false },
+    Place { name: "embed", given: &[("network", Origin::Network)], trains: false, clusters: false },
+    Place {
+        name: "clustering",
+        given: &[("embeddings", Origin::Embeddings), ("previous", Origin::OneRoundBefore)],
+        trains: false,
+        clusters: true,
+    },
+    Place {
+        name: "prototype-refinement",
+        given: &[
             ("network", Origin::Network),
-            ("pseudo-labels", Origin::Clustering),
+            ("pseudo-labels", Origin::PseudoLabels),
             ("previous", Origin::OneRoundBefore),
         ],
-    ),
-    (
-        "metrics",
-        &[
-            ("pseudo-labels", Origin::Clustering),
+        trains: true,
+        clusters: false,
+    },
+    Place {
+        name: METRICS,
+        given: &[
+            ("pseudo-labels", Origin::PseudoLabels),
             ("labels", Origin::Labels),
-            ("previous", Origin::ClusteringBefore),
+            ("previous", Origin::PseudoLabelsBefore),
         ],
-    ),
+        trains: false,
+        clusters: false,
+    },
+    one_phase("propos"),
+    one_phase("secu"),
+    one_phase("imc-swav"),
+    one_phase("icbpl"),
 ];
 
-/// The places whose programs train the network.
-const TRAINING: [&str; 2] = ["pretraining", "prototype-refinement"];
+/// A system that goes from pictures to pseudo-labels by itself. It may start from a backbone.
+const fn one_phase(name: &'static str) -> Place {
+    Place { name, given: &[("backbone", Origin::Backbone)], trains: true, clusters: true }
+}
+
+/// The place whose program scores what the last one that clusters found.
+const METRICS: &str = "metrics";
+
+impl Place {
+    fn named(name: &str) -> Result<&'static Self> {
+        PLACES.iter().find(|place| place.name == name).with_context(|| {
+            let known: Vec<_> = PLACES.iter().map(|place| place.name).collect();
+            format!("there is no place `{name}`; there are {}", known.join(", "))
+        })
+    }
+}
 
 /// Which row of the results a step works for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -159,9 +201,23 @@ impl Plan {
         (0..self.steps.len()).filter(move |&position| here(&self.steps[position]))
     }
 
+    /// The step of `arm` whose assignments `metrics` at this position scores.
+    pub fn scored_by(&self, metrics: usize) -> Option<usize> {
+        let mut inputs = self.steps[metrics].inputs.iter();
+        inputs.find_map(|(role, input)| match input {
+            Input::Step(position) if *role == "pseudo-labels" => Some(*position),
+            _ => None,
+        })
+    }
+
+    /// True where the step found its clusters in the embeddings of another that trained.
+    pub fn clusters_alone(&self, position: usize) -> bool {
+        Place::named(&self.steps[position].place).is_ok_and(|place| place.clusters && !place.trains)
+    }
+
     fn refuse_unread_tables(&self, experiment: &Experiment) -> Result<()> {
         let mut known = vec!["title", "system", "data", "prepare", "rounds", "stages", "control"];
-        known.extend(PLACES.iter().map(|(place, _)| *place));
+        known.extend(PLACES.iter().map(|place| place.name));
         known.extend(self.steps.iter().map(|step| table_of(&step.program)));
         known.dedup();
         experiment.refuse_tables_but(&known)
@@ -174,44 +230,50 @@ pub fn table_of(program: &str) -> &str {
     file.split_once('.').map_or(file, |(stem, _)| stem)
 }
 
-/// Adds the steps of all rounds, with `metrics` after every clustering.
+/// Adds the steps of all rounds, with `metrics` after every step that clusters.
 fn round_steps(steps: &mut Vec<Step>, arm: Arm, experiment: &Experiment) -> Result<()> {
     let order = experiment.rounds()?;
     let stages = experiment.stages()?;
-    let loops = |place: &str| {
-        order.then.iter().any(|other| other == place)
-            || place == "metrics" && order.then.iter().any(|other| other == "clustering")
+    let places = |names: &[String]| -> Result<Vec<&Place>> {
+        let scored = |name: &String| {
+            let place = Place::named(name)?;
+            Ok([Some(place), place.clusters.then(|| Place::named(METRICS)).transpose()?])
+        };
+        let places = names.iter().map(scored).collect::<Result<Vec<_>>>()?;
+        Ok(places.into_iter().flatten().flatten().collect())
     };
+    let (first, then) = (places(&order.first)?, places(&order.then)?);
     for round in 0..=order.rounds {
-        for place in if round == 0 { &order.first } else { &order.then } {
-            let metrics = (place == "clustering").then_some("metrics");
-            for place in [place.as_str()].into_iter().chain(metrics) {
-                let inputs = inputs(steps, arm, place, round)?;
-                let program = stages.get(place).with_context(|| {
-                    format!("table `[stages]` names no program for the place `{place}`")
-                })?;
-                let rounds = if loops(place) { order.rounds } else { 0 };
-                let (place, program) = (place.to_owned(), program.clone());
-                steps.push(Step { arm, place, round, rounds, program, inputs });
-            }
+        for place in if round == 0 { &first } else { &then } {
+            let inputs = inputs(steps, arm, place, round)?;
+            let program = stages.get(place.name).with_context(|| {
+                format!("table `[stages]` names no program for the place `{}`", place.name)
+            })?;
+            let loops = then.iter().any(|other| other.name == place.name);
+            let rounds = if loops { order.rounds } else { 0 };
+            let (place, program) = (place.name.to_owned(), program.clone());
+            steps.push(Step { arm, place, round, rounds, program, inputs });
         }
     }
-    let last = order.then.last().filter(|_| order.rounds > 0).or(order.first.last());
-    ensure!(
-        last.is_some_and(|place| place == "clustering"),
-        "the last place of a round must be `clustering`: its assignments are the result"
-    );
+    let last = if order.rounds > 0 { &then } else { &first };
+    if last.last().is_none_or(|place| place.name != METRICS) {
+        let able: Vec<_> = PLACES.iter().filter(|p| p.clusters).map(|place| place.name).collect();
+        bail!(
+            "the last place of a round must be one whose assignments are the result: {}",
+            able.join(", ")
+        )
+    }
     Ok(())
 }
 
 /// Adds k-means on the pixels: always by this workspace's programs, whatever fills the places.
 fn pixel_steps(steps: &mut Vec<Step>) -> Result<()> {
-    for place in ["embed", "clustering", "metrics"] {
-        let inputs = match place {
+    for name in ["embed", "clustering", METRICS] {
+        let inputs = match name {
             "embed" => Vec::new(),
-            place => inputs(steps, Arm::Pixels, place, 0)?,
+            name => inputs(steps, Arm::Pixels, Place::named(name)?, 0)?,
         };
-        let (place, program) = (place.to_owned(), place.to_owned());
+        let (place, program) = (name.to_owned(), name.to_owned());
         steps.push(Step { arm: Arm::Pixels, place, round: 0, rounds: 0, program, inputs });
     }
     Ok(())
@@ -221,25 +283,22 @@ fn pixel_steps(steps: &mut Vec<Step>) -> Result<()> {
 fn inputs(
     steps: &[Step],
     arm: Arm,
-    place: &str,
+    place: &Place,
     round: usize,
 ) -> Result<Vec<(&'static str, Input)>> {
-    let Some((_, roles)) = PLACES.iter().find(|(known, _)| *known == place) else {
-        let known: Vec<_> = PLACES.iter().map(|(place, _)| *place).collect();
-        bail!("there is no place `{place}`; there are {}", known.join(", "))
-    };
-    let last = |places: &[&str], skip: usize| {
-        let fits = |step: &Step| step.arm == arm && places.contains(&step.place.as_str());
+    let last = |fits: &dyn Fn(&Place) -> bool, skip: usize| {
+        let fits = |step: &Step| step.arm == arm && Place::named(&step.place).is_ok_and(fits);
         (0..steps.len()).rev().filter(|&position| fits(&steps[position])).nth(skip)
     };
     let mut inputs = Vec::new();
-    for (role, origin) in *roles {
+    for (role, origin) in place.given {
         let (found, optional) = match origin {
-            Origin::Network => (last(&TRAINING, 0), false),
-            Origin::Embeddings => (last(&["embed"], 0), false),
-            Origin::Clustering => (last(&["clustering"], 0), false),
-            Origin::OneRoundBefore => (last(&[place], 0), true),
-            Origin::ClusteringBefore => (last(&["clustering"], 1), true),
+            Origin::Network => (last(&|place| place.trains, 0), false),
+            Origin::Backbone => (last(&|place| place.trains, 0), true),
+            Origin::Embeddings => (last(&|place| place.name == "embed", 0), false),
+            Origin::PseudoLabels => (last(&|place| place.clusters, 0), false),
+            Origin::OneRoundBefore => (last(&|other| other.name == place.name, 0), true),
+            Origin::PseudoLabelsBefore => (last(&|place| place.clusters, 1), true),
             Origin::Labels => {
                 inputs.push((*role, Input::Labels));
                 continue;
@@ -249,8 +308,9 @@ fn inputs(
             Some(position) => inputs.push((*role, Input::Step(position))),
             None if optional => {}
             None => bail!(
-                "`{place}` of round {round} needs a {role}, but no place before it in `[rounds]` \
-                 writes one"
+                "`{}` of round {round} needs a {role}, but no place before it in `[rounds]` writes \
+                 one",
+                place.name
             ),
         }
     }
@@ -356,6 +416,49 @@ mod tests {
         assert_eq!(given(&plan, "pixels/0-clustering"), ["embeddings=pixels/0-embed"]);
     }
 
+    /// A system that is one stage, which trains and clusters.
+    const ONE_PHASE: &str = r#"
+        [rounds]
+        rounds = 0
+        first = ["propos"]
+        then = []
+        [stages]
+        pretraining = "pretraining"
+        propos = "propos"
+        metrics = "metrics"
+        [control]
+        "propos.noise" = 0.0
+        [propos]
+        noise = 1.0
+    "#;
+
+    #[test]
+    fn a_system_of_one_phase_is_one_step_and_its_score() {
+        let plan = Plan::of(&experiment(ONE_PHASE)).expect("sound");
+        assert_eq!(names(&plan, Arm::Main), ["0-propos", "0-metrics"]);
+        assert_eq!(names(&plan, Arm::Control), ["control/0-propos", "control/0-metrics"]);
+        assert!(names(&plan, Arm::Pixels).is_empty());
+        assert!(given(&plan, "0-propos").is_empty());
+        assert_eq!(given(&plan, "0-metrics"), ["pseudo-labels=0-propos", "labels"]);
+        assert_eq!(plan.scored_by(1), Some(0));
+        assert!(!plan.clusters_alone(0));
+        assert_eq!(plan.programs(), ["propos", "metrics"]);
+
+        let pldc = Plan::of(&experiment(TEXT)).expect("sound");
+        assert_eq!(pldc.scored_by(3), Some(2));
+        assert!(pldc.clusters_alone(2) && !pldc.clusters_alone(0) && !pldc.clusters_alone(3));
+    }
+
+    #[test]
+    fn a_system_of_one_phase_may_start_from_a_pretrained_backbone() {
+        let first = r#"first = ["pretraining", "propos"]"#;
+        let text = ONE_PHASE.replace(r#"first = ["propos"]"#, first);
+        let plan = Plan::of(&experiment(&text)).expect("sound");
+        assert_eq!(names(&plan, Arm::Main), ["0-pretraining", "0-propos", "0-metrics"]);
+        assert_eq!(given(&plan, "0-propos"), ["backbone=0-pretraining"]);
+        assert_eq!(given(&plan, "control/0-metrics"), ["pseudo-labels=control/0-propos", "labels"]);
+    }
+
     #[test]
     fn a_step_outside_the_loop_is_told_of_no_rounds() {
         let plan = Plan::of(&experiment(TEXT)).expect("sound");
@@ -389,7 +492,7 @@ mod tests {
             format!("{:#}", Plan::of(&experiment(&changed)).expect_err("refused"))
         };
         let then = r#"then = ["prototype-refinement", "embed", "clustering"]"#;
-        assert!(refused(then, r#"then = ["embed"]"#).contains("must be `clustering`"));
+        assert!(refused(then, r#"then = ["embed"]"#).contains("result: clustering, propos"));
         assert!(refused(then, r#"then = ["cluster"]"#).contains("no place `cluster`"));
         let first = r#"first = ["pretraining", "embed", "clustering"]"#;
         assert!(refused(first, r#"first = ["embed", "clustering"]"#).contains("needs a network"));

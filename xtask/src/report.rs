@@ -69,6 +69,8 @@ pub struct Outcome {
     pub rounds: Vec<Metrics>,
     /// k-means on the pixels.
     pub pixels: Option<Metrics>,
+    /// Metrics of the embedding as pretraining left it; nothing for a system of one phase.
+    pub embedding: Option<Metrics>,
     /// The control by round; rounds that it shares with the experiment are absent.
     pub control: Vec<(usize, Metrics)>,
     /// Where the last assignments are.
@@ -264,7 +266,7 @@ impl Report {
     /// The baseline that knows the network as pretraining left it.
     fn embedding(&self) -> Option<Row<'_>> {
         let metrics: Option<Vec<_>> =
-            self.outcomes.iter().map(|outcome| outcome.rounds.first()).collect();
+            self.outcomes.iter().map(|outcome| outcome.embedding.as_ref()).collect();
         Some(Row { label: "k-means on the pretrained embedding".into(), metrics: metrics? })
     }
 }
@@ -348,6 +350,7 @@ mod tests {
             seed: seed as u64,
             rounds: vec![metrics(acc - 0.1, labelled), metrics(*acc, labelled)],
             pixels: Some(metrics(0.5, labelled)),
+            embedding: Some(metrics(acc - 0.1, labelled)),
             control: vec![(1, metrics(acc - 0.02, labelled))],
             assignments: format!("runs/example/{seed}/1-clustering/pseudo-labels.safetensors")
                 .into(),
@@ -392,6 +395,17 @@ mod tests {
         assert!(rows[5].contains("70.0 ± 7.1"), "{text}");
         assert!(text.contains("seed 1: ACC 80.00; cluster sizes 12 10 8"), "{text}");
         assert!(text.contains("runs/example/1/1-clustering/pseudo-labels.safetensors"), "{text}");
+    }
+
+    #[test]
+    fn a_system_of_one_phase_has_no_row_of_a_pretrained_embedding() {
+        let mut report = report(true, &[0.9, 0.8]);
+        for outcome in &mut report.outcomes {
+            (outcome.embedding, outcome.pixels) = (None, None);
+        }
+        assert!(!report.table().contains("k-means on"), "{}", report.table());
+        let baselines = &report.json()["baselines"];
+        assert!(baselines["kmeans-embedding"].is_null() && baselines["kmeans-pixels"].is_null());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 19] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
@@ -23,6 +23,10 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("embed", &["stage", "data", "layers", "backbone", "training"]),
     ("clustering", &["stage", "data", "assignment", "layers", "training"]),
     ("prototype-refinement", &["stage", "data", "assignment", "layers", "backbone", "training"]),
+    ("propos", &["stage", "data", "assignment", "layers", "backbone", "training"]),
+    ("secu", &["stage", "data", "assignment", "layers", "backbone", "training"]),
+    ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training"]),
+    ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("metrics", &["stage", "data", "assignment"]),
     // What starts programs links none of them.
     ("xtask", &[]),

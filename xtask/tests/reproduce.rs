@@ -27,8 +27,8 @@ impl Bench {
         let programs = folder.path().join("programs");
         fs::create_dir(&programs).expect("created");
         let names =
-            ["prepare", "pretraining", "embed", "clustering", "prototype-refinement", "metrics"];
-        for name in names.into_iter().chain(["foreign"]) {
+            "prepare pretraining embed clustering prototype-refinement metrics propos foreign";
+        for name in names.split(' ') {
             symlink(sources().join("fake-program"), programs.join(name)).expect("linked");
         }
         fs::copy(sources().join("example.toml"), folder.path().join("example.toml"))
@@ -297,6 +297,55 @@ fn a_foreign_executable_takes_a_place() {
     let output = bench.reproduce(&["--set", "stages.clustering=./none"]);
     assert_status(&output, 2);
     assert!(text(&output.stderr).contains("no file `./none`"));
+}
+
+/// Puts a system of one phase in the place of the example.
+fn one_phase(bench: &Bench, first: &str) {
+    let text = fs::read_to_string(sources().join("example.toml")).expect("there");
+    let tables = text.parse::<toml::Table>().expect("TOML");
+    let mut tables: toml::Table =
+        tables.into_iter().filter(|(name, _)| name != "embed" && name != "clustering").collect();
+    let changes = format!(
+        "system = 'ProPos'\n[rounds]\nrounds = 0\nfirst = {first}\nthen = []\n\
+         [stages]\npretraining = 'pretraining'\npropos = 'propos'\nmetrics = 'metrics'\n\
+         [control]\n'propos.noise' = 0.0\n[propos]\nnoise = 1.0\n"
+    );
+    tables.extend(changes.parse::<toml::Table>().expect("TOML"));
+    fs::write(bench.path("example.toml"), tables.to_string()).expect("written");
+}
+
+#[test]
+fn a_system_of_one_phase_runs_is_scored_and_goes_on() {
+    let bench = Bench::new();
+    one_phase(&bench, "['propos']");
+    let mut command = bench.command(&["reproduce", "example.toml"]);
+    let output = command.env("FAKE_FAIL", "propos 3").output().expect("started");
+    assert_status(&output, 3);
+    assert_eq!(bench.started(), ["prepare ", "propos 0"]);
+    let output = bench.reproduce(&["--json"]);
+    assert_status(&output, 0);
+    let scored = ["metrics 0 pseudo-labels labels"; 2];
+    assert_eq!(bench.started(), ["propos 0 again", scored[0], "propos 0", scored[1]]);
+
+    let stdout = text(&output.stdout);
+    let json: Value = serde_json::from_str(stdout.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(json["system"], json!("ProPos"));
+    assert_eq!(json["scores"]["acc"]["mean"], json!(0.9));
+    assert_eq!(json["control"]["rounds"][0]["round"], json!(0));
+    assert!(stdout.contains("control, round 0") && !stdout.contains("pretrained"), "{stdout}");
+    let assignments = bench.path("runs/example/0/0-propos/pseudo-labels.safetensors");
+    assert!(stdout.contains(&assignments.display().to_string()), "{stdout}");
+
+    assert_status(&bench.reproduce(&["--set", "propos.noise=0.0"]), 0);
+    assert!(bench.started().is_empty(), "that is the control, which has run");
+    let alone = bench.command(&["stage", "propos", "example.toml"]).output().expect("started");
+    assert_status(&alone, 0);
+
+    one_phase(&bench, "['pretraining', 'propos']");
+    assert_status(&bench.reproduce(&[]), 0);
+    let started = bench.started();
+    assert_eq!(started[..3], ["pretraining 0", "propos 0 backbone", scored[0]]);
+    assert_eq!(started[3..], ["propos 0 backbone", scored[1]], "one backbone serves both");
 }
 
 #[test]

@@ -30,5 +30,5 @@ pub use labels::Labels;
 pub use loader::{Batch, Loader};
 pub use names::Names;
 pub use picture::Picture;
-pub use pseudo_labels::PseudoLabels;
+pub use pseudo_labels::{Found, PseudoLabels};
 pub use thumbnail::thumbnail;

@@ -7,6 +7,7 @@
 //! epoch is resumed.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -33,6 +34,13 @@ pub struct Batch {
     pub width: usize,
     /// 1 grey, 3 red, green, blue.
     pub channels: usize,
+}
+
+impl Batch {
+    /// Extents of a view: `(B, height, width, channels)`.
+    pub fn shape(&self) -> (usize, usize, usize, usize) {
+        (self.rows.len(), self.height, self.width, self.channels)
+    }
 }
 
 /// An iterator over batches in the order asked for. It ends after the first error; dropping it
@@ -98,6 +106,24 @@ impl Loader {
         threads: usize,
     ) -> Result<Self> {
         Self::resume(images, batches, 0, pipelines, input, seed, epoch, threads)
+    }
+
+    /// The un-augmented pictures of these rows, in order, some hundred at a time, made by as many
+    /// threads as the machine has: what a network is shown to say what it has learnt.
+    ///
+    /// # Errors
+    ///
+    /// As [`Loader::new`].
+    pub fn clean(images: &Images, rows: &[u32], input: &Input) -> Result<Self> {
+        const AT_ONCE: usize = 256;
+        let batches = rows.chunks(AT_ONCE).map(<[u32]>::to_vec).collect();
+        // Nothing is drawn by chance: seed and epoch do not matter.
+        Self::new(images, batches, vec![input.clean()], input, 0, 0, Self::threads())
+    }
+
+    /// As many threads as the machine has.
+    pub fn threads() -> usize {
+        thread::available_parallelism().map_or(1, NonZero::get)
     }
 
     /// Like [`Loader::new`], but leaves out the first `done` batches: those that an interrupted
@@ -329,6 +355,21 @@ mod tests {
         }
         assert_ne!(load(&images, batches(), 2, 1), one);
         assert!(load(&images, vec![], 1, 2).is_empty());
+    }
+
+    #[test]
+    fn clean_pictures_come_all_in_order() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let images = images(folder.path());
+        let rows = [7, 2, 11];
+        let input = Input { width: 4, ..input() };
+        let batches = Loader::clean(&images, &rows, &input)?.collect::<Result<Vec<_>>>()?;
+        assert_eq!(batches.len(), 1);
+        assert_eq!((batches[0].rows.as_slice(), batches[0].shape()), (&rows[..], (3, 4, 4, 3)));
+        let alone = Loader::clean(&images, &rows[1..2], &input)?.next().expect("a batch")?;
+        let values = input.values();
+        assert_eq!(alone.views[0], batches[0].views[0][values..2 * values]);
+        Ok(())
     }
 
     #[test]

@@ -20,7 +20,9 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use stage::container::{self, Container, Tensor};
+use stage::{Diverged, Stage};
 
+use crate::Images;
 use crate::data_set::{DataSet, check_index, check_length};
 
 const KIND: &str = "pseudo-labels";
@@ -54,7 +56,54 @@ pub struct PseudoLabels {
     pub prototypes: Vec<f32>,
 }
 
+/// What a system that trains and clusters in one stage found, for the `M` pictures that are scored,
+/// in the order of their rows.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Cluster of each picture by the method, `M`.
+    pub assignment: Vec<u32>,
+    /// Cluster of each picture by k-means on its projections, `M`.
+    pub kmeans_assignment: Vec<u32>,
+    /// How sure the method is of each assignment, `M`, in `[0, 1]`.
+    pub confidence: Vec<f32>,
+    /// Width of a projection, `P`.
+    pub projection_width: usize,
+    /// Centre of each cluster among the projections, `(K, P)`.
+    pub prototypes: Vec<f32>,
+}
+
 impl PseudoLabels {
+    /// Name of the file in a stage's output folder.
+    pub const FILE: &str = "pseudo-labels.safetensors";
+
+    /// The result of a system of one phase. Nothing is trained on it, so that every picture counts
+    /// as reliable, and the score is the confidence, for no neighbours are asked.
+    ///
+    /// # Errors
+    ///
+    /// All pictures are in one cluster: [`Diverged`].
+    pub fn of_one_phase(stage: &Stage, images: &Images, found: Found) -> Result<Self> {
+        if found.assignment.windows(2).all(|pair| pair[0] == pair[1]) {
+            let message = "all images fell into one cluster; a lower peak-learning-rate or more \
+                           epochs are the usual cures";
+            return Err(Diverged(message.into()).into());
+        }
+        let index = images.rows(&stage.data.score_on);
+        Ok(Self {
+            data_set: images.data_set().clone(),
+            clusters: stage.data.clusters,
+            reliable: vec![true; index.len()],
+            index,
+            assignment: found.assignment,
+            kmeans_assignment: found.kmeans_assignment,
+            score: found.confidence.clone(),
+            confidence: found.confidence,
+            stability: None,
+            projection_width: found.projection_width,
+            prototypes: found.prototypes,
+        })
+    }
+
     /// Writes the file.
     ///
     /// # Errors
@@ -169,7 +218,11 @@ impl PseudoLabels {
 
 #[cfg(test)]
 mod tests {
+    use stage::Split;
+
     use super::*;
+    use crate::Picture;
+    use crate::images::{Identical, Source, Writer};
 
     fn example(path: &Path) -> PseudoLabels {
         PseudoLabels {
@@ -211,6 +264,52 @@ mod tests {
         read.require_clusters(2).expect("two");
         let error = read.require_clusters(3).expect_err("two").to_string();
         assert!(error.contains("2 clusters") && error.contains("pseudo-labels"), "{error}");
+    }
+
+    #[test]
+    fn a_system_of_one_phase_is_told_for_the_scored_pictures_alone() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let images = folder.path().join("images.safetensors");
+        let mut writer = Writer::create(&images, 1, Identical::Keep)?;
+        for number in 0..6u8 {
+            let picture = Picture::new(2, 3, 1, (0..6).map(|i| i * number).collect())?;
+            let split = if number % 2 == 0 { Split::Train } else { Split::Test };
+            writer.add(&Source::raw(picture, 1)?, split)?;
+        }
+        writer.finish(None)?;
+        let images = Images::open(&images)?;
+        let stage = Stage {
+            name: "example",
+            experiment: "e.toml".into(),
+            images: "i".into(),
+            inputs: [].into(),
+            out: folder.path().to_owned(),
+            round: 0,
+            rounds: 0,
+            seed: 0,
+            device: stage::DeviceChoice::Cpu,
+            data: stage::DataTable { clusters: 2, train_on: vec![], score_on: vec![Split::Test] },
+        };
+        let found = Found {
+            assignment: vec![0, 1, 1],
+            kmeans_assignment: vec![1, 1, 0],
+            confidence: vec![0.5, 1., 0.75],
+            projection_width: 1,
+            prototypes: vec![1., -1.],
+        };
+        let labels = PseudoLabels::of_one_phase(&stage, &images, found.clone())?;
+        let path = folder.path().join(PseudoLabels::FILE);
+        labels.write(&path)?;
+        let read = PseudoLabels::open(&path)?;
+        assert_eq!(read.index, images.rows(&[Split::Test]));
+        assert_eq!((read.assignment, read.kmeans_assignment), (vec![0, 1, 1], vec![1, 1, 0]));
+        assert_eq!((read.score, read.reliable), (vec![0.5, 1., 0.75], vec![true; 3]));
+        assert_eq!(read.stability, None);
+
+        let one = Found { assignment: vec![1; 3], ..found };
+        let error = PseudoLabels::of_one_phase(&stage, &images, one).expect_err("one cluster");
+        assert!(error.is::<Diverged>(), "{error}");
+        Ok(())
     }
 
     #[test]

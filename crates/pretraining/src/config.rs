@@ -1,7 +1,5 @@
 //! The table `[pretraining]`.
 
-use std::num::NonZero;
-
 use anyhow::{Context, Result, ensure};
 use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::{Input, Pipeline};
@@ -138,7 +136,7 @@ impl Config {
         seed: u64,
         epoch: usize,
     ) -> Result<Loader> {
-        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = Loader::threads();
         let pipelines = vec![self.views.clone(), self.views.clone()];
         Loader::resume(images, batches, done, pipelines, &self.input, seed, epoch as u64, threads)
     }

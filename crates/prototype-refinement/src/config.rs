@@ -1,8 +1,5 @@
 //! The table `[prototype-refinement]`, and what follows from it.
 
-use std::num::NonZero;
-use std::thread;
-
 use anyhow::{Context, Result, ensure};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
@@ -44,7 +41,7 @@ pub struct Config {
     /// pseudo-labels are confident ones, and the loss would pull their images to wrong prototypes.
     /// The first round has no stability; below 0 the gate is open from there on.
     pub sample_to_prototype_gate: f64,
-    /// Weight of [`scatter_loss`](crate::loss::scatter_loss).
+    /// Weight of [`scatter_loss`](training::scatter::scatter_loss).
     pub scatter_weight: f64,
     /// Temperature τ of the first of the two.
     pub sample_to_prototype_temperature: f64,
@@ -223,13 +220,8 @@ impl Config {
         epoch: usize,
     ) -> Result<Loader> {
         let views = vec![self.views.clone(); 2];
-        Loader::resume(images, batches, done, views, input, seed, epoch as u64, threads())
+        Loader::resume(images, batches, done, views, input, seed, epoch as u64, Loader::threads())
     }
-}
-
-/// Threads that make views.
-pub(crate) fn threads() -> usize {
-    thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 /// Whether the smallest cluster is large enough to be drawn as often as the others.

@@ -31,11 +31,12 @@ use data::{Batch, Images, PseudoLabels};
 use serde_json::json;
 use stage::Stage;
 use training::loss::regression_loss;
+use training::scatter::{Absent, scatter_loss};
 use training::{Learner, Run, sampler};
 
 pub use config::{Config, PrototypeUpdate, Sampling};
 
-use crate::loss::{sample_to_prototype_loss, scatter_loss};
+use crate::loss::sample_to_prototype_loss;
 use crate::marked::Marked;
 use crate::prototypes::Prototypes;
 
@@ -66,7 +67,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     let images = Images::open(&stage.images)?;
     let device = training::network_device(stage.device)?;
     let rows = images.rows(&stage.data.train_on);
-    let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
+    let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
     labels.data_set.require(images.data_set(), "cluster again from these images")?;
     labels.require_clusters(stage.data.clusters)?;
     let scored = images.rows(&stage.data.score_on);
@@ -148,8 +149,10 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                     loss = (loss + (term * prototype_weight)?)?;
                 }
                 if scatter_weight > 0. {
-                    let temperature = config.scatter_temperature;
-                    let term = scatter_loss(pass.projection(), projection, &marks, temperature)?;
+                    let (reliable, temperature) = (marks.reliable(), config.scatter_temperature);
+                    let online = pass.projection();
+                    let term =
+                        scatter_loss(online, projection, &reliable, temperature, Absent::LeftOut)?;
                     run.note("scatter-loss", scalar(&term)?);
                     loss = (loss + (term * scatter_weight)?)?;
                 }
@@ -178,11 +181,9 @@ pub fn draws(seed: u64) -> u64 {
     stage::random::derived(seed, "prototype-refinement")
 }
 
-const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
-
 /// The views of a batch, `(B, H, W, C)` each.
 fn tensors<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Tensor; VIEWS]> {
-    let shape = (batch.rows.len(), batch.height, batch.width, batch.channels);
+    let shape = batch.shape();
     let mut views = batch.views.into_iter();
     let mut tensors = Vec::with_capacity(VIEWS);
     for view in views.by_ref().take(VIEWS) {

@@ -6,7 +6,6 @@ use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
 use training::Target;
 
-use crate::config::threads;
 use crate::loss::Marks;
 use crate::tensors;
 
@@ -61,16 +60,13 @@ impl Marked {
         target: &mut Target,
         device: &Device,
     ) -> Result<Vec<f32>> {
-        const IMAGES_AT_ONCE: usize = 256;
         let rows: Vec<u32> = (0..)
             .zip(&self.weights)
             .filter(|(_, weight)| **weight > 0.)
             .map(|(row, _)| row)
             .collect();
-        let batches = rows.chunks(IMAGES_AT_ONCE).map(<[u32]>::to_vec).collect();
         let mut projections = Vec::new();
-        // Nothing is drawn by chance for an un-augmented picture: seed and epoch do not matter.
-        for batch in Loader::new(images, batches, vec![input.clean()], input, 0, 0, threads())? {
+        for batch in Loader::clean(images, &rows, input)? {
             let [pictures] = tensors(batch?, device)?;
             let (_, projection) = target.embed(&pictures)?;
             projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);

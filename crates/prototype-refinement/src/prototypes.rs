@@ -4,8 +4,9 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use data::PseudoLabels;
 use training::Run;
+use training::scatter::cluster_means;
 
-use crate::loss::{Marks, cluster_means};
+use crate::loss::Marks;
 
 /// What a moving average keeps of a prototype at each step.
 const MOVING_AVERAGE_DECAY: f64 = 0.9;
@@ -42,11 +43,8 @@ impl Prototypes {
     ///   unit-length mean over both.
     pub(crate) fn follow(&mut self, targets: [&Tensor; 2], marks: &Marks) -> Result<()> {
         let both = Tensor::cat(&targets, 0)?;
-        let marks = Marks {
-            pseudo_labels: marks.pseudo_labels.repeat(2),
-            weights: marks.weights.repeat(2),
-        };
-        let Some((clusters, means)) = cluster_means(&both, &marks)? else { return Ok(()) };
+        let reliable = marks.reliable().repeat(2);
+        let Some((clusters, means)) = cluster_means(&both, &reliable)? else { return Ok(()) };
         let width = self.rows.dim(1)?;
         let mut rows = self.rows.flatten_all()?.to_vec1::<f32>()?;
         for (cluster, mean) in clusters.into_iter().zip(means.to_vec2::<f32>()?) {

@@ -10,10 +10,11 @@ use candle_core::{Device, Tensor};
 use data::images::{Identical, Source, Writer};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
-use prototype_refinement::loss::{Marks, scatter_loss};
+use prototype_refinement::loss::Marks;
 use prototype_refinement::{Config, draws, run};
 use stage::{DataTable, DeviceChoice, Split, Stage};
 use training::loss::regression_loss;
+use training::scatter::{Absent, scatter_loss};
 use training::{Groups, Learner, Precision, sampler};
 
 const IMAGES: usize = 24;
@@ -195,7 +196,13 @@ fn by_hand(
                 let pass = online.forward(view, None)?;
                 let mut loss = regression_loss(pass.prediction(), projection)?;
                 if config.scatter_weight > 0. {
-                    let term = scatter_loss(pass.projection(), projection, &marks, 0.5)?;
+                    let term = scatter_loss(
+                        pass.projection(),
+                        projection,
+                        &marks.reliable(),
+                        0.5,
+                        Absent::LeftOut,
+                    )?;
                     loss = (loss + (term * config.scatter_weight)?)?;
                 }
                 online.backward(pass, &(loss * 0.5)?.backward()?)?;

@@ -30,6 +30,11 @@ impl Experiment {
         Ok(Self { path: path.to_owned(), tables })
     }
 
+    /// Whether there is a table `[name]`: an experiment has those of the stages that it runs.
+    pub fn has_table(&self, name: &str) -> bool {
+        self.tables.contains_key(name)
+    }
+
     /// The table `[name]` as a value of the caller's type. A missing table is read as an empty
     /// one, so that the error names the first key it lacks.
     ///

@@ -18,6 +18,7 @@ pub mod ops;
 mod precision;
 pub mod run;
 pub mod sampler;
+pub mod scatter;
 mod schedule;
 mod sgd;
 
