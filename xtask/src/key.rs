@@ -214,7 +214,7 @@ mod tests {
     }
 
     fn program() -> Program {
-        Program { path: "bin/embed".into(), version: "embed algorithm 1".into() }
+        Program { path: "bin/embed".into(), words: vec![], version: "embed algorithm 1".into() }
     }
 
     fn surroundings() -> Surroundings {

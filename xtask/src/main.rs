@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf, absolute};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -190,10 +190,21 @@ fn follow(command: Command) -> Result<()> {
     }
 }
 
-/// Paths in experiments and messages are seen from the root of the workspace.
+/// Paths in experiments and messages are seen from the root of the workspace. Where this program
+/// was copied to a machine without it, the folder it is started in stands for the root, if the
+/// experiments are there.
 fn go_to_root() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    env::set_current_dir(&root).with_context(|| format!("going to `{}`", root.display()))
+    if root.join(experiment::FOLDER).is_dir() {
+        return env::set_current_dir(&root)
+            .with_context(|| format!("going to `{}`", root.display()));
+    }
+    ensure!(
+        Path::new(experiment::FOLDER).is_dir(),
+        "there is no folder `{}` here; start this program in the folder that holds it",
+        experiment::FOLDER
+    );
+    Ok(())
 }
 
 fn reproduce(options: &Options, seeds: &[u64], json: bool) -> Result<()> {

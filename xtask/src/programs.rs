@@ -16,6 +16,8 @@ use crate::{interrupt, key};
 pub struct Program {
     /// Its file.
     pub path: PathBuf,
+    /// What comes before the arguments: nothing, or the stage's name where one file holds all.
+    pub words: Vec<String>,
     /// What tells its results from those of another: for our own, the line that `--version`
     /// prints; for a foreign executable, which need not know that flag, the digest of its file.
     pub version: String,
@@ -38,15 +40,27 @@ impl Programs {
         }
         let built = if crates.is_empty() { BTreeMap::new() } else { cargo_build(&crates)? };
         Self::located(words, |name| {
-            built.get(name).cloned().with_context(|| {
+            let path = built.get(name).cloned();
+            let path = path.with_context(|| {
                 format!("`crates/{name}` builds no program: it needs a `src/main.rs`")
-            })
+            })?;
+            Ok((path, vec![]))
         })
     }
 
-    /// Takes the ready-built programs in `folder`.
+    /// Takes the ready-built programs in `folder`: `assort`, which holds all stages, for those
+    /// that have no file of their own there.
     pub fn in_folder(words: &[&str], folder: &Path) -> Result<Self> {
-        Self::located(words, |name| Ok(folder.join(format!("{name}{}", env::consts::EXE_SUFFIX))))
+        let file = |name: &str| folder.join(format!("{name}{}", env::consts::EXE_SUFFIX));
+        Self::located(words, |name| match (file(name), file(ALL_IN_ONE)) {
+            (own, _) if own.is_file() => Ok((own, vec![])),
+            (_, all) if all.is_file() => Ok((all, vec![name.to_owned()])),
+            (own, _) => bail!(
+                "the program `{name}` is missing: there is neither `{}` nor `{ALL_IN_ONE}`, which \
+                 holds all of them, in that folder",
+                own.display()
+            ),
+        })
     }
 
     /// The program that `word` names.
@@ -54,10 +68,14 @@ impl Programs {
         self.0.get(word).expect("every program of the plan was located")
     }
 
-    fn located(words: &[&str], place: impl Fn(&str) -> Result<PathBuf>) -> Result<Self> {
+    fn located(
+        words: &[&str],
+        place: impl Fn(&str) -> Result<(PathBuf, Vec<String>)>,
+    ) -> Result<Self> {
         let mut programs = BTreeMap::new();
         for &word in words {
-            let path = if is_path(word) { PathBuf::from(word) } else { place(word)? };
+            let (path, first) =
+                if is_path(word) { (PathBuf::from(word), vec![]) } else { place(word)? };
             ensure!(
                 path.is_file(),
                 "the program `{word}` is missing: there is no file `{}`",
@@ -65,13 +83,16 @@ impl Programs {
             );
             let version = match is_path(word) {
                 true => format!("sha256 {}", key::digest_of_file(&path)?),
-                false => version_of(&path)?,
+                false => version_of(&path, &first)?,
             };
-            programs.insert(word.to_owned(), Program { path, version });
+            programs.insert(word.to_owned(), Program { path, words: first, version });
         }
         Ok(Self(programs))
     }
 }
+
+/// The program that holds all stages.
+const ALL_IN_ONE: &str = "assort";
 
 fn is_path(word: &str) -> bool {
     word.contains(['/', '\\'])
@@ -108,8 +129,9 @@ fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
 }
 
 /// The line that `program --version` prints.
-fn version_of(program: &Path) -> Result<String> {
+fn version_of(program: &Path, words: &[String]) -> Result<String> {
     let output = Command::new(program)
+        .args(words)
         .arg("--version")
         .stdin(Stdio::null())
         .output()

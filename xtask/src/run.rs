@@ -174,8 +174,9 @@ impl<'a> Run<'a> {
     pub fn command_line(&self, position: usize) -> String {
         let program = self.programs.get(&self.plan.steps[position].program);
         let arguments = self.arguments(position, |_| true);
-        let words = arguments.iter().map(|word| word.to_string_lossy().into_owned());
-        [program.path.display().to_string()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+        let arguments = arguments.iter().map(|word| word.to_string_lossy().into_owned());
+        let file = [program.path.display().to_string()].into_iter();
+        file.chain(program.words.clone()).chain(arguments).collect::<Vec<_>>().join(" ")
     }
 
     /// The arguments of a step, with those inputs that pass `wanted`.
@@ -234,6 +235,7 @@ pub fn start(name: &str, program: &Program, arguments: &[OsString]) -> Result<()
 
 fn command(program: &Program, arguments: &[OsString]) -> Command {
     let mut command = Command::new(&program.path);
+    command.args(&program.words);
     command.args(arguments).stdin(Stdio::null());
     command
 }

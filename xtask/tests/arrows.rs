@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
@@ -28,6 +28,19 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("metrics", &["stage", "data", "assignment"]),
+    // All programs in one.
+    (
+        "assort",
+        &[
+            "training",
+            "prepare",
+            "pretraining",
+            "embed",
+            "clustering",
+            "prototype-refinement",
+            "metrics",
+        ],
+    ),
     // What starts programs links none of them.
     ("xtask", &[]),
     ("tests", &[]),

@@ -101,6 +101,29 @@ const REST_OF_CONTROL: [&str; 3] = [
 ];
 
 #[test]
+fn one_program_with_all_stages_takes_the_place_of_those_that_are_missing() {
+    let bench = Bench::new();
+    assert_status(&bench.reproduce(&[]), 0);
+    let apart = bench.started();
+    for name in ["prepare", "pretraining", "clustering"] {
+        fs::rename(bench.path("programs").join(name), bench.path("programs/assort"))
+            .expect("there");
+    }
+    assert_status(&bench.reproduce(&[]), 0);
+    assert_eq!(bench.started(), Vec::<String>::new(), "the same algorithms, so the same keys");
+    assert_status(&bench.reproduce(&["--seed", "1"]), 0);
+    let steps = |log: Vec<String>| -> Vec<String> {
+        log.into_iter().filter(|line| !line.starts_with("prepare")).collect()
+    };
+    assert_eq!(steps(bench.started()), steps(apart));
+
+    fs::remove_file(bench.path("programs/assort")).expect("there");
+    let output = bench.reproduce(&[]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("neither"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
     let bench = Bench::new();
     let output = bench.reproduce(&["--json"]);
