@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct Architecture {
     /// How many residual blocks each of the four stages has.
     pub depth: Depth,
-    /// Channels of the stem and the first stage; 64 is published. Each later stage doubles them.
+    /// Channels of the stem and the first stage; 64 is published. Each later stage doubles them,
+    /// and blocks with a bottleneck give out four times as many.
     pub width: usize,
     /// What stands before the first stage.
     pub stem: Stem,
@@ -17,7 +18,7 @@ pub struct Architecture {
 impl Architecture {
     /// Width D of the embedding: channels of the last stage.
     pub fn embedding_width(&self) -> usize {
-        8 * self.width
+        8 * self.width * self.depth.expansion()
     }
 }
 
@@ -33,6 +34,9 @@ pub enum Depth {
     /// Three, four, six and three blocks.
     #[serde(rename = "34")]
     ThirtyFour,
+    /// The same number of blocks, each with a bottleneck.
+    #[serde(rename = "50")]
+    Fifty,
 }
 
 impl Depth {
@@ -41,8 +45,18 @@ impl Depth {
         match self {
             Self::Ten => [1, 1, 1, 1],
             Self::Eighteen => [2, 2, 2, 2],
-            Self::ThirtyFour => [3, 4, 6, 3],
+            Self::ThirtyFour | Self::Fifty => [3, 4, 6, 3],
         }
+    }
+
+    /// Whether blocks are two 3×3 convolutions or a 3×3 one between two 1×1.
+    pub fn has_bottlenecks(self) -> bool {
+        self == Self::Fifty
+    }
+
+    /// Channels that a block gives out for each of its 3×3 convolution.
+    pub fn expansion(self) -> usize {
+        if self.has_bottlenecks() { 4 } else { 1 }
     }
 }
 
