@@ -57,9 +57,7 @@ impl Configuration {
     ///
     /// The file system refuses.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        // Through `Value`, whose keys are sorted: equal configurations are equal bytes.
-        let text = serde_json::to_string_pretty(&serde_json::to_value(self)?)?;
-        stage::files::write(&folder.join(CONFIGURATION), format!("{text}\n").as_bytes())
+        write_configuration(folder, self)
     }
 
     /// The input as the type that the pictures' crate has for it.
@@ -98,4 +96,16 @@ impl Configuration {
     pub fn predictor_plan(&self) -> candle_core::Result<Network> {
         perceptron::plan(self.projector.width, self.predictor.hidden, self.projector.width)
     }
+}
+
+/// Writes `config.json` in `folder`, whole or not at all: of a network with other parts than a
+/// [`Configuration`] has.
+///
+/// # Errors
+///
+/// The file system refuses.
+pub fn write_configuration(folder: &Path, configuration: &impl Serialize) -> Result<()> {
+    // Through `Value`, whose keys are sorted: equal configurations are equal bytes.
+    let text = serde_json::to_string_pretty(&serde_json::to_value(configuration)?)?;
+    stage::files::write(&folder.join(CONFIGURATION), format!("{text}\n").as_bytes())
 }

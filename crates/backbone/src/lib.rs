@@ -12,7 +12,7 @@
 //! # In Python
 //!
 //! `backbone.safetensors` holds timm's names and shapes. A network with the `7x7` stem, width 64
-//! and depth 18 or 34 loads as it is:
+//! and depth 18, 34 or 50 loads as it is:
 //!
 //! ```python
 //! model = timm.create_model("resnet18", num_classes=0)
@@ -41,5 +41,5 @@ pub mod resnet;
 mod segment;
 
 pub use architecture::{Architecture, Depth, Predictor, Projector, Stem};
-pub use configuration::{CONFIGURATION, Configuration};
+pub use configuration::{CONFIGURATION, Configuration, write_configuration};
 pub use segment::Segment;

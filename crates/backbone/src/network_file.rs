@@ -112,7 +112,16 @@ pub fn write(folder: &Path, segments: &[(&str, &Segment)]) -> Result<()> {
     for (prefix, segment) in segments {
         all.extend(tensors(prefix, segment)?);
     }
-    let views: Vec<_> = all.iter().map(NamedTensor::as_f32).collect();
+    write_tensors(folder, &all)
+}
+
+/// Writes `network.safetensors` in `folder` out of [`tensors`] and what else belongs to it.
+///
+/// # Errors
+///
+/// A value is not finite, or the file system refuses.
+pub fn write_tensors(folder: &Path, tensors: &[NamedTensor]) -> Result<()> {
+    let views: Vec<_> = tensors.iter().map(NamedTensor::as_f32).collect();
     container::write(&folder.join(NAME), KIND, VERSION, Header::new(), &views)
 }
 

@@ -61,6 +61,10 @@ impl Config {
         ensure!(self.batch_size > 0, "batch-size = 0: at least 1 is needed");
         self.augmentation.check("embed.augmentation")?;
         training::network_device(stage.device)?;
+        if !self.pixels && stage.images.exists() {
+            let rows = Images::open(&stage.images)?.rows(&stage.data.score_on);
+            stage.declare_effort((rows.len() * (1 + self.views)) as f64);
+        }
         match stage.optional_input("network") {
             Some(folder) if !self.pixels && folder.join(backbone::CONFIGURATION).exists() => {
                 Configuration::read(folder)?.input::<Input>()?.check("input")
@@ -233,7 +237,7 @@ mod tests {
     use data::images::{Identical, Source as Original, Writer};
     use data::views::Operation;
     use stage::{DataTable, DeviceChoice, Experiment, Split};
-    use training::{Groups, Learner};
+    use training::{Groups, Learner, Trained};
 
     use super::*;
 

@@ -108,6 +108,7 @@ mod tests {
     use data::Picture;
     use data::images::{Identical, Source, Writer};
     use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use training::Trained;
 
     use super::*;
 

@@ -15,7 +15,7 @@ use prototype_refinement::{Config, draws, run};
 use stage::{DataTable, DeviceChoice, Split, Stage};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
-use training::{Groups, Learner, Precision, sampler};
+use training::{Groups, Learner, Precision, Trained, sampler};
 
 const IMAGES: usize = 24;
 const CLUSTERS: usize = 3;

@@ -7,14 +7,17 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use backbone::network_file::NamedTensor;
 use backbone::{Configuration, Segment, network_file};
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 use layers::{Gradients, Mode, Modes, Network, Tape};
+use stage::container::Container;
 
 use crate::Precision;
 use crate::ops::unit_rows;
 use crate::sgd::{Groups, Sgd};
+use crate::trained::Trained;
 
 /// All that learning changes: the online network, the target that follows it, the optimizer.
 pub struct Learner {
@@ -71,11 +74,12 @@ impl Learner {
         }
         Ok(learner)
     }
+}
 
-    /// The segments by their names in files.
-    pub fn segments(&self) -> [(&'static str, &Segment); 5] {
+impl Trained for Learner {
+    fn segments(&self) -> Vec<(&'static str, &Segment)> {
         let [backbone, projector, predictor] = SEGMENTS;
-        [
+        vec![
             (backbone, &self.online.backbone),
             (projector, &self.online.projector),
             (predictor, &self.online.predictor),
@@ -84,15 +88,43 @@ impl Learner {
         ]
     }
 
-    pub(crate) fn segments_mut(&mut self) -> [(&'static str, &mut Segment); 5] {
+    fn segments_mut(&mut self) -> Vec<(&'static str, &mut Segment)> {
         let [backbone, projector, predictor] = SEGMENTS;
-        [
+        vec![
             (backbone, &mut self.online.backbone),
             (projector, &mut self.online.projector),
             (predictor, &mut self.online.predictor),
             (TARGET_BACKBONE, &mut self.target.backbone),
             (TARGET_PROJECTOR, &mut self.target.projector),
         ]
+    }
+
+    fn exported(&self) -> &Segment {
+        &self.target.backbone
+    }
+
+    fn memory(&self) -> anyhow::Result<Vec<NamedTensor>> {
+        let mut tensors = Vec::new();
+        for (segment, momenta) in SEGMENTS.iter().zip(&self.optimizer.momenta) {
+            for entry in momenta.entries() {
+                let name = format!("momenta.{segment}.{}", entry.name);
+                let values = momenta.get(&entry.name)?;
+                tensors.push(NamedTensor { name, shape: entry.shape.clone(), values });
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn take_up_memory(&mut self, state: &Container) -> anyhow::Result<()> {
+        for (segment, momenta) in SEGMENTS.iter().zip(&mut self.optimizer.momenta) {
+            for entry in momenta.entries().to_vec() {
+                let values = state.f32(&format!("momenta.{segment}.{}", entry.name))?;
+                momenta.set(&entry.name, &values).with_context(|| {
+                    format!("`{}` holds the momenta of another network", state.path().display())
+                })?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -7,8 +7,8 @@
 //! - header `identity`: stage, round, seed, table and data set it belongs to; another run's state is
 //!   refused. `epochs`, `steps`: how many are done. `sums`: what the log will say of the epoch under
 //!   way. `finished`: true once the run's network is in its own files.
-//! - `online.*`, `target.*`: the networks, as in `network.safetensors`; not once finished.
-//! - `momenta.<segment>.<parameter>`: the optimizer's.
+//! - `<segment>.*`: the networks, as in `network.safetensors`; not once finished.
+//! - `momenta.<segment>.<parameter>`: the optimizer's, see [`Trained::memory`].
 //! - `stage.<name>`: what the stage keeps beside them, see [`Run::keep`].
 //!
 //! When the run ends it writes `config.json`, `backbone.safetensors`, `network.safetensors`, and a
@@ -20,8 +20,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use backbone::backbone_file;
 use backbone::network_file::{self, NamedTensor};
-use backbone::{Configuration, backbone_file};
 use candle_core::Tensor;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -29,7 +29,7 @@ use stage::container::{self, Container, Header};
 use stage::progress::Progress;
 use stage::{Diverged, Interrupted, Stage};
 
-use crate::learner::SEGMENTS;
+use crate::trained::Trained;
 use crate::{Learner, Online};
 
 /// Kind of the state file.
@@ -55,6 +55,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Pictures of all steps together, each counted as often as it comes.
+    pub fn pictures(&self) -> f64 {
+        (self.epochs * self.steps_per_epoch * self.batch_size) as f64
+    }
+
     /// Checks what the types cannot say.
     ///
     /// # Errors
@@ -106,7 +111,7 @@ impl<'a> Run<'a> {
         table: &impl Serialize,
         fingerprint: &str,
         plan: Plan,
-        learner: &mut Learner,
+        learner: &mut impl Trained,
     ) -> Result<Self> {
         plan.check()?;
         let identity = json!({
@@ -211,7 +216,18 @@ impl<'a> Run<'a> {
     ///
     /// One is not finite: [`Diverged`], with epoch, step and parameter.
     pub fn check_gradients(&self, online: &Online) -> Result<()> {
-        match online.first_gradient_not_finite() {
+        self.refuse_gradient(online.first_gradient_not_finite())
+    }
+
+    /// Stops the run at a gradient that is not finite.
+    ///
+    /// - `not_finite`: the first such parameter, as `<segment>.<parameter>`, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// There is: [`Diverged`], with epoch, step and parameter.
+    pub fn refuse_gradient(&self, not_finite: Option<String>) -> Result<()> {
+        match not_finite {
             None => Ok(()),
             Some(name) => Err(self.diverged(&format!("the gradient of `{name}` is not finite"))),
         }
@@ -233,7 +249,7 @@ impl<'a> Run<'a> {
     /// # Errors
     ///
     /// [`Interrupted`], or the state cannot be written.
-    pub fn end_step(&mut self, learner: &Learner) -> Result<()> {
+    pub fn end_step(&mut self, learner: &impl Trained) -> Result<()> {
         self.steps += 1;
         self.steps_here += 1;
         let loss = self.mean("loss").map(|loss| format!("loss {loss:.4}")).unwrap_or_default();
@@ -250,7 +266,7 @@ impl<'a> Run<'a> {
     /// # Errors
     ///
     /// Log or state cannot be written, or a parameter is not finite.
-    pub fn end_epoch(&mut self, learner: &Learner) -> Result<()> {
+    pub fn end_epoch(&mut self, learner: &impl Trained) -> Result<()> {
         self.epochs += 1;
         self.log_epoch()?;
         self.sums.clear();
@@ -263,15 +279,18 @@ impl<'a> Run<'a> {
     /// Writes what the run was for: `config.json`, `backbone.safetensors`, `network.safetensors`,
     /// and the last state, with momenta and step but without the networks.
     ///
+    /// - `configuration`: what the network is built from again, such as a
+    ///   [`Configuration`](backbone::Configuration).
+    ///
     /// # Errors
     ///
     /// A file cannot be written, or a parameter is not finite.
-    pub fn finish(&self, learner: &Learner, configuration: &Configuration) -> Result<()> {
+    pub fn finish(&self, learner: &impl Trained, configuration: &impl Serialize) -> Result<()> {
         self.check_parameters(learner)?;
         let out = &self.stage.out;
-        configuration.write(out)?;
-        backbone_file::write(out, &learner.target.backbone)?;
-        network_file::write(out, &learner.segments())?;
+        backbone::write_configuration(out, configuration)?;
+        backbone_file::write(out, learner.exported())?;
+        network_file::write_tensors(out, &networks(learner)?)?;
         self.write_state(learner, true)
     }
 
@@ -313,14 +332,14 @@ impl<'a> Run<'a> {
         .into()
     }
 
-    fn save(&mut self, learner: &Learner) -> Result<()> {
+    fn save(&mut self, learner: &impl Trained) -> Result<()> {
         self.check_parameters(learner)?;
         self.write_state(learner, false)?;
         self.saved_epochs = Some(self.epochs);
         Ok(())
     }
 
-    fn check_parameters(&self, learner: &Learner) -> Result<()> {
+    fn check_parameters(&self, learner: &impl Trained) -> Result<()> {
         for (prefix, segment) in learner.segments() {
             if let Some(name) = segment.first_not_finite() {
                 return Err(self.diverged(&format!("`{prefix}.{name}` is not finite")));
@@ -329,12 +348,10 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn write_state(&self, learner: &Learner, finished: bool) -> Result<()> {
-        let mut tensors = momenta(learner)?;
+    fn write_state(&self, learner: &impl Trained, finished: bool) -> Result<()> {
+        let mut tensors = learner.memory()?;
         if !finished {
-            for (prefix, segment) in learner.segments() {
-                tensors.extend(network_file::tensors(prefix, segment)?);
-            }
+            tensors.extend(networks(learner)?);
         }
         let views: Vec<_> =
             tensors.iter().chain(self.kept.values()).map(NamedTensor::as_f32).collect();
@@ -348,7 +365,7 @@ impl<'a> Run<'a> {
         container::write(&self.stage.out.join(NAME), KIND, VERSION, header, &views)
     }
 
-    fn resume(&mut self, learner: &mut Learner) -> Result<()> {
+    fn resume(&mut self, learner: &mut impl Trained) -> Result<()> {
         let out = &self.stage.out;
         let state = Container::open(&out.join(NAME), KIND, VERSION)?;
         ensure!(
@@ -369,7 +386,8 @@ impl<'a> Run<'a> {
         for (prefix, segment) in learner.segments_mut() {
             network_file::fill(network, prefix, segment)?;
         }
-        take_up_momenta(&state, learner)?;
+        learner.take_up_variables(network)?;
+        learner.take_up_memory(&state)?;
         for name in state.names().filter_map(|name| name.strip_prefix(STAGE)) {
             let full = format!("{STAGE}{name}");
             self.keep(name, state.shape(&full)?, state.f32(&full)?);
@@ -399,6 +417,16 @@ fn as_bits((name, (sum, count)): (&String, &(f64, u64))) -> (String, (u64, u64))
 
 const STAGE: &str = "stage.";
 
+/// Everything that goes into `network.safetensors`.
+fn networks(learner: &impl Trained) -> Result<Vec<NamedTensor>> {
+    let mut tensors = Vec::new();
+    for (prefix, segment) in learner.segments() {
+        tensors.extend(network_file::tensors(prefix, segment)?);
+    }
+    tensors.extend(learner.variables()?);
+    Ok(tensors)
+}
+
 impl Learner {
     /// Takes the momenta out of the state that a finished run left in `folder`, so that one
     /// optimizer spans several rounds.
@@ -407,7 +435,7 @@ impl Learner {
     ///
     /// The file is missing, damaged, or of another network.
     pub fn take_up_momenta(&mut self, folder: &Path) -> Result<()> {
-        take_up_momenta(&Container::open(&folder.join(NAME), KIND, VERSION)?, self)
+        self.take_up_memory(&Container::open(&folder.join(NAME), KIND, VERSION)?)
     }
 }
 
@@ -418,30 +446,6 @@ impl Learner {
 /// The file is missing or damaged, or keeps nothing of that name.
 pub fn kept_in(folder: &Path, name: &str) -> Result<Vec<f32>> {
     Container::open(&folder.join(NAME), KIND, VERSION)?.f32(&format!("{STAGE}{name}"))
-}
-
-fn momenta(learner: &Learner) -> Result<Vec<NamedTensor>> {
-    let mut tensors = Vec::new();
-    for (segment, momenta) in SEGMENTS.iter().zip(&learner.optimizer.momenta) {
-        for entry in momenta.entries() {
-            let name = format!("momenta.{segment}.{}", entry.name);
-            let values = momenta.get(&entry.name)?;
-            tensors.push(NamedTensor { name, shape: entry.shape.clone(), values });
-        }
-    }
-    Ok(tensors)
-}
-
-fn take_up_momenta(state: &Container, learner: &mut Learner) -> Result<()> {
-    for (segment, momenta) in SEGMENTS.iter().zip(&mut learner.optimizer.momenta) {
-        for entry in momenta.entries().to_vec() {
-            let values = state.f32(&format!("momenta.{segment}.{}", entry.name))?;
-            momenta.set(&entry.name, &values).with_context(|| {
-                format!("`{}` holds the momenta of another network", state.path().display())
-            })?;
-        }
-    }
-    Ok(())
 }
 
 /// The root of the variance of unit-length rows, averaged over the directions; NaN when a row is
@@ -584,9 +588,9 @@ mod tests {
         assert!(kept_in(folder.path(), "else").is_err());
         let groups = crate::Groups::byol(0.9, 0., 1.)?;
         let mut next = Learner::open(folder.path(), &tiny(), groups, Precision::F32)?;
-        let before = momenta(&next)?;
+        let before = next.memory()?;
         next.take_up_momenta(folder.path())?;
-        assert!(momenta(&next)? != before);
+        assert!(next.memory()? != before);
         Ok(())
     }
 
