@@ -85,8 +85,11 @@ impl Config {
         if stage.images.exists() {
             // One batch of nothing: the loader holds the pictures' channels against the input's.
             let images = Images::open(&stage.images)?;
-            sampler::uniform(&images.rows(&stage.data.train_on), self.batch_size, 0, 0)?;
+            let rows = images.rows(&stage.data.train_on);
+            sampler::uniform(&rows, self.batch_size, 0, 0)?;
             self.loader(&images, Vec::new(), 0, 0, 0)?;
+            // Two views through the online network, two through the target.
+            stage.declare_effort(4. * self.plan(rows.len()).pictures());
         }
         Ok(())
     }

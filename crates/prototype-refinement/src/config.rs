@@ -98,6 +98,13 @@ impl Config {
     pub fn check(&self, stage: &Stage) -> Result<()> {
         training::network_device(stage.device)?;
         self.plan(1).check()?;
+        if stage.images.exists() {
+            let rows = Images::open(&stage.images)?.rows(&stage.data.train_on);
+            // Two views through the online network, two through the target. What prototypes of an
+            // epoch take, once they draw, cannot be known before.
+            let steps = sampler::steps(rows.len(), self.batch_size);
+            stage.declare_effort(4. * self.plan(steps).pictures());
+        }
         ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
         self.groups()?;
         self.learning_rate(stage.rounds.max(1), 1)?;

@@ -7,7 +7,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, FromArgMatches};
@@ -63,6 +63,14 @@ impl Stage {
     /// The folder that plays `role`, where one was given.
     pub fn optional_input(&self, role: &str) -> Option<&Path> {
         self.inputs.get(role).map(PathBuf::as_path)
+    }
+
+    /// Says, from the program's check, how many pictures this step will pass through a backbone:
+    /// one for each forward pass, with gradient or without, weighted by pixels where a crop is
+    /// smaller than the network's input. Under `--check` the program prints it as
+    /// `backbone-pictures`, before its table; `cargo xtask compare` holds systems to equal sums.
+    pub fn declare_effort(&self, backbone_pictures: f64) {
+        BACKBONE_PICTURES.store(backbone_pictures.to_bits(), Ordering::Relaxed);
     }
 
     /// True once the user or the system asked the program to stop: save at the next step, and
@@ -189,7 +197,8 @@ fn check_or_run<C: DeserializeOwned + Serialize + Debug>(
     }
     check(&config, &stage)?;
     if arguments.check {
-        print!("[{name}]\n{}", toml::to_string(&config)?);
+        let pictures = f64::from_bits(BACKBONE_PICTURES.load(Ordering::Relaxed));
+        print!("backbone-pictures = {pictures:?}\n\n[{name}]\n{}", toml::to_string(&config)?);
         return Ok(());
     }
     run_once(&stage, algorithm, || run(&config, &stage))
@@ -216,6 +225,9 @@ fn run_once(stage: &Stage, algorithm: u32, run: impl FnOnce() -> Result<()>) -> 
     let mark = serde_json::json!({ "algorithm": algorithm, "stage": stage.name });
     files::write(&done, format!("{mark}\n").as_bytes())
 }
+
+/// Bits of what [`Stage::declare_effort`] was told last; 0 for a program without a backbone.
+static BACKBONE_PICTURES: AtomicU64 = AtomicU64::new(0);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
