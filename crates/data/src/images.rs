@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture, ascending; equal ones by split |
 //! | `split` | `(N,)` u8 | 0 train, 1 test, 2 unlabelled |
-//! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG file, 2 PNG file |
+//! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG, 2 PNG, 3 WebP file |
 //! | `size` | `(N, 2)` u32 | height and width of the decoded picture |
 //! | `offset` | `(N + 1,)` u64 | picture `n` is `bytes[offset[n]..offset[n + 1]]` |
 //! | `bytes` | `(B,)` u8 | the stored bytes: files as they were found, or raw pixels |
@@ -15,6 +15,17 @@
 //! Header: `images`, N; `channels`, 1 for grey or 3 for colour, which pictures are decoded to;
 //! `fingerprint`, the hex SHA-256 over `channels` as u32 and then, by row, id, split as u8, height
 //! and width as u32, all little-endian.
+//!
+//! More than [`PART_BYTES`] of pictures are kept in several files beside this one. Then `bytes` is
+//! missing here, and in its place there is
+//!
+//! | tensor | shape, type | |
+//! |---|---|---|
+//! | `part` | `(S + 1,)` u64 | where in the row of all bytes each part begins; the last number is their sum |
+//!
+//! Part `s`, counted from 1, is `images-<s>-of-<S>.safetensors` with both numbers in five digits:
+//! kind `images-part`, format version 1, header field `fingerprint`, and a tensor `bytes` with as
+//! many bytes as `part` says. No picture lies across two parts.
 //!
 //! The digest in the header covers all tensors but `bytes`; these are covered by the ids. So
 //! opening checks everything but the pictures, in time that does not depend on their size, and
@@ -34,16 +45,23 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stage::Split;
-use stage::container::{self, Contents, Header, Streamed, Tensor, hex};
+use stage::container::{self, Column, Contents, Header, Streamed, hex};
 
 use crate::data_set::DataSet;
 use crate::picture::{Encoding, Picture, decode};
 
 const KIND: &str = "images";
+const PART_KIND: &str = "images-part";
 const VERSION: u64 = 1;
+
+/// The most bytes of pictures in one file, about: 4 GiB. More are kept in several.
+pub const PART_BYTES: u64 = 1 << 32;
 
 /// The tensor that is too large to be held.
 const BYTES: &str = "bytes";
+
+/// The tensor that stands in its place where there are parts.
+const PART: &str = "part";
 
 /// How many bytes of decoded pictures are kept unless [`Images::keep_decoded`] says otherwise:
 /// 1 GiB, enough for 38,000 pictures of 96×96 in colour.
@@ -62,9 +80,8 @@ pub struct Images {
 struct Shared {
     data_set: DataSet,
     channels: usize,
-    map: Mmap,
-    /// Where the tensor `bytes` begins in the file.
-    start: usize,
+    /// The pictures' bytes: one part within the file itself, or several beside it.
+    parts: Vec<Part>,
     ids: Vec<Id>,
     splits: Vec<Split>,
     encodings: Vec<Encoding>,
@@ -77,18 +94,25 @@ struct Shared {
     room: AtomicUsize,
 }
 
+/// A mapped file with pictures.
+#[derive(Debug)]
+struct Part {
+    map: Mmap,
+    /// Where the tensor `bytes` lies in the file.
+    bytes: Range<usize>,
+    /// Where these bytes begin in the row of all bytes.
+    first: u64,
+}
+
 impl Images {
     /// Maps the file and checks all of it but the pictures' bytes, which [`Images::picture`] does.
     ///
     /// # Errors
     ///
-    /// The file is missing, foreign, of another version, cut short or damaged.
+    /// The file, or one of its parts, is missing, foreign, of another version, cut short or
+    /// damaged.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| {
-            let path = path.display();
-            format!("opening the images `{path}`; prepare them first or name others with --images")
-        })?;
-        let map = map(&file).with_context(|| format!("mapping `{}`", path.display()))?;
+        let map = open_map(path)?;
         let contents = Contents::parse(path, &map, KIND, VERSION)?;
         contents.verify_around(path, &map, Some(BYTES))?;
         let shared = Shared::read(path, map, &contents).with_context(|| {
@@ -189,7 +213,7 @@ impl Images {
 
     fn decode(&self, position: usize) -> Result<Picture> {
         let shared = &*self.shared;
-        let bytes = &shared.map[shared.stored(position)];
+        let bytes = shared.stored(position);
         if !shared.checked[position].load(Ordering::Relaxed) {
             let id: Id = Sha256::digest(bytes).into();
             ensure!(id == shared.ids[position], "its bytes do not have the checksum in its id");
@@ -198,7 +222,7 @@ impl Images {
         let [height, width] = shared.sizes[position].map(|extent| extent as usize);
         let picture = match shared.encodings[position] {
             Encoding::Raw => Picture::new(height, width, shared.channels, bytes.to_vec())?,
-            Encoding::Jpeg | Encoding::Png => decode(bytes, shared.channels)?,
+            Encoding::Jpeg | Encoding::Png | Encoding::WebP => decode(bytes, shared.channels)?,
         };
         ensure!(
             (picture.height, picture.width) == (height, width),
@@ -219,6 +243,20 @@ impl Images {
             room.fetch_add(bytes, Ordering::Relaxed);
         }
     }
+}
+
+fn open_map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).with_context(|| {
+        let path = path.display();
+        format!("opening the images `{path}`; prepare them first or name others with --images")
+    })?;
+    map(&file).with_context(|| format!("mapping `{}`", path.display()))
+}
+
+/// The file of part `part`, counted from 0, beside the file `images`.
+pub fn part_path(images: &Path, part: usize, parts: usize) -> PathBuf {
+    let stem = images.file_stem().unwrap_or_default().to_string_lossy();
+    images.with_file_name(format!("{stem}-{:05}-of-{parts:05}.safetensors", part + 1))
 }
 
 #[expect(unsafe_code, reason = "mapping a file is unsafe because others can change it")]
@@ -262,12 +300,21 @@ impl Shared {
         let offsets: Vec<u64> = bytemuck::allocation::pod_collect_to_vec(
             &map[tensor("offset", "U64", &[Some(n + 1)])?],
         );
-        let bytes = tensor(BYTES, "U8", &[None])?;
+        let starts: Option<Vec<u64>> = match contents.tensors.contains_key(PART) {
+            true => {
+                Some(bytemuck::allocation::pod_collect_to_vec(&map[tensor(PART, "U64", &[None])?]))
+            }
+            false => None,
+        };
+        let bytes = match starts {
+            None => Some(tensor(BYTES, "U8", &[None])?),
+            Some(_) => None,
+        };
 
         let mut shared = Self {
             data_set: DataSet { path: path.to_owned(), images: n, fingerprint: String::new() },
             channels,
-            start: bytes.start,
+            parts: Vec::new(),
             ids,
             splits: splits
                 .map(|&code| Split::from_code(code).with_context(|| format!("split {code}")))
@@ -280,29 +327,74 @@ impl Shared {
             checked: (0..n).map(|_| AtomicBool::new(false)).collect(),
             decoded: (0..n).map(|_| OnceLock::new()).collect(),
             room: AtomicUsize::new(DECODED_BYTES),
-            map,
         };
         let ascending = |pair: &[Id]| pair[0] <= pair[1];
         ensure!(shared.ids.windows(2).all(ascending), "the ids do not ascend");
-        let rising = shared.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-        let ends = [shared.offsets.first(), shared.offsets.last()];
-        ensure!(
-            rising && ends == [Some(&0), Some(&(bytes.len() as u64))],
-            "the offsets do not cover the bytes"
-        );
         let rows = shared.ids.iter().zip(&shared.splits).zip(&shared.sizes);
         let fingerprint =
             fingerprint(channels, rows.map(|((id, split), size)| (id, *split, *size)));
         let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
         ensure!(stated == Some(&fingerprint), "the fingerprint is not that of its pictures");
+        shared.parts = match (bytes, starts) {
+            (Some(bytes), _) => vec![Part { map, bytes, first: 0 }],
+            (None, starts) => Part::open_all(path, &starts.unwrap_or_default(), &fingerprint)?,
+        };
         shared.data_set.fingerprint = fingerprint;
+        shared.check_offsets()?;
         Ok(shared)
     }
 
-    /// The bytes of a picture in the mapped file; they lie inside it, [`Shared::read`] saw to it.
-    fn stored(&self, position: usize) -> Range<usize> {
-        let at = |offset: u64| self.start + offset as usize;
-        at(self.offsets[position])..at(self.offsets[position + 1])
+    /// Sees to it that every picture lies within one part.
+    fn check_offsets(&self) -> Result<()> {
+        let rising = self.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+        let end = self.parts.last().map(Part::end);
+        ensure!(
+            rising && self.offsets.first() == Some(&0) && self.offsets.last().copied() == end,
+            "the offsets do not cover the bytes"
+        );
+        let whole = |part: &Part| self.offsets.binary_search(&part.first).is_ok();
+        ensure!(self.parts.iter().all(whole), "a picture lies across two parts");
+        Ok(())
+    }
+
+    /// The bytes of a picture in its mapped file; they lie inside it, [`Shared::check_offsets`] saw
+    /// to it.
+    fn stored(&self, position: usize) -> &[u8] {
+        let (from, to) = (self.offsets[position], self.offsets[position + 1]);
+        if from == to {
+            return &[];
+        }
+        let part = &self.parts[self.parts.partition_point(|part| part.first <= from) - 1];
+        let at = |offset: u64| part.bytes.start + (offset - part.first) as usize;
+        &part.map[at(from)..at(to)]
+    }
+}
+
+impl Part {
+    fn end(&self) -> u64 {
+        self.first + self.bytes.len() as u64
+    }
+
+    /// Opens the parts beside `images`, which begin at `starts`.
+    fn open_all(images: &Path, starts: &[u64], fingerprint: &str) -> Result<Vec<Self>> {
+        ensure!(starts.len() > 1 && starts[0] == 0, "it names no parts");
+        let count = starts.len() - 1;
+        let open = |(number, pair): (usize, &[u64])| {
+            let path = part_path(images, number, count);
+            let map = open_map(&path)?;
+            let contents = Contents::parse(&path, &map, PART_KIND, VERSION)?;
+            contents.verify_around(&path, &map, Some(BYTES))?;
+            let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
+            let place = contents.tensors.get(BYTES);
+            let bytes = place.map(|place| place.bytes.clone()).unwrap_or_default();
+            ensure!(
+                stated == Some(fingerprint) && pair[0] + bytes.len() as u64 == pair[1],
+                "`{}` belongs to other pictures",
+                path.display()
+            );
+            Ok(Self { map, bytes, first: pair[0] })
+        };
+        starts.windows(2).enumerate().map(open).collect()
     }
 }
 
@@ -310,15 +402,32 @@ fn fingerprint<'a>(
     channels: usize,
     rows: impl Iterator<Item = (&'a Id, Split, [u32; 2])>,
 ) -> String {
-    let mut hash = Sha256::new();
-    hash.update((channels as u32).to_le_bytes());
-    for (id, split, [height, width]) in rows {
-        hash.update(id);
-        hash.update([split.code()]);
-        hash.update(height.to_le_bytes());
-        hash.update(width.to_le_bytes());
+    let mut fingerprint = Fingerprint::new(channels);
+    for (id, split, size) in rows {
+        fingerprint.add(id, split, size);
     }
-    hex(&hash.finalize())
+    fingerprint.text()
+}
+
+/// The digest that tells one data set from another, row by row.
+#[derive(Debug)]
+struct Fingerprint(Sha256);
+
+impl Fingerprint {
+    fn new(channels: usize) -> Self {
+        Self(Sha256::new_with_prefix((channels as u32).to_le_bytes()))
+    }
+
+    fn add(&mut self, id: &Id, split: Split, [height, width]: [u32; 2]) {
+        self.0.update(id);
+        self.0.update([split.code()]);
+        self.0.update(height.to_le_bytes());
+        self.0.update(width.to_le_bytes());
+    }
+
+    fn text(self) -> String {
+        hex(&self.0.finalize())
+    }
 }
 
 /// A picture on its way into the file: its bytes as they will be stored, known to be readable.
@@ -332,12 +441,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// A JPEG or PNG file, which is stored as it is. It is decoded once, to grey (1) or colour
+    /// A JPEG, PNG or WebP file, which is stored as it is. It is decoded once, to grey (1) or colour
     /// (3), to make sure that it can be.
     ///
     /// # Errors
     ///
-    /// It is neither, is broken, cut short or too large; the message says which, but not where the
+    /// It is none of them, is broken, cut short or too large; the message says which, but not where the
     /// file came from.
     pub fn file(bytes: Vec<u8>, channels: usize) -> Result<Self> {
         let picture = decode(&bytes, channels)?;
@@ -371,13 +480,165 @@ impl Source {
     pub fn id(&self) -> Id {
         self.id
     }
+
+    /// The bytes as they are stored.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// What the file says of it besides its bytes.
+    pub fn row(&self, split: Split) -> Row {
+        let Self { id, encoding, size, .. } = *self;
+        Row { id, split, encoding, size, length: self.bytes.len() as u64 }
+    }
+}
+
+/// What `images.safetensors` says of a picture besides its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// SHA-256 of the stored bytes.
+    pub id: Id,
+    /// Which part of the data set it belongs to.
+    pub split: Split,
+    /// How the bytes are to be read.
+    pub encoding: Encoding,
+    /// Height and width of the decoded picture.
+    pub size: [u32; 2],
+    /// How many bytes there are.
+    pub length: u64,
+}
+
+/// Writes `images.safetensors` from rows that come in their order, in memory that does not grow
+/// with their number: what the file says of each waits in temporary files beside it.
+#[derive(Debug)]
+pub struct SortedWriter {
+    path: PathBuf,
+    channels: usize,
+    part_bytes: u64,
+    fingerprint: Fingerprint,
+    last: Option<(Id, Split)>,
+    ids: Column<u8>,
+    splits: Column<u8>,
+    encodings: Column<u8>,
+    sizes: Column<u32>,
+    offsets: Column<u64>,
+    end: u64,
+    /// Where each part begins, and with which row.
+    parts: Vec<(u64, u64)>,
+}
+
+impl SortedWriter {
+    /// Begins a file at `path` whose pictures are grey (1) or in colour (3), in parts of at most
+    /// about `part_bytes`: [`PART_BYTES`] outside tests.
+    ///
+    /// # Errors
+    ///
+    /// `channels` is neither, or the folder cannot be written to.
+    pub fn create(path: &Path, channels: usize, part_bytes: u64) -> Result<Self> {
+        ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
+        let folder = folder_of(path);
+        let mut offsets = Column::create_in(folder)?;
+        offsets.push(&[0])?;
+        Ok(Self {
+            path: path.to_owned(),
+            channels,
+            part_bytes,
+            fingerprint: Fingerprint::new(channels),
+            last: None,
+            ids: Column::create_in(folder)?,
+            splits: Column::create_in(folder)?,
+            encodings: Column::create_in(folder)?,
+            sizes: Column::create_in(folder)?,
+            offsets,
+            end: 0,
+            parts: vec![(0, 0)],
+        })
+    }
+
+    /// Adds the next row.
+    ///
+    /// # Errors
+    ///
+    /// It does not belong behind the last one, or the disk refuses.
+    pub fn push(&mut self, row: &Row) -> Result<()> {
+        let place = Some((row.id, row.split));
+        ensure!(self.last <= place, "rows must ascend by id, those of one id by split");
+        self.last = place;
+        let part = self.end - self.parts.last().map_or(0, |part| part.0);
+        if part > 0 && part + row.length > self.part_bytes {
+            self.parts.push((self.end, self.splits.len()));
+        }
+        self.fingerprint.add(&row.id, row.split, row.size);
+        self.ids.push(&row.id)?;
+        self.splits.push(&[row.split.code()])?;
+        self.encodings.push(&[row.encoding.code()])?;
+        self.sizes.push(&row.size)?;
+        self.end += row.length;
+        self.offsets.push(&[self.end])
+    }
+
+    /// Writes the file, with parts beside it where it would be too large. `next` is called once for
+    /// each row, in order, and writes its bytes.
+    ///
+    /// # Errors
+    ///
+    /// No row was added, `next` fails or writes another number of bytes than its row says, or the
+    /// disk refuses.
+    pub fn finish(mut self, next: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<DataSet> {
+        let n = usize::try_from(self.splits.len())?;
+        ensure!(n > 0, "no picture was found, so `{}` is not written", self.path.display());
+        let fingerprint = self.fingerprint.text();
+        let data_set = DataSet { path: self.path.clone(), images: n, fingerprint };
+        let mut header: Header = data_set.header();
+        header.insert("channels".into(), self.channels.into());
+        let mut starts: Vec<u64> = self.parts.iter().map(|part| part.0).collect();
+        starts.push(self.end);
+        let several = self.parts.len() > 1;
+        if several {
+            let mut rows: Vec<u64> = self.parts.iter().map(|part| part.1).collect();
+            rows.push(n as u64);
+            for part in 0..self.parts.len() {
+                let path = part_path(&self.path, part, self.parts.len());
+                let header =
+                    Header::from([("fingerprint".into(), data_set.fingerprint.clone().into())]);
+                let mut fill =
+                    |out: &mut dyn Write| (rows[part]..rows[part + 1]).try_for_each(|_| next(out));
+                let length = starts[part + 1] - starts[part];
+                let streamed = Streamed { name: BYTES, length, fill: &mut fill };
+                container::write_streamed(&path, PART_KIND, VERSION, header, &[], Some(streamed))?;
+            }
+        }
+        let mut tensors = vec![
+            self.ids.tensor("id", &[n, 32])?,
+            self.splits.tensor("split", &[n])?,
+            self.encodings.tensor("encoding", &[n])?,
+            self.sizes.tensor("size", &[n, 2])?,
+            self.offsets.tensor("offset", &[n + 1])?,
+        ];
+        if several {
+            tensors.push(container::Tensor::u64(PART, &[starts.len()], &starts));
+        }
+        let mut fill = |out: &mut dyn Write| (0..n).try_for_each(|_| next(out));
+        let streamed = Streamed { name: BYTES, length: self.end, fill: &mut fill };
+        let streamed = Some(streamed).filter(|_| !several);
+        container::write_streamed(&self.path, KIND, VERSION, header, &tensors, streamed)?;
+        Ok(data_set)
+    }
+}
+
+/// The folder a file lies in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 /// Writes `images.safetensors` from pictures that come one by one, in any order.
 ///
 /// The bytes go to a temporary file at once and are put in order at the end, so memory holds about
 /// 100 bytes a picture, and the disk twice the pictures for a while. Nothing has the final name
-/// before [`Writer::finish`].
+/// before [`Writer::finish`]. For sets of any size, sorted elsewhere, there is [`SortedWriter`].
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
@@ -392,11 +653,9 @@ pub struct Writer {
 
 #[derive(Debug)]
 struct Kept {
-    id: Id,
-    encoding: Encoding,
-    split: Split,
-    size: [u32; 2],
-    range: Range<u64>,
+    row: Row,
+    /// Where its bytes begin in the temporary file.
+    start: u64,
 }
 
 /// What to do with a picture whose bytes another one has too.
@@ -436,8 +695,7 @@ impl Writer {
     /// `channels` is neither, or the folder cannot be written to.
     pub fn create(path: &Path, channels: usize, identical: Identical) -> Result<Self> {
         ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
-        let folder = path.parent().unwrap_or(Path::new(""));
-        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let folder = folder_of(path);
         let spool = std::fs::create_dir_all(folder)
             .and_then(|()| tempfile::tempfile_in(folder))
             .with_context(|| format!("writing into `{}`", folder.display()))?;
@@ -467,27 +725,26 @@ impl Writer {
             self.channels
         );
         let first = self.tickets.get(&source.id).copied();
-        let range = match (first, self.identical) {
+        let start = match (first, self.identical) {
             (Some(ticket), Identical::Drop) => {
-                let kept = &mut self.kept[ticket];
-                kept.split = kept.split.min(split);
+                let row = &mut self.kept[ticket].row;
+                row.split = row.split.min(split);
                 return Ok(Added::Duplicate(ticket));
             }
-            (Some(ticket), Identical::Keep) => self.kept[ticket].range.clone(),
+            (Some(ticket), Identical::Keep) => self.kept[ticket].start,
             (None, _) => self.spool(&source.bytes)?,
         };
-        let Source { id, encoding, size, .. } = *source;
-        self.kept.push(Kept { id, encoding, split, size, range });
+        self.kept.push(Kept { row: source.row(split), start });
         let ticket = self.kept.len() - 1;
-        self.tickets.entry(id).or_insert(ticket);
+        self.tickets.entry(source.id).or_insert(ticket);
         Ok(Added::Kept(ticket))
     }
 
-    fn spool(&mut self, bytes: &[u8]) -> Result<Range<u64>> {
+    fn spool(&mut self, bytes: &[u8]) -> Result<u64> {
         self.spool.write_all(bytes).with_context(|| self.refused())?;
-        let range = self.spooled..self.spooled + bytes.len() as u64;
-        self.spooled = range.end;
-        Ok(range)
+        let start = self.spooled;
+        self.spooled += bytes.len() as u64;
+        Ok(start)
     }
 
     /// Puts the pictures in order and writes the file; of more than `at_most` the first by order.
@@ -503,51 +760,21 @@ impl Writer {
         let mut order: Vec<usize> = (0..self.kept.len()).collect();
         // Equal bytes of equal split are told apart by nothing in this file, so that their order,
         // which is that of arrival, moves only names and labels.
-        order.sort_by_key(|&ticket| (self.kept[ticket].id, self.kept[ticket].split));
+        order.sort_by_key(|&ticket| (self.kept[ticket].row.id, self.kept[ticket].row.split));
         order.truncate(at_most.unwrap_or(usize::MAX));
         let mut rows = vec![None; self.kept.len()];
+        let mut writer = SortedWriter::create(&self.path, self.channels, PART_BYTES)?;
         for (&ticket, row) in order.iter().zip(0u32..) {
             rows[ticket] = Some(row);
+            writer.push(&self.kept[ticket].row)?;
         }
-        let data_set = self.write(&order)?;
-        Ok(Written { data_set, rows })
-    }
-
-    fn write(&self, order: &[usize]) -> Result<DataSet> {
-        let n = order.len();
-        let kept = || order.iter().map(|&ticket| &self.kept[ticket]);
-        let ids: Vec<u8> = kept().flat_map(|kept| kept.id).collect();
-        let splits: Vec<u8> = kept().map(|kept| kept.split.code()).collect();
-        let encodings: Vec<u8> = kept().map(|kept| kept.encoding.code()).collect();
-        let sizes: Vec<u32> = kept().flat_map(|kept| kept.size).collect();
-        let mut offsets = vec![0];
-        offsets.extend(kept().scan(0, |end, kept| {
-            *end += kept.range.end - kept.range.start;
-            Some(*end)
-        }));
-        let fingerprint =
-            fingerprint(self.channels, kept().map(|kept| (&kept.id, kept.split, kept.size)));
-        let data_set = DataSet { path: self.path.clone(), images: n, fingerprint };
-        let mut header: Header = data_set.header();
-        header.insert("channels".into(), self.channels.into());
-        let tensors = [
-            Tensor::u8("id", &[n, 32], &ids),
-            Tensor::u8("split", &[n], &splits),
-            Tensor::u8("encoding", &[n], &encodings),
-            Tensor::u32("size", &[n, 2], &sizes),
-            Tensor::u64("offset", &[n + 1], &offsets),
-        ];
         let spool = map(self.spool.get_ref()).with_context(|| self.refused())?;
-        let mut fill = |out: &mut dyn Write| {
-            for kept in kept() {
-                out.write_all(&spool[kept.range.start as usize..kept.range.end as usize])?;
-            }
-            Ok(())
-        };
-        let length = offsets[n];
-        let streamed = Streamed { name: BYTES, length, fill: &mut fill };
-        container::write_streamed(&self.path, KIND, VERSION, header, &tensors, streamed)?;
-        Ok(data_set)
+        let mut kept = order.iter().map(|&ticket| &self.kept[ticket]);
+        let data_set = writer.finish(&mut |out| {
+            let Kept { row, start } = kept.next().context("a picture for each row")?;
+            Ok(out.write_all(&spool[*start as usize..(start + row.length) as usize])?)
+        })?;
+        Ok(Written { data_set, rows })
     }
 
     fn refused(&self) -> String {
@@ -610,6 +837,57 @@ mod tests {
         assert!(ids.is_sorted());
         assert_eq!(images.rows(&[Split::Train, Split::Unlabelled]).len(), 3);
         assert!(images.picture(4).expect_err("no row 4").to_string().contains("row 4"));
+    }
+
+    /// Writes in parts of at most this many bytes.
+    fn write_parts(path: &Path, sources: &[(Source, Split)], part_bytes: u64) -> Result<DataSet> {
+        let mut writer = SortedWriter::create(path, 3, part_bytes)?;
+        sources.iter().try_for_each(|(source, split)| writer.push(&source.row(*split)))?;
+        let mut rest = sources.iter();
+        writer.finish(&mut |out| Ok(out.write_all(rest.next().expect("a row").0.bytes())?))
+    }
+
+    #[test]
+    fn several_parts_are_read_like_one_and_a_foreign_or_missing_one_is_refused() {
+        let (folder, path) = scratch();
+        let mut sources = sources();
+        sources.sort_by_key(|(source, _)| source.id());
+        let whole = write_parts(&path, &sources, PART_BYTES).expect("written");
+        let one = Images::open(&path).expect("sound");
+        // One picture a part at most, whatever its size.
+        let parts = write_parts(&path, &sources, 1).expect("written");
+        assert_eq!(parts.fingerprint, whole.fingerprint);
+        let several = Images::open(&path).expect("sound");
+        several.data_set().require(one.data_set(), "").expect("the same");
+        for row in 0..4 {
+            assert_eq!(several.picture(row).expect("sound"), one.picture(row).expect("sound"));
+            assert_eq!(several.id(row).expect("there"), one.id(row).expect("there"));
+        }
+        let files = std::fs::read_dir(folder.path()).expect("there").count();
+        assert_eq!(files, 1 + 4, "no temporary file is left");
+
+        let part = part_path(&path, 2, 4);
+        assert!(part.ends_with("images-00003-of-00004.safetensors"));
+        let bytes = std::fs::read(&part).expect("there");
+        for position in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[position] ^= 1;
+            std::fs::remove_file(&part).expect("removed");
+            std::fs::write(&part, &flipped).expect("written");
+            let read = Images::open(&path)
+                .and_then(|images| (0..4).try_for_each(|row| images.picture(row).map(|_| ())));
+            let error = format!("{:#}", read.expect_err("a flipped byte"));
+            assert!(error.contains("images"), "byte {position}: {error}");
+        }
+        std::fs::copy(part_path(&path, 1, 4), &part).expect("copied");
+        assert!(Images::open(&path).is_err(), "another part in its place");
+        std::fs::remove_file(&part).expect("removed");
+        let error = format!("{:#}", Images::open(&path).expect_err("missing"));
+        assert!(error.contains("images-00003-of-00004.safetensors"), "{error}");
+
+        sources.reverse();
+        let error = write_parts(&path, &sources, 1).expect_err("out of order");
+        assert!(error.to_string().contains("ascend"));
     }
 
     #[test]

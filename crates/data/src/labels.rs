@@ -13,8 +13,8 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
-use stage::container::{self, Container, Tensor};
+use anyhow::{Context, Result, ensure};
+use stage::container::{self, Column, Container, Tensor};
 
 use crate::data_set::{DataSet, check_length};
 use crate::names::{join, split};
@@ -88,6 +88,72 @@ impl Labels {
     }
 }
 
+/// Writes `labels.safetensors` from labels that come one by one in the order of rows, in memory that
+/// does not grow with their number.
+#[derive(Debug)]
+pub struct Writer {
+    given: Column<u32>,
+    label: Column<u32>,
+}
+
+impl Writer {
+    /// Begins; what waits lies in the folder without a name.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be written to.
+    pub fn create_in(folder: &Path) -> Result<Self> {
+        Ok(Self { given: Column::create_in(folder)?, label: Column::create_in(folder)? })
+    }
+
+    /// Adds the label of the next row, by whatever numbers the caller gives to classes for now.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses.
+    pub fn push(&mut self, given: Option<u32>) -> Result<()> {
+        self.given.push(&[given.unwrap_or(UNKNOWN)])
+    }
+
+    /// Writes the file: the class that was given as `n` has the number `numbers[n]` there, and the
+    /// name at that place of `classes`.
+    ///
+    /// # Errors
+    ///
+    /// There are more or fewer labels than pictures, a label has no class, or the file cannot be
+    /// written.
+    pub fn finish(
+        mut self,
+        data_set: &DataSet,
+        path: &Path,
+        numbers: &[u32],
+        classes: &[String],
+    ) -> Result<()> {
+        let count = usize::try_from(self.given.len())?;
+        check_length(path, "label", count, data_set.images)?;
+        let label = &mut self.label;
+        self.given.each(|given| {
+            let number = match given {
+                UNKNOWN => UNKNOWN,
+                given => *numbers
+                    .get(given as usize)
+                    .filter(|&&number| (number as usize) < classes.len())
+                    .with_context(|| {
+                        format!("label {given} for `{}` has no class", path.display())
+                    })?,
+            };
+            label.push(&[number])
+        })?;
+        let (bytes, offset) = join(classes);
+        let tensors = [
+            self.label.tensor("label", &[count])?,
+            Tensor::u8("class-bytes", &[bytes.len()], &bytes),
+            Tensor::u64("class-offset", &[offset.len()], &offset),
+        ];
+        container::write(path, KIND, VERSION, data_set.header(), &tensors)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +169,16 @@ mod tests {
         let read = Labels::open(&path).expect("sound");
         assert_eq!(read.labels, written.labels);
         assert_eq!(read.classes, written.classes);
+
+        let gathered = |labels: &[Option<u32>]| {
+            let mut writer = Writer::create_in(folder.path()).expect("created");
+            labels.iter().try_for_each(|&label| writer.push(label)).expect("added");
+            writer.finish(&written.data_set, &path, &[1, 0], &written.classes)
+        };
+        gathered(&[Some(0), None, Some(1)]).expect("written");
+        assert_eq!(Labels::open(&path).expect("sound").labels, written.labels);
+        assert!(gathered(&[Some(0), None, Some(2)]).is_err());
+        assert!(gathered(&[Some(0), None]).is_err());
 
         written.labels[2] = Some(2);
         let error = written.write(&path).expect_err("no class 2").to_string();

@@ -13,7 +13,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use stage::container::{self, Container, Tensor};
+use stage::container::{self, Column, Container, Tensor};
 
 use crate::data_set::{DataSet, check_length};
 
@@ -59,6 +59,51 @@ impl Names {
     }
 }
 
+/// Writes `names.safetensors` from names that come one by one in the order of rows, in memory that
+/// does not grow with their number.
+#[derive(Debug)]
+pub struct Writer {
+    bytes: Column<u8>,
+    offset: Column<u64>,
+}
+
+impl Writer {
+    /// Begins; what waits lies in the folder without a name.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be written to.
+    pub fn create_in(folder: &Path) -> Result<Self> {
+        let mut offset = Column::create_in(folder)?;
+        offset.push(&[0])?;
+        Ok(Self { bytes: Column::create_in(folder)?, offset })
+    }
+
+    /// Adds the name of the next row.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses.
+    pub fn push(&mut self, name: &str) -> Result<()> {
+        self.bytes.push(name.as_bytes())?;
+        self.offset.push(&[self.bytes.len()])
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    ///
+    /// There are more or fewer names than pictures, or the file cannot be written.
+    pub fn finish(mut self, data_set: &DataSet, path: &Path) -> Result<()> {
+        let count = usize::try_from(self.offset.len())?;
+        check_length(path, "offset", count - 1, data_set.images)?;
+        let length = usize::try_from(self.bytes.len())?;
+        let tensors =
+            [self.bytes.tensor("bytes", &[length])?, self.offset.tensor("offset", &[count])?];
+        container::write(path, KIND, VERSION, data_set.header(), &tensors)
+    }
+}
+
 /// Texts one after the other, and where each begins; the last number is where the last one ends.
 pub(crate) fn join(texts: &[String]) -> (Vec<u8>, Vec<u64>) {
     let mut bytes = Vec::new();
@@ -99,6 +144,10 @@ mod tests {
         let read = Names::open(&path).expect("sound");
         assert_eq!(read.names, written.names);
         read.data_set.require(&written.data_set, "").expect("the same");
+        let mut writer = Writer::create_in(folder.path()).expect("created");
+        written.names.iter().try_for_each(|name| writer.push(name)).expect("added");
+        writer.finish(&written.data_set, &path).expect("written");
+        assert_eq!(Names::open(&path).expect("sound").names, written.names);
         written.names.pop();
         assert!(written.write(&path).is_err());
     }

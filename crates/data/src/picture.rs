@@ -4,6 +4,7 @@ use std::io::Cursor;
 
 use anyhow::{Context, Result, bail, ensure};
 use image::codecs::png::PngDecoder;
+use image::codecs::webp::WebPDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageDecoder, RgbImage};
 use zune_core::bytestream::ZCursor;
@@ -66,6 +67,8 @@ pub enum Encoding {
     Jpeg,
     /// A PNG file.
     Png,
+    /// A WebP file.
+    WebP,
 }
 
 impl Encoding {
@@ -75,23 +78,27 @@ impl Encoding {
             Some(Self::Jpeg)
         } else if file.starts_with(b"\x89PNG\r\n\x1a\n") {
             Some(Self::Png)
+        } else if file.starts_with(b"RIFF") && file.get(8..12) == Some(b"WEBP") {
+            Some(Self::WebP)
         } else {
             None
         }
     }
 
     /// The number that stands for it in `images.safetensors`.
-    pub(crate) fn code(self) -> u8 {
+    pub fn code(self) -> u8 {
         self as u8
     }
 
     /// The encoding that a number in `images.safetensors` stands for.
-    pub(crate) fn from_code(code: u8) -> Option<Self> {
-        [Self::Raw, Self::Jpeg, Self::Png].into_iter().find(|encoding| encoding.code() == code)
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::Raw, Self::Jpeg, Self::Png, Self::WebP]
+            .into_iter()
+            .find(|encoding| encoding.code() == code)
     }
 }
 
-/// Decodes a JPEG or PNG file to grey (1) or colour (3).
+/// Decodes a JPEG, PNG or WebP file to grey (1) or colour (3).
 ///
 /// Transparency is dropped, 16 bits become 8, of an animation the first frame is taken, and a
 /// photograph is turned the way its EXIF orientation asks.
@@ -103,7 +110,8 @@ pub fn decode(file: &[u8], channels: usize) -> Result<Picture> {
     match Encoding::of(file) {
         Some(Encoding::Jpeg) => decode_jpeg(file, channels),
         Some(Encoding::Png) => decode_png(file, channels),
-        _ => bail!("neither a JPEG nor a PNG file"),
+        Some(Encoding::WebP) => decode_webp(file, channels),
+        Some(Encoding::Raw) | None => bail!("neither a JPEG nor a PNG nor a WebP file"),
     }
 }
 
@@ -161,6 +169,17 @@ fn decode_png(file: &[u8], channels: usize) -> Result<Picture> {
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut decoded =
         DynamicImage::from_decoder(decoder).context("the PNG data are broken or cut short")?;
+    decoded.apply_orientation(orientation);
+    Ok(from_dynamic(decoded)?.with_channels(channels))
+}
+
+fn decode_webp(file: &[u8], channels: usize) -> Result<Picture> {
+    let mut decoder = WebPDecoder::new(Cursor::new(file)).context("the WebP header is broken")?;
+    let (width, height) = decoder.dimensions();
+    check_extents(height as usize, width as usize)?;
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut decoded =
+        DynamicImage::from_decoder(decoder).context("the WebP data are broken or cut short")?;
     decoded.apply_orientation(orientation);
     Ok(from_dynamic(decoded)?.with_channels(channels))
 }
@@ -293,6 +312,21 @@ pub(crate) mod tests {
         decode(&file, 3).expect("whole");
         assert!(decode(&file[..file.len() - 2], 3).is_err());
         assert!(decode(b"GIF89a", 3).expect_err("a GIF").to_string().contains("neither"));
+    }
+
+    #[test]
+    fn webp_is_decoded_and_a_cut_file_refused() {
+        let picture = example(11, 18, 3);
+        let mut file = Vec::new();
+        image::codecs::webp::WebPEncoder::new_lossless(&mut file)
+            .encode(&picture.pixels, 18, 11, ExtendedColorType::Rgb8)
+            .expect("encodes");
+        assert_eq!(Encoding::of(&file), Some(Encoding::WebP));
+        assert_eq!(decode(&file, 3).expect("sound"), picture);
+        assert_eq!(decode(&file, 1).expect("sound"), picture.with_channels(1));
+        for length in [4, 12, 20, 40, file.len() / 2, file.len() - 4] {
+            assert!(decode(&file[..length], 3).is_err(), "{length} of {}", file.len());
+        }
     }
 
     #[test]

@@ -13,8 +13,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
-use std::fs;
-use std::io::{self, BufWriter, Write};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Seek, Write};
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -38,14 +39,138 @@ pub struct Tensor<'a> {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: &'a [u8],
+    values: Values<'a>,
+}
+
+/// Where the bytes of a tensor are.
+#[derive(Debug, Clone, Copy)]
+enum Values<'a> {
+    Held(&'a [u8]),
+    /// In a temporary file, this many.
+    Gathered(&'a File, u64),
+}
+
+impl Values<'_> {
+    fn len(self) -> u64 {
+        match self {
+            Self::Held(bytes) => bytes.len() as u64,
+            Self::Gathered(_, length) => length,
+        }
+    }
+
+    /// Calls `visit` with all bytes, in order and in pieces.
+    fn each(self, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (mut file, length) = match self {
+            Self::Held(bytes) => return visit(bytes),
+            Self::Gathered(file, length) => (file, length),
+        };
+        file.rewind()?;
+        let mut left = length;
+        let mut buffer = vec![0; 1 << 16];
+        while left > 0 {
+            let piece = left.min(buffer.len() as u64) as usize;
+            file.read_exact(&mut buffer[..piece])?;
+            visit(&buffer[..piece])?;
+            left -= piece as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The values of a tensor that is too long to be held: they are pushed one by one and wait in a
+/// temporary file until [`write()`] or [`write_streamed`] reads them again.
+#[derive(Debug)]
+pub struct Column<T> {
+    file: BufWriter<File>,
+    values: u64,
+    kind: PhantomData<T>,
+}
+
+/// A type that a [`Column`] can have.
+pub trait Integer: bytemuck::NoUninit {
+    /// Its name in the file.
+    const DTYPE: Dtype;
+}
+
+impl Integer for u8 {
+    const DTYPE: Dtype = Dtype::U8;
+}
+
+impl Integer for u32 {
+    const DTYPE: Dtype = Dtype::U32;
+}
+
+impl Integer for u64 {
+    const DTYPE: Dtype = Dtype::U64;
+}
+
+impl<T: Integer> Column<T> {
+    /// An empty column, whose temporary file lies in `folder` without a name.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be written to.
+    pub fn create_in(folder: &Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(folder)
+            .with_context(|| format!("writing into `{}`", folder.display()))?;
+        Ok(Self { file: BufWriter::with_capacity(1 << 16, file), values: 0, kind: PhantomData })
+    }
+
+    /// Adds values at the end.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses.
+    pub fn push(&mut self, values: &[T]) -> Result<()> {
+        self.file.write_all(bytemuck::cast_slice(values)).context("writing a temporary file")?;
+        self.values += values.len() as u64;
+        Ok(())
+    }
+
+    /// How many values were added.
+    pub fn len(&self) -> u64 {
+        self.values
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.values == 0
+    }
+
+    /// The tensor of this name and shape, to be written.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses.
+    pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize]) -> Result<Tensor<'_>> {
+        self.file.flush().context("writing a temporary file")?;
+        let values =
+            Values::Gathered(self.file.get_ref(), self.values * std::mem::size_of::<T>() as u64);
+        Ok(Tensor { name: name.into(), dtype: T::DTYPE, shape: shape.to_vec(), values })
+    }
+
+    /// Calls `visit` with every value, in order.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses, or `visit` fails.
+    pub fn each(&mut self, mut visit: impl FnMut(T) -> Result<()>) -> Result<()>
+    where
+        T: bytemuck::AnyBitPattern,
+    {
+        self.tensor("", &[])?.values.each(|bytes| {
+            let size = std::mem::size_of::<T>();
+            bytes.chunks_exact(size).try_for_each(|one| visit(bytemuck::pod_read_unaligned(one)))
+        })
+    }
 }
 
 macro_rules! constructor {
     ($(#[$doc:meta])* $name:ident, $type:ty, $dtype:ident) => {
         $(#[$doc])*
         pub fn $name(name: impl Into<String>, shape: &[usize], values: &'a [$type]) -> Self {
-            Self { name: name.into(), dtype: Dtype::$dtype, shape: shape.to_vec(), bytes: bytemuck::cast_slice(values) }
+            let values = Values::Held(bytemuck::cast_slice(values));
+            Self { name: name.into(), dtype: Dtype::$dtype, shape: shape.to_vec(), values }
         }
     };
 }
@@ -86,31 +211,32 @@ pub fn write(
     mut header: Header,
     tensors: &[Tensor],
 ) -> Result<()> {
-    for tensor in tensors {
-        check_finite(tensor.dtype, tensor.bytes)
-            .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
-    }
-    header.insert("kind".into(), kind.into());
-    header.insert("format-version".into(), version.into());
-    let mut sorted: Vec<&Tensor> = tensors.iter().collect();
-    sorted.sort_by(|a, b| a.name.cmp(&b.name));
-    let digest = digest(
-        &serde_json::to_string(&header)?,
-        sorted.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), t.bytes)),
-    );
-    header.insert("sha256".into(), digest.into());
-    let metadata = HashMap::from([(KEY.to_owned(), serde_json::to_string(&header)?)]);
-
     let mut views = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let view = TensorView::new(tensor.dtype, tensor.shape.clone(), tensor.bytes)
+        let Values::Held(bytes) = tensor.values else {
+            return write_streamed(path, kind, version, header, tensors, None);
+        };
+        let view = check_finite(tensor.dtype, bytes)
+            .and_then(|()| Ok(TensorView::new(tensor.dtype, tensor.shape.clone(), bytes)?))
             .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
         views.push((tensor.name.as_str(), view));
     }
+    let parts = tensors.iter().map(Part::of).collect();
+    let metadata = HashMap::from([(KEY.to_owned(), seal(kind, version, &mut header, parts)?)]);
     files::replace(path, |file| {
         let bytes = safetensors::serialize(views, Some(metadata))?;
         Ok(std::io::Write::write_all(file, &bytes)?)
     })
+}
+
+/// Puts kind, version and digest into the header and returns its text.
+fn seal(kind: &str, version: u64, header: &mut Header, mut parts: Vec<Part>) -> Result<String> {
+    header.insert("kind".into(), kind.into());
+    header.insert("format-version".into(), version.into());
+    parts.sort_by_key(|part| part.name);
+    let digest = digest(&serde_json::to_string(&header)?, parts.into_iter())?;
+    header.insert("sha256".into(), digest.into());
+    Ok(serde_json::to_string(&header)?)
 }
 
 /// A tensor of bytes too large to be held in memory, written as it is produced.
@@ -137,38 +263,45 @@ pub fn write_streamed(
     version: u64,
     mut header: Header,
     tensors: &[Tensor],
-    streamed: Streamed,
+    streamed: Option<Streamed>,
 ) -> Result<()> {
-    let length = usize::try_from(streamed.length)?;
     let mut sorted: Vec<&Tensor> = tensors.iter().collect();
     sorted.sort_by(|a, b| a.name.cmp(&b.name));
-    header.insert("kind".into(), kind.into());
-    header.insert("format-version".into(), version.into());
-    let mut parts: Vec<_> =
-        sorted.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), t.bytes)).collect();
+    let mut parts: Vec<Part> = tensors.iter().map(Part::of).collect();
+    let length = match &streamed {
+        Some(streamed) => usize::try_from(streamed.length)?,
+        None => 0,
+    };
     let streamed_shape = [length];
-    parts.push((streamed.name, Dtype::U8, &streamed_shape, &[]));
-    parts.sort_by_key(|part| part.0);
-    let digest = digest(&serde_json::to_string(&header)?, parts.into_iter());
-    header.insert("sha256".into(), digest.into());
+    if let Some(Streamed { name, .. }) = streamed {
+        let values = Values::Held(&[]);
+        parts.push(Part { name, dtype: Dtype::U8, shape: &streamed_shape, values });
+    }
+    let text = seal(kind, version, &mut header, parts)?;
 
     // The widest types first keep every tensor aligned; the streamed bytes need no alignment.
     sorted.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
     let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".into(), json!({ KEY: serde_json::to_string(&header)? }));
+    entries.insert("__metadata__".into(), json!({ KEY: text }));
     let mut end = 0;
     for tensor in &sorted {
-        check_finite(tensor.dtype, tensor.bytes)
+        let finite = match tensor.values {
+            Values::Held(bytes) => check_finite(tensor.dtype, bytes),
+            Values::Gathered(..) => Ok(()),
+        };
+        finite
             .and_then(|()| check_shape(tensor))
             .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
-        let range = [end, end + tensor.bytes.len()];
+        let range = [end, end + tensor.values.len()];
         end = range[1];
         let entry = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": range });
         entries.insert(tensor.name.clone(), entry);
     }
-    let range = [end, end + length];
-    let entry = json!({ "dtype": Dtype::U8, "shape": [length], "data_offsets": range });
-    entries.insert(streamed.name.to_owned(), entry);
+    if let Some(streamed) = &streamed {
+        let range = [end, end + streamed.length];
+        let entry = json!({ "dtype": Dtype::U8, "shape": [length], "data_offsets": range });
+        entries.insert(streamed.name.to_owned(), entry);
+    }
     let mut text = serde_json::to_vec(&entries)?;
     text.resize(text.len().next_multiple_of(8), b' ');
 
@@ -177,17 +310,19 @@ pub fn write_streamed(
         out.write_all(&(text.len() as u64).to_le_bytes())?;
         out.write_all(&text)?;
         for tensor in &sorted {
-            out.write_all(tensor.bytes)?;
+            tensor.values.each(|bytes| Ok(out.write_all(bytes)?))?;
         }
-        let before = out.bytes;
-        (streamed.fill)(&mut out)?;
-        let written = out.bytes - before;
-        ensure!(
-            written == streamed.length,
-            "tensor `{}` got {written} bytes of {} promised",
-            streamed.name,
-            streamed.length
-        );
+        if let Some(streamed) = streamed {
+            let before = out.bytes;
+            (streamed.fill)(&mut out)?;
+            let written = out.bytes - before;
+            ensure!(
+                written == streamed.length,
+                "tensor `{}` got {written} bytes of {} promised",
+                streamed.name,
+                streamed.length
+            );
+        }
         Ok(out.flush()?)
     })
 }
@@ -213,10 +348,10 @@ impl<W: Write> Write for Counted<W> {
 fn check_shape(tensor: &Tensor) -> Result<()> {
     let wanted = tensor.shape.iter().product::<usize>() * tensor.dtype.bitsize() / 8;
     ensure!(
-        wanted == tensor.bytes.len(),
+        wanted as u64 == tensor.values.len(),
         "shape {:?} holds {wanted} bytes, but {} are given",
         tensor.shape,
-        tensor.bytes.len()
+        tensor.values.len()
     );
     Ok(())
 }
@@ -314,9 +449,10 @@ impl Contents {
         let tensors = self.tensors.iter().map(|(name, place)| {
             let covered = streamed != Some(name.as_str());
             let bytes = if covered { &bytes[place.bytes.clone()] } else { &[] };
-            (name.as_str(), place.dtype, place.shape.as_slice(), bytes)
+            let (dtype, shape) = (place.dtype, place.shape.as_slice());
+            Part { name, dtype, shape, values: Values::Held(bytes) }
         });
-        let found = digest(&header, tensors);
+        let found = digest(&header, tensors)?;
         ensure!(
             expected == found,
             "`{}` is damaged: its contents do not have the checksum in its header; remove it and \
@@ -473,18 +609,33 @@ fn check_finite(dtype: Dtype, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// What the digest covers of a tensor.
+struct Part<'a> {
+    name: &'a str,
+    dtype: Dtype,
+    shape: &'a [usize],
+    values: Values<'a>,
+}
+
+impl<'a> Part<'a> {
+    fn of(tensor: &'a Tensor) -> Self {
+        let Tensor { name, dtype, shape, values } = tensor;
+        Self { name, dtype: *dtype, shape, values: *values }
+    }
+}
+
 /// Hex SHA-256 over header and tensors; tensors come sorted by name.
-fn digest<'a>(
-    header: &str,
-    tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize], &'a [u8])>,
-) -> String {
+fn digest<'a>(header: &str, tensors: impl Iterator<Item = Part<'a>>) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(header);
-    for (name, dtype, shape, bytes) in tensors {
+    for Part { name, dtype, shape, values } in tensors {
         hash.update(format!("{name} {dtype:?} {shape:?}\n"));
-        hash.update(bytes);
+        values.each(|bytes| {
+            hash.update(bytes);
+            Ok(())
+        })?;
     }
-    hex(&hash.finalize())
+    Ok(hex(&hash.finalize()))
 }
 
 /// The header's text as it was before the digest was put in.
@@ -621,7 +772,7 @@ mod tests {
             let tensors = [Tensor::u8("a", &[3], &[1, 2, 3]), Tensor::u64("z", &[1], &[7])];
             let mut fill = |out: &mut dyn Write| Ok(out.write_all(b"streamed")?);
             let streamed = Streamed { name: "bytes", length, fill: &mut fill };
-            write_streamed(&path, "example", 1, Header::new(), &tensors, streamed)
+            write_streamed(&path, "example", 1, Header::new(), &tensors, Some(streamed))
         };
         assert!(message(write(9)).contains("8 bytes of 9 promised"));
         assert!(!path.exists());
@@ -639,6 +790,40 @@ mod tests {
         verify(&bytes).expect("these bytes are not covered");
         bytes[contents.tensors["a"].bytes.start] ^= 1;
         assert!(message(verify(&bytes)).contains("damaged"));
+    }
+
+    #[test]
+    fn gathered_values_are_written_like_held_ones() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("gathered.safetensors");
+        let long: Vec<u32> = (0..40_000).map(|i| i * i).collect();
+        let mut numbers = Column::create_in(folder.path()).expect("created");
+        let mut bytes = Column::<u8>::create_in(folder.path()).expect("created");
+        long.chunks(999).try_for_each(|some| numbers.push(some)).expect("added");
+        bytes.push(b"odd").expect("added");
+        assert_eq!((numbers.len(), bytes.is_empty()), (40_000, false));
+        let mut again = Vec::new();
+        let keep = |number| {
+            again.push(number);
+            Ok(())
+        };
+        numbers.each(keep).expect("readable");
+        assert_eq!(again, long);
+
+        let gathered = [
+            numbers.tensor("numbers", &[200, 200]).expect("flushed"),
+            bytes.tensor("bytes", &[3]).expect("flushed"),
+        ];
+        write(&path, "example", 1, Header::new(), &gathered).expect("written");
+        let first = Container::open(&path, "example", 1).expect("sound");
+        assert_eq!(first.u32("numbers").expect("there"), long);
+        assert_eq!(first.u8("bytes").expect("there"), b"odd");
+        let held = [Tensor::u32("numbers", &[200, 200], &long), Tensor::u8("bytes", &[3], b"odd")];
+        write(&path, "example", 1, Header::new(), &held).expect("written");
+        let second = Container::open(&path, "example", 1).expect("sound");
+        assert_eq!(first.header("sha256").expect("there"), second.header("sha256").expect("there"));
+        let wrong = [bytes.tensor("bytes", &[4]).expect("flushed")];
+        assert!(message(write(&path, "example", 1, Header::new(), &wrong)).contains("bytes"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Progress of a step whose length is known.
+/// Progress of a step, of a length that is known or not.
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
@@ -19,12 +19,16 @@ pub struct Progress {
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 impl Progress {
-    /// Shows `label` and how much of `length` is done: on stderr, as a bar if that is a terminal.
+    /// Shows `label` and how much of `length` is done: on stderr, as a bar if that is a terminal. A
+    /// length of 0 is one that nobody knows.
     pub fn new(label: &str, length: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style =
-                ProgressStyle::with_template("{prefix:22} {bar:32} {pos}/{len} {msg} {eta}");
-            let bar = ProgressBar::new(length).with_prefix(label.to_owned());
+            let (template, bar) = match length {
+                0 => ("{prefix:22} {spinner} {pos} {msg} {elapsed}", ProgressBar::no_length()),
+                _ => ("{prefix:22} {bar:32} {pos}/{len} {msg} {eta}", ProgressBar::new(length)),
+            };
+            let style = ProgressStyle::with_template(template);
+            let bar = bar.with_prefix(label.to_owned());
             bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
         Self { bar, label: label.to_owned(), length, done: 0, last_line: Instant::now() }
@@ -40,7 +44,10 @@ impl Progress {
             }
             None if self.last_line.elapsed() >= BETWEEN_LINES => {
                 self.last_line = Instant::now();
-                tracing::info!("{} {done}/{} {note}", self.label, self.length);
+                match self.length {
+                    0 => tracing::info!("{} {done} {note}", self.label),
+                    length => tracing::info!("{} {done}/{length} {note}", self.label),
+                }
             }
             None => {}
         }
