@@ -7,6 +7,7 @@
 //! [`store`]; the [`run`] checks all steps and starts those that are not done; the [`report`] is
 //! the table at the end.
 
+mod bench;
 mod cuda_toolchain;
 mod experiment;
 mod interrupt;
@@ -81,6 +82,11 @@ enum Command {
         /// Compute capability of the card, without its point: 80 A100, 89 L4, 90 H100 and H200.
         #[arg(long, value_name = "N", default_value_t = 90)]
         capability: u32,
+    },
+    /// Times our programs, and other libraries beside them.
+    Bench {
+        #[command(flatten)]
+        options: bench::Options,
     },
     /// Names the experiments.
     List,
@@ -176,6 +182,12 @@ fn follow(command: Command) -> Result<()> {
             go_to_root()?;
             print!("{}", cuda_toolchain::set_up(&absolute(folder)?, &python, capability)?);
             Ok(())
+        }
+        Command::Bench { mut options } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            interrupt::listen()?;
+            bench::run(&options)
         }
         Command::List => {
             go_to_root()?;

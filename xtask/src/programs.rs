@@ -38,7 +38,8 @@ impl Programs {
                  name an executable by its path"
             );
         }
-        let built = if crates.is_empty() { BTreeMap::new() } else { cargo_build(&crates)? };
+        let programs: Vec<_> = crates.iter().map(|&name| (name, name)).collect();
+        let built = if crates.is_empty() { BTreeMap::new() } else { cargo_build(&programs)? };
         Self::located(words, |name| {
             let path = built.get(name).cloned();
             let path = path.with_context(|| {
@@ -98,14 +99,16 @@ fn is_path(word: &str) -> bool {
     word.contains(['/', '\\'])
 }
 
-/// Runs `cargo build` and returns the executables by name.
-fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
-    tracing::info!("building {}", crates.join(", "));
+/// Builds these programs, each a crate with the name of its binary, and returns the executables by
+/// name.
+pub fn cargo_build(programs: &[(&str, &str)]) -> Result<BTreeMap<String, PathBuf>> {
+    let names: Vec<&str> = programs.iter().map(|(_, name)| *name).collect();
+    tracing::info!("building {}", names.join(", "));
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["build", "--message-format", "json-render-diagnostics"]);
-    for name in crates {
-        command.args(["--package", name]);
+    for (owner, name) in programs {
+        command.args(["--package", owner, "--bin", name]);
     }
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.context("starting cargo to build the programs")?;
@@ -113,7 +116,7 @@ fn cargo_build(crates: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
     ensure!(
         output.status.success(),
         "building {} failed; cargo's messages are above",
-        crates.join(", ")
+        names.join(", ")
     );
     let mut executables = BTreeMap::new();
     for line in String::from_utf8_lossy(&output.stdout).lines() {

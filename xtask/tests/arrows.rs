@@ -8,26 +8,27 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 20] = [
+const ARROWS: [(&str, &[&str]); 21] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
-    ("layers", &["kernels"]),
+    ("bench", &[]),
+    ("layers", &["bench", "kernels"]),
     ("assignment", &["stage", "kernels"]),
-    ("data", &["stage", "kernels"]),
+    ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "layers", "backbone"]),
     // The programs.
     ("prepare", &["stage", "data"]),
-    ("pretraining", &["stage", "data", "layers", "backbone", "training"]),
-    ("embed", &["stage", "data", "layers", "backbone", "training"]),
+    ("pretraining", &["stage", "bench", "data", "layers", "backbone", "training"]),
+    ("embed", &["stage", "bench", "data", "layers", "backbone", "training"]),
     ("clustering", &["stage", "data", "assignment", "layers", "training"]),
     ("prototype-refinement", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("propos", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("secu", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training"]),
     ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training"]),
-    ("metrics", &["stage", "data", "assignment"]),
+    ("metrics", &["stage", "bench", "data", "assignment"]),
     // All programs in one.
     (
         "assort",

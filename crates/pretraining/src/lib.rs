@@ -9,8 +9,8 @@
 //! next stage goes on from there), `backbone.safetensors` (the target backbone alone),
 //! `config.json`, `state.safetensors`, and `log.jsonl`, one object per epoch.
 //!
-//! To change the objective, see [`training::loss`]; the order of a step, [`run`]; what varies,
-//! [`Config`].
+//! To change the objective, see [`training::loss`]; the order of a step, [`step`];
+//! what varies, [`Config`].
 
 mod config;
 
@@ -60,30 +60,64 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     while let Some(epoch) = run.next_epoch() {
         let order = sampler::uniform(&rows, config.batch_size, stage.seed, epoch)?;
         for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
-            let Learner { online, target, optimizer } = &mut learner;
-            let [view_1, view_2] = views(batch?, &device)?;
-            let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
-            let target_2 = target.project(&view_2)?;
-            run.note_projections(&target_1)?; // An error when they have collapsed.
-            let directions = [(&view_1, &target_2), (&view_2, &target_1)];
-            for (direction, (view, projection)) in directions.into_iter().enumerate() {
-                let draw = [run.step() as u64, direction as u64];
-                let noise =
-                    training::noise(config.noise, projection.dims2()?, stage.seed, &draw, &device)?;
-                let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-                let loss = regression_loss(pass.prediction(), projection)?;
-                run.note_loss(&loss)?; // An error when it is not finite.
-                // Mean of both directions, not their sum; adds to the gradients.
-                online.backward(pass, &(loss * 0.5)?.backward()?)?;
-            }
-            run.check_gradients(online)?;
-            optimizer.step(online, learning_rate.at(run.step()))?;
-            target.follow(online, target_decay.at(run.step()))?;
+            let rates = Rates {
+                learning_rate: learning_rate.at(run.step()),
+                target_decay: target_decay.at(run.step()),
+                noise: config.noise,
+                seed: stage.seed,
+            };
+            step(&mut run, &mut learner, &views(batch?, &device)?, rates)?;
             run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
         }
         run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
     }
     run.finish(&learner, &configuration)
+}
+
+/// What a [`step`] needs beside networks and views.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Of the optimizer, η.
+    pub learning_rate: f64,
+    /// Of the target network, τ.
+    pub target_decay: f64,
+    /// Deviation σ of the noise on the projection.
+    pub noise: f64,
+    /// Seed of the noise.
+    pub seed: u64,
+}
+
+/// One step of BYOL on two views `(N, H, W, C)` of the same images: each predicts what the target
+/// makes of the other.
+///
+/// # Errors
+///
+/// The views do not have the backbone's shape; the projections have collapsed; loss or a gradient
+/// is not finite.
+pub fn step(
+    run: &mut Run,
+    learner: &mut Learner,
+    [view_1, view_2]: &[Tensor; 2],
+    rates: Rates,
+) -> Result<()> {
+    let Learner { online, target, optimizer } = learner;
+    let Rates { learning_rate, target_decay, noise, seed } = rates;
+    let target_1 = target.project(view_1)?; // Batch statistics, no tape.
+    let target_2 = target.project(view_2)?;
+    run.note_projections(&target_1)?; // An error when they have collapsed.
+    let directions = [(view_1, &target_2), (view_2, &target_1)];
+    for (direction, (view, projection)) in directions.into_iter().enumerate() {
+        let draw = [run.step() as u64, direction as u64];
+        let noise = training::noise(noise, projection.dims2()?, seed, &draw, projection.device())?;
+        let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
+        let loss = regression_loss(pass.prediction(), projection)?;
+        run.note_loss(&loss)?; // An error when it is not finite.
+        // Mean of both directions, not their sum; adds to the gradients.
+        online.backward(pass, &(loss * 0.5)?.backward()?)?;
+    }
+    run.check_gradients(online)?;
+    optimizer.step(online, learning_rate)?;
+    Ok(target.follow(online, target_decay)?)
 }
 
 /// The two views of a batch as tensors `(N, H, W, C)`.

@@ -1,0 +1,298 @@
+//! What is said of a work, and how it is printed.
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::{Arguments, Measurement, Side};
+
+/// What `ours` and `peer` of a row are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Amount done per second, as `images/s`: more is faster.
+    PerSecond(&'static str),
+    /// Seconds for the whole work: less is faster.
+    Seconds,
+}
+
+impl Unit {
+    /// Of one turn.
+    fn of(self, turn: &Measurement) -> f64 {
+        match self {
+            Self::PerSecond(_) => turn.amount / turn.seconds,
+            Self::Seconds => turn.seconds,
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::PerSecond(what) => format!("{what}/s"),
+            Self::Seconds => "s".into(),
+        }
+    }
+}
+
+/// What is said of one work.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Row {
+    /// Its name.
+    pub work: String,
+    /// Keys that the work has of its own: its size, say.
+    #[serde(flatten)]
+    pub keys: Map<String, Value>,
+    /// Unit of `ours` and `peer`.
+    pub unit: String,
+    /// Median over the rounds.
+    pub ours: f64,
+    /// Median over the rounds; of several peers the fastest.
+    pub peer: Option<f64>,
+    /// How many times as fast as the peer ours is: median of the rounds' ratios.
+    pub ratio: Option<f64>,
+    /// The least of them.
+    pub ratio_min: Option<f64>,
+    /// The most.
+    pub ratio_max: Option<f64>,
+    /// The peer's processor time over ours, median of the rounds' ratios.
+    pub processor_ratio: Option<f64>,
+    /// Peak memory of our process, in 10⁶ bytes.
+    pub peak_mb: f64,
+    /// Peak memory of the peer's process.
+    pub peer_peak_mb: Option<f64>,
+    /// Which peer that is.
+    pub peer_name: Option<String>,
+    /// What the peer said of itself.
+    pub peer_note: Option<String>,
+}
+
+impl Row {
+    /// A row from the turns of ours and of each peer, of which the fastest counts.
+    ///
+    /// - `peers`: name, note and turns of each.
+    pub fn new(
+        work: &str,
+        keys: Value,
+        unit: Unit,
+        ours: &[Measurement],
+        peers: &[(String, Option<String>, Vec<Measurement>)],
+    ) -> Self {
+        let of = |turns: &[Measurement]| median(turns.iter().map(|turn| unit.of(turn)).collect());
+        let peer = peers.iter().min_by(|(_, _, a), (_, _, b)| speed(b).total_cmp(&speed(a)));
+        let ratios = |value: fn(&Measurement) -> f64| -> Option<Vec<f64>> {
+            let (_, _, peer) = peer?;
+            let turns = ours.iter().zip(peer);
+            let each = |(a, b)| (value(b) / b.amount) / (value(a) / a.amount);
+            Some(turns.map(each).collect())
+        };
+        let by_clock = ratios(|turn| turn.seconds);
+        let by_processor = ratios(|turn| turn.processor_seconds).map(median);
+        Self {
+            work: work.to_owned(),
+            keys: keys.as_object().cloned().unwrap_or_default(),
+            unit: unit.name(),
+            ours: of(ours),
+            peer: peer.map(|(_, _, turns)| of(turns)),
+            ratio: by_clock.clone().map(median),
+            ratio_min: by_clock.clone().map(|all| all.into_iter().fold(f64::INFINITY, f64::min)),
+            ratio_max: by_clock.map(|all| all.into_iter().fold(0., f64::max)),
+            processor_ratio: by_processor.filter(|ratio| ratio.is_finite()),
+            peak_mb: peak(ours),
+            peer_peak_mb: peer.map(|(_, _, turns)| peak(turns)),
+            peer_name: peer.map(|(name, _, _)| name.clone()),
+            peer_note: peer.and_then(|(_, note, _)| note.clone()),
+        }
+    }
+
+    fn line(&self) -> String {
+        let number = |value: Option<f64>| match value {
+            None => "-".into(),
+            Some(value) if value >= 100. => format!("{value:.0}"),
+            Some(value) => format!("{value:.3}").chars().take(5).collect::<String>(),
+        };
+        let spread = match (self.ratio_min, self.ratio_max) {
+            (Some(least), Some(most)) => format!("{least:.2}-{most:.2}"),
+            _ => "-".into(),
+        };
+        let ratio = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let peer = self.peer_name.as_deref().unwrap_or_default();
+        let note = self.peer_note.as_deref().map(|note| format!(": {note}")).unwrap_or_default();
+        format!(
+            "{:44} {:>8} {:>8} {:9} {:>6} {:>11} {:>6} {:>8} {:>8}  {peer}{note}",
+            self.work,
+            number(Some(self.ours)),
+            number(self.peer),
+            self.unit,
+            ratio(self.ratio),
+            spread,
+            ratio(self.processor_ratio),
+            number(Some(self.peak_mb)),
+            number(self.peer_peak_mb)
+        )
+        .trim_end()
+        .to_owned()
+    }
+}
+
+/// What stands above the lines of [`Row`]s.
+fn heading() -> String {
+    format!(
+        "{:44} {:>8} {:>8} {:9} {:>6} {:>11} {:>6} {:>8} {:>8}  peer",
+        "work", "ours", "peer", "", "ratio", "range", "by cpu", "peak MB", "peer MB"
+    )
+}
+
+/// Amount per second, the median.
+fn speed(turns: &[Measurement]) -> f64 {
+    median(turns.iter().map(|turn| turn.amount / turn.seconds).collect())
+}
+
+fn peak(turns: &[Measurement]) -> f64 {
+    turns.iter().map(|turn| turn.peak_mb).fold(0., f64::max)
+}
+
+/// The middle value, or the mean of both middle ones; NaN of nothing.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        count if count % 2 == 1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.,
+    }
+}
+
+/// Lets ours and the peers take turns, as many rounds as asked for.
+///
+/// - `keys`: what the row says of the work beside its name, a JSON object.
+///
+/// # Errors
+///
+/// A side fails; the message ends with what it wrote to stderr.
+pub fn compare(
+    arguments: &Arguments,
+    work: &str,
+    keys: Value,
+    unit: Unit,
+    mut ours: Side,
+    mut peers: Vec<Side>,
+) -> Result<Row> {
+    // Warmed up one after the other: the machine belongs to one side at a time.
+    ours.wait_until_ready()?;
+    peers.iter_mut().try_for_each(Side::wait_until_ready)?;
+    let (mut our_turns, mut turns) = (Vec::new(), vec![Vec::new(); peers.len()]);
+    for _ in 0..arguments.rounds {
+        our_turns.push(ours.turn()?);
+        for (peer, turns) in peers.iter_mut().zip(&mut turns) {
+            turns.push(peer.turn()?);
+        }
+    }
+    let named = peers
+        .iter()
+        .zip(turns)
+        .map(|(peer, turns)| (peer.name().to_owned(), peer.note().map(str::to_owned), turns));
+    Ok(Row::new(work, keys, unit, &our_turns, &named.collect::<Vec<_>>()))
+}
+
+/// Prints rows as they come, and all of them at the end where JSON is asked for.
+#[derive(Debug)]
+pub struct Report {
+    rows: Vec<Row>,
+    json: bool,
+}
+
+impl Report {
+    /// A report without rows; `json` from the [`Arguments`].
+    pub fn new(json: bool) -> Self {
+        Self { rows: Vec::new(), json }
+    }
+
+    /// Adds a row and prints its line.
+    pub fn add(&mut self, row: Row) {
+        if self.rows.is_empty() {
+            println!("{}", heading());
+        }
+        println!("{}", row.line());
+        self.rows.push(row);
+    }
+
+    /// Prints the object where it is asked for.
+    ///
+    /// # Errors
+    ///
+    /// There is no row: `--only` left nothing.
+    pub fn finish(self) -> Result<()> {
+        ensure!(!self.rows.is_empty(), "--only leaves no work; without it all are measured");
+        if self.json {
+            println!("{}", json!({ "rows": self.rows }));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn turns(seconds: &[f64], amount: f64) -> Vec<Measurement> {
+        let turn = |(i, &seconds)| Measurement {
+            seconds,
+            processor_seconds: 2. * seconds,
+            amount,
+            peak_mb: 100. + i as f64,
+        };
+        seconds.iter().enumerate().map(turn).collect()
+    }
+
+    #[test]
+    fn a_ratio_is_that_of_a_round_and_above_one_when_ours_is_faster() {
+        let ours = turns(&[1., 2., 4.], 8.);
+        let slow = ("slow".to_owned(), None, turns(&[9., 9., 9.], 8.));
+        let fast = ("fast".to_owned(), Some("eager".to_owned()), turns(&[3., 3., 16.], 8.));
+        let row =
+            |unit| Row::new("w", json!({ "batch": 7 }), unit, &ours, &[slow.clone(), fast.clone()]);
+        let rate = row(Unit::PerSecond("images"));
+        // Ratios of the rounds: 3, 1.5, 4.
+        assert_eq!((rate.ratio, rate.ratio_min, rate.ratio_max), (Some(3.), Some(1.5), Some(4.)));
+        assert_eq!(rate.processor_ratio, Some(3.));
+        assert_eq!((rate.ours, rate.peer), (4., Some(8. / 3.)));
+        assert_eq!((rate.peak_mb, rate.peer_peak_mb), (102., Some(102.)));
+        assert_eq!(rate.peer_name.as_deref(), Some("fast"));
+        let seconds = row(Unit::Seconds);
+        assert_eq!((seconds.ours, seconds.peer, seconds.ratio), (2., Some(3.), Some(3.)));
+
+        let text = serde_json::to_value(&rate).expect("JSON");
+        for key in [
+            "work",
+            "unit",
+            "ours",
+            "peer",
+            "ratio",
+            "ratio-min",
+            "ratio-max",
+            "peak-mb",
+            "peer-peak-mb",
+            "peer-name",
+            "peer-note",
+            "batch",
+        ] {
+            assert!(text.get(key).is_some(), "{key} is not in {text}");
+        }
+        assert!(rate.line().ends_with("fast: eager"), "{}", rate.line());
+        assert!(rate.line().contains(" 3.00   1.50-4.00"), "{}", rate.line());
+    }
+
+    #[test]
+    fn sides_that_do_unequal_amounts_are_compared_by_amount() {
+        let peer = ("peer".to_owned(), None, turns(&[1.], 5.));
+        let row = Row::new("w", json!({}), Unit::PerSecond("images"), &turns(&[1.], 10.), &[peer]);
+        assert_eq!(row.ratio, Some(2.));
+    }
+
+    #[test]
+    fn without_a_peer_ours_stands_alone() {
+        let row = Row::new("w", json!({}), Unit::Seconds, &turns(&[2., 1.], 1.), &[]);
+        assert_eq!((row.ours, row.ratio, row.peer_name.as_deref()), (1.5, None, None));
+        assert!(serde_json::to_value(&row).expect("JSON")["ratio"].is_null());
+        assert!(Report::new(true).finish().is_err());
+    }
+}

@@ -1,0 +1,227 @@
+//! Times whole steps of BYOL, ours beside PyTorch's where a Python has it.
+//!
+//! `cargo xtask bench train [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N]
+//! [--profile]]`
+//!
+//! A step is what [`pretraining::step`] does with two views of a batch: two forward and backward
+//! passes of the online network, two forward passes of the target without gradient, loss, optimizer
+//! and moving average. Views are noise that lies in memory, so that no picture is decoded. The peer
+//! does the same with PyTorch as it is fastest there: channels last and, for bf16, autocast, without
+//! `torch.compile`; see `bench/peer.py` of this crate. An image is two views.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
+use bench::{Peers, Report, Side, Unit};
+use candle_core::{Device::Cpu, Tensor};
+use clap::Parser;
+use pretraining::Rates;
+use serde_json::{Value, json};
+use stage::{DataTable, DeviceChoice, Stage};
+use training::loss::regression_loss;
+use training::{Groups, Learner, Plan, Precision, Run};
+
+#[derive(Parser)]
+#[command(name = "bench-train", about = "Times whole steps of BYOL")]
+struct CommandLine {
+    #[command(flatten)]
+    shared: bench::Arguments,
+    /// Say where the time of our steps goes, instead of comparing them.
+    #[arg(long, conflicts_with = "peer_python")]
+    profile: bool,
+    /// Do this work turn by turn; how the program calls itself.
+    #[arg(long, hide = true, value_name = "WORK")]
+    side: Option<String>,
+}
+
+/// A network, the pictures it is fed with, and the number type.
+struct Work {
+    depth: Depth,
+    pixels: usize,
+    batch: usize,
+    precision: Precision,
+}
+
+const WORKS: [Work; 4] = [
+    Work { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
+    Work { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
+    Work { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
+    Work { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
+];
+
+fn main() -> ExitCode {
+    let arguments = CommandLine::parse();
+    let result = match &arguments.side {
+        Some(name) => side(name),
+        None if arguments.profile => profile(&arguments.shared),
+        None => compare(&arguments.shared),
+    };
+    bench::exit("bench-train", result)
+}
+
+fn compare(arguments: &bench::Arguments) -> Result<()> {
+    let python = arguments.peer_python.as_deref();
+    let program = include_str!("../../bench/peer.py");
+    let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
+    let threads = arguments.threads();
+    let mut report = Report::new(arguments.json);
+    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
+        let (name, keys) = (work.name(), work.keys());
+        let ours = Side::ours(&["--side", &name], threads)?;
+        let peer = peers.as_ref().map(|peers| {
+            let threads_word = threads.to_string();
+            peers.start("PyTorch", &[&keys.to_string(), &threads_word], threads)
+        });
+        let peers = peer.transpose()?.into_iter().collect();
+        report.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
+    }
+    report.finish()
+}
+
+impl Work {
+    fn named(name: &str) -> Result<&'static Self> {
+        WORKS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
+    }
+
+    fn name(&self) -> String {
+        let Self { pixels, batch, .. } = self;
+        format!("{} @{pixels} batch {batch} {}", self.backbone(), self.precision_name())
+    }
+
+    fn keys(&self) -> Value {
+        json!({
+            "backbone": self.backbone(),
+            "pixels": self.pixels,
+            "batch": self.batch,
+            "precision": self.precision_name(),
+        })
+    }
+
+    fn backbone(&self) -> String {
+        let layers = serde_json::to_value(self.depth).unwrap_or_default();
+        format!("resnet{}", layers.as_str().unwrap_or_default())
+    }
+
+    fn precision_name(&self) -> &'static str {
+        match self.precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
+    /// The published network for pictures of this size.
+    fn configuration(&self) -> Configuration {
+        let stem = if self.pixels <= 32 { Stem::Plain } else { Stem::Large };
+        Configuration {
+            backbone: Architecture { depth: self.depth, width: 64, stem },
+            projector: Projector { hidden: 4096, width: 256 },
+            predictor: Predictor { hidden: 4096 },
+            channels: 3,
+            input: Value::Null,
+        }
+    }
+
+    fn learner(&self) -> Result<Learner> {
+        let groups = Groups::byol(0.9, 5e-4, 10.)?;
+        Learner::random(&self.configuration(), groups, self.precision, 0)
+    }
+
+    /// Two views of noise.
+    fn views(&self) -> Result<[Tensor; 2]> {
+        let &Self { pixels, batch, .. } = self;
+        let view = |number| -> Result<Tensor> {
+            let shape = (batch, pixels * pixels * 3);
+            let noise = training::noise(1., shape, number, &[], &Cpu)?.context("noise")?;
+            Ok(noise.reshape((batch, pixels, pixels, 3))?)
+        };
+        Ok([view(1)?, view(2)?])
+    }
+}
+
+const RATES: Rates = Rates { learning_rate: 0.05, target_decay: 0.996, noise: 0., seed: 0 };
+
+/// Our side: steps as a run of the stage takes them.
+fn side(name: &str) -> Result<()> {
+    let work = Work::named(name)?;
+    let folder = tempfile::tempdir()?;
+    let stage = Stage {
+        name: "pretraining",
+        experiment: "bench".into(),
+        images: "none".into(),
+        inputs: BTreeMap::new(),
+        out: folder.path().to_owned(),
+        round: 0,
+        rounds: 0,
+        seed: 0,
+        device: DeviceChoice::Cpu,
+        data: DataTable { clusters: 2, train_on: vec![], score_on: vec![] },
+    };
+    let plan = Plan {
+        epochs: 1,
+        steps_per_epoch: 1,
+        batch_size: work.batch,
+        save_every: 1,
+        collapse_deviation: 0.,
+    };
+    let (mut learner, views) = (work.learner()?, work.views()?);
+    let mut run = Run::resume_or_start(&stage, &(), "none", plan, &mut learner)?;
+    bench::serve(|| {
+        pretraining::step(&mut run, &mut learner, &views, RATES)?;
+        Ok(work.batch as f64)
+    })
+}
+
+/// What [`pretraining::step`] is made of.
+const PARTS: [&str; 6] =
+    ["target", "online", "loss and its gradient", "backward", "optimizer", "moving average"];
+
+/// Prints the least time of each part over the rounds.
+fn profile(arguments: &bench::Arguments) -> Result<()> {
+    print!("{:32}", "ms a step");
+    PARTS.iter().for_each(|part| print!(" {part:>21}"));
+    println!(" {:>8}", "sum");
+    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
+        let (mut learner, views) = (work.learner()?, work.views()?);
+        let mut least = [f64::INFINITY; PARTS.len()];
+        for _ in 0..=arguments.rounds {
+            let parts = timed_parts(&mut learner, &views)?;
+            least.iter_mut().zip(parts).for_each(|(least, part)| *least = least.min(part));
+        }
+        print!("{:32}", work.name());
+        least.iter().for_each(|part| print!(" {:21.1}", 1e3 * part));
+        println!(" {:8.1}", 1e3 * least.iter().sum::<f64>());
+    }
+    Ok(())
+}
+
+fn timed_parts(
+    learner: &mut Learner,
+    [view_1, view_2]: &[Tensor; 2],
+) -> Result<[f64; PARTS.len()]> {
+    let Learner { online, target, optimizer } = learner;
+    let mut parts = [0.; PARTS.len()];
+    let mut start = Instant::now();
+    let mut lap = |part: usize| {
+        parts[part] += start.elapsed().as_secs_f64();
+        start = Instant::now();
+    };
+    let projections = [target.project(view_1)?, target.project(view_2)?];
+    lap(0);
+    for (view, projection) in [(view_1, &projections[1]), (view_2, &projections[0])] {
+        let pass = online.forward(view, None)?;
+        lap(1);
+        let loss = regression_loss(pass.prediction(), projection)?;
+        let gradients = (loss * 0.5)?.backward()?;
+        lap(2);
+        online.backward(pass, &gradients)?;
+        lap(3);
+    }
+    optimizer.step(online, RATES.learning_rate)?;
+    lap(4);
+    target.follow(online, RATES.target_decay)?;
+    lap(5);
+    Ok(parts)
+}

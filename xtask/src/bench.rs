@@ -1,0 +1,133 @@
+//! `cargo xtask bench`: builds and starts a bench program.
+//!
+//! What is measured, and against what, is the program's affair: `bench-<what>`, a binary of the
+//! crate that owns the work, in `crates/<crate>/src/bin`. It prints a table, and with `--json` one
+//! object last; both go to stdout as they are.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf, absolute};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{interrupt, programs};
+
+/// What is asked for on the command line.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// What to time: train, embed, data, assignment, as far as there are programs for them.
+    what: String,
+    /// A Python that has the libraries to compare with.
+    #[arg(long, value_name = "PATH")]
+    peer_python: Option<PathBuf>,
+    /// Print, last, the rows as one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// For the program itself; `-- --help` says what it takes.
+    #[arg(last = true, value_name = "ARGUMENT")]
+    rest: Vec<OsString>,
+}
+
+impl Options {
+    /// Makes the Python's path absolute, as it is seen from where the user stands. A mere name is
+    /// looked up where commands are; a link is not followed, since a virtual environment is one.
+    pub fn resolve_paths(&mut self) -> Result<()> {
+        if let Some(python) = &mut self.peer_python
+            && python.components().count() > 1
+        {
+            *python = absolute(&*python)?;
+            ensure!(
+                python.exists(),
+                "--peer-python: there is no `{}`; name the Python of an environment, as \
+                 `python3 -m venv DIR` makes one in DIR/bin/python",
+                python.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Builds the program and lets it speak.
+///
+/// # Errors
+///
+/// There is no such program, it cannot be built, or it fails.
+pub fn run(options: &Options) -> Result<()> {
+    let found = bench_programs(Path::new("crates"))?;
+    let what = &options.what;
+    let Some(owner) = found.get(what) else {
+        let names: Vec<&str> = found.keys().map(String::as_str).collect();
+        bail!("there is nothing to bench by the name `{what}`; there is {}", names.join(", "))
+    };
+    let name = format!("{PREFIX}{what}");
+    let built = programs::cargo_build(&[(owner, &name)])?;
+    let program = built.get(&name).with_context(|| format!("cargo built no `{name}`"))?;
+    let mut command = Command::new(program);
+    if let Some(python) = &options.peer_python {
+        command.arg("--peer-python").arg(python);
+    }
+    if options.json {
+        command.arg("--json");
+    }
+    let status = command.args(&options.rest).status();
+    let status = status.with_context(|| format!("starting `{}`", program.display()))?;
+    interrupt::check()?;
+    ensure!(status.success(), "{name} ended with {status}; what it said is above");
+    Ok(())
+}
+
+const PREFIX: &str = "bench-";
+
+/// What can be timed, and the crate that has the program for it.
+fn bench_programs(crates: &Path) -> Result<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    let entries =
+        fs::read_dir(crates).with_context(|| format!("reading `{}`", crates.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        // Most crates have no further binaries.
+        let Ok(binaries) = fs::read_dir(entry.path().join("src").join("bin")) else { continue };
+        for binary in binaries {
+            let path = binary?.path();
+            let name = path.file_stem().map(|name| name.to_string_lossy().into_owned());
+            if let Some(what) = name.as_deref().and_then(|name| name.strip_prefix(PREFIX)) {
+                let owner = entry.file_name().to_string_lossy().into_owned();
+                found.insert(what.to_owned(), owner);
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(what: &str, peer_python: Option<&str>) -> Options {
+        let peer_python = peer_python.map(PathBuf::from);
+        Options { what: what.into(), peer_python, json: false, rest: vec![] }
+    }
+
+    #[test]
+    fn every_bench_program_of_the_workspace_is_found_and_others_are_named() {
+        let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
+        let found = bench_programs(&crates).expect("readable");
+        assert_eq!(found.get("train").map(String::as_str), Some("pretraining"));
+        assert_eq!(found.get("embed").map(String::as_str), Some("embed"));
+        assert_eq!(found.get("assignment").map(String::as_str), Some("metrics"));
+        assert!(found.keys().all(|what| !what.is_empty()), "{found:?}");
+    }
+
+    #[test]
+    fn a_python_that_is_not_there_is_refused_before_anything_is_built() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let python = folder.path().join("bin/python");
+        let mut missing = options("train", python.to_str());
+        let message = missing.resolve_paths().expect_err("not there").to_string();
+        assert!(message.contains("bin/python"), "{message}");
+        // A name without a folder is for the system to find.
+        options("train", Some("python3")).resolve_paths().expect("a name");
+    }
+}
