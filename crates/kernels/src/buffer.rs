@@ -157,6 +157,9 @@ impl Pool {
     /// It takes the smallest waiting buffer that is large enough, if that wastes at most half.
     pub fn take_of(self: &Arc<Pool>, precision: Precision, len: usize) -> Buffer {
         let wanted = lines_of(precision, len);
+        if wanted == 0 {
+            return Buffer { lines: Vec::new(), len, precision, pool: None };
+        }
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let at = free.partition_point(|lines| lines.len() < wanted);
         let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);

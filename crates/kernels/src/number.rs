@@ -1,8 +1,9 @@
 //! The numbers that values are stored as.
 
-use crate::layout::SIDE;
-use crate::tiles::{self, Pair, Sum};
-use crate::{Buffer, Variant};
+use crate::Buffer;
+use crate::layout::{SIDE, TILE};
+use crate::tiles::{self, Product, Session};
+use crate::variant::for_each_variant;
 
 /// How values and their gradients are stored and multiplied inside a network. Parameters, their
 /// gradients, statistics and all sums are f32 or better in both.
@@ -29,9 +30,14 @@ impl Precision {
 /// A number as it is stored.
 pub(crate) trait Number: Copy + Send + Sync + 'static {
     /// Tile products between loads of the sums. 16 pairs of f32 tiles on the right fill 32 KiB of
-    /// first-level cache and serve every pixel of a task before the next 16 come; a bf16 output
+    /// first-level cache and serve every pixel of a part before the next 16 come; a bf16 output
     /// cannot hold sums on the way, so there all come at once.
     const CHUNK: usize;
+
+    /// The precision that stores such numbers.
+    const PRECISION: Precision;
+    /// Whether a product along images wants tiles [arranged](Self::arrange).
+    const ARRANGED: bool;
 
     /// Where a tile on the right of a product holds (inner, column).
     fn place(inner: usize, column: usize) -> usize;
@@ -39,22 +45,33 @@ pub(crate) trait Number: Copy + Send + Sync + 'static {
     /// Rounds to the nearest, ties to even.
     fn narrow(value: f32) -> Self;
     fn of(buffer: &Buffer) -> &[Self];
+    /// Copies tiles for a product along images: two images' numbers of a channel side by side,
+    /// or, for the left side where the variant wants that, transposed.
+    fn arrange(session: &Session, from: &[Self], to: &mut [Self], left: bool);
     fn of_mut(buffer: &mut Buffer) -> &mut [Self];
-    /// The same slice when it can hold sums as they are.
-    fn as_sums(slice: &mut [Self]) -> Option<&mut [f32]>;
-    /// `output (+)= Σ left · right` or, with `TRANSPOSED`, `Σ leftᵀ · right`: see [`tiles`].
+    /// `outputs (+)= Σ left · right` or, with `TRANSPOSED`, `Σ leftᵀ · right`: see [`tiles`].
     fn product<const TRANSPOSED: bool>(
-        variant: Variant,
+        session: &Session,
         left: &[Self],
         right: &[Self],
-        pairs: &[Pair],
-        output: &mut [f32],
-        sum: Sum,
+        product: &Product,
+        outputs: &mut [&mut [f32]],
+    );
+    /// [`product`](Self::product) of left tiles as they are, rounded into the numbers of a value.
+    fn product_into(
+        session: &Session,
+        left: &[Self],
+        right: &[Self],
+        product: &Product,
+        output: &mut [Self],
+        other: Option<&mut [Self]>,
     );
 }
 
 impl Number for f32 {
     const CHUNK: usize = 16;
+    const PRECISION: Precision = Precision::F32;
+    const ARRANGED: bool = false;
 
     #[inline(always)]
     fn place(inner: usize, column: usize) -> usize {
@@ -75,23 +92,38 @@ impl Number for f32 {
         buffer
     }
 
+    fn arrange(_: &Session, from: &[f32], to: &mut [f32], _: bool) {
+        to.copy_from_slice(from);
+    }
+
     fn of_mut(buffer: &mut Buffer) -> &mut [f32] {
         buffer
     }
 
-    fn as_sums(slice: &mut [f32]) -> Option<&mut [f32]> {
-        Some(slice)
-    }
-
     fn product<const TRANSPOSED: bool>(
-        variant: Variant,
+        session: &Session,
         left: &[f32],
         right: &[f32],
-        pairs: &[Pair],
-        output: &mut [f32],
-        sum: Sum,
+        product: &Product,
+        outputs: &mut [&mut [f32]],
     ) {
-        tiles::product::<TRANSPOSED>(variant, left, right, pairs, output, sum);
+        tiles::product::<TRANSPOSED>(session, left, right, product, outputs);
+    }
+
+    fn product_into(
+        session: &Session,
+        left: &[f32],
+        right: &[f32],
+        product: &Product,
+        output: &mut [f32],
+        other: Option<&mut [f32]>,
+    ) {
+        match other {
+            None => f32::product::<false>(session, left, right, product, &mut [output]),
+            Some(other) => {
+                f32::product::<false>(session, left, right, product, &mut [output, other]);
+            }
+        }
     }
 }
 
@@ -102,6 +134,8 @@ pub(crate) struct Half(pub u16);
 
 impl Number for Half {
     const CHUNK: usize = usize::MAX;
+    const PRECISION: Precision = Precision::Bf16;
+    const ARRANGED: bool = true;
 
     #[inline(always)]
     fn place(inner: usize, column: usize) -> usize {
@@ -125,23 +159,96 @@ impl Number for Half {
         buffer.halves()
     }
 
+    fn arrange(session: &Session, from: &[Half], to: &mut [Half], left: bool) {
+        if left && tiles::wants_left_turned(session.variant()) {
+            turn(session.variant(), from, to);
+        } else {
+            pair_images(session.variant(), from, to);
+        }
+    }
+
     fn of_mut(buffer: &mut Buffer) -> &mut [Half] {
         buffer.halves_mut()
     }
 
-    fn as_sums(_: &mut [Half]) -> Option<&mut [f32]> {
-        None
-    }
-
     fn product<const TRANSPOSED: bool>(
-        variant: Variant,
+        session: &Session,
         left: &[Half],
         right: &[Half],
-        pairs: &[Pair],
-        output: &mut [f32],
-        sum: Sum,
+        product: &Product,
+        outputs: &mut [&mut [f32]],
     ) {
-        tiles::product_of_halves::<TRANSPOSED>(variant, left, right, pairs, output, sum);
+        tiles::product_of_halves::<TRANSPOSED>(session, left, right, product, outputs);
+    }
+
+    fn product_into(
+        session: &Session,
+        left: &[Half],
+        right: &[Half],
+        product: &Product,
+        output: &mut [Half],
+        other: Option<&mut [Half]>,
+    ) {
+        let (mut sums, mut others) = (Sums([0.; 2 * TILE]), Sums([0.; 2 * TILE]));
+        let (sums, others) = (&mut sums.0[..output.len()], &mut others.0[..output.len()]);
+        if product.add {
+            widen(output, sums);
+            if let Some(other) = &other {
+                widen(other, others);
+            }
+        }
+        let variant = session.variant();
+        match other {
+            None => Half::product::<false>(session, left, right, product, &mut [sums]),
+            Some(other) => {
+                let outputs = &mut [&mut *sums, &mut *others];
+                Half::product::<false>(session, left, right, product, outputs);
+                round(variant, others, other);
+            }
+        }
+        round(variant, sums, output);
+    }
+}
+
+for_each_variant! {
+    fn pair_images(from: &[Half], to: &mut [Half]) {
+        let rows = from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE));
+        for (from, to) in rows {
+            for lane in 0..SIDE {
+                to[2 * lane] = from[lane];
+                to[2 * lane + 1] = from[SIDE + lane];
+            }
+        }
+    }
+}
+
+for_each_variant! {
+    fn turn(from: &[Half], to: &mut [Half]) {
+        for (from, to) in from.chunks_exact(TILE).zip(to.chunks_exact_mut(TILE)) {
+            for row in 0..SIDE {
+                for lane in 0..SIDE {
+                    to[lane * SIDE + row] = from[row * SIDE + lane];
+                }
+            }
+        }
+    }
+}
+
+/// Sums on their way, on a cache line of their own.
+#[repr(align(64))]
+struct Sums([f32; 2 * TILE]);
+
+fn widen(from: &[Half], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = from.wide();
+    }
+}
+
+for_each_variant! {
+    fn round(sums: &[f32], output: &mut [Half]) {
+        for (output, sum) in output.iter_mut().zip(sums) {
+            *output = Half::narrow(*sum);
+        }
     }
 }
 

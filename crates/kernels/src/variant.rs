@@ -24,6 +24,13 @@ pub(crate) enum Instructions {
     /// AVX-512 with products of bfloat16 pairs; the same as `Avx512` for f32.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    /// AVX-512 and AMX, a unit for products of bfloat16 tiles.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// AVX2, and the work that AMX gets done by a program in the unit's place: to test what
+    /// surrounds the unit.
+    #[cfg(target_arch = "x86_64")]
+    AmxEmulated,
 }
 
 impl Variant {
@@ -50,7 +57,21 @@ impl Variant {
                 if is_x86_feature_detected!("avx512bf16") {
                     all.push(Variant(Instructions::Avx512Bf16));
                 }
+                if crate::tiles::amx_is_usable() {
+                    all.push(Variant(Instructions::Amx));
+                }
             }
+        }
+        all
+    }
+
+    /// The variants worth a test: those [`available`](Self::available) and `amx-emulated`, which
+    /// computes what AMX would, slowly, on any processor with AVX2.
+    pub fn testable() -> Vec<Variant> {
+        let mut all = Variant::available();
+        #[cfg(target_arch = "x86_64")]
+        if all.contains(&Variant(Instructions::Avx2)) {
+            all.push(Variant(Instructions::AmxEmulated));
         }
         all
     }
@@ -65,6 +86,10 @@ impl Variant {
             Instructions::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512Bf16 => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::AmxEmulated => "amx-emulated",
         }
     }
 
@@ -101,7 +126,7 @@ fn choose(wanted: Option<&str>) -> Result<Variant, String> {
     let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty()) else {
         return Ok(available.last().copied().unwrap_or(Variant::PORTABLE));
     };
-    available.iter().find(|variant| variant.name() == wanted).copied().ok_or_else(|| {
+    Variant::testable().iter().find(|variant| variant.name() == wanted).copied().ok_or_else(|| {
         let names: Vec<&str> = available.iter().map(|variant| variant.name()).collect();
         format!(
             "ASSORT_KERNEL={wanted} is not usable: this processor has {}; unset it to use the fastest",
@@ -142,13 +167,15 @@ macro_rules! for_each_variant {
             }
             match variant.instructions() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::variant::Instructions::Avx2 => {
+                $crate::variant::Instructions::Avx2
+                | $crate::variant::Instructions::AmxEmulated => {
                     // SAFETY: a `Variant` exists only where its instructions do.
                     unsafe { avx2($($arg),*) }
                 }
                 #[cfg(target_arch = "x86_64")]
                 $crate::variant::Instructions::Avx512
-                | $crate::variant::Instructions::Avx512Bf16 => {
+                | $crate::variant::Instructions::Avx512Bf16
+                | $crate::variant::Instructions::Amx => {
                     // SAFETY: as above.
                     unsafe { avx512($($arg),*) }
                 }

@@ -9,8 +9,7 @@ use crate::linear::add_to_rows;
 use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
 use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Pair, Sum};
-use crate::variant::for_each_variant;
+use crate::tiles::{Product, Run, Session};
 use crate::{Buffer, Shape, Variant};
 
 /// `output = weights ∗ input + bias`. `packed` comes from [`super::pack_forward`]; `bias` is padded
@@ -44,7 +43,7 @@ pub fn forward(
     };
     let rows = side(g.output.height, g.input.height);
     let columns = side(g.output.width, g.input.width);
-    let meets = Meets { rows, columns, kernel: g.kernel };
+    let meets = Meets::new(rows, columns, g.kernel, 1, g.stride);
     by_precision!(output.precision(), T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
         gather(variant, g, from, T::of(packed), &meets, to, false, &finish);
@@ -73,7 +72,7 @@ pub fn input_gradient(
     };
     let rows = side(g.input.height, g.output.height);
     let columns = side(g.input.width, g.output.width);
-    let meets = Meets { rows, columns, kernel: g.kernel };
+    let meets = Meets::new(rows, columns, g.kernel, g.stride, 1);
     let finish = Finish { bias: None, moments: None };
     by_precision!(input_gradient.precision(), T => {
         let from = (T::of(output_gradient), g.output);
@@ -88,6 +87,33 @@ struct Meets {
     rows: Vec<Vec<(usize, usize)>>,
     columns: Vec<Vec<(usize, usize)>>,
     kernel: usize,
+    /// Columns from one to the next that meets taps alike: 1, or the stride in an input gradient.
+    period: usize,
+    /// Whether a column meets the same taps as the one a period later.
+    alike: Vec<bool>,
+    /// Pixels of the value that is read from what a column meets to what the other one does.
+    apart: usize,
+}
+
+impl Meets {
+    fn new(
+        rows: Vec<Vec<(usize, usize)>>,
+        columns: Vec<Vec<(usize, usize)>>,
+        kernel: usize,
+        period: usize,
+        apart: usize,
+    ) -> Meets {
+        let alike = |at: usize| {
+            let Some(other) = columns.get(at + period) else { return false };
+            columns[at].iter().map(|m| m.0).eq(other.iter().map(|m| m.0))
+        };
+        let alike = (0..columns.len()).map(alike).collect();
+        Meets { rows, columns, kernel, period, alike, apart }
+    }
+
+    fn taps(&self) -> usize {
+        self.kernel * self.kernel
+    }
 }
 
 /// What happens to a pixel once its sum is complete.
@@ -95,6 +121,10 @@ struct Finish<'a> {
     bias: Option<&'a [f32]>,
     moments: Option<Disjoint<'a, f32>>,
 }
+
+/// Bytes of the value that is read that stay in the second-level cache while all blocks of
+/// channels are made from them.
+const NEAR: usize = 384 << 10;
 
 /// Every pixel of `to` as a sum over taps and channel blocks of `from`.
 #[expect(clippy::too_many_arguments, reason = "what is read, by what, what is written")]
@@ -118,21 +148,26 @@ fn gather<T: Number>(
     let per_task = (parts.div_ceil(wanted)).max(32 / to_shape.part_pixels()).max(1);
     let part_tasks = parts.div_ceil(per_task);
     let pair_tasks = wanted.div_ceil(part_tasks).min(pairs);
+    let read = size_of_val(from).div_ceil(parts);
+    let near = (NEAR / read).clamp(1, per_task);
     let to = Disjoint::new(to);
     parallel::for_each(part_tasks * pair_tasks, g.operations(), |task| {
         let (part_task, pair_task) = (task / pair_tasks, task % pair_tasks);
         let parts = part_task * per_task..((part_task + 1) * per_task).min(parts);
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
-        let to = &to;
-        let gather = Gather { variant, from, from_shape, packed, meets, to, to_shape, add, finish };
-        for pair in pairs {
-            gather.pair_of_blocks(parts.clone(), pair);
+        let session = Session::begin(variant);
+        let (to, session) = (&to, &session);
+        let gather = Gather { session, from, from_shape, packed, meets, to, to_shape, add, finish };
+        for first in parts.clone().step_by(near) {
+            for pair in pairs.clone() {
+                gather.pair_of_blocks(first..(first + near).min(parts.end), pair);
+            }
         }
     });
 }
 
 struct Gather<'a, T> {
-    variant: Variant,
+    session: &'a Session,
     from: &'a [T],
     from_shape: Shape,
     packed: &'a [T],
@@ -146,20 +181,44 @@ struct Gather<'a, T> {
 impl<T: Number> Gather<'_, T> {
     /// Two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
-        let all = self.meets.kernel * self.meets.kernel * self.from_shape.blocks();
+        let all = self.meets.taps() * self.from_shape.blocks();
         let chunk = all.div_ceil(all.div_ceil(T::CHUNK));
-        let mut list = Vec::with_capacity(chunk);
+        let mut runs = Vec::with_capacity(self.meets.taps());
         for begin in (0..all).step_by(chunk) {
             let terms = begin..(begin + chunk).min(all);
             for part in parts.clone() {
                 let (group, pixels) = self.to_shape.part(part);
-                for pixel in pixels {
-                    self.pixel(group, pixel, pair, terms.clone(), &mut list);
-                }
+                self.pixels(group, pixels, pair, terms.clone(), &mut runs);
                 if terms.end == all {
                     self.finish(part, pair);
                 }
             }
+        }
+    }
+
+    /// Adds the terms (tap, block of channels) to each pixel, two at a time where two in a row
+    /// meet the same taps.
+    fn pixels(
+        &self,
+        group: usize,
+        pixels: Range<usize>,
+        pair: usize,
+        terms: Range<usize>,
+        runs: &mut Vec<Run>,
+    ) {
+        let mut done = 0u64;
+        for (at, pixel) in pixels.clone().enumerate() {
+            if done >> at & 1 == 1 {
+                continue;
+            }
+            let (y, x) = (pixel / self.to_shape.width, pixel % self.to_shape.width);
+            let other = pixel + self.meets.period;
+            let other = (self.meets.alike[x] && other < pixels.end).then_some(other);
+            if other.is_some() {
+                done |= 1 << (at + self.meets.period);
+            }
+            self.runs(group, (y, x), pair, terms.clone(), runs);
+            self.sum(group, pixel, other, pair, terms.start > 0, runs);
         }
     }
 
@@ -169,6 +228,7 @@ impl<T: Number> Gather<'_, T> {
         if bias.is_none() && moments.is_none() {
             return;
         }
+        let variant = self.session.variant();
         let (from, len, images) = self.to_shape.span(part);
         let pixel_len = self.to_shape.pixel_len();
         for column in 0..columns_of(self.to_shape.blocks(), pair) {
@@ -182,80 +242,74 @@ impl<T: Number> Gather<'_, T> {
                 // SAFETY: as above; the sums of this part and pair are complete.
                 let tile = unsafe { self.to.part(pixel + block * TILE, TILE) };
                 if let Some(bias) = bias {
-                    add_to_rows(self.variant, tile, images, &bias[block * SIDE..][..SIDE]);
+                    add_to_rows(variant, tile, images, &bias[block * SIDE..][..SIDE]);
                 }
                 if let Some(sums) = &mut sums {
-                    add_moments(self.variant, tile, images, at == 0, sums);
+                    add_moments(variant, tile, images, at == 0, sums);
                 }
             }
         }
     }
 
-    /// Adds the terms (tap, block of channels) to one pixel; the first terms replace what it holds
-    /// unless the whole gather adds.
-    fn pixel(
+    /// What a pixel sums: a run for each tap.
+    fn runs(
+        &self,
+        group: usize,
+        (y, x): (usize, usize),
+        pair: usize,
+        terms: Range<usize>,
+        runs: &mut Vec<Run>,
+    ) {
+        let blocks = self.from_shape.blocks();
+        let columns = columns_of(self.to_shape.blocks(), pair);
+        let panel = pair * panel_len(self.meets.taps(), blocks);
+        runs.clear();
+        for &(tap_y, from_y) in &self.meets.rows[y] {
+            for &(tap_x, from_x) in &self.meets.columns[x] {
+                let first = (tap_y * self.meets.kernel + tap_x) * blocks;
+                let begin = terms.start.max(first);
+                let end = terms.end.min(first + blocks);
+                if begin >= end {
+                    continue;
+                }
+                let pixel =
+                    (group * self.from_shape.height + from_y) * self.from_shape.width + from_x;
+                let block = begin - first;
+                let rest = self.from_shape.channels - block * SIDE;
+                runs.push(Run {
+                    left: pixel * self.from_shape.pixel_len() + block * TILE,
+                    right: panel + begin * columns * TILE,
+                    inner: rest.min((end - begin) * SIDE),
+                });
+            }
+        }
+    }
+
+    /// Adds the runs to one pixel, and the same ones moved along to another; the first terms
+    /// replace what they hold unless the whole gather adds.
+    fn sum(
         &self,
         group: usize,
         pixel: usize,
+        other: Option<usize>,
         pair: usize,
-        terms: Range<usize>,
-        list: &mut Vec<Pair>,
+        later: bool,
+        runs: &[Run],
     ) {
         let columns = columns_of(self.to_shape.blocks(), pair);
-        let panel = pair * panel_len(self.meets.kernel * self.meets.kernel, self.blocks_read());
-        let add = self.add || terms.start > 0;
-        list.clear();
-        let (y, x) = (pixel / self.to_shape.width, pixel % self.to_shape.width);
-        let (first_tap, last_tap) =
-            (terms.start / self.blocks_read(), (terms.end - 1) / self.blocks_read());
-        for &(tap_y, from_y) in &self.meets.rows[y] {
-            for &(tap_x, from_x) in &self.meets.columns[x] {
-                let tap = tap_y * self.meets.kernel + tap_x;
-                if tap < first_tap || tap > last_tap {
-                    continue;
-                }
-                let from_pixel =
-                    (group * self.from_shape.height + from_y) * self.from_shape.width + from_x;
-                let first = tap * self.blocks_read();
-                let blocks = terms.start.max(first)..terms.end.min(first + self.blocks_read());
-                for term in blocks {
-                    let block = term - first;
-                    list.push(Pair {
-                        left: from_pixel * self.from_shape.pixel_len() + block * TILE,
-                        right: panel + term * columns * TILE,
-                        depth: self.from_shape.channels_in(block),
-                    });
-                }
-            }
-        }
-        if list.is_empty() && add {
+        let add = self.add || later;
+        if runs.is_empty() && add {
             return;
         }
-        let at = (group * self.to_shape.pixels() + pixel) * self.to_shape.pixel_len();
-        // SAFETY: a task owns its parts' pixels in its pairs of blocks; no other task writes them.
-        let output = unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) };
-        let sum = Sum { rows: SIDE, columns, add };
-        if let Some(output) = T::as_sums(output) {
-            T::product::<false>(self.variant, self.from, self.packed, list, output, sum);
-        } else {
-            let mut sums = [0f32; 2 * TILE];
-            for (sum, output) in sums.iter_mut().zip(&*output) {
-                *sum = output.wide();
-            }
-            T::product::<false>(self.variant, self.from, self.packed, list, &mut sums, sum);
-            round(self.variant, &sums, output);
-        }
-    }
-
-    fn blocks_read(&self) -> usize {
-        self.from_shape.blocks()
-    }
-}
-
-for_each_variant! {
-    fn round<T: Number>(sums: &[f32], output: &mut [T]) {
-        for (output, sum) in output.iter_mut().zip(sums) {
-            *output = T::narrow(*sum);
-        }
+        let place = |pixel: usize| {
+            let at = (group * self.to_shape.pixels() + pixel) * self.to_shape.pixel_len();
+            // SAFETY: a task owns its parts' pixels in its pairs of blocks, no other task writes
+            // them, and `pixel` and `other` differ.
+            unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) }
+        };
+        let apart = self.meets.apart * self.from_shape.pixel_len();
+        let product = Product { runs, apart, rows: SIDE, columns, add };
+        let (output, other) = (place(pixel), other.map(place));
+        T::product_into(self.session, self.from, self.packed, &product, output, other);
     }
 }

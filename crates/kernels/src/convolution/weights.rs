@@ -1,19 +1,24 @@
 //! Weight gradient: parts of the pixels are summed apart and added in order.
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Geometry, columns_of};
-use crate::layout::{SIDE, TILE};
-use crate::number::{Half, Number};
+use crate::layout::{SIDE, Shape, TILE};
+use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Pair, Sum};
-use crate::variant::for_each_variant;
-use crate::{Buffer, Pool, Precision, Variant};
+use crate::tiles::{Product, Run, Session};
+use crate::{Buffer, Pool, Variant};
 
 /// Pixels of a group summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
 const SEGMENT: usize = 8;
+/// Bytes of a channel at the pixels of a strip: with all blocks of a pane, both sides and the sums
+/// stay in the second-level cache.
+const STRIP: usize = 128;
+/// Blocks of input channels and pairs of blocks of output channels in a pane.
+const PANE: (usize, usize) = (4, 2);
 /// Independent tasks wanted, whatever the number of threads.
 const TASKS: usize = 32;
 
@@ -33,68 +38,92 @@ pub fn weight_gradient(
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
-    let tasks = WeightTasks::new(g);
+    let tasks = WeightTasks::new(g, STRIP / input.precision().bytes());
     let mut scratch = pool.take(g.packed_len() * tasks.parts);
-    match input.precision() {
-        Precision::F32 => {
-            tasks.run(variant, f32::of(input), f32::of(output_gradient), &mut scratch);
-        }
-        Precision::Bf16 => {
-            let input = pair_images(variant, pool, input);
-            let output_gradient = pair_images(variant, pool, output_gradient);
-            let (input, output_gradient) = (Half::of(&input), Half::of(&output_gradient));
-            tasks.run(variant, input, output_gradient, &mut scratch);
-        }
-    }
+    by_precision!(input.precision(), T => {
+        let (input, output_gradient) = (T::of(input), T::of(output_gradient));
+        tasks.run(variant, input, output_gradient, pool, &mut scratch);
+    });
     tasks.merge(&scratch, gradient);
 }
 
-/// A copy whose tiles hold two images' numbers of a channel side by side, as the product of
-/// bfloat16 tiles wants its inner side.
-fn pair_images(variant: Variant, pool: &Arc<Pool>, values: &Buffer) -> Buffer {
-    let mut paired = pool.take_of(Precision::Bf16, values.len());
-    let (from, to) = (Half::of(values), Half::of_mut(&mut paired));
-    let len = 16 * TILE;
-    parallel::for_each_chunk(to, len, from.len(), |at, to| {
-        pair_rows(variant, &from[at * len..][..to.len()], to);
-    });
-    paired
-}
-
-for_each_variant! {
-    fn pair_rows(from: &[Half], to: &mut [Half]) {
-        let rows = from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE));
-        for (from, to) in rows {
-            for lane in 0..SIDE {
-                to[2 * lane] = from[lane];
-                to[2 * lane + 1] = from[SIDE + lane];
-            }
-        }
-    }
-}
-
-/// How a weight gradient is cut: (part of the pixels, block of input channels, pair of blocks of
-/// output channels). By shape alone, since parts are added afterwards.
+/// How a weight gradient is cut: tasks are (part of the pixels, pane of the weights), by shape
+/// alone, since parts are added afterwards. A task goes through its part in strips, a few rows of
+/// pixels each, and adds a strip to all of its pane before it goes on to the next.
 struct WeightTasks<'a> {
     g: &'a Geometry,
     parts: usize,
-    pairs: usize,
-    /// Segments of at most [`SEGMENT`] pixels over all groups.
-    segments: usize,
-    segments_per_row: usize,
-    rows_per_segment: usize,
+    /// Panes along the input and along the output channels.
+    panes: (usize, usize),
+    /// Rows of output pixels in a strip; rows of all groups are counted through.
+    rows: usize,
+    strips: usize,
+}
+
+/// What a task sums: a part of the pixels, some blocks of input channels and some pairs of blocks
+/// of output channels.
+struct Task {
+    part: usize,
+    blocks: Range<usize>,
+    pairs: Range<usize>,
+}
+
+/// One side of the product: the tiles of some blocks of channels in some rows of pixels.
+struct Window<'a, T> {
+    numbers: &'a [T],
+    /// The row of pixels, counted through all groups, that the numbers begin with.
+    first_row: usize,
+    width: usize,
+    /// Numbers from pixel to pixel.
+    step: usize,
+}
+
+impl<'a, T: Number> Window<'a, T> {
+    /// The rows where they lie, or arranged in `memory` as products want them.
+    fn new(
+        session: &Session,
+        numbers: &'a [T],
+        shape: Shape,
+        rows: Range<usize>,
+        blocks: &Range<usize>,
+        turned: bool,
+        memory: &'a mut [T],
+    ) -> Window<'a, T> {
+        let (width, pixel_len) = (shape.width, shape.pixel_len());
+        if !T::ARRANGED {
+            let numbers = &numbers[blocks.start * TILE..];
+            return Window { numbers, first_row: 0, width, step: pixel_len };
+        }
+        let step = blocks.len() * TILE;
+        let pixels = rows.start * width..rows.end * width;
+        for (pixel, to) in pixels.zip(memory.chunks_exact_mut(step)) {
+            let from = &numbers[pixel * pixel_len + blocks.start * TILE..][..step];
+            T::arrange(session, from, to, turned);
+        }
+        Window { numbers: memory, first_row: rows.start, width, step }
+    }
+
+    fn offset(&self, row: usize, x: usize) -> usize {
+        ((row - self.first_row) * self.width + x) * self.step
+    }
+}
+
+/// The runs of a strip, in the order in which they are added.
+#[derive(Default)]
+struct Runs {
+    all: Vec<Run>,
+    /// The tap of some of them, and where they end.
+    ends: Vec<(usize, usize)>,
 }
 
 impl<'a> WeightTasks<'a> {
-    fn new(g: &'a Geometry) -> Self {
+    fn new(g: &'a Geometry, pixels: usize) -> Self {
+        let rows = (pixels / g.output.width).max(1);
+        let strips = (g.output.groups() * g.output.height).div_ceil(rows);
         let pairs = g.output.blocks().div_ceil(2);
-        let segments_per_row = g.output.width.div_ceil(SEGMENT);
-        let rows_per_segment = (SEGMENT / g.output.width).max(1);
-        let rows = g.output.groups() * g.output.height;
-        let segments = rows.div_ceil(rows_per_segment) * segments_per_row;
-        let tiles = g.input.blocks() * pairs;
-        let parts = TASKS.div_ceil(tiles).min(segments);
-        WeightTasks { g, parts, pairs, segments, segments_per_row, rows_per_segment }
+        let panes = (g.input.blocks().div_ceil(PANE.0), pairs.div_ceil(PANE.1));
+        let parts = TASKS.div_ceil(panes.0 * panes.1).min(strips);
+        WeightTasks { g, parts, panes, rows, strips }
     }
 
     /// Sums every part into its place in the scratch.
@@ -103,86 +132,181 @@ impl<'a> WeightTasks<'a> {
         variant: Variant,
         input: &[T],
         output_gradient: &[T],
+        pool: &Arc<Pool>,
         scratch: &mut [f32],
     ) {
         let all = Disjoint::new(scratch);
-        parallel::for_each(self.count(), self.g.operations(), |task| {
-            let (at, len) = self.tiles(task);
-            // SAFETY: `tiles` gives every task its own place.
-            let tiles = unsafe { all.part(at, len) };
-            self.sum(variant, task, input, output_gradient, tiles);
+        let count = self.parts * self.panes.0 * self.panes.1;
+        parallel::for_each(count, self.g.operations(), |task| {
+            let session = Session::begin(variant);
+            self.sum(&session, &self.task(task), input, output_gradient, pool, &all);
         });
     }
 
-    fn count(&self) -> usize {
-        self.parts * self.g.input.blocks() * self.pairs
+    fn task(&self, task: usize) -> Task {
+        let panes = self.panes.0 * self.panes.1;
+        let (pane, part) = (task % panes, task / panes);
+        let (block, pair) = (pane / self.panes.1 * PANE.0, pane % self.panes.1 * PANE.1);
+        let pairs = self.g.output.blocks().div_ceil(2);
+        Task {
+            part,
+            blocks: block..(block + PANE.0).min(self.g.input.blocks()),
+            pairs: pair..(pair + PANE.1).min(pairs),
+        }
     }
 
-    /// Where a task's sums lie in the scratch: (tap, output block of the pair) tiles in a row.
-    fn tiles(&self, task: usize) -> (usize, usize) {
-        let (inputs, taps) = (self.g.input.blocks(), self.g.taps());
-        let (pair, rest) = (task % self.pairs, task / self.pairs);
-        let blocks = self.g.output.blocks();
-        let columns = columns_of(blocks, pair);
-        // `rest` counts (part, input block): each has one tile a tap and output block.
-        debug_assert!(rest < self.parts * inputs);
-        ((rest * blocks + 2 * pair) * taps * TILE, columns * taps * TILE)
+    /// Where the sums of a block of input and a pair of output channels lie in the scratch: (tap,
+    /// output block of the pair) tiles in a row.
+    fn tiles(&self, part: usize, block: usize, pair: usize) -> (usize, usize) {
+        let (inputs, outputs, taps) =
+            (self.g.input.blocks(), self.g.output.blocks(), self.g.taps());
+        let columns = columns_of(outputs, pair);
+        (((part * inputs + block) * outputs + 2 * pair) * taps * TILE, columns * taps * TILE)
     }
 
-    /// Sums one part of the pixels for one block of input and one pair of output channels.
     fn sum<T: Number>(
         &self,
-        variant: Variant,
-        task: usize,
+        session: &Session,
+        task: &Task,
         input: &[T],
         output_gradient: &[T],
-        tiles: &mut [f32],
+        pool: &Arc<Pool>,
+        all: &Disjoint<f32>,
     ) {
         let g = self.g;
-        let (pair, rest) = (task % self.pairs, task / self.pairs);
-        let (block, part) = (rest % g.input.blocks(), rest / g.input.blocks());
-        let columns = columns_of(g.output.blocks(), pair);
-        let sum = Sum { rows: g.input.channels_in(block), columns, add: true };
-        let segments = part * self.segments / self.parts..(part + 1) * self.segments / self.parts;
-        tiles.fill(0.);
-        let mut list = Vec::with_capacity(SEGMENT);
-        for segment in segments {
-            for tap in 0..g.taps() {
-                list.clear();
-                self.meet(segment, tap, block, pair, &mut list);
-                if !list.is_empty() {
-                    let tile = &mut tiles[tap * columns * TILE..][..columns * TILE];
-                    T::product::<true>(variant, input, output_gradient, &list, tile, sum);
+        for block in task.blocks.clone() {
+            for pair in task.pairs.clone() {
+                let (at, len) = self.tiles(task.part, block, pair);
+                // SAFETY: a task owns its part of its blocks and pairs.
+                unsafe { all.part(at, len) }.fill(0.);
+            }
+        }
+        let outputs = 2 * task.pairs.start..(2 * task.pairs.end).min(g.output.blocks());
+        let strips =
+            task.part * self.strips / self.parts..(task.part + 1) * self.strips / self.parts;
+        let memory = |rows: usize, shape: Shape, blocks: usize| {
+            let len = if T::ARRANGED { rows * shape.width * blocks * TILE } else { 0 };
+            pool.take_of(T::PRECISION, len)
+        };
+        let most = strips.clone().map(|strip| self.rows_read(&self.rows_of(strip)).len()).max();
+        let mut left_memory = memory(most.unwrap_or(0), g.input, task.blocks.len());
+        let mut right_memory = memory(self.rows, g.output, outputs.len());
+        let mut runs = Runs::default();
+        for strip in strips {
+            let rows = self.rows_of(strip);
+            let (read, memory) = (self.rows_read(&rows), T::of_mut(&mut left_memory));
+            let left = Window::new(session, input, g.input, read, &task.blocks, true, memory);
+            let (written, memory) = (rows.clone(), T::of_mut(&mut right_memory));
+            let right =
+                Window::new(session, output_gradient, g.output, written, &outputs, false, memory);
+            self.meet(rows, &left, &right, &mut runs);
+            self.sum_strip(session, task, &left, &right, &runs, all);
+        }
+    }
+
+    /// The rows of output pixels in a strip.
+    fn rows_of(&self, strip: usize) -> Range<usize> {
+        let rows = self.g.output.groups() * self.g.output.height;
+        strip * self.rows..((strip + 1) * self.rows).min(rows)
+    }
+
+    /// The rows of input pixels that meet those of output pixels, with what lies between.
+    fn rows_read(&self, rows: &Range<usize>) -> Range<usize> {
+        let g = self.g;
+        let top =
+            |row: usize| (row / g.output.height * g.input.height, row % g.output.height * g.stride);
+        let ((first, above), (last, below)) = (top(rows.start), top(rows.end - 1));
+        let begin = above.saturating_sub(g.padding).min(g.input.height);
+        let end = (below + g.kernel).saturating_sub(g.padding).min(g.input.height);
+        first + begin..(last + end).max(first + begin)
+    }
+
+    /// The pixels of a strip, some at a time, that meet the input at each tap.
+    fn meet<T: Number>(
+        &self,
+        strip: Range<usize>,
+        left: &Window<T>,
+        right: &Window<T>,
+        runs: &mut Runs,
+    ) {
+        let g = self.g;
+        runs.all.clear();
+        runs.ends.clear();
+        let rows_at_once = (SEGMENT / g.output.width).max(1);
+        for first in strip.clone().step_by(rows_at_once) {
+            let rows = first..(first + rows_at_once).min(strip.end);
+            for begin in (0..g.output.width).step_by(SEGMENT) {
+                for tap in 0..g.taps() {
+                    for row in rows.clone() {
+                        self.meet_row(row, begin, tap, left, right, &mut runs.all);
+                    }
+                    if runs.all.len() > runs.ends.last().map_or(0, |last| last.1) {
+                        runs.ends.push((tap, runs.all.len()));
+                    }
                 }
             }
         }
     }
 
-    /// The pixels of a segment whose tap lies inside the input.
-    fn meet(&self, segment: usize, tap: usize, block: usize, pair: usize, list: &mut Vec<Pair>) {
+    /// The pixels of a row from `begin` on whose tap lies inside the input.
+    fn meet_row<T: Number>(
+        &self,
+        row: usize,
+        begin: usize,
+        tap: usize,
+        left: &Window<T>,
+        right: &Window<T>,
+        runs: &mut Vec<Run>,
+    ) {
         let g = self.g;
-        let (tap_y, tap_x) = (tap / g.kernel, tap % g.kernel);
-        let begin = segment % self.segments_per_row * SEGMENT;
-        let end = (begin + SEGMENT).min(g.output.width);
-        let first_row = segment / self.segments_per_row * self.rows_per_segment;
-        let rows = g.output.groups() * g.output.height;
-        for row in first_row..(first_row + self.rows_per_segment).min(rows) {
-            let (group, y) = (row / g.output.height, row % g.output.height);
-            let Some(from_y) = (y * g.stride + tap_y).checked_sub(g.padding) else { continue };
-            if from_y >= g.input.height {
-                continue;
-            }
-            for x in begin..end {
-                let Some(from_x) = (x * g.stride + tap_x).checked_sub(g.padding) else { continue };
-                if from_x >= g.input.width {
-                    break;
+        let (group, y) = (row / g.output.height, row % g.output.height);
+        let from_y = (y * g.stride + tap / g.kernel).checked_sub(g.padding);
+        let Some(from_y) = from_y.filter(|y| *y < g.input.height) else { return };
+        for x in begin..(begin + SEGMENT).min(g.output.width) {
+            let from_x = (x * g.stride + tap % g.kernel).checked_sub(g.padding);
+            let Some(from_x) = from_x.filter(|x| *x < g.input.width) else { continue };
+            runs.push(Run {
+                left: left.offset(group * g.input.height + from_y, from_x),
+                right: right.offset(row, x),
+                inner: SIDE,
+            });
+        }
+    }
+
+    /// Adds a strip to the pane, two blocks of input channels at a time.
+    fn sum_strip<T: Number>(
+        &self,
+        session: &Session,
+        task: &Task,
+        left: &Window<T>,
+        right: &Window<T>,
+        runs: &Runs,
+        all: &Disjoint<f32>,
+    ) {
+        let g = self.g;
+        for block in task.blocks.clone().step_by(2) {
+            let left = &left.numbers[(block - task.blocks.start) * TILE..];
+            for pair in task.pairs.clone() {
+                let right = &right.numbers[2 * (pair - task.pairs.start) * TILE..];
+                let columns = columns_of(g.output.blocks(), pair);
+                let tile = |block: usize, tap: usize| {
+                    let at = self.tiles(task.part, block, pair).0 + tap * columns * TILE;
+                    // SAFETY: a task owns its part of its blocks and pairs; the two blocks differ.
+                    unsafe { all.part(at, columns * TILE) }
+                };
+                let mut begin = 0;
+                for &(tap, end) in &runs.ends {
+                    let rows = g.input.channels_in(block);
+                    let runs = &runs.all[begin..end];
+                    let product = Product { runs, apart: TILE, rows, columns, add: true };
+                    if block + 1 < task.blocks.end {
+                        let outputs = &mut [tile(block, tap), tile(block + 1, tap)];
+                        T::product::<true>(session, left, right, &product, outputs);
+                    } else {
+                        T::product::<true>(session, left, right, &product, &mut [tile(block, tap)]);
+                    }
+                    begin = end;
                 }
-                let from = (group * g.input.height + from_y) * g.input.width + from_x;
-                list.push(Pair {
-                    left: from * g.input.pixel_len() + block * TILE,
-                    right: (row * g.output.width + x) * g.output.pixel_len() + 2 * pair * TILE,
-                    depth: SIDE,
-                });
             }
         }
     }

@@ -1,0 +1,556 @@
+//! Products of bfloat16 tiles by AMX, Intel's tile unit: eight registers of up to 16 rows of 64
+//! bytes, and one instruction that adds a product of two to a third.
+//!
+//! The blocking is written once over a small interface ([`Unit`]) with two implementations: the
+//! instructions themselves ([`Real`]) and a program of the same meaning ([`Emulated`]), after the
+//! operation sections of TILELOADD, TILESTORED, TILEZERO and TDPBF16PS in the Intel 64 and IA-32
+//! Architectures Software Developer's Manual. So whatever surrounds the unit is tested on any
+//! x86-64 processor with AVX2. Where the unit is found, [`usable`] first holds it against the program.
+//!
+//! A tile of this crate is 16 images × 16 channels, so a left tile fills 16 rows of 32 bytes and a
+//! right one 8 rows of 64: half of what the unit takes along the inner side at once.
+//!
+//! **What was run.** The processor this was written on has no AMX: the encodings were compared with
+//! a disassembler's, [`Emulated`] runs in all tests, [`Real`] has run nowhere yet and was never timed.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+use super::{Product, Run};
+use crate::layout::{SIDE, TILE};
+use crate::number::{Half, Number};
+
+/// The operations of a tile unit on registers 0 to 7 whose extents [`CONFIGURATION`] fixes.
+pub(super) trait Unit {
+    /// Fills a register with rows that begin `stride` bytes apart.
+    ///
+    /// # Safety
+    ///
+    /// All rows of the register lie in readable memory.
+    unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize);
+
+    /// Writes a register to rows that begin `stride` bytes apart.
+    ///
+    /// # Safety
+    ///
+    /// All rows of the register lie in memory that the caller may write.
+    unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
+
+    /// Sets a register to zero.
+    ///
+    /// # Safety
+    ///
+    /// This thread's registers are set up.
+    unsafe fn zero<const T: usize>(&mut self);
+
+    /// `C += A · B` of bfloat16, with pairs along the inner side next to each other in `B`'s rows.
+    ///
+    /// # Safety
+    ///
+    /// This thread's registers are set up.
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self);
+}
+
+/// What `LDTILECFG` reads: palette 1, rows and bytes per row of each register.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Registers 0 to 3 hold sums: 16 rows of 16 f32. 4 and 5 hold left tiles, 16 rows of 16 bfloat16;
+/// 6 and 7 right ones, 8 rows of 16 pairs.
+static CONFIGURATION: Configuration = Configuration {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    bytes: [64, 64, 64, 64, 32, 32, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// Bytes from row to row of sums and of right tiles.
+const WIDE: usize = 64;
+/// Bytes from row to row of left tiles.
+const NARROW: usize = 32;
+
+/// [`super::product_of_halves`], one or two left sides against one or two columns. The left tiles
+/// are (row, inner), in transposed products too.
+///
+/// # Safety
+///
+/// Every tile lies inside its slice, and this thread's registers are set up.
+pub(super) unsafe fn product<U: Unit>(
+    unit: &mut U,
+    left: &[Half],
+    right: &[Half],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    let Product { runs, apart, add, .. } = *product;
+    let (left, right) = (left.as_ptr(), right.as_ptr());
+    // SAFETY: the caller's promise; `sum` is told how many outputs and columns there are.
+    unsafe {
+        match (outputs, product.columns) {
+            ([a], 1) => sum::<U, 1, 1>(unit, left, right, runs, apart, [a.as_mut_ptr(); 2], add),
+            ([a], _) => sum::<U, 1, 2>(unit, left, right, runs, apart, [a.as_mut_ptr(); 2], add),
+            ([a, b], 1) => {
+                let outputs = [a.as_mut_ptr(), b.as_mut_ptr()];
+                sum::<U, 2, 1>(unit, left, right, runs, apart, outputs, add);
+            }
+            ([a, b], _) => {
+                let outputs = [a.as_mut_ptr(), b.as_mut_ptr()];
+                sum::<U, 2, 2>(unit, left, right, runs, apart, outputs, add);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Sums of side `s` and column `c` are in register `2 s + c`.
+///
+/// # Safety
+///
+/// As [`product`]; there are `SIDES` outputs of `COLUMNS` tiles.
+#[inline(always)]
+unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
+    unit: &mut U,
+    left: *const Half,
+    right: *const Half,
+    runs: &[Run],
+    apart: usize,
+    outputs: [*mut f32; 2],
+    add: bool,
+) {
+    // SAFETY: the caller promises that the tiles lie inside their slices: a left tile is 16 rows of
+    // 32 bytes, a right one 8 rows of 64 and one of sums 16 rows of 64, each without gaps. The
+    // pointers end at most one tile behind the last one.
+    unsafe {
+        let second = |output: *mut f32| output.add(TILE).cast::<u8>();
+        if add {
+            unit.load::<0>(outputs[0].cast(), WIDE);
+            if COLUMNS == 2 {
+                unit.load::<1>(second(outputs[0]), WIDE);
+            }
+            if SIDES == 2 {
+                unit.load::<2>(outputs[1].cast(), WIDE);
+            }
+            if SIDES == 2 && COLUMNS == 2 {
+                unit.load::<3>(second(outputs[1]), WIDE);
+            }
+        } else {
+            unit.zero::<0>();
+            unit.zero::<1>();
+            unit.zero::<2>();
+            unit.zero::<3>();
+        }
+        for run in runs {
+            let (mut left, mut right) = (left.add(run.left), right.add(run.right));
+            for _ in 0..run.tiles() {
+                unit.load::<6>(right.cast(), WIDE);
+                unit.load::<4>(left.cast(), NARROW);
+                unit.multiply::<0, 4, 6>();
+                if COLUMNS == 2 {
+                    unit.load::<7>(right.add(TILE).cast(), WIDE);
+                    unit.multiply::<1, 4, 7>();
+                }
+                if SIDES == 2 {
+                    unit.load::<5>(left.add(apart).cast(), NARROW);
+                    unit.multiply::<2, 5, 6>();
+                }
+                if SIDES == 2 && COLUMNS == 2 {
+                    unit.multiply::<3, 5, 7>();
+                }
+                left = left.wrapping_add(TILE);
+                right = right.wrapping_add(COLUMNS * TILE);
+            }
+        }
+        unit.store::<0>(outputs[0].cast(), WIDE);
+        if COLUMNS == 2 {
+            unit.store::<1>(second(outputs[0]), WIDE);
+        }
+        if SIDES == 2 {
+            unit.store::<2>(outputs[1].cast(), WIDE);
+        }
+        if SIDES == 2 && COLUMNS == 2 {
+            unit.store::<3>(second(outputs[1]), WIDE);
+        }
+    }
+}
+
+/// The processor's own.
+pub(super) struct Real;
+
+impl Unit for Real {
+    #[inline(always)]
+    unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
+        // SAFETY: the caller promises that the registers are set up and the rows readable.
+        unsafe {
+            asm!(
+                "tileloadd tmm{register}, [{from} + {stride}*1]",
+                register = const T, from = in(reg) from, stride = in(reg) stride,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
+        // SAFETY: the caller promises that the registers are set up and the rows writable.
+        unsafe {
+            asm!(
+                "tilestored [{to} + {stride}*1], tmm{register}",
+                register = const T, to = in(reg) to, stride = in(reg) stride,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero<const T: usize>(&mut self) {
+        // SAFETY: the caller promises that the registers are set up.
+        unsafe {
+            asm!(
+                "tilezero tmm{register}",
+                register = const T,
+                options(nomem, nostack, preserves_flags)
+            );
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
+        // SAFETY: the caller promises that the registers are set up.
+        unsafe {
+            asm!(
+                "tdpbf16ps tmm{c}, tmm{a}, tmm{b}",
+                c = const C, a = const A, b = const B,
+                options(nomem, nostack, preserves_flags)
+            );
+        }
+    }
+}
+
+thread_local! {
+    /// Sessions that are open on this thread.
+    static OPEN: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Sets up this thread's registers, if no session has before.
+pub(super) fn begin() {
+    OPEN.set(OPEN.get() + 1);
+    if OPEN.get() == 1 {
+        // SAFETY: only the variant `Amx` opens sessions here, which exists where the instructions
+        // do; the configuration is one of palette 1.
+        unsafe {
+            asm!(
+                "ldtilecfg [{configuration}]",
+                configuration = in(reg) &raw const CONFIGURATION,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+    }
+}
+
+/// Clears this thread's registers at the end of its last session, so that the system need not
+/// save them.
+pub(super) fn end() {
+    OPEN.set(OPEN.get() - 1);
+    if OPEN.get() == 0 {
+        // SAFETY: as above.
+        unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
+    }
+}
+
+/// A unit in software: what the manual says, at about a thousandth of the speed.
+pub(super) struct Emulated {
+    registers: [[[u8; 64]; 16]; 8],
+}
+
+impl Emulated {
+    pub fn new() -> Emulated {
+        Emulated { registers: [[[0; 64]; 16]; 8] }
+    }
+}
+
+/// Rows and bytes per row of a register.
+fn extent(register: usize) -> (usize, usize) {
+    (usize::from(CONFIGURATION.rows[register]), usize::from(CONFIGURATION.bytes[register]))
+}
+
+impl Unit for Emulated {
+    unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
+        let (rows, bytes) = extent(T);
+        self.registers[T] = [[0; 64]; 16];
+        for (row, to) in self.registers[T].iter_mut().enumerate().take(rows) {
+            // SAFETY: the caller promises that these bytes are readable.
+            let from = unsafe { std::slice::from_raw_parts(from.add(row * stride), bytes) };
+            to[..bytes].copy_from_slice(from);
+        }
+    }
+
+    unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
+        let (rows, bytes) = extent(T);
+        for (row, from) in self.registers[T].iter().enumerate().take(rows) {
+            // SAFETY: the caller promises that these bytes are writable and nobody else's.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.add(row * stride), bytes) };
+            to.copy_from_slice(&from[..bytes]);
+        }
+    }
+
+    unsafe fn zero<const T: usize>(&mut self) {
+        self.registers[T] = [[0; 64]; 16];
+    }
+
+    unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
+        let [mut sums, a, b] = [C, A, B].map(|register| self.registers[register]);
+        assert!(extent(A).1 == 4 * extent(B).0 && extent(B).1 == extent(C).1);
+        // SAFETY: `AmxEmulated` exists only where AVX2 and FMA do.
+        unsafe { multiply(&mut sums, &a, &b, extent(C).0, extent(B).0) }
+        self.registers[C] = sums;
+    }
+}
+
+type Register = [[u8; 64]; 16];
+
+/// TDPBF16PS: the products of the first numbers of all pairs are added in order, those of the
+/// second ones apart from them, then both sums to each other and to what was there. All additions
+/// are fused with their product and round to the nearest, ties to even; denormal numbers count as
+/// zero on the way in and become zero on the way out. Compiled for FMA, which is what the fused
+/// multiplication becomes.
+#[target_feature(enable = "avx2,fma")]
+fn multiply(sums: &mut Register, a: &Register, b: &Register, rows: usize, pairs: usize) {
+    let float = |row: &[u8; 64], at: usize| {
+        f32::from_le_bytes([row[4 * at], row[4 * at + 1], row[4 * at + 2], row[4 * at + 3]])
+    };
+    let half = |row: &[u8; 64], at: usize| {
+        flushed(Half(u16::from_le_bytes([row[2 * at], row[2 * at + 1]])).wide())
+    };
+    for (sums, a) in sums.iter_mut().zip(a).take(rows) {
+        let (mut first, mut second) = ([0f32; SIDE], [0f32; SIDE]);
+        for (k, b) in b.iter().enumerate().take(pairs) {
+            for lane in 0..SIDE {
+                first[lane] = flushed(half(a, 2 * k).mul_add(half(b, 2 * lane), first[lane]));
+                let factor = half(b, 2 * lane + 1);
+                second[lane] = flushed(half(a, 2 * k + 1).mul_add(factor, second[lane]));
+            }
+        }
+        for lane in 0..SIDE {
+            let both = flushed(first[lane] + second[lane]);
+            let total = flushed(flushed(float(sums, lane)) + both);
+            sums[4 * lane..4 * lane + 4].copy_from_slice(&total.to_le_bytes());
+        }
+    }
+}
+
+/// A denormal number as zero of its sign.
+#[inline(always)]
+fn flushed(value: f32) -> f32 {
+    if value.abs() < f32::MIN_POSITIVE { 0f32.copysign(value) } else { value }
+}
+
+/// Whether this process may use the unit and the unit computes what [`Emulated`] does. Found once;
+/// a unit that computes something else is left alone with a warning.
+pub(crate) fn usable() -> bool {
+    static USABLE: OnceLock<bool> = OnceLock::new();
+    *USABLE.get_or_init(|| {
+        let found = present() && permitted();
+        if !found {
+            return false;
+        }
+        begin();
+        let agrees = agrees(&mut Real);
+        end();
+        if !agrees {
+            tracing::warn!(
+                "this processor's AMX unit fails a check of its products; bfloat16 is computed \
+                 without it"
+            );
+        }
+        agrees
+    })
+}
+
+/// Whether the processor has tiles of the extent used here and products of bfloat16, and the
+/// system keeps tile registers.
+fn present() -> bool {
+    // Leaf 7: AMX-BF16 and AMX-TILE. Leaf 1: OSXSAVE, without which XCR0 cannot be read.
+    if __cpuid(0).eax < 0x1d || __cpuid(1).ecx & 1 << 27 == 0 {
+        return false;
+    }
+    let features = __cpuid_count(7, 0).edx;
+    if features & 1 << 22 == 0 || features & 1 << 24 == 0 {
+        return false;
+    }
+    // SAFETY: OSXSAVE was found.
+    let kept = unsafe { xcr0() };
+    // Palette 1: bytes of a register, then bytes of a row and registers, then rows.
+    let palette = __cpuid_count(0x1d, 1);
+    kept & (3 << 17) == 3 << 17
+        && palette.eax >> 16 >= 1024
+        && palette.ebx & 0xffff >= 64
+        && palette.ebx >> 16 >= 8
+        && palette.ecx & 0xffff >= 16
+}
+
+/// # Safety
+///
+/// The processor has XSAVE and the system uses it.
+#[target_feature(enable = "xsave")]
+unsafe fn xcr0() -> u64 {
+    // SAFETY: the caller's promise; register 0 always exists.
+    unsafe { _xgetbv(0) }
+}
+
+/// Asks Linux to keep tile registers for this process, `arch_prctl(ARCH_REQ_XCOMP_PERM,
+/// XFEATURE_XTILEDATA)`: since Linux 5.16 they are kept only for who asks. Elsewhere nobody has
+/// tried; the unit is not used.
+fn permitted() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        let answer: isize;
+        // SAFETY: the call (number 158 on x86-64) reads and writes no memory of this process; the
+        // system overwrites rcx and r11.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") 158isize => answer,
+                in("rdi") 0x1023, in("rsi") 18,
+                out("rcx") _, out("r11") _,
+                options(nostack)
+            );
+        }
+        answer == 0
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        false
+    }
+}
+
+/// Holds a unit against [`Emulated`]: bit for bit on small whole numbers, where every order of
+/// additions gives the same; within `2⁻²⁰ Σ |a b|` on others.
+fn agrees<U: Unit>(unit: &mut U) -> bool {
+    let runs = [
+        Run { left: 0, right: 0, inner: 2 * SIDE },
+        Run { left: 3 * TILE, right: 4 * TILE, inner: SIDE },
+    ];
+    [true, false].into_iter().all(|whole| {
+        let [left, right] = test_values(whole);
+        [(1, 1), (1, 2), (2, 1), (2, 2)].into_iter().all(|(sides, columns)| {
+            [false, true].into_iter().all(|add| {
+                let wanted = Product { runs: &runs, apart: TILE, rows: SIDE, columns, add };
+                let [mut got, mut want] = [0; 2].map(|_| [[3f32; 2 * TILE]; 2]);
+                // SAFETY: the slices hold 5 and 6 tiles, the runs with `apart` and two columns name
+                // no more; the caller has set up the registers.
+                unsafe {
+                    let mut outputs = got.each_mut().map(|output| &mut output[..]);
+                    product(unit, &left, &right, &wanted, &mut outputs[..sides]);
+                    let mut outputs = want.each_mut().map(|output| &mut output[..]);
+                    let mut emulated = Emulated::new();
+                    product(&mut emulated, &left, &right, &wanted, &mut outputs[..sides]);
+                }
+                // 48 products of at most 1, added to 3.
+                let bound = if whole { 0. } else { 64. * (-20f32).exp2() };
+                let pairs = got.as_flattened().iter().zip(want.as_flattened());
+                pairs.into_iter().all(|(got, want)| (got - want).abs() <= bound)
+            })
+        })
+    })
+}
+
+/// Left and right tiles, of numbers from -3 to 3 or from -1 to 1.
+fn test_values(whole: bool) -> [Vec<Half>; 2] {
+    let mut state = 1u32;
+    let mut value = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let small = (state >> 16) % 255;
+        let value = if whole { small % 7 } else { small } as f32 - if whole { 3. } else { 127. };
+        Half::narrow(if whole { value } else { value / 127. })
+    };
+    let left = (0..5 * TILE).map(|_| value()).collect();
+    let right = (0..8 * TILE).map(|_| value()).collect();
+    [left, right]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The unit as a processor with another order of additions, or a wrong one, would have it.
+    struct Wrong(Emulated);
+
+    impl Unit for Wrong {
+        unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
+            // SAFETY: the caller's promise.
+            unsafe { self.0.load::<T>(from, stride) }
+        }
+        unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
+            // SAFETY: the caller's promise.
+            unsafe { self.0.store::<T>(to, stride) }
+        }
+        unsafe fn zero<const T: usize>(&mut self) {
+            // SAFETY: the caller's promise.
+            unsafe { self.0.zero::<T>() }
+        }
+        unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
+            // One register taken for another, as a mistaken encoding would.
+            // SAFETY: the caller's promise.
+            unsafe { self.0.multiply::<C, A, 6>() }
+        }
+    }
+
+    #[test]
+    fn a_unit_that_computes_something_else_is_refused() {
+        if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx2") {
+            assert!(agrees(&mut Emulated::new()));
+            assert!(!agrees(&mut Wrong(Emulated::new())));
+        }
+        // Nothing to compare where the unit is missing; where it is present, a real check.
+        assert_eq!(usable(), present() && permitted());
+    }
+
+    /// One number of a product whose left row and right column hold `terms`, added to `start`.
+    fn one(start: f32, terms: &[(f32, f32)]) -> f32 {
+        let mut left = [Half(0); TILE];
+        let mut right = [Half(0); TILE];
+        for (k, (a, b)) in terms.iter().enumerate() {
+            left[k] = Half::narrow(*a);
+            right[Half::place(k, 0)] = Half::narrow(*b);
+        }
+        let runs = [Run { left: 0, right: 0, inner: SIDE }];
+        let wanted = Product { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
+        let mut output = [0f32; TILE];
+        output[0] = start;
+        // SAFETY: all slices hold the one tile that is named.
+        unsafe { product(&mut Emulated::new(), &left, &right, &wanted, &mut [&mut output]) };
+        output[0]
+    }
+
+    #[test]
+    fn sums_are_taken_in_the_order_of_the_instruction() {
+        if !is_x86_feature_detected!("fma") || !is_x86_feature_detected!("avx2") {
+            return;
+        }
+        let big = (2f32).powi(24);
+        // The first of the pairs apart from the second ones: 2²⁴ swallows a 1 beside it (ties to
+        // even), but the two 1s of the other sum are 2 by then.
+        assert_eq!(one(0., &[(big, 1.), (1., 1.), (0., 0.), (1., 1.)]), big + 2.);
+        assert_eq!(one(0., &[(big, 1.), (0., 0.), (1., 1.), (0., 0.), (1., 1.)]), big);
+        // What was there is added last.
+        assert_eq!(one(-big, &[(big, 1.), (1., 1.)]), 0.);
+        assert_eq!(one(-big, &[(big, 1.), (1., 1.), (0., 0.), (1., 1.)]), 2.);
+        // Denormal numbers are zero, before and after.
+        let small = f32::MIN_POSITIVE;
+        assert_eq!(one(small / 2., &[(1., 1.)]), 1.);
+        assert_eq!(one(small / 2., &[]), 0.);
+        assert_eq!(one(0., &[(small / 2., 1024.)]), 0.);
+        assert_eq!(one(0., &[(small, 0.5)]), 0.);
+        assert_eq!(one(0., &[(small, 1.5), (small, -1.)]), 0.);
+        assert_eq!(one(0., &[(small, 1.)]), small);
+    }
+}

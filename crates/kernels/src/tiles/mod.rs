@@ -1,0 +1,376 @@
+//! Products of tiles: the innermost loops of convolutions and linear layers, one per variant.
+//!
+//! A tile is 16 × 16 numbers, row by row (see [`crate::Shape`]). All three products of a
+//! convolution are sums of tile products: output = Σ input · weights, input gradient =
+//! Σ output gradient · weightsᵀ, weight gradient = Σ inputᵀ · output gradient.
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "vector intrinsics on tiles addressed from a base pointer")
+)]
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::usable as amx_is_usable;
+
+use std::marker::PhantomData;
+
+use crate::Variant;
+use crate::layout::{SIDE, TILE};
+use crate::number::{Half, Number};
+use crate::variant::{Instructions, for_each_variant};
+
+/// Terms of a sum whose tiles lie behind each other on both sides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    /// Offset of the first left tile; the others follow it.
+    pub left: usize,
+    /// Offset of the first right tile. Each term has [`Product::columns`] of them side by side.
+    pub right: usize,
+    /// How many products along the inner side to add, at least 1: 16 a tile, fewer in the last.
+    pub inner: usize,
+}
+
+impl Run {
+    fn tiles(&self) -> usize {
+        self.inner.div_ceil(SIDE)
+    }
+}
+
+/// What to compute of `output = Σ left · right`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Product<'a> {
+    /// The terms, added in order.
+    pub runs: &'a [Run],
+    /// Numbers from each left tile to the one that takes its place in the second output.
+    pub apart: usize,
+    /// Rows of the output tile wanted, at most 16; the kernels compute a few more where that is
+    /// cheaper than to stop.
+    pub rows: usize,
+    /// Output tiles side by side, 1 or 2: 16 or 32 columns.
+    pub columns: usize,
+    /// Add to what the outputs hold instead of replacing it.
+    pub add: bool,
+}
+
+impl Product<'_> {
+    /// # Panics
+    ///
+    /// When a tile lies outside its slice, or a count has no meaning.
+    fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
+        assert!((1..=2).contains(&self.columns) && self.rows <= SIDE);
+        assert!((1..=2).contains(&outputs.len()));
+        assert!(outputs.iter().all(|output| output.len() >= self.columns * TILE));
+        let apart = self.apart * (outputs.len() - 1);
+        for run in self.runs {
+            let len = run.tiles() * TILE;
+            assert!(run.left + apart + len <= left && run.right + self.columns * len <= right);
+        }
+    }
+}
+
+/// The right to multiply tiles on this thread: where tiles have registers of their own, it sets
+/// them up and clears them when dropped. One per task; it does not leave its thread.
+pub(crate) struct Session {
+    variant: Variant,
+    here: PhantomData<*const ()>,
+}
+
+impl Session {
+    pub fn begin(variant: Variant) -> Session {
+        #[cfg(target_arch = "x86_64")]
+        if variant.instructions() == Instructions::Amx {
+            amx::begin();
+        }
+        Session { variant, here: PhantomData }
+    }
+
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.variant.instructions() == Instructions::Amx {
+            amx::end();
+        }
+    }
+}
+
+/// `output (+)= Σ left · right`, or with `TRANSPOSED` `Σ leftᵀ · right`, over the terms in order.
+/// With a second output, the same sum with every left tile [`apart`](Product::apart) from here.
+///
+/// Each number of the output is one chain of multiply-adds in the order of the terms and, inside
+/// one, of the inner side: cutting the terms into several calls with `add` changes no bit.
+pub(crate) fn product<const TRANSPOSED: bool>(
+    session: &Session,
+    left: &[f32],
+    right: &[f32],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    product.check(left.len(), right.len(), outputs);
+    match session.variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => {
+            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // its slice (checked above).
+            unsafe { x86::avx512::<TRANSPOSED>(left, right, product, outputs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 | Instructions::AmxEmulated => {
+            // SAFETY: as above.
+            unsafe { x86::avx2::<TRANSPOSED>(left, right, product, outputs) }
+        }
+        Instructions::Portable => {
+            for (side, output) in outputs.iter_mut().enumerate() {
+                portable::<TRANSPOSED>(left, right, product, side * product.apart, output);
+            }
+        }
+    }
+}
+
+/// [`product`] of bfloat16 tiles, summed in f32.
+///
+/// Tiles on the right hold pairs along the inner side next to each other: (inner / 2, column,
+/// inner % 2). So do those on the left with `TRANSPOSED`, (inner / 2, row, inner % 2), unless the
+/// variant [wants them turned](wants_left_turned).
+pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
+    session: &Session,
+    left: &[Half],
+    right: &[Half],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    product.check(left.len(), right.len(), outputs);
+    match session.variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Amx => {
+            // SAFETY: the session has set up this thread's tile registers; every tile lies inside
+            // its slice (checked above).
+            unsafe { amx::product(&mut amx::Real, left, right, product, outputs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::AmxEmulated => {
+            // SAFETY: every tile lies inside its slice (checked above).
+            unsafe { amx::product(&mut amx::Emulated::new(), left, right, product, outputs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512Bf16 => {
+            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // its slice (checked above).
+            unsafe { x86::avx512_bf16::<TRANSPOSED>(left, right, product, outputs) }
+        }
+        _ => {
+            for (side, output) in outputs.iter_mut().enumerate() {
+                let from = side * product.apart;
+                widened(session.variant, TRANSPOSED, left, right, product, from, output);
+            }
+        }
+    }
+}
+
+/// Whether a transposed product of bfloat16 tiles takes its left tiles transposed already, (row,
+/// inner), instead of paired.
+pub(crate) fn wants_left_turned(variant: Variant) -> bool {
+    match variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Amx | Instructions::AmxEmulated => true,
+        _ => false,
+    }
+}
+
+for_each_variant! {
+    fn widened(
+        transposed: bool,
+        left: &[Half],
+        right: &[Half],
+        product: &Product,
+        from: usize,
+        output: &mut [f32],
+    ) {
+        for column in 0..product.columns {
+            for row in 0..product.rows {
+                let (first, step) = if transposed { (2 * row, 2 * SIDE) } else { (row * SIDE, 2) };
+                let output = &mut output[column * TILE + row * SIDE..][..SIDE];
+                let mut total = [0f32; SIDE];
+                if product.add {
+                    total.copy_from_slice(output);
+                }
+                for run in product.runs {
+                    for tile in 0..run.tiles() {
+                        let left = &left[from + run.left + tile * TILE..][..TILE];
+                        let at = run.right + (tile * product.columns + column) * TILE;
+                        let right = &right[at..][..TILE];
+                        let inner = (run.inner - tile * SIDE).min(SIDE);
+                        let right = right.chunks_exact(2 * SIDE).take(inner.div_ceil(2));
+                        for (k, right) in right.enumerate() {
+                            let (even, odd) = (left[first + k * step], left[first + k * step + 1]);
+                            let (even, odd) = (even.wide(), odd.wide());
+                            for lane in 0..SIDE {
+                                total[lane] += even * right[2 * lane].wide();
+                                total[lane] += odd * right[2 * lane + 1].wide();
+                            }
+                        }
+                    }
+                }
+                output.copy_from_slice(&total);
+            }
+        }
+    }
+}
+
+/// Rows whose sums the baseline's registers hold: 32 of 4 numbers on ARM, 16 elsewhere.
+const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
+
+fn portable<const TRANSPOSED: bool>(
+    left: &[f32],
+    right: &[f32],
+    product: &Product,
+    from: usize,
+    output: &mut [f32],
+) {
+    for column in 0..product.columns {
+        for first in (0..product.rows).step_by(PORTABLE_ROWS) {
+            let output = &mut output[column * TILE + first * SIDE..][..PORTABLE_ROWS * SIDE];
+            let mut totals = [[0f32; SIDE]; PORTABLE_ROWS];
+            if product.add {
+                totals.as_flattened_mut().copy_from_slice(output);
+            }
+            for run in product.runs {
+                for tile in 0..run.tiles() {
+                    let left = &left[from + run.left + tile * TILE..][..TILE];
+                    let at = run.right + (tile * product.columns + column) * TILE;
+                    let inner = (run.inner - tile * SIDE).min(SIDE);
+                    let right = right[at..][..TILE].chunks_exact(SIDE).take(inner);
+                    for (k, right) in right.enumerate() {
+                        for (row, totals) in totals.iter_mut().enumerate() {
+                            let row = first + row;
+                            let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
+                            let factor = left[at];
+                            for (total, right) in totals.iter_mut().zip(right) {
+                                *total = multiply_add(factor, *right, *total);
+                            }
+                        }
+                    }
+                }
+            }
+            output.copy_from_slice(totals.as_flattened());
+        }
+    }
+}
+
+/// `a · b + c`, fused where the target always has the instruction (a call to a library otherwise).
+#[inline(always)]
+fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+        a.mul_add(b, c)
+    } else {
+        a * b + c
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn noise(len: usize) -> Vec<f32> {
+        let mut state = 12_345u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / 8_388_608. - 1.
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Two runs of two terms, one of which ends early, and one of a single product.
+    pub(super) const RUNS: [Run; 3] = [
+        Run { left: 0, right: 2 * TILE, inner: 32 },
+        Run { left: 3 * TILE, right: 0, inner: 21 },
+        Run { left: TILE, right: 4 * TILE, inner: 1 },
+    ];
+
+    /// Σ left · right in f64, or Σ leftᵀ · right, added to what is there or not.
+    fn plain(transposed: bool, data: [&[f32]; 3], product: &Product) -> Vec<f64> {
+        let [left, right, output] = data;
+        let mut result: Vec<f64> = output.iter().map(|x| f64::from(*x)).collect();
+        for (at, result) in result.iter_mut().enumerate().take(product.columns * TILE) {
+            let (column, row, lane) = (at / TILE, at % TILE / SIDE, at % SIDE);
+            let mut total = if product.add { *result } else { 0. };
+            for (run, k) in
+                product.runs.iter().flat_map(|run| (0..run.inner).map(move |k| (run, k)))
+            {
+                let (tile, k) = (k / SIDE, k % SIDE);
+                let at = if transposed { k * SIDE + row } else { row * SIDE + k };
+                let left = left[run.left + tile * TILE + at];
+                let at = (tile * product.columns + column) * TILE + k * SIDE + lane;
+                total += f64::from(left) * f64::from(right[run.right + at]);
+            }
+            *result = total;
+        }
+        result
+    }
+
+    #[test]
+    fn every_variant_computes_the_sum_of_products() {
+        let (left, right, before) = (noise(6 * TILE), noise(6 * TILE), noise(2 * TILE));
+        for variant in Variant::testable() {
+            let session = Session::begin(variant);
+            for (rows, columns, add) in
+                [(16, 2, false), (16, 2, true), (16, 1, false), (3, 2, true), (8, 1, true)]
+            {
+                let wanted = Product { runs: &RUNS, apart: TILE, rows, columns, add };
+                let mut direct = [before.clone(), before.clone()];
+                let mut turned = direct.clone();
+                let [a, b] = &mut direct;
+                product::<false>(&session, &left, &right, &wanted, &mut [a, b]);
+                let [a, b] = &mut turned;
+                product::<true>(&session, &left, &right, &wanted, &mut [a, b]);
+                for (got, transposed) in [(direct, false), (turned, true)] {
+                    for (side, got) in got.iter().enumerate() {
+                        let data: [&[f32]; 3] = [&left[side * TILE..], &right, &before];
+                        let want = plain(transposed, data, &wanted);
+                        for at in (0..columns * TILE).filter(|at| at % TILE < rows * SIDE) {
+                            // 54 terms of at most 1, each rounded once or twice.
+                            let off = (f64::from(got[at]) - want[at]).abs();
+                            assert!(off < 1e-5, "{variant} {wanted:?} {transposed} {at}: {off}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cutting_a_sum_into_calls_changes_no_bit() {
+        let (left, right) = (noise(4 * TILE), noise(8 * TILE));
+        let whole_runs = [Run { left: 0, right: 0, inner: 64 }];
+        let cut_runs = [0, 1, 2, 3].map(|i| Run { left: i * TILE, right: 2 * i * TILE, inner: 16 });
+        for variant in Variant::testable() {
+            let session = Session::begin(variant);
+            let (mut whole, mut cut) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
+            let all = Product { runs: &whole_runs, apart: 0, rows: 16, columns: 2, add: false };
+            product::<false>(&session, &left, &right, &all, &mut [&mut whole]);
+            let first = Product { runs: &cut_runs[..1], ..all };
+            product::<false>(&session, &left, &right, &first, &mut [&mut cut]);
+            let rest = Product { runs: &cut_runs[1..], add: true, ..all };
+            product::<false>(&session, &left, &right, &rest, &mut [&mut cut]);
+            assert!(whole.iter().zip(&cut).all(|(a, b)| a.to_bits() == b.to_bits()), "{variant}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "run.left")]
+    fn a_tile_outside_its_slice_is_refused() {
+        let (left, right) = (noise(2 * TILE), noise(4 * TILE));
+        let runs = [Run { left: TILE, right: 0, inner: 17 }];
+        let wanted = Product { runs: &runs, apart: 0, rows: 16, columns: 2, add: false };
+        let session = Session::begin(Variant::PORTABLE);
+        product::<false>(&session, &left, &right, &wanted, &mut [&mut [0.; 2 * TILE]]);
+    }
+}

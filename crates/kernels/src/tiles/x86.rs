@@ -1,0 +1,277 @@
+//! AVX2, AVX-512 and AVX-512 with bfloat16 products.
+//!
+//! The sums of a block of rows and columns stay in registers over all terms; each step loads one
+//! register of every column on the right and multiplies it with one number of each row on the
+//! left. 8 rows × 2 columns keep 16 sums on their way, as many as two multipliers of 4 cycles want
+//! twice over, and load 10 times for 16 products.
+
+use std::arch::x86_64::*;
+use std::mem::transmute;
+
+use super::{Product, Run};
+use crate::layout::{SIDE, TILE};
+use crate::number::Half;
+
+/// # Safety
+///
+/// The processor has AVX-512; every tile lies inside its slice.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
+    left: &[f32],
+    right: &[f32],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    for (side, output) in outputs.iter_mut().enumerate() {
+        let (r, o) = (right.as_ptr(), output.as_mut_ptr());
+        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        unsafe {
+            let l = left.as_ptr().add(side * product.apart);
+            let Product { runs, add, .. } = *product;
+            match (product.columns, product.rows) {
+                // A picture has one channel or three: the weight gradient of the first layer.
+                (2, ..=4) => avx512_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
+                (2, ..=8) => avx512_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add),
+                (2, _) => {
+                    avx512_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add);
+                    avx512_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 8, add);
+                }
+                (_, ..=8) => avx512_block::<TRANSPOSED, 8, 1>(l, r, runs, o, 0, add),
+                (_, _) => avx512_block::<TRANSPOSED, 16, 1>(l, r, runs, o, 0, add),
+            }
+        }
+    }
+}
+
+/// One number of each row on the left times one register of each tile on the right. A macro,
+/// since the sums must stay in registers and functions with instructions of their own are
+/// inlined only when the compiler likes to.
+macro_rules! avx512_step {
+    ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
+        let mut factors = [_mm512_setzero_ps(); COLUMNS];
+        for column in 0..COLUMNS {
+            factors[column] = _mm512_loadu_ps($right.add(column * TILE + $k * SIDE));
+        }
+        for row in 0..ROWS {
+            let at = if $transposed { $k * SIDE + row } else { row * SIDE + $k };
+            let value = _mm512_set1_ps(*$left.add(at));
+            for column in 0..COLUMNS {
+                $sums[row][column] = _mm512_fmadd_ps(value, factors[column], $sums[row][column]);
+            }
+        }
+    }};
+}
+
+/// `ROWS` × `COLUMNS` registers of 16 sums, from row `first` of the tiles on.
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
+    left: *const f32,
+    right: *const f32,
+    runs: &[Run],
+    output: *mut f32,
+    first: usize,
+    add: bool,
+) {
+    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k`
+    // and `COLUMNS` stay inside a tile's 16 rows, 16 columns and the tiles side by side. The
+    // pointers end at most one tile behind the last one.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
+        if add {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (column, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_loadu_ps(output.add(column * TILE + (first + row) * SIDE));
+                }
+            }
+        }
+        let left = left.add(if TRANSPOSED { first } else { first * SIDE });
+        for run in runs {
+            let (mut left, mut right) = (left.add(run.left), right.add(run.right));
+            // Sixteen written out, so that every address is a constant from two pointers.
+            for _ in 0..run.inner / SIDE {
+                for k in 0..SIDE {
+                    avx512_step!(TRANSPOSED, sums, left, right, k);
+                }
+                left = left.wrapping_add(TILE);
+                right = right.wrapping_add(COLUMNS * TILE);
+            }
+            for k in 0..run.inner % SIDE {
+                avx512_step!(TRANSPOSED, sums, left, right, k);
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (column, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(output.add(column * TILE + (first + row) * SIDE), *sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// The processor has AVX-512 with BF16; every tile lies inside its slice.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
+    left: &[Half],
+    right: &[Half],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    for (side, output) in outputs.iter_mut().enumerate() {
+        let (r, o) = (right.as_ptr(), output.as_mut_ptr());
+        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        unsafe {
+            let l = left.as_ptr().add(side * product.apart);
+            let Product { runs, add, .. } = *product;
+            match (product.columns, product.rows) {
+                // A picture has one channel or three: the weight gradient of the first layer.
+                (2, ..=4) => bf16_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
+                (2, ..=8) => bf16_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add),
+                (2, _) => {
+                    bf16_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add);
+                    bf16_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 8, add);
+                }
+                (_, ..=8) => bf16_block::<TRANSPOSED, 8, 1>(l, r, runs, o, 0, add),
+                (_, _) => bf16_block::<TRANSPOSED, 16, 1>(l, r, runs, o, 0, add),
+            }
+        }
+    }
+}
+
+/// As [`avx512_step`], two products along the inner side at a time.
+macro_rules! bf16_step {
+    ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
+        let mut factors = [_mm512_setzero_si512(); COLUMNS];
+        for column in 0..COLUMNS {
+            let at = column * TILE / 2 + $k * SIDE;
+            factors[column] = _mm512_loadu_si512($right.add(at).cast());
+        }
+        for row in 0..ROWS {
+            let at = if $transposed { $k * SIDE + row } else { row * SIDE / 2 + $k };
+            let value = _mm512_set1_epi32($left.add(at).read_unaligned());
+            for column in 0..COLUMNS {
+                $sums[row][column] = _mm512_dpbf16_ps(
+                    $sums[row][column],
+                    transmute::<__m512i, __m512bh>(value),
+                    transmute::<__m512i, __m512bh>(factors[column]),
+                );
+            }
+        }
+    }};
+}
+
+/// As [`avx512_block`].
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
+    left: *const Half,
+    right: *const Half,
+    runs: &[Run],
+    output: *mut f32,
+    first: usize,
+    add: bool,
+) {
+    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, the
+    // 8 pairs along the inner side and `COLUMNS` stay inside a tile's 16 rows, 16 columns and
+    // the tiles side by side. `__m512bh` is 512 bits of any content. The pointers end at most one
+    // tile behind the last one.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
+        if add {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (column, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_loadu_ps(output.add(column * TILE + (first + row) * SIDE));
+                }
+            }
+        }
+        let left = left.add(if TRANSPOSED { 2 * first } else { first * SIDE });
+        for run in runs {
+            let mut left = left.add(run.left).cast::<i32>();
+            let mut right = right.add(run.right).cast::<i32>();
+            for _ in 0..run.inner / SIDE {
+                for k in 0..SIDE / 2 {
+                    bf16_step!(TRANSPOSED, sums, left, right, k);
+                }
+                left = left.wrapping_add(TILE / 2);
+                right = right.wrapping_add(COLUMNS * TILE / 2);
+            }
+            for k in 0..(run.inner % SIDE).div_ceil(2) {
+                bf16_step!(TRANSPOSED, sums, left, right, k);
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (column, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(output.add(column * TILE + (first + row) * SIDE), *sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// The processor has AVX2 and FMA; every tile lies inside its slice.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
+    left: &[f32],
+    right: &[f32],
+    product: &Product,
+    outputs: &mut [&mut [f32]],
+) {
+    for (side, output) in outputs.iter_mut().enumerate() {
+        for column in 0..product.columns {
+            for first in (0..product.rows).step_by(4) {
+                // SAFETY: the caller's promise; `first` is 0, 4, 8 or 12 of 16 rows.
+                unsafe {
+                    let l = left.as_ptr().add(side * product.apart);
+                    let r = right.as_ptr().add(column * TILE);
+                    let o = output.as_mut_ptr().add(column * TILE);
+                    avx2_block::<TRANSPOSED>(l, r, product, o, first);
+                }
+            }
+        }
+    }
+}
+
+/// 4 rows × 16 columns in 8 registers, from row `first` of the tiles on.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_block<const TRANSPOSED: bool>(
+    left: *const f32,
+    right: *const f32,
+    product: &Product,
+    output: *mut f32,
+    first: usize,
+) {
+    // SAFETY: the caller promises that the tiles lie inside their slices; rows `first..first +
+    // 4`, `k` and both halves of 8 columns stay inside a tile.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+        if product.add {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm256_loadu_ps(output.add((first + row) * SIDE + half * 8));
+                }
+            }
+        }
+        let left = left.add(if TRANSPOSED { first } else { first * SIDE });
+        for run in product.runs {
+            for tile in 0..run.tiles() {
+                let left = left.add(run.left + tile * TILE);
+                let right = right.add(run.right + tile * product.columns * TILE);
+                for k in 0..(run.inner - tile * SIDE).min(SIDE) {
+                    let low = _mm256_loadu_ps(right.add(k * SIDE));
+                    let high = _mm256_loadu_ps(right.add(k * SIDE + 8));
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
+                        let value = _mm256_set1_ps(*left.add(at));
+                        sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
+                        sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
+                    }
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (half, sum) in sums.iter().enumerate() {
+                _mm256_storeu_ps(output.add((first + row) * SIDE + half * 8), *sum);
+            }
+        }
+    }
+}
