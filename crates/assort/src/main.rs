@@ -11,12 +11,13 @@ use std::process::ExitCode;
 type Program = fn(ArgsOs) -> ExitCode;
 
 /// The stages, in the order they run in.
-const STAGES: [(&str, Program); 6] = [
+const STAGES: [(&str, Program); 7] = [
     ("prepare", prepare::program),
     ("pretraining", pretraining::program),
     ("embed", embed::program),
     ("clustering", clustering::program),
     ("prototype-refinement", prototype_refinement::program),
+    ("propos", propos::program),
     ("metrics", metrics::program),
 ];
 

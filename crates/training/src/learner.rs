@@ -174,14 +174,29 @@ impl Online {
     ///
     /// `view` or `noise` has another shape.
     pub fn forward(&mut self, view: &Tensor, noise: Option<&Tensor>) -> Result<Pass> {
+        self.forward_perturbed(view, |_| Ok(noise.cloned()))
+    }
+
+    /// The same with noise that may depend on the projection, which it is given; no gradient
+    /// passes through what it makes of it.
+    ///
+    /// # Errors
+    ///
+    /// `view` or what `noise` returns has another shape, or `noise` fails.
+    pub fn forward_perturbed(
+        &mut self,
+        view: &Tensor,
+        noise: impl FnOnce(&Tensor) -> Result<Option<Tensor>>,
+    ) -> Result<Pass> {
         let mut tapes = self.segments().map(|segment| segment.network().tape());
         let [backbone_tape, projector_tape, predictor_tape] = &mut tapes;
         let embedding = learn(&mut self.backbone, view, backbone_tape)?;
         let projection = learn(&mut self.projector, &embedding, projector_tape)?;
-        let prediction = match noise {
+        let prediction = match noise(&projection)? {
             None => learn(&mut self.predictor, &projection, predictor_tape)?,
             Some(noise) => {
-                learn(&mut self.predictor, &(projection.as_tensor() + noise)?, predictor_tape)?
+                let perturbed = (projection.as_tensor() + noise)?;
+                learn(&mut self.predictor, &perturbed, predictor_tape)?
             }
         };
         Ok(Pass { embedding, projection, prediction, tapes })

@@ -76,28 +76,43 @@ impl LearningRate {
     }
 }
 
-/// The decay of the target network: `1 − (1 − τ) (cos(π n / T) + 1) / 2` at step `n` of `T`, from
-/// τ up to 1 (Grill et al. 2020, section 3.2).
+/// The decay of the target network: `τ₁ − (τ₁ − τ) (cos(π n / T) + 1) / 2` at step `n` of `T`, from
+/// τ up to τ₁, which is 1 as a rule (Grill et al. 2020, section 3.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TargetDecay {
     base: f64,
+    last: f64,
     steps: f64,
 }
 
 impl TargetDecay {
-    /// A schedule from `base` over `steps` steps.
+    /// A schedule from `base` to 1 over `steps` steps.
     ///
     /// # Errors
     ///
     /// `base` lies outside `[0, 1]`.
     pub fn new(base: f64, steps: usize) -> Result<Self> {
+        Self::between(base, 1., steps)
+    }
+
+    /// A schedule from `base` to `last` over `steps` steps; equal ones make it constant.
+    ///
+    /// # Errors
+    ///
+    /// `base` lies outside `[0, 1]`, or `last` outside `[base, 1]`.
+    pub fn between(base: f64, last: f64, steps: usize) -> Result<Self> {
         ensure!((0. ..=1.).contains(&base), "target-decay = {base}: it must lie in [0, 1]");
-        Ok(Self { base, steps: steps as f64 })
+        ensure!(
+            (base..=1.).contains(&last),
+            "last-target-decay = {last}: it must lie between target-decay = {base} and 1"
+        );
+        Ok(Self { base, last, steps: steps as f64 })
     }
 
     /// The decay behind step `step`, counted from 1.
     pub fn at(&self, step: usize) -> f64 {
-        1. - (1. - self.base) * ((PI * step as f64 / self.steps).cos() + 1.) / 2.
+        let rest = (self.last - self.base) * ((PI * step as f64 / self.steps).cos() + 1.) / 2.;
+        self.last - rest
     }
 }
 
@@ -145,6 +160,13 @@ mod tests {
             assert!((got - want).abs() < 1e-8, "epoch {epoch}: got {got}, want {want}");
         }
         assert!(TargetDecay::new(1.5, 10).is_err());
+
+        let constant = TargetDecay::between(0.996, 0.996, 10)?;
+        assert!((0..=10).all(|step| constant.at(step) == 0.996));
+        let half = TargetDecay::between(0.5, 0.9, 10)?;
+        assert!((half.at(5) - 0.7).abs() < 1e-12 && (half.at(10) - 0.9).abs() < 1e-12);
+        assert!(TargetDecay::between(0.5, 0.4, 10).is_err());
+        assert!(TargetDecay::between(0.5, 1.1, 10).is_err());
         Ok(())
     }
 }

@@ -1,0 +1,220 @@
+//! The E-step: spherical k-means on the target network's projections of the un-augmented images.
+//!
+//! The target runs on its running statistics, as it does wherever a picture is embedded. The
+//! starts of k-means are drawn alike in every epoch; numbers of clusters change freely from one
+//! E-step to the next, which nothing depends on.
+
+use anyhow::{Context, Result};
+use assignment::{Clustering, k_means, optimal_map};
+use candle_core::{Device, Tensor};
+use data::{Found, Images, Loader};
+use stage::Stage;
+use training::{Run, Target};
+
+use crate::Config;
+
+/// The clusters of the images that are trained on, as the last E-step found them.
+#[derive(Debug)]
+pub struct Clusters<'a> {
+    config: &'a Config,
+    stage: &'a Stage,
+    images: &'a Images,
+    device: &'a Device,
+    rows: Vec<u32>,
+    /// Cluster of each of `rows`; empty before the first E-step.
+    assignment: Vec<u32>,
+    /// The place of each row of the images file in `rows`.
+    places: Vec<Option<usize>>,
+}
+
+/// Name of the assignments in the state of a run.
+const KEPT: &str = "assignment";
+
+impl<'a> Clusters<'a> {
+    /// No clusters yet, of the images `rows`.
+    pub fn new(
+        config: &'a Config,
+        stage: &'a Stage,
+        images: &'a Images,
+        rows: Vec<u32>,
+        device: &'a Device,
+    ) -> Self {
+        let mut places = vec![None; images.len()];
+        rows.iter().enumerate().for_each(|(place, &row)| places[row as usize] = Some(place));
+        Self { config, stage, images, device, rows, assignment: Vec::new(), places }
+    }
+
+    /// Finds them anew, and keeps them in the state of `run`.
+    ///
+    /// The log is told the mean distance `1 − cos` to the centres as `inertia`, the share of the
+    /// smallest cluster in its even share as `smallest-cluster`, and the share of images that
+    /// changed their cluster as `reassigned`.
+    ///
+    /// # Errors
+    ///
+    /// A picture cannot be read, or there are fewer images than clusters.
+    pub fn find(&mut self, target: &mut Target, run: &mut Run) -> Result<()> {
+        let (clusters, images) = (self.stage.data.clusters, self.rows.len());
+        let projections = project(self.config, self.images, &self.rows, target, self.device)?;
+        let found = e_step(self.config, self.stage, &projections, images)?;
+        let before = numbers(run.kept(KEPT).unwrap_or(&[]));
+        self.assignment = found.assignment;
+        run.note("inertia", found.inertia / images as f64);
+        run.note("smallest-cluster", smallest_share(&self.assignment, clusters));
+        if !before.is_empty() {
+            run.note("reassigned", changed(&self.assignment, &before, clusters)?);
+        }
+        let values = self.assignment.iter().map(|&cluster| cluster as f32).collect();
+        run.keep(KEPT, &[images], values);
+        Ok(())
+    }
+
+    /// Takes up those that the run has kept: in the middle of an epoch, or between two E-steps.
+    ///
+    /// # Errors
+    ///
+    /// It kept none.
+    pub fn take_up(&mut self, run: &Run) -> Result<()> {
+        let kept = run.kept(KEPT).filter(|kept| kept.len() == self.rows.len());
+        let kept = kept.context("the state of this run holds no assignments; remove its folder")?;
+        self.assignment = numbers(kept);
+        Ok(())
+    }
+
+    /// The batches of an epoch.
+    ///
+    /// # Errors
+    ///
+    /// There are too few images.
+    pub fn order(&self, epoch: usize) -> Result<Vec<Vec<u32>>> {
+        let (clusters, seed) = (self.stage.data.clusters, self.stage.seed);
+        self.config.order(&self.rows, &self.assignment, clusters, seed, epoch)
+    }
+
+    /// The clusters of these rows of the images file.
+    pub fn of(&self, rows: &[u32]) -> Vec<Option<u32>> {
+        rows.iter().map(|&row| Some(self.assignment[self.places[row as usize]?])).collect()
+    }
+}
+
+/// The clusters that k-means finds among the images that are scored: the result of the method.
+///
+/// The confidence is that of `softmax(cos(x, c) / .1)`, for k-means gives none: our choice.
+///
+/// # Errors
+///
+/// A picture cannot be read, or there are fewer images than clusters.
+pub fn result(
+    config: &Config,
+    stage: &Stage,
+    images: &Images,
+    target: &mut Target,
+    device: &Device,
+) -> Result<Found> {
+    let rows = images.rows(&stage.data.score_on);
+    let projections = project(config, images, &rows, target, device)?;
+    let found = e_step(config, stage, &projections, rows.len())?;
+    let width = config.projector.width;
+    let confidence = projections
+        .chunks_exact(width)
+        .zip(&found.assignment)
+        .map(|(row, &cluster)| confidence(row, &found.centres, cluster))
+        .collect();
+    Ok(Found {
+        kmeans_assignment: found.assignment.clone(),
+        assignment: found.assignment,
+        confidence,
+        projection_width: width,
+        prototypes: found.centres,
+    })
+}
+
+/// The target's unit-length projections of these images, `(N, P)` row by row.
+fn project(
+    config: &Config,
+    images: &Images,
+    rows: &[u32],
+    target: &mut Target,
+    device: &Device,
+) -> Result<Vec<f32>> {
+    let mut projections = Vec::with_capacity(rows.len() * config.projector.width);
+    for batch in Loader::clean(images, rows, &config.input)? {
+        let batch = batch?;
+        let shape = batch.shape();
+        for view in batch.views {
+            let (_, projection) = target.embed(&Tensor::from_vec(view, shape, device)?)?;
+            projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
+        }
+    }
+    Ok(projections)
+}
+
+fn e_step(
+    config: &Config,
+    stage: &Stage,
+    projections: &[f32],
+    images: usize,
+) -> Result<Clustering> {
+    let k_means_config = config.k_means(stage.data.clusters);
+    k_means(projections, images, config.projector.width, &k_means_config, stage.seed)
+}
+
+/// The state of a run holds floats, which are exact for as many clusters as there can be.
+fn numbers(kept: &[f32]) -> Vec<u32> {
+    kept.iter().map(|&cluster| cluster as u32).collect()
+}
+
+/// What the smallest cluster has of its even share `N/K`.
+fn smallest_share(assignment: &[u32], clusters: usize) -> f64 {
+    let mut sizes = vec![0usize; clusters];
+    assignment.iter().for_each(|&cluster| sizes[cluster as usize] += 1);
+    let smallest = sizes.into_iter().min().unwrap_or(0);
+    smallest as f64 * clusters as f64 / assignment.len().max(1) as f64
+}
+
+/// The share of images whose cluster is another than before, under the best renaming.
+fn changed(after: &[u32], before: &[u32], clusters: usize) -> Result<f64> {
+    let map = optimal_map(after, before, clusters)?;
+    let pairs = after.iter().zip(before);
+    let changed = pairs.filter(|(after, before)| map[**after as usize] != **before).count();
+    Ok(changed as f64 / after.len().max(1) as f64)
+}
+
+/// `softmax(cos(x, c) / .1)` at the image's own cluster, for unit rows.
+fn confidence(row: &[f32], centres: &[f32], cluster: u32) -> f32 {
+    const TEMPERATURE: f64 = 0.1;
+    let product = |centre: &[f32]| -> f64 {
+        row.iter().zip(centre).map(|(&x, &c)| f64::from(x) * f64::from(c)).sum()
+    };
+    let logits: Vec<f64> =
+        centres.chunks_exact(row.len()).map(|centre| product(centre) / TEMPERATURE).collect();
+    let own = logits[cluster as usize];
+    let sum: f64 = logits.iter().map(|logit| (logit - own).exp()).sum();
+    (1. / sum) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_changes_match_hand_computation() -> Result<()> {
+        // Even shares are 2 of 6; the smallest cluster has 1, an empty one none.
+        assert_eq!(smallest_share(&[0, 0, 0, 1, 1, 2], 3), 0.5);
+        assert_eq!(smallest_share(&[0, 0, 1, 1], 3), 0.);
+        // Clusters renamed 0 → 2, 1 → 0, 2 → 1, and the last image moved.
+        assert_eq!(changed(&[2, 2, 2, 0, 0, 0], &[0, 0, 0, 1, 1, 2], 3)?, 1. / 6.);
+        Ok(())
+    }
+
+    #[test]
+    fn confidence_is_the_softmax_at_the_own_cluster() {
+        let (row, centres) = ([0.6, 0.8], [1., 0., 0., 1., -1., 0.]);
+        let logits = [6f64, 8., -6.];
+        let sum: f64 = logits.iter().map(|logit| logit.exp()).sum();
+        for (cluster, logit) in logits.iter().enumerate() {
+            let got = f64::from(confidence(&row, &centres, cluster as u32));
+            assert!((got - logit.exp() / sum).abs() < 1e-6, "{got}");
+        }
+    }
+}

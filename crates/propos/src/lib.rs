@@ -1,0 +1,493 @@
+//! ProPos: from pictures to clusters in one stage, by turns of clustering and learning.
+//!
+//! The network is BYOL's: an online network predicts what its moving average, the target, makes of
+//! another view of the same image. To that come, after some epochs of BYOL alone, *positive
+//! sampling*: the prediction starts from a sample near the online projection; and *prototype
+//! scattering*: the means of the clusters in a batch are held apart, each near its own in the
+//! target network. No two images are ever pushed apart, only clusters. Before every epoch, k-means
+//! on the target's projections of all un-augmented images says which image is in which cluster
+//! (Huang et al. 2023, arXiv:2111.11821: k-means is the E-step, learning the M-step). The clusters
+//! that k-means finds after the last epoch are the result.
+//!
+//! Read from the authors' program where the text was not at hand. Of what that program does only on
+//! several devices, the weight of scattering is a value here (`emulate-world-size`); that it pairs
+//! most views with the labels of other images there, once both views pass as one batch, is not
+//! copied.
+//!
+//! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
+//!   start from.
+//! - Writes `network.safetensors`, `backbone.safetensors`, `config.json`, `state.safetensors`,
+//!   `pseudo-labels.safetensors`, and `log.jsonl`, one object per epoch.
+//!
+//! Start at [`run`]; the loss is in [`objective`], the E-step in [`clusters`], what varies in
+//! [`Config`].
+
+pub mod clusters;
+mod config;
+pub mod objective;
+
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use backbone::backbone_file;
+use candle_core::{Device, Tensor};
+use data::{Batch, Images, PseudoLabels};
+use stage::Stage;
+use training::{Learner, Pass, Run, Target};
+
+pub use config::{Config, Sampling};
+
+use crate::clusters::Clusters;
+use crate::objective::{Direction, Extras, direction};
+
+/// Raised when results change for the same table.
+pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("propos", ALGORITHM, Config::check, run, words)
+}
+
+/// Files in, files out; goes on where an interrupted run stopped.
+///
+/// # Errors
+///
+/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+pub fn run(config: &Config, stage: &Stage) -> Result<()> {
+    let images = Images::open(&stage.images)?;
+    let device = training::network_device(stage.device)?;
+    let rows = images.rows(&stage.data.train_on);
+    let plan = config.plan(rows.len());
+    let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+    let target_decay = config.target_decay(plan.steps_per_epoch)?;
+    let configuration = config.configuration()?;
+
+    let mut learner =
+        Learner::random(&configuration, config.groups()?, config.precision, stage.seed)?;
+    if let Some(folder) = stage.optional_input("backbone") {
+        backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
+        learner.target = Target::copy_of(&learner.online);
+    }
+    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
+    let mut clusters = Clusters::new(config, stage, &images, rows, &device);
+
+    while let Some(epoch) = run.next_epoch() {
+        // E-step: k-means on what the target network makes of the pictures as they are.
+        match run.batches_done() {
+            0 if epoch % config.reassign == 0 => clusters.find(&mut learner.target, &mut run)?,
+            _ => clusters.take_up(&run)?,
+        }
+        // M-step: one pass over the images, drawn alike from all clusters where asked for.
+        let extras = config.extras(epoch, stage.data.clusters);
+        let order = clusters.order(epoch)?;
+        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
+            let batch = batch?;
+            let clusters = clusters.of(&batch.rows);
+            let views = views(batch, &device)?;
+            let Learner { online, target, optimizer } = &mut learner;
+            for pass in passes(config, target, views)? {
+                run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
+                let draw = [run.step() as u64, pass.number];
+                let noise = extras.noise(pass.shape()?, stage.seed, draw, &device)?;
+                let scaled = |projection: &Tensor| {
+                    let noise = noise.as_ref();
+                    noise.map(|noise| extras.noise_space.scale(noise, projection)).transpose()
+                };
+                let online_pass = online.forward_perturbed(&pass.view, scaled)?; // Its outputs are seams.
+                let loss = pass.loss(&online_pass, &clusters, &extras, &mut run)?;
+                run.note("projection-length", mean_length(online_pass.projection())?);
+                online.backward(online_pass, &loss.backward()?)?; // Adds to the gradients.
+            }
+            run.check_gradients(online)?;
+            optimizer.step(online, learning_rate.at(run.step()))?;
+            target.follow(online, target_decay.at(run.step()))?;
+            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+        }
+        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+    }
+
+    let found = clusters::result(config, stage, &images, &mut learner.target, &device)?;
+    PseudoLabels::of_one_phase(stage, &images, found)?
+        .write(&stage.out.join(PseudoLabels::FILE))?;
+    run.finish(&learner, &configuration)
+}
+
+/// What goes through the online network at once: one view, or both joined.
+struct OnlinePass {
+    /// 0 or 1; tells the noise of one from that of the other.
+    number: u64,
+    /// `(N, H, W, C)`.
+    view: Tensor,
+    /// For each direction, its first row in `view` and the target's projection of the other view.
+    directions: Vec<(usize, Tensor)>,
+}
+
+/// The passes of a step: target projections first, on batch statistics and without a tape.
+fn passes(
+    config: &Config,
+    target: &mut Target,
+    [view_1, view_2]: [Tensor; 2],
+) -> Result<Vec<OnlinePass>> {
+    if config.concatenate_views {
+        let images = view_1.dim(0)?;
+        let view = Tensor::cat(&[view_1, view_2], 0)?;
+        let projection = target.project(&view)?;
+        let (target_1, target_2) =
+            (projection.narrow(0, 0, images)?, projection.narrow(0, images, images)?);
+        let directions = vec![(0, target_2.contiguous()?), (images, target_1.contiguous()?)];
+        return Ok(vec![OnlinePass { number: 0, view, directions }]);
+    }
+    let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+    Ok(vec![
+        OnlinePass { number: 0, view: view_1, directions: vec![(0, target_2)] },
+        OnlinePass { number: 1, view: view_2, directions: vec![(0, target_1)] },
+    ])
+}
+
+impl OnlinePass {
+    /// Extents of the projections of this pass.
+    fn shape(&self) -> Result<(usize, usize)> {
+        Ok((self.view.dim(0)?, self.directions[0].1.dim(1)?))
+    }
+
+    /// The share of this pass in the step's loss, which is the mean of both directions.
+    fn loss(
+        &self,
+        pass: &Pass,
+        clusters: &[Option<u32>],
+        extras: &Extras,
+        run: &mut Run,
+    ) -> Result<Tensor> {
+        let mut sum: Option<Tensor> = None;
+        for (first, target) in &self.directions {
+            let rows = |seam: &Tensor| seam.narrow(0, *first, clusters.len());
+            let (prediction, projection) = (rows(pass.prediction())?, rows(pass.projection())?);
+            let Direction { loss, alignment, scatter } =
+                direction(&prediction, &projection, target, clusters, extras)?;
+            run.note("alignment-loss", scalar(&alignment)?);
+            if let Some(scatter) = scatter {
+                run.note("scatter-loss", scalar(&scatter)?);
+            }
+            run.note_loss(&loss)?; // An error when it is not finite.
+            let half = (loss * 0.5)?;
+            sum = Some(match sum {
+                None => half,
+                Some(sum) => (sum + half)?,
+            });
+        }
+        sum.context("a pass has a direction")
+    }
+}
+
+/// The two views of a batch as tensors `(N, H, W, C)`.
+fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
+    let shape = batch.shape();
+    let mut views = batch.views.into_iter();
+    match (views.next(), views.next(), views.next()) {
+        (Some(view_1), Some(view_2), None) => {
+            Ok([Tensor::from_vec(view_1, shape, device)?, Tensor::from_vec(view_2, shape, device)?])
+        }
+        _ => bail!("a batch does not hold two views of each image"),
+    }
+}
+
+/// The value of a scalar, for the log.
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
+}
+
+/// Mean length of rows, for the log: noise of a fixed deviation does nothing to long projections.
+fn mean_length(rows: &Tensor) -> Result<f64> {
+    scalar(&rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    use anyhow::ensure;
+    use backbone::network_file;
+    use candle_core::Device::Cpu;
+    use data::Picture;
+    use data::images::{Identical, Source, Writer};
+    use serde_json::Value;
+    use stage::{DataTable, DeviceChoice, Experiment, Split};
+
+    use super::*;
+    use crate::config::tests::published;
+    use crate::objective::NoiseSpace;
+
+    /// Twenty-four grey pictures of 6 × 7 pixels, of three kinds, and a stage that reads them.
+    fn stage(folder: &Path, out: &str) -> Stage {
+        let images = folder.join("images.safetensors");
+        if !images.exists() {
+            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
+            for number in 0..24usize {
+                let shade = |i: usize| match number % 3 {
+                    0 => 200 * (i % 7 / 4),
+                    1 => 200 * (i / 21),
+                    _ => 200 * (i % 2),
+                };
+                let pixels = (0..42).map(|i| (shade(i) + (i * number * 31) % 50) as u8).collect();
+                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
+                let split = if number < 21 { Split::Train } else { Split::Test };
+                writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
+            }
+            writer.finish(None).expect("written");
+        }
+        let out = folder.join(out);
+        fs::create_dir_all(&out).expect("created");
+        Stage {
+            name: "propos",
+            experiment: "e.toml".into(),
+            images,
+            inputs: BTreeMap::new(),
+            out,
+            round: 0,
+            rounds: 0,
+            seed: 3,
+            device: DeviceChoice::Cpu,
+            data: DataTable {
+                clusters: 3,
+                train_on: vec![Split::Train],
+                score_on: vec![Split::Train, Split::Test],
+            },
+        }
+    }
+
+    fn config() -> Config {
+        Config {
+            epochs: 3,
+            batch_size: 8,
+            peak_learning_rate: 0.5,
+            warmup_epochs: 1.,
+            target_decay: 0.9,
+            byol_epochs: 1,
+            kmeans_restarts: 2,
+            noise: 0.3,
+            emulate_world_size: 1,
+            save_every: 1,
+            collapse_deviation: 1e-6,
+            ..published()
+        }
+    }
+
+    fn network(config: &Config, stage: &Stage) -> Vec<u8> {
+        run(config, stage).expect("runs");
+        fs::read(stage.out.join(network_file::NAME)).expect("written")
+    }
+
+    fn log(stage: &Stage) -> Vec<Value> {
+        let text = fs::read_to_string(stage.out.join("log.jsonl")).expect("there");
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+
+    #[test]
+    fn equal_runs_are_equal_bytes_and_every_value_changes_them() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let first = stage(folder.path(), "first");
+        let bytes = network(&config(), &first);
+        assert!(bytes == network(&config(), &stage(folder.path(), "again")));
+        let seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        assert!(bytes != network(&config(), &seed));
+        for (name, other) in [
+            ("noise", Config { noise: 0.2, ..config() }),
+            ("space", Config { noise_space: NoiseSpace::Unit, ..config() }),
+            ("weight", Config { scatter_weight: 0.2, ..config() }),
+            ("world", Config { emulate_world_size: 2, ..config() }),
+            ("temperature", Config { scatter_temperature: 0.4, ..config() }),
+            ("joined", Config { concatenate_views: true, ..config() }),
+            ("decay", Config { last_target_decay: 0.9, ..config() }),
+            ("sampling", Config { sampling: Sampling::Uniform, ..config() }),
+        ] {
+            assert!(bytes != network(&other, &stage(folder.path(), name)), "{name}");
+        }
+        Ok(())
+    }
+
+    /// Case 13 of the specification: the switch behind the epochs of BYOL.
+    #[test]
+    fn extras_change_no_bit_before_their_epoch_and_appear_in_it() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let uniform = Config { sampling: Sampling::Uniform, ..config() };
+        let never = Config { byol_epochs: 3, ..uniform.clone() };
+        let without = Config { byol_epochs: 0, noise: 0., scatter_weight: 0., ..uniform.clone() };
+        let byol = stage(folder.path(), "byol");
+        assert!(network(&never, &stage(folder.path(), "never")) == network(&without, &byol));
+
+        let switched = stage(folder.path(), "switched");
+        run(&uniform, &switched)?;
+        let (plain, switched) = (log(&byol), log(&switched));
+        assert_eq!(plain[0]["loss"], switched[0]["loss"]);
+        assert!(switched[0].get("scatter-loss").is_none());
+        assert_ne!(plain[1]["loss"], switched[1]["loss"]);
+        for epoch in [1, 2] {
+            assert!(switched[epoch]["scatter-loss"].as_f64() > Some(0.), "epoch {epoch}");
+            assert!(plain[epoch].get("scatter-loss").is_none());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn clusters_are_found_when_due_and_the_result_is_that_of_the_last_network() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), "out");
+        let config = Config { reassign: 2, ..config() };
+        run(&config, &stage)?;
+        let found: Vec<bool> =
+            log(&stage).iter().map(|line| line.get("inertia").is_some()).collect();
+        assert_eq!(found, [true, false, true]);
+
+        let labels = PseudoLabels::open(&stage.out.join(PseudoLabels::FILE))?;
+        assert_eq!(labels.index, (0..24).collect::<Vec<u32>>());
+        assert_eq!(labels.assignment, labels.kmeans_assignment);
+        assert!(labels.confidence.iter().all(|confidence| (1. / 3. ..=1.).contains(confidence)));
+        // Written again by the network as it was saved: nothing was trained behind it.
+        let images = Images::open(&stage.images)?;
+        let configuration = config.configuration()?;
+        let mut target = Target::open(&stage.out, &configuration, config.precision)?;
+        let again = clusters::result(&config, &stage, &images, &mut target, &Cpu)?;
+        assert_eq!(again.assignment, labels.assignment);
+        assert_eq!(again.prototypes, labels.prototypes);
+        Ok(())
+    }
+
+    /// The loss of a step, by the online and target networks of a fresh learner.
+    fn loss(config: &Config, views: [Tensor; 2], clusters: &[Option<u32>]) -> Result<f64> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), "out");
+        let Learner { mut online, mut target, optimizer } =
+            Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
+        // A target that is not the online network, or both directions would be alike.
+        target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
+        let mut sum = 0.;
+        let all = passes(config, &mut target, views)?;
+        let mut learner = Learner { online, target, optimizer };
+        let mut run = Run::resume_or_start(&stage, config, "f", config.plan(8), &mut learner)?;
+        online = learner.online;
+        let extras = Extras { noise: 0., ..config.extras(9, 3) };
+        for pass in all {
+            let online_pass = online.forward(&pass.view, None)?;
+            sum += scalar(&pass.loss(&online_pass, clusters, &extras, &mut run)?)?;
+        }
+        Ok(sum)
+    }
+
+    fn views_of_eight() -> Result<[Tensor; 2]> {
+        let view = |seed| -> Result<Tensor> {
+            let values = training::noise(1., (8, 42), seed, &[], &Cpu)?;
+            Ok(values.context("a deviation above 0")?.reshape((8, 6, 7, 1))?)
+        };
+        Ok([view(1)?, view(2)?])
+    }
+
+    const CLUSTERS: [Option<u32>; 8] =
+        [Some(0), Some(1), Some(1), Some(2), Some(0), Some(2), Some(2), Some(2)];
+
+    /// Case 14 of the specification.
+    #[test]
+    fn swapped_views_and_renamed_clusters_leave_the_loss_as_it_is() -> Result<()> {
+        for concatenate_views in [false, true] {
+            let config = Config { concatenate_views, scatter_weight: 1., ..config() };
+            let [view_1, view_2] = views_of_eight()?;
+            let plain = loss(&config, [view_1.clone(), view_2.clone()], &CLUSTERS)?;
+            let swapped = loss(&config, [view_2.clone(), view_1.clone()], &CLUSTERS)?;
+            ensure!((plain - swapped).abs() < 1e-5, "{plain} and {swapped}");
+            let renamed = CLUSTERS.map(|cluster| cluster.map(|cluster| (cluster + 1) % 3));
+            let renamed = loss(&config, [view_1, view_2], &renamed)?;
+            ensure!((plain - renamed).abs() < 1e-5, "{plain} and {renamed}");
+        }
+        Ok(())
+    }
+
+    /// Gotcha 2 of the specification: views that pass as one batch meet their own clusters.
+    #[test]
+    fn joined_views_are_paired_with_the_clusters_of_their_images() -> Result<()> {
+        let config = Config { concatenate_views: true, scatter_weight: 1., ..config() };
+        let [view_1, view_2] = views_of_eight()?;
+        let Learner { mut online, mut target, .. } =
+            Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
+        target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
+        let joined = Tensor::cat(&[&view_1, &view_2], 0)?;
+        let pass = online.forward(&joined, None)?;
+        let projection = target.project(&joined)?;
+        let extras = Extras { noise: 0., ..config.extras(9, 3) };
+        let half = |first: usize, other: usize| -> Result<f64> {
+            let (prediction, own) =
+                (pass.prediction().narrow(0, first, 8)?, pass.projection().narrow(0, first, 8)?);
+            let target = projection.narrow(0, other, 8)?;
+            scalar(&direction(&prediction, &own, &target, &CLUSTERS, &extras)?.loss)
+        };
+        let want = (half(0, 8)? + half(8, 0)?) / 2.;
+        let got = loss(&config, [view_1, view_2], &CLUSTERS)?;
+        ensure!((got - want).abs() < 1e-6, "{got} and {want}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let given = network(&config(), &stage(folder.path(), "given"));
+        let mut from = stage(folder.path(), "from");
+        from.inputs.insert("backbone".into(), folder.path().join("given"));
+        let still =
+            Config { peak_learning_rate: 1e-30, target_decay: 1., weight_decay: 0., ..config() };
+        assert!(network(&still, &from) != given);
+        let weights = |out: &str| -> Result<Vec<f32>> {
+            let bytes = fs::read(folder.path().join(out).join(backbone_file::NAME))?;
+            let tensors = candle_core::safetensors::load_buffer(&bytes, &Cpu)?;
+            Ok(tensors["layer3.0.conv2.weight"].flatten_all()?.to_vec1()?)
+        };
+        assert_eq!(weights("given")?, weights("from")?);
+        from.inputs.insert("backbone".into(), folder.path().join("none"));
+        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        assert!(message.contains("backbone.safetensors"), "{message}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), "out");
+        config().check(&stage)?;
+        for (wrong, word) in [
+            (Config { batch_size: 1, ..config() }, "batch-size"),
+            (Config { epochs: 0, ..config() }, "epochs"),
+            (Config { reassign: 0, ..config() }, "reassign"),
+            (Config { kmeans_restarts: 0, ..config() }, "kmeans-restarts"),
+            (Config { kmeans_iterations: 0, ..config() }, "kmeans-iterations"),
+            (Config { emulate_world_size: 0, ..config() }, "emulate-world-size"),
+            (Config { noise: -1., ..config() }, "noise"),
+            (Config { scatter_weight: f64::NAN, ..config() }, "scatter-weight"),
+            (Config { scatter_temperature: 0., ..config() }, "scatter-temperature"),
+            (Config { absent_logit: f64::NAN, ..config() }, "absent-logit"),
+            (Config { last_target_decay: 0.5, ..config() }, "last-target-decay"),
+            (Config { warmup_epochs: 3., ..config() }, "warmup-epochs"),
+        ] {
+            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            assert!(message.contains(word), "{word} is not in: {message}");
+        }
+        config().check(&Stage { device: DeviceChoice::Cuda(0), ..stage }).expect_err("no CUDA");
+        Ok(())
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut stage = stage(folder.path(), "out");
+        stage.images = "none".into();
+        let mut found = 0;
+        for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
+            let experiment = Experiment::read(&entry?.path())?;
+            if experiment.has_table("propos") {
+                experiment.table::<Config>("propos")?.check(&stage)?;
+                found += 1;
+            }
+        }
+        assert!(found > 0);
+        Ok(())
+    }
+}
