@@ -175,10 +175,10 @@ mod tests {
 
         let file = open(folder.path())?;
         let mut read = random_projector(2)?;
-        assert_ne!(read.parameters.to_vec(), projector.parameters.to_vec());
+        assert_ne!(read.parameters.to_vec()?, projector.parameters.to_vec()?);
         fill(&file, "target.projector", &mut read)?;
-        assert_eq!(read.parameters.to_vec(), projector.parameters.to_vec());
-        assert_eq!(read.statistics.to_vec(), projector.statistics.to_vec());
+        assert_eq!(read.parameters.to_vec()?, projector.parameters.to_vec()?);
+        assert_eq!(read.statistics.to_vec()?, projector.statistics.to_vec()?);
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! A plan with its values.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use layers::{Entry, Gradients, Modes, Network, Parameters, Statistics, Tape};
 
 use crate::initial::Draw;
@@ -49,14 +49,27 @@ impl Segment {
     }
 
     /// The first parameter or statistic with a NaN or an infinity.
-    pub fn first_not_finite(&self) -> Option<&str> {
-        let of_statistics = || {
-            let values = self.statistics.to_vec();
-            let place = values.iter().position(|value| !value.is_finite())?;
-            let entry = self.statistics.entries().iter().find(|e| e.range.contains(&place))?;
-            Some(entry.name.as_str())
-        };
-        self.parameters.first_non_finite().or_else(of_statistics)
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_not_finite(&self) -> Result<Option<&str>> {
+        match self.parameters.first_non_finite()? {
+            None => self.statistics.first_non_finite(),
+            found => Ok(found),
+        }
+    }
+
+    /// The same segment, computing on `device`: see [`Network::on`].
+    ///
+    /// # Errors
+    ///
+    /// A device fails.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let network = self.network.on(device);
+        let parameters = self.parameters.to(&network)?;
+        let statistics = self.statistics.to(&network)?;
+        Ok(Self { network, parameters, statistics })
     }
 
     /// Output of every row of `input`; batch norm as `modes` says. Running statistics are updated

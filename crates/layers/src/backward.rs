@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use kernels::norm;
 use kernels::{Buffer, Shape, convolution, linear, pooling};
 
+use crate::device;
 use crate::forward::Numbers;
 use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
@@ -14,7 +15,7 @@ impl Network {
     /// Adds to `gradients` what the forward pass on `tape` contributes, and empties the tape.
     ///
     /// - `parameters`: as they were in the forward pass.
-    /// - `gradient`: of the loss with respect to the output, (N, D), f32 on the CPU.
+    /// - `gradient`: of the loss with respect to the output, (N, D), f32 on the network's device.
     /// - `input_gradient`: whether to go on to the input and return its gradient, in the input's
     ///   shape. Otherwise the pass stops below the lowest block that is trained.
     ///
@@ -36,28 +37,35 @@ impl Network {
         let plan = &self.0;
         parameters.check_plan(plan)?;
         gradients.flat.check_layout(&plan.parameters, "the gradients")?;
-        let Some(record) = tape.record.as_ref() else {
-            bail!("the tape is empty; run `forward` with it first")
+        gradients.flat.check_place(plan.place.as_ref(), "the gradients")?;
+        let (other, version, output) = match (&plan.place, &tape.record, &tape.on_device) {
+            (None, Some(r), _) => (&r.plan, r.version, r.shapes[plan.output]),
+            (Some(_), _, Some(r)) => (&r.plan, r.version, r.shapes[plan.output]),
+            _ => bail!("the tape is empty; run `forward` with it first"),
         };
-        let other = &record.plan;
         if other.parameters != plan.parameters
             || other.channels != plan.channels
             || other.precision != plan.precision
         {
             bail!("the tape belongs to another network")
         }
-        if record.version != parameters.version() {
+        if version != parameters.version() {
             bail!("the parameters have changed since the forward pass on this tape")
         }
-        let shape = record.shapes[plan.output];
-        if gradient.dims() != [shape.images, shape.channels] {
-            let wanted = (shape.images, shape.channels);
+        if gradient.dims() != [output.images, output.channels] {
+            let wanted = (output.images, output.channels);
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
+        }
+        let needed = needed(plan, parameters, input_gradient);
+        if let (Some(place), Some(record)) = (&plan.place, &tape.on_device) {
+            let at_input =
+                device::backward(plan, place, parameters, record, gradient, gradients, needed)?;
+            tape.clear();
+            return Ok(at_input);
         }
         let gradient = Numbers::of(gradient, "the gradient")?;
         let Some(record) = tape.record.take() else { return Ok(None) };
 
-        let needed = needed(plan, parameters, input_gradient);
         let values = record.shapes.iter().map(|_| None).collect();
         let mut run = Run { plan, parameters, record, gradients, needed, values };
         kernels::on_workers(|| {

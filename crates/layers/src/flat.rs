@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Result, bail};
+use candle_core::{Result, Tensor, bail};
 use kernels::Buffer;
+
+use crate::device::{Numbers, Place};
 
 /// What an entry is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,16 +93,73 @@ impl Layout {
 #[derive(Clone)]
 pub(crate) struct Flat {
     pub layout: Arc<Layout>,
+    /// Where the CPU's kernels find them; empty where they are `elsewhere`.
     pub values: Buffer,
+    /// On a device of candle's.
+    pub elsewhere: Option<Numbers>,
 }
 
 impl Flat {
-    pub fn zeros(layout: &Arc<Layout>) -> Flat {
-        Flat { layout: Arc::clone(layout), values: Buffer::zeros(layout.len) }
+    pub fn zeros(layout: &Arc<Layout>, place: Option<&Arc<Place>>) -> Flat {
+        Flat::with(layout, place, None)
+    }
+
+    /// With the same number in all entries of a kind, and zeros elsewhere.
+    pub fn filled(
+        layout: &Arc<Layout>,
+        place: Option<&Arc<Place>>,
+        kind: Kind,
+        value: f32,
+    ) -> Flat {
+        let mut values = vec![0.; layout.len];
+        for entry in layout.entries.iter().filter(|entry| entry.kind == kind) {
+            values[entry.range.clone()].fill(value);
+        }
+        Flat::with(layout, place, Some(values))
+    }
+
+    /// With these numbers, or zeros.
+    pub fn with(
+        layout: &Arc<Layout>,
+        place: Option<&Arc<Place>>,
+        values: Option<Vec<f32>>,
+    ) -> Flat {
+        let elsewhere = place.map(|place| Numbers::new(&place.device, layout.len, values.clone()));
+        let mut here = Buffer::zeros(if elsewhere.is_none() { layout.len } else { 0 });
+        if let (None, Some(values)) = (&elsewhere, values) {
+            here.copy_from_slice(&values);
+        }
+        Flat { layout: Arc::clone(layout), values: here, elsewhere }
     }
 
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.values[self.layout.find(name)?.range.clone()].to_vec())
+        let range = &self.layout.find(name)?.range;
+        match &self.elsewhere {
+            Some(numbers) => numbers.read(range),
+            None => Ok(self.values[range.clone()].to_vec()),
+        }
+    }
+
+    /// All numbers, in the order of the entries.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        match &self.elsewhere {
+            Some(numbers) => numbers.read(&(0..self.layout.len)),
+            None => Ok(self.values.to_vec()),
+        }
+    }
+
+    /// The same numbers in another place, for a network with the same entries.
+    pub fn to(&self, layout: &Arc<Layout>, place: Option<&Arc<Place>>) -> Result<Flat> {
+        self.check_layout(layout, "the numbers")?;
+        Ok(Flat::with(layout, place, Some(self.to_vec()?)))
+    }
+
+    /// Sets all to zero.
+    pub fn zero(&mut self) {
+        match &mut self.elsewhere {
+            Some(numbers) => numbers.zero(),
+            None => self.values.fill(0.),
+        }
     }
 
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
@@ -112,8 +171,57 @@ impl Flat {
         if let Some(at) = kernels::flat::first_non_finite(values) {
             bail!("`{name}`: value {at} is {}; the source is damaged or diverged", values[at])
         }
-        self.values[entry.range.clone()].copy_from_slice(values);
+        match &mut self.elsewhere {
+            Some(numbers) => numbers.write(&entry.range, values),
+            None => {
+                self.values[entry.range.clone()].copy_from_slice(values);
+                Ok(())
+            }
+        }
+    }
+
+    /// An error that names `what` unless the numbers lie where a network computes.
+    pub fn check_place(&self, place: Option<&Arc<Place>>, what: &str) -> Result<()> {
+        let here = self.elsewhere.as_ref().map(Numbers::device);
+        let there = place.map(|place| &place.device);
+        let same = match (here, there) {
+            (Some(here), Some(there)) => here.same_device(there),
+            (here, there) => here.is_none() && there.is_none(),
+        };
+        if !same {
+            let name = |device: Option<&candle_core::Device>| match device {
+                Some(device) => format!("on {:?}", device.location()),
+                None => "for the CPU's kernels".to_owned(),
+            };
+            bail!(
+                "{what} lie {}, but the network computes {}; bring both to one device",
+                name(here),
+                name(there)
+            )
+        }
         Ok(())
+    }
+
+    /// An error that names `what` unless both have the same entries and lie in the same place.
+    pub fn check_like(&self, other: &Flat, what: &str) -> Result<()> {
+        self.check_layout(&other.layout, what)?;
+        let same = match (&self.elsewhere, &other.elsewhere) {
+            (Some(a), Some(b)) => a.device().same_device(b.device()),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if !same {
+            bail!("{what} lie on another device than the parameters")
+        }
+        Ok(())
+    }
+
+    /// An entry's numbers as a tensor of its shape, where they are on a device of candle's.
+    pub fn tensor(&self, entry: usize) -> Result<Tensor> {
+        let entry = &self.layout.entries[entry];
+        match &self.elsewhere {
+            Some(numbers) => numbers.of(&entry.range)?.reshape(entry.shape.as_slice()),
+            None => bail!("`{}` lies on the CPU", entry.name),
+        }
     }
 
     /// An error that names `what` unless both have the same entries.
@@ -131,9 +239,14 @@ impl Flat {
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    pub fn first_non_finite(&self) -> Option<&str> {
-        let at = kernels::flat::first_non_finite(&self.values)?;
-        let entry = self.layout.entries.iter().find(|entry| entry.range.contains(&at))?;
-        Some(&entry.name)
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
+        let at = match &self.elsewhere {
+            None => kernels::flat::first_non_finite(&self.values),
+            // The whole is read only where there is something to find.
+            Some(numbers) if numbers.are_finite()? => None,
+            Some(_) => kernels::flat::first_non_finite(&self.to_vec()?),
+        };
+        let entry = |at| self.layout.entries.iter().find(|entry| entry.range.contains(&at));
+        Ok(at.and_then(entry).map(|entry| entry.name.as_str()))
     }
 }

@@ -7,6 +7,7 @@ use kernels::convolution;
 use kernels::norm::{self, Normalisation};
 use kernels::{Buffer, Shape, pooling};
 
+use crate::device;
 use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
 use crate::tape::{Note, Record};
@@ -16,7 +17,7 @@ impl Network {
     /// Runs the network.
     ///
     /// - `input`: (N, H, W, C) for images, normalised, channels last; (N, D) for features; f32 on
-    ///   the CPU. Any N and any size that leaves a pixel.
+    ///   the network's device. Any N and any size that leaves a pixel.
     /// - `modes`: where batch norms take their statistics. In [`Mode::Batch`] the running ones in
     ///   `statistics` are updated, once for each call.
     /// - `tape`: an empty tape to keep what [`backward`](Self::backward) needs. Without one the
@@ -39,12 +40,22 @@ impl Network {
         let plan = &self.0;
         parameters.check_plan(plan)?;
         statistics.flat.check_layout(&plan.statistics, "the statistics")?;
+        statistics.flat.check_place(plan.place.as_ref(), "the statistics")?;
         modes.check(&plan.blocks)?;
         if tape.as_ref().is_some_and(|tape| !tape.is_empty()) {
             bail!("the tape still holds a forward pass; consume it by `backward` or clear it")
         }
         let shapes = plan.shapes(input.dims())?;
         check_counts(plan, &shapes, modes)?;
+        if let Some(place) = &plan.place {
+            let keep = tape.is_some();
+            let (output, record) =
+                device::forward(plan, place, parameters, statistics, input, modes, shapes, keep)?;
+            if let Some(tape) = tape {
+                tape.on_device = Some(record);
+            }
+            return Ok(output);
+        }
         let input = Numbers::of(input, "the input")?;
 
         let mut run = Run::new(plan, parameters, statistics, modes, shapes, tape.is_some());

@@ -44,6 +44,7 @@
 //! instructions they are multiplied is the affair of `kernels`.
 
 mod backward;
+mod device;
 mod flat;
 mod forward;
 mod modes;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{Result, bail};
+use candle_core::{Device, Result, bail};
 use kernels::{Precision, Variant};
 
+use crate::device::Place;
 use crate::flat::{Kind, Layout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
 use crate::plan::{Input, Norm, Operation, Plan, Work};
@@ -278,6 +279,7 @@ impl Builder {
             variant,
             precision: Precision::F32,
             pool: kernels::Pool::new(),
+            place: None,
             last_use,
             kept,
             feeds_norm,
@@ -368,6 +370,31 @@ impl Network {
         self.0.precision
     }
 
+    /// The same network on a device of candle's: the CPU's by kernels of our own, any other by
+    /// candle's tensor operations.
+    ///
+    /// Inputs, outputs and their gradients are tensors there, and so are parameters, gradients,
+    /// statistics and what else this network makes; [`Parameters::to`] and its like bring over
+    /// those of another device.
+    pub fn on(&self, device: &Device) -> Network {
+        if device.is_cpu() {
+            return Network(Arc::new(Plan { place: None, ..Plan::clone(&self.0) }));
+        }
+        self.by_tensor_operations(device)
+    }
+
+    /// The same network by candle's tensor operations, on the CPU too, where they are many times
+    /// slower than the kernels: to compare them.
+    pub fn by_tensor_operations(&self, device: &Device) -> Network {
+        let place = Some(Arc::new(Place::new(device)));
+        Network(Arc::new(Plan { place, ..Plan::clone(&self.0) }))
+    }
+
+    /// Where inputs, outputs and parameters lie.
+    pub fn device(&self) -> Device {
+        self.0.place.as_ref().map_or(Device::Cpu, |place| place.device.clone())
+    }
+
     /// New parameters: zeros, but ones for the weights of batch norms.
     pub fn parameters(&self) -> Parameters {
         Parameters::new(&self.0)
@@ -375,22 +402,22 @@ impl Network {
 
     /// New gradients, zero.
     pub fn gradients(&self) -> Gradients {
-        Gradients::new(&self.0.parameters)
+        Gradients::new(&self.0)
     }
 
     /// New momenta for [`Parameters::sgd`], zero.
     pub fn momenta(&self) -> Momenta {
-        Momenta::new(&self.0.parameters)
+        Momenta::new(&self.0)
     }
 
     /// New moments for [`Parameters::adam`], zero, before the first step.
     pub fn adam_moments(&self) -> AdamMoments {
-        AdamMoments::new(&self.0.parameters)
+        AdamMoments::new(&self.0)
     }
 
     /// New running statistics: means 0, variances 1.
     pub fn statistics(&self) -> Statistics {
-        Statistics::new(&self.0.statistics)
+        Statistics::new(&self.0)
     }
 
     /// An empty tape.

@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Result, bail};
+use candle_core::{Result, Tensor, bail};
 use kernels::convolution::{self, Geometry};
 use kernels::flat::{Adam, Sgd};
 use kernels::{Buffer, Precision};
 
-use crate::flat::{Entry, Flat, Kind, Layout};
+use crate::Network;
+use crate::flat::{Entry, Flat, Kind};
 use crate::plan::Plan;
 
 /// Weights and biases in one flat f32 buffer.
@@ -51,19 +52,25 @@ impl Clone for Parameters {
 
 impl Parameters {
     pub(crate) fn new(plan: &Arc<Plan>) -> Parameters {
-        let mut flat = Flat::zeros(&plan.parameters);
-        for entry in &plan.parameters.entries {
-            if entry.kind == Kind::NormWeight {
-                flat.values[entry.range.clone()].fill(1.);
-            }
-        }
-        Parameters {
-            plan: Arc::clone(plan),
-            flat,
-            trainable: vec![true; plan.blocks.len()],
-            version: next_version(),
-            packed: Mutex::default(),
-        }
+        let place = plan.place.as_ref();
+        let flat = Flat::filled(&plan.parameters, place, Kind::NormWeight, 1.);
+        Parameters::of_flat(plan, flat, vec![true; plan.blocks.len()])
+    }
+
+    fn of_flat(plan: &Arc<Plan>, flat: Flat, trainable: Vec<bool>) -> Parameters {
+        let (plan, version) = (Arc::clone(plan), next_version());
+        Parameters { plan, flat, trainable, version, packed: Mutex::default() }
+    }
+
+    /// The same numbers for `network`, which has the same entries and may compute elsewhere: see
+    /// [`Network::on`]. What is frozen stays frozen.
+    ///
+    /// # Errors
+    ///
+    /// They belong to another network, or their device fails.
+    pub fn to(&self, network: &Network) -> Result<Parameters> {
+        let flat = self.flat.to(&network.0.parameters, network.0.place.as_ref())?;
+        Ok(Parameters::of_flat(&network.0, flat, self.trainable.clone()))
     }
 
     /// The entries, in the order in which the builder was told of them.
@@ -91,12 +98,20 @@ impl Parameters {
     }
 
     /// All numbers, in the order of the entries.
-    pub fn to_vec(&self) -> Vec<f32> {
-        self.flat.values.to_vec()
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.flat.to_vec()
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    pub fn first_non_finite(&self) -> Option<&str> {
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }
 
@@ -130,10 +145,16 @@ impl Parameters {
     ///
     /// `gradients` or `momenta` belong to another network.
     pub fn sgd(&mut self, gradients: &Gradients, momenta: &mut Momenta, with: Sgd) -> Result<()> {
-        gradients.flat.check_layout(&self.flat.layout, "the gradients")?;
-        momenta.flat.check_layout(&self.flat.layout, "the momenta")?;
+        gradients.flat.check_like(&self.flat, "the gradients")?;
+        momenta.flat.check_like(&self.flat, "the momenta")?;
         self.changed();
-        for range in self.trained_ranges() {
+        let ranges = self.trained_ranges();
+        if let (Some(values), Some(gradients), Some(momenta)) =
+            (&mut self.flat.elsewhere, &gradients.flat.elsewhere, &mut momenta.flat.elsewhere)
+        {
+            return values.sgd(gradients, momenta, &ranges, with);
+        }
+        for range in ranges {
             kernels::flat::sgd(
                 &mut self.flat.values[range.clone()],
                 &gradients.flat.values[range.clone()],
@@ -156,11 +177,20 @@ impl Parameters {
         moments: &mut AdamMoments,
         with: Adam,
     ) -> Result<()> {
-        gradients.flat.check_layout(&self.flat.layout, "the gradients")?;
-        moments.first.check_layout(&self.flat.layout, "the moments")?;
+        gradients.flat.check_like(&self.flat, "the gradients")?;
+        moments.first.check_like(&self.flat, "the moments")?;
         self.changed();
+        let ranges = self.trained_ranges();
         moments.steps += 1;
-        for range in self.trained_ranges() {
+        if let (Some(values), Some(gradients), Some(first), Some(second)) = (
+            &mut self.flat.elsewhere,
+            &gradients.flat.elsewhere,
+            &mut moments.first.elsewhere,
+            &mut moments.second.elsewhere,
+        ) {
+            return values.adam(gradients, [first, second], &ranges, moments.steps, with);
+        }
+        for range in ranges {
             kernels::flat::adam(
                 &mut self.flat.values[range.clone()],
                 &gradients.flat.values[range.clone()],
@@ -180,17 +210,26 @@ impl Parameters {
     ///
     /// `online` belongs to another network, or `decay` (τ) is not between 0 and 1.
     pub fn follow(&mut self, online: &Parameters, decay: f64) -> Result<()> {
-        online.flat.check_layout(&self.flat.layout, "the online parameters")?;
+        online.flat.check_like(&self.flat, "the online parameters")?;
         if !(0. ..=1.).contains(&decay) {
             bail!("follow: the target decay is {decay}, but must lie between 0 and 1")
         }
         self.changed();
+        if let (Some(target), Some(online)) = (&mut self.flat.elsewhere, &online.flat.elsewhere) {
+            return target.follow(online, decay);
+        }
         kernels::flat::follow(&mut self.flat.values, &online.flat.values, decay);
         Ok(())
     }
 
     pub(crate) fn check_plan(&self, plan: &Arc<Plan>) -> Result<()> {
-        self.flat.check_layout(&plan.parameters, "the parameters")
+        self.flat.check_layout(&plan.parameters, "the parameters")?;
+        self.flat.check_place(plan.place.as_ref(), "the parameters")
+    }
+
+    /// An entry as a tensor of its shape, for networks that compute by tensor operations.
+    pub(crate) fn tensor(&self, entry: usize) -> Result<Tensor> {
+        self.flat.tensor(entry)
     }
 
     pub(crate) fn version(&self) -> u64 {
@@ -257,8 +296,8 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    pub(crate) fn new(layout: &Arc<Layout>) -> Gradients {
-        Gradients { flat: Flat::zeros(layout) }
+    pub(crate) fn new(plan: &Plan) -> Gradients {
+        Gradients { flat: Flat::zeros(&plan.parameters, plan.place.as_ref()) }
     }
 
     /// The entries, as those of [`Parameters`].
@@ -268,7 +307,7 @@ impl Gradients {
 
     /// Sets all to zero: once a step.
     pub fn zero(&mut self) {
-        self.flat.values.fill(0.);
+        self.flat.zero();
     }
 
     /// The gradient of an entry, in the order of its shape.
@@ -286,23 +325,38 @@ impl Gradients {
     ///
     /// `other` belongs to another network.
     pub fn add(&mut self, other: &Gradients) -> Result<()> {
-        other.flat.check_layout(&self.flat.layout, "the gradients")?;
+        other.flat.check_like(&self.flat, "the gradients")?;
+        if let (Some(total), Some(other)) = (&mut self.flat.elsewhere, &other.flat.elsewhere) {
+            return total.add(other);
+        }
         kernels::flat::add(&mut self.flat.values, &other.flat.values);
         Ok(())
     }
 
     /// All numbers, in the order of the entries.
-    pub fn to_vec(&self) -> Vec<f32> {
-        self.flat.values.to_vec()
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.flat.to_vec()
     }
 
     /// Whether no number is a NaN or an infinity.
-    pub fn is_finite(&self) -> bool {
-        self.first_non_finite().is_none()
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn is_finite(&self) -> Result<bool> {
+        Ok(self.first_non_finite()?.is_none())
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    pub fn first_non_finite(&self) -> Option<&str> {
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }
 
@@ -319,8 +373,18 @@ pub struct Momenta {
 }
 
 impl Momenta {
-    pub(crate) fn new(layout: &Arc<Layout>) -> Momenta {
-        Momenta { flat: Flat::zeros(layout) }
+    pub(crate) fn new(plan: &Plan) -> Momenta {
+        Momenta { flat: Flat::zeros(&plan.parameters, plan.place.as_ref()) }
+    }
+
+    /// The same numbers for `network`, as [`Parameters::to`].
+    ///
+    /// # Errors
+    ///
+    /// They belong to another network, or their device fails.
+    pub fn to(&self, network: &Network) -> Result<Momenta> {
+        let flat = self.flat.to(&network.0.parameters, network.0.place.as_ref())?;
+        Ok(Momenta { flat })
     }
 
     /// The entries, as those of [`Parameters`].
@@ -356,8 +420,20 @@ pub struct AdamMoments {
 }
 
 impl AdamMoments {
-    pub(crate) fn new(layout: &Arc<Layout>) -> AdamMoments {
-        AdamMoments { first: Flat::zeros(layout), second: Flat::zeros(layout), steps: 0 }
+    pub(crate) fn new(plan: &Plan) -> AdamMoments {
+        let zeros = || Flat::zeros(&plan.parameters, plan.place.as_ref());
+        AdamMoments { first: zeros(), second: zeros(), steps: 0 }
+    }
+
+    /// The same numbers for `network`, as [`Parameters::to`].
+    ///
+    /// # Errors
+    ///
+    /// They belong to another network, or their device fails.
+    pub fn to(&self, network: &Network) -> Result<AdamMoments> {
+        let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.place.as_ref());
+        let (first, second) = (to(&self.first)?, to(&self.second)?);
+        Ok(AdamMoments { first, second, steps: self.steps })
     }
 
     /// The entries, as those of [`Parameters`].

@@ -7,6 +7,7 @@ use kernels::convolution::Geometry;
 use kernels::pooling::Window;
 use kernels::{Pool, Precision, Shape, Variant};
 
+use crate::device::Place;
 use crate::flat::Layout;
 
 /// What comes in.
@@ -75,6 +76,8 @@ pub(crate) struct Plan {
     pub variant: Variant,
     pub precision: Precision,
     pub pool: Arc<Pool>,
+    /// Where tensor operations of candle's compute; without, the CPU's kernels do.
+    pub place: Option<Arc<Place>>,
     /// Index of the last operation that reads each value in the forward pass.
     pub last_use: Vec<usize>,
     /// Whether the backward pass reads the value.

@@ -1,12 +1,11 @@
 //! Running mean and variance of every batch norm.
 
-use std::sync::Arc;
-
 use candle_core::Result;
 use kernels::norm::Moments;
 
-use crate::Entry;
-use crate::flat::{Flat, Kind, Layout};
+use crate::flat::{Flat, Kind};
+use crate::plan::Plan;
+use crate::{Entry, Network};
 
 /// Running mean and variance of every batch norm: at first 0 and 1.
 #[derive(Clone)]
@@ -15,14 +14,19 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    pub(crate) fn new(layout: &Arc<Layout>) -> Statistics {
-        let mut flat = Flat::zeros(layout);
-        for entry in &layout.entries {
-            if entry.kind == Kind::RunningVariance {
-                flat.values[entry.range.clone()].fill(1.);
-            }
-        }
-        Statistics { flat }
+    pub(crate) fn new(plan: &Plan) -> Statistics {
+        let place = plan.place.as_ref();
+        Statistics { flat: Flat::filled(&plan.statistics, place, Kind::RunningVariance, 1.) }
+    }
+
+    /// The same numbers for `network`, as [`Parameters::to`](crate::Parameters::to).
+    ///
+    /// # Errors
+    ///
+    /// They belong to another network, or their device fails.
+    pub fn to(&self, network: &Network) -> Result<Statistics> {
+        let flat = self.flat.to(&network.0.statistics, network.0.place.as_ref())?;
+        Ok(Statistics { flat })
     }
 
     /// The entries, `<name>.running_mean` and `<name>.running_var` for each batch norm in turn.
@@ -49,8 +53,21 @@ impl Statistics {
     }
 
     /// All numbers, in the order of the entries.
-    pub fn to_vec(&self) -> Vec<f32> {
-        self.flat.values.to_vec()
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.flat.to_vec()
+    }
+
+    /// The name of the first entry with a NaN or an infinity.
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
+        self.flat.first_non_finite()
     }
 
     /// `running ← (1 − momentum)·running + momentum·batch`, the variance without bias, as PyTorch.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kernels::norm::Normalisation;
 use kernels::{Buffer, Shape};
 
+use crate::device;
 use crate::plan::Plan;
 
 /// What one forward pass keeps, for one input shape, until its backward pass consumes it.
@@ -14,6 +15,8 @@ use crate::plan::Plan;
 #[derive(Default)]
 pub struct Tape {
     pub(crate) record: Option<Record>,
+    /// In its place, of a network that computes by tensor operations.
+    pub(crate) on_device: Option<device::Record>,
 }
 
 pub(crate) struct Record {
@@ -37,12 +40,12 @@ pub(crate) enum Note {
 impl Tape {
     /// Whether no forward pass waits on this tape for its backward pass.
     pub fn is_empty(&self) -> bool {
-        self.record.is_none()
+        self.record.is_none() && self.on_device.is_none()
     }
 
     /// Forgets the forward pass, for a step that is given up.
     pub fn clear(&mut self) {
-        self.record = None;
+        *self = Tape::default();
     }
 }
 

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use backbone::Segment;
 use backbone::network_file::NamedTensor;
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use layers::{AdamMoments, Gradients, Mode, Modes, Tape};
 use stage::container::Container;
 
@@ -126,6 +126,19 @@ impl AdamSegment {
         Self { segment, name, modes, gradients, moments }
     }
 
+    /// The same segment, computing on `device`, moments included. Between steps: gradients that
+    /// were gathered are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// A device fails.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let segment = self.segment.on(device)?;
+        let moments = self.moments.to(segment.network())?;
+        let gradients = segment.network().gradients();
+        Ok(Self { segment, name: self.name, modes: self.modes.clone(), gradients, moments })
+    }
+
     /// The name that it has in files.
     pub fn name(&self) -> &'static str {
         self.name
@@ -193,8 +206,13 @@ impl AdamSegment {
     }
 
     /// The first parameter whose gradient is not finite, as `<segment>.<parameter>`.
-    pub fn first_gradient_not_finite(&self) -> Option<String> {
-        self.gradients.first_non_finite().map(|name| format!("{}.{name}", self.name))
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+        let name = self.gradients.first_non_finite()?;
+        Ok(name.map(|name| format!("{}.{name}", self.name)))
     }
 
     /// The gathered gradient of a parameter.
@@ -377,7 +395,7 @@ mod tests {
         step(&mut adam, &x, &mut segment)?;
         step(&mut again, &y, &mut other)?;
         assert_eq!(x.to_vec1::<f32>()?, y.to_vec1::<f32>()?);
-        assert_eq!(segment.segment.parameters.to_vec(), other.segment.parameters.to_vec());
+        assert_eq!(segment.segment.parameters.to_vec()?, other.segment.parameters.to_vec()?);
         let large = of_steps("x", (1 << 30) + 7);
         assert_eq!(large.values, [1024., 7.]);
         Ok(())

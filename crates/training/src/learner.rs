@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use backbone::network_file::NamedTensor;
 use backbone::{Configuration, Segment, network_file};
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use layers::{Gradients, Mode, Modes, Network, Tape};
 use stage::container::Container;
 
@@ -73,6 +73,19 @@ impl Learner {
             network_file::fill(&file, prefix, segment)?;
         }
         Ok(learner)
+    }
+
+    /// The same networks and momenta, computing on `device`. Between steps: gradients that were
+    /// gathered are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// A device fails.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let [backbone, projector, predictor] = self.online.segments();
+        let online = Online::of(backbone.on(device)?, projector.on(device)?, predictor.on(device)?);
+        let optimizer = self.optimizer.on(&online)?;
+        Ok(Self { online, target: self.target.on(device)?, optimizer })
     }
 }
 
@@ -237,10 +250,17 @@ impl Online {
     }
 
     /// The first parameter whose gradient is not finite, as `online.<segment>.<parameter>`.
-    pub fn first_gradient_not_finite(&self) -> Option<String> {
-        SEGMENTS.iter().zip(&self.gradients).find_map(|(segment, gradients)| {
-            gradients.first_non_finite().map(|name| format!("{segment}.{name}"))
-        })
+    ///
+    /// # Errors
+    ///
+    /// The device that they lie on fails.
+    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+        for (segment, gradients) in SEGMENTS.iter().zip(&self.gradients) {
+            if let Some(name) = gradients.first_non_finite()? {
+                return Ok(Some(format!("{segment}.{name}")));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -305,6 +325,15 @@ impl Target {
     /// A target that starts as a copy, statistics included.
     pub fn copy_of(online: &Online) -> Self {
         Self { backbone: online.backbone.clone(), projector: online.projector.clone() }
+    }
+
+    /// The same target, computing on `device`.
+    ///
+    /// # Errors
+    ///
+    /// A device fails.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self { backbone: self.backbone.on(device)?, projector: self.projector.on(device)? })
     }
 
     /// Reads the target out of `network.safetensors` in `folder`.
@@ -508,7 +537,7 @@ pub(crate) mod tests {
     fn precision_changes_the_numbers_a_little_and_first_weights_not_at_all() -> anyhow::Result<()> {
         let steps = |precision| -> anyhow::Result<(Vec<f32>, Vec<f32>)> {
             let mut learner = learner_in(precision, 3)?;
-            let first = learner.online.backbone.parameters.to_vec();
+            let first = learner.online.backbone.parameters.to_vec()?;
             let Learner { online, target, optimizer } = &mut learner;
             let projection = target.project(&pictures(2)?)?;
             let pass = online.forward(&pictures(1)?, None)?;

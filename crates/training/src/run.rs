@@ -216,7 +216,7 @@ impl<'a> Run<'a> {
     ///
     /// One is not finite: [`Diverged`], with epoch, step and parameter.
     pub fn check_gradients(&self, online: &Online) -> Result<()> {
-        self.refuse_gradient(online.first_gradient_not_finite())
+        self.refuse_gradient(online.first_gradient_not_finite()?)
     }
 
     /// Stops the run at a gradient that is not finite.
@@ -341,7 +341,7 @@ impl<'a> Run<'a> {
 
     fn check_parameters(&self, learner: &impl Trained) -> Result<()> {
         for (prefix, segment) in learner.segments() {
-            if let Some(name) = segment.first_not_finite() {
+            if let Some(name) = segment.first_not_finite()? {
                 return Err(self.diverged(&format!("`{prefix}.{name}` is not finite")));
             }
         }

@@ -1,5 +1,6 @@
 //! Stochastic gradient descent with momentum.
 
+use backbone::Segment;
 use candle_core::Result;
 use layers::Momenta;
 
@@ -69,6 +70,17 @@ impl Sgd {
     /// An optimizer of `online` whose momenta are zero.
     pub fn new(online: &Online, groups: Groups) -> Self {
         Self { groups, momenta: online.segments().map(|segment| segment.network().momenta()) }
+    }
+
+    /// The same optimizer for `online`, which may compute on another device.
+    ///
+    /// # Errors
+    ///
+    /// A device fails, or `online` is another network.
+    pub(crate) fn on(&self, online: &Online) -> Result<Self> {
+        let [a, b, c] = &self.momenta;
+        let [to_a, to_b, to_c] = online.segments().map(Segment::network);
+        Ok(Self { groups: self.groups, momenta: [a.to(to_a)?, b.to(to_b)?, c.to(to_c)?] })
     }
 
     /// One step along the gradients gathered since the last one, which are then zero again.
