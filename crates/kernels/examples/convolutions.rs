@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use kernels::convolution::{self, Geometry};
+use kernels::convolution::{self, Finish, Geometry};
 use kernels::{Buffer, Pool, Precision, Shape, Variant};
 
 fn main() -> Result<(), String> {
@@ -82,7 +82,8 @@ fn layer(variant: Variant, precision: Precision, g: &Geometry) -> [f64; 3] {
     let pool = Pool::new();
     let mut dw = vec![0.; g.weights_len()];
     convolution::pack_forward(g, &weights, &mut packed);
-    let forward = best(8, || convolution::forward(variant, g, &x, &packed, None, &mut y, None));
+    let forward =
+        best(8, || convolution::forward(variant, g, &x, &packed, Finish::default(), &mut y, None));
     convolution::pack_backward(g, &weights, &mut packed);
     let input = best(8, || convolution::input_gradient(variant, g, &dy, &packed, &mut dx, false));
     let weight = best(8, || convolution::weight_gradient(variant, g, &x, &dy, &pool, &mut dw));

@@ -1,5 +1,5 @@
 //! The bias of a linear layer. Its product is a [convolution](crate::convolution) with kernel 1,
-//! which adds the bias.
+//! which adds the bias as its last step.
 
 use crate::layout::{SIDE, TILE};
 use crate::number::{Number, by_precision};
@@ -7,13 +7,37 @@ use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
 for_each_variant! {
-    /// Adds the bias to the real images of tiles side by side.
-    pub(crate) fn add_to_rows<T: Number>(tiles: &mut [T], images: usize, bias: &[f32]) {
-        for (tile, bias) in tiles.chunks_exact_mut(TILE).zip(bias.chunks_exact(SIDE)) {
-            for row in tile.chunks_exact_mut(SIDE).take(images) {
-                for (value, bias) in row.iter_mut().zip(bias) {
-                    *value = T::narrow(value.wide() + bias);
+    /// `relu(x + bias + residual)` for the real images of a tile.
+    pub(crate) fn finish_tile<T: Number>(
+        tile: &mut [T],
+        images: usize,
+        bias: Option<&[f32]>,
+        residual: Option<&[T]>,
+        relu: bool,
+    ) {
+        let mut biases = [0f32; SIDE];
+        if let Some(bias) = bias {
+            biases.copy_from_slice(&bias[..SIDE]);
+        }
+        for (image, row) in tile.chunks_exact_mut(SIDE).take(images).enumerate() {
+            let mut values = [0f32; SIDE];
+            for lane in 0..SIDE {
+                values[lane] = row[lane].wide() + biases[lane];
+            }
+            if let Some(residual) = residual {
+                let residual = &residual[image * SIDE..][..SIDE];
+                for lane in 0..SIDE {
+                    values[lane] += residual[lane].wide();
                 }
+            }
+            if relu {
+                for value in &mut values {
+                    // Not `max`: a NaN must come through.
+                    *value = if *value <= 0. { 0. } else { *value };
+                }
+            }
+            for lane in 0..SIDE {
+                row[lane] = T::narrow(values[lane]);
             }
         }
     }

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::convolution::{self, Geometry};
+use kernels::convolution::{self, Finish, Geometry};
 use kernels::{Buffer, Pool, Shape, Variant};
 use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Precision, Sgd, Value};
 
@@ -99,7 +99,8 @@ fn layer(
     let pool = Pool::new();
     let mut dw = vec![0.; g.weights_len()];
     let pack = best(4, || convolution::pack_forward(&g, &weights, &mut packed));
-    let forward = best(6, || convolution::forward(variant, &g, &x, &packed, None, &mut y, None));
+    let forward =
+        best(6, || convolution::forward(variant, &g, &x, &packed, Finish::default(), &mut y, None));
     convolution::pack_backward(&g, &weights, &mut packed);
     let back = best(6, || convolution::input_gradient(variant, &g, &dy, &packed, &mut dx, false));
     let weight = best(6, || convolution::weight_gradient(variant, &g, &x, &dy, &pool, &mut dw));

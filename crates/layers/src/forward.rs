@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
-use kernels::convolution;
+use kernels::convolution::{self, Finish};
 use kernels::norm::{self, Normalisation};
 use kernels::{Buffer, Shape, pooling};
 
@@ -179,7 +179,7 @@ impl<'a> Run<'a> {
             &g,
             self.value(operation.input),
             &packed,
-            bias.as_deref(),
+            Finish { bias: bias.as_deref(), ..Finish::default() },
             &mut output,
             moments.as_deref_mut(),
         );

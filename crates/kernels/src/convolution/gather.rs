@@ -5,15 +5,25 @@ use std::ops::Range;
 
 use super::{Geometry, columns_of, panel_len};
 use crate::layout::{SIDE, TILE};
-use crate::linear::add_to_rows;
+use crate::linear::finish_tile;
 use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
 use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{Product, Run, Session};
 use crate::{Buffer, Shape, Variant};
 
-/// `output = weights ∗ input + bias`. `packed` comes from [`super::pack_forward`]; `bias` is padded
-/// to whole blocks of channels.
+/// The last step of a convolution: `relu(sum + bias + residual)`, each part as asked.
+#[derive(Clone, Copy, Default)]
+pub struct Finish<'a> {
+    /// A number for each output channel, padded to whole blocks.
+    pub bias: Option<&'a [f32]>,
+    /// A value of the output's shape.
+    pub residual: Option<&'a Buffer>,
+    /// Whether a ReLU ends it.
+    pub relu: bool,
+}
+
+/// `output = finish(weights ∗ input)`. `packed` comes from [`super::pack_forward`].
 ///
 /// `moments`, when given, receives the sums that [`crate::norm::merge`] makes into mean and
 /// variance, taken while the output is in the cache; it holds [`crate::norm::moments_len`] numbers.
@@ -26,14 +36,14 @@ pub fn forward(
     g: &Geometry,
     input: &Buffer,
     packed: &Buffer,
-    bias: Option<&[f32]>,
+    finish: Finish,
     output: &mut Buffer,
     moments: Option<&mut [f32]>,
 ) {
-    assert!(bias.is_none_or(|bias| bias.len() == g.output.padded_channels()));
+    assert!(finish.bias.is_none_or(|bias| bias.len() == g.output.padded_channels()));
+    assert!(finish.residual.is_none_or(|residual| residual.len() == g.output.len()));
     assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
     let moments = moments.map(Disjoint::new);
-    let finish = Finish { bias, moments };
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let taps = |at: usize| (0..g.kernel).map(move |tap| (tap, at * g.stride + tap));
         let inside = |(tap, at): (usize, usize)| {
@@ -46,7 +56,9 @@ pub fn forward(
     let meets = Meets::new(rows, columns, g.kernel, 1, g.stride);
     by_precision!(output.precision(), T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
-        gather(variant, g, from, T::of(packed), &meets, to, false, &finish);
+        let Finish { bias, residual, relu } = finish;
+        let last = Last { bias, residual: residual.map(T::of), relu, moments };
+        gather(variant, g, from, T::of(packed), &meets, to, false, &last);
     });
 }
 
@@ -73,11 +85,11 @@ pub fn input_gradient(
     let rows = side(g.input.height, g.output.height);
     let columns = side(g.input.width, g.output.width);
     let meets = Meets::new(rows, columns, g.kernel, g.stride, 1);
-    let finish = Finish { bias: None, moments: None };
     by_precision!(input_gradient.precision(), T => {
+        let last = Last { bias: None, residual: None, relu: false, moments: None };
         let from = (T::of(output_gradient), g.output);
         let to = (T::of_mut(input_gradient), g.input);
-        gather(variant, g, from, T::of(packed), &meets, to, add, &finish);
+        gather(variant, g, from, T::of(packed), &meets, to, add, &last);
     });
 }
 
@@ -117,8 +129,10 @@ impl Meets {
 }
 
 /// What happens to a pixel once its sum is complete.
-struct Finish<'a> {
+struct Last<'a, T> {
     bias: Option<&'a [f32]>,
+    residual: Option<&'a [T]>,
+    relu: bool,
     moments: Option<Disjoint<'a, f32>>,
 }
 
@@ -136,7 +150,7 @@ fn gather<T: Number>(
     meets: &Meets,
     (to, to_shape): (&mut [T], Shape),
     add: bool,
-    finish: &Finish,
+    last: &Last<T>,
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
@@ -157,7 +171,7 @@ fn gather<T: Number>(
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
         let session = Session::begin(variant);
         let (to, session) = (&to, &session);
-        let gather = Gather { session, from, from_shape, packed, meets, to, to_shape, add, finish };
+        let gather = Gather { session, from, from_shape, packed, meets, to, to_shape, add, last };
         for first in parts.clone().step_by(near) {
             for pair in pairs.clone() {
                 gather.pair_of_blocks(first..(first + near).min(parts.end), pair);
@@ -175,7 +189,7 @@ struct Gather<'a, T> {
     to: &'a Disjoint<'a, T>,
     to_shape: Shape,
     add: bool,
-    finish: &'a Finish<'a>,
+    last: &'a Last<'a, T>,
 }
 
 impl<T: Number> Gather<'_, T> {
@@ -222,10 +236,11 @@ impl<T: Number> Gather<'_, T> {
         }
     }
 
-    /// Bias and moments of one part, in the pair's blocks.
+    /// The last step and the moments of one part, in the pair's blocks.
     fn finish(&self, part: usize, pair: usize) {
-        let Finish { bias, moments } = self.finish;
-        if bias.is_none() && moments.is_none() {
+        let &Last { bias, residual, relu, ref moments } = self.last;
+        let changes = bias.is_some() || residual.is_some() || relu;
+        if !changes && moments.is_none() {
             return;
         }
         let variant = self.session.variant();
@@ -241,8 +256,10 @@ impl<T: Number> Gather<'_, T> {
             for (at, pixel) in (from..from + len).step_by(pixel_len).enumerate() {
                 // SAFETY: as above; the sums of this part and pair are complete.
                 let tile = unsafe { self.to.part(pixel + block * TILE, TILE) };
-                if let Some(bias) = bias {
-                    add_to_rows(variant, tile, images, &bias[block * SIDE..][..SIDE]);
+                if changes {
+                    let bias = bias.map(|bias| &bias[block * SIDE..][..SIDE]);
+                    let residual = residual.map(|r| &r[pixel + block * TILE..][..TILE]);
+                    finish_tile(variant, tile, images, bias, residual, relu);
                 }
                 if let Some(sums) = &mut sums {
                     add_moments(variant, tile, images, at == 0, sums);

@@ -10,7 +10,7 @@ mod gather;
 mod pack;
 mod weights;
 
-pub use gather::{forward, input_gradient};
+pub use gather::{Finish, forward, input_gradient};
 pub use pack::{pack_backward, pack_forward};
 pub use weights::weight_gradient;
 
@@ -168,14 +168,21 @@ mod tests {
                     pack_forward(&g, &weights, &mut packed);
                     let mut padded = vec![0.; g.output.padded_channels()];
                     padded[..to].copy_from_slice(&bias);
-                    forward(variant, &g, &tiles, &packed, Some(&padded), &mut output, None);
+                    let mut residual = buffer(g.output.len());
+                    g.output.pack(&dy, &mut residual);
+                    let bias_alone = Finish { bias: Some(&padded), ..Finish::default() };
+                    let all = Finish { residual: Some(&residual), relu: true, ..bias_alone };
                     let mut rows = vec![0.; y.len()];
-                    g.output.unpack(&output, &mut rows);
-                    for (got, want) in rows.iter().zip(&y) {
-                        // The sum and the bias are rounded one after the other.
-                        let off = (got - want).abs();
-                        let unit = if precision == Precision::F32 { 0. } else { want.abs() / 100. };
-                        assert!(off <= unit, "{what}: {got}, want {want}");
+                    for finish in [bias_alone, all] {
+                        forward(variant, &g, &tiles, &packed, finish, &mut output, None);
+                        g.output.unpack(&output, &mut rows);
+                        for ((got, sum), residual) in rows.iter().zip(&y).zip(&dy) {
+                            let want = if finish.relu { (sum + residual).max(0.) } else { *sum };
+                            // The sum is rounded before the last step and after it.
+                            let large = sum.abs() + residual.abs();
+                            let unit = if precision == Precision::F32 { 0. } else { large / 100. };
+                            assert!((got - want).abs() <= unit, "{what}: {got}, want {want}");
+                        }
                     }
 
                     let mut gradient = vec![2.; weights.len()];
