@@ -1,6 +1,7 @@
 """Speaks for a peer of a bench program: one JSON object on stdout for each line of stdin."""
 
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -20,12 +21,22 @@ def _peak_megabytes():
         return next((float(line.split()[1]) * 1024e-6 for line in status if line.startswith("VmHWM:")), 0.0)
 
 
+def _processor_seconds():
+    """Of this process and of the workers that it keeps."""
+    seconds = time.process_time()
+    for worker in multiprocessing.active_children():
+        with open(f"/proc/{worker.pid}/stat") as stat:
+            user, system = stat.read().rsplit(")", 1)[1].split()[11:13]
+        seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 def serve(step, note=None):
     """`step()` does the work once and returns the amount done; the caller has warmed up."""
     _say({"ready": True, "note": note})
     for _ in sys.stdin:
-        processor, start = time.process_time(), time.perf_counter()
+        processor, start = _processor_seconds(), time.perf_counter()
         amount = step()
         seconds = time.perf_counter() - start
-        _say({"seconds": seconds, "processor-seconds": time.process_time() - processor, "amount": float(amount),
-              "peak-mb": _peak_megabytes()})
+        _say({"seconds": seconds, "processor-seconds": _processor_seconds() - processor,
+              "amount": float(amount), "peak-mb": _peak_megabytes()})

@@ -1,0 +1,313 @@
+//! Times two views of each picture, ours beside torchvision's and lightly's where a Python has them.
+//!
+//! `cargo xtask bench data [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N] [--threads N]]`
+//!
+//! A turn is one epoch of a [`Loader`] over pictures with BYOL's pair of views: resized crop of 8 to
+//! 100 percent of the area, flip, jitter, grey; blur always in view 1 and in one of ten of view 2;
+//! solarise in one of five of view 2. The peers do the same, see `bench/peer.py` of this crate; the
+//! row names the fastest of them.
+//!
+//! The pictures are made here: noise whose amplitude falls with its frequency, as in photographs,
+//! ellipses and boxes with sharp edges, and a little noise of a sensor; as JPEG of quality 90 with
+//! colour at half the resolution, 470 to 530 × 350 to 400 pixels, about 40 KB each. `arrays` are
+//! such pictures of 32 × 32 pixels that lie in memory decoded.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use bench::{Peers, Report, Side, Unit};
+use clap::Parser;
+use data::images::{Identical, Images, Source, Writer};
+use data::views::{Input, Operation, Pipeline};
+use data::{Loader, Picture};
+use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use stage::Split;
+
+#[derive(Parser)]
+#[command(name = "bench-data", about = "Times the making of views")]
+struct CommandLine {
+    #[command(flatten)]
+    shared: bench::Arguments,
+    /// Do this work turn by turn; how the program calls itself.
+    #[arg(long, hide = true, value_name = "WORK")]
+    side: Option<String>,
+    /// Where the pictures for a side are.
+    #[arg(long, hide = true, value_name = "DIR")]
+    folder: Option<PathBuf>,
+}
+
+/// Pictures, and what is made of them.
+struct Work {
+    name: &'static str,
+    source: Kind,
+    pixels: usize,
+    blur: bool,
+    /// Pictures of one turn: ours, then of each of [`PEERS`]; about a second or two of work.
+    images: [usize; 1 + PEERS.len()],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Decoded anew for every turn, as the peers do.
+    Jpeg,
+    /// Decoded in memory since the first turn; the peers still decode.
+    Kept,
+    /// Pixels that were never encoded.
+    Arrays,
+}
+
+const PEERS: [&str; 3] = ["torchvision", "torchvision-v2", "lightly"];
+
+const WORKS: [Work; 6] = [
+    Work {
+        name: "views @32 of arrays",
+        source: Kind::Arrays,
+        pixels: 32,
+        blur: false,
+        images: [65_536, 2_048, 1_024, 2_048],
+    },
+    Work {
+        name: "views @32 with blur, of arrays",
+        source: Kind::Arrays,
+        pixels: 32,
+        blur: true,
+        images: [65_536, 1_024, 1_024, 1_024],
+    },
+    Work {
+        name: "views @96 with blur, of JPEG 500x375",
+        source: Kind::Jpeg,
+        pixels: 96,
+        blur: true,
+        images: [2_048, 512, 512, 512],
+    },
+    Work {
+        name: "views @224 with blur, of JPEG 500x375",
+        source: Kind::Jpeg,
+        pixels: 224,
+        blur: true,
+        images: [1_024, 128, 128, 256],
+    },
+    Work {
+        name: "views @96 with blur, decoded before",
+        source: Kind::Kept,
+        pixels: 96,
+        blur: true,
+        images: [4_096, 512, 512, 512],
+    },
+    Work {
+        name: "views @224 with blur, decoded before",
+        source: Kind::Kept,
+        pixels: 224,
+        blur: true,
+        images: [1_024, 128, 128, 256],
+    },
+];
+
+/// Files and arrays made; an epoch takes each as often as it needs.
+const FILES: u64 = 256;
+const ARRAYS: u64 = 4_096;
+const BATCH: usize = 64;
+
+fn main() -> ExitCode {
+    let arguments = CommandLine::parse();
+    let result = match &arguments.side {
+        Some(name) => side(name, &arguments.folder.unwrap_or_default(), arguments.shared.threads()),
+        None => compare(&arguments.shared),
+    };
+    bench::exit("bench-data", result)
+}
+
+fn compare(arguments: &bench::Arguments) -> Result<()> {
+    let program = include_str!("../../bench/peer.py");
+    let packages = ["torch", "torchvision", "lightly", "numpy", "PIL"];
+    let python = arguments.peer_python.as_deref();
+    let peers = python.map(|python| Peers::new(python, &packages, program)).transpose()?;
+    let folder = tempfile::tempdir().context("making a temporary folder")?;
+    make_pictures(folder.path())?;
+    let place = folder.path().to_str().context("the temporary folder has a name in UTF-8")?;
+    let (threads, mut report) = (arguments.threads(), Report::new(arguments.json));
+    let words = threads.to_string();
+    for work in WORKS.iter().filter(|work| arguments.wants(work.name)) {
+        let ours = ["--side", work.name, "--folder", place, "--threads", &words];
+        let ours = Side::ours(&ours, threads)?;
+        let start = |peers: &Peers| -> Result<Vec<Side>> {
+            let one = |(name, images): (&&str, &usize)| {
+                let asked = work.asked_of(name, *images).to_string();
+                peers.start(name, &[&asked, place, &words], 1)
+            };
+            PEERS.iter().zip(&work.images[1..]).map(one).collect()
+        };
+        let sides = peers.as_ref().map(start).transpose()?.unwrap_or_default();
+        let unit = Unit::PerSecond("images");
+        report.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?);
+    }
+    report.finish()
+}
+
+impl Work {
+    fn keys(&self) -> Value {
+        json!({ "pixels": self.pixels, "blur": self.blur })
+    }
+
+    fn asked_of(&self, peer: &str, images: usize) -> Value {
+        let source = if self.source == Kind::Arrays { "arrays" } else { "jpeg" };
+        json!({
+            "peer": peer,
+            "source": source,
+            "pixels": self.pixels,
+            "blur": self.blur,
+            "batch": BATCH,
+            "images": images,
+        })
+    }
+
+    fn input(&self) -> Input {
+        Input {
+            height: self.pixels,
+            width: self.pixels,
+            channels: 3,
+            mean: vec![0.485, 0.456, 0.406],
+            std: vec![0.229, 0.224, 0.225],
+            clean: vec![],
+        }
+    }
+
+    /// BYOL's pair, of which the second is solarised and seldom blurred.
+    fn pipelines(&self) -> Vec<Pipeline> {
+        let one = |second: bool| {
+            let aspect = [3. / 4., 4. / 3.];
+            let mut operations = vec![
+                Operation::ResizedCrop { scale: [0.08, 1.], aspect },
+                Operation::Flip { probability: 0.5 },
+                Operation::Jitter {
+                    probability: 0.8,
+                    brightness: 0.4,
+                    contrast: 0.4,
+                    saturation: 0.2,
+                    hue: 0.1,
+                },
+                Operation::Grey { probability: 0.2 },
+            ];
+            if self.blur {
+                let probability = if second { 0.1 } else { 1. };
+                let kernel = (self.pixels / 20 * 2 + 1).max(3);
+                operations.push(Operation::Blur { probability, kernel, deviation: [0.1, 2.] });
+            }
+            if second {
+                operations.push(Operation::Solarise { probability: 0.2, threshold: 128. });
+            }
+            Pipeline { operations }
+        };
+        vec![one(false), one(true)]
+    }
+}
+
+/// Our side.
+fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
+    let work = WORKS.iter().find(|work| work.name == name);
+    let work = work.with_context(|| format!("no work `{name}`"))?;
+    let file = if work.source == Kind::Arrays { RAW } else { ENCODED };
+    let images = Images::open(&folder.join(file))?;
+    images.keep_decoded(if work.source == Kind::Kept { usize::MAX } else { 0 });
+    let rows: Vec<u32> =
+        images.rows(&[Split::Train]).into_iter().cycle().take(work.images[0]).collect();
+    let batches: Vec<Vec<u32>> = rows.chunks(BATCH).map(<[u32]>::to_vec).collect();
+    let (pipelines, input) = (work.pipelines(), work.input());
+    let mut epoch = 0;
+    bench::serve(|| {
+        epoch += 1;
+        let loader =
+            Loader::new(&images, batches.clone(), pipelines.clone(), &input, 0, epoch, threads)?;
+        let mut count = 0;
+        for batch in loader {
+            count += batch?.rows.len();
+        }
+        Ok(count as f64)
+    })
+}
+
+const ENCODED: &str = "encoded.safetensors";
+const RAW: &str = "raw.safetensors";
+
+/// Writes JPEG files and arrays, as files for the peers and as image files of ours.
+fn make_pictures(folder: &Path) -> Result<()> {
+    let mut writer = Writer::create(&folder.join(ENCODED), 3, Identical::Keep)?;
+    for number in 0..FILES {
+        let mut rng = stage::random::stream(0, "bench", &[0, number]);
+        let (width, height) = (470 + rng.next_u32() % 61, 350 + rng.next_u32() % 51);
+        let picture = draw(height as usize, width as usize, &mut rng)?;
+        let mut file = Vec::new();
+        let mut encoder = Encoder::new(&mut file, 90);
+        encoder.set_sampling_factor(SamplingFactor::R_4_2_0);
+        encoder.encode(&picture.pixels, width as u16, height as u16, ColorType::Rgb)?;
+        fs::write(folder.join(format!("{number:05}.jpg")), &file)?;
+        writer.add(&Source::file(file, 3)?, Split::Train)?;
+    }
+    writer.finish(None)?;
+    let (mut writer, mut arrays) =
+        (Writer::create(&folder.join(RAW), 3, Identical::Keep)?, Vec::new());
+    for number in 0..ARRAYS {
+        let picture = draw(32, 32, &mut stage::random::stream(0, "bench", &[1, number]))?;
+        arrays.extend_from_slice(&picture.pixels);
+        writer.add(&Source::raw(picture, 3)?, Split::Train)?;
+    }
+    writer.finish(None)?;
+    Ok(fs::write(folder.join("arrays"), arrays)?)
+}
+
+/// A picture like a photograph in what decoding it costs.
+fn draw(height: usize, width: usize, rng: &mut ChaCha8Rng) -> Result<Picture> {
+    let mut values = vec![128f32; height * width * 3];
+    for (cells, weight) in [(2, 60.), (5, 50.), (12, 25.), (30, 14.), (80, 8.), (180, 4.)] {
+        add_noise(&mut values, width, cells.min(width), weight, rng);
+    }
+    for _ in 0..8 {
+        let round = rng.next_u32().is_multiple_of(2);
+        let mut part = |end: usize| unit(rng) * end as f32;
+        let (x, y) = (part(width), part(height));
+        let (a, b) = (1. + part(width / 5), 1. + part(height / 5));
+        let colour = [part(256), part(256), part(256)];
+        for (i, pixel) in values.chunks_exact_mut(3).enumerate() {
+            let (dx, dy) = (((i % width) as f32 - x) / a, ((i / width) as f32 - y) / b);
+            let inside = if round { dx * dx + dy * dy < 1. } else { dx.abs().max(dy.abs()) < 1. };
+            if inside {
+                for (value, colour) in pixel.iter_mut().zip(colour) {
+                    *value = 0.25 * *value + 0.75 * colour;
+                }
+            }
+        }
+    }
+    let byte = |value: &f32| (value + 6. * (unit(rng) - 0.5)).clamp(0., 255.).round() as u8;
+    let pixels = values.iter().map(byte).collect();
+    Picture::new(height, width, 3, pixels)
+}
+
+/// Adds normal-like noise that varies over a `cells`-th of the width, laid out bilinearly.
+fn add_noise(values: &mut [f32], width: usize, cells: usize, weight: f32, rng: &mut ChaCha8Rng) {
+    let height = values.len() / 3 / width;
+    let rows = (cells * height).div_ceil(width) + 2;
+    let grid: Vec<[f32; 3]> = (0..rows * (cells + 2))
+        .map(|_| [0; 3].map(|_| 3. * (unit(rng) + unit(rng) - 1.)))
+        .collect();
+    for (i, pixel) in values.chunks_exact_mut(3).enumerate() {
+        let at = |place: usize| place as f32 * cells as f32 / width as f32;
+        let (x, y) = (at(i % width), at(i / width));
+        let (column, row) = (x as usize, y as usize);
+        let (right, below) = (x - column as f32, y - row as f32);
+        let corner = row * (cells + 2) + column;
+        for (channel, value) in pixel.iter_mut().enumerate() {
+            let mix = |at: usize| grid[at][channel] * (1. - right) + grid[at + 1][channel] * right;
+            *value += weight * (mix(corner) * (1. - below) + mix(corner + cells + 2) * below);
+        }
+    }
+}
+
+/// A number in `[0, 1)`.
+fn unit(rng: &mut ChaCha8Rng) -> f32 {
+    (rng.next_u32() >> 8) as f32 / (1 << 24) as f32
+}
