@@ -48,7 +48,7 @@ use stage::Split;
 use stage::container::{self, Column, Contents, Header, Streamed, hex};
 
 use crate::data_set::DataSet;
-use crate::picture::{Encoding, Picture, decode};
+use crate::picture::{Encoding, Picture, Pixels, decode, decode_into};
 
 const KIND: &str = "images";
 const PART_KIND: &str = "images-part";
@@ -183,16 +183,45 @@ impl Images {
         if let Some(picture) = self.shared.decoded[position].get() {
             return Ok(picture.clone());
         }
-        let picture = self.decode(position).with_context(|| {
-            let path = self.shared.data_set.path.display();
-            format!("picture {row} of `{path}` is damaged; prepare the images again")
-        })?;
-        let picture = Arc::new(picture);
+        let decoded = self.decode(position, Vec::new());
+        let picture = Arc::new(decoded.with_context(|| self.damaged(row))?);
         // Raw pixels are as quickly read again from the mapped file.
         if self.shared.encodings[position] != Encoding::Raw {
             self.keep(position, &picture);
         }
         Ok(picture)
+    }
+
+    /// [`Images::picture`] without a copy or an allocation: raw pixels stay in the mapped file, others
+    /// come from what is kept or are decoded into `memory`.
+    pub(crate) fn pixels<'a>(&'a self, row: u32, memory: &'a mut Memory) -> Result<Pixels<'a>> {
+        let position = self.position(row)?;
+        let shared = &*self.shared;
+        if let Some(picture) = shared.decoded[position].get() {
+            return Ok(Pixels::from(&**picture));
+        }
+        if shared.encodings[position] == Encoding::Raw {
+            let [height, width] = shared.sizes[position].map(|extent| extent as usize);
+            let channels = shared.channels;
+            let checked = self.checked_bytes(position).and_then(|bytes| {
+                let fits = bytes.len() == height * width * channels;
+                ensure!(fits, "{} bytes for {height}×{width} pixels", bytes.len());
+                Ok(bytes)
+            });
+            let bytes = checked.with_context(|| self.damaged(row))?;
+            return Ok(Pixels { height, width, channels, bytes });
+        }
+        let pixels = memory.0.take().map_or_else(Vec::new, |picture| picture.pixels);
+        let picture = self.decode(position, pixels).with_context(|| self.damaged(row))?;
+        if picture.pixels.len() <= shared.room.load(Ordering::Relaxed) {
+            self.keep(position, &Arc::new(picture.clone()));
+        }
+        Ok(Pixels::from(&*memory.0.insert(picture)))
+    }
+
+    fn damaged(&self, row: u32) -> String {
+        let path = self.shared.data_set.path.display();
+        format!("picture {row} of `{path}` is damaged; prepare the images again")
     }
 
     /// Keeps at most about `bytes` of decoded pictures, from now on; those already kept stay.
@@ -211,7 +240,8 @@ impl Images {
         Ok(position)
     }
 
-    fn decode(&self, position: usize) -> Result<Picture> {
+    /// The stored bytes, which have the checksum in the id.
+    fn checked_bytes(&self, position: usize) -> Result<&[u8]> {
         let shared = &*self.shared;
         let bytes = shared.stored(position);
         if !shared.checked[position].load(Ordering::Relaxed) {
@@ -219,10 +249,18 @@ impl Images {
             ensure!(id == shared.ids[position], "its bytes do not have the checksum in its id");
             shared.checked[position].store(true, Ordering::Relaxed);
         }
+        Ok(bytes)
+    }
+
+    /// `memory` is what an earlier picture has left.
+    fn decode(&self, position: usize, memory: Vec<u8>) -> Result<Picture> {
+        let (shared, bytes) = (&*self.shared, self.checked_bytes(position)?);
         let [height, width] = shared.sizes[position].map(|extent| extent as usize);
         let picture = match shared.encodings[position] {
             Encoding::Raw => Picture::new(height, width, shared.channels, bytes.to_vec())?,
-            Encoding::Jpeg | Encoding::Png | Encoding::WebP => decode(bytes, shared.channels)?,
+            Encoding::Jpeg | Encoding::Png | Encoding::WebP => {
+                decode_into(memory, bytes, shared.channels)?
+            }
         };
         ensure!(
             (picture.height, picture.width) == (height, width),
@@ -244,6 +282,10 @@ impl Images {
         }
     }
 }
+
+/// Where [`Images::pixels`] decodes to.
+#[derive(Debug, Default)]
+pub(crate) struct Memory(Option<Picture>);
 
 fn open_map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).with_context(|| {

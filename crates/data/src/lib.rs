@@ -29,6 +29,6 @@ pub use images::Images;
 pub use labels::Labels;
 pub use loader::{Batch, Loader};
 pub use names::Names;
-pub use picture::Picture;
+pub use picture::{Picture, Pixels};
 pub use pseudo_labels::{Found, PseudoLabels};
 pub use thumbnail::thumbnail;

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use stage::random::stream;
 
 use crate::Images;
+use crate::images::Memory;
 use crate::views::{Input, Pipeline, Workspace};
 
 /// How many finished batches may wait, besides the one that each thread is making.
@@ -68,6 +69,8 @@ struct State {
     /// How many were taken.
     taken: usize,
     finished: BTreeMap<usize, Result<Batch>>,
+    /// Memory of views that were given back.
+    spare: Vec<Vec<f32>>,
     stopped: bool,
 }
 
@@ -179,6 +182,14 @@ impl Loader {
     }
 }
 
+impl Loader {
+    /// Takes back the memory of a view that was copied to where it is needed, for a batch to come:
+    /// clearing new memory for a batch of photographs takes a fifth of the time to make it.
+    pub fn give_back(&self, view: Vec<f32>) {
+        self.ring.lock().spare.push(view);
+    }
+}
+
 /// For each row of each batch, how often it came before.
 fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let mut seen: HashMap<u32, u32> = HashMap::new();
@@ -192,11 +203,13 @@ fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
 
 /// Makes batches until none is left or everything is to stop.
 fn work(ring: &Ring, maker: &Maker, limit: usize) {
-    let mut workspace = Workspace::default();
+    let (mut memory, mut workspace) = (Memory::default(), Workspace::default());
     while let Some(number) = ring.claim(maker.batches.len(), limit) {
         // A thread that died without a word would leave the loader waiting for ever.
-        let batch = catch_unwind(AssertUnwindSafe(|| maker.make(number, &mut workspace)))
-            .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
+        let batch = catch_unwind(AssertUnwindSafe(|| {
+            maker.make(number, ring, &mut memory, &mut workspace)
+        }))
+        .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
         ring.lock().finished.insert(number, batch);
         ring.changed.notify_all();
     }
@@ -226,6 +239,15 @@ impl Ring {
         Some(number)
     }
 
+    /// Memory for a view of this many values, all of which are to be overwritten.
+    fn view(&self, values: usize) -> Vec<f32> {
+        let mut state = self.lock();
+        let fits = state.spare.iter().position(|spare| spare.len() == values);
+        let spare = fits.map(|position| state.spare.swap_remove(position));
+        drop(state);
+        spare.unwrap_or_else(|| kernels::zeros(values))
+    }
+
     fn take(&self, number: usize) -> Result<Batch> {
         let mut state = self.lock();
         loop {
@@ -241,18 +263,25 @@ impl Ring {
 }
 
 impl Maker {
-    fn make(&self, number: usize, workspace: &mut Workspace) -> Result<Batch> {
+    fn make(
+        &self,
+        number: usize,
+        ring: &Ring,
+        memory: &mut Memory,
+        workspace: &mut Workspace,
+    ) -> Result<Batch> {
         let (rows, input) = (&self.batches[number], &self.input);
-        let mut views = vec![vec![0f32; rows.len() * input.values()]; self.pipelines.len()];
+        let empty = |_: &Pipeline| ring.view(rows.len() * input.values());
+        let mut views: Vec<Vec<f32>> = self.pipelines.iter().map(empty).collect();
         for (position, &row) in rows.iter().enumerate() {
-            let picture = self.images.picture(row)?;
+            let picture = self.images.pixels(row, memory)?;
             let range = position * input.values()..(position + 1) * input.values();
             for (view, pipeline) in self.pipelines.iter().enumerate() {
                 let occurrence = u64::from(self.occurrences[number][position]);
                 let counters = [self.epoch, u64::from(row), view as u64, occurrence];
                 let mut rng = stream(self.seed, "views", &counters);
                 let out = &mut views[view][range.clone()];
-                pipeline.apply(&picture, input, &mut rng, workspace, out).with_context(|| {
+                pipeline.apply(picture, input, &mut rng, workspace, out).with_context(|| {
                     let path = self.images.data_set().path.display();
                     format!("view {} of picture {row} of `{path}`", view + 1)
                 })?;
@@ -425,6 +454,27 @@ mod tests {
             "{error}"
         );
         assert!(loader.next().is_none());
+    }
+
+    #[test]
+    fn memory_that_is_given_back_is_overwritten() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        let fresh = load(&images, batches(), 1, 1);
+        let pipelines = vec![pipeline(), pipeline()];
+        let mut loader =
+            Loader::new(&images, batches(), pipelines, &input(), 1, 7, 2).expect("started");
+        for want in fresh {
+            let batch = loader.next().expect("as many").expect("made");
+            assert_eq!(batch, want);
+            for mut view in batch.views {
+                view.fill(f32::NAN);
+                loader.give_back(view);
+            }
+        }
+        // Of 14 views, no more were allocated than there are batches ahead and one in use.
+        let spare = loader.ring.lock().spare.len();
+        assert!(spare <= 2 * (2 + AHEAD + 1), "{spare} views");
     }
 
     #[test]

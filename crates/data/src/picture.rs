@@ -58,6 +58,26 @@ impl Picture {
     }
 }
 
+/// A picture whose pixels lie elsewhere: in a [`Picture`], or in a mapped file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pixels<'a> {
+    /// Rows.
+    pub height: usize,
+    /// Pixels in a row.
+    pub width: usize,
+    /// 1 grey, 3 red, green, blue.
+    pub channels: usize,
+    /// `(height, width, channels)`.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> From<&'a Picture> for Pixels<'a> {
+    fn from(picture: &'a Picture) -> Self {
+        let Picture { height, width, channels, pixels } = picture;
+        Self { height: *height, width: *width, channels: *channels, bytes: pixels }
+    }
+}
+
 /// How the bytes of a picture are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
@@ -107,15 +127,20 @@ impl Encoding {
 ///
 /// The file is neither, is broken or cut short, or has more than [`MOST_PIXELS`].
 pub fn decode(file: &[u8], channels: usize) -> Result<Picture> {
+    decode_into(Vec::new(), file, channels)
+}
+
+/// [`decode`] into memory that an earlier picture has left, where the decoder can do that.
+pub(crate) fn decode_into(memory: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
     match Encoding::of(file) {
-        Some(Encoding::Jpeg) => decode_jpeg(file, channels),
+        Some(Encoding::Jpeg) => decode_jpeg(memory, file, channels),
         Some(Encoding::Png) => decode_png(file, channels),
         Some(Encoding::WebP) => decode_webp(file, channels),
         Some(Encoding::Raw) | None => bail!("neither a JPEG nor a PNG nor a WebP file"),
     }
 }
 
-fn decode_jpeg(file: &[u8], channels: usize) -> Result<Picture> {
+fn decode_jpeg(mut pixels: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
     let options = DecoderOptions::new_fast()
         .set_strict_mode(false)
         .set_max_width(usize::MAX)
@@ -130,7 +155,8 @@ fn decode_jpeg(file: &[u8], channels: usize) -> Result<Picture> {
     let (space, decoded_channels) =
         if channels == 1 && has_luma { (ColorSpace::Luma, 1) } else { (ColorSpace::RGB, 3) };
     decoder.set_options(options.jpeg_set_out_colorspace(space));
-    let pixels = decoder.decode().context("the JPEG data are broken")?;
+    pixels.resize(height * width * decoded_channels, 0);
+    decoder.decode_into(&mut pixels).context("the JPEG data are broken")?;
     ensure!(is_whole_jpeg(file), "the JPEG file is cut short");
     let picture = Picture::new(height, width, decoded_channels, pixels)?;
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));

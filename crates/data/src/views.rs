@@ -24,7 +24,7 @@ use anyhow::{Context, Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::Picture;
+use crate::picture::Pixels;
 use canvas::Canvas;
 use draw::{chance, uniform};
 
@@ -142,14 +142,15 @@ impl Pipeline {
     ///
     /// The picture has other channels than the input, an operation cannot be done to a picture of
     /// its size, or the result has another size than the input.
-    pub fn apply(
+    pub fn apply<'a>(
         &self,
-        picture: &Picture,
+        picture: impl Into<Pixels<'a>>,
         input: &Input,
         rng: &mut ChaCha8Rng,
         workspace: &mut Workspace,
         out: &mut [f32],
     ) -> Result<()> {
+        let picture = picture.into();
         ensure!(
             picture.channels == input.channels,
             "the picture has {} channels but the network takes {}; prepare the images again with \
@@ -249,7 +250,7 @@ impl Pipeline {
     }
 }
 
-fn picture_size(source: Option<&Picture>, canvas: &Canvas) -> (usize, usize) {
+fn picture_size(source: Option<Pixels<'_>>, canvas: &Canvas) -> (usize, usize) {
     source.map_or((canvas.height, canvas.width), |picture| (picture.height, picture.width))
 }
 
@@ -258,6 +259,7 @@ mod tests {
     use stage::random::stream;
 
     use super::*;
+    use crate::Picture;
     use crate::picture::tests::example;
 
     const INPUT: &str = r#"

@@ -70,15 +70,16 @@ in_the_fastest_variant! {
         let (to_height, to_width) = (rows.starts.len(), columns.starts.len());
         let values = width * channels;
         // One value more than the pixels have, for the fourth lane.
-        memory.resize(values + 1, 0.);
+        memory.resize(values + 1 + 4 * to_width, 0.);
+        let (mixed, lanes) = memory.split_at_mut(values + 1);
         for y in 0..to_height {
             let (start, weights) = rows.at(y);
-            mix_rows(&mut memory[..values], weights, |k| &bytes[(start + k) * stride..][..values]);
+            mix_rows(&mut mixed[..values], weights, |k| &bytes[(start + k) * stride..][..values]);
             let line = y * to_width;
             if channels == 3 {
-                mix_colour_columns(out, to_height * to_width, line, memory, columns);
+                mix_colour_columns(out, to_height * to_width, line, mixed, columns, lanes);
             } else {
-                mix_columns(&mut out[line..line + to_width], memory, columns);
+                mix_columns(&mut out[line..line + to_width], mixed, columns);
             }
         }
     }
@@ -103,8 +104,9 @@ in_the_fastest_variant! {
         out: &mut [f32],
     ) {
         let (to_height, to_width) = (rows.starts.len(), columns.starts.len());
-        memory.resize(6 * width + 1, 0.);
-        let (mixed, colours) = memory.split_at_mut(3 * width);
+        memory.resize(6 * width + 1 + 4 * to_width, 0.);
+        let (mixed, rest) = memory.split_at_mut(3 * width);
+        let (colours, lanes) = rest.split_at_mut(3 * width + 1);
         for y in 0..to_height {
             let (start, weights) = rows.at(y);
             let at = first + start * stride;
@@ -117,7 +119,7 @@ in_the_fastest_variant! {
                 let (red, rest) = mixed.split_at(width);
                 let (green, blue) = rest.split_at(width);
                 put_side_by_side(&mut colours[..3 * width], red, green, blue, [1.; 3], [0.; 3]);
-                mix_colour_columns(out, to_height * to_width, line, colours, columns);
+                mix_colour_columns(out, to_height * to_width, line, colours, columns, lanes);
             } else {
                 mix_columns(&mut out[line..line + to_width], mixed, columns);
             }
@@ -219,60 +221,62 @@ fn mix_columns_of<const TAPS: usize>(out: &mut [f32], row: &[f32], columns: Mix<
 }
 
 /// [`mix_columns`] for three channels side by side in `row`, taken apart into three planes of
-/// `plane` values, at `line` of each.
+/// `plane` values, at `line` of each. `lanes` is memory for four values a pixel.
 #[inline(always)]
-fn mix_colour_columns(out: &mut [f32], plane: usize, line: usize, row: &[f32], columns: Mix<'_>) {
+fn mix_colour_columns(
+    out: &mut [f32],
+    plane: usize,
+    line: usize,
+    row: &[f32],
+    columns: Mix<'_>,
+    lanes: &mut [f32],
+) {
     let width = columns.starts.len();
-    let (red, rest) = out.split_at_mut(plane);
-    let (green, blue) = rest.split_at_mut(plane);
-    let planes = [red, green, blue].map(|plane| &mut plane[line..line + width]);
+    let lanes = &mut lanes.as_chunks_mut::<4>().0[..width];
     match columns.taps {
-        1 => mix_colour_columns_of::<1>(planes, row, columns),
-        2 => mix_colour_columns_of::<2>(planes, row, columns),
-        3 => mix_colour_columns_of::<3>(planes, row, columns),
-        4 => mix_colour_columns_of::<4>(planes, row, columns),
-        5 => mix_colour_columns_of::<5>(planes, row, columns),
-        6 => mix_colour_columns_of::<6>(planes, row, columns),
-        7 => mix_colour_columns_of::<7>(planes, row, columns),
-        8 => mix_colour_columns_of::<8>(planes, row, columns),
+        1 => mix_colour_columns_of::<1>(lanes, row, columns),
+        2 => mix_colour_columns_of::<2>(lanes, row, columns),
+        3 => mix_colour_columns_of::<3>(lanes, row, columns),
+        4 => mix_colour_columns_of::<4>(lanes, row, columns),
+        5 => mix_colour_columns_of::<5>(lanes, row, columns),
+        6 => mix_colour_columns_of::<6>(lanes, row, columns),
+        7 => mix_colour_columns_of::<7>(lanes, row, columns),
+        8 => mix_colour_columns_of::<8>(lanes, row, columns),
         taps => {
-            let [red, green, blue] = planes;
-            for x in 0..width {
+            for (x, lanes) in lanes.iter_mut().enumerate() {
                 let (start, weights) = columns.at(x);
-                let values = &row[3 * start..3 * (start + taps) + 1];
-                [red[x], green[x], blue[x]] = mix_pixel(values, weights);
+                *lanes = mix_pixel(&row[3 * start..3 * (start + taps) + 1], weights);
             }
         }
+    }
+    let (red, rest) = out.split_at_mut(plane);
+    let (green, blue) = rest.split_at_mut(plane);
+    let [red, green, blue] = [red, green, blue].map(|plane| &mut plane[line..line + width]);
+    for (((red, green), blue), lanes) in red.iter_mut().zip(green).zip(blue).zip(lanes) {
+        (*red, *green, *blue) = (lanes[0], lanes[1], lanes[2]);
     }
 }
 
 #[inline(always)]
-fn mix_colour_columns_of<const TAPS: usize>(
-    planes: [&mut [f32]; 3],
-    row: &[f32],
-    columns: Mix<'_>,
-) {
-    let [red, green, blue] = planes;
+fn mix_colour_columns_of<const TAPS: usize>(lanes: &mut [[f32; 4]], row: &[f32], columns: Mix<'_>) {
     let weights = columns.weights.as_chunks::<TAPS>().0;
-    let planes = red.iter_mut().zip(green).zip(blue);
-    for (((red, green), blue), (&start, weights)) in planes.zip(columns.starts.iter().zip(weights))
-    {
-        let values = &row[3 * start as usize..][..3 * TAPS + 1];
-        [*red, *green, *blue] = mix_pixel(values, weights);
+    for (lanes, (&start, weights)) in lanes.iter_mut().zip(columns.starts.iter().zip(weights)) {
+        *lanes = mix_pixel(&row[3 * start as usize..][..3 * TAPS + 1], weights);
     }
 }
 
 /// One pixel of three channels. A vector of four lanes takes each pixel and a value of the next one,
-/// which is dropped: `values` has one more than the pixels have.
+/// so `values` has one more than the pixels have. The fourth lane is kept, though nobody reads it:
+/// without it the compiler takes the vector apart into numbers.
 #[inline(always)]
-fn mix_pixel(values: &[f32], weights: &[f32]) -> [f32; 3] {
+fn mix_pixel(values: &[f32], weights: &[f32]) -> [f32; 4] {
     let mut sums = [0f32; 4];
     for (k, &weight) in weights.iter().enumerate() {
         for (sum, value) in sums.iter_mut().zip(block::<4, f32>(values, 3 * k)) {
             *sum += weight * value;
         }
     }
-    [sums[0], sums[1], sums[2]]
+    sums
 }
 
 in_the_fastest_variant! {
@@ -399,10 +403,8 @@ fn put_side_by_side(
     let n = red.len();
     assert!(green.len() == n && blue.len() == n && out.len() == 3 * n);
     let planes = red.iter().zip(green).zip(blue);
-    for (out, ((&red, &green), &blue)) in out.chunks_exact_mut(3).zip(planes) {
-        out[0] = scale[0] * red + shift[0];
-        out[1] = scale[1] * green + shift[1];
-        out[2] = scale[2] * blue + shift[2];
+    for (out, ((&red, &green), &blue)) in out.as_chunks_mut::<3>().0.iter_mut().zip(planes) {
+        *out = [scale[0] * red + shift[0], scale[1] * green + shift[1], scale[2] * blue + shift[2]];
     }
 }
 

@@ -21,6 +21,7 @@ mod layout;
 pub mod linear;
 pub mod norm;
 mod number;
+mod pages;
 mod parallel;
 pub mod pooling;
 #[expect(unsafe_code, reason = "the vector instructions of a processor")]
@@ -31,5 +32,6 @@ mod variant;
 pub use buffer::{Buffer, Pool};
 pub use layout::Shape;
 pub use number::Precision;
+pub use pages::zeros;
 pub use parallel::on_workers;
 pub use variant::Variant;

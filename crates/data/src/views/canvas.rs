@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use kernels::image;
 
-use crate::Picture;
+use crate::picture::Pixels;
 use crate::views::Input;
 
 /// A picture in floats of range `[0, 1]`, `(channels, height, width)`.
@@ -23,11 +23,12 @@ impl Canvas {
     }
 
     /// Takes over a picture as it is.
-    pub(super) fn load(&mut self, picture: &Picture) {
+    pub(super) fn load<'a>(&mut self, picture: impl Into<Pixels<'a>>) {
+        let picture = picture.into();
         self.reshape(picture.height, picture.width, picture.channels);
         let channels = picture.channels;
         for (channel, plane) in self.planes_mut().enumerate() {
-            image::plane_of_bytes(plane, &picture.pixels[channel..], channels, 1. / 255.);
+            image::plane_of_bytes(plane, &picture.bytes[channel..], channels, 1. / 255.);
         }
     }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use kernels::image::{self, Mix};
 
-use crate::Picture;
+use crate::picture::Pixels;
 use crate::views::Filter;
 use crate::views::canvas::Canvas;
 
@@ -66,12 +66,18 @@ pub(super) struct Buffers {
 }
 
 /// Resizes an area of a picture in bytes.
-pub(super) fn from_picture(picture: &Picture, area: &Area, out: &mut Canvas, b: &mut Buffers) {
+pub(super) fn from_picture<'a>(
+    picture: impl Into<Pixels<'a>>,
+    area: &Area,
+    out: &mut Canvas,
+    b: &mut Buffers,
+) {
+    let picture = picture.into();
     area.set(b, 1. / 255.);
     let channels = picture.channels;
     out.reshape(area.cut[2], area.cut[3], channels);
     let ([top, left, _, width], stride) = (area.part, picture.width * channels);
-    let part = &picture.pixels[top * stride + left * channels..];
+    let part = &picture.bytes[top * stride + left * channels..];
     let (rows, columns) = (b.rows.mix(), b.columns.mix());
     let (row, values) = (&mut b.row, &mut out.values);
     image::resize_bytes(part, stride, width, channels, rows, columns, row, values);
@@ -129,8 +135,9 @@ impl Axis {
         let ratio = from as f64 / to as f64;
         let stretch = ratio.max(1.);
         let (support, shrink) = (radius * stretch, 1. / stretch);
-        // No range of length 2·support + 1 holds more whole numbers than this.
-        self.taps = ((2. * support).floor() as usize + 1).min(from);
+        // The range below begins and ends `2 · support` apart, so it holds no more whole numbers than
+        // this, but for one that rounding may let in, whose weight is 0 up to rounding.
+        self.taps = ((2. * support).ceil() as usize).min(from);
         self.starts.clear();
         self.weights.clear();
         self.weights.resize(wanted.len() * self.taps, 0.);
@@ -177,6 +184,7 @@ fn cubic(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Picture;
     use crate::picture::tests::example;
 
     #[test]
