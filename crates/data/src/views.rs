@@ -12,6 +12,8 @@
 //! To add an operation: a variant of [`Operation`], its ranges in `Operation::check`, a line in
 //! [`Pipeline::apply`].
 
+#[cfg(test)]
+mod agreement;
 mod blur;
 mod canvas;
 mod colour;

@@ -249,7 +249,7 @@ impl Operation {
 }
 
 /// Top, left, height and width of a random part: `RandomResizedCrop.get_params` of torchvision.
-fn random_crop(
+pub(super) fn random_crop(
     height: usize,
     width: usize,
     scale: [f64; 2],
