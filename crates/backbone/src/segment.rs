@@ -1,7 +1,7 @@
 //! A plan with its values.
 
 use candle_core::{Device, Result, Tensor};
-use layers::{Entry, Gradients, Modes, Network, Parameters, Statistics, Tape};
+use layers::{Entry, Gradients, Inference, Modes, Network, Parameters, Statistics, Tape};
 
 use crate::initial::Draw;
 
@@ -13,6 +13,8 @@ pub struct Segment {
     pub parameters: Parameters,
     /// Running mean and variance of every batch norm.
     pub statistics: Statistics,
+    /// Made when it is first used, anew after changes.
+    inference: Option<Inference>,
 }
 
 impl Segment {
@@ -40,7 +42,7 @@ impl Segment {
     /// [`network_file::fill`](crate::network_file::fill).
     pub fn empty(plan: Network) -> Self {
         let (parameters, statistics) = (plan.parameters(), plan.statistics());
-        Self { network: plan, parameters, statistics }
+        Self { network: plan, parameters, statistics, inference: None }
     }
 
     /// The plan.
@@ -69,7 +71,7 @@ impl Segment {
         let network = self.network.on(device);
         let parameters = self.parameters.to(&network)?;
         let statistics = self.statistics.to(&network)?;
-        Ok(Self { network, parameters, statistics })
+        Ok(Self { network, parameters, statistics, inference: None })
     }
 
     /// Output of every row of `input`; batch norm as `modes` says. Running statistics are updated
@@ -84,7 +86,27 @@ impl Segment {
         modes: &Modes,
         tape: Option<&mut Tape>,
     ) -> Result<Tensor> {
+        // Training has no use for it, and its memory.
+        self.inference = None;
         self.network.forward(&self.parameters, &mut self.statistics, input, modes, tape)
+    }
+
+    /// Output of every row of `input` on running statistics, each row by itself: faster than
+    /// [`forward`](Self::forward), since batch norms are folded into the weights when they have
+    /// changed. See [`Inference`].
+    ///
+    /// # Errors
+    ///
+    /// `input` does not have the shape that the plan takes.
+    pub fn infer(&mut self, input: &Tensor) -> Result<Tensor> {
+        let Self { network, parameters, statistics, inference } = self;
+        match inference {
+            Some(inference) if inference.is_of(parameters, statistics) => inference.forward(input),
+            _ => {
+                let new = network.inference(parameters, statistics)?;
+                inference.insert(new).forward(input)
+            }
+        }
     }
 
     /// Adds the gradients of one forward pass to `gradients`, and empties its tape.

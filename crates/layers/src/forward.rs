@@ -39,8 +39,7 @@ impl Network {
     ) -> Result<Tensor> {
         let plan = &self.0;
         parameters.check_plan(plan)?;
-        statistics.flat.check_layout(&plan.statistics, "the statistics")?;
-        statistics.flat.check_place(plan.place.as_ref(), "the statistics")?;
+        statistics.check_plan(plan)?;
         modes.check(&plan.blocks)?;
         if tape.as_ref().is_some_and(|tape| !tape.is_empty()) {
             bail!("the tape still holds a forward pass; consume it by `backward` or clear it")
@@ -152,7 +151,9 @@ impl<'a> Run<'a> {
 
     fn operation(&mut self, operation: &Operation) {
         let note = match &operation.work {
-            Work::Product { weight, bias, .. } => self.product(operation, *weight, *bias),
+            Work::Product { weight, bias, residual, relu, .. } => {
+                self.product(operation, *weight, *bias, *residual, *relu)
+            }
             Work::BatchNorm(norm) => self.batch_norm(operation, norm),
             Work::Relu => self.relu(operation),
             Work::MaxPool { .. } => self.max_pool(operation),
@@ -161,7 +162,14 @@ impl<'a> Run<'a> {
         self.notes.push(if self.keep { note } else { Note::Nothing });
     }
 
-    fn product(&mut self, operation: &Operation, weight: usize, bias: Option<usize>) -> Note {
+    fn product(
+        &mut self,
+        operation: &Operation,
+        weight: usize,
+        bias: Option<usize>,
+        residual: Option<usize>,
+        relu: bool,
+    ) -> Note {
         let plan = self.plan;
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
         let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
@@ -179,7 +187,7 @@ impl<'a> Run<'a> {
             &g,
             self.value(operation.input),
             &packed,
-            Finish { bias: bias.as_deref(), ..Finish::default() },
+            Finish { bias: bias.as_deref(), residual: residual.map(|r| self.value(r)), relu },
             &mut output,
             moments.as_deref_mut(),
         );

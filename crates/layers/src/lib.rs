@@ -47,6 +47,7 @@ mod backward;
 mod device;
 mod flat;
 mod forward;
+mod inference;
 mod modes;
 mod network;
 mod parameters;
@@ -55,6 +56,7 @@ mod statistics;
 mod tape;
 
 pub use flat::{Entry, Kind};
+pub use inference::Inference;
 pub use kernels::Precision;
 pub use kernels::flat::{Adam, Sgd};
 pub use modes::{Mode, Modes};

@@ -9,7 +9,7 @@ use kernels::{Precision, Variant};
 use crate::device::Place;
 use crate::flat::{Kind, Layout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
-use crate::plan::{Input, Norm, Operation, Plan, Work};
+use crate::plan::{Input, Norm, Operation, Plan, Uses, Work};
 use crate::{Statistics, Tape};
 
 /// A convolution without bias; its weights are `<name>.weight`, (O, I, KH, KW).
@@ -131,7 +131,7 @@ impl Builder {
         let shape = vec![out_channels, channels, kernel, kernel];
         let kind = Kind::ConvolutionWeight;
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
-        let work = Work::Product { weight, bias: None, kernel, stride, padding };
+        let work = Work::product(weight, None, kernel, stride, padding);
         self.push(name, input, work, out_channels, true)
     }
 
@@ -231,7 +231,7 @@ impl Builder {
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
         let kind = Kind::LinearBias;
         let bias = self.parameters.push(format!("{name}.bias"), vec![width], kind, block)?;
-        let work = Work::Product { weight, bias: Some(bias), kernel: 1, stride: 1, padding: 0 };
+        let work = Work::product(weight, Some(bias), 1, 1, 0);
         self.push(name, input, work, width, false)
     }
 
@@ -261,13 +261,8 @@ impl Builder {
         if self.channels[0] == 0 {
             bail!("the input has no channel")
         }
-        let (last_use, kept) = self.uses(output);
-        let mut feeds_norm = vec![None; self.channels.len()];
-        for operation in &self.operations {
-            if matches!(operation.work, Work::BatchNorm(_)) {
-                feeds_norm[operation.input] = Some(operation.block);
-            }
-        }
+        let Uses { last_use, kept, feeds_norm } =
+            Uses::of(&self.operations, self.channels.len(), output);
         Ok(Network(Arc::new(Plan {
             input: self.input,
             blocks: self.blocks,
@@ -284,31 +279,6 @@ impl Builder {
             kept,
             feeds_norm,
         })))
-    }
-
-    /// For each value: the last operation that reads it forward, and whether one reads it backward.
-    fn uses(&self, output: usize) -> (Vec<usize>, Vec<bool>) {
-        let mut last_use = vec![0; self.channels.len()];
-        let mut kept = vec![false; self.channels.len()];
-        for (at, operation) in self.operations.iter().enumerate() {
-            last_use[operation.input] = at;
-            // A value that nothing reads can go at once.
-            last_use[operation.output] = at;
-            match &operation.work {
-                Work::Product { .. } => kept[operation.input] = true,
-                Work::BatchNorm(norm) => {
-                    kept[operation.input] = true;
-                    kept[operation.output] |= norm.relu;
-                    if let Some(residual) = norm.residual {
-                        last_use[residual] = at;
-                    }
-                }
-                Work::Relu => kept[operation.output] = true,
-                Work::MaxPool { .. } | Work::AveragePool => {}
-            }
-        }
-        last_use[output] = self.operations.len();
-        (last_use, kept)
     }
 
     fn push(

@@ -33,7 +33,7 @@ pub(crate) enum Direction {
     Backward,
 }
 
-fn next_version() -> u64 {
+pub(crate) fn next_version() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
@@ -57,7 +57,7 @@ impl Parameters {
         Parameters::of_flat(plan, flat, vec![true; plan.blocks.len()])
     }
 
-    fn of_flat(plan: &Arc<Plan>, flat: Flat, trainable: Vec<bool>) -> Parameters {
+    pub(crate) fn of_flat(plan: &Arc<Plan>, flat: Flat, trainable: Vec<bool>) -> Parameters {
         let (plan, version) = (Arc::clone(plan), next_version());
         Parameters { plan, flat, trainable, version, packed: Mutex::default() }
     }

@@ -39,6 +39,10 @@ pub(crate) enum Work {
         kernel: usize,
         stride: usize,
         padding: usize,
+        /// A value that is added at the end; only in an [`Inference`](crate::Inference).
+        residual: Option<usize>,
+        /// Whether a ReLU ends it; only there, too.
+        relu: bool,
     },
     BatchNorm(Norm),
     Relu,
@@ -48,6 +52,19 @@ pub(crate) enum Work {
         padding: usize,
     },
     AveragePool,
+}
+
+impl Work {
+    /// A product without residual and ReLU.
+    pub fn product(
+        weight: usize,
+        bias: Option<usize>,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> Work {
+        Work::Product { weight, bias, kernel, stride, padding, residual: None, relu: false }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -84,6 +101,48 @@ pub(crate) struct Plan {
     pub kept: Vec<bool>,
     /// For each value, the block of the one batch norm that takes its statistics, if one does.
     pub feeds_norm: Vec<Option<usize>>,
+}
+
+/// Who reads the values of a plan.
+pub(crate) struct Uses {
+    /// As [`Plan::last_use`].
+    pub last_use: Vec<usize>,
+    /// As [`Plan::kept`].
+    pub kept: Vec<bool>,
+    /// As [`Plan::feeds_norm`].
+    pub feeds_norm: Vec<Option<usize>>,
+}
+
+impl Uses {
+    pub fn of(operations: &[Operation], values: usize, output: usize) -> Uses {
+        let (mut last_use, mut kept) = (vec![0; values], vec![false; values]);
+        let mut feeds_norm = vec![None; values];
+        for (at, operation) in operations.iter().enumerate() {
+            last_use[operation.input] = at;
+            // A value that nothing reads can go at once.
+            last_use[operation.output] = at;
+            match &operation.work {
+                Work::Product { residual, .. } => {
+                    kept[operation.input] = true;
+                    if let Some(residual) = residual {
+                        last_use[*residual] = at;
+                    }
+                }
+                Work::BatchNorm(norm) => {
+                    kept[operation.input] = true;
+                    kept[operation.output] |= norm.relu;
+                    feeds_norm[operation.input] = Some(operation.block);
+                    if let Some(residual) = norm.residual {
+                        last_use[residual] = at;
+                    }
+                }
+                Work::Relu => kept[operation.output] = true,
+                Work::MaxPool { .. } | Work::AveragePool => {}
+            }
+        }
+        last_use[output] = operations.len();
+        Uses { last_use, kept, feeds_norm }
+    }
 }
 
 impl Plan {

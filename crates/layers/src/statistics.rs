@@ -4,6 +4,7 @@ use candle_core::Result;
 use kernels::norm::Moments;
 
 use crate::flat::{Flat, Kind};
+use crate::parameters::next_version;
 use crate::plan::Plan;
 use crate::{Entry, Network};
 
@@ -11,12 +12,18 @@ use crate::{Entry, Network};
 #[derive(Clone)]
 pub struct Statistics {
     pub(crate) flat: Flat,
+    /// Another number after every change.
+    version: u64,
 }
 
 impl Statistics {
     pub(crate) fn new(plan: &Plan) -> Statistics {
         let place = plan.place.as_ref();
-        Statistics { flat: Flat::filled(&plan.statistics, place, Kind::RunningVariance, 1.) }
+        Statistics::of_flat(Flat::filled(&plan.statistics, place, Kind::RunningVariance, 1.))
+    }
+
+    pub(crate) fn of_flat(flat: Flat) -> Statistics {
+        Statistics { flat, version: next_version() }
     }
 
     /// The same numbers for `network`, as [`Parameters::to`](crate::Parameters::to).
@@ -26,7 +33,7 @@ impl Statistics {
     /// They belong to another network, or their device fails.
     pub fn to(&self, network: &Network) -> Result<Statistics> {
         let flat = self.flat.to(&network.0.statistics, network.0.place.as_ref())?;
-        Ok(Statistics { flat })
+        Ok(Statistics::of_flat(flat))
     }
 
     /// The entries, `<name>.running_mean` and `<name>.running_var` for each batch norm in turn.
@@ -49,6 +56,7 @@ impl Statistics {
     ///
     /// No entry has that name, it holds another number of values, or one is not finite.
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.changed();
         self.flat.set(name, values)
     }
 
@@ -78,6 +86,7 @@ impl Statistics {
         moments: &Moments,
         momentum: f64,
     ) {
+        self.changed();
         let mix = |old: f32, new: f64| ((1. - momentum) * f64::from(old) + momentum * new) as f32;
         let [mean, variance] = [mean, variance].map(|at| self.entries()[at].range.clone());
         for (channel, value) in self.flat.values[mean].iter_mut().enumerate() {
@@ -86,6 +95,19 @@ impl Statistics {
         for (channel, value) in self.flat.values[variance].iter_mut().enumerate() {
             *value = mix(*value, moments.unbiased_variance(channel));
         }
+    }
+
+    pub(crate) fn check_plan(&self, plan: &Plan) -> Result<()> {
+        self.flat.check_layout(&plan.statistics, "the statistics")?;
+        self.flat.check_place(plan.place.as_ref(), "the statistics")
+    }
+
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
+    pub(crate) fn changed(&mut self) {
+        self.version = next_version();
     }
 
     pub(crate) fn of(&self, entry: usize) -> &[f32] {

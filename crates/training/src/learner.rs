@@ -376,8 +376,7 @@ impl Target {
     /// `pictures` does not have the backbone's shape.
     pub fn embed(&mut self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
         let embedding = self.embedding(pictures)?;
-        let modes = Modes::all(self.projector.network(), Mode::Running);
-        let projection = self.projector.forward(&embedding, &modes, None)?;
+        let projection = self.projector.infer(&embedding)?;
         Ok((embedding, unit_rows(&projection)?))
     }
 
@@ -387,8 +386,7 @@ impl Target {
     ///
     /// `pictures` does not have the backbone's shape.
     pub fn embedding(&mut self, pictures: &Tensor) -> Result<Tensor> {
-        let modes = Modes::all(self.backbone.network(), Mode::Running);
-        self.backbone.forward(pictures, &modes, None)
+        self.backbone.infer(pictures)
     }
 
     /// `ξ ← τ ξ + (1 − τ) θ` for every parameter; statistics are left as they are.

@@ -55,6 +55,9 @@ pub(crate) fn forward(
     let output = run.shapes[plan.output];
     let output = run.value(plan.output).reshape((output.images, output.channels))?;
     run.running.sort_by_key(|(range, _)| range.start);
+    if !run.running.is_empty() {
+        statistics.changed();
+    }
     if let Some(numbers) = &mut statistics.flat.elsewhere {
         numbers.replace(run.running)?;
     }
