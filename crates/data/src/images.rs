@@ -48,6 +48,7 @@ use stage::Split;
 use stage::container::{self, Column, Contents, Header, Streamed, hex};
 
 use crate::data_set::DataSet;
+use crate::decoded::{Decoded, Wish, open_or_make};
 use crate::picture::{Encoding, Picture, Pixels, decode, decode_into};
 
 const KIND: &str = "images";
@@ -92,6 +93,8 @@ struct Shared {
     /// Pictures that were decoded and kept, while there is room.
     decoded: Vec<OnceLock<Arc<Picture>>>,
     room: AtomicUsize,
+    /// The decoded copy on disk, once it was decided whether there is one.
+    copy: OnceLock<Option<Decoded>>,
 }
 
 /// A mapped file with pictures.
@@ -211,9 +214,15 @@ impl Images {
             let bytes = checked.with_context(|| self.damaged(row))?;
             return Ok(Pixels { height, width, channels, bytes });
         }
+        if let Some(Some(copy)) = shared.copy.get()
+            && let Some(bytes) = copy.pixels(position)?
+        {
+            let [height, width] = shared.sizes[position].map(|extent| extent as usize);
+            return Ok(Pixels { height, width, channels: shared.channels, bytes });
+        }
         let pixels = memory.0.take().map_or_else(Vec::new, |picture| picture.pixels);
         let picture = self.decode(position, pixels).with_context(|| self.damaged(row))?;
-        if picture.pixels.len() <= shared.room.load(Ordering::Relaxed) {
+        if picture.pixels.len() <= self.room() {
             self.keep(position, &Arc::new(picture.clone()));
         }
         Ok(Pixels::from(&*memory.0.insert(picture)))
@@ -222,6 +231,28 @@ impl Images {
     fn damaged(&self, row: u32) -> String {
         let path = self.shared.data_set.path.display();
         format!("picture {row} of `{path}` is damaged; prepare the images again")
+    }
+
+    /// Has the pictures read decoded from disk from now on, see [`crate::decoded`]. The first call
+    /// decides; the first [`crate::Loader`] makes it as the environment wishes. What is read is the
+    /// same either way.
+    pub fn use_decoded_copy(&self, wish: Wish, threads: usize) {
+        self.shared.copy.get_or_init(|| open_or_make(self, wish, threads));
+    }
+
+    /// How each picture is stored, and its height and width.
+    pub(crate) fn encodings(&self) -> impl Iterator<Item = (Encoding, [u32; 2])> {
+        self.shared.encodings.iter().copied().zip(self.shared.sizes.iter().copied())
+    }
+
+    /// How many bytes of decoded pictures may still be kept.
+    pub(crate) fn room(&self) -> usize {
+        self.shared.room.load(Ordering::Relaxed)
+    }
+
+    /// The picture of a row, which is not kept.
+    pub(crate) fn decoded(&self, row: u32) -> Result<Picture> {
+        self.decode(self.position(row)?, Vec::new()).with_context(|| self.damaged(row))
     }
 
     /// Keeps at most about `bytes` of decoded pictures, from now on; those already kept stay.
@@ -287,7 +318,15 @@ impl Images {
 #[derive(Debug, Default)]
 pub(crate) struct Memory(Option<Picture>);
 
-fn open_map(path: &Path) -> Result<Mmap> {
+#[cfg(test)]
+impl Memory {
+    /// Whether nothing was decoded.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+pub(crate) fn open_map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).with_context(|| {
         let path = path.display();
         format!("opening the images `{path}`; prepare them first or name others with --images")
@@ -369,6 +408,7 @@ impl Shared {
             checked: (0..n).map(|_| AtomicBool::new(false)).collect(),
             decoded: (0..n).map(|_| OnceLock::new()).collect(),
             room: AtomicUsize::new(DECODED_BYTES),
+            copy: OnceLock::new(),
         };
         let ascending = |pair: &[Id]| pair[0] <= pair[1];
         ensure!(shared.ids.windows(2).all(ascending), "the ids do not ascend");

@@ -8,11 +8,12 @@
 //!
 //! [`views`] turns a picture into a network's input, augmented or not, by operations that the
 //! experiment file lists; [`loader`] has threads make batches of them ahead of the training step;
-//! [`thumbnail()`] makes the pixel baseline.
+//! [`thumbnail()`] makes the pixel baseline. [`decoded`] keeps large collections decoded on disk.
 //!
 //! This crate knows no network and no method. To add an augmentation, see [`views::Operation`].
 
 pub mod data_set;
+pub mod decoded;
 pub mod embeddings;
 pub mod images;
 pub mod labels;

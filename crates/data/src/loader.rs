@@ -16,6 +16,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use stage::random::stream;
 
 use crate::Images;
+use crate::decoded::Wish;
 use crate::images::Memory;
 use crate::views::{Input, Pipeline, Workspace};
 
@@ -97,8 +98,8 @@ impl Loader {
     ///
     /// # Errors
     ///
-    /// The pictures have other channels than the input, a row does not exist, or the system gives
-    /// no thread.
+    /// The pictures have other channels than the input, a row does not exist, the environment has
+    /// another [`crate::decoded::VARIABLE`] than it may, or the system gives no thread.
     pub fn new(
         images: &Images,
         batches: Vec<Vec<u32>>,
@@ -161,6 +162,7 @@ impl Loader {
         if let Some(&row) = batches.iter().flatten().find(|&&row| row as usize >= images.len()) {
             images.id(row)?;
         }
+        images.use_decoded_copy(Wish::of_environment()?, threads);
         let count = batches.len();
         let done = done.min(count);
         let occurrences = occurrences(&batches);

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use bench::{Peers, Report, Side, Unit};
 use clap::Parser;
+use data::decoded::Wish;
 use data::images::{Identical, Images, Source, Writer};
 use data::views::{Input, Operation, Pipeline};
 use data::{Loader, Picture};
@@ -53,10 +54,10 @@ struct Work {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Decoded anew for every turn, as the peers do.
+    /// Decoded each time, as by the peers.
     Jpeg,
-    /// Decoded in memory since the first turn; the peers still decode.
-    Kept,
+    /// From a decoded copy on disk, made before the first turn; the peers still decode.
+    Copy,
     /// Pixels that were never encoded.
     Arrays,
 }
@@ -93,15 +94,15 @@ const WORKS: [Work; 6] = [
         images: [1_024, 128, 128, 256],
     },
     Work {
-        name: "views @96 with blur, decoded before",
-        source: Kind::Kept,
+        name: "views @96 with blur, decoded copy",
+        source: Kind::Copy,
         pixels: 96,
         blur: true,
         images: [4_096, 512, 512, 512],
     },
     Work {
-        name: "views @224 with blur, decoded before",
-        source: Kind::Kept,
+        name: "views @224 with blur, decoded copy",
+        source: Kind::Copy,
         pixels: 224,
         blur: true,
         images: [1_024, 128, 128, 256],
@@ -213,7 +214,11 @@ fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
     let work = work.with_context(|| format!("no work `{name}`"))?;
     let file = if work.source == Kind::Arrays { RAW } else { ENCODED };
     let images = Images::open(&folder.join(file))?;
-    images.keep_decoded(if work.source == Kind::Kept { usize::MAX } else { 0 });
+    images.keep_decoded(0);
+    images.use_decoded_copy(
+        if work.source == Kind::Copy { Wish::Always } else { Wish::Never },
+        threads,
+    );
     let rows: Vec<u32> =
         images.rows(&[Split::Train]).into_iter().cycle().take(work.images[0]).collect();
     let batches: Vec<Vec<u32>> = rows.chunks(BATCH).map(<[u32]>::to_vec).collect();

@@ -1,0 +1,333 @@
+//! `images-decoded.safetensors`: the pictures as they are decoded, so that no epoch and no stage
+//! decodes them again.
+//!
+//! It stands beside `images.safetensors` and may be removed at any time. Kind `images-decoded`, format
+//! version 1; header field `fingerprint`, that of the pictures; one tensor `bytes`, u8: by row the
+//! pixels `(height, width, channels)` and their CRC-32 as u32, little-endian. Pictures that were
+//! never encoded take nothing, because they are read where they are.
+//!
+//! The pixels are all those of the picture, 8 bits each, just as [`crate::picture::decode`] gives
+//! them: whatever is computed from them is the same with and without the file, bit for bit. When
+//! decoding changes, the format version rises, and older files are made anew.
+//!
+//! **When it is made.** By the first [`crate::Loader`] of a program, if the pictures are more than
+//! is kept in memory, and fit: the system has twice as much memory to spare, so that the mapped file
+//! stays there, and four times as much disk. `ASSORT_DECODED_COPY=never` in the environment forbids
+//! it, `always` asks no questions. Where it cannot be made, pictures are decoded each time, as they
+//! would be without it.
+
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use memmap2::Mmap;
+use stage::container::{self, Contents, Header, Streamed};
+
+use crate::Images;
+use crate::images::open_map;
+use crate::picture::{Encoding, Picture};
+
+const KIND: &str = "images-decoded";
+const VERSION: u64 = 1;
+const BYTES: &str = "bytes";
+
+/// The variable of the environment that decides where the rule does not.
+pub const VARIABLE: &str = "ASSORT_DECODED_COPY";
+
+/// Bytes of the checksum behind each picture.
+const CHECKSUM: u64 = 4;
+
+/// A mapped file of decoded pictures.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    path: PathBuf,
+    map: Mmap,
+    /// Where the tensor lies in the file.
+    bytes: Range<usize>,
+    /// Where each row begins in the tensor.
+    offsets: Vec<u64>,
+    /// Whether the pixels of a row were found to have their checksum.
+    checked: Vec<AtomicBool>,
+}
+
+/// Whether a decoded copy is made and used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// One that is there is used, and one that fits is made.
+    IfItFits,
+    /// Made whether it fits or not.
+    Always,
+    /// Every epoch decodes again.
+    Never,
+}
+
+impl Wish {
+    /// What the environment says.
+    ///
+    /// # Errors
+    ///
+    /// It says something that it may not.
+    pub(crate) fn of_environment() -> Result<Self> {
+        wish(std::env::var(VARIABLE).ok().as_deref())
+    }
+}
+
+/// The file beside `images`.
+pub fn path_beside(images: &Path) -> PathBuf {
+    let stem = images.file_stem().unwrap_or_default().to_string_lossy();
+    images.with_file_name(format!("{stem}-decoded.safetensors"))
+}
+
+/// The copy of these pictures: the one that is there, or a new one if that is wished for and fits.
+///
+/// What goes wrong is logged: the pictures can be decoded each time.
+pub(crate) fn open_or_make(images: &Images, wish: Wish, threads: usize) -> Option<Decoded> {
+    if wish == Wish::Never {
+        return None;
+    }
+    let path = path_beside(&images.data_set().path);
+    if let Ok(found) = Decoded::open(images, &path) {
+        return Some(found);
+    }
+    let length = offsets(images).pop().unwrap_or_default();
+    if length == 0 || wish == Wish::IfItFits && !fits(images, &path, length) {
+        return None;
+    }
+    tracing::info!("decoding {} pictures once, to `{}`", images.len(), path.display());
+    let made = make(images, &path, threads).and_then(|()| Decoded::open(images, &path));
+    made.inspect_err(|error| {
+        tracing::warn!("no decoded copy, so every epoch decodes again: {error:#}");
+    })
+    .ok()
+}
+
+fn wish(word: Option<&str>) -> Result<Wish> {
+    Ok(match word {
+        None | Some("" | "auto") => Wish::IfItFits,
+        Some("always") => Wish::Always,
+        Some("never") => Wish::Never,
+        Some(word) => bail!("{VARIABLE}={word}: may be auto, always or never"),
+    })
+}
+
+/// Whether the copy is worth having, and there is room for it.
+fn fits(images: &Images, path: &Path, length: u64) -> bool {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let disk = rustix::fs::statvfs(folder.unwrap_or(Path::new(".")));
+    let disk = disk.map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    length > images.room() as u64 && spare_memory() / 2 >= length && disk / 4 >= length
+}
+
+/// Bytes of memory that programs could have without others losing theirs; 0 where the system does
+/// not say.
+fn spare_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kilobytes.and_then(|k| k.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Where the row of each picture begins, and where the last one ends.
+fn offsets(images: &Images) -> Vec<u64> {
+    let channels = images.channels() as u64;
+    let mut end = 0;
+    let ends = images.encodings().map(|(encoding, [height, width])| {
+        if encoding != Encoding::Raw {
+            end += u64::from(height) * u64::from(width) * channels + CHECKSUM;
+        }
+        end
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
+/// Decodes all pictures by this many threads and writes them.
+fn make(images: &Images, path: &Path, threads: usize) -> Result<()> {
+    let length = offsets(images).pop().unwrap_or_default();
+    let encoded = (0u32..).zip(images.encodings()).filter(|(_, (e, _))| *e != Encoding::Raw);
+    let rows: Vec<u32> = encoded.map(|(row, _)| row).collect();
+    let mut fill = |out: &mut dyn Write| {
+        // A few pictures for each thread at a time, so that memory does not grow with their number.
+        for some in rows.chunks(16 * threads.max(1)) {
+            for picture in decode_all(images, some, threads)? {
+                out.write_all(&picture.pixels)?;
+                out.write_all(&crc32fast::hash(&picture.pixels).to_le_bytes())?;
+            }
+        }
+        Ok(())
+    };
+    let streamed = Streamed { name: BYTES, length, fill: &mut fill };
+    let header = Header::from([("fingerprint".into(), images.fingerprint().into())]);
+    container::write_streamed(path, KIND, VERSION, header, &[], Some(streamed))
+}
+
+fn decode_all(images: &Images, rows: &[u32], threads: usize) -> Result<Vec<Picture>> {
+    let decode =
+        |rows: &[u32]| rows.iter().map(|&row| images.decoded(row)).collect::<Result<Vec<_>>>();
+    let parts: Vec<_> = thread::scope(|scope| {
+        let share = rows.len().div_ceil(threads.max(1));
+        let running: Vec<_> =
+            rows.chunks(share).map(|rows| scope.spawn(move || decode(rows))).collect();
+        running.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    let mut pictures = Vec::new();
+    for part in parts {
+        let Ok(part) = part else { bail!("a thread that decoded pictures panicked") };
+        pictures.extend(part?);
+    }
+    Ok(pictures)
+}
+
+impl Decoded {
+    /// # Errors
+    ///
+    /// The file is missing, damaged, or of other pictures.
+    fn open(images: &Images, path: &Path) -> Result<Self> {
+        let map = open_map(path)?;
+        let contents = Contents::parse(path, &map, KIND, VERSION)?;
+        contents.verify_around(path, &map, Some(BYTES))?;
+        let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
+        ensure!(stated == Some(images.fingerprint()), "`{}` is of other pictures", path.display());
+        let offsets = offsets(images);
+        let place = contents.tensors.get(BYTES).context("no tensor `bytes`")?;
+        let bytes = place.bytes.clone();
+        ensure!(Some(&(bytes.len() as u64)) == offsets.last(), "`{}` is too short", path.display());
+        let checked = (0..images.len()).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { path: path.to_owned(), map, bytes, offsets, checked })
+    }
+
+    /// The pixels of a row, checked when they are first read; none if it was never encoded.
+    ///
+    /// # Errors
+    ///
+    /// They are damaged.
+    pub(crate) fn pixels(&self, position: usize) -> Result<Option<&[u8]>> {
+        let at = |offset: u64| self.bytes.start + offset as usize;
+        let row = &self.map[at(self.offsets[position])..at(self.offsets[position + 1])];
+        let Some((pixels, checksum)) = row.split_last_chunk::<{ CHECKSUM as usize }>() else {
+            return Ok(None);
+        };
+        if !self.checked[position].load(Ordering::Relaxed) {
+            ensure!(
+                crc32fast::hash(pixels) == u32::from_le_bytes(*checksum),
+                "row {position} of `{}` is damaged; remove that file, it will be made again",
+                self.path.display()
+            );
+            self.checked[position].store(true, Ordering::Relaxed);
+        }
+        Ok(Some(pixels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stage::Split;
+
+    use super::*;
+    use crate::images::{Identical, Memory, Source, Writer};
+    use crate::picture::tests::{example, jpeg, png};
+
+    /// Twelve pictures in a file: JPEG, PNG and raw ones.
+    fn images(folder: &Path, first: usize) -> Images {
+        let path = folder.join("images.safetensors");
+        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
+        for i in first..first + 12 {
+            let picture = example(9 + i % 5, 8 + i, 3);
+            let source = match i % 3 {
+                0 => Source::file(jpeg(&picture), 3),
+                1 => Source::file(png(&picture), 3),
+                _ => Source::raw(picture, 3),
+            };
+            writer.add(&source.expect("sound"), Split::Train).expect("added");
+        }
+        writer.finish(None).expect("written");
+        Images::open(&path).expect("sound")
+    }
+
+    #[test]
+    fn decoded_pixels_are_those_of_the_pictures_by_any_number_of_threads() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path(), 0);
+        let path = path_beside(&images.data_set().path);
+        assert_eq!(
+            path.file_name().and_then(|name| name.to_str()),
+            Some("images-decoded.safetensors")
+        );
+        let mut files = Vec::new();
+        for threads in [0, 1, 3] {
+            make(&images, &path, threads).expect("made");
+            files.push(std::fs::read(&path).expect("there"));
+        }
+        assert!(files[0] == files[1] && files[1] == files[2]);
+        let copy = Decoded::open(&images, &path).expect("sound");
+        for row in 0..12u32 {
+            let found = copy.pixels(row as usize).expect("sound");
+            let encoding = images.encodings().nth(row as usize).map(|(encoding, _)| encoding);
+            assert_eq!(found.is_none(), encoding == Some(Encoding::Raw));
+            if let Some(pixels) = found {
+                assert_eq!(pixels, images.picture(row).expect("sound").pixels);
+            }
+        }
+    }
+
+    #[test]
+    fn views_are_the_same_with_and_without_the_copy() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let without = images(folder.path(), 0);
+        make(&without, &path_beside(&without.data_set().path), 2).expect("made");
+        let with = Images::open(&without.data_set().path).expect("sound");
+        with.use_decoded_copy(Wish::IfItFits, 2);
+        let (mut a, mut b) = (Memory::default(), Memory::default());
+        for row in 0..12 {
+            let mapped = with.pixels(row, &mut a).expect("sound");
+            assert_eq!(mapped, without.pixels(row, &mut b).expect("sound"));
+        }
+        assert!(a.is_empty() && !b.is_empty(), "only one of them had to decode");
+    }
+
+    #[test]
+    fn copies_that_are_damaged_or_of_other_pictures_are_not_used() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let first = images(folder.path(), 0);
+        let path = path_beside(&first.data_set().path);
+        make(&first, &path, 1).expect("made");
+        let other = tempfile::tempdir().expect("a folder");
+        let others = images(other.path(), 1);
+        let error = Decoded::open(&others, &path).expect_err("others").to_string();
+        assert!(error.contains("other pictures"), "{error}");
+        let whole = std::fs::read(&path).expect("there");
+        for position in (0..whole.len()).step_by(7) {
+            let mut flipped = whole.clone();
+            flipped[position] ^= 1;
+            std::fs::remove_file(&path).expect("removed");
+            std::fs::write(&path, &flipped).expect("written");
+            let read = Decoded::open(&first, &path)
+                .and_then(|copy| (0..12).try_for_each(|row| copy.pixels(row).map(|_| ())));
+            let error = format!("{:#}", read.expect_err("a flipped byte"));
+            assert!(error.contains("images-decoded.safetensors"), "byte {position}: {error}");
+        }
+        assert!(Decoded::open(&first, &folder.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn small_collections_are_kept_in_memory_instead() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path(), 0);
+        let path = path_beside(&images.data_set().path);
+        assert!(!fits(&images, &path, 1000));
+        images.keep_decoded(0);
+        assert!(!fits(&images, &path, u64::MAX / 8));
+        if cfg!(target_os = "linux") {
+            assert!(fits(&images, &path, 1000));
+        }
+        for (word, want) in
+            [(None, Wish::IfItFits), (Some("always"), Wish::Always), (Some("never"), Wish::Never)]
+        {
+            assert_eq!(wish(word).expect("a word"), want);
+        }
+        let error = wish(Some("yes")).expect_err("no such word").to_string();
+        assert!(error.contains("ASSORT_DECODED_COPY=yes") && error.contains("never"), "{error}");
+    }
+}
