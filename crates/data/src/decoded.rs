@@ -10,6 +10,10 @@
 //! them: whatever is computed from them is the same with and without the file, bit for bit. When
 //! decoding changes, the format version rises, and older files are made anew.
 //!
+//! Decoding to half the size instead, as JPEG allows, does not pay: `jpeg-decoder`, which can, takes
+//! twice as long for that as `zune-jpeg` for the whole picture (1.0 ms and 0.5 ms of 500 × 375
+//! pixels), and only crops of twice the view's side could use it.
+//!
 //! **When it is made.** By the first [`crate::Loader`] of a program, if the pictures are more than
 //! is kept in memory, and fit: the system has twice as much memory to spare, so that the mapped file
 //! stays there, and four times as much disk. `ASSORT_DECODED_COPY=never` in the environment forbids

