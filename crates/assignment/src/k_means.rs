@@ -8,7 +8,8 @@ use anyhow::{Result, ensure};
 use kernels::similarity::{Precision, add_row, product};
 use rayon::prelude::*;
 
-use crate::lloyd::{self, Nearest, Points};
+use crate::iterations::{Facts, iterate};
+use crate::lloyd::Points;
 use crate::points;
 use crate::seeding;
 
@@ -82,30 +83,25 @@ pub fn k_means(
     config: &KMeans,
     seed: u64,
 ) -> Result<Clustering> {
-    ensure!(config.restarts > 0, "k_means: restarts is 0; at least one is needed");
-    let rows = Rows::new(points, n, d, config)?;
-    let prepared = rows.prepare();
-    let mut best: Option<Clustering> = None;
-    let mut reseeded = 0;
-    let seeding = Points::new(&rows.values, d, seeding::precision(config.clusters));
-    let restarts: Vec<usize> = (0..config.restarts).collect();
-    for together in restarts.chunks(seeding::together(n, config.clusters)) {
-        let stream = |&restart: &usize| stage::random::stream(seed, "k-means++", &[restart as u64]);
-        let mut randoms: Vec<_> = together.iter().map(stream).collect();
-        let starts = seeding::greedy_k_means_plus_plus(&seeding, config.clusters, &mut randoms);
-        for (&restart, centres) in together.iter().zip(starts) {
-            let found = Clustering { restart, ..lloyd(&rows, &prepared, centres, config) };
-            reseeded += found.reseeded;
-            if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
-                best = Some(found);
-            }
-        }
-    }
-    let best = best.expect("there was at least one restart");
-    if reseeded > 0 {
-        tracing::info!("k-means: {reseeded} empty clusters were re-seeded at the farthest point");
-    }
-    Ok(Clustering { reseeded, ..rows.restore(best) })
+    restarts(&Rows::new(points, n, d, None, config)?, config, seed)
+}
+
+/// [`k_means`] with a weight for each point, `(N,)`: a point of weight 2 counts as two points.
+///
+/// Weights of 0 leave a point out of seeding, means and inertia; it still is assigned to its
+/// nearest centre.
+///
+/// # Errors
+///
+/// As [`k_means`]; a weight is negative or not finite, or fewer than `K` are above 0.
+pub fn k_means_weighted(
+    points: &[f32],
+    weights: &[f32],
+    d: usize,
+    config: &KMeans,
+    seed: u64,
+) -> Result<Clustering> {
+    restarts(&Rows::new(points, weights.len(), d, Some(weights), config)?, config, seed)
 }
 
 /// [`k_means`] from given centres `(K, D)`, once; `config.restarts` is not looked at.
@@ -120,297 +116,200 @@ pub fn k_means_from(
     centres: &[f32],
     config: &KMeans,
 ) -> Result<Clustering> {
-    let rows = Rows::new(points, n, d, config)?;
-    points::check(centres, config.clusters, d, "k_means_from, centres")?;
-    let centres = match config.metric {
-        Metric::Spherical => points::unit_rows(centres, d, "k_means_from, centres")?,
-        Metric::Euclidean => rows.shift(centres),
-    };
-    Ok(rows.restore(lloyd(&rows, &rows.prepare(), centres, config)))
+    from_centres(&Rows::new(points, n, d, None, config)?, centres, config)
+}
+
+/// [`k_means_weighted`] from given centres `(K, D)`, once; `config.restarts` is not looked at.
+///
+/// # Errors
+///
+/// As [`k_means_weighted`], for the centres too.
+pub fn k_means_weighted_from(
+    points: &[f32],
+    weights: &[f32],
+    d: usize,
+    centres: &[f32],
+    config: &KMeans,
+) -> Result<Clustering> {
+    from_centres(&Rows::new(points, weights.len(), d, Some(weights), config)?, centres, config)
+}
+
+fn restarts(rows: &Rows, config: &KMeans, seed: u64) -> Result<Clustering> {
+    ensure!(config.restarts > 0, "k_means: restarts is 0; at least one is needed");
+    let Rows { values, d, facts, .. } = rows;
+    let mut best: Option<Clustering> = None;
+    let mut reseeded = 0;
+    let prepared = rows.prepare();
+    let seeding = Points::new(values, *d, seeding::precision(config.clusters));
+    let restarts: Vec<usize> = (0..config.restarts).collect();
+    for together in restarts.chunks(seeding::together(facts.n, config.clusters)) {
+        let stream = |&restart: &usize| stage::random::stream(seed, "k-means++", &[restart as u64]);
+        let mut randoms: Vec<_> = together.iter().map(stream).collect();
+        let starts = seeding::greedy_k_means_plus_plus(
+            &seeding,
+            facts.weights,
+            config.clusters,
+            &mut randoms,
+        );
+        for (&restart, centres) in together.iter().zip(starts) {
+            let found = Clustering { restart, ..iterate(&prepared, facts, centres, config)? };
+            reseeded += found.reseeded;
+            if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
+                best = Some(found);
+            }
+        }
+    }
+    let best = best.expect("there was at least one restart");
+    Ok(restore(Clustering { reseeded, ..best }, &rows.origin))
+}
+
+fn from_centres(rows: &Rows, centres: &[f32], config: &KMeans) -> Result<Clustering> {
+    points::check(centres, config.clusters, rows.d, "k_means_from, centres")?;
+    let mut centres = centres.to_vec();
+    match config.metric {
+        Metric::Spherical => points::scale(&mut centres, rows.d, "k_means_from, centres")?,
+        Metric::Euclidean => shift(&mut centres, &rows.origin),
+    }
+    Ok(restore(iterate(&rows.prepare(), &rows.facts, centres, config)?, &rows.origin))
+}
+
+/// Checks what does not depend on the points' values.
+///
+/// # Errors
+///
+/// A value of `config` is out of range, for `n` points.
+pub fn check_config(config: &KMeans, n: usize, function: &str) -> Result<()> {
+    let k = config.clusters;
+    ensure!(k > 0, "{function}: clusters is 0; at least one is needed");
+    ensure!(n >= k, "{function}: {n} points cannot fill {k} clusters; ask for fewer clusters");
+    ensure!(config.iterations > 0, "{function}: iterations is 0; at least one is needed");
+    ensure!(
+        config.tolerance >= 0. && config.tolerance.is_finite(),
+        "{function}: tolerance is {}; it is a share of the variance, 0 or above",
+        config.tolerance
+    );
+    Ok(())
+}
+
+/// Says when clusters were re-seeded, and takes the centres back to where the points came from.
+pub fn restore(mut found: Clustering, origin: &[f32]) -> Clustering {
+    if found.reseeded > 0 {
+        let reseeded = found.reseeded;
+        tracing::info!("k-means: {reseeded} empty clusters were re-seeded at the farthest point");
+    }
+    for row in found.centres.chunks_mut(origin.len()) {
+        row.iter_mut().zip(origin).for_each(|(x, o)| *x += o);
+    }
+    found
 }
 
 /// The points as the iterations take them.
-struct Rows {
+struct Rows<'a> {
     /// `(N, D)`: unit rows, or rows relative to `origin`.
     values: Vec<f32>,
     d: usize,
-    metric: Metric,
     /// What was subtracted from Euclidean rows, so that a common offset costs no precision.
     origin: Vec<f32>,
-    /// `Σ ‖x‖²`.
-    squares: f64,
-    /// Variance of the columns, their mean.
-    variance: f64,
+    facts: Facts<'a>,
 }
 
-impl Rows {
-    fn new(points: &[f32], n: usize, d: usize, config: &KMeans) -> Result<Self> {
+impl<'a> Rows<'a> {
+    fn new(
+        points: &[f32],
+        n: usize,
+        d: usize,
+        weights: Option<&'a [f32]>,
+        config: &KMeans,
+    ) -> Result<Self> {
         points::check(points, n, d, "k_means")?;
-        let k = config.clusters;
-        ensure!(k > 0, "k_means: clusters is 0; at least one is needed");
-        ensure!(n >= k, "k_means: {n} points cannot fill {k} clusters; ask for fewer clusters");
-        ensure!(config.iterations > 0, "k_means: iterations is 0; at least one is needed");
-        ensure!(
-            config.tolerance >= 0. && config.tolerance.is_finite(),
-            "k_means: tolerance is {}; it is a share of the variance, 0 or above",
-            config.tolerance
-        );
-        let (values, origin) = match config.metric {
-            Metric::Spherical => (points::unit_rows(points, d, "k_means")?, vec![0.; d]),
+        check_config(config, n, "k_means")?;
+        if let Some(weights) = weights {
+            check_weights(weights, config.clusters)?;
+        }
+        let mut values = points.to_vec();
+        let mut origin = vec![0.; d];
+        match config.metric {
+            Metric::Spherical => points::scale(&mut values, d, "k_means")?,
             Metric::Euclidean => {
-                let origin = column_means(points, d).iter().map(|&x| x as f32).collect::<Vec<_>>();
-                (shifted(points, &origin), origin)
+                let means = weighted_means(points, d, weights);
+                origin.iter_mut().zip(means).for_each(|(origin, mean)| *origin = mean as f32);
+                shift(&mut values, &origin);
             }
-        };
-        let squares: f64 = sum_rows(&values, d, |row| product(row, row));
-        let mean_square: f64 = column_means(&values, d).iter().map(|m| m * m).sum();
-        let variance = (squares / n as f64 - mean_square).max(0.) / d as f64;
-        Ok(Self { values, d, metric: config.metric, origin, squares, variance })
+        }
+        let mass = weights.map_or(n as f64, |w| w.iter().map(|&w| f64::from(w)).sum());
+        let squares = sum_rows(&values, d, |i, row| {
+            weights.map_or(1., |weights| f64::from(weights[i])) * product(row, row)
+        });
+        let mean_square: f64 = weighted_means(&values, d, weights).iter().map(|m| m * m).sum();
+        let variance = (squares / mass - mean_square).max(0.) / d as f64;
+        Ok(Self { values, d, origin, facts: Facts { n, d, weights, squares, variance } })
     }
 
     fn prepare(&self) -> Points<'_> {
         Points::new(&self.values, self.d, Precision::fastest())
     }
-
-    fn shift(&self, centres: &[f32]) -> Vec<f32> {
-        shifted(centres, &self.origin)
-    }
-
-    /// Undoes what [`Rows::new`] did to the points, for the centres.
-    fn restore(&self, mut found: Clustering) -> Clustering {
-        for row in found.centres.chunks_mut(self.d) {
-            row.iter_mut().zip(&self.origin).for_each(|(x, o)| *x += o);
-        }
-        found
-    }
 }
 
-fn shifted(rows: &[f32], origin: &[f32]) -> Vec<f32> {
-    let mut rows = rows.to_vec();
+fn check_weights(weights: &[f32], clusters: usize) -> Result<()> {
+    if let Some(i) = weights.iter().position(|w| !(0. ..1e18).contains(w)) {
+        anyhow::bail!(
+            "k_means: the weight of row {i} is {}; weights are finite, 0 or above and below 1e18",
+            weights[i]
+        );
+    }
+    let weighty = weights.iter().filter(|&&w| w > 0.).count();
+    ensure!(
+        weighty >= clusters,
+        "k_means: {weighty} points with a weight above 0 cannot fill {clusters} clusters; ask for \
+         fewer clusters"
+    );
+    Ok(())
+}
+
+/// Makes rows relative to `origin`.
+pub fn shift(rows: &mut [f32], origin: &[f32]) {
     rows.par_chunks_mut(origin.len())
         .for_each(|row| row.iter_mut().zip(origin).for_each(|(x, o)| *x -= o));
-    rows
 }
 
 /// Rows of one part of a sum: parts follow from the shape alone.
 const PART: usize = 1024;
 
-/// The sum over rows of `f`, parts of [`PART`] rows added in order.
-fn sum_rows(rows: &[f32], d: usize, f: impl Fn(&[f32]) -> f64 + Sync) -> f64 {
-    let parts: Vec<f64> =
-        rows.par_chunks(PART * d).map(|part| part.chunks(d).map(&f).sum()).collect();
+/// The sum over rows of `f`, of a row's place and values; parts of [`PART`] rows added in order.
+fn sum_rows(rows: &[f32], d: usize, f: impl Fn(usize, &[f32]) -> f64 + Sync) -> f64 {
+    let sum = |(part, rows): (usize, &[f32])| -> f64 {
+        rows.chunks(d).enumerate().map(|(i, row)| f(part * PART + i, row)).sum()
+    };
+    let parts: Vec<f64> = rows.par_chunks(PART * d).enumerate().map(sum).collect();
     parts.iter().sum()
 }
 
-/// The mean of each column, parts of [`PART`] rows added in order.
-fn column_means(rows: &[f32], d: usize) -> Vec<f64> {
+/// The weighted sum of each column, parts of [`PART`] rows added in order.
+pub fn column_sums(rows: &[f32], d: usize, weights: Option<&[f32]>) -> Vec<f64> {
     let parts: Vec<Vec<f64>> = rows
         .par_chunks(PART * d)
-        .map(|part| {
+        .enumerate()
+        .map(|(part, rows)| {
             let mut sums = vec![0f64; d];
-            for row in part.chunks(d) {
-                sums.iter_mut().zip(row).for_each(|(s, &x)| *s += f64::from(x));
+            for (i, row) in rows.chunks(d).enumerate() {
+                add_row(&mut sums, row, weights.map_or(1., |w| f64::from(w[part * PART + i])));
             }
             sums
         })
         .collect();
-    let mut means = vec![0f64; d];
+    let mut sums = vec![0f64; d];
     for part in &parts {
-        means.iter_mut().zip(part).for_each(|(m, s)| *m += s);
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
-    let n = (rows.len() / d) as f64;
-    means.iter_mut().for_each(|m| *m /= n);
-    means
+    sums
 }
 
-/// One restart: assignment and means in turn, from `centres` on.
-fn lloyd(rows: &Rows, points: &Points, mut centres: Vec<f32>, config: &KMeans) -> Clustering {
-    let Rows { d, metric, squares, variance, .. } = *rows;
-    let mut best = Clustering {
-        assignment: vec![],
-        centres: vec![],
-        inertia: f64::INFINITY,
-        restart: 0,
-        iterations: 0,
-        converged: false,
-        reseeded: 0,
+fn weighted_means(rows: &[f32], d: usize, weights: Option<&[f32]>) -> Vec<f64> {
+    let mass = match weights {
+        Some(weights) => weights.iter().map(|&w| f64::from(w)).sum(),
+        None => (rows.len() / d) as f64,
     };
-    let mut nearest = Nearest::unknown(points.squares.len());
-    let mut sums = Sums::new(config.clusters, d);
-    let mut drift = vec![];
-    let mut last = false;
-    for iteration in 1..=config.iterations {
-        let before = nearest.assignment.clone();
-        points.assign(&mut nearest, &centres, &drift);
-        let changed = sums.follow(points.values, &before, &nearest.assignment);
-        let inertia = sums.inertia(&centres, d, metric, squares);
-        best.iterations = iteration;
-        if inertia < best.inertia {
-            best.inertia = inertia;
-            best.assignment.clone_from(&nearest.assignment);
-            best.centres.clone_from(&centres);
-        }
-        if last || changed == 0 {
-            best.converged = true;
-            break;
-        }
-        let moved = reseed_empty(points.values, &mut nearest, &mut sums, &centres, d);
-        best.reseeded += moved;
-        let next = sums.means(&centres, d, metric);
-        drift = lloyd::drift(&centres, &next, d);
-        let shift = summed_shift(&centres, &next, d, metric);
-        // Once more, so that the assignment belongs to the centres that met the tolerance.
-        last = shift <= config.tolerance * variance && moved == 0;
-        centres = next;
-    }
-    best
-}
-
-/// The summed shift between two sets of centres.
-fn summed_shift(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
-    let squares: f64 =
-        from.chunks(d).zip(to.chunks(d)).map(|(x, y)| points::squared_distance(x, y)).sum();
-    match metric {
-        Metric::Euclidean => squares,
-        Metric::Spherical => squares / 2.,
-    }
-}
-
-/// Sum and count of the points of each cluster.
-struct Sums {
-    /// `(K, D)`.
-    sums: Vec<f64>,
-    counts: Vec<usize>,
-}
-
-/// Rows that are added up at a time; the partial sums are then added in order.
-const SUM_PART: usize = 2048;
-
-impl Sums {
-    fn new(k: usize, d: usize) -> Self {
-        Self { sums: vec![0.; k * d], counts: vec![0; k] }
-    }
-
-    /// Takes points that changed their cluster from one sum to the other; returns how many did.
-    fn follow(&mut self, values: &[f32], before: &[u32], after: &[u32]) -> usize {
-        let k = self.counts.len();
-        let d = self.sums.len() / k;
-        let changed: Vec<usize> = (0..after.len())
-            .into_par_iter()
-            .with_min_len(PART)
-            .filter(|&i| before[i] != after[i])
-            .collect();
-        // The rows that join and leave each cluster, in the order of the points.
-        let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; k];
-        for &i in &changed {
-            members[after[i] as usize].push((i as u32, 1.));
-            self.counts[after[i] as usize] += 1;
-            if before[i] != lloyd::UNASSIGNED {
-                members[before[i] as usize].push((i as u32, -1.));
-                self.counts[before[i] as usize] -= 1;
-            }
-        }
-        self.sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
-            let parts: Vec<Vec<f64>> = members
-                .par_chunks(SUM_PART)
-                .map(|part| {
-                    let mut sum = vec![0f64; d];
-                    for &(i, sign) in part {
-                        add_row(&mut sum, &values[i as usize * d..][..d], sign);
-                    }
-                    sum
-                })
-                .collect();
-            for part in &parts {
-                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            }
-        });
-        changed.len()
-    }
-
-    /// `Σ ‖x − c‖²` by `Σ ‖x‖² + Σ_k (n_k ‖c_k‖² − 2 s_k·c_k)`, or its half for unit rows.
-    fn inertia(&self, centres: &[f32], d: usize, metric: Metric, squares: f64) -> f64 {
-        let rest: f64 = (self.sums.chunks(d).zip(centres.chunks(d)).zip(&self.counts))
-            .map(|((sum, centre), &count)| {
-                let dot: f64 = sum.iter().zip(centre).map(|(s, &c)| s * f64::from(c)).sum();
-                count as f64 * product(centre, centre) - 2. * dot
-            })
-            .sum();
-        let inertia = (squares + rest).max(0.);
-        match metric {
-            Metric::Euclidean => inertia,
-            Metric::Spherical => inertia / 2.,
-        }
-    }
-
-    /// The means, of unit length if spherical; a cluster without points or direction stays.
-    fn means(&self, centres: &[f32], d: usize, metric: Metric) -> Vec<f32> {
-        let mut means = centres.to_vec();
-        for ((mean, sum), &count) in means.chunks_mut(d).zip(self.sums.chunks(d)).zip(&self.counts)
-        {
-            let divisor = match metric {
-                Metric::Euclidean => count as f64,
-                Metric::Spherical => {
-                    let length = sum.iter().map(|s| s * s).sum::<f64>().sqrt();
-                    // Opposite unit rows leave rounding errors, not a direction.
-                    if length > 1e-6 * count as f64 { length } else { 0. }
-                }
-            };
-            if divisor > 0. {
-                mean.iter_mut().zip(sum).for_each(|(m, s)| *m = (s / divisor) as f32);
-            }
-        }
-        means
-    }
-
-    fn move_point(&mut self, row: &[f32], from: usize, to: usize) {
-        let d = row.len();
-        add_row(&mut self.sums[from * d..][..d], row, -1.);
-        add_row(&mut self.sums[to * d..][..d], row, 1.);
-        self.counts[from] -= 1;
-        self.counts[to] += 1;
-    }
-}
-
-/// Gives each empty cluster the point farthest from its own centre; returns how many got one.
-fn reseed_empty(
-    values: &[f32],
-    nearest: &mut Nearest,
-    sums: &mut Sums,
-    centres: &[f32],
-    d: usize,
-) -> usize {
-    let empty: Vec<usize> = (0..sums.counts.len()).filter(|&k| sums.counts[k] == 0).collect();
-    if empty.is_empty() {
-        return 0;
-    }
-    let mut farthest: Vec<(f64, usize)> = values
-        .par_chunks(d)
-        .zip(&nearest.assignment)
-        .enumerate()
-        .map(|(i, (row, &k))| {
-            let centre = &centres[k as usize * d..][..d];
-            let distance = points::squared_distance(row, centre);
-            // A point that differs from its centre by rounding alone is not far from it.
-            let size = product(row, row).max(product(centre, centre));
-            (if distance > 1e-12 * size { distance } else { 0. }, i)
-        })
-        .filter(|&(distance, _)| distance > 0.)
-        .collect();
-    farthest.par_sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    let mut candidates = farthest.iter();
-    let mut reseeded = 0;
-    for k in empty {
-        // A cluster's only point stays where it is.
-        let alone = |i: usize| sums.counts[nearest.assignment[i] as usize] == 1;
-        let Some(&(_, i)) = candidates.find(|&&(_, i)| !alone(i)) else {
-            break;
-        };
-        sums.move_point(&values[i * d..][..d], nearest.assignment[i] as usize, k);
-        nearest.place(i, k as u32);
-        reseeded += 1;
-    }
-    reseeded
+    column_sums(rows, d, weights).into_iter().map(|sum| sum / mass).collect()
 }
 
 #[cfg(test)]
@@ -476,7 +375,11 @@ mod tests {
                 before = found.inertia;
                 let rows = match config.metric {
                     Metric::Euclidean => points.clone(),
-                    Metric::Spherical => points::unit_rows(&points, d, "test")?,
+                    Metric::Spherical => {
+                        let mut rows = points.clone();
+                        points::scale(&mut rows, d, "test")?;
+                        rows
+                    }
                 };
                 let direct: f64 = (rows.chunks(d).zip(&found.assignment))
                     .map(|(x, &k)| {
@@ -574,6 +477,64 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_counts_as_so_many_points() -> Result<()> {
+        let (n, d) = (240, 3);
+        let points = blobs(n, d, 5, 8);
+        let weights: Vec<f32> = (0..n).map(|i| (i * 7 % 4) as f32).collect();
+        let repeated: Vec<f32> = (points.chunks(d).zip(&weights))
+            .flat_map(|(row, &weight)| row.repeat(weight as usize))
+            .collect();
+        let all = repeated.len() / d;
+        for config in [EUCLIDEAN, SPHERICAL] {
+            let config = KMeans { clusters: 4, restarts: 3, ..config };
+            let start = &points[d..][..4 * d];
+            let want = k_means_from(&repeated, all, d, start, &config)?;
+            let found = k_means_weighted_from(&points, &weights, d, start, &config)?;
+            assert!((found.inertia / want.inertia - 1.).abs() < 1e-6);
+            assert_eq!(found.iterations, want.iterations);
+            assert!(found.centres.iter().zip(&want.centres).all(|(a, b)| (a - b).abs() < 1e-5));
+            let repeat = |(&k, &weight): (&u32, &f32)| vec![k; weight as usize];
+            let repeated: Vec<u32> =
+                found.assignment.iter().zip(&weights).flat_map(repeat).collect();
+            assert_eq!(repeated, want.assignment);
+
+            let ones = k_means_weighted(&points, &vec![1.; n], d, &config, 3)?;
+            let plain = k_means(&points, n, d, &config, 3)?;
+            assert_eq!((ones.assignment, ones.centres), (plain.assignment, plain.centres));
+            // Nothing is drawn from, and no mean moved by, points without weight.
+            let few: Vec<f32> = (0..n).map(|i| if i % 5 < 4 { 0.25 } else { 0. }).collect();
+            let found = k_means_weighted(&points, &few, d, &config, 0)?;
+            let of: Vec<u32> = (0..4).map(|i| found.assignment[i]).collect();
+            assert!((0..n).all(|i| i % 5 == 4 || found.assignment[i] == of[i % 5]), "{of:?}");
+        }
+        let refused = |weights: &[f32], config| {
+            k_means_weighted(&points[..weights.len() * d], weights, d, config, 0)
+                .expect_err("refused")
+                .to_string()
+        };
+        assert!(refused(&[1., 1., -1., 1.], &EUCLIDEAN).contains("row 2"));
+        assert!(refused(&[1., f32::NAN, 1., 1.], &EUCLIDEAN).contains("row 1"));
+        assert!(refused(&[1., 0., 0., 1.], &EUCLIDEAN).contains("2 points with a weight"));
+        Ok(())
+    }
+
+    #[test]
+    fn ten_thousand_clusters_and_duplicates_are_in_order() -> Result<()> {
+        let (n, d, clusters) = (20_000, 3, 10_000);
+        // Each point twice, and as many clusters as distinct points.
+        let points: Vec<f32> =
+            blobs(clusters, d, 40, 7).chunks(d).flat_map(|row| row.repeat(2)).collect();
+        let config = KMeans { clusters, restarts: 1, iterations: 20, ..EUCLIDEAN };
+        let found = k_means(&points, n, d, &config, 0)?;
+        assert!(found.inertia < 1e-6, "{}", found.inertia);
+        let mut used = vec![0; clusters];
+        found.assignment.iter().for_each(|&k| used[k as usize] += 1);
+        assert!(used.iter().all(|&points| points == 2));
+        assert!(found.assignment.chunks(2).all(|pair| pair[0] == pair[1]));
+        Ok(())
+    }
+
+    #[test]
     fn tiny_and_huge_points_are_grouped_like_others() -> Result<()> {
         let points = blobs(300, 5, 4, 6);
         let config = KMeans { clusters: 4, ..EUCLIDEAN };
@@ -598,13 +559,17 @@ mod tests {
     #[test]
     fn iterations_from_given_centres_agree_with_scikit_learn() -> Result<()> {
         let fixture: serde_json::Value =
-            serde_json::from_str(include_str!("../tests-data/k-means.json"))?;
+            serde_json::from_str(include_str!("../tests/k-means.json"))?;
         for (i, case) in fixture["cases"].as_array().expect("cases").iter().enumerate() {
             let number = |key: &str| case[key].as_u64().expect("a number") as usize;
             let floats = |key: &str| serde_json::from_value::<Vec<f32>>(case[key].clone());
             let (n, d, clusters) = (number("n"), number("d"), number("k"));
             let config = KMeans { clusters, tolerance: 0., ..EUCLIDEAN };
-            let found = k_means_from(&floats("points")?, n, d, &floats("start")?, &config)?;
+            let (points, start) = (floats("points")?, floats("start")?);
+            let found = match case["weights"].is_null() {
+                true => k_means_from(&points, n, d, &start, &config)?,
+                false => k_means_weighted_from(&points, &floats("weights")?, d, &start, &config)?,
+            };
             let want: Vec<u32> = serde_json::from_value(case["assignment"].clone())?;
             assert_eq!(found.assignment, want, "case {i}");
             for (got, want) in found.centres.iter().zip(floats("centres")?) {

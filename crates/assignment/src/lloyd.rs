@@ -12,6 +12,8 @@
 //!   the calm rest is subtracted; how many are taken for moving is what a sample of points finds
 //!   cheapest.
 
+use std::ops::Range;
+
 use kernels::similarity::{
     Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
 };
@@ -22,7 +24,7 @@ use crate::points;
 /// Points of one task.
 const PART: usize = 16 * LANES;
 
-/// What is known of each point between two assignment steps.
+/// What is known of each point between two assignment steps: 12 bytes a point.
 pub struct Nearest {
     /// Cluster of each point; [`UNASSIGNED`] before the first step.
     pub assignment: Vec<u32>,
@@ -41,12 +43,28 @@ impl Nearest {
         Self { assignment: vec![UNASSIGNED; n], upper: vec![f32::INFINITY; n], lower: vec![0.; n] }
     }
 
+    /// What is known of consecutive points.
+    pub fn part(&mut self, points: Range<usize>) -> NearestPart<'_> {
+        NearestPart {
+            assignment: &mut self.assignment[points.clone()],
+            upper: &mut self.upper[points.clone()],
+            lower: &mut self.lower[points],
+        }
+    }
+
     /// Puts a point into a cluster by decree; the next step looks for its centre anew.
     pub fn place(&mut self, point: usize, cluster: u32) {
         self.assignment[point] = cluster;
         self.upper[point] = f32::INFINITY;
         self.lower[point] = 0.;
     }
+}
+
+/// What is known of some of the points.
+pub struct NearestPart<'a> {
+    assignment: &'a mut [u32],
+    upper: &'a mut [f32],
+    lower: &'a mut [f32],
 }
 
 /// The points, as all assignment steps of all restarts use them.
@@ -68,27 +86,32 @@ impl<'a> Points<'a> {
         Self { values, d, squares, rows: Rows::new(values, d, precision) }
     }
 
+    /// Number of points.
+    pub fn len(&self) -> usize {
+        self.squares.len()
+    }
+
     /// A point.
     pub fn row(&self, i: usize) -> &'a [f32] {
         &self.values[i * self.d..][..self.d]
     }
 
-    /// Finds the nearest centre `(K, D)` of every point, the lowest index of equals.
+    /// Finds the nearest centre of every point, the lowest index of equals.
     ///
-    /// `drift` is how far each centre moved since the last step, from above; empty at the first.
-    pub fn assign(&self, nearest: &mut Nearest, centres: &[f32], drift: &[f32]) {
+    /// `nearest` is what is known of these points; `drift` is how far each centre moved since the
+    /// last step, from above, and empty at the first.
+    pub fn assign(&self, nearest: NearestPart, centres: &Centres, drift: &[f32]) {
         let precision = self.rows.precision();
-        let centres = Centres::new(centres, self.d, precision);
-        let moving = self.moving(nearest, drift, &centres);
+        let moving = self.moving(&nearest, drift, centres);
         let parts = (nearest.assignment.par_chunks_mut(PART))
             .zip(nearest.upper.par_chunks_mut(PART).zip(nearest.lower.par_chunks_mut(PART)));
         parts.enumerate().for_each_init(
             || Scratch::new(self.d, precision),
             |scratch, (part, (assignment, (upper, lower)))| {
                 let mut part = Part { points: self, first: part * PART, assignment, upper, lower };
-                let open = part.open(&centres, drift, moving.as_ref(), scratch);
+                let open = part.open(centres, drift, moving.as_ref(), scratch);
                 for lanes in open.chunks(LANES) {
-                    part.search(&centres, lanes, scratch);
+                    part.search(centres, lanes, scratch);
                 }
             },
         );
@@ -96,7 +119,7 @@ impl<'a> Points<'a> {
 
     /// The centres to compare with every point, so that the others count as calm; `None` where
     /// every point has to be compared with all centres anyway.
-    fn moving(&self, nearest: &Nearest, drift: &[f32], centres: &Centres) -> Option<Moving> {
+    fn moving(&self, nearest: &NearestPart, drift: &[f32], centres: &Centres) -> Option<Moving> {
         if drift.is_empty() {
             return None;
         }
@@ -132,7 +155,7 @@ impl<'a> Points<'a> {
 }
 
 /// All centres, packed for products.
-struct Centres<'a> {
+pub struct Centres<'a> {
     values: &'a [f32],
     d: usize,
     /// `‖c‖² / 2`.
@@ -143,7 +166,8 @@ struct Centres<'a> {
 }
 
 impl<'a> Centres<'a> {
-    fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
+    /// Packs the rows of `values` `(K, d)`; `precision` is that of the points.
+    pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
         let halves: Vec<f64> = values.chunks(d).map(|c| product(c, c) / 2.).collect();
         let rows = Rows::new(values, d, precision);
         let minus: Vec<f32> = halves.iter().map(|&h| h as f32).collect();
@@ -433,7 +457,8 @@ mod tests {
                 let mut nearest = Nearest::unknown(n);
                 let mut drifts = vec![];
                 for step in 0..12 {
-                    points.assign(&mut nearest, &centres, &drifts);
+                    let packed = Centres::new(&centres, d, precision);
+                    points.assign(nearest.part(0..n), &packed, &drifts);
                     let want = plain(&values, &centres, d);
                     assert_eq!(nearest.assignment, want, "{precision:?} {n} {d} {k} {step}");
                     for i in 0..n {

@@ -381,6 +381,50 @@ mod tests {
     }
 
     #[test]
+    fn near_ties_are_told_apart_and_ties_go_by_index() -> Result<()> {
+        // Rows that differ in the last bit of one number, in their order or not at all; a few are
+        // zero, and a few so long or short that the others vanish beside them.
+        let (n, d) = (900, 19);
+        let mut random = stage::random::stream(2, "ties", &[]);
+        let row: Vec<f32> = (0..d).map(|_| random.random::<f32>() - 0.3).collect();
+        let mut points = vec![];
+        for i in 0..n {
+            let mut near = row.clone();
+            match i % 9 {
+                0 => {}
+                1 => near.swap(3, 7),
+                2 => near.fill(0.),
+                3 => near.iter_mut().for_each(|x| *x *= -1.),
+                4 if i % 2 == 0 => near.iter_mut().for_each(|x| *x *= 1e-12),
+                4 => near.iter_mut().for_each(|x| *x *= 1e9),
+                _ => {
+                    let j = random.random_range(0..d);
+                    near[j] = if i % 2 == 0 { near[j].next_up() } else { near[j].next_down() };
+                }
+            }
+            points.extend(near);
+        }
+        for precision in [Precision::Bytes, Precision::Floats] {
+            for (k, and_self) in [(1, false), (20, false), (20, true), (n - 1, false)] {
+                let found = search(&points, n, d, k, and_self, Some(precision))?;
+                assert_eq!(found, plain(&points, d, k, and_self), "{precision:?} {k}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn any_number_of_threads_finds_the_same() -> Result<()> {
+        let points = random_rows(500, 12, 1.);
+        let want = nearest_neighbours(&points, 500, 12, 7)?;
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+            assert_eq!(pool.install(|| nearest_neighbours(&points, 500, 12, 7))?, want);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn every_pair_of_blocks_meets_once_and_a_round_shares_no_block() {
         for blocks in 1..9 {
             let mut met = vec![];

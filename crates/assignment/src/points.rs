@@ -41,14 +41,13 @@ pub fn check(points: &[f32], n: usize, d: usize, function: &str) -> Result<()> {
     Ok(())
 }
 
-/// The rows of `points` scaled to unit length.
+/// Scales rows to unit length.
 ///
 /// # Errors
 ///
 /// A row is shorter than 1e-12, so it has no direction; the message names it.
-pub fn unit_rows(points: &[f32], d: usize, function: &str) -> Result<Vec<f32>> {
-    let mut unit = points.to_vec();
-    let zero = unit.par_chunks_mut(d).enumerate().filter_map(|(i, row)| {
+pub fn scale(rows: &mut [f32], d: usize, function: &str) -> Result<()> {
+    let zero = rows.par_chunks_mut(d).enumerate().filter_map(|(i, row)| {
         let length = product(row, row).sqrt();
         if length < SHORTEST {
             return Some(i);
@@ -62,7 +61,7 @@ pub fn unit_rows(points: &[f32], d: usize, function: &str) -> Result<Vec<f32>> {
              out or use the Euclidean metric"
         );
     }
-    Ok(unit)
+    Ok(())
 }
 
 /// `Σ (x − y)²`, in `f64`: the distance to trust where differences are small.
@@ -92,13 +91,14 @@ mod tests {
         let error = check(&points, 4, 3, "f").expect_err("too long").to_string();
         assert!(error.contains("row 2") && error.contains("common factor"), "{error}");
         points[6..9].fill(0.);
-        let error = unit_rows(&points, 3, "f").expect_err("no direction").to_string();
+        let error = scale(&mut points, 3, "f").expect_err("no direction").to_string();
         assert!(error.contains("row 2"), "{error}");
     }
 
     #[test]
     fn lengths_and_distances_are_right() {
-        let unit = unit_rows(&[3., 4., -5., 12.], 2, "f").expect("not zero");
+        let mut unit = [3., 4., -5., 12.];
+        scale(&mut unit, 2, "f").expect("not zero");
         for (got, want) in unit.iter().zip([0.6, 0.8, -5. / 13., 12. / 13.]) {
             assert!((got - want).abs() < 1e-7);
         }

@@ -36,15 +36,17 @@ pub fn precision(clusters: usize) -> Precision {
 ///
 /// The first is drawn uniformly. Each further one is the best of [`candidates`] points drawn in
 /// proportion to their squared distance from the centres so far: that which leaves the smallest sum
-/// of these distances. Where all points lie on a centre, the draw is uniform.
+/// of these distances. Where all points lie on a centre, the draw is uniform. With `weights`, each
+/// point counts by its weight, in draws and sums alike.
 pub fn greedy_k_means_plus_plus(
     points: &Points,
+    weights: Option<&[f32]>,
     clusters: usize,
     randoms: &mut [ChaCha8Rng],
 ) -> Vec<Vec<f32>> {
     let n = points.squares.len();
     let mut restarts: Vec<Restart> =
-        randoms.iter_mut().map(|random| Restart::new(n, random)).collect();
+        randoms.iter_mut().map(|random| Restart::new(n, weights, random)).collect();
     for step in 0..clusters {
         let count = if step == 0 { 1 } else { candidates(clusters) };
         let drawn: Vec<usize> = restarts.iter_mut().flat_map(|r| r.draw(count)).collect();
@@ -67,33 +69,41 @@ pub fn greedy_k_means_plus_plus(
 /// One restart on its way.
 struct Restart<'a> {
     random: &'a mut ChaCha8Rng,
+    weights: Option<&'a [f32]>,
     centres: Vec<usize>,
     /// Each point's squared distance from the nearest centre.
     nearest: Vec<f32>,
-    /// Their sums by part.
+    /// Their weighted sums by part.
     parts: Vec<f64>,
 }
 
 impl<'a> Restart<'a> {
-    fn new(n: usize, random: &'a mut ChaCha8Rng) -> Self {
+    fn new(n: usize, weights: Option<&'a [f32]>, random: &'a mut ChaCha8Rng) -> Self {
         let parts = vec![0.; n.div_ceil(PART)];
-        Self { random, centres: vec![], nearest: vec![f32::INFINITY; n], parts }
+        Self { random, weights, centres: vec![], nearest: vec![f32::INFINITY; n], parts }
     }
 
     fn draw(&mut self, count: usize) -> Vec<usize> {
-        (0..count).map(|_| draw(&self.parts, &self.nearest, self.random)).collect()
+        (0..count).map(|_| draw(&self.parts, &self.nearest, self.weights, self.random)).collect()
+    }
+
+    fn weight(&self, i: usize) -> f64 {
+        weight(self.weights, i)
     }
 
     /// Makes a candidate a centre, from what it means to each part.
     fn take<'b>(&mut self, offers: impl Iterator<Item = &'b Offer>) {
-        for ((offer, nearest), sum) in
-            offers.zip(self.nearest.chunks_mut(PART)).zip(&mut self.parts)
+        let weights = self.weights;
+        for (part, ((offer, nearest), sum)) in
+            offers.zip(self.nearest.chunks_mut(PART)).zip(&mut self.parts).enumerate()
         {
             for &(i, distance) in &offer.nearer {
                 nearest[i as usize] = distance;
             }
             if !offer.nearer.is_empty() {
-                *sum = nearest.iter().map(|&x| f64::from(x)).sum();
+                let weighted =
+                    |(i, &x): (usize, &f32)| weight(weights, part * PART + i) * f64::from(x);
+                *sum = nearest.iter().enumerate().map(weighted).sum();
             }
         }
     }
@@ -180,7 +190,8 @@ impl Candidates<'_, '_> {
                         (self.distance(i, c, row[lane]), restarts[r].nearest[i]);
                     if distance < nearest {
                         offers[c].nearer.push(((i % PART) as u16, distance));
-                        offers[c].gain += f64::from(nearest) - f64::from(distance);
+                        offers[c].gain +=
+                            restarts[r].weight(i) * (f64::from(nearest) - f64::from(distance));
                     }
                 }
             }
@@ -202,12 +213,27 @@ impl Candidates<'_, '_> {
     }
 }
 
-/// A row drawn in proportion to its distance.
-fn draw(parts: &[f64], distances: &[f32], random: &mut ChaCha8Rng) -> usize {
+fn weight(weights: Option<&[f32]>, i: usize) -> f64 {
+    weights.map_or(1., |weights| f64::from(weights[i]))
+}
+
+/// A row drawn in proportion to its weighted distance.
+fn draw(
+    parts: &[f64],
+    distances: &[f32],
+    weights: Option<&[f32]>,
+    random: &mut ChaCha8Rng,
+) -> usize {
     let total: f64 = parts.iter().sum();
     // Before the first centre, and where all points lie on one.
     if total <= 0. {
-        return below(distances.len(), random);
+        return match weights {
+            None => below(distances.len(), random),
+            Some(weights) => {
+                let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+                first_beyond(uniform(random) * total, 0, weights.iter().map(|&w| f64::from(w)))
+            }
+        };
     }
     let mut left = uniform(random) * total;
     let mut part = 0;
@@ -215,11 +241,18 @@ fn draw(parts: &[f64], distances: &[f32], random: &mut ChaCha8Rng) -> usize {
         left -= parts[part];
         part += 1;
     }
-    let rows = &distances[part * PART..distances.len().min((part + 1) * PART)];
-    let mut last = part * PART;
-    for (i, &distance) in rows.iter().enumerate().filter(|(_, distance)| **distance > 0.) {
-        last = part * PART + i;
-        left -= f64::from(distance);
+    let rows = part * PART..distances.len().min((part + 1) * PART);
+    let first = rows.start;
+    first_beyond(left, first, rows.map(|i| weight(weights, i) * f64::from(distances[i])))
+}
+
+/// The first place, from `first` on, where the sum of the sizes exceeds `left`; the last with a size
+/// if none does.
+fn first_beyond(mut left: f64, first: usize, sizes: impl Iterator<Item = f64>) -> usize {
+    let mut last = first;
+    for (i, size) in sizes.enumerate().filter(|&(_, size)| size > 0.) {
+        last = first + i;
+        left -= size;
         if left < 0. {
             break;
         }
@@ -256,7 +289,7 @@ mod tests {
         let mut random = stage::random::stream(1, "test", &[]);
         let mut drawn = [0f64; 3];
         for _ in 0..6000 {
-            let row = draw(&parts, &distances, &mut random);
+            let row = draw(&parts, &distances, None, &mut random);
             assert_eq!(row % 1000, 7);
             drawn[row / 1000] += 1.;
         }
@@ -274,7 +307,7 @@ mod tests {
             let points = Points::new(&values, 1, precision);
             let mut randoms: Vec<_> =
                 (0..20).map(|seed| stage::random::stream(seed, "test", &[])).collect();
-            for centres in greedy_k_means_plus_plus(&points, 3, &mut randoms) {
+            for centres in greedy_k_means_plus_plus(&points, None, 3, &mut randoms) {
                 let mut groups: Vec<i32> = centres.iter().map(|x| (x / 100.) as i32).collect();
                 groups.sort_unstable();
                 assert_eq!(groups, [0, 1, 2]);
@@ -289,7 +322,7 @@ mod tests {
         let stream = |seed| stage::random::stream(seed, "test", &[]);
         let seed = |precision, seeds: &[u64]| {
             let mut randoms: Vec<_> = seeds.iter().map(|&seed| stream(seed)).collect();
-            greedy_k_means_plus_plus(&Points::new(&values, 6, precision), 25, &mut randoms)
+            greedy_k_means_plus_plus(&Points::new(&values, 6, precision), None, 25, &mut randoms)
         };
         let all = seed(Precision::Bytes, &[0, 1, 2]);
         for (r, centres) in all.iter().enumerate() {

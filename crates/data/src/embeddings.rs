@@ -13,12 +13,16 @@
 //! The pixel baseline has the same form, with flattened thumbnails as both embedding and
 //! projection, which then is not of unit length.
 
+use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use stage::container::{self, Container, Tensor};
+use memmap2::Mmap;
+use stage::container::{self, Container, Contents, Tensor};
 
 use crate::data_set::{DataSet, check_index, check_length};
+use crate::images::map;
 
 const KIND: &str = "embeddings";
 const VERSION: u64 = 1;
@@ -92,6 +96,80 @@ impl Embeddings {
     }
 }
 
+/// One of the matrices of an embeddings file, for whoever cannot hold the file.
+#[derive(Debug)]
+pub struct EmbeddingRows {
+    map: Mmap,
+    /// Where its values begin in the file.
+    start: usize,
+    rows: usize,
+    width: usize,
+}
+
+/// Which matrix: what an un-augmented picture becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// Embeddings of the backbone.
+    Backbone,
+    /// Their projections.
+    Projection,
+}
+
+impl EmbeddingRows {
+    /// Maps and checks the file; its values are read when they are asked for.
+    ///
+    /// # Errors
+    ///
+    /// It is missing, foreign, or damaged.
+    pub fn open(path: &Path, space: Space) -> Result<Self> {
+        let opening = || format!("opening the {KIND} `{}`", path.display());
+        let map = map(&File::open(path).with_context(opening)?).with_context(opening)?;
+        let contents = Contents::parse(path, &map, KIND, VERSION)?;
+        contents.verify(path, &map)?;
+        let name = match space {
+            Space::Backbone => "backbone",
+            Space::Projection => "projection",
+        };
+        let place = contents.tensors.get(name);
+        let matrix = place.and_then(|place| match place.shape[..] {
+            [rows, width] if place.bytes.len() == 4 * rows * width => Some((place, rows, width)),
+            _ => None,
+        });
+        let (place, rows, width) = matrix.with_context(|| {
+            format!("`{}` has no matrix `{name}` of f32; run its stage again", path.display())
+        })?;
+        Ok(Self { start: place.bytes.start, rows, width, map })
+    }
+
+    /// Number of rows, M.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// Width of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// These rows, one after the other.
+    ///
+    /// # Panics
+    ///
+    /// There are not so many.
+    pub fn rows(&self, rows: Range<usize>) -> Vec<f32> {
+        assert!(rows.end <= self.rows, "row {} of {}", rows.end, self.rows);
+        let bytes =
+            self.start + 4 * self.width * rows.start..self.start + 4 * self.width * rows.end;
+        let number = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
+        self.map[bytes].as_chunks::<4>().0.iter().map(number).collect()
+    }
+}
+
 /// The last extent of a matrix or more.
 fn last_extent(file: &Container, name: &str) -> Result<usize> {
     let shape = file.shape(name)?;
@@ -136,6 +214,25 @@ mod tests {
             assert_eq!(read.projection, written.projection);
             assert_eq!(read.backbone_views, written.backbone_views);
         }
+    }
+
+    #[test]
+    fn rows_are_those_of_the_whole_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("embeddings.safetensors");
+        let written = example(&path);
+        written.write(&path).expect("written");
+        let backbone = EmbeddingRows::open(&path, Space::Backbone).expect("sound");
+        assert_eq!((backbone.len(), backbone.width(), backbone.is_empty()), (3, 2, false));
+        assert_eq!(backbone.rows(1..3), written.backbone[2..]);
+        assert!(backbone.rows(3..3).is_empty());
+        let projection = EmbeddingRows::open(&path, Space::Projection).expect("sound");
+        assert_eq!(projection.rows(0..3), written.projection);
+        let mut bytes = std::fs::read(&path).expect("there");
+        *bytes.last_mut().expect("a byte") ^= 1;
+        std::fs::write(&path, bytes).expect("written");
+        let error = EmbeddingRows::open(&path, Space::Backbone).expect_err("damaged");
+        assert!(error.to_string().contains("damaged"), "{error}");
     }
 
     #[test]

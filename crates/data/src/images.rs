@@ -341,7 +341,7 @@ pub fn part_path(images: &Path, part: usize, parts: usize) -> PathBuf {
 }
 
 #[expect(unsafe_code, reason = "mapping a file is unsafe because others can change it")]
-fn map(file: &File) -> std::io::Result<Mmap> {
+pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the bytes are only ever read as bytes, which have no invalid values, and a picture
     // that is changed after it was checked is at worst another picture. `prepare` never writes into
     // a file that has its final name. A file cut short while it is mapped ends the program by a

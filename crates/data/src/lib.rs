@@ -30,7 +30,7 @@ pub mod thumbnail;
 pub mod views;
 
 pub use data_set::DataSet;
-pub use embeddings::Embeddings;
+pub use embeddings::{EmbeddingRows, Embeddings, Space};
 pub use images::Images;
 pub use labels::Labels;
 pub use loader::{Batch, Loader};

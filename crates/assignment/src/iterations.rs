@@ -1,0 +1,414 @@
+//! Lloyd's iterations: assignment and means in turn, over points that come in one piece or in many.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use kernels::similarity::{Precision, add_row, product};
+use rayon::prelude::*;
+
+use crate::k_means::{Clustering, KMeans, Metric};
+use crate::lloyd::{self, Centres, Nearest, Points};
+use crate::points;
+
+/// Where points come from, again for each iteration.
+pub trait Source {
+    /// Shows all points, piece by piece in their order, with the place of each piece's first point.
+    ///
+    /// # Errors
+    ///
+    /// A piece cannot be had, or `see` fails.
+    fn each(&self, see: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()>;
+}
+
+/// All points at once.
+impl Source for Points<'_> {
+    fn each(&self, see: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
+        see(0, self)
+    }
+}
+
+/// What is known of all points before the first iteration.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// Number of points, N.
+    pub n: usize,
+    /// Width of a point, D.
+    pub d: usize,
+    /// `(N,)`, or 1 each.
+    pub weights: Option<&'a [f32]>,
+    /// `Σ w ‖x‖²`.
+    pub squares: f64,
+    /// Variance of the columns, their mean.
+    pub variance: f64,
+}
+
+impl Facts<'_> {
+    fn weight(&self, i: usize) -> f64 {
+        self.weights.map_or(1., |weights| f64::from(weights[i]))
+    }
+}
+
+/// Assignment and means in turn, from `centres` on, until a stop rule is met.
+///
+/// # Errors
+///
+/// Those of the source.
+pub fn iterate(
+    source: &dyn Source,
+    facts: &Facts,
+    mut centres: Vec<f32>,
+    config: &KMeans,
+) -> Result<Clustering> {
+    let Facts { n, d, variance, .. } = *facts;
+    let mut best = Clustering {
+        assignment: vec![],
+        centres: vec![],
+        inertia: f64::INFINITY,
+        restart: 0,
+        iterations: 0,
+        converged: false,
+        reseeded: 0,
+    };
+    let mut nearest = Nearest::unknown(n);
+    let mut sums = Sums::new(config.clusters, d);
+    let mut drift = vec![];
+    let mut last = false;
+    for iteration in 1..=config.iterations {
+        let changed = step(source, facts, &mut nearest, &mut sums, &centres, &drift)?;
+        let inertia = sums.inertia(&centres, config.metric, facts.squares);
+        best.iterations = iteration;
+        if inertia < best.inertia {
+            best.inertia = inertia;
+            best.assignment.clone_from(&nearest.assignment);
+            best.centres.clone_from(&centres);
+        }
+        if last || changed == 0 {
+            best.converged = true;
+            break;
+        }
+        let moved = reseed_empty(source, facts, &mut nearest, &mut sums, &centres)?;
+        best.reseeded += moved;
+        let next = sums.means(&centres, config.metric);
+        drift = lloyd::drift(&centres, &next, d);
+        let shift = summed_shift(&centres, &next, d, config.metric);
+        // Once more, so that the assignment belongs to the centres that met the tolerance.
+        last = shift <= config.tolerance * variance && moved == 0;
+        centres = next;
+    }
+    Ok(best)
+}
+
+/// Assigns all points and brings the sums up to date; returns how many points changed.
+fn step(
+    source: &dyn Source,
+    facts: &Facts,
+    nearest: &mut Nearest,
+    sums: &mut Sums,
+    centres: &[f32],
+    drift: &[f32],
+) -> Result<usize> {
+    let packed = Centres::new(centres, facts.d, Precision::fastest());
+    let mut changed = 0;
+    source.each(&mut |first, points| {
+        let range = first..first + points.len();
+        let before = nearest.assignment[range.clone()].to_vec();
+        points.assign(nearest.part(range.clone()), &packed, drift);
+        changed += sums.follow(points, facts, range.clone(), &before, &nearest.assignment[range]);
+        Ok(())
+    })?;
+    Ok(changed)
+}
+
+/// The summed shift between two sets of centres.
+pub fn summed_shift(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
+    let squares: f64 =
+        from.chunks(d).zip(to.chunks(d)).map(|(x, y)| points::squared_distance(x, y)).sum();
+    match metric {
+        Metric::Euclidean => squares,
+        Metric::Spherical => squares / 2.,
+    }
+}
+
+/// What the points of each cluster add up to.
+pub struct Sums {
+    d: usize,
+    /// `Σ w x`, `(K, D)`.
+    sums: Vec<f64>,
+    /// `Σ w`.
+    masses: Vec<f64>,
+    /// Points with a weight above 0.
+    pub counts: Vec<usize>,
+}
+
+/// Points that are looked at together: parts follow from the shape alone.
+const PART: usize = 1024;
+
+/// Rows that are added up at a time; the partial sums are then added in order.
+const SUM_PART: usize = 2048;
+
+impl Sums {
+    /// Nothing, for `k` clusters of points of width `d`.
+    pub fn new(k: usize, d: usize) -> Self {
+        Self { d, sums: vec![0.; k * d], masses: vec![0.; k], counts: vec![0; k] }
+    }
+
+    /// Takes points that changed their cluster from one sum to the other; returns how many did.
+    ///
+    /// `range` is where these points lie among all, `before` and `after` are their clusters.
+    pub fn follow(
+        &mut self,
+        points: &Points,
+        facts: &Facts,
+        range: Range<usize>,
+        before: &[u32],
+        after: &[u32],
+    ) -> usize {
+        let d = self.d;
+        let changed: Vec<usize> = (0..after.len())
+            .into_par_iter()
+            .with_min_len(PART)
+            .filter(|&i| before[i] != after[i])
+            .collect();
+        // The rows that join and leave each cluster, in the order of the points.
+        let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; self.counts.len()];
+        for &i in &changed {
+            let weight = facts.weight(range.start + i);
+            if weight == 0. {
+                continue;
+            }
+            members[after[i] as usize].push((i as u32, weight));
+            self.enter(after[i] as usize, weight);
+            if before[i] != lloyd::UNASSIGNED {
+                members[before[i] as usize].push((i as u32, -weight));
+                self.leave(before[i] as usize, weight);
+            }
+        }
+        self.sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
+            let parts: Vec<Vec<f64>> = members
+                .par_chunks(SUM_PART)
+                .map(|part| {
+                    let mut sum = vec![0f64; d];
+                    for &(i, weight) in part {
+                        add_row(&mut sum, points.row(i as usize), weight);
+                    }
+                    sum
+                })
+                .collect();
+            for part in &parts {
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+        });
+        changed.len()
+    }
+
+    /// Adds points that were in no cluster before.
+    pub fn add(&mut self, points: &Points, assignment: &[u32]) {
+        let n = points.len();
+        let facts = Facts { n, d: self.d, weights: None, squares: 0., variance: 0. };
+        self.follow(points, &facts, 0..n, &vec![lloyd::UNASSIGNED; n], assignment);
+    }
+
+    /// Makes a point the only one of a cluster.
+    pub fn begin(&mut self, k: usize, row: &[f32]) {
+        let sum = &mut self.sums[k * self.d..][..self.d];
+        sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum = f64::from(x));
+        (self.masses[k], self.counts[k]) = (1., 1);
+    }
+
+    /// Width of a point, D.
+    pub fn width(&self) -> usize {
+        self.d
+    }
+
+    fn enter(&mut self, k: usize, weight: f64) {
+        self.counts[k] += 1;
+        self.masses[k] += weight;
+    }
+
+    fn leave(&mut self, k: usize, weight: f64) {
+        self.counts[k] -= 1;
+        // An empty cluster weighs nothing, whatever rounding left.
+        self.masses[k] = if self.counts[k] == 0 { 0. } else { self.masses[k] - weight };
+    }
+
+    /// `Σ w ‖x − c‖²` by `Σ w ‖x‖² + Σ_k (m_k ‖c_k‖² − 2 s_k·c_k)`, or its half for unit rows.
+    fn inertia(&self, centres: &[f32], metric: Metric, squares: f64) -> f64 {
+        let rest: f64 = (self.sums.chunks(self.d).zip(centres.chunks(self.d)).zip(&self.masses))
+            .map(|((sum, centre), &mass)| {
+                let dot: f64 = sum.iter().zip(centre).map(|(s, &c)| s * f64::from(c)).sum();
+                mass * product(centre, centre) - 2. * dot
+            })
+            .sum();
+        let inertia = (squares + rest).max(0.);
+        match metric {
+            Metric::Euclidean => inertia,
+            Metric::Spherical => inertia / 2.,
+        }
+    }
+
+    /// The means, of unit length if spherical; a cluster without points or direction stays.
+    pub fn means(&self, centres: &[f32], metric: Metric) -> Vec<f32> {
+        let mut means = centres.to_vec();
+        for ((mean, sum), &mass) in
+            means.chunks_mut(self.d).zip(self.sums.chunks(self.d)).zip(&self.masses)
+        {
+            let divisor = match metric {
+                Metric::Euclidean => mass,
+                Metric::Spherical => {
+                    let length = sum.iter().map(|s| s * s).sum::<f64>().sqrt();
+                    // Opposite unit rows leave rounding errors, not a direction.
+                    if length > 1e-6 * mass { length } else { 0. }
+                }
+            };
+            if mass > 0. && divisor > 0. {
+                mean.iter_mut().zip(sum).for_each(|(m, s)| *m = (s / divisor) as f32);
+            }
+        }
+        means
+    }
+
+    fn move_point(&mut self, row: &[f32], weight: f64, from: usize, to: usize) {
+        let d = self.d;
+        add_row(&mut self.sums[from * d..][..d], row, -weight);
+        add_row(&mut self.sums[to * d..][..d], row, weight);
+        self.leave(from, weight);
+        self.enter(to, weight);
+    }
+}
+
+/// Gives each empty cluster the point farthest from its own centre; returns how many got one.
+fn reseed_empty(
+    source: &dyn Source,
+    facts: &Facts,
+    nearest: &mut Nearest,
+    sums: &mut Sums,
+    centres: &[f32],
+) -> Result<usize> {
+    let empty: Vec<usize> = (0..sums.counts.len()).filter(|&k| sums.counts[k] == 0).collect();
+    if empty.is_empty() {
+        return Ok(0);
+    }
+    // A cluster's only point stays where it is, and every cluster may have one.
+    let wanted = empty.len() + sums.counts.len();
+    let mut farthest: Vec<(f64, usize)> = vec![];
+    source.each(&mut |first, points| {
+        farthest.extend(distances(points, first, facts, nearest, centres));
+        farthest.par_sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        farthest.truncate(wanted);
+        Ok(())
+    })?;
+    let mut counts = sums.counts.clone();
+    let mut candidates = farthest.iter();
+    let mut chosen: Vec<(usize, usize)> = vec![];
+    for k in empty {
+        let own = |i: usize| nearest.assignment[i] as usize;
+        let Some(&(_, i)) = candidates.find(|&&(_, i)| counts[own(i)] != 1) else {
+            break;
+        };
+        counts[own(i)] -= 1;
+        chosen.push((i, k));
+    }
+    source.each(&mut |first, points| {
+        let range = first..first + points.len();
+        for &(i, k) in chosen.iter().filter(|(i, _)| range.contains(i)) {
+            let from = nearest.assignment[i] as usize;
+            sums.move_point(points.row(i - first), facts.weight(i), from, k);
+            nearest.place(i, k as u32);
+        }
+        Ok(())
+    })?;
+    Ok(chosen.len())
+}
+
+/// The points that lie away from their centre and have a weight, with their squared distance.
+fn distances(
+    points: &Points,
+    first: usize,
+    facts: &Facts,
+    nearest: &Nearest,
+    centres: &[f32],
+) -> Vec<(f64, usize)> {
+    let d = points.d;
+    (first..first + points.len())
+        .into_par_iter()
+        .filter(|&i| facts.weight(i) > 0.)
+        .map(|i| {
+            let row = points.row(i - first);
+            let centre = &centres[nearest.assignment[i] as usize * d..][..d];
+            let distance = points::squared_distance(row, centre);
+            // A point that differs from its centre by rounding alone is not far from it.
+            let size = product(row, row).max(product(centre, centre));
+            (if distance > 1e-12 * size { distance } else { 0. }, i)
+        })
+        .filter(|&(distance, _)| distance > 0.)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::RngExt;
+
+    use super::*;
+    use crate::k_means_from;
+
+    /// Lloyd's iterations as they stand in a textbook, until the assignment repeats; no cluster may
+    /// become empty.
+    fn plain(points: &[f32], d: usize, mut centres: Vec<f32>) -> (Vec<u32>, f64) {
+        let k = centres.len() / d;
+        let mut before = vec![];
+        loop {
+            let score = |x: &[f32], c: &[f32]| product(x, c) - product(c, c) / 2.;
+            let assignment: Vec<u32> = points
+                .chunks(d)
+                .map(|x| {
+                    let best = (0..k).map(|c| (score(x, &centres[c * d..][..d]), c));
+                    best.reduce(|a, b| if b.0 > a.0 { b } else { a }).expect("a centre").1 as u32
+                })
+                .collect();
+            if assignment == before {
+                let own = |(x, &c): (&[f32], &u32)| {
+                    points::squared_distance(x, &centres[c as usize * d..][..d])
+                };
+                let inertia = points.chunks(d).zip(&assignment).map(own).sum();
+                return (assignment, inertia);
+            }
+            let mut sums = vec![0f64; k * d];
+            let mut counts = vec![0f64; k];
+            for (x, &c) in points.chunks(d).zip(&assignment) {
+                add_row(&mut sums[c as usize * d..][..d], x, 1.);
+                counts[c as usize] += 1.;
+            }
+            for (i, (centre, sum)) in centres.iter_mut().zip(&sums).enumerate() {
+                assert!(counts[i / d] > 0., "choose points that leave no cluster empty");
+                *centre = (sum / counts[i / d]) as f32;
+            }
+            before = assignment;
+        }
+    }
+
+    #[test]
+    fn where_they_end_is_where_plain_iterations_end() -> Result<()> {
+        let mut random = stage::random::stream(11, "lloyd", &[]);
+        for (n, d, clusters) in [(3000, 12, 40), (2000, 3, 25), (1500, 64, 10), (400, 2, 7)] {
+            // Whole numbers around zero: sums are exact and ties are many.
+            let mut points: Vec<f32> =
+                (0..n * d).map(|_| random.random_range(-8..=8) as f32).collect();
+            // As many points again mirrored, so that the mean is zero and nothing is shifted.
+            points.extend(points.clone().iter().map(|x| -x));
+            let start = points[..clusters * d].to_vec();
+            let config = KMeans {
+                clusters,
+                metric: Metric::Euclidean,
+                restarts: 1,
+                iterations: 500,
+                tolerance: 0.,
+            };
+            let found = k_means_from(&points, 2 * n, d, &start, &config)?;
+            let (assignment, inertia) = plain(&points, d, start);
+            assert!(found.converged && found.iterations > 3, "{}", found.iterations);
+            assert_eq!(found.assignment, assignment, "{n} {d} {clusters}");
+            assert!((found.inertia / inertia - 1.).abs() < 1e-9, "{} {inertia}", found.inertia);
+        }
+        Ok(())
+    }
+}
