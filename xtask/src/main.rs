@@ -8,6 +8,7 @@
 //! the table at the end.
 
 mod bench;
+mod clusters;
 mod cuda_toolchain;
 mod experiment;
 mod interrupt;
@@ -87,6 +88,11 @@ enum Command {
     Bench {
         #[command(flatten)]
         options: bench::Options,
+    },
+    /// Guesses how many clusters a run's embeddings hold: a curve of scores without ground truth.
+    Clusters {
+        #[command(flatten)]
+        options: clusters::Options,
     },
     /// Names the experiments.
     List,
@@ -188,6 +194,11 @@ fn follow(command: Command) -> Result<()> {
             go_to_root()?;
             interrupt::listen()?;
             bench::run(&options)
+        }
+        Command::Clusters { mut options } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            clusters::run(&options)
         }
         Command::List => {
             go_to_root()?;

@@ -82,18 +82,28 @@ pub fn normalized_mutual_information(table: &Contingency, mean: Mean) -> f64 {
     information / mean.of(entropy(&a), entropy(&b))
 }
 
+/// Counts whose logarithms are computed once.
+const FEW: u64 = 2048;
+
 /// `I = Σ_kc (n_kc / N) ln(N n_kc / (a_k b_c))`, in nats; not below 0.
 pub fn mutual_information(table: &Contingency) -> f64 {
     let (a, b) = sums(table);
     let n: u64 = a.iter().sum();
-    let logarithms: Vec<f64> = b.iter().map(|&b| (b as f64).ln()).collect();
+    // Cells without points add 0, whatever their logarithms are taken for.
+    let logarithm = |n: u64| if n == 0 { 0. } else { (n as f64).ln() };
+    let of_columns: Vec<f64> = b.iter().map(|&b| logarithm(b)).collect();
+    let of_counts: Vec<f64> = (0..FEW).map(logarithm).collect();
+    let of_count = |n: u32| match of_counts.get(n as usize) {
+        Some(&logarithm) => logarithm,
+        None => f64::from(n).ln(),
+    };
     let mut information = 0f64;
     for (row, &a) in table.counts.chunks(table.columns).zip(&a).filter(|(_, a)| **a > 0) {
-        // ln a − ln N, once a row; each further logarithm belongs to a cell with points.
+        // ln a − ln N, once a row.
         let offset = (n as f64).ln() - (a as f64).ln();
-        for (&count, &logarithm) in row.iter().zip(&logarithms).filter(|(count, _)| **count > 0) {
-            let count = f64::from(count);
-            information += count / n as f64 * (count.ln() + offset - logarithm);
+        for (&count, &of_column) in row.iter().zip(&of_columns) {
+            let share = f64::from(count) / n as f64;
+            information += share * (of_count(count) + offset - of_column);
         }
     }
     // Independent sides leave rounding errors of either sign.
@@ -224,7 +234,7 @@ pub fn adjusted_rand_index(table: &Contingency) -> f64 {
     let (a, b) = sums(table);
     let square = |sizes: &[u64]| sizes.iter().map(|&x| u128::from(x) * u128::from(x)).sum::<u128>();
     let n = u128::from(a.iter().sum::<u64>());
-    let both: u128 = table.counts.iter().map(|&x| u128::from(x) * u128::from(x)).sum();
+    let both = table.counts.chunks(FEW as usize).map(sum_of_squares).sum::<u128>();
     let (rows, columns) = (square(&a), square(&b));
     // Ordered pairs; integers, so nothing is lost before the division.
     let (together, only_rows, only_columns) = (both - n, rows - both, columns - both);
@@ -234,6 +244,14 @@ pub fn adjusted_rand_index(table: &Contingency) -> f64 {
     let apart = (n * n + both - rows - columns) as f64;
     let (p, r, s) = (together as f64, only_rows as f64, only_columns as f64);
     2. * (p * apart - r * s) / ((p + r) * (r + apart) + (p + s) * (s + apart))
+}
+
+fn sum_of_squares(counts: &[u32]) -> u128 {
+    // Squares of numbers below 2²⁶ leave room for 2¹² of them.
+    if counts.iter().all(|&x| x < 1 << 26) {
+        return counts.iter().map(|&x| u64::from(x) * u64::from(x)).sum::<u64>().into();
+    }
+    counts.iter().map(|&x| u128::from(x) * u128::from(x)).sum()
 }
 
 /// How far clusters hold points of one class only: `1 − H(classes | clusters) / H(classes)`.
@@ -377,11 +395,48 @@ mod tests {
         }
     }
 
+    #[test]
+    fn large_counts_are_squared_without_loss() {
+        let counts = vec![u32::MAX; 5];
+        assert_eq!(sum_of_squares(&counts), 5 * u128::from(u32::MAX) * u128::from(u32::MAX));
+        assert_eq!(sum_of_squares(&vec![(1 << 26) - 1; 2048]), 2048 * ((1u128 << 26) - 1).pow(2));
+        // Beyond the table of logarithms as within it.
+        let t = Contingency { rows: 2, columns: 2, counts: vec![30_000, 10_000, 0, 40_000] };
+        let small = Contingency { counts: vec![3, 1, 0, 4], ..t.clone() };
+        assert!((mutual_information(&t) - mutual_information(&small)).abs() < 1e-14);
+    }
+
+    #[test]
+    fn class_scores_agree_with_scikit_learn() {
+        let fixture: serde_json::Value =
+            serde_json::from_str(include_str!("../tests/classes.json")).expect("JSON");
+        for case in fixture["cases"].as_array().expect("cases") {
+            let list = |key: &str| serde_json::from_value::<Vec<u32>>(case[key].clone());
+            let scores = |key: &str| serde_json::from_value::<Vec<Option<f64>>>(case[key].clone());
+            let (clusters, classes) =
+                (list("clusters").expect("u32"), list("classes").expect("u32"));
+            let k = case["k"].as_u64().expect("a number") as usize;
+            let t = contingency(&clusters, &classes, k, k).expect("valid");
+            let found = class_scores(&t, &(0..k as u32).map(Some).collect::<Vec<_>>());
+            let (precision, recall) = (scores("precision"), scores("recall"));
+            for (c, (precision, recall)) in
+                precision.expect("f64").into_iter().zip(recall.expect("f64")).enumerate()
+            {
+                let ClassScore { precision: p, recall: r } = found[c];
+                for (got, want) in [(p, precision), (r, recall)] {
+                    assert_eq!(got.is_some(), want.is_some(), "class {c}");
+                    let off = got.unwrap_or(0.) - want.unwrap_or(0.);
+                    assert!(off.abs() < 1e-12, "class {c}: {got:?} {want:?}");
+                }
+            }
+        }
+    }
+
     /// Labels of a case are text, one printable character a point; the script says how they are drawn.
     #[test]
     fn scores_agree_with_scikit_learn() {
         let fixture: serde_json::Value =
-            serde_json::from_str(include_str!("../tests-data/agreement.json")).expect("JSON");
+            serde_json::from_str(include_str!("../tests/agreement.json")).expect("JSON");
         let cases = fixture["cases"].as_array().expect("cases");
         assert_eq!(cases.len(), 200);
         for (i, case) in cases.iter().enumerate() {

@@ -99,7 +99,8 @@ impl<'a> Grouped<'a> {
 ///
 /// The sample holds points of fewer than two clusters.
 pub fn silhouette(grouped: &Grouped, sample: usize, seed: u64) -> Result<f64> {
-    let drawn = draw(grouped.assignment.len(), sample, seed);
+    let mut random = stage::random::stream(seed, "silhouette", &[]);
+    let drawn = assignment::sample(grouped.assignment.len(), sample, &mut random);
     let mut sizes = vec![0usize; grouped.clusters];
     drawn.iter().for_each(|&i| sizes[grouped.assignment[i] as usize] += 1);
     let filled = sizes.iter().filter(|&&size| size > 0).count();
@@ -108,19 +109,39 @@ pub fn silhouette(grouped: &Grouped, sample: usize, seed: u64) -> Result<f64> {
         "silhouette: {} sampled points are of {filled} cluster; sample more points",
         drawn.len()
     );
-    let values: Vec<f64> =
-        drawn.par_iter().map(|&i| point_silhouette(grouped, &drawn, &sizes, i)).collect();
-    Ok(values.iter().sum::<f64>() / values.len() as f64)
+    let clusters: Vec<u32> = drawn.iter().map(|&i| grouped.assignment[i]).collect();
+    let row = |i: usize| grouped.row(drawn[i]);
+    Ok(mean_silhouette(&clusters, &sizes, |i, j| distance(row(i), row(j))))
 }
 
-fn point_silhouette(grouped: &Grouped, drawn: &[usize], sizes: &[usize], i: usize) -> f64 {
-    let own = grouped.assignment[i] as usize;
+/// The mean over points of how much nearer they lie to their own cluster than to the next.
+///
+/// - `clusters`: of each point, `(N,)`; `sizes`: points of each cluster.
+fn mean_silhouette(
+    clusters: &[u32],
+    sizes: &[usize],
+    distance: impl Fn(usize, usize) -> f64 + Sync,
+) -> f64 {
+    let values: Vec<f64> = (0..clusters.len())
+        .into_par_iter()
+        .map(|i| point_silhouette(i, clusters, sizes, &distance))
+        .collect();
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+fn point_silhouette(
+    i: usize,
+    clusters: &[u32],
+    sizes: &[usize],
+    distance: impl Fn(usize, usize) -> f64,
+) -> f64 {
+    let own = clusters[i] as usize;
     if sizes[own] == 1 {
         return 0.;
     }
     let mut distances = vec![0f64; sizes.len()];
-    for &j in drawn {
-        distances[grouped.assignment[j] as usize] += distance(grouped.row(i), grouped.row(j));
+    for (j, &k) in clusters.iter().enumerate() {
+        distances[k as usize] += distance(i, j);
     }
     let within = distances[own] / (sizes[own] - 1) as f64;
     let between = (distances.iter().zip(sizes).enumerate())
@@ -131,22 +152,36 @@ fn point_silhouette(grouped: &Grouped, drawn: &[usize], sizes: &[usize], i: usiz
     if larger == 0. { 0. } else { (between - within) / larger }
 }
 
-/// `sample` of the numbers below `n`, ascending, without repetition; all if there are no more.
-fn draw(n: usize, sample: usize, seed: u64) -> Vec<usize> {
-    use rand::RngExt;
-    if sample >= n {
-        return (0..n).collect();
+/// The distances between points, kept: for the silhouettes of many groupings of the same points.
+#[derive(Debug, Clone)]
+pub struct Distances {
+    /// `(N, N)`.
+    values: Vec<f32>,
+    n: usize,
+}
+
+impl Distances {
+    /// Between all rows of `points` `(N, d)`.
+    pub fn new(points: &[f32], d: usize) -> Self {
+        let n = points.len() / d;
+        let mut values = vec![0f32; n * n];
+        values.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, values)| {
+            for (value, row) in values.iter_mut().zip(points.chunks(d)) {
+                *value = distance(&points[i * d..][..d], row) as f32;
+            }
+        });
+        Self { values, n }
     }
-    // Floyd's algorithm: every subset is as likely as another.
-    let mut random = stage::random::stream(seed, "silhouette", &[]);
-    let mut drawn = std::collections::BTreeSet::new();
-    for last in n - sample..n {
-        let i = random.random_range(0..=last as u64) as usize;
-        if !drawn.insert(i) {
-            drawn.insert(last);
+
+    /// [`silhouette`] of a grouping of all points; 0 where only one cluster has points.
+    pub fn silhouette(&self, assignment: &[u32], clusters: usize) -> f64 {
+        let mut sizes = vec![0usize; clusters];
+        assignment.iter().for_each(|&k| sizes[k as usize] += 1);
+        if sizes.iter().filter(|&&size| size > 0).count() < 2 {
+            return 0.;
         }
+        mean_silhouette(assignment, &sizes, |i, j| f64::from(self.values[i * self.n + j]))
     }
-    drawn.into_iter().collect()
 }
 
 fn distance(x: &[f32], y: &[f32]) -> f64 {
@@ -209,7 +244,7 @@ mod tests {
     #[test]
     fn scores_agree_with_scikit_learn() -> Result<()> {
         let fixture: serde_json::Value =
-            serde_json::from_str(include_str!("../tests-data/geometry.json"))?;
+            serde_json::from_str(include_str!("../tests/geometry.json"))?;
         for (i, case) in fixture["cases"].as_array().expect("cases").iter().enumerate() {
             let number = |key: &str| case[key].as_u64().expect("a number") as usize;
             let points: Vec<f32> = serde_json::from_value(case["points"].clone())?;
@@ -231,20 +266,18 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_is_drawn_by_seed_without_repetition() -> Result<()> {
-        let drawn = draw(100, 30, 1);
-        assert_eq!(drawn.len(), 30);
-        assert!(drawn.windows(2).all(|pair| pair[0] < pair[1]) && drawn[29] < 100);
-        assert_eq!(drawn, draw(100, 30, 1));
-        assert_ne!(drawn, draw(100, 30, 2));
-        assert_eq!(draw(3, 5, 0), [0, 1, 2]);
-
+    fn a_sample_says_about_what_all_points_say() -> Result<()> {
         let points: Vec<f32> =
             (0..400).map(|i| (i % 4) as f32 * 10. + (i / 4) as f32 * 0.01).collect();
         let assignment: Vec<u32> = (0..400).map(|i| i % 4).collect();
         let grouped = Grouped::new(&points, 1, &assignment, 4)?;
         let (all, some) = (silhouette(&grouped, 400, 0)?, silhouette(&grouped, 80, 0)?);
         assert!((all - some).abs() < 0.02 && all > 0.9, "{all} {some}");
+        assert_eq!(some, silhouette(&grouped, 80, 0)?);
+        assert_ne!(some, silhouette(&grouped, 80, 1)?);
+        let kept = Distances::new(&points, 1).silhouette(&assignment, 4);
+        assert!((all - kept).abs() < 1e-6, "{all} {kept}");
+        assert_eq!(Distances::new(&points, 1).silhouette(&[2; 400], 4), 0.);
         Ok(())
     }
 

@@ -6,11 +6,13 @@
 //! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI and more.
 //! - [`geometry`]: scores of a grouping against the points it groups, without any truth.
 //! - [`confidence`]: whether confidences mean what they say.
+//! - [`number`]: how many clusters there may be, a guess; the program `clusters`.
 //! - [`report`]: what is computed for one round, and the form of `metrics.json`.
 
 pub mod agreement;
 pub mod confidence;
 pub mod geometry;
+pub mod number;
 pub mod report;
 
 use std::env::ArgsOs;

@@ -1,45 +1,46 @@
-//! Measures k-means, neighbours and scores, beside other libraries where a Python has them.
+//! Times k-means, neighbours and scores, ours beside other libraries' where a Python has them.
 //!
-//! `bench-assignment [--work NAME] [--peer-python PATH] [--repeats R] [--small] [--json]`
+//! `cargo xtask bench assignment [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N] [--small]]`
 //!
-//! Ours and the peers take turns, each measurement in a process of its own, so that a slow minute
-//! of the machine hits all of them and the peak memory is that of one. The time is that of the
-//! computation alone, on numbers in memory; what is reported is the median, and how far the
-//! measurements spread. `value` says what was computed (inertia, sum of neighbours, sum of scores),
-//! so that nobody is fast by doing less.
+//! Numbers lie in memory before the clock starts, the same for all sides. Every side leaves the
+//! value that it computed (inertia, sum of products with the neighbours, sum of scores); a row holds
+//! ours and the peers' (`value`, `peer-values`), and a work whose inertia or scores are worse than a
+//! peer's by more than 10⁻⁴ fails: nobody is fast by doing less. Of several peers the row shows the
+//! fastest. `-- --large` runs, once and without peers, what is to fit into memory: a million points
+//! and 20,000 clusters, in memory and in shards. See `bench/peer.py` of this crate.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use assignment::{KMeans, Metric, contingency, k_means, k_means_from, nearest_neighbours};
+use assignment::{
+    KMeans, Metric, Shards, Streaming, contingency, k_means, k_means_from, k_means_mini_batch,
+    k_means_streaming, nearest_neighbours,
+};
+use bench::{Peers, Report, Row, Side, Unit};
 use clap::Parser;
 use metrics::agreement::{Mean, accuracy, adjusted_rand_index, normalized_mutual_information};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 #[derive(Parser)]
-struct Arguments {
-    /// Measure only the works whose name begins so.
-    #[arg(long, default_value = "")]
-    work: String,
-    /// A Python with numpy, scipy, scikit-learn and faiss-cpu (torch too, if wanted) to compare with.
-    #[arg(long, value_name = "PATH")]
-    peer_python: Option<PathBuf>,
-    /// Measurements of each.
-    #[arg(long, default_value_t = 3)]
-    repeats: usize,
+#[command(name = "bench-assignment", about = "Times k-means, neighbours and scores")]
+struct CommandLine {
+    #[command(flatten)]
+    shared: bench::Arguments,
     /// A hundredth of the size, to see that everything runs.
     #[arg(long)]
     small: bool,
-    /// Print one JSON array instead of lines.
+    /// A million points and 20,000 clusters, once each way.
     #[arg(long)]
-    json: bool,
-    /// Measure one work on the files of a folder; how the program calls itself.
+    large: bool,
+    /// Do one work on the files of a folder; how the program calls itself.
     #[arg(long, hide = true, num_args = 2, value_names = ["KIND", "FOLDER"])]
-    measure: Vec<String>,
+    side: Vec<String>,
 }
 
 /// A task, and what it is about.
@@ -58,15 +59,15 @@ struct Shape {
     #[serde(skip_serializing_if = "Option::is_none")]
     d: Option<usize>,
     clusters: usize,
+    /// Updates of the centres at most.
     iterations: usize,
     restarts: usize,
     neighbours: usize,
     threads: usize,
 }
 
-fn works(small: bool) -> Vec<Work> {
+fn works(small: bool, threads: usize) -> Vec<Work> {
     let divisor = if small { 100 } else { 1 };
-    let threads = rayon::current_num_threads();
     let shape = |n: usize, d, clusters: usize| Shape {
         n: n / divisor,
         d,
@@ -76,34 +77,33 @@ fn works(small: bool) -> Vec<Work> {
         neighbours: 20,
         threads,
     };
-    let k_means = |iterations, n, d, k| Shape { iterations, ..shape(n, Some(d), k) };
     vec![
         Work {
-            name: "k-means 200,000 x 512, K 1,000, 20 iterations",
+            name: "k-means 200,000x512 K 1,000, 20 iterations",
             kind: "k-means",
             peers: &["faiss", "scikit-learn", "torch"],
-            shape: k_means(20, 200_000, 512, 1000),
+            shape: Shape { iterations: 20, ..shape(200_000, Some(512), 1000) },
         },
         Work {
-            name: "restarts: k-means 50,000 x 256, K 10, 10 restarts to convergence",
+            name: "k-means 50,000x256 K 10, 10 restarts",
             kind: "restarts",
             peers: &["scikit-learn"],
             shape: shape(50_000, Some(256), 10),
         },
         Work {
-            name: "neighbours: exact 20 of 50,000 x 512",
+            name: "neighbours: exact 20 of 50,000x512",
             kind: "neighbours",
-            peers: &["faiss", "torch-bf16", "torch"],
+            peers: &["faiss", "torch-bf16"],
             shape: shape(50_000, Some(512), 100),
         },
         Work {
-            name: "scores: ACC, NMI, ARI of 1,000,000 labels, K 10",
+            name: "ACC+NMI+ARI of 1,000,000 labels, K 10",
             kind: "scores",
             peers: &["scikit-learn"],
             shape: shape(1_000_000, None, 10),
         },
         Work {
-            name: "scores: ACC, NMI, ARI of 1,000,000 labels, K 1,000",
+            name: "ACC+NMI+ARI of 1,000,000 labels, K 1,000",
             kind: "scores",
             peers: &["scikit-learn"],
             shape: shape(1_000_000, None, 1000),
@@ -111,164 +111,69 @@ fn works(small: bool) -> Vec<Work> {
     ]
 }
 
-/// One measurement.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct Measurement {
-    seconds: f64,
-    /// Seconds of all processors together; less troubled by what else the machine does.
-    processor: f64,
-    /// Bytes added to the peak memory of the process.
-    memory: f64,
-    value: f64,
-}
-
-/// What is said of one library at one work.
-#[derive(Debug, Clone, Serialize)]
-struct Summary {
-    library: String,
-    /// Median.
-    seconds: f64,
-    /// Least and most.
-    range: [f64; 2],
-    /// Seconds of all processors together, median.
-    processor: f64,
-    memory: f64,
-    value: f64,
-}
-
-/// One entry of the JSON array: seconds; `peer` is the fastest one, `ratio` is `peer / ours`.
-#[derive(Debug, Serialize)]
-struct Entry {
-    work: &'static str,
-    ours: f64,
-    peer: Option<f64>,
-    ratio: Option<f64>,
-    libraries: Vec<Summary>,
-}
-
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let result = match &arguments.measure[..] {
-        [kind, folder] => measure(kind, Path::new(folder)),
-        _ => bench(&arguments),
+    let arguments = CommandLine::parse();
+    let result = match &arguments.side[..] {
+        [kind, folder] => side(kind, Path::new(folder)),
+        _ if arguments.large => large(&arguments),
+        _ => compare(&arguments),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench-assignment: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    bench::exit("bench-assignment", result)
 }
 
-fn bench(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.repeats > 0, "--repeats is 0; at least one measurement is needed");
-    let mut entries = vec![];
-    for work in works(arguments.small).iter().filter(|w| w.name.starts_with(&arguments.work)) {
-        let entry = bench_work(work, arguments)?;
-        if !arguments.json {
-            print_entry(&entry);
-        }
-        entries.push(entry);
+const PACKAGES: [&str; 5] = ["numpy", "scipy", "sklearn", "faiss", "torch"];
+
+fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
+    let python = shared.peer_python.as_deref();
+    let program = include_str!("../../bench/peer.py");
+    let peers = python.map(|python| Peers::new(python, &PACKAGES, program)).transpose()?;
+    let threads = shared.threads();
+    let mut report = Report::new(shared.json);
+    for work in works(*small, threads).iter().filter(|work| shared.wants(work.name)) {
+        let folder = tempfile::tempdir().context("making a temporary folder")?;
+        write_data(work, folder.path())?;
+        let place = folder.path().to_str().context("a folder whose name is text")?;
+        let ours = Side::ours(&["--side", work.kind, place], threads)?;
+        let started = peers.as_ref().map_or(Ok(vec![]), |peers| {
+            let start = |&peer| peers.start(peer, &[peer, work.kind, place], threads);
+            work.peers.iter().map(start).collect::<Result<Vec<Side>>>()
+        })?;
+        let keys = serde_json::to_value(&work.shape)?;
+        let mut row = bench::compare(shared, work.name, keys, Unit::Seconds, ours, started)?;
+        let names = if peers.is_some() { work.peers } else { &[] };
+        // A hundredth of the points has optima of its own.
+        let tolerance = if *small { 1e-2 } else { 1e-4 };
+        hold_values(work, folder.path(), names, tolerance, &mut row)?;
+        report.add(row);
     }
-    ensure!(!entries.is_empty(), "no work begins with `{}`", arguments.work);
-    if arguments.json {
-        println!("{}", serde_json::to_string(&entries)?);
-    }
-    Ok(())
+    report.finish()
 }
 
-fn bench_work(work: &Work, arguments: &Arguments) -> Result<Entry> {
-    let folder = std::env::temp_dir().join(format!("bench-assignment-{}", std::process::id()));
-    fs::create_dir_all(&folder)?;
-    let measured = write_data(work, &folder).and_then(|()| take_turns(work, arguments, &folder));
-    fs::remove_dir_all(&folder)?;
-    let libraries: Vec<Summary> = measured?
-        .into_iter()
-        .filter(|(_, measurements)| !measurements.is_empty())
-        .map(|(library, measurements)| summary(library, &measurements))
-        .collect();
-    let ours = libraries[0].seconds;
-    let peer = libraries[1..].iter().map(|peer| peer.seconds).reduce(f64::min);
-    Ok(Entry { work: work.name, ours, peer, ratio: peer.map(|peer| peer / ours), libraries })
-}
-
-/// Measures ours and each peer in turn; a peer that is not installed has no measurements.
-fn take_turns(
+/// Puts the values that the sides left into the row, and holds ours against the exact peers'.
+fn hold_values(
     work: &Work,
-    arguments: &Arguments,
     folder: &Path,
-) -> Result<Vec<(String, Vec<Measurement>)>> {
-    let script = folder.join("peer.py");
-    fs::write(&script, include_str!("../../bench/peer.py"))?;
-    let mut all = vec![("ours".to_owned(), vec![])];
-    if arguments.peer_python.is_some() {
-        all.extend(work.peers.iter().map(|&peer| (peer.to_owned(), vec![])));
-    }
-    for _ in 0..arguments.repeats {
-        for (library, measurements) in &mut all {
-            let mut command = match &arguments.peer_python {
-                Some(python) if library != "ours" => {
-                    let mut command = Command::new(python);
-                    command.arg(&script).arg(&*library).arg(work.kind);
-                    command
-                }
-                _ => {
-                    let mut command = Command::new(std::env::current_exe()?);
-                    command.arg("--measure").arg(work.kind);
-                    command
-                }
-            };
-            let output =
-                command.arg(folder).output().with_context(|| format!("starting {library}"))?;
-            match output.status.code() {
-                Some(0) => {
-                    let text = String::from_utf8_lossy(&output.stdout);
-                    let line = text.lines().last().unwrap_or_default();
-                    measurements.push(serde_json::from_str(line).with_context(|| {
-                        format!("{library} was to print a measurement, not `{line}`")
-                    })?);
-                }
-                Some(3) if library != "ours" => {}
-                _ => bail!("{library} failed: {}", String::from_utf8_lossy(&output.stderr).trim()),
-            }
-        }
-    }
-    Ok(all)
-}
-
-fn summary(library: String, measurements: &[Measurement]) -> Summary {
-    let sorted = |of: fn(&Measurement) -> f64| -> Vec<f64> {
-        let mut values: Vec<f64> = measurements.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values
+    peers: &[&str],
+    tolerance: f64,
+    row: &mut Row,
+) -> Result<()> {
+    let value = |side: &str| -> Result<f64> {
+        let text = fs::read_to_string(folder.join(format!("{side}.value")));
+        Ok(text.with_context(|| format!("{side} left no value"))?.parse()?)
     };
-    let seconds = sorted(|m| m.seconds);
-    let processor = sorted(|m| m.processor);
-    Summary {
-        library,
-        seconds: seconds[seconds.len() / 2],
-        processor: processor[processor.len() / 2],
-        range: [seconds[0], seconds[seconds.len() - 1]],
-        memory: measurements.iter().map(|m| m.memory).fold(0., f64::max),
-        value: measurements[0].value,
+    let ours = value("ours")?;
+    let mut theirs = serde_json::Map::new();
+    for &peer in peers {
+        let value = value(peer)?;
+        theirs.insert(peer.to_owned(), json!(value));
+        // A lower inertia is no fault; neighbours and scores are either right or not.
+        let off = ours / value - 1.;
+        let off = if work.kind == "restarts" { off.max(0.) } else { off.abs() };
+        ensure!(off < tolerance, "{}: ours computed {ours}, {peer} {value}", work.name);
     }
-}
-
-fn print_entry(entry: &Entry) {
-    println!("{}", entry.work);
-    for Summary { library, seconds, range: [least, most], processor, memory, value } in
-        &entry.libraries
-    {
-        let megabytes = memory / 1e6;
-        println!(
-            "  {library:13} {seconds:9.4} s ({least:.4} to {most:.4}), of processors \
-             {processor:.4} s, {megabytes:.0} MB, value {value:.6}"
-        );
-    }
-    if let Some(ratio) = entry.ratio {
-        println!("  the fastest peer takes {ratio:.2} times as long");
-    }
+    row.keys.insert("value".into(), json!(ours));
+    row.keys.insert("peer-values".into(), Value::Object(theirs));
+    Ok(())
 }
 
 /// Writes what a work computes on: blobs of unit rows, or two related groupings.
@@ -330,10 +235,11 @@ fn blobs(n: usize, d: usize, k: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Measures ours on the files of a folder, and prints the measurement.
-fn measure(kind: &str, folder: &Path) -> Result<()> {
+/// Our side.
+fn side(kind: &str, folder: &Path) -> Result<()> {
     let shape: Shape = serde_json::from_str(&fs::read_to_string(folder.join("shape.json"))?)?;
-    let floats = |name: &str| read(folder, name, f32::from_le_bytes);
+    let floats = |name: &str| read(&folder.join(name), f32::from_le_bytes);
+    let leave = |value: f64| fs::write(folder.join("ours.value"), value.to_string());
     let (n, d) = (shape.n, shape.d.unwrap_or(0));
     let config = KMeans {
         clusters: shape.clusters,
@@ -342,68 +248,140 @@ fn measure(kind: &str, folder: &Path) -> Result<()> {
         iterations: shape.iterations,
         tolerance: 1e-4,
     };
-    let measurement = match kind {
+    match kind {
         "k-means" => {
             let (points, centres) = (floats("points.f32")?, floats("centres.f32")?);
-            let config = KMeans { tolerance: 0., ..config };
-            timed(|| Ok(k_means_from(&points, n, d, &centres, &config)?.inertia))?
+            // The last assignment moves no centre, as in the other libraries.
+            let config = KMeans { tolerance: 0., iterations: shape.iterations + 1, ..config };
+            bench::serve(|| {
+                leave(k_means_from(&points, n, d, &centres, &config)?.inertia)?;
+                Ok(1.)
+            })
         }
         "restarts" => {
             let points = floats("points.f32")?;
-            timed(|| Ok(k_means(&points, n, d, &config, 0)?.inertia))?
+            bench::serve(|| {
+                leave(k_means(&points, n, d, &config, 0)?.inertia)?;
+                Ok(1.)
+            })
         }
         "neighbours" => {
             let points = floats("points.f32")?;
-            timed(|| {
+            let mut is_first = true;
+            bench::serve(|| {
                 let found = nearest_neighbours(&points, n, d, shape.neighbours)?;
-                Ok(found.iter().map(|&i| f64::from(i)).sum())
-            })?
+                if std::mem::take(&mut is_first) {
+                    leave(sum_of_products(&points, d, &found, shape.neighbours))?;
+                }
+                Ok(1.)
+            })
         }
         "scores" => {
-            let clusters = read(folder, "clusters.u32", u32::from_le_bytes)?;
-            let classes = read(folder, "classes.u32", u32::from_le_bytes)?;
-            timed(|| {
+            let clusters = read(&folder.join("clusters.u32"), u32::from_le_bytes)?;
+            let classes = read(&folder.join("classes.u32"), u32::from_le_bytes)?;
+            bench::serve(|| {
                 let table = contingency(&clusters, &classes, shape.clusters, shape.clusters)?;
-                Ok(accuracy(&table)
-                    + normalized_mutual_information(&table, Mean::Arithmetic)
-                    + adjusted_rand_index(&table))
-            })?
+                leave(
+                    accuracy(&table)
+                        + normalized_mutual_information(&table, Mean::Arithmetic)
+                        + adjusted_rand_index(&table),
+                )?;
+                Ok(1.)
+            })
         }
-        _ => bail!("no work is called `{kind}`"),
+        _ => once(kind, folder, &shape, &config),
+    }
+}
+
+/// Of every 50th row with its neighbours, in `f64`.
+fn sum_of_products(points: &[f32], d: usize, found: &[u32], k: usize) -> f64 {
+    let row = |i: usize| &points[i * d..][..d];
+    let product = |i: usize, j: u32| -> f64 {
+        row(i).iter().zip(row(j as usize)).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
     };
-    println!("{}", serde_json::to_string(&measurement)?);
+    let of = |(i, neighbours): (usize, &[u32])| -> f64 {
+        neighbours.iter().map(|&j| product(i, j)).sum()
+    };
+    found.chunks(k).enumerate().step_by(50).map(of).sum()
+}
+
+/// Points of a shard.
+const SHARD: usize = 50_000;
+
+/// Runs the large works one after the other, each in a process of its own.
+fn large(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
+    let divisor = if *small { 100 } else { 1 };
+    let (n, clusters) = (1_000_000 / divisor, 20_000 / divisor);
+    let shape = Shape {
+        n,
+        d: Some(256),
+        clusters,
+        iterations: 10,
+        restarts: 1,
+        neighbours: 0,
+        threads: shared.threads(),
+    };
+    let folder = tempfile::tempdir().context("making a temporary folder")?;
+    write_data(&Work { name: "large", kind: "large", peers: &[], shape }, folder.path())?;
+    let kinds = ["large: in memory", "large: streaming", "large: mini-batch"];
+    for kind in kinds.into_iter().filter(|kind| shared.wants(kind)) {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.env("RAYON_NUM_THREADS", shared.threads().to_string());
+        let status = command.args(["--side", kind]).arg(folder.path()).status()?;
+        ensure!(status.success(), "{kind} ended with {status}");
+    }
     Ok(())
 }
 
-fn read<T>(folder: &Path, name: &str, from: fn([u8; 4]) -> T) -> Result<Vec<T>> {
-    let bytes = fs::read(folder.join(name))?;
-    Ok(bytes.as_chunks::<4>().0.iter().map(|&chunk| from(chunk)).collect())
-}
-
-fn timed(compute: impl FnOnce() -> Result<f64>) -> Result<Measurement> {
-    // The threads are there before the clock starts, as they are in the peers.
-    rayon::broadcast(|_| ());
-    let (before, processor, start) = (peak_memory()?, processor_seconds(), Instant::now());
-    let value = compute()?;
-    let seconds = start.elapsed().as_secs_f64();
-    let processor = processor_seconds() - processor;
-    Ok(Measurement { seconds, processor, memory: peak_memory()? - before, value })
-}
-
-/// Seconds of all processors that this process has used; 0 where the system does not say.
-fn processor_seconds() -> f64 {
-    let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // After the name, which may hold spaces: user and system time, in hundredths of a second.
-    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
-    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.
-}
-
-/// The most memory that this process has held, in bytes; 0 where the system does not say.
-fn peak_memory() -> Result<f64> {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else {
-        return Ok(0.);
+/// Does a large work once, and prints what it took as a JSON object.
+fn once(kind: &str, folder: &Path, shape: &Shape, config: &KMeans) -> Result<()> {
+    let (n, d) = (shape.n, shape.d.unwrap_or(0));
+    let path = folder.join("points.f32");
+    let lengths: Vec<usize> = (0..n).step_by(SHARD).map(|i| SHARD.min(n - i)).collect();
+    let shards = Shards::new(d, lengths.clone(), |shard| {
+        let first = lengths[..shard].iter().sum::<usize>();
+        read_part(&path, first * d, lengths[shard] * d, f32::from_le_bytes)
+    });
+    let streaming = Streaming { sample: 16 * shape.clusters, passes: shape.iterations };
+    let start = Instant::now();
+    let found = match kind {
+        "large: in memory" => {
+            let points = read(&path, f32::from_le_bytes)?;
+            k_means(&points, n, d, config, 0)?
+        }
+        "large: streaming" => k_means_streaming(&shards, config, &streaming, 0)?,
+        "large: mini-batch" => {
+            let streaming = Streaming { passes: 2, ..streaming };
+            k_means_mini_batch(&shards, config, &streaming, 4 * shape.clusters, 0)?
+        }
+        _ => bail!("no work is called `{kind}`"),
     };
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    Ok(kilobytes.map_or(Ok(0.), str::parse::<f64>)? * 1024.)
+    let object = json!({
+        "work": format!("{kind}, {n}x{d} K {}", shape.clusters),
+        "seconds": start.elapsed().as_secs_f64(),
+        "peak-mb": bench::peak_megabytes(),
+        "iterations": found.iterations,
+        "inertia": found.inertia,
+    });
+    println!("{object}");
+    Ok(())
+}
+
+fn read<T>(path: &Path, from: fn([u8; 4]) -> T) -> Result<Vec<T>> {
+    let count = fs::metadata(path)?.len() as usize / 4;
+    read_part(path, 0, count, from)
+}
+
+/// `count` numbers of a file, from number `first` on.
+fn read_part<T>(path: &Path, first: usize, count: usize, from: fn([u8; 4]) -> T) -> Result<Vec<T>> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(4 * first as u64))?;
+    let mut file = BufReader::with_capacity(1 << 20, file);
+    let mut values = Vec::with_capacity(count);
+    for _ in 0..count {
+        let mut bytes = [0; 4];
+        file.read_exact(&mut bytes)?;
+        values.push(from(bytes));
+    }
+    Ok(values)
 }

@@ -1,6 +1,6 @@
 """Makes the fixtures of the tests: scores as scikit-learn computes them. Needs numpy, scipy, scikit-learn.
 
-    python make.py      writes agreement.json and geometry.json beside itself
+    python make.py      writes agreement.json, geometry.json and classes.json beside itself
 """
 
 import json
@@ -65,6 +65,21 @@ def agreement(clusters, classes):
     }
 
 
+def classes(random):
+    """Groupings whose clusters are classes already: precision and recall of each."""
+    for n, k in [(40, 3), (90, 7), (12, 5)]:
+        truth = random.integers(0, k, n)
+        found = np.where(random.random(n) < 0.6, truth, random.integers(0, max(2, k - 1), n))
+        precision, recall, _, _ = metrics.precision_recall_fscore_support(truth, found, labels=range(k), zero_division=np.nan)
+        yield {
+            "k": k,
+            "clusters": found.tolist(),
+            "classes": truth.tolist(),
+            "precision": [None if np.isnan(p) else p for p in precision.tolist()],
+            "recall": [None if np.isnan(r) else r for r in recall.tolist()],
+        }
+
+
 def geometry(random):
     """Small sets of points with a grouping; a cluster of one point in the second."""
     for n, d, k in [(40, 3, 3), (25, 2, 4), (60, 5, 2)]:
@@ -97,3 +112,4 @@ if __name__ == "__main__":
     random = np.random.default_rng(0)
     write("agreement.json", [agreement(*pair) for pair in pairs(random)])
     write("geometry.json", geometry(random))
+    write("classes.json", classes(np.random.default_rng(1)))

@@ -1,0 +1,124 @@
+//! The program `clusters`: guesses how many clusters embeddings hold.
+//!
+//! `cargo xtask clusters <run> [--from 2] [--to 50] [--json]` starts it on a run's embeddings; what
+//! it computes stands in [`metrics::number`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use data::{EmbeddingRows, Space};
+use metrics::number::{self, Candidate, Settings};
+use serde_json::json;
+
+/// Scores numbers of clusters on embeddings, and recommends one of them: a guess.
+#[derive(Debug, Parser)]
+#[command(name = "clusters", version)]
+struct Arguments {
+    /// What `embed` wrote: embeddings.safetensors.
+    #[arg(long, value_name = "FILE")]
+    embeddings: PathBuf,
+    /// Fewest clusters.
+    #[arg(long, value_name = "K", default_value_t = 2)]
+    from: usize,
+    /// Most clusters.
+    #[arg(long, value_name = "K", default_value_t = 50)]
+    to: usize,
+    /// Which rows: `projection`, which clusters are found on, or `backbone`.
+    #[arg(long, default_value = "projection", value_parser = space)]
+    space: Space,
+    /// Images to look at; drawn where there are more.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    images: usize,
+    /// Pairs of halves to compare for the stability.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pairs: usize,
+    /// Starts of each k-means.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    restarts: usize,
+    /// Seed of every random draw.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Print, last, the curve as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn space(word: &str) -> Result<Space, String> {
+    match word {
+        "projection" => Ok(Space::Projection),
+        "backbone" => Ok(Space::Backbone),
+        _ => Err("it is projection or backbone".into()),
+    }
+}
+
+/// Images between which the silhouette takes distances.
+const SILHOUETTE_IMAGES: usize = 3000;
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("clusters: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let Arguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
+    ensure!(from >= 2, "--from {from}: one cluster cannot be compared with more; begin with 2");
+    ensure!(from <= to, "--from {from} --to {to}: there is no number between");
+    let path = arguments.embeddings.display();
+    let file = EmbeddingRows::open(&arguments.embeddings, arguments.space)?;
+    let settings = Settings { images, silhouette_images: SILHOUETTE_IMAGES, restarts, pairs };
+    let embeddings =
+        number::Embeddings::new(&file.rows(0..file.len()), file.width(), &settings, seed)
+            .with_context(|| format!("`{path}`"))?;
+    let used = embeddings.images();
+    ensure!(
+        to <= used / 2,
+        "--to {to}: halves of {used} images are compared, so at most {} clusters can be",
+        used / 2
+    );
+    println!("{used} of {} images of `{path}`\n", file.len());
+    println!("{:>8} {:>10} {:>9}    error", "clusters", "silhouette", "stability");
+    let mut candidates = vec![];
+    for clusters in from..=to {
+        let candidate = embeddings.score(clusters)?;
+        println!("{}", line(&candidate));
+        candidates.push(candidate);
+    }
+    let recommended = number::recommended(&candidates).map(|candidate| candidate.clusters);
+    println!("\n{}", advice(recommended));
+    if arguments.json {
+        let object = json!({
+            "images": used,
+            "candidates": candidates,
+            "recommended": recommended,
+            "is-a-guess": true,
+        });
+        println!("{object}");
+    }
+    Ok(())
+}
+
+fn line(candidate: &Candidate) -> String {
+    let Candidate { clusters, silhouette, stability, stability_error } = *candidate;
+    let bar = "#".repeat((stability.max(0.) * 40.).round() as usize);
+    format!("{clusters:8} {silhouette:10.3} {stability:9.3}    {stability_error:.3} {bar}")
+}
+
+fn advice(recommended: Option<usize>) -> String {
+    let guess = "This is a guess: both scores say how well k-means cuts these embeddings, not what \
+                 the images show, and both can favour a coarser grouping than the one you seek. \
+                 Look at the curve, and at pictures of the clusters.";
+    match recommended {
+        Some(clusters) => format!(
+            "{clusters} clusters: the most stable under resampling, and of those as stable the one \
+             of the highest silhouette. {guess}"
+        ),
+        None => format!("No number of clusters does better than chance here. {guess}"),
+    }
+}
