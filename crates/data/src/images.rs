@@ -568,6 +568,11 @@ impl Source {
         &self.bytes
     }
 
+    /// The bytes as they are stored, without a copy.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
     /// What the file says of it besides its bytes.
     pub fn row(&self, split: Split) -> Row {
         let Self { id, encoding, size, .. } = *self;

@@ -1,30 +1,28 @@
-//! Pictures in a tar archive, read as a stream: nothing is unpacked to disk.
+//! Pictures in an archive, tar or zip: nothing is unpacked to disk.
 //!
-//! The archive may be compressed by gzip or xz. It holds one folder a class, below as many common
-//! folders as it likes, or pictures without any folder, or the binary files of CIFAR. An entry
-//! that is not a plain file below the archive's own root is passed over and listed: links, devices,
-//! absolute names and names with `..`.
+//! A tar archive may be compressed by gzip or xz; a plain one, and a zip file, are read by seeking. It
+//! holds one folder a class, below as many common folders as it likes, or pictures without any
+//! folder, or an archive for each class as ILSVRC-2012's train archive does, or the binary files of
+//! CIFAR or STL-10, or WebDataset's samples. An entry that is not a plain file below the archive's own
+//! root is passed over and listed: links, devices, absolute names and names with `..`.
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
-use std::path::{Component, Path, PathBuf};
-use std::rc::Rc;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use data::picture::Encoding;
 use flate2::read::MultiGzDecoder;
 use lzma_rust2::XzReader;
 use stage::Split;
-use tar::EntryType;
 
-use crate::collection::{Collection, Load};
-use crate::folder::{self, SOURCE};
-use crate::{Format, cifar, picture};
+use crate::collection::{Load, Sink};
+use crate::folder::SOURCE;
+use crate::tar_file::{self, Input, Stream};
+use crate::{Format, cifar, picture, stl, webdataset, zip_file};
 
-/// The most memory that unpacking xz may take, in KiB: eight times what `xz -9` needs.
-const XZ_KIBIBYTES: u32 = 1 << 19;
+/// The most memory that unpacking xz may take, in KiB: twice what `xz -9` needs.
+const XZ_KIBIBYTES: u32 = 1 << 17;
 
 /// The bytes of a file, unpacked if it is compressed: told by its first bytes, not by its name.
 ///
@@ -40,7 +38,6 @@ pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<B
         }
         [b'B', b'Z', b'h', ..] => "bzip2",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
-        [b'P', b'K', 3, 4, ..] => "zip",
         _ => return Ok(Box::new(reader)),
     };
     bail!(
@@ -50,277 +47,504 @@ pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<B
     )
 }
 
+/// A file whose bytes can be passed over: by seeking, unless it is compressed.
+fn open_input(path: &Path) -> Result<Box<dyn Input>> {
+    let open = || File::open(path).with_context(|| format!("opening `{}`", path.display()));
+    let mut start = Vec::new();
+    open()?.take(6).read_to_end(&mut start)?;
+    let reader = BufReader::with_capacity(1 << 16, open()?);
+    match start[..] {
+        [0x1f, 0x8b, ..] | [0xfd, b'7', ..] | [b'B', b'Z', b'h', ..] | [0x28, 0xb5, ..] => {
+            Ok(Box::new(Stream(decompressed(reader, path)?)))
+        }
+        _ => Ok(Box::new(reader)),
+    }
+}
+
+/// A file of an archive.
+pub trait Member {
+    /// Its path below the archive's root with `/` between its parts, or its name as it stands there
+    /// and why it is passed over.
+    fn name(&self) -> &Result<String, (String, String)>;
+
+    /// How many bytes it has.
+    fn size(&self) -> u64;
+
+    /// Its first bytes; they are read again.
+    ///
+    /// # Errors
+    ///
+    /// The archive is damaged.
+    fn start(&mut self) -> Result<Vec<u8>>;
+
+    /// Its bytes, or why there are none to be had.
+    ///
+    /// # Errors
+    ///
+    /// The archive is damaged.
+    fn read(&mut self, limit: u64) -> Result<Result<Vec<u8>, String>>;
+
+    /// Its bytes, not yet read; none in a zip file.
+    fn stream(&mut self) -> Option<&mut dyn Input>;
+}
+
+/// Calls `visit` with every file of an archive until it says `false`. Folders are no files.
+///
+/// # Errors
+///
+/// The archive cannot be read, is none, is damaged or cut short; or `visit` fails.
+pub fn each(path: &Path, mut visit: impl FnMut(&mut dyn Member) -> Result<bool>) -> Result<()> {
+    if is_zip(path)? {
+        return each_of_zip(path, &mut visit);
+    }
+    let mut input = open_input(path)?;
+    each_of_tar(&mut input, &path.display().to_string(), &mut visit)
+}
+
+/// Whether a file is a zip file, by its first bytes.
+///
+/// # Errors
+///
+/// It cannot be read.
+pub fn is_zip(path: &Path) -> Result<bool> {
+    let mut start = Vec::new();
+    let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
+    file.take(4).read_to_end(&mut start)?;
+    Ok([b"PK\x03\x04", b"PK\x05\x06"].iter().any(|magic| start == *magic))
+}
+
+type Visit<'a> = &'a mut dyn FnMut(&mut dyn Member) -> Result<bool>;
+
+struct TarMember<'a, 'b> {
+    name: Result<String, (String, String)>,
+    size: u64,
+    peeked: Vec<u8>,
+    reader: &'a mut tar_file::Reader<&'b mut dyn Input>,
+}
+
+/// Calls `visit` with every file of the tar archive `shown` until it says `false`.
+fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<()> {
+    let mut last = String::new();
+    let damaged = |last: &str| {
+        let place = if last.is_empty() { String::new() } else { format!(" around `{last}`") };
+        format!("`{shown}` is not a tar archive, or is damaged or cut short{place}; get it again")
+    };
+    let mut reader = tar_file::Reader::new(input);
+    loop {
+        let Some(entry) = reader.next_entry().with_context(|| damaged(&last))? else {
+            return Ok(());
+        };
+        last = entry.name;
+        if entry.is_folder {
+            continue;
+        }
+        let name = match entry.other {
+            Some(reason) => Err((last.clone(), reason.to_owned())),
+            None => safe_name(&last).map_err(|reason| (last.clone(), reason.to_owned())),
+        };
+        let mut member =
+            TarMember { name, size: entry.size, peeked: Vec::new(), reader: &mut reader };
+        if !visit(&mut member).with_context(|| format!("in `{shown}`"))? {
+            return Ok(());
+        }
+    }
+}
+
+impl Member for TarMember<'_, '_> {
+    fn name(&self) -> &Result<String, (String, String)> {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn start(&mut self) -> Result<Vec<u8>> {
+        if self.peeked.is_empty() {
+            let length = self.size.min(16);
+            self.reader.by_ref().take(length).read_to_end(&mut self.peeked)?;
+        }
+        Ok(self.peeked.clone())
+    }
+
+    fn read(&mut self, limit: u64) -> Result<Result<Vec<u8>, String>> {
+        if self.size > limit {
+            return Ok(Err(picture::too_many_bytes(self.size, limit)));
+        }
+        let mut bytes = std::mem::take(&mut self.peeked);
+        self.reader.read_to_end(&mut bytes)?;
+        let name = self.name.as_ref().unwrap_or_else(|(name, _)| name);
+        ensure!(
+            bytes.len() as u64 == self.size,
+            "it is damaged or cut short in `{name}`; get it again"
+        );
+        Ok(Ok(bytes))
+    }
+
+    fn stream(&mut self) -> Option<&mut dyn Input> {
+        Some(self.reader)
+    }
+}
+
+struct ZipMember<'a> {
+    name: Result<String, (String, String)>,
+    entry: zip_file::Entry,
+    reader: &'a mut zip_file::Reader,
+}
+
+fn each_of_zip(path: &Path, visit: Visit) -> Result<()> {
+    let damaged =
+        || format!("`{}` is damaged or cut short as a zip file; get it again", path.display());
+    let mut reader = zip_file::Reader::open(path).with_context(damaged)?;
+    while let Some(entry) = reader.next_entry().with_context(damaged)? {
+        if entry.is_folder {
+            continue;
+        }
+        let name = match entry.other {
+            Some(reason) => Err((entry.name.clone(), reason.to_owned())),
+            None => safe_name(&entry.name).map_err(|r| (entry.name.clone(), r.to_owned())),
+        };
+        let mut member = ZipMember { name, entry, reader: &mut reader };
+        if !visit(&mut member).with_context(|| format!("in `{}`", path.display()))? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl Member for ZipMember<'_> {
+    fn name(&self) -> &Result<String, (String, String)> {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.entry.size
+    }
+
+    fn start(&mut self) -> Result<Vec<u8>> {
+        let mut bytes = self.read(1 << 26)?.unwrap_or_default();
+        bytes.truncate(16);
+        Ok(bytes)
+    }
+
+    fn read(&mut self, limit: u64) -> Result<Result<Vec<u8>, String>> {
+        self.reader.read(&self.entry, limit).context("the zip file is damaged; get it again")
+    }
+
+    fn stream(&mut self) -> Option<&mut dyn Input> {
+        None
+    }
+}
+
+/// Where an entry lies below the root, or why it has no place there.
+///
+/// # Errors
+///
+/// A phrase that follows the name.
+pub fn safe_name(name: &str) -> Result<String, &'static str> {
+    const LEADS_OUT: &str = "has a name that leads out of the archive";
+    let has_drive = name.as_bytes().get(1) == Some(&b':');
+    if name.starts_with('/') || has_drive {
+        return Err(LEADS_OUT);
+    }
+    if name.contains(['\0', '\u{fffd}']) {
+        return Err("has a name that is not text");
+    }
+    let parts: Vec<&str> =
+        name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.contains(&"..") {
+        return Err(LEADS_OUT);
+    }
+    if parts.is_empty() { Err("has no name") } else { Ok(parts.join("/")) }
+}
+
+/// The last part of a path in an archive, and the folders before it.
+pub fn split_name(name: &str) -> (&str, &str) {
+    name.rsplit_once('/').map_or(("", name), |(folder, file)| (folder, file))
+}
+
 /// What an archive turns out to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
     /// The binary files of CIFAR.
     Cifar,
-    /// Pictures.
+    /// The binary files of STL-10.
+    Stl,
+    /// Samples of WebDataset.
+    WebDataset,
+    /// Pictures, or archives of pictures.
     Pictures,
 }
 
-/// Looks at an archive up to its first entry of use.
+/// How many files behind the first picture are looked at for what WebDataset puts beside it.
+const LOOKED_AT: usize = 16;
+
+/// Looks at an archive up to its first entries of use.
 ///
 /// # Errors
 ///
-/// It is no archive, is damaged, or holds neither.
+/// It is no archive, is damaged, or holds nothing that is read.
 pub fn recognise(path: &Path) -> Result<Holds> {
-    let mut archive = Archive::open(path)?;
     let mut holds = None;
-    archive.each(|entry| {
-        let Ok(name) = &entry.name else { return Ok(true) };
-        let inner = folder::file_name(name);
-        ensure!(
-            !inner.ends_with(".tar"),
-            "`{}` holds archives, such as `{inner}`, as ILSVRC-2012's train archive does; unpack \
-             it, and each class's archive into a folder of its name (see data/README.md)",
-            path.display()
-        );
-        if cifar::recognise(&inner).is_some() {
+    let (mut keys, mut behind) = (Vec::new(), 0);
+    each(path, |member| {
+        let Ok(name) = member.name().clone() else { return Ok(true) };
+        let file = split_name(&name).1;
+        if holds.is_none() && cifar::recognise(file).is_some() {
             holds = Some(Holds::Cifar);
-        } else if picture::has_extension(name) || Encoding::of(&entry.start()?).is_some() {
-            holds = Some(Holds::Pictures);
+            return Ok(false);
         }
-        Ok(holds.is_none())
+        if holds.is_none() && stl::recognise(file).is_some() {
+            holds = Some(Holds::Stl);
+            return Ok(false);
+        }
+        let (key, extension) = webdataset::key_and_extension(&name);
+        let is_picture = picture::has_extension(&name);
+        if webdataset::is_sidecar(extension) || is_picture {
+            let other =
+                |(known, was_picture): &(String, bool)| known == key && *was_picture != is_picture;
+            if keys.iter().any(other) {
+                holds = Some(Holds::WebDataset);
+                return Ok(false);
+            }
+            keys.push((key.to_owned(), is_picture));
+        }
+        if holds.is_none() {
+            let nested = file.ends_with(".tar") && member.stream().is_some();
+            if nested || is_picture || Encoding::of(&member.start()?).is_some() {
+                holds = Some(Holds::Pictures);
+            }
+        }
+        behind += usize::from(holds.is_some());
+        keys.truncate(LOOKED_AT);
+        Ok(behind < LOOKED_AT)
     })?;
     holds.with_context(|| {
         format!(
-            "`{}` holds neither JPEG or PNG pictures nor CIFAR's binary files; name another source \
-             with {SOURCE}",
+            "`{}` holds neither JPEG, PNG or WebP pictures nor the binary files of CIFAR or STL-10; \
+             name another source with {SOURCE}",
             path.display()
         )
     })
 }
 
-/// Reads the binary files of CIFAR.
+/// Reads the binary files of CIFAR. The archive is walked through twice, because the list of
+/// classes comes behind some of the pictures.
 ///
 /// # Errors
 ///
-/// The archive is damaged, or see [`cifar::Files::read`].
-pub fn read_cifar(path: &Path, format: Format, collection: &mut Collection) -> Result<()> {
-    let mut files = cifar::Files::default();
-    Archive::open(path)?.each(|entry| {
-        let Ok(name) = &entry.name else { return Ok(true) };
-        let name = folder::file_name(name);
-        if cifar::recognise(&name).is_some() || cifar::lists_classes(&name) {
-            match entry.read(cifar::BYTES_AT_MOST)? {
-                Ok(bytes) => files.insert(name, bytes),
-                Err(reason) => bail!("`{name}` {reason}: this is not CIFAR"),
-            }
+/// The archive is damaged, or see [`cifar::Layout`].
+pub fn read_cifar(path: &Path, format: Format, sink: &mut dyn Sink) -> Result<()> {
+    let mut layout = cifar::Layout::new(format);
+    let file_of = |member: &mut dyn Member| {
+        member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
+    };
+    each(path, |member| {
+        let Some(file) = file_of(member) else { return Ok(true) };
+        if cifar::lists_classes(&file) {
+            layout.list(&file, member.read(1 << 16)?.map_err(anyhow::Error::msg)?);
+        }
+        layout.found(&file)?;
+        Ok(true)
+    })?;
+    each(path, |member| {
+        let Some(file) = file_of(member) else { return Ok(true) };
+        if cifar::recognise(&file).is_some() {
+            let size = member.size();
+            let stream = member.stream().context("CIFAR's files come as a tar archive")?;
+            layout.read(&file, size, stream, sink)?;
+        }
+        Ok(true)
+    })
+}
+
+/// Reads the binary files of STL-10, also in two walks: labels come behind pictures.
+///
+/// # Errors
+///
+/// The archive is damaged, or see [`stl::Labels`].
+pub fn read_stl(path: &Path, sink: &mut dyn Sink) -> Result<()> {
+    let mut labels = stl::Labels::default();
+    let file_of = |member: &mut dyn Member| {
+        member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
+    };
+    each(path, |member| {
+        if let Some(file) = file_of(member).filter(|file| stl::is_small(file)) {
+            labels.add(&file, member.read(1 << 20)?.map_err(anyhow::Error::msg)?);
         }
         Ok(true)
     })?;
-    ensure!(!files.is_empty(), "`{}` holds no binary files of CIFAR", path.display());
-    files.read(format, collection)
+    each(path, |member| {
+        let Some(file) = file_of(member) else { return Ok(true) };
+        if stl::recognise(&file).is_some() {
+            let size = member.size();
+            let stream = member.stream().context("STL-10's files come as a tar archive")?;
+            labels.read(&file, size, stream, sink)?;
+        }
+        Ok(true)
+    })
 }
 
 /// Reads pictures, named by their path in the archive; each one's class is the folder it lies in.
+/// Only what lies below the folder `within` counts, and its path is left out of the names.
 ///
 /// # Errors
 ///
 /// The archive is damaged, or its folders are not one layer of classes.
-pub fn read_pictures(path: &Path, collection: &mut Collection) -> Result<()> {
-    let mut folders: BTreeSet<PathBuf> = BTreeSet::new();
-    Archive::open(path)?.each(|entry| {
-        let path = match &entry.name {
-            Ok(path) => path.clone(),
-            Err((name, reason)) => {
-                collection.ignored(name.clone(), reason.clone());
+pub fn read_pictures(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
+    let mut walk = Walk { shown: path.display().to_string(), first: None, sink };
+    let within = within.trim_matches('/');
+    each(path, |member| {
+        let below = match member.name() {
+            Ok(name) if !within.is_empty() => {
+                let below = name.strip_prefix(within).and_then(|name| name.strip_prefix('/'));
+                let Some(below) = below else { return Ok(true) };
+                Some(below.to_owned())
+            }
+            _ => None,
+        };
+        walk.visit(member, below, None)
+    })?;
+    walk.check_any()
+}
+
+/// Reads the archives of a folder, one a class, as ILSVRC-2012's train archive unpacks to.
+///
+/// # Errors
+///
+/// An archive is damaged.
+pub fn read_class_archives(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
+    let mut walk = Walk { shown: String::new(), first: None, sink };
+    for path in paths {
+        walk.shown = path.display().to_string();
+        let class = crate::folder::file_name(path);
+        let class = class.strip_suffix(".tar").unwrap_or(&class);
+        if walk.sink.wants(class)? {
+            each(path, |member| walk.visit(member, None, Some(class)))?;
+        }
+    }
+    walk.check_any()
+}
+
+/// A walk through an archive of pictures.
+struct Walk<'a> {
+    shown: String,
+    /// The first folder with pictures: all others must lie beside it.
+    first: Option<String>,
+    sink: &'a mut dyn Sink,
+}
+
+impl Walk<'_> {
+    /// Takes a file: `below` is its name if that is another than its own, `class` that of the
+    /// archive of one class which it lies in.
+    fn visit(
+        &mut self,
+        member: &mut dyn Member,
+        below: Option<String>,
+        class: Option<&str>,
+    ) -> Result<bool> {
+        let name = match (member.name(), below) {
+            (Ok(_), Some(below)) => below,
+            (Ok(name), None) => name.clone(),
+            (Err((name, reason)), _) => {
+                self.sink.ignored(name.clone(), reason.clone())?;
                 return Ok(true);
             }
         };
-        let name = unix(&path);
-        if folder::file_name(&path).starts_with('.') {
-            collection.ignored(name, "is hidden".into());
+        let (folder, file) = split_name(&name);
+        let shown_name = match class {
+            Some(class) => format!("{class}/{file}"),
+            None => name.clone(),
+        };
+        if file.starts_with('.') {
+            self.sink.ignored(shown_name, "is hidden".into())?;
             return Ok(true);
         }
-        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        let class = (!folder.as_os_str().is_empty()).then(|| folder::file_name(&folder));
-        let wanted = class.as_ref().is_none_or(|class| collection.wants(class));
-        if !wanted && picture::has_extension(&path) {
-            folders.insert(folder);
+        if class.is_none() && file.ends_with(".tar") && member.stream().is_some() {
+            return self.visit_archive(member, file);
+        }
+        // Tiny-ImageNet has a folder `images` within that of each class.
+        let folder = match folder.strip_suffix("/images") {
+            Some(above) if class.is_none() => above,
+            _ => folder,
+        };
+        let class = class.or((!folder.is_empty()).then(|| split_name(folder).1));
+        let is_wanted = match class {
+            Some(class) => self.sink.wants(class)?,
+            None => true,
+        };
+        let has_extension = picture::has_extension(file);
+        if !is_wanted && has_extension {
             return Ok(true);
         }
-        let bytes = entry.read(picture::BYTES_AT_MOST)?;
-        let meant = picture::has_extension(&path)
-            || matches!(&bytes, Ok(bytes) if Encoding::of(bytes).is_some());
-        if !meant {
-            collection.ignored(name, "is not a picture".into());
+        if !has_extension && Encoding::of(&member.start()?).is_none() {
+            self.sink.ignored(shown_name, "is not a picture".into())?;
             return Ok(true);
         }
-        folders.insert(folder);
-        if wanted {
-            let load = match bytes {
+        if !is_wanted {
+            return Ok(true);
+        }
+        self.check_layout(folder)?;
+        let load = match self.sink.is_known() {
+            true => Load::Known,
+            false => match member.read(self.sink.file_bytes())? {
                 Ok(bytes) => Load::Bytes(bytes),
                 Err(reason) => Load::Broken(reason),
-            };
-            collection.file(name, class.as_deref(), Split::Train, load)?;
+            },
+        };
+        self.sink.picture(shown_name, class, Split::Train, load)?;
+        Ok(true)
+    }
+
+    /// Takes the archive of one class, if that is wanted.
+    fn visit_archive(&mut self, member: &mut dyn Member, file: &str) -> Result<bool> {
+        let class = file.strip_suffix(".tar").unwrap_or(file);
+        if self.sink.wants(class)? {
+            let shown = format!("{file} of {}", self.shown);
+            let stream = member.stream().context("an archive in a zip file")?;
+            each_of_tar(stream, &shown, &mut |inner| self.visit(inner, None, Some(class)))?;
         }
         Ok(true)
-    })?;
-    check_layout(path, &folders)
-}
+    }
 
-/// All pictures in folders side by side, or none in a folder.
-fn check_layout(archive: &Path, folders: &BTreeSet<PathBuf>) -> Result<()> {
-    let archive = archive.display();
-    let mut folders = folders.iter();
-    let Some(first) = folders.next() else {
-        bail!("`{archive}` holds no JPEG or PNG pictures; name another source with {SOURCE}")
-    };
-    for other in folders {
+    /// All pictures lie in folders side by side, or none in a folder.
+    fn check_layout(&mut self, folder: &str) -> Result<()> {
+        let first = self.first.get_or_insert_with(|| folder.to_owned());
+        let is_flat = |folder: &str| folder.is_empty();
         ensure!(
-            other.parent() == first.parent(),
-            "the folders of `{archive}` do not lie side by side: it has pictures in `{}` and in \
-             `{}`; class folders must share one folder: unpack it, and name that with {SOURCE}",
-            unix(first),
-            unix(other)
+            is_flat(first) == is_flat(folder) && split_name(first).0 == split_name(folder).0,
+            "the folders of `{0}` do not lie side by side: it has pictures in `{first}` and in \
+             `{folder}`; class folders must share one folder: name that behind the archive, as in \
+             `{0}#{1}`",
+            self.shown,
+            split_name(first).0
         );
-    }
-    Ok(())
-}
-
-/// A path with `/` between its parts, on every system.
-fn unix(path: &Path) -> String {
-    let parts: Vec<_> = path.components().map(|part| part.as_os_str().to_string_lossy()).collect();
-    parts.join("/")
-}
-
-/// An open archive.
-struct Archive {
-    path: PathBuf,
-    tar: tar::Archive<Tail>,
-    tail: Rc<RefCell<Vec<u8>>>,
-}
-
-/// A file of an archive.
-struct Entry<'a, 'm> {
-    /// Its path below the archive's root, or its name and why it is passed over.
-    name: Result<PathBuf, (String, String)>,
-    file: tar::Entry<'a, Tail>,
-    /// For messages: the archive, and the entry's name as it stands there.
-    archive: &'m Path,
-    shown: &'m str,
-}
-
-impl Archive {
-    fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
-        let reader = decompressed(BufReader::with_capacity(1 << 16, file), path)?;
-        let tail = Rc::new(RefCell::new(Vec::new()));
-        let tar = tar::Archive::new(Tail { reader, tail: tail.clone() });
-        Ok(Self { path: path.to_owned(), tar, tail })
-    }
-
-    /// Calls `visit` with every file until it says `false`.
-    fn each(&mut self, mut visit: impl FnMut(Entry) -> Result<bool>) -> Result<()> {
-        let path = &self.path;
-        let mut last = String::new();
-        for entry in self.tar.entries().with_context(|| damaged(path, &last))? {
-            let file = entry.with_context(|| damaged(path, &last))?;
-            last = String::from_utf8_lossy(&file.path_bytes()).into_owned();
-            if !file.header().entry_type().is_dir() {
-                let name = safe_path(&file).map_err(|reason| (last.clone(), reason));
-                if !visit(Entry { name, file, archive: path, shown: &last })? {
-                    return Ok(());
-                }
-            }
-        }
-        // An archive ends in blocks of zeros; one cut between two entries does not.
-        ensure!(self.tail.borrow().iter().all(|&byte| byte == 0), damaged(path, &last));
         Ok(())
     }
-}
 
-/// The message about an archive that breaks off at the entry `last` or behind it.
-fn damaged(archive: &Path, last: &str) -> String {
-    let place = if last.is_empty() { String::new() } else { format!(" around `{last}`") };
-    format!(
-        "`{}` is not a tar archive, or is damaged or cut short{place}; get it again",
-        archive.display()
-    )
-}
-
-impl Entry<'_, '_> {
-    /// The bytes, or why they are too many.
-    fn read(self, limit: u64) -> Result<Result<Vec<u8>, String>> {
-        let size = self.file.size();
-        if size > limit {
-            return Ok(Err(picture::too_many_bytes(size, limit)));
-        }
-        let bytes = self.bytes(size)?;
-        Ok(Ok(bytes))
-    }
-
-    /// The first bytes.
-    fn start(self) -> Result<Vec<u8>> {
-        let length = self.file.size().min(16);
-        self.bytes(length)
-    }
-
-    fn bytes(mut self, length: u64) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let whole = match self.file.by_ref().take(length).read_to_end(&mut bytes) {
-            Ok(read) if read as u64 != length => Err(io::ErrorKind::UnexpectedEof.into()),
-            other => other,
-        };
-        whole.with_context(|| damaged(self.archive, self.shown))?;
-        Ok(bytes)
-    }
-}
-
-/// Where an entry would lie below the root, or why it has no place there.
-fn safe_path(file: &tar::Entry<Tail>) -> Result<PathBuf, String> {
-    match file.header().entry_type() {
-        EntryType::Regular | EntryType::Continuous => {}
-        EntryType::Symlink | EntryType::Link => return Err("is a link".into()),
-        other => return Err(format!("is no plain file but {other:?}")),
-    }
-    let path = file.path().map_err(|_| "has a name that is not text")?;
-    let mut safe = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::Normal(part) => safe.push(part),
-            Component::CurDir => {}
-            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
-                return Err("has a name that leads out of the archive".into());
-            }
-        }
-    }
-    match safe.as_os_str().is_empty() {
-        true => Err("has no name".into()),
-        false => Ok(safe),
-    }
-}
-
-/// Passes bytes on and keeps the last block.
-struct Tail {
-    reader: Box<dyn Read>,
-    tail: Rc<RefCell<Vec<u8>>>,
-}
-
-/// Archives are made of blocks of this many bytes.
-const BLOCK: usize = 512;
-
-impl Read for Tail {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.reader.read(buffer)?;
-        let mut tail = self.tail.borrow_mut();
-        let fresh = &buffer[read.saturating_sub(BLOCK)..read];
-        let excess = (tail.len() + fresh.len()).saturating_sub(BLOCK);
-        tail.drain(..excess);
-        tail.extend_from_slice(fresh);
-        Ok(read)
+    fn check_any(&self) -> Result<()> {
+        ensure!(
+            self.first.is_some() || self.sink.is_known(),
+            "`{}` holds no pictures of the classes that are wanted; name another source with {SOURCE}",
+            self.shown
+        );
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use tar::EntryType;
+
     use super::*;
     use crate::Config;
     use crate::example::{
         assert_has, config, gzip, jpeg, png, prepare, put, refusal, scratch, tar,
     };
+
+    use crate::tar_file::BLOCK;
 
     /// Adds an entry as a header says, with whatever name and type.
     fn add(archive: &mut tar::Builder<Vec<u8>>, kind: EntryType, name: &[u8], bytes: &[u8]) {
@@ -375,7 +599,7 @@ mod tests {
 
     #[test]
     fn other_packings_are_named() {
-        for (start, name) in [(&b"BZh91"[..], "bzip2"), (b"PK\x03\x04", "zip")] {
+        for (start, name) in [(&b"BZh91"[..], "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd")] {
             let error = decompressed(start, Path::new("x")).map(|_| ()).expect_err("unknown");
             assert_has(&error.to_string(), &[name, "unpack it", "--source"]);
         }
@@ -444,17 +668,17 @@ mod tests {
         archive.truncate(archive.len() - 2 * BLOCK);
         let mut header = tar::Header::new_gnu();
         header.set_path("b/3.png").expect("fits");
-        header.set_size(picture::BYTES_AT_MOST + 1);
+        header.set_size(picture::MEMORY / 8 + 1);
         header.set_cksum();
         archive.extend(header.as_bytes());
         let (_folder, path) = scratch();
         let path = path.join("x.tar");
         put(&path, &archive);
-        let length = archive.len() as u64 + picture::BYTES_AT_MOST + 3 * BLOCK as u64;
+        let length = archive.len() as u64 + picture::MEMORY / 8 + 3 * BLOCK as u64;
         let file = std::fs::OpenOptions::new().write(true).open(&path);
         file.and_then(|file| file.set_len(length)).expect("a sparse file");
         let read = prepare(&path, &Config { broken_share: 0.4, ..config() }).expect("sound");
-        assert_has(&read.skipped("broken")[0].1, &["134217729 bytes, more than"]);
+        assert_has(&read.skipped("broken")[0].1, &["67108865 bytes, more than"]);
     }
 
     #[test]
@@ -470,12 +694,11 @@ mod tests {
 
     #[test]
     fn folders_that_are_no_classes_are_refused() {
-        let cases: [(&[&str], &[&str]); 5] = [
-            (&["n02085936.tar", "n02086646.tar"], &["holds archives", "`n02085936.tar`"]),
+        let cases: [(&[&str], &[&str]); 4] = [
             (&["train/a/1.png", "val/a/2.png"], &["side by side", "`train/a`", "`val/a`"]),
             (&["1.png", "a/2.png"], &["side by side", "`a`"]),
             (&["a/1.png", "a/2.png"], &["one class only, `a`"]),
-            (&["notes.txt"], &["neither JPEG or PNG", "--source"]),
+            (&["notes.txt"], &["neither JPEG, PNG or WebP", "--source"]),
         ];
         for (names, parts) in cases {
             let (_folder, path) = scratch();

@@ -1,205 +1,202 @@
-//! The pictures of a source, gathered in whatever order it gives them, written in order of content.
+//! The pictures of a source, gathered in whatever order it gives them.
 //!
-//! Order is where ground truth leaks: sources are sorted by class, and file names tell classes. So
-//! a picture's row depends on its bytes alone. Pictures with equal bytes lie side by side, and
-//! which of them is which moves only names and labels: a data set renamed and sorted anew gives
-//! the same images file, byte for byte.
+//! A reader hands everything it finds to a [`Sink`]. The [`Collection`] is the one that counts: it
+//! decodes each picture once, keeps its bytes and what is known of it in the [journal](crate::journal), and at
+//! the end has [`assemble`] put them in order. It holds a batch of pictures at a time and nothing that
+//! grows with their number. After an interruption the source is walked through again, but what is
+//! in the journal already is neither read nor decoded.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use data::images::{Added, Id, Identical, Source, Writer, Written};
-use data::{Labels, Names, Picture};
+use data::Picture;
+use data::images::Source;
 use rayon::prelude::*;
-use serde::Serialize;
 use stage::progress::Progress;
-use stage::{Split, files};
+use stage::{Interrupted, Split};
 
-use crate::{Config, IMAGES, LABELS, NAMES, SKIPPED, picture};
+use crate::assemble::{self, Assembled};
+use crate::journal::{Journal, Record, What};
+use crate::picture::{self, Budget};
+use crate::{Config, Options};
 
-/// Where the bytes of a picture's file are.
+/// Where readers of sources hand over what they find, in an order that is the same each time.
+pub trait Sink {
+    /// Whether the experiment keeps this class of the source.
+    ///
+    /// # Errors
+    ///
+    /// There are too many classes.
+    fn wants(&mut self, class: &str) -> Result<bool>;
+
+    /// Whether the next thing was read before an interruption: then its bytes need not be loaded,
+    /// and [`Load::Known`] stands for them.
+    fn is_known(&self) -> bool;
+
+    /// The largest file that is read as one picture.
+    fn file_bytes(&self) -> u64;
+
+    /// A picture, of a class that is wanted or of none.
+    ///
+    /// # Errors
+    ///
+    /// The disk refuses, the source changed since the interruption, or the user interrupts.
+    fn picture(
+        &mut self,
+        name: String,
+        class: Option<&str>,
+        split: Split,
+        load: Load,
+    ) -> Result<()>;
+
+    /// Something in the source that is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sink::picture`].
+    fn ignored(&mut self, name: String, reason: String) -> Result<()>;
+}
+
+/// Where the bytes of a picture are.
 #[derive(Debug)]
 pub enum Load {
     /// In a file.
     File(PathBuf),
-    /// Here.
+    /// Here, as a file would have them.
     Bytes(Vec<u8>),
+    /// Here, decoded.
+    Pixels(Picture),
     /// Nowhere, for this reason.
     Broken(String),
+    /// In the journal.
+    Known,
 }
 
-/// `skipped.json`: what is in the source, but not, or not only once, among the images.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Skipped {
-    /// Pictures that do not decode.
-    pub broken: Vec<Reason>,
-    /// Files that are no pictures, and entries that are not looked at.
-    pub ignored: Vec<Reason>,
-    /// Pictures with the bytes of an earlier one: kept or dropped, as the experiment says.
-    pub identical: Vec<Reason>,
-}
-
-/// A name in the source and a phrase that follows it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Reason {
-    /// Place in the source.
-    pub name: String,
-    /// Such as "is empty".
-    pub reason: String,
-}
+/// The most classes a source may have. What has more is no ground truth, such as a column of
+/// names, and would take memory without end.
+pub const MOST_CLASSES: usize = 1 << 16;
 
 /// What a source has handed over so far.
 #[derive(Debug)]
 pub struct Collection<'a> {
     config: &'a Config,
+    options: &'a Options<'a>,
     out: &'a Path,
-    writer: Writer,
-    /// Name and class of each picture by its ticket.
-    named: Vec<(String, Option<String>)>,
-    /// The first picture with these bytes.
-    first: HashMap<Id, usize>,
-    /// Every class the source asked about, with the number of its pictures handed over.
-    classes: BTreeMap<String, usize>,
+    budget: Budget,
+    journal: Journal,
+    /// How many things were handed over.
+    handed: u64,
+    broken: u64,
+    /// Every class the source asked about.
+    classes: BTreeSet<String>,
     pending: Vec<Pending>,
-    pending_bytes: usize,
-    skipped: Skipped,
+    pending_bytes: u64,
     progress: Progress,
 }
 
 #[derive(Debug)]
 struct Pending {
     name: String,
-    class: Option<String>,
-    split: Split,
-    load: Load,
+    what: Waiting,
 }
 
-/// How many files are checked at a time, over all threads.
+#[derive(Debug)]
+enum Waiting {
+    Picture { class: Option<String>, split: Split, load: Load },
+    Ignored(String),
+}
+
+/// How many pictures are checked at a time, over all threads.
 const AT_A_TIME: usize = 64;
 
-/// How many bytes of files from an archive wait to be checked, about.
-const BYTES_AT_A_TIME: usize = 1 << 26;
-
 impl<'a> Collection<'a> {
-    /// An empty collection for the folder `out`; `expected` is how many pictures the source says
-    /// it has, for the person who waits.
+    /// A collection for the folder `out`, which goes on where an earlier one of the same `identity`
+    /// was interrupted; `expected` is how many pictures the source says it has, for the person who
+    /// waits.
     ///
     /// # Errors
     ///
     /// The folder cannot be written to.
-    pub fn new(config: &'a Config, out: &'a Path, expected: usize) -> Result<Self> {
+    pub fn open(
+        config: &'a Config,
+        options: &'a Options<'a>,
+        out: &'a Path,
+        identity: &str,
+        expected: usize,
+    ) -> Result<Self> {
+        let journal = Journal::open(out, identity)?;
+        if journal.known_records() > 0 {
+            tracing::info!("going on behind {} pictures and files", journal.known_records());
+        }
         Ok(Self {
             config,
+            options,
             out,
-            writer: Writer::create(&out.join(IMAGES), config.channels, config.identical)?,
-            named: Vec::new(),
-            first: HashMap::new(),
-            classes: BTreeMap::new(),
+            budget: Budget::of(options.memory),
+            journal,
+            handed: 0,
+            broken: 0,
+            classes: BTreeSet::new(),
             pending: Vec::new(),
             pending_bytes: 0,
-            skipped: Skipped::default(),
             progress: Progress::new("reading pictures", expected as u64),
         })
     }
 
-    /// Whether the experiment keeps this class of the source.
-    pub fn wants(&mut self, class: &str) -> bool {
-        if !self.classes.contains_key(class) {
-            self.classes.insert(class.to_owned(), 0);
-        }
-        self.config.keeps(class)
+    /// Whether the source was read to its end before an interruption, so that it need not be
+    /// looked at again.
+    pub fn is_whole(&self) -> bool {
+        self.journal.has_ended()
     }
 
-    /// A picture given as pixels, of a class that is wanted.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
-    pub fn raw(&mut self, name: String, class: &str, split: Split, raw: Picture) -> Result<()> {
-        self.count(Some(class));
-        let source = Source::raw(raw, self.config.channels)?;
-        self.add(name, Some(class.to_owned()), split, &source)?;
-        if self.named.len().is_multiple_of(1024) {
-            self.show_progress();
+    fn hand_over(&mut self, name: String, what: Waiting) -> Result<()> {
+        if (self.options.interrupted)() {
+            self.journal.sync()?;
+            return Err(Interrupted.into());
         }
-        Ok(())
-    }
-
-    /// A picture given as a file, of a class that is wanted or of none.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
-    pub fn file(
-        &mut self,
-        name: String,
-        class: Option<&str>,
-        split: Split,
-        load: Load,
-    ) -> Result<()> {
-        self.count(class);
-        if let Load::Bytes(bytes) = &load {
-            self.pending_bytes += bytes.len();
+        if let Some(known) = self.journal.next_known()? {
+            ensure!(
+                known.name == name,
+                "the source changed since it was interrupted: where `{}` was there is now `{name}`; \
+                 remove `{}` and prepare again",
+                known.name,
+                self.journal.folder().display()
+            );
+            self.handed += 1;
+            self.broken += u64::from(matches!(known.what, What::Broken { .. }));
+            return Ok(());
         }
-        self.pending.push(Pending { name, class: class.map(str::to_owned), split, load });
-        if self.pending.len() >= AT_A_TIME || self.pending_bytes >= BYTES_AT_A_TIME {
+        self.handed += 1;
+        if let Waiting::Picture { load, .. } = &what {
+            self.pending_bytes += match load {
+                Load::Bytes(bytes) => bytes.len() as u64,
+                Load::Pixels(picture) => picture.pixels.len() as u64,
+                Load::File(_) | Load::Broken(_) | Load::Known => 0,
+            };
+        }
+        self.pending.push(Pending { name, what });
+        if self.pending.len() >= AT_A_TIME || self.pending_bytes >= self.budget.waiting_bytes() {
             self.check_pending()?;
         }
         Ok(())
     }
 
-    /// Something in the source that is not looked at.
-    pub fn ignored(&mut self, name: String, reason: String) {
-        self.skipped.ignored.push(Reason { name, reason });
-    }
-
-    fn count(&mut self, class: Option<&str>) {
-        if let Some(class) = class {
-            *self.classes.entry(class.to_owned()).or_default() += 1;
-        }
-    }
-
-    /// Decodes what waits, on all threads, and adds it in the order in which it came.
+    /// Decodes what waits, on all threads, and writes it down in the order in which it came.
     fn check_pending(&mut self) -> Result<()> {
-        let channels = self.config.channels;
+        let (channels, budget) = (self.config.channels, &self.budget);
         let pending = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
-        let checked: Vec<_> =
-            pending.into_par_iter().map(|pending| pending.check(channels)).collect();
-        for (name, class, split, source) in checked {
-            match source {
-                Ok(source) => self.add(name, class, split, &source)?,
-                Err(reason) => self.skipped.broken.push(Reason { name, reason }),
-            }
+        let checked: Vec<(Record, Vec<u8>)> =
+            pending.into_par_iter().map(|pending| pending.check(channels, budget)).collect();
+        for (record, bytes) in checked {
+            self.broken += u64::from(matches!(record.what, What::Broken { .. }));
+            self.journal.add(&record, &bytes)?;
         }
-        self.show_progress();
+        self.journal.flush()?;
+        let note = if self.broken == 0 { String::new() } else { format!("{} broken", self.broken) };
+        self.progress.at(self.handed, &note);
         Ok(())
-    }
-
-    fn add(
-        &mut self,
-        name: String,
-        class: Option<String>,
-        split: Split,
-        source: &Source,
-    ) -> Result<()> {
-        if let Some(&first) = self.first.get(&source.id()) {
-            let reason = format!("has the same bytes as `{}`", self.named[first].0);
-            self.skipped.identical.push(Reason { name: name.clone(), reason });
-        }
-        if let Added::Kept(ticket) = self.writer.add(source, split)? {
-            self.first.entry(source.id()).or_insert(ticket);
-            self.named.push((name, class));
-        }
-        Ok(())
-    }
-
-    fn show_progress(&mut self) {
-        let broken = self.skipped.broken.len();
-        let note = if broken == 0 { String::new() } else { format!("{broken} broken") };
-        self.progress.at((self.named.len() + broken) as u64, &note);
     }
 
     /// Writes what was handed over, in order of content: images, names, labels, and what was
@@ -209,132 +206,105 @@ impl<'a> Collection<'a> {
     ///
     /// A class that the experiment names is not there, a class has another number of pictures than
     /// the experiment says, there is one class only, too many pictures are broken, or none is left;
-    /// then nothing is written. Or the disk refuses.
-    pub fn finish(mut self) -> Result<(usize, usize)> {
-        self.check_pending()?;
-        self.check_classes()?;
-        self.check_broken()?;
-        let Self { writer, out, named, mut skipped, .. } = self;
-        let at_most = Some(self.config.images_at_most).filter(|&most| most > 0);
-        let written = writer.finish(at_most)?;
-        skipped.broken.sort();
-        skipped.ignored.sort();
-        skipped.identical.sort();
-        let counts = write_beside(out, &written, &named, &skipped);
-        if counts.is_err() {
-            // Not one of the files is of use without the others.
-            for name in [IMAGES, NAMES, LABELS, SKIPPED] {
-                let _ = fs::remove_file(out.join(name));
+    /// then nothing is written. Or the disk refuses, or the user interrupts.
+    pub fn finish(mut self) -> Result<Assembled> {
+        if !self.is_whole() {
+            self.check_pending()?;
+            if let Some(known) = self.journal.next_known()? {
+                bail!(
+                    "the source changed since it was interrupted: `{}` is no longer there; remove \
+                     `{}` and prepare again",
+                    known.name,
+                    self.journal.folder().display()
+                );
             }
+            let what = What::End { classes: self.classes.into_iter().collect() };
+            self.journal.add(&Record { name: String::new(), what }, &[])?;
+            self.journal.flush()?;
         }
-        counts
+        drop(self.progress);
+        assemble::assemble(self.config, self.options, &self.journal, self.out)
     }
+}
 
-    fn check_classes(&self) -> Result<()> {
-        for class in &self.config.classes {
-            let some: Vec<&str> = self.classes.keys().take(4).map(String::as_str).collect();
+impl Sink for Collection<'_> {
+    fn wants(&mut self, class: &str) -> Result<bool> {
+        if !self.classes.contains(class) {
+            self.classes.insert(class.to_owned());
             ensure!(
-                self.classes.contains_key(class),
-                "the source has no class `{class}`; some of its {} classes are `{}`: correct \
-                 `classes`, or name another source",
-                self.classes.len(),
-                some.join("`, `")
+                self.classes.len() <= MOST_CLASSES,
+                "the source has more than {MOST_CLASSES} classes, one of them `{class}`: what was \
+                 taken for its ground truth is none"
             );
         }
-        let kept: Vec<(&str, usize)> = self
-            .classes
-            .iter()
-            .filter(|(class, _)| self.config.keeps(class))
-            .map(|(class, &count)| (class.as_str(), count))
-            .collect();
-        if let [(class, _)] = kept[..] {
-            bail!(
-                "the source has one class only, `{class}`; pictures without ground truth lie in no \
-                 folder at all"
-            );
-        }
-        self.config.check_images_per_class(&kept)
+        Ok(self.config.keeps(class))
     }
 
-    fn check_broken(&self) -> Result<()> {
-        let (whole, broken) = (self.named.len(), &self.skipped.broken);
-        let dropped = match self.config.identical {
-            Identical::Drop => self.skipped.identical.len(),
-            Identical::Keep => 0,
-        };
-        let all = whole + dropped + broken.len();
-        ensure!(all > 0, "the source holds no pictures; name another one");
-        if broken.len() as f64 > self.config.broken_share * all as f64 {
-            let mut first: Vec<&Reason> = broken.iter().collect();
-            first.sort();
-            let first: Vec<String> = first
-                .iter()
-                .take(5)
-                .map(|reason| format!("`{}` {}", reason.name, reason.reason))
-                .collect();
-            bail!(
-                "{} of {all} pictures cannot be read, a larger share than `broken-share = {}`; \
-                 mend or remove them, or raise the share: {}{}",
-                broken.len(),
-                self.config.broken_share,
-                first.join("; "),
-                if broken.len() > 5 { "; ..." } else { "" }
-            );
-        }
-        ensure!(whole > 0, "none of the {all} pictures can be read; name another source");
-        Ok(())
+    fn is_known(&self) -> bool {
+        self.handed < self.journal.known_records()
     }
-}
 
-/// Names and labels by row, and what was skipped. Returns the number of images and of classes.
-fn write_beside(
-    out: &Path,
-    written: &Written,
-    named: &[(String, Option<String>)],
-    skipped: &Skipped,
-) -> Result<(usize, usize)> {
-    let images = written.data_set.images;
-    let kept = || named.iter().zip(&written.rows).filter_map(|(named, row)| Some((named, (*row)?)));
-    let classes = sorted(kept().filter_map(|((_, class), _)| class.as_deref()));
-    let number: HashMap<&str, u32> = classes.iter().map(String::as_str).zip(0u32..).collect();
-    let mut names = vec![String::new(); images];
-    let mut labels = vec![None; images];
-    for ((name, class), row) in kept() {
-        names[row as usize].clone_from(name);
-        labels[row as usize] = class.as_deref().map(|class| number[class]);
+    fn file_bytes(&self) -> u64 {
+        self.budget.file_bytes()
     }
-    let count = classes.len();
-    let data_set = written.data_set.clone();
-    Names { data_set: data_set.clone(), names }.write(&out.join(NAMES))?;
-    Labels { data_set, labels, classes }.write(&out.join(LABELS))?;
-    let mut json = serde_json::to_string_pretty(skipped)?;
-    json.push('\n');
-    files::write(&out.join(SKIPPED), json.as_bytes())?;
-    Ok((images, count))
-}
 
-/// The classes that occur, as a person sorts them: 2 before 10.
-fn sorted<'a>(classes: impl Iterator<Item = &'a str>) -> Vec<String> {
-    let mut classes: Vec<String> = classes.map(str::to_owned).collect();
-    classes.sort_by_cached_key(|class| (class.parse::<u64>().unwrap_or(u64::MAX), class.clone()));
-    classes.dedup();
-    classes
+    fn picture(
+        &mut self,
+        name: String,
+        class: Option<&str>,
+        split: Split,
+        load: Load,
+    ) -> Result<()> {
+        let class = class.map(str::to_owned);
+        self.hand_over(name, Waiting::Picture { class, split, load })
+    }
+
+    fn ignored(&mut self, name: String, reason: String) -> Result<()> {
+        self.hand_over(name, Waiting::Ignored(reason))
+    }
 }
 
 impl Pending {
-    fn check(self, channels: usize) -> (String, Option<String>, Split, Result<Source, String>) {
-        let bytes = match self.load {
-            Load::Bytes(bytes) => Ok(bytes),
-            Load::Broken(reason) => Err(reason),
-            Load::File(path) => picture::read(&path),
+    fn check(self, channels: usize, budget: &Budget) -> (Record, Vec<u8>) {
+        let Self { name, what } = self;
+        let (class, split, load) = match what {
+            Waiting::Ignored(reason) => {
+                return (Record { name, what: What::Ignored { reason } }, Vec::new());
+            }
+            Waiting::Picture { class, split, load } => (class, split, load),
         };
-        let source = bytes.and_then(|bytes| picture::check(bytes, channels));
-        (self.name, self.class, self.split, source)
+        let source = match load {
+            Load::File(path) => picture::read(&path, channels, budget),
+            Load::Bytes(bytes) => picture::check(bytes, channels, budget),
+            Load::Pixels(picture) => {
+                Source::raw(picture, channels).map_err(|error| format!("{error:#}"))
+            }
+            Load::Broken(reason) => Err(reason),
+            Load::Known => Err("was expected in the journal".into()),
+        };
+        match source {
+            Ok(source) => {
+                let row = source.row(split);
+                let what = What::Picture {
+                    id: row.id,
+                    split,
+                    encoding: row.encoding.code(),
+                    size: row.size,
+                    length: row.length,
+                    class,
+                };
+                (Record { name, what }, source.into_bytes())
+            }
+            Err(reason) => (Record { name, what: What::Broken { reason, class } }, Vec::new()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use data::images::Identical;
     use image::{DynamicImage, ImageFormat};
 
     use super::*;
@@ -425,8 +395,8 @@ mod tests {
         assert_has(&broken[0].1, &["is broken", "cut short"]);
         assert_has(&broken[1].1, &["is broken"]);
         assert_has(&broken[2].1, &["is empty"]);
-        assert_has(&broken[3].1, &["GIF", "only JPEG and PNG"]);
-        assert_has(&broken[4].1, &["neither a JPEG nor a PNG"]);
+        assert_has(&broken[3].1, &["GIF", "only JPEG, PNG and WebP"]);
+        assert_has(&broken[4].1, &["neither a JPEG nor a PNG nor a WebP"]);
 
         let fewer = Config { broken_share: 0.4, ..config() };
         let message = refusal(&path, &fewer);
@@ -474,9 +444,9 @@ mod tests {
         put(&path.join("a.png"), &png(0));
         put(&path.join("large.png"), &png(1));
         let large = fs::OpenOptions::new().write(true).open(path.join("large.png"));
-        large.and_then(|file| file.set_len(picture::BYTES_AT_MOST + 1)).expect("a sparse file");
+        large.and_then(|file| file.set_len(picture::MEMORY / 8 + 1)).expect("a sparse file");
         let read = prepare(&path, &Config { broken_share: 0.5, ..config() }).expect("sound");
-        assert_has(&read.skipped("broken")[0].1, &["134217729 bytes, more than"]);
+        assert_has(&read.skipped("broken")[0].1, &["67108865 bytes, more than"]);
     }
 
     #[test]

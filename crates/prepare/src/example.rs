@@ -11,7 +11,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 
-use crate::{Config, Format};
+use crate::{Config, Format, Options};
 
 /// A table that keeps everything.
 pub fn config() -> Config {
@@ -92,6 +92,95 @@ pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     archive.into_inner().expect("whole")
 }
 
+/// A zip file of these files, every other one deflated.
+pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let (mut archive, mut directory) = (Vec::new(), Vec::new());
+    for (number, (name, bytes)) in files.iter().enumerate() {
+        let mut crc = flate2::Crc::new();
+        crc.update(bytes);
+        let mut deflated = flate2::write::DeflateEncoder::new(Vec::new(), Compression::fast());
+        deflated.write_all(bytes).expect("packed");
+        let deflated = deflated.finish().expect("packed");
+        let (method, packed) = if number % 2 == 1 { (8u16, &deflated[..]) } else { (0, *bytes) };
+        let place = archive.len() as u32;
+        let mut common = Vec::new();
+        common.extend([20, 0, 0, 0]);
+        common.extend(method.to_le_bytes());
+        common.extend([0; 4]);
+        common.extend(crc.sum().to_le_bytes());
+        common.extend((packed.len() as u32).to_le_bytes());
+        common.extend((bytes.len() as u32).to_le_bytes());
+        common.extend((name.len() as u16).to_le_bytes());
+        common.extend([0; 2]);
+        archive.extend(*b"PK\x03\x04");
+        archive.extend(&common);
+        archive.extend(name.as_bytes());
+        archive.extend(packed);
+        directory.extend(*b"PK\x01\x02\x14\x03");
+        directory.extend(&common);
+        directory.extend([0; 10]);
+        directory.extend(place.to_le_bytes());
+        directory.extend(name.as_bytes());
+    }
+    let (start, count) = (archive.len() as u32, files.len() as u16);
+    archive.extend(&directory);
+    archive.extend(*b"PK\x05\x06\0\0\0\0");
+    archive.extend(count.to_le_bytes());
+    archive.extend(count.to_le_bytes());
+    archive.extend((directory.len() as u32).to_le_bytes());
+    archive.extend(start.to_le_bytes());
+    archive.extend([0; 2]);
+    archive
+}
+
+/// A Parquet file as crate `datasets` of Python writes it: pictures with their paths, and labels by
+/// number, which the metadata name.
+pub fn parquet(rows: &[(&str, &[u8], i64)], names: &[&str]) -> Vec<u8> {
+    use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+    use parquet::file::metadata::KeyValue;
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+
+    let schema = "message schema {
+        optional group image { optional binary bytes; optional binary path (UTF8); }
+        optional int64 label;
+    }";
+    let schema = parquet::schema::parser::parse_message_type(schema).expect("a schema");
+    let features = serde_json::json!({ "info": { "features": {
+        "image": { "_type": "Image" },
+        "label": { "names": names, "_type": "ClassLabel" },
+    }}});
+    let field = KeyValue::new("huggingface".to_owned(), features.to_string());
+    let properties = WriterProperties::builder()
+        .set_key_value_metadata(Some(vec![field]))
+        .set_compression(parquet::basic::Compression::SNAPPY)
+        .build();
+    let mut writer =
+        SerializedFileWriter::new(Vec::new(), schema.into(), properties.into()).expect("begun");
+    for rows in rows.chunks(3) {
+        let mut group = writer.next_row_group().expect("a group");
+        let columns: [Vec<ByteArray>; 2] = [
+            rows.iter().map(|row| row.1.to_vec().into()).collect(),
+            rows.iter().map(|row| row.0.into()).collect(),
+        ];
+        for values in columns {
+            let mut column = group.next_column().expect("sound").expect("a column");
+            let levels = vec![2; values.len()];
+            let typed = column.typed::<ByteArrayType>();
+            typed.write_batch(&values, Some(&levels), None).expect("written");
+            column.close().expect("closed");
+        }
+        let mut column = group.next_column().expect("sound").expect("a column");
+        let labels: Vec<i64> = rows.iter().map(|row| row.2).collect();
+        let levels = vec![1; labels.len()];
+        let typed = column.typed::<Int64Type>();
+        typed.write_batch(&labels, Some(&levels), None).expect("written");
+        column.close().expect("closed");
+        group.close().expect("closed");
+    }
+    writer.into_inner().expect("whole")
+}
+
 /// What a run wrote.
 pub struct Prepared {
     /// The images file, byte for byte.
@@ -110,12 +199,26 @@ pub struct Prepared {
 
 /// Prepares a source in a folder of its own.
 pub fn prepare(source: &Path, config: &Config) -> Result<Prepared> {
+    prepare_with(source, config, &Options::default())
+}
+
+/// The same with other options.
+pub fn prepare_with(source: &Path, config: &Config, options: &Options) -> Result<Prepared> {
     let (_folder, out) = scratch();
-    if let Err(error) = crate::run(config, source, &out) {
+    if let Err(error) = crate::run(config, source, &out, options) {
         let left = fs::read_dir(&out).expect("readable").count();
         assert_eq!(left, 0, "a failed run leaves nothing behind");
         return Err(error);
     }
+    Ok(open(&out))
+}
+
+/// Opens what a run wrote into `out`.
+pub fn open(out: &Path) -> Prepared {
+    open_files(out).expect("whole files")
+}
+
+fn open_files(out: &Path) -> Result<Prepared> {
     let path = out.join(crate::IMAGES);
     let bytes = fs::read(&path)?;
     let images = Images::open(&path)?;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use stage::Split;
 
-use crate::collection::{Collection, Load};
+use crate::collection::{Load, Sink};
 use crate::{Config, picture};
 
 /// What a folder holds, sorted by name.
@@ -115,19 +115,27 @@ impl Listing {
         self.classes.iter().filter(|(class, _)| class.is_some()).count()
     }
 
+    /// The files of all pictures.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        self.classes.iter().flat_map(|(_, pictures)| pictures).cloned()
+    }
+
     /// Hands all pictures over, named by their path within the source.
     ///
     /// # Errors
     ///
     /// The disk refuses.
-    pub fn read(&self, collection: &mut Collection) -> Result<()> {
+    pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         for (path, reason) in &self.ignored {
-            collection.ignored(self.name(path), (*reason).to_owned());
+            sink.ignored(self.name(path), (*reason).to_owned())?;
         }
         for (class, pictures) in &self.classes {
+            if let Some(class) = class {
+                sink.wants(class)?;
+            }
             for path in pictures {
                 let load = Load::File(path.clone());
-                collection.file(self.name(path), class.as_deref(), Split::Train, load)?;
+                sink.picture(self.name(path), class.as_deref(), Split::Train, load)?;
             }
         }
         Ok(())
@@ -183,7 +191,7 @@ impl Listing {
     fn check_classes(&self) -> Result<()> {
         let root = self.root.display();
         if self.count() == 0 {
-            bail!("`{root}` holds no JPEG or PNG pictures{}", hint_at_archives(&self.root)?);
+            bail!("`{root}` holds no JPEG, PNG or WebP pictures{}", hint_at_archives(&self.root)?);
         }
         let empty = |pictures: &Vec<PathBuf>| pictures.is_empty();
         if let Some((class, _)) = self.classes.iter().find(|(_, pictures)| empty(pictures)) {
@@ -385,8 +393,8 @@ mod tests {
             (&["n1/a.png", "n2/b.png", "n2/more/c.png"], &["too deep", "`n2/more`"]),
             (&["all/a.png", "all/b.png"], &["one class only, `all`, with 2 pictures", "--source"]),
             (&["a.png", "n1/b.png"], &["`a.png`", "`n1`", "ground truth"]),
-            (&[], &["holds no JPEG or PNG pictures"]),
-            (&["n1.tar", "n2.tar"], &["an archive", "n1.tar"]),
+            (&[], &["holds no JPEG, PNG or WebP pictures"]),
+            (&["n1.tar"], &["an archive", "n1.tar"]),
         ];
         for (names, parts) in cases {
             let (_folder, path) = scratch();
@@ -413,7 +421,7 @@ mod tests {
             ),
             ("", &["train/n02085936/a.JPEG", "val/a.JPEG"], &["one level deeper", "train`"]),
             ("n02085936", &[train, single], &["one class's folder", "folder it lies in"]),
-            ("", &["n02085936.tar", "n02086646.tar"], &["still packed", "mkdir n02085936"]),
+            ("", &["n02085936.tar", "x/y.txt"], &["still packed", "mkdir n02085936"]),
             ("", &["ILSVRC2012_val_00000001.JPEG"], &["no class folders", "`val`", "train folder"]),
             ("", &[train, "n3/x.png"], &["lacks 1 of the 2", "`n02086646`", "2 folders", "`n3`"]),
         ];

@@ -16,7 +16,7 @@ use data::Picture;
 use data::picture::MOST_PIXELS;
 use stage::Split;
 
-use crate::collection::Collection;
+use crate::collection::{Load, Sink};
 use crate::{archive, folder};
 
 /// The two files of one split.
@@ -28,6 +28,13 @@ pub struct Pair {
     labels: PathBuf,
     /// How many pictures its header says it has.
     pub count: usize,
+}
+
+impl Pair {
+    /// The two files.
+    pub fn files(&self) -> [PathBuf; 2] {
+        [self.images.clone(), self.labels.clone()]
+    }
 }
 
 /// Finds the pairs of a folder and reads their headers; none where there is no IDX file.
@@ -97,7 +104,7 @@ impl Pair {
     /// # Errors
     ///
     /// A file is damaged, cut short or longer than its header says.
-    pub fn read(&self, collection: &mut Collection) -> Result<()> {
+    pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         let Opened { count, height, width, mut images, mut labels } = self.open()?;
         let labels = payload(&mut labels, count, &self.labels)?;
         let file = folder::file_name(&self.images);
@@ -106,9 +113,9 @@ impl Pair {
         for (position, label) in labels.into_iter().enumerate() {
             images.read_exact(&mut pixels).map_err(|error| damaged(&self.images, error))?;
             let class = label.to_string();
-            if collection.wants(&class) {
-                let raw = Picture::new(height, width, 1, pixels.clone())?;
-                collection.raw(format!("{file}:{position}"), &class, self.split, raw)?;
+            if sink.wants(&class)? {
+                let load = Load::Pixels(Picture::new(height, width, 1, pixels.clone())?);
+                sink.picture(format!("{file}:{position}"), Some(&class), self.split, load)?;
             }
         }
         check_end(&mut images, &self.images)

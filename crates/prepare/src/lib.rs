@@ -1,39 +1,64 @@
 //! Prepare: turns pictures, however they come, into the one form that every stage reads.
 //!
-//! Reads a [`Source`]: IDX files ([`idx`]), the binary form of CIFAR ([`cifar`]), a
-//! folder of JPEG and PNG pictures ([`folder`]), or a tar archive of either ([`archive`]). Writes
-//! `images.safetensors`, ordered by content ([`collection`] says why), `names.safetensors`,
+//! Finds a source on this machine or fetches it ([`location`], [`hub`], [`named`]), tells what it is
+//! ([`source`]) and reads it: IDX files ([`idx`]), the binary forms of CIFAR and STL-10 ([`cifar`],
+//! [`stl`]), folders of pictures ([`folder`]), tar and zip archives of any of these ([`archive`]),
+//! WebDataset ([`webdataset`]), Parquet ([`parquet_file`]), manifests ([`manifest`]). Writes
+//! `images.safetensors`, ordered by content ([`assemble`] says why), `names.safetensors`,
 //! `labels.safetensors`, and `skipped.json`, which lists what was left out. Their formats are those
 //! of crate `data`.
+//!
+//! Memory does not grow with the number of pictures, and an interruption loses nothing
+//! ([`collection`]). No source is trusted: what it says of sizes, names and places is checked
+//! before it is acted on ([`picture`]).
 //!
 //! No stage links this crate, and it knows none. To add a source, see [`source`]; what an
 //! experiment can vary, [`Config`]; the order of things, [`run`].
 
 pub mod archive;
+pub mod assemble;
 pub mod cifar;
 pub mod collection;
 #[cfg(test)]
 mod example;
 pub mod folder;
+pub mod fuzz;
+#[cfg(test)]
+mod hostile;
+pub mod http;
+pub mod hub;
 pub mod idx;
+pub mod journal;
+pub mod labels;
+pub mod location;
+pub mod manifest;
+pub mod named;
+pub mod parquet_file;
 pub mod picture;
 mod program;
+pub mod sorter;
 pub mod source;
+pub mod stl;
+pub mod tar_file;
+pub mod webdataset;
+pub mod zip_file;
 
+use std::io;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use data::images::Identical;
 use serde::{Deserialize, Serialize};
-use stage::{DONE, files};
+use stage::{DONE, Interrupted, files};
 
 pub use program::program;
 
 use crate::collection::Collection;
+use crate::journal::Journal;
 use crate::source::Source;
 
 /// Raised by hand when the same source and table give other files.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The pictures: what stages are given as `--images`.
 pub const IMAGES: &str = "images.safetensors";
@@ -41,14 +66,15 @@ pub const IMAGES: &str = "images.safetensors";
 pub const NAMES: &str = "names.safetensors";
 /// The ground truth.
 pub const LABELS: &str = "labels.safetensors";
-/// What was left out; see [`collection::Skipped`].
+/// What was left out, with the reasons; see [`assemble`].
 pub const SKIPPED: &str = "skipped.json";
 
 /// What preparing can vary: the table `[prepare]` of an experiment. There are no defaults in code.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// File or folder with the pictures; relative to the working directory.
+    /// Where the pictures lie: a path relative to the working directory, or an address, see
+    /// [`location`].
     pub source: String,
     /// How the pictures come.
     pub format: Format,
@@ -79,10 +105,46 @@ pub enum Format {
     /// CIFAR-100 in binary form, with its 20 superclasses.
     #[serde(rename = "cifar-20")]
     Cifar20,
+    /// STL-10 in binary form.
+    #[serde(rename = "stl-10")]
+    Stl10,
     /// A folder of pictures.
     Folder,
-    /// An archive of pictures.
+    /// A tar archive of pictures, or one for each class.
     Tar,
+    /// A zip file of pictures.
+    Zip,
+    /// Shards of WebDataset.
+    #[serde(rename = "webdataset")]
+    WebDataset,
+    /// Parquet files with pictures in them, or with paths.
+    Parquet,
+    /// A manifest in CSV.
+    Manifest,
+}
+
+/// How a data set is prepared, as far as that changes nothing in it but, by memory, which pictures
+/// are too large.
+pub struct Options<'a> {
+    /// How many bytes of memory it may take, about: [`picture::MEMORY`].
+    pub memory: u64,
+    /// How many bytes of pictures go into one file: [`data::images::PART_BYTES`].
+    pub part_bytes: u64,
+    /// Whether the user wants it to stop.
+    pub interrupted: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        let part_bytes = data::images::PART_BYTES;
+        Self { memory: picture::MEMORY, part_bytes, interrupted: &|| false }
+    }
+}
+
+impl std::fmt::Debug for Options<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Options {{ memory: {}, part_bytes: {} }}", self.memory, self.part_bytes)
+    }
 }
 
 impl Config {
@@ -152,39 +214,91 @@ impl Config {
     }
 }
 
-/// Checks the table and looks at the source, without reading it all.
+/// Checks the table and looks at the source, without reading it all. What lies somewhere on the
+/// network is not looked at.
 ///
 /// # Errors
 ///
 /// A value makes no sense, or the source is not of its format.
-pub fn check(config: &Config, source: &Path) -> Result<Source> {
+pub fn check(config: &Config, source: &Path) -> Result<()> {
     config.check()?;
     ensure!(
         !source.as_os_str().is_empty(),
         "no source is named: name where the pictures lie with {}",
         folder::SOURCE
     );
-    Source::recognise(source, config)
+    match location::is_address(source) {
+        true => location::check_address(source),
+        false => Source::recognise(&location::find(source)?, config).map(|_| ()),
+    }
 }
 
-/// Source in, files out. A folder that is finished is left as it is.
+/// Source in, files out. A folder that is finished is left as it is; one that was interrupted goes
+/// on where it was.
 ///
 /// # Errors
 ///
-/// See [`check`] and [`Collection::finish`]. Then nothing is written.
-pub fn run(config: &Config, source: &Path, out: &Path) -> Result<()> {
+/// See [`check`] and [`Collection::finish`]. Then nothing is written; what was read is kept if
+/// going on makes sense.
+pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Result<()> {
     let done = out.join(DONE);
     if done.exists() {
         tracing::info!("`{}` is finished; remove it to prepare again", out.display());
         return Ok(());
     }
-    let found = check(config, source)?;
+    if !location::is_address(source) {
+        check(config, source)?;
+    }
+    config.check()?;
+    let local = location::find(source)?;
+    let found = Source::recognise(&local, config)?;
     tracing::info!("`{}` is {}", source.display(), found.description());
-    let mut collection = Collection::new(config, out, found.expected())?;
-    files::remove_unfinished(out)?;
-    found.read(&mut collection)?;
-    let (images, classes) = collection.finish()?;
+    let result = gather(config, options, &found, source, out);
+    if result.as_ref().is_err_and(|error| !can_go_on(error)) {
+        Journal::remove(out);
+    }
+    let assembled = result?;
+    let assemble::Assembled { images, classes } = assembled;
     tracing::info!("wrote {images} images of {classes} classes to `{}`", out.display());
     let mark = serde_json::json!({ "algorithm": ALGORITHM, "stage": "prepare" });
-    files::write(&done, format!("{mark}\n").as_bytes())
+    files::write(&done, format!("{mark}\n").as_bytes())?;
+    Journal::remove(out);
+    Ok(())
+}
+
+fn gather(
+    config: &Config,
+    options: &Options,
+    found: &Source,
+    source: &Path,
+    out: &Path,
+) -> Result<assemble::Assembled> {
+    // Whatever decides what the source hands over, and what becomes of it.
+    let identity = serde_json::json!({
+        "algorithm": ALGORITHM,
+        "channels": config.channels,
+        "classes": config.classes,
+        "format": config.format,
+        "memory": options.memory,
+        "source": source,
+        "state": found.state(),
+    });
+    let identity = identity.to_string();
+    let mut collection = Collection::open(config, options, out, &identity, found.expected())?;
+    files::remove_unfinished(out)?;
+    if !collection.is_whole() {
+        found.read(config, &mut collection)?;
+    }
+    collection.finish()
+}
+
+/// Whether the same command may go on behind this error: the user interrupted, or a disk refused,
+/// which may be cured.
+fn can_go_on(error: &anyhow::Error) -> bool {
+    let may_be_cured = |error: &io::Error| {
+        use io::ErrorKind::{InvalidData, InvalidInput, NotFound, Other, UnexpectedEof};
+        ![InvalidData, InvalidInput, NotFound, Other, UnexpectedEof].contains(&error.kind())
+    };
+    error.is::<Interrupted>()
+        || error.chain().any(|cause| cause.downcast_ref().is_some_and(may_be_cured))
 }

@@ -1,31 +1,103 @@
-//! Which files are meant as pictures, and why one of them is broken.
+//! Which files are meant as pictures, why one of them is broken, and what decoding it may take.
 //!
 //! What a file is, is told by its first bytes: ILSVRC-2012 itself has a PNG named `.JPEG`. What
-//! passes here, every stage can decode, because it was decoded here.
+//! passes here, every stage can decode, because it was decoded here. Before that its header is
+//! looked at: a picture that would take more memory than there is to take is broken, and no more
+//! are decoded at a time than fit together.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use data::images::Source;
 use data::picture::Encoding;
 use image::ImageFormat;
 
-/// The largest file that is read as one picture: 128 MiB.
-pub const BYTES_AT_MOST: u64 = 1 << 27;
+/// How much memory preparing may take, about, unless the command line says otherwise: 512 MiB.
+pub const MEMORY: u64 = 1 << 29;
 
-/// The bytes of a file.
+/// What fits into the memory that preparing may take.
+#[derive(Debug)]
+pub struct Budget {
+    memory: u64,
+    free: Mutex<u64>,
+    freed: Condvar,
+}
+
+impl Budget {
+    /// Five eighths of `memory` are for decoding, one for pictures that wait for it, one for the file
+    /// that is read meanwhile, and one for everything else.
+    pub fn of(memory: u64) -> Self {
+        Self { memory, free: Mutex::new(memory / 8 * 5), freed: Condvar::new() }
+    }
+
+    /// The largest file that is read as one picture.
+    pub fn file_bytes(&self) -> u64 {
+        self.memory / 8
+    }
+
+    /// How many bytes of files may wait to be decoded.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.memory / 8
+    }
+
+    fn decoding_bytes(&self) -> u64 {
+        self.memory / 8 * 5
+    }
+
+    /// Waits until there are `bytes` to take, at most [`Budget::decoding_bytes`].
+    fn take(&self, bytes: u64) -> Taken<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self
+            .freed
+            .wait_while(free, |free| *free < bytes)
+            .unwrap_or_else(PoisonError::into_inner);
+        *free -= bytes;
+        Taken { budget: self, bytes }
+    }
+}
+
+/// Memory taken from a budget, given back when dropped.
+struct Taken<'a> {
+    budget: &'a Budget,
+    bytes: u64,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *self.budget.free.lock().unwrap_or_else(PoisonError::into_inner) += self.bytes;
+        self.budget.freed.notify_all();
+    }
+}
+
+/// How much of a file is looked at for the size of its picture: it comes behind profiles and
+/// thumbnails.
+const HEADER_BYTES: u64 = 1 << 20;
+
+/// The picture in a file, read and decoded once to make sure that it can be.
 ///
 /// # Errors
 ///
 /// Why not: a phrase that follows the picture's name.
-pub fn read(path: &Path) -> Result<Vec<u8>, String> {
+pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<Source, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
-    match fs::metadata(path).map_err(failed)?.len() {
-        size if size > BYTES_AT_MOST => Err(too_many_bytes(size, BYTES_AT_MOST)),
-        _ => fs::read(path).map_err(failed),
+    // Looked at before it is opened: opening a pipe would wait for someone to write into it.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err("is no plain file".into());
     }
+    let mut file = File::open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    if size > budget.file_bytes() {
+        return Err(too_many_bytes(size, budget.file_bytes()));
+    }
+    let mut bytes = Vec::new();
+    file.by_ref().take(HEADER_BYTES).read_to_end(&mut bytes).map_err(failed)?;
+    let _taken = budget.take((size + decoding_bytes(&bytes, budget)?).min(budget.decoding_bytes()));
+    // A file that grows while it is read is not read further than was taken for.
+    file.take(size.saturating_sub(HEADER_BYTES)).read_to_end(&mut bytes).map_err(failed)?;
+    decode(bytes, channels)
 }
 
 /// The picture in these bytes, decoded once to make sure that it can be.
@@ -33,19 +105,127 @@ pub fn read(path: &Path) -> Result<Vec<u8>, String> {
 /// # Errors
 ///
 /// Why not: a phrase that follows the picture's name.
-pub fn check(bytes: Vec<u8>, channels: usize) -> Result<Source, String> {
+pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<Source, String> {
+    let _taken = budget.take(decoding_bytes(&bytes, budget)?);
+    decode(bytes, channels)
+}
+
+fn decode(bytes: Vec<u8>, channels: usize) -> Result<Source, String> {
+    Source::file(bytes, channels).map_err(|error| format!("is broken: {error:#}"))
+}
+
+/// How much memory decoding a file takes at most, by its header.
+fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
     if bytes.is_empty() {
         return Err("is empty".into());
     }
-    if Encoding::of(&bytes).is_none() {
-        return Err(match image::guess_format(&bytes) {
-            Ok(format) => {
-                format!("is {}: only JPEG and PNG are read, convert it", name(format))
-            }
-            Err(_) => "is neither a JPEG nor a PNG file".into(),
-        });
+    let header = match Encoding::of(bytes) {
+        Some(Encoding::Jpeg) => jpeg_header(bytes),
+        Some(Encoding::Png) => png_header(bytes),
+        Some(Encoding::WebP) => webp_header(bytes),
+        Some(Encoding::Raw) | None => {
+            return Err(match image::guess_format(bytes) {
+                Ok(format) => {
+                    format!("is {}: only JPEG, PNG and WebP are read, convert it", name(format))
+                }
+                Err(_) => "is neither a JPEG nor a PNG nor a WebP file".into(),
+            });
+        }
+    };
+    let Header { height, width, bytes_a_pixel } =
+        header.ok_or("is broken: its header has no size, or is cut short")?;
+    let needed = u64::from(height) * u64::from(width) * bytes_a_pixel;
+    match needed <= budget.decoding_bytes() {
+        true => Ok(needed),
+        false => Err(format!(
+            "is {height}×{width} pixels, which take {} MiB to decode, more than the {} MiB there \
+             are; reduce it, or allow more with --memory",
+            needed >> 20,
+            budget.decoding_bytes() >> 20
+        )),
     }
-    Source::file(bytes, channels).map_err(|error| format!("is broken: {error:#}"))
+}
+
+/// What a file says of its picture before it is decoded.
+#[derive(Debug, PartialEq, Eq)]
+struct Header {
+    height: u32,
+    width: u32,
+    /// What decoding takes at most: pixels as they are stored, in 8 bits, and turned.
+    bytes_a_pixel: u64,
+}
+
+/// The largest of the frames that are announced before the first scan.
+fn jpeg_header(file: &[u8]) -> Option<Header> {
+    let mut found: Option<Header> = None;
+    let mut position = 2;
+    loop {
+        while file.get(position) == Some(&0xff) && file.get(position + 1) == Some(&0xff) {
+            position += 1;
+        }
+        let marker = match file.get(position..position + 2) {
+            Some([0xff, marker]) => *marker,
+            _ => return found,
+        };
+        let segment = file.get(position + 2..)?;
+        match marker {
+            // A start of frame, but for the tables whose markers lie among those.
+            0xc0..=0xcf if ![0xc4, 0xc8, 0xcc].contains(&marker) => {
+                let &[_, _, _, a, b, c, d, components] = segment.first_chunk()?;
+                let (height, width) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+                // All coefficients of a progressive file are held until its end.
+                let kept = if marker == 0xc0 || marker == 0xc1 { 0 } else { 2 };
+                let bytes_a_pixel = 7 + kept * u64::from(components.max(1));
+                let header = Header { height: height.into(), width: width.into(), bytes_a_pixel };
+                let pixels = |h: &Header| u64::from(h.height) * u64::from(h.width);
+                if found.as_ref().is_none_or(|found| pixels(found) < pixels(&header)) {
+                    found = Some(header);
+                }
+            }
+            0xda | 0xd9 => return found,
+            0x01 | 0xd0..=0xd8 => {
+                position += 2;
+                continue;
+            }
+            _ => {}
+        }
+        let &[high, low] = segment.first_chunk()?;
+        position += 2 + usize::from(u16::from_be_bytes([high, low]));
+    }
+}
+
+fn png_header(file: &[u8]) -> Option<Header> {
+    let header = file.get(16..26)?;
+    let word = |at: usize| {
+        u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    };
+    let samples = match header[9] {
+        0 => 1,
+        2 => 3,
+        // A palette's colours may have transparency too.
+        3 | 6 => 4,
+        _ => 2,
+    };
+    let bytes_a_pixel = samples * if header[8] == 16 { 2 } else { 1 } + 6;
+    Some(Header { height: word(4), width: word(0), bytes_a_pixel })
+}
+
+fn webp_header(file: &[u8]) -> Option<Header> {
+    let chunk = file.get(12..30)?;
+    let low = |bytes: &[u8]| u32::from(bytes[0]) | u32::from(bytes[1]) << 8;
+    let (height, width) = match &chunk[..4] {
+        b"VP8 " => (low(&chunk[16..]) & 0x3fff, low(&chunk[14..]) & 0x3fff),
+        b"VP8L" => {
+            let bits = low(&chunk[9..]) | low(&chunk[11..]) << 16;
+            ((bits >> 14 & 0x3fff) + 1, (bits & 0x3fff) + 1)
+        }
+        b"VP8X" => {
+            let extent = |at: usize| (low(&chunk[at..]) | u32::from(chunk[at + 2]) << 16) + 1;
+            (extent(15), extent(12))
+        }
+        _ => return None,
+    };
+    Some(Header { height, width, bytes_a_pixel: 16 })
 }
 
 fn name(format: ImageFormat) -> String {
@@ -60,18 +240,76 @@ pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
 /// Whether a file is meant as a picture: by its extension, or failing that by its first bytes. A
 /// broken file named `.jpg` counts as a broken picture; a text beside the pictures does not.
 pub fn is_meant(path: &Path) -> bool {
-    has_extension(path) || {
-        let mut start = [0; 8];
-        File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
-            && Encoding::of(&start).is_some()
+    has_extension(&path.to_string_lossy()) || {
+        let mut start = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(16).read_to_end(&mut start));
+        read.is_ok() && Encoding::of(&start).is_some()
     }
 }
 
 /// Whether the name ends like a picture's, of whatever format.
-pub fn has_extension(path: &Path) -> bool {
+pub fn has_extension(name: &str) -> bool {
     const EXTENSIONS: [&str; 12] =
         ["jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "webp", "tif", "tiff", "avif", "heic"];
-    path.extension()
+    Path::new(name)
+        .extension()
         .and_then(OsStr::to_str)
         .is_some_and(|extension| EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use image::DynamicImage;
+
+    use super::*;
+    use crate::example::{encoded, pixels};
+
+    fn picture(height: u32, width: u32) -> DynamicImage {
+        let raw = pixels(height as usize, width as usize, 3, 1);
+        image::RgbImage::from_raw(width, height, raw).expect("fits").into()
+    }
+
+    #[test]
+    fn sizes_are_told_from_headers() {
+        for (height, width) in [(1, 1), (3, 7), (40, 300), (257, 16)] {
+            let picture = picture(height, width);
+            let file = |format| encoded(&picture, format);
+            let size = |header: Option<Header>| header.map(|header| (header.height, header.width));
+            let expected = Some((height, width));
+            assert_eq!(size(jpeg_header(&file(ImageFormat::Jpeg))), expected);
+            assert_eq!(size(png_header(&file(ImageFormat::Png))), expected);
+            assert_eq!(size(webp_header(&file(ImageFormat::WebP))), expected);
+        }
+        let file = encoded(&picture(3, 7), ImageFormat::Jpeg);
+        for length in 0..file.len().min(600) {
+            jpeg_header(&file[..length]);
+            png_header(&file[..length]);
+            webp_header(&file[..length]);
+        }
+        // Filling bytes before a marker, and the largest of two frames.
+        let frame = [0xff, 0xc0, 0, 8, 8, 0, 9, 0, 2, 3];
+        let larger = [0xff, 0xff, 0xff, 0xc2, 0, 8, 8, 1, 0, 0, 2, 3];
+        let file = [&[0xff, 0xd8][..], &frame, &larger, &frame].concat();
+        let header = Header { height: 256, width: 2, bytes_a_pixel: 13 };
+        assert_eq!(jpeg_header(&file), Some(header));
+    }
+
+    #[test]
+    fn no_more_is_decoded_at_a_time_than_fits() {
+        let budget = Budget::of(8 << 20);
+        let most = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        let _taken = budget.take(3 << 20);
+                        let free = *budget.free.lock().expect("sound");
+                        most.fetch_max((5 << 20) - free, std::sync::atomic::Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(most.into_inner(), 3 << 20, "two do not fit");
+        assert_eq!(*budget.free.lock().expect("sound"), 5 << 20);
+    }
 }

@@ -1,27 +1,36 @@
-//! `prepare --experiment FILE [--source PATH] --out DIR [--check]`
+//! `prepare --experiment FILE [--source PATH] --out DIR [--memory MIB] [--check]`
 
 use std::env::ArgsOs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use stage::Experiment;
 
-use crate::{ALGORITHM, Config};
+use crate::{ALGORITHM, Config, Options, location, picture};
 
 /// Turns pictures into the files that every stage reads.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Experiment file; the program reads its table `[prepare]`.
-    #[arg(long, value_name = "FILE")]
-    experiment: PathBuf,
-    /// File or folder with the pictures, instead of the table's `source`.
+    #[arg(long, value_name = "FILE", required_unless_present = "fetch")]
+    experiment: Option<PathBuf>,
+    /// Where the pictures are, instead of the table's `source`: a path, `hf://datasets/owner/name`,
+    /// or `named://cifar-10`.
     #[arg(long, value_name = "PATH")]
     source: Option<PathBuf>,
     /// Folder to write into; created when missing.
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "fetch")]
+    out: Option<PathBuf>,
+    /// How much memory it may take, about, in MiB; pictures that would take more are skipped.
+    #[arg(long, value_name = "MIB", default_value_t = picture::MEMORY >> 20,
+          value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
+    memory: u64,
+    /// Only fetch what lies at an address, such as `hf://owner/model`, and print where it is kept.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "experiment")]
+    fetch: Option<String>,
     /// Check the table, look at the source, print the table, and stop.
     #[arg(long)]
     check: bool,
@@ -43,7 +52,23 @@ pub fn program(words: ArgsOs) -> ExitCode {
 }
 
 fn check_or_run(arguments: &Arguments) -> Result<()> {
-    let mut config: Config = Experiment::read(&arguments.experiment)?.table("prepare")?;
+    // What was read is safe at any moment; asking twice ends the program at once.
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(3);
+        }
+    })
+    .context("listening for interrupts")?;
+    if let Some(address) = &arguments.fetch {
+        for path in location::find(Path::new(address))?.paths {
+            println!("{}", path.display());
+        }
+        return Ok(());
+    }
+    let (Some(experiment), Some(out)) = (&arguments.experiment, &arguments.out) else {
+        bail!("--experiment and --out are missing");
+    };
+    let mut config: Config = Experiment::read(experiment)?.table("prepare")?;
     if let Some(source) = &arguments.source {
         config.source = source.to_string_lossy().into_owned();
     }
@@ -53,7 +78,26 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
         print!("[prepare]\n{}", toml::to_string(&config)?);
         return Ok(());
     }
-    // Nothing has its final name before it is whole, so stopping at any moment is safe.
-    ctrlc::set_handler(|| std::process::exit(3)).context("listening for interrupts")?;
-    crate::run(&config, &source, &arguments.out)
+    let options =
+        Options { memory: arguments.memory << 20, interrupted: &interrupted, ..Options::default() };
+    crate::run(&config, &source, out, &options)?;
+    if let Some(bytes) = peak_memory() {
+        tracing::info!("peak memory: {} MiB", bytes >> 20);
+    }
+    Ok(())
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the user asked this program to stop.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// The most memory that this process had at any time, where the system says so.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes << 10)
 }

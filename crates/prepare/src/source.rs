@@ -1,15 +1,22 @@
 //! What kind of source a path is.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+use stage::container::hex;
 
 use crate::archive::Holds;
-use crate::collection::Collection;
+use crate::collection::Sink;
 use crate::folder::{Listing, SOURCE, contents, file_name};
 use crate::idx::Pair;
-use crate::{Config, Format, archive, cifar, folder, idx};
+use crate::location::Local;
+use crate::{
+    Config, Format, archive, cifar, folder, idx, manifest, parquet_file, picture, stl, webdataset,
+};
 
 /// A source, looked at but not yet read.
 #[derive(Debug)]
@@ -18,30 +25,39 @@ pub enum Source {
     Idx(Vec<Pair>),
     /// A folder with the binary files of CIFAR.
     Cifar(Vec<PathBuf>, Format),
+    /// A folder with the binary files of STL-10.
+    Stl(Vec<PathBuf>),
     /// A folder of pictures.
     Folder(Listing),
+    /// A folder with an archive for each class.
+    ClassArchives(Vec<PathBuf>),
     /// An archive with the binary files of CIFAR.
     CifarArchive(PathBuf, Format),
-    /// An archive of pictures.
-    PictureArchive(PathBuf),
+    /// An archive with the binary files of STL-10.
+    StlArchive(PathBuf),
+    /// An archive of pictures, of which those in this folder count.
+    PictureArchive(PathBuf, String),
+    /// Shards of WebDataset.
+    WebDataset(Vec<PathBuf>),
+    /// Parquet files.
+    Parquet(Vec<PathBuf>, Format),
+    /// A manifest in CSV.
+    Manifest(PathBuf),
 }
 
 impl Source {
-    /// Looks at `path`: the format that the experiment names, or whichever it turns out to be.
+    /// Looks at what lies there: the format that the experiment names, or whichever it turns out to
+    /// be.
     ///
     /// # Errors
     ///
     /// There is nothing of that format; the message says what there is instead, and what to do.
-    pub fn recognise(path: &Path, config: &Config) -> Result<Self> {
-        let context = || {
-            format!(
-                "opening the source `{}`; name where the pictures lie with {SOURCE}",
-                path.display()
-            )
-        };
-        match fs::metadata(path).with_context(context)?.is_dir() {
-            true => Self::folder(path, config),
-            false => Self::file(path, config.format),
+    pub fn recognise(local: &Local, config: &Config) -> Result<Self> {
+        match &local.paths[..] {
+            [] => bail!("the source has no files; name another one with {SOURCE}"),
+            [path] if path.is_dir() => Self::folder(path, config),
+            [path] => Self::file(path, &local.within, config.format),
+            paths => Self::files(paths, config.format),
         }
     }
 
@@ -59,12 +75,28 @@ impl Source {
                 return Ok(Self::Cifar(files, format));
             }
         }
+        if let Format::Auto | Format::Stl10 = format {
+            let files = stl::find(path)?;
+            if !files.is_empty() {
+                return Ok(Self::Stl(files));
+            }
+        }
+        if let Format::Auto | Format::Tar | Format::WebDataset | Format::Parquet = format {
+            let files = packed_files(path)?;
+            if files.len() > 1 || format != Format::Auto && !files.is_empty() {
+                return Self::files(&files, format);
+            }
+        }
         if let Format::Auto | Format::Folder = format {
             return Ok(Self::Folder(folder::list(path, config)?));
         }
         let wanted = match format {
             Format::Idx => "no IDX files, such as train-images-idx3-ubyte.gz",
-            Format::Tar => "no archive: it is a folder",
+            Format::Tar | Format::Zip => "no archive: it is a folder",
+            Format::Stl10 => "no binary files of STL-10, such as train_X.bin",
+            Format::WebDataset => "no shards of WebDataset, such as 000.tar",
+            Format::Parquet => "no Parquet files",
+            Format::Manifest => "no manifest: it is a folder",
             _ => "no binary files of CIFAR, such as data_batch_1.bin or train.bin",
         };
         let files = contents(path)?;
@@ -76,7 +108,7 @@ impl Source {
         )
     }
 
-    fn file(path: &Path, format: Format) -> Result<Self> {
+    fn file(path: &Path, within: &str, format: Format) -> Result<Self> {
         let name = file_name(path);
         ensure!(
             !name.contains("idx1") && !name.contains("idx3") && !name.ends_with(".bin"),
@@ -89,13 +121,63 @@ impl Source {
              `format = \"auto\"`",
             path.display()
         );
-        match (archive::recognise(path)?, format) {
-            (Holds::Pictures, Format::Cifar | Format::Cifar20) => bail!(
-                "`{}` holds pictures, not the binary files of CIFAR; set `format = \"auto\"`",
-                path.display()
+        let start = start_of(path)?;
+        if parquet_file::is_parquet(&start) {
+            return Ok(Self::Parquet(vec![path.to_owned()], format));
+        }
+        let is_auto = format == Format::Auto;
+        if format == Format::Manifest || is_auto && manifest::is_manifest(&name) {
+            return Ok(Self::Manifest(path.to_owned()));
+        }
+        ensure!(
+            format != Format::Parquet,
+            "`{}` is not a Parquet file; name another one with {SOURCE}",
+            path.display()
+        );
+        let path = path.to_owned();
+        match (archive::recognise(&path)?, format) {
+            (Holds::Cifar, Format::Auto | Format::Tar | Format::Cifar | Format::Cifar20) => {
+                Ok(Self::CifarArchive(path, format))
+            }
+            (Holds::Stl, Format::Auto | Format::Tar | Format::Stl10) => Ok(Self::StlArchive(path)),
+            (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
+                Ok(Self::WebDataset(vec![path]))
+            }
+            (Holds::Pictures | Holds::WebDataset, Format::Auto | Format::Tar | Format::Zip) => {
+                Ok(Self::PictureArchive(path, within.to_owned()))
+            }
+            (holds, _) => bail!(
+                "`{}` holds {}, not what `format` asks for; set `format = \"auto\"`",
+                path.display(),
+                match holds {
+                    Holds::Cifar => "the binary files of CIFAR",
+                    Holds::Stl => "the binary files of STL-10",
+                    Holds::WebDataset => "samples of WebDataset",
+                    Holds::Pictures => "pictures",
+                }
             ),
-            (Holds::Pictures, _) => Ok(Self::PictureArchive(path.to_owned())),
-            (Holds::Cifar, _) => Ok(Self::CifarArchive(path.to_owned(), format)),
+        }
+    }
+
+    /// Several files, which are parts of one set.
+    fn files(paths: &[PathBuf], format: Format) -> Result<Self> {
+        let first = &paths[0];
+        if parquet_file::is_parquet(&start_of(first)?) {
+            return Ok(Self::Parquet(paths.to_vec(), format));
+        }
+        match (archive::recognise(first)?, format) {
+            (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
+                Ok(Self::WebDataset(paths.to_vec()))
+            }
+            (Holds::Pictures, Format::Auto | Format::Tar) => {
+                Ok(Self::ClassArchives(paths.to_vec()))
+            }
+            _ => bail!(
+                "`{}` and {} files beside it are neither Parquet files, nor shards of WebDataset, nor \
+                 archives of one class each; name another source with {SOURCE}",
+                first.display(),
+                paths.len() - 1
+            ),
         }
     }
 
@@ -104,7 +186,7 @@ impl Source {
         match self {
             Self::Idx(pairs) => pairs.iter().map(|pair| pair.count).sum(),
             Self::Folder(listing) => listing.count(),
-            Self::Cifar(..) | Self::CifarArchive(..) | Self::PictureArchive(_) => 0,
+            _ => 0,
         }
     }
 
@@ -120,22 +202,328 @@ impl Source {
             }
             Self::Cifar(..) => "a folder of CIFAR's binary files".into(),
             Self::CifarArchive(..) => "an archive of CIFAR's binary files".into(),
-            Self::PictureArchive(_) => "an archive of pictures".into(),
+            Self::Stl(_) => "a folder of STL-10's binary files".into(),
+            Self::StlArchive(_) => "an archive of STL-10's binary files".into(),
+            Self::ClassArchives(paths) => format!("{} archives, one a class", paths.len()),
+            Self::PictureArchive(..) => "an archive of pictures".into(),
+            Self::WebDataset(paths) => format!("a WebDataset of {} shards", paths.len()),
+            Self::Parquet(paths, _) => format!("{} Parquet files", paths.len()),
+            Self::Manifest(_) => "a manifest of pictures".into(),
         }
     }
 
-    /// Hands all pictures over.
+    /// Hands all pictures over, in an order that is the same each time.
     ///
     /// # Errors
     ///
     /// The source is damaged.
-    pub fn read(&self, collection: &mut Collection) -> Result<()> {
+    pub fn read(&self, config: &Config, sink: &mut dyn Sink) -> Result<()> {
         match self {
-            Self::Idx(pairs) => pairs.iter().try_for_each(|pair| pair.read(collection)),
-            Self::Cifar(files, format) => cifar::read(files, *format, collection),
-            Self::Folder(listing) => listing.read(collection),
-            Self::CifarArchive(path, format) => archive::read_cifar(path, *format, collection),
-            Self::PictureArchive(path) => archive::read_pictures(path, collection),
+            Self::Idx(pairs) => pairs.iter().try_for_each(|pair| pair.read(sink)),
+            Self::Cifar(files, format) => cifar::read(files, *format, sink),
+            Self::Stl(files) => stl::read(files, sink),
+            Self::Folder(listing) => listing.read(sink),
+            Self::ClassArchives(paths) => archive::read_class_archives(paths, sink),
+            Self::CifarArchive(path, format) => archive::read_cifar(path, *format, sink),
+            Self::StlArchive(path) => archive::read_stl(path, sink),
+            Self::PictureArchive(path, within) => archive::read_pictures(path, within, sink),
+            Self::WebDataset(paths) => webdataset::read(paths, &config.classes, sink),
+            Self::Parquet(paths, format) => {
+                parquet_file::read(paths, *format, &config.classes, sink)
+            }
+            Self::Manifest(path) => manifest::read(path, &config.classes, sink),
         }
+    }
+
+    /// A digest of the names, lengths and times of change of its files: what was read of it before
+    /// an interruption counts only if it is still the same.
+    pub fn state(&self) -> String {
+        let files: Box<dyn Iterator<Item = PathBuf>> = match self {
+            Self::Idx(pairs) => Box::new(pairs.iter().flat_map(Pair::files)),
+            Self::Folder(listing) => Box::new(listing.files()),
+            Self::Cifar(paths, _)
+            | Self::Stl(paths)
+            | Self::ClassArchives(paths)
+            | Self::WebDataset(paths)
+            | Self::Parquet(paths, _) => Box::new(paths.iter().cloned()),
+            Self::CifarArchive(path, _)
+            | Self::StlArchive(path)
+            | Self::PictureArchive(path, _)
+            | Self::Manifest(path) => Box::new([path.clone()].into_iter()),
+        };
+        let mut hash = Sha256::new();
+        for path in files {
+            let metadata = fs::metadata(&path).ok();
+            let length = metadata.as_ref().map(fs::Metadata::len);
+            let changed = metadata.and_then(|metadata| metadata.modified().ok());
+            let changed = changed.and_then(|changed| changed.duration_since(UNIX_EPOCH).ok());
+            hash.update(format!("{} {length:?} {changed:?}\n", path.display()));
+        }
+        hex(&hash.finalize())
+    }
+}
+
+/// The first bytes of a file.
+fn start_of(path: &Path) -> Result<Vec<u8>> {
+    let mut start = Vec::new();
+    let file = fs::File::open(path).with_context(|| {
+        format!(
+            "opening the source `{}`; name where the pictures lie with {SOURCE}",
+            path.display()
+        )
+    })?;
+    file.take(16).read_to_end(&mut start)?;
+    Ok(start)
+}
+
+/// The Parquet files or tar archives of a folder that holds no pictures, neither directly nor in
+/// folders.
+fn packed_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let inside = contents(folder)?;
+    let with_ending = |ending: &str| -> Vec<PathBuf> {
+        inside.files.iter().filter(|file| file_name(file).ends_with(ending)).cloned().collect()
+    };
+    let parquet = with_ending(".parquet");
+    if !parquet.is_empty() {
+        return Ok(parquet);
+    }
+    let is_picture = |file: &PathBuf| picture::has_extension(&file_name(file));
+    let tar = with_ending(".tar");
+    match inside.folders.is_empty() && !inside.files.iter().any(is_picture) {
+        true => Ok(tar),
+        false => Ok(Vec::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Options;
+    use crate::example::{
+        Prepared, assert_has, config, encoded, gzip, jpeg, parquet, png, prepare, prepare_with,
+        put, refusal, scratch, tar, zip,
+    };
+
+    /// Pictures of two classes: class, name, bytes.
+    fn pictures() -> Vec<(&'static str, String, Vec<u8>)> {
+        let webp = encoded(&crate::example::colour(7), image::ImageFormat::WebP);
+        let mut files = vec![("n02085936", "n02085936_7.JPEG".to_owned(), webp)];
+        for seed in 0..7 {
+            let class = ["n02085936", "n02086646"][seed % 2];
+            let file = if seed % 3 == 0 { jpeg(seed) } else { png(seed) };
+            files.push((class, format!("{class}_{seed}.JPEG"), file));
+        }
+        files.sort();
+        files
+    }
+
+    /// Packs files into an archive.
+    type Pack = fn(&[(&str, &[u8])]) -> Vec<u8>;
+
+    fn packed(pack: Pack, files: &[(String, Vec<u8>)]) -> Vec<u8> {
+        let entries: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (&**n, &**b)).collect();
+        pack(&entries)
+    }
+
+    /// The classes in order of the rows, which do not depend on names.
+    fn classes(read: &Prepared) -> Vec<Option<String>> {
+        read.classes.clone()
+    }
+
+    #[test]
+    fn the_same_pictures_are_the_same_data_set_whatever_they_come_in() {
+        let (_folder, path) = scratch();
+        let at = |name: &str| path.join(name);
+        let (mut flat, mut by_class) = (Vec::new(), Vec::new());
+        for (class, name, bytes) in pictures() {
+            put(&at("folder").join(class).join(&name), &bytes);
+            flat.push((format!("{class}/{name}"), bytes.clone()));
+            by_class.push((class, name, bytes));
+        }
+        let folder = prepare(&at("folder"), &config()).expect("sound");
+        assert_eq!(folder.names.len(), 8);
+
+        put(&at("plain.tar"), &packed(tar, &flat));
+        put(&at("packed.tar.gz"), &gzip(&packed(tar, &flat)));
+        put(&at("packed.zip"), &packed(zip, &flat));
+        // As ILSVRC-2012's train archive: an archive for each class.
+        let archives: Vec<(String, Vec<u8>)> = ["n02085936", "n02086646"]
+            .into_iter()
+            .map(|class| {
+                let of_class = by_class.iter().filter(|picture| picture.0 == class);
+                let inner: Vec<_> = of_class.map(|(_, n, b)| (n.clone(), b.clone())).collect();
+                (format!("{class}.tar"), packed(tar, &inner))
+            })
+            .collect();
+        put(&at("of-archives.tar"), &packed(tar, &archives));
+        put(&at("of-archives.tar.gz"), &gzip(&packed(tar, &archives)));
+        for (name, bytes) in &archives {
+            put(&at("archives").join(name), bytes);
+        }
+        let mut manifest = "label,path,other\n".to_owned();
+        let mut bare = String::new();
+        for (class, name, _) in &by_class {
+            manifest += &format!("{class},\"folder/{class}/{name}\",x\n");
+            bare += &format!("folder/{class}/{name}\t{class}\r\n");
+        }
+        put(&at("manifest.csv"), manifest.as_bytes());
+        put(&at("bare.tsv"), bare.as_bytes());
+        let rows = |range: std::ops::Range<usize>| -> Vec<(&str, &[u8], i64)> {
+            let number = |class: &str| i64::from(class == "n02086646");
+            by_class[range].iter().map(|(class, n, b)| (&**n, &**b, number(class))).collect()
+        };
+        let names = ["n02085936", "n02086646"];
+        put(&at("whole.parquet"), &parquet(&rows(0..8), &names));
+        put(&at("parts/train-0-of-2.parquet"), &parquet(&rows(0..5), &names));
+        put(&at("parts/train-1-of-2.parquet"), &parquet(&rows(5..8), &names));
+        let samples = |range: std::ops::Range<usize>| {
+            let mut files = Vec::new();
+            for (number, (class, _, bytes)) in by_class[range].iter().enumerate() {
+                let json = format!("{{\"label\": \"{class}\"}}").into_bytes();
+                match number % 2 {
+                    0 => files.push((format!("{number:03}.cls"), class.as_bytes().to_vec())),
+                    _ => files.push((format!("{number:03}.json"), json)),
+                }
+                files.push((format!("{number:03}.jpg"), bytes.clone()));
+            }
+            packed(tar, &files)
+        };
+        put(&at("shard.tar"), &samples(0..8));
+        put(&at("shards/train-00.tar"), &samples(0..3));
+        put(&at("shards/train-01.tar"), &samples(3..8));
+
+        for source in [
+            "plain.tar",
+            "packed.tar.gz",
+            "packed.zip",
+            "of-archives.tar",
+            "of-archives.tar.gz",
+            "archives",
+            "manifest.csv",
+            "bare.tsv",
+            "whole.parquet",
+            "parts",
+            "parts/train-*.parquet",
+            "shard.tar",
+            "shards",
+            "shards/train-{00..01}.tar",
+        ] {
+            let read =
+                prepare(&at(source), &config()).unwrap_or_else(|e| panic!("{source}: {e:#}"));
+            assert_eq!(read.bytes, folder.bytes, "{source}");
+            assert_eq!(classes(&read), classes(&folder), "{source}");
+            assert!(read.skipped("broken").is_empty() && read.skipped("ignored").is_empty());
+        }
+        // Several parts hold the same set too.
+        let options = Options { part_bytes: 300, ..Options::default() };
+        let parts = prepare_with(&at("plain.tar"), &config(), &options).expect("sound");
+        assert_eq!(parts.images.fingerprint(), folder.images.fingerprint());
+        let only = Config { classes: vec!["n02085936".into(), "n3".into()], ..config() };
+        assert_has(&refusal(&at("of-archives.tar"), &only), &["no class `n3`"]);
+    }
+
+    #[test]
+    fn wanted_classes_are_found_by_their_ids_where_labels_are_words() {
+        let (_folder, path) = scratch();
+        let by_class = pictures();
+        let words = ["Maltese dog", "Blenheim spaniel", "basset"];
+        let rows: Vec<(&str, &[u8], i64)> = by_class
+            .iter()
+            .map(|(class, n, b)| (&**n, &**b, i64::from(*class == "n02086646")))
+            .collect();
+        put(&path.join("x.parquet"), &parquet(&rows, &words));
+        let read = prepare(&path.join("x.parquet"), &config()).expect("sound");
+        assert_eq!(read.class_names, ["Blenheim spaniel", "Maltese dog"]);
+        let ids = ["n02085936", "n02086646"].map(String::from).to_vec();
+        let read = prepare(&path.join("x.parquet"), &Config { classes: ids, ..config() });
+        assert_eq!(read.expect("sound").class_names, ["n02085936", "n02086646"]);
+    }
+
+    #[test]
+    fn a_folder_within_an_archive_counts_alone() {
+        let (_folder, path) = scratch();
+        let files: Vec<(String, Vec<u8>)> = [
+            "ILSVRC/Data/train/a/1.png",
+            "ILSVRC/Data/train/b/2.png",
+            "ILSVRC/Data/val/3.png",
+            "ILSVRC/Annotations/train/a/1.xml",
+        ]
+        .iter()
+        .zip(0..)
+        .map(|(name, seed)| {
+            let is_picture = name.ends_with(".png");
+            ((*name).to_owned(), if is_picture { png(seed) } else { b"<xml>".to_vec() })
+        })
+        .collect();
+        for (name, archive) in [("x.zip", packed(zip, &files)), ("x.tar", packed(tar, &files))] {
+            put(&path.join(name), &archive);
+            assert_has(&refusal(&path.join(name), &config()), &["side by side", "#"]);
+            let within = path.join(format!("{name}#ILSVRC/Data/train"));
+            let read = prepare(&within, &config()).expect("sound");
+            assert_eq!(read.class_names, ["a", "b"]);
+            assert_eq!(read.names.len(), 2);
+            // Named classes are found without it.
+            let chosen = Config { classes: vec!["a".into(), "b".into()], ..config() };
+            assert_eq!(prepare(&path.join(name), &chosen).expect("sound").bytes, read.bytes);
+        }
+        let tiny: Vec<(String, Vec<u8>)> = [
+            "t/train/n1/images/0.JPEG",
+            "t/train/n2/images/0.JPEG",
+            "t/val/images/0.JPEG",
+            "t/train/n1/n1_boxes.txt",
+        ]
+        .iter()
+        .zip(0..)
+        .map(|(name, seed)| ((*name).to_owned(), png(seed)))
+        .collect();
+        put(&path.join("tiny.zip"), &packed(zip, &tiny[..3]));
+        let read = prepare(&path.join("tiny.zip#t/train"), &config()).expect("sound");
+        assert_eq!(read.class_names, ["n1", "n2"]);
+    }
+
+    #[test]
+    fn splits_of_parquet_files_and_manifests_are_kept() {
+        let (_folder, path) = scratch();
+        let files = [png(0), png(1), png(2)];
+        let row = |at: usize| -> Vec<(&str, &[u8], i64)> { vec![("", &files[at], at as i64 % 2)] };
+        put(&path.join("d/train-0.parquet"), &parquet(&row(0), &["a", "b"]));
+        put(&path.join("d/validation-0.parquet"), &parquet(&row(1), &["a", "b"]));
+        let read = prepare(&path.join("d"), &config()).expect("sound");
+        let row = read.row("validation-0.parquet:0");
+        assert_eq!(read.images.rows(&[stage::Split::Test]), [row]);
+        for (name, bytes) in ["0.png", "1.png", "2.png"].iter().zip(&files) {
+            put(&path.join(name), bytes);
+        }
+        put(&path.join("m.csv"), b"image,split\n0.png,train\n1.png,test\n2.png,unlabelled\n,\n");
+        let read = prepare(&path.join("m.csv"), &config()).expect("sound");
+        assert_eq!(read.images.rows(&[stage::Split::Test]), [read.row("1.png")]);
+        assert_eq!(read.images.rows(&[stage::Split::Unlabelled]), [read.row("2.png")]);
+        assert_eq!(read.class("0.png"), None);
+    }
+
+    #[test]
+    fn what_is_no_source_is_refused_with_its_remedy() {
+        let (_folder, path) = scratch();
+        let cases: [(&str, Vec<u8>, &[&str]); 9] = [
+            ("empty.csv", vec![], &["empty.csv", "it is empty"]),
+            ("x.csv", b"name,age\nA,1\n".to_vec(), &["no column of paths", "`path`"]),
+            ("long.csv", [b"path\n\"".to_vec(), vec![b'x'; 3 << 20]].concat(), &["a line of more"]),
+            ("x.parquet", b"PAR1 and no more".to_vec(), &["x.parquet", "damaged"]),
+            ("cut.zip", zip(&[("a/1.png", &png(0))])[..90].to_vec(), &["cut.zip", "zip"]),
+            ("none.zip", zip(&[]), &["holds neither"]),
+            ("text.tar.zst", b"\x28\xb5\x2f\xfd123".to_vec(), &["zstd", "unpack it"]),
+            ("empty.tar", vec![], &["empty.tar", "not a tar archive"]),
+            ("7.tar", tar(&[("0.jpg", &jpeg(0)), ("0.cls", b"1")]), &["one class only, `1`"]),
+        ];
+        for (name, bytes, parts) in cases {
+            put(&path.join(name), &bytes);
+            assert_has(&refusal(&path.join(name), &config()), parts);
+        }
+        assert_has(&refusal(Path::new("hf://x"), &config()), &["not an address of the hub"]);
+        assert_has(&refusal(Path::new("named://x"), &config()), &["no set", "cifar-100"]);
+        let parquet = parquet(&[("a", &png(0), 0), ("b", b"", 1), ("c", &png(1), 1)], &[]);
+        put(&path.join("y.parquet"), &parquet);
+        let read = prepare(&path.join("y.parquet"), &Config { broken_share: 0.5, ..config() });
+        assert_has(&read.expect("2 of 3").skipped("broken")[0].1, &["is empty"]);
     }
 }

@@ -46,7 +46,7 @@ fn the_digits_are_prepared_once_with_all_their_pictures_and_labels() {
     assert_eq!(first.status.code(), Some(0), "{}", message(&first));
     let out = folder.path().join("out");
     let done = fs::read_to_string(out.join("done.json")).expect("finished");
-    assert_eq!(done, "{\"algorithm\":1,\"stage\":\"prepare\"}\n");
+    assert_eq!(done, "{\"algorithm\":2,\"stage\":\"prepare\"}\n");
 
     let images = data::Images::open(&out.join(prepare::IMAGES)).expect("sound");
     let labels = data::Labels::open(&out.join(prepare::LABELS)).expect("sound");
@@ -92,7 +92,7 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
         (TABLE.replace("channels = 1\n", ""), "missing field `channels`"),
         (TABLE.replace("channels = 1", "channels = 4"), "1 is grey, 3 is colour"),
         (TABLE.replace("share = 0.01", "share = 1.5"), "`broken-share = 1.5`"),
-        (TABLE.replace("\"auto\"", "\"zip\""), "unknown variant `zip`"),
+        (TABLE.replace("\"auto\"", "\"rar\""), "unknown variant `rar`"),
         (TABLE.replace("\"auto\"", "\"tar\""), "set `format = \"auto\"`"),
         (TABLE.replace("[]", "[\"1\"]"), "names one class only"),
         (TABLE.replace("[]", "[\"1\", \"2\", \"1\"]"), "names `1` twice"),
@@ -112,6 +112,31 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
     }
     let output = Command::new(env!("CARGO_BIN_EXE_prepare")).output().expect("started");
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn pictures_that_only_just_may_be_decoded_stay_within_the_memory() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // 23 million pixels of 16-bit colour with transparency: 176 MiB each before they are converted.
+    let raw = vec![7u16; 4 * 4800 * 4800];
+    let picture = image::ImageBuffer::<image::Rgba<u16>, _>::from_raw(4800, 4800, raw);
+    let picture: image::DynamicImage = picture.expect("fits").into();
+    let path = folder.path().join("set/0.png");
+    fs::create_dir(folder.path().join("set")).expect("created");
+    picture.save(&path).expect("written");
+    drop(picture);
+    fs::copy(&path, folder.path().join("set/1.png")).expect("copied");
+    let source = folder.path().join("set").display().to_string();
+    let output = call(folder.path(), &TABLE.replace("SOURCE", &source), &[]);
+    let message = message(&output);
+    assert_eq!(output.status.code(), Some(0), "{message}");
+    let (_, peak) = message.split_once("peak memory: ").expect("said");
+    let peak: u64 = peak.split(' ').next().expect("a number").parse().expect("a number");
+    assert!((100..512).contains(&peak), "{message}");
+    fs::remove_dir_all(folder.path().join("out")).expect("removed");
+    let output = call(folder.path(), &TABLE.replace("SOURCE", &source), &["--memory", "256"]);
+    assert_eq!(output.status.code(), Some(2), "with half of it they are too large");
 }
 
 #[test]

@@ -1,0 +1,387 @@
+//! Any bytes to any reader: what the fuzz targets call, and the test that replays their corpus.
+//!
+//! Whatever the bytes are, a reader may fail but not panic, and takes no more memory than its budget.
+//! `cargo test` feeds every file of `fuzz/corpus` and some thousand changes of it;
+//! `FUZZ_SECONDS=300 cargo test -p prepare --lib fuzz` goes on for so long with each reader. With
+//! cargo-fuzz and a nightly compiler, `cargo fuzz run tar` in `crates/prepare` looks for more; what it
+//! finds belongs into the corpus.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use stage::Split;
+
+use crate::collection::{Load, Sink};
+use crate::picture::{self, Budget};
+use crate::{Format, archive, cifar, idx, manifest, parquet_file, stl, webdataset};
+
+/// The readers, each with the name of its target and of the folder of its corpus.
+pub const READERS: [(&str, Reader); 9] = [
+    ("cifar", cifar),
+    ("idx", idx),
+    ("manifest", manifest),
+    ("parquet", parquet),
+    ("picture", picture),
+    ("stl", stl),
+    ("tar", tar),
+    ("webdataset", webdataset),
+    ("zip", zip),
+];
+
+/// Feeds bytes to a reader, whose error is of no interest.
+pub type Reader = fn(&[u8]) -> Result<()>;
+
+/// How much memory a reader may take: 32 MiB.
+const MEMORY: u64 = 1 << 25;
+
+/// Decodes what it is given and forgets it.
+struct Decoder(Budget);
+
+impl Sink for Decoder {
+    fn wants(&mut self, class: &str) -> Result<bool> {
+        Ok(class.len() % 5 != 4)
+    }
+
+    fn is_known(&self) -> bool {
+        false
+    }
+
+    fn file_bytes(&self) -> u64 {
+        self.0.file_bytes()
+    }
+
+    fn picture(&mut self, _: String, _: Option<&str>, _: Split, load: Load) -> Result<()> {
+        // Pictures that cannot be decoded are listed, and not an error of the source. What a
+        // manifest names is not looked for: it could be any file of this machine.
+        if let Load::Bytes(bytes) = load {
+            let _ = picture::check(bytes, 3, &self.0);
+        }
+        Ok(())
+    }
+
+    fn ignored(&mut self, _: String, _: String) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A folder with files of these names and bytes.
+fn folder(files: &[(&str, &[u8])]) -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    for (name, bytes) in files {
+        fs::write(folder.path().join(name), bytes)?;
+    }
+    Ok(folder)
+}
+
+/// Feeds a file of this name.
+fn fed(
+    name: &str,
+    bytes: &[u8],
+    read: impl FnOnce(PathBuf, &mut Decoder) -> Result<()>,
+) -> Result<()> {
+    let folder = folder(&[(name, bytes)])?;
+    read(folder.path().join(name), &mut Decoder(Budget::of(MEMORY)))
+}
+
+/// Two files in one: the length of the first as a little-endian 16-bit number, then both.
+fn two(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
+    let (length, rest) = bytes.split_first_chunk().context("no length")?;
+    rest.split_at_checked(u16::from_le_bytes(*length).into()).context("cut short")
+}
+
+/// A tar archive of any kind.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn tar(bytes: &[u8]) -> Result<()> {
+    fed("x.tar", bytes, |path, sink| {
+        let holds = archive::recognise(&path);
+        archive::read_pictures(&path, "", sink)?;
+        archive::read_cifar(&path, Format::Auto, sink)?;
+        archive::read_stl(&path, sink)?;
+        holds.map(|_| ())
+    })
+}
+
+/// A zip file.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn zip(bytes: &[u8]) -> Result<()> {
+    fed("x.zip", bytes, |path, sink| {
+        let holds = archive::recognise(&path);
+        archive::read_pictures(&path, "", sink)?;
+        holds.map(|_| ())
+    })
+}
+
+/// A shard of WebDataset.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn webdataset(bytes: &[u8]) -> Result<()> {
+    fed("x.tar", bytes, |path, sink| webdataset::read(&[path], &[], sink))
+}
+
+/// A Parquet file.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn parquet(bytes: &[u8]) -> Result<()> {
+    fed("x.parquet", bytes, |path, sink| parquet_file::read(&[path], Format::Auto, &[], sink))
+}
+
+/// A manifest.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn manifest(bytes: &[u8]) -> Result<()> {
+    fed("x.csv", bytes, |path, sink| manifest::read(&path, &[], sink))
+}
+
+/// A file of CIFAR-10 and one of its class names.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn cifar(bytes: &[u8]) -> Result<()> {
+    let (names, records) = two(bytes)?;
+    let folder = folder(&[("batches.meta.txt", names), ("data_batch_1.bin", records)])?;
+    let files = cifar::find(folder.path())?;
+    cifar::read(&files, Format::Auto, &mut Decoder(Budget::of(MEMORY)))
+}
+
+/// Labels and pictures of STL-10.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn stl(bytes: &[u8]) -> Result<()> {
+    let (labels, pictures) = two(bytes)?;
+    let folder = folder(&[("train_y.bin", labels), ("train_X.bin", pictures)])?;
+    stl::read(&stl::find(folder.path())?, &mut Decoder(Budget::of(MEMORY)))
+}
+
+/// Labels and pictures in IDX files.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn idx(bytes: &[u8]) -> Result<()> {
+    let (labels, pictures) = two(bytes)?;
+    let files = [("train-labels-idx1-ubyte", labels), ("train-images-idx3-ubyte", pictures)];
+    let folder = folder(&files)?;
+    let pairs = idx::find(folder.path())?;
+    pairs.iter().try_for_each(|pair| pair.read(&mut Decoder(Budget::of(MEMORY))))
+}
+
+/// A picture.
+///
+/// # Errors
+///
+/// The reader's.
+pub fn picture(bytes: &[u8]) -> Result<()> {
+    let budget = Budget::of(MEMORY);
+    let checked = picture::check(bytes.to_vec(), 1, &budget);
+    picture::check(bytes.to_vec(), 3, &budget).and(checked).map_err(anyhow::Error::msg)?;
+    Ok(())
+}
+
+/// The files of a reader's corpus, sorted.
+///
+/// # Errors
+///
+/// There is none.
+pub fn corpus(reader: &str) -> Result<Vec<PathBuf>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(reader);
+    let entries = fs::read_dir(&folder).with_context(|| format!("`{}`", folder.display()))?;
+    let mut files: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    files.sort();
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::example;
+
+    /// Numbers without pattern, the same each time: SplitMix64.
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn next(&mut self, below: usize) -> usize {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ z >> 31) % below.max(1) as u64) as usize
+        }
+    }
+
+    const EXTREMES: [u64; 8] =
+        [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, i64::MAX as u64, u64::MAX];
+
+    /// Changes some of the bytes, or how many there are.
+    fn change(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut Numbers) {
+        for _ in 0..=numbers.next(4) {
+            let at = numbers.next(bytes.len());
+            let length = 1 + numbers.next(64);
+            match numbers.next(7) {
+                0 | 1 if !bytes.is_empty() => bytes[at] ^= 1 << numbers.next(8),
+                2 if !bytes.is_empty() => bytes[at] = numbers.next(256) as u8,
+                3 => {
+                    let extreme = EXTREMES[numbers.next(EXTREMES.len())];
+                    let (little, big) = (extreme.to_le_bytes(), extreme.to_be_bytes());
+                    let size = 1 << numbers.next(4);
+                    let value =
+                        if numbers.next(2) == 0 { &little[..size] } else { &big[8 - size..] };
+                    for (old, new) in bytes.iter_mut().skip(at).zip(value) {
+                        *old = *new;
+                    }
+                }
+                4 => bytes.truncate(at),
+                5 => drop(bytes.drain(at..(at + length).min(bytes.len()))),
+                _ if !other.is_empty() => {
+                    let from = numbers.next(other.len());
+                    let piece = &other[from..(from + length).min(other.len())];
+                    bytes.splice(at..at, piece.iter().copied());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Puts the right checksums into the headers of a tar archive, without which hardly a changed
+    /// one is looked at.
+    fn mend_tar(bytes: &mut [u8]) {
+        for block in bytes.chunks_exact_mut(512) {
+            if &block[257..262] == b"ustar" {
+                block[148..156].fill(b' ');
+                let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+                block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            }
+        }
+    }
+
+    /// Feeds the corpus and changes of it for so long, or so many.
+    fn run(name: &str, reader: Reader, seconds: Option<u64>) -> usize {
+        let corpus: Vec<Vec<u8>> = corpus(name)
+            .expect("a corpus")
+            .iter()
+            .map(|path| fs::read(path).expect("readable"))
+            .collect();
+        assert!(!corpus.is_empty(), "the corpus of {name} is empty");
+        let begin = Instant::now();
+        let mut numbers = Numbers(name.bytes().map(u64::from).sum());
+        let (most, time) = match seconds {
+            Some(seconds) => (usize::MAX, Duration::from_secs(seconds)),
+            None => (250, Duration::MAX),
+        };
+        let mut fed = 0;
+        while fed < most && begin.elapsed() < time {
+            let mut bytes = corpus[fed % corpus.len()].clone();
+            if fed >= corpus.len() {
+                let other = &corpus[numbers.next(corpus.len())];
+                change(&mut bytes, other, &mut numbers);
+                if ["tar", "webdataset"].contains(&name) && numbers.next(4) > 0 {
+                    mend_tar(&mut bytes);
+                }
+            }
+            if catch_unwind(|| reader(&bytes)).is_err() {
+                let found = std::env::temp_dir().join(format!("{name}-{fed}"));
+                fs::write(&found, &bytes).expect("written");
+                panic!("the reader of {name} panics at `{}`", found.display());
+            }
+            fed += 1;
+        }
+        fed
+    }
+
+    #[test]
+    fn no_reader_panics() {
+        let seconds: Option<u64> =
+            std::env::var("FUZZ_SECONDS").ok().map(|text| text.parse().expect("seconds"));
+        let only = std::env::var("FUZZ_READER").ok();
+        std::thread::scope(|scope| {
+            for (name, reader) in READERS {
+                if only.as_ref().is_none_or(|only| only == name) {
+                    scope.spawn(move || {
+                        let fed = run(name, reader, seconds);
+                        println!("{name}: {fed} inputs");
+                    });
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_sound_in_the_corpus_is_read() {
+        for (name, reader) in READERS {
+            let read = |path: &PathBuf| reader(&fs::read(path).expect("readable")).is_ok();
+            // Archives are fed to all that read archives, each of which wants another kind.
+            if !["tar", "zip"].contains(&name) {
+                assert!(corpus(name).expect("a corpus").iter().any(read), "{name}");
+            }
+        }
+    }
+
+    /// Writes the first files of the corpus: `cargo test -p prepare --lib corpus -- --ignored`.
+    #[test]
+    #[ignore = "writes into the source"]
+    fn write_the_corpus() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+        let put = |name: &str, bytes: &[u8]| example::put(&root.join(name), bytes);
+        let webp = example::encoded(&example::colour(5), image::ImageFormat::WebP);
+        let (jpeg, png) = (example::jpeg(1), example::png(2));
+        let deep: image::DynamicImage = example::colour(4).into_rgb16().into();
+        for (name, bytes) in [
+            ("jpeg", &jpeg),
+            ("png", &png),
+            ("webp", &webp),
+            ("png-16", &example::encoded(&deep, image::ImageFormat::Png)),
+            ("jpeg-grey", &example::encoded(&example::grey(3), image::ImageFormat::Jpeg)),
+        ] {
+            put(&format!("picture/{name}"), bytes);
+        }
+        for (name, bytes) in crate::hostile::samples() {
+            put(&format!("picture/{name}"), &bytes);
+        }
+        let files: [(&str, &[u8]); 4] =
+            [("a/1.jpg", &jpeg), ("b/2.png", &png), ("b/3", &webp), ("../x", b"text")];
+        let long = "long/".repeat(30) + "4.png";
+        let with_long: [(&str, &[u8]); 2] = [(&long, &png), ("long/5.txt", b"text")];
+        put("tar/classes", &example::tar(&files[..3]));
+        put("tar/long-names", &example::tar(&with_long));
+        put("tar/packed", &example::gzip(&example::tar(&files[..2])));
+        let inner = example::tar(&[("1.jpg", &jpeg)]);
+        put("tar/of-archives", &example::tar(&[("a.tar", &inner), ("b.tar", &inner)]));
+        put("zip/classes", &example::zip(&files));
+        put("zip/empty", &example::zip(&[]));
+        let samples: [(&str, &[u8]); 4] =
+            [("0.cls", b"3"), ("0.jpg", &jpeg), ("1.png", &png), ("1.json", b"{\"label\": 2}")];
+        put("webdataset/samples", &example::tar(&samples));
+        let rows: [(&str, &[u8], i64); 5] =
+            [("a", &jpeg, 0), ("b", &png, 1), ("c", &webp, 1), ("d", b"", 0), ("e", b"x", 7)];
+        put("parquet/pictures", &example::parquet(&rows, &["cat", "dog"]));
+        put("manifest/named", b"path,label,split\na.png,cat,train\n\"b, c.png\",dog,test\n");
+        put("manifest/bare", b"a.png,1\nb.png,2\n");
+        let two = |first: &[u8], second: &[u8]| {
+            [&(first.len() as u16).to_le_bytes(), first, second].concat()
+        };
+        put("cifar/record", &two(b"a b c d e f g h i j", &[&[3][..], &[7; 3072]].concat()));
+        put("stl/picture", &two(&[10], &vec![9; 3 * 96 * 96]));
+        let labels = [&[0, 0, 8, 1, 0, 0, 0, 2][..], &[1, 0]].concat();
+        let pictures = [&[0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3][..], &[5; 12]].concat();
+        put("idx/pictures", &two(&labels, &pictures));
+        put("idx/packed", &two(&example::gzip(&labels), &example::gzip(&pictures)));
+    }
+}

@@ -1,0 +1,432 @@
+//! Files from the Hugging Face Hub: `hf://datasets/owner/name` and `hf://owner/model`.
+//!
+//! Behind the name may stand `@revision` and a path, in which `*` stands for any signs, as in
+//! `hf://datasets/owner/name@main/data/train-*.parquet`. Whatever the revision, the files come from one
+//! commit, which the hub names first; a commit given as 40 hexadecimal digits pins them for good.
+//!
+//! Names, folders and addresses are those of crate `hf-hub`, and its layout of the cache is the one
+//! that Python shares: `blobs/<digest>`, `snapshots/<commit>/<path>` as links to them, `refs/<revision>`.
+//! The transport is our own ([`http`]), because that of `hf-hub` 0.5 sends the token to
+//! whichever host a file is redirected to, compares no digest, and knows neither `HF_HUB_CACHE`,
+//! `HF_TOKEN` nor `HF_HUB_OFFLINE`. A large file is checked by the SHA-256 that the hub states for it,
+//! a small one by its name in git.
+//!
+//! Honoured: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use serde::Deserialize;
+
+use crate::archive::safe_name;
+use crate::http::{self, Checksum, Client, Expected};
+use crate::location::is_like;
+use crate::picture;
+
+/// What stands behind `hf://`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// Whether it is a repository of data, not of a model.
+    pub is_dataset: bool,
+    /// Owner and name.
+    pub name: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// What the paths of its files must be like; empty for all.
+    pub pattern: String,
+}
+
+impl Address {
+    /// Takes the text behind `hf://` apart.
+    ///
+    /// # Errors
+    ///
+    /// It is not an address.
+    pub fn parse(text: &str) -> Result<Self> {
+        let context = || {
+            format!(
+                "`hf://{text}` is not an address of the hub: one is like \
+                 hf://datasets/owner/name@revision/path, without `datasets/` for a model"
+            )
+        };
+        let (is_dataset, rest) = match text.strip_prefix("datasets/") {
+            Some(rest) => (true, rest),
+            None => (false, text),
+        };
+        let (owner, rest) = rest.split_once('/').with_context(context)?;
+        let end = rest.find(['@', '/']).unwrap_or(rest.len());
+        let (name, rest) = rest.split_at(end);
+        let (revision, pattern) = match rest.strip_prefix('@') {
+            Some(rest) => split_revision(rest),
+            None => ("main", rest.trim_start_matches('/')),
+        };
+        let is_word = |word: &str| {
+            !word.is_empty()
+                && !word.starts_with('.')
+                && word.chars().all(|sign| sign.is_ascii_alphanumeric() || "-_.".contains(sign))
+        };
+        let revision = revision.replace("%2F", "/");
+        let is_path = |path: &str| safe_name(path).is_ok_and(|safe| safe == path);
+        ensure!(is_word(owner) && is_word(name) && is_path(&revision), context());
+        let name = format!("{owner}/{name}");
+        Ok(Self { is_dataset, name, revision, pattern: pattern.to_owned() })
+    }
+
+    fn repo(&self) -> Repo {
+        let kind = if self.is_dataset { RepoType::Dataset } else { RepoType::Model };
+        Repo::with_revision(self.name.clone(), kind, self.revision.clone())
+    }
+}
+
+/// `refs/pr/7` and `refs/convert/parquet` have slashes of their own.
+fn split_revision(text: &str) -> (&str, &str) {
+    let slashes = if text.starts_with("refs/") { 2 } else { 0 };
+    match text.match_indices('/').nth(slashes) {
+        Some((at, _)) => (&text[..at], &text[at + 1..]),
+        None => (text, ""),
+    }
+}
+
+/// What the user's environment says.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The server: `HF_ENDPOINT`.
+    pub endpoint: String,
+    /// Where files are kept: `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
+    pub cache: PathBuf,
+    /// Proves who the user is: `HF_TOKEN`, or the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`.
+    pub token: Option<String>,
+    /// Whether to do with what is kept: `HF_HUB_OFFLINE`.
+    pub is_offline: bool,
+}
+
+impl Settings {
+    /// Reads variables by `variable`.
+    ///
+    /// # Errors
+    ///
+    /// There is no place to keep files in.
+    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
+        let home = match variable("HF_HOME") {
+            Some(home) => PathBuf::from(home),
+            None => http::cache_folder()?.join("huggingface"),
+        };
+        let token_file = variable("HF_TOKEN_PATH").map_or(home.join("token"), PathBuf::from);
+        let token = variable("HF_TOKEN").or_else(|| fs::read_to_string(token_file).ok());
+        let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+        let is_yes = |value: String| ["1", "on", "yes", "true"].contains(&&*value.to_lowercase());
+        let endpoint = variable("HF_ENDPOINT").unwrap_or("https://huggingface.co".into());
+        Ok(Self {
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            cache: variable("HF_HUB_CACHE").map_or(home.join("hub"), PathBuf::from),
+            token,
+            is_offline: variable("HF_HUB_OFFLINE").is_some_and(is_yes),
+        })
+    }
+}
+
+/// What the hub says of a revision.
+#[derive(Debug, Deserialize)]
+struct Info {
+    sha: String,
+    #[serde(default)]
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Sibling {
+    rfilename: String,
+    size: Option<u64>,
+    blob_id: Option<String>,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Lfs {
+    #[serde(alias = "oid")]
+    sha256: String,
+    size: Option<u64>,
+}
+
+/// Fetches the files of an address, unless they are kept already. Of a data set: its Parquet files, or
+/// failing that its archives, or the folder of its pictures; of a model: the folder of all files.
+///
+/// # Errors
+///
+/// The hub cannot be reached, says no, or has no such files.
+pub fn fetch(address: &str) -> Result<Vec<PathBuf>> {
+    let settings = Settings::read(|name| std::env::var(name).ok())?;
+    fetch_with(&Address::parse(address)?, &settings, &Client::new())
+}
+
+/// The same with other settings.
+///
+/// # Errors
+///
+/// As [`fetch`].
+pub fn fetch_with(address: &Address, settings: &Settings, client: &Client) -> Result<Vec<PathBuf>> {
+    let repo = address.repo();
+    let kept = Cache::new(settings.cache.clone()).repo(repo.clone());
+    let root = settings.cache.join(repo.folder_name());
+    if settings.is_offline {
+        let snapshot = kept_snapshot(address, &kept, &root)?;
+        let mut names = Vec::new();
+        list_files(&snapshot, "", &mut names)?;
+        return wanted(address, &snapshot, names);
+    }
+    let url = format!("{}/api/{}?blobs=true", settings.endpoint, repo.api_url());
+    let text = client.text(&url, settings.token.as_deref()).with_context(|| {
+        format!(
+            "looking up {} on the hub; without a network, HF_HUB_OFFLINE=1 does with what is kept in \
+             `{}`",
+            address.name,
+            settings.cache.display()
+        )
+    })?;
+    let info: Info = serde_json::from_str(&text)
+        .with_context(|| format!("`{url}` does not answer as the hub does"))?;
+    ensure!(is_commit(&info.sha), "the hub names `{}` as a commit", info.sha);
+    ensure!(
+        !is_commit(&address.revision) || address.revision == info.sha,
+        "the hub has commit {} in place of {}",
+        info.sha,
+        address.revision
+    );
+    tracing::info!("{} is at commit {}", address.name, info.sha);
+    let snapshot = kept.pointer_path(&info.sha);
+    let siblings: BTreeMap<String, Sibling> =
+        info.siblings.into_iter().map(|sibling| (sibling.rfilename.clone(), sibling)).collect();
+    for name in chosen(address, siblings.keys().cloned().collect())? {
+        let sibling = &siblings[&name];
+        let url =
+            format!("{}/{}/resolve/{}/{}", settings.endpoint, repo.url(), info.sha, escaped(&name));
+        fetch_one(client, &url, settings, sibling, &kept, &snapshot)?;
+    }
+    if !is_commit(&address.revision) {
+        kept.create_ref(&info.sha).context("writing into the cache of the hub")?;
+    }
+    wanted(address, &snapshot, siblings.into_keys().collect())
+}
+
+fn is_commit(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// The folder of the commit that was fetched last.
+fn kept_snapshot(address: &Address, kept: &CacheRepo, root: &Path) -> Result<PathBuf> {
+    let commit = match is_commit(&address.revision) {
+        true => Some(address.revision.clone()),
+        false => fs::read_to_string(root.join("refs").join(&address.revision)).ok(),
+    };
+    let snapshot = commit.map(|commit| kept.pointer_path(commit.trim()));
+    snapshot.filter(|snapshot| snapshot.is_dir()).with_context(|| {
+        format!(
+            "revision {} of {} is not kept in `{}`, and HF_HUB_OFFLINE forbids to fetch it; unset that",
+            address.revision,
+            address.name,
+            root.display()
+        )
+    })
+}
+
+fn list_files(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = format!("{prefix}{}", crate::folder::file_name(&path));
+        match path.is_dir() {
+            true => list_files(&path, &format!("{name}/"), names)?,
+            false => names.push(name),
+        }
+    }
+    Ok(())
+}
+
+/// Which of a repository's files to fetch.
+fn chosen(address: &Address, mut names: Vec<String>) -> Result<Vec<String>> {
+    names.retain(|name| safe_name(name).is_ok_and(|safe| safe == *name));
+    names.sort();
+    let pattern = &address.pattern;
+    if !pattern.is_empty() {
+        let below = format!("{}/", pattern.trim_end_matches('/'));
+        names.retain(|name| is_like(name, pattern) || name.starts_with(&below));
+    } else if address.is_dataset {
+        let is_picture = |name: &String| picture::has_extension(name);
+        let ends = |endings: &'static [&str]| {
+            move |name: &String| endings.iter().any(|ending| name.ends_with(ending))
+        };
+        let parquet = ends(&[".parquet"]);
+        let archives = ends(&[".tar", ".tar.gz", ".tgz", ".zip"]);
+        if names.iter().any(parquet) {
+            names.retain(parquet);
+        } else if names.iter().any(archives) {
+            names.retain(archives);
+        } else {
+            names.retain(is_picture);
+        }
+    }
+    ensure!(
+        !names.is_empty(),
+        "{} at {} has no files{}; look at {} on the hub, and name some behind it, as in \
+         hf://datasets/owner/name@revision/data/train-*.parquet",
+        address.name,
+        address.revision,
+        if pattern.is_empty() { " of pictures".into() } else { format!(" like `{pattern}`") },
+        address.name
+    );
+    Ok(names)
+}
+
+/// What the files are as a source: files of one kind, or the folder that they lie in.
+fn wanted(address: &Address, snapshot: &Path, names: Vec<String>) -> Result<Vec<PathBuf>> {
+    let names = chosen(address, names)?;
+    let are_loose = names.iter().any(|name| picture::has_extension(name));
+    if !address.is_dataset || are_loose {
+        return Ok(vec![snapshot.join(address.pattern.split('*').next().unwrap_or_default())]);
+    }
+    Ok(names.into_iter().map(|name| snapshot.join(name)).collect())
+}
+
+/// Fetches a file into `blobs` and links it from the snapshot.
+fn fetch_one(
+    client: &Client,
+    url: &str,
+    settings: &Settings,
+    sibling: &Sibling,
+    kept: &CacheRepo,
+    snapshot: &Path,
+) -> Result<()> {
+    let name = &sibling.rfilename;
+    let (digest, bytes, blob) = match (&sibling.lfs, &sibling.blob_id) {
+        (Some(lfs), _) => {
+            let digest = Checksum::Sha256(lfs.sha256.clone());
+            (digest, lfs.size.or(sibling.size), &lfs.sha256)
+        }
+        (None, Some(id)) => (Checksum::Git(id.clone()), sibling.size, id),
+        (None, None) => bail!("the hub states no digest for `{name}`"),
+    };
+    let is_digest = blob.len() >= 40 && blob.bytes().all(|byte| byte.is_ascii_hexdigit());
+    ensure!(is_digest, "the hub states `{blob}` as the digest of `{name}`");
+    let (pointer, blob) = (snapshot.join(name), kept.blob_path(blob));
+    if pointer.exists() {
+        return Ok(());
+    }
+    if !blob.exists() {
+        let partial = blob.with_extension("incomplete");
+        let expected = Expected { bytes, digest: Some(digest) };
+        client.fetch(url, settings.token.as_deref(), &expected, &partial, &blob)?;
+    }
+    link(&blob, &pointer, name).with_context(|| format!("linking `{}`", pointer.display()))
+}
+
+/// Links the file `name` of a snapshot to its blob, as seen from there: the cache can be moved.
+fn link(blob: &Path, pointer: &Path, name: &str) -> Result<()> {
+    fs::create_dir_all(pointer.parent().context("a folder")?)?;
+    // A link to a blob that was removed.
+    let _ = fs::remove_file(pointer);
+    #[cfg(unix)]
+    {
+        let up = "../".repeat(2 + name.matches('/').count());
+        let target = Path::new(&up).join("blobs").join(blob.file_name().context("a name")?);
+        std::os::unix::fs::symlink(target, pointer)?;
+    }
+    #[cfg(not(unix))]
+    fs::copy(blob, pointer)?;
+    Ok(())
+}
+
+/// A path as it stands in an address.
+fn escaped(path: &str) -> String {
+    let mut text = String::new();
+    for byte in path.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => {
+                text.push(byte.into());
+            }
+            byte => text.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_taken_apart() {
+        let parse = |text: &str| Address::parse(text).expect(text);
+        let plain = parse("datasets/ILSVRC/imagenet-1k");
+        assert_eq!((plain.is_dataset, plain.name.as_str()), (true, "ILSVRC/imagenet-1k"));
+        assert_eq!((plain.revision.as_str(), plain.pattern.as_str()), ("main", ""));
+        let full = parse("datasets/a/b@v1.0/data/train-*.parquet");
+        assert_eq!(
+            (full.revision.as_str(), full.pattern.as_str()),
+            ("v1.0", "data/train-*.parquet")
+        );
+        assert_eq!(parse("timm/resnet18.a1_in1k").name, "timm/resnet18.a1_in1k");
+        assert!(!parse("timm/resnet18/model.safetensors").is_dataset);
+        let converted = parse("datasets/a/b@refs/convert/parquet/default/*");
+        assert_eq!(converted.revision, "refs/convert/parquet");
+        assert_eq!(converted.pattern, "default/*");
+        assert_eq!(parse("datasets/a/b@refs%2Fpr%2F7").revision, "refs/pr/7");
+        for wrong in ["", "a", "datasets/a", "../a/b", "a/..", "a/b@../c", "a/b@", "a b/c", "a/b?x"]
+        {
+            assert!(Address::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn settings_are_those_of_the_environment() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let home = folder.path().display().to_string();
+        let read = |variables: &[(&str, &str)]| {
+            let find = |name: &str| {
+                let found = variables.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| (*value).to_owned())
+            };
+            Settings::read(find).expect("a home")
+        };
+        fs::write(folder.path().join("token"), "of the file\n").expect("written");
+        let settings = read(&[("HF_HOME", &home)]);
+        assert_eq!(settings.endpoint, "https://huggingface.co");
+        assert_eq!(settings.cache, folder.path().join("hub"));
+        assert_eq!(settings.token.as_deref(), Some("of the file"));
+        assert!(!settings.is_offline);
+        let settings = read(&[
+            ("HF_HOME", &home),
+            ("HF_HUB_CACHE", "elsewhere"),
+            ("HF_TOKEN", "of the variable"),
+            ("HF_ENDPOINT", "http://mirror/"),
+            ("HF_HUB_OFFLINE", "1"),
+        ]);
+        assert_eq!(settings.endpoint, "http://mirror");
+        assert_eq!(settings.cache, Path::new("elsewhere"));
+        assert_eq!(settings.token.as_deref(), Some("of the variable"));
+        assert!(settings.is_offline);
+        assert!(!read(&[("HF_HOME", &home), ("HF_HUB_OFFLINE", "0")]).is_offline);
+        fs::write(folder.path().join("other"), "of another file").expect("written");
+        let other = folder.path().join("other").display().to_string();
+        let settings = read(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]);
+        assert_eq!(settings.token.as_deref(), Some("of another file"));
+    }
+
+    #[test]
+    fn of_a_data_set_its_parquet_files_come_first() {
+        let all = ["README.md", "a.tar", "data/train-0.parquet", "x.png", "../out.parquet"];
+        let names = |pattern: &str, names: &[&str]| {
+            let text = format!("datasets/a/b@main/{pattern}");
+            let address = Address::parse(text.trim_end_matches('/')).expect("an address");
+            chosen(&address, names.iter().map(|name| (*name).to_owned()).collect())
+        };
+        assert_eq!(names("", &all).expect("some"), ["data/train-0.parquet"]);
+        assert_eq!(names("", &all[..2]).expect("some"), ["a.tar"]);
+        assert_eq!(names("x.*", &all).expect("some"), ["x.png"]);
+        assert_eq!(names("data", &all).expect("some"), ["data/train-0.parquet"]);
+        assert!(names("", &all[..1]).is_err() && names("y", &all).is_err());
+    }
+}

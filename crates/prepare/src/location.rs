@@ -1,0 +1,200 @@
+//! Where a source is: a path, several, part of an archive, or somewhere on the network.
+//!
+//! - `shards/{000..012}.tar` and `data/train-*.parquet` stand for several files of one folder;
+//! - `train.zip#ILSVRC/Data/CLS-LOC/train` for a folder within an archive;
+//! - `hf://datasets/owner/name@revision/data/train-*.parquet` for files of a repository ([`hub`]);
+//! - `named://cifar-10` for a published set that is fetched from where it is published ([`named`]).
+//!
+//! A file whose whole name is there is that file, whatever signs are in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use stage::Split;
+
+use crate::folder::SOURCE;
+use crate::{hub, named};
+
+/// A source that lies on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Local {
+    /// Files of one kind in order of their names, or one file, or one folder.
+    pub paths: Vec<PathBuf>,
+    /// The folder within an archive that counts; empty for all of it.
+    pub within: String,
+}
+
+impl Local {
+    fn of(path: PathBuf) -> Self {
+        Self { paths: vec![path], within: String::new() }
+    }
+}
+
+/// Whether a source lies somewhere on the network.
+pub fn is_address(source: &Path) -> bool {
+    let text = source.to_string_lossy();
+    text.starts_with("hf://") || text.starts_with("named://")
+}
+
+/// Checks that an address is one, without going there.
+///
+/// # Errors
+///
+/// It is not; the message says what one looks like.
+pub fn check_address(source: &Path) -> Result<()> {
+    let text = source.to_string_lossy();
+    match text.strip_prefix("hf://") {
+        Some(address) => hub::Address::parse(address).map(|_| ()),
+        None => named::find(text.trim_start_matches("named://")).map(|_| ()),
+    }
+}
+
+/// Finds a source, and fetches it if it is not on this machine.
+///
+/// # Errors
+///
+/// There is nothing, or it cannot be had.
+pub fn find(source: &Path) -> Result<Local> {
+    let text = source.to_string_lossy();
+    if let Some(address) = text.strip_prefix("hf://") {
+        return Ok(Local { paths: hub::fetch(address)?, within: String::new() });
+    }
+    if let Some(name) = text.strip_prefix("named://") {
+        let (path, within) = named::fetch(name)?;
+        return Ok(Local { paths: vec![path], within });
+    }
+    if source.exists() {
+        return Ok(Local::of(source.to_owned()));
+    }
+    if let Some((archive, within)) = text.rsplit_once('#')
+        && Path::new(archive).is_file()
+    {
+        return Ok(Local { paths: vec![archive.into()], within: within.to_owned() });
+    }
+    let name = source.file_name().unwrap_or_default().to_string_lossy();
+    if name.contains(['*', '{']) {
+        let paths = matching(source)?;
+        ensure!(!paths.is_empty(), "no file is named like `{text}`; name others with {SOURCE}");
+        return Ok(Local { paths, within: String::new() });
+    }
+    // The message of the system says why not.
+    fs::metadata(source).with_context(|| {
+        format!("opening the source `{text}`; name where the pictures lie with {SOURCE}")
+    })?;
+    Ok(Local::of(source.to_owned()))
+}
+
+/// The files in the folder of `pattern` that are named like its last part, sorted.
+fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
+    let name = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let folder = match pattern.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let files = crate::folder::contents(folder)?.files;
+    let all: Vec<PathBuf> =
+        files.into_iter().filter(|file| is_like(&crate::folder::file_name(file), &name)).collect();
+    // A range says which files there must be.
+    if let Some((from, to)) = range_of(&name) {
+        let there = all.len() as u64;
+        ensure!(
+            name.contains('*') || there == to - from + 1,
+            "of the {} files `{}` there are {there}; get the others, or name those there are",
+            to - from + 1,
+            pattern.display()
+        );
+    }
+    Ok(all)
+}
+
+/// The two numbers of `{000..012}`.
+fn range_of(pattern: &str) -> Option<(u64, u64)> {
+    let (_, rest) = pattern.split_once('{')?;
+    let (inner, _) = rest.split_once('}')?;
+    let (from, to) = inner.split_once("..")?;
+    let (from, to) = (from.parse().ok()?, to.parse().ok()?);
+    (from <= to).then_some((from, to))
+}
+
+/// Whether a name is like a pattern: `*` stands for any signs, `{000..012}` for a number of as many
+/// digits in that range.
+pub fn is_like(name: &str, pattern: &str) -> bool {
+    if let Some((before, rest)) = pattern.split_once('{')
+        && !before.contains('*')
+        && let (Some((from, to)), Some((inner, behind))) = (range_of(pattern), rest.split_once('}'))
+    {
+        let digits = inner.split_once("..").map_or(0, |(from, _)| from.len());
+        let Some(name) = name.strip_prefix(before) else { return false };
+        let Some((number, name)) = name.split_at_checked(digits) else { return false };
+        let inside = number.parse().is_ok_and(|number: u64| (from..=to).contains(&number));
+        return inside && number.bytes().all(|b| b.is_ascii_digit()) && is_like(name, behind);
+    }
+    match pattern.split_once('*') {
+        None => name == pattern,
+        Some((before, behind)) => {
+            let Some(rest) = name.strip_prefix(before) else { return false };
+            let starts = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
+            starts.rev().any(|at| is_like(&rest[at..], behind))
+        }
+    }
+}
+
+/// Which split the name of a file, or the word for a split, says.
+pub fn split_of(name: &str) -> Split {
+    let name = name.to_ascii_lowercase();
+    let says = |words: &[&str]| {
+        name.split(|sign: char| !sign.is_alphanumeric()).any(|word| words.contains(&word))
+    };
+    if says(&["test", "t10k", "val", "valid", "validation", "dev"]) {
+        Split::Test
+    } else if says(&["unlabelled", "unlabeled", "unsupervised"]) {
+        Split::Unlabelled
+    } else {
+        Split::Train
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_stand_for_the_names_that_they_look_like() {
+        let pattern = "data/train-*-of-*.parquet";
+        assert!(is_like("data/train-00000-of-00002.parquet", pattern));
+        assert!(!is_like("data/test-00000-of-00002.parquet", pattern));
+        assert!(is_like("x", "*") && is_like("", "*") && !is_like("", "a*"));
+        assert!(is_like("007.tar", "{000..012}.tar") && is_like("012.tar", "{000..012}.tar"));
+        for other in ["013.tar", "7.tar", "0007.tar", "00a.tar", "007.zip", "+07.tar", ""] {
+            assert!(!is_like(other, "{000..012}.tar"), "{other}");
+        }
+        assert!(is_like("a-3-b.tar", "a-{1..9}-*.tar"));
+    }
+
+    #[test]
+    fn a_range_is_whole_and_a_whole_name_is_taken_as_it_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        for name in ["000.tar", "001.tar", "003.tar", "x#y.tar"] {
+            fs::write(at(name), "").expect("written");
+        }
+        let found = find(&at("{000..001}.tar")).expect("both");
+        assert_eq!(found.paths, [at("000.tar"), at("001.tar")]);
+        assert!(find(&at("{000..003}.tar")).expect_err("3 of 4").to_string().contains("are 3"));
+        assert_eq!(find(&at("*.tar")).expect("all").paths.len(), 4);
+        assert!(find(&at("*.zip")).is_err());
+        assert_eq!(find(&at("x#y.tar")).expect("there"), Local::of(at("x#y.tar")));
+        let within = find(&at("000.tar#a/b")).expect("there");
+        assert_eq!((within.paths[0].clone(), within.within.as_str()), (at("000.tar"), "a/b"));
+    }
+
+    #[test]
+    fn splits_are_told_by_words() {
+        assert_eq!(split_of("imagenet1k-validation-00.tar"), Split::Test);
+        assert_eq!(split_of("test-00000-of-00001.parquet"), Split::Test);
+        assert_eq!(split_of("train-00000-of-00001.parquet"), Split::Train);
+        assert_eq!(split_of("latest.tar"), Split::Train);
+        assert_eq!(split_of("Unlabeled-0.tar"), Split::Unlabelled);
+    }
+}

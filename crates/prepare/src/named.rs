@@ -1,0 +1,240 @@
+//! Published sets that are fetched by name, such as `named://cifar-10`.
+//!
+//! Each has its files, for each file the places it is published at, in the order in which they are
+//! asked, and a digest: that of the publisher or of the set's reader in torchvision (MD5), or of the files
+//! that this project's results were made with (SHA-256). Files are kept in `assort` in the user's
+//! cache folder and checked again whenever they are used. What is fetched is for the user to use by its
+//! terms; `data/README.md` names them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use stage::Interrupted;
+
+use crate::http::{self, Checksum, Client, Expected};
+
+/// A published set.
+#[derive(Debug)]
+pub struct Set {
+    /// What stands behind `named://`.
+    pub name: &'static str,
+    files: &'static [Published],
+    /// The folder within the archive that has the pictures of training.
+    within: &'static str,
+}
+
+#[derive(Debug)]
+struct Published {
+    name: &'static str,
+    /// What stands before the name at each place.
+    places: &'static [&'static str],
+    bytes: Option<u64>,
+    digest: Digest,
+}
+
+#[derive(Debug)]
+enum Digest {
+    Md5(&'static str),
+    Sha256(&'static str),
+}
+
+const TORONTO: &[&str] = &["https://www.cs.toronto.edu/~kriz/", "http://www.cs.toronto.edu/~kriz/"];
+
+const ZALANDO: &[&str] = &[
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+];
+
+const FAST_AI: &[&str] = &["https://s3.amazonaws.com/fast-ai-imageclas/"];
+
+const fn md5(
+    name: &'static str,
+    places: &'static [&'static str],
+    bytes: Option<u64>,
+    digest: &'static str,
+) -> Published {
+    Published { name, places, bytes, digest: Digest::Md5(digest) }
+}
+
+const fn sha256(
+    name: &'static str,
+    places: &'static [&'static str],
+    digest: &'static str,
+) -> Published {
+    Published { name, places, bytes: None, digest: Digest::Sha256(digest) }
+}
+
+/// All sets.
+pub const SETS: [Set; 8] = [
+    Set {
+        name: "cifar-10",
+        files: &[md5("cifar-10-binary.tar.gz", TORONTO, None, "c32a1d4ab5d03f1284b67883e8d87530")],
+        within: "",
+    },
+    Set {
+        name: "cifar-100",
+        files: &[md5("cifar-100-binary.tar.gz", TORONTO, None, "03b5dce01913d631647c71ecec9e9cb8")],
+        within: "",
+    },
+    Set {
+        name: "stl-10",
+        files: &[md5(
+            "stl10_binary.tar.gz",
+            &["http://ai.stanford.edu/~acoates/stl10/", "https://cs.stanford.edu/~acoates/stl10/"],
+            None,
+            "91f7769df0f17e558f3565bffb0c7dfb",
+        )],
+        within: "",
+    },
+    Set {
+        name: "fashion-mnist",
+        files: &[
+            sha256(
+                "train-images-idx3-ubyte.gz",
+                ZALANDO,
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            ),
+            sha256(
+                "train-labels-idx1-ubyte.gz",
+                ZALANDO,
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            ),
+            sha256(
+                "t10k-images-idx3-ubyte.gz",
+                ZALANDO,
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            ),
+            sha256(
+                "t10k-labels-idx1-ubyte.gz",
+                ZALANDO,
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+            ),
+        ],
+        within: "",
+    },
+    Set {
+        name: "tiny-imagenet",
+        files: &[md5(
+            "tiny-imagenet-200.zip",
+            &["http://cs231n.stanford.edu/", "https://cs231n.stanford.edu/"],
+            Some(248_100_043),
+            "90528d7ca1a48142e341f4ef8d21d0de",
+        )],
+        within: "tiny-imagenet-200/train",
+    },
+    Set {
+        name: "imagenette",
+        files: &[md5("imagenette2.tgz", FAST_AI, None, "fe2fc210e6bb7c5664d602c3cd71e612")],
+        within: "imagenette2/train",
+    },
+    Set {
+        name: "imagenette-320",
+        files: &[md5("imagenette2-320.tgz", FAST_AI, None, "3df6f0d01a2c9592104656642f5e78a3")],
+        within: "imagenette2-320/train",
+    },
+    Set {
+        name: "imagenette-160",
+        files: &[md5("imagenette2-160.tgz", FAST_AI, None, "e793b78cc4c9e9a4ccc0c1155377a412")],
+        within: "imagenette2-160/train",
+    },
+];
+
+/// The set of this name.
+///
+/// # Errors
+///
+/// There is none.
+pub fn find(name: &str) -> Result<&'static Set> {
+    SETS.iter().find(|set| set.name == name).with_context(|| {
+        let names: Vec<&str> = SETS.iter().map(|set| set.name).collect();
+        format!("there is no set `named://{name}`; there are {}", names.join(", "))
+    })
+}
+
+/// Fetches a set, unless it is there. Returns its archive, or the folder of its files, and the folder
+/// within the archive that counts.
+///
+/// # Errors
+///
+/// There is no such set, or no place has its files as they should be.
+pub fn fetch(name: &str) -> Result<(PathBuf, String)> {
+    let set = find(name)?;
+    let folder = http::cache_folder()?.join("assort").join(name);
+    for file in set.files {
+        let urls = file.places.iter().map(|place| format!("{place}{}", file.name));
+        fetch_file(&Client::new(), urls, &expected(file), &folder.join(file.name))?;
+    }
+    let path = match set.files {
+        [file] => folder.join(file.name),
+        _ => folder,
+    };
+    Ok((path, set.within.to_owned()))
+}
+
+fn expected(file: &Published) -> Expected {
+    let digest = match file.digest {
+        Digest::Md5(digest) => Checksum::Md5(digest.to_owned()),
+        Digest::Sha256(digest) => Checksum::Sha256(digest.to_owned()),
+    };
+    Expected { bytes: file.bytes, digest: Some(digest) }
+}
+
+/// Fetches a file from the first place that has it as it should be, unless it is there.
+///
+/// # Errors
+///
+/// No place has it.
+pub fn fetch_file(
+    client: &Client,
+    urls: impl Iterator<Item = String>,
+    expected: &Expected,
+    path: &Path,
+) -> Result<()> {
+    if path.exists() {
+        match http::check(path, expected) {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::info!("`{}` is fetched again: {error:#}", path.display()),
+        }
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!("{name}.incomplete"));
+    let mut reasons = Vec::new();
+    for url in urls {
+        match client.fetch(&url, None, expected, &partial, path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            Err(error) => reasons.push(format!("{error:#}")),
+        }
+        // Another place may have another file.
+        let _ = fs::remove_file(&partial);
+    }
+    bail!(
+        "`{name}` is not to be had: {}; get it elsewhere and name it with {}",
+        reasons.join("; "),
+        crate::folder::SOURCE
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_set_has_places_and_a_digest_of_the_right_length() {
+        for set in &SETS {
+            assert!(!set.files.is_empty() && find(set.name).expect("there").name == set.name);
+            for file in set.files {
+                assert!(!file.places.is_empty() && file.places.iter().all(|p| p.ends_with('/')));
+                let (digest, digits) = match file.digest {
+                    Digest::Md5(digest) => (digest, 32),
+                    Digest::Sha256(digest) => (digest, 64),
+                };
+                assert!(digest.len() == digits, "{}", file.name);
+                assert!(digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+            }
+        }
+        let message = find("cifar").expect_err("no such set").to_string();
+        assert!(message.contains("cifar-10, cifar-100"), "{message}");
+    }
+}

@@ -1,0 +1,336 @@
+//! Parquet: pictures as Hugging Face keeps them, or a manifest.
+//!
+//! Pictures are a group of `bytes` and `path`, whatever its name (`image`, `img`), or a column of bytes
+//! named `image`, `img` or `jpg`. Without either, a column of text named `path`, `file` or the like
+//! names files beside the Parquet file: a manifest. The class is in the column `label`,
+//! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`: text, or a
+//! number, which the features in the file's metadata may have a name for. Row groups are read one after
+//! the other, and of each some rows at a time.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use parquet::basic::Type;
+use parquet::column::reader::ColumnReader;
+use parquet::data_type::ByteArray;
+use parquet::file::reader::{FileReader, RowGroupReader};
+use parquet::file::serialized_reader::SerializedFileReader;
+
+use crate::Format;
+use crate::collection::{Load, Sink};
+use crate::folder::{SOURCE, file_name};
+use crate::labels::class_for;
+use crate::location::split_of;
+use crate::manifest::{self, PATHS};
+use crate::picture;
+
+/// How many rows are taken at a time; their pictures lie in the page that is decoded anyway.
+const ROWS: usize = 32;
+
+/// Whether a file is a Parquet file, by its first bytes.
+pub fn is_parquet(start: &[u8]) -> bool {
+    start.starts_with(b"PAR1")
+}
+
+/// Reads all files, which are one set; a file belongs to the test split if its name says so.
+///
+/// # Errors
+///
+/// A file is damaged, packed in a way that is not read, or has no pictures.
+pub fn read(
+    files: &[PathBuf],
+    format: Format,
+    classes: &[String],
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    files.iter().try_for_each(|path| read_one(path, files.len() > 1, format, classes, sink))
+}
+
+fn read_one(
+    path: &Path,
+    is_one_of_many: bool,
+    format: Format,
+    classes: &[String],
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
+    let damaged = || {
+        format!(
+            "`{}` is damaged, or not a Parquet file of pictures; name another source with {SOURCE}",
+            path.display()
+        )
+    };
+    let reader = guarded(|| Ok(SerializedFileReader::new(file)?)).with_context(damaged)?;
+    let columns = guarded(|| Columns::of(&reader, format)).with_context(damaged)?;
+    let shard = file_name(path);
+    let split = split_of(&shard);
+    let mut row = 0u64;
+    for number in 0..reader.num_row_groups() {
+        let group = guarded(|| Ok(reader.get_row_group(number)?)).with_context(damaged)?;
+        let most = sink.file_bytes() * 2;
+        columns.check_memory(&*group, most).with_context(damaged)?;
+        let mut rows = guarded(|| columns.open(&*group)).with_context(damaged)?;
+        loop {
+            let some = guarded(|| rows.next()).with_context(damaged)?;
+            if some.is_empty() {
+                break;
+            }
+            for Row { bytes, path: inner, label } in some {
+                let name = match (&inner, columns.bytes) {
+                    (Some(inner), None) => inner.clone(),
+                    _ if is_one_of_many => format!("{shard}:{row}"),
+                    _ => format!("{row}"),
+                };
+                row += 1;
+                let label = label.map(|label| columns.name_of(label));
+                let class = class_for(label, &[inner.as_deref().unwrap_or("")], classes);
+                if let Some(class) = &class
+                    && !sink.wants(class)?
+                {
+                    continue;
+                }
+                let load = match (sink.is_known(), bytes, inner) {
+                    (true, ..) => Load::Known,
+                    (_, Some(bytes), _) if bytes.len() as u64 > sink.file_bytes() => {
+                        let reason = picture::too_many_bytes(bytes.len() as u64, sink.file_bytes());
+                        Load::Broken(reason)
+                    }
+                    (_, Some(bytes), _) => Load::Bytes(bytes.data().to_vec()),
+                    (_, None, Some(inner)) => Load::File(manifest::beside(path, &inner)),
+                    (_, None, None) => Load::Broken("has neither bytes nor a path".into()),
+                };
+                sink.picture(name, class.as_deref(), split, load)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs code of crate `parquet`, in which damaged files can still raise a panic, and makes an error of
+/// that.
+fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+            bail!("reading it failed: {text}")
+        }
+    }
+}
+
+/// Which columns have what, as positions among the leaves.
+struct Columns {
+    bytes: Option<usize>,
+    path: Option<usize>,
+    label: Option<usize>,
+    /// Names of the numbers that stand for classes.
+    names: Vec<String>,
+}
+
+/// One picture.
+struct Row {
+    bytes: Option<ByteArray>,
+    path: Option<String>,
+    label: Option<Label>,
+}
+
+enum Label {
+    Number(i64),
+    Text(String),
+}
+
+impl Columns {
+    fn of(reader: &SerializedFileReader<File>, format: Format) -> Result<Self> {
+        let metadata = reader.metadata().file_metadata();
+        let schema = metadata.schema_descr();
+        let leaves: Vec<(String, Type)> = schema
+            .columns()
+            .iter()
+            .map(|column| (column.path().string(), column.physical_type()))
+            .collect();
+        let position = |wanted: &str, kind: Option<Type>| {
+            leaves
+                .iter()
+                .position(|(name, found)| name == wanted && kind.is_none_or(|kind| kind == *found))
+        };
+        let group = leaves.iter().find_map(|(name, kind)| {
+            name.strip_suffix(".bytes").filter(|_| *kind == Type::BYTE_ARRAY)
+        });
+        let bytes = match group {
+            Some(group) => position(&format!("{group}.bytes"), None),
+            None => ["image", "img", "jpg"]
+                .iter()
+                .find_map(|name| position(name, Some(Type::BYTE_ARRAY))),
+        };
+        let path = match group {
+            Some(group) => position(&format!("{group}.path"), Some(Type::BYTE_ARRAY)),
+            None => PATHS.iter().find_map(|name| position(name, Some(Type::BYTE_ARRAY))),
+        };
+        // A column `image` of text is a path.
+        let is_text = |at: usize| {
+            matches!(
+                schema.column(at).converted_type(),
+                parquet::basic::ConvertedType::UTF8 | parquet::basic::ConvertedType::ENUM
+            )
+        };
+        let (bytes, path) = match bytes {
+            Some(at) if group.is_none() && is_text(at) => (None, Some(at)),
+            _ => (bytes, path),
+        };
+        ensure!(
+            bytes.is_some() || path.is_some(),
+            "it has neither pictures nor paths; its columns are {}",
+            leaves.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
+        );
+        let fine = if format == Format::Cifar20 { "coarse_label" } else { "fine_label" };
+        let label = ["label", fine, "labels", "cls", "class", "target"]
+            .into_iter()
+            .find_map(|name| Some((name, position(name, None)?)));
+        for at in [bytes, path, label.map(|label| label.1)].into_iter().flatten() {
+            ensure!(
+                schema.column(at).max_rep_level() == 0,
+                "its column `{}` is a list",
+                leaves[at].0
+            );
+        }
+        let features = metadata.key_value_metadata().and_then(|fields| {
+            let field = fields.iter().find(|field| field.key == "huggingface")?;
+            serde_json::from_str(field.value.as_deref()?).ok()
+        });
+        let names = label.and_then(|(name, _)| class_names(&features?, name)).unwrap_or_default();
+        Ok(Self { bytes, path, label: label.map(|label| label.1), names })
+    }
+
+    fn name_of(&self, label: Label) -> String {
+        match label {
+            Label::Text(text) => text,
+            Label::Number(number) => {
+                let name = usize::try_from(number).ok().and_then(|number| self.names.get(number));
+                name.cloned().unwrap_or_else(|| number.to_string())
+            }
+        }
+    }
+
+    /// A page is no larger than its column's part of the row group, and is held as a whole.
+    fn check_memory(&self, group: &dyn RowGroupReader, most: u64) -> Result<()> {
+        for at in [self.bytes, self.path, self.label].into_iter().flatten() {
+            let bytes = group.metadata().column(at).uncompressed_size();
+            ensure!(
+                u64::try_from(bytes).is_ok_and(|bytes| bytes <= most),
+                "a row group has {} MiB in one column, more than the {} MiB that may be held; write it \
+                 in smaller row groups, or allow more with --memory",
+                bytes >> 20,
+                most >> 20
+            );
+        }
+        Ok(())
+    }
+
+    fn open(&self, group: &dyn RowGroupReader) -> Result<Rows> {
+        let open = |at: Option<usize>| -> Result<Option<Column>> {
+            let Some(at) = at else { return Ok(None) };
+            let levels = group.metadata().column(at).column_descr().max_def_level();
+            Ok(Some(Column { reader: group.get_column_reader(at)?, levels }))
+        };
+        let left = usize::try_from(group.metadata().num_rows()).unwrap_or(0);
+        Ok(Rows {
+            bytes: open(self.bytes)?,
+            path: open(self.path)?,
+            label: open(self.label)?,
+            left,
+        })
+    }
+}
+
+/// `info.features.<column>.names`, as crate `datasets` of Python writes it.
+fn class_names(features: &serde_json::Value, column: &str) -> Option<Vec<String>> {
+    let names = features.pointer(&format!("/info/features/{column}/names"))?.as_array()?;
+    names.iter().map(|name| Some(name.as_str()?.to_owned())).collect()
+}
+
+struct Column {
+    reader: ColumnReader,
+    levels: i16,
+}
+
+/// The rows of a row group.
+struct Rows {
+    bytes: Option<Column>,
+    path: Option<Column>,
+    label: Option<Column>,
+    left: usize,
+}
+
+impl Rows {
+    /// Some rows; none at the end.
+    fn next(&mut self) -> Result<Vec<Row>> {
+        let count = self.left.min(ROWS);
+        self.left -= count;
+        let column = |column: &mut Option<Column>| match column {
+            Some(column) => column.next(count),
+            None => Ok((0..count).map(|_| None).collect()),
+        };
+        let (bytes, path) = (column(&mut self.bytes)?, column(&mut self.path)?);
+        let label = column(&mut self.label)?;
+        let text = |bytes: &ByteArray| String::from_utf8_lossy(bytes.data()).into_owned();
+        let rows = bytes.into_iter().zip(path).zip(label).map(|((bytes, path), label)| Row {
+            bytes: bytes.and_then(Value::bytes),
+            path: path.and_then(Value::bytes).as_ref().map(text),
+            label: label.map(|label| match label {
+                Value::Number(number) => Label::Number(number),
+                Value::Bytes(bytes) => Label::Text(text(&bytes)),
+            }),
+        });
+        Ok(rows.collect())
+    }
+}
+
+enum Value {
+    Number(i64),
+    Bytes(ByteArray),
+}
+
+impl Value {
+    fn bytes(self) -> Option<ByteArray> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Number(_) => None,
+        }
+    }
+}
+
+impl Column {
+    /// The next `count` values, with gaps where there is none.
+    fn next(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
+        macro_rules! values {
+            ($reader:expr, $make:expr) => {{
+                let (mut levels, mut values) = (Vec::new(), Vec::new());
+                let (mut records, mut wanted) = (0, count);
+                while wanted > 0 {
+                    let given = (self.levels > 0).then_some(&mut levels);
+                    let (read, _, _) = $reader.read_records(wanted, given, None, &mut values)?;
+                    ensure!(read > 0, "a column ends after {records} of {count} rows");
+                    (records, wanted) = (records + read, wanted - read);
+                }
+                (levels, values.into_iter().map($make).collect::<Vec<Value>>())
+            }};
+        }
+        let (levels, values) = match &mut self.reader {
+            ColumnReader::ByteArrayColumnReader(reader) => values!(reader, Value::Bytes),
+            ColumnReader::Int32ColumnReader(reader) => {
+                values!(reader, |number: i32| Value::Number(number.into()))
+            }
+            ColumnReader::Int64ColumnReader(reader) => values!(reader, Value::Number),
+            _ => return Err(anyhow!("a column has neither numbers nor bytes")),
+        };
+        let mut values = values.into_iter();
+        if self.levels == 0 {
+            return Ok(values.map(Some).collect());
+        }
+        let is_there = |&level: &i16| level == self.levels;
+        Ok(levels.iter().map(|level| is_there(level).then(|| values.next()).flatten()).collect())
+    }
+}

@@ -1,0 +1,295 @@
+//! tar files, read as a stream and by skipping: an entry that is not wanted is not read.
+//!
+//! Headers are taken apart by crate `tar`; the walk is our own, for three reasons: it seeks over
+//! what is not wanted, also in an archive within an archive; names in extension headers take no more
+//! than a megabyte, whatever these claim; and an archive that was cut between two entries is told
+//! from a whole one.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+
+use anyhow::{Result, bail, ensure};
+use tar::{EntryType, Header};
+
+/// Bytes that can be passed over.
+pub trait Input: Read {
+    /// Passes over so many bytes. The end may be found only by the next read.
+    ///
+    /// # Errors
+    ///
+    /// They are not there, or cannot be read.
+    fn skip(&mut self, bytes: u64) -> io::Result<()>;
+}
+
+impl Input for BufReader<File> {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        self.seek_relative(i64::try_from(bytes).map_err(|_| io::ErrorKind::UnexpectedEof)?)
+    }
+}
+
+/// A stream, such as that of unpacked bytes, which must be read to be passed over.
+pub struct Stream<R>(pub R);
+
+impl<R: Read> Read for Stream<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl<R: Read> Input for Stream<R> {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        match io::copy(&mut self.0.by_ref().take(bytes), &mut io::sink())? == bytes {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl<I: Input + ?Sized> Input for Box<I> {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        (**self).skip(bytes)
+    }
+}
+
+impl<I: Input + ?Sized> Input for &mut I {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        (**self).skip(bytes)
+    }
+}
+
+/// Archives are made of blocks of this many bytes.
+pub const BLOCK: usize = 512;
+
+/// The longest name, and the longest extension header.
+const MOST_NAME_BYTES: u64 = 1 << 20;
+
+/// A tar file, at the beginning of a header or within an entry.
+pub struct Reader<I> {
+    input: I,
+    /// How much of the entry is not read yet, and the filling behind it.
+    left: u64,
+    filling: u64,
+}
+
+/// What a header says.
+#[derive(Debug)]
+pub struct Entry {
+    /// The name as it stands there.
+    pub name: String,
+    /// What it is, if it is no plain file: a phrase that follows the name.
+    pub other: Option<&'static str>,
+    /// Whether it is a folder.
+    pub is_folder: bool,
+    /// How many bytes the file has.
+    pub size: u64,
+}
+
+impl<I: Input> Reader<I> {
+    /// Begins at the first header.
+    pub fn new(input: I) -> Self {
+        Self { input, left: 0, filling: 0 }
+    }
+
+    /// Goes to the next entry, whatever of the last one was read; nothing at the end.
+    ///
+    /// # Errors
+    ///
+    /// A header is damaged, or the archive ends without the blocks of zeros that end one.
+    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
+        let (mut name, mut size) = (None, None);
+        loop {
+            self.input.skip(self.left + self.filling)?;
+            (self.left, self.filling) = (0, 0);
+            let mut block = [0; BLOCK];
+            self.input.read_exact(&mut block)?;
+            if block == [0; BLOCK] {
+                return Ok(None);
+            }
+            let header = Header::from_byte_slice(&block);
+            check_sum(&block, header)?;
+            let kind = header.entry_type();
+            let stated = size.take().map_or_else(|| header.entry_size(), Ok)?;
+            let has_data = !(kind.is_dir()
+                || kind.is_symlink()
+                || kind.is_hard_link()
+                || kind.is_fifo()
+                || kind.is_character_special()
+                || kind.is_block_special());
+            self.left = if has_data { stated } else { 0 };
+            self.filling = self.left.next_multiple_of(BLOCK as u64) - self.left;
+            match kind {
+                EntryType::GNULongName => {
+                    let mut bytes = self.extension()?;
+                    bytes.truncate(bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len()));
+                    name = Some(bytes);
+                }
+                EntryType::XHeader => {
+                    for (key, value) in pax_fields(&self.extension()?) {
+                        match key {
+                            b"path" => name = Some(value.to_vec()),
+                            b"size" => size = std::str::from_utf8(value)?.parse().ok(),
+                            _ => {}
+                        }
+                    }
+                }
+                EntryType::GNULongLink | EntryType::XGlobalHeader => {}
+                kind => {
+                    if kind == EntryType::GNUSparse {
+                        self.skip_sparse_headers(&block)?;
+                    }
+                    let name = name.unwrap_or_else(|| header.path_bytes().into_owned());
+                    let name = String::from_utf8_lossy(&name).into_owned();
+                    let other = what_else(kind);
+                    let is_folder = kind.is_dir() || other.is_none() && name.ends_with('/');
+                    return Ok(Some(Entry { name, other, is_folder, size: self.left }));
+                }
+            }
+        }
+    }
+
+    /// The bytes of an extension header.
+    fn extension(&mut self) -> Result<Vec<u8>> {
+        ensure!(self.left <= MOST_NAME_BYTES, "a name of {} bytes", self.left);
+        let mut bytes = Vec::new();
+        self.read_to_end(&mut bytes)?;
+        ensure!(self.left == 0, "it is cut short");
+        Ok(bytes)
+    }
+
+    /// Passes over the blocks that an old sparse file has between its header and its data.
+    fn skip_sparse_headers(&mut self, block: &[u8; BLOCK]) -> Result<()> {
+        let mut goes_on = block[482] != 0;
+        while goes_on {
+            let mut block = [0; BLOCK];
+            self.input.read_exact(&mut block)?;
+            goes_on = block[504] != 0;
+        }
+        Ok(())
+    }
+}
+
+/// The rest of the entry's bytes.
+impl<I: Input> Read for Reader<I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.input.read(&mut buffer[..most])?;
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
+
+impl<I: Input> Input for Reader<I> {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        if bytes > self.left {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= bytes;
+        self.input.skip(bytes)
+    }
+}
+
+fn check_sum(block: &[u8; BLOCK], header: &Header) -> Result<()> {
+    let sum = |range: std::ops::Range<usize>| -> u32 {
+        block[range].iter().map(|&byte| u32::from(byte)).sum()
+    };
+    let found = sum(0..148) + 8 * u32::from(b' ') + sum(156..BLOCK);
+    match header.cksum() {
+        Ok(stated) if stated == found => Ok(()),
+        _ => bail!("a header does not have its checksum"),
+    }
+}
+
+/// `length key=value` and a line's end, where the length is that of the whole line. What is not of
+/// that form ends the list.
+fn pax_fields(mut bytes: &[u8]) -> Vec<(&[u8], &[u8])> {
+    let mut fields = Vec::new();
+    while let Some(space) = bytes.iter().position(|&byte| byte == b' ') {
+        let length = std::str::from_utf8(&bytes[..space]).ok().and_then(|text| text.parse().ok());
+        let line =
+            length.and_then(|length: usize| bytes.get(space + 1..length)?.strip_suffix(b"\n"));
+        let (Some(line), Some(length)) = (line, length) else { break };
+        if let Some(equals) = line.iter().position(|&byte| byte == b'=') {
+            fields.push((&line[..equals], &line[equals + 1..]));
+        }
+        bytes = &bytes[length..];
+    }
+    fields
+}
+
+fn what_else(kind: EntryType) -> Option<&'static str> {
+    match kind {
+        EntryType::Regular | EntryType::Continuous => None,
+        EntryType::Symlink | EntryType::Link => Some("is a link"),
+        EntryType::GNUSparse => Some("is a sparse file"),
+        _ => Some("is no plain file"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(kind: EntryType, name: &str, size: u64) -> Vec<u8> {
+        let mut header = Header::new_gnu();
+        header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_entry_type(kind);
+        header.set_size(size);
+        header.set_cksum();
+        header.as_bytes().to_vec()
+    }
+
+    fn padded(bytes: &[u8]) -> Vec<u8> {
+        let mut block = bytes.to_vec();
+        block.resize(bytes.len().next_multiple_of(BLOCK), 0);
+        block
+    }
+
+    fn entries(archive: &[u8]) -> Result<Vec<(String, String)>> {
+        let mut reader = Reader::new(Stream(archive));
+        let mut found = Vec::new();
+        while let Some(entry) = reader.next_entry()? {
+            let mut text = String::new();
+            reader.read_to_string(&mut text)?;
+            found.push((entry.name, entry.other.unwrap_or(&text).to_owned()));
+        }
+        Ok(found)
+    }
+
+    #[test]
+    fn long_names_and_sizes_in_extension_headers_are_read() {
+        let long = "folder/".repeat(40) + "name";
+        let pax = "20 path=other/name!\n10 size=5\n";
+        let archive = [
+            header(EntryType::GNULongName, "././@LongLink", long.len() as u64 + 1),
+            padded(format!("{long}\0").as_bytes()),
+            header(EntryType::Regular, "short", 3),
+            padded(b"one"),
+            header(EntryType::XGlobalHeader, "global", 4),
+            padded(b"skip"),
+            header(EntryType::XHeader, "pax", pax.len() as u64),
+            padded(pax.as_bytes()),
+            header(EntryType::Regular, "unused", 0),
+            padded(b"seven"),
+            header(EntryType::Symlink, "link", 9),
+            header(EntryType::Regular, "last", 0),
+            vec![0; BLOCK],
+        ]
+        .concat();
+        let found = entries(&archive).expect("sound");
+        let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, [long.as_str(), "other/name!", "link", "last"]);
+        let texts: Vec<&str> = found.iter().map(|(_, text)| text.as_str()).collect();
+        assert_eq!(texts, ["one", "seven", "is a link", ""]);
+    }
+
+    #[test]
+    fn a_name_that_is_said_to_be_huge_is_not_read() {
+        for kind in [EntryType::GNULongName, EntryType::XHeader] {
+            let archive = header(kind, "x", 1 << 40);
+            let error = entries(&archive).expect_err("huge").to_string();
+            assert!(error.contains("a name of 1099511627776 bytes"), "{error}");
+        }
+        let archive = header(EntryType::Regular, "x", u64::MAX >> 2);
+        assert!(entries(&archive).is_err());
+    }
+}

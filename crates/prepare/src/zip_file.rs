@@ -1,0 +1,209 @@
+//! zip files, read from the directory at their end, entry by entry.
+//!
+//! The directory is streamed, so that an archive of millions of entries takes no memory for them.
+//! Zip64 is read; entries are stored or deflated. An entry counts only if its own header has the name
+//! and the place that the directory gives it: archives whose entries lie within each other, to unpack
+//! to petabytes, do not.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use flate2::read::DeflateDecoder;
+
+/// An open archive.
+pub struct Reader {
+    directory: BufReader<File>,
+    entries: BufReader<File>,
+    /// How much of the directory is left, and where it begins.
+    left: u64,
+    start: u64,
+    /// How many bytes stand in front of the archive in its file.
+    shift: u64,
+}
+
+/// What the directory says of an entry.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The name as it stands there, with `/` between its parts.
+    pub name: String,
+    /// What it is, if it is no plain file: a phrase that follows the name.
+    pub other: Option<&'static str>,
+    /// Whether it is a folder.
+    pub is_folder: bool,
+    /// How many bytes the file has.
+    pub size: u64,
+    raw_name: Vec<u8>,
+    packed: u64,
+    method: u16,
+    is_encrypted: bool,
+    crc: u32,
+    place: u64,
+}
+
+const END: u32 = 0x0605_4b50;
+const END_64: u32 = 0x0606_4b50;
+const END_64_PLACE: u32 = 0x0706_4b50;
+const DIRECTORY: u32 = 0x0201_4b50;
+const LOCAL: u32 = 0x0403_4b50;
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+impl Reader {
+    /// Opens a file and finds its directory.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or is no whole zip file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        // The end is 22 bytes and a comment of at most 65,535.
+        let tail_start = length.saturating_sub(22 + 65_535);
+        let mut tail = Vec::new();
+        file.seek(SeekFrom::Start(tail_start))?;
+        file.by_ref().take(22 + 65_535).read_to_end(&mut tail)?;
+        let is_end = |&at: &usize| {
+            u32_at(&tail, at) == END && at + 22 + usize::from(u16_at(&tail, at + 20)) == tail.len()
+        };
+        let end = (0..tail.len().saturating_sub(21)).rev().find(is_end);
+        let end = end.context("it has no directory at its end")?;
+        let (mut size, mut start) =
+            (u64::from(u32_at(&tail, end + 12)), u64::from(u32_at(&tail, end + 16)));
+        let mut behind = tail_start + end as u64;
+        if (end >= 20) && u32_at(&tail, end - 20) == END_64_PLACE {
+            let mut record = [0; 56];
+            file.seek(SeekFrom::Start(u64_at(&tail, end - 12)))?;
+            file.read_exact(&mut record)?;
+            ensure!(u32_at(&record, 0) == END_64, "its directory is damaged");
+            (size, start) = (u64_at(&record, 40), u64_at(&record, 48));
+            behind = u64_at(&tail, end - 12);
+        }
+        let shift = behind.checked_sub(size).and_then(|place| place.checked_sub(start));
+        let shift = shift.context("its directory is damaged")?;
+        let mut directory = BufReader::with_capacity(1 << 16, file);
+        directory.seek(SeekFrom::Start(start + shift))?;
+        let entries = BufReader::with_capacity(1 << 15, File::open(path)?);
+        Ok(Self { directory, entries, left: size, start: start + shift, shift })
+    }
+
+    /// The next entry of the directory; nothing at the end.
+    ///
+    /// # Errors
+    ///
+    /// The directory is damaged.
+    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let mut head = [0; 46];
+        self.take(&mut head)?;
+        ensure!(u32_at(&head, 0) == DIRECTORY, "its directory is damaged");
+        let [name, extra, comment] = [28, 30, 32]
+            .map(|at| vec![0; u16_at(&head, at).into()])
+            .map(|mut bytes: Vec<u8>| self.take(&mut bytes).map(|()| bytes));
+        let (raw_name, extra) = (name?, extra?);
+        comment?;
+        let mut sizes = [24, 20, 42].map(|at| u64::from(u32_at(&head, at)));
+        read_zip64(&extra, &mut sizes);
+        let [size, packed, place] = sizes;
+        let name = String::from_utf8_lossy(&raw_name).replace('\\', "/");
+        // The upper half of the attributes is a file's mode where the archive was made on Unix.
+        let is_link = u32_at(&head, 38) >> 28 == 0o12 && head[5] == 3;
+        Ok(Some(Entry {
+            other: is_link.then_some("is a link"),
+            is_folder: name.ends_with('/'),
+            name,
+            size,
+            raw_name,
+            packed,
+            method: u16_at(&head, 10),
+            is_encrypted: u16_at(&head, 8) & 1 == 1,
+            crc: u32_at(&head, 16),
+            place,
+        }))
+    }
+
+    fn take(&mut self, bytes: &mut [u8]) -> Result<()> {
+        let left = self.left.checked_sub(bytes.len() as u64);
+        self.left = left.context("its directory is damaged")?;
+        Ok(self.directory.read_exact(bytes)?)
+    }
+
+    /// The bytes of an entry, or why it has none that could be read: a phrase that follows its
+    /// name.
+    ///
+    /// # Errors
+    ///
+    /// The entry is not where the directory says: the archive is damaged.
+    pub fn read(&mut self, entry: &Entry, limit: u64) -> Result<Result<Vec<u8>, String>> {
+        if entry.size > limit {
+            return Ok(Err(crate::picture::too_many_bytes(entry.size, limit)));
+        }
+        if entry.is_encrypted {
+            return Ok(Err("is encrypted".into()));
+        }
+        let context = || format!("`{}` is not where its directory says", entry.name);
+        self.find(entry).with_context(context)?;
+        let packed = self.entries.by_ref().take(entry.packed);
+        let mut bytes = Vec::new();
+        let read = match entry.method {
+            0 => packed.take(entry.size + 1).read_to_end(&mut bytes),
+            8 => DeflateDecoder::new(packed).take(entry.size + 1).read_to_end(&mut bytes),
+            other => return Ok(Err(format!("is packed by method {other}: only 0 and 8 are read"))),
+        };
+        let mut crc = flate2::Crc::new();
+        crc.update(&bytes);
+        let whole = read.is_ok() && bytes.len() as u64 == entry.size && crc.sum() == entry.crc;
+        Ok(if whole { Ok(bytes) } else { Err("is damaged in the archive".into()) })
+    }
+
+    /// Goes to the data of an entry.
+    fn find(&mut self, entry: &Entry) -> Result<()> {
+        let place = entry.place.checked_add(self.shift).context("out of the file")?;
+        ensure!(place < self.start, "behind the directory");
+        // A short way ahead lies in the buffer already.
+        let ahead = i64::try_from(place)? - i64::try_from(self.entries.stream_position()?)?;
+        self.entries.seek_relative(ahead)?;
+        let mut head = [0; 30];
+        self.entries.read_exact(&mut head)?;
+        ensure!(u32_at(&head, 0) == LOCAL, "no entry");
+        let mut name = vec![0; u16_at(&head, 26).into()];
+        self.entries.read_exact(&mut name)?;
+        if name != entry.raw_name {
+            bail!("another name");
+        }
+        let extra = u64::from(u16_at(&head, 28));
+        let skipped = io::copy(&mut self.entries.by_ref().take(extra), &mut io::sink())?;
+        ensure!(skipped == extra, "cut short");
+        Ok(())
+    }
+}
+
+/// Replaces those of size, packed size and place that did not fit into 32 bits.
+fn read_zip64(mut extra: &[u8], sizes: &mut [u64; 3]) {
+    while extra.len() >= 4 {
+        let (kind, length) = (u16_at(extra, 0), usize::from(u16_at(extra, 2)));
+        let Some(mut field) = extra.get(4..4 + length) else { return };
+        if kind == 1 {
+            for size in sizes.iter_mut().filter(|size| **size == u64::from(u32::MAX)) {
+                if field.len() >= 8 {
+                    *size = u64_at(field, 0);
+                    field = &field[8..];
+                }
+            }
+        }
+        extra = &extra[4 + length..];
+    }
+}

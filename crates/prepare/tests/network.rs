@@ -1,0 +1,375 @@
+//! Fetching from a real server on this machine that behaves, and from ones that do not.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use prepare::http::{self, Checksum, Client, Expected};
+use prepare::hub::{self, Address, Settings};
+use sha2::{Digest, Sha256};
+
+/// A request as a server sees it: path, and headers by name in lower case.
+type Request = (String, HashMap<String, String>);
+
+/// A server that answers each request by what `answer` writes, and keeps all requests.
+struct Server {
+    address: String,
+    requests: Arc<Mutex<Vec<Request>>>,
+}
+
+impl Server {
+    fn new(answer: impl Fn(&Request, usize, &mut TcpStream) + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = format!("http://{}", listener.local_addr().expect("bound"));
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let (kept, answer) = (requests.clone(), Arc::new(answer));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (kept, answer) = (kept.clone(), answer.clone());
+                std::thread::spawn(move || {
+                    let mut stream = stream;
+                    let Some(request) = read_request(&stream) else { return };
+                    let mut kept = kept.lock().expect("sound");
+                    kept.push(request.clone());
+                    let number = kept.len() - 1;
+                    drop(kept);
+                    answer(&request, number, &mut stream);
+                });
+            }
+        });
+        Self { address, requests }
+    }
+
+    fn requests(&self) -> Vec<Request> {
+        self.requests.lock().expect("sound").clone()
+    }
+}
+
+fn read_request(stream: &TcpStream) -> Option<Request> {
+    let mut lines = BufReader::new(stream).lines();
+    let first = lines.next()?.ok()?;
+    let path = first.split(' ').nth(1)?.to_owned();
+    let mut headers = HashMap::new();
+    for line in lines {
+        let line = line.ok()?;
+        let Some((name, value)) = line.split_once(": ") else { break };
+        headers.insert(name.to_lowercase(), value.to_owned());
+    }
+    Some((path, headers))
+}
+
+/// Writes an answer whose length is what `length` says.
+fn say(out: &mut TcpStream, status: &str, headers: &[&str], length: usize, body: &[u8]) {
+    let more: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
+    let head =
+        format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n");
+    // A client that has heard enough hangs up.
+    let _ = out.write_all(head.as_bytes()).and_then(|()| out.write_all(body));
+}
+
+fn whole(out: &mut TcpStream, body: &[u8]) {
+    say(out, "200 OK", &[], body.len(), body);
+}
+
+/// Answers as a good server does, with the part that is asked for.
+fn part(request: &Request, out: &mut TcpStream, body: &[u8]) {
+    let from = request
+        .1
+        .get("range")
+        .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+    match from {
+        Some(from) if from < body.len() => {
+            let range = format!("Content-Range: bytes {from}-{}/{}", body.len() - 1, body.len());
+            say(out, "206 Partial Content", &[&range], body.len() - from, &body[from..]);
+        }
+        Some(_) => say(out, "416 Range Not Satisfiable", &[], 0, b""),
+        None => whole(out, body),
+    }
+}
+
+fn bytes() -> Vec<u8> {
+    (0..300_000u32).map(|i| (i.wrapping_mul(i) / 7 % 251) as u8).collect()
+}
+
+fn sha(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn expected(bytes: &[u8]) -> Expected {
+    let digest = Some(Checksum::Sha256(sha(bytes)));
+    Expected { bytes: Some(bytes.len() as u64), digest }
+}
+
+fn client() -> Client {
+    Client::with_first_wait(Duration::from_millis(1))
+}
+
+/// Fetches `/file` and returns what lies there then, or the message.
+fn fetch(server: &Server, expected: &Expected, partial: &[u8]) -> Result<Vec<u8>, String> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [beside, path] = ["file.incomplete", "file"].map(|name| folder.path().join(name));
+    if !partial.is_empty() {
+        fs::write(&beside, partial).expect("written");
+    }
+    let url = format!("{}/file", server.address);
+    match client().fetch(&url, Some("secret"), expected, &beside, &path) {
+        Ok(()) => {
+            assert!(!beside.exists());
+            Ok(fs::read(path).expect("there"))
+        }
+        Err(error) => {
+            assert!(!path.exists(), "a failed download has no name");
+            Err(format!("{error:#}"))
+        }
+    }
+}
+
+#[test]
+fn a_good_server_is_asked_once_and_only_for_what_is_missing() {
+    let server = Server::new(|request, _, out| part(request, out, &bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), &bytes()[..1000]), Ok(bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), &bytes()), Ok(bytes()));
+    let requests = server.requests();
+    assert_eq!(requests.len(), 2, "what is whole is not asked for");
+    assert_eq!(requests[0].1.get("range"), None);
+    assert_eq!(requests[1].1["range"], "bytes=1000-");
+    assert_eq!(requests[0].1["authorization"], "Bearer secret");
+}
+
+#[test]
+fn a_connection_that_breaks_goes_on_where_it_broke() {
+    let server = Server::new(|request, number, out| match number {
+        0 => say(out, "200 OK", &[], bytes().len(), &bytes()[..100_000]),
+        _ => part(request, out, &bytes()),
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    let range = &server.requests()[1].1["range"];
+    assert!(range.starts_with("bytes=") && range != "bytes=0-", "{range}");
+}
+
+#[test]
+fn what_lies_there_of_another_file_is_fetched_anew() {
+    // The file changed between two attempts: the rest does not fit to what lies there.
+    let server = Server::new(|request, _, out| part(request, out, &bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), &[1; 5000]), Ok(bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), &[1; 400_000]), Ok(bytes()));
+    // A server that knows no parts sends it whole.
+    let server = Server::new(|_, _, out| whole(out, &bytes()));
+    assert_eq!(fetch(&server, &expected(&bytes()), &bytes()[..1000]), Ok(bytes()));
+    // One that sends another part than was asked for is asked for the whole.
+    let server = Server::new(|request, number, out| match number {
+        0 => say(out, "206 Partial Content", &["Content-Range: bytes 5-9/300000"], 5, b"xxxxx"),
+        _ => part(request, out, &bytes()),
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), &bytes()[..1000]), Ok(bytes()));
+}
+
+#[test]
+fn a_file_that_is_not_the_expected_one_is_never_kept() {
+    let mut other = bytes();
+    other[7] ^= 1;
+    let server = Server::new(move |request, _, out| part(request, out, &other));
+    let message = fetch(&server, &expected(&bytes()), b"").expect_err("another file");
+    assert!(message.contains("checksum") && message.contains("/file"), "{message}");
+    let longer = Server::new(|_, _, out| whole(out, &[&bytes()[..], b"more"].concat()));
+    let message = fetch(&longer, &expected(&bytes()), b"").expect_err("too long");
+    assert!(message.contains("300001 bytes, not 300000"), "{message}");
+}
+
+#[test]
+fn a_lie_about_the_length_is_found_out() {
+    // Less than there is: the rest is asked for.
+    let server = Server::new(|request, number, out| match number {
+        0 => say(out, "200 OK", &[], 500, &bytes()),
+        _ => part(request, out, &bytes()),
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    // More than there is, each time: there is an end to asking.
+    let server = Server::new(|_, _, out| say(out, "200 OK", &[], 1 << 40, &bytes()[..10]));
+    let message = fetch(&server, &expected(&bytes()), b"").expect_err("cut short");
+    assert!(message.contains("given up after 6 attempts"), "{message}");
+    assert_eq!(server.requests().len(), 6);
+}
+
+#[test]
+fn a_busy_server_is_asked_again_and_one_that_says_no_is_not() {
+    for status in ["429 Too Many Requests", "503 Service Unavailable", "500 Internal Server Error"]
+    {
+        let server = Server::new(move |request, number, out| match number {
+            0 => say(out, status, &["Retry-After: 0"], 0, b""),
+            1 => say(out, status, &[], 0, b""),
+            _ => part(request, out, &bytes()),
+        });
+        assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()), "{status}");
+        assert_eq!(server.requests().len(), 3);
+    }
+    for (status, part) in [("404 Not Found", "404"), ("401 Unauthorized", "HF_TOKEN")] {
+        let server = Server::new(move |_, _, out| say(out, status, &[], 0, b""));
+        let message = fetch(&server, &expected(&bytes()), b"").expect_err(status);
+        assert!(message.contains(part), "{message}");
+        assert_eq!(server.requests().len(), 1, "{status}");
+    }
+    let page = Server::new(|_, _, out| {
+        say(out, "200 OK", &["Content-Type: text/html; charset=utf-8"], 6, b"<html>");
+    });
+    let message = fetch(&page, &expected(&bytes()), b"").expect_err("a page");
+    assert!(message.contains("a web page"), "{message}");
+    assert_eq!(page.requests().len(), 1);
+}
+
+#[test]
+fn a_token_goes_to_no_other_host() {
+    let other = Server::new(|request, _, out| part(request, out, &bytes()));
+    let target = format!("Location: {}/elsewhere", other.address);
+    let server = Server::new(move |request, _, out| match request.0.as_str() {
+        "/file" => say(out, "302 Found", &["Location: /here"], 0, b""),
+        _ => say(out, "307 Temporary Redirect", &[&target], 0, b""),
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    let paths: Vec<String> = server.requests().into_iter().map(|request| request.0).collect();
+    assert_eq!(paths, ["/file", "/here"]);
+    assert!(server.requests().iter().all(|request| request.1.contains_key("authorization")));
+    let elsewhere = other.requests();
+    assert_eq!(elsewhere.len(), 1);
+    assert!(!elsewhere[0].1.contains_key("authorization"), "the token was sent elsewhere");
+
+    let circle = Server::new(|_, _, out| say(out, "302 Found", &["Location: /file"], 0, b""));
+    let message = fetch(&circle, &expected(&bytes()), b"").expect_err("a circle");
+    assert!(message.contains("redirects more than"), "{message}");
+    let out_of_http =
+        Server::new(|_, _, out| say(out, "302 Found", &["Location: file:///etc/passwd"], 0, b""));
+    assert!(fetch(&out_of_http, &expected(&bytes()), b"").is_err());
+}
+
+#[test]
+fn mirrors_are_asked_in_order() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let gone = Server::new(|_, _, out| say(out, "404 Not Found", &[], 0, b""));
+    let wrong = Server::new(|_, _, out| whole(out, b"<not the file>"));
+    let good = Server::new(|request, _, out| part(request, out, &bytes()));
+    let urls = || [&gone, &wrong, &good].map(|server| format!("{}/f", server.address)).into_iter();
+    let path = folder.path().join("deep/f");
+    let get =
+        |path: &Path| prepare::named::fetch_file(&client(), urls(), &expected(&bytes()), path);
+    get(&path).expect("the last one has it");
+    assert_eq!(fs::read(&path).expect("there"), bytes());
+    get(&path).expect("it is there");
+    assert_eq!(good.requests().len(), 1);
+    fs::write(&path, b"damaged").expect("written");
+    get(&path).expect("fetched again");
+    assert_eq!(http::sha256(&path).expect("readable"), sha(&bytes()));
+    let none = [format!("{}/f", gone.address)].into_iter();
+    let other = folder.path().join("g");
+    let error = prepare::named::fetch_file(&client(), none, &expected(&bytes()), &other);
+    assert!(format!("{:#}", error.expect_err("none has it")).contains("404"));
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// The name that git gives to these bytes.
+fn git(bytes: &[u8]) -> String {
+    use sha1::Digest as _;
+    let blob = [format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat();
+    sha1::Sha1::digest(blob).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A hub with one data set: two large files, one in a folder, and a small one.
+fn a_hub(data: &'static [u8]) -> Server {
+    Server::new(move |request, _, out| {
+        let small = b"a small file";
+        let resolve = format!("/datasets/owner/name/resolve/{COMMIT}/");
+        match request.0.as_str() {
+            "/api/datasets/owner/name/revision/main?blobs=true" => {
+                let list = serde_json::json!({ "sha": COMMIT, "siblings": [
+                    { "rfilename": "data/train 0.tar", "size": data.len(), "blobId": "unused",
+                      "lfs": { "sha256": sha(data), "size": data.len(), "pointerSize": 1 } },
+                    { "rfilename": "README.tar", "size": small.len(), "blobId": git(small) },
+                    { "rfilename": "../outside.tar", "size": 1, "blobId": git(b"x") },
+                    { "rfilename": "notes.md", "size": 1, "blobId": git(b"x") },
+                ]});
+                whole(out, list.to_string().as_bytes());
+            }
+            path if path == format!("{resolve}data/train%200.tar") => part(request, out, data),
+            path if path == format!("{resolve}README.tar") => part(request, out, small),
+            _ => say(out, "404 Not Found", &[], 0, b""),
+        }
+    })
+}
+
+fn settings(server: &Server, cache: PathBuf) -> Settings {
+    let token = Some("secret".to_owned());
+    Settings { endpoint: server.address.clone(), cache, token, is_offline: false }
+}
+
+#[test]
+fn a_data_set_of_the_hub_is_kept_as_python_keeps_it() {
+    static DATA: [u8; 5000] = [3; 5000];
+    let server = a_hub(&DATA);
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut settings = settings(&server, folder.path().join("hub"));
+    let address = Address::parse("datasets/owner/name").expect("an address");
+    let paths = hub::fetch_with(&address, &settings, &client()).expect("fetched");
+    let root = folder.path().join("hub/datasets--owner--name");
+    let snapshot = root.join("snapshots").join(COMMIT);
+    assert_eq!(paths, [snapshot.join("README.tar"), snapshot.join("data/train 0.tar")]);
+    assert_eq!(fs::read(&paths[1]).expect("there"), DATA);
+    assert_eq!(fs::read_to_string(root.join("refs/main")).expect("there"), COMMIT);
+    assert_eq!(fs::read(root.join("blobs").join(sha(&DATA))).expect("there"), DATA);
+    let target = fs::read_link(&paths[1]).expect("a link");
+    assert_eq!(target, Path::new("../../../blobs").join(sha(&DATA)));
+    assert!(!folder.path().join("hub/datasets--owner--name/snapshots/outside.tar").exists());
+
+    let asked = server.requests().len();
+    assert_eq!(hub::fetch_with(&address, &settings, &client()).expect("kept"), paths);
+    assert_eq!(server.requests().len(), asked + 1, "only the commit is asked for");
+    settings.is_offline = true;
+    settings.endpoint = "http://127.0.0.1:1".into();
+    assert_eq!(hub::fetch_with(&address, &settings, &client()).expect("kept"), paths);
+    let pinned = Address::parse(&format!("datasets/owner/name@{COMMIT}/data")).expect("an address");
+    assert_eq!(hub::fetch_with(&pinned, &settings, &client()).expect("kept"), paths[1..]);
+    let other = Address::parse("datasets/owner/name@v2").expect("an address");
+    let error = hub::fetch_with(&other, &settings, &client()).expect_err("not kept");
+    assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error:#}");
+}
+
+#[test]
+fn a_hub_that_states_other_files_is_refused() {
+    static DATA: [u8; 500] = [4; 500];
+    let cases: [(&str, serde_json::Value); 4] = [
+        ("not answer as the hub", serde_json::json!({ "error": "no" })),
+        ("as a commit", serde_json::json!({ "sha": "../../x", "siblings": [] })),
+        ("no files", serde_json::json!({ "sha": COMMIT, "siblings": [] })),
+        (
+            "as the digest",
+            serde_json::json!({ "sha": COMMIT, "siblings": [
+                { "rfilename": "a.tar", "size": 1, "blobId": "../../../../outside" }]}),
+        ),
+    ];
+    for (part, answer) in cases {
+        let server = Server::new(move |_, _, out| whole(out, answer.to_string().as_bytes()));
+        let folder = tempfile::tempdir().expect("a folder");
+        let settings = settings(&server, folder.path().join("hub"));
+        let address = Address::parse("datasets/owner/name").expect("an address");
+        let error = hub::fetch_with(&address, &settings, &client()).expect_err(part);
+        assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
+    }
+    // The blob is not what its digest says.
+    let server = Server::new(|request, _, out| match request.0.starts_with("/api") {
+        true => {
+            let list = serde_json::json!({ "sha": COMMIT, "siblings": [
+                { "rfilename": "a.tar", "size": 500, "blobId": git(b"other") }]});
+            whole(out, list.to_string().as_bytes());
+        }
+        false => part(request, out, &DATA),
+    });
+    let folder = tempfile::tempdir().expect("a folder");
+    let settings = settings(&server, folder.path().join("hub"));
+    let address = Address::parse("datasets/owner/name").expect("an address");
+    let error = hub::fetch_with(&address, &settings, &client()).expect_err("another blob");
+    assert!(format!("{error:#}").contains("checksum"), "{error:#}");
+}
