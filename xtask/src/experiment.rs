@@ -61,6 +61,12 @@ impl Experiment {
         Ok(Self { name, path, tables })
     }
 
+    /// An experiment of this name whose text is no file's.
+    pub fn of_text(name: &str, text: &str) -> Result<Self> {
+        let tables = text.parse().with_context(|| format!("`{name}` is not TOML"))?;
+        Ok(Self { name: name.to_owned(), path: PathBuf::from(name), tables })
+    }
+
     /// Changes one value: `assignment` is `table.key=value`, as TOML writes it; a word may stand
     /// without quotes.
     ///

@@ -14,6 +14,7 @@ mod experiment;
 mod interrupt;
 mod key;
 mod plan;
+mod prepare;
 mod prepared;
 mod programs;
 mod report;
@@ -35,7 +36,7 @@ use tracing_subscriber::EnvFilter;
 use crate::experiment::Experiment;
 use crate::plan::{Arm, Plan};
 use crate::prepared::Prepared;
-use crate::programs::Programs;
+use crate::programs::{PREPARE, Programs};
 use crate::report::{Metrics, Outcome, Report};
 use crate::run::Run;
 use crate::store::State;
@@ -60,6 +61,11 @@ enum Command {
         /// Print, last, the results as one JSON object.
         #[arg(long)]
         json: bool,
+    },
+    /// Brings pictures into the form that every stage reads, and prints the folder that holds them.
+    Prepare {
+        #[command(flatten)]
+        options: prepare::Options,
     },
     /// Runs one step of an experiment, on what the steps before it left.
     Stage {
@@ -142,7 +148,7 @@ impl Options {
     fn resolve_paths(&mut self) -> Result<()> {
         let paths = [self.images.as_mut(), self.programs.as_mut()];
         for path in paths.into_iter().flatten() {
-            *path = absolute(&*path)?;
+            *path = prepared::absolute_source(path)?;
         }
         if self.runs != Path::new("runs") {
             self.runs = absolute(&self.runs)?;
@@ -178,6 +184,12 @@ fn follow(command: Command) -> Result<()> {
             go_to_root()?;
             let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
             reproduce(&options, &seeds, json)
+        }
+        Command::Prepare { mut options } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            interrupt::listen()?;
+            prepare::run(&options)
         }
         Command::Stage { place, mut options, round } => {
             options.resolve_paths()?;
@@ -333,9 +345,6 @@ struct Bench<'a> {
     prepared: Prepared,
 }
 
-/// The program that makes the data set; it fills no place.
-const PREPARE: &str = "prepare";
-
 impl<'a> Bench<'a> {
     fn set_up(options: &'a Options, plan: &'a Plan) -> Result<Self> {
         let mut words = plan.programs();
@@ -361,7 +370,7 @@ impl<'a> Bench<'a> {
         }
         let file = &self.experiment_files[&Arm::Main];
         let source = self.options.images.as_deref();
-        self.prepared.make(file, source, self.programs.get(PREPARE))?;
+        self.prepared.make(file, source, self.programs.get(PREPARE), None)?;
         let view = self.options.runs.join(&self.plan.experiment(Arm::Main).name).join("data");
         store::show(&view, &self.prepared.folder)?;
         Ok(Some(&self.prepared))

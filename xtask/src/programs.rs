@@ -11,6 +11,9 @@ use serde_json::Value;
 
 use crate::{interrupt, key};
 
+/// The program that makes the data set; it fills no place.
+pub const PREPARE: &str = "prepare";
+
 /// A program that can be started.
 #[derive(Debug, Clone)]
 pub struct Program {

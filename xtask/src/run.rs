@@ -233,6 +233,14 @@ pub fn start(name: &str, program: &Program, arguments: &[OsString]) -> Result<()
     ended(name, status.with_context(|| starting(program))?)
 }
 
+/// Starts a program, waits for its end, and returns what it printed.
+pub fn printed(name: &str, program: &Program, arguments: &[OsString]) -> Result<String> {
+    let output = command(program, arguments).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| starting(program))?;
+    ended(name, output.status)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 fn command(program: &Program, arguments: &[OsString]) -> Command {
     let mut command = Command::new(&program.path);
     command.args(&program.words);

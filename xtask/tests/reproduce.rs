@@ -387,6 +387,43 @@ fn other_pictures_are_prepared_and_everything_depends_on_them() {
 }
 
 #[test]
+fn pictures_are_prepared_alone_and_shared_with_the_experiment() {
+    let bench = Bench::new();
+    let prepare = |words: &[&str]| {
+        let words: Vec<_> = ["prepare"].iter().chain(words).copied().collect();
+        bench.command(&words).output().expect("started")
+    };
+    let output = prepare(&["example.toml"]);
+    assert_status(&output, 0);
+    assert_eq!(bench.started(), ["prepare "]);
+    let folder = text(&output.stdout).trim().to_owned();
+    assert!(Path::new(&folder).join("done.json").exists(), "{folder}");
+    assert!(bench.path("runs/example/data/done.json").exists());
+    assert_status(&prepare(&["example.toml"]), 0);
+    assert_status(&bench.reproduce(&[]), 0);
+    assert!(!bench.started().contains(&"prepare ".to_owned()), "they are there");
+    assert_status(&prepare(&["example.toml", "--fresh"]), 0);
+    assert_eq!(bench.started(), ["prepare "]);
+
+    fs::create_dir(bench.path("photos")).expect("created");
+    for what in ["photos", "./photos", "hf://datasets/owner/name@v1"] {
+        let output = prepare(&[what]);
+        assert_status(&output, 0);
+        assert!(Path::new(text(&output.stdout).trim()).join("done.json").exists(), "{what}");
+    }
+    assert_eq!(bench.started().len(), 2, "the folder is one, however it is named");
+    let output = prepare(&["photo"]);
+    assert_status(&output, 2);
+    assert!(text(&output.stderr).contains("`photo` is neither"), "{}", text(&output.stderr));
+    let mut command = bench.command(&["prepare", "example.toml", "--fresh"]);
+    let output = command.env("FAKE_FAIL", "prepare 3").output().expect("started");
+    assert_status(&output, 3);
+    bench.started();
+    assert_status(&prepare(&["example.toml"]), 0);
+    assert_eq!(bench.started(), ["prepare  again"], "it goes on in its folder");
+}
+
+#[test]
 fn an_experiment_is_shown_as_it_would_run() {
     let example = sources().join("example.toml");
     let xtask = |words: &[&str]| {
