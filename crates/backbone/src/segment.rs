@@ -68,7 +68,15 @@ impl Segment {
     ///
     /// A device fails.
     pub fn on(&self, device: &Device) -> Result<Self> {
-        let network = self.network.on(device);
+        self.of(self.network.on(device))
+    }
+
+    /// The same values in `network`, which has the same entries.
+    ///
+    /// # Errors
+    ///
+    /// It has others, or a device fails.
+    pub fn of(&self, network: Network) -> Result<Self> {
         let parameters = self.parameters.to(&network)?;
         let statistics = self.statistics.to(&network)?;
         Ok(Self { network, parameters, statistics, inference: None })

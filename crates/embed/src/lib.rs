@@ -117,7 +117,7 @@ fn embeddings(
     let configuration = Configuration::read(folder)?;
     let input: Input = configuration.input()?;
     input.check("input")?;
-    let mut target = Target::open(folder, &configuration, config.precision)?;
+    let mut target = Target::open(folder, &configuration, config.precision)?.on(&device)?;
     let source = Source { config, images, rows: &rows, input: &input, stage, device };
     let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
 

@@ -69,6 +69,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
         learner.target = Target::copy_of(&learner.online);
     }
+    let mut learner = learner.on(&device)?;
     let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
     let mut clusters = Clusters::new(config, stage, &images, rows, &device);
 

@@ -87,6 +87,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     if stage.round > 1 {
         learner.take_up_momenta(stage.input("previous")?)?;
     }
+    let mut learner = learner.on(&device)?;
     let mut prototypes = Prototypes::of(&labels, &device)?;
     let pulls = config.pulls(labels.stability);
 

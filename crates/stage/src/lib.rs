@@ -12,6 +12,7 @@ mod arguments;
 pub mod container;
 mod experiment;
 pub mod files;
+mod memory;
 mod program;
 pub mod progress;
 pub mod random;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tracing_subscriber::EnvFilter;
 
-use crate::{Arguments, DataTable, DeviceChoice, Experiment, files};
+use crate::{Arguments, DataTable, DeviceChoice, Experiment, files, memory};
 
 /// The file a stage writes last: a folder that holds it is finished.
 pub const DONE: &str = "done.json";
@@ -201,7 +201,8 @@ fn check_or_run<C: DeserializeOwned + Serialize + Debug>(
         print!("backbone-pictures = {pictures:?}\n\n[{name}]\n{}", toml::to_string(&config)?);
         return Ok(());
     }
-    run_once(&stage, algorithm, || run(&config, &stage))
+    let advised = |error| memory::advise(error, name, &config);
+    run_once(&stage, algorithm, || run(&config, &stage).map_err(advised))
 }
 
 /// Runs a stage whose folder is not finished, and marks the folder when it is.

@@ -1,59 +1,88 @@
 //! From the device asked for on the command line to candle's.
 
-use anyhow::{Context, Result, bail};
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use anyhow::Context;
+use anyhow::{Result, bail};
 use candle_core::Device;
 use stage::DeviceChoice;
 
-/// Opens the device. `auto` takes the best that the program was built for and the machine has.
+/// Opens the device that a stage's networks compute on; bring them there by `on`, such as
+/// [`Learner::on`](crate::Learner::on).
+///
+/// `auto` takes the best that the program was built for and the machine has. On the CPU the
+/// kernels of this project compute, elsewhere the tensor operations of candle.
 ///
 /// # Errors
 ///
 /// The program was built without support for it, or the machine does not have it.
-pub fn device(choice: DeviceChoice) -> Result<Device> {
+pub fn network_device(choice: DeviceChoice) -> Result<Device> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Auto => automatic(),
-        DeviceChoice::Cuda(number) if cfg!(feature = "cuda") => Device::new_cuda(number)
-            .with_context(|| {
-                format!("opening --device {choice}: no such device here; use --device cpu")
-            }),
-        DeviceChoice::Metal if cfg!(feature = "metal") => {
-            Device::new_metal(0).context("opening --device metal: none here; use --device cpu")
-        }
-        DeviceChoice::Cuda(_) => bail!(
-            "--device {choice}: this program was built without CUDA; rebuild it with \
-             `--features cuda`, or use --device cpu"
-        ),
-        DeviceChoice::Metal => bail!(
-            "--device metal: this program was built without Metal; rebuild it with \
-             `--features metal`, or use --device cpu"
-        ),
+        DeviceChoice::Cuda(number) => cuda(number),
+        DeviceChoice::Metal => metal(),
     }
 }
 
-/// Opens the device of a stage that trains or runs a network of [`layers`], which compute on the
-/// CPU: `auto` and `cpu` are that.
-///
-/// # Errors
-///
-/// Another device was asked for.
-pub fn network_device(choice: DeviceChoice) -> Result<Device> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda(_) | DeviceChoice::Metal => {
-            bail!("--device {choice}: networks compute on the CPU alone here; use --device cpu")
-        }
+#[cfg(feature = "cuda")]
+fn cuda(number: usize) -> Result<Device> {
+    let found = cuda_devices()?;
+    if number >= found {
+        bail!(no_cuda_device(number, found))
     }
+    Device::new_cuda(number).with_context(|| format!("opening --device cuda:{number}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(number: usize) -> Result<Device> {
+    bail!(
+        "--device cuda:{number}: this program was built without CUDA; rebuild it with \
+         `--features cuda`, or use --device cpu"
+    )
+}
+
+#[cfg(feature = "metal")]
+fn metal() -> Result<Device> {
+    Device::new_metal(0).context("opening --device metal: none here; use --device cpu")
+}
+
+#[cfg(not(feature = "metal"))]
+fn metal() -> Result<Device> {
+    bail!(
+        "--device metal: this program was built without Metal; rebuild it with \
+         `--features metal`, or use --device cpu"
+    )
 }
 
 fn automatic() -> Result<Device> {
-    if cfg!(feature = "cuda") {
-        Ok(Device::cuda_if_available(0)?)
-    } else if cfg!(feature = "metal") {
-        Ok(Device::metal_if_available(0)?)
-    } else {
-        Ok(Device::Cpu)
+    #[cfg(feature = "cuda")]
+    if matches!(cuda_devices(), Ok(1..)) {
+        return cuda(0);
     }
+    #[cfg(feature = "metal")]
+    if let Ok(device) = metal() {
+        return Ok(device);
+    }
+    Ok(Device::Cpu)
+}
+
+/// How many CUDA devices the driver has.
+#[cfg(feature = "cuda")]
+fn cuda_devices() -> Result<usize> {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+    let count = CudaContext::device_count()
+        .context("asking the CUDA driver for its devices; is one installed? Or use --device cpu")?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+#[cfg(any(feature = "cuda", test))]
+fn no_cuda_device(number: usize, found: usize) -> String {
+    let advice = match found {
+        0 => "use --device cpu".to_owned(),
+        1 => "use --device cuda:0".to_owned(),
+        _ => format!("use one of cuda:0 to cuda:{}", found - 1),
+    };
+    format!("--device cuda:{number}: no CUDA device {number}; found {found}; {advice}")
 }
 
 #[cfg(test)]
@@ -62,22 +91,26 @@ mod tests {
 
     #[test]
     fn the_cpu_is_always_there() -> Result<()> {
-        assert!(device(DeviceChoice::Cpu)?.is_cpu());
-        assert!(network_device(DeviceChoice::Auto)?.is_cpu());
-        Ok(())
+        assert!(network_device(DeviceChoice::Cpu)?.is_cpu());
+        network_device(DeviceChoice::Auto).map(|_| ())
     }
 
     #[cfg(not(any(feature = "cuda", feature = "metal")))]
     #[test]
     fn a_device_that_was_not_compiled_in_is_refused_with_the_remedy() -> Result<()> {
-        assert!(device(DeviceChoice::Auto)?.is_cpu());
+        assert!(network_device(DeviceChoice::Auto)?.is_cpu());
         for (choice, flag) in [(DeviceChoice::Cuda(1), "cuda"), (DeviceChoice::Metal, "metal")] {
-            let message = device(choice).expect_err("not compiled in").to_string();
-            assert!(message.contains(&format!("--features {flag}")), "{message}");
-            assert!(message.contains(&choice.to_string()), "{message}");
             let message = network_device(choice).expect_err("not compiled in").to_string();
+            assert!(message.contains(&format!("--features {flag}")), "{message}");
             assert!(message.contains(&choice.to_string()), "{message}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused_with_those_that_are() {
+        assert!(no_cuda_device(1, 1).contains("no CUDA device 1; found 1; use --device cuda:0"));
+        assert!(no_cuda_device(0, 0).contains("found 0; use --device cpu"));
+        assert!(no_cuda_device(7, 4).contains("cuda:0 to cuda:3"));
     }
 }

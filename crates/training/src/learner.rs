@@ -82,10 +82,16 @@ impl Learner {
     ///
     /// A device fails.
     pub fn on(&self, device: &Device) -> Result<Self> {
+        self.moved(|segment| segment.on(device))
+    }
+
+    fn moved(&self, to: impl Fn(&Segment) -> Result<Segment>) -> Result<Self> {
         let [backbone, projector, predictor] = self.online.segments();
-        let online = Online::of(backbone.on(device)?, projector.on(device)?, predictor.on(device)?);
+        let online = Online::of(to(backbone)?, to(projector)?, to(predictor)?);
+        let Target { backbone, projector } = &self.target;
+        let target = Target { backbone: to(backbone)?, projector: to(projector)? };
         let optimizer = self.optimizer.on(&online)?;
-        Ok(Self { online, target: self.target.on(device)?, optimizer })
+        Ok(Self { online, target, optimizer })
     }
 }
 
@@ -565,6 +571,50 @@ pub(crate) mod tests {
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         assert_eq!(values(plain.projection())?, values(noisy.projection())?);
         assert_ne!(values(plain.prediction())?, values(noisy.prediction())?);
+        Ok(())
+    }
+
+    /// BYOL steps with weights, momenta and statistics at the end, under their names in files.
+    fn steps(learner: &mut Learner) -> anyhow::Result<Vec<NamedTensor>> {
+        for step in 0..3 {
+            let Learner { online, target, optimizer } = &mut *learner;
+            let projection = target.project(&pictures(step)?)?;
+            let pass = online.forward(&pictures(10 + step)?, None)?;
+            let loss = regression_loss(pass.prediction(), &projection)?;
+            online.backward(pass, &loss.backward()?)?;
+            assert_eq!(online.first_gradient_not_finite()?, None);
+            optimizer.step(online, 0.05)?;
+            target.follow(online, 0.9)?;
+        }
+        let mut tensors = learner.memory()?;
+        for (prefix, segment) in learner.segments() {
+            tensors.extend(network_file::tensors(prefix, segment)?);
+        }
+        Ok(tensors)
+    }
+
+    #[test]
+    fn steps_by_tensor_operations_leave_the_state_that_steps_by_kernels_leave() -> anyhow::Result<()>
+    {
+        let mut kernels = learner(5)?;
+        // Between the first steps, so that momenta move too.
+        steps(&mut kernels)?;
+        let by_tensors = |s: &Segment| s.of(s.network().by_tensor_operations(&Cpu));
+        let mut other = kernels.moved(by_tensors)?;
+        let mut back = other.on(&Cpu)?;
+        let (want, got) = (steps(&mut kernels)?, steps(&mut other)?);
+        assert_eq!(want.len(), got.len());
+        for (want, got) in want.iter().zip(&got) {
+            assert_eq!((&want.name, &want.shape), (&got.name, &got.shape));
+            let size = want.values.iter().fold(0.1f32, |a, b| a.max(b.abs()));
+            for (a, b) in want.values.iter().zip(&got.values) {
+                assert!((a - b).abs() < 1e-3 * size, "{}: {a} and {b}", want.name);
+            }
+        }
+        // There and back again changed no bit.
+        for (want, got) in want.iter().zip(steps(&mut back)?) {
+            assert_eq!(want.values, got.values, "{}", want.name);
+        }
         Ok(())
     }
 

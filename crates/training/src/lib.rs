@@ -25,7 +25,7 @@ mod sgd;
 mod trained;
 
 pub use adam::{Adam, AdamSegment, Seam};
-pub use device::{device, network_device};
+pub use device::network_device;
 pub use learner::{Learner, Online, Pass, Target};
 pub use noise::noise;
 pub use precision::Precision;

@@ -1,0 +1,59 @@
+//! What to do when a device runs out of memory.
+
+use anyhow::Error;
+use serde::Serialize;
+use serde_json::Value;
+
+/// What drivers say when there is none left: CUDA's, cuDNN's, cuBLAS's, Metal's.
+const NONE_LEFT: [&str; 4] = [
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to create metal resource: Buffer",
+];
+
+/// Adds the batch size to try to an error that says that a device's memory is full.
+///
+/// - `table`: the table `[name]` that the stage ran with.
+pub(crate) fn advise(error: Error, name: &str, table: &impl Serialize) -> Error {
+    let text = format!("{error:#}");
+    if !NONE_LEFT.iter().any(|words| text.contains(words)) {
+        return error;
+    }
+    let size = serde_json::to_value(table).ok();
+    let size = size.as_ref().and_then(|table| table.get("batch-size")).and_then(Value::as_u64);
+    let advice = match size {
+        Some(size @ 2..) => format!(
+            "the device ran out of memory with {name}.batch-size = {size}; try \
+             --set {name}.batch-size={}, or close what else uses the device",
+            size / 2
+        ),
+        _ => "the device ran out of memory; close what else uses it".to_owned(),
+    };
+    error.context(advice)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_full_device_names_the_batch_size_to_try() {
+        let full = || anyhow::anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
+        let said = |size: u64| {
+            format!("{:#}", advise(full(), "pretraining", &json!({ "batch-size": size })))
+        };
+        assert!(said(256).contains("batch-size = 256; try --set pretraining.batch-size=128,"));
+        assert!(said(3).contains("batch-size=1,"), "{}", said(3));
+        assert!(said(256).contains("CUDA_ERROR_OUT_OF_MEMORY"), "the cause is still there");
+        assert!(!said(1).contains("batch-size"), "nothing is below 1");
+        assert!(format!("{:#}", advise(full(), "metrics", &json!({}))).contains("close"));
+        let other = anyhow::anyhow!("no such file");
+        assert_eq!(
+            format!("{:#}", advise(other, "a", &json!({ "batch-size": 8 }))),
+            "no such file"
+        );
+    }
+}
