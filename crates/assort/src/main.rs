@@ -11,13 +11,14 @@ use std::process::ExitCode;
 type Program = fn(ArgsOs) -> ExitCode;
 
 /// The stages, in the order they run in.
-const STAGES: [(&str, Program); 7] = [
+const STAGES: [(&str, Program); 8] = [
     ("prepare", prepare::program),
     ("pretraining", pretraining::program),
     ("embed", embed::program),
     ("clustering", clustering::program),
     ("prototype-refinement", prototype_refinement::program),
     ("propos", propos::program),
+    ("secu", secu::program),
     ("metrics", metrics::program),
 ];
 

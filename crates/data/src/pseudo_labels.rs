@@ -84,8 +84,8 @@ impl PseudoLabels {
     /// All pictures are in one cluster: [`Diverged`].
     pub fn of_one_phase(stage: &Stage, images: &Images, found: Found) -> Result<Self> {
         if found.assignment.windows(2).all(|pair| pair[0] == pair[1]) {
-            let message = "all images fell into one cluster; a lower peak-learning-rate or more \
-                           epochs are the usual cures";
+            let message = "all images fell into one cluster; a lower learning rate or more epochs \
+                           are the usual cures";
             return Err(Diverged(message.into()).into());
         }
         let index = images.rows(&stage.data.score_on);

@@ -70,6 +70,32 @@ fn balanced_weights(assignment: &[u32], clusters: usize) -> Result<Vec<f64>> {
     Ok(assignment.iter().map(|&cluster| count / sizes[cluster as usize] as f64).collect())
 }
 
+/// Steps of an epoch of [`every`]: the last batch may be a smaller one.
+pub fn steps_of_every(count: usize, batch_size: usize) -> usize {
+    let rest_of_one = usize::from(count % batch_size.max(1) == 1);
+    count.saturating_sub(rest_of_one).div_ceil(batch_size.max(1)).max(1)
+}
+
+/// Every image once, in random order, also the rest that fills no batch. A rest of a single image
+/// joins the batch before it: batch statistics need two.
+///
+/// - `rows`: rows of the images file.
+///
+/// # Errors
+///
+/// As [`uniform`].
+pub fn every(rows: &[u32], batch_size: usize, seed: u64, epoch: usize) -> Result<Vec<Vec<u32>>> {
+    check(rows.len(), batch_size)?;
+    let mut order = rows.to_vec();
+    order.shuffle(&mut stage::random::stream(seed, "order of images", &[epoch as u64]));
+    let mut batches: Vec<Vec<u32>> = order.chunks(batch_size).map(<[u32]>::to_vec).collect();
+    if batches.len() > 1 && batches.last().is_some_and(|rest| rest.len() == 1) {
+        let rest = batches.pop().unwrap_or_default();
+        batches.last_mut().into_iter().for_each(|last| last.extend(&rest));
+    }
+    Ok(batches)
+}
+
 fn check(count: usize, batch_size: usize) -> Result<()> {
     ensure!(
         count >= 2,
@@ -101,6 +127,27 @@ mod tests {
         assert_eq!(batches, uniform(&rows, 10, 5, 3)?);
         assert_ne!(batches, uniform(&rows, 10, 5, 4)?);
         assert_ne!(batches, uniform(&rows, 10, 6, 3)?);
+        Ok(())
+    }
+
+    #[test]
+    fn every_image_comes_once_with_the_rest_in_a_batch_of_its_own() -> Result<()> {
+        for (count, sizes) in
+            [(37, vec![10, 10, 10, 7]), (31, vec![10, 10, 11]), (30, vec![10; 3]), (3, vec![3])]
+        {
+            let rows: Vec<u32> = (100..100 + count).collect();
+            let batches = every(&rows, 10, 5, 3)?;
+            assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), sizes);
+            assert_eq!(steps_of_every(count as usize, 10), sizes.len());
+            let mut seen = batches.concat();
+            assert_ne!(seen, rows);
+            seen.sort_unstable();
+            assert_eq!(seen, rows);
+            assert_ne!(batches, every(&rows, 10, 5, 4)?);
+        }
+        // As published for CIFAR: 391 steps, the last of 80 images.
+        assert_eq!(steps_of_every(50_000, 128), 391);
+        assert!(every(&[4], 10, 0, 0).is_err());
         Ok(())
     }
 

@@ -1,0 +1,315 @@
+//! What keeps the clusters from becoming one: how images are assigned to centres.
+//!
+//! By size: every cluster is worth a dual variable more while it holds less than its share. By
+//! entropy: joining a large cluster costs, joining a small one pays. Both look at a batch at once:
+//! the images of one batch do not see each other's choice (Qian 2023, arXiv:2311.14310).
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// The rule, as the key `constraint` of an experiment says it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(
+    tag = "rule",
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case"
+)]
+pub enum Constraint {
+    /// Every cluster holds at least its share of the images.
+    Size {
+        /// γ: the least size of a cluster over its even share `N/K`. 1 asks for equal sizes.
+        lower_bound: f64,
+        /// η: how fast the dual variables move.
+        rate: f64,
+    },
+    /// The sizes of the clusters have a large entropy.
+    Entropy {
+        /// α: weight of the entropy; what matters is α over the number of images, 0.12 is published.
+        weight: f64,
+    },
+}
+
+impl Constraint {
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    ///
+    /// A value lies outside its range; the message names the key.
+    pub fn check(self) -> Result<()> {
+        match self {
+            Self::Size { lower_bound, rate } => {
+                ensure!(
+                    (0. ..=1.).contains(&lower_bound),
+                    "lower-bound = {lower_bound} of the constraint: it must lie in [0, 1]"
+                );
+                ensure!(
+                    rate.is_finite() && rate >= 0.,
+                    "rate = {rate} of the constraint: it must be a number that is not negative"
+                );
+            }
+            Self::Entropy { weight } => ensure!(
+                weight.is_finite() && weight >= 0.,
+                "weight = {weight} of the constraint: it must be a number that is not negative"
+            ),
+        }
+        Ok(())
+    }
+}
+
+/// What a head remembers of its clusters from batch to batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Balance {
+    constraint: Constraint,
+    /// By size: the dual variable ρ of each cluster, never reset. By entropy: the images of each
+    /// cluster, `n`.
+    values: Vec<f32>,
+}
+
+/// What is known of the images of a batch before they are assigned.
+#[derive(Debug, Clone, Copy)]
+pub enum Before<'a> {
+    /// Nothing: it is the first epoch.
+    Nothing,
+    /// Their clusters of the epoch before, and the number of all images.
+    Assigned {
+        /// Cluster of each image of the batch.
+        ids: &'a [u32],
+        /// All images, N.
+        images: usize,
+    },
+}
+
+impl Balance {
+    /// Before the first batch.
+    pub fn new(constraint: Constraint, clusters: usize) -> Self {
+        Self { constraint, values: vec![0.; clusters] }
+    }
+
+    /// The dual variables or counts, `K`, exact in f32: what the state of a run keeps.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Takes up what was kept.
+    ///
+    /// # Errors
+    ///
+    /// It is of another number of clusters.
+    pub fn set(&mut self, values: &[f32]) -> Result<()> {
+        ensure!(
+            values.len() == self.values.len(),
+            "the state of this run holds {} clusters where {} are asked for; remove its folder",
+            values.len(),
+            self.values.len()
+        );
+        self.values.copy_from_slice(values);
+        Ok(())
+    }
+
+    /// Assigns the images of a batch, then takes the batch into account.
+    ///
+    /// - `similarity`: mean over both views, `(B, K)` row by row.
+    ///
+    /// By size: `y = argmaxₖ sₖ + ρₖ`, then `ρₖ ← ρₖ − η nₖ(batch)/B + ηγ/K`, held at 0 or above
+    /// where `γ < 1`. By entropy: `y = argminₖ −sₖ + α δₖ` with `δ` the change in
+    /// `Σ (nₖ/b) ln(nₖ/b)`, then `n` follows; see [`Balance::deltas`]. Ties go to the lowest
+    /// cluster.
+    pub fn assign(&mut self, similarity: &[f32], before: Before) -> Vec<u32> {
+        let clusters = self.values.len();
+        let rows = similarity.chunks_exact(clusters);
+        let ids: Vec<u32> = match self.constraint {
+            Constraint::Size { .. } => {
+                let gain = |row: &[f32], k: usize| f64::from(row[k]) + f64::from(self.values[k]);
+                rows.map(|row| largest(clusters, |k| gain(row, k))).collect()
+            }
+            Constraint::Entropy { weight } => rows
+                .enumerate()
+                .map(|(image, row)| {
+                    let deltas = self.deltas(before, image);
+                    largest(clusters, |k| f64::from(row[k]) - weight * deltas[k])
+                })
+                .collect(),
+        };
+        self.follow(&ids, before);
+        ids
+    }
+
+    /// `δ` of an image of the batch: how `Σ h(pₖ)` with `h(p) = p ln p` changes when it joins a
+    /// cluster.
+    ///
+    /// In the first epoch `p = n/(b + 1)` for the `b` images counted so far, and
+    /// `δₖ = h(pₖ + 1/(b+1)) − h(pₖ)`; nothing at all before the first batch. Later `p = n/N`,
+    /// and the image leaves its cluster `o`: `δₖ = h(pₖ + 1/N) − h(pₖ) + h(pₒ − 1/N) − h(pₒ)`,
+    /// `δₒ = 0`.
+    pub fn deltas(&self, before: Before, image: usize) -> Vec<f64> {
+        let h = |p: f64| if p > 0. { p * p.ln() } else { 0. };
+        let counts = self.values.iter().map(|&count| f64::from(count));
+        match before {
+            Before::Nothing => {
+                let counted: f64 = counts.clone().sum();
+                if counted == 0. {
+                    return vec![0.; self.values.len()];
+                }
+                let all = counted + 1.;
+                counts.map(|n| h((n + 1.) / all) - h(n / all)).collect()
+            }
+            Before::Assigned { ids, images } => {
+                let (old, all) = (ids[image] as usize, images as f64);
+                let left = f64::from(self.values[old]);
+                let leaving = h((left - 1.) / all) - h(left / all);
+                let joining = |n: f64| h((n + 1.) / all) - h(n / all) + leaving;
+                counts.enumerate().map(|(k, n)| if k == old { 0. } else { joining(n) }).collect()
+            }
+        }
+    }
+
+    /// Takes into account that the images of a batch were given these clusters.
+    fn follow(&mut self, ids: &[u32], before: Before) {
+        match self.constraint {
+            Constraint::Size { lower_bound, rate } => {
+                let clusters = self.values.len() as f64;
+                let mut shares = vec![0.; self.values.len()];
+                ids.iter().for_each(|&id| shares[id as usize] += 1. / ids.len() as f64);
+                for (dual, share) in self.values.iter_mut().zip(shares) {
+                    let moved = f64::from(*dual) - rate * share + rate * lower_bound / clusters;
+                    *dual = if lower_bound < 1. { moved.max(0.) } else { moved } as f32;
+                }
+            }
+            Constraint::Entropy { .. } => {
+                ids.iter().for_each(|&id| self.values[id as usize] += 1.);
+                if let Before::Assigned { ids, .. } = before {
+                    ids.iter().for_each(|&id| self.values[id as usize] -= 1.);
+                }
+            }
+        }
+    }
+}
+
+/// The cluster of the largest value, the lowest of equals.
+fn largest(clusters: usize, value: impl Fn(usize) -> f64) -> u32 {
+    let mut best = (0, value(0));
+    for k in 1..clusters {
+        let value = value(k);
+        if value > best.1 {
+            best = (k, value);
+        }
+    }
+    best.0 as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: Constraint = Constraint::Size { lower_bound: 0.9, rate: 0.1 };
+
+    fn entropy(weight: f64, counts: &[f32]) -> Balance {
+        Balance { constraint: Constraint::Entropy { weight }, values: counts.to_vec() }
+    }
+
+    #[track_caller]
+    fn assert_near(got: &[f64], want: &[f64], within: f64) {
+        assert_eq!(got.len(), want.len());
+        for (got, want) in got.iter().zip(want) {
+            assert!((got - want).abs() < within, "got {got}, want {want}");
+        }
+    }
+
+    fn wide(values: &[f32]) -> Vec<f64> {
+        values.iter().map(|&value| f64::from(value)).collect()
+    }
+
+    /// T4 of the specification.
+    #[test]
+    fn duals_follow_the_sizes_step_by_step() {
+        let mut balance = Balance::new(SIZE, 4);
+        let batch = [0, 0, 0, 0, 0, 1, 1, 2];
+        for want in [[0., 0., 0.01, 0.0225], [0., 0., 0.02, 0.045], [0., 0., 0.03, 0.0675]] {
+            balance.follow(&batch, Before::Nothing);
+            assert_near(&wide(balance.values()), &want, 1e-8);
+        }
+        // Without clipping, the steps add up to η (γ − 1) = −0.01.
+        let mut free = Balance::new(Constraint::Size { lower_bound: 1., rate: 0.1 }, 4);
+        free.follow(&batch, Before::Nothing);
+        assert_near(&wide(free.values()), &[-0.0375, 0., 0.0125, 0.025], 1e-8);
+        let mut high = Balance::new(SIZE, 4);
+        high.values = vec![1.; 4];
+        high.follow(&batch, Before::Nothing);
+        assert_near(&[wide(high.values()).iter().sum::<f64>() - 4.], &[-0.01], 1e-6);
+    }
+
+    /// T5 of the specification.
+    #[test]
+    fn duals_move_the_image_that_wavers_and_no_other() {
+        let similarity = [0.50, 0.47, 0.40, 0.495, 0.9, 0.1, 0.1, 0.1];
+        let mut balance = Balance::new(SIZE, 4);
+        assert_eq!(balance.clone().assign(&similarity, Before::Nothing), [0, 0]);
+        balance.values = vec![0., 0., 0.03, 0.0675];
+        assert_eq!(balance.assign(&similarity, Before::Nothing), [3, 0]);
+        // And the batch was counted: one image each for clusters 3 and 0.
+        assert_near(&wide(balance.values()), &[0., 0.0225, 0.0525, 0.04], 1e-7);
+        let mut even = Balance::new(SIZE, 3);
+        assert_eq!(even.assign(&[0.5, 0.5, 0.5, 0.1, 0.5, 0.5], Before::Nothing), [0, 1]);
+    }
+
+    /// T6 of the specification.
+    #[test]
+    fn entropy_deltas_have_the_specified_values() {
+        let balance = entropy(1., &[6., 3., 1., 0.]);
+        let first = [0.042993, -0.013505, -0.091964, -0.217990];
+        assert_near(&balance.deltas(Before::Nothing, 0), &first, 1e-6);
+        let later = |old: u32| balance.deltas(Before::Assigned { ids: &[old], images: 10 }, 0);
+        assert_near(&later(0), &[0., -0.045403, -0.131707, -0.270337], 1e-6);
+        assert_near(&later(2), &[0.287081, 0.224934, 0., 0.], 1e-6);
+
+        let similarity = [0.9, 0.8, 0.7, 0.6];
+        for (weight, want) in [(0.1, 0), (0.5, 0), (2., 3)] {
+            let mut balance = entropy(weight, &[6., 3., 1., 0.]);
+            let before = Before::Assigned { ids: &[0], images: 10 };
+            assert_eq!(balance.assign(&similarity, before), [want], "α = {weight}");
+        }
+    }
+
+    /// T7 of the specification.
+    #[test]
+    fn counts_follow_the_images_that_move() {
+        let mut balance = entropy(1., &[6., 3., 1., 0.]);
+        balance.follow(&[0, 3, 1], Before::Assigned { ids: &[0, 0, 2], images: 10 });
+        assert_eq!(balance.values(), [5., 4., 0., 1.]);
+    }
+
+    /// T8 of the specification.
+    #[test]
+    fn at_the_published_weight_a_small_cluster_pays() {
+        let mut sizes = vec![35_000. / 7.; 10];
+        sizes[..3].copy_from_slice(&[6000., 4000., 5000.]);
+        let deltas =
+            entropy(6000., &sizes).deltas(Before::Assigned { ids: &[0], images: 50_000 }, 0);
+        let weighted: Vec<f64> = deltas[..3].iter().map(|delta| 6000. * delta).collect();
+        assert_near(&weighted, &[0., -0.048631, -0.021857], 1e-6);
+    }
+
+    /// T15 of the specification.
+    #[test]
+    fn the_first_batch_of_all_is_not_constrained_by_entropy() {
+        let mut balance = entropy(6000., &[0.; 3]);
+        assert_eq!(balance.assign(&[0.1, 0.3, 0.2, 0.9, 0.1, 0.1], Before::Nothing), [1, 0]);
+        assert_eq!(balance.values(), [1., 1., 0.]);
+        // The second is: the cluster without images is worth more than any similarity.
+        assert_eq!(balance.assign(&[0.9, 0.9, -0.9], Before::Nothing), [2]);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        assert!(SIZE.check().is_ok() && Constraint::Entropy { weight: 0. }.check().is_ok());
+        for wrong in [
+            Constraint::Size { lower_bound: 1.1, rate: 0.1 },
+            Constraint::Size { lower_bound: 0.9, rate: -0.1 },
+            Constraint::Entropy { weight: f64::NAN },
+        ] {
+            assert!(wrong.check().is_err(), "{wrong:?}");
+        }
+        assert!(Balance::new(SIZE, 3).set(&[0.; 2]).is_err());
+    }
+}

@@ -1,0 +1,493 @@
+//! SeCu: from pictures to clusters in one phase, by centres that no other image pushes.
+//!
+//! One network, several heads, each a set of centres on the unit sphere and a cluster for every
+//! image. The network learns toward the clusters of the epoch before and toward what it makes of
+//! the other view, among a copy of the centres that stands still for an epoch. The centres learn
+//! from the images assigned to them alone, the hard ones more; plain cross-entropy would let every
+//! image push every other centre, and diverges. A constraint on the assignment keeps the clusters
+//! in use, by size or by entropy (stable cluster discrimination, Qian 2023, arXiv:2311.14310). The
+//! head with as many clusters as are asked for gives the result; no k-means runs in training.
+//!
+//! What is here is the authors' program for small pictures. Their variant for ImageNet, with a
+//! predictor and LARS, is not, nor is the self-labelling that some published figures include. Their
+//! blur approximates a Gaussian by three box filters, ours is a Gaussian.
+//!
+//! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
+//!   start from.
+//! - Writes `network.safetensors` (`online.backbone`, `online.projector`, and the raw centres of
+//!   each head as `heads.<number>.centres`), `backbone.safetensors`, `config.json`,
+//!   `state.safetensors`, `pseudo-labels.safetensors`, and `log.jsonl`, one object per epoch.
+//!
+//! Start at [`run`]; a step of a head is [`heads::Head::step`], its losses are in [`loss`], the
+//! assignment in [`constraint`], what varies in [`Config`].
+
+mod config;
+pub mod constraint;
+pub mod heads;
+pub mod loss;
+pub mod monitor;
+pub mod network;
+pub mod schedule;
+
+use std::env::ArgsOs;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use assignment::{KMeans, Metric};
+use candle_core::{Device, Tensor};
+use data::{Batch, Found, Images, Loader, PseudoLabels};
+use stage::Stage;
+use training::ops::{softmax, unit_rows};
+use training::{Run, sampler};
+
+pub use config::Config;
+
+use crate::heads::Head;
+use crate::monitor::{Monitor, distinct, mean_cosine};
+use crate::network::Learner;
+
+/// Raised when results change for the same table.
+pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("secu", ALGORITHM, Config::check, run, words)
+}
+
+/// Files in, files out; goes on where an interrupted run stopped.
+///
+/// # Errors
+///
+/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+pub fn run(config: &Config, stage: &Stage) -> Result<()> {
+    let images = Images::open(&stage.images)?;
+    let device = training::network_device(stage.device)?;
+    let rows = images.rows(&stage.data.train_on);
+    let places = places(&rows, images.len());
+    let main = config.head(stage)?;
+    let plan = config.plan(rows.len());
+    let schedule = config.schedule(plan.steps_per_epoch)?;
+
+    let mut learner = Learner::random(config, rows.len(), stage.seed, &device)?;
+    if let Some(folder) = stage.optional_input("backbone") {
+        learner.take_backbone(folder)?;
+    }
+    let mut learner = learner.on(&device)?;
+    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
+    learner.heads.iter_mut().try_for_each(|head| head.take_up(&run))?;
+    let in_a_row = run.kept(MONITOR).map_or(0, |kept| kept[0] as usize);
+    let mut monitor = Monitor::new(config.least_distinct_ids, plan.steps_per_epoch, in_a_row);
+
+    while let Some(epoch) = run.next_epoch() {
+        if run.batches_done() == 0 {
+            // What the network will see of the centres until the epoch ends.
+            learner.heads.iter_mut().try_for_each(Head::freeze)?;
+        }
+        let order = sampler::every(&rows, config.batch_size, stage.seed, epoch)?;
+        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
+            let batch = batch?;
+            let places: Vec<usize> = batch.rows.iter().map(|&row| places[row as usize]).collect();
+            let [view_1, view_2] = views(batch, &device)?;
+            let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
+            let directions = [unit_rows(&view_1.projection)?, unit_rows(&view_2.projection)?];
+            run.note_projections(&directions[0])?; // An error when they have collapsed.
+            run.note("mean-cosine", mean_cosine(&directions[0])?);
+
+            // Every head assigns the batch, then compares: both losses, means over heads and views.
+            let (mut for_network, mut for_centres) = (Vec::new(), Vec::new());
+            for (number, head) in learner.heads.iter_mut().enumerate() {
+                let [one, other] = &directions;
+                let found = head.step([one, other], &places, epoch, config.temperatures())?;
+                if number == main {
+                    // Before warm-up ends, the network cannot tell images apart yet.
+                    let distinct = match epoch < config.still_epochs + config.warmup_epochs {
+                        true => distinct(&found.ids),
+                        false => monitor.look(&found.ids)?, // An error at a collapse.
+                    };
+                    run.note("distinct-ids", distinct as f64);
+                }
+                for_network.push(found.representation_loss);
+                for_centres.push(found.centre_loss);
+            }
+            let (for_network, for_centres) = (mean(&for_network)?, mean(&for_centres)?);
+            run.note("representation-loss", scalar(&for_network)?);
+            run.note("centre-loss", scalar(&for_centres)?);
+            let loss = (for_network + for_centres)?; // They share no parameter.
+            run.note_loss(&loss)?; // An error when it is not finite.
+
+            let gradients = loss.backward()?;
+            learner.backward(view_1, &gradients)?; // Adds to the gradients.
+            learner.backward(view_2, &gradients)?;
+            run.refuse_gradient(learner.first_not_finite(&gradients)?)?;
+            learner.step(&gradients, schedule.at(run.step() - 1), config.centre_rule())?;
+
+            learner.heads.iter().try_for_each(|head| head.keep(&mut run))?;
+            run.keep(MONITOR, &[1], vec![monitor.in_a_row() as f32]);
+            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+        }
+        run.note("largest-cluster", learner.heads[main].largest_share());
+        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+    }
+
+    let found = result(config, stage, &images, &mut learner, main, &device)?;
+    PseudoLabels::of_one_phase(stage, &images, found)?
+        .write(&stage.out.join(PseudoLabels::FILE))?;
+    run.finish(&learner, &config.configuration())
+}
+
+/// The name under which the state keeps the batches of too few ids.
+const MONITOR: &str = "batches-of-few-ids";
+
+/// The result: the nearest centre of the main head for the un-augmented images that are scored, by
+/// cosine. The confidence is the softmax at the network's temperature, as in training.
+///
+/// k-means on the same projections stands beside it, for comparison.
+fn result(
+    config: &Config,
+    stage: &Stage,
+    images: &Images,
+    learner: &mut Learner,
+    main: usize,
+    device: &Device,
+) -> Result<Found> {
+    let rows = images.rows(&stage.data.score_on);
+    let centres = learner.heads[main].directions()?.detach();
+    let (width, clusters) = (config.projector.width, stage.data.clusters);
+    let (mut projections, mut assignment, mut confidence) = (Vec::new(), Vec::new(), Vec::new());
+    for batch in Loader::clean(images, &rows, &config.input)? {
+        let batch = batch?;
+        let shape = batch.shape();
+        for view in batch.views {
+            let directions = learner.project(&Tensor::from_vec(view, shape, device)?)?;
+            let similarity = directions.matmul(&centres.t()?)?;
+            let memberships = softmax(&(similarity / config.temperature)?)?.to_vec2::<f32>()?;
+            for row in memberships {
+                let largest = (0..clusters).rev().max_by(|&a, &b| row[a].total_cmp(&row[b]));
+                let largest = largest.unwrap_or(0); // The lowest of equals.
+                assignment.push(largest as u32);
+                confidence.push(row[largest]);
+            }
+            projections.extend(directions.flatten_all()?.to_vec1::<f32>()?);
+        }
+    }
+    let k_means = KMeans {
+        clusters,
+        metric: Metric::Spherical,
+        restarts: 10,
+        iterations: 300,
+        tolerance: 1e-4,
+    };
+    let k_means = assignment::k_means(&projections, rows.len(), width, &k_means, stage.seed)?;
+    Ok(Found {
+        assignment,
+        kmeans_assignment: k_means.assignment,
+        confidence,
+        projection_width: width,
+        prototypes: centres.flatten_all()?.to_vec1()?,
+    })
+}
+
+/// The place of each row of the images file among `rows`; the last for those that are not there.
+fn places(rows: &[u32], images: usize) -> Vec<usize> {
+    let mut places = vec![usize::MAX; images];
+    rows.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place);
+    places
+}
+
+/// The two views of a batch as tensors `(N, H, W, C)`.
+fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
+    let shape = batch.shape();
+    let mut views = batch.views.into_iter();
+    match (views.next(), views.next(), views.next()) {
+        (Some(view_1), Some(view_2), None) => {
+            Ok([Tensor::from_vec(view_1, shape, device)?, Tensor::from_vec(view_2, shape, device)?])
+        }
+        _ => bail!("a batch does not hold two views of each image"),
+    }
+}
+
+/// The mean of scalars.
+fn mean(losses: &[Tensor]) -> Result<Tensor> {
+    Ok(Tensor::stack(losses, 0)?.mean_all()?)
+}
+
+/// The value of a scalar, for the log.
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::from(tensor.to_scalar::<f32>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::Path;
+
+    use backbone::network_file;
+    use data::Picture;
+    use data::images::{Identical, Source, Writer};
+    use serde_json::Value;
+    use stage::{DataTable, DeviceChoice, Experiment, Split};
+
+    use super::*;
+    use crate::constraint::Constraint;
+
+    /// Twenty-three grey pictures of 6 × 7 pixels, of three kinds, and a stage that reads them.
+    fn stage(folder: &Path, out: &str) -> Stage {
+        let images = folder.join("images.safetensors");
+        if !images.exists() {
+            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
+            for number in 0..23usize {
+                let shade = |i: usize| match number % 3 {
+                    0 => 200 * (i % 7 / 4),
+                    1 => 200 * (i / 21),
+                    _ => 200 * (i % 2),
+                };
+                let pixels = (0..42).map(|i| (shade(i) + (i * number * 31) % 50) as u8).collect();
+                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
+                let split = if number < 19 { Split::Train } else { Split::Test };
+                writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
+            }
+            writer.finish(None).expect("written");
+        }
+        let out = folder.join(out);
+        fs::create_dir_all(&out).expect("created");
+        Stage {
+            name: "secu",
+            experiment: "e.toml".into(),
+            images,
+            inputs: BTreeMap::new(),
+            out,
+            round: 0,
+            rounds: 0,
+            seed: 3,
+            device: DeviceChoice::Cpu,
+            data: DataTable {
+                clusters: 3,
+                train_on: vec![Split::Train],
+                score_on: vec![Split::Test, Split::Train],
+            },
+        }
+    }
+
+    fn config() -> Config {
+        toml::from_str(
+            r#"
+            epochs = 4
+            batch-size = 8
+            learning-rate = 0.2
+            centre-learning-rate = 0.8
+            still-epochs = 1
+            warmup-epochs = 1
+            momentum = 0.9
+            weight-decay = 1e-4
+            heads = [3, 5]
+            temperature = 0.05
+            centre-temperature = 0.1
+            assigned-share = 0.2
+            constraint = { rule = "size", lower-bound = 0.9, rate = 0.1 }
+            precision = "f32"
+            save-every = 1
+            collapse-deviation = 1e-6
+            least-distinct-ids = 1
+            backbone = { depth = "10", width = 2, stem = "3x3" }
+            projector = { hidden = 8, width = 4 }
+            views-1 = { operations = [{ operation = "noise", deviation = 0.2 }] }
+            views-2 = { operations = [{ operation = "flip", probability = 0.5 }] }
+            [input]
+            height = 6
+            width = 7
+            channels = 1
+            mean = [0.5]
+            std = [0.3]
+            clean = []
+            "#,
+        )
+        .expect("a table")
+    }
+
+    /// Some weights and centres as a short run leaves them in its last checkpoint. Whether it has
+    /// learnt to tell the images apart is not asked: where it has not, the result is an error
+    /// behind that checkpoint.
+    fn weights(config: &Config, stage: &Stage) -> Vec<f32> {
+        let file = match run(config, stage) {
+            Ok(()) => network_file::NAME,
+            Err(error) => {
+                assert!(error.to_string().contains("one cluster"), "{error:#}");
+                "state.safetensors"
+            }
+        };
+        let bytes = fs::read(stage.out.join(file)).expect("written");
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).expect("sound");
+        let values = |name: &str| tensors[name].flatten_all().and_then(|all| all.to_vec1::<f32>());
+        [format!("online.backbone.{WEIGHT}").as_str(), "heads.0.centres"]
+            .map(|name| values(name).expect("there"))
+            .concat()
+    }
+
+    const WEIGHT: &str = "layer3.0.conv2.weight";
+
+    /// Large and long enough to tell the three kinds apart.
+    fn able() -> Config {
+        let mut able = config();
+        (able.epochs, able.learning_rate, able.backbone.width) = (40, 0.1, 8);
+        (able.projector.hidden, able.projector.width) = (32, 16);
+        able
+    }
+
+    fn log(stage: &Stage) -> Vec<Value> {
+        let text = fs::read_to_string(stage.out.join("log.jsonl")).expect("there");
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+
+    #[test]
+    fn equal_runs_are_equal_bytes_and_every_value_changes_them() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let first = weights(&config(), &stage(folder.path(), "first"));
+        assert_eq!(first, weights(&config(), &stage(folder.path(), "again")));
+        let seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        assert_ne!(first, weights(&config(), &seed));
+        let size = |lower_bound, rate| Constraint::Size { lower_bound, rate };
+        for (name, other) in [
+            ("centres", Config { centre_learning_rate: 0.4, ..config() }),
+            ("still", Config { still_epochs: 0, ..config() }),
+            ("heads", Config { heads: vec![3], ..config() }),
+            ("temperature", Config { temperature: 0.1, ..config() }),
+            ("centre temperature", Config { centre_temperature: 0.05, ..config() }),
+            ("share", Config { assigned_share: 0.5, ..config() }),
+            ("rate", Config { constraint: size(0.9, 5.), ..config() }),
+            ("entropy", Config { constraint: Constraint::Entropy { weight: 19. }, ..config() }),
+            ("views", Config { views_2: config().views_1, ..config() }),
+        ] {
+            assert_ne!(first, weights(&other, &stage(folder.path(), name)), "{name}");
+        }
+        Ok(())
+    }
+
+    /// Gotcha 5 of the specification: a first epoch in which only the centres move.
+    #[test]
+    fn the_network_stands_still_while_the_centres_find_their_places() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        // The second epoch begins with a momentum, at a rate of next to nothing.
+        let config = Config {
+            epochs: 2,
+            still_epochs: 1,
+            warmup_epochs: 0,
+            learning_rate: 1e-30,
+            ..config()
+        };
+        let stage = stage(folder.path(), "out");
+        let found = weights(&config, &stage);
+        let images = Images::open(&stage.images)?;
+        let count = images.rows(&stage.data.train_on).len();
+        let fresh = Learner::random(&config, count, stage.seed, &Device::Cpu)?;
+        let (_, backbone) = training::Trained::segments(&fresh)[0];
+        let before = backbone.parameters.get(WEIGHT)?;
+        assert_eq!(found[..before.len()], before);
+        let centres = fresh.heads[0].directions()?.flatten_all()?.to_vec1::<f32>()?;
+        assert_ne!(found[before.len()..], centres);
+        Ok(())
+    }
+
+    #[test]
+    fn the_result_is_of_the_head_that_is_asked_for_and_of_all_scored_images() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        for (out, heads) in [("first", vec![3, 5]), ("last", vec![5, 3])] {
+            let stage = stage(folder.path(), out);
+            let config = Config { heads, ..able() };
+            run(&config, &stage)?;
+            let labels = PseudoLabels::open(&stage.out.join(PseudoLabels::FILE))?;
+            assert_eq!((labels.clusters, labels.index.len()), (3, 23));
+            assert_eq!((labels.projection_width, labels.prototypes.len()), (16, 48));
+            for line in log(&stage) {
+                assert!((1. ..=3.).contains(&line["distinct-ids"].as_f64().expect("a number")));
+                assert!(line["mean-cosine"].as_f64() <= Some(1.0001));
+            }
+
+            // Assigned again by the network as it was saved.
+            let images = Images::open(&stage.images)?;
+            let mut learner = Learner::random(&config, 19, 99, &Device::Cpu)?;
+            let file = network_file::open(&stage.out)?;
+            for (prefix, segment) in training::Trained::segments_mut(&mut learner) {
+                network_file::fill(&file, prefix, segment)?;
+            }
+            training::Trained::take_up_variables(&mut learner, &file)?;
+            let main = config.head(&stage)?;
+            let again = result(&config, &stage, &images, &mut learner, main, &Device::Cpu)?;
+            assert_eq!(again.assignment, labels.assignment);
+            assert_eq!(again.confidence, labels.confidence);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_whose_batches_hold_one_cluster_stops() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let strict = Config { least_distinct_ids: 4, warmup_epochs: 0, ..config() };
+        let error = run(&strict, &stage(folder.path(), "out")).expect_err("at most 3 of 3");
+        assert!(error.is::<stage::Diverged>(), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_backbone_from_elsewhere_is_where_it_starts() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let given = weights(&able(), &stage(folder.path(), "given"));
+        let mut from = stage(folder.path(), "from");
+        from.inputs.insert("backbone".into(), folder.path().join("given"));
+        // At a rate of nearly nothing, what comes in goes out.
+        let still = Config { learning_rate: 1e-30, epochs: 3, ..able() };
+        let found = weights(&still, &from);
+        let count = 32 * 32 * 9; // Of the weight alone; the centres have moved.
+        assert_eq!(found[..count], given[..count]);
+        assert_ne!(found[count..], given[count..]);
+        from.inputs.insert("backbone".into(), folder.path().join("none"));
+        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        assert!(message.contains("backbone.safetensors"), "{message}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = stage(folder.path(), "out");
+        config().check(&stage)?;
+        for (wrong, word) in [
+            (Config { batch_size: 1, ..config() }, "batch-size"),
+            (Config { epochs: 0, ..config() }, "epochs"),
+            (Config { warmup_epochs: 3, ..config() }, "warmup-epochs"),
+            (Config { learning_rate: 0., ..config() }, "learning-rate"),
+            (Config { centre_learning_rate: -1., ..config() }, "centre-learning-rate"),
+            (Config { momentum: 1., ..config() }, "momentum"),
+            (Config { weight_decay: -1., ..config() }, "weight-decay"),
+            (Config { heads: vec![4, 5], ..config() }, "heads"),
+            (Config { heads: vec![3, 1], ..config() }, "heads"),
+            (Config { temperature: 0., ..config() }, "temperature"),
+            (Config { centre_temperature: f64::NAN, ..config() }, "centre-temperature"),
+            (Config { assigned_share: 1.5, ..config() }, "assigned-share"),
+            (Config { constraint: Constraint::Entropy { weight: -1. }, ..config() }, "weight"),
+        ] {
+            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            assert!(message.contains(word), "{word} is not in: {message}");
+        }
+        config().check(&Stage { device: DeviceChoice::Cuda(0), ..stage }).expect_err("no CUDA");
+        Ok(())
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut found = 0;
+        for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
+            let experiment = Experiment::read(&entry?.path())?;
+            if experiment.has_table("secu") {
+                let mut stage = stage(folder.path(), "out");
+                stage.images = "none".into();
+                stage.data = experiment.table("data")?;
+                experiment.table::<Config>("secu")?.check(&stage)?;
+                found += 1;
+            }
+        }
+        assert!(found > 0);
+        Ok(())
+    }
+}
