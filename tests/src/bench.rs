@@ -1,5 +1,9 @@
 //! A folder with pictures, an experiment, and the runs on it.
+//!
+//! Every system has a tiny experiment in `systems/`; what holds for all of them is tested with each,
+//! so that a new system only adds its file.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,19 +24,25 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// A folder with the plain pictures and the tiny experiment.
+    /// A folder with the plain pictures and the tiny experiment of PLDC.
     pub fn new() -> Self {
-        Self::with_pictures(|folder| pictures::write(folder, PLAIN, 0))
+        Self::of("pldc")
+    }
+
+    /// A folder with the plain pictures and the tiny experiment of a system.
+    pub fn of(system: &str) -> Self {
+        Self::with_pictures(system, |folder| pictures::write(folder, PLAIN, 0))
     }
 
     /// The same with other pictures.
-    pub fn with_pictures(write: impl FnOnce(&Path) -> Result<()>) -> Self {
+    pub fn with_pictures(system: &str, write: impl FnOnce(&Path) -> Result<()>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let pictures = folder.path().join("pictures");
         fs::create_dir(&pictures).expect("created");
         write(&pictures).expect("written");
-        let text = include_str!("../tiny.toml");
-        let bench = Self { folder, experiment: text.parse().expect("TOML") };
+        let text = fs::read_to_string(systems_folder().join(system).with_extension("toml"));
+        let experiment = text.expect("a system's experiment").parse().expect("TOML");
+        let bench = Self { folder, experiment };
         bench.write_experiment();
         bench
     }
@@ -45,6 +55,45 @@ impl Bench {
     /// The folder where the step `name` (`0-embed`) left its files.
     pub fn step(&self, name: &str) -> PathBuf {
         self.path("runs/tiny/0").join(name)
+    }
+
+    /// The steps of the experiment itself, in order: place and round.
+    pub fn steps(&self) -> Vec<(String, usize)> {
+        let rounds = &self.experiment["rounds"];
+        let places = |key: &str| rounds[key].as_array().expect("places").clone();
+        let count = rounds["rounds"].as_integer().expect("a number") as usize;
+        let mut steps = Vec::new();
+        for round in 0..=count {
+            for place in places(if round == 0 { "first" } else { "then" }) {
+                steps.push((place.as_str().expect("a name").to_owned(), round));
+            }
+        }
+        steps
+    }
+
+    /// The first place of the experiment, whose program trains.
+    pub fn first(&self) -> String {
+        self.steps().remove(0).0
+    }
+
+    /// The files that a finished run left and others build on, by step: what must be the same bytes
+    /// where nothing differs.
+    pub fn results(&self, seed: usize) -> BTreeMap<String, Vec<u8>> {
+        let mut results = BTreeMap::new();
+        for (place, round) in self.steps() {
+            let step = format!("{round}-{place}");
+            let folder = self.path("runs/tiny").join(seed.to_string()).join(&step);
+            for entry in fs::read_dir(&folder).expect("a finished step").flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if name.ends_with(".safetensors") && name != "state.safetensors" {
+                    let bytes = fs::read(entry.path()).expect("readable");
+                    results.insert(format!("{step}/{name}"), bytes);
+                }
+            }
+        }
+        assert!(results.keys().any(|name| name.ends_with("/network.safetensors")));
+        assert!(results.keys().any(|name| name.ends_with("/pseudo-labels.safetensors")));
+        results
     }
 
     /// The prepared pictures.
@@ -150,16 +199,39 @@ pub fn programs() -> &'static Path {
     FOLDER.get_or_init(|| build().expect("the programs are built"))
 }
 
-const PROGRAMS: [&str; 7] =
-    ["xtask", "prepare", "pretraining", "embed", "clustering", "prototype-refinement", "metrics"];
+fn systems_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("systems")
+}
+
+/// The systems that have a tiny experiment, by name.
+pub fn systems() -> Vec<String> {
+    let entries = fs::read_dir(systems_folder()).expect("systems").flatten();
+    let stem = |path: PathBuf| Some(path.file_stem()?.to_string_lossy().into_owned());
+    let mut systems: Vec<String> = entries.filter_map(|entry| stem(entry.path())).collect();
+    systems.sort();
+    systems
+}
+
+/// What fills the places of the systems, and what is around them.
+fn packages() -> Result<BTreeSet<String>> {
+    let mut packages: BTreeSet<String> =
+        ["xtask", "prepare", "embed", "clustering"].map(str::to_owned).into();
+    for system in systems() {
+        let path = systems_folder().join(system).with_extension("toml");
+        let experiment: toml::Table = fs::read_to_string(path)?.parse()?;
+        let stages = experiment["stages"].as_table().context("`[stages]` is a table")?;
+        packages.extend(stages.values().filter_map(|name| Some(name.as_str()?.to_owned())));
+    }
+    Ok(packages)
+}
 
 fn build() -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["build", "--message-format", "json-render-diagnostics"]).stdin(Stdio::null());
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
-    for name in PROGRAMS {
-        command.args(["--package", name]);
+    for name in packages()? {
+        command.args(["--package", &name]);
     }
     let output = command.output()?;
     anyhow::ensure!(output.status.success(), "{}", stderr(&output));

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use tests::Bench;
-use tests::bench::stderr;
+use tests::bench::{stderr, systems};
 use tests::pictures::{self, PLAIN};
 use tests::tensors::File;
 
@@ -19,7 +19,7 @@ fn finished() -> Arc<(Bench, Bench)> {
     static SHARED: Mutex<Weak<(Bench, Bench)>> = Mutex::new(Weak::new());
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     shared.upgrade().unwrap_or_else(|| {
-        let other = Bench::with_pictures(|folder| pictures::write(folder, PLAIN, 1));
+        let other = Bench::with_pictures("pldc", |folder| pictures::write(folder, PLAIN, 1));
         let benches = Arc::new((Bench::new(), other));
         benches.0.reproduce(&[]).expect("runs through");
         benches.1.reproduce(&[]).expect("runs through");
@@ -123,66 +123,88 @@ fn a_spoilt_file_is_named_with_a_remedy_and_nothing_is_written() {
 }
 
 #[test]
-fn spoilt_images_and_an_absent_device_are_refused() {
-    let benches = finished();
-    let bench = &benches.0;
-    let folder = tempfile::tempdir().expect("a folder");
-    let images = folder.path().join("images.safetensors");
-    let out = folder.path().join("out");
-    let start = |extra: &[&str]| {
-        let mut command = tests::bench::program("pretraining");
-        command.arg("--experiment").arg(bench.path("tiny.toml"));
-        command.arg("--images").arg(&images).arg("--out").arg(&out).args(extra);
-        command.output().expect("started")
-    };
-    assert_refused("no images", &start(&[]), &["images.safetensors"], &out);
-    for (name, spoil) in [("truncated", truncate as fn(&Path)), ("flipped", flip)] {
+fn spoilt_images_and_an_absent_device_are_refused_by_every_system() {
+    for system in systems() {
+        let bench = prepared(&system);
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = folder.path().join("images.safetensors");
+        let out = folder.path().join("out");
+        let start = |extra: &[&str]| {
+            let mut command = tests::bench::program(&bench.first());
+            command.arg("--experiment").arg(bench.path("tiny.toml"));
+            command.arg("--images").arg(&images).arg("--out").arg(&out).args(extra);
+            command.output().expect("started")
+        };
+        let refused = |what: &str, extra: &[&str], says: &[&str]| {
+            assert_refused(&format!("{system}, {what}"), &start(extra), says, &out);
+        };
+        refused("no images", &[], &["images.safetensors"]);
+        for (name, spoil) in [("truncated", truncate as fn(&Path)), ("flipped", flip)] {
+            fs::copy(bench.images(), &images).expect("copied");
+            spoil(&images);
+            refused(name, &[], &["images.safetensors"]);
+        }
         fs::copy(bench.images(), &images).expect("copied");
-        spoil(&images);
-        assert_refused(name, &start(&[]), &["images.safetensors"], &out);
+        refused("no device", &["--device", "cuda"], &["cuda", "--device"]);
+        refused("no such device", &["--device", "tpu"], &["tpu"]);
     }
-    fs::copy(bench.images(), &images).expect("copied");
-    assert_refused("no device", &start(&["--device", "cuda"]), &["cuda", "--device"], &out);
-    assert_refused("no such device", &start(&["--device", "tpu"]), &["tpu"], &out);
+}
+
+/// The experiment of a system with its pictures prepared.
+fn prepared(system: &str) -> Bench {
+    let bench = Bench::of(system);
+    let output = bench.xtask(&["stage", "prepare"]).output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    bench
 }
 
 #[test]
 fn a_spoilt_checkpoint_is_not_resumed() {
-    let benches = finished();
-    let bench = &benches.0;
-    let folder = tempfile::tempdir().expect("a folder");
-    let out = folder.path().join("out");
-    for (name, spoil) in [("truncated", truncate as fn(&Path)), ("flipped", flip)] {
-        fs::create_dir_all(&out).expect("created");
-        let state = out.join("state.safetensors");
-        fs::copy(bench.step("0-pretraining").join("state.safetensors"), &state).expect("copied");
-        spoil(&state);
-        let mut command = bench.stage("pretraining", 0, &[], "unused");
-        let output = replace_out(&mut command, &out).output().expect("started");
-        assert_eq!(output.status.code(), Some(2), "{name}: {}", stderr(&output));
-        assert!(stderr(&output).contains("state.safetensors"), "{name}: {}", stderr(&output));
-        assert!(!out.join("network.safetensors").exists() && !out.join("done.json").exists());
-        fs::remove_dir_all(&out).expect("removed");
+    for system in systems() {
+        let bench = prepared(&system);
+        let first = bench.first();
+        let output = bench.xtask(&["stage", &first]).output().expect("started");
+        assert!(output.status.success(), "{system}: {}", stderr(&output));
+        let saved = bench.step(&format!("0-{first}")).join("state.safetensors");
+        let folder = tempfile::tempdir().expect("a folder");
+        let out = folder.path().join("out");
+        for (name, spoil) in [("truncated", truncate as fn(&Path)), ("flipped", flip)] {
+            fs::create_dir_all(&out).expect("created");
+            let state = out.join("state.safetensors");
+            fs::copy(&saved, &state).expect("copied");
+            spoil(&state);
+            let mut command = bench.stage(&first, 0, &[], "unused");
+            let output = replace_out(&mut command, &out).output().expect("started");
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{system}, {name}: {message}");
+            assert!(message.contains("state.safetensors"), "{system}, {name}: {message}");
+            assert!(!out.join("network.safetensors").exists() && !out.join("done.json").exists());
+            fs::remove_dir_all(&out).expect("removed");
+        }
     }
 }
 
 #[test]
 fn an_unknown_or_missing_key_is_found_before_the_first_stage() {
-    let mut bench = Bench::new();
-    bench.set("clustering.head", 3);
-    let output = bench.xtask(&["reproduce"]).output().expect("started");
-    assert_eq!(output.status.code(), Some(2));
-    for part in ["[clustering]", "`head`", "`heads`", "tiny.toml", "nothing was started"] {
-        assert!(stderr(&output).contains(part), "{part} is not in: {}", stderr(&output));
+    for system in systems() {
+        let mut bench = Bench::of(&system);
+        let (last, _) = bench.steps().pop().expect("a step");
+        bench.set(&format!("{last}.ephocs"), 3);
+        let output = bench.xtask(&["reproduce"]).output().expect("started");
+        assert_eq!(output.status.code(), Some(2));
+        let table = format!("[{last}]");
+        for part in [&table, "`ephocs`", "`epochs`", "tiny.toml", "nothing was started"] {
+            assert!(stderr(&output).contains(part), "{part} is not in: {}", stderr(&output));
+        }
+        let store = bench.path("runs/.store");
+        assert!(!store.exists(), "no step has begun");
+        assert!(output.stdout.is_empty());
     }
-    let store = bench.path("runs/.store");
-    assert!(!store.exists(), "no step has begun");
-    assert!(output.stdout.is_empty());
 }
 
 #[test]
 fn an_empty_folder_is_refused() {
-    let bench = Bench::with_pictures(|_| Ok(()));
+    let bench = Bench::with_pictures("pldc", |_| Ok(()));
     let output = bench.xtask(&["reproduce"]).output().expect("started");
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("pictures"), "{}", stderr(&output));
@@ -193,7 +215,7 @@ fn an_empty_folder_is_refused() {
 #[test]
 fn broken_pictures_are_listed_and_too_many_are_refused() {
     let with_broken = |count: usize| {
-        Bench::with_pictures(move |folder| {
+        Bench::with_pictures("pldc", move |folder| {
             pictures::write(folder, PLAIN, 0)?;
             for number in 0..count {
                 fs::write(folder.join(format!("bars/broken-{number}.png")), "no picture")?;

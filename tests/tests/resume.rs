@@ -9,21 +9,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tests::Bench;
+use tests::bench::systems;
 
 /// Kills spread over whole runs.
 const ANYWHERE: usize = 15;
 /// Kills while a file is being written.
 const INSIDE_A_SAVE: usize = 5;
 
-const RESULTS: [(&str, &str); 3] = [
-    ("0-pretraining", "network.safetensors"),
-    ("1-prototype-refinement", "network.safetensors"),
-    ("1-clustering", "pseudo-labels.safetensors"),
-];
-
 fn assert_same(bench: &Bench, reference: &Bench) {
-    for (step, file) in RESULTS {
-        assert!(bench.bytes(step, file) == reference.bytes(step, file), "{step}/{file} differs");
+    let (results, wanted) = (bench.results(0), reference.results(0));
+    for (name, bytes) in &wanted {
+        assert!(results.get(name) == Some(bytes), "{name} differs");
     }
     let left = unfinished(&bench.path("runs/.store"));
     assert!(left.is_empty(), "half-written files are left: {left:?}");
@@ -31,44 +27,51 @@ fn assert_same(bench: &Bench, reference: &Bench) {
 
 #[test]
 fn killed_at_twenty_moments_a_run_ends_with_the_same_bytes() {
-    let reference = Bench::new();
-    let begin = Instant::now();
-    reference.reproduce(&[]).expect("runs through");
-    let whole = begin.elapsed();
+    for system in systems() {
+        let reference = Bench::of(&system);
+        let begin = Instant::now();
+        reference.reproduce(&[]).expect("runs through");
+        let whole = begin.elapsed();
 
-    kill_anywhere(&reference, whole);
-    kill_inside_saves(&reference);
+        kill_anywhere(&system, &reference, whole);
+        kill_inside_saves(&system, &reference);
+    }
 }
 
 #[test]
 fn interrupted_by_the_user_a_run_goes_on_where_it_was() {
-    let reference = Bench::new();
-    reference.reproduce(&[]).expect("runs through");
-    let bench = Bench::new();
-    let mut run = start_group(&mut bench.xtask(&["reproduce"]));
-    let log = bench.step("0-pretraining").join("log.jsonl");
-    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 2 {
-        assert!(run.try_wait().expect("waited").is_none(), "it ended before it was interrupted");
-        thread::sleep(Duration::from_millis(1));
-    }
-    signal("-INT", &run);
-    let status = run.wait().expect("ended");
-    assert_eq!(status.code(), Some(3), "the status of a run that can go on");
-    assert!(!bench.step("0-pretraining").join("network.safetensors").exists(), "it has stopped");
+    for system in systems() {
+        let reference = Bench::of(&system);
+        reference.reproduce(&[]).expect("runs through");
+        let bench = Bench::of(&system);
+        let first = format!("0-{}", bench.first());
+        let mut run = start_group(&mut bench.xtask(&["reproduce"]));
+        let log = bench.step(&first).join("log.jsonl");
+        while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 2 {
+            let ended = run.try_wait().expect("waited");
+            assert!(ended.is_none(), "{system} ended before it was interrupted");
+            thread::sleep(Duration::from_millis(1));
+        }
+        signal("-INT", &run);
+        let status = run.wait().expect("ended");
+        assert_eq!(status.code(), Some(3), "the status of a run that can go on");
+        assert!(!bench.step(&first).join("network.safetensors").exists(), "it has stopped");
 
-    bench.reproduce(&[]).expect("goes on");
-    assert_same(&bench, &reference);
-    let epochs = fs::read_to_string(&log).expect("there").lines().count();
-    let whole = fs::read_to_string(reference.step("0-pretraining").join("log.jsonl"));
-    assert!(epochs < 2 * whole.expect("there").lines().count(), "it began anew");
+        bench.reproduce(&[]).expect("goes on");
+        assert_same(&bench, &reference);
+        let epochs = fs::read_to_string(&log).expect("there").lines().count();
+        let whole = fs::read_to_string(reference.step(&first).join("log.jsonl"));
+        let whole = whole.expect("there").lines().count();
+        assert!(epochs < 2 * whole, "{system} began anew");
+    }
 }
 
 /// Kills whole runs, `xtask` and the program at work, after drawn times.
-fn kill_anywhere(reference: &Bench, whole: Duration) {
+fn kill_anywhere(system: &str, reference: &Bench, whole: Duration) {
     let mut kills = 0;
     let mut draw = 0.5;
     while kills < ANYWHERE {
-        let bench = Bench::new();
+        let bench = Bench::of(system);
         loop {
             // Multiples of the golden ratio are spread evenly, however many are drawn.
             draw = (draw + 0.618_033_988_749_895) % 1.;
@@ -79,22 +82,22 @@ fn kill_anywhere(reference: &Bench, whole: Duration) {
                 continue;
             }
             let status = run.wait().expect("ended");
-            assert!(status.success(), "{status} after {kills} kills");
+            assert!(status.success(), "{system}: {status} after {kills} kills");
             break;
         }
         assert_same(&bench, reference);
     }
 }
 
-/// Kills pretraining whenever a file of its is seen half-written.
-fn kill_inside_saves(reference: &Bench) {
+/// Kills the first stage, which trains, whenever a file of its is seen half-written.
+fn kill_inside_saves(system: &str, reference: &Bench) {
     let mut kills = 0;
     let mut benches = 0;
     while kills < INSIDE_A_SAVE {
         benches += 1;
-        assert!(benches <= 50, "a save was hit only {kills} times");
-        let bench = Bench::new();
-        let (mut command, out) = pretraining(&bench);
+        assert!(benches <= 50, "{system}: a save was hit only {kills} times");
+        let bench = Bench::of(system);
+        let (mut command, out) = first_stage(&bench);
         loop {
             let before = unfinished(&out);
             let mut run = start_group(&mut command);
@@ -106,7 +109,7 @@ fn kill_inside_saves(reference: &Bench) {
                 continue;
             }
             let status = run.wait().expect("ended");
-            assert!(status.success(), "{status} after {kills} kills inside a save");
+            assert!(status.success(), "{system}: {status} after {kills} kills inside a save");
             break;
         }
         bench.reproduce(&[]).expect("goes on");
@@ -114,12 +117,12 @@ fn kill_inside_saves(reference: &Bench) {
     }
 }
 
-/// The command by which `xtask` would start pretraining, and the folder it writes into.
-fn pretraining(bench: &Bench) -> (Command, PathBuf) {
+/// The command by which `xtask` would start the first stage, and the folder it writes into.
+fn first_stage(bench: &Bench) -> (Command, PathBuf) {
     // The data must be prepared for the step to have a place in the store.
     let prepare = bench.xtask(&["stage", "prepare"]).output();
     assert!(prepare.expect("started").status.success());
-    let dry = bench.xtask(&["stage", "pretraining", "--dry-run"]).output().expect("started");
+    let dry = bench.xtask(&["stage", &bench.first(), "--dry-run"]).output().expect("started");
     let text = String::from_utf8(dry.stdout).expect("UTF-8");
     let line = text.lines().find(|line| line.contains("--out")).expect("a command");
     let words: Vec<&str> = line.split_whitespace().collect();

@@ -5,111 +5,102 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tests::Bench;
-use tests::pictures::{self, Layout, PLAIN};
+use tests::bench::systems;
+use tests::pictures::{self, Layout};
 use tests::tensors::File;
 
-/// The files that a run leaves and others build on.
-const RESULTS: [(&str, &str); 7] = [
-    ("0-pretraining", "network.safetensors"),
-    ("0-pretraining", "backbone.safetensors"),
-    ("0-embed", "embeddings.safetensors"),
-    ("0-clustering", "pseudo-labels.safetensors"),
-    ("1-prototype-refinement", "network.safetensors"),
-    ("1-embed", "embeddings.safetensors"),
-    ("1-clustering", "pseudo-labels.safetensors"),
-];
-
-fn results(bench: &Bench) -> Vec<Vec<u8>> {
-    RESULTS.iter().map(|(step, file)| bench.bytes(step, file)).collect()
-}
-
-fn assert_same(one: &[Vec<u8>], other: &[Vec<u8>], what: &str) {
-    for ((one, other), (step, file)) in one.iter().zip(other).zip(RESULTS) {
-        assert!(one == other, "{what} changed {step}/{file}");
+fn assert_same(one: &Results, other: &Results, what: &str) {
+    assert_eq!(one.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>(), "{what}");
+    for (name, bytes) in one {
+        assert!(*bytes == other[name], "{what} changed {name}");
     }
 }
 
+type Results = BTreeMap<String, Vec<u8>>;
+
 #[test]
 fn one_two_and_three_threads_give_the_same_bytes() {
-    let run = |threads: &str| {
-        let bench = Bench::new();
-        let mut command = bench.xtask(&["reproduce"]);
-        let output = command.env("RAYON_NUM_THREADS", threads).output().expect("started");
-        assert!(output.status.success(), "{}", tests::bench::stderr(&output));
-        results(&bench)
-    };
-    let one = run("1");
-    assert_same(&one, &run("2"), "a second thread");
-    assert_same(&one, &run("3"), "a third thread");
+    for system in systems() {
+        let run = |threads: &str| {
+            let bench = Bench::of(&system);
+            let mut command = bench.xtask(&["reproduce"]);
+            let output = command.env("RAYON_NUM_THREADS", threads).output().expect("started");
+            assert!(output.status.success(), "{}", tests::bench::stderr(&output));
+            bench.results(0)
+        };
+        let one = run("1");
+        assert_same(&one, &run("2"), &format!("{system}: a second thread"));
+        assert_same(&one, &run("3"), &format!("{system}: a third thread"));
+    }
 }
 
 #[test]
 fn another_seed_gives_other_bytes() {
     // Else the comparisons here could not fail.
-    let bench = Bench::new();
-    bench.reproduce(&["--seeds", "2"]).expect("runs through");
-    for (step, file) in RESULTS {
-        let other = fs::read(bench.path("runs/tiny/1").join(step).join(file)).expect("there");
-        assert!(bench.bytes(step, file) != other, "the seed does not reach {step}/{file}");
+    for system in systems() {
+        let bench = Bench::of(&system);
+        bench.reproduce(&["--seeds", "2"]).expect("runs through");
+        let other = bench.results(1);
+        for (name, bytes) in bench.results(0) {
+            assert!(bytes != other[&name], "{system}: the seed does not reach {name}");
+        }
     }
 }
 
 #[test]
 fn a_data_set_renamed_and_sorted_anew_gives_the_same_bytes() {
-    let plain = Bench::new();
-    plain.reproduce(&[]).expect("runs through");
     // Classes in another order, pictures backwards within each.
     let layout = Layout { classes: ["zebra", "mole", "ant"], backwards: true };
-    let renamed = Bench::with_pictures(|folder| pictures::write(folder, layout, 0));
-    renamed.reproduce(&[]).expect("runs through");
-    assert_same(&results(&plain), &results(&renamed), "names and order");
-    let images = |bench: &Bench| fs::read(bench.images()).expect("there");
-    assert!(images(&plain) == images(&renamed));
-    let names =
-        |bench: &Bench| fs::read(bench.path("runs/tiny/data/names.safetensors")).expect("there");
-    assert!(names(&plain) != names(&renamed), "the names are kept, away from the pictures");
+    for system in systems() {
+        let plain = Bench::of(&system);
+        plain.reproduce(&[]).expect("runs through");
+        let renamed = Bench::with_pictures(&system, |folder| pictures::write(folder, layout, 0));
+        renamed.reproduce(&[]).expect("runs through");
+        assert_same(&plain.results(0), &renamed.results(0), &format!("{system}: names and order"));
+        let images = |bench: &Bench| fs::read(bench.images()).expect("there");
+        assert!(images(&plain) == images(&renamed));
+        let names = |bench: &Bench| {
+            fs::read(bench.path("runs/tiny/data/names.safetensors")).expect("there")
+        };
+        assert!(names(&plain) != names(&renamed), "the names are kept, away from the pictures");
+    }
 }
 
 #[test]
 fn no_program_changes_what_it_is_given() {
-    let bench = Bench::with_pictures(|folder| pictures::write(folder, PLAIN, 0));
-    let mut before = BTreeMap::<PathBuf, Vec<u8>>::new();
-    for words in [
-        &["stage", "pretraining"][..],
-        &["stage", "embed"],
-        &["stage", "clustering"],
-        &["stage", "prototype-refinement"],
-        &["stage", "embed", "--round", "1"],
-        &["stage", "clustering", "--round", "1"],
-        &["stage", "metrics", "--round", "0"],
-        &["stage", "metrics", "--round", "1"],
-    ] {
-        let is_there = |name: &str| before.keys().any(|path| path.ends_with(name));
-        match words[1] {
-            "clustering" => assert!(is_there("network.safetensors")),
-            "prototype-refinement" => assert!(is_there("head.safetensors")),
-            _ => {}
-        }
-        let output = bench.xtask(words).output().expect("started");
-        assert!(output.status.success(), "{words:?}: {}", tests::bench::stderr(&output));
-        // All weights, batch-norm statistics and heads lie in these files.
-        for (path, bytes) in &before {
-            let now = fs::read(path).expect("still there");
-            assert!(*bytes == now, "{words:?} changed `{}`", Path::new(path).display());
-        }
-        before = files(&bench.path("runs/.store"));
-    }
-    let holds = |file: &str, ends: &[&str]| {
-        for path in before.keys().filter(|path| path.ends_with(file)) {
-            let tensors = File::read(path).expect("a tensor file").tensors;
-            for end in ends {
-                let found = tensors.keys().any(|name| name.ends_with(end));
-                assert!(found, "`{}` has no tensor that ends in {end}", path.display());
+    for system in systems() {
+        let bench = Bench::of(&system);
+        let mut before = BTreeMap::<PathBuf, Vec<u8>>::new();
+        let mut steps = bench.steps();
+        let rounds: Vec<usize> = steps.iter().map(|(_, round)| *round).collect();
+        let last = rounds.into_iter().max().expect("a round");
+        steps.extend((0..=last).map(|round| ("metrics".to_owned(), round)));
+        for (place, round) in steps {
+            let words = ["stage", &place, "--round", &round.to_string()];
+            let output = bench.xtask(&words).output().expect("started");
+            let message = tests::bench::stderr(&output);
+            assert!(output.status.success(), "{system}, {words:?}: {message}");
+            // All weights, batch-norm statistics and heads lie in these files.
+            for (path, bytes) in &before {
+                let now = fs::read(path).expect("still there");
+                let path = path.display();
+                assert!(*bytes == now, "{system}, {words:?} changed `{path}`");
             }
+            before = files(&bench.path("runs/.store"));
         }
-    };
-    holds("network.safetensors", &["weight", "bias", "running_mean", "running_var"]);
-    holds("head.safetensors", &["weight", "bias"]);
+        let holds = |file: &str, ends: &[&str]| {
+            for path in before.keys().filter(|path| path.ends_with(file)) {
+                let tensors = File::read(path).expect("a tensor file").tensors;
+                for end in ends {
+                    let found = tensors.keys().any(|name| name.ends_with(end));
+                    assert!(found, "`{}` has no tensor that ends in {end}", path.display());
+                }
+            }
+        };
+        assert!(before.keys().any(|path| path.ends_with("network.safetensors")));
+        holds("network.safetensors", &["weight", "bias", "running_mean", "running_var"]);
+        holds("head.safetensors", &["weight", "bias"]);
+    }
 }
 
 /// All files below a folder but the logs, with their bytes.
