@@ -78,7 +78,7 @@ fn layer(variant: Variant, precision: Precision, g: &Geometry) -> [f64; 3] {
     };
     let (x, dy, mut y, mut dx) = (value(g.input), value(g.output), value(g.output), value(g.input));
     let weights = noise(g.weights_len());
-    let mut packed = Buffer::zeros_of(precision, g.packed_len());
+    let mut packed = Buffer::zeros_of(precision, g.packed_len(precision));
     let pool = Pool::new();
     let mut dw = vec![0.; g.weights_len()];
     convolution::pack_forward(g, &weights, &mut packed);

@@ -1,7 +1,11 @@
 //! Memory for values: aligned, and reused from step to step.
 #![expect(unsafe_code, reason = "a cache-line-aligned buffer is viewed as the numbers it holds")]
 
+use std::alloc::{Layout, handle_alloc_error};
+use std::cell::RefCell;
+use std::ffi::{c_int, c_void};
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,11 +19,95 @@ const LINE: usize = 16;
 #[repr(C, align(64))]
 struct Line([f32; LINE]);
 
+/// Bytes of a huge page. From twice as many on, memory begins at one and the system is asked to use
+/// them: a step touches hundreds of megabytes, and each small page costs a fault the first time and
+/// a place in the translation cache ever after.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Memory of a fixed length, all of it initialised.
+struct Lines {
+    start: NonNull<Line>,
+    len: usize,
+}
+
+// SAFETY: `Lines` owns its memory, which holds plain numbers.
+unsafe impl Send for Lines {}
+// SAFETY: as above; shared, it is only read.
+unsafe impl Sync for Lines {}
+
+impl Lines {
+    fn zeros(len: usize) -> Lines {
+        if len == 0 {
+            return Lines { start: NonNull::dangling(), len };
+        }
+        let layout = Lines::layout(len);
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { std::alloc::alloc(layout) };
+        let Some(start) = NonNull::new(memory.cast::<Line>()) else { handle_alloc_error(layout) };
+        if layout.align() == HUGE_PAGE {
+            advise_huge_pages(memory, layout.size());
+        }
+        // SAFETY: all of it was just allocated; zero bytes are zeros of every precision.
+        unsafe { memory.write_bytes(0, layout.size()) };
+        Lines { start, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        let layout = Layout::array::<Line>(len).expect("shapes fit into the address space");
+        let huge = layout.size() >= 2 * HUGE_PAGE;
+        if huge { layout.align_to(HUGE_PAGE).expect("a power of two") } else { layout }
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: allocated in `zeros` with the same layout, and nobody else's.
+            unsafe { std::alloc::dealloc(self.start.as_ptr().cast(), Lines::layout(self.len)) }
+        }
+    }
+}
+
+impl Deref for Lines {
+    type Target = [Line];
+
+    fn deref(&self) -> &[Line] {
+        // SAFETY: `len` initialised lines from `start` on; when it is 0, any aligned place will do.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [Line] {
+        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+/// Asks for huge pages; a system that has none to give says so, and small ones serve as well.
+#[cfg_attr(
+    not(all(target_os = "linux", not(miri))),
+    expect(unused_variables, reason = "Linux asks")
+)]
+fn advise_huge_pages(start: *mut u8, bytes: usize) {
+    #[cfg(all(target_os = "linux", not(miri)))]
+    {
+        unsafe extern "C" {
+            /// Of the C library, which the standard library links.
+            fn madvise(start: *mut c_void, bytes: usize, advice: c_int) -> c_int;
+        }
+        const MADV_HUGEPAGE: c_int = 14;
+        // SAFETY: the range is one allocation of whole pages but for its end; this advice changes
+        // no contents.
+        unsafe { madvise(start.cast(), bytes & !(HUGE_PAGE - 1), MADV_HUGEPAGE) };
+    }
+}
+
 /// A run of numbers that starts on a cache line. It goes back to its [`Pool`] when dropped.
 ///
 /// One of f32 dereferences to its numbers; what is stored otherwise only the kernels read.
 pub struct Buffer {
-    lines: Vec<Line>,
+    lines: Lines,
     len: usize,
     precision: Precision,
     pool: Option<Arc<Pool>>,
@@ -33,7 +121,7 @@ impl Buffer {
 
     /// `len` zeros that belong to no pool.
     pub fn zeros_of(precision: Precision, len: usize) -> Buffer {
-        let lines = vec![Line([0.; LINE]); lines_of(precision, len)];
+        let lines = Lines::zeros(lines_of(precision, len));
         Buffer { lines, len, precision, pool: None }
     }
 
@@ -119,7 +207,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.take() {
-            pool.put(std::mem::take(&mut self.lines));
+            pool.put(std::mem::replace(&mut self.lines, Lines::zeros(0)));
         }
     }
 }
@@ -128,11 +216,29 @@ fn lines_of(precision: Precision, len: usize) -> usize {
     (len * precision.bytes()).div_ceil(size_of::<Line>())
 }
 
+/// Runs `work` on memory of this thread's own with whatever values its last use left in it. It grows
+/// with the first use that needs more and stays until the thread ends.
+///
+/// # Panics
+///
+/// When `work` asks for it again.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Buffer> = RefCell::new(Buffer::zeros(0));
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < len {
+            *scratch = Buffer::zeros(len);
+        }
+        work(&mut scratch[..len])
+    })
+}
+
 /// Buffers that wait to be used again, so that a step after the first allocates nothing.
 #[derive(Default)]
 pub struct Pool {
     /// Sorted by size.
-    free: Mutex<Vec<Vec<Line>>>,
+    free: Mutex<Vec<Lines>>,
     allocated: AtomicUsize,
 }
 
@@ -158,23 +264,21 @@ impl Pool {
     pub fn take_of(self: &Arc<Pool>, precision: Precision, len: usize) -> Buffer {
         let wanted = lines_of(precision, len);
         if wanted == 0 {
-            return Buffer { lines: Vec::new(), len, precision, pool: None };
+            return Buffer { lines: Lines::zeros(0), len, precision, pool: None };
         }
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let at = free.partition_point(|lines| lines.len() < wanted);
         let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);
-        let lines = if reuse { free.remove(at) } else { Vec::new() };
+        let lines = reuse.then(|| free.remove(at));
         drop(free);
-        let lines = if reuse {
-            lines
-        } else {
+        let lines = lines.unwrap_or_else(|| {
             self.allocated.fetch_add(1, Ordering::Relaxed);
-            vec![Line([0.; LINE]); wanted]
-        };
+            Lines::zeros(wanted)
+        });
         Buffer { lines, len, precision, pool: Some(Arc::clone(self)) }
     }
 
-    fn put(&self, lines: Vec<Line>) {
+    fn put(&self, lines: Lines) {
         if lines.is_empty() {
             return;
         }
@@ -203,6 +307,17 @@ mod tests {
         let other = pool.take(40);
         assert_ne!(other.as_ptr(), place);
         assert_eq!(pool.allocations(), 2);
+    }
+
+    #[test]
+    fn large_memory_begins_at_a_huge_page_and_is_zero() {
+        let pool = Pool::new();
+        let mut buffer = pool.take(2 * HUGE_PAGE);
+        assert_eq!(buffer.as_ptr() as usize % HUGE_PAGE, 0);
+        assert!(buffer.iter().all(|value| *value == 0.));
+        *buffer.last_mut().expect("many") = 1.;
+        assert_eq!(buffer.clone()[2 * HUGE_PAGE - 1], 1.);
+        assert!(pool.take(0).is_empty() && Buffer::zeros(0).is_empty());
     }
 
     #[test]

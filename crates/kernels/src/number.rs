@@ -39,8 +39,8 @@ pub(crate) trait Number: Copy + Send + Sync + 'static {
     /// Whether a product along images wants tiles [arranged](Self::arrange).
     const ARRANGED: bool;
 
-    /// Where a tile on the right of a product holds (inner, column).
-    fn place(inner: usize, column: usize) -> usize;
+    /// Rounds a tile (inner, column) and arranges it for the right of a product.
+    fn arrange_right(from: &[f32; TILE], to: &mut [Self]);
     fn wide(self) -> f32;
     /// Rounds to the nearest, ties to even.
     fn narrow(value: f32) -> Self;
@@ -74,8 +74,8 @@ impl Number for f32 {
     const ARRANGED: bool = false;
 
     #[inline(always)]
-    fn place(inner: usize, column: usize) -> usize {
-        inner * SIDE + column
+    fn arrange_right(from: &[f32; TILE], to: &mut [f32]) {
+        to.copy_from_slice(from);
     }
 
     #[inline(always)]
@@ -138,8 +138,14 @@ impl Number for Half {
     const ARRANGED: bool = true;
 
     #[inline(always)]
-    fn place(inner: usize, column: usize) -> usize {
-        inner / 2 * 2 * SIDE + 2 * column + inner % 2
+    fn arrange_right(from: &[f32; TILE], to: &mut [Half]) {
+        let rows = from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE));
+        for (from, to) in rows {
+            for column in 0..SIDE {
+                to[2 * column] = Half::narrow(from[column]);
+                to[2 * column + 1] = Half::narrow(from[SIDE + column]);
+            }
+        }
     }
 
     #[inline(always)]

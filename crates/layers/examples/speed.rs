@@ -1,71 +1,37 @@
-//! Times the convolutions of a ResNet-18 on 32 × 32 pictures layer by layer, and whole steps of it,
-//! of a ResNet-34 on 96 × 96 and of the small one for digits.
+//! Where the time of a training step goes: for ResNets of the sizes that the experiments use, a table
+//! of layer kind × direction with milliseconds a step, share of the processor's peak and bytes moved.
 //!
-//! `cargo run --example speed -p layers [-- layers|resnet|digits [f32|bf16]]`; `ASSORT_KERNEL`
-//! chooses the kernels and `RAYON_NUM_THREADS` the threads. Best of several repetitions.
-
-use std::time::Instant;
+//! `cargo run --example speed -p layers [-- r18-32|r34-96|r34-224|digits [f32|bf16 [batch]]]`;
+//! `ASSORT_KERNEL` chooses the kernels and `RAYON_NUM_THREADS` the threads. A step here is one
+//! forward pass with a tape, one without, a backward pass and an update.
 
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::convolution::{self, Finish, Geometry};
-use kernels::{Buffer, Pool, Shape, Variant};
+use kernels::Variant;
+use layers::profile::{self, Direction};
 use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Precision, Sgd, Value};
 
 fn main() -> Result<()> {
-    let what = std::env::args().nth(1);
-    let wants = |name: &str| what.as_deref().is_none_or(|w| w == name);
-    let variant = Variant::selected().map_err(candle_core::Error::msg)?;
-    println!("{variant} kernels, {} threads", rayon::current_num_threads());
-    for precision in [Precision::F32, Precision::Bf16] {
-        let name = if precision == Precision::F32 { "f32" } else { "bf16" };
-        if std::env::args().nth(2).is_none_or(|only| only == name) {
-            println!("{name}");
-            run(variant, precision, &wants)?;
+    let mut words = std::env::args().skip(1);
+    let (what, precision, batch) = (words.next(), words.next(), words.next());
+    let batch: Option<usize> = batch.and_then(|batch| batch.parse().ok());
+    for (name, channels, width, blocks, large, side, usual) in [
+        ("r18-32", 3, 64, [2; 4], false, 32, 128),
+        ("r34-96", 3, 64, [3, 4, 6, 3], true, 96, 64),
+        ("r34-224", 3, 64, [3, 4, 6, 3], true, 224, 16),
+        ("digits", 1, 16, [1; 4], false, 8, 64),
+    ] {
+        for (word, stored) in [("f32", Precision::F32), ("bf16", Precision::Bf16)] {
+            let wanted = what.as_deref().is_none_or(|what| what == name)
+                && precision.as_deref().is_none_or(|precision| precision == word);
+            if wanted {
+                let batch = batch.unwrap_or(usual);
+                println!("{name} {word}, batch {batch}");
+                let network = resnet(channels, width, blocks, large)?.with_precision(stored);
+                step(&network, stored, [batch, side, channels])?;
+            }
         }
     }
     Ok(())
-}
-
-fn run(variant: Variant, precision: Precision, wants: &dyn Fn(&str) -> bool) -> Result<()> {
-    if wants("layers") {
-        for (count, from, to, side, kernel, stride) in [
-            (1, 3, 64, 32, 3, 1),
-            (4, 64, 64, 32, 3, 1),
-            (1, 64, 128, 32, 3, 2),
-            (3, 128, 128, 16, 3, 1),
-            (1, 128, 256, 16, 3, 2),
-            (3, 256, 256, 8, 3, 1),
-            (1, 256, 512, 8, 3, 2),
-            (3, 512, 512, 4, 3, 1),
-            (1, 64, 128, 32, 1, 2),
-        ] {
-            layer(variant, precision, count, Shape::new(64, side, side, from), to, kernel, stride);
-        }
-    }
-    if wants("resnet") {
-        let network = resnet(3, 64, [2; 4], false)?.with_precision(precision);
-        step("ResNet-18 @32, batch 64", &network, [64, 32, 3, 3])?;
-        let network = resnet(3, 64, [3, 4, 6, 3], true)?.with_precision(precision);
-        step("ResNet-34 @96, batch 64", &network, [64, 96, 3, 3])?;
-    }
-    if wants("digits") {
-        step(
-            "ResNet-10 @8, width 16, batch 64",
-            &resnet(1, 16, [1; 4], false)?.with_precision(precision),
-            [64, 8, 1, 60],
-        )?;
-    }
-    Ok(())
-}
-
-fn best(repetitions: usize, mut run: impl FnMut()) -> f64 {
-    let mut best = f64::INFINITY;
-    for _ in 0..repetitions {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    best
 }
 
 fn noise(len: usize) -> Vec<f32> {
@@ -75,46 +41,6 @@ fn noise(len: usize) -> Vec<f32> {
         (state >> 8) as f32 / 8_388_608. - 1.
     };
     (0..len).map(|_| next()).collect()
-}
-
-fn layer(
-    variant: Variant,
-    precision: Precision,
-    count: usize,
-    input: Shape,
-    to: usize,
-    kernel: usize,
-    stride: usize,
-) {
-    let Some(g) = Geometry::new(input, to, kernel, stride, kernel / 2) else { return };
-    let flops = 2. * (g.output.count() * g.weights_len()) as f64;
-    let value = |shape: Shape| {
-        let mut value = Buffer::zeros_of(precision, shape.len());
-        shape.pack(&noise(shape.count() * shape.channels), &mut value);
-        value
-    };
-    let (x, dy, mut y, mut dx) = (value(input), value(g.output), value(g.output), value(input));
-    let weights = noise(g.weights_len());
-    let mut packed = Buffer::zeros_of(precision, g.packed_len());
-    let pool = Pool::new();
-    let mut dw = vec![0.; g.weights_len()];
-    let pack = best(4, || convolution::pack_forward(&g, &weights, &mut packed));
-    let forward =
-        best(6, || convolution::forward(variant, &g, &x, &packed, Finish::default(), &mut y, None));
-    convolution::pack_backward(&g, &weights, &mut packed);
-    let back = best(6, || convolution::input_gradient(variant, &g, &dy, &packed, &mut dx, false));
-    let weight = best(6, || convolution::weight_gradient(variant, &g, &x, &dy, &pool, &mut dw));
-    let show =
-        |seconds: f64| format!("{:7.2} ms {:4.0} GF/s", 1e3 * seconds, flops / seconds / 1e9);
-    println!(
-        "{count} x {:3} -> {to:3} @{:2} {kernel}x{kernel}/{stride}: forward {}  dX {}  dW {}  pack {:.2} ms",
-        input.channels,
-        input.width,
-        show(forward),
-        show(back),
-        show(weight),
-        1e3 * pack
-    );
 }
 
 /// A ResNet of basic blocks, as many as asked for in each stage; its stem is 3×3 or, for large
@@ -156,9 +82,9 @@ fn resnet(channels: usize, width: usize, blocks: [usize; 4], large: bool) -> Res
 }
 
 fn step(
-    title: &str,
     network: &Network,
-    [batch, side, channels, repetitions]: [usize; 4],
+    precision: Precision,
+    [batch, side, channels]: [usize; 3],
 ) -> Result<()> {
     let mut parameters = network.parameters();
     for entry in parameters.entries().to_vec() {
@@ -179,41 +105,48 @@ fn step(
     let (mut statistics, mut gradients) = (network.statistics(), network.gradients());
     let (mut momenta, mut tape) = (network.momenta(), network.tape());
     let sgd = Sgd { learning_rate: 1e-4, momentum: 0.9, weight_decay: 5e-4 };
-    let mut error = None;
-    let (mut forward, mut backward, mut update) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
-    let bare = best(repetitions, || {
-        let all = (|| -> Result<()> {
-            network.forward(&parameters, &mut statistics, &input, &modes, None)?;
-            Ok(())
-        })();
-        error = all.err();
-    });
-    let all = best(repetitions, || {
-        let all = (|| -> Result<()> {
-            let start = Instant::now();
-            network.forward(&parameters, &mut statistics, &input, &modes, Some(&mut tape))?;
-            forward = forward.min(start.elapsed().as_secs_f64());
-            let start = Instant::now();
-            network.backward(&parameters, &mut tape, &gradient, &mut gradients, false)?;
-            backward = backward.min(start.elapsed().as_secs_f64());
-            let start = Instant::now();
-            parameters.sgd(&gradients, &mut momenta, sgd)?;
-            gradients.zero();
-            update = update.min(start.elapsed().as_secs_f64());
-            Ok(())
-        })();
-        error = all.err();
-    });
-    if let Some(error) = error {
-        return Err(error);
-    }
+    let mut step = || -> Result<()> {
+        network.forward(&parameters, &mut statistics, &input, &modes, None)?;
+        network.forward(&parameters, &mut statistics, &input, &modes, Some(&mut tape))?;
+        network.backward(&parameters, &mut tape, &gradient, &mut gradients, false)?;
+        parameters.sgd(&gradients, &mut momenta, sgd)?;
+        gradients.zero();
+        Ok(())
+    };
+    step()?;
+    let mut result = Ok(());
+    let table = profile::record(|| result = (0..STEPS).try_for_each(|_| step()));
+    result?;
+    show(&table, precision)
+}
+
+/// Steps that a table is the mean of.
+const STEPS: usize = 3;
+
+fn show(table: &[(String, Direction, profile::Cost)], precision: Precision) -> Result<()> {
+    let variant = Variant::selected().map_err(candle_core::Error::msg)?;
+    let threads = rayon::current_num_threads();
+    let peak = kernels::peak(variant, precision).map(|peak| peak * threads as f64);
+    println!("{variant} kernels, {threads} threads, peak {:.0} GFLOP/s", peak.unwrap_or(0.) / 1e9);
     println!(
-        "{title}: step {:.2} ms (forward {:.2}, backward {:.2}, update {:.2}); without tape {:.2}",
-        1e3 * all,
-        1e3 * forward,
-        1e3 * backward,
-        1e3 * update,
-        1e3 * bare
+        "{:20} {:9} {:>5} {:>9} {:>7} {:>8} {:>7}",
+        "", "", "", "ms a step", "GFLOP/s", "of peak", "GB/s"
     );
+    let mut total = 0.;
+    for (kind, direction, cost) in table {
+        let rate = cost.operations / cost.seconds;
+        let share = peak.filter(|_| rate > 0.).map(|peak| format!("{:.0} %", 100. * rate / peak));
+        println!(
+            "{kind:20} {:9} {:5} {:9.2} {:7.0} {:>8} {:7.1}",
+            format!("{direction:?}").to_lowercase(),
+            cost.count / STEPS,
+            1e3 * cost.seconds / STEPS as f64,
+            rate / 1e9,
+            share.unwrap_or_default(),
+            cost.bytes / cost.seconds / 1e9
+        );
+        total += 1e3 * cost.seconds / STEPS as f64;
+    }
+    println!("{:36} {total:9.2}\n", "all");
     Ok(())
 }

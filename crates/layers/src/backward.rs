@@ -8,6 +8,7 @@ use crate::device;
 use crate::forward::Numbers;
 use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
+use crate::profile::{self, Direction as Way};
 use crate::tape::{Note, Record};
 use crate::{Gradients, Network, Parameters, Tape};
 
@@ -123,15 +124,33 @@ impl Run<'_> {
         if !self.needed[operation.output] {
             return;
         }
-        match &operation.work {
+        let clock = profile::start();
+        let (kind, times) = match &operation.work {
             Work::Product { weight, bias, .. } => {
-                self.product(operation, *weight, *bias, &gradient);
+                // It has clocks of its own.
+                return self.product(operation, *weight, *bias, &gradient);
             }
-            Work::BatchNorm(norm) => self.batch_norm(at, norm, gradient),
-            Work::Relu => self.relu(operation, gradient),
-            Work::MaxPool { .. } => self.max_pool(at, &gradient),
-            Work::AveragePool => self.average_pool(operation, &gradient),
-        }
+            Work::BatchNorm(norm) => {
+                self.batch_norm(at, norm, gradient);
+                // Gradient, input and output are read, the gradient is written for the sums; then
+                // gradient and input are read and a gradient is written.
+                ("batch norm", if norm.relu { 7 } else { 5 })
+            }
+            Work::Relu => {
+                self.relu(operation, gradient);
+                ("relu", 3)
+            }
+            Work::MaxPool { .. } => {
+                self.max_pool(at, &gradient);
+                ("max-pool", 2)
+            }
+            Work::AveragePool => {
+                self.average_pool(operation, &gradient);
+                ("average pool", 1)
+            }
+        };
+        let (shape, precision) = (self.record.shapes[operation.input], plan.precision);
+        profile::stop(clock, Way::Backward, || profile::passes(kind, shape, precision, times));
     }
 
     fn product(
@@ -146,15 +165,21 @@ impl Run<'_> {
         if self.parameters.is_trained(operation.block) {
             let input = kept(&self.record, operation.input);
             let into = self.gradients.of_mut(weight);
+            let clock = profile::start();
             convolution::weight_gradient(variant, &g, input, gradient, &self.plan.pool, into);
             if let Some(bias) = bias {
                 linear::bias_gradient(variant, g.output, gradient, self.gradients.of_mut(bias));
             }
+            profile::stop(clock, Way::Weights, || profile::product(&g, self.plan.precision));
         }
         if self.needed[operation.input] {
+            let clock = profile::start();
             let packed = self.parameters.packed(weight, Direction::Backward, &g, self.plan);
+            profile::stop(clock, Way::Backward, || profile::packing(&g, self.plan.precision));
+            let clock = profile::start();
             let (mut into, add) = self.into(operation.input, g.input);
             convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
+            profile::stop(clock, Way::Backward, || profile::product(&g, self.plan.precision));
             self.values[operation.input] = Some(into);
         }
     }

@@ -1,6 +1,7 @@
 //! The forward pass.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use kernels::convolution::{self, Finish};
@@ -10,6 +11,7 @@ use kernels::{Buffer, Shape, pooling};
 use crate::device;
 use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
+use crate::profile::{self, Direction as Way};
 use crate::tape::{Note, Record};
 use crate::{Mode, Modes, Network, Parameters, Statistics, Tape};
 
@@ -144,8 +146,10 @@ impl<'a> Run<'a> {
     }
 
     fn read(&mut self, numbers: &[f32]) {
+        let clock = profile::start();
         let mut input = self.value_buffer(self.shapes[0].len());
         self.shapes[0].pack(numbers, &mut input);
+        self.passed(clock, "input", 0, 1);
         self.values[0] = Some(input);
     }
 
@@ -172,7 +176,9 @@ impl<'a> Run<'a> {
     ) -> Note {
         let plan = self.plan;
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
+        let clock = profile::start();
         let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
+        profile::stop(clock, Way::Forward, || profile::packing(&g, plan.precision));
         let bias = bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));
@@ -182,6 +188,7 @@ impl<'a> Run<'a> {
             .filter(|block| self.modes.of(*block) == Mode::Batch)
             .map(|_| self.take(norm::moments_len(g.output)));
         let mut output = self.value_buffer(g.output.len());
+        let clock = profile::start();
         convolution::forward(
             plan.variant,
             &g,
@@ -191,12 +198,14 @@ impl<'a> Run<'a> {
             &mut output,
             moments.as_deref_mut(),
         );
+        profile::stop(clock, Way::Forward, || profile::product(&g, plan.precision));
         self.moments[operation.output] = moments;
         self.values[operation.output] = Some(output);
         Note::Nothing
     }
 
     fn batch_norm(&mut self, operation: &Operation, norm: &Norm) -> Note {
+        let clock = profile::start();
         let variant = self.plan.variant;
         let shape = self.shapes[operation.input];
         let n = self.normalisation(operation, norm);
@@ -236,6 +245,7 @@ impl<'a> Run<'a> {
             output
         };
         self.values[operation.output] = Some(output);
+        self.passed(clock, "batch norm", operation.input, 2 + usize::from(norm.residual.is_some()));
         Note::Normalisation(n)
     }
 
@@ -274,30 +284,41 @@ impl<'a> Run<'a> {
     }
 
     fn relu(&mut self, operation: &Operation) -> Note {
+        let clock = profile::start();
         let shape = self.shapes[operation.input];
         let mut output = self.value_buffer(shape.len());
         norm::relu_forward(self.plan.variant, shape, self.value(operation.input), &mut output);
+        self.passed(clock, "relu", operation.input, 2);
         self.values[operation.output] = Some(output);
         Note::Nothing
     }
 
     fn max_pool(&mut self, operation: &Operation) -> Note {
+        let clock = profile::start();
         let w = self.plan.window(operation, &self.shapes).expect("shapes were checked");
         let mut output = self.value_buffer(w.output.len());
         let mut taps = self.take(w.output.len() / size_of::<f32>());
         let input = self.value(operation.input);
         pooling::max_forward(self.plan.variant, &w, input, &mut output, taps.bytes_mut());
+        self.passed(clock, "max-pool", operation.input, 2);
         self.values[operation.output] = Some(output);
         Note::Taps(taps)
     }
 
     fn average_pool(&mut self, operation: &Operation) -> Note {
+        let clock = profile::start();
         let mut output = self.value_buffer(self.shapes[operation.output].len());
         let shape = self.shapes[operation.input];
         let input = self.value(operation.input);
         pooling::average_forward(self.plan.variant, shape, input, &mut output);
+        self.passed(clock, "average pool", operation.input, 2);
         self.values[operation.output] = Some(output);
         Note::Nothing
+    }
+
+    fn passed(&self, clock: Option<Instant>, kind: &str, value: usize, times: usize) {
+        let (shape, precision) = (self.shapes[value], self.plan.precision);
+        profile::stop(clock, Way::Forward, || profile::passes(kind, shape, precision, times));
     }
 
     /// Gives back the memory of values that nothing reads after operation `at`.

@@ -52,6 +52,7 @@ mod modes;
 mod network;
 mod parameters;
 mod plan;
+pub mod profile;
 mod statistics;
 mod tape;
 

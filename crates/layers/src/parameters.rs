@@ -256,7 +256,7 @@ impl Parameters {
         if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Arc::clone(packed);
         }
-        let mut packed = plan.pool.take_of(plan.precision, geometry.packed_len());
+        let mut packed = plan.pool.take_of(plan.precision, geometry.packed_len(plan.precision));
         match direction {
             Direction::Forward => {
                 convolution::pack_forward(geometry, self.of(entry), &mut packed);

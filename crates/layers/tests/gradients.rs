@@ -95,6 +95,8 @@ fn convolutions_of_every_kind() -> Result<()> {
     for (from, to, kernel, stride, pad, h, w) in [
         (3, 5, 3, 1, 1, 5, 4),
         (17, 33, 3, 1, 1, 3, 4),
+        // Large enough for Winograd's form.
+        (17, 18, 3, 1, 1, 7, 6),
         (4, 6, 3, 2, 1, 5, 6),
         (4, 6, 3, 2, 1, 1, 1),
         (3, 4, 7, 2, 3, 9, 6),
@@ -179,6 +181,17 @@ fn linear_layers_with_norm_and_relu() -> Result<()> {
 #[test]
 fn a_narrow_resnet() -> Result<()> {
     check(&narrow_resnet(9, 7), 4, &[])
+}
+
+#[test]
+fn a_resnet_wide_enough_for_winograds_form() -> Result<()> {
+    let mut case = narrow_resnet(13, 12);
+    for op in &mut case.ops {
+        if let Op::Conv { to, .. } = op {
+            *to += 11;
+        }
+    }
+    check(&case, 5, &[])
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{Geometry, columns_of, panel_len};
+use super::{Geometry, columns_of, panel_len, winograd};
 use crate::layout::{SIDE, TILE};
 use crate::linear::finish_tile;
 use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
@@ -44,6 +44,12 @@ pub fn forward(
     assert!(finish.residual.is_none_or(|residual| residual.len() == g.output.len()));
     assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
     let moments = moments.map(Disjoint::new);
+    if g.winograd(output.precision()) {
+        let Finish { bias, residual, relu } = finish;
+        let last = Last { bias, residual: residual.map(|residual| &**residual), relu, moments };
+        let (from, to) = ((&**input, g.input), (&mut **output, g.output));
+        return winograd::convolve(variant, g, from, packed, to, false, &last);
+    }
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let taps = |at: usize| (0..g.kernel).map(move |tap| (tap, at * g.stride + tap));
         let inside = |(tap, at): (usize, usize)| {
@@ -74,6 +80,12 @@ pub fn input_gradient(
     input_gradient: &mut Buffer,
     add: bool,
 ) {
+    if g.winograd(input_gradient.precision()) {
+        let last = Last { bias: None, residual: None, relu: false, moments: None };
+        let from = (&**output_gradient, g.output);
+        let to = (&mut **input_gradient, g.input);
+        return winograd::convolve(variant, g, from, packed, to, add, &last);
+    }
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let meets = |at: usize, tap: usize| {
             let steps = (at + g.padding).checked_sub(tap)?;
@@ -129,11 +141,52 @@ impl Meets {
 }
 
 /// What happens to a pixel once its sum is complete.
-struct Last<'a, T> {
+pub(super) struct Last<'a, T> {
     bias: Option<&'a [f32]>,
     residual: Option<&'a [T]>,
     relu: bool,
     moments: Option<Disjoint<'a, f32>>,
+}
+
+impl<T: Number> Last<'_, T> {
+    /// The last step and the moments of one part of a value, in a pair of blocks of channels, which
+    /// the caller's task owns.
+    pub fn part(
+        &self,
+        session: &Session,
+        to: &Disjoint<T>,
+        shape: Shape,
+        part: usize,
+        pair: usize,
+    ) {
+        let &Last { bias, residual, relu, ref moments } = self;
+        let changes = bias.is_some() || residual.is_some() || relu;
+        if !changes && moments.is_none() {
+            return;
+        }
+        let variant = session.variant();
+        let (from, len, images) = shape.span(part);
+        for column in 0..columns_of(shape.blocks(), pair) {
+            let block = 2 * pair + column;
+            let mut sums = moments.as_ref().map(|moments| {
+                let at = (part * shape.blocks() + block) * MOMENT_BLOCK;
+                // SAFETY: a task owns its parts in its pairs of blocks.
+                unsafe { moments.part(at, MOMENT_BLOCK) }
+            });
+            for (at, pixel) in (from..from + len).step_by(shape.pixel_len()).enumerate() {
+                // SAFETY: as above; the sums of this part and pair are complete.
+                let tile = unsafe { to.part(pixel + block * TILE, TILE) };
+                if changes {
+                    let bias = bias.map(|bias| &bias[block * SIDE..][..SIDE]);
+                    let residual = residual.map(|r| &r[pixel + block * TILE..][..TILE]);
+                    finish_tile(variant, tile, images, bias, residual, relu);
+                }
+                if let Some(sums) = &mut sums {
+                    add_moments(variant, tile, images, at == 0, sums);
+                }
+            }
+        }
+    }
 }
 
 /// Bytes of the value that is read that stay in the second-level cache while all blocks of
@@ -154,7 +207,7 @@ fn gather<T: Number>(
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
-    assert_eq!(packed.len(), g.packed_len());
+    assert_eq!(packed.len(), g.packed_len(T::PRECISION));
     let parts = to_shape.parts();
     let pairs = to_shape.blocks().div_ceil(2);
     // How the work is cut has no influence on the result: no sum crosses a task.
@@ -204,7 +257,7 @@ impl<T: Number> Gather<'_, T> {
                 let (group, pixels) = self.to_shape.part(part);
                 self.pixels(group, pixels, pair, terms.clone(), &mut runs);
                 if terms.end == all {
-                    self.finish(part, pair);
+                    self.last.part(self.session, self.to, self.to_shape, part, pair);
                 }
             }
         }
@@ -233,38 +286,6 @@ impl<T: Number> Gather<'_, T> {
             }
             self.runs(group, (y, x), pair, terms.clone(), runs);
             self.sum(group, pixel, other, pair, terms.start > 0, runs);
-        }
-    }
-
-    /// The last step and the moments of one part, in the pair's blocks.
-    fn finish(&self, part: usize, pair: usize) {
-        let &Last { bias, residual, relu, ref moments } = self.last;
-        let changes = bias.is_some() || residual.is_some() || relu;
-        if !changes && moments.is_none() {
-            return;
-        }
-        let variant = self.session.variant();
-        let (from, len, images) = self.to_shape.span(part);
-        let pixel_len = self.to_shape.pixel_len();
-        for column in 0..columns_of(self.to_shape.blocks(), pair) {
-            let block = 2 * pair + column;
-            let mut sums = moments.as_ref().map(|moments| {
-                let at = (part * self.to_shape.blocks() + block) * MOMENT_BLOCK;
-                // SAFETY: a task owns its parts in its pairs of blocks.
-                unsafe { moments.part(at, MOMENT_BLOCK) }
-            });
-            for (at, pixel) in (from..from + len).step_by(pixel_len).enumerate() {
-                // SAFETY: as above; the sums of this part and pair are complete.
-                let tile = unsafe { self.to.part(pixel + block * TILE, TILE) };
-                if changes {
-                    let bias = bias.map(|bias| &bias[block * SIDE..][..SIDE]);
-                    let residual = residual.map(|r| &r[pixel + block * TILE..][..TILE]);
-                    finish_tile(variant, tile, images, bias, residual, relu);
-                }
-                if let Some(sums) = &mut sums {
-                    add_moments(variant, tile, images, at == 0, sums);
-                }
-            }
         }
     }
 

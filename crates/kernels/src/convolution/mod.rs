@@ -4,18 +4,20 @@
 //! input and the blocks of input channels. Taps beyond the border are left out, so nothing is
 //! copied or padded: on a map of one pixel a 3×3 convolution costs one tap, not nine. The input
 //! gradient is the same sum with taps and channels turned around; with a stride, each input pixel
-//! meets only the taps of its own parity.
+//! meets only the taps of its own parity. In f32, 3×3 convolutions of stride 1 take a shorter way
+//! (`winograd.rs`).
 
 mod gather;
 mod pack;
 mod weights;
+mod winograd;
 
 pub use gather::{Finish, forward, input_gradient};
 pub use pack::{pack_backward, pack_forward};
 pub use weights::weight_gradient;
 
-use crate::Shape;
 use crate::layout::TILE;
+use crate::{Precision, Shape};
 
 /// A convolution between two values of known extent. A linear layer is one with kernel 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +55,38 @@ impl Geometry {
         self.output.channels * self.input.channels * self.taps()
     }
 
-    /// Numbers in the packed weights, forward or backward.
-    pub fn packed_len(&self) -> usize {
-        self.taps() * self.input.blocks() * self.output.blocks() * TILE
+    /// Numbers in the packed weights for values of this precision, forward or backward.
+    pub fn packed_len(&self, precision: Precision) -> usize {
+        let tiles = self.input.blocks() * self.output.blocks() * TILE;
+        if self.winograd(precision) { winograd::POSITIONS * tiles } else { self.taps() * tiles }
+    }
+
+    /// Whether fewer multiplications serve: not where blocks of channels or squares of pixels would
+    /// be filled with little, nor where the weights outweigh the pixels.
+    fn winograd(&self, precision: Precision) -> bool {
+        let Geometry { input, output, kernel, stride, padding } = self;
+        precision == Precision::F32
+            && (*kernel, *stride, *padding) == (3, 1, 1)
+            && input.channels.min(output.channels) >= 16
+            && input.height.min(input.width) >= 6
     }
 
     /// Multiplications of the forward pass, not counting the border.
     fn operations(&self) -> usize {
         self.output.count() * self.output.channels * self.input.channels * self.taps()
+    }
+
+    /// Multiplications of each of the three products; those with the zeros beyond the border are
+    /// left out, here as in the kernels.
+    pub fn multiplications(&self) -> usize {
+        let side = |from: usize, to: usize| -> usize {
+            let inside = |at: &usize| (self.padding..self.padding + from).contains(at);
+            let taps = |at: usize| (0..self.kernel).map(move |tap| at * self.stride + tap);
+            (0..to).map(|at| taps(at).filter(inside).count()).sum()
+        };
+        side(self.input.height, self.output.height)
+            * side(self.input.width, self.output.width)
+            * (self.input.images * self.input.channels * self.output.channels)
     }
 
     fn taps(&self) -> usize {
@@ -97,7 +123,7 @@ fn columns_of(blocks: usize, pair: usize) -> usize {
 mod tests {
     use super::*;
     use crate::number::{Half, Number};
-    use crate::{Buffer, Pool, Precision, Variant};
+    use crate::{Buffer, Pool, Variant};
 
     /// Small whole numbers: every product and sum is exact in f32, in any order.
     fn whole(seed: usize, len: usize) -> Vec<f32> {
@@ -141,6 +167,10 @@ mod tests {
             (2, 9, 7, 3, 16, 7, 2, 3),
             (5, 3, 5, 40, 7, 1, 2, 0),
             (33, 1, 1, 37, 50, 1, 1, 0),
+            // Large enough for Winograd's form: whole and part squares, bands and blocks.
+            (3, 7, 9, 17, 33, 3, 1, 1),
+            (17, 6, 8, 16, 20, 3, 1, 1),
+            (2, 8, 16, 40, 16, 3, 1, 1),
         ] {
             let input = Shape::new(images, h, w, from);
             let g = Geometry::new(input, to, kernel, stride, padding).expect("a convolution");
@@ -162,7 +192,8 @@ mod tests {
                 for variant in Variant::testable() {
                     let what = format!("{variant} {precision:?} {g:?}");
                     let buffer = |len| Buffer::zeros_of(precision, len);
-                    let (mut tiles, mut packed) = (buffer(input.len()), buffer(g.packed_len()));
+                    let (mut tiles, mut packed) =
+                        (buffer(input.len()), buffer(g.packed_len(precision)));
                     let mut output = buffer(g.output.len());
                     input.pack(&x, &mut tiles);
                     pack_forward(&g, &weights, &mut packed);
@@ -200,5 +231,147 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn noise(seed: u32, len: usize) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / 8_388_608. - 1.
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Output, input gradient and weight gradient in f64, and the same of absolute values.
+    struct Reference {
+        values: [Vec<f64>; 3],
+        sizes: [Vec<f64>; 3],
+    }
+
+    impl Reference {
+        fn new(g: &Geometry, x: &[f32], weights: &[f32], dy: &[f32]) -> Reference {
+            let (from, to) = (g.input.channels, g.output.channels);
+            let zeros = || [dy.len(), x.len(), weights.len()].map(|len| vec![0f64; len]);
+            let mut all = Reference { values: zeros(), sizes: zeros() };
+            for_each_tap(g, |at, out, tap| {
+                for (i, o) in (0..from).flat_map(|i| (0..to).map(move |o| (i, o))) {
+                    let weight = (o * from + i) * g.taps() + tap;
+                    let [x, w, dy] = [x[at * from + i], weights[weight], dy[out * to + o]];
+                    let [x, w, dy] = [x, w, dy].map(f64::from);
+                    for (which, place, value) in
+                        [(0, out * to + o, x * w), (1, at * from + i, dy * w), (2, weight, x * dy)]
+                    {
+                        all.values[which][place] += value;
+                        all.sizes[which][place] += value.abs();
+                    }
+                }
+            });
+            all
+        }
+    }
+
+    /// All three products of a variant, as rows.
+    fn products(
+        variant: Variant,
+        precision: Precision,
+        g: &Geometry,
+        [x, weights, dy]: [&[f32]; 3],
+    ) -> [Vec<f32>; 3] {
+        let value = |shape: Shape, rows: &[f32]| {
+            let mut value = Buffer::zeros_of(precision, shape.len());
+            shape.pack(rows, &mut value);
+            value
+        };
+        let rows = |shape: Shape, value: &Buffer| {
+            let mut rows = vec![f32::NAN; shape.count() * shape.channels];
+            shape.unpack(value, &mut rows);
+            rows
+        };
+        let mut packed = Buffer::zeros_of(precision, g.packed_len(precision));
+        let (x, dy) = (value(g.input, x), value(g.output, dy));
+        let (mut y, mut dx) = (dy.clone(), x.clone());
+        pack_forward(g, weights, &mut packed);
+        forward(variant, g, &x, &packed, Finish::default(), &mut y, None);
+        pack_backward(g, weights, &mut packed);
+        input_gradient(variant, g, &dy, &packed, &mut dx, false);
+        let mut dw = vec![0.; weights.len()];
+        weight_gradient(variant, g, &x, &dy, &Pool::new(), &mut dw);
+        [rows(g.output, &y), rows(g.input, &dx), dw]
+    }
+
+    #[test]
+    fn every_variant_lies_within_its_bound() {
+        let u = (-24f64).exp2();
+        for (images, h, w, from, to, kernel, stride) in [
+            (1, 9, 7, 3, 17, 3, 1),
+            (15, 8, 6, 17, 33, 3, 1),
+            (17, 7, 10, 33, 17, 3, 1),
+            (17, 6, 5, 5, 33, 3, 2),
+            (1, 13, 10, 3, 5, 7, 2),
+            (15, 9, 8, 3, 17, 7, 1),
+            (17, 5, 4, 33, 5, 1, 1),
+            (1, 5, 8, 17, 33, 1, 2),
+            (17, 1, 1, 70, 33, 1, 1),
+        ] {
+            let input = Shape::new(images, h, w, from);
+            let g = Geometry::new(input, to, kernel, stride, kernel / 2).expect("a convolution");
+            for precision in [Precision::F32, Precision::Bf16] {
+                let stored = |seed, len| -> Vec<f32> {
+                    noise(seed, len).into_iter().map(|x| stored(precision, x)).collect()
+                };
+                let x = stored(1, input.count() * from);
+                let weights = stored(2, g.weights_len());
+                let dy = stored(3, g.output.count() * to);
+                let want = Reference::new(&g, &x, &weights, &dy);
+                let terms = [from * g.taps(), to * g.taps(), g.output.count()];
+                for variant in Variant::testable() {
+                    let got = products(variant, precision, &g, [&x, &weights, &dy]);
+                    for which in 0..3 {
+                        let n = terms[which] as f64;
+                        for (at, got) in got[which].iter().enumerate() {
+                            let value = want.values[which][at];
+                            // Each product and each sum is rounded once.
+                            let mut bound = 2. * n * u * want.sizes[which][at];
+                            if g.winograd(precision) {
+                                // See `winograd.rs`; all numbers are at most 1 in size.
+                                bound = winograd::bound(terms[which], which == 2);
+                            }
+                            if precision == Precision::Bf16 && which < 2 {
+                                bound += (-8f64).exp2() * value.abs();
+                            }
+                            let off = (f64::from(*got) - value).abs();
+                            assert!(off <= bound, "{variant} {precision:?} {g:?} {which}: {off}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn winograds_form_loses_little() {
+        let g = Geometry::new(Shape::new(16, 12, 10, 64), 48, 3, 1, 1).expect("a convolution");
+        assert!(g.winograd(Precision::F32));
+        let x = noise(1, g.input.count() * 64);
+        let weights = noise(2, g.weights_len());
+        let dy = noise(3, g.output.count() * 48);
+        let want = Reference::new(&g, &x, &weights, &dy);
+        let got = products(Variant::fastest(), Precision::F32, &g, [&x, &weights, &dy]);
+        // The plain sum in f32, one rounding a term.
+        let mut plain = vec![0f32; dy.len()];
+        for_each_tap(&g, |at, out, tap| {
+            for (i, o) in (0..64).flat_map(|i| (0..48).map(move |o| (i, o))) {
+                let weight = weights[(o * 64 + i) * 9 + tap];
+                plain[out * 48 + o] = x[at * 64 + i].mul_add(weight, plain[out * 48 + o]);
+            }
+        });
+        let off = |got: &[f32], want: &[f64]| {
+            let square = |value: f64| value * value;
+            let off: f64 = got.iter().zip(want).map(|(g, w)| square(f64::from(*g) - w)).sum();
+            (off / want.iter().map(|w| square(*w)).sum::<f64>()).sqrt()
+        };
+        let plain = off(&plain, &want.values[0]);
+        let all: Vec<f64> = (0..3).map(|which| off(&got[which], &want.values[which])).collect();
+        assert!(all.iter().all(|off| *off < 4. * plain), "{all:?}, plain {plain}");
     }
 }

@@ -1,96 +1,114 @@
 //! Weights as the tile products want them.
 
-use super::{Geometry, columns_of, panel_len};
+use super::{Geometry, columns_of, panel_len, winograd};
+use crate::buffer::with_scratch;
 use crate::layout::{SIDE, TILE};
 use crate::number::{Number, by_precision};
-use crate::{Buffer, parallel};
+use crate::variant::for_each_variant;
+use crate::{Buffer, Variant, parallel};
 
 /// Arranges weights `(O, I, K, K)` for [`super::forward`]: tiles of 16 input × 16 output channels,
-/// in the order (pair of output blocks, tap, input block, output block of the pair).
+/// in the order (pair of output blocks, tap, input block, output block of the pair); in Winograd's
+/// form, (pair of output blocks, position, input block, output block of the pair).
 ///
 /// # Panics
 ///
 /// When a slice has another length than the geometry says.
 pub fn pack_forward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
     assert_eq!(weights.len(), g.weights_len());
-    by_precision!(packed.precision(), T => forward(g, weights, T::of_mut(packed)));
-}
-
-fn forward<T: Number>(g: &Geometry, weights: &[f32], packed: &mut [T]) {
+    if g.winograd(packed.precision()) {
+        let inputs = g.input.channels;
+        return winograd::pack(inputs, g.output.channels, packed, |from, to| {
+            nine(&weights[(to * inputs + from) * 9..])
+        });
+    }
     let (inputs, taps) = (g.input.channels, g.taps());
-    pack(g, packed, g.input.blocks(), g.output.blocks(), |from, to, tiles| {
-        for lane in 0..g.output.channels_in(to) {
-            let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
-            let weights = &weights[first..][..g.input.channels_in(from) * taps];
-            for (row, weights) in weights.chunks_exact(taps).enumerate() {
-                tiles.set(row, lane, weights);
+    let (from_blocks, to_blocks) = (g.input.blocks(), g.output.blocks());
+    by_precision!(packed.precision(), T => {
+        pack::<T>(g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
+            for lane in 0..g.output.channels_in(to) {
+                let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
+                let weights = &weights[first..][..g.input.channels_in(from) * taps];
+                for (row, weights) in weights.chunks_exact(taps).enumerate() {
+                    set(tiles, row * SIDE + lane, weights);
+                }
             }
-        }
+        });
     });
 }
 
 /// Arranges weights `(O, I, K, K)` for [`super::input_gradient`]: the same with input and output
-/// turned around.
+/// turned around, and in Winograd's form the kernels too.
 ///
 /// # Panics
 ///
 /// When a slice has another length than the geometry says.
 pub fn pack_backward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
     assert_eq!(weights.len(), g.weights_len());
-    by_precision!(packed.precision(), T => backward(g, weights, T::of_mut(packed)));
-}
-
-fn backward<T: Number>(g: &Geometry, weights: &[f32], packed: &mut [T]) {
     let (inputs, taps) = (g.input.channels, g.taps());
-    pack(g, packed, g.output.blocks(), g.input.blocks(), |from, to, tiles| {
-        for row in 0..g.output.channels_in(from) {
-            let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
-            let weights = &weights[first..][..g.input.channels_in(to) * taps];
-            for (lane, weights) in weights.chunks_exact(taps).enumerate() {
-                tiles.set(row, lane, weights);
+    if g.winograd(packed.precision()) {
+        return winograd::pack(g.output.channels, inputs, packed, |from, to| {
+            let mut kernel = nine(&weights[(from * inputs + to) * 9..]);
+            kernel.reverse();
+            kernel
+        });
+    }
+    let (from_blocks, to_blocks) = (g.output.blocks(), g.input.blocks());
+    by_precision!(packed.precision(), T => {
+        pack::<T>(g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
+            for row in 0..g.output.channels_in(from) {
+                let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
+                let weights = &weights[first..][..g.input.channels_in(to) * taps];
+                for (lane, weights) in weights.chunks_exact(taps).enumerate() {
+                    set(tiles, row * SIDE + lane, weights);
+                }
             }
-        }
+        });
     });
 }
 
-/// The tiles of one block that is read and one that is written, one a tap.
-struct Tiles<'a, T> {
-    /// From the first tap's tile on.
-    packed: &'a mut [T],
-    /// Numbers from one tap's tile to the next.
-    stride: usize,
+fn nine(weights: &[f32]) -> [f32; 9] {
+    weights[..9].try_into().expect("a slice of nine has nine numbers")
 }
 
-impl<T: Number> Tiles<'_, T> {
-    /// Sets one place of each tap's tile.
-    #[inline(always)]
-    fn set(&mut self, row: usize, lane: usize, taps: &[f32]) {
-        let places = self.packed[T::place(row, lane)..].iter_mut().step_by(self.stride);
-        for (packed, weight) in places.zip(taps) {
-            *packed = T::narrow(*weight);
-        }
+/// Sets one place of each tap's tile.
+#[inline(always)]
+fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
+    for (tile, weight) in tiles.iter_mut().zip(taps) {
+        tile[place] = *weight;
     }
 }
 
-/// Calls `fill(block read, block written, tiles)` for all of them.
+for_each_variant! {
+    fn arrange_right<T: Number>(from: &[f32; TILE], to: &mut [T]) {
+        T::arrange_right(from, to);
+    }
+}
+
+/// Calls `fill(block read, block written, a tile for each tap)` for all of them. The tiles, zero at
+/// first, are small enough to be filled in any order; from there they go on row by row.
 fn pack<T: Number>(
     g: &Geometry,
     packed: &mut [T],
     from_blocks: usize,
     to_blocks: usize,
-    fill: impl Fn(usize, usize, &mut Tiles<T>) + Sync + Send,
+    fill: impl Fn(usize, usize, &mut [[f32; TILE]]) + Sync + Send,
 ) {
-    assert_eq!(packed.len(), g.packed_len());
+    assert_eq!(packed.len(), g.packed_len(T::PRECISION));
     let panel = panel_len(g.taps(), from_blocks);
-    parallel::for_each_chunk(packed, panel, 2 * g.packed_len(), |pair, packed| {
-        packed.fill(T::narrow(0.));
+    parallel::for_each_chunk(packed, panel, 2 * g.weights_len(), |pair, packed| {
         let columns = columns_of(to_blocks, pair);
-        let stride = from_blocks * columns * TILE;
-        for column in 0..columns {
-            for from in 0..from_blocks {
-                let packed = &mut packed[(from * columns + column) * TILE..];
-                fill(from, 2 * pair + column, &mut Tiles { packed, stride });
+        let stride = from_blocks * columns;
+        with_scratch(g.taps() * TILE, |scratch| {
+            let tiles = scratch.as_chunks_mut::<TILE>().0;
+            for (column, from) in (0..columns).flat_map(|c| (0..from_blocks).map(move |f| (c, f))) {
+                tiles.as_flattened_mut().fill(0.);
+                fill(from, 2 * pair + column, tiles);
+                for (tap, tile) in tiles.iter().enumerate() {
+                    let at = (tap * stride + from * columns + column) * TILE;
+                    arrange_right(Variant::fastest(), tile, &mut packed[at..at + TILE]);
+                }
             }
-        }
+        });
     });
 }

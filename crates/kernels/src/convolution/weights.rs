@@ -1,15 +1,18 @@
 //! Weight gradient: parts of the pixels are summed apart and added in order.
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::winograd::{self, POSITIONS, Squares, stride, transform_gradient, transform_input};
 use super::{Geometry, columns_of};
+use crate::buffer::with_scratch;
 use crate::layout::{SIDE, Shape, TILE};
 use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{Product, Run, Session};
-use crate::{Buffer, Pool, Variant};
+use crate::{Buffer, Pool, Precision, Variant};
 
 /// Pixels of a group summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
@@ -17,6 +20,8 @@ const SEGMENT: usize = 8;
 /// Bytes of a channel at the pixels of a strip: with all blocks of a pane, both sides and the sums
 /// stay in the second-level cache.
 const STRIP: usize = 128;
+/// Squares in a strip.
+const SQUARES: usize = 4;
 /// Blocks of input channels and pairs of blocks of output channels in a pane.
 const PANE: (usize, usize) = (4, 2);
 /// Independent tasks wanted, whatever the number of threads.
@@ -38,20 +43,33 @@ pub fn weight_gradient(
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
-    let tasks = WeightTasks::new(g, STRIP / input.precision().bytes());
-    let mut scratch = pool.take(g.packed_len() * tasks.parts);
-    by_precision!(input.precision(), T => {
-        let (input, output_gradient) = (T::of(input), T::of(output_gradient));
-        tasks.run(variant, input, output_gradient, pool, &mut scratch);
-    });
+    let tasks = WeightTasks::new(g, input.precision());
+    let mut scratch = pool.take(tasks.len() * tasks.parts);
+    if tasks.winograd {
+        let (input, output_gradient): (&[f32], &[f32]) = (input, output_gradient);
+        tasks.run(variant, &mut scratch, |session, task, runs, all| {
+            tasks.sum_squares(session, task, runs, input, output_gradient, all);
+        });
+    } else {
+        by_precision!(input.precision(), T => {
+            let (input, output_gradient) = (T::of(input), T::of(output_gradient));
+            tasks.run(variant, &mut scratch, |session, task, runs, all| {
+                tasks.sum(session, task, runs, input, output_gradient, pool, all);
+            });
+        });
+    }
     tasks.merge(&scratch, gradient);
 }
 
 /// How a weight gradient is cut: tasks are (part of the pixels, pane of the weights), by shape
 /// alone, since parts are added afterwards. A task goes through its part in strips, a few rows of
 /// pixels each, and adds a strip to all of its pane before it goes on to the next.
+///
+/// In [Winograd's form](winograd) a strip is a few squares of pixels and each weight has 16 sums, one
+/// a position, where otherwise it has one.
 struct WeightTasks<'a> {
     g: &'a Geometry,
+    winograd: bool,
     parts: usize,
     /// Panes along the input and along the output channels.
     panes: (usize, usize),
@@ -112,34 +130,65 @@ impl<'a, T: Number> Window<'a, T> {
 #[derive(Default)]
 struct Runs {
     all: Vec<Run>,
-    /// The tap of some of them, and where they end.
+    /// To which sum of the weights some of them belong, and where those end.
     ends: Vec<(usize, usize)>,
 }
 
+/// Lends this thread's lists, so that they grow once and not in every task.
+fn with_runs(work: impl FnOnce(&mut Runs)) {
+    thread_local! {
+        static RUNS: Cell<Runs> = const { Cell::new(Runs { all: Vec::new(), ends: Vec::new() }) };
+    }
+    let mut runs = RUNS.take();
+    work(&mut runs);
+    RUNS.set(runs);
+}
+
 impl<'a> WeightTasks<'a> {
-    fn new(g: &'a Geometry, pixels: usize) -> Self {
-        let rows = (pixels / g.output.width).max(1);
-        let strips = (g.output.groups() * g.output.height).div_ceil(rows);
+    fn new(g: &'a Geometry, precision: Precision) -> Self {
+        let winograd = g.winograd(precision);
+        let rows = (STRIP / precision.bytes() / g.output.width).max(1);
+        let squares = Squares::of(g.output);
+        let strips = if winograd {
+            (g.output.groups() * squares.count()).div_ceil(SQUARES)
+        } else {
+            (g.output.groups() * g.output.height).div_ceil(rows)
+        };
         let pairs = g.output.blocks().div_ceil(2);
         let panes = (g.input.blocks().div_ceil(PANE.0), pairs.div_ceil(PANE.1));
         let parts = TASKS.div_ceil(panes.0 * panes.1).min(strips);
-        WeightTasks { g, parts, panes, rows, strips }
+        WeightTasks { g, winograd, parts, panes, rows, strips }
+    }
+
+    /// Sums of a weight: one for each tap or position.
+    fn sums(&self) -> usize {
+        if self.winograd { POSITIONS } else { self.g.taps() }
+    }
+
+    /// Numbers in the sums of one part.
+    fn len(&self) -> usize {
+        self.sums() * self.g.input.blocks() * self.g.output.blocks() * TILE
     }
 
     /// Sums every part into its place in the scratch.
-    fn run<T: Number>(
+    fn run(
         &self,
         variant: Variant,
-        input: &[T],
-        output_gradient: &[T],
-        pool: &Arc<Pool>,
         scratch: &mut [f32],
+        sum: impl Fn(&Session, &Task, &mut Runs, &Disjoint<f32>) + Sync + Send,
     ) {
         let all = Disjoint::new(scratch);
         let count = self.parts * self.panes.0 * self.panes.1;
         parallel::for_each(count, self.g.operations(), |task| {
-            let session = Session::begin(variant);
-            self.sum(&session, &self.task(task), input, output_gradient, pool, &all);
+            let (session, task) = (Session::begin(variant), self.task(task));
+            for block in task.blocks.clone() {
+                for pair in task.pairs.clone() {
+                    let (at, len) = self.tiles(task.part, block, pair);
+                    // SAFETY: a task owns its part of its blocks and pairs.
+                    unsafe { all.part(at, len) }.fill(0.);
+                }
+            }
+            with_runs(|runs| sum(&session, &task, runs, &all));
         });
     }
 
@@ -155,32 +204,27 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// Where the sums of a block of input and a pair of output channels lie in the scratch: (tap,
+    /// Where the sums of a block of input and a pair of output channels lie in the scratch: (sum,
     /// output block of the pair) tiles in a row.
     fn tiles(&self, part: usize, block: usize, pair: usize) -> (usize, usize) {
-        let (inputs, outputs, taps) =
-            (self.g.input.blocks(), self.g.output.blocks(), self.g.taps());
+        let (inputs, outputs) = (self.g.input.blocks(), self.g.output.blocks());
+        let len = self.sums() * TILE;
         let columns = columns_of(outputs, pair);
-        (((part * inputs + block) * outputs + 2 * pair) * taps * TILE, columns * taps * TILE)
+        (((part * inputs + block) * outputs + 2 * pair) * len, columns * len)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what is read, and what is written")]
     fn sum<T: Number>(
         &self,
         session: &Session,
         task: &Task,
+        runs: &mut Runs,
         input: &[T],
         output_gradient: &[T],
         pool: &Arc<Pool>,
         all: &Disjoint<f32>,
     ) {
         let g = self.g;
-        for block in task.blocks.clone() {
-            for pair in task.pairs.clone() {
-                let (at, len) = self.tiles(task.part, block, pair);
-                // SAFETY: a task owns its part of its blocks and pairs.
-                unsafe { all.part(at, len) }.fill(0.);
-            }
-        }
         let outputs = 2 * task.pairs.start..(2 * task.pairs.end).min(g.output.blocks());
         let strips =
             task.part * self.strips / self.parts..(task.part + 1) * self.strips / self.parts;
@@ -191,7 +235,6 @@ impl<'a> WeightTasks<'a> {
         let most = strips.clone().map(|strip| self.rows_read(&self.rows_of(strip)).len()).max();
         let mut left_memory = memory(most.unwrap_or(0), g.input, task.blocks.len());
         let mut right_memory = memory(self.rows, g.output, outputs.len());
-        let mut runs = Runs::default();
         for strip in strips {
             let rows = self.rows_of(strip);
             let (read, memory) = (self.rows_read(&rows), T::of_mut(&mut left_memory));
@@ -199,9 +242,65 @@ impl<'a> WeightTasks<'a> {
             let (written, memory) = (rows.clone(), T::of_mut(&mut right_memory));
             let right =
                 Window::new(session, output_gradient, g.output, written, &outputs, false, memory);
-            self.meet(rows, &left, &right, &mut runs);
-            self.sum_strip(session, task, &left, &right, &runs, all);
+            self.meet(rows, &left, &right, runs);
+            self.sum_strip(session, task, left.numbers, right.numbers, runs, all);
         }
+    }
+
+    /// The same in Winograd's form.
+    fn sum_squares(
+        &self,
+        session: &Session,
+        task: &Task,
+        runs: &mut Runs,
+        input: &[f32],
+        output_gradient: &[f32],
+        all: &Disjoint<f32>,
+    ) {
+        let g = self.g;
+        let (blocks, outputs) = (task.blocks.len(), self.outputs(task));
+        let (squares, variant) = (Squares::of(g.output), session.variant());
+        let len = |blocks: usize| POSITIONS * stride(SQUARES * blocks);
+        with_scratch(len(blocks) + len(outputs.len()), |memory| {
+            let (left, right) = memory.split_at_mut(len(blocks));
+            for strip in self.strips_of(task) {
+                let first = strip * SQUARES;
+                let count = SQUARES.min(g.output.groups() * squares.count() - first);
+                for at in 0..count {
+                    let (group, square) =
+                        ((first + at) / squares.count(), (first + at) % squares.count());
+                    let (corner, read) = (squares.corner(square), task.blocks.clone());
+                    let to = &mut left[at * blocks * TILE..];
+                    let step = stride(count * blocks);
+                    transform_input(variant, input, g.input, group, corner, read, to, step);
+                    let (from, read) = (output_gradient, outputs.clone());
+                    let to = &mut right[at * outputs.len() * TILE..];
+                    let step = stride(count * outputs.len());
+                    transform_gradient(variant, from, g.output, group, corner, read, to, step);
+                }
+                runs.all.clear();
+                runs.ends.clear();
+                for position in 0..POSITIONS {
+                    runs.all.extend((0..count).map(|at| Run {
+                        left: position * stride(count * blocks) + at * blocks * TILE,
+                        right: position * stride(count * outputs.len()) + at * outputs.len() * TILE,
+                        inner: SIDE,
+                    }));
+                    runs.ends.push((position, runs.all.len()));
+                }
+                self.sum_strip::<f32>(session, task, left, right, runs, all);
+            }
+        });
+    }
+
+    /// The blocks of output channels of a task.
+    fn outputs(&self, task: &Task) -> Range<usize> {
+        2 * task.pairs.start..(2 * task.pairs.end).min(self.g.output.blocks())
+    }
+
+    /// The strips of a task's part.
+    fn strips_of(&self, task: &Task) -> Range<usize> {
+        task.part * self.strips / self.parts..(task.part + 1) * self.strips / self.parts
     }
 
     /// The rows of output pixels in a strip.
@@ -238,7 +337,8 @@ impl<'a> WeightTasks<'a> {
             for begin in (0..g.output.width).step_by(SEGMENT) {
                 for tap in 0..g.taps() {
                     for row in rows.clone() {
-                        self.meet_row(row, begin, tap, left, right, &mut runs.all);
+                        let columns = begin..(begin + SEGMENT).min(g.output.width);
+                        self.meet_row(row, columns, tap, left, right, &mut runs.all);
                     }
                     if runs.all.len() > runs.ends.last().map_or(0, |last| last.1) {
                         runs.ends.push((tap, runs.all.len()));
@@ -248,11 +348,11 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// The pixels of a row from `begin` on whose tap lies inside the input.
+    /// The pixels of a row whose tap lies inside the input.
     fn meet_row<T: Number>(
         &self,
         row: usize,
-        begin: usize,
+        columns: Range<usize>,
         tap: usize,
         left: &Window<T>,
         right: &Window<T>,
@@ -262,7 +362,7 @@ impl<'a> WeightTasks<'a> {
         let (group, y) = (row / g.output.height, row % g.output.height);
         let from_y = (y * g.stride + tap / g.kernel).checked_sub(g.padding);
         let Some(from_y) = from_y.filter(|y| *y < g.input.height) else { return };
-        for x in begin..(begin + SEGMENT).min(g.output.width) {
+        for x in columns {
             let from_x = (x * g.stride + tap % g.kernel).checked_sub(g.padding);
             let Some(from_x) = from_x.filter(|x| *x < g.input.width) else { continue };
             runs.push(Run {
@@ -278,32 +378,32 @@ impl<'a> WeightTasks<'a> {
         &self,
         session: &Session,
         task: &Task,
-        left: &Window<T>,
-        right: &Window<T>,
+        left: &[T],
+        right: &[T],
         runs: &Runs,
         all: &Disjoint<f32>,
     ) {
         let g = self.g;
         for block in task.blocks.clone().step_by(2) {
-            let left = &left.numbers[(block - task.blocks.start) * TILE..];
+            let left = &left[(block - task.blocks.start) * TILE..];
             for pair in task.pairs.clone() {
-                let right = &right.numbers[2 * (pair - task.pairs.start) * TILE..];
+                let right = &right[2 * (pair - task.pairs.start) * TILE..];
                 let columns = columns_of(g.output.blocks(), pair);
-                let tile = |block: usize, tap: usize| {
-                    let at = self.tiles(task.part, block, pair).0 + tap * columns * TILE;
+                let tile = |block: usize, sum: usize| {
+                    let at = self.tiles(task.part, block, pair).0 + sum * columns * TILE;
                     // SAFETY: a task owns its part of its blocks and pairs; the two blocks differ.
                     unsafe { all.part(at, columns * TILE) }
                 };
                 let mut begin = 0;
-                for &(tap, end) in &runs.ends {
+                for &(sum, end) in &runs.ends {
                     let rows = g.input.channels_in(block);
                     let runs = &runs.all[begin..end];
                     let product = Product { runs, apart: TILE, rows, columns, add: true };
                     if block + 1 < task.blocks.end {
-                        let outputs = &mut [tile(block, tap), tile(block + 1, tap)];
+                        let outputs = &mut [tile(block, sum), tile(block + 1, sum)];
                         T::product::<true>(session, left, right, &product, outputs);
                     } else {
-                        T::product::<true>(session, left, right, &product, &mut [tile(block, tap)]);
+                        T::product::<true>(session, left, right, &product, &mut [tile(block, sum)]);
                     }
                     begin = end;
                 }
@@ -317,34 +417,45 @@ impl<'a> WeightTasks<'a> {
         let (inputs, taps) = (g.input.channels, g.taps());
         let per_block = SIDE * inputs * taps;
         parallel::for_each_chunk(gradient, per_block, scratch.len(), |block, gradient| {
-            let mut totals = vec![0f32; taps * TILE];
-            for input_block in 0..g.input.blocks() {
-                self.total(scratch, input_block, block, &mut totals);
-                let first = input_block * SIDE * taps;
-                let len = g.input.channels_in(input_block) * taps;
-                for (lane, gradient) in gradient.chunks_exact_mut(inputs * taps).enumerate() {
-                    let rows = gradient[first..first + len].chunks_exact_mut(taps);
-                    for (row, gradient) in rows.enumerate() {
-                        let totals = totals[row * SIDE + lane..].iter().step_by(TILE);
-                        for (gradient, total) in gradient.iter_mut().zip(totals) {
-                            *gradient += total;
+            with_scratch(self.sums() * TILE, |totals| {
+                for input_block in 0..g.input.blocks() {
+                    self.total(scratch, input_block, block, totals);
+                    let first = input_block * SIDE * taps;
+                    let len = g.input.channels_in(input_block) * taps;
+                    for (lane, gradient) in gradient.chunks_exact_mut(inputs * taps).enumerate() {
+                        let rows = gradient[first..first + len].chunks_exact_mut(taps);
+                        for (row, gradient) in rows.enumerate() {
+                            self.add(&totals[row * SIDE + lane..], gradient);
                         }
                     }
                 }
-            }
+            });
         });
     }
 
-    /// The sum over parts of the tiles, one a tap, of a block of input and of output channels.
+    /// Adds the sums of one weight, a tile apart each, to its gradient.
+    fn add(&self, totals: &[f32], gradient: &mut [f32]) {
+        let totals = totals.iter().step_by(TILE);
+        if self.winograd {
+            let mut sums = [0.; POSITIONS];
+            sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = *total);
+            let nine = winograd::gradient_of_kernel(sums);
+            gradient.iter_mut().zip(nine).for_each(|(gradient, total)| *gradient += total);
+        } else {
+            gradient.iter_mut().zip(totals).for_each(|(gradient, total)| *gradient += total);
+        }
+    }
+
+    /// The sums over parts of the tiles of a block of input and of output channels.
     fn total(&self, scratch: &[f32], input_block: usize, block: usize, totals: &mut [f32]) {
-        let (blocks, taps) = (self.g.output.blocks(), self.g.taps());
+        let (blocks, sums) = (self.g.output.blocks(), self.sums());
         let (pair, column) = (block / 2, block % 2);
         let columns = columns_of(blocks, pair);
-        let first = (input_block * blocks + 2 * pair) * taps + column;
+        let first = (input_block * blocks + 2 * pair) * sums + column;
         totals.fill(0.);
-        for part in scratch.chunks_exact(self.g.packed_len()) {
-            for (tap, totals) in totals.chunks_exact_mut(TILE).enumerate() {
-                let part = &part[(first + tap * columns) * TILE..][..TILE];
+        for part in scratch.chunks_exact(self.len()) {
+            for (sum, totals) in totals.chunks_exact_mut(TILE).enumerate() {
+                let part = &part[(first + sum * columns) * TILE..][..TILE];
                 for (total, value) in totals.iter_mut().zip(part) {
                     *total += value;
                 }

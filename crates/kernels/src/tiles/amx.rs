@@ -266,6 +266,32 @@ pub(super) fn end() {
     }
 }
 
+/// Multiplies registers `times` rounds and returns how many operations that was. Only for who has
+/// the variant `Amx`.
+pub(crate) fn operations(times: usize) -> f64 {
+    begin();
+    let mut unit = Real;
+    // SAFETY: `begin` has set up this thread's registers.
+    unsafe {
+        unit.zero::<0>();
+        unit.zero::<1>();
+        unit.zero::<2>();
+        unit.zero::<3>();
+        unit.zero::<4>();
+        unit.zero::<5>();
+        unit.zero::<6>();
+        unit.zero::<7>();
+        for _ in 0..times {
+            unit.multiply::<0, 4, 6>();
+            unit.multiply::<1, 4, 7>();
+            unit.multiply::<2, 5, 6>();
+            unit.multiply::<3, 5, 7>();
+        }
+    }
+    end();
+    (times * 4 * 2 * SIDE * TILE) as f64
+}
+
 /// A unit in software: what the manual says, at about a thousandth of the speed.
 pub(super) struct Emulated {
     registers: [[[u8; 64]; 16]; 8],
@@ -510,8 +536,10 @@ mod tests {
             assert!(agrees(&mut Emulated::new()));
             assert!(!agrees(&mut Wrong(Emulated::new())));
         }
-        // Nothing to compare where the unit is missing; where it is present, a real check.
-        assert_eq!(usable(), present() && permitted());
+        // Where the unit is present, a real check.
+        if !cfg!(miri) {
+            assert_eq!(usable(), present() && permitted());
+        }
     }
 
     /// One number of a product whose left row and right column hold `terms`, added to `start`.
@@ -520,7 +548,7 @@ mod tests {
         let mut right = [Half(0); TILE];
         for (k, (a, b)) in terms.iter().enumerate() {
             left[k] = Half::narrow(*a);
-            right[Half::place(k, 0)] = Half::narrow(*b);
+            right[k / 2 * 2 * SIDE + k % 2] = Half::narrow(*b);
         }
         let runs = [Run { left: 0, right: 0, inner: SIDE }];
         let wanted = Product { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };

@@ -14,7 +14,7 @@ mod amx;
 mod x86;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use amx::usable as amx_is_usable;
+pub(crate) use amx::{operations as amx_operations, usable as amx_is_usable};
 
 use std::marker::PhantomData;
 

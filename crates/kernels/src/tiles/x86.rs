@@ -95,8 +95,18 @@ unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS:
                 left = left.wrapping_add(TILE);
                 right = right.wrapping_add(COLUMNS * TILE);
             }
-            for k in 0..run.inner % SIDE {
-                avx512_step!(TRANSPOSED, sums, left, right, k);
+            match run.inner % SIDE {
+                // A picture of three channels.
+                3 => {
+                    for k in 0..3 {
+                        avx512_step!(TRANSPOSED, sums, left, right, k);
+                    }
+                }
+                rest => {
+                    for k in 0..rest {
+                        avx512_step!(TRANSPOSED, sums, left, right, k);
+                    }
+                }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
@@ -194,8 +204,17 @@ unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: u
                 left = left.wrapping_add(TILE / 2);
                 right = right.wrapping_add(COLUMNS * TILE / 2);
             }
-            for k in 0..(run.inner % SIDE).div_ceil(2) {
-                bf16_step!(TRANSPOSED, sums, left, right, k);
+            match (run.inner % SIDE).div_ceil(2) {
+                // A picture of three channels.
+                2 => {
+                    bf16_step!(TRANSPOSED, sums, left, right, 0);
+                    bf16_step!(TRANSPOSED, sums, left, right, 1);
+                }
+                rest => {
+                    for k in 0..rest {
+                        bf16_step!(TRANSPOSED, sums, left, right, k);
+                    }
+                }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
