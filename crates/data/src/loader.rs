@@ -30,7 +30,9 @@ pub struct Batch {
     pub rows: Vec<u32>,
     /// By view, the normalised values `(B, height, width, channels)`.
     pub views: Vec<Vec<f32>>,
-    /// Rows of pixels.
+    /// By view, rows of pixels and pixels in a row.
+    pub sizes: Vec<[usize; 2]>,
+    /// Rows of pixels of the first view, and of all where they have one size.
     pub height: usize,
     /// Pixels in a row.
     pub width: usize,
@@ -42,6 +44,12 @@ impl Batch {
     /// Extents of a view: `(B, height, width, channels)`.
     pub fn shape(&self) -> (usize, usize, usize, usize) {
         (self.rows.len(), self.height, self.width, self.channels)
+    }
+
+    /// Extents of the view `view`, which may be a smaller crop than the first.
+    pub fn shape_of(&self, view: usize) -> (usize, usize, usize, usize) {
+        let [height, width] = self.sizes[view];
+        (self.rows.len(), height, width, self.channels)
     }
 }
 
@@ -82,8 +90,8 @@ struct Maker {
     batches: Vec<Vec<u32>>,
     /// For each row of each batch, how often it came before.
     occurrences: Vec<Vec<u32>>,
-    pipelines: Vec<Pipeline>,
-    input: Input,
+    /// How each view is made, and what it is to be.
+    views: Vec<(Pipeline, Input)>,
     seed: u64,
     epoch: u64,
 }
@@ -150,6 +158,26 @@ impl Loader {
         epoch: u64,
         threads: usize,
     ) -> Result<Self> {
+        let views = pipelines.into_iter().map(|pipeline| (pipeline, input.clone())).collect();
+        Self::crops(images, batches, done, views, seed, epoch, threads)
+    }
+
+    /// Like [`Loader::resume`], with views of several sizes: each pipeline with the input that it
+    /// fills.
+    ///
+    /// # Errors
+    ///
+    /// As [`Loader::new`].
+    pub fn crops(
+        images: &Images,
+        batches: Vec<Vec<u32>>,
+        done: usize,
+        views: Vec<(Pipeline, Input)>,
+        seed: u64,
+        epoch: u64,
+        threads: usize,
+    ) -> Result<Self> {
+        let (_, input) = views.first().context("a loader without a view")?;
         ensure!(
             images.channels() == input.channels,
             "`{}` has pictures of {} channels but the network takes {}; prepare the images again \
@@ -166,8 +194,8 @@ impl Loader {
         let count = batches.len();
         let done = done.min(count);
         let occurrences = occurrences(&batches);
-        let (images, input) = (images.clone(), input.clone());
-        let maker = Arc::new(Maker { images, batches, occurrences, pipelines, input, seed, epoch });
+        let images = images.clone();
+        let maker = Arc::new(Maker { images, batches, occurrences, views, seed, epoch });
         let state = State { claimed: done, taken: done, ..State::default() };
         let ring = Arc::new(Ring { state: Mutex::new(state), changed: Condvar::new() });
         let mut loader = Self { ring, threads: Vec::new(), next: done, batches: count };
@@ -272,25 +300,26 @@ impl Maker {
         memory: &mut Memory,
         workspace: &mut Workspace,
     ) -> Result<Batch> {
-        let (rows, input) = (&self.batches[number], &self.input);
-        let empty = |_: &Pipeline| ring.view(rows.len() * input.values());
-        let mut views: Vec<Vec<f32>> = self.pipelines.iter().map(empty).collect();
+        let rows = &self.batches[number];
+        let empty = |(_, input): &(Pipeline, Input)| ring.view(rows.len() * input.values());
+        let mut views: Vec<Vec<f32>> = self.views.iter().map(empty).collect();
         for (position, &row) in rows.iter().enumerate() {
             let picture = self.images.pixels(row, memory)?;
-            let range = position * input.values()..(position + 1) * input.values();
-            for (view, pipeline) in self.pipelines.iter().enumerate() {
+            for (view, (pipeline, input)) in self.views.iter().enumerate() {
                 let occurrence = u64::from(self.occurrences[number][position]);
                 let counters = [self.epoch, u64::from(row), view as u64, occurrence];
                 let mut rng = stream(self.seed, "views", &counters);
-                let out = &mut views[view][range.clone()];
+                let range = position * input.values()..(position + 1) * input.values();
+                let out = &mut views[view][range];
                 pipeline.apply(picture, input, &mut rng, workspace, out).with_context(|| {
                     let path = self.images.data_set().path.display();
                     format!("view {} of picture {row} of `{path}`", view + 1)
                 })?;
             }
         }
-        let Input { height, width, channels, .. } = *input;
-        Ok(Batch { rows: rows.clone(), views, height, width, channels })
+        let sizes: Vec<_> = self.views.iter().map(|(_, i)| [i.height, i.width]).collect();
+        let ([height, width], channels) = (sizes[0], self.views[0].1.channels);
+        Ok(Batch { rows: rows.clone(), views, sizes, height, width, channels })
     }
 }
 
@@ -413,6 +442,30 @@ mod tests {
         for view in [0, 1] {
             assert_eq!(alone[0].views[view], together[0].views[view][values..2 * values]);
         }
+    }
+
+    #[test]
+    fn crops_of_several_sizes_come_side_by_side() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let images = images(folder.path());
+        let small = Input { height: 2, width: 3, ..input() };
+        let views = vec![(pipeline(), input()), (pipeline(), small), (pipeline(), input())];
+        let batches = vec![vec![4, 11], vec![2]];
+        let made: Vec<Batch> =
+            Loader::crops(&images, batches.clone(), 1, views, 1, 7, 2)?.collect::<Result<_>>()?;
+        assert_eq!(made.len(), 1);
+        let [batch] = made.as_slice() else { panic!("one batch") };
+        assert_eq!(batch.shape_of(0), (1, 4, 5, 3));
+        assert_eq!(batch.shape_of(1), (1, 2, 3, 3));
+        assert_eq!(batch.shape_of(2), batch.shape());
+        for view in 0..3 {
+            let (n, h, w, c) = batch.shape_of(view);
+            assert_eq!(batch.views[view].len(), n * h * w * c);
+        }
+        // The draws of a view do not depend on the sizes beside it.
+        assert_eq!(batch.views[0], load(&images, batches, 1, 1)[1].views[0]);
+        assert!(Loader::crops(&images, vec![vec![1]], 0, vec![], 1, 7, 2).is_err());
+        Ok(())
     }
 
     #[test]

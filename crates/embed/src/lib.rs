@@ -179,7 +179,7 @@ impl Source<'_> {
             Loader::new(self.images, batches, pipelines, self.input, seed, pass as u64, threads)?;
         let mut done = pass * self.rows.len();
         for batch in loader {
-            let Batch { rows, views, height, width, channels } = batch?;
+            let Batch { rows, views, height, width, channels, .. } = batch?;
             let shape = (rows.len(), height, width, channels);
             for view in views {
                 take(&Tensor::from_vec(view, shape, &self.device)?)?;
