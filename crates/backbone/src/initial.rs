@@ -2,7 +2,8 @@
 //!
 //! Convolutions: normal with variance `2 / (O·KH·KW)` (Kaiming, fan-out), but the 3×3 stem uniform
 //! within `±1/√fan_in` (Kaiming-uniform with a = √5, the default of the framework in which it
-//! replaces the published stem). Linear layers: weight and bias uniform within `±1/√fan_in`, but
+//! replaces the published stem; a segment named `encoder` has fan-out in every convolution, as
+//! IMC-SwAV publishes it). Linear layers: weight and bias uniform within `±1/√fan_in`, but
 //! the predictor's weights normal with deviation 0.01 and its biases 0. Batch norm: weight 1,
 //! bias 0, the last one of a block included.
 //!
@@ -33,7 +34,11 @@ impl Draw {
             (weight_shape.iter().product::<usize>() / weight_shape.get(1).unwrap_or(&1)) as f64;
         match kind {
             // Of the stems, only the 7×7 one is published with fan-out.
-            Kind::ConvolutionWeight if name == "conv1.weight" && weight_shape[2..] == [3, 3] => {
+            Kind::ConvolutionWeight
+                if segment != "encoder"
+                    && name == "conv1.weight"
+                    && weight_shape[2..] == [3, 3] =>
+            {
                 Self::Uniform(1. / fan_in.sqrt())
             }
             Kind::ConvolutionWeight => Self::Normal((2. / fan_out).sqrt()),
@@ -74,6 +79,8 @@ mod tests {
             |name, shape: &[usize]| Draw::of("backbone", name, Kind::ConvolutionWeight, shape);
         assert_eq!(conv("conv1.weight", &[64, 3, 7, 7]), Normal((2f64 / 3136.).sqrt()));
         assert_eq!(conv("conv1.weight", &[64, 3, 3, 3]), Uniform(1. / 27f64.sqrt()));
+        let encoder = Draw::of("encoder", "conv1.weight", Kind::ConvolutionWeight, &[64, 3, 3, 3]);
+        assert_eq!(encoder, Normal((2f64 / 576.).sqrt()));
         assert_eq!(conv("layer1.0.conv1.weight", &[16, 8, 3, 3]), Normal((2f64 / 144.).sqrt()));
         let norm = |kind| Draw::of("backbone", "layer1.0.bn2.weight", kind, &[16]);
         assert_eq!(norm(Kind::NormWeight), Constant(1.));

@@ -144,15 +144,15 @@ impl AdamSegment {
         self.name
     }
 
-    /// Freezes a block: its values and statistics stay as they are, to the bit, and it normalises
-    /// with the running statistics.
+    /// Freezes a block: its values stay as they are, to the bit. On running statistics these do
+    /// too; on those of the batch its output goes on changing with every batch.
     ///
     /// # Errors
     ///
     /// There is no block of that name.
-    pub fn freeze(&mut self, block: &str) -> Result<()> {
+    pub fn freeze(&mut self, block: &str, statistics: Mode) -> Result<()> {
         self.segment.parameters.set_trainable(block, false)?;
-        self.modes.set(block, Mode::Running)
+        self.modes.set(block, statistics)
     }
 
     /// The output for `input`, as a seam; what the backward pass needs is kept.

@@ -239,6 +239,11 @@ impl<'a> Run<'a> {
         self.kept.insert(name.to_owned(), tensor);
     }
 
+    /// Keeps nothing under `name` from now on.
+    pub fn drop_kept(&mut self, name: &str) {
+        self.kept.remove(name);
+    }
+
     /// What was kept under `name`, also by the run that this one goes on from.
     pub fn kept(&self, name: &str) -> Option<&[f32]> {
         self.kept.get(name).map(|tensor| tensor.values.as_slice())
