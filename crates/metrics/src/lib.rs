@@ -18,7 +18,10 @@ pub mod report;
 use std::env::ArgsOs;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
 use data::{Labels, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
@@ -83,16 +86,41 @@ pub fn run(_: &Config, stage: &Stage) -> Result<()> {
         scored.data_set.require(&previous.data_set, remedy)?;
     }
     let report = Report::new(&scored, labels.as_ref(), previous.as_ref())?;
+    let mut report = serde_json::to_value(&report)?;
+    // Some systems predict twice from one training, as IMC-SwAV with refreshed statistics.
+    let mut others = serde_json::Map::new();
+    for (name, path) in other_results(stage.input("pseudo-labels")?)? {
+        let other = PseudoLabels::open(&path)?;
+        other.data_set.require(&scored.data_set, "cluster again from these images")?;
+        let other = Report::new(&other, labels.as_ref(), None)?;
+        others.insert(name, serde_json::to_value(other.head)?);
+    }
+    if !others.is_empty() {
+        report["others"] = others.into();
+    }
     let mut text = serde_json::to_string_pretty(&report)?;
     text.push('\n');
     stage::files::write(&stage.out.join("metrics.json"), text.as_bytes())
 }
 
+/// Results beside the first in its folder, `pseudo-labels-<name>.safetensors`, by name.
+fn other_results(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("opening `{}`", folder.display()))? {
+        let path = entry?.path();
+        let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name = file.strip_prefix("pseudo-labels-").and_then(|n| n.strip_suffix(".safetensors"));
+        if let Some(name) = name {
+            found.push((name.to_owned(), path.clone()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::fs;
-    use std::path::Path;
 
     use data::DataSet;
     use stage::{DataTable, DeviceChoice};
@@ -161,6 +189,23 @@ mod tests {
         assert_eq!(read["reliable"], serde_json::json!({ "share": 0.5, "acc": 1.0 }));
         assert_eq!(read["stability"], 1.0);
         assert_eq!(read["sizes"], serde_json::json!([3, 1]));
+        Ok(())
+    }
+
+    #[test]
+    fn a_second_result_of_one_training_is_scored_under_its_name() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        write_inputs(folder.path(), "f")?;
+        let given = folder.path().join("in");
+        let mut other = PseudoLabels::open(&given.join(PSEUDO_LABELS))?;
+        other.assignment = vec![0, 0, 1, 1];
+        other.write(&given.join("pseudo-labels-running-statistics.safetensors"))?;
+        let stage = stage(folder.path(), &["pseudo-labels", "labels"]);
+        run(&Config {}, &stage)?;
+        let text = fs::read_to_string(stage.out.join("metrics.json"))?;
+        let read: serde_json::Value = serde_json::from_str(&text)?;
+        assert_eq!(read["head"]["acc"], 0.75);
+        assert_eq!(read["others"]["running-statistics"]["acc"], 1.0);
         Ok(())
     }
 
