@@ -50,7 +50,8 @@ fn expected_steps(file: &Path) -> Vec<String> {
     if tables.get("embed").is_some() {
         steps.push("pixels/0-metrics".into());
     }
-    if tables["control"].as_table().is_some_and(|control| !control.is_empty()) {
+    let control = tables.get("control").and_then(toml::Value::as_table);
+    if control.is_some_and(|control| !control.is_empty()) {
         steps.push(format!("control/{rounds}-metrics"));
     }
     steps

@@ -43,6 +43,8 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "secu",
             "imc-swav",
             "icbpl",
+            "imc-swav",
+            "icbpl",
             "metrics",
         ],
     ),

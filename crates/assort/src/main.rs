@@ -11,7 +11,7 @@ use std::process::ExitCode;
 type Program = fn(ArgsOs) -> ExitCode;
 
 /// The stages, in the order they run in.
-const STAGES: [(&str, Program); 8] = [
+const STAGES: [(&str, Program); 10] = [
     ("prepare", prepare::program),
     ("pretraining", pretraining::program),
     ("embed", embed::program),
@@ -19,6 +19,8 @@ const STAGES: [(&str, Program); 8] = [
     ("prototype-refinement", prototype_refinement::program),
     ("propos", propos::program),
     ("secu", secu::program),
+    ("imc-swav", imc_swav::program),
+    ("icbpl", icbpl::program),
     ("metrics", metrics::program),
 ];
 

@@ -1,0 +1,327 @@
+//! Whole runs on tiny pictures, and what the parts do together.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use backbone::{Segment, backbone_file, network_file, resnet};
+use data::Picture;
+use data::images::{Identical, Source, Writer};
+use stage::{DataTable, DeviceChoice, Experiment, Split};
+use training::Trained;
+
+use super::*;
+
+/// Twenty-four grey pictures of 6 × 7 pixels, a random backbone in the role `backbone`, and a
+/// stage that reads them.
+fn stage(folder: &Path, out: &str) -> Stage {
+    let images = folder.join("images.safetensors");
+    if !images.exists() {
+        let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
+        for number in 0..24u32 {
+            let pixels = (0..42).map(|i| (i * i * (3 + number) % 251) as u8).collect();
+            let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
+            let split = if number % 4 == 3 { Split::Test } else { Split::Train };
+            writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
+        }
+        writer.finish(None).expect("written");
+        let plan = resnet::plan(&config().backbone, 1).expect("a plan");
+        let backbone = Segment::random("backbone", plan, 7).expect("weights");
+        backbone_file::write(folder, &backbone).expect("written");
+    }
+    let out = folder.join(out);
+    fs::create_dir_all(&out).expect("created");
+    Stage {
+        name: "icbpl",
+        experiment: "e.toml".into(),
+        images,
+        inputs: BTreeMap::from([("backbone".to_owned(), folder.to_owned())]),
+        out,
+        round: 0,
+        rounds: 0,
+        seed: 3,
+        device: DeviceChoice::Cpu,
+        data: DataTable {
+            clusters: 3,
+            train_on: vec![Split::Train],
+            score_on: vec![Split::Train, Split::Test],
+        },
+    }
+}
+
+fn config() -> Config {
+    toml::from_str(
+        r#"
+        epochs = 5
+        batch-size = 9
+        backbone-learning-rate = 1e-3
+        head-learning-rate = 5e-3
+        schedule = "cosine"
+        beta-1 = 0.9
+        beta-2 = 0.999
+        epsilon = 1e-8
+        weight-decay = 1e-4
+        discrepancy-weight = 2.0
+        view-weight = 1.0
+        neighbour-weight = 1.0
+        least-distance-weight = 1.0
+        least-distance-delay = 2
+        pair-cosine-weight = 3.0
+        pair-absolute-weight = 8.0
+        neighbours = 4
+        neighbours-include-self = false
+        frozen = ["stem", "layer1", "layer2"]
+        frozen-statistics = "running"
+        centroids = { method = "closed-form" }
+        kmeans-restarts = 2
+        precision = "f32"
+        save-every = 2
+        collapse-deviation = 1e-6
+        backbone = { depth = "10", width = 2, stem = "3x3" }
+        head = { hidden = 8, width = 6 }
+        anchor = { operations = [] }
+        augmented = { operations = [{ operation = "noise", deviation = 0.1 }] }
+        [input]
+        height = 6
+        width = 7
+        channels = 1
+        mean = [0.5]
+        std = [0.3]
+        clean = []
+        "#,
+    )
+    .expect("a table")
+}
+
+fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
+    fs::read(stage.out.join(name)).expect(name)
+}
+
+#[test]
+fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (first, again) = (stage(folder.path(), "first"), stage(folder.path(), "again"));
+    run(&config(), &first)?;
+    run(&config(), &again)?;
+    for name in [network_file::NAME, PseudoLabels::FILE] {
+        assert!(bytes(&first, name) == bytes(&again, name), "{name}");
+    }
+    for (what, other) in [
+        ("delay", Config { least_distance_delay: 9, ..config() }),
+        ("neighbour", Config { neighbour_weight: 0., ..config() }),
+        ("view", Config { view_weight: 0., ..config() }),
+        ("discrepancy", Config { discrepancy_weight: 1., ..config() }),
+        ("schedule", Config { schedule: Schedule::Constant, ..config() }),
+    ] {
+        let changed = stage(folder.path(), what);
+        // With a term less, all pictures may fall into one cluster; the network is written before.
+        if let Err(error) = run(&other, &changed) {
+            assert!(error.is::<stage::Diverged>(), "{what}: {error}");
+        }
+        assert!(bytes(&first, network_file::NAME) != bytes(&changed, network_file::NAME), "{what}");
+    }
+    let labels = PseudoLabels::open(&first.out.join(PseudoLabels::FILE))?;
+    assert_eq!((labels.index.len(), labels.clusters, labels.projection_width), (24, 3, 6));
+    assert_eq!(labels.prototypes, network_file::open(&first.out)?.f32("centroids")?);
+    let log = fs::read_to_string(first.out.join("log.jsonl"))?;
+    assert!(log.contains("role backbone") && log.contains("neighbour-distance"), "{log}");
+    Ok(())
+}
+
+// Specified case T14: two steps an epoch, five epochs.
+#[test]
+fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "out");
+    let before = Networks::new(&config(), &stage, &Device::Cpu)?;
+    run(&config(), &stage)?;
+    let after = network_file::open(&stage.out)?;
+    let is_frozen = |name: &str| {
+        ["conv1.", "bn1.", "layer1.", "layer2."].iter().any(|block| name.starts_with(block))
+    };
+    let mut frozen = 0;
+    for (prefix, segment) in before.segments() {
+        for tensor in network_file::tensors(prefix, segment)? {
+            let name = tensor.name.strip_prefix(&format!("{prefix}.")).expect("the prefix");
+            let same = after.f32(&tensor.name)? == tensor.values;
+            let stays = prefix == "online.backbone" && is_frozen(name);
+            frozen += usize::from(stays);
+            // A bias before batch statistics could stay at 0; nothing else may.
+            assert_eq!(same, stays, "{}", tensor.name);
+        }
+    }
+    assert!(frozen > 20, "{frozen}");
+    let centroids = before.centroids.flatten_all()?.to_vec1::<f32>()?;
+    assert_eq!(after.f32("centroids")?, centroids);
+
+    // On batch statistics the values stay, and the running statistics move.
+    let moving = self::stage(folder.path(), "moving");
+    run(&Config { frozen_statistics: Statistics::Batch, ..config() }, &moving)?;
+    let file = network_file::open(&moving.out)?;
+    for (name, stays) in [("layer1.0.conv1.weight", true), ("layer1.0.bn1.running_mean", false)] {
+        let name = format!("online.backbone.{name}");
+        let first = network_file::tensors("online.backbone", &before.backbone.segment)?;
+        let first = first.into_iter().find(|t| t.name == name).expect("there");
+        assert_eq!(file.f32(&name)? == first.values, stays, "{name}");
+    }
+    Ok(())
+}
+
+// T13.
+#[test]
+fn neighbours_have_the_specified_order() -> Result<()> {
+    let points = [1f32, 0., 0.96, 0.28, 0.6, 0.8, 0., 1., -0.8, 0.6];
+    let found = nearest(&points, 5, 5, true)?;
+    let want =
+        [[0u32, 1, 2, 3, 4], [1, 0, 2, 3, 4], [2, 1, 3, 0, 4], [3, 2, 4, 1, 0], [4, 3, 2, 1, 0]];
+    for (row, (got, mut want)) in found.chunks(5).zip(want).enumerate() {
+        if row == 2 && got[1] == 3 {
+            want.swap(1, 2); // Both lie at 0.8.
+        }
+        assert_eq!(got, want, "row {row}");
+    }
+    let without = nearest(&points, 5, 4, false)?;
+    for (row, got) in without.chunks(4).enumerate() {
+        assert!(!got.contains(&(row as u32)), "row {row}: {got:?}");
+        assert_eq!(got[0], found[5 * row + 1], "row {row}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_search_in_blocks_is_the_search_of_all_pairs() -> Result<()> {
+    let (n, d, k) = (700, 12, 20);
+    let mut points: Vec<f32> = (0..n * d).map(|i| ((i * 7919 % 1009) as f32 / 504.) - 1.).collect();
+    for row in points.chunks_mut(d) {
+        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        row.iter_mut().for_each(|x| *x /= length);
+    }
+    let found = nearest(&points, n, k, false)?;
+    let product = |a: usize, b: usize| -> f64 {
+        (0..d).map(|c| f64::from(points[a * d + c]) * f64::from(points[b * d + c])).sum()
+    };
+    for row in (0..n).step_by(97) {
+        let mut others: Vec<usize> = (0..n).filter(|&other| other != row).collect();
+        others.sort_by(|&a, &b| product(row, b).total_cmp(&product(row, a)).then(a.cmp(&b)));
+        let want: Vec<u32> = others[..k].iter().map(|&other| other as u32).collect();
+        assert_eq!(found[row * k..(row + 1) * k], want, "row {row}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_neighbour_is_drawn_and_nothing_else() -> Result<()> {
+    let neighbours = Neighbours { rows: vec![3, 5, 8], places: vec![1, 2, 0, 2, 1, 0], each: 2 };
+    let mut seen = std::collections::BTreeSet::new();
+    for epoch in 0..40 {
+        let drawn = neighbours.drawn(&[vec![5], vec![3, 8]], 1, epoch)?;
+        assert_eq!(drawn, neighbours.drawn(&[vec![5], vec![3, 8]], 1, epoch)?);
+        seen.insert((5, drawn[0][0]));
+        seen.insert((3, drawn[1][0]));
+        seen.insert((8, drawn[1][1]));
+    }
+    let want = [(3, 5), (3, 8), (5, 3), (5, 8), (8, 3), (8, 5)];
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), want);
+    Ok(())
+}
+
+#[test]
+fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "out");
+    let images = Images::open(&stage.images)?;
+    let rows = images.rows(&stage.data.train_on);
+    let plan = config().plan(rows.len());
+    let mut networks = Networks::new(&config(), &stage, &Device::Cpu)?;
+    let fingerprint = images.fingerprint();
+    let found = {
+        let mut run = Run::resume_or_start(&stage, &config(), fingerprint, plan, &mut networks)?;
+        let found =
+            Neighbours::found_or_kept(&config(), &images, &rows, &stage, &Device::Cpu, &mut run)?;
+        run.end_step(&networks)?;
+        run.end_step(&networks)?;
+        run.end_epoch(&networks)?;
+        run.end_step(&networks)?;
+        run.end_step(&networks)?;
+        run.end_epoch(&networks)?; // The second epoch saves.
+        found
+    };
+    // Gone, so that they could not be found again.
+    fs::remove_file(folder.path().join(backbone_file::NAME))?;
+    let mut run = Run::resume_or_start(&stage, &config(), fingerprint, plan, &mut networks)?;
+    assert_eq!(
+        Neighbours::found_or_kept(&config(), &images, &rows, &stage, &Device::Cpu, &mut run)?,
+        found
+    );
+    Ok(())
+}
+
+#[test]
+fn the_pretrained_file_is_read_and_checked_and_its_lack_is_told() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut stage = stage(folder.path(), "out");
+    let file = folder.path().join(backbone_file::NAME);
+    let of_role = pretrained(&config(), &stage)?.parameters.to_vec()?;
+    stage.inputs.clear();
+    let message = format!("{:#}", pretrained(&config(), &stage).err().expect("none"));
+    assert!(message.contains("--in backbone=DIR") && message.contains("sha256"), "{message}");
+    let named = |file: PathBuf, sha256: &str| Config {
+        pretrained: Some(Pretrained { file, sha256: sha256.to_owned() }),
+        ..config()
+    };
+    let any = pretrained(&named(file.clone(), ""), &stage)?;
+    assert_eq!(format!("{:?}", any.parameters.to_vec()?), format!("{of_role:?}"));
+    let message =
+        format!("{:#}", pretrained(&named(file, "00ff"), &stage).err().expect("another file"));
+    assert!(message.contains("00ff") && message.contains("SHA-256"), "{message}");
+    let missing = named(folder.path().join("none"), "");
+    assert!(pretrained(&missing, &stage).is_err());
+    Ok(())
+}
+
+#[test]
+fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "out");
+    config().check(&stage)?;
+    for (wrong, word) in [
+        (Config { batch_size: 2, ..config() }, "batch-size"),
+        (Config { epochs: 0, ..config() }, "epochs"),
+        (Config { head_learning_rate: 0., ..config() }, "head-learning-rate"),
+        (Config { view_weight: -1., ..config() }, "view-weight"),
+        (Config { neighbours: 0, ..config() }, "neighbours"),
+        (Config { neighbours: 30, ..config() }, "neighbours"),
+        (Config { frozen: vec!["layer5".into()], ..config() }, "layer5"),
+        (Config { head: HeadWidths { hidden: 8, width: 2 }, ..config() }, "closed form"),
+    ] {
+        let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+        assert!(message.contains(word), "{word} is not in: {message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn rates_are_constant_or_fall_to_nothing() -> Result<()> {
+    let constant = Config { schedule: Schedule::Constant, ..config() };
+    assert_eq!(constant.rates(9, 2)?, [1e-3, 5e-3]);
+    let near = |got: [f64; 2], want: [f64; 2]| {
+        got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-12)
+    };
+    assert!(near(config().rates(1, 2)?, [1e-3, 5e-3]));
+    assert!(near(config().rates(6, 2)?, [5e-4, 2.5e-3]));
+    Ok(())
+}
+
+#[test]
+fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut stage = stage(folder.path(), "out");
+    stage.images = "none".into();
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
+        let experiment = Experiment::read(&entry?.path())?;
+        if experiment.has_table("icbpl") {
+            experiment.table::<Config>("icbpl")?.check(&stage)?;
+        }
+    }
+    Ok(())
+}

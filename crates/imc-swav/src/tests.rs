@@ -1,0 +1,322 @@
+//! Whole runs on tiny pictures.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use backbone::network_file;
+use data::Picture;
+use data::images::{Identical, Source, Writer};
+use stage::{DataTable, DeviceChoice, Experiment, Split};
+use training::Trained;
+
+use super::*;
+
+/// Twenty-four grey pictures of 6 × 7 pixels, bright on one of three sides, and a stage that reads
+/// them; every fourth is for testing.
+pub(crate) fn stage(folder: &Path, out: &str) -> Stage {
+    let images = folder.join("images.safetensors");
+    if !images.exists() {
+        let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
+        for number in 0..24u32 {
+            let bright = |i: u32| match number % 3 {
+                0 => i % 7 < 3,
+                1 => i % 7 > 3,
+                _ => i / 7 > 2,
+            };
+            let value = |i: u32| 40 + 150 * u32::from(bright(i)) + i * i * (3 + number) % 61;
+            let pixels = (0..42).map(|i| value(i) as u8).collect();
+            let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
+            let split = if number % 4 == 3 { Split::Test } else { Split::Train };
+            writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
+        }
+        writer.finish(None).expect("written");
+    }
+    let out = folder.join(out);
+    fs::create_dir_all(&out).expect("created");
+    Stage {
+        name: "imc-swav",
+        experiment: "e.toml".into(),
+        images,
+        inputs: BTreeMap::new(),
+        out,
+        round: 0,
+        rounds: 0,
+        seed: 3,
+        device: DeviceChoice::Cpu,
+        data: DataTable {
+            clusters: 3,
+            train_on: vec![Split::Train],
+            score_on: vec![Split::Train, Split::Test],
+        },
+    }
+}
+
+pub(crate) fn config() -> Config {
+    toml::from_str(
+        r#"
+        epochs = 3
+        batch-size = 8
+        classify-on = ["train"]
+        learning-rate = 5e-3
+        beta-1 = 0.8
+        beta-2 = 0.999
+        epsilon = 1e-8
+        weight-decay = 1e-5
+        warmup-steps = 3
+        learning-rate-drops = [2]
+        learning-rate-factor = 0.4
+        prototypes = 12
+        temperature = 0.1
+        code-epsilon = 0.05
+        code-rounds = 3
+        entropy-weight = 4.0
+        logit-limit = 5.0
+        logit-penalty = 0.01
+        evaluation = "refreshed-statistics"
+        refresh-batches = 2
+        kmeans-restarts = 2
+        precision = "f32"
+        save-every = 1
+        collapse-deviation = 1e-6
+        backbone = { depth = "10", width = 2, stem = "3x3" }
+        projector = { hidden = 8, width = 4 }
+        classifier = { hidden = 8 }
+        [input]
+        height = 6
+        width = 7
+        channels = 1
+        mean = [0.5]
+        std = [0.3]
+        clean = []
+        [large]
+        count = 2
+        height = 6
+        width = 7
+        operations = [{ operation = "noise", deviation = 0.1 }]
+        [small]
+        count = 2
+        height = 4
+        width = 5
+        operations = [{ operation = "resized-crop", scale = [0.3, 0.8], aspect = [0.75, 1.33] }]
+        "#,
+    )
+    .expect("a table")
+}
+
+fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
+    fs::read(stage.out.join(name)).expect(name)
+}
+
+const OTHER: &str = "pseudo-labels-running-statistics.safetensors";
+
+#[test]
+fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (first, again) = (stage(folder.path(), "first"), stage(folder.path(), "again"));
+    run(&config(), &first)?;
+    run(&config(), &again)?;
+    for name in [network_file::NAME, PseudoLabels::FILE, OTHER] {
+        assert!(bytes(&first, name) == bytes(&again, name), "{name}");
+    }
+    let other_seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+    run(&config(), &other_seed)?;
+    assert!(bytes(&first, network_file::NAME) != bytes(&other_seed, network_file::NAME));
+
+    // Asked for the other evaluation, the two files change places.
+    let plain = stage(folder.path(), "plain");
+    run(&Config { evaluation: Evaluation::RunningStatistics, ..config() }, &plain)?;
+    let swapped = "pseudo-labels-refreshed-statistics.safetensors";
+    assert!(bytes(&plain, PseudoLabels::FILE) == bytes(&first, OTHER));
+    assert!(bytes(&plain, swapped) == bytes(&first, PseudoLabels::FILE));
+    assert!(bytes(&first, PseudoLabels::FILE) != bytes(&first, OTHER));
+
+    let labels = PseudoLabels::open(&first.out.join(PseudoLabels::FILE))?;
+    assert_eq!((labels.index.len(), labels.clusters), (24, 3));
+    let log = fs::read_to_string(first.out.join("log.jsonl"))?;
+    let line: serde_json::Value = serde_json::from_str(log.lines().next().expect("a line"))?;
+    for name in ["swapped-prediction-loss", "entropy", "conditional-entropy", "logit-penalty"] {
+        assert!(line[name].is_number(), "{name} is not in {line}");
+    }
+    Ok(())
+}
+
+/// A first batch through the networks, with the loss of the encoder and that of the classifier.
+fn one_step(networks: &mut Networks) -> Result<(Vec<Crop>, candle_core::backprop::GradStore)> {
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "out");
+    let images = Images::open(&stage.images)?;
+    let rows = images.rows(&stage.data.train_on);
+    let order = sampler::uniform(&rows, 8, 3, 0)?;
+    let batch = config().loader(&images, order, 0, 3, 0)?.next().expect("a batch")?;
+    networks.normalise_prototypes()?;
+    let mut crops = Vec::new();
+    for pictures in tensors(batch, &Device::Cpu)? {
+        crops.push(networks.forward(&pictures)?);
+    }
+    let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
+    let codes = scores[..2].iter().map(|u| codes(u, 0.05, 3)).collect::<Result<Vec<_>>>()?;
+    let gradients = swapped_prediction_loss(&scores, &codes, 0.1)?.backward()?;
+    Ok((crops, gradients))
+}
+
+fn is_zero(part: &training::AdamSegment) -> Result<bool> {
+    let mut all = part.segment.parameters.entries().iter();
+    Ok(all.all(|entry| part.gradient(&entry.name).expect("there").iter().all(|g| *g == 0.)))
+}
+
+// Specified case T12.
+#[test]
+fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
+    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let (crops, _) = one_step(&mut networks)?;
+    let bank = Bank {
+        embeddings: crops.iter().map(Crop::embedding).collect(),
+        scores: crops.iter().map(|crop| crop.scores.clone()).collect(),
+    };
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "run");
+    let plan = config().plan(18);
+    let mut run = Run::resume_or_start(&stage, &config(), "images", plan, &mut networks)?;
+    // Information: into the classifier alone. Its graph holds no prototype: scores are detached.
+    classify(&config(), &mut networks, &bank, &mut run)?;
+    assert!(!is_zero(&networks.classifier)?);
+    assert!(is_zero(&networks.encoder)? && is_zero(&networks.projector)?);
+
+    // Swapped prediction: into all but the classifier.
+    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let (crops, gradients) = one_step(&mut networks)?;
+    let at_prototypes = gradients.get(&networks.prototypes).expect("a gradient");
+    assert!(at_prototypes.abs()?.sum_all()?.to_scalar::<f32>()? > 0.);
+    networks.backward(crops, &gradients)?;
+    assert!(is_zero(&networks.classifier)?);
+    assert!(!is_zero(&networks.encoder)? && !is_zero(&networks.projector)?);
+    Ok(())
+}
+
+// Specified case T13, second half.
+#[test]
+fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let prototypes = |config: &Config, out: &str| -> Result<Vec<f32>> {
+        let stage = stage(folder.path(), out);
+        run(config, &stage)?;
+        network_file::open(&stage.out)?.f32("prototypes")
+    };
+    let still = prototypes(&Config { warmup_steps: 6, ..config() }, "still")?;
+    let mut first = Networks::random(&config(), 3, 3, None, &Device::Cpu)?;
+    for _ in 0..6 {
+        first.normalise_prototypes()?;
+    }
+    assert_eq!(still, first.prototypes.flatten_all()?.to_vec1::<f32>()?);
+    assert_ne!(still, prototypes(&Config { warmup_steps: 5, ..config() }, "moved")?);
+    Ok(())
+}
+
+#[test]
+fn the_first_step_of_prototypes_is_adams_first() -> Result<()> {
+    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let adam = layers::Adam { weight_decay: 0., ..config().adam(0.01) };
+    for moves in [false, false, true] {
+        let (crops, gradients) = one_step(&mut networks)?;
+        let before = networks.prototypes.to_vec2::<f32>()?;
+        let gradient = gradients.get(&networks.prototypes).expect("a gradient").to_vec2::<f32>()?;
+        networks.backward(crops, &gradients)?;
+        networks.step(&gradients, adam, moves, false)?;
+        let after = networks.prototypes.to_vec2::<f32>()?;
+        let values = before.iter().flatten().zip(after.iter().flatten());
+        for ((before, after), gradient) in values.zip(gradient.iter().flatten()) {
+            // With a bias correction that begins now, the step is the learning rate's length.
+            let want = if moves { 0.01 * gradient.signum() } else { 0. };
+            assert!((before - after - want).abs() < 1e-4 || gradient.abs() < 1e-6);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    // The classifier learns from the test split alone, so that its images gather over steps and
+    // a checkpoint in mid-epoch holds some.
+    let partly = Config { classify_on: vec![Split::Test], batch_size: 4, ..config() };
+    let on_both = |out: &str| {
+        let mut stage = stage(folder.path(), out);
+        stage.data.train_on = vec![Split::Train, Split::Test];
+        stage
+    };
+    let whole = on_both("whole");
+    run(&partly, &whole)?;
+    let images = Images::open(&whole.images)?;
+    let rows = images.rows(&whole.data.train_on);
+    let classified: BTreeSet<u32> = images.rows(&partly.classify_on).into_iter().collect();
+    let order = sampler::uniform(&rows, 4, 3, 0)?;
+    let gathered: Vec<usize> = order.iter().map(|b| places(b, &classified).len()).collect();
+    assert!(gathered.iter().any(|&n| n > 0 && n < 4), "{gathered:?}");
+
+    // A bank as it is between two steps comes back from the state.
+    let stopped = on_both("stopped");
+    let mut networks = Networks::random(&partly, 3, 3, None, &Device::Cpu)?;
+    let plan = partly.plan(rows.len());
+    let mut bank = Bank::default();
+    {
+        let mut run =
+            Run::resume_or_start(&stopped, &partly, images.fingerprint(), plan, &mut networks)?;
+        let (crops, _) = one_step(&mut networks)?;
+        let embeddings: Vec<Tensor> = crops.iter().map(Crop::embedding).collect();
+        let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
+        bank.add(&embeddings, &scores, &[1, 5, 6])?;
+        bank.keep(&mut run)?;
+        run.end_step(&networks)?;
+        for _ in 1..plan.steps_per_epoch {
+            run.end_step(&networks)?;
+        }
+        run.end_epoch(&networks)?;
+    }
+    let run = Run::resume_or_start(&stopped, &partly, images.fingerprint(), plan, &mut networks)?;
+    let again = Bank::kept(&run, 4, [16, 12], &Device::Cpu)?;
+    assert_eq!(again.len(), 3);
+    for (a, b) in again.embeddings.iter().zip(&bank.embeddings) {
+        assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    }
+    for (a, b) in again.scores.iter().zip(&bank.scores) {
+        assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let given = stage(folder.path(), "given");
+    run(&config(), &given)?;
+    let mut from = stage(folder.path(), "from");
+    from.inputs.insert("backbone".into(), given.out.clone());
+    run(&Config { learning_rate: 1e-30, ..config() }, &from)?;
+    let weights = |stage: &Stage| {
+        network_file::open(&stage.out)?.f32("online.backbone.layer3.0.conv2.weight")
+    };
+    assert_eq!(weights(&given)?, weights(&from)?);
+    let names: Vec<_> = Networks::random(&config(), 3, 1, None, &Device::Cpu)?
+        .segments()
+        .iter()
+        .map(|s| s.0)
+        .collect();
+    assert_eq!(names, ["online.backbone", "online.projector", "classifier"]);
+    Ok(())
+}
+
+#[test]
+fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut stage = stage(folder.path(), "out");
+    stage.images = "none".into();
+    stage.data.train_on = vec![Split::Train, Split::Test, Split::Unlabelled];
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
+        let experiment = Experiment::read(&entry?.path())?;
+        if experiment.has_table("imc-swav") {
+            experiment.table::<Config>("imc-swav")?.check(&stage)?;
+        }
+    }
+    Ok(())
+}
