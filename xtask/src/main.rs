@@ -9,6 +9,8 @@
 
 mod bench;
 mod clusters;
+mod compare;
+mod cost;
 mod cuda_toolchain;
 mod experiment;
 mod interrupt;
@@ -66,6 +68,14 @@ enum Command {
     Prepare {
         #[command(flatten)]
         options: prepare::Options,
+    },
+    /// Runs all systems on one data set, with equal backbone and effort, and prints one table.
+    Compare {
+        /// `experiment` is the data set's: its file is PLDC, `<experiment>-<system>.toml` another.
+        #[command(flatten)]
+        options: Options,
+        #[command(flatten)]
+        choices: compare::Choices,
     },
     /// Runs one step of an experiment, on what the steps before it left.
     Stage {
@@ -190,6 +200,12 @@ fn follow(command: Command) -> Result<()> {
             go_to_root()?;
             interrupt::listen()?;
             prepare::run(&options)
+        }
+        Command::Compare { mut options, choices } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            interrupt::listen()?;
+            compare::run(&options, &choices)
         }
         Command::Stage { place, mut options, round } => {
             options.resolve_paths()?;

@@ -81,6 +81,16 @@ const fn one_phase(name: &'static str) -> Place {
     Place { name, given: &[("backbone", Origin::Backbone)], trains: true, clusters: true }
 }
 
+/// Places that are whole systems, which train and cluster in one stage.
+pub fn systems() -> impl Iterator<Item = &'static str> {
+    PLACES.iter().filter(|place| place.trains && place.clusters).map(|place| place.name)
+}
+
+/// Places whose programs train a network.
+pub fn trained_places() -> impl Iterator<Item = &'static str> {
+    PLACES.iter().filter(|place| place.trains).map(|place| place.name)
+}
+
 /// The place whose program scores what the last one that clusters found.
 const METRICS: &str = "metrics";
 

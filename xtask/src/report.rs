@@ -1,5 +1,6 @@
 //! What a run found: one table for people, one JSON object for programs.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,9 @@ pub struct Metrics {
     /// Pictures of each cluster, the largest first.
     #[serde(default)]
     pub sizes: Vec<usize>,
+    /// Other results of the same training, by name.
+    #[serde(default)]
+    pub others: BTreeMap<String, Option<Scores>>,
 }
 
 /// Agreement with the ground truth.
@@ -94,15 +98,16 @@ pub struct Report {
 
 /// Mean and standard deviation (of a sample, n − 1) over the seeds.
 #[derive(Debug, Clone, PartialEq)]
-struct Statistic {
-    mean: f64,
+pub struct Statistic {
+    /// Their mean.
+    pub mean: f64,
     deviation: Option<f64>,
     values: Vec<f64>,
 }
 
 impl Statistic {
     /// Over these values; nothing where one is absent.
-    fn of(values: impl Iterator<Item = Option<f64>>) -> Option<Self> {
+    pub fn of(values: impl Iterator<Item = Option<f64>>) -> Option<Self> {
         let values: Vec<f64> = values.collect::<Option<_>>()?;
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
@@ -111,7 +116,8 @@ impl Statistic {
         (!values.is_empty()).then_some(Self { mean, deviation, values })
     }
 
-    fn percent(&self) -> String {
+    /// In per cent.
+    pub fn percent(&self) -> String {
         match self.deviation {
             Some(deviation) => format!("{:.1} ± {:.1}", 100. * self.mean, 100. * deviation),
             None => format!("{:.1}", 100. * self.mean),
@@ -181,6 +187,9 @@ impl Report {
             cells.push(row.over(|metrics| metrics.stability));
             lines.push(line(&row.label, &cells));
         }
+        for (name, scores) in self.others() {
+            lines.push(line(&name, &scores));
+        }
         for row in [self.pixels(), self.embedding()].into_iter().flatten() {
             lines.push(line(&row.label, &row.scores(kmeans)));
         }
@@ -222,6 +231,8 @@ impl Report {
             "images": first.and_then(|outcome| outcome.rounds.last()).map(|last| last.images),
             "rounds": rounds,
             "scores": scores,
+            "others": self.others().iter().map(|(name, scores)| (name.clone(), scores_json(scores)))
+                .collect::<serde_json::Map<_, _>>(),
             "baselines": {
                 "kmeans-pixels": baseline(self.pixels()),
                 "kmeans-embedding": baseline(self.embedding()),
@@ -256,6 +267,21 @@ impl Report {
         (0..count).map(row).collect()
     }
 
+    /// Other results of the last round, by name.
+    fn others(&self) -> Vec<(String, [Option<Statistic>; 3])> {
+        let rounds = self.rounds();
+        let Some(last) = rounds.last() else { return Vec::new() };
+        let names = last.metrics.first().map(|metrics| metrics.others.keys().cloned());
+        let scores = |name: String| {
+            let part = |of: fn(Scores) -> Option<f64>| {
+                last.over(|metrics| metrics.others.get(&name).copied().flatten().and_then(of))
+            };
+            let scores = [part(|s| s.acc), part(|s| s.nmi), part(|s| s.ari)];
+            (name, scores)
+        };
+        names.into_iter().flatten().map(scores).collect()
+    }
+
     /// The baseline that knows no network.
     fn pixels(&self) -> Option<Row<'_>> {
         let metrics: Option<Vec<_>> =
@@ -277,7 +303,7 @@ fn line(label: &str, cells: &[Option<Statistic>]) -> Vec<String> {
 }
 
 /// Lines as columns: the first to the left, the others to the right.
-fn aligned(lines: &[Vec<String>]) -> String {
+pub fn aligned(lines: &[Vec<String>]) -> String {
     let width = |column: usize| {
         lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
     };
@@ -317,7 +343,8 @@ fn scores_json([acc, nmi, ari]: &[Option<Statistic>; 3]) -> Value {
     })
 }
 
-fn statistic_json(statistic: &Option<Statistic>) -> Value {
+/// A statistic as JSON, null where there is none.
+pub fn statistic_json(statistic: &Option<Statistic>) -> Value {
     statistic.as_ref().map_or(Value::Null, |statistic| {
         json!({
             "mean": statistic.mean,

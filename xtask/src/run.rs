@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cost;
 use crate::interrupt;
 use crate::key::{self, Key, Surroundings};
 use crate::plan::{Arm, Input, Plan, Step};
@@ -110,6 +111,23 @@ impl<'a> Run<'a> {
         )
     }
 
+    /// The pictures that the step's program says it will pass through a backbone; nothing where it
+    /// does not say.
+    pub fn declared_effort(&self, position: usize) -> Result<Option<f64>> {
+        let mut arguments =
+            self.arguments(position, |position| self.state(position) == State::Done);
+        arguments.push("--check".into());
+        let program = self.programs.get(&self.plan.steps[position].program);
+        let output = command(program, &arguments).stderr(Stdio::inherit()).output();
+        let output = output.with_context(|| starting(program))?;
+        if !output.status.success() {
+            bail!("the check of {} failed, its message is above", self.plan.steps[position].name())
+        }
+        let told: Option<toml::Table> =
+            std::str::from_utf8(&output.stdout).ok().and_then(|text| text.parse().ok());
+        Ok(told.and_then(|told| told.get("backbone-pictures")?.as_float()))
+    }
+
     /// Runs these steps in order; what is done already is linked.
     pub fn execute(&self, positions: impl IntoIterator<Item = usize>) -> Result<()> {
         positions.into_iter().try_for_each(|position| self.execute_one(position))
@@ -135,7 +153,7 @@ impl<'a> Run<'a> {
         }
         let begin = Instant::now();
         let program = self.programs.get(&step.program);
-        start(&name, program, &self.arguments(position, |_| true))?;
+        start_in(&folder, &name, program, &self.arguments(position, |_| true))?;
         if !folder.join(DONE).exists() {
             // Exit status 0 says so; a foreign program need not know the mark.
             let mark = serde_json::json!({ "stage": step.place });
@@ -225,6 +243,19 @@ pub fn write_experiments(plan: &Plan, runs: &Path) -> Result<BTreeMap<Arm, PathB
         files.insert(*arm, path);
     }
     Ok(files)
+}
+
+/// Starts a program that works in `folder`, waits for its end, and adds what it cost to what is kept
+/// there.
+fn start_in(folder: &Path, name: &str, program: &Program, arguments: &[OsString]) -> Result<()> {
+    let began = Instant::now();
+    let run = || {
+        let mut child = command(program, arguments).stdout(io::stderr()).spawn()?;
+        cost::watch(&mut child, began)
+    };
+    let (status, cost) = run().with_context(|| starting(program))?;
+    cost.add_to(folder)?;
+    ended(name, status)
 }
 
 /// Starts a program and waits for its end. What it prints goes to stderr: stdout is for results.

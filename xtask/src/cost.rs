@@ -1,0 +1,108 @@
+//! What a step has cost: seconds and memory, kept beside its result.
+//!
+//! A step that is stopped and goes on adds up. Results do not know their cost: it is written here
+//! after the program has ended, never by the program.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::{Child, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// Name of the file in a step's folder.
+const NAME: &str = "cost.json";
+
+/// Time and memory of a step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Cost {
+    /// From start to end, over all times it was started.
+    pub seconds: f64,
+    /// Most memory that was in use at once, in bytes; absent where the system does not tell.
+    pub peak_bytes: Option<u64>,
+}
+
+impl Cost {
+    /// Both together, one after the other.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            seconds: self.seconds + other.seconds,
+            peak_bytes: self.peak_bytes.max(other.peak_bytes),
+        }
+    }
+
+    /// What is known of the step in `folder`; nothing where it was never told.
+    pub fn read(folder: &Path) -> Option<Self> {
+        serde_json::from_str(&fs::read_to_string(folder.join(NAME)).ok()?).ok()
+    }
+
+    /// Adds this to what the step in `folder` has cost before.
+    pub fn add_to(self, folder: &Path) -> Result<()> {
+        let sum = Self::read(folder).unwrap_or_default().and(self);
+        let path = folder.join(NAME);
+        fs::write(&path, format!("{}\n", serde_json::to_string(&sum)?))
+            .with_context(|| format!("writing `{}`", path.display()))
+    }
+}
+
+/// Waits for the end of a program that was started at `began`, and watches its memory.
+pub fn watch(child: &mut Child, began: Instant) -> io::Result<(ExitStatus, Cost)> {
+    let mut peak_bytes = None;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        peak_bytes = peak_bytes.max(peak_of(child.id()));
+        if let Some(status) = child.try_wait()? {
+            return Ok((status, Cost { seconds: began.elapsed().as_secs_f64(), peak_bytes }));
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(50));
+    }
+}
+
+/// The most memory that a running process has had in use, in bytes.
+fn peak_of(process: u32) -> Option<u64> {
+    peak_in(&fs::read_to_string(format!("/proc/{process}/status")).ok()?)
+}
+
+fn peak_in(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_of_a_step_that_went_on_add_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(Cost::read(folder.path()), None);
+        let first = Cost { seconds: 2., peak_bytes: Some(100) };
+        first.add_to(folder.path()).expect("written");
+        Cost { seconds: 1.5, peak_bytes: None }.add_to(folder.path()).expect("written");
+        let sum = Cost { seconds: 3.5, peak_bytes: Some(100) };
+        assert_eq!(Cost::read(folder.path()), Some(sum));
+        assert_eq!(first.and(Cost { seconds: 1., peak_bytes: Some(300) }).peak_bytes, Some(300));
+    }
+
+    #[test]
+    fn memory_is_read_as_linux_tells_it() {
+        assert_eq!(peak_in("Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  345 kB\n"), Some(345 * 1024));
+        assert_eq!(peak_in("Name:\tx\n"), None);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_program_is_watched_to_its_end() {
+        let began = Instant::now();
+        let mut child = std::process::Command::new("sleep").arg("0.1").spawn().expect("started");
+        let (status, cost) = watch(&mut child, began).expect("watched");
+        assert!(status.success());
+        assert!(cost.seconds >= 0.1 && cost.peak_bytes.is_some_and(|bytes| bytes > 10_000));
+    }
+}
