@@ -310,8 +310,12 @@ pub fn recognise(path: &Path) -> Result<Holds> {
             keys.push((key.to_owned(), is_picture));
         }
         if holds.is_none() {
-            let nested = file.ends_with(".tar") && member.stream().is_some();
-            if nested || is_picture || Encoding::of(&member.start()?).is_some() {
+            if file.ends_with(".tar") && member.stream().is_some() {
+                // Nothing more is to be learnt, and to skip archives in a packed one takes long.
+                holds = Some(Holds::Pictures);
+                return Ok(false);
+            }
+            if is_picture || Encoding::of(&member.start()?).is_some() {
                 holds = Some(Holds::Pictures);
             }
         }

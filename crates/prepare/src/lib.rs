@@ -23,6 +23,7 @@ pub mod collection;
 mod example;
 pub mod folder;
 pub mod fuzz;
+mod guard;
 #[cfg(test)]
 mod hostile;
 pub mod http;

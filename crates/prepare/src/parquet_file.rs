@@ -8,23 +8,22 @@
 //! the other, and of each some rows at a time.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use parquet::basic::Type;
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
 use parquet::file::reader::{FileReader, RowGroupReader};
 use parquet::file::serialized_reader::SerializedFileReader;
 
-use crate::Format;
 use crate::collection::{Load, Sink};
 use crate::folder::{SOURCE, file_name};
 use crate::labels::class_for;
 use crate::location::split_of;
 use crate::manifest::{self, PATHS};
 use crate::picture;
+use crate::{Format, guard};
 
 /// How many rows are taken at a time; their pictures lie in the page that is decoded anyway.
 const ROWS: usize = 32;
@@ -108,17 +107,9 @@ fn read_one(
     Ok(())
 }
 
-/// Runs code of crate `parquet`, in which damaged files can still raise a panic, and makes an error of
-/// that.
+/// Runs code of crate `parquet`, in which damaged files can raise a panic, and makes an error of that.
 fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
-    match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(result) => result,
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-            bail!("reading it failed: {text}")
-        }
-    }
+    guard::guarded(run).map_err(|text| anyhow!("reading it failed: {text}"))?
 }
 
 /// Which columns have what, as positions among the leaves.

@@ -15,6 +15,8 @@ use data::images::Source;
 use data::picture::Encoding;
 use image::ImageFormat;
 
+use crate::guard::guarded;
+
 /// How much memory preparing may take, about, unless the command line says otherwise: 512 MiB.
 pub const MEMORY: u64 = 1 << 29;
 
@@ -111,7 +113,10 @@ pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<Source,
 }
 
 fn decode(bytes: Vec<u8>, channels: usize) -> Result<Source, String> {
-    Source::file(bytes, channels).map_err(|error| format!("is broken: {error:#}"))
+    match guarded(|| Source::file(bytes, channels)) {
+        Ok(read) => read.map_err(|error| format!("is broken: {error:#}")),
+        Err(panic) => Err(format!("is broken: decoding it failed: {panic}")),
+    }
 }
 
 /// How much memory decoding a file takes at most, by its header.
@@ -134,7 +139,7 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
     };
     let Header { height, width, bytes_a_pixel } =
         header.ok_or("is broken: its header has no size, or is cut short")?;
-    let needed = u64::from(height) * u64::from(width) * bytes_a_pixel;
+    let needed = (u64::from(height) * u64::from(width)).saturating_mul(bytes_a_pixel);
     match needed <= budget.decoding_bytes() {
         true => Ok(needed),
         false => Err(format!(
