@@ -62,7 +62,7 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("there is nothing to bench by the name `{what}`; there is {}", names.join(", "))
     };
     let name = format!("{PREFIX}{what}");
-    let built = programs::cargo_build(&[(owner, &name)])?;
+    let built = programs::cargo_build(&[(owner, &name)], None)?;
     let program = built.get(&name).with_context(|| format!("cargo built no `{name}`"))?;
     let mut command = Command::new(program);
     if let Some(python) = &options.peer_python {

@@ -147,6 +147,9 @@ struct Options {
     /// Use the programs in this folder instead of building them.
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
+    /// Build the programs with these features of cargo: cuda, cudnn, metal.
+    #[arg(long, value_name = "LIST", conflicts_with = "programs")]
+    features: Option<String>,
     /// Keep results in this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     runs: PathBuf,
@@ -367,7 +370,7 @@ impl<'a> Bench<'a> {
         words.push(PREPARE);
         let programs = match &options.programs {
             Some(folder) => Programs::in_folder(&words, folder)?,
-            None => Programs::build(&words)?,
+            None => Programs::build(&words, options.features.as_deref())?,
         };
         let experiment_files = run::write_experiments(plan, &options.runs)?;
         let prepared = Prepared::of(

@@ -32,7 +32,9 @@ pub struct Programs(BTreeMap<String, Program>);
 
 impl Programs {
     /// Builds exactly these programs, in one go; those named by a path are taken as they are.
-    pub fn build(words: &[&str]) -> Result<Self> {
+    ///
+    /// - `features`: of cargo, for those programs that have them.
+    pub fn build(words: &[&str], features: Option<&str>) -> Result<Self> {
         let crates: Vec<&str> = words.iter().copied().filter(|word| !is_path(word)).collect();
         for name in &crates {
             ensure!(
@@ -42,7 +44,10 @@ impl Programs {
             );
         }
         let programs: Vec<_> = crates.iter().map(|&name| (name, name)).collect();
-        let built = if crates.is_empty() { BTreeMap::new() } else { cargo_build(&programs)? };
+        let built = match crates.is_empty() {
+            true => BTreeMap::new(),
+            false => cargo_build(&programs, features)?,
+        };
         Self::located(words, |name| {
             let path = built.get(name).cloned();
             let path = path.with_context(|| {
@@ -104,7 +109,10 @@ fn is_path(word: &str) -> bool {
 
 /// Builds these programs, each a crate with the name of its binary, and returns the executables by
 /// name.
-pub fn cargo_build(programs: &[(&str, &str)]) -> Result<BTreeMap<String, PathBuf>> {
+pub fn cargo_build(
+    programs: &[(&str, &str)],
+    features: Option<&str>,
+) -> Result<BTreeMap<String, PathBuf>> {
     let names: Vec<&str> = programs.iter().map(|(_, name)| *name).collect();
     tracing::info!("building {}", names.join(", "));
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -112,6 +120,9 @@ pub fn cargo_build(programs: &[(&str, &str)]) -> Result<BTreeMap<String, PathBuf
     command.args(["build", "--message-format", "json-render-diagnostics"]);
     for (owner, name) in programs {
         command.args(["--package", owner, "--bin", name]);
+    }
+    if let Some(features) = features {
+        command.args(["--features", features]);
     }
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.context("starting cargo to build the programs")?;

@@ -5,6 +5,7 @@
 //! takes this program for every stage that has no file of its own in `DIR`.
 
 use std::env::{self, ArgsOs};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// A stage's program: the command line in, the exit status out.
@@ -32,6 +33,9 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let stage = first.to_string_lossy();
+    if stage == "gpu-check" {
+        return gpu_check(words.nth(1));
+    }
     match (STAGES.iter().find(|(name, _)| *name == stage), stage.as_ref()) {
         (Some((_, program)), _) => program(words),
         (None, "--help" | "-h" | "help") => {
@@ -40,6 +44,9 @@ fn main() -> ExitCode {
         }
         (None, "--version" | "-V") => {
             println!("assort {}, computes on {}", env!("CARGO_PKG_VERSION"), devices());
+            for library in libraries() {
+                println!("{library}");
+            }
             ExitCode::SUCCESS
         }
         (None, other) => {
@@ -53,11 +60,55 @@ fn usage() -> String {
     let names: Vec<&str> = STAGES.iter().map(|(name, _)| *name).collect();
     format!(
         "Usage: assort <stage> <arguments of the stage>\n\nStages: {}.\n\
-         `assort <stage> --help` tells the arguments.\nThis program computes on {}.",
+         `assort <stage> --help` tells the arguments.\n\
+         `assort gpu-check [DEVICE]` compares a device with the CPU: exit status 1 if they differ.\nThis program computes on {}.",
         names.join(", "),
         devices()
     )
 }
+
+/// One training step of small networks on a device beside the same by the CPU's kernels.
+///
+/// Exit status: 0 where all agree, 1 where something does not, 2 where the device cannot be used.
+fn gpu_check(device: Option<OsString>) -> ExitCode {
+    let choice = device.as_ref().map_or("auto".into(), |device| device.to_string_lossy()).parse();
+    let compared = choice.map_err(anyhow::Error::msg).and_then(|choice| {
+        let device = training::network_device(choice)?;
+        println!("{:?} beside the CPU's kernels", device.location());
+        training::agreement::compare(&device)
+    });
+    match compared {
+        Ok(found) => {
+            found.iter().for_each(|agreement| println!("{agreement}"));
+            let wrong = found.iter().filter(|agreement| !agreement.holds()).count();
+            println!("{} results, {wrong} beyond their bound", found.len());
+            ExitCode::from(u8::from(wrong > 0))
+        }
+        Err(error) => {
+            eprintln!("assort gpu-check: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The libraries of CUDA that the system found for this program, by their files. The program does
+/// not start without them: the system's loader looks in `LD_LIBRARY_PATH` and its own list.
+fn libraries() -> Vec<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let mut files: Vec<String> = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5))
+        .filter(|file| LIBRARIES.iter().any(|name| file.contains(name)))
+        .map(str::to_owned)
+        .collect();
+    files.sort();
+    files.dedup();
+    files
+}
+
+/// What a program with CUDA needs at run time: driver, runtime, cuBLAS, cuRAND, cuDNN.
+const LIBRARIES: [&str; 5] =
+    ["/libcuda.so", "/libcudart.so", "/libcublas.so", "/libcurand.so", "/libcudnn.so"];
 
 /// What this program was built for.
 fn devices() -> &'static str {

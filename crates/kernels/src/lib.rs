@@ -30,6 +30,9 @@
 
 mod buffer;
 pub mod convolution;
+#[cfg(feature = "cudnn")]
+#[expect(unsafe_code, reason = "memory of a GPU, and cuDNN's calls on it")]
+pub mod cudnn;
 pub mod flat;
 pub mod image;
 mod layout;

@@ -11,6 +11,7 @@
 //! This crate knows no picture files and no method.
 
 mod adam;
+pub mod agreement;
 mod device;
 mod learner;
 pub mod loss;

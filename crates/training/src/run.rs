@@ -22,7 +22,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use backbone::backbone_file;
 use backbone::network_file::{self, NamedTensor};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use stage::container::{self, Container, Header};
@@ -36,6 +36,8 @@ use crate::{Learner, Online};
 const KIND: &str = "state";
 /// Its format version.
 const VERSION: u64 = 1;
+/// Steps on a GPU from one reading of loss, deviation and gradients to the next.
+const STEPS_PER_READING: usize = 10;
 /// Its name in a stage's output folder.
 const NAME: &str = "state.safetensors";
 
@@ -170,11 +172,15 @@ impl<'a> Run<'a> {
     }
 
     /// Notes the loss of this step, a scalar; or that of each direction, as the log has the mean.
+    /// On a GPU, of every tenth step.
     ///
     /// # Errors
     ///
     /// It is not finite: [`Diverged`], with epoch and step.
     pub fn note_loss(&mut self, loss: &Tensor) -> Result<()> {
+        if !self.reads(loss.device()) {
+            return Ok(());
+        }
         let value = f64::from(loss.to_scalar::<f32>()?);
         if !value.is_finite() {
             return Err(self.diverged(&format!("the loss is {value}")));
@@ -191,6 +197,9 @@ impl<'a> Run<'a> {
     ///
     /// It is below the plan's `collapse_deviation`: [`Diverged`], with epoch and step.
     pub fn note_projections(&mut self, projections: &Tensor) -> Result<()> {
+        if !self.reads(projections.device()) {
+            return Ok(());
+        }
         let deviation = deviation_of_unit_rows(projections)?;
         if deviation.is_nan() {
             return Err(self.diverged("the target's projection is not finite"));
@@ -216,7 +225,17 @@ impl<'a> Run<'a> {
     ///
     /// One is not finite: [`Diverged`], with epoch, step and parameter.
     pub fn check_gradients(&self, online: &Online) -> Result<()> {
+        if !self.reads(&online.backbone.network().device()) {
+            return Ok(());
+        }
         self.refuse_gradient(online.first_gradient_not_finite()?)
+    }
+
+    /// Whether this step reads back what `device` computed. A GPU stands still while the host
+    /// waits for a number, so that there every tenth step does, and the first one of each epoch;
+    /// what they let pass in between is found by the next one, and by every save.
+    fn reads(&self, device: &Device) -> bool {
+        device.is_cpu() || self.batches_done().is_multiple_of(STEPS_PER_READING)
     }
 
     /// Stops the run at a gradient that is not finite.

@@ -20,7 +20,7 @@ use crate::layout::TILE;
 use crate::{Precision, Shape};
 
 /// A convolution between two values of known extent. A linear layer is one with kernel 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Geometry {
     /// What it reads.
     pub input: Shape,

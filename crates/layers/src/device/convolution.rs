@@ -32,6 +32,10 @@ impl<'a> Product<'a> {
 
     /// (N, H·W, I) to (N, H'·W', O).
     pub fn forward(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cudnn")]
+        if x.device().is_cuda() {
+            return super::cudnn::forward(&self.g, x, &self.channels_last(weight, x.dtype())?);
+        }
         let by_tap = self.weight(weight, [2, 3, 1, 0], x.dtype())?;
         self.by_images(self.g.input.channels, |first, count| {
             let columns = self.columns(&x.narrow(0, first, count)?)?;
@@ -41,6 +45,11 @@ impl<'a> Product<'a> {
 
     /// The gradient of the input, (N, H·W, I), from that of the output.
     pub fn input_gradient(&self, gradient: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cudnn")]
+        if gradient.device().is_cuda() {
+            let weight = self.channels_last(weight, gradient.dtype())?;
+            return super::cudnn::input_gradient(&self.g, gradient, &weight);
+        }
         let (input, output) = (self.g.input, self.g.output);
         let (taps, pixels) = (self.windows.taps(), output.pixels());
         if self.g.stride == 1 {
@@ -76,6 +85,11 @@ impl<'a> Product<'a> {
 
     /// The gradient of the weights, flat in the order (O, I, KH, KW), f32.
     pub fn weight_gradient(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cudnn")]
+        if x.device().is_cuda() {
+            let made = super::cudnn::weight_gradient(&self.g, x, gradient)?;
+            return made.to_dtype(DType::F32)?.permute((0, 3, 1, 2))?.flatten_all();
+        }
         let (taps, to) = (self.windows.taps(), self.g.output.channels);
         let mut sum: Option<Tensor> = None;
         for (first, count) in self.runs(self.g.input.channels) {
@@ -104,6 +118,14 @@ impl<'a> Product<'a> {
             return Ok(x.clone());
         }
         x.contiguous()?.index_select(&self.place.indices(self.windows, part)?[0], 1)
+    }
+
+    /// The weights as (O, KH, KW, I).
+    #[cfg(feature = "cudnn")]
+    fn channels_last(&self, weight: &Tensor, dtype: DType) -> Result<Tensor> {
+        let Geometry { input, output, kernel, .. } = self.g;
+        let weight = weight.reshape((output.channels, input.channels, kernel, kernel))?;
+        weight.to_dtype(dtype)?.permute((0, 2, 3, 1))?.contiguous()
     }
 
     /// The weights with their four axes in this order, as a matrix whose columns are the last one.

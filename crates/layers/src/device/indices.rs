@@ -37,7 +37,7 @@ pub(super) enum Part {
     /// One table for each tap: the pixel below it in each window; beyond the border, the first one
     /// that the window has.
     Inside,
-    /// One table: for each window, the first tap that is not beyond the border, u8.
+    /// Two tables of u8: for each window, the first tap that is not beyond the border; all taps.
     FirstTaps,
 }
 
@@ -109,7 +109,9 @@ impl Windows {
             Part::Inside => (0..self.taps()).map(|tap| tensor(self.inside(tap))).collect(),
             Part::FirstTaps => {
                 let taps: Vec<u8> = (0..self.count()).map(|at| self.first_tap(at) as u8).collect();
-                Ok(vec![Tensor::from_vec(taps, (1, self.count(), 1), device)?])
+                let first = Tensor::from_vec(taps, (1, self.count(), 1), device)?;
+                let all: Vec<u8> = (0..self.taps()).map(|tap| tap as u8).collect();
+                Ok(vec![first, Tensor::from_vec(all, self.taps(), device)?])
             }
             Part::PoolCovers => {
                 let taps = self.taps() as u32;

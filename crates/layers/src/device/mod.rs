@@ -12,6 +12,8 @@
 
 mod backward;
 mod convolution;
+#[cfg(feature = "cudnn")]
+mod cudnn;
 mod forward;
 mod indices;
 mod norm;

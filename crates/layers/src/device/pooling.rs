@@ -11,8 +11,8 @@ use super::indices::{Part, Windows};
 pub(super) fn max_forward(place: &Place, w: &Window, x: &Tensor) -> Result<(Tensor, Tensor)> {
     let windows = Windows::of_pool(w);
     let inside = place.indices(windows, Part::Inside)?;
-    let first_taps = &place.indices(windows, Part::FirstTaps)?[0];
-    let numbers = Tensor::arange(0u32, inside.len() as u32, x.device())?.to_dtype(DType::U8)?;
+    let tables = place.indices(windows, Part::FirstTaps)?;
+    let (first_taps, numbers) = (&tables[0], &tables[1]);
     let x = x.contiguous()?;
     // A tap beyond the border shows the window's first pixel once more, which is never larger.
     let mut best = x.index_select(&inside[0], 1)?;

@@ -1,0 +1,183 @@
+//! Whether a device computes what the CPU's kernels compute: one training step of small networks of
+//! every architecture, on both.
+//!
+//! It needs no pictures and no compiler, so that a machine reached by copying one file can run it:
+//! `assort gpu-check`.
+
+use std::fmt;
+
+use anyhow::Result;
+use backbone::{Architecture, Depth, Segment, Stem, resnet};
+use candle_core::{DType, Device, Tensor};
+use layers::{Gradients, Mode, Modes, Network, Sgd};
+
+use crate::Precision;
+
+/// How far two results of one step lie apart.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Agreement {
+    /// Network, precision and result.
+    pub what: String,
+    /// Length of the difference as a share of the kernels' result (‖a − b‖ / ‖b‖).
+    pub off: f64,
+    /// What is allowed.
+    pub bound: f64,
+}
+
+impl Agreement {
+    /// Whether the difference is within its bound.
+    pub fn holds(&self) -> bool {
+        self.off <= self.bound // False for NaN.
+    }
+}
+
+impl fmt::Display for Agreement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.holds() { "ok" } else { "WRONG" };
+        write!(f, "{verdict:5} {:44} off by {:.1e}, bound {:.0e}", self.what, self.off, self.bound)
+    }
+}
+
+/// Depth, stem and the sides of the pictures: odd ones, and one side short.
+const NETWORKS: [(Depth, Stem, usize, usize); 4] = [
+    (Depth::Eighteen, Stem::Plain, 11, 7),
+    (Depth::Eighteen, Stem::PoolPadded, 13, 18),
+    (Depth::ThirtyFour, Stem::Large, 45, 38),
+    (Depth::Fifty, Stem::Pool, 36, 30),
+];
+
+/// Pictures in the step: not a multiple of the 16 that the kernels group.
+const PICTURES: usize = 19;
+
+/// Results of one step on `device`, by candle's tensor operations or by cuDNN, beside those of the
+/// CPU's kernels.
+///
+/// # Errors
+///
+/// The device fails.
+pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
+    let mut found = Vec::new();
+    for (depth, stem, height, width) in NETWORKS {
+        let architecture = Architecture { depth, width: 8, stem };
+        for precision in [Precision::F32, Precision::Bf16] {
+            // In bf16 its roundings grow to the size of the gradient: nothing to compare.
+            if depth == Depth::Fifty && precision == Precision::Bf16 {
+                continue;
+            }
+            let plan = resnet::plan(&architecture, 3)?.with_precision(precision.into());
+            let kernels = Segment::random("backbone", plan, 1)?;
+            let other = kernels.of(kernels.network().by_tensor_operations(device))?;
+            let (want, got) = (step(kernels, height, width)?, step(other, height, width)?);
+            let name = format!("ResNet {depth:?}, {stem:?} stem, {precision:?}");
+            found.extend(agreements(&name, &bounds(precision), &want, &got));
+        }
+    }
+    Ok(found)
+}
+
+/// What is allowed of output, gradients, statistics and parameters after the step.
+///
+/// Deep networks amplify roundings: one that changes a ReLU's side changes what lies below.
+/// Between the CPU's own two ways to compute f32 is mostly 1e-6 off, but gradients of ResNet-50
+/// 1e-2; bf16 up to 2e-2, gradients 4e-1. cuDNN's f32 has products of 10 bits, bf16 of 7.
+fn bounds(precision: Precision) -> [f64; 4] {
+    match precision {
+        Precision::F32 if cfg!(feature = "cudnn") => [3e-2, 3e-1, 1e-2, 2e-1],
+        Precision::F32 => [1e-4, 3e-2, 1e-4, 1e-2],
+        Precision::Bf16 => [5e-2, 6e-1, 1e-2, 1e-1],
+    }
+}
+
+const RESULTS: [&str; 4] = ["output", "gradients", "statistics", "parameters"];
+
+fn agreements(
+    name: &str,
+    bounds: &[f64; 4],
+    want: &[Vec<f32>; 4],
+    got: &[Vec<f32>; 4],
+) -> Vec<Agreement> {
+    let each = RESULTS.iter().zip(bounds).zip(want.iter().zip(got));
+    each.map(|((result, &bound), (want, got))| Agreement {
+        what: format!("{name}: {result}"),
+        off: distance(want, got),
+        bound,
+    })
+    .collect()
+}
+
+fn distance(want: &[f32], got: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let size: f64 = want.iter().map(|w| square(f64::from(*w))).sum();
+    let off: f64 = want.iter().zip(got).map(|(w, g)| square(f64::from(*w) - f64::from(*g))).sum();
+    (off / size.max(1e-24)).sqrt()
+}
+
+/// Forward, backward and an update; the [`RESULTS`].
+fn step(mut segment: Segment, height: usize, width: usize) -> Result<[Vec<f32>; 4]> {
+    let network: Network = segment.network().clone();
+    let device = network.device();
+    let noise = |shape: (usize, usize), counter: u64| -> Result<Tensor> {
+        let noise = crate::noise(1., shape, 1, &[counter], &device)?;
+        Ok(noise.unwrap_or(Tensor::zeros(shape, DType::F32, &device)?))
+    };
+    let pictures = noise((PICTURES, height * width * 3), 0)?;
+    let pictures = pictures.reshape((PICTURES, height, width, 3))?;
+    let at_output = noise((PICTURES, network.output_width()), 1)?;
+
+    let (mut tape, mut gradients): (_, Gradients) = (network.tape(), network.gradients());
+    let modes = Modes::all(&network, Mode::Batch);
+    let output = segment.forward(&pictures, &modes, Some(&mut tape))?;
+    segment.backward(&mut tape, &at_output, &mut gradients, false)?;
+    let first = gradients.to_vec()?;
+    let rule = Sgd { learning_rate: 1e-3, momentum: 0.9, weight_decay: 5e-4 };
+    segment.parameters.sgd(&gradients, &mut network.momenta(), rule)?;
+    Ok([
+        output.flatten_all()?.to_vec1()?,
+        first,
+        segment.statistics.to_vec()?,
+        segment.parameters.to_vec()?,
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensor_operations_on_the_cpu_agree_with_its_kernels() -> Result<()> {
+        let found = compare(&Device::Cpu)?;
+        assert_eq!(found.len(), (4 + 3) * 4);
+        for agreement in &found {
+            assert!(agreement.holds(), "{agreement}");
+        }
+        // Two ways to compute: not the same bits.
+        assert!(found.iter().any(|agreement| agreement.off > 0.));
+        Ok(())
+    }
+
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    #[test]
+    fn the_best_device_here_agrees_with_the_cpus_kernels() -> Result<()> {
+        let device = crate::network_device(stage::DeviceChoice::Auto)?;
+        assert!(!device.is_cpu(), "built for a GPU, but there is none");
+        for agreement in compare(&device)? {
+            assert!(agreement.holds(), "{agreement}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_difference_beyond_its_bound_or_a_nan_is_told() {
+        let far = agreements(
+            "n",
+            &[0.1; 4],
+            &[(); 4].map(|()| vec![3., 4.]),
+            &[vec![3., 4.], vec![3., 3.], vec![3., f32::NAN], vec![3.3, 4.4]],
+        );
+        assert!(far[0].holds() && !far[1].holds() && !far[2].holds());
+        assert!((far[1].off - 0.2).abs() < 1e-12 && (far[3].off - 0.1).abs() < 1e-6);
+        assert!(
+            far[1].to_string().starts_with("WRONG") && far[0].to_string().contains("n: output")
+        );
+    }
+}
