@@ -283,6 +283,23 @@ fn a_pass_that_keeps_nothing_gives_the_same_output() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn inference_is_a_pass_on_running_statistics_and_knows_when_they_changed() -> Result<()> {
+    for device in devices()? {
+        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&device)?;
+        let mut inference = b.network.inference(&b.parameters, &b.statistics)?;
+        let found = inference.forward(&b.input(6, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
+        assert!(inference.is_of(&b.parameters, &b.statistics));
+        b.forward(6, 2, None)?;
+        assert!(!inference.is_of(&b.parameters, &b.statistics), "they follow the batch");
+        let mut b =
+            Bench::new(&narrow_resnet(5, 7), Precision::F32, &["stem", "layer1", "layer2"])?;
+        let want = b.forward(6, 1, None)?;
+        assert!(distance(&found, &wide(&want)) < 4e-6);
+    }
+    Ok(())
+}
+
 /// Steps of both optimizers and the moving average; frozen blocks; two passes before a step.
 #[test]
 fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {

@@ -58,8 +58,11 @@ pub(crate) fn forward(
     if !run.running.is_empty() {
         statistics.changed();
     }
-    if let Some(numbers) = &mut statistics.flat.elsewhere {
+    if let Some(numbers) = &mut statistics.flat.elsewhere
+        && !run.running.is_empty()
+    {
         numbers.replace(run.running)?;
+        statistics.changed();
     }
     let version = parameters.version();
     let Run { shapes, values, notes, .. } = run;
