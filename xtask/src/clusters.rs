@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
     let embeddings = embeddings_of(&options.run, &options.runs, options.seed)?;
     let program = match &options.programs {
         Some(folder) => folder.join(format!("{PROGRAM}{}", env::consts::EXE_SUFFIX)),
-        None => programs::cargo_build(&[("metrics", PROGRAM)])?
+        None => programs::cargo_build(&[("metrics", PROGRAM)], None)?
             .remove(PROGRAM)
             .with_context(|| format!("cargo built no `{PROGRAM}`"))?,
     };
