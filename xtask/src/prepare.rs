@@ -103,7 +103,7 @@ pub fn run(options: &Options) -> Result<()> {
     options.set.iter().try_for_each(|assignment| experiment.set(assignment))?;
     let programs = match &options.programs {
         Some(folder) => Programs::in_folder(&[PREPARE], folder)?,
-        None => Programs::build(&[PREPARE])?,
+        None => Programs::build(&[PREPARE], None)?,
     };
     let program = programs.get(PREPARE);
     if let Some(address) = source.as_ref().and_then(|source| model_address(source)) {
