@@ -12,7 +12,11 @@ fn xtask(words: &[&str], folder: &Path) -> Output {
     let mut command: Command = program("xtask");
     command.args(words).arg("--images").arg(folder.join("pictures"));
     command.arg("--runs").arg(folder.join("runs")).arg("--programs").arg(programs());
-    command.args(["--set", "prepare.classes=[]", "--set", "prepare.images-per-class=0"]);
+    for assignment in
+        ["prepare.classes=[]", "prepare.images-per-class=0", "prepare.format=\"auto\""]
+    {
+        command.args(["--set", assignment]);
+    }
     command.output().expect("started")
 }
 
