@@ -4,6 +4,8 @@
 //! seed, round, kind of device and processor, and of the keys of its inputs. So one pretraining
 //! serves all experiments that agree on it, and no changed value reuses an old result.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt::{self, Write as _};
@@ -98,7 +100,12 @@ fn machine(device: &str) -> String {
 
 #[cfg(target_arch = "x86_64")]
 fn instructions() -> &'static str {
-    if is_x86_feature_detected!("avx512bf16") {
+    // Tiles and their products of bfloat16: bits 24 and 22. Whether the system lets programs use
+    // them is not asked: a result that is computed once more does no harm, one mistaken does.
+    let tiles = 1 << 24 | 1 << 22;
+    if __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & tiles == tiles {
+        "amx"
+    } else if is_x86_feature_detected!("avx512bf16") {
         "avx512-bf16"
     } else if is_x86_feature_detected!("avx512f") {
         "avx512"
@@ -114,9 +121,10 @@ fn instructions() -> &'static str {
     "plain"
 }
 
-/// The variables by which a kernel can be chosen; the number of threads changes no result.
+/// The variables that change results: the kernel. Neither the number of threads nor a decoded copy of
+/// the pictures does.
 fn environment() -> BTreeMap<String, String> {
-    env::vars().filter(|(name, _)| name.starts_with("ASSORT_")).collect()
+    env::vars().filter(|(name, _)| name == "ASSORT_KERNEL").collect()
 }
 
 /// The state of a file or of all files below a folder: names, lengths and times of change. It is

@@ -37,7 +37,7 @@ use crate::fit::{Candidate, lowest_loss};
 use crate::head::{Head, Shape};
 
 /// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {
