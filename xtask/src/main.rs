@@ -244,12 +244,19 @@ fn follow(command: Command) -> Result<()> {
     }
 }
 
-/// Paths in experiments and messages are seen from the root of the workspace. Where this program
-/// was copied to a machine without it, the folder it is started in stands for the root, if the
-/// experiments are there.
+/// Paths in experiments and messages are seen from the root of the workspace: the one that
+/// `cargo xtask` was said in, which is not the one this program was built in where a checkout was
+/// moved or copied with its build. Where this program was copied to a machine without a workspace,
+/// the folder it is started in stands for the root, if the experiments are there.
 fn go_to_root() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    if root.join(experiment::FOLDER).is_dir() {
+    let said_in = env::var_os("CARGO_MANIFEST_DIR");
+    let built_in = Some(env!("CARGO_MANIFEST_DIR").into());
+    let root = [said_in, built_in]
+        .into_iter()
+        .flatten()
+        .map(|xtask| Path::new(&xtask).join(".."))
+        .find(|root| root.join(experiment::FOLDER).is_dir());
+    if let Some(root) = root {
         return env::set_current_dir(&root)
             .with_context(|| format!("going to `{}`", root.display()));
     }
