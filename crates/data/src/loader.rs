@@ -78,8 +78,6 @@ struct State {
     /// How many were taken.
     taken: usize,
     finished: BTreeMap<usize, Result<Batch>>,
-    /// Memory of views that were given back.
-    spare: Vec<Vec<f32>>,
     stopped: bool,
 }
 
@@ -212,14 +210,6 @@ impl Loader {
     }
 }
 
-impl Loader {
-    /// Takes back the memory of a view that was copied to where it is needed, for a batch to come:
-    /// clearing new memory for a batch of photographs takes a fifth of the time to make it.
-    pub fn give_back(&self, view: Vec<f32>) {
-        self.ring.lock().spare.push(view);
-    }
-}
-
 /// For each row of each batch, how often it came before.
 fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let mut seen: HashMap<u32, u32> = HashMap::new();
@@ -236,10 +226,9 @@ fn work(ring: &Ring, maker: &Maker, limit: usize) {
     let (mut memory, mut workspace) = (Memory::default(), Workspace::default());
     while let Some(number) = ring.claim(maker.batches.len(), limit) {
         // A thread that died without a word would leave the loader waiting for ever.
-        let batch = catch_unwind(AssertUnwindSafe(|| {
-            maker.make(number, ring, &mut memory, &mut workspace)
-        }))
-        .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
+        let batch =
+            catch_unwind(AssertUnwindSafe(|| maker.make(number, &mut memory, &mut workspace)))
+                .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
         ring.lock().finished.insert(number, batch);
         ring.changed.notify_all();
     }
@@ -269,15 +258,6 @@ impl Ring {
         Some(number)
     }
 
-    /// Memory for a view of this many values, all of which are to be overwritten.
-    fn view(&self, values: usize) -> Vec<f32> {
-        let mut state = self.lock();
-        let fits = state.spare.iter().position(|spare| spare.len() == values);
-        let spare = fits.map(|position| state.spare.swap_remove(position));
-        drop(state);
-        spare.unwrap_or_else(|| kernels::zeros(values))
-    }
-
     fn take(&self, number: usize) -> Result<Batch> {
         let mut state = self.lock();
         loop {
@@ -293,15 +273,9 @@ impl Ring {
 }
 
 impl Maker {
-    fn make(
-        &self,
-        number: usize,
-        ring: &Ring,
-        memory: &mut Memory,
-        workspace: &mut Workspace,
-    ) -> Result<Batch> {
+    fn make(&self, number: usize, memory: &mut Memory, workspace: &mut Workspace) -> Result<Batch> {
         let rows = &self.batches[number];
-        let empty = |(_, input): &(Pipeline, Input)| ring.view(rows.len() * input.values());
+        let empty = |(_, input): &(Pipeline, Input)| kernels::zeros(rows.len() * input.values());
         let mut views: Vec<Vec<f32>> = self.views.iter().map(empty).collect();
         for (position, &row) in rows.iter().enumerate() {
             let picture = self.images.pixels(row, memory)?;
@@ -509,29 +483,6 @@ mod tests {
             "{error}"
         );
         assert!(loader.next().is_none());
-    }
-
-    #[test]
-    fn memory_that_is_given_back_is_overwritten() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let images = images(folder.path());
-        // Batches of one length, since memory is used again for views of the same length only.
-        let order: Vec<_> = (0..40).map(|i| vec![i % ROWS]).collect();
-        let fresh = load(&images, order.clone(), 1, 1);
-        let (pipelines, threads) = (vec![pipeline(), pipeline()], 2);
-        let mut loader =
-            Loader::new(&images, order, pipelines, &input(), 1, 7, threads).expect("started");
-        for want in fresh {
-            let batch = loader.next().expect("as many").expect("made");
-            assert_eq!(batch, want);
-            for mut view in batch.views {
-                view.fill(f32::NAN);
-                loader.give_back(view);
-            }
-        }
-        // Of 80 views, no more were allocated than there are batches ahead and one in use.
-        let spare = loader.ring.lock().spare.len();
-        assert!(spare <= 2 * (threads + AHEAD + 1), "{spare} views");
     }
 
     #[test]

@@ -226,14 +226,11 @@ fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
     let mut epoch = 0;
     bench::serve(|| {
         epoch += 1;
-        let mut loader =
+        let loader =
             Loader::new(&images, batches.clone(), pipelines.clone(), &input, 0, epoch, threads)?;
         let mut count = 0;
-        while let Some(batch) = loader.next() {
-            let batch = batch?;
-            count += batch.rows.len();
-            // As where a batch is copied to a device.
-            batch.views.into_iter().for_each(|view| loader.give_back(view));
+        for batch in loader {
+            count += batch?.rows.len();
         }
         Ok(count as f64)
     })
