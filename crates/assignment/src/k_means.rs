@@ -337,6 +337,7 @@ mod tests {
             .collect()
     }
 
+    /// ProPos, case 9: labels and inertia.
     #[test]
     fn the_worked_example_has_its_labels_and_inertia() -> Result<()> {
         let centres = [1., 0., 0., 1., -1., 0.];
@@ -347,6 +348,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 9: lengths do not matter.
     #[test]
     fn a_row_may_be_scaled_without_effect_when_spherical() -> Result<()> {
         let points = blobs(60, 5, 3, 1);
@@ -361,6 +363,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 9: the inertia of iterations.
     #[test]
     fn inertia_never_rises_and_belongs_to_the_assignment() -> Result<()> {
         let (n, d) = (500, 7);
@@ -393,6 +396,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 9: the seed.
     #[test]
     fn the_same_seed_and_any_number_of_threads_give_the_same_bits() -> Result<()> {
         let points = blobs(3000, 9, 12, 4);

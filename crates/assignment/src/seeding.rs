@@ -274,6 +274,7 @@ fn below(n: usize, random: &mut ChaCha8Rng) -> usize {
 mod tests {
     use super::*;
 
+    /// ProPos, case 9: the candidates.
     #[test]
     fn the_number_of_candidates_grows_with_the_logarithm() {
         let counts: Vec<usize> = [10, 15, 20, 200].iter().map(|&k| candidates(k)).collect();

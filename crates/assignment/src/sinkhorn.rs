@@ -1,8 +1,6 @@
 //! Sinkhorn-Knopp: soft assignments that use all clusters alike.
 
-use anyhow::{Result, ensure};
-
-use crate::points;
+use anyhow::{Result, bail, ensure};
 
 /// Soft assignments `(N, K)` from `scores` `(N, K)`: Caron et al. 2020 (arXiv:2006.09882), section 3.
 ///
@@ -19,23 +17,36 @@ use crate::points;
 ///
 /// The scores are no `(n, k)` matrix of finite numbers, or `epsilon` is not above 0.
 pub fn sinkhorn(
-    scores: &[f32],
+    scores: &[f64],
     n: usize,
     k: usize,
     epsilon: f64,
     rounds: usize,
-) -> Result<Vec<f32>> {
-    points::check(scores, n, k, "sinkhorn")?;
+) -> Result<Vec<f64>> {
+    ensure!(
+        k > 0 && n.checked_mul(k) == Some(scores.len()),
+        "sinkhorn: {n} points with {k} scores each make {n}·{k} numbers, but there are {}",
+        scores.len()
+    );
+    if let Some(place) = scores.iter().position(|score| !score.is_finite()) {
+        bail!(
+            "sinkhorn: row {} holds {} in column {}; only finite numbers can be compared: look at \
+             what computed this row",
+            place / k,
+            scores[place],
+            place % k
+        );
+    }
     ensure!(
         epsilon > 0. && epsilon.is_finite(),
         "sinkhorn: epsilon is {epsilon}; it must be above 0"
     );
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let mut mass = Vec::with_capacity(n * k);
     for row in scores.chunks(k) {
-        let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let top = f64::from(largest).min(f64::from(highest) + 600. * epsilon);
-        mass.extend(row.iter().map(|&s| ((f64::from(s) - top) / epsilon).exp()));
+        let highest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let top = largest.min(highest + 600. * epsilon);
+        mass.extend(row.iter().map(|&s| ((s - top) / epsilon).exp()));
     }
     for _ in 0..rounds {
         let mut clusters = vec![0f64; k];
@@ -50,7 +61,7 @@ pub fn sinkhorn(
         }
     }
     mass.chunks_mut(k).for_each(|row| scale(row, 1.));
-    Ok(mass.iter().map(|&q| q as f32).collect())
+    Ok(mass)
 }
 
 /// Scales `row` to sum to `target`.
@@ -63,12 +74,12 @@ fn scale(row: &mut [f64], target: f64) {
 mod tests {
     use super::*;
 
-    const SCORES: [f32; 8] = [2., 0., 1., 0., 1., 0.5, 0., 0.2];
+    const SCORES: [f64; 8] = [2., 0., 1., 0., 1., 0.5, 0., 0.2];
 
-    fn first_column(rounds: usize) -> Vec<f32> {
+    fn first_column(rounds: usize) -> Vec<f64> {
         let q = sinkhorn(&SCORES, 4, 2, 1., rounds).expect("valid");
         for row in q.chunks(2) {
-            assert!((row[0] + row[1] - 1.).abs() < 1e-6);
+            assert!((row[0] + row[1] - 1.).abs() < 1e-12);
         }
         q.iter().step_by(2).copied().collect()
     }
@@ -80,7 +91,7 @@ mod tests {
         for (got, want) in got.iter().zip(want) {
             assert!((got - want).abs() < 1e-6, "{got} {want}");
         }
-        assert!((got.iter().sum::<f32>() - 1.996_435).abs() < 2e-6);
+        assert!((got.iter().sum::<f64>() - 1.996_435).abs() < 1e-6);
     }
 
     #[test]
@@ -90,7 +101,7 @@ mod tests {
         for (got, want) in got.iter().zip(want) {
             assert!((got - want).abs() < 1e-6, "{got} {want}");
         }
-        assert!((got.iter().sum::<f32>() - 2.).abs() < 1e-6);
+        assert!((got.iter().sum::<f64>() - 2.).abs() < 1e-6);
     }
 
     #[test]
@@ -98,11 +109,15 @@ mod tests {
         let scores = [1000., 0., -1000., -2000., 500., 500.];
         let q = sinkhorn(&scores, 3, 2, 0.05, 3).expect("valid");
         for row in q.chunks(2) {
-            assert!((row[0] + row[1] - 1.).abs() < 1e-6, "{q:?}");
+            assert!((row[0] + row[1] - 1.).abs() < 1e-12, "{q:?}");
         }
         // The undecided point is all that the second cluster can have.
-        assert_eq!(q, [1., 0., 1., 0., 0., 1.]);
+        for (q, want) in q.iter().zip([1., 0., 1., 0., 0., 1.]) {
+            assert!((q - want).abs() < 1e-9, "{q} {want}");
+        }
         assert!(sinkhorn(&scores, 3, 2, 0., 3).is_err());
         assert!(sinkhorn(&scores, 2, 2, 1., 3).is_err());
+        let error = sinkhorn(&[0., 1., f64::NAN, 1.], 2, 2, 1., 3).expect_err("not a number");
+        assert!(error.to_string().contains("row 1 holds NaN in column 0"), "{error}");
     }
 }

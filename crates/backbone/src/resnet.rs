@@ -138,6 +138,7 @@ mod tests {
         Architecture { depth, width, stem }
     }
 
+    /// ProPos, case 16: parameters.
     #[test]
     fn parameter_counts_are_the_published_ones() -> Result<()> {
         // 11.169 M and 21.285 M.
@@ -228,6 +229,7 @@ mod tests {
         Ok((2. * ratio - 1.) / (2. * ratio - 2.))
     }
 
+    /// ProPos, case 16: maps and embeddings.
     #[test]
     fn last_maps_have_the_published_size() -> Result<()> {
         for (depth, stem, last_norm, picture, map) in [
@@ -242,6 +244,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 16: the projector.
     #[test]
     fn the_projector_has_the_published_shape() -> Result<()> {
         let projector = crate::perceptron::plan(512, 4096, 256)?;

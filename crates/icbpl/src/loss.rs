@@ -142,7 +142,8 @@ pub fn nearest_centroids(features: &Tensor, centroids: &Tensor) -> Result<(Vec<u
         let first = |best: usize, place: usize| if row[place] > row[best] { place } else { best };
         (0..row.len()).reduce(first).unwrap_or(0) as u32
     };
-    let values = cosines.detach().to_dtype(candle_core::DType::F64)?.to_vec2::<f64>()?;
+    let values = cosines.detach().to_device(&candle_core::Device::Cpu)?;
+    let values = values.to_dtype(candle_core::DType::F64)?.to_vec2::<f64>()?;
     let nearest: Vec<u32> = values.iter().map(largest).collect();
     let chosen = Tensor::new(nearest.as_slice(), features.device())?;
     Ok((nearest, training::ops::pick(&cosines, &chosen)?))
@@ -190,7 +191,7 @@ mod tests {
         assert!((got.1 - value).abs() < 1e-8, "value {}, want {value}", got.1);
     }
 
-    // Specified case T4.
+    /// ICBPL, case T4.
     #[test]
     fn discrepancy_is_blind_to_order_side_and_rotation() -> Result<()> {
         let s = rows(&[[1., 0.], [0.6, 0.8], [0., 1.], [-0.8, 0.6]]);
@@ -203,13 +204,15 @@ mod tests {
         let rotation = rows(&[[0.8, 0.6], [-0.6, 0.8]]);
         let moved = discrepancy(&s.matmul(&rotation)?, &t.matmul(&rotation)?)?;
         assert!((scalar(&moved) - value).abs() < 1e-12);
-        let permuted = discrepancy(&turned, &t)?;
-        assert!((scalar(&permuted) - value).abs() < 1e-12);
+        let turned_t = rows(&[[0.6, -0.8], [0., -1.], [0.28, 0.96], [-1., 0.]]);
+        for (s, t) in [(&turned, &t), (&s, &turned_t), (&turned, &turned_t)] {
+            assert!((scalar(&discrepancy(s, t)?) - value).abs() < 1e-12);
+        }
         assert!(discrepancy(&s, &t.narrow(0, 0, 2)?).is_err());
         Ok(())
     }
 
-    // T5 and T6.
+    /// ICBPL, case T5; ICBPL, case T6.
     #[test]
     fn discrepancies_of_two_rows_have_the_specified_values() -> Result<()> {
         let opposite = both(&rows(&[[1., 0.], [0., 1.]]), &rows(&[[-1., 0.], [0., -1.]]));
@@ -224,7 +227,7 @@ mod tests {
         Ok(())
     }
 
-    // T7.
+    /// ICBPL, case T7.
     #[test]
     fn discrepancies_to_two_centroids_have_the_specified_values() -> Result<()> {
         let centroids = rows(&[[1., 0.], [-1., 0.]]);
@@ -238,7 +241,7 @@ mod tests {
         Ok(())
     }
 
-    // T8.
+    /// ICBPL, case T8.
     #[test]
     fn collapse_onto_one_centroid_is_never_preferred() -> anyhow::Result<()> {
         let places = Centroids::ClosedForm.place(10, 20, 1)?;
@@ -250,7 +253,7 @@ mod tests {
         Ok(())
     }
 
-    // T9.
+    /// ICBPL, case T9.
     #[test]
     fn targets_are_all_centroids_in_turn() {
         let want: Vec<u32> = (0..10).chain(0..10).chain(0..3).collect();
@@ -259,7 +262,7 @@ mod tests {
 
     const PUBLISHED: PairWeights = PairWeights { cosine: 3., absolute: 8. };
 
-    // T10.
+    /// ICBPL, case T10.
     #[test]
     fn pair_distances_have_the_specified_values() -> Result<()> {
         let (a, b) = (rows(&[[1., 0.], [0.6, 0.8]]), rows(&[[0.8, 0.6], [0.6, 0.8]]));
@@ -279,7 +282,7 @@ mod tests {
         Ok(())
     }
 
-    // T11.
+    /// ICBPL, case T11.
     #[test]
     fn nearest_centroids_have_the_specified_cosines_and_the_lowest_index_wins() -> Result<()> {
         let half = 0.8660254037844386;
@@ -296,7 +299,7 @@ mod tests {
         Ok(())
     }
 
-    // T12, in `training::ops::unit_rows`, by which features are made unit-length.
+    /// ICBPL, case T12, in `training::ops::unit_rows`, by which features are made unit-length.
     #[test]
     fn unit_rows_have_the_specified_values() -> Result<()> {
         let zero = Var::from_tensor(&rows(&[[3., 4.], [0., 0.]]))?;
@@ -327,7 +330,7 @@ mod tests {
         Ok(())
     }
 
-    // T15: with the bandwidth held, differences are the gradient that autograd finds without.
+    /// ICBPL, case T15: with the bandwidth held, differences are the gradient that autograd finds without.
     #[test]
     fn the_bandwidth_receives_no_gradient() -> Result<()> {
         let targets = rows(&[[1., 0.], [-1., 0.], [0., 1.], [1., 0.]]);

@@ -113,7 +113,7 @@ mod tests {
         Ok([rows(0.)?, rows(100.)?])
     }
 
-    // Specified case T15: B = 4; 1, 0, 2, 1 images take part.
+    /// IMC-SwAV, case T15: B = 4; 1, 0, 2, 1 images take part.
     #[test]
     fn the_classifier_waits_until_a_batch_is_gathered() -> Result<()> {
         let mut bank = Bank::default();

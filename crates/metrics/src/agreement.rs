@@ -342,6 +342,7 @@ mod tests {
         assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
     }
 
+    /// ProPos, case 10: NMI by each mean, ARI and ACC.
     #[test]
     fn the_worked_examples_have_their_scores() {
         let t = table(&[0, 0, 0, 1, 1, 2, 2, 2, 2, 2], &[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
@@ -356,6 +357,18 @@ mod tests {
         near(adjusted_rand_index(&t), 0.431_818);
     }
 
+    /// IMC-SwAV, case T16.
+    #[test]
+    fn scores_of_ten_images_have_the_specified_digits() {
+        let t = table(&[1, 1, 2, 2, 2, 2, 0, 0, 0, 1], &[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]);
+        assert_eq!(accuracy(&t), 0.8);
+        let nmi = normalized_mutual_information(&t, Mean::Arithmetic);
+        assert!((nmi - 0.618065646).abs() < 1e-9, "{nmi}");
+        let ari = adjusted_rand_index(&t);
+        assert!((ari - 0.431818182).abs() < 1e-9, "{ari}");
+    }
+
+    /// ProPos, case 10: the best map, neither 5/13 nor 9/13.
     #[test]
     fn accuracy_is_neither_greedy_nor_many_to_one() {
         let t = Contingency { rows: 2, columns: 2, counts: vec![5, 4, 4, 0] };

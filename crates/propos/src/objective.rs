@@ -142,7 +142,7 @@ mod tests {
 
     const CLUSTERS: [Option<u32>; 4] = [Some(0), Some(0), Some(1), Some(1)];
 
-    /// Cases 1 and 6 of the specification, joined: the alignment of `q` itself as prediction, and
+    /// ProPos, case 1 and ProPos, case 6 joined: the alignment of `q` itself as prediction, and
     /// the scattering with its weight.
     #[test]
     fn the_loss_is_alignment_plus_weighted_scattering() -> Result<()> {
@@ -231,7 +231,7 @@ mod tests {
         Ok(())
     }
 
-    /// Case 15 of the specification: what the authors' gather over `W` devices does to the gradient
+    /// ProPos, case 15: what the authors' gather over `W` devices does to the gradient
     /// of scattering, and so what `emulate-world-size` divides by.
     #[test]
     fn a_gather_that_drops_the_others_gradients_divides_by_the_world_size() -> Result<()> {

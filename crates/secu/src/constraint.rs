@@ -220,7 +220,7 @@ mod tests {
         values.iter().map(|&value| f64::from(value)).collect()
     }
 
-    /// T4 of the specification.
+    /// SeCu, case T4.
     #[test]
     fn duals_follow_the_sizes_step_by_step() {
         let mut balance = Balance::new(SIZE, 4);
@@ -239,7 +239,7 @@ mod tests {
         assert_near(&[wide(high.values()).iter().sum::<f64>() - 4.], &[-0.01], 1e-6);
     }
 
-    /// T5 of the specification.
+    /// SeCu, case T5.
     #[test]
     fn duals_move_the_image_that_wavers_and_no_other() {
         let similarity = [0.50, 0.47, 0.40, 0.495, 0.9, 0.1, 0.1, 0.1];
@@ -253,7 +253,7 @@ mod tests {
         assert_eq!(even.assign(&[0.5, 0.5, 0.5, 0.1, 0.5, 0.5], Before::Nothing), [0, 1]);
     }
 
-    /// T6 of the specification.
+    /// SeCu, case T6.
     #[test]
     fn entropy_deltas_have_the_specified_values() {
         let balance = entropy(1., &[6., 3., 1., 0.]);
@@ -271,7 +271,7 @@ mod tests {
         }
     }
 
-    /// T7 of the specification.
+    /// SeCu, case T7.
     #[test]
     fn counts_follow_the_images_that_move() {
         let mut balance = entropy(1., &[6., 3., 1., 0.]);
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(balance.values(), [5., 4., 0., 1.]);
     }
 
-    /// T8 of the specification.
+    /// SeCu, case T8.
     #[test]
     fn at_the_published_weight_a_small_cluster_pays() {
         let mut sizes = vec![35_000. / 7.; 10];
@@ -290,7 +290,7 @@ mod tests {
         assert_near(&weighted, &[0., -0.048631, -0.021857], 1e-6);
     }
 
-    /// T15 of the specification.
+    /// SeCu, case T15.
     #[test]
     fn the_first_batch_of_all_is_not_constrained_by_entropy() {
         let mut balance = entropy(6000., &[0.; 3]);

@@ -311,7 +311,7 @@ mod tests {
         Ok(())
     }
 
-    /// T13 of the specification.
+    /// SeCu, case T13.
     #[test]
     fn each_loss_reaches_its_own_parameters_alone() -> Result<()> {
         for epoch in [0, 1] {
@@ -328,7 +328,7 @@ mod tests {
         Ok(())
     }
 
-    /// T14 of the specification, and gotcha 4.
+    /// SeCu, case T14, and gotcha 4.
     #[test]
     fn the_network_sees_the_centres_of_the_epochs_beginning() -> Result<()> {
         let views = [view(1)?, view(2)?];
@@ -390,7 +390,7 @@ mod tests {
         Ok(())
     }
 
-    /// T10 of the specification.
+    /// SeCu, case T10.
     #[test]
     fn a_rate_of_zero_moves_nothing_but_gathers_momentum() -> Result<()> {
         let mut head = head(6)?;

@@ -127,7 +127,7 @@ mod tests {
         assert!((got - want).abs() < within, "got {got}, want {want}");
     }
 
-    /// T1 of the specification.
+    /// SeCu, case T1.
     #[test]
     fn centre_loss_has_the_specified_values_and_gradient() -> Result<()> {
         let z = matrix([[1., 0.], [0.6, 0.8]]);
@@ -154,7 +154,7 @@ mod tests {
         Ok(())
     }
 
-    /// T2 of the specification.
+    /// SeCu, case T2.
     #[test]
     fn two_images_of_one_centre_add_up_and_the_others_stay() -> Result<()> {
         let z = matrix([[0.6, 0.8], [0.8, 0.6]]);
@@ -171,7 +171,7 @@ mod tests {
         Ok(())
     }
 
-    /// T11 of the specification.
+    /// SeCu, case T11.
     #[test]
     fn lengths_of_centres_change_no_loss_and_divide_their_gradient() -> Result<()> {
         let z = unit_rows(&matrix([[0.3, -1.2], [2.0, 0.1], [0.5, 0.9]]))?;
@@ -226,7 +226,7 @@ mod tests {
         Ok([of([[1., 0.]])?, of([[0.6, 0.8]])?])
     }
 
-    /// T3 of the specification.
+    /// SeCu, case T3.
     #[test]
     fn representation_loss_has_the_specified_values_and_gradient() -> Result<()> {
         let t = ids(&[0]);

@@ -81,7 +81,7 @@ mod tests {
     use super::*;
     use crate::constraint::{Balance, Before, Constraint};
 
-    /// T12 of the specification: identical features, similarities about 0.01 apart.
+    /// SeCu, case T12: identical features, similarities about 0.01 apart.
     #[test]
     fn a_collapse_that_looks_balanced_is_seen() {
         const BATCHES: usize = 390;

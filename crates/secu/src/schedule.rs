@@ -62,7 +62,7 @@ impl LearningRate {
 mod tests {
     use super::*;
 
-    /// T9 of the specification.
+    /// SeCu, case T9.
     #[test]
     fn the_published_schedule_has_the_specified_values() -> Result<()> {
         let rate = LearningRate::new(0.2, 1, 10, 401, 391)?;

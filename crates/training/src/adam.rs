@@ -323,7 +323,7 @@ mod tests {
         Ok(())
     }
 
-    /// Coupled decay and a first β of 0.8: IMC-SwAV's rule, by hand to twelve digits.
+    /// IMC-SwAV, case T14: coupled decay and a first β of 0.8, by hand to twelve digits.
     #[test]
     fn coupled_weight_decay_has_the_specified_values() -> anyhow::Result<()> {
         let rule = layers::Adam {

@@ -42,6 +42,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 1.
     #[test]
     fn value_is_that_of_the_specified_case_and_blind_to_length() -> Result<()> {
         // Cosines 0.6 and 0: (0.8 + 2) / 2.
@@ -83,6 +84,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 1, its gradient.
     #[test]
     fn target_receives_no_gradient() -> Result<()> {
         let prediction = Var::new(&[[0.3f64, -1.2], [2.0, 0.1]], &Cpu)?;

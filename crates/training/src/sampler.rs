@@ -161,6 +161,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 11.
     #[test]
     fn balanced_gives_every_cluster_the_same_mass() -> Result<()> {
         let assignment = [0, 0, 0, 0, 0, 0, 2, 2, 2, 3];

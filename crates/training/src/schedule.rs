@@ -127,6 +127,7 @@ mod tests {
         }
     }
 
+    /// ProPos, case 7; the predictor's factor is tested with the optimizer.
     #[test]
     fn published_learning_rate_has_the_specified_values() -> Result<()> {
         let schedule = LearningRate::new(0.05, 50., 1000, 234, Cosine::Published)?;
@@ -151,6 +152,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 8: the decay.
     #[test]
     fn target_decay_has_the_specified_values() -> Result<()> {
         let schedule = TargetDecay::new(0.996, 1000 * 234)?;

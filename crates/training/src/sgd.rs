@@ -153,6 +153,7 @@ mod tests {
         Ok(())
     }
 
+    /// ProPos, case 12.
     #[test]
     fn two_steps_have_the_specified_values() -> anyhow::Result<()> {
         // One weight at 1 whose gradient is 0.1 twice: a linear layer on an input of 1.
