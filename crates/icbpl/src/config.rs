@@ -10,7 +10,7 @@ use layers::Mode;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::Stage;
-use training::{Cosine, LearningRate, Plan, Precision, sampler};
+use training::{Cosine, LearningRate, Plan, Precision, check, sampler};
 
 use crate::Centroids;
 use crate::loss::PairWeights;
@@ -155,14 +155,12 @@ impl Config {
             self.batch_size,
             stage.data.clusters
         );
-        for (key, value) in [
+        check::above_zero(&[
             ("backbone-learning-rate", self.backbone_learning_rate),
             ("head-learning-rate", self.head_learning_rate),
             ("epsilon", self.epsilon),
-        ] {
-            ensure!(value.is_finite() && value > 0., "{key} = {value}: it must be above 0");
-        }
-        for (key, value) in [
+        ])?;
+        check::not_negative(&[
             ("weight-decay", self.weight_decay),
             ("discrepancy-weight", self.discrepancy_weight),
             ("view-weight", self.view_weight),
@@ -170,21 +168,15 @@ impl Config {
             ("least-distance-weight", self.least_distance_weight),
             ("pair-cosine-weight", self.pair_cosine_weight),
             ("pair-absolute-weight", self.pair_absolute_weight),
-        ] {
-            ensure!(value.is_finite() && value >= 0., "{key} = {value}: it must not be negative");
-        }
-        for (key, value) in [("beta-1", self.beta_1), ("beta-2", self.beta_2)] {
-            ensure!((0. ..1.).contains(&value), "{key} = {value}: at least 0 and below 1");
-        }
-        for (key, value) in [
+        ])?;
+        check::below_one(&[("beta-1", self.beta_1), ("beta-2", self.beta_2)])?;
+        check::counts(&[
             ("neighbours", self.neighbours),
             ("kmeans-restarts", self.kmeans_restarts),
             ("backbone.width", self.backbone.width),
             ("head.hidden", self.head.hidden),
             ("head.width", self.head.width),
-        ] {
-            ensure!(value > 0, "{key} = 0: at least 1 is needed");
-        }
+        ])?;
         for block in &self.frozen {
             ensure!(
                 BLOCKS.contains(&block.as_str()),

@@ -7,7 +7,7 @@ use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Split, Stage};
-use training::{Plan, Precision, sampler};
+use training::{Plan, Precision, check, sampler};
 
 /// What an IMC-SwAV run can vary. The experiment file sets every field; published values stand in
 /// parentheses.
@@ -142,28 +142,22 @@ impl Config {
     pub fn check(&self, stage: &Stage) -> Result<()> {
         training::network_device(stage.device)?;
         self.plan(self.batch_size).check()?;
-        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
-        for (key, value) in [
+        check::batch_size(self.batch_size)?;
+        check::above_zero(&[
             ("learning-rate", self.learning_rate),
             ("epsilon", self.epsilon),
             ("learning-rate-factor", self.learning_rate_factor),
             ("temperature", self.temperature),
             ("code-epsilon", self.code_epsilon),
-        ] {
-            ensure!(value.is_finite() && value > 0., "{key} = {value}: it must be above 0");
-        }
-        for (key, value) in [
+        ])?;
+        check::not_negative(&[
             ("weight-decay", self.weight_decay),
             ("entropy-weight", self.entropy_weight),
             ("logit-limit", self.logit_limit),
             ("logit-penalty", self.logit_penalty),
-        ] {
-            ensure!(value.is_finite() && value >= 0., "{key} = {value}: it must not be negative");
-        }
-        for (key, value) in [("beta-1", self.beta_1), ("beta-2", self.beta_2)] {
-            ensure!((0. ..1.).contains(&value), "{key} = {value}: at least 0 and below 1");
-        }
-        for (key, value) in [
+        ])?;
+        check::below_one(&[("beta-1", self.beta_1), ("beta-2", self.beta_2)])?;
+        check::counts(&[
             ("prototypes", self.prototypes),
             ("large.count", self.large.count),
             ("kmeans-restarts", self.kmeans_restarts),
@@ -171,9 +165,7 @@ impl Config {
             ("projector.hidden", self.projector.hidden),
             ("projector.width", self.projector.width),
             ("classifier.hidden", self.classifier.hidden),
-        ] {
-            ensure!(value > 0, "{key} = 0: at least 1 is needed");
-        }
+        ])?;
         ensure!(self.crops() > 1, "large.count = 1 and small.count = 0: one crop has no pair");
         ensure!(
             self.evaluation == Evaluation::RunningStatistics || self.refresh_batches > 0,
@@ -298,7 +290,7 @@ mod tests {
     use super::*;
     use crate::tests::{config, stage};
 
-    // Specified case T13.
+    /// IMC-SwAV, case T13: learning rates.
     #[test]
     fn learning_rates_are_the_published_ones() {
         let published = Config {

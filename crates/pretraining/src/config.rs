@@ -1,12 +1,12 @@
 //! The table `[pretraining]`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, sampler};
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
 /// What a pretraining run can vary. The experiment file sets every field: there are no defaults
 /// in code, and an unknown or missing key is an error. The seed is an argument of the program.
@@ -71,15 +71,11 @@ impl Config {
     pub fn check(&self, stage: &Stage) -> Result<()> {
         training::network_device(stage.device)?;
         self.plan(self.batch_size).check()?;
-        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
+        check::batch_size(self.batch_size)?;
         self.groups()?;
         self.learning_rate(1)?;
         self.target_decay(1)?;
-        ensure!(
-            self.noise.is_finite() && self.noise >= 0.,
-            "noise = {}: a deviation is not negative",
-            self.noise
-        );
+        check::not_negative(&[("noise", self.noise)])?;
         self.input.check("pretraining.input")?;
         self.views.check("pretraining.views")?;
         if stage.images.exists() {

@@ -8,7 +8,7 @@ use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
 use training::scatter::Absent;
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, sampler};
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
 use crate::objective::{Extras, NoiseSpace};
 
@@ -107,26 +107,15 @@ impl Config {
         self.groups()?;
         self.learning_rate(1)?;
         self.target_decay(1)?;
-        for (key, value, least) in [
-            ("batch-size", self.batch_size, 2),
-            ("reassign", self.reassign, 1),
-            ("kmeans-restarts", self.kmeans_restarts, 1),
-            ("kmeans-iterations", self.kmeans_iterations, 1),
-            ("emulate-world-size", self.emulate_world_size, 1),
-        ] {
-            ensure!(value >= least, "{key} = {value}: at least {least}");
-        }
-        for (key, value) in [("noise", self.noise), ("scatter-weight", self.scatter_weight)] {
-            ensure!(
-                value.is_finite() && value >= 0.,
-                "{key} = {value}: it must be a number that is not negative"
-            );
-        }
-        ensure!(
-            self.scatter_temperature.is_finite() && self.scatter_temperature > 0.,
-            "scatter-temperature = {}: it must be above 0",
-            self.scatter_temperature
-        );
+        check::batch_size(self.batch_size)?;
+        check::counts(&[
+            ("reassign", self.reassign),
+            ("kmeans-restarts", self.kmeans_restarts),
+            ("kmeans-iterations", self.kmeans_iterations),
+            ("emulate-world-size", self.emulate_world_size),
+        ])?;
+        check::not_negative(&[("noise", self.noise), ("scatter-weight", self.scatter_weight)])?;
+        check::above_zero(&[("scatter-temperature", self.scatter_temperature)])?;
         ensure!(
             self.absent_logit < f64::INFINITY,
             "absent-logit = {}: it must be a number or -inf",
@@ -305,7 +294,7 @@ pub(crate) mod tests {
         toml::from_str(text).expect("a table")
     }
 
-    /// Case 13 of the specification, in part, and gotcha 1.
+    /// ProPos, case 13 in part, and gotcha 1.
     #[test]
     fn extras_begin_behind_warm_up_with_the_weight_of_the_published_devices() {
         let config = published();

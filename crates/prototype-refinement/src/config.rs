@@ -5,7 +5,7 @@ use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::Stage;
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, sampler};
+use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
 /// What a refinement can vary. The experiment file sets every field: there are no defaults in
 /// code, and an unknown or missing key is an error. The networks' shape and the pictures' size come
@@ -105,28 +105,21 @@ impl Config {
             let steps = sampler::steps(rows.len(), self.batch_size);
             stage.declare_effort(4. * self.plan(steps).pictures());
         }
-        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
+        check::batch_size(self.batch_size)?;
         self.groups()?;
         self.learning_rate(stage.rounds.max(1), 1)?;
         self.target_decay(stage.rounds.max(1), 1)?;
         self.views.check("prototype-refinement.views")?;
-        for (key, value) in [
+        check::not_negative(&[
             ("noise", self.noise),
             ("sample-to-prototype-weight", self.sample_to_prototype_weight),
             ("scatter-weight", self.scatter_weight),
             ("ramp-epochs", self.ramp_epochs),
-        ] {
-            ensure!(
-                value.is_finite() && value >= 0.,
-                "{key} = {value}: it must be a number that is not negative"
-            );
-        }
-        for (key, value) in [
+        ])?;
+        check::above_zero(&[
             ("sample-to-prototype-temperature", self.sample_to_prototype_temperature),
             ("scatter-temperature", self.scatter_temperature),
-        ] {
-            ensure!(value.is_finite() && value > 0., "{key} = {value}: it must be above 0");
-        }
+        ])?;
         ensure!(
             self.sample_to_prototype_gate <= 1.,
             "sample-to-prototype-gate = {}: a stability is at most 1; set \

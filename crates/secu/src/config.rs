@@ -7,7 +7,7 @@ use data::{Images, Loader};
 use layers::Network;
 use serde::{Deserialize, Serialize};
 use stage::Stage;
-use training::{Plan, Precision, sampler};
+use training::{Plan, Precision, check, sampler};
 
 use crate::constraint::Constraint;
 use crate::heads::{Rule, Temperatures};
@@ -91,36 +91,26 @@ impl Config {
         self.schedule(1)?;
         self.constraint.check()?;
         self.head(stage)?;
-        ensure!(self.batch_size >= 2, "batch-size = {}: at least 2", self.batch_size);
+        check::batch_size(self.batch_size)?;
         ensure!(
             self.heads.iter().all(|&clusters| clusters >= 2),
             "heads = {:?}: each needs at least 2 clusters",
             self.heads
         );
-        ensure!(
-            (0. ..1.).contains(&self.momentum),
-            "momentum = {}: it must be at least 0 and below 1",
-            self.momentum
-        );
+        check::below_one(&[("momentum", self.momentum)])?;
         ensure!(
             (0. ..=1.).contains(&self.assigned_share),
             "assigned-share = {}: it must lie in [0, 1]",
             self.assigned_share
         );
-        for (key, value) in [
+        check::not_negative(&[
             ("centre-learning-rate", self.centre_learning_rate),
             ("weight-decay", self.weight_decay),
-        ] {
-            ensure!(
-                value.is_finite() && value >= 0.,
-                "{key} = {value}: it must be a number that is not negative"
-            );
-        }
-        for (key, value) in
-            [("temperature", self.temperature), ("centre-temperature", self.centre_temperature)]
-        {
-            ensure!(value.is_finite() && value > 0., "{key} = {value}: it must be above 0");
-        }
+        ])?;
+        check::above_zero(&[
+            ("temperature", self.temperature),
+            ("centre-temperature", self.centre_temperature),
+        ])?;
         self.input.check("secu.input")?;
         self.views_1.check("secu.views-1")?;
         self.views_2.check("secu.views-2")?;

@@ -12,6 +12,7 @@
 
 mod adam;
 pub mod agreement;
+pub mod check;
 mod device;
 mod learner;
 pub mod loss;
