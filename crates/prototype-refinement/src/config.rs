@@ -99,11 +99,11 @@ impl Config {
         training::network_device(stage.device)?;
         self.plan(1).check()?;
         if stage.images.exists() {
-            let rows = Images::open(&stage.images)?.rows(&stage.data.train_on);
-            // Two views through the online network, two through the target. What prototypes of an
-            // epoch take, once they draw, cannot be known before.
+            let images = Images::open(&stage.images)?;
+            let rows = images.rows(&stage.data.train_on);
             let steps = sampler::steps(rows.len(), self.batch_size);
-            stage.declare_effort(4. * self.plan(steps).pictures());
+            let scored = images.rows(&stage.data.score_on).len();
+            stage.declare_effort(self.effort(steps, scored, stage.round));
         }
         check::batch_size(self.batch_size)?;
         self.groups()?;
@@ -138,6 +138,23 @@ impl Config {
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
         }
+    }
+
+    /// Pictures through a backbone in a round: of each of two views once by the online and once by
+    /// the target network, and for the prototypes, where images may be drawn to them, each reliable
+    /// image once by the target.
+    ///
+    /// An upper bound: before the clusterings are there, neither the round in which the gate opens
+    /// nor the reliable among the `scored` images are known. In the first round, which has no
+    /// stability, and wherever the gate cannot open it is exact.
+    pub(crate) fn effort(&self, steps_per_epoch: usize, scored: usize, round: usize) -> f64 {
+        let highest_stability = (round > 1).then_some(1.);
+        let passes = match self.prototypes {
+            _ if !self.pulls(highest_stability) => 0,
+            PrototypeUpdate::Epoch => self.epochs,
+            PrototypeUpdate::MovingAverage => 1,
+        };
+        4. * self.plan(steps_per_epoch).pictures() + (passes * scored) as f64
     }
 
     pub(crate) fn groups(&self) -> Result<Groups> {
@@ -262,6 +279,24 @@ pub(crate) mod tests {
             views = { operations = [{ operation = "flip", probability = 0.5 }] }
         "#;
         toml::from_str(text).expect("a table")
+    }
+
+    #[test]
+    fn effort_counts_prototypes_in_rounds_whose_gate_may_open() {
+        let config = Config { epochs: 5, batch_size: 8, ..published() };
+        let views = 4. * 5. * 3. * 8.; // Five epochs of three batches.
+        assert_eq!(config.effort(3, 20, 1), views, "no stability, no prototypes");
+        assert_eq!(config.effort(3, 20, 2), views + 5. * 20.);
+        let moving = Config { prototypes: PrototypeUpdate::MovingAverage, ..config.clone() };
+        assert_eq!(moving.effort(3, 20, 2), views + 20.);
+        let open = Config { sample_to_prototype_gate: -1., ..config.clone() };
+        assert_eq!(open.effort(3, 20, 1), views + 5. * 20.);
+        for (what, never) in [
+            ("gate", Config { sample_to_prototype_gate: 1., ..config.clone() }),
+            ("weight", Config { sample_to_prototype_weight: 0., ..config.clone() }),
+        ] {
+            assert_eq!(never.effort(3, 20, 2), views, "{what}");
+        }
     }
 
     #[test]
