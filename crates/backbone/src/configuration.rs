@@ -38,17 +38,13 @@ impl Configuration {
     ///
     /// The file is missing or is not such a configuration; the message names it.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(CONFIGURATION);
-        let text = fs::read_to_string(&path).with_context(|| {
-            format!(
-                "opening the network's configuration `{}`; it is written beside \
-                 network.safetensors by the stage that trained the network",
-                path.display()
-            )
-        })?;
-        serde_json::from_str(&text).with_context(|| {
-            format!("`{}` is not the configuration of a network of assort", path.display())
-        })
+        read(folder)
+    }
+
+    /// The part that embedding needs.
+    pub fn encoder(&self) -> Encoder {
+        let Self { backbone, projector, channels, ref input, .. } = *self;
+        Encoder { backbone, projector, channels, input: input.clone() }
     }
 
     /// Writes `config.json` in `folder`, whole or not at all.
@@ -66,7 +62,69 @@ impl Configuration {
     ///
     /// A field is missing, unknown or of another type.
     pub fn input<I: DeserializeOwned>(&self) -> Result<I> {
-        I::deserialize(&self.input).context("`input` in config.json is not usable")
+        input(&self.input)
+    }
+
+    /// The plan of the backbone.
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn backbone_plan(&self) -> candle_core::Result<Network> {
+        self.encoder().backbone_plan()
+    }
+
+    /// The plan of the projector.
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn projector_plan(&self) -> candle_core::Result<Network> {
+        self.encoder().projector_plan(true)
+    }
+
+    /// The plan of the predictor.
+    ///
+    /// # Errors
+    ///
+    /// A width is zero.
+    pub fn predictor_plan(&self) -> candle_core::Result<Network> {
+        perceptron::plan(self.projector.width, self.predictor.hidden, self.projector.width)
+    }
+}
+
+/// The part of a `config.json` that every network with a projector has: from a picture to its
+/// embedding and its projection. Keys of other parts, such as heads, are passed over.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Encoder {
+    /// The residual network.
+    pub backbone: Architecture,
+    /// The projector behind it.
+    pub projector: Projector,
+    /// Channels of a picture: 1 or 3.
+    pub channels: usize,
+    /// As in a [`Configuration`].
+    pub input: Value,
+}
+
+impl Encoder {
+    /// Reads `config.json` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing or says nothing of these parts; the message names it.
+    pub fn read(folder: &Path) -> Result<Self> {
+        read(folder)
+    }
+
+    /// As [`Configuration::input`].
+    ///
+    /// # Errors
+    ///
+    /// A field is missing, unknown or of another type.
+    pub fn input<I: DeserializeOwned>(&self) -> Result<I> {
+        input(&self.input)
     }
 
     /// The plan of the backbone.
@@ -78,24 +136,37 @@ impl Configuration {
         resnet::plan(&self.backbone, self.channels)
     }
 
-    /// The plan of the projector.
+    /// The plan of the projector, with batch norm and ReLU between its two layers or with nothing.
     ///
     /// # Errors
     ///
     /// A width is zero.
-    pub fn projector_plan(&self) -> candle_core::Result<Network> {
+    pub fn projector_plan(&self, with_norm: bool) -> candle_core::Result<Network> {
         let Projector { hidden, width } = self.projector;
-        perceptron::plan(self.backbone.embedding_width(), hidden, width)
+        let input = self.backbone.embedding_width();
+        match with_norm {
+            true => perceptron::plan(input, hidden, width),
+            false => perceptron::linear(input, hidden, width),
+        }
     }
+}
 
-    /// The plan of the predictor.
-    ///
-    /// # Errors
-    ///
-    /// A width is zero.
-    pub fn predictor_plan(&self) -> candle_core::Result<Network> {
-        perceptron::plan(self.projector.width, self.predictor.hidden, self.projector.width)
-    }
+fn read<T: DeserializeOwned>(folder: &Path) -> Result<T> {
+    let path = folder.join(CONFIGURATION);
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!(
+            "opening the network's configuration `{}`; it is written beside network.safetensors \
+             by the stage that trained the network",
+            path.display()
+        )
+    })?;
+    serde_json::from_str(&text).with_context(|| {
+        format!("`{}` is not the configuration of a network of assort", path.display())
+    })
+}
+
+fn input<I: DeserializeOwned>(value: &Value) -> Result<I> {
+    I::deserialize(value).context("`input` in config.json is not usable")
 }
 
 /// Writes `config.json` in `folder`, whole or not at all: of a network with other parts than a

@@ -41,5 +41,5 @@ pub mod resnet;
 mod segment;
 
 pub use architecture::{Architecture, Depth, Predictor, Projector, Stem};
-pub use configuration::{CONFIGURATION, Configuration, write_configuration};
+pub use configuration::{CONFIGURATION, Configuration, Encoder, write_configuration};
 pub use segment::Segment;

@@ -1,7 +1,7 @@
-//! The plan of projector and predictor: linear, batch norm, ReLU, linear.
+//! The plan of projector and predictor: linear, batch norm, ReLU, linear; or two linear layers.
 //!
 //! One block, `perceptron`; parameters `hidden.weight`, `hidden.bias`, `norm.weight`, `norm.bias`,
-//! `output.weight`, `output.bias`.
+//! `output.weight`, `output.bias`; those of the norm in the first alone.
 
 use candle_core::Result;
 use layers::{BatchNorm, Builder, Network};
@@ -21,6 +21,21 @@ pub fn plan(input: usize, hidden: usize, output: usize) -> Result<Network> {
     let value = builder.linear("hidden", value, hidden)?;
     let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
     let value = builder.batch_norm("norm", value, norm)?;
+    let value = builder.linear("output", value, output)?;
+    builder.finish(value)
+}
+
+/// The plan from `(N, input)` through `hidden` to `(N, output)` with nothing between the layers, as
+/// in the published program of IMC-SwAV.
+///
+/// # Errors
+///
+/// A width is zero.
+pub fn linear(input: usize, hidden: usize, output: usize) -> Result<Network> {
+    let mut builder = Builder::features(input);
+    builder.block("perceptron");
+    let value = builder.input();
+    let value = builder.linear("hidden", value, hidden)?;
     let value = builder.linear("output", value, output)?;
     builder.finish(value)
 }

@@ -5,29 +5,14 @@
 //! `√D`. A unit-length row of 512 values would keep Adam's first steps from having any effect, a
 //! raw one would saturate the softmax; at length `√D` its values are of order 1.
 //!
-//! # `head.safetensors`, kind `head`, version 1
-//!
-//! Header: `clusters` K; `form`, one of
-//!
-//! - `network`: tensors `hidden.weight (H, D)`, `hidden.bias (H,)`, `output.weight (K, H)`,
-//!   `output.bias (K,)`, all f32. Takes `backbone` rows of the embeddings, scaled to length `√D`.
-//! - `centres`: tensor `centres (K, P)` f32. Takes `projection` rows; the cluster is that of the
-//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. Written when no network
-//!   is trained.
-//!
-//! Output `k` of either is cluster `k` of the `pseudo-labels.safetensors` beside it.
+//! The file is that of [`data::head`], of form `network`.
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use data::head;
 use rand::RngExt;
-use stage::container::{self, Container, Header, Tensor};
-
-const KIND: &str = "head";
-const VERSION: u64 = 1;
-
-/// File name of a head inside its stage's folder.
-pub const FILE: &str = "head.safetensors";
+use stage::container::Tensor;
 
 /// Weights of one clustering network.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,7 +79,7 @@ impl Head {
     /// The file is missing or broken, holds centres in place of a network, or a network of other
     /// extents than `shape`.
     pub fn read(folder: &Path, shape: Shape) -> Result<Self> {
-        let file = Container::open(&folder.join(FILE), KIND, VERSION)?;
+        let file = head::open(folder)?;
         let form = file.header_text("form")?;
         ensure!(
             form == "network",
@@ -134,9 +119,10 @@ impl Head {
     /// A weight is not finite, or the file system refuses.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let Shape { width, hidden, clusters } = self.shape;
-        write(
+        head::write(
             folder,
-            [("clusters".to_owned(), clusters.into()), ("form".to_owned(), "network".into())],
+            clusters,
+            "network",
             &[
                 Tensor::f32("hidden.weight", &[hidden, width], &self.hidden_weight),
                 Tensor::f32("hidden.bias", &[hidden], &self.hidden_bias),
@@ -145,32 +131,6 @@ impl Head {
             ],
         )
     }
-}
-
-/// Writes k-means centres, `(K, P)` row by row, as the head of a round without a network.
-///
-/// # Errors
-///
-/// A value is not finite, or the file system refuses.
-pub fn write_centres(folder: &Path, centres: &[f32], clusters: usize, metric: &str) -> Result<()> {
-    write(
-        folder,
-        [
-            ("clusters".to_owned(), clusters.into()),
-            ("form".to_owned(), "centres".into()),
-            ("metric".to_owned(), metric.into()),
-        ],
-        &[Tensor::f32("centres", &[clusters, centres.len() / clusters], centres)],
-    )
-}
-
-fn write<const N: usize>(
-    folder: &Path,
-    header: [(String, serde_json::Value); N],
-    tensors: &[Tensor],
-) -> Result<()> {
-    container::write(&folder.join(FILE), KIND, VERSION, Header::from(header), tensors)
-        .context("writing the head")
 }
 
 #[cfg(test)]
@@ -190,7 +150,7 @@ mod tests {
         let error = format!("{:#}", Head::read(folder.path(), other).expect_err("other extents"));
         assert!(error.contains("hidden.weight") && error.contains("[6, 5]"), "{error}");
 
-        write_centres(folder.path(), &[0.0; 6], 3, "spherical")?;
+        head::write_centres(folder.path(), &[0.0; 6], 3, "spherical")?;
         let error = format!("{:#}", Head::read(folder.path(), SHAPE).expect_err("no network"));
         assert!(error.contains("centres"), "{error}");
         Ok(())

@@ -181,7 +181,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 KMeansMetric::Spherical => "spherical",
                 KMeansMetric::Euclidean => "euclidean",
             };
-            head::write_centres(&stage.out, &clusters.centres, stage.data.clusters, metric)?;
+            data::head::write_centres(&stage.out, &clusters.centres, stage.data.clusters, metric)?;
         }
     }
     PseudoLabels {

@@ -1,8 +1,8 @@
 //! The files between the stages, and views.
 //!
 //! One module writes and reads each file format, and its documentation is the specification:
-//! [`images`], [`names`] and [`labels`], which `prepare` writes; [`embeddings`] and
-//! [`pseudo_labels`], which stages hand to each other. All of them say which pictures they are
+//! [`images`], [`names`] and [`labels`], which `prepare` writes; [`embeddings`], [`pseudo_labels`]
+//! and [`head`], which stages hand to each other. All of them say which pictures they are
 //! about by a [`DataSet`], so that nothing is combined with the outputs of
 //! another data set.
 //!
@@ -20,6 +20,7 @@
 pub mod data_set;
 pub mod decoded;
 pub mod embeddings;
+pub mod head;
 pub mod images;
 pub mod labels;
 pub mod loader;

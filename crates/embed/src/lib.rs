@@ -1,6 +1,7 @@
-//! Embed: what the trained target network makes of every picture that is scored.
+//! Embed: what the trained target network makes of every picture that is scored; or the online
+//! network, where the method that trained it has no target.
 //!
-//! The target runs on its running statistics, so that a picture's embedding depends on nothing but
+//! The network runs on its running statistics, so that a picture's embedding depends on nothing but
 //! the picture. Its projection is made unit-length; embeddings of a few augmented views come beside
 //! that of the clean picture, for a clustering network that knows no pictures.
 //!
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use backbone::Configuration;
+use backbone::Encoder;
 use candle_core::{Device, Tensor};
 use data::views::{Input, Pipeline};
 use data::{Batch, Embeddings, Images, Loader};
@@ -67,7 +68,7 @@ impl Config {
         }
         match stage.optional_input("network") {
             Some(folder) if !self.pixels && folder.join(backbone::CONFIGURATION).exists() => {
-                Configuration::read(folder)?.input::<Input>()?.check("input")
+                Encoder::read(folder)?.input::<Input>()?.check("input")
             }
             _ => Ok(()),
         }
@@ -105,7 +106,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     embeddings.write(&stage.out.join("embeddings.safetensors"))
 }
 
-/// Embeddings of the target network.
+/// Embeddings of the target network, or of the online one where there is no other.
 fn embeddings(
     config: &Config,
     images: &Images,
@@ -114,10 +115,13 @@ fn embeddings(
 ) -> Result<Embeddings> {
     let device = training::network_device(stage.device)?;
     let folder = stage.input("network")?;
-    let configuration = Configuration::read(folder)?;
-    let input: Input = configuration.input()?;
+    let encoder = Encoder::read(folder)?;
+    let input: Input = encoder.input()?;
     input.check("input")?;
-    let mut target = Target::open(folder, &configuration, config.precision)?.on(&device)?;
+    let (target, network) = Target::open(folder, &encoder, config.precision)?;
+    // A method without a target network has left its online network alone.
+    stage.log(&serde_json::json!({ "network": network.to_string() }))?;
+    let mut target = target.on(&device)?;
     let source = Source { config, images, rows: &rows, input: &input, stage, device };
     let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
 
@@ -139,8 +143,8 @@ fn embeddings(
     Ok(Embeddings {
         data_set: images.data_set().clone(),
         index: rows,
-        width: configuration.backbone.embedding_width(),
-        projection_width: configuration.projector.width,
+        width: encoder.backbone.embedding_width(),
+        projection_width: encoder.projector.width,
         views: config.views,
         backbone,
         projection,
@@ -232,10 +236,14 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
-    use backbone::{Architecture, Depth, Predictor, Projector, Stem, network_file};
+    use backbone::{
+        Architecture, Configuration, Depth, Predictor, Projector, Segment, Stem, network_file,
+        write_configuration,
+    };
     use data::Picture;
     use data::images::{Identical, Source as Original, Writer};
     use data::views::Operation;
+    use layers::{Mode, Modes};
     use stage::{DataTable, DeviceChoice, Experiment, Split};
     use training::{Groups, Learner, Trained};
 
@@ -318,8 +326,9 @@ mod tests {
         assert_eq!(found.data_set.fingerprint, images.fingerprint());
         assert_eq!((found.width, found.projection_width, found.views), (16, 4, 2));
 
-        let mut target =
-            Target::open(folder.path(), &Configuration::read(folder.path())?, Precision::F32)?;
+        let (mut target, network) =
+            Target::open(folder.path(), &Encoder::read(folder.path())?, Precision::F32)?;
+        assert_eq!(network, training::Source::Target);
         for (place, &row) in found.index.iter().enumerate() {
             let picture = images.picture(row)?;
             let values = picture.pixels.iter().map(|&p| (f32::from(p) / 255. - 0.5) / 0.25);
@@ -333,6 +342,54 @@ mod tests {
             assert!(near(&found.backbone[16 * place..16 * (place + 1)], embedding), "{row}");
             let projection = projection.flatten_all()?.to_vec1()?;
             assert!(near(&found.projection[4 * place..4 * (place + 1)], projection), "{row}");
+        }
+        Ok(())
+    }
+
+    /// As SeCu and IMC-SwAV leave them: other parts in `config.json`, projectors with and without
+    /// batch norm.
+    #[test]
+    fn a_network_without_a_target_embeds_by_itself() -> Result<()> {
+        for with_norm in [true, false] {
+            let folder = tempfile::tempdir()?;
+            let stage = stage(folder.path(), &[7])?;
+            let encoder = Encoder::read(folder.path())?;
+            let mut backbone = Segment::random("backbone", encoder.backbone_plan()?, 5)?;
+            let projector = encoder.projector_plan(with_norm)?;
+            let mut projector = Segment::random("projector", projector, 5)?;
+            let segments = [("online.backbone", &backbone), ("online.projector", &projector)];
+            network_file::write(folder.path(), &segments)?;
+            let configuration = serde_json::json!({
+                "backbone": encoder.backbone,
+                "projector": encoder.projector,
+                "heads": [3, 5],
+                "channels": 1,
+                "input": encoder.input,
+            });
+            write_configuration(folder.path(), &configuration)?;
+
+            config().check(&stage)?;
+            let found = embedded(&config(), &stage)?;
+            let log = std::fs::read_to_string(stage.out.join("log.jsonl"))?;
+            assert!(log.contains(r#""network":"online""#), "{log}");
+            let input = encoder.input::<Input>()?;
+            let images = Images::open(&stage.images)?;
+            let batch = Loader::clean(&images, &found.index, &input)?.next().expect("a batch")?;
+            let shape = batch.shape();
+            let pictures = batch.views.into_iter().next().expect("a view");
+            let pictures = Tensor::from_vec(pictures, shape, &Device::Cpu)?;
+            let modes = |segment: &Segment| Modes::all(segment.network(), Mode::Running);
+            let (of_backbone, of_projector) = (modes(&backbone), modes(&projector));
+            let embedding = backbone.forward(&pictures, &of_backbone, None)?;
+            let projection = projector.forward(&embedding, &of_projector, None)?;
+            let projection = training::ops::unit_rows(&projection)?;
+            for (found, want) in [(&found.backbone, embedding), (&found.projection, projection)] {
+                let want = want.flatten_all()?.to_vec1::<f32>()?;
+                assert_eq!(found.len(), want.len());
+                for (got, want) in found.iter().zip(&want) {
+                    assert!((got - want).abs() <= 1e-5 * want.abs().max(1.), "{got} {want}");
+                }
+            }
         }
         Ok(())
     }

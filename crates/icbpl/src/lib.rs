@@ -15,7 +15,8 @@
 //!
 //! Reads `images.safetensors`, and the pretrained backbone: from the file that the table names, or
 //! the `backbone.safetensors` in the role `backbone`. Writes `network.safetensors` (backbone, head,
-//! centroids), `backbone.safetensors`, `config.json`, `state.safetensors`, `log.jsonl` and
+//! centroids), `backbone.safetensors`, `config.json`, `state.safetensors`, `log.jsonl`,
+//! `head.safetensors` (the centroids) and
 //! `pseudo-labels.safetensors`, whose k-means is on the embeddings of the backbone as it came: the
 //! baseline that fine-tuning must beat.
 //!
@@ -32,7 +33,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use assignment::{KMeans, Metric, nearest_neighbours, nearest_neighbours_and_self};
 use candle_core::{Device, Tensor};
-use data::{Batch, Found, Images, Loader, PseudoLabels};
+use data::{Batch, Found, Images, Loader, PseudoLabels, head};
 use layers::{Mode, Modes};
 use rand::RngExt;
 use serde_json::json;
@@ -116,6 +117,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     run.finish(&networks, &config.configuration()?)?;
 
     let found = predict(config, &images, &mut networks, stage, &device)?;
+    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
     PseudoLabels::of_one_phase(stage, &images, found)?.write(&stage.out.join(PseudoLabels::FILE))
 }
 

@@ -100,6 +100,8 @@ fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
 #[test]
 fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
     let folder = tempfile::tempdir()?;
+    let head = data::head::open(&first.out)?;
+    assert_eq!((head.header_text("form")?, head.f32("centres")?), ("centres", labels.prototypes));
     let (first, again) = (stage(folder.path(), "first"), stage(folder.path(), "again"));
     run(&config(), &first)?;
     run(&config(), &again)?;

@@ -10,10 +10,11 @@
 //!
 //! Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
 //! start from. Writes `network.safetensors` (encoder, projector, classifier, prototypes),
-//! `backbone.safetensors`, `config.json`, `state.safetensors`, `log.jsonl`, and twice the result:
+//! `backbone.safetensors`, `config.json`, `state.safetensors`, `head.safetensors` (the classifier),
+//! `log.jsonl`, and twice the result:
 //! `pseudo-labels.safetensors`, predicted with the batch-norm statistics that `evaluation` names,
-//! and `pseudo-labels-<name>.safetensors` with the other ones. `network.safetensors` has the
-//! statistics of training. The pseudo-labels' k-means is on the embeddings, their prototypes are
+//! and `pseudo-labels-<name>.safetensors` with the other ones. `network.safetensors` and
+//! `head.safetensors` have the statistics of training. The pseudo-labels' k-means is on the embeddings, their prototypes are
 //! the mean projections of the clusters.
 //!
 //! The losses are in [`loss`]; the order of a step is [`run`]; what varies, [`Config`].
@@ -118,6 +119,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
     }
     run.finish(&networks, &config.configuration()?)?;
+    networks.write_head(&stage.out, stage.data.clusters)?;
 
     // Running statistics first: refreshing changes them.
     for evaluation in Evaluation::ALL {

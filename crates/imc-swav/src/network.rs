@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use backbone::network_file::NamedTensor;
+use backbone::network_file::{self, NamedTensor};
+use backbone::perceptron::linear;
 use backbone::{Segment, backbone_file, resnet};
 use candle_core::{Device, Tensor, Var};
 use layers::{BatchNorm, Builder, Network};
@@ -72,7 +73,7 @@ impl Networks {
         let precision = config.precision.into();
         let encoder = resnet::plan(&config.backbone, config.input.channels)?;
         let width = config.backbone.embedding_width();
-        let projector = projector(width, config.projector.hidden, config.projector.width)?;
+        let projector = linear(width, config.projector.hidden, config.projector.width)?;
         let classifier = classifier(width, config.classifier.hidden, clusters)?;
         let segment = |name: &str, plan: Network| -> Result<Segment> {
             Ok(Segment::random(name, plan.with_precision(precision), seed)?)
@@ -168,6 +169,21 @@ impl Networks {
         Ok(())
     }
 
+    /// Writes the classifier, with the statistics of training, as the `head.safetensors` in
+    /// `folder`.
+    ///
+    /// # Errors
+    ///
+    /// The device refuses, or the file system.
+    pub fn write_head(&self, folder: &Path, clusters: usize) -> Result<()> {
+        let mut tensors = network_file::tensors("classifier", &self.classifier.segment)?;
+        for tensor in &mut tensors {
+            tensor.name = tensor.name.replacen("classifier.", "", 1);
+        }
+        let views: Vec<_> = tensors.iter().map(NamedTensor::as_f32).collect();
+        data::head::write(folder, clusters, "classifier", &views)
+    }
+
     /// The first parameter of a segment whose gradient is not finite.
     ///
     /// # Errors
@@ -244,16 +260,6 @@ fn first_prototypes(config: &Config, seed: u64, device: &Device) -> Result<Var> 
     Ok(Var::from_tensor(&Tensor::from_vec(values, (count, width), device)?)?)
 }
 
-/// Two linear layers: the published code has left out what usually stands between them.
-fn projector(input: usize, hidden: usize, output: usize) -> candle_core::Result<Network> {
-    let mut builder = Builder::features(input);
-    builder.block("projector");
-    let value = builder.input();
-    let value = builder.linear("hidden", value, hidden)?;
-    let value = builder.linear("output", value, output)?;
-    builder.finish(value)
-}
-
 /// Linear, batch norm, ReLU; the same again; linear.
 fn classifier(input: usize, hidden: usize, clusters: usize) -> candle_core::Result<Network> {
     let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
@@ -279,7 +285,7 @@ mod tests {
 
     #[test]
     fn networks_have_the_published_sizes() -> Result<()> {
-        assert_eq!(count(&projector(512, 512, 128)?), 328_320);
+        assert_eq!(count(&linear(512, 512, 128)?), 328_320);
         assert_eq!(count(&classifier(512, 1024, 10)?), 1_589_258);
         Ok(())
     }

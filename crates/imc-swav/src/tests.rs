@@ -108,6 +108,12 @@ fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
     fs::read(stage.out.join(name)).expect(name)
 }
 
+    // The head is the classifier as the network's file has it.
+    let (head, network) = (data::head::open(&first.out)?, network_file::open(&first.out)?);
+    assert_eq!((head.header_text("form")?, head.names().count()), ("classifier", 14));
+    for name in head.names() {
+        assert_eq!(head.f32(name)?, network.f32(&format!("classifier.{name}"))?, "{name}");
+    }
 const OTHER: &str = "pseudo-labels-running-statistics.safetensors";
 
 #[test]

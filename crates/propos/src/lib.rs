@@ -17,7 +17,8 @@
 //! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
 //!   start from.
 //! - Writes `network.safetensors`, `backbone.safetensors`, `config.json`, `state.safetensors`,
-//!   `pseudo-labels.safetensors`, and `log.jsonl`, one object per epoch.
+//!   `pseudo-labels.safetensors`, `head.safetensors` (the centres of the last k-means), and
+//!   `log.jsonl`, one object per epoch.
 //!
 //! Start at [`run`]; the loss is in [`objective`], the E-step in [`clusters`], what varies in
 //! [`Config`].
@@ -32,7 +33,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use backbone::backbone_file;
 use candle_core::{Device, Tensor};
-use data::{Batch, Images, PseudoLabels};
+use data::{Batch, Images, PseudoLabels, head};
 use stage::Stage;
 use training::{Learner, Pass, Run, Target};
 
@@ -109,6 +110,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     }
 
     let found = clusters::result(config, stage, &images, &mut learner.target, &device)?;
+    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
     PseudoLabels::of_one_phase(stage, &images, found)?
         .write(&stage.out.join(PseudoLabels::FILE))?;
     run.finish(&learner, &configuration)
@@ -349,7 +351,7 @@ mod tests {
         // Written again by the network as it was saved: nothing was trained behind it.
         let images = Images::open(&stage.images)?;
         let configuration = config.configuration()?;
-        let mut target = Target::open(&stage.out, &configuration, config.precision)?;
+        let (mut target, _) = Target::open(&stage.out, &configuration.encoder(), config.precision)?;
         let again = clusters::result(&config, &stage, &images, &mut target, &Cpu)?;
         assert_eq!(again.assignment, labels.assignment);
         assert_eq!(again.prototypes, labels.prototypes);
@@ -397,6 +399,13 @@ mod tests {
             let plain = loss(&config, [view_1.clone(), view_2.clone()], &CLUSTERS)?;
             let swapped = loss(&config, [view_2.clone(), view_1.clone()], &CLUSTERS)?;
             ensure!((plain - swapped).abs() < 1e-5, "{plain} and {swapped}");
+        let head = head::open(&stage.out)?;
+        assert_eq!(
+            (head.header_text("form")?, head.header_text("metric")?),
+            ("centres", "spherical")
+        );
+        assert_eq!(head.shape("centres")?, [3, config.projector.width]);
+        assert_eq!(head.f32("centres")?, labels.prototypes);
             let renamed = CLUSTERS.map(|cluster| cluster.map(|cluster| (cluster + 1) % 3));
             let renamed = loss(&config, [view_1, view_2], &renamed)?;
             ensure!((plain - renamed).abs() < 1e-5, "{plain} and {renamed}");

@@ -16,7 +16,8 @@
 //!   start from.
 //! - Writes `network.safetensors` (`online.backbone`, `online.projector`, and the raw centres of
 //!   each head as `heads.<number>.centres`), `backbone.safetensors`, `config.json`,
-//!   `state.safetensors`, `pseudo-labels.safetensors`, and `log.jsonl`, one object per epoch.
+//!   `state.safetensors`, `pseudo-labels.safetensors`, `head.safetensors` (the unit-length centres
+//!   of the head that gives the result), and `log.jsonl`, one object per epoch.
 //!
 //! Start at [`run`]; a step of a head is [`heads::Head::step`], its losses are in [`loss`], the
 //! assignment in [`constraint`], what varies in [`Config`].
@@ -35,7 +36,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use assignment::{KMeans, Metric};
 use candle_core::{Device, Tensor};
-use data::{Batch, Found, Images, Loader, PseudoLabels};
+use data::{Batch, Found, Images, Loader, PseudoLabels, head};
 use stage::Stage;
 use training::ops::{softmax, unit_rows};
 use training::{Run, sampler};
@@ -130,6 +131,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
     }
 
     let found = result(config, stage, &images, &mut learner, main, &device)?;
+    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
     PseudoLabels::of_one_phase(stage, &images, found)?
         .write(&stage.out.join(PseudoLabels::FILE))?;
     run.finish(&learner, &config.configuration())
@@ -429,6 +431,9 @@ mod tests {
     }
 
     #[test]
+            let head = head::open(&stage.out)?;
+            assert_eq!(head.header_text("form")?, "centres");
+            assert_eq!(head.f32("centres")?, again.prototypes);
     fn a_backbone_from_elsewhere_is_where_it_starts() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let given = weights(&able(), &stage(folder.path(), "given"));

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use backbone::network_file::NamedTensor;
-use backbone::{Configuration, Segment, network_file};
+use backbone::{Configuration, Encoder, Segment, network_file};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 use layers::{Gradients, Mode, Modes, Network, Tape};
@@ -318,6 +318,24 @@ impl Pass {
     }
 }
 
+/// Which of the networks in a file [`Target::open`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The moving average.
+    Target,
+    /// The network that gradients reached.
+    Online,
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Target => "target",
+            Self::Online => "online",
+        })
+    }
+}
+
 /// Backbone and projector whose parameters are a moving average of the online network's. Their
 /// batch-norm statistics are their own.
 pub struct Target {
@@ -342,23 +360,32 @@ impl Target {
         Ok(Self { backbone: self.backbone.on(device)?, projector: self.projector.on(device)? })
     }
 
-    /// Reads the target out of `network.safetensors` in `folder`.
+    /// Reads the target out of `network.safetensors` in `folder`; where the method that trained
+    /// the network has none, the online network in its place.
     ///
     /// # Errors
     ///
-    /// The file is missing, damaged, or of another network than `configuration`.
+    /// The file is missing, damaged, or of another network than `encoder`.
     pub fn open(
         folder: &Path,
-        configuration: &Configuration,
+        encoder: &Encoder,
         precision: Precision,
-    ) -> anyhow::Result<Self> {
-        let [backbone, projector, _] = plans(configuration, precision)?;
-        let (mut backbone, mut projector) = (Segment::empty(backbone), Segment::empty(projector));
+    ) -> anyhow::Result<(Self, Source)> {
         let file = network_file::open(folder)?;
-        let fill = |prefix, segment| network_file::fill(&file, prefix, segment);
-        fill(TARGET_BACKBONE, &mut backbone).context("reading the target network")?;
-        fill(TARGET_PROJECTOR, &mut projector).context("reading the target network")?;
-        Ok(Self { backbone, projector })
+        let (source, [to_backbone, to_projector]) =
+            match file.names().any(|name| name.starts_with("target.")) {
+                true => (Source::Target, [TARGET_BACKBONE, TARGET_PROJECTOR]),
+                false => (Source::Online, [SEGMENTS[0], SEGMENTS[1]]),
+            };
+        let norm = format!("{to_projector}.norm.weight");
+        let with_norm = source == Source::Target || file.names().any(|name| name == norm);
+        let empty = |plan: Network| Segment::empty(plan.with_precision(precision.into()));
+        let mut backbone = empty(encoder.backbone_plan()?);
+        let mut projector = empty(encoder.projector_plan(with_norm)?);
+        let reading = || format!("reading the {source} network");
+        network_file::fill(&file, to_backbone, &mut backbone).with_context(reading)?;
+        network_file::fill(&file, to_projector, &mut projector).with_context(reading)?;
+        Ok((Self { backbone, projector }, source))
     }
 
     /// The projection `(N, P)` of a view, on batch statistics, not normalised. Nothing is kept for
@@ -618,6 +645,7 @@ pub(crate) mod tests {
         Ok(())
     }
 
+    /// ProPos, case 8: three updates, and the statistics of the target's own.
     #[test]
     fn target_follows_parameters_and_keeps_statistics_of_its_own() -> anyhow::Result<()> {
         let Learner { mut online, mut target, .. } = learner(3)?;

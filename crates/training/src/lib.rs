@@ -28,7 +28,7 @@ mod trained;
 
 pub use adam::{Adam, AdamSegment, Seam};
 pub use device::network_device;
-pub use learner::{Learner, Online, Pass, Target};
+pub use learner::{Learner, Online, Pass, Source, Target};
 pub use noise::noise;
 pub use precision::Precision;
 pub use run::{Plan, Run};
