@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 21] = [
+const ARROWS: [(&str, &[&str]); 22] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
@@ -18,16 +18,17 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "layers", "backbone"]),
+    ("fixture", &["stage", "data"]),
     // The programs.
     ("prepare", &["stage", "data"]),
-    ("pretraining", &["stage", "bench", "data", "layers", "backbone", "training"]),
+    ("pretraining", &["stage", "bench", "data", "layers", "backbone", "training", "fixture"]),
     ("embed", &["stage", "bench", "data", "layers", "backbone", "training"]),
     ("clustering", &["stage", "data", "assignment", "layers", "training"]),
     ("prototype-refinement", &["stage", "data", "assignment", "layers", "backbone", "training"]),
-    ("propos", &["stage", "data", "assignment", "layers", "backbone", "training"]),
-    ("secu", &["stage", "data", "assignment", "layers", "backbone", "training"]),
-    ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training"]),
-    ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training"]),
+    ("propos", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
+    ("secu", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
+    ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
+    ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("metrics", &["stage", "bench", "data", "assignment"]),
     // All programs in one.
     (
@@ -41,8 +42,6 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "prototype-refinement",
             "propos",
             "secu",
-            "imc-swav",
-            "icbpl",
             "imc-swav",
             "icbpl",
             "metrics",

@@ -135,49 +135,21 @@ fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::fs;
     use std::path::Path;
 
     use backbone::{Configuration, network_file};
-    use data::Picture;
-    use data::images::{Identical, Source, Writer};
-    use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use fixture::Pictures;
+    use stage::{DeviceChoice, Experiment, Split};
     use training::Trained;
 
     use super::*;
 
-    /// Twenty grey pictures of 6 × 7 pixels and a stage that reads them.
+    /// Twenty pictures and a stage that reads them.
     fn stage(folder: &Path, out: &str) -> Stage {
-        let images = folder.join("images.safetensors");
-        if !images.exists() {
-            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
-            for number in 0..20u32 {
-                let pixels = (0..42).map(|i| (i * i * (3 + number) % 251) as u8).collect();
-                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
-                let source = Source::raw(picture, 1).expect("sound");
-                writer.add(&source, Split::Train).expect("added");
-            }
-            writer.finish(None).expect("written");
-        }
-        let out = folder.join(out);
-        fs::create_dir_all(&out).expect("created");
-        Stage {
-            name: "pretraining",
-            experiment: "e.toml".into(),
-            images,
-            inputs: BTreeMap::new(),
-            out,
-            round: 0,
-            rounds: 0,
-            seed: 3,
-            device: DeviceChoice::Cpu,
-            data: DataTable {
-                clusters: 2,
-                train_on: vec![Split::Train],
-                score_on: vec![Split::Train],
-            },
-        }
+        let split = |_| Split::Train;
+        let pictures = Pictures { count: 20, pixel: fixture::scattered, split };
+        fixture::stage("pretraining", folder, out, pictures, fixture::data(2, &[Split::Train]))
     }
 
     fn config() -> Config {

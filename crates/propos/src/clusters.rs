@@ -208,6 +208,19 @@ mod tests {
     }
 
     #[test]
+    fn images_are_given_the_clusters_of_their_own_rows() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let stage = crate::tests::stage(folder.path(), "out");
+        let (config, images) = (crate::tests::config(), Images::open(&stage.images)?);
+        let rows = vec![2, 5, 7, 20];
+        let mut clusters = Clusters::new(&config, &stage, &images, rows, &Device::Cpu);
+        clusters.assignment = vec![1, 0, 2, 0];
+        let found = clusters.of(&[20, 7, 3, 2, 5, 23]);
+        assert_eq!(found, [Some(0), Some(2), None, Some(1), Some(0), None]);
+        Ok(())
+    }
+
+    #[test]
     fn confidence_is_the_softmax_at_the_own_cluster() {
         let (row, centres) = ([0.6, 0.8], [1., 0., 0., 1., -1., 0.]);
         let logits = [6f64, 8., -6.];

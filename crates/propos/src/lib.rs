@@ -206,62 +206,35 @@ fn mean_length(rows: &Tensor) -> Result<f64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
+pub(crate) mod tests {
     use std::fs;
     use std::path::Path;
 
     use anyhow::ensure;
+    use assignment::k_means;
     use backbone::network_file;
     use candle_core::Device::Cpu;
-    use data::Picture;
-    use data::images::{Identical, Source, Writer};
+    use data::Loader;
+    use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use stage::{DeviceChoice, Experiment, Split};
+    use training::loss::regression_loss;
+    use training::scatter::{Absent, scatter_loss};
+    use training::{Trained, sampler};
 
     use super::*;
     use crate::config::tests::published;
     use crate::objective::NoiseSpace;
 
-    /// Twenty-four grey pictures of 6 × 7 pixels, of three kinds, and a stage that reads them.
-    fn stage(folder: &Path, out: &str) -> Stage {
-        let images = folder.join("images.safetensors");
-        if !images.exists() {
-            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
-            for number in 0..24usize {
-                let shade = |i: usize| match number % 3 {
-                    0 => 200 * (i % 7 / 4),
-                    1 => 200 * (i / 21),
-                    _ => 200 * (i % 2),
-                };
-                let pixels = (0..42).map(|i| (shade(i) + (i * number * 31) % 50) as u8).collect();
-                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
-                let split = if number < 21 { Split::Train } else { Split::Test };
-                writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
-            }
-            writer.finish(None).expect("written");
-        }
-        let out = folder.join(out);
-        fs::create_dir_all(&out).expect("created");
-        Stage {
-            name: "propos",
-            experiment: "e.toml".into(),
-            images,
-            inputs: BTreeMap::new(),
-            out,
-            round: 0,
-            rounds: 0,
-            seed: 3,
-            device: DeviceChoice::Cpu,
-            data: DataTable {
-                clusters: 3,
-                train_on: vec![Split::Train],
-                score_on: vec![Split::Train, Split::Test],
-            },
-        }
+    /// Twenty-four pictures of three kinds, and a stage that reads them.
+    pub(crate) fn stage(folder: &Path, out: &str) -> Stage {
+        let split = |number| if number < 21 { Split::Train } else { Split::Test };
+        let pictures = Pictures { count: 24, pixel: fixture::of_three_kinds, split };
+        let data = fixture::data(3, &[Split::Train, Split::Test]);
+        fixture::stage("propos", folder, out, pictures, data)
     }
 
-    fn config() -> Config {
+    pub(crate) fn config() -> Config {
         Config {
             epochs: 3,
             batch_size: 8,
@@ -311,7 +284,7 @@ mod tests {
         Ok(())
     }
 
-    /// Case 13 of the specification: the switch behind the epochs of BYOL.
+    /// ProPos, case 13: the switch behind the epochs of BYOL.
     #[test]
     fn extras_change_no_bit_before_their_epoch_and_appear_in_it() -> Result<()> {
         let folder = tempfile::tempdir()?;
@@ -330,6 +303,77 @@ mod tests {
         for epoch in [1, 2] {
             assert!(switched[epoch]["scatter-loss"].as_f64() > Some(0.), "epoch {epoch}");
             assert!(plain[epoch].get("scatter-loss").is_none());
+        }
+        Ok(())
+    }
+
+    /// ProPos written down once more: one loss over both views, each against the target of the
+    /// other and with the clusters of its own images.
+    #[test]
+    fn a_run_is_propos() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let config = Config { sampling: Sampling::Uniform, ..config() };
+        let stage = stage(folder.path(), "out");
+        run(&config, &stage)?;
+        let written = network_file::open(&stage.out)?;
+
+        let images = Images::open(&stage.images)?;
+        let rows = images.rows(&[Split::Train]);
+        let mut learner =
+            Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
+        let (rate, decay) = (config.learning_rate(2)?, config.target_decay(2)?);
+        let Learner { online, target, optimizer } = &mut learner;
+        let mut step = 0;
+        for epoch in 0..3 {
+            let mut projections = Vec::new();
+            for batch in Loader::clean(&images, &rows, &config.input)? {
+                let mut batch = batch?;
+                let pictures = batch.views.remove(0);
+                let (_, rows) =
+                    target.embed(&Tensor::from_vec(pictures, batch.shape_of(0), &Cpu)?)?;
+                projections.extend(rows.flatten_all()?.to_vec1::<f32>()?);
+            }
+            let found = k_means(&projections, rows.len(), 4, &config.k_means(3), 3)?;
+            let order = sampler::uniform(&rows, 8, 3, epoch)?;
+            for batch in config.loader(&images, order, 0, 3, epoch)? {
+                step += 1;
+                let batch = batch?;
+                let place = |row: &u32| rows.iter().position(|other| other == row);
+                let clusters: Vec<Option<u32>> =
+                    batch.rows.iter().map(|row| Some(found.assignment[place(row)?])).collect();
+                let [view_1, view_2] = views(batch, &Cpu)?;
+                let extras = epoch > 0; // byol-epochs is 1.
+                let noise = |pass: u64| {
+                    let deviation = if extras { 0.3 } else { 0. };
+                    training::noise(deviation, (8, 4), 3, &[step as u64, pass], &Cpu)
+                };
+                let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+                let pass_1 = online.forward(&view_1, noise(0)?.as_ref())?;
+                let pass_2 = online.forward(&view_2, noise(1)?.as_ref())?;
+                let mut loss = (regression_loss(pass_1.prediction(), &target_2)?
+                    + regression_loss(pass_2.prediction(), &target_1)?)?;
+                if extras {
+                    let absent = Absent::Constant { clusters: 3, logit: -10. };
+                    let scatter = |own: &Tensor, other: &Tensor| {
+                        scatter_loss(own, other, &clusters, 0.5, absent)
+                    };
+                    let both = (scatter(pass_1.projection(), &target_2)?
+                        + scatter(pass_2.projection(), &target_1)?)?;
+                    loss = (loss + (both * 0.1)?)?;
+                }
+                let gradients = (loss / 2.)?.backward()?;
+                online.backward(pass_1, &gradients)?;
+                online.backward(pass_2, &gradients)?;
+                optimizer.step(online, rate.at(step))?;
+                target.follow(online, decay.at(step))?;
+            }
+        }
+        for (prefix, segment) in learner.segments() {
+            for tensor in network_file::tensors(prefix, segment)? {
+                let found = written.f32(&tensor.name)?;
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs().max(1.);
+                assert!(found.iter().zip(&tensor.values).all(near), "{}", tensor.name);
+            }
         }
         Ok(())
     }
@@ -355,6 +399,13 @@ mod tests {
         let again = clusters::result(&config, &stage, &images, &mut target, &Cpu)?;
         assert_eq!(again.assignment, labels.assignment);
         assert_eq!(again.prototypes, labels.prototypes);
+        let head = head::open(&stage.out)?;
+        assert_eq!(
+            (head.header_text("form")?, head.header_text("metric")?),
+            ("centres", "spherical")
+        );
+        assert_eq!(head.shape("centres")?, [3, config.projector.width]);
+        assert_eq!(head.f32("centres")?, labels.prototypes);
         Ok(())
     }
 
@@ -390,7 +441,7 @@ mod tests {
     const CLUSTERS: [Option<u32>; 8] =
         [Some(0), Some(1), Some(1), Some(2), Some(0), Some(2), Some(2), Some(2)];
 
-    /// Case 14 of the specification.
+    /// ProPos, case 14.
     #[test]
     fn swapped_views_and_renamed_clusters_leave_the_loss_as_it_is() -> Result<()> {
         for concatenate_views in [false, true] {
@@ -399,13 +450,6 @@ mod tests {
             let plain = loss(&config, [view_1.clone(), view_2.clone()], &CLUSTERS)?;
             let swapped = loss(&config, [view_2.clone(), view_1.clone()], &CLUSTERS)?;
             ensure!((plain - swapped).abs() < 1e-5, "{plain} and {swapped}");
-        let head = head::open(&stage.out)?;
-        assert_eq!(
-            (head.header_text("form")?, head.header_text("metric")?),
-            ("centres", "spherical")
-        );
-        assert_eq!(head.shape("centres")?, [3, config.projector.width]);
-        assert_eq!(head.f32("centres")?, labels.prototypes);
             let renamed = CLUSTERS.map(|cluster| cluster.map(|cluster| (cluster + 1) % 3));
             let renamed = loss(&config, [view_1, view_2], &renamed)?;
             ensure!((plain - renamed).abs() < 1e-5, "{plain} and {renamed}");

@@ -220,55 +220,23 @@ fn scalar(tensor: &Tensor) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::fs;
     use std::path::Path;
 
     use backbone::network_file;
-    use data::Picture;
-    use data::images::{Identical, Source, Writer};
+    use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use stage::{DeviceChoice, Experiment, Split};
 
     use super::*;
     use crate::constraint::Constraint;
 
-    /// Twenty-three grey pictures of 6 × 7 pixels, of three kinds, and a stage that reads them.
+    /// Twenty-three pictures of three kinds, and a stage that reads them.
     fn stage(folder: &Path, out: &str) -> Stage {
-        let images = folder.join("images.safetensors");
-        if !images.exists() {
-            let mut writer = Writer::create(&images, 1, Identical::Keep).expect("created");
-            for number in 0..23usize {
-                let shade = |i: usize| match number % 3 {
-                    0 => 200 * (i % 7 / 4),
-                    1 => 200 * (i / 21),
-                    _ => 200 * (i % 2),
-                };
-                let pixels = (0..42).map(|i| (shade(i) + (i * number * 31) % 50) as u8).collect();
-                let picture = Picture::new(6, 7, 1, pixels).expect("42 pixels");
-                let split = if number < 19 { Split::Train } else { Split::Test };
-                writer.add(&Source::raw(picture, 1).expect("sound"), split).expect("added");
-            }
-            writer.finish(None).expect("written");
-        }
-        let out = folder.join(out);
-        fs::create_dir_all(&out).expect("created");
-        Stage {
-            name: "secu",
-            experiment: "e.toml".into(),
-            images,
-            inputs: BTreeMap::new(),
-            out,
-            round: 0,
-            rounds: 0,
-            seed: 3,
-            device: DeviceChoice::Cpu,
-            data: DataTable {
-                clusters: 3,
-                train_on: vec![Split::Train],
-                score_on: vec![Split::Test, Split::Train],
-            },
-        }
+        let split = |number| if number < 19 { Split::Train } else { Split::Test };
+        let pictures = Pictures { count: 23, pixel: fixture::of_three_kinds, split };
+        let data = fixture::data(3, &[Split::Test, Split::Train]);
+        fixture::stage("secu", folder, out, pictures, data)
     }
 
     fn config() -> Config {
@@ -365,6 +333,52 @@ mod tests {
         Ok(())
     }
 
+    /// SeCu written down once more, views backwards, and one loss over all heads.
+    #[test]
+    fn a_run_is_secu() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (config, stage) = (config(), stage(folder.path(), "out"));
+        let found = weights(&config, &stage);
+
+        let images = Images::open(&stage.images)?;
+        let rows = images.rows(&stage.data.train_on);
+        let mut learner = Learner::random(&config, rows.len(), stage.seed, &Device::Cpu)?;
+        let schedule = config.schedule(3)?; // Batches of 8, 8 and 3.
+        let mut steps = 0;
+        for epoch in 0..config.epochs {
+            learner.heads.iter_mut().try_for_each(Head::freeze)?;
+            let order = sampler::every(&rows, 8, stage.seed, epoch)?;
+            for batch in config.loader(&images, order, 0, stage.seed, epoch)? {
+                let batch = batch?;
+                let place = |row: &u32| rows.iter().position(|other| other == row);
+                let places = batch.rows.iter().map(place).collect::<Option<Vec<_>>>();
+                let places = places.expect("rows that are trained on");
+                let [view_1, view_2] = views(batch, &Device::Cpu)?;
+                let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
+                let of_1 = unit_rows(&view_1.projection)?;
+                let of_2 = unit_rows(&view_2.projection)?;
+                let mut sum = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
+                for head in &mut learner.heads {
+                    let found = head.step([&of_2, &of_1], &places, epoch, config.temperatures())?;
+                    sum = ((sum + found.representation_loss)? + found.centre_loss)?;
+                }
+                let gradients = (sum / config.heads.len() as f64)?.backward()?;
+                learner.backward(view_2, &gradients)?;
+                learner.backward(view_1, &gradients)?;
+                learner.step(&gradients, schedule.at(steps), config.centre_rule())?;
+                steps += 1;
+            }
+        }
+        let (_, backbone) = training::Trained::segments(&learner)[0];
+        let mut want = backbone.parameters.get(WEIGHT)?;
+        want.extend(training::Trained::variables(&learner)?[0].values.iter());
+        assert_eq!(found.len(), want.len());
+        for (found, want) in found.iter().zip(&want) {
+            assert!((found - want).abs() <= 1e-4 * want.abs().max(1.), "{found} {want}");
+        }
+        Ok(())
+    }
+
     /// Gotcha 5 of the specification: a first epoch in which only the centres move.
     #[test]
     fn the_network_stands_still_while_the_centres_find_their_places() -> Result<()> {
@@ -417,6 +431,9 @@ mod tests {
             let again = result(&config, &stage, &images, &mut learner, main, &Device::Cpu)?;
             assert_eq!(again.assignment, labels.assignment);
             assert_eq!(again.confidence, labels.confidence);
+            let head = head::open(&stage.out)?;
+            assert_eq!(head.header_text("form")?, "centres");
+            assert_eq!(head.f32("centres")?, again.prototypes);
         }
         Ok(())
     }
@@ -431,9 +448,6 @@ mod tests {
     }
 
     #[test]
-            let head = head::open(&stage.out)?;
-            assert_eq!(head.header_text("form")?, "centres");
-            assert_eq!(head.f32("centres")?, again.prototypes);
     fn a_backbone_from_elsewhere_is_where_it_starts() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let given = weights(&able(), &stage(folder.path(), "given"));
