@@ -30,6 +30,9 @@
 
 mod buffer;
 pub mod convolution;
+#[cfg(any(test, feature = "cuda"))]
+#[expect(unsafe_code, reason = "kernels on a GPU, and as C in tests")]
+pub mod cuda;
 #[cfg(feature = "cudnn")]
 #[expect(unsafe_code, reason = "memory of a GPU, and cuDNN's calls on it")]
 pub mod cudnn;
