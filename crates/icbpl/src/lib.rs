@@ -49,7 +49,7 @@ use crate::loss::{discrepancy, least_distance, nearest_centroids, pair_distance,
 use crate::network::{Networks, pretrained};
 
 /// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

@@ -44,7 +44,7 @@ use crate::loss::{codes, entropies, logit_penalty, swapped_prediction_loss};
 use crate::network::{Crop, Networks};
 
 /// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

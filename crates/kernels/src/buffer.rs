@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Precision;
-use crate::number::Half;
+use crate::number::{Half, Number};
 
 /// Numbers in one cache line and in one AVX-512 register.
 const LINE: usize = 16;
@@ -232,6 +232,26 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
         }
         work(&mut scratch[..len])
     })
+}
+
+/// [`with_scratch`] for `len` numbers as values store them and `sums` of f32.
+pub(crate) fn with_scratch_of<T: Number, R>(
+    len: usize,
+    sums: usize,
+    work: impl FnOnce(&mut [T], &mut [f32]) -> R,
+) -> R {
+    let lines = lines_of(T::PRECISION, len) * LINE;
+    with_scratch(lines + sums, |memory| {
+        let (numbers, sums) = memory.split_at_mut(lines);
+        work(&mut T::within(numbers)[..len], sums)
+    })
+}
+
+/// Memory of 32-bit numbers as twice as many halves.
+pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
+    // SAFETY: the same initialised bytes, at a place fit for the larger type; any bits are valid for
+    // both, and the borrow goes on.
+    unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), 2 * memory.len()) }
 }
 
 /// Buffers that wait to be used again, so that a step after the first allocates nothing.

@@ -55,6 +55,6 @@ pub use buffer::{Buffer, Pool};
 pub use layout::Shape;
 pub use number::Precision;
 pub use pages::zeros;
-pub use parallel::on_workers;
+pub use parallel::{on_workers, threads};
 pub use peak::peak;
 pub use variant::Variant;

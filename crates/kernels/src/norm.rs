@@ -379,8 +379,30 @@ pub fn gradient_sums_len(shape: Shape) -> usize {
     shape.parts() * shape.blocks() * 2 * SIDE
 }
 
-/// Takes the sums that the backward pass needs. With `relu`, the output of the forward pass, it
-/// first sets the gradient to zero where that is zero, in place.
+/// The ReLU behind a batch norm, through which the gradient comes: zero where the ReLU's output is.
+#[derive(Clone, Copy)]
+pub enum Relu<'a> {
+    /// There is none.
+    Absent,
+    /// Its output, which tells where it is zero. [`gradient_sums`] sets the gradient to zero there, in
+    /// place, and [`input_gradient`] finds it so.
+    Output(&'a Buffer),
+    /// Weight and bias of the norm, with no residual between norm and ReLU: where the output was zero
+    /// is computed once more, as the forward pass did, and the gradient stays as it is.
+    Again(&'a [f32], &'a [f32]),
+}
+
+impl Relu<'_> {
+    /// The affine map to compute again.
+    fn affine(&self, shape: Shape, n: &Normalisation) -> Option<Affine> {
+        match self {
+            Relu::Again(weight, bias) => Some(Affine::new(shape, n, weight, bias)),
+            Relu::Absent | Relu::Output(_) => None,
+        }
+    }
+}
+
+/// Takes the sums that the backward pass needs, of the gradient behind the ReLU.
 ///
 /// # Panics
 ///
@@ -389,14 +411,13 @@ pub fn gradient_sums(
     variant: Variant,
     shape: Shape,
     gradient: &mut Buffer,
-    relu: Option<&Buffer>,
+    relu: Relu,
     input: &Buffer,
     n: &Normalisation,
     scratch: &mut [f32],
 ) -> GradientSums {
     by_precision!(input.precision(), T => {
-        let (gradient, relu) = (T::of_mut(gradient), relu.map(T::of));
-        sums_of_parts(variant, shape, gradient, relu, T::of(input), n, scratch);
+        sums_of_parts(variant, shape, T::of_mut(gradient), relu, T::of(input), n, scratch);
     });
     let channels = shape.padded_channels();
     let mut sums = GradientSums { plain: vec![0.; channels], centred: vec![0.; channels] };
@@ -418,14 +439,16 @@ fn sums_of_parts<T: Number>(
     variant: Variant,
     shape: Shape,
     gradient: &mut [T],
-    relu: Option<&[T]>,
+    relu: Relu,
     input: &[T],
     n: &Normalisation,
     scratch: &mut [f32],
 ) {
+    let affine = relu.affine(shape, n);
+    let output = if let Relu::Output(output) = relu { Some(T::of(output)) } else { None };
     assert_eq!(gradient.len(), shape.len());
     assert_eq!(input.len(), shape.len());
-    assert!(relu.is_none_or(|output| output.len() == shape.len()));
+    assert!(output.is_none_or(|output| output.len() == shape.len()));
     assert_eq!(scratch.len(), gradient_sums_len(shape));
     let channels = shape.padded_channels();
     let mean: Vec<f32> = (0..channels).map(|channel| n.rounded(channel).0).collect();
@@ -434,9 +457,10 @@ fn sums_of_parts<T: Number>(
         let (from, len, _) = shape.span(part);
         // SAFETY: parts do not overlap, and each is one task's.
         let gradient = unsafe { gradient.part(from, len) };
-        let relu = relu.map(|output| &output[from..from + len]);
+        let output = output.map(|output| &output[from..from + len]);
         let input = &input[from..from + len];
-        part_sums(variant, gradient, relu, input, shape.pixel_len(), &mean, sums);
+        let affine = affine.as_ref();
+        part_sums(variant, gradient, output, affine, input, shape.pixel_len(), &mean, sums);
     });
 }
 
@@ -444,13 +468,14 @@ for_each_variant! {
     /// Rows beyond the last image have gradient zero and add nothing.
     fn part_sums<T: Number>(
         gradient: &mut [T],
-        relu: Option<&[T]>,
+        output: Option<&[T]>,
+        again: Option<&Affine>,
         input: &[T],
         pixel_len: usize,
         mean: &[f32],
         sums: &mut [f32],
     ) {
-        if let Some(output) = relu {
+        if let Some(output) = output {
             for (gradient, output) in gradient.iter_mut().zip(output) {
                 *gradient = if output.wide() <= 0. { T::narrow(0.) } else { *gradient };
             }
@@ -458,6 +483,12 @@ for_each_variant! {
         for (block, sums) in sums.chunks_exact_mut(2 * SIDE).enumerate() {
             let mut means = [0f32; SIDE];
             means.copy_from_slice(&mean[block * SIDE..][..SIDE]);
+            // Without a ReLU to compute again, the output counts as 1.
+            let (mut factors, mut shifts) = ([0f32; SIDE], [1f32; SIDE]);
+            if let Some(affine) = again {
+                factors.copy_from_slice(&affine.factor[block * SIDE..][..SIDE]);
+                shifts.copy_from_slice(&affine.shift[block * SIDE..][..SIDE]);
+            }
             let (mut plain, mut centred) = ([0f32; SIDE], [0f32; SIDE]);
             let pixels = gradient.chunks_exact(pixel_len).zip(input.chunks_exact(pixel_len));
             for (gradient, input) in pixels {
@@ -465,9 +496,12 @@ for_each_variant! {
                 let input = input[block * TILE..][..TILE].chunks_exact(SIDE);
                 for (gradient, input) in gradient.zip(input) {
                     for lane in 0..SIDE {
-                        let gradient = gradient[lane].wide();
+                        let (gradient, input) = (gradient[lane].wide(), input[lane].wide());
+                        let deviation = input - means[lane];
+                        let output = deviation * factors[lane] + shifts[lane];
+                        let gradient = if output <= 0. { 0. } else { gradient };
                         plain[lane] += gradient;
-                        centred[lane] += gradient * (input[lane].wide() - means[lane]);
+                        centred[lane] += gradient * deviation;
                     }
                 }
             }
@@ -508,10 +542,11 @@ pub fn input_gradient(
     n: &Normalisation,
     weight: &[f32],
     sums: &GradientSums,
+    relu: Relu,
     gradient: Option<&Buffer>,
     result: &mut Buffer,
 ) {
-    let back = Back::new(shape, n, weight, sums);
+    let back = Back::new(shape, n, weight, sums, relu.affine(shape, n).as_ref());
     by_precision!(input.precision(), T => {
         let (gradient, result) = (gradient.map(T::of), T::of_mut(result));
         back_apply_everywhere(variant, shape, T::of(input), &back, gradient, result);
@@ -535,18 +570,37 @@ fn back_apply_everywhere<T: Number>(
     });
 }
 
-/// `dz = factor · (g − plain − (z − mean) · slope)`.
+/// `dz = factor · (g − plain − (z − mean) · slope)`, where `g` counts as zero unless
+/// `(z − mean) · factor + shift > 0`.
 struct Back {
     mean: Vec<f32>,
     factor: Vec<f32>,
     plain: Vec<f32>,
     slope: Vec<f32>,
+    /// For a ReLU that is computed again: its factor is the same, but zero without one.
+    again: Vec<f32>,
+    shift: Vec<f32>,
 }
 
 impl Back {
-    fn new(shape: Shape, n: &Normalisation, weight: &[f32], sums: &GradientSums) -> Back {
+    fn new(
+        shape: Shape,
+        n: &Normalisation,
+        weight: &[f32],
+        sums: &GradientSums,
+        relu: Option<&Affine>,
+    ) -> Back {
         let zeros = || vec![0f32; shape.padded_channels()];
-        let mut back = Back { mean: zeros(), factor: zeros(), plain: zeros(), slope: zeros() };
+        let mut back = Back {
+            mean: zeros(),
+            factor: zeros(),
+            plain: zeros(),
+            slope: zeros(),
+            again: relu.map_or_else(zeros, |affine| affine.factor.clone()),
+            // Without a ReLU to compute again, the output counts as 1.
+            shift: relu
+                .map_or_else(|| vec![1.; shape.padded_channels()], |affine| affine.shift.clone()),
+        };
         let count = shape.count() as f64;
         for (channel, weight) in weight.iter().enumerate() {
             let inverse = n.inverse_deviation[channel];
@@ -578,6 +632,8 @@ for_each_variant! {
             let factor = &back.factor[block * SIDE..][..SIDE];
             let plain = &back.plain[block * SIDE..][..SIDE];
             let slope = &back.slope[block * SIDE..][..SIDE];
+            let again = &back.again[block * SIDE..][..SIDE];
+            let shift = &back.shift[block * SIDE..][..SIDE];
             let rows = result.chunks_exact_mut(SIDE).zip(input.chunks_exact(SIDE));
             for (image, (result, input)) in rows.enumerate() {
                 if image >= images {
@@ -588,8 +644,12 @@ for_each_variant! {
                 let gradient = gradient.map_or(&*result, |gradient| &gradient[at..at + SIDE]);
                 let mut values = [0f32; SIDE];
                 for lane in 0..SIDE {
-                    let centred = (input[lane].wide() - mean[lane]) * slope[lane];
-                    values[lane] = factor[lane] * (gradient[lane].wide() - plain[lane] - centred);
+                    let (gradient, input) = (gradient[lane].wide(), input[lane].wide());
+                    let deviation = input - mean[lane];
+                    let output = deviation * again[lane] + shift[lane];
+                    let gradient = if output <= 0. { 0. } else { gradient };
+                    let centred = deviation * slope[lane];
+                    values[lane] = factor[lane] * (gradient - plain[lane] - centred);
                 }
                 for (to, value) in result.iter_mut().zip(values) {
                     *to = T::narrow(value);
@@ -625,6 +685,7 @@ for_each_variant! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Precision;
 
     /// 21 images of 7 × 9 pixels and 19 channels: two groups, two parts each, two blocks.
     const SHAPE: Shape = Shape { images: 21, height: 7, width: 9, channels: 19 };
@@ -663,6 +724,45 @@ mod tests {
         }
     }
 
+    /// The ReLU's output, read or computed again, leads to the same gradients, bit by bit.
+    #[test]
+    fn a_relu_computed_again_is_the_one_that_was() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let (rows, _) = values(-0.5);
+            let value = |rows: &[f32]| {
+                let mut tiles = Buffer::zeros_of(precision, SHAPE.len());
+                SHAPE.pack(rows, &mut tiles);
+                tiles
+            };
+            let gradient: Vec<f32> = rows.iter().map(|x| (37. * x).sin()).collect();
+            let (input, gradient) = (value(&rows), value(&gradient));
+            let n = Normalisation {
+                mean: vec![0.125; SHAPE.padded_channels()],
+                inverse_deviation: vec![2.5; SHAPE.padded_channels()],
+                batch: true,
+            };
+            let weight: Vec<f32> = (0..19).map(|channel| 0.1 * (channel as f32 - 4.)).collect();
+            let bias: Vec<f32> = (0..19).map(|channel| 0.05 * (9. - channel as f32)).collect();
+            for variant in Variant::available() {
+                let mut output = value(&rows);
+                forward(variant, SHAPE, &input, &n, &weight, &bias, None, true, &mut output);
+                let mut results = Vec::new();
+                for relu in [Relu::Output(&output), Relu::Again(&weight, &bias)] {
+                    let mut result = gradient.clone();
+                    let mut parts = vec![f32::NAN; gradient_sums_len(SHAPE)];
+                    let sums =
+                        gradient_sums(variant, SHAPE, &mut result, relu, &input, &n, &mut parts);
+                    let into = &mut result;
+                    input_gradient(variant, SHAPE, &input, &n, &weight, &sums, relu, None, into);
+                    results.push((result, sums));
+                }
+                let [(a, sums), (b, again)] = &results[..] else { panic!("two") };
+                assert!(a.bytes() == b.bytes() && a.bytes() != gradient.bytes(), "{variant}");
+                assert_eq!((&sums.plain, &sums.centred), (&again.plain, &again.centred));
+            }
+        }
+    }
+
     #[test]
     fn filling_stays_zero() {
         let (_, tiles) = values(0.5);
@@ -681,10 +781,22 @@ mod tests {
             let sums = GradientSums { plain: vec![3.; 32], centred: vec![2.; 32] };
             let mut result = tiles.clone();
             result.fill(f32::NAN);
-            let gradient = Some(&output);
-            input_gradient(variant, SHAPE, &tiles, &n, &weight, &sums, gradient, &mut result);
-            let real = result.iter().filter(|value| **value != 0.).count();
-            assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
+            for relu in [Relu::Absent, Relu::Again(&weight, &bias)] {
+                let gradient = Some(&output);
+                input_gradient(
+                    variant,
+                    SHAPE,
+                    &tiles,
+                    &n,
+                    &weight,
+                    &sums,
+                    relu,
+                    gradient,
+                    &mut result,
+                );
+                let real = result.iter().filter(|value| **value != 0.).count();
+                assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
+            }
         }
     }
 }

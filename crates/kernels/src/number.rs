@@ -1,6 +1,7 @@
 //! The numbers that values are stored as.
 
 use crate::Buffer;
+use crate::buffer::halves_within;
 use crate::layout::{SIDE, TILE};
 use crate::tiles::{self, Product, Session};
 use crate::variant::for_each_variant;
@@ -44,6 +45,13 @@ pub(crate) trait Number: Copy + Send + Sync + 'static {
     fn wide(self) -> f32;
     /// Rounds to the nearest, ties to even.
     fn narrow(value: f32) -> Self;
+    /// [`narrow`](Self::narrow) for a number made of sums of stored ones, cheaper: ties go away from
+    /// zero. A NaN among those stays one.
+    fn near(value: f32) -> Self;
+    /// A tile of zeros.
+    fn zeros() -> &'static [Self; TILE];
+    /// Scratch memory as numbers of this kind.
+    fn within(memory: &mut [f32]) -> &mut [Self];
     fn of(buffer: &Buffer) -> &[Self];
     /// Copies tiles for a product along images: two images' numbers of a channel side by side,
     /// or, for the left side where the variant wants that, transposed.
@@ -86,6 +94,20 @@ impl Number for f32 {
     #[inline(always)]
     fn narrow(value: f32) -> f32 {
         value
+    }
+
+    #[inline(always)]
+    fn near(value: f32) -> f32 {
+        value
+    }
+
+    fn zeros() -> &'static [f32; TILE] {
+        static ZEROS: [f32; TILE] = [0.; TILE];
+        &ZEROS
+    }
+
+    fn within(memory: &mut [f32]) -> &mut [f32] {
+        memory
     }
 
     fn of(buffer: &Buffer) -> &[f32] {
@@ -159,6 +181,21 @@ impl Number for Half {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
         // A NaN whose mantissa rounds away would become an infinity.
         Half(if value.is_nan() { 0x7fc0 } else { (rounded >> 16) as u16 })
+    }
+
+    #[inline(always)]
+    fn near(value: f32) -> Half {
+        // The lower half of a sum that is NaN comes from stored numbers and is zero: no carry.
+        Half((value.to_bits().wrapping_add(0x8000) >> 16) as u16)
+    }
+
+    fn zeros() -> &'static [Half; TILE] {
+        static ZEROS: [Half; TILE] = [Half(0); TILE];
+        &ZEROS
+    }
+
+    fn within(memory: &mut [f32]) -> &mut [Half] {
+        halves_within(memory)
     }
 
     fn of(buffer: &Buffer) -> &[Half] {
@@ -295,6 +332,13 @@ mod tests {
         }
         assert_eq!(Half::narrow(f32::MAX).wide(), f32::INFINITY);
         assert_eq!(Half::narrow(-0.).0, 0x8000);
+        for (value, want) in [(1., 1.), (1. + 1. / 256., 1. + 1. / 128.), (-3.01, -3.015625)] {
+            assert_eq!(Half::near(value).wide(), want, "{value}");
+        }
+        assert_eq!(Half::near(f32::INFINITY).wide(), f32::INFINITY);
+        for nan in [0x7fc0, 0xffff, 0x7f81].map(|bits| Half(bits).wide()) {
+            assert!(Half::near(nan).wide().is_nan() && Half::near(nan - 1.).wide().is_nan());
+        }
         assert!(Half::narrow(f32::from_bits(0x7f80_0001)).wide().is_nan());
     }
 }

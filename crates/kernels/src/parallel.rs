@@ -14,6 +14,11 @@ pub fn on_workers<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
 }
 
+/// Threads that share the work of a kernel called from here.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
 /// Calls `task(0)` to `task(tasks - 1)`, in any order and on any thread.
 ///
 /// `operations` is a rough count for all tasks together; a small one runs here and now.

@@ -110,6 +110,14 @@ impl Variant {
         SELECTED.get_or_init(|| choose(std::env::var("ASSORT_KERNEL").ok().as_deref())).clone()
     }
 
+    /// Whether products of bfloat16 are done by a unit of their own, or by a program in its place.
+    pub(crate) fn has_tile_unit(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self.0, Instructions::Amx | Instructions::AmxEmulated);
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     pub(crate) fn instructions(self) -> Instructions {
         self.0
     }

@@ -1,13 +1,13 @@
-//! Where the time of a training step goes: for ResNets of the sizes that the experiments use, a table
-//! of layer kind × direction with milliseconds a step, share of the processor's peak and bytes moved.
+//! Where the time of a backbone goes: for ResNets of the sizes that the experiments use, a table of layer
+//! kind × direction with milliseconds a step, share of the processor's peak and bytes moved. Whole steps
+//! of BYOL: `cargo xtask bench train -- --profile`.
 //!
 //! `cargo run --example speed -p layers [-- r18-32|r34-96|r34-224|digits [f32|bf16 [batch]]]`;
 //! `ASSORT_KERNEL` chooses the kernels and `RAYON_NUM_THREADS` the threads. A step here is one
 //! forward pass with a tape, one without, a backward pass and an update.
 
 use candle_core::{DType, Device, Result, Tensor};
-use kernels::Variant;
-use layers::profile::{self, Direction};
+use layers::profile::{self, Table};
 use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Precision, Sgd, Value};
 
 fn main() -> Result<()> {
@@ -27,7 +27,7 @@ fn main() -> Result<()> {
                 let batch = batch.unwrap_or(usual);
                 println!("{name} {word}, batch {batch}");
                 let network = resnet(channels, width, blocks, large)?.with_precision(stored);
-                step(&network, stored, [batch, side, channels])?;
+                step(&network, [batch, side, channels])?;
             }
         }
     }
@@ -81,11 +81,7 @@ fn resnet(channels: usize, width: usize, blocks: [usize; 4], large: bool) -> Res
     b.finish(output)
 }
 
-fn step(
-    network: &Network,
-    precision: Precision,
-    [batch, side, channels]: [usize; 3],
-) -> Result<()> {
+fn step(network: &Network, [batch, side, channels]: [usize; 3]) -> Result<()> {
     let mut parameters = network.parameters();
     for entry in parameters.entries().to_vec() {
         if entry.shape.len() > 1 {
@@ -117,36 +113,9 @@ fn step(
     let mut result = Ok(());
     let table = profile::record(|| result = (0..STEPS).try_for_each(|_| step()));
     result?;
-    show(&table, precision)
+    println!("{}", Table { rows: &table, steps: STEPS, network });
+    Ok(())
 }
 
 /// Steps that a table is the mean of.
 const STEPS: usize = 3;
-
-fn show(table: &[(String, Direction, profile::Cost)], precision: Precision) -> Result<()> {
-    let variant = Variant::selected().map_err(candle_core::Error::msg)?;
-    let threads = rayon::current_num_threads();
-    let peak = kernels::peak(variant, precision).map(|peak| peak * threads as f64);
-    println!("{variant} kernels, {threads} threads, peak {:.0} GFLOP/s", peak.unwrap_or(0.) / 1e9);
-    println!(
-        "{:20} {:9} {:>5} {:>9} {:>7} {:>8} {:>7}",
-        "", "", "", "ms a step", "GFLOP/s", "of peak", "GB/s"
-    );
-    let mut total = 0.;
-    for (kind, direction, cost) in table {
-        let rate = cost.operations / cost.seconds;
-        let share = peak.filter(|_| rate > 0.).map(|peak| format!("{:.0} %", 100. * rate / peak));
-        println!(
-            "{kind:20} {:9} {:5} {:9.2} {:7.0} {:>8} {:7.1}",
-            format!("{direction:?}").to_lowercase(),
-            cost.count / STEPS,
-            1e3 * cost.seconds / STEPS as f64,
-            rate / 1e9,
-            share.unwrap_or_default(),
-            cost.bytes / cost.seconds / 1e9
-        );
-        total += 1e3 * cost.seconds / STEPS as f64;
-    }
-    println!("{:36} {total:9.2}\n", "all");
-    Ok(())
-}

@@ -132,9 +132,10 @@ impl Run<'_> {
             }
             Work::BatchNorm(norm) => {
                 self.batch_norm(at, norm, gradient);
-                // Gradient, input and output are read, the gradient is written for the sums; then
-                // gradient and input are read and a gradient is written.
-                ("batch norm", if norm.relu { 7 } else { 5 })
+                // Gradient and input are read for the sums; with a residual before a ReLU the output
+                // is, too, and the gradient is written. Then gradient and input are read and a
+                // gradient is written.
+                ("batch norm", if norm.relu && norm.residual.is_some() { 7 } else { 5 })
             }
             Work::Relu => {
                 self.relu(operation, gradient);
@@ -175,7 +176,7 @@ impl Run<'_> {
         if self.needed[operation.input] {
             let clock = profile::start();
             let packed = self.parameters.packed(weight, Direction::Backward, &g, self.plan);
-            profile::stop(clock, Way::Backward, || profile::packing(&g, self.plan.precision));
+            profile::stop(clock, Way::Backward, || profile::packing(&g, self.plan));
             let clock = profile::start();
             let (mut into, add) = self.into(operation.input, g.input);
             convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
@@ -192,20 +193,23 @@ impl Run<'_> {
         let record = &self.record;
         let Note::Normalisation(n) = &record.notes[at] else { return };
         let input = kept(record, operation.input);
-        let output = norm.relu.then(|| kept(record, operation.output));
-        let sums =
-            norm::gradient_sums(variant, shape, &mut gradient, output, input, n, &mut scratch);
+        let weight = self.parameters.of(norm.weight);
+        let relu = match (norm.relu, norm.residual) {
+            (false, _) => norm::Relu::Absent,
+            (true, None) => norm::Relu::Again(weight, self.parameters.of(norm.bias)),
+            (true, Some(_)) => norm::Relu::Output(kept(record, operation.output)),
+        };
+        let sums = norm::gradient_sums(variant, shape, &mut gradient, relu, input, n, &mut scratch);
         if self.parameters.is_trained(operation.block) {
             norm::weight_gradient(n, &sums, self.gradients.of_mut(norm.weight));
             norm::bias_gradient(&sums, self.gradients.of_mut(norm.bias));
         }
-        let weight = self.parameters.of(norm.weight);
         let (needed, residual) =
             (self.needed[operation.input], norm.residual.filter(|r| self.needed[*r]));
         let Some(residual) = residual else {
             if needed {
                 let result = &mut gradient;
-                norm::input_gradient(variant, shape, input, n, weight, &sums, None, result);
+                norm::input_gradient(variant, shape, input, n, weight, &sums, relu, None, result);
                 self.hand_on(operation.input, shape, gradient);
             }
             return;
@@ -214,7 +218,8 @@ impl Run<'_> {
         if needed {
             let mut result = plan.pool.take_of(plan.precision, shape.len());
             let from = Some(&gradient);
-            norm::input_gradient(variant, shape, input, n, weight, &sums, from, &mut result);
+            let into = &mut result;
+            norm::input_gradient(variant, shape, input, n, weight, &sums, relu, from, into);
             self.hand_on(operation.input, shape, result);
         }
         self.hand_on(residual, shape, gradient);

@@ -178,7 +178,7 @@ impl<'a> Run<'a> {
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
         let clock = profile::start();
         let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
-        profile::stop(clock, Way::Forward, || profile::packing(&g, plan.precision));
+        profile::stop(clock, Way::Forward, || profile::packing(&g, plan));
         let bias = bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));

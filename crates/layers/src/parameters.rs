@@ -256,19 +256,26 @@ impl Parameters {
         if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Arc::clone(packed);
         }
-        let mut packed = plan.pool.take_of(plan.precision, geometry.packed_len(plan.precision));
+        let mut packed =
+            plan.pool.take_of(plan.precision, geometry.packed_len(plan.variant, plan.precision));
         match direction {
             Direction::Forward => {
-                convolution::pack_forward(geometry, self.of(entry), &mut packed);
+                convolution::pack_forward(plan.variant, geometry, self.of(entry), &mut packed);
             }
             Direction::Backward => {
-                convolution::pack_backward(geometry, self.of(entry), &mut packed);
+                convolution::pack_backward(plan.variant, geometry, self.of(entry), &mut packed);
             }
         }
         let packed = Arc::new(packed);
         let mut all = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(key, Arc::clone(&packed));
         packed
+    }
+
+    /// Gives back the memory of weights as the kernels want them. The next pass arranges them anew, so
+    /// this is for parameters that will have changed by then.
+    pub fn rest(&self) {
+        self.packed.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     fn changed(&mut self) {

@@ -130,7 +130,8 @@ impl Uses {
                 }
                 Work::BatchNorm(norm) => {
                     kept[operation.input] = true;
-                    kept[operation.output] |= norm.relu;
+                    // Without a residual the input tells where the ReLU is zero.
+                    kept[operation.output] |= norm.relu && norm.residual.is_some();
                     feeds_norm[operation.input] = Some(operation.block);
                     if let Some(residual) = norm.residual {
                         last_use[residual] = at;

@@ -4,12 +4,16 @@
 //! flag. The times are of operations one after the other, each on all threads, so they add up.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use kernels::convolution::Geometry;
 use kernels::{Precision, Shape};
+
+use crate::Network;
+use crate::plan::Plan;
 
 /// What all operations of one kind and direction took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -19,10 +23,68 @@ pub struct Cost {
     /// Seconds.
     pub seconds: f64,
     /// Floating-point operations of products, two for each multiplication; those with the zeros
-    /// beyond the border are not counted. 0 for what is no product.
+    /// beyond the border are not counted, and 3×3 convolutions count as the plain sum, though most
+    /// take less than half of its products (Winograd's form): their share of the peak may pass 100 %. 0
+    /// for what is no product.
     pub operations: f64,
     /// Bytes of all values read and written, each counted once.
     pub bytes: f64,
+}
+
+/// What [`record`] found: a row for each kind of operation and direction.
+pub type Rows = Vec<(String, Direction, Cost)>;
+
+/// [`Rows`] to print: milliseconds a step, share of all, rate and share of the processor's peak of
+/// products, bytes moved.
+pub struct Table<'a> {
+    /// What was recorded.
+    pub rows: &'a Rows,
+    /// Steps that were recorded, to divide by.
+    pub steps: usize,
+    /// The network that computed them, or one of the same kernels and precision.
+    pub network: &'a Network,
+}
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Table { rows, steps, network } = *self;
+        let (variant, precision) = (network.0.variant, network.0.precision);
+        let threads = kernels::threads();
+        let peak = kernels::peak(variant, precision).map(|peak| peak * threads as f64);
+        write!(f, "{variant} kernels, {threads} threads")?;
+        if let Some(peak) = peak {
+            write!(f, ", peak of products {:.0} GFLOP/s", peak / 1e9)?;
+        }
+        writeln!(f)?;
+        writeln!(
+            f,
+            "{:20} {:9} {:>5} {:>9} {:>6} {:>7} {:>7} {:>7} {:>6}",
+            "layers", "", "times", "ms a step", "share", "GFLOP/s", "of peak", "MB", "GB/s"
+        )?;
+        let all: f64 = rows.iter().map(|(_, _, cost)| cost.seconds).sum();
+        for (kind, direction, cost) in rows {
+            let Cost { count, seconds, operations, bytes } = *cost;
+            let (rate, steps) = (operations / seconds, steps as f64);
+            let (mut product, mut of_peak) = (String::new(), String::new());
+            if operations > 0. {
+                write!(product, "{:.0}", rate / 1e9)?;
+                if let Some(peak) = peak {
+                    write!(of_peak, "{:.0} %", 100. * rate / peak)?;
+                }
+            }
+            writeln!(
+                f,
+                "{kind:20} {:9} {:5.0} {:9.2} {:4.1} % {product:>7} {of_peak:>7} {:7.0} {:6.1}",
+                format!("{direction:?}").to_lowercase(),
+                count as f64 / steps,
+                1e3 * seconds / steps,
+                100. * seconds / all,
+                bytes / steps / 1e6,
+                bytes / seconds / 1e9
+            )?;
+        }
+        writeln!(f, "{:36} {:9.2}", "all", 1e3 * all / steps as f64)
+    }
 }
 
 /// Which way an operation ran.
@@ -36,15 +98,15 @@ pub enum Direction {
     Weights,
 }
 
-type Table = BTreeMap<(String, Direction), Cost>;
+type Totals = BTreeMap<(String, Direction), Cost>;
 
 static ON: AtomicBool = AtomicBool::new(false);
-static TABLE: Mutex<Table> = Mutex::new(Table::new());
+static TABLE: Mutex<Totals> = Mutex::new(Totals::new());
 
 /// Runs `work` with the clocks on and returns what it took, by kind of operation and direction.
 /// Operations of other threads meanwhile are counted too.
-pub fn record(work: impl FnOnce()) -> Vec<(String, Direction, Cost)> {
-    *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Table::new();
+pub fn record(work: impl FnOnce()) -> Rows {
+    *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Totals::new();
     ON.store(true, Ordering::Relaxed);
     work();
     ON.store(false, Ordering::Relaxed);
@@ -100,8 +162,8 @@ pub(crate) fn passes(
 }
 
 /// The arrangement of weights for a product.
-pub(crate) fn packing(g: &Geometry, precision: Precision) -> (String, Cost) {
-    let bytes =
-        (g.weights_len() * size_of::<f32>() + g.packed_len(precision) * precision.bytes()) as f64;
+pub(crate) fn packing(g: &Geometry, plan: &Plan) -> (String, Cost) {
+    let packed = g.packed_len(plan.variant, plan.precision) * plan.precision.bytes();
+    let bytes = (g.weights_len() * size_of::<f32>() + packed) as f64;
     ("weights, arranged".to_owned(), Cost { bytes, ..Cost::default() })
 }

@@ -73,6 +73,25 @@ mod tests {
     }
 
     #[test]
+    fn parameters_at_rest_lend_the_memory_of_their_arranged_weights() -> Result<()> {
+        let network = network()?;
+        let (first, second) = (network.parameters(), network.parameters());
+        let modes = Modes::all(&network, Mode::Batch);
+        let mut statistics = network.statistics();
+        let input = Tensor::rand(-1f32, 1., (3, 6, 8, 3), &Device::Cpu)?;
+        let mut forward = |parameters| -> Result<(Vec<Vec<f32>>, usize)> {
+            let output = network.forward(parameters, &mut statistics, &input, &modes, None)?;
+            Ok((output.to_vec2()?, network.0.pool.allocations()))
+        };
+        let (output, allocations) = forward(&first)?;
+        first.rest();
+        assert_eq!(forward(&second)?, (output.clone(), allocations));
+        assert!(forward(&first)?.1 > allocations, "the second keeps what it took");
+        assert_eq!(forward(&first)?.0, output);
+        Ok(())
+    }
+
+    #[test]
     fn a_step_after_the_first_takes_its_memory_from_the_pool() -> Result<()> {
         let network = network()?;
         let (mut parameters, mut gradients) = (network.parameters(), network.gradients());

@@ -28,7 +28,7 @@ use training::{Learner, Run, Target, sampler};
 pub use config::{Config, Sampling};
 
 /// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 2;
+pub const ALGORITHM: u32 = 3;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

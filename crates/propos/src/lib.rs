@@ -43,7 +43,7 @@ use crate::clusters::Clusters;
 use crate::objective::{Direction, Extras, direction};
 
 /// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

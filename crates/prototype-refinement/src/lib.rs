@@ -41,7 +41,7 @@ use crate::marked::Marked;
 use crate::prototypes::Prototypes;
 
 /// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 3;
+pub const ALGORITHM: u32 = 4;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

@@ -48,7 +48,7 @@ use crate::monitor::{Monitor, distinct, mean_cosine};
 use crate::network::Learner;
 
 /// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 1;
+pub const ALGORITHM: u32 = 2;
 
 /// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
 pub fn program(words: ArgsOs) -> ExitCode {

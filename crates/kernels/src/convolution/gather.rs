@@ -44,11 +44,13 @@ pub fn forward(
     assert!(finish.residual.is_none_or(|residual| residual.len() == g.output.len()));
     assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
     let moments = moments.map(Disjoint::new);
-    if g.winograd(output.precision()) {
-        let Finish { bias, residual, relu } = finish;
-        let last = Last { bias, residual: residual.map(|residual| &**residual), relu, moments };
-        let (from, to) = ((&**input, g.input), (&mut **output, g.output));
-        return winograd::convolve(variant, g, from, packed, to, false, &last);
+    if g.winograd(variant, output.precision()) {
+        return by_precision!(output.precision(), T => {
+            let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
+            let Finish { bias, residual, relu } = finish;
+            let last = Last { bias, residual: residual.map(T::of), relu, moments };
+            winograd::convolve(variant, g, from, T::of(packed), to, false, &last);
+        });
     }
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let taps = |at: usize| (0..g.kernel).map(move |tap| (tap, at * g.stride + tap));
@@ -80,11 +82,13 @@ pub fn input_gradient(
     input_gradient: &mut Buffer,
     add: bool,
 ) {
-    if g.winograd(input_gradient.precision()) {
-        let last = Last { bias: None, residual: None, relu: false, moments: None };
-        let from = (&**output_gradient, g.output);
-        let to = (&mut **input_gradient, g.input);
-        return winograd::convolve(variant, g, from, packed, to, add, &last);
+    if g.winograd(variant, input_gradient.precision()) {
+        return by_precision!(input_gradient.precision(), T => {
+            let last = Last { bias: None, residual: None, relu: false, moments: None };
+            let from = (T::of(output_gradient), g.output);
+            let to = (T::of_mut(input_gradient), g.input);
+            winograd::convolve(variant, g, from, T::of(packed), to, add, &last);
+        });
     }
     let side = |count: usize, limit: usize| -> Vec<Vec<(usize, usize)>> {
         let meets = |at: usize, tap: usize| {
@@ -149,6 +153,15 @@ pub(super) struct Last<'a, T> {
 }
 
 impl<T: Number> Last<'_, T> {
+    /// Whether there is a last step at all.
+    pub fn is_something(&self) -> bool {
+        self.changes() || self.moments.is_some()
+    }
+
+    fn changes(&self) -> bool {
+        self.bias.is_some() || self.residual.is_some() || self.relu
+    }
+
     /// The last step and the moments of one part of a value, in a pair of blocks of channels, which
     /// the caller's task owns.
     pub fn part(
@@ -160,8 +173,8 @@ impl<T: Number> Last<'_, T> {
         pair: usize,
     ) {
         let &Last { bias, residual, relu, ref moments } = self;
-        let changes = bias.is_some() || residual.is_some() || relu;
-        if !changes && moments.is_none() {
+        let changes = self.changes();
+        if !self.is_something() {
             return;
         }
         let variant = session.variant();
@@ -207,7 +220,7 @@ fn gather<T: Number>(
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
-    assert_eq!(packed.len(), g.packed_len(T::PRECISION));
+    assert_eq!(packed.len(), g.packed_len(variant, T::PRECISION));
     let parts = to_shape.parts();
     let pairs = to_shape.blocks().div_ceil(2);
     // How the work is cut has no influence on the result: no sum crosses a task.

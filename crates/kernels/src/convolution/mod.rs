@@ -4,7 +4,7 @@
 //! input and the blocks of input channels. Taps beyond the border are left out, so nothing is
 //! copied or padded: on a map of one pixel a 3×3 convolution costs one tap, not nine. The input
 //! gradient is the same sum with taps and channels turned around; with a stride, each input pixel
-//! meets only the taps of its own parity. In f32, 3×3 convolutions of stride 1 take a shorter way
+//! meets only the taps of its own parity. 3×3 convolutions of stride 1 take a shorter way
 //! (`winograd.rs`).
 
 mod gather;
@@ -17,7 +17,7 @@ pub use pack::{pack_backward, pack_forward};
 pub use weights::weight_gradient;
 
 use crate::layout::TILE;
-use crate::{Precision, Shape};
+use crate::{Precision, Shape, Variant};
 
 /// A convolution between two values of known extent. A linear layer is one with kernel 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,20 +55,29 @@ impl Geometry {
         self.output.channels * self.input.channels * self.taps()
     }
 
-    /// Numbers in the packed weights for values of this precision, forward or backward.
-    pub fn packed_len(&self, precision: Precision) -> usize {
+    /// Numbers in the packed weights for values of this precision, forward or backward, as the variant
+    /// wants them.
+    pub fn packed_len(&self, variant: Variant, precision: Precision) -> usize {
         let tiles = self.input.blocks() * self.output.blocks() * TILE;
-        if self.winograd(precision) { winograd::POSITIONS * tiles } else { self.taps() * tiles }
+        if self.winograd(variant, precision) {
+            winograd::POSITIONS * tiles
+        } else {
+            self.taps() * tiles
+        }
     }
 
     /// Whether fewer multiplications serve: not where blocks of channels or squares of pixels would
-    /// be filled with little, nor where the weights outweigh the pixels.
-    fn winograd(&self, precision: Precision) -> bool {
+    /// be filled with little. In bf16, where products cost half, not where the weights outweigh the
+    /// pixels either, nor where a unit multiplies faster than a processor adds.
+    fn winograd(&self, variant: Variant, precision: Precision) -> bool {
         let Geometry { input, output, kernel, stride, padding } = self;
-        precision == Precision::F32
-            && (*kernel, *stride, *padding) == (3, 1, 1)
-            && input.channels.min(output.channels) >= 16
-            && input.height.min(input.width) >= 6
+        let (few, many) =
+            (input.channels.min(output.channels), input.channels.max(output.channels));
+        let worth = match precision {
+            Precision::F32 => few >= 16,
+            Precision::Bf16 => few >= 32 && many <= 8 * input.pixels() && !variant.has_tile_unit(),
+        };
+        worth && (*kernel, *stride, *padding) == (3, 1, 1) && input.height.min(input.width) >= 6
     }
 
     /// Multiplications of the forward pass, not counting the border.
@@ -123,7 +132,7 @@ fn columns_of(blocks: usize, pair: usize) -> usize {
 mod tests {
     use super::*;
     use crate::number::{Half, Number};
-    use crate::{Buffer, Pool, Variant};
+    use crate::{Buffer, Pool};
 
     /// Small whole numbers: every product and sum is exact in f32, in any order.
     fn whole(seed: usize, len: usize) -> Vec<f32> {
@@ -171,6 +180,7 @@ mod tests {
             (3, 7, 9, 17, 33, 3, 1, 1),
             (17, 6, 8, 16, 20, 3, 1, 1),
             (2, 8, 16, 40, 16, 3, 1, 1),
+            (17, 6, 7, 33, 40, 3, 1, 1),
         ] {
             let input = Shape::new(images, h, w, from);
             let g = Geometry::new(input, to, kernel, stride, padding).expect("a convolution");
@@ -193,10 +203,10 @@ mod tests {
                     let what = format!("{variant} {precision:?} {g:?}");
                     let buffer = |len| Buffer::zeros_of(precision, len);
                     let (mut tiles, mut packed) =
-                        (buffer(input.len()), buffer(g.packed_len(precision)));
+                        (buffer(input.len()), buffer(g.packed_len(variant, precision)));
                     let mut output = buffer(g.output.len());
                     input.pack(&x, &mut tiles);
-                    pack_forward(&g, &weights, &mut packed);
+                    pack_forward(variant, &g, &weights, &mut packed);
                     let mut padded = vec![0.; g.output.padded_channels()];
                     padded[..to].copy_from_slice(&bias);
                     let mut residual = buffer(g.output.len());
@@ -221,7 +231,7 @@ mod tests {
                     weight_gradient(variant, &g, &tiles, &output, &pool, &mut gradient);
                     assert_eq!(gradient, dw, "{what}");
 
-                    pack_backward(&g, &weights, &mut packed);
+                    pack_backward(variant, &g, &weights, &mut packed);
                     input.pack(&vec![1.; x.len()], &mut tiles);
                     input_gradient(variant, &g, &output, &packed, &mut tiles, true);
                     let mut rows = vec![0.; x.len()];
@@ -287,12 +297,12 @@ mod tests {
             shape.unpack(value, &mut rows);
             rows
         };
-        let mut packed = Buffer::zeros_of(precision, g.packed_len(precision));
+        let mut packed = Buffer::zeros_of(precision, g.packed_len(variant, precision));
         let (x, dy) = (value(g.input, x), value(g.output, dy));
         let (mut y, mut dx) = (dy.clone(), x.clone());
-        pack_forward(g, weights, &mut packed);
+        pack_forward(variant, g, weights, &mut packed);
         forward(variant, g, &x, &packed, Finish::default(), &mut y, None);
-        pack_backward(g, weights, &mut packed);
+        pack_backward(variant, g, weights, &mut packed);
         input_gradient(variant, g, &dy, &packed, &mut dx, false);
         let mut dw = vec![0.; weights.len()];
         weight_gradient(variant, g, &x, &dy, &Pool::new(), &mut dw);
@@ -306,6 +316,7 @@ mod tests {
             (1, 9, 7, 3, 17, 3, 1),
             (15, 8, 6, 17, 33, 3, 1),
             (17, 7, 10, 33, 17, 3, 1),
+            (17, 9, 6, 35, 50, 3, 1),
             (17, 6, 5, 5, 33, 3, 2),
             (1, 13, 10, 3, 5, 7, 2),
             (15, 9, 8, 3, 17, 7, 1),
@@ -332,9 +343,10 @@ mod tests {
                             let value = want.values[which][at];
                             // Each product and each sum is rounded once.
                             let mut bound = 2. * n * u * want.sizes[which][at];
-                            if g.winograd(precision) {
+                            let plain = precision == Precision::Bf16 && which == 2;
+                            if g.winograd(variant, precision) && !plain {
                                 // See `winograd.rs`; all numbers are at most 1 in size.
-                                bound = winograd::bound(terms[which], which == 2);
+                                bound = winograd::bound(precision, terms[which], which == 2);
                             }
                             if precision == Precision::Bf16 && which < 2 {
                                 bound += (-8f64).exp2() * value.abs();
@@ -349,9 +361,32 @@ mod tests {
     }
 
     #[test]
+    fn every_form_gives_the_same_bits_on_any_number_of_threads() {
+        for (from, to, side, kernel, stride) in
+            [(40, 33, 9, 3, 1), (34, 50, 9, 3, 2), (3, 20, 12, 7, 2), (64, 40, 1, 1, 1)]
+        {
+            let input = Shape::new(37, side, side, from);
+            let g = Geometry::new(input, to, kernel, stride, kernel / 2).expect("a convolution");
+            let x = noise(1, g.input.count() * from);
+            let weights = noise(2, g.weights_len());
+            let dy = noise(3, g.output.count() * to);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let variant = Variant::fastest();
+                let on = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let run = || products(variant, precision, &g, [&x, &weights, &dy]);
+                    pool.expect("a pool").install(run)
+                };
+                let once = on(1);
+                assert!([2, 3].map(on).iter().all(|again| *again == once), "{precision:?} {g:?}");
+            }
+        }
+    }
+
+    #[test]
     fn winograds_form_loses_little() {
         let g = Geometry::new(Shape::new(16, 12, 10, 64), 48, 3, 1, 1).expect("a convolution");
-        assert!(g.winograd(Precision::F32));
+        assert!(g.winograd(Variant::PORTABLE, Precision::F32));
         let x = noise(1, g.input.count() * 64);
         let weights = noise(2, g.weights_len());
         let dy = noise(3, g.output.count() * 48);
@@ -373,5 +408,14 @@ mod tests {
         let plain = off(&plain, &want.values[0]);
         let all: Vec<f64> = (0..3).map(|which| off(&got[which], &want.values[which])).collect();
         assert!(all.iter().all(|off| *off < 4. * plain), "{all:?}, plain {plain}");
+
+        let half = Precision::Bf16;
+        assert!(g.winograd(Variant::PORTABLE, half));
+        let rounded = |all: &[f32]| -> Vec<f32> { all.iter().map(|x| stored(half, *x)).collect() };
+        let [x, weights, dy] = [rounded(&x), rounded(&weights), rounded(&dy)];
+        let want = Reference::new(&g, &x, &weights, &dy);
+        let got = products(Variant::fastest(), half, &g, [&x, &weights, &dy]);
+        let all: Vec<f64> = (0..3).map(|which| off(&got[which], &want.values[which])).collect();
+        assert!(all[0] < 5e-3 && all[1] < 5e-3 && all[2] < 1e-5, "{all:?}");
     }
 }

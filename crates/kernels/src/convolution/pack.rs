@@ -9,23 +9,31 @@ use crate::{Buffer, Variant, parallel};
 
 /// Arranges weights `(O, I, K, K)` for [`super::forward`]: tiles of 16 input × 16 output channels,
 /// in the order (pair of output blocks, tap, input block, output block of the pair); in Winograd's
-/// form, (pair of output blocks, position, input block, output block of the pair).
+/// form, (pair of output blocks, position, input block, output block of the pair). The variant is the
+/// one that is to multiply them.
 ///
 /// # Panics
 ///
 /// When a slice has another length than the geometry says.
-pub fn pack_forward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
+pub fn pack_forward(variant: Variant, g: &Geometry, weights: &[f32], packed: &mut Buffer) {
     assert_eq!(weights.len(), g.weights_len());
-    if g.winograd(packed.precision()) {
+    if g.winograd(variant, packed.precision()) {
         let inputs = g.input.channels;
-        return winograd::pack(inputs, g.output.channels, packed, |from, to| {
-            nine(&weights[(to * inputs + from) * 9..])
+        return by_precision!(packed.precision(), T => {
+            winograd::pack(inputs, g.output.channels, T::of_mut(packed), |from, to, kernels| {
+                for (lane, to) in to.enumerate() {
+                    let weights = &weights[(to * inputs + from) * 9..][..9];
+                    for (kernel, weight) in kernels.iter_mut().zip(weights) {
+                        kernel[lane] = *weight;
+                    }
+                }
+            });
         });
     }
     let (inputs, taps) = (g.input.channels, g.taps());
     let (from_blocks, to_blocks) = (g.input.blocks(), g.output.blocks());
     by_precision!(packed.precision(), T => {
-        pack::<T>(g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
+        pack::<T>(variant, g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
             for lane in 0..g.output.channels_in(to) {
                 let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
                 let weights = &weights[first..][..g.input.channels_in(from) * taps];
@@ -43,19 +51,24 @@ pub fn pack_forward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
 /// # Panics
 ///
 /// When a slice has another length than the geometry says.
-pub fn pack_backward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
+pub fn pack_backward(variant: Variant, g: &Geometry, weights: &[f32], packed: &mut Buffer) {
     assert_eq!(weights.len(), g.weights_len());
     let (inputs, taps) = (g.input.channels, g.taps());
-    if g.winograd(packed.precision()) {
-        return winograd::pack(g.output.channels, inputs, packed, |from, to| {
-            let mut kernel = nine(&weights[(from * inputs + to) * 9..]);
-            kernel.reverse();
-            kernel
+    if g.winograd(variant, packed.precision()) {
+        return by_precision!(packed.precision(), T => {
+            winograd::pack(g.output.channels, inputs, T::of_mut(packed), |from, to, kernels| {
+                let weights = &weights[(from * inputs + to.start) * 9..][..to.len() * 9];
+                for (lane, weights) in weights.chunks_exact(9).enumerate() {
+                    for (kernel, weight) in kernels.iter_mut().rev().zip(weights) {
+                        kernel[lane] = *weight;
+                    }
+                }
+            });
         });
     }
     let (from_blocks, to_blocks) = (g.output.blocks(), g.input.blocks());
     by_precision!(packed.precision(), T => {
-        pack::<T>(g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
+        pack::<T>(variant, g, T::of_mut(packed), from_blocks, to_blocks, |from, to, tiles| {
             for row in 0..g.output.channels_in(from) {
                 let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
                 let weights = &weights[first..][..g.input.channels_in(to) * taps];
@@ -67,10 +80,6 @@ pub fn pack_backward(g: &Geometry, weights: &[f32], packed: &mut Buffer) {
     });
 }
 
-fn nine(weights: &[f32]) -> [f32; 9] {
-    weights[..9].try_into().expect("a slice of nine has nine numbers")
-}
-
 /// Sets one place of each tap's tile.
 #[inline(always)]
 fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
@@ -80,7 +89,7 @@ fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
 }
 
 for_each_variant! {
-    fn arrange_right<T: Number>(from: &[f32; TILE], to: &mut [T]) {
+    pub(super) fn arrange_right<T: Number>(from: &[f32; TILE], to: &mut [T]) {
         T::arrange_right(from, to);
     }
 }
@@ -88,13 +97,14 @@ for_each_variant! {
 /// Calls `fill(block read, block written, a tile for each tap)` for all of them. The tiles, zero at
 /// first, are small enough to be filled in any order; from there they go on row by row.
 fn pack<T: Number>(
+    variant: Variant,
     g: &Geometry,
     packed: &mut [T],
     from_blocks: usize,
     to_blocks: usize,
     fill: impl Fn(usize, usize, &mut [[f32; TILE]]) + Sync + Send,
 ) {
-    assert_eq!(packed.len(), g.packed_len(T::PRECISION));
+    assert_eq!(packed.len(), g.packed_len(variant, T::PRECISION));
     let panel = panel_len(g.taps(), from_blocks);
     parallel::for_each_chunk(packed, panel, 2 * g.weights_len(), |pair, packed| {
         let columns = columns_of(to_blocks, pair);

@@ -43,7 +43,7 @@ pub fn weight_gradient(
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
-    let tasks = WeightTasks::new(g, input.precision());
+    let tasks = WeightTasks::new(variant, g, input.precision());
     let mut scratch = pool.take(tasks.len() * tasks.parts);
     if tasks.winograd {
         let (input, output_gradient): (&[f32], &[f32]) = (input, output_gradient);
@@ -145,8 +145,9 @@ fn with_runs(work: impl FnOnce(&mut Runs)) {
 }
 
 impl<'a> WeightTasks<'a> {
-    fn new(g: &'a Geometry, precision: Precision) -> Self {
-        let winograd = g.winograd(precision);
+    fn new(variant: Variant, g: &'a Geometry, precision: Precision) -> Self {
+        // In bf16 the transforms and the sums of 16 positions would cost what the products save.
+        let winograd = precision == Precision::F32 && g.winograd(variant, precision);
         let rows = (STRIP / precision.bytes() / g.output.width).max(1);
         let squares = Squares::of(g.output);
         let strips = if winograd {
@@ -423,6 +424,12 @@ impl<'a> WeightTasks<'a> {
                     let first = input_block * SIDE * taps;
                     let len = g.input.channels_in(input_block) * taps;
                     for (lane, gradient) in gradient.chunks_exact_mut(inputs * taps).enumerate() {
+                        if taps == 1 {
+                            let totals = totals[lane..].iter().step_by(SIDE);
+                            let gradient = gradient[first..first + len].iter_mut();
+                            gradient.zip(totals).for_each(|(gradient, total)| *gradient += total);
+                            continue;
+                        }
                         let rows = gradient[first..first + len].chunks_exact_mut(taps);
                         for (row, gradient) in rows.enumerate() {
                             self.add(&totals[row * SIDE + lane..], gradient);

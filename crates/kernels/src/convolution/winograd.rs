@@ -1,5 +1,5 @@
-//! 3×3 convolutions of stride 1 in f32 with 16 multiplications where the plain sum has 36: the
-//! minimal filtering F(2×2, 3×3) of Winograd as Lavin & Gray use it (2015, arXiv:1509.09308, Section 4.1).
+//! 3×3 convolutions of stride 1 with 16 multiplications where the plain sum has 36: the minimal
+//! filtering F(2×2, 3×3) of Winograd as Lavin & Gray use it (2015, arXiv:1509.09308, Section 4.1).
 //!
 //! A square of 2 × 2 output pixels needs 4 × 4 input pixels `d`. Both the square and the kernel `g`
 //! are brought into a form in which 16 products, position by position, take the place of the sum:
@@ -23,20 +23,29 @@
 //! in all, 9 of `w`, and a result the sum of 9 products' sums over `C` channels: it is off by at most
 //! `81 C (C + 16) u · max|w| · max|x|`, and a weight gradient over `N` pixels by at most
 //! `36 N (N + 16) u · max|x| · max|dy|`. These bounds are far off, as such bounds are; the tests hold
-//! the error in the mean to less than 4 times that of the plain sum. Not for bfloat16, whose 8 bits
-//! would round the transformed numbers again.
+//! the error in the mean to less than 4 times that of the plain sum.
+//!
+//! In bfloat16 the transformed numbers are rounded once more, each by at most `v = 2⁻⁸` of itself, to
+//! the nearest; products are exact and summed in f32 as ever. A result is off by at most
+//! `163 C v · max|w| · max|x|` more, of which in the mean little is left: the tests hold the error of
+//! random numbers below 0.5 % of the result, where rounding the result alone makes 0.17 % and rounding
+//! the factors, before either form, 0.24 %. The gradient of the kernel is the plain sum in bfloat16.
 
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
 use std::ops::Range;
 
 use super::gather::Last;
+use super::pack::arrange_right;
 use super::{Geometry, columns_of};
+#[cfg(test)]
+use crate::Precision;
 use crate::Variant;
-use crate::buffer::with_scratch;
+use crate::buffer::{with_scratch, with_scratch_of};
 use crate::layout::{SIDE, Shape, TILE};
+use crate::number::Number;
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{self, Product, Run, Session};
+use crate::tiles::{Product, Run, Session};
 use crate::variant::for_each_variant;
 
 /// Positions of a transformed square.
@@ -47,10 +56,10 @@ const HELD: usize = 512 << 10;
 /// Numbers from position to position, for so many tiles: a few cache lines more than these, or all
 /// positions of a number would fall into the same sets of the caches.
 pub(super) fn stride(tiles: usize) -> usize {
-    tiles * TILE + 5 * SIDE
+    tiles * TILE + NEAR * SIDE
 }
-/// Tile products between loads of the sums: their right sides stay in the first-level cache.
-const CHUNK: usize = 16;
+/// Images whose sums, of all positions and a pair of blocks, the first-level cache holds.
+const NEAR: usize = 16;
 
 /// Squares of 2 × 2 pixels that cover a map, row by row.
 #[derive(Clone, Copy)]
@@ -74,51 +83,78 @@ impl Squares {
     }
 }
 
-/// Weights `(O, I, 3, 3)` in Winograd's form, `weight(from, to)` giving the nine of a channel that
-/// is read and one that is written: tiles in the order (pair of blocks written, position, block
-/// read, block of the pair).
-pub(super) fn pack(
+/// Weights `(O, I, 3, 3)` in Winograd's form: tiles in the order (pair of blocks written, position,
+/// block read, block of the pair).
+///
+/// `nine(from, to, kernels)` gives the nine weights between a channel that is read and each of a
+/// block of channels that are written, as far as there are any.
+pub(super) fn pack<T: Number>(
     from_channels: usize,
     to_channels: usize,
-    packed: &mut [f32],
-    weight: impl Fn(usize, usize) -> [f32; 9] + Sync + Send,
+    packed: &mut [T],
+    nine: impl Fn(usize, Range<usize>, &mut [Row; 9]) + Sync + Send,
 ) {
     let (from_blocks, to_blocks) = (from_channels.div_ceil(SIDE), to_channels.div_ceil(SIDE));
     let all = POSITIONS * from_blocks * TILE;
     assert_eq!(packed.len(), all * to_blocks);
     parallel::for_each_chunk(packed, 2 * all, 8 * all * to_blocks, |pair, packed| {
         let columns = columns_of(to_blocks, pair);
-        let position = from_blocks * columns * TILE;
-        packed.fill(0.);
-        for lane in 0..(to_channels - 2 * pair * SIDE).min(columns * SIDE) {
-            for from in 0..from_channels {
-                let (block, row) = (from / SIDE, from % SIDE);
-                let at = (block * columns + lane / SIDE) * TILE + row * SIDE + lane % SIDE;
-                let transformed = transform_kernel(weight(from, 2 * pair * SIDE + lane));
-                for (to, value) in packed[at..].iter_mut().step_by(position).zip(transformed) {
-                    *to = value;
+        with_scratch(POSITIONS * TILE, |scratch| {
+            for (column, block) in (0..columns).flat_map(|c| (0..from_blocks).map(move |f| (c, f)))
+            {
+                let first = (2 * pair + column) * SIDE;
+                let lanes = first..(first + SIDE).min(to_channels);
+                scratch.fill(0.);
+                for from in block * SIDE..((block + 1) * SIDE).min(from_channels) {
+                    let mut kernels = [[0.; SIDE]; 9];
+                    nine(from, lanes.clone(), &mut kernels);
+                    transform_kernels(
+                        Variant::fastest(),
+                        &kernels,
+                        &mut scratch[from % SIDE * SIDE..],
+                    );
+                }
+                for (position, tile) in scratch.as_chunks::<TILE>().0.iter().enumerate() {
+                    let at = ((position * from_blocks + block) * columns + column) * TILE;
+                    arrange_right(Variant::fastest(), tile, &mut packed[at..at + TILE]);
                 }
             }
-        }
+        });
     });
 }
 
-/// `G g Gᵀ`.
-fn transform_kernel(g: [f32; 9]) -> [f32; POSITIONS] {
-    let four = |a: f32, b: f32, c: f32| [a, 0.5 * (a + b + c), 0.5 * (a - b + c), c];
-    let columns: [[f32; 4]; 3] = std::array::from_fn(|x| four(g[x], g[3 + x], g[6 + x]));
-    let rows =
-        std::array::from_fn::<_, 4, _>(|y| four(columns[0][y], columns[1][y], columns[2][y]));
-    std::array::from_fn(|at| rows[at / 4][at % 4])
+for_each_variant! {
+    /// `G g Gᵀ` of 16 kernels, a number of each side by side; the positions lie a tile apart.
+    fn transform_kernels(g: &[Row; 9], to: &mut [f32]) {
+        let mut half = [[0f32; SIDE]; 12];
+        for x in 0..3 {
+            for lane in 0..SIDE {
+                let (a, b, c) = (g[x][lane], g[3 + x][lane], g[6 + x][lane]);
+                half[x][lane] = a;
+                half[3 + x][lane] = 0.5 * (a + b + c);
+                half[6 + x][lane] = 0.5 * (a - b + c);
+                half[9 + x][lane] = c;
+            }
+        }
+        for y in 0..4 {
+            let [a, b, c] = [&half[3 * y], &half[3 * y + 1], &half[3 * y + 2]];
+            let first = 4 * y * TILE;
+            store(to, first, #[inline(always)] |lane| a[lane]);
+            store(to, first + TILE, #[inline(always)] |lane| 0.5 * (a[lane] + b[lane] + c[lane]));
+            store(to, first + 2 * TILE, #[inline(always)] |lane| 0.5 * (a[lane] - b[lane] + c[lane]));
+            store(to, first + 3 * TILE, #[inline(always)] |lane| c[lane]);
+        }
+    }
 }
 
 /// The most that a result can be off when all factors are at most 1 in size: of a sum of so many
 /// products, for an output or, with `weights`, for a weight.
 #[cfg(test)]
-pub(super) fn bound(terms: usize, weights: bool) -> f64 {
+pub(super) fn bound(precision: Precision, terms: usize, weights: bool) -> f64 {
     let n = if weights { terms } else { terms / 9 } as f64;
     let factor = if weights { 36. } else { 81. };
-    factor * n * (n + 16.) * (-24f64).exp2()
+    let rounded = if precision == Precision::Bf16 { 163. * n * (-8f64).exp2() } else { 0. };
+    factor * n * (n + 16.) * (-24f64).exp2() + rounded
 }
 
 /// `Gᵀ m G` of the 16 sums of a weight.
@@ -134,55 +170,74 @@ pub(super) fn gradient_of_kernel(m: [f32; POSITIONS]) -> [f32; 9] {
 }
 
 /// `to (+)= packed ∗ from`, both maps of the same size.
-pub(super) fn convolve(
+pub(super) fn convolve<T: Number>(
     variant: Variant,
     g: &Geometry,
-    (from, from_shape): (&[f32], Shape),
-    packed: &[f32],
-    (to, to_shape): (&mut [f32], Shape),
+    (from, from_shape): (&[T], Shape),
+    packed: &[T],
+    (to, to_shape): (&mut [T], Shape),
     add: bool,
-    last: &Last<f32>,
+    last: &Last<T>,
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
     let (blocks, to_blocks) = (from_shape.blocks(), to_shape.blocks());
     assert_eq!(packed.len(), POSITIONS * blocks * to_blocks * TILE);
-    let bands = Bands::of(to_shape);
-    let held = (HELD / (POSITIONS * blocks * TILE * size_of::<f32>())).clamp(2, 8);
-    let (left_len, sums_len) = (POSITIONS * stride(held * blocks), POSITIONS * stride(held * 2));
+    let (pairs, wanted) = (to_blocks.div_ceil(2), 4 * parallel::threads());
+    // How the work is cut has no influence on the result: no sum crosses a task.
+    let bands = Bands::of(to_shape, wanted.div_ceil(to_shape.groups()));
+    let squares_tasks = to_shape.groups() * bands.count;
+    let pair_tasks = wanted.div_ceil(squares_tasks).min(pairs.div_ceil(2));
+    let held = (HELD / (POSITIONS * blocks * TILE * size_of::<T>())).clamp(2, 8);
+    let (left_len, sums_len) = (POSITIONS * stride(held * blocks), POSITIONS * stride(2));
     let to = Disjoint::new(to);
     let parts = to_shape.parts() / to_shape.groups();
-    parallel::for_each(to_shape.groups() * bands.count, g.operations(), |task| {
+    parallel::for_each(squares_tasks * pair_tasks, g.operations(), |task| {
+        let (task, pair_task) = (task / pair_tasks, task % pair_tasks);
         let (group, band) = (task / bands.count, task % bands.count);
+        let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
         let session = Session::begin(variant);
         let squares = bands.squares(band);
         let work = Convolve { session: &session, from, from_shape, packed, to: &to, to_shape, add };
-        with_scratch(left_len + sums_len, |memory| {
-            let (left, sums) = memory.split_at_mut(left_len);
+        with_scratch_of::<T, _>(left_len, sums_len, |left, sums| {
             for first in squares.clone().step_by(held) {
-                work.squares(group, first..(first + held).min(squares.end), left, sums);
+                let squares = first..(first + held).min(squares.end);
+                work.squares(group, squares, pairs.clone(), left, sums);
             }
         });
-        for part in bands.parts(band) {
-            for pair in 0..to_blocks.div_ceil(2) {
+        if bands.whole {
+            for (part, pair) in bands.parts(band).flat_map(|p| pairs.clone().map(move |q| (p, q))) {
                 last.part(&session, &to, to_shape, group * parts + part, pair);
             }
         }
     });
+    if !bands.whole && last.is_something() {
+        parallel::for_each(to_shape.parts() * pairs, to_shape.len(), |task| {
+            let session = Session::begin(variant);
+            last.part(&session, &to, to_shape, task / pairs, task % pairs);
+        });
+    }
 }
 
-/// Rows of a map, an even number each time, that are whole parts of it.
+/// Rows of a map, an even number each time.
 struct Bands {
     shape: Shape,
     rows: usize,
     count: usize,
+    /// Whether they are whole parts of the map.
+    whole: bool,
 }
 
 impl Bands {
-    fn of(shape: Shape) -> Bands {
+    /// Bands of whole parts where there are as many as wanted, otherwise as many as there can be.
+    fn of(shape: Shape, wanted: usize) -> Bands {
         let whole = |rows: &usize| (rows * shape.width).is_multiple_of(shape.part_pixels());
         let rows = (2..=shape.height).step_by(2).find(whole).unwrap_or(shape.height);
-        Bands { shape, rows, count: shape.height.div_ceil(rows) }
+        let count = shape.height.div_ceil(rows);
+        if count < wanted {
+            return Bands { shape, rows: 2, count: shape.height.div_ceil(2), whole: rows == 2 };
+        }
+        Bands { shape, rows, count, whole: true }
     }
 
     fn rows(&self, band: usize) -> Range<usize> {
@@ -200,19 +255,26 @@ impl Bands {
     }
 }
 
-struct Convolve<'a> {
+struct Convolve<'a, T> {
     session: &'a Session,
-    from: &'a [f32],
+    from: &'a [T],
     from_shape: Shape,
-    packed: &'a [f32],
-    to: &'a Disjoint<'a, f32>,
+    packed: &'a [T],
+    to: &'a Disjoint<'a, T>,
     to_shape: Shape,
     add: bool,
 }
 
-impl Convolve<'_> {
+impl<T: Number> Convolve<'_, T> {
     /// Some squares of a group: transform, multiply, transform back.
-    fn squares(&self, group: usize, squares: Range<usize>, left: &mut [f32], sums: &mut [f32]) {
+    fn squares(
+        &self,
+        group: usize,
+        squares: Range<usize>,
+        pairs: Range<usize>,
+        left: &mut [T],
+        sums: &mut [f32],
+    ) {
         let (blocks, to_blocks) = (self.from_shape.blocks(), self.to_shape.blocks());
         let (map, count) = (Squares::of(self.to_shape), squares.len());
         let (variant, step) = (self.session.variant(), stride(count * blocks));
@@ -221,58 +283,67 @@ impl Convolve<'_> {
             let (from, shape, corner) = (self.from, self.from_shape, map.corner(square));
             transform_input(variant, from, shape, group, corner, 0..blocks, to, step);
         }
-        for pair in 0..to_blocks.div_ceil(2) {
+        for pair in pairs {
             let columns = columns_of(to_blocks, pair);
-            let sums_step = stride(count * columns);
-            for position in 0..POSITIONS {
-                let sums = &mut sums[position * sums_step..];
-                self.multiply(position, pair, count, &left[position * step..], sums);
-            }
+            let sums_step = stride(columns);
+            // The weights of the pair stay in the second-level cache for all squares, the sums of a
+            // few images in the first-level one from their products to the end.
             for (at, square) in squares.clone().enumerate() {
-                for column in 0..columns {
-                    let sums = &sums[(at * columns + column) * TILE..];
-                    self.write(group, map.corner(square), 2 * pair + column, sums, sums_step);
+                for images in (0..SIDE).step_by(NEAR).map(|first| first..first + NEAR) {
+                    let left = &left[at * blocks * TILE + images.start * SIDE..];
+                    self.multiply(pair, left, step, &mut sums[images.start * SIDE..], sums_step);
+                    for column in 0..columns {
+                        let (corner, block) = (map.corner(square), 2 * pair + column);
+                        let sums = &sums[column * TILE..];
+                        self.write(group, corner, block, images.clone(), sums, sums_step);
+                    }
                 }
             }
         }
     }
 
-    /// One position of some squares, in a pair of blocks.
-    fn multiply(&self, position: usize, pair: usize, count: usize, left: &[f32], sums: &mut [f32]) {
+    /// All positions of some images of a square, in a pair of blocks.
+    fn multiply(&self, pair: usize, left: &[T], step: usize, sums: &mut [f32], sums_step: usize) {
         let (blocks, to_blocks) = (self.from_shape.blocks(), self.to_shape.blocks());
         let columns = columns_of(to_blocks, pair);
-        let panel = (POSITIONS * 2 * pair + position * columns) * blocks * TILE;
-        for begin in (0..blocks).step_by(CHUNK) {
-            let end = (begin + CHUNK).min(blocks);
-            let inner = (self.from_shape.channels - begin * SIDE).min((end - begin) * SIDE);
-            for (at, output) in sums.chunks_mut(columns * TILE).take(count).enumerate() {
-                let run = Run {
-                    left: (at * blocks + begin) * TILE,
-                    right: panel + begin * columns * TILE,
-                    inner,
-                };
-                let (runs, add) = (&[run], begin > 0);
-                let product = Product { runs, apart: 0, rows: SIDE, columns, add };
-                tiles::product::<false>(self.session, left, self.packed, &product, &mut [output]);
-            }
+        for position in 0..POSITIONS {
+            let right = (POSITIONS * 2 * pair + position * columns) * blocks * TILE;
+            let runs = &[Run { left: 0, right, inner: self.from_shape.channels }];
+            let product = Product { runs, apart: 0, rows: NEAR, columns, add: false };
+            let (left, sums) = (&left[position * step..], &mut sums[position * sums_step..]);
+            T::product::<false>(self.session, left, self.packed, &product, &mut [sums]);
         }
     }
 
-    /// `Aᵀ m A` of one square and block; `sums` holds the 16 tiles so far apart.
-    fn write(&self, group: usize, (y, x): (usize, usize), block: usize, sums: &[f32], step: usize) {
+    /// `Aᵀ m A` of some images of one square and block; `sums` holds the 16 tiles so far apart.
+    fn write(
+        &self,
+        group: usize,
+        (y, x): (usize, usize),
+        block: usize,
+        images: Range<usize>,
+        sums: &[f32],
+        step: usize,
+    ) {
         let shape = self.to_shape;
-        let mut nowhere = [[0f32; TILE]; 4];
-        let mut nowhere = nowhere.each_mut().map(|tile| Some(&mut tile[..]));
+        let numbers = images.start * SIDE..images.end * SIDE;
+        let mut nowhere = [[T::near(0.); NEAR * SIDE]; 4];
+        let mut nowhere = nowhere.each_mut().map(Some);
         let outputs = std::array::from_fn(|at| {
             let (y, x) = (y + at / 2, x + at % 2);
             if y >= shape.height || x >= shape.width {
                 return nowhere[at].take().expect("each is taken once");
             }
             let pixel = (group * shape.height + y) * shape.width + x;
+            let from = pixel * shape.pixel_len() + block * TILE + numbers.start;
             // SAFETY: a task owns its bands' pixels, and those of a square differ.
-            unsafe { self.to.part(pixel * shape.pixel_len() + block * TILE, TILE) }
+            let rows = unsafe { self.to.part(from, numbers.len()) };
+            rows.try_into().expect("as many rows as are near")
         });
-        let sums = std::array::from_fn(|position| &sums[position * step..][..TILE]);
+        let sums = std::array::from_fn(|position| {
+            let rows = &sums[position * step..][numbers.clone()];
+            rows.try_into().expect("as many rows as are near")
+        });
         transform_output(self.session.variant(), sums, outputs, self.add);
     }
 }
@@ -280,61 +351,72 @@ impl Convolve<'_> {
 /// `Bᵀ d B` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
-pub(super) fn transform_input(
+pub(super) fn transform_input<T: Number>(
     variant: Variant,
-    from: &[f32],
+    from: &[T],
     shape: Shape,
     group: usize,
     (y, x): (usize, usize),
     blocks: Range<usize>,
-    to: &mut [f32],
+    to: &mut [T],
     step: usize,
 ) {
-    let pixels: [&[f32]; POSITIONS] = std::array::from_fn(|at| {
+    let pixels: [&[[T; TILE]]; POSITIONS] = std::array::from_fn(|at| {
         let inside = |at: usize, limit: usize| at.checked_sub(1).filter(|at| *at < limit);
         match (inside(y + at / 4, shape.height), inside(x + at % 4, shape.width)) {
             (Some(y), Some(x)) => {
                 let pixel = (group * shape.height + y) * shape.width + x;
-                &from[pixel * shape.pixel_len() + blocks.start * TILE..][..blocks.len() * TILE]
+                let first = pixel * shape.pixel_len() + blocks.start * TILE;
+                from[first..first + blocks.len() * TILE].as_chunks().0
             }
             _ => &[],
         }
     });
     for block in 0..blocks.len() {
-        let tiles = pixels.map(|pixel| pixel.get(block * TILE..(block + 1) * TILE));
-        forward_transform(
-            variant,
-            tiles.map(|tile| tile.unwrap_or(&ZEROS)),
-            &mut to[block * TILE..],
-            step,
-        );
+        // What lies beyond the border is zero.
+        let tiles = pixels.map(|pixel| pixel.get(block).unwrap_or(T::zeros()));
+        forward_transform(variant, tiles, positions(&mut to[block * TILE..], step));
     }
 }
 
-/// What lies beyond the border.
-static ZEROS: [f32; TILE] = [0.; TILE];
+/// The tiles of the 16 positions, which lie `step` numbers apart.
+fn positions<T>(to: &mut [T], step: usize) -> [&mut [T; TILE]; POSITIONS] {
+    let mut tiles = to.chunks_mut(step).filter_map(|tiles| tiles.first_chunk_mut());
+    std::array::from_fn(|_| tiles.next().expect("room for 16 positions"))
+}
 
 /// 16 numbers that are treated alike.
 type Row = [f32; SIDE];
 
 #[inline(always)]
-fn row(from: &[f32], at: usize) -> &Row {
-    from[at..at + SIDE].try_into().expect("a slice of 16 has 16 numbers")
+fn row<T: Number>(from: &[T], at: usize) -> Row {
+    let from = &from[at..at + SIDE];
+    let mut row = [0f32; SIDE];
+    for (lane, value) in row.iter_mut().enumerate() {
+        *value = from[lane].wide();
+    }
+    row
 }
 
-/// Stores a row made number by number.
+/// Stores a row made number by number, rounded.
 #[inline(always)]
-fn store(to: &mut [f32], at: usize, number: impl Fn(usize) -> f32) {
+fn store<T: Number>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
+    let to = &mut to[at..at + SIDE];
     let mut row = [0f32; SIDE];
     for (lane, value) in row.iter_mut().enumerate() {
         *value = number(lane);
     }
-    to[at..at + SIDE].copy_from_slice(&row);
+    for lane in 0..SIDE {
+        to[lane] = T::near(row[lane]);
+    }
 }
 
 for_each_variant! {
     /// `Bᵀ d B` of a tile of each of 4 × 4 pixels.
-    fn forward_transform(tiles: [&[f32]; POSITIONS], to: &mut [f32], step: usize) {
+    fn forward_transform<T: Number>(
+        tiles: [&[T; TILE]; POSITIONS],
+        to: [&mut [T; TILE]; POSITIONS],
+    ) {
         for at in (0..TILE).step_by(SIDE) {
             let mut half = [[0f32; SIDE]; POSITIONS];
             for x in 0..4 {
@@ -350,21 +432,24 @@ for_each_variant! {
             for y in 0..4 {
                 let (a, b) = (&half[4 * y], &half[4 * y + 1]);
                 let (c, d) = (&half[4 * y + 2], &half[4 * y + 3]);
-                let first = 4 * y * step + at;
-                store(to, first, #[inline(always)] |lane| a[lane] - c[lane]);
-                store(to, first + step, #[inline(always)] |lane| b[lane] + c[lane]);
-                store(to, first + 2 * step, #[inline(always)] |lane| c[lane] - b[lane]);
-                store(to, first + 3 * step, #[inline(always)] |lane| b[lane] - d[lane]);
+                store(to[4 * y], at, #[inline(always)] |lane| a[lane] - c[lane]);
+                store(to[4 * y + 1], at, #[inline(always)] |lane| b[lane] + c[lane]);
+                store(to[4 * y + 2], at, #[inline(always)] |lane| c[lane] - b[lane]);
+                store(to[4 * y + 3], at, #[inline(always)] |lane| b[lane] - d[lane]);
             }
         }
     }
 }
 
 for_each_variant! {
-    /// `Aᵀ m A` of a tile of each of 16 positions, to a tile of each of 2 × 2 pixels.
-    fn transform_output(sums: [&[f32]; POSITIONS], outputs: [&mut [f32]; 4], add: bool) {
+    /// `Aᵀ m A` of some rows of a tile of each of 16 positions, to those of each of 2 × 2 pixels.
+    fn transform_output<T: Number>(
+        sums: [&[f32; NEAR * SIDE]; POSITIONS],
+        outputs: [&mut [T; NEAR * SIDE]; 4],
+        add: bool,
+    ) {
         let [first, second, third, fourth] = outputs;
-        for at in (0..TILE).step_by(SIDE) {
+        for at in (0..NEAR * SIDE).step_by(SIDE) {
             let (mut upper, mut lower) = ([[0f32; SIDE]; 4], [[0f32; SIDE]; 4]);
             for x in 0..4 {
                 let (a, b) = (row(sums[x], at), row(sums[4 + x], at));
@@ -390,17 +475,19 @@ for_each_variant! {
                         odd[lane] += behind[lane];
                     }
                 }
-                left[at..at + SIDE].copy_from_slice(&even);
-                right[at..at + SIDE].copy_from_slice(&odd);
+                let (left, right) = (&mut left[at..at + SIDE], &mut right[at..at + SIDE]);
+                for lane in 0..SIDE {
+                    left[lane] = T::narrow(even[lane]);
+                    right[lane] = T::narrow(odd[lane]);
+                }
             }
         }
     }
 }
 
 for_each_variant! {
-    /// `A dy Aᵀ` of a tile of each of 2 × 2 pixels; the tiles of the positions lie `step` numbers
-    /// apart in `to`.
-    fn gradient_transform(tiles: [&[f32]; 4], to: &mut [f32], step: usize) {
+    /// `A dy Aᵀ` of a tile of each of 2 × 2 pixels.
+    fn gradient_transform<T: Number>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
         for at in (0..TILE).step_by(SIDE) {
             let (mut left, mut right) = ([[0f32; SIDE]; 4], [[0f32; SIDE]; 4]);
             for (half, x) in [(&mut left, 0), (&mut right, 1)] {
@@ -414,11 +501,10 @@ for_each_variant! {
             }
             for y in 0..4 {
                 let (a, b) = (&left[y], &right[y]);
-                let first = 4 * y * step + at;
-                store(to, first, #[inline(always)] |lane| a[lane]);
-                store(to, first + step, #[inline(always)] |lane| a[lane] + b[lane]);
-                store(to, first + 2 * step, #[inline(always)] |lane| a[lane] - b[lane]);
-                store(to, first + 3 * step, #[inline(always)] |lane| -b[lane]);
+                store(to[4 * y], at, #[inline(always)] |lane| a[lane]);
+                store(to[4 * y + 1], at, #[inline(always)] |lane| a[lane] + b[lane]);
+                store(to[4 * y + 2], at, #[inline(always)] |lane| a[lane] - b[lane]);
+                store(to[4 * y + 3], at, #[inline(always)] |lane| -b[lane]);
             }
         }
     }
@@ -427,25 +513,26 @@ for_each_variant! {
 /// `A dy Aᵀ` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
-pub(super) fn transform_gradient(
+pub(super) fn transform_gradient<T: Number>(
     variant: Variant,
-    from: &[f32],
+    from: &[T],
     shape: Shape,
     group: usize,
     (y, x): (usize, usize),
     blocks: Range<usize>,
-    to: &mut [f32],
+    to: &mut [T],
     step: usize,
 ) {
     for (at, block) in blocks.enumerate() {
         let tiles = std::array::from_fn(|pixel| {
             let (y, x) = (y + pixel / 2, x + pixel % 2);
             if y >= shape.height || x >= shape.width {
-                return &ZEROS[..];
+                return T::zeros();
             }
             let pixel = (group * shape.height + y) * shape.width + x;
-            &from[pixel * shape.pixel_len() + block * TILE..][..TILE]
+            let tile = from[pixel * shape.pixel_len() + block * TILE..].first_chunk();
+            tile.expect("a tile of a value")
         });
-        gradient_transform(variant, tiles, &mut to[at * TILE..], step);
+        gradient_transform(variant, tiles, positions(&mut to[at * TILE..], step));
     }
 }
