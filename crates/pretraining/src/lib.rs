@@ -105,6 +105,7 @@ pub fn step(
     let Rates { learning_rate, target_decay, noise, seed } = rates;
     let target_1 = target.project(view_1)?; // Batch statistics, no tape.
     let target_2 = target.project(view_2)?;
+    target.rest();
     run.note_projections(&target_1)?; // An error when they have collapsed.
     let directions = [(view_1, &target_2), (view_2, &target_1)];
     for (direction, (view, projection)) in directions.into_iter().enumerate() {

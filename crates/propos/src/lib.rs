@@ -136,12 +136,14 @@ fn passes(
         let images = view_1.dim(0)?;
         let view = Tensor::cat(&[view_1, view_2], 0)?;
         let projection = target.project(&view)?;
+        target.rest();
         let (target_1, target_2) =
             (projection.narrow(0, 0, images)?, projection.narrow(0, images, images)?);
         let directions = vec![(0, target_2.contiguous()?), (images, target_1.contiguous()?)];
         return Ok(vec![OnlinePass { number: 0, view, directions }]);
     }
     let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+    target.rest();
     Ok(vec![
         OnlinePass { number: 0, view: view_1, directions: vec![(0, target_2)] },
         OnlinePass { number: 1, view: view_2, directions: vec![(0, target_1)] },

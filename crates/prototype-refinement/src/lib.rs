@@ -130,6 +130,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
 
             let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
             let target_2 = target.project(&view_2)?;
+            target.rest();
             run.note_projections(&target_1)?; // An error when they have collapsed.
             let directions = [(&view_1, &target_2), (&view_2, &target_1)];
             for (direction, (view, projection)) in directions.into_iter().enumerate() {

@@ -401,6 +401,13 @@ impl Target {
         self.projector.forward(&embedding, &modes, None)
     }
 
+    /// Gives back what [`project`](Self::project) keeps of the weights for its next call, once the
+    /// last one before they change has been: the online network's passes need the memory.
+    pub fn rest(&self) {
+        self.backbone.parameters.rest();
+        self.projector.parameters.rest();
+    }
+
     /// The embedding `(N, D)` and the unit-length projection `(N, P)` of pictures, on running
     /// statistics: each row depends on its own picture alone.
     ///

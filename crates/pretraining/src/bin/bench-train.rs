@@ -18,6 +18,7 @@ use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
 use bench::{Peers, Report, Side, Unit};
 use candle_core::{Device::Cpu, Tensor};
 use clap::Parser;
+use layers::profile::{self, Table};
 use pretraining::Rates;
 use serde_json::{Value, json};
 use stage::{DataTable, DeviceChoice, Stage};
@@ -178,21 +179,30 @@ fn side(name: &str) -> Result<()> {
 const PARTS: [&str; 6] =
     ["target", "online", "loss and its gradient", "backward", "optimizer", "moving average"];
 
-/// Prints the least time of each part over the rounds.
+/// Prints, over the rounds, the mean time of each part and of each kind of layer.
 fn profile(arguments: &bench::Arguments) -> Result<()> {
-    print!("{:32}", "ms a step");
-    PARTS.iter().for_each(|part| print!(" {part:>21}"));
-    println!(" {:>8}", "sum");
     for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (mut learner, views) = (work.learner()?, work.views()?);
-        let mut least = [f64::INFINITY; PARTS.len()];
-        for _ in 0..=arguments.rounds {
-            let parts = timed_parts(&mut learner, &views)?;
-            least.iter_mut().zip(parts).for_each(|(least, part)| *least = least.min(part));
+        timed_parts(&mut learner, &views)?; // Memory is taken, weights are arranged.
+        let rounds = arguments.rounds as usize;
+        let (mut sums, mut result) = ([0.; PARTS.len()], anyhow::Ok(()));
+        let rows = profile::record(|| {
+            result = (0..rounds).try_for_each(|_| {
+                let parts = timed_parts(&mut learner, &views)?;
+                sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += part);
+                Ok(())
+            });
+        });
+        result?;
+        let all: f64 = sums.iter().sum();
+        println!("{}, {:.1} images a second", work.name(), (work.batch * rounds) as f64 / all);
+        println!("{:36} {:>9} {:>6}", "parts of a step", "ms a step", "share");
+        for (part, sum) in PARTS.iter().zip(sums) {
+            println!("{part:36} {:9.2} {:4.1} %", 1e3 * sum / rounds as f64, 100. * sum / all);
         }
-        print!("{:32}", work.name());
-        least.iter().for_each(|part| print!(" {:21.1}", 1e3 * part));
-        println!(" {:8.1}", 1e3 * least.iter().sum::<f64>());
+        println!("{:36} {:9.2}", "all", 1e3 * all / rounds as f64);
+        let network = learner.online.backbone.network();
+        println!("{}", Table { rows: &rows, steps: rounds, network });
     }
     Ok(())
 }
@@ -209,6 +219,7 @@ fn timed_parts(
         start = Instant::now();
     };
     let projections = [target.project(view_1)?, target.project(view_2)?];
+    target.rest();
     lap(0);
     for (view, projection) in [(view_1, &projections[1]), (view_2, &projections[0])] {
         let pass = online.forward(view, None)?;
