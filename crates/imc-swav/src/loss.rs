@@ -48,13 +48,6 @@ pub fn swapped_prediction_loss(
     codes: &[Tensor],
     temperature: f64,
 ) -> Result<Tensor> {
-    if codes.is_empty() || scores.len() < 2 {
-        candle_core::bail!(
-            "swapped_prediction_loss: {} codes and {} crops make no pair",
-            codes.len(),
-            scores.len()
-        )
-    }
     let mut sum: Option<Tensor> = None;
     for (p, scores) in scores.iter().enumerate() {
         let others = codes.iter().enumerate().filter(|(i, _)| *i != p).map(|(_, q)| q.detach());
@@ -66,10 +59,13 @@ pub fn swapped_prediction_loss(
             None => term,
         });
     }
-    let pairs = swapped_pairs(codes.len(), scores.len());
     match sum {
-        Some(sum) => sum * (-1. / pairs as f64),
-        None => candle_core::bail!("swapped_prediction_loss: no pair of crops"),
+        Some(sum) => sum * (-1. / swapped_pairs(codes.len(), scores.len()) as f64),
+        None => candle_core::bail!(
+            "swapped_prediction_loss: {} codes and {} crops make no pair",
+            codes.len(),
+            scores.len()
+        ),
     }
 }
 
@@ -402,8 +398,8 @@ mod tests {
             (scalar(&logit_penalty(std::slice::from_ref(&logits), 5., 0.01)?) - 0.02).abs() < 1e-12
         );
         // Over crops it is the mean.
-        let zero = (&logits * 0.)?;
-        assert!((scalar(&logit_penalty(&[logits, zero], 5., 0.01)?) - 0.01).abs() < 1e-12);
+        let other = f64s(&[[0., 7., 0.], [0., -5., 1.]]); // 0.01 alone.
+        assert!((scalar(&logit_penalty(&[logits, other], 5., 0.01)?) - 0.015).abs() < 1e-12);
         Ok(())
     }
 
