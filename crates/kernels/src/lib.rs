@@ -12,17 +12,30 @@
 //! **Same bits on any number of threads.** Every sum over images or pixels is cut into parts by the
 //! shape of the data alone, each part is summed by one thread in a fixed order, and the parts are
 //! added in a fixed order. The number of threads decides who does a part, never what a part is.
-
 //!
-//! **Where the time goes.** The example `speed` of `layers` prints it: kind of layer × direction, with
-//! milliseconds, share of the processor's peak and bytes moved. On one core with AVX-512 and its
-//! bfloat16 products (Zen 5), ResNet-18 on 32 × 32 pictures in bf16: 3×3 convolutions of stride 1 run at
-//! 89 % of the peak forward and for the input gradient and at 74 % for the weights' gradient, those of
-//! stride 2 at 88, 85 and 64 %, 1×1 and the three channels of a picture at 20 to 67 %; products are
-//! 92 % of the time, batch norm 4 %, weights arranged anew 3 %. In f32 the same 3×3 convolutions take
-//! 16 multiplications where the plain sum has 36 (`convolution/winograd.rs`), except on maps of less
-//! than 6 pixels a side. Next would be: the weights' gradient, whose sums are loaded and stored once
-//! for every 8 pixels; and the 7×7 stem, where three channels fill 3 of 4 places in bf16.
+//! **Where the time goes.** `cargo xtask bench train -- --profile` prints it: parts of a step of BYOL, then
+//! kind of layer × direction, with milliseconds, share of the processor's peak and bytes moved. On two
+//! cores with AVX-512 and its bfloat16 products (Zen 5), in bf16, ResNet-18 @32, ResNet-34 @96 and @224:
+//!
+//! | | share of the time | share of the peak of products |
+//! |---|---|---|
+//! | 3×3 stride 1, forward and input gradient | 45 to 46 % | 89 to 113 % |
+//! | 3×3 stride 1, gradient of the weights | 24 to 27 % | 54 to 70 % |
+//! | 3×3 stride 2, all | 5 to 12 % | 49 to 78 % |
+//! | batch norm | 5 to 7 % | (28 to 39 GB/s) |
+//! | weights, arranged anew | 4 to 7 % | |
+//! | stem, 3×3 or 7×7 | 1 to 6 % | 20 to 37 % |
+//! | 1×1 stride 2 | 1 to 3 % | 26 to 41 % |
+//!
+//! More than 100 % is Winograd's form (`convolution/winograd.rs`), which 3×3 convolutions of stride 1 take
+//! on maps of at least 6 pixels a side: 16 products, counted as the 36 of the plain sum. Next would be the
+//! gradient of the weights, whose form in bf16 is the plain sum; the stem, whose three channels fill 3 of
+//! 4 places and 3 of 16 of the memory (four pixels of a square side by side would fill 12); and batch norm's
+//! sums, which could be taken where the gradient is made.
+//!
+//! **Memory safety.** All tests of this crate pass under AddressSanitizer, each variant of the processor
+//! and the emulation of AMX included, in about two minutes:
+//! `RUSTFLAGS=-Zsanitizer=address cargo +nightly test -p kernels --lib --target x86_64-unknown-linux-gnu`.
 //!
 //! **AMX** ([`Variant`] `amx`, chosen where it is found) has not run on a processor yet and no time of it
 //! is known: see `tiles/amx.rs` for what was tested, and how a unit that computes something else is
