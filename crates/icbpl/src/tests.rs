@@ -164,6 +164,38 @@ fn a_run_is_icbpl() -> Result<()> {
     Ok(())
 }
 
+/// What reaches the backbone through both sides of a pair is the slope of the loss along it.
+#[test]
+fn the_backbones_gradient_matches_central_differences() -> Result<()> {
+    const WEIGHT: &str = "layer3.0.conv2.weight";
+    let folder = tempfile::tempdir()?;
+    let stage = stage(folder.path(), "out");
+    let view = |number: u64| -> Result<Tensor> {
+        let noise = training::noise(1., (8, 42), number, &[], &Device::Cpu)?;
+        Ok(noise.context("a deviation above 0")?.reshape((8, 6, 7, 1))?)
+    };
+    let pictures = [view(1)?, view(2)?];
+    let mut networks = Networks::new(&config(), &stage, &Device::Cpu)?;
+    let cosine = loss::PairWeights { cosine: 1., absolute: 0. };
+    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<network::View>)> {
+        let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
+        Ok((pair_distance(&views[0].features, &views[1].features, cosine)?, views.into()))
+    };
+    let (value, views) = loss(&mut networks)?;
+    networks.backward(views, &value.backward()?)?;
+    let gradient = networks.backbone.gradient(WEIGHT).context("a parameter")?.to_vec();
+    let length = gradient.iter().map(|g| g * g).sum::<f32>().sqrt();
+    let at = networks.backbone.segment.parameters.get(WEIGHT)?;
+    let mut value_at = |h: f32| -> Result<f32> {
+        let moved = at.iter().zip(&gradient).map(|(x, g)| x + h * g / length).collect::<Vec<_>>();
+        networks.backbone.segment.parameters.set(WEIGHT, &moved)?;
+        Ok(loss(&mut networks)?.0.to_scalar()?)
+    };
+    let slope = (value_at(2e-3)? - value_at(-2e-3)?) / 4e-3;
+    assert!((slope - length).abs() < 0.02 * length, "{slope}, want {length}");
+    Ok(())
+}
+
 /// ICBPL, case T14: two steps an epoch, five epochs.
 #[test]
 fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<()> {

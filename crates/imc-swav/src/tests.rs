@@ -145,7 +145,9 @@ fn one_step(networks: &mut Networks) -> Result<(Vec<Crop>, candle_core::backprop
 #[test]
 fn a_run_is_imc_swav() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let (config, stage) = (config(), stage(folder.path(), "out"));
+    // A limit that the first logits pass already.
+    let config = Config { logit_limit: 0.05, logit_penalty: 1., ..config() };
+    let stage = stage(folder.path(), "out");
     run(&config, &stage)?;
     let written = network_file::open(&stage.out)?;
 
@@ -174,7 +176,7 @@ fn a_run_is_imc_swav() -> Result<()> {
                     let pair = information_loss(&logits, std::slice::from_ref(&b.scores), 0.1, 4.)?;
                     loss = (loss + (pair / 16.)?)?;
                 }
-                loss = (loss + (logit_penalty(&logits, 5., 0.01)? / 4.)?)?;
+                loss = (loss + (logit_penalty(&logits, 0.05, 1.)? / 4.)?)?;
             }
             let gradients = loss.backward()?;
             for seam in seams {
@@ -211,6 +213,40 @@ fn a_run_is_imc_swav() -> Result<()> {
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * b.abs().max(1.);
         assert!(found.iter().zip(&tensor.values).all(near), "{}", tensor.name);
     }
+    Ok(())
+}
+
+/// What reaches the encoder through all crops is the slope of the loss along it.
+#[test]
+fn the_encoders_gradient_matches_central_differences() -> Result<()> {
+    const WEIGHT: &str = "layer3.0.conv2.weight";
+    let crop = |number: u64, rows: usize, columns: usize| -> Result<Tensor> {
+        let noise = training::noise(1., (8, rows * columns), number, &[], &Device::Cpu)?;
+        Ok(noise.context("a deviation above 0")?.reshape((8, rows, columns, 1))?)
+    };
+    let pictures = [crop(1, 6, 7)?, crop(2, 4, 5)?];
+    let weights = training::noise(1., (8, 12), 3, &[], &Device::Cpu)?.context("above 0")?;
+    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<Crop>)> {
+        let mut crops = Vec::new();
+        for pictures in &pictures {
+            crops.push(networks.forward(pictures)?);
+        }
+        let sum = (&crops[0].scores + (&crops[1].scores * 2.)?)?;
+        Ok(((sum * &weights)?.sum_all()?, crops))
+    };
+    let (value, crops) = loss(&mut networks)?;
+    networks.backward(crops, &value.backward()?)?;
+    let gradient = networks.encoder.gradient(WEIGHT).context("a parameter")?.to_vec();
+    let length = gradient.iter().map(|g| g * g).sum::<f32>().sqrt();
+    let at = networks.encoder.segment.parameters.get(WEIGHT)?;
+    let mut value_at = |h: f32| -> Result<f32> {
+        let moved = at.iter().zip(&gradient).map(|(x, g)| x + h * g / length).collect::<Vec<_>>();
+        networks.encoder.segment.parameters.set(WEIGHT, &moved)?;
+        Ok(loss(&mut networks)?.0.to_scalar()?)
+    };
+    let slope = (value_at(1e-2)? - value_at(-1e-2)?) / 2e-2;
+    assert!((slope - length).abs() < 0.02 * length, "{slope}, want {length}");
     Ok(())
 }
 

@@ -316,6 +316,7 @@ mod tests {
     fn each_loss_reaches_its_own_parameters_alone() -> Result<()> {
         for epoch in [0, 1] {
             let mut head = head(6)?;
+            head.freeze()?; // The copy is a constant too.
             let (view_1, view_2) = (Var::from_tensor(&view(1)?)?, Var::from_tensor(&view(2)?)?);
             let found = head.step([&view_1, &view_2], &PLACES, epoch, WITH)?;
             let of_centres = found.centre_loss.backward()?;

@@ -219,7 +219,7 @@ fn scalar(tensor: &Tensor) -> Result<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
     use std::path::Path;
 
@@ -239,7 +239,7 @@ mod tests {
         fixture::stage("secu", folder, out, pictures, data)
     }
 
-    fn config() -> Config {
+    pub(crate) fn config() -> Config {
         toml::from_str(
             r#"
             epochs = 4

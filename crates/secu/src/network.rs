@@ -241,3 +241,44 @@ impl Trained for Learner {
         self.heads.iter_mut().try_for_each(|head| head.take_up_memory(state))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What reaches the backbone through both views is the slope of the loss along it.
+    #[test]
+    fn the_backbones_gradient_matches_central_differences() -> Result<()> {
+        const WEIGHT: &str = "layer3.0.conv2.weight";
+        let config = crate::tests::config();
+        let noise = |number: u64, width: usize| -> Result<Tensor> {
+            let noise = training::noise(1., (8, width), number, &[], &Device::Cpu)?;
+            noise.context("a deviation above 0")
+        };
+        let pictures = [noise(1, 42)?.reshape((8, 6, 7, 1))?, noise(2, 42)?.reshape((8, 6, 7, 1))?];
+        let weights = [noise(3, 4)?, noise(4, 4)?];
+        let mut learner = Learner::random(&config, 8, 1, &Device::Cpu)?;
+        let loss = |learner: &mut Learner| -> Result<(Tensor, [View; 2])> {
+            let views = [learner.forward(&pictures[0])?, learner.forward(&pictures[1])?];
+            let sum =
+                |view: usize| (views[view].projection.as_tensor() * &weights[view])?.sum_all();
+            Ok(((sum(0)? + sum(1)?)?, views))
+        };
+        let (value, views) = loss(&mut learner)?;
+        let gradients = value.backward()?;
+        for view in views {
+            learner.backward(view, &gradients)?;
+        }
+        let gradient = learner.backbone.gradients.get(WEIGHT)?;
+        let length = gradient.iter().map(|g| g * g).sum::<f32>().sqrt();
+        let at = learner.backbone.segment.parameters.get(WEIGHT)?;
+        let mut value_at = |h: f32| -> Result<f32> {
+            let along = at.iter().zip(&gradient).map(|(x, g)| x + h * g / length);
+            learner.backbone.segment.parameters.set(WEIGHT, &along.collect::<Vec<_>>())?;
+            Ok(loss(&mut learner)?.0.to_scalar()?)
+        };
+        let slope = (value_at(1e-2)? - value_at(-1e-2)?) / 2e-2;
+        assert!((slope - length).abs() < 0.02 * length, "{slope}, want {length}");
+        Ok(())
+    }
+}
