@@ -1,7 +1,7 @@
 //! Training of the clustering networks on frozen embeddings, and the measure by which one is kept.
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use stage::{Diverged, Interrupted, Stage};
 use training::ops::softmax;
 
 use crate::head::{Head, Shape};
-use crate::learner::{DEVICE, Learner};
+use crate::learner::Learner;
 use crate::{Config, Features, Previous, loss};
 
 /// A way to cluster the images, and how well it does by its own measure.
@@ -73,12 +73,13 @@ pub fn train(
     stage: &Stage,
 ) -> Result<Vec<Candidate>> {
     let shape = config.shape(&features, stage);
-    let embeddings = UnitEmbeddings::new(features, shape.width)?;
+    let device = training::network_device(stage.device)?;
+    let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
     let steps = Steps::new(config, &embeddings, neighbours, stage);
     let Networks { mut heads, continued } = first_networks(config, shape, previous, stage);
 
     // The first half learns the clusters of k-means.
-    let labels = Tensor::new(kmeans_assignment, &DEVICE)?;
+    let labels = Tensor::new(kmeans_assignment, &device)?;
     let (from_kmeans, _) = heads.split_at_mut(config.heads.div_ceil(2));
     steps.take(from_kmeans, "start", config.start_epochs, |draw| {
         let labels = labels.index_select(&draw.images, 0)?;
@@ -136,7 +137,7 @@ fn first_networks(
     }
 }
 
-/// Embeddings as the networks take them: rows of length `√D`.
+/// Embeddings as the networks take them, where they compute: rows of length `√D`.
 struct UnitEmbeddings {
     /// Of un-augmented images, `(N, D)`.
     clean: Tensor,
@@ -147,11 +148,11 @@ struct UnitEmbeddings {
 }
 
 impl UnitEmbeddings {
-    fn new(features: Features, width: usize) -> Result<Self> {
+    fn new(features: Features, width: usize, device: &Device) -> Result<Self> {
         let tensor = |mut rows: Vec<f32>| -> Result<Tensor> {
             crate::scale_to_length(&mut rows, width, (width as f32).sqrt());
             let count = rows.len() / width;
-            Ok(Tensor::from_vec(rows, (count, width), &DEVICE)?)
+            Ok(Tensor::from_vec(rows, (count, width), device)?)
         };
         let clean = tensor(features.backbone)?;
         let views = match features.backbone_views.is_empty() {
@@ -162,6 +163,10 @@ impl UnitEmbeddings {
         Ok(Self { clean, views, view_count })
     }
 
+    fn device(&self) -> &Device {
+        self.clean.device()
+    }
+
     fn count(&self) -> usize {
         self.clean.dims()[0]
     }
@@ -169,7 +174,7 @@ impl UnitEmbeddings {
     /// Memberships of the un-augmented images by a network, `(N, K)`.
     fn memberships(&self, head: &Head) -> Result<Vec<f32>> {
         const ROWS_AT_ONCE: usize = 4096;
-        let mut learner = Learner::new(head)?;
+        let mut learner = Learner::new(head, self.device())?;
         let mut memberships = Vec::with_capacity(self.count() * head.shape.clusters);
         for start in (0..self.count()).step_by(ROWS_AT_ONCE) {
             let rows = self.clean.narrow(0, start, ROWS_AT_ONCE.min(self.count() - start))?;
@@ -194,6 +199,7 @@ struct Draw {
 struct Steps<'a> {
     config: &'a Config,
     stage: &'a Stage,
+    device: &'a Device,
     images: usize,
     view_count: usize,
     neighbours: &'a [u32],
@@ -204,7 +210,7 @@ struct Steps<'a> {
 impl<'a> Steps<'a> {
     fn new(
         config: &'a Config,
-        embeddings: &UnitEmbeddings,
+        embeddings: &'a UnitEmbeddings,
         neighbours: &'a [u32],
         stage: &'a Stage,
     ) -> Self {
@@ -213,6 +219,7 @@ impl<'a> Steps<'a> {
         Self {
             config,
             stage,
+            device: embeddings.device(),
             images,
             view_count: embeddings.view_count,
             neighbours,
@@ -234,32 +241,23 @@ impl<'a> Steps<'a> {
         epochs: usize,
         prepare: impl Fn(&Draw) -> Result<(Tensor, L)>,
     ) -> Result<()> {
-        let mut learners =
-            heads.iter().map(Learner::new).collect::<candle_core::Result<Vec<_>>>()?;
+        let learner = |head| Learner::new(head, self.device);
+        let mut learners = heads.iter().map(learner).collect::<candle_core::Result<Vec<_>>>()?;
         let mut progress = Progress::new(phase, epochs as u64);
         for epoch in 0..epochs {
-            let mut means = vec![0f64; learners.len()];
-            for (step, draw) in self.epoch(phase, epoch)?.iter().enumerate() {
+            let mut losses = Vec::new();
+            for draw in &self.epoch(phase, epoch)? {
                 if self.stage.interrupted() {
                     return Err(Interrupted.into());
                 }
                 let (embeddings, loss) = prepare(draw)?;
-                let losses: Vec<f64> = learners
+                let of_step: Vec<Tensor> = learners
                     .par_iter_mut()
                     .map(|learner| self.step(learner, &embeddings, &loss))
                     .collect::<candle_core::Result<_>>()?;
-                for (mean, loss) in means.iter_mut().zip(losses) {
-                    if !loss.is_finite() {
-                        let message = format!(
-                            "the loss of a clustering network is {loss} in phase {phase}, epoch \
-                             {epoch}, step {step}; a lower clustering.learning-rate is the usual \
-                             cure"
-                        );
-                        return Err(Diverged(message).into());
-                    }
-                    *mean += loss / self.per_epoch as f64;
-                }
+                losses.push(Tensor::stack(&of_step, 0)?);
             }
+            let means = self.means(&losses, phase, epoch)?;
             self.stage.log(&json!({ "phase": phase, "epoch": epoch, "losses": means }))?;
             let lowest = means.iter().copied().fold(f64::INFINITY, f64::min);
             progress.step(&format!("lowest loss {lowest:.4}"));
@@ -270,17 +268,34 @@ impl<'a> Steps<'a> {
         Ok(())
     }
 
-    /// One step of one network; returns its loss before the step.
+    /// The mean loss of each network over an epoch's steps, `(heads,)` each. Read once an epoch: no
+    /// step waits for another device.
+    fn means(&self, losses: &[Tensor], phase: &str, epoch: usize) -> Result<Vec<f64>> {
+        let losses = Tensor::stack(losses, 1)?.to_vec2::<f32>()?;
+        for step in 0..self.per_epoch {
+            if let Some(loss) = losses.iter().map(|of| of[step]).find(|loss| !loss.is_finite()) {
+                let message = format!(
+                    "the loss of a clustering network is {loss} in phase {phase}, epoch {epoch}, \
+                     step {step}; a lower clustering.learning-rate is the usual cure"
+                );
+                return Err(Diverged(message).into());
+            }
+        }
+        let share = |loss: &f32| f64::from(*loss) / self.per_epoch as f64;
+        Ok(losses.iter().map(|of| of.iter().map(share).sum()).collect())
+    }
+
+    /// One step of one network; returns its loss before the step, a scalar.
     fn step(
         &self,
         learner: &mut Learner,
         embeddings: &Tensor,
         loss: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<f64> {
+    ) -> candle_core::Result<Tensor> {
         let logits = learner.seam(embeddings)?;
         let loss = loss(&logits)?;
         learner.step(&logits, &loss.backward()?, self.config.learning_rate)?;
-        Ok(f64::from(loss.to_scalar::<f32>()?))
+        Ok(loss.detach())
     }
 
     /// The draws of one epoch, a pure function of seed, round, phase and epoch.
@@ -309,7 +324,7 @@ impl<'a> Steps<'a> {
             };
             neighbours.push(view_of(neighbour, rng));
         }
-        let tensor = |rows: &[u32]| Tensor::new(rows, &DEVICE);
+        let tensor = |rows: &[u32]| Tensor::new(rows, self.device);
         Ok(Draw {
             images: tensor(images)?,
             anchors: tensor(&anchors)?,

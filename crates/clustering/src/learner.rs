@@ -32,14 +32,17 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// Takes up the weights of `head`; the optimizer starts afresh.
+    /// Takes up the weights of `head`, to compute on `device`; the optimizer starts afresh.
     ///
     /// # Errors
     ///
-    /// An extent is 0.
-    pub fn new(head: &Head) -> Result<Self> {
+    /// An extent is 0, or the device fails.
+    pub fn new(head: &Head, device: &Device) -> Result<Self> {
+        Self::of(plan(head.shape)?.on(device), head)
+    }
+
+    fn of(network: Network, head: &Head) -> Result<Self> {
         let shape = head.shape;
-        let network = plan(shape)?;
         let mut parameters = network.parameters();
         parameters.set("hidden.weight", &head.hidden_weight)?;
         parameters.set("hidden.bias", &head.hidden_bias)?;
@@ -61,7 +64,7 @@ impl Learner {
     ///
     /// # Errors
     ///
-    /// None that can occur: the plan has the tensors by these names.
+    /// The device fails.
     pub fn head(&self) -> Result<Head> {
         Ok(Head {
             shape: self.shape,
@@ -129,11 +132,10 @@ fn plan(Shape { width, hidden, clusters }: Shape) -> Result<Network> {
     builder.finish(output)
 }
 
-/// Where the networks compute: they are too small to be worth another device.
-pub const DEVICE: Device = Device::Cpu;
-
 #[cfg(test)]
 mod tests {
+    use candle_core::Device::Cpu;
+
     use super::*;
 
     const SHAPE: Shape = Shape { width: 5, hidden: 4, clusters: 3 };
@@ -150,13 +152,13 @@ mod tests {
     }
 
     fn rows() -> Result<Tensor> {
-        Tensor::new(&[[0.3f32, -1.2, 0.7, 2.0, 0.1], [-0.4, 0.0, 0.9, 0.2, -0.7]], &DEVICE)
+        Tensor::new(&[[0.3f32, -1.2, 0.7, 2.0, 0.1], [-0.4, 0.0, 0.9, 0.2, -0.7]], &Cpu)
     }
 
     #[test]
     fn logits_are_those_of_the_formula() -> Result<()> {
         let head = Head::random(SHAPE, 1, &[0]);
-        let mut learner = Learner::new(&head)?;
+        let mut learner = Learner::new(&head, &Cpu)?;
         let rows = rows()?;
         let logits = learner.logits(&rows)?.to_vec2::<f32>()?;
         for (row, output) in rows.to_vec2::<f32>()?.iter().zip(&logits) {
@@ -172,7 +174,7 @@ mod tests {
     #[test]
     fn a_step_goes_down_and_moves_every_layer() -> Result<()> {
         let head = Head::random(SHAPE, 1, &[0]);
-        let mut learner = Learner::new(&head)?;
+        let mut learner = Learner::new(&head, &Cpu)?;
         let loss = |logits: &Tensor| logits.sqr()?.sum_all();
         let before = loss(&learner.logits(&rows()?)?)?.to_scalar::<f32>()?;
         for _ in 0..20 {
@@ -188,10 +190,35 @@ mod tests {
     }
 
     #[test]
+    fn tensor_operations_of_any_device_learn_what_the_kernels_learn() -> Result<()> {
+        let head = Head::random(SHAPE, 1, &[0]);
+        let mut kernels = Learner::new(&head, &Cpu)?;
+        let mut other = Learner::of(plan(SHAPE)?.by_tensor_operations(&Cpu), &head)?;
+        for learner in [&mut kernels, &mut other] {
+            for _ in 0..5 {
+                let seam = learner.seam(&rows()?)?;
+                learner.step(&seam, &seam.sqr()?.sum_all()?.backward()?, 0.01)?;
+            }
+        }
+        let (want, got) = (kernels.head()?, other.head()?);
+        assert_ne!(want, head);
+        for (want, got) in [
+            (want.hidden_weight, got.hidden_weight),
+            (want.hidden_bias, got.hidden_bias),
+            (want.output_weight, got.output_weight),
+            (want.output_bias, got.output_bias),
+        ] {
+            assert_eq!(want.len(), got.len());
+            assert!(want.iter().zip(&got).all(|(w, g)| (w - g).abs() < 1e-5), "{want:?} {got:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn a_loss_beside_the_seam_is_an_error() -> Result<()> {
-        let mut learner = Learner::new(&Head::random(SHAPE, 1, &[0]))?;
+        let mut learner = Learner::new(&Head::random(SHAPE, 1, &[0]), &Cpu)?;
         let seam = learner.seam(&rows()?)?;
-        let other = Var::zeros(1, candle_core::DType::F32, &DEVICE)?;
+        let other = Var::zeros(1, candle_core::DType::F32, &Cpu)?;
         assert!(learner.step(&seam, &other.sqr()?.backward()?, 0.01).is_err());
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use anyhow::Result;
 use assignment::{KMeans, Metric};
-use clustering::learner::{DEVICE, Learner};
+use clustering::learner::Learner;
 use clustering::{Config, Features, KMeansMetric, Previous, check, cluster, fit, reliability};
 use data::images::{Identical, Source, Writer};
 use data::{DataSet, Embeddings, Images, Picture, PseudoLabels};
@@ -193,9 +193,9 @@ fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> 
     assert!(equal > 1940, "k-means has the same numbers: {equal} of 2000");
 
     // The network that was kept gives the assignment that was written.
-    let mut network = Learner::new(&second.head.expect("a network"))?;
+    let mut network = Learner::new(&second.head.expect("a network"), &candle_core::Device::Cpu)?;
     let rows: Vec<f32> = features.backbone.iter().map(|x| x * (WIDTH as f32).sqrt()).collect();
-    let rows = candle_core::Tensor::from_vec(rows, (2000, WIDTH), &DEVICE)?;
+    let rows = candle_core::Tensor::from_vec(rows, (2000, WIDTH), &candle_core::Device::Cpu)?;
     let outputs = network.logits(&rows)?.argmax(1)?.to_vec1::<u32>()?;
     assert_eq!(outputs, second.assignment);
     Ok(())
