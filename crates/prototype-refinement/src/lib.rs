@@ -139,15 +139,15 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                     training::noise(config.noise, projection.dims2()?, seed, &draw, &device)?;
                 let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
                 let mut loss = regression_loss(pass.prediction(), projection)?;
-                run.note("regression-loss", scalar(&loss)?);
-                run.note("projection-length", mean_length(pass.projection())?);
+                run.note_scalar("regression-loss", &loss)?;
+                run.note_scalar("projection-length", &mean_length(pass.projection())?)?;
                 // A weight of 0 leaves the graph, and so every bit, as in pretraining.
                 if prototype_weight > 0. {
                     let (rows, temperature) =
                         (prototypes.rows(), config.sample_to_prototype_temperature);
                     let projection = pass.projection();
                     let term = sample_to_prototype_loss(projection, rows, &marks, temperature)?;
-                    run.note("sample-to-prototype-loss", scalar(&term)?);
+                    run.note_scalar("sample-to-prototype-loss", &term)?;
                     loss = (loss + (term * prototype_weight)?)?;
                 }
                 if scatter_weight > 0. {
@@ -155,7 +155,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                     let online = pass.projection();
                     let term =
                         scatter_loss(online, projection, &reliable, temperature, Absent::LeftOut)?;
-                    run.note("scatter-loss", scalar(&term)?);
+                    run.note_scalar("scatter-loss", &term)?;
                     loss = (loss + (term * scatter_weight)?)?;
                 }
                 run.note_loss(&loss)?; // An error when it is not finite.
@@ -194,12 +194,7 @@ fn tensors<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Tensor;
     tensors.try_into().map_err(|_| anyhow!("a batch holds fewer than {VIEWS} views"))
 }
 
-/// The value of a scalar, for the log.
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_scalar::<f32>()?))
-}
-
 /// Mean length of rows, for the log: noise of a fixed deviation does nothing to long projections.
-fn mean_length(rows: &Tensor) -> Result<f64> {
-    scalar(&rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
+fn mean_length(rows: &Tensor) -> Result<Tensor> {
+    Ok(rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
 }

@@ -171,6 +171,18 @@ impl<'a> Run<'a> {
         *count += 1;
     }
 
+    /// Notes a scalar that a device computed; on a GPU, of every tenth step.
+    ///
+    /// # Errors
+    ///
+    /// It is no scalar of f32, or the device fails.
+    pub fn note_scalar(&mut self, name: &str, scalar: &Tensor) -> Result<()> {
+        if self.reads(scalar.device()) {
+            self.note(name, f64::from(scalar.to_scalar::<f32>()?));
+        }
+        Ok(())
+    }
+
     /// Notes the loss of this step, a scalar; or that of each direction, as the log has the mean.
     /// On a GPU, of every tenth step.
     ///
