@@ -1,5 +1,5 @@
 //! Whether a device computes what the CPU's kernels compute: one training step of small networks of
-//! every architecture, on both.
+//! every architecture, an embedding, the optimizers and the moving average, on both.
 //!
 //! It needs no pictures and no compiler, so that a machine reached by copying one file can run it:
 //! `assort gpu-check`.
@@ -9,7 +9,7 @@ use std::fmt;
 use anyhow::Result;
 use backbone::{Architecture, Depth, Segment, Stem, resnet};
 use candle_core::{DType, Device, Tensor};
-use layers::{Gradients, Mode, Modes, Network, Sgd};
+use layers::{Adam, Gradients, Mode, Modes, Network, Parameters, Sgd};
 
 use crate::Precision;
 
@@ -75,26 +75,29 @@ pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
     Ok(found)
 }
 
-/// What is allowed of output, gradients, statistics and parameters after the step.
+/// What is allowed of the [`RESULTS`].
 ///
 /// Deep networks amplify roundings: one that changes a ReLU's side changes what lies below.
 /// Between the CPU's own two ways to compute f32 is mostly 1e-6 off, but gradients of ResNet-50
 /// 1e-2; bf16 up to 2e-2, gradients 4e-1. cuDNN's f32 has products of 10 bits, bf16 of 7.
-fn bounds(precision: Precision) -> [f64; 4] {
-    match precision {
-        Precision::F32 if cfg!(feature = "cudnn") => [3e-2, 3e-1, 1e-2, 2e-1],
-        Precision::F32 => [1e-4, 3e-2, 1e-4, 1e-2],
-        Precision::Bf16 => [5e-2, 6e-1, 1e-2, 1e-1],
-    }
+fn bounds(precision: Precision) -> [f64; 7] {
+    let [values, gradients, statistics] = match precision {
+        Precision::F32 if cfg!(feature = "cudnn") => [3e-2, 3e-1, 1e-2],
+        Precision::F32 => [1e-4, 3e-2, 1e-4],
+        Precision::Bf16 => [5e-2, 6e-1, 1e-2],
+    };
+    [values, gradients, statistics, values, gradients, gradients, gradients]
 }
 
-const RESULTS: [&str; 4] = ["output", "gradients", "statistics", "parameters"];
+/// What a step leaves; of updates, by how much they changed each parameter.
+const RESULTS: [&str; 7] =
+    ["output", "gradients", "statistics", "embedding", "SGD", "Adam", "moving average"];
 
 fn agreements(
     name: &str,
-    bounds: &[f64; 4],
-    want: &[Vec<f32>; 4],
-    got: &[Vec<f32>; 4],
+    bounds: &[f64; 7],
+    want: &[Vec<f32>; 7],
+    got: &[Vec<f32>; 7],
 ) -> Vec<Agreement> {
     let each = RESULTS.iter().zip(bounds).zip(want.iter().zip(got));
     each.map(|((result, &bound), (want, got))| Agreement {
@@ -112,8 +115,8 @@ fn distance(want: &[f32], got: &[f32]) -> f64 {
     (off / size.max(1e-24)).sqrt()
 }
 
-/// Forward, backward and an update; the [`RESULTS`].
-fn step(mut segment: Segment, height: usize, width: usize) -> Result<[Vec<f32>; 4]> {
+/// Forward, backward, forward by running statistics, and an update by each rule; the [`RESULTS`].
+fn step(mut segment: Segment, height: usize, width: usize) -> Result<[Vec<f32>; 7]> {
     let network: Network = segment.network().clone();
     let device = network.device();
     let noise = |shape: (usize, usize), counter: u64| -> Result<Tensor> {
@@ -128,15 +131,31 @@ fn step(mut segment: Segment, height: usize, width: usize) -> Result<[Vec<f32>; 
     let modes = Modes::all(&network, Mode::Batch);
     let output = segment.forward(&pictures, &modes, Some(&mut tape))?;
     segment.backward(&mut tape, &at_output, &mut gradients, false)?;
-    let first = gradients.to_vec()?;
+    let statistics = segment.statistics.to_vec()?;
+    let running = Modes::all(&network, Mode::Running);
+    let embedding = segment.forward(&pictures, &running, None)?;
+
+    let start = segment.parameters.clone();
     let rule = Sgd { learning_rate: 1e-3, momentum: 0.9, weight_decay: 5e-4 };
     segment.parameters.sgd(&gradients, &mut network.momenta(), rule)?;
-    Ok([
-        output.flatten_all()?.to_vec1()?,
-        first,
-        segment.statistics.to_vec()?,
-        segment.parameters.to_vec()?,
-    ])
+    let by_sgd = change(&start, &segment.parameters)?;
+    let mut other = start.clone();
+    // With ε = 1 the step is no mere sign of the gradient, which rounding would turn.
+    let (beta_1, beta_2, weight_decay) = (0.9, 0.999, 5e-4);
+    let rule = Adam { learning_rate: 1e-3, beta_1, beta_2, epsilon: 1., weight_decay };
+    other.adam(&gradients, &mut network.adam_moments(), rule)?;
+    let by_adam = change(&start, &other)?;
+    let mut target = start.clone();
+    target.follow(&segment.parameters, 0.9)?;
+    let followed = change(&start, &target)?;
+    let values = |tensor: Tensor| tensor.flatten_all()?.to_vec1();
+    let (output, embedding) = (values(output)?, values(embedding)?);
+    Ok([output, gradients.to_vec()?, statistics, embedding, by_sgd, by_adam, followed])
+}
+
+fn change(from: &Parameters, to: &Parameters) -> Result<Vec<f32>> {
+    let (from, to) = (from.to_vec()?, to.to_vec()?);
+    Ok(to.iter().zip(&from).map(|(to, from)| to - from).collect())
 }
 
 #[cfg(test)]
@@ -146,7 +165,7 @@ mod tests {
     #[test]
     fn tensor_operations_on_the_cpu_agree_with_its_kernels() -> Result<()> {
         let found = compare(&Device::Cpu)?;
-        assert_eq!(found.len(), (4 + 3) * 4);
+        assert_eq!(found.len(), (4 + 3) * 7);
         for agreement in &found {
             assert!(agreement.holds(), "{agreement}");
         }
@@ -170,9 +189,10 @@ mod tests {
     fn a_difference_beyond_its_bound_or_a_nan_is_told() {
         let far = agreements(
             "n",
-            &[0.1; 4],
-            &[(); 4].map(|()| vec![3., 4.]),
-            &[vec![3., 4.], vec![3., 3.], vec![3., f32::NAN], vec![3.3, 4.4]],
+            &[0.1; 7],
+            &[(); 7].map(|()| vec![3., 4.]),
+            &[[3., 4.], [3., 3.], [3., f32::NAN], [3.3, 4.4], [3., 4.], [3., 4.], [3., 4.]]
+                .map(Vec::from),
         );
         assert!(far[0].holds() && !far[1].holds() && !far[2].holds());
         assert!((far[1].off - 0.2).abs() < 1e-12 && (far[3].off - 0.1).abs() < 1e-6);

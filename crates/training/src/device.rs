@@ -70,9 +70,14 @@ fn automatic() -> Result<Device> {
 #[cfg(feature = "cuda")]
 fn cuda_devices() -> Result<usize> {
     use candle_core::cuda_backend::cudarc::driver::CudaContext;
-    let count = CudaContext::device_count()
-        .context("asking the CUDA driver for its devices; is one installed? Or use --device cpu")?;
-    Ok(usize::try_from(count).unwrap_or(0))
+    use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
+    match CudaContext::device_count() {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        Err(error) => Err(error).context(
+            "asking the CUDA driver for its devices; is one installed? Or use --device cpu",
+        ),
+    }
 }
 
 #[cfg(any(feature = "cuda", test))]
