@@ -4,11 +4,14 @@ use anyhow::Error;
 use serde::Serialize;
 use serde_json::Value;
 
-/// What drivers say when there is none left: CUDA's, cuDNN's, cuBLAS's, Metal's.
-const NONE_LEFT: [&str; 4] = [
+/// What drivers say when there is none left: CUDA's, cuDNN's (of versions 8 and 9), cuBLAS's, cuRAND's,
+/// Metal's.
+const NONE_LEFT: [&str; 6] = [
     "CUDA_ERROR_OUT_OF_MEMORY",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CURAND_STATUS_ALLOCATION_FAILED",
     "Failed to create metal resource: Buffer",
 ];
 
@@ -50,6 +53,11 @@ mod tests {
         assert!(said(256).contains("CUDA_ERROR_OUT_OF_MEMORY"), "the cause is still there");
         assert!(!said(1).contains("batch-size"), "nothing is below 1");
         assert!(format!("{:#}", advise(full(), "metrics", &json!({}))).contains("close"));
+        for words in NONE_LEFT {
+            let error = anyhow::anyhow!("{words}").context("a step");
+            let said = format!("{:#}", advise(error, "a", &json!({ "batch-size": 8 })));
+            assert!(said.contains("try --set a.batch-size=4"), "{said}");
+        }
         let other = anyhow::anyhow!("no such file");
         assert_eq!(
             format!("{:#}", advise(other, "a", &json!({ "batch-size": 8 }))),
