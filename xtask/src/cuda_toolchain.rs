@@ -213,7 +213,8 @@ fn build_driver_stub(functions: &BTreeSet<String>, stub: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a shell is told. `LIBRARY_PATH` is for linking; running needs the driver's own library.
+/// What a shell is told. `LIBRARY_PATH` is for linking; running needs the driver's own library. nvcc
+/// packs machine code as small as it can: candle's takes most of the program otherwise.
 fn variables(home: &Path, nvcc: &Path, capability: u32) -> String {
     let home = home.display();
     format!(
@@ -221,6 +222,7 @@ fn variables(home: &Path, nvcc: &Path, capability: u32) -> String {
          export CUDA_PATH='{home}'\n\
          export NVCC='{nvcc}'\n\
          export PATH='{home}/bin':\"$PATH\"\n\
+         export NVCC_APPEND_FLAGS='--compress-mode=size'\n\
          export CUDA_COMPUTE_CAP={capability}\n\
          export LIBRARY_PATH='{home}/lib64:{home}/lib64/stubs'\n",
         nvcc = nvcc.display()

@@ -44,8 +44,9 @@ fn main() -> ExitCode {
         }
         (None, "--version" | "-V") => {
             println!("assort {}, computes on {}", env!("CARGO_PKG_VERSION"), devices());
-            for library in libraries() {
-                println!("{library}");
+            if cfg!(feature = "cuda") {
+                println!("CUDA's libraries, looked for in LD_LIBRARY_PATH and the system's list:");
+                libraries().iter().for_each(|library| println!("  {library}"));
             }
             ExitCode::SUCCESS
         }
@@ -91,24 +92,27 @@ fn gpu_check(device: Option<OsString>) -> ExitCode {
     }
 }
 
-/// The libraries of CUDA that the system found for this program, by their files. The program does
-/// not start without them: the system's loader looks in `LD_LIBRARY_PATH` and its own list.
+/// The libraries of CUDA that this program needs, and the files that the system's loader found for
+/// them. The program does not start without them.
 fn libraries() -> Vec<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let mut files: Vec<String> = maps
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .filter(|file| LIBRARIES.iter().any(|name| file.contains(name)))
-        .map(str::to_owned)
-        .collect();
-    files.sort();
-    files.dedup();
-    files
+    let files: Vec<&str> = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).collect();
+    let found = |(name, what): &(&str, &str)| {
+        let (stem, _) = name.split_once(".so").unwrap_or((name, ""));
+        let file = files.iter().find(|file| file.contains(&format!("/{stem}.so")));
+        format!("{name} ({what}): {}", file.unwrap_or(&"not asked for by this build"))
+    };
+    LIBRARIES.iter().map(found).collect()
 }
 
-/// What a program with CUDA needs at run time: driver, runtime, cuBLAS, cuRAND, cuDNN.
-const LIBRARIES: [&str; 5] =
-    ["/libcuda.so", "/libcudart.so", "/libcublas.so", "/libcurand.so", "/libcudnn.so"];
+/// What a program with CUDA needs at run time.
+const LIBRARIES: [(&str, &str); 5] = [
+    ("libcuda.so.1", "the driver, of release 580 or later"),
+    ("libcudart.so.13", "CUDA 13"),
+    ("libcublas.so.13", "CUDA 13"),
+    ("libcurand.so.10", "CUDA 13"),
+    ("libcudnn.so.9", "cuDNN 9, where built with the feature cudnn"),
+];
 
 /// What this program was built for.
 fn devices() -> &'static str {
