@@ -3,7 +3,7 @@
 //! [Batch norm](norm) with the sum and the ReLU that follow it, and [updates](flat) of flat parameter
 //! buffers. The sources are CUDA C++ in this crate's folder `cuda`, compiled to PTX by the build script
 //! (nvcc; the driver compiles PTX for its card when the program starts to use it). They keep to what
-//! is C too, so that [a test](tests) runs them block by block on any machine.
+//! is C too, so that the tests run them block by block on any machine.
 //!
 //! Functions take a stream, start their kernels on it and do not wait; results are new memory of that
 //! stream. Compiled and, as C, tested; not yet run on a GPU.

@@ -80,6 +80,10 @@ impl Run<'_> {
             (Work::BatchNorm(norm), Note::Normalisation(note)) => {
                 return self.batch_norm(operation, norm, note, gradient);
             }
+            #[cfg(feature = "cuda")]
+            (Work::BatchNorm(norm), Note::OnCuda(note)) => {
+                return self.batch_norm_on_cuda(operation, norm, note, &gradient);
+            }
             (Work::Relu, _) => norm::relu_gradient(&gradient, self.kept(operation.output))?,
             (Work::MaxPool { .. }, Note::Taps(taps)) => {
                 let w = self.plan.window(operation, &record.shapes).expect("as in forward");
@@ -140,6 +144,36 @@ impl Run<'_> {
         }
         match norm.residual.filter(|residual| self.needed[*residual]) {
             Some(residual) => self.hand_on(residual, gradient),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn batch_norm_on_cuda(
+        &mut self,
+        operation: &Operation,
+        norm: &Norm,
+        note: &super::cuda::Normalisation,
+        gradient: &Tensor,
+    ) -> Result<()> {
+        let residual = norm.residual.filter(|residual| self.needed[*residual]);
+        // Without a ReLU the residual's gradient is the output's.
+        let wanted = [self.needed[operation.input], residual.is_some() && norm.relu];
+        let output = norm.relu.then(|| self.kept(operation.output));
+        let (weight, bias) =
+            (self.parameters.tensor(norm.weight)?, self.parameters.tensor(norm.bias)?);
+        let found = super::cuda::gradients(note, gradient, output, [&weight, &bias], wanted)?;
+        if let Some(passed) = found.input {
+            self.hand_on(operation.input, passed)?;
+        }
+        if self.parameters.is_trained(operation.block) {
+            self.note_parameter(norm.weight, found.weight);
+            self.note_parameter(norm.bias, found.bias);
+        }
+        match residual {
+            Some(residual) => {
+                self.hand_on(residual, found.residual.unwrap_or_else(|| gradient.clone()))
+            }
             None => Ok(()),
         }
     }

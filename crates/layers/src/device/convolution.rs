@@ -33,7 +33,7 @@ impl<'a> Product<'a> {
     /// (N, H·W, I) to (N, H'·W', O).
     pub fn forward(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cudnn")]
-        if x.device().is_cuda() {
+        if self.is_for_cudnn(x) {
             return super::cudnn::forward(&self.g, x, &self.channels_last(weight, x.dtype())?);
         }
         let by_tap = self.weight(weight, [2, 3, 1, 0], x.dtype())?;
@@ -46,7 +46,7 @@ impl<'a> Product<'a> {
     /// The gradient of the input, (N, H·W, I), from that of the output.
     pub fn input_gradient(&self, gradient: &Tensor, weight: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cudnn")]
-        if gradient.device().is_cuda() {
+        if self.is_for_cudnn(gradient) {
             let weight = self.channels_last(weight, gradient.dtype())?;
             return super::cudnn::input_gradient(&self.g, gradient, &weight);
         }
@@ -86,7 +86,7 @@ impl<'a> Product<'a> {
     /// The gradient of the weights, flat in the order (O, I, KH, KW), f32.
     pub fn weight_gradient(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cudnn")]
-        if x.device().is_cuda() {
+        if self.is_for_cudnn(x) {
             let made = super::cudnn::weight_gradient(&self.g, x, gradient)?;
             return made.to_dtype(DType::F32)?.permute((0, 3, 1, 2))?.flatten_all();
         }
@@ -104,6 +104,12 @@ impl<'a> Product<'a> {
         }
         let sum = sum.expect("a batch has an image");
         sum.reshape((taps, self.g.input.channels, to))?.permute((2, 1, 0))?.flatten_all()
+    }
+
+    /// Linear layers are left to cuBLAS.
+    #[cfg(feature = "cudnn")]
+    fn is_for_cudnn(&self, value: &Tensor) -> bool {
+        value.device().is_cuda() && self.g.input.pixels() > 1
     }
 
     /// What each output pixel sees, (N·H'·W', K·K·I).

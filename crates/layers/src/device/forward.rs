@@ -27,6 +27,8 @@ pub(crate) struct Record {
 pub(super) enum Note {
     Nothing,
     Normalisation(Normalisation),
+    #[cfg(feature = "cuda")]
+    OnCuda(super::cuda::Normalisation),
     /// Which tap of each window held the maximum, u8.
     Taps(Tensor),
 }
@@ -131,6 +133,10 @@ impl Run<'_> {
         norm: &Norm,
         statistics: &Statistics,
     ) -> Result<(Tensor, Note)> {
+        #[cfg(feature = "cuda")]
+        if input.device().is_cuda() {
+            return self.batch_norm_on_cuda(operation, input, norm, statistics);
+        }
         let n = if self.modes.of(operation.block) == Mode::Batch {
             let (n, moments) = Normalisation::of_batch(input, norm.epsilon)?;
             self.follow(norm, &moments, statistics)?;
@@ -146,6 +152,28 @@ impl Run<'_> {
         let dtype = dtype(self.plan.precision);
         let (output, n) = n.apply(&weight, &bias, residual, norm.relu, dtype)?;
         Ok((output, Note::Normalisation(n)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn batch_norm_on_cuda(
+        &mut self,
+        operation: &Operation,
+        input: &Tensor,
+        norm: &Norm,
+        statistics: &Statistics,
+    ) -> Result<(Tensor, Note)> {
+        let (weight, bias) =
+            (self.parameters.tensor(norm.weight)?, self.parameters.tensor(norm.bias)?);
+        let entries = [norm.running_mean, norm.running_variance];
+        let [mean, variance] = entries.map(|entry| statistics.flat.tensor(entry));
+        let batch = self.modes.of(operation.block) == Mode::Batch;
+        let residual = norm.residual.map(|residual| self.value(residual));
+        let (parameters, running) = ([&weight, &bias], [&mean?, &variance?]);
+        let made = super::cuda::normalise(norm, input, residual, parameters, running, batch)?;
+        for (entry, running) in entries.into_iter().zip(made.running.into_iter().flatten()) {
+            self.running.push((statistics.entries()[entry].range.clone(), running));
+        }
+        Ok((made.y, Note::OnCuda(made.note)))
     }
 
     /// `running ← (1 − momentum)·running + momentum·batch`, the variance without bias.

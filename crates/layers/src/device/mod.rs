@@ -1,4 +1,4 @@
-//! Networks on any device of candle's, by its tensor operations alone.
+//! Networks on any device of candle's, by its tensor operations.
 //!
 //! The same plans, numbers and tapes as on the CPU, where kernels of our own do the work. Forward
 //! and backward pass are both written out; candle's autograd takes no part. Only operations that
@@ -9,9 +9,14 @@
 //! What a pixel sees is gathered by [`indices`] that depend on the sides of a map alone and stay on
 //! the device, so that a [convolution](convolution) is one matrix product and a
 //! [max-pool](pooling) a comparison of gathered maps.
+//!
+//! On CUDA two things are done otherwise: batch norm and updates by kernels of our own
+//! (`kernels::cuda`), and convolutions by cuDNN where the feature `cudnn` is on.
 
 mod backward;
 mod convolution;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(feature = "cudnn")]
 mod cudnn;
 mod forward;

@@ -82,7 +82,7 @@ impl Normalisation {
     }
 }
 
-fn inverse(variance: &Tensor, epsilon: f64) -> Result<Tensor> {
+pub(super) fn inverse(variance: &Tensor, epsilon: f64) -> Result<Tensor> {
     (variance + epsilon)?.sqrt()?.recip()
 }
 

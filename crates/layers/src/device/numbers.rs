@@ -149,6 +149,15 @@ impl Numbers {
         ranges: &[Range<usize>],
         with: Sgd,
     ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            let (values, gradients) = (self.all()?, gradients.all()?);
+            let [values, directions] =
+                super::cuda::sgd(&values, &gradients, &momenta.all()?, ranges, with)?;
+            self.become_(values);
+            momenta.become_(directions);
+            return Ok(());
+        }
         let (mut values, mut directions) = (Vec::new(), Vec::new());
         for range in ranges {
             let value = self.of(range)?;
@@ -170,6 +179,17 @@ impl Numbers {
         step: u64,
         with: Adam,
     ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            let [first, second] = moments;
+            let (values, gradients, old) =
+                (self.all()?, gradients.all()?, [first.all()?, second.all()?]);
+            let found = super::cuda::adam(&values, &gradients, old.each_ref(), ranges, step, with)?;
+            for (numbers, found) in [self, first, second].into_iter().zip(found) {
+                numbers.become_(found);
+            }
+            return Ok(());
+        }
         let rest = |beta: f64| 1. - beta.powf(step as f64);
         let rate = with.learning_rate / rest(with.beta_1);
         let root = (1. / rest(with.beta_2)).sqrt();
@@ -194,6 +214,11 @@ impl Numbers {
     /// [`kernels::flat::follow`].
     pub fn follow(&mut self, online: &Numbers, decay: f64) -> Result<()> {
         let target = self.all()?;
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            self.become_(super::cuda::follow(&target, &online.all()?, decay)?);
+            return Ok(());
+        }
         let followed = (&target + ((online.all()? - &target)? * (1. - decay))?)?;
         self.become_(followed);
         Ok(())
