@@ -7,7 +7,7 @@
 //! root is passed over and listed: links, devices, absolute names and names with `..`.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,7 +34,8 @@ pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<B
     let other = match start {
         [0x1f, 0x8b, ..] => return Ok(Box::new(MultiGzDecoder::new(reader))),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            return Ok(Box::new(XzReader::new_mem_limit(reader, true, XZ_KIBIBYTES)));
+            let reader = XzReader::new_mem_limit(reader, true, XZ_KIBIBYTES);
+            return Ok(Box::new(WithoutEmptyReads(reader)));
         }
         [b'B', b'Z', b'h', ..] => "bzip2",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
@@ -45,6 +46,15 @@ pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<B
          with {SOURCE}",
         path.display()
     )
+}
+
+/// A reader that takes "nothing was read" for its end, also where nothing was asked for.
+struct WithoutEmptyReads<R>(R);
+
+impl<R: Read> Read for WithoutEmptyReads<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() { Ok(0) } else { self.0.read(buffer) }
+    }
 }
 
 /// A file whose bytes can be passed over: by seeking, unless it is compressed.
@@ -538,7 +548,6 @@ impl Walk<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
 
     use tar::EntryType;
 
@@ -592,6 +601,7 @@ mod tests {
         ];
         let mut text = String::new();
         let mut reader = decompressed(&PACKED[..], Path::new("text.xz")).expect("xz");
+        assert_eq!(reader.read(&mut []).expect("nothing"), 0); // As for an empty member.
         reader.read_to_string(&mut text).expect("sound");
         assert_eq!(text, "sorted by what is seen\n");
         let mut damaged = PACKED;
