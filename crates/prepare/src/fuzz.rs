@@ -334,12 +334,19 @@ mod tests {
         }
     }
 
-    /// Writes the first files of the corpus: `cargo test -p prepare --lib corpus -- --ignored`.
+    /// What the corpus began with: a sound file of every form and all hostile ones. Writes them where
+    /// `WRITE_CORPUS` is set.
     #[test]
-    #[ignore = "writes into the source"]
-    fn write_the_corpus() {
+    fn the_corpus_holds_one_of_everything() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
-        let put = |name: &str, bytes: &[u8]| example::put(&root.join(name), bytes);
+        let write = std::env::var_os("WRITE_CORPUS").is_some();
+        let put = |name: &str, bytes: &[u8]| {
+            let path = root.join(name);
+            if write {
+                example::put(&path, bytes);
+            }
+            assert!(path.is_file(), "`fuzz/corpus/{name}` is missing; WRITE_CORPUS=1 writes it");
+        };
         let webp = example::encoded(&example::colour(5), image::ImageFormat::WebP);
         let (jpeg, png) = (example::jpeg(1), example::png(2));
         let deep: image::DynamicImage = example::colour(4).into_rgb16().into();
