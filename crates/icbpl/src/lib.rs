@@ -33,14 +33,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use assignment::{KMeans, Metric, nearest_neighbours, nearest_neighbours_and_self};
 use candle_core::{Device, Tensor};
-use data::{Batch, Found, Images, Loader, PseudoLabels, head};
+use data::{Found, Images, Loader, PseudoLabels, head};
 use layers::{Mode, Modes};
 use rand::RngExt;
 use serde_json::json;
 use stage::random::stream;
 use stage::{Interrupted, Stage};
 use training::ops::unit_rows;
-use training::{Run, sampler};
+use training::{Run, pictures, sampler};
 
 pub use centroids::Centroids;
 pub use config::{Config, HeadWidths, Pretrained, Schedule, Statistics};
@@ -78,8 +78,9 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         let beside = config.neighbour_loader(&images, beside, done, stage.seed, epoch)?;
         let anchors = config.loader(&images, order, done, stage.seed, epoch)?;
         for (batch, beside) in anchors.zip(beside) {
-            let [anchors, augmented] = tensors(batch?, &device)?;
-            let [beside] = tensors(beside?, &device)?;
+            let (batch, beside) = (batch?, beside?);
+            let [anchors, augmented] = pictures(batch.shape(), batch.views, &device)?;
+            let [beside] = pictures(beside.shape(), beside.views, &device)?;
             let anchor = networks.forward(&anchors)?;
             let view = networks.forward(&augmented)?;
             let neighbour = networks.forward(&beside)?;
@@ -218,7 +219,8 @@ fn embed(
     let modes = Modes::all(backbone.network(), Mode::Running);
     let mut embeddings = Vec::new();
     for batch in Loader::clean(images, rows, &config.input)? {
-        let [pictures] = tensors(batch?, device)?;
+        let batch = batch?;
+        let [pictures] = pictures(batch.shape(), batch.views, device)?;
         let embedding = unit_rows(&backbone.forward(&pictures, &modes, None)?)?;
         embeddings.extend(embedding.flatten_all()?.to_vec1::<f32>()?);
         if stage.interrupted() {
@@ -246,7 +248,8 @@ pub fn predict(
     let rows = images.rows(&stage.data.score_on);
     let (mut assignment, mut confidence) = (Vec::new(), Vec::new());
     for batch in Loader::clean(images, &rows, &config.input)? {
-        let [pictures] = tensors(batch?, device)?;
+        let batch = batch?;
+        let [pictures] = pictures(batch.shape(), batch.views, device)?;
         let embedding = networks.backbone.apply(&pictures)?;
         let features = unit_rows(&networks.head.apply(&embedding)?)?;
         let (nearest, cosines) = nearest_centroids(&features, &networks.centroids)?;
@@ -279,14 +282,6 @@ pub fn predict(
 /// Steps of one start of k-means at most, and the change at which it ends.
 const KMEANS_ITERATIONS: usize = 300;
 const KMEANS_TOLERANCE: f64 = 1e-4;
-
-/// The views of a batch, `(B, H, W, C)` each.
-fn tensors<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Tensor; VIEWS]> {
-    let shape = batch.shape();
-    let tensor = |values| Ok(Tensor::from_vec(values, shape, device)?);
-    let tensors = batch.views.into_iter().map(tensor).collect::<Result<Vec<_>>>()?;
-    tensors.try_into().map_err(|_| anyhow::anyhow!("a batch does not hold {VIEWS} views"))
-}
 
 #[cfg(test)]
 mod tests;

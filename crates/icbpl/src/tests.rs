@@ -131,8 +131,9 @@ fn a_run_is_icbpl() -> Result<()> {
         let beside = config.neighbour_loader(&images, beside, 0, 3, epoch)?;
         for (batch, beside) in config.loader(&images, order, 0, 3, epoch)?.zip(beside) {
             step += 1;
-            let [anchors, augmented] = tensors(batch?, &Device::Cpu)?;
-            let [beside] = tensors(beside?, &Device::Cpu)?;
+            let (batch, beside) = (batch?, beside?);
+            let [anchors, augmented] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
+            let [beside] = pictures(beside.shape(), beside.views, &Device::Cpu)?;
             let anchor = networks.forward(&anchors)?;
             let view = networks.forward(&augmented)?;
             let neighbour = networks.forward(&beside)?;

@@ -104,7 +104,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 }
                 None => swapped.detach(),
             };
-            run.note("swapped-prediction-loss", scalar(&swapped)?);
+            run.note_scalar("swapped-prediction-loss", &swapped)?;
             run.note_loss(&total)?; // An error when it is not finite.
 
             let gradients = swapped.backward()?;
@@ -152,9 +152,9 @@ fn classify(
     let (conditional, entropy) = entropies(&logits, &gathered.scores, config.temperature)?;
     let information = (&conditional - (&entropy * config.entropy_weight)?)?;
     let penalty = logit_penalty(&logits, config.logit_limit, config.logit_penalty)?;
-    run.note("conditional-entropy", scalar(&conditional)?);
-    run.note("entropy", scalar(&entropy)?);
-    run.note("logit-penalty", scalar(&penalty)?);
+    run.note_scalar("conditional-entropy", &conditional)?;
+    run.note_scalar("entropy", &entropy)?;
+    run.note_scalar("logit-penalty", &penalty)?;
     let loss = (information + penalty)?;
     let gradients = loss.backward()?;
     for seam in seams {
@@ -175,11 +175,6 @@ fn tensors(mut batch: Batch, device: &Device) -> Result<Vec<Tensor>> {
     let views = std::mem::take(&mut batch.views);
     let tensor = |(view, values)| Ok(Tensor::from_vec(values, batch.shape_of(view), device)?);
     views.into_iter().enumerate().map(tensor).collect()
-}
-
-/// The value of a scalar, for the log.
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_scalar::<f32>()?))
 }
 
 #[cfg(test)]

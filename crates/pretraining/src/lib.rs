@@ -17,13 +17,13 @@ mod config;
 use std::env::ArgsOs;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use backbone::backbone_file;
-use candle_core::{Device, Tensor};
-use data::{Batch, Images};
+use candle_core::Tensor;
+use data::Images;
 use stage::Stage;
 use training::loss::regression_loss;
-use training::{Learner, Run, Target, sampler};
+use training::{Learner, Run, Target, pictures, sampler};
 
 pub use config::{Config, Sampling};
 
@@ -67,7 +67,9 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 noise: config.noise,
                 seed: stage.seed,
             };
-            step(&mut run, &mut learner, &views(batch?, &device)?, rates)?;
+            let batch = batch?;
+            let views = pictures(batch.shape(), batch.views, &device)?;
+            step(&mut run, &mut learner, &views, rates)?;
             run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
         }
         run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
@@ -122,24 +124,13 @@ pub fn step(
     Ok(target.follow(online, target_decay)?)
 }
 
-/// The two views of a batch as tensors `(N, H, W, C)`.
-fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
-    let shape = batch.shape();
-    let mut views = batch.views.into_iter();
-    match (views.next(), views.next(), views.next()) {
-        (Some(view_1), Some(view_2), None) => {
-            Ok([Tensor::from_vec(view_1, shape, device)?, Tensor::from_vec(view_2, shape, device)?])
-        }
-        _ => bail!("a batch does not hold two views of each image"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
     use std::path::Path;
 
     use backbone::{Configuration, network_file};
+    use candle_core::Device;
     use fixture::Pictures;
     use stage::{DeviceChoice, Experiment, Split};
     use training::Trained;
@@ -235,7 +226,8 @@ mod tests {
             assert_eq!(order.len(), 2);
             for batch in config.loader(&images, order, 0, 3, epoch)? {
                 step += 1;
-                let [view_1, view_2] = views(batch?, &Device::Cpu)?;
+                let batch = batch?;
+                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
                 let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
                 let pass_1 = online.forward(&view_1, None)?;
                 let pass_2 = online.forward(&view_2, None)?;

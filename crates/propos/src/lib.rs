@@ -30,12 +30,13 @@ pub mod objective;
 use std::env::ArgsOs;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use backbone::backbone_file;
-use candle_core::{Device, Tensor};
-use data::{Batch, Images, PseudoLabels, head};
+use candle_core::Tensor;
+use data::{Images, PseudoLabels, head};
 use stage::Stage;
-use training::{Learner, Pass, Run, Target};
+use training::ops::mean_length;
+use training::{Learner, Pass, Run, Target, pictures};
 
 pub use config::{Config, Sampling};
 
@@ -86,7 +87,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
             let batch = batch?;
             let clusters = clusters.of(&batch.rows);
-            let views = views(batch, &device)?;
+            let views = pictures(batch.shape(), batch.views, &device)?;
             let Learner { online, target, optimizer } = &mut learner;
             for pass in passes(config, target, views)? {
                 run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
@@ -98,7 +99,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 };
                 let online_pass = online.forward_perturbed(&pass.view, scaled)?; // Its outputs are seams.
                 let loss = pass.loss(&online_pass, &clusters, &extras, &mut run)?;
-                run.note("projection-length", mean_length(online_pass.projection())?);
+                run.note_scalar("projection-length", &mean_length(online_pass.projection())?)?;
                 online.backward(online_pass, &loss.backward()?)?; // Adds to the gradients.
             }
             run.check_gradients(online)?;
@@ -170,9 +171,9 @@ impl OnlinePass {
             let (prediction, projection) = (rows(pass.prediction())?, rows(pass.projection())?);
             let Direction { loss, alignment, scatter } =
                 direction(&prediction, &projection, target, clusters, extras)?;
-            run.note("alignment-loss", scalar(&alignment)?);
+            run.note_scalar("alignment-loss", &alignment)?;
             if let Some(scatter) = scatter {
-                run.note("scatter-loss", scalar(&scatter)?);
+                run.note_scalar("scatter-loss", &scatter)?;
             }
             run.note_loss(&loss)?; // An error when it is not finite.
             let half = (loss * 0.5)?;
@@ -183,28 +184,6 @@ impl OnlinePass {
         }
         sum.context("a pass has a direction")
     }
-}
-
-/// The two views of a batch as tensors `(N, H, W, C)`.
-fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
-    let shape = batch.shape();
-    let mut views = batch.views.into_iter();
-    match (views.next(), views.next(), views.next()) {
-        (Some(view_1), Some(view_2), None) => {
-            Ok([Tensor::from_vec(view_1, shape, device)?, Tensor::from_vec(view_2, shape, device)?])
-        }
-        _ => bail!("a batch does not hold two views of each image"),
-    }
-}
-
-/// The value of a scalar, for the log.
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_scalar::<f32>()?))
-}
-
-/// Mean length of rows, for the log: noise of a fixed deviation does nothing to long projections.
-fn mean_length(rows: &Tensor) -> Result<f64> {
-    scalar(&rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
 }
 
 #[cfg(test)]
@@ -343,7 +322,7 @@ pub(crate) mod tests {
                 let place = |row: &u32| rows.iter().position(|other| other == row);
                 let clusters: Vec<Option<u32>> =
                     batch.rows.iter().map(|row| Some(found.assignment[place(row)?])).collect();
-                let [view_1, view_2] = views(batch, &Cpu)?;
+                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Cpu)?;
                 let extras = epoch > 0; // byol-epochs is 1.
                 let noise = |pass: u64| {
                     let deviation = if extras { 0.3 } else { 0. };
@@ -427,7 +406,8 @@ pub(crate) mod tests {
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         for pass in all {
             let online_pass = online.forward(&pass.view, None)?;
-            sum += scalar(&pass.loss(&online_pass, clusters, &extras, &mut run)?)?;
+            let loss = pass.loss(&online_pass, clusters, &extras, &mut run)?;
+            sum += f64::from(loss.to_scalar::<f32>()?);
         }
         Ok(sum)
     }
@@ -475,7 +455,8 @@ pub(crate) mod tests {
             let (prediction, own) =
                 (pass.prediction().narrow(0, first, 8)?, pass.projection().narrow(0, first, 8)?);
             let target = projection.narrow(0, other, 8)?;
-            scalar(&direction(&prediction, &own, &target, &CLUSTERS, &extras)?.loss)
+            let loss = direction(&prediction, &own, &target, &CLUSTERS, &extras)?.loss;
+            Ok(f64::from(loss.to_scalar::<f32>()?))
         };
         let want = (half(0, 8)? + half(8, 0)?) / 2.;
         let got = loss(&config, [view_1, view_2], &CLUSTERS)?;

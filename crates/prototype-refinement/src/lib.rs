@@ -24,15 +24,15 @@ mod prototypes;
 use std::env::ArgsOs;
 use std::process::ExitCode;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use backbone::Configuration;
-use candle_core::{Device, Tensor};
-use data::{Batch, Images, PseudoLabels};
+use data::{Images, PseudoLabels};
 use serde_json::json;
 use stage::Stage;
 use training::loss::regression_loss;
+use training::ops::mean_length;
 use training::scatter::{Absent, scatter_loss};
-use training::{Learner, Run, sampler};
+use training::{Learner, Run, pictures, sampler};
 
 pub use config::{Config, PrototypeUpdate, Sampling};
 
@@ -122,7 +122,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         for batch in config.loader(&images, batches, done, &input, seed, epoch)? {
             let batch = batch?;
             let marks = marked.marks(&batch.rows);
-            let [view_1, view_2] = tensors(batch, &device)?;
+            let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
             let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
             let epochs = step as f64 / steps_per_epoch as f64;
             let (prototype_weight, scatter_weight) = config.weights(epochs, labels.stability);
@@ -181,20 +181,4 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
 /// control's extra epochs nothing new.
 pub fn draws(seed: u64) -> u64 {
     stage::random::derived(seed, "prototype-refinement")
-}
-
-/// The views of a batch, `(B, H, W, C)` each.
-fn tensors<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Tensor; VIEWS]> {
-    let shape = batch.shape();
-    let mut views = batch.views.into_iter();
-    let mut tensors = Vec::with_capacity(VIEWS);
-    for view in views.by_ref().take(VIEWS) {
-        tensors.push(Tensor::from_vec(view, shape, device)?);
-    }
-    tensors.try_into().map_err(|_| anyhow!("a batch holds fewer than {VIEWS} views"))
-}
-
-/// Mean length of rows, for the log: noise of a fixed deviation does nothing to long projections.
-fn mean_length(rows: &Tensor) -> Result<Tensor> {
-    Ok(rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()?)
 }

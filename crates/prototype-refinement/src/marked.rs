@@ -4,10 +4,9 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
-use training::Target;
+use training::{Target, pictures};
 
 use crate::loss::Marks;
-use crate::tensors;
 
 /// Pseudo-label and weight of every row of the images file.
 #[derive(Debug)]
@@ -67,7 +66,8 @@ impl Marked {
             .collect();
         let mut projections = Vec::new();
         for batch in Loader::clean(images, &rows, input)? {
-            let [pictures] = tensors(batch?, device)?;
+            let batch = batch?;
+            let [pictures] = pictures(batch.shape(), batch.views, device)?;
             let (_, projection) = target.embed(&pictures)?;
             projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
         }

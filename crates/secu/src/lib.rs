@@ -33,13 +33,13 @@ pub mod schedule;
 use std::env::ArgsOs;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use assignment::{KMeans, Metric};
 use candle_core::{Device, Tensor};
-use data::{Batch, Found, Images, Loader, PseudoLabels, head};
+use data::{Found, Images, Loader, PseudoLabels, head};
 use stage::Stage;
 use training::ops::{softmax, unit_rows};
-use training::{Run, sampler};
+use training::{Run, pictures, sampler};
 
 pub use config::Config;
 
@@ -88,7 +88,7 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
         for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
             let batch = batch?;
             let places: Vec<usize> = batch.rows.iter().map(|&row| places[row as usize]).collect();
-            let [view_1, view_2] = views(batch, &device)?;
+            let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
             let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
             let directions = [unit_rows(&view_1.projection)?, unit_rows(&view_2.projection)?];
             run.note_projections(&directions[0])?; // An error when they have collapsed.
@@ -111,8 +111,8 @@ pub fn run(config: &Config, stage: &Stage) -> Result<()> {
                 for_centres.push(found.centre_loss);
             }
             let (for_network, for_centres) = (mean(&for_network)?, mean(&for_centres)?);
-            run.note("representation-loss", scalar(&for_network)?);
-            run.note("centre-loss", scalar(&for_centres)?);
+            run.note_scalar("representation-loss", &for_network)?;
+            run.note_scalar("centre-loss", &for_centres)?;
             let loss = (for_network + for_centres)?; // They share no parameter.
             run.note_loss(&loss)?; // An error when it is not finite.
 
@@ -196,26 +196,9 @@ fn places(rows: &[u32], images: usize) -> Vec<usize> {
     places
 }
 
-/// The two views of a batch as tensors `(N, H, W, C)`.
-fn views(batch: Batch, device: &Device) -> Result<[Tensor; 2]> {
-    let shape = batch.shape();
-    let mut views = batch.views.into_iter();
-    match (views.next(), views.next(), views.next()) {
-        (Some(view_1), Some(view_2), None) => {
-            Ok([Tensor::from_vec(view_1, shape, device)?, Tensor::from_vec(view_2, shape, device)?])
-        }
-        _ => bail!("a batch does not hold two views of each image"),
-    }
-}
-
 /// The mean of scalars.
 fn mean(losses: &[Tensor]) -> Result<Tensor> {
     Ok(Tensor::stack(losses, 0)?.mean_all()?)
-}
-
-/// The value of a scalar, for the log.
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(f64::from(tensor.to_scalar::<f32>()?))
 }
 
 #[cfg(test)]
@@ -353,7 +336,7 @@ pub(crate) mod tests {
                 let place = |row: &u32| rows.iter().position(|other| other == row);
                 let places = batch.rows.iter().map(place).collect::<Option<Vec<_>>>();
                 let places = places.expect("rows that are trained on");
-                let [view_1, view_2] = views(batch, &Device::Cpu)?;
+                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
                 let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
                 let of_1 = unit_rows(&view_1.projection)?;
                 let of_2 = unit_rows(&view_2.projection)?;

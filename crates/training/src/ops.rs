@@ -19,6 +19,16 @@ pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
     x.broadcast_div(&length)
 }
 
+/// Mean length of rows, a scalar without gradient, for a log: noise of a fixed deviation does
+/// nothing to long projections.
+///
+/// # Errors
+///
+/// `rows` is not a matrix of floats.
+pub fn mean_length(rows: &Tensor) -> Result<Tensor> {
+    rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()
+}
+
 /// `ln Σⱼ exp xⱼ` along the last axis, which is kept with extent 1.
 ///
 /// The largest entry is taken out first, as a constant: the sum cannot overflow, and the gradient
@@ -77,6 +87,13 @@ mod tests {
     use candle_core::{DType, Device::Cpu, Var};
 
     use super::*;
+
+    #[test]
+    fn mean_length_is_over_the_rows() -> Result<()> {
+        let rows = Tensor::new(&[[3f32, -4.], [0., 1.], [0., 0.]], &Cpu)?;
+        assert_eq!(mean_length(&rows)?.to_scalar::<f32>()?, 2.);
+        Ok(())
+    }
 
     /// Compares candle's gradient of `Σ w ∘ f(x)` with central differences, for fixed uneven `w`.
     fn check_gradient(f: impl Fn(&Tensor) -> Result<Tensor>, at: &[[f64; 3]; 2]) -> Result<()> {
