@@ -81,7 +81,7 @@ impl Experiment {
             .with_context(|| {
                 format!("--set {assignment} is not of the form table.key=value, as in TOML")
             })?;
-        merge(&mut self.tables, change, "")
+        merge(&mut self.tables, change, "", whole(assignment).as_deref())
             .with_context(|| format!("--set {assignment}, in `{}`", self.path.display()))
     }
 
@@ -95,7 +95,8 @@ impl Experiment {
         };
         let mut control = self.clone();
         for (key, value) in overrides {
-            merge(&mut control.tables, nested(&key, value), "")
+            let whole = (value.is_table() && key.contains('.')).then_some(key.as_str());
+            merge(&mut control.tables, nested(&key, value.clone()), "", whole)
                 .with_context(|| format!("table `[control]` of `{}`", self.path.display()))?;
         }
         Ok(Some(control))
@@ -110,7 +111,7 @@ impl Experiment {
             ("clustering.neighbours", Value::from(0)),
             ("clustering.kmeans-metric", Value::from("euclidean")),
         ] {
-            merge(&mut pixels.tables, nested(key, value), "").ok()?;
+            merge(&mut pixels.tables, nested(key, value), "", None).ok()?;
         }
         Some(pixels)
     }
@@ -193,8 +194,18 @@ fn nested(key: &str, value: Value) -> Table {
     }
 }
 
+/// The dotted path of the table that `path = { … }` writes out, all of its keys.
+fn whole(assignment: &str) -> Option<String> {
+    let (path, value) = assignment.split_once('=')?;
+    let path = path.split('.').map(str::trim).collect::<Vec<_>>().join(".");
+    value.trim_start().starts_with('{').then_some(path)
+}
+
 /// Puts the values of `change` in the place of those in `tables`, which must have each key.
-fn merge(tables: &mut Table, change: Table, prefix: &str) -> Result<()> {
+///
+/// The table at the path `whole` is exchanged as it is: another rule of a constraint has other
+/// keys. The program that reads it refuses what it does not know.
+fn merge(tables: &mut Table, change: Table, prefix: &str, whole: Option<&str>) -> Result<()> {
     for (key, value) in change {
         let known = tables.keys().cloned().collect::<Vec<_>>().join(", ");
         let Some(old) = tables.get_mut(&key) else {
@@ -205,7 +216,8 @@ fn merge(tables: &mut Table, change: Table, prefix: &str) -> Result<()> {
         };
         let path = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
         match (old, value) {
-            (Value::Table(old), Value::Table(new)) => merge(old, new, &path)?,
+            (Value::Table(old), Value::Table(new)) if whole == Some(&path) => *old = new,
+            (Value::Table(old), Value::Table(new)) => merge(old, new, &path, whole)?,
             (Value::Table(old), _) => {
                 let keys = old.keys().cloned().collect::<Vec<_>>().join(", ");
                 bail!("`{path}` is a table; name one of its keys: {keys}")
@@ -288,6 +300,23 @@ mod tests {
         let mut experiment = example();
         experiment.set("control.\"refinement.weight\"=3").expect("known");
         assert_eq!(experiment.tables["control"]["refinement.weight"], Value::Integer(3));
+    }
+
+    /// As the constraint of `secu`, which has other keys under another rule.
+    #[test]
+    fn a_table_that_is_written_out_takes_the_place_of_the_whole() {
+        let written = set("refinement . backbone = {depth='18', stem='7x7'}").expect("known");
+        let want = "depth = '18'\nstem = '7x7'".parse::<Table>().expect("TOML");
+        assert_eq!(written["backbone"], Value::Table(want.clone()));
+        assert_eq!(written["precision"], "f32".into(), "what is beside it stays");
+        assert!(message(set("refinement.back={a=1}")).contains("no key `back`"));
+        assert!(message(set("refinement.weight={a=1}")).contains("cannot become"));
+
+        let mut example = example();
+        let change = ("refinement.backbone".to_owned(), Value::Table(want.clone()));
+        example.tables["control"] = Value::Table(Table::from_iter([change]));
+        let control = example.control().expect("sound").expect("there is one");
+        assert_eq!(control.tables["refinement"]["backbone"], Value::Table(want));
     }
 
     #[test]
