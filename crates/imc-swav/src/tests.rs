@@ -207,12 +207,8 @@ fn a_run_is_imc_swav() -> Result<()> {
     for (prefix, segment) in networks.segments() {
         tensors.extend(network_file::tensors(prefix, segment)?);
     }
-    for tensor in tensors {
-        let found = written.f32(&tensor.name)?;
-        // Adam divides by the root of small squares: rounding shows.
-        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * b.abs().max(1.);
-        assert!(found.iter().zip(&tensor.values).all(near), "{}", tensor.name);
-    }
+    // Adam divides by the root of small squares: rounding shows.
+    fixture::assert_written(&written, &tensors, 2e-3);
     Ok(())
 }
 

@@ -350,11 +350,7 @@ pub(crate) mod tests {
             }
         }
         for (prefix, segment) in learner.segments() {
-            for tensor in network_file::tensors(prefix, segment)? {
-                let found = written.f32(&tensor.name)?;
-                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs().max(1.);
-                assert!(found.iter().zip(&tensor.values).all(near), "{}", tensor.name);
-            }
+            fixture::assert_written(&written, &network_file::tensors(prefix, segment)?, 1e-5);
         }
         Ok(())
     }
