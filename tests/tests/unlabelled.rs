@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 use tests::Bench;
-use tests::bench::{stderr, systems};
+use tests::bench::{program, programs, stderr, systems};
 use tests::pictures::{self, PICTURES, PLAIN};
 use tests::tensors::File;
 
@@ -44,4 +44,37 @@ fn clusters_pictures_without_ground_truth(system: &str) {
     sizes.sort_unstable();
     let [least, middle, most] = sizes;
     assert!(stdout.contains(&format!("cluster sizes {most} {middle} {least}")), "{stdout}");
+    assert!(stdout.contains("cargo xtask report"), "{stdout}");
+    is_reported(&bench, &assignment);
+}
+
+/// The clusters to look at: every picture under its name, with its cluster, and as a copy.
+fn is_reported(bench: &Bench, assignment: &[u32]) {
+    let mut command = program("xtask");
+    let run = bench.path("runs/tiny/0");
+    command.arg("report").arg(&run).arg("--pictures").arg("--programs").arg(programs());
+    let output = command.output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let page = std::fs::read_to_string(run.join("report/report.html")).expect("a page");
+    assert!(page.contains("Cluster 2 ") && page.contains(", by epoch"), "{page}");
+    assert!(!page.contains("<h2>Scores"), "there is no ground truth");
+
+    let table = std::fs::read_to_string(run.join("report/clusters.csv")).expect("a table");
+    let mut sizes = [0; 3];
+    for line in table.lines().skip(1) {
+        let [name, cluster, ..] = line.split(',').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let original = std::fs::read(bench.path("pictures").join(name)).expect("an original");
+        let folder = run.join("report/pictures").join(cluster);
+        let copies = std::fs::read_dir(folder).expect("a folder").flatten();
+        let copy = copies.map(|copy| copy.path()).find(|copy| {
+            let copy = copy.file_name().unwrap_or_default().to_string_lossy();
+            copy.split_once('-').is_some_and(|(_, found)| found == name)
+        });
+        assert!(std::fs::read(copy.expect("a copy")).expect("readable") == original, "{name}");
+        sizes[cluster.parse::<usize>().expect("a number")] += 1;
+    }
+    let mut want = [0; 3];
+    assignment.iter().for_each(|&cluster| want[cluster as usize] += 1);
+    assert_eq!(sizes, want);
+    assert_eq!(table.lines().count(), 1 + assignment.len());
 }

@@ -5,12 +5,12 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf, absolute};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::finished::{Finished, Step};
 use crate::programs;
 
 /// What is asked for on the command line.
@@ -95,44 +95,25 @@ fn embeddings_of(run: &str, runs: &Path, seed: u64) -> Result<PathBuf> {
     if named.is_file() {
         return Ok(named);
     }
-    let folder = if named.is_dir() { named } else { runs.join(run).join(seed.to_string()) };
-    ensure!(
-        folder.is_dir(),
-        "there is no run `{run}`: neither that folder nor `{}`; `cargo xtask reproduce {run}` \
-         makes one, or name a folder that holds `{FILE}`",
-        folder.display()
-    );
-    if folder.join(FILE).is_file() {
-        return Ok(folder.join(FILE));
+    if named.is_dir() && named.join(FILE).is_file() {
+        return Ok(named.join(FILE));
     }
-    let mut rounds: Vec<(usize, PathBuf)> = vec![];
-    for entry in fs::read_dir(&folder).with_context(|| format!("reading `{}`", folder.display()))? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let round = name.strip_suffix("-embed").and_then(|round| round.parse().ok());
-        rounds.extend(round.map(|round| (round, target(&entry.path()).join(FILE))));
-    }
-    rounds.retain(|(_, file)| file.is_file());
-    match rounds.into_iter().max() {
-        Some((_, file)) => Ok(file),
+    let run = Finished::find(run, runs, seed)?;
+    let has = |step: &&Step| step.place == "embed" && step.folder.join(FILE).is_file();
+    match run.steps.iter().rev().find(has) {
+        Some(step) => Ok(step.folder.join(FILE)),
         None => bail!(
             "`{}` holds no embeddings: neither `{FILE}` nor a finished step `<round>-embed`; let \
              the run come that far",
-            folder.display()
+            run.folder.display()
         ),
-    }
-}
-
-/// Where a view leads; where links are not to be had, it is a file that holds the path.
-fn target(view: &Path) -> PathBuf {
-    match fs::read_to_string(view) {
-        Ok(path) if view.is_file() => path.into(),
-        _ => view.to_owned(),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

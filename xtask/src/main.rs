@@ -5,7 +5,7 @@
 //! says which steps that makes and what each is given; the [`programs`] are built or found; the
 //! data are [`prepared`]; every step has a [`key`], under which its result is kept in the
 //! [`store`]; the [`run`] checks all steps and starts those that are not done; the [`report`] is
-//! the table at the end.
+//! the table at the end. What a run has left is [`finished`]; [`look`] makes a page of it.
 
 mod bench;
 mod clusters;
@@ -13,8 +13,10 @@ mod compare;
 mod cost;
 mod cuda_toolchain;
 mod experiment;
+mod finished;
 mod interrupt;
 mod key;
+mod look;
 mod plan;
 mod prepare;
 mod prepared;
@@ -104,6 +106,11 @@ enum Command {
     Bench {
         #[command(flatten)]
         options: bench::Options,
+    },
+    /// Writes a finished run as a page to look at, a table, and folders of pictures.
+    Report {
+        #[command(flatten)]
+        options: look::Options,
     },
     /// Guesses how many clusters a run's embeddings hold: a curve of scores without ground truth.
     Clusters {
@@ -230,6 +237,11 @@ fn follow(command: Command) -> Result<()> {
             options.resolve_paths()?;
             go_to_root()?;
             clusters::run(&options)
+        }
+        Command::Report { mut options } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            look::run(&options)
         }
         Command::List => {
             go_to_root()?;

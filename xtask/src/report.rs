@@ -204,12 +204,16 @@ impl Report {
                 Some(accuracy) => format!("ACC {:.2}", 100. * accuracy),
                 None => "no ground truth, so no scores".to_owned(),
             };
+            let assignments = outcome.assignments.as_path();
+            let run = assignments.parent().and_then(Path::parent).unwrap_or(assignments);
             let _ = writeln!(
                 text,
-                "seed {}: {accuracy}; cluster sizes {}\n  assignments: {}",
+                "seed {}: {accuracy}; cluster sizes {}\n  assignments: {}\n  to look at them: cargo \
+                 xtask report {}",
                 outcome.seed,
                 sizes.join(" "),
-                outcome.assignments.display()
+                assignments.display(),
+                run.display()
             );
         }
     }

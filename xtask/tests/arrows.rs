@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 22] = [
+const ARROWS: [(&str, &[&str]); 23] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
@@ -18,7 +18,7 @@ const ARROWS: [(&str, &[&str]); 22] = [
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "layers", "backbone"]),
-    ("fixture", &["stage", "data"]),
+    ("fixture", &["stage", "data", "backbone"]),
     // The programs.
     ("prepare", &["stage", "data"]),
     ("pretraining", &["stage", "bench", "data", "layers", "backbone", "training", "fixture"]),
@@ -30,6 +30,7 @@ const ARROWS: [(&str, &[&str]); 22] = [
     ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("metrics", &["stage", "bench", "data", "assignment"]),
+    ("report", &["stage", "data"]),
     // All programs in one.
     (
         "assort",
@@ -45,6 +46,7 @@ const ARROWS: [(&str, &[&str]); 22] = [
             "imc-swav",
             "icbpl",
             "metrics",
+            "report",
         ],
     ),
     // What starts programs links none of them.

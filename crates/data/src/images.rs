@@ -195,6 +195,22 @@ impl Images {
         Ok(picture)
     }
 
+    /// The file of a row as it was found, and what it is; nothing for a picture that came as pixels.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row, or its bytes do not have its id.
+    pub fn file(&self, row: u32) -> Result<Option<(Encoding, &[u8])>> {
+        let position = self.position(row)?;
+        match self.shared.encodings[position] {
+            Encoding::Raw => Ok(None),
+            encoding => {
+                let bytes = self.checked_bytes(position);
+                Ok(Some((encoding, bytes.with_context(|| self.damaged(row))?)))
+            }
+        }
+    }
+
     /// [`Images::picture`] without a copy or an allocation: raw pixels stay in the mapped file, others
     /// come from what is kept or are decoded into `memory`.
     pub(crate) fn pixels<'a>(&'a self, row: u32, memory: &'a mut Memory) -> Result<Pixels<'a>> {
@@ -910,6 +926,9 @@ mod tests {
         for (ticket, (source, split)) in sources.iter().enumerate() {
             let row = written.rows[ticket].expect("kept");
             assert_eq!(images.id(row).expect("there"), source.id());
+            let file = images.file(row).expect("there");
+            let want = Encoding::of(source.bytes()).map(|encoding| (encoding, source.bytes()));
+            assert_eq!(file, want, "pixels are no file");
             assert!(images.rows(&[*split]).contains(&row));
             let picture = images.picture(row).expect("sound");
             let size = (picture.height, picture.width);

@@ -3,6 +3,14 @@
 //! By size: every cluster is worth a dual variable more while it holds less than its share. By
 //! entropy: joining a large cluster costs, joining a small one pays. Both look at a batch at once:
 //! the images of one batch do not see each other's choice (Qian 2023, arXiv:2311.14310).
+//!
+//! For few images take entropy (measured here, not the paper's word). Duals move by steps: a cluster
+//! without images gains ηγ/K in each, in an epoch of n steps nηγ/K. With the published η and γ that
+//! is 3.5 on CIFAR-10 (n = 391, K = 10), more than any two similarities differ, but 0.19 on 2,014
+//! photographs in batches of 64 (n = 32, K = 15), and the network draws the images together sooner
+//! than the duals part them: from the second epoch on a batch held 3.7 of the 15 clusters. A larger η
+//! throws the whole batch from cluster to cluster: one a batch at η = 1.2. The counts of the entropy
+//! are of all images, however many steps it took to see them: 14.8 of 15.
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -20,7 +28,7 @@ pub enum Constraint {
     Size {
         /// γ: the least size of a cluster over its even share `N/K`. 1 asks for equal sizes.
         lower_bound: f64,
-        /// η: how fast the dual variables move.
+        /// η: how far the dual variables move in a step, whatever the number of images.
         rate: f64,
     },
     /// The sizes of the clusters have a large entropy.

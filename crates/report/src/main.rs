@@ -1,0 +1,5 @@
+//! The program `report`: see the library.
+
+fn main() -> std::process::ExitCode {
+    report::program(std::env::args_os())
+}
