@@ -51,8 +51,9 @@ impl Finished {
                 steps.push(Step { round, place: place.into(), folder: target(&entry.path()) });
             }
         }
-        let order = folder.parent().map_or_else(Vec::new, places);
+        let [first, then] = folder.parent().map_or_else(Default::default, places);
         let position = |step: &Step| {
+            let order = if step.round == 0 { &first } else { &then };
             let known = order.iter().position(|place| *place == step.place);
             known.unwrap_or(order.len())
         };
@@ -76,23 +77,22 @@ pub fn target(view: &Path) -> PathBuf {
     }
 }
 
-/// The places of an experiment in their order, as the last file of it in its folder has them;
-/// nothing where there is none, which is no error: they only put the steps in order.
-fn places(experiment: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(experiment) else { return vec![] };
+/// The places of an experiment in their order, in the first and in later rounds, as the last file of
+/// it in its folder has them; nothing where there is none, which is no error: they only put the
+/// steps in order.
+fn places(experiment: &Path) -> [Vec<String>; 2] {
+    let Ok(entries) = fs::read_dir(experiment) else { return Default::default() };
     let files = entries.flatten().filter(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         name.starts_with("experiment-") && name.ends_with(".toml")
     });
     let modified = |entry: &fs::DirEntry| entry.metadata().and_then(|found| found.modified()).ok();
     let last = files.max_by_key(modified).and_then(|entry| fs::read_to_string(entry.path()).ok());
-    let Some(table) = last.and_then(|text| text.parse::<Table>().ok()) else { return vec![] };
-    let mut places: Vec<String> = Vec::new();
-    for key in ["first", "then"] {
+    let table = last.and_then(|text| text.parse::<Table>().ok()).unwrap_or_default();
+    ["first", "then"].map(|key| {
         let found = table.get("rounds").and_then(|rounds| rounds.get(key)?.as_array());
-        places.extend(found.into_iter().flatten().filter_map(Value::as_str).map(String::from));
-    }
-    places
+        found.into_iter().flatten().filter_map(Value::as_str).map(String::from).collect()
+    })
 }
 
 #[cfg(test)]
@@ -123,7 +123,7 @@ mod tests {
         let by_name =
             ["0-clustering", "0-pretraining", "2-clustering", "2-embed", "2-metrics", "10-embed"];
         assert_eq!(named(&find("digits")), by_name);
-        let rounds = "[rounds]\nfirst = ['pretraining', 'embed', 'clustering']\nthen = ['embed']";
+        let rounds = "[rounds]\nfirst = ['pretraining', 'embed', 'clustering']\nthen = ['refinement', 'embed', 'clustering']";
         fs::write(runs.join("digits/experiment-1.toml"), rounds).expect("written");
         let ordered =
             ["0-pretraining", "0-clustering", "2-embed", "2-clustering", "2-metrics", "10-embed"];

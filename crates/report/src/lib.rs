@@ -115,7 +115,8 @@ pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
     for (step, folder) in &arguments.steps {
         if let Some((path, text)) = text_of(&folder.join("metrics.json"))? {
             let found = Scores::of(&text).with_context(|| format!("`{}`", path.display()))?;
-            scores.extend(found.map(|found| (step.clone(), found)));
+            let (round, _) = step.split_once('-').unwrap_or((step, ""));
+            scores.extend(found.map(|found| (round.to_owned(), found)));
         }
         if let Some((path, text)) = text_of(&folder.join("log.jsonl"))? {
             let found = curves::charts(&text).with_context(|| format!("`{}`", path.display()))?;
@@ -141,9 +142,11 @@ fn facts(labels: &PseudoLabels) -> Vec<String> {
     let reliable = labels.reliable.iter().filter(|reliable| **reliable).count();
     let share = 100. * reliable as f64 / count.max(1) as f64;
     let mut facts = vec![format!(
-        "{count} pictures in {clusters} clusters; {reliable} of them ({share:.1} %) are held to be \
-         reliable. The number of a cluster has no meaning."
+        "{count} pictures in {clusters} clusters. The number of a cluster has no meaning."
     )];
+    if reliable < count {
+        facts.push(format!("{reliable} of them ({share:.1} %) are held to be reliable."));
+    }
     if let Some(stability) = labels.stability {
         facts.push(format!(
             "{:.1} % stayed where they were when the last round was clustered afresh.",
@@ -264,9 +267,10 @@ pub(crate) mod tests {
             let page = fs::read_to_string(&written[0])?;
             for part in [
                 "<h1>Photos</h1>",
-                "5 pictures in 3 clusters; 3 of them (60.0 %)",
+                "5 pictures in 3 clusters.",
+                "3 of them (60.0 %)",
                 "87.5 % stayed",
-                "<td>0-metrics<td>60.0<td>40.0<td>20.0<td>50.0",
+                "<td>0<td>60.0<td>40.0<td>20.0<td>50.0",
                 "0-secu, by epoch",
             ] {
                 assert!(page.contains(part), "{part} is not in: {page}");

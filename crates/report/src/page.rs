@@ -61,7 +61,7 @@ impl Page<'_> {
         }
         html.push_str(
             "<h2>Scores</h2>\n<p>Agreement with the ground truth, in percent. No training saw it.</p>\n\
-             <table><tr><th>step<th>ACC<th>NMI<th>ARI<th>ACC of k-means</tr>\n",
+             <table><tr><th>round<th>ACC<th>NMI<th>ARI<th>ACC of k-means</tr>\n",
         );
         for (step, scores) in &self.scores {
             let _ = write!(html, "<tr><td>{}", escaped(step));
@@ -78,11 +78,14 @@ impl Page<'_> {
 
     fn section(&self, cluster: &Cluster, images: &Images, names: &Names) -> Result<String> {
         let count = cluster.members.len();
+        let reliable = match cluster.reliable() {
+            all if all == count => String::new(),
+            some => format!(", {some} reliable"),
+        };
         let mut html = format!(
-            "<section><h2>Cluster {} <small>{count} pictures, {} reliable, mean confidence \
-             {:.2}</small></h2>\n",
+            "<section><h2>Cluster {} <small>{count} pictures{}, mean confidence {:.2}</small></h2>\n",
             cluster.number,
-            cluster.reliable(),
+            reliable,
             cluster.confidence()
         );
         let (surest, least_sure) = cluster.shown(self.shown);
@@ -190,7 +193,7 @@ mod tests {
             title: "<script>alert(1)</script>",
             facts: vec!["5 pictures & 3 clusters".into()],
             scores: vec![(
-                "0-clustering".into(),
+                "0".into(),
                 Scores { acc: Some(0.5), nmi: Some(0.25), ari: Some(-0.125), k_means_acc: None },
             )],
             clusters: &clusters,
