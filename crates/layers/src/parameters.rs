@@ -24,7 +24,7 @@ pub struct Parameters {
     trainable: Vec<bool>,
     /// Never the same for two different contents within a process.
     version: u64,
-    packed: Mutex<HashMap<(usize, Direction, Precision), Arc<Buffer>>>,
+    packed: Mutex<HashMap<(usize, Direction, Precision, usize), Arc<Buffer>>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -244,7 +244,8 @@ impl Parameters {
         &self.flat.values[self.entries()[entry].range.clone()]
     }
 
-    /// The weights of an entry as the kernels want them, arranged once after each change.
+    /// The weights of an entry as the kernels want them on maps of this size, arranged once after each
+    /// change.
     pub(crate) fn packed(
         &self,
         entry: usize,
@@ -252,12 +253,13 @@ impl Parameters {
         geometry: &Geometry,
         plan: &Plan,
     ) -> Arc<Buffer> {
-        let key = (entry, direction, plan.precision);
+        let len = geometry.packed_len(plan.variant, plan.precision);
+        // The length tells the form: on small maps the kernels multiply in another one than on large.
+        let key = (entry, direction, plan.precision, len);
         if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Arc::clone(packed);
         }
-        let mut packed =
-            plan.pool.take_of(plan.precision, geometry.packed_len(plan.variant, plan.precision));
+        let mut packed = plan.pool.take_of(plan.precision, len);
         match direction {
             Direction::Forward => {
                 convolution::pack_forward(plan.variant, geometry, self.of(entry), &mut packed);

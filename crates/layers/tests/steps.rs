@@ -83,9 +83,34 @@ fn two_tapes_equal_two_separate_steps_added() -> Result<()> {
 
 #[test]
 fn crops_of_two_sizes_in_one_step() -> Result<()> {
-    let large = narrow_resnet(12, 10);
-    let small = narrow_resnet(5, 6);
-    let mut b = Bench::new(large.clone(), None)?;
+    crops_in_one_step(narrow_resnet(12, 10), narrow_resnet(5, 6), Precision::F32)?;
+    // Enough channels that the kernels take another form on the larger maps than on the smaller.
+    for precision in [Precision::F32, Precision::Bf16] {
+        crops_in_one_step(two_convolutions(9, 8), two_convolutions(5, 4), precision)?;
+        crops_in_one_step(two_convolutions(5, 4), two_convolutions(9, 8), precision)?;
+    }
+    Ok(())
+}
+
+/// Two convolutions of 32 channels with batch norm, average and a linear layer.
+fn two_convolutions(height: usize, width: usize) -> Case {
+    let conv = |name, from, to| Op::Conv { name, from, to, kernel: 3, stride: 1, pad: 1 };
+    let norm = |name, from| Op::Norm { name, from, relu: true, residual: None };
+    let ops = vec![
+        Op::Block("all"),
+        conv("conv1", 0, 32),
+        norm("bn1", 1),
+        conv("conv2", 2, 32),
+        norm("bn2", 3),
+        Op::Average { from: 4 },
+        Op::Linear { name: "fc", from: 5, to: 5 },
+    ];
+    Case { input: (height, width, 3), ops }
+}
+
+fn crops_in_one_step(large: Case, small: Case, precision: Precision) -> Result<()> {
+    let bench = |case: &Case| Bench::with_precision(case.clone(), None, precision);
+    let mut b = bench(&large)?;
     let (x1, x2) = (b.input(20, 4)?, small.tensor(8, &noise(21, small.input_len(8)))?);
     let (g1, g2) = (b.gradient(22, 4)?, b.gradient(23, 8)?);
     let (mut tape_1, mut tape_2) = (b.network.tape(), b.network.tape());
@@ -95,7 +120,7 @@ fn crops_of_two_sizes_in_one_step() -> Result<()> {
     b.network.backward(p, &mut tape_2, &g2, &mut b.gradients, false)?;
     b.network.backward(p, &mut tape_1, &g1, &mut b.gradients, false)?;
 
-    let (mut c, mut d) = (Bench::new(large, None)?, Bench::new(small, None)?);
+    let (mut c, mut d) = (bench(&large)?, bench(&small)?);
     c.pass(&x1, &g1)?;
     d.pass(&x2, &g2)?;
     d.gradients.add(&c.gradients)?;
