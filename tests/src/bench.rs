@@ -215,7 +215,7 @@ pub fn systems() -> Vec<String> {
 /// What fills the places of the systems, and what is around them.
 fn packages() -> Result<BTreeSet<String>> {
     let mut packages: BTreeSet<String> =
-        ["xtask", "prepare", "embed", "clustering", "report"].map(str::to_owned).into();
+        ["xtask", "prepare", "embed", "clustering", "predict", "report"].map(str::to_owned).into();
     for system in systems() {
         let path = systems_folder().join(system).with_extension("toml");
         let experiment: toml::Table = fs::read_to_string(path)?.parse()?;

@@ -11,6 +11,8 @@ use toml::{Table, Value};
 pub struct Finished {
     /// The run's folder.
     pub folder: PathBuf,
+    /// The experiment as it ran last, beside it.
+    pub experiment: Option<PathBuf>,
     /// By round, and there as the experiment orders them.
     pub steps: Vec<Step>,
 }
@@ -51,7 +53,8 @@ impl Finished {
                 steps.push(Step { round, place: place.into(), folder: target(&entry.path()) });
             }
         }
-        let [first, then] = folder.parent().map_or_else(Default::default, places);
+        let experiment = folder.parent().and_then(last_experiment);
+        let [first, then] = experiment.as_deref().map_or_else(Default::default, places);
         let position = |step: &Step| {
             let order = if step.round == 0 { &first } else { &then };
             let known = order.iter().position(|place| *place == step.place);
@@ -60,7 +63,15 @@ impl Finished {
         steps.sort_by(|a, b| {
             (a.round, position(a), &a.place).cmp(&(b.round, position(b), &b.place))
         });
-        Ok(Self { folder, steps })
+        Ok(Self { folder, experiment, steps })
+    }
+
+    /// The run in words: `digits, seed 0`.
+    pub fn name(&self) -> String {
+        let part =
+            |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let experiment = self.folder.parent().map(part).unwrap_or_default();
+        format!("{experiment}, seed {}", part(&self.folder))
     }
 
     /// The last step that left `file`.
@@ -77,17 +88,20 @@ pub fn target(view: &Path) -> PathBuf {
     }
 }
 
-/// The places of an experiment in their order, in the first and in later rounds, as the last file of
-/// it in its folder has them; nothing where there is none, which is no error: they only put the
-/// steps in order.
-fn places(experiment: &Path) -> [Vec<String>; 2] {
-    let Ok(entries) = fs::read_dir(experiment) else { return Default::default() };
-    let files = entries.flatten().filter(|entry| {
+/// The file in the folder of an experiment that was written last.
+fn last_experiment(folder: &Path) -> Option<PathBuf> {
+    let files = fs::read_dir(folder).ok()?.flatten().filter(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         name.starts_with("experiment-") && name.ends_with(".toml")
     });
     let modified = |entry: &fs::DirEntry| entry.metadata().and_then(|found| found.modified()).ok();
-    let last = files.max_by_key(modified).and_then(|entry| fs::read_to_string(entry.path()).ok());
+    files.max_by_key(modified).map(|entry| entry.path())
+}
+
+/// The places of an experiment in their order, in the first and in later rounds. A file that cannot
+/// be read is no error: they only put the steps in order.
+fn places(experiment: &Path) -> [Vec<String>; 2] {
+    let last = fs::read_to_string(experiment).ok();
     let table = last.and_then(|text| text.parse::<Table>().ok()).unwrap_or_default();
     ["first", "then"].map(|key| {
         let found = table.get("rounds").and_then(|rounds| rounds.get(key)?.as_array());

@@ -86,15 +86,13 @@ fn words(run: &Finished, options: &Options) -> Result<Vec<OsString>> {
     })?;
     let experiment = folder.parent().unwrap_or(folder);
     let pictures = target(&experiment.join("data"));
-    let part = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let title = format!("{}, seed {}", part(experiment), part(folder));
     let out = options.out.clone().unwrap_or_else(|| folder.join("report"));
     let mut words: Vec<OsString> = Vec::new();
     for (flag, value) in [
         ("--images", pictures.join("images.safetensors")),
         ("--names", pictures.join("names.safetensors")),
         ("--pseudo-labels", last.folder.join(FILE)),
-        ("--title", title.into()),
+        ("--title", run.name().into()),
         ("--out", out),
         ("--shown", options.shown.to_string().into()),
     ] {

@@ -18,6 +18,7 @@ mod interrupt;
 mod key;
 mod look;
 mod plan;
+mod predict;
 mod prepare;
 mod prepared;
 mod programs;
@@ -111,6 +112,11 @@ enum Command {
     Report {
         #[command(flatten)]
         options: look::Options,
+    },
+    /// Tells which clusters other pictures belong to, by what a run has learnt.
+    Predict {
+        #[command(flatten)]
+        options: predict::Options,
     },
     /// Guesses how many clusters a run's embeddings hold: a curve of scores without ground truth.
     Clusters {
@@ -242,6 +248,12 @@ fn follow(command: Command) -> Result<()> {
             options.resolve_paths()?;
             go_to_root()?;
             look::run(&options)
+        }
+        Command::Predict { mut options } => {
+            options.resolve_paths()?;
+            go_to_root()?;
+            interrupt::listen()?;
+            predict::run(&options)
         }
         Command::List => {
             go_to_root()?;

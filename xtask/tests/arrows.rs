@@ -8,7 +8,7 @@ use toml::{Table, Value};
 
 /// Every crate of the workspace with those of ours it may depend on. A crate may name only crates
 /// above it here, so the arrows can make no circle; no stage names a stage.
-const ARROWS: [(&str, &[&str]); 23] = [
+const ARROWS: [(&str, &[&str]); 24] = [
     // The ground.
     ("kernels", &[]),
     ("stage", &[]),
@@ -30,6 +30,7 @@ const ARROWS: [(&str, &[&str]); 23] = [
     ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("metrics", &["stage", "bench", "data", "assignment"]),
+    ("predict", &["stage", "data"]),
     ("report", &["stage", "data"]),
     // All programs in one.
     (
@@ -46,6 +47,7 @@ const ARROWS: [(&str, &[&str]); 23] = [
             "imc-swav",
             "icbpl",
             "metrics",
+            "predict",
             "report",
         ],
     ),

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 type Program = fn(ArgsOs) -> ExitCode;
 
 /// The stages, in the order they run in.
-const STAGES: [(&str, Program); 11] = [
+const STAGES: [(&str, Program); 12] = [
     ("prepare", prepare::program),
     ("pretraining", pretraining::program),
     ("embed", embed::program),
@@ -23,6 +23,7 @@ const STAGES: [(&str, Program); 11] = [
     ("imc-swav", imc_swav::program),
     ("icbpl", icbpl::program),
     ("metrics", metrics::program),
+    ("predict", predict::program),
     ("report", report::program),
 ];
 

@@ -1,0 +1,194 @@
+//! Predict: which clusters pictures belong to that came after the training.
+//!
+//! A run leaves a network and a head. `embed` tells what the network makes of other pictures; this
+//! program tells what the head makes of that. Nothing is trained, and no picture has a say in the
+//! cluster of another: one picture is enough.
+//!
+//! Reads `embeddings.safetensors` from the role `embeddings` and `head.safetensors` from the role
+//! `head`. Writes `pseudo-labels.safetensors`, which `metrics` and `report` read like those of a
+//! run: every picture counts as reliable, the score is the confidence, the assignment stands for that
+//! of k-means too, which does not run, and a prototype is the unit-length mean of its pictures'
+//! projections, or zeros where there is none.
+//!
+//! It knows no picture, no network and no method: what can be a head, [`head`] says.
+
+pub mod head;
+
+use std::env::ArgsOs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use data::{Embeddings, PseudoLabels};
+use serde::{Deserialize, Serialize};
+use stage::Stage;
+
+use crate::head::{Head, Predictions};
+
+/// Raised when results change for the same inputs; see [`stage::run_program`].
+pub const ALGORITHM: u32 = 1;
+
+/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
+pub fn program(words: ArgsOs) -> ExitCode {
+    stage::run_program("predict", ALGORITHM, check, run, words)
+}
+
+/// The table `[predict]`: it has no values, the head says everything.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {}
+
+/// Opens the head, where it exists already.
+///
+/// # Errors
+///
+/// It is not usable, or has another number of clusters than the experiment.
+pub fn check(_: &Config, stage: &Stage) -> Result<()> {
+    match stage.optional_input("head") {
+        Some(folder) if folder.join(data::head::FILE).exists() => {
+            Head::open(folder)?.require_clusters(stage.data.clusters)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Pictures that are looked at in one go.
+const AT_ONCE: usize = 4096;
+
+/// Files in, a file out.
+///
+/// # Errors
+///
+/// An input is missing, damaged or foreign, or the head takes rows of another width.
+pub fn run(_: &Config, stage: &Stage) -> Result<()> {
+    let head = Head::open(stage.input("head")?)?;
+    head.require_clusters(stage.data.clusters)?;
+    let file: PathBuf = stage.input("embeddings")?.join("embeddings.safetensors");
+    let embeddings = Embeddings::open(&file)?;
+    let (rows, width) = head.rows_of(&embeddings);
+    ensure!(
+        width == head.width,
+        "the head in `{}` takes {} of width {}, but those of `{}` have {width}; embed with the network \
+         of the head's run",
+        stage.input("head")?.display(),
+        head.space_name(),
+        head.width,
+        file.display()
+    );
+    let mut found = Predictions::default();
+    for rows in rows.chunks(AT_ONCE * width) {
+        found.extend(head.predict(rows)?);
+    }
+    let Embeddings { data_set, index, projection_width, projection, .. } = embeddings;
+    let clusters = stage.data.clusters;
+    let prototypes = means(&projection, projection_width, &found.assignment, clusters);
+    PseudoLabels {
+        data_set,
+        clusters,
+        reliable: vec![true; index.len()],
+        index,
+        kmeans_assignment: found.assignment.clone(),
+        assignment: found.assignment,
+        score: found.confidence.clone(),
+        confidence: found.confidence,
+        stability: None,
+        projection_width,
+        prototypes,
+    }
+    .write(&stage.out.join(PseudoLabels::FILE))
+}
+
+/// The unit-length mean of each cluster's rows, `(K, P)`; zeros where there are none.
+fn means(rows: &[f32], width: usize, assignment: &[u32], clusters: usize) -> Vec<f32> {
+    let mut sums = vec![0f64; clusters * width];
+    for (row, &cluster) in rows.chunks_exact(width).zip(assignment) {
+        let sum = &mut sums[cluster as usize * width..][..width];
+        sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
+    }
+    for sum in sums.chunks_exact_mut(width) {
+        let length = sum.iter().map(|value| value * value).sum::<f64>().sqrt();
+        if length > 0. {
+            sum.iter_mut().for_each(|value| *value /= length);
+        }
+    }
+    sums.into_iter().map(|value| value as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use data::DataSet;
+    use stage::{DataTable, DeviceChoice};
+
+    use super::*;
+
+    fn stage(folder: &Path, clusters: usize) -> Stage {
+        Stage {
+            name: "predict",
+            experiment: "e.toml".into(),
+            images: "i.safetensors".into(),
+            inputs: BTreeMap::from([
+                ("head".to_owned(), folder.to_owned()),
+                ("embeddings".to_owned(), folder.to_owned()),
+            ]),
+            out: folder.to_owned(),
+            round: 0,
+            rounds: 0,
+            seed: 0,
+            device: DeviceChoice::Cpu,
+            data: DataTable { clusters, train_on: vec![], score_on: vec![] },
+        }
+    }
+
+    /// Three of five pictures, with embeddings of width 3 and projections of width 2.
+    fn write_embeddings(folder: &Path) -> Result<()> {
+        let path = folder.join("embeddings.safetensors");
+        Embeddings {
+            data_set: DataSet { path: path.clone(), images: 5, fingerprint: "f".into() },
+            index: vec![0, 2, 4],
+            width: 3,
+            projection_width: 2,
+            views: 0,
+            backbone: vec![1., 0., 0., 0., 1., 0., 0., 0., 1.],
+            projection: vec![0.6, 0.8, 1., 0., 0., -1.],
+            backbone_views: vec![],
+        }
+        .write(&path)
+    }
+
+    #[test]
+    fn pictures_get_the_cluster_of_the_nearest_centre() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        write_embeddings(folder.path())?;
+        let centres = [0., 2., 3., 0., -1., 0.];
+        data::head::write_centres(folder.path(), &centres, 3, "spherical")?;
+        run(&Config {}, &stage(folder.path(), 3))?;
+        let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?;
+        // The last is at right angles to two centres: the lower number.
+        assert_eq!((found.assignment, found.index), (vec![0, 1, 1], vec![0, 2, 4]));
+        for (got, want) in found.confidence.iter().zip([0.9, 1., 0.5]) {
+            assert!((got - want).abs() < 1e-6, "{got}, want {want}");
+        }
+        assert_eq!(found.score, found.confidence);
+        assert_eq!(found.reliable, [true; 3]);
+        let half = 0.5f32.sqrt();
+        for (got, want) in found.prototypes.iter().zip([0.6, 0.8, half, -half, 0., 0.]) {
+            assert!((got - want).abs() < 1e-6, "{got}, want {want}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_head_of_another_network_or_number_is_refused() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        write_embeddings(folder.path())?;
+        data::head::write_centres(folder.path(), &[1., 0., 0., 0., 1., 0.], 2, "spherical")?;
+        let error = format!("{:#}", run(&Config {}, &stage(folder.path(), 2)).expect_err("width"));
+        assert!(error.contains("projections of width 3") && error.contains("have 2"), "{error}");
+        let error = check(&Config {}, &stage(folder.path(), 3)).expect_err("clusters").to_string();
+        assert!(error.contains("2 clusters") && error.contains("asks for 3"), "{error}");
+        Ok(())
+    }
+}

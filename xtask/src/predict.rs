@@ -1,0 +1,303 @@
+//! `cargo xtask predict`: which clusters other pictures belong to, by what a run has learnt.
+//!
+//! The pictures are prepared as the run's were, `embed` takes the run's last network to them, and
+//! `predict` its last head; `metrics` scores the result where there is ground truth, and `report`
+//! shows it. What is done already is not done again.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf, absolute};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use toml::{Table, Value, toml};
+
+use crate::experiment::Experiment;
+use crate::finished::Finished;
+use crate::key::{self, Key};
+use crate::prepared::{self, Prepared};
+use crate::programs::{PREPARE, Programs};
+use crate::report::Metrics;
+use crate::run::start;
+use crate::store::{self, DONE, State, Store};
+
+/// What is asked for on the command line.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// A run's folder (runs/digits/0), or an experiment's name.
+    run: String,
+    /// Where the other pictures are: a folder, an archive, a manifest, an address.
+    #[arg(long, value_name = "PATH")]
+    images: PathBuf,
+    /// Which run of an experiment.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Use the programs in this folder instead of building them.
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
+    /// Build the programs with these features of cargo: cuda, cudnn, metal.
+    #[arg(long, value_name = "LIST", conflicts_with = "programs")]
+    features: Option<String>,
+    /// Where the results of runs are.
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    runs: PathBuf,
+}
+
+impl Options {
+    /// Makes the paths absolute that are seen from where the user stands.
+    pub fn resolve_paths(&mut self) -> Result<()> {
+        if Path::new(&self.run).exists() {
+            self.run = absolute(&self.run)?.to_string_lossy().into_owned();
+        }
+        for path in [Some(&mut self.images), self.programs.as_mut()].into_iter().flatten() {
+            *path = prepared::absolute_source(path)?;
+        }
+        if self.runs != Path::new("runs") {
+            self.runs = absolute(&self.runs)?;
+        }
+        Ok(())
+    }
+}
+
+const NETWORK: &str = "network.safetensors";
+const HEAD: &str = "head.safetensors";
+const PROGRAMS: [&str; 5] = [PREPARE, "embed", "predict", "metrics", "report"];
+
+/// Prepares, embeds, predicts, scores and reports; prints where the result is.
+///
+/// # Errors
+///
+/// The run is not finished, or a program fails; it says why.
+pub fn run(options: &Options) -> Result<()> {
+    let run = Finished::find(&options.run, &options.runs, options.seed)?;
+    let step_with = |file: &str| {
+        run.last_with(file).with_context(|| {
+            format!(
+                "no step in `{}` has left `{file}`; let the run come to its end",
+                run.folder.display()
+            )
+        })
+    };
+    let (network, head) = (step_with(NETWORK)?, step_with(HEAD)?);
+    let file = run.experiment.as_ref().with_context(|| {
+        format!(
+            "the experiment of `{}` is not beside it; `cargo xtask reproduce` writes it there",
+            run.folder.display()
+        )
+    })?;
+    let learnt = Experiment::open(&file.to_string_lossy())?;
+    let experiment = experiment(&learnt, &network.place, &options.images)?;
+
+    let programs = match &options.programs {
+        Some(folder) => Programs::in_folder(&PROGRAMS, folder)?,
+        None => Programs::build(&PROGRAMS, options.features.as_deref())?,
+    };
+    let prepare = programs.get(PREPARE);
+    let pictures = Prepared::of(&experiment, Some(&options.images), prepare, &options.runs)?;
+    let text = experiment.to_toml();
+    let key = |images: String| -> Result<Key> {
+        let versions =
+            PROGRAMS[1..4].iter().map(|name| (*name, programs.get(name).version.clone()));
+        let record = json!({
+            "experiment": text,
+            "programs": versions.collect::<BTreeMap<_, _>>(),
+            "network": key::header_of(&network.folder.join(NETWORK))?,
+            "head": key::header_of(&head.folder.join(HEAD))?,
+            "images": images,
+            "device": options.device,
+        });
+        Ok(Key::of("predictions", record))
+    };
+    let named = pictures.folder.file_name().unwrap_or_default().to_owned();
+    let experiment_file = pictures.folder.with_extension("predict.toml");
+    fs::create_dir_all(options.runs.join(".data"))
+        .and_then(|()| fs::write(&experiment_file, &text))
+        .with_context(|| format!("writing `{}`", experiment_file.display()))?;
+    pictures.make(&experiment_file, Some(&options.images), prepare, None)?;
+
+    let store = Store::new(options.runs.join(".store"));
+    let key = key(pictures.images_identity()?)?;
+    let folder = store.path(&key);
+    let _claim = store.claim(&key)?;
+    fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
+    let view = run.folder.join("predictions").join(named);
+    store::show(&view, &folder)?;
+    let [embed, predict, metrics] = ["embed", "predict", "metrics"].map(|step| folder.join(step));
+    if store.state(&key) != State::Done {
+        let of_embed = vec![("network", network.folder.as_path())];
+        let of_predict = vec![("embeddings", embed.as_path()), ("head", &head.folder)];
+        let of_metrics = vec![("pseudo-labels", predict.as_path()), ("labels", &pictures.folder)];
+        for (name, inputs, out) in [
+            ("embed", of_embed, &embed),
+            ("predict", of_predict, &predict),
+            ("metrics", of_metrics, &metrics),
+        ] {
+            if out.join(DONE).exists() {
+                continue;
+            }
+            fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
+            let common = Common { experiment: &experiment_file, pictures: &pictures, options };
+            start(name, programs.get(name), &common.arguments(&inputs, out))?;
+        }
+        fs::write(folder.join(DONE), "{}\n")
+            .with_context(|| format!("marking `{}` as finished", folder.display()))?;
+    }
+    report(&run, &view, &pictures, &programs)?;
+    tell(&view, &metrics)
+}
+
+/// What is asked of the programs: the clusters of the run, every split of the pictures, and a network
+/// that computes as in training.
+///
+/// - `place`: of the step that left the network.
+fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experiment> {
+    let known = |table: &str, key: &str| {
+        let value = learnt.table(table).and_then(|table| table.get(key)).cloned();
+        value.with_context(|| {
+            format!("`{}` has no `{key}` in table `[{table}]`", learnt.path.display())
+        })
+    };
+    let program = known("stages", place)?;
+    let precision = known(program.as_str().unwrap_or(place), "precision")
+        .unwrap_or_else(|_| Value::from("f32"));
+    let mut tables = toml! {
+        system = "predictions"
+        [data]
+        train-on = ["train", "test", "unlabelled"]
+        score-on = ["train", "test", "unlabelled"]
+        [prepare]
+        format = "auto"
+        classes = []
+        images-per-class = 0
+        images-at-most = 0
+        identical = "keep"
+        [embed]
+        batch-size = 256
+        views = 0
+        pixels = false
+        augmentation = { operations = [] }
+        [predict]
+        [metrics]
+    };
+    tables.insert("title".into(), learnt.title()?.into());
+    let mut set = |table: &str, key: &str, value: Value| {
+        if let Some(Value::Table(table)) = tables.get_mut(table) {
+            table.insert(key.into(), value);
+        }
+    };
+    set("data", "clusters", known("data", "clusters")?);
+    set("prepare", "source", images.to_string_lossy().into_owned().into());
+    set("prepare", "channels", known("prepare", "channels")?);
+    set("prepare", "broken-share", known("prepare", "broken-share")?);
+    set("embed", "precision", precision);
+    Experiment::of_text(&learnt.name, &Table::to_string(&tables))
+}
+
+struct Common<'a> {
+    experiment: &'a Path,
+    pictures: &'a Prepared,
+    options: &'a Options,
+}
+
+impl Common<'_> {
+    fn arguments(&self, inputs: &[(&str, &Path)], out: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |flag: &str, value: OsString| arguments.extend([flag.into(), value]);
+        add("--experiment", self.experiment.into());
+        add("--images", self.pictures.images().into());
+        for (role, folder) in inputs {
+            let mut word = OsString::from(format!("{role}="));
+            word.push(folder);
+            add("--in", word);
+        }
+        add("--out", out.into());
+        add("--round", "0".into());
+        add("--rounds", "0".into());
+        add("--seed", self.options.seed.to_string().into());
+        add("--device", self.options.device.clone().into());
+        arguments
+    }
+}
+
+fn report(run: &Finished, view: &Path, pictures: &Prepared, programs: &Programs) -> Result<()> {
+    let of = |name: &str| store_path(view, name);
+    let mut step = OsString::from("0-metrics=");
+    step.push(of("metrics"));
+    let mut arguments: Vec<OsString> = Vec::new();
+    for (flag, value) in [
+        ("--images", pictures.images().into()),
+        ("--names", pictures.folder.join("names.safetensors").into()),
+        ("--pseudo-labels", of("predict").join("pseudo-labels.safetensors").into()),
+        ("--step", step),
+        ("--title", format!("Other pictures, by {}", run.name()).into()),
+        ("--out", of("report").into()),
+    ] {
+        arguments.extend([flag.into(), value]);
+    }
+    start("report", programs.get("report"), &arguments)
+}
+
+/// A folder in what a view leads to.
+fn store_path(view: &Path, name: &str) -> PathBuf {
+    crate::finished::target(view).join(name)
+}
+
+/// Prints the scores, if any, the sizes of the clusters, and where to look.
+fn tell(view: &Path, metrics: &Path) -> Result<()> {
+    let found = Metrics::read(metrics)?;
+    let sizes: Vec<String> = found.sizes.iter().map(usize::to_string).collect();
+    let scores = match found.head {
+        Some(scores) if scores.acc.is_some() => {
+            let percent = |score: Option<f64>| {
+                score.map_or("-".into(), |score| format!("{:.1}", 100. * score))
+            };
+            format!(
+                "ACC {}, NMI {}, ARI {}",
+                percent(scores.acc),
+                percent(scores.nmi),
+                percent(scores.ari)
+            )
+        }
+        _ => "no ground truth, so no scores".to_owned(),
+    };
+    println!("{} images: {scores}; cluster sizes {}", found.images, sizes.join(" "));
+    println!("  table: {}", store_path(view, "report/clusters.csv").display());
+    println!("  page: {}", store_path(view, "report/report.html").display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_programs_are_asked_for_what_the_run_was_asked_for() -> Result<()> {
+        let learnt = Experiment::of_text(
+            "photos",
+            "title = 'Photos'\nsystem = 'PLDC'\n[data]\nclusters = 7\ntrain-on = ['train']\n\
+             [prepare]\nsource = 'a'\nchannels = 1\nbroken-share = 0.2\nclasses = ['x']\n\
+             [stages]\npretraining = 'propos'\nother = '/a/b'\n[propos]\nprecision = 'bf16'",
+        )?;
+        let asked = experiment(&learnt, "pretraining", Path::new("/new/ones"))?;
+        let value =
+            |table: &str, key: &str| asked.table(table).and_then(|table| table.get(key)).cloned();
+        assert_eq!(value("data", "clusters"), Some(7.into()));
+        assert_eq!(value("prepare", "source"), Some("/new/ones".into()));
+        assert_eq!(value("prepare", "channels"), Some(1.into()));
+        assert_eq!(value("prepare", "classes"), Some(Value::Array(vec![])), "all of them");
+        assert_eq!(
+            value("embed", "precision"),
+            Some("bf16".into()),
+            "that of the crate in its place"
+        );
+        let asked = experiment(&learnt, "other", Path::new("x"))?;
+        let precision = asked.table("embed").and_then(|table| table.get("precision")).cloned();
+        assert_eq!(precision, Some("f32".into()), "a foreign program has no table");
+        assert!(experiment(&learnt, "none", Path::new("x")).is_err());
+        Ok(())
+    }
+}
