@@ -5,37 +5,29 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::finished::{Finished, Step};
+use crate::finished::{Finished, Step, Which};
 use crate::programs;
 
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// A run's folder (runs/digits/0), that of one of its embed steps, or an experiment's name.
-    run: String,
+    // Also the folder of an embed step, or its file.
+    #[command(flatten)]
+    which: Which,
     /// Fewest clusters.
     #[arg(long, value_name = "K", default_value_t = 2)]
     from: usize,
     /// Most clusters.
     #[arg(long, value_name = "K", default_value_t = 50)]
     to: usize,
-    /// Which run of an experiment, and the seed of every random draw.
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    seed: u64,
     /// Print, last, the curve as one JSON object.
     #[arg(long)]
     json: bool,
-    /// Use the program in this folder instead of building it.
-    #[arg(long, value_name = "DIR")]
-    programs: Option<PathBuf>,
-    /// Where the results of runs are.
-    #[arg(long, value_name = "DIR", default_value = "runs")]
-    runs: PathBuf,
     /// For the program itself; `-- --help` says what it takes.
     #[arg(last = true, value_name = "ARGUMENT")]
     rest: Vec<OsString>,
@@ -44,16 +36,7 @@ pub struct Options {
 impl Options {
     /// Makes the paths absolute that are seen from where the user stands.
     pub fn resolve_paths(&mut self) -> Result<()> {
-        if Path::new(&self.run).exists() {
-            self.run = absolute(&self.run)?.to_string_lossy().into_owned();
-        }
-        if let Some(programs) = &mut self.programs {
-            *programs = absolute(&*programs)?;
-        }
-        if self.runs != Path::new("runs") {
-            self.runs = absolute(&self.runs)?;
-        }
-        Ok(())
+        self.which.resolve_paths()
     }
 }
 
@@ -63,8 +46,8 @@ impl Options {
 ///
 /// There are no embeddings, the program cannot be built, or it fails.
 pub fn run(options: &Options) -> Result<()> {
-    let embeddings = embeddings_of(&options.run, &options.runs, options.seed)?;
-    let program = match &options.programs {
+    let embeddings = embeddings_of(&options.which.run, &options.which.runs, options.which.seed)?;
+    let program = match &options.which.programs {
         Some(folder) => folder.join(format!("{PROGRAM}{}", env::consts::EXE_SUFFIX)),
         None => programs::cargo_build(&[("metrics", PROGRAM)], None)?
             .remove(PROGRAM)
@@ -72,9 +55,11 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let mut command = Command::new(&program);
     command.arg("--embeddings").arg(embeddings);
-    for (flag, value) in
-        [("--from", options.from as u64), ("--to", options.to as u64), ("--seed", options.seed)]
-    {
+    for (flag, value) in [
+        ("--from", options.from as u64),
+        ("--to", options.to as u64),
+        ("--seed", options.which.seed),
+    ] {
         command.arg(flag).arg(value.to_string());
     }
     if options.json {

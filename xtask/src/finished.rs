@@ -1,10 +1,51 @@
 //! What a run has left under `runs/<experiment>/<seed>`: its steps, one view each.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result, ensure};
 use toml::{Table, Value};
+
+/// Which run a command is about.
+#[derive(Debug, clap::Args)]
+pub struct Which {
+    /// A run's folder (runs/digits/0), or an experiment's name.
+    pub run: String,
+    /// Which run of an experiment; and the seed of every random draw.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Use the programs in this folder instead of building them.
+    #[arg(long, value_name = "DIR")]
+    pub programs: Option<PathBuf>,
+    /// Where the results of runs are.
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub runs: PathBuf,
+}
+
+impl Which {
+    /// Makes the paths absolute that are seen from where the user stands.
+    pub fn resolve_paths(&mut self) -> Result<()> {
+        if Path::new(&self.run).exists() {
+            self.run = absolute(&self.run)?.to_string_lossy().into_owned();
+        }
+        if let Some(programs) = &mut self.programs {
+            *programs = absolute(&*programs)?;
+        }
+        if self.runs != Path::new("runs") {
+            self.runs = absolute(&self.runs)?;
+        }
+        Ok(())
+    }
+
+    /// The run.
+    ///
+    /// # Errors
+    ///
+    /// As [`Finished::find`].
+    pub fn find(&self) -> Result<Finished> {
+        Finished::find(&self.run, &self.runs, self.seed)
+    }
+}
 
 /// The steps of a run that have begun.
 #[derive(Debug)]

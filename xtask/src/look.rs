@@ -4,22 +4,19 @@
 //! program `report`.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{PathBuf, absolute};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::finished::{Finished, target};
+use crate::finished::{Finished, Which, target};
 use crate::programs::Programs;
 
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// A run's folder (runs/digits/0), or an experiment's name.
-    run: String,
-    /// Which run of an experiment.
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    which: Which,
     /// Pictures of each cluster to show: the surest, and a third as many of the least sure.
     #[arg(long, value_name = "N", default_value_t = 24)]
     shown: usize,
@@ -29,27 +26,15 @@ pub struct Options {
     /// Folder to write into; `report` in the run's folder when not given.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Use the program in this folder instead of building it.
-    #[arg(long, value_name = "DIR")]
-    programs: Option<PathBuf>,
-    /// Where the results of runs are.
-    #[arg(long, value_name = "DIR", default_value = "runs")]
-    runs: PathBuf,
 }
 
 impl Options {
     /// Makes the paths absolute that are seen from where the user stands.
     pub fn resolve_paths(&mut self) -> Result<()> {
-        if Path::new(&self.run).exists() {
-            self.run = absolute(&self.run)?.to_string_lossy().into_owned();
+        if let Some(out) = &mut self.out {
+            *out = absolute(&*out)?;
         }
-        for path in [&mut self.out, &mut self.programs].into_iter().flatten() {
-            *path = absolute(&*path)?;
-        }
-        if self.runs != Path::new("runs") {
-            self.runs = absolute(&self.runs)?;
-        }
-        Ok(())
+        self.which.resolve_paths()
     }
 }
 
@@ -59,9 +44,9 @@ impl Options {
 ///
 /// The run has no clusters yet, the program cannot be built, or it fails.
 pub fn run(options: &Options) -> Result<()> {
-    let run = Finished::find(&options.run, &options.runs, options.seed)?;
+    let run = options.which.find()?;
     let words = words(&run, options)?;
-    let programs = match &options.programs {
+    let programs = match &options.which.programs {
         Some(folder) => Programs::in_folder(&[PROGRAM], folder)?,
         None => Programs::build(&[PROGRAM], None)?,
     };

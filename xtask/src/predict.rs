@@ -7,14 +7,14 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use toml::{Table, Value, toml};
 
 use crate::experiment::Experiment;
-use crate::finished::Finished;
+use crate::finished::{Finished, Which, target};
 use crate::key::{self, Key};
 use crate::prepared::{self, Prepared};
 use crate::programs::{PREPARE, Programs};
@@ -25,41 +25,24 @@ use crate::store::{self, DONE, State, Store};
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// A run's folder (runs/digits/0), or an experiment's name.
-    run: String,
+    #[command(flatten)]
+    which: Which,
     /// Where the other pictures are: a folder, an archive, a manifest, an address.
     #[arg(long, value_name = "PATH")]
     images: PathBuf,
-    /// Which run of an experiment.
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    seed: u64,
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Use the programs in this folder instead of building them.
-    #[arg(long, value_name = "DIR")]
-    programs: Option<PathBuf>,
     /// Build the programs with these features of cargo: cuda, cudnn, metal.
     #[arg(long, value_name = "LIST", conflicts_with = "programs")]
     features: Option<String>,
-    /// Where the results of runs are.
-    #[arg(long, value_name = "DIR", default_value = "runs")]
-    runs: PathBuf,
 }
 
 impl Options {
     /// Makes the paths absolute that are seen from where the user stands.
     pub fn resolve_paths(&mut self) -> Result<()> {
-        if Path::new(&self.run).exists() {
-            self.run = absolute(&self.run)?.to_string_lossy().into_owned();
-        }
-        for path in [Some(&mut self.images), self.programs.as_mut()].into_iter().flatten() {
-            *path = prepared::absolute_source(path)?;
-        }
-        if self.runs != Path::new("runs") {
-            self.runs = absolute(&self.runs)?;
-        }
-        Ok(())
+        self.images = prepared::absolute_source(&self.images)?;
+        self.which.resolve_paths()
     }
 }
 
@@ -73,7 +56,7 @@ const PROGRAMS: [&str; 5] = [PREPARE, "embed", "predict", "metrics", "report"];
 ///
 /// The run is not finished, or a program fails; it says why.
 pub fn run(options: &Options) -> Result<()> {
-    let run = Finished::find(&options.run, &options.runs, options.seed)?;
+    let run = options.which.find()?;
     let step_with = |file: &str| {
         run.last_with(file).with_context(|| {
             format!(
@@ -92,12 +75,12 @@ pub fn run(options: &Options) -> Result<()> {
     let learnt = Experiment::open(&file.to_string_lossy())?;
     let experiment = experiment(&learnt, &network.place, &options.images)?;
 
-    let programs = match &options.programs {
+    let programs = match &options.which.programs {
         Some(folder) => Programs::in_folder(&PROGRAMS, folder)?,
         None => Programs::build(&PROGRAMS, options.features.as_deref())?,
     };
     let prepare = programs.get(PREPARE);
-    let pictures = Prepared::of(&experiment, Some(&options.images), prepare, &options.runs)?;
+    let pictures = Prepared::of(&experiment, Some(&options.images), prepare, &options.which.runs)?;
     let text = experiment.to_toml();
     let key = |images: String| -> Result<Key> {
         let versions =
@@ -114,12 +97,12 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let named = pictures.folder.file_name().unwrap_or_default().to_owned();
     let experiment_file = pictures.folder.with_extension("predict.toml");
-    fs::create_dir_all(options.runs.join(".data"))
+    fs::create_dir_all(options.which.runs.join(".data"))
         .and_then(|()| fs::write(&experiment_file, &text))
         .with_context(|| format!("writing `{}`", experiment_file.display()))?;
     pictures.make(&experiment_file, Some(&options.images), prepare, None)?;
 
-    let store = Store::new(options.runs.join(".store"));
+    let store = Store::new(options.which.runs.join(".store"));
     let key = key(pictures.images_identity()?)?;
     let folder = store.path(&key);
     let _claim = store.claim(&key)?;
@@ -217,7 +200,7 @@ impl Common<'_> {
         add("--out", out.into());
         add("--round", "0".into());
         add("--rounds", "0".into());
-        add("--seed", self.options.seed.to_string().into());
+        add("--seed", self.options.which.seed.to_string().into());
         add("--device", self.options.device.clone().into());
         arguments
     }
@@ -243,7 +226,7 @@ fn report(run: &Finished, view: &Path, pictures: &Prepared, programs: &Programs)
 
 /// A folder in what a view leads to.
 fn store_path(view: &Path, name: &str) -> PathBuf {
-    crate::finished::target(view).join(name)
+    target(view).join(name)
 }
 
 /// Prints the scores, if any, the sizes of the clusters, and where to look.
