@@ -189,6 +189,15 @@ impl Config {
         self.anchor.check("icbpl.anchor")?;
         self.augmented.check("icbpl.augmented")?;
         if stage.images.exists() {
+            // Where a run is about to begin.
+            if let Some(Pretrained { file, .. }) = &self.pretrained {
+                ensure!(
+                    file.is_file(),
+                    "the pretrained backbone `{}` is not there; the experiment file says what it is. \
+                     Put it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
+                    file.display()
+                );
+            }
             let images = Images::open(&stage.images)?;
             let rows = images.rows(&stage.data.train_on);
             sampler::uniform(&rows, self.batch_size, 0, 0)?;

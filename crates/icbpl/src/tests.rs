@@ -342,7 +342,10 @@ fn the_pretrained_file_is_read_and_checked_and_its_lack_is_told() -> Result<()> 
     assert!(message.contains("00ff") && message.contains("SHA-256"), "{message}");
     let missing = named(folder.path().join("none"), "");
     assert!(pretrained(&missing, &stage).is_err());
-    Ok(())
+    let message = missing.check(&stage).expect_err("none").to_string();
+    assert!(message.contains("--set icbpl.pretrained.file"), "{message}");
+    stage.images = folder.path().join("not-prepared-yet");
+    missing.check(&stage)
 }
 
 #[test]
