@@ -24,7 +24,17 @@ pub struct Parameters {
     trainable: Vec<bool>,
     /// Never the same for two different contents within a process.
     version: u64,
-    packed: Mutex<HashMap<(usize, Direction, Precision, usize), Arc<Buffer>>>,
+    packed: Mutex<HashMap<Arranged, Arc<Buffer>>>,
+}
+
+/// Which arrangement of an entry's weights it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Arranged {
+    entry: usize,
+    direction: Direction,
+    precision: Precision,
+    /// Its length tells the form: on small maps the kernels multiply in another one than on large.
+    len: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -254,8 +264,7 @@ impl Parameters {
         plan: &Plan,
     ) -> Arc<Buffer> {
         let len = geometry.packed_len(plan.variant, plan.precision);
-        // The length tells the form: on small maps the kernels multiply in another one than on large.
-        let key = (entry, direction, plan.precision, len);
+        let key = Arranged { entry, direction, precision: plan.precision, len };
         if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Arc::clone(packed);
         }
