@@ -3,7 +3,6 @@
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
-use std::ffi::{c_int, c_void};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -92,6 +91,7 @@ impl DerefMut for Lines {
 fn advise_huge_pages(start: *mut u8, bytes: usize) {
     #[cfg(all(target_os = "linux", not(miri)))]
     {
+        use std::ffi::{c_int, c_void};
         unsafe extern "C" {
             /// Of the C library, which the standard library links.
             fn madvise(start: *mut c_void, bytes: usize, advice: c_int) -> c_int;

@@ -4,46 +4,18 @@
     expect(unsafe_code, reason = "a loop of vector instructions that does nothing else")
 )]
 
-use std::time::Instant;
-
-use crate::variant::Instructions;
 use crate::{Precision, Variant};
 
 /// Floating-point operations a second (two for a multiplication with its addition) that one thread
 /// does when it only multiplies numbers in registers, with the instructions that `variant` has for
 /// products of `precision`: the best of several runs of a few milliseconds. `None` for the portable
 /// kernels, whose instructions the compiler chooses, and for those that emulate others.
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "all are portable"))]
 pub fn peak(variant: Variant, precision: Precision) -> Option<f64> {
-    /// Times round the loops below.
-    const TIMES: usize = 200_000;
-    let run: fn(usize) -> f64 = match (variant.instructions(), precision) {
-        #[cfg(target_arch = "x86_64")]
-        (Instructions::Amx, Precision::Bf16) => crate::tiles::amx_operations,
-        #[cfg(target_arch = "x86_64")]
-        (Instructions::Avx512Bf16, Precision::Bf16) => |times| {
-            // SAFETY: a `Variant` exists only where its instructions do.
-            unsafe { x86::avx512_bf16(times) }
-        },
-        #[cfg(target_arch = "x86_64")]
-        (Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx, _) => |times| {
-            // SAFETY: as above.
-            unsafe { x86::avx512(times) }
-        },
-        #[cfg(target_arch = "x86_64")]
-        (Instructions::Avx2, _) => |times| {
-            // SAFETY: as above.
-            unsafe { x86::avx2(times) }
-        },
-        _ => return None,
-    };
-    let best = (0..10)
-        .map(|_| {
-            let start = Instant::now();
-            let operations = run(TIMES);
-            operations / start.elapsed().as_secs_f64()
-        })
-        .fold(0., f64::max);
-    Some(best)
+    #[cfg(target_arch = "x86_64")]
+    return x86::peak(variant, precision);
+    #[cfg(not(target_arch = "x86_64"))]
+    None
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -51,6 +23,38 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
     use std::mem::transmute;
+    use std::time::Instant;
+
+    use crate::variant::Instructions;
+    use crate::{Precision, Variant};
+
+    /// Times round the loops below.
+    const TIMES: usize = 200_000;
+
+    pub(super) fn peak(variant: Variant, precision: Precision) -> Option<f64> {
+        let run: fn(usize) -> f64 = match (variant.instructions(), precision) {
+            (Instructions::Amx, Precision::Bf16) => crate::tiles::amx_operations,
+            (Instructions::Avx512Bf16, Precision::Bf16) => |times| {
+                // SAFETY: a `Variant` exists only where its instructions do.
+                unsafe { avx512_bf16(times) }
+            },
+            (Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx, _) => |times| {
+                // SAFETY: as above.
+                unsafe { avx512(times) }
+            },
+            (Instructions::Avx2, _) => |times| {
+                // SAFETY: as above.
+                unsafe { avx2(times) }
+            },
+            _ => return None,
+        };
+        let runs = (0..10).map(|_| {
+            let start = Instant::now();
+            let operations = run(TIMES);
+            operations / start.elapsed().as_secs_f64()
+        });
+        Some(runs.fold(0., f64::max))
+    }
 
     /// As many sums as hide the latency of two multipliers.
     const SUMS: usize = 12;
@@ -58,7 +62,7 @@ mod x86 {
     /// Each multiplies `times` rounds of [`SUMS`] registers and returns how many operations that
     /// was.
     #[target_feature(enable = "avx512f")]
-    pub(super) fn avx512(times: usize) -> f64 {
+    fn avx512(times: usize) -> f64 {
         let factor = _mm512_set1_ps(black_box(0.5));
         let mut sums = [_mm512_setzero_ps(); SUMS];
         for _ in 0..times {
@@ -71,7 +75,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) fn avx512_bf16(times: usize) -> f64 {
+    fn avx512_bf16(times: usize) -> f64 {
         // SAFETY: 512 bits of any content.
         let factor: __m512bh = unsafe { transmute(_mm512_set1_epi16(black_box(0x3f00))) };
         let mut sums = [_mm512_setzero_ps(); SUMS];
@@ -85,7 +89,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn avx2(times: usize) -> f64 {
+    fn avx2(times: usize) -> f64 {
         let factor = _mm256_set1_ps(black_box(0.5));
         let mut sums = [_mm256_setzero_ps(); SUMS];
         for _ in 0..times {
