@@ -327,14 +327,15 @@ mod tests {
         Ok(())
     }
 
-    /// Of width 1 all along: `x ↦ 2x + 1 ↦ (· − 3) / 2 · 4 + 1 ↦ relu ↦ − ↦ …`.
+    /// Of width 1 all along: `x ↦ 2x + 1 ↦ 2 (· − 3) + 1 ↦ relu ↦ 10 − · ↦ · / 2 ↦ relu ↦ ± (· − 1)`.
     #[test]
     fn a_classifier_is_linear_norm_and_relu_twice_then_linear() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let one = |name: &'static str, value: &'static [f32]| Named::f32(name, &[1], value);
         let weight = |name: &'static str, value: &'static [f32]| Named::f32(name, &[1, 1], value);
-        let variance = 4. - 1e-5;
-        let variances = [variance as f32];
+        // The first is so small that the ε beside it counts: `2 √(3·10⁻⁵ + ε) / √(3·10⁻⁵ + ε)` is 2.
+        let (small, four) = ([3e-5f32], [4f32 - 1e-5]);
+        let weight_1 = [2. * 4e-5f32.sqrt()];
         head::write(
             folder.path(),
             2,
@@ -342,16 +343,16 @@ mod tests {
             &[
                 weight("hidden1.weight", &[2.]),
                 one("hidden1.bias", &[1.]),
-                one("norm1.weight", &[4.]),
+                Named::f32("norm1.weight", &[1], &weight_1),
                 one("norm1.bias", &[1.]),
                 one("norm1.running_mean", &[3.]),
-                Named::f32("norm1.running_var", &[1], &variances),
+                Named::f32("norm1.running_var", &[1], &small),
                 weight("hidden2.weight", &[-1.]),
                 one("hidden2.bias", &[10.]),
                 one("norm2.weight", &[1.]),
                 one("norm2.bias", &[0.]),
                 one("norm2.running_mean", &[0.]),
-                Named::f32("norm2.running_var", &[1], &variances),
+                Named::f32("norm2.running_var", &[1], &four),
                 Named::f32("output.weight", &[2, 1], &[1., -1.]),
                 Named::f32("output.bias", &[2], &[-1., 1.]),
             ],
@@ -387,6 +388,10 @@ mod tests {
                 ],
             )
         };
+        for (hidden, shape) in [(0, "[0, 2]"), (5, "5 values")] {
+            network(hidden, 3)?;
+            assert!(message().contains(shape), "{}", message());
+        }
         network(5, 3)?;
         assert!(message().contains("gives 5 values to one that takes 4"), "{}", message());
         network(4, 2)?;

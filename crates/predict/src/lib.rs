@@ -181,6 +181,36 @@ mod tests {
     }
 
     #[test]
+    fn more_pictures_than_are_looked_at_in_one_go_are_all_predicted() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (count, path) = (AT_ONCE + 3, folder.path().join("embeddings.safetensors"));
+        let row = |row: usize| if row.is_multiple_of(3) { [1., 0.] } else { [0., 1.] };
+        Embeddings {
+            data_set: DataSet { path: path.clone(), images: count, fingerprint: "f".into() },
+            index: (0..count as u32).collect(),
+            width: 1,
+            projection_width: 2,
+            views: 0,
+            backbone: vec![1.; count],
+            projection: (0..count).flat_map(row).collect(),
+            backbone_views: vec![],
+        }
+        .write(&path)?;
+        data::head::write_centres(folder.path(), &[1., 0., 0., 1.], 2, "euclidean")?;
+        run(&Config {}, &stage(folder.path(), 2))?;
+        let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?.assignment;
+        let want = |row: usize| u32::from(!row.is_multiple_of(3));
+        assert_eq!(found, (0..count).map(want).collect::<Vec<_>>());
+        Ok(())
+    }
+
+    #[test]
+    fn a_head_that_is_still_to_come_is_no_error() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        check(&Config {}, &stage(folder.path(), 2))
+    }
+
+    #[test]
     fn a_head_of_another_network_or_number_is_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
         write_embeddings(folder.path())?;
