@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_chart_is_drawn_from_left_to_right_and_the_largest_at_the_top() {
-        let chart = Chart { name: "a<b".into(), lines: vec![vec![4., f64::NAN, 2., 3.]] };
+        let chart = Chart { name: "a<b".into(), lines: vec![vec![4., f64::NAN, 1., 2.5]] };
         let svg = chart.svg();
         assert!(svg.contains(r#"d="M0.0 0.0M146.7 70.0L220.0 35.0""#), "{svg}");
         assert!(svg.contains("a&lt;b") && !svg.contains("a<b"), "{svg}");

@@ -89,8 +89,15 @@ mod tests {
                 assert!(got.abs_diff(want) < 12, "{place:?}: {got}, want about {want}");
             }
         }
-        let (kind, same) = decoded(&gradient(100, 90, 1)?)?;
-        assert_eq!((kind.as_str(), same.height, same.width), ("data:image/jpeg", 100, 90));
+        for (height, width, want) in [
+            (100, 90, [100, 90]),
+            (40, 150, [40, 150]),
+            (150, 40, [150, 40]),
+            (100, 800, [20, 160]),
+        ] {
+            let (kind, small) = decoded(&gradient(height, width, 1)?)?;
+            assert_eq!((kind.as_str(), [small.height, small.width]), ("data:image/jpeg", want));
+        }
         Ok(())
     }
 }
