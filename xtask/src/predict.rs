@@ -82,20 +82,6 @@ pub fn run(options: &Options) -> Result<()> {
     let prepare = programs.get(PREPARE);
     let pictures = Prepared::of(&experiment, Some(&options.images), prepare, &options.which.runs)?;
     let text = experiment.to_toml();
-    let key = |images: String| -> Result<Key> {
-        let versions =
-            PROGRAMS[1..4].iter().map(|name| (*name, programs.get(name).version.clone()));
-        let record = json!({
-            "experiment": text,
-            "programs": versions.collect::<BTreeMap<_, _>>(),
-            "network": key::header_of(&network.folder.join(NETWORK))?,
-            "head": key::header_of(&head.folder.join(HEAD))?,
-            "images": images,
-            "device": options.device,
-        });
-        Ok(Key::of("predictions", record))
-    };
-    let named = pictures.folder.file_name().unwrap_or_default().to_owned();
     let experiment_file = pictures.folder.with_extension("predict.toml");
     fs::create_dir_all(options.which.runs.join(".data"))
         .and_then(|()| fs::write(&experiment_file, &text))
@@ -103,11 +89,20 @@ pub fn run(options: &Options) -> Result<()> {
     pictures.make(&experiment_file, Some(&options.images), prepare, None)?;
 
     let store = Store::new(options.which.runs.join(".store"));
-    let key = key(pictures.images_identity()?)?;
+    let versions = PROGRAMS[1..4].iter().map(|name| (*name, programs.get(name).version.clone()));
+    let record = json!({
+        "experiment": text,
+        "programs": versions.collect::<BTreeMap<_, _>>(),
+        "network": key::header_of(&network.folder.join(NETWORK))?,
+        "head": key::header_of(&head.folder.join(HEAD))?,
+        "images": pictures.images_identity()?,
+        "device": options.device,
+    });
+    let key = Key::of("predictions", record);
     let folder = store.path(&key);
     let _claim = store.claim(&key)?;
     fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
-    let view = run.folder.join("predictions").join(named);
+    let view = run.folder.join("predictions").join(pictures.folder.file_name().unwrap_or_default());
     store::show(&view, &folder)?;
     let [embed, predict, metrics] = ["embed", "predict", "metrics"].map(|step| folder.join(step));
     if store.state(&key) != State::Done {
@@ -129,8 +124,8 @@ pub fn run(options: &Options) -> Result<()> {
         fs::write(folder.join(DONE), "{}\n")
             .with_context(|| format!("marking `{}` as finished", folder.display()))?;
     }
-    report(&run, &view, &pictures, &programs)?;
-    tell(&view, &metrics)
+    report(&run, &folder, &pictures, &programs)?;
+    tell(&target(&view))
 }
 
 /// What is asked of the programs: the clusters of the run, every split of the pictures, and a network
@@ -180,6 +175,7 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
 }
 
+/// What all three stages are told.
 struct Common<'a> {
     experiment: &'a Path,
     pictures: &'a Prepared,
@@ -206,32 +202,27 @@ impl Common<'_> {
     }
 }
 
-fn report(run: &Finished, view: &Path, pictures: &Prepared, programs: &Programs) -> Result<()> {
-    let of = |name: &str| store_path(view, name);
+/// Writes the report of the predictions in `folder` beside them.
+fn report(run: &Finished, folder: &Path, pictures: &Prepared, programs: &Programs) -> Result<()> {
     let mut step = OsString::from("0-metrics=");
-    step.push(of("metrics"));
+    step.push(folder.join("metrics"));
     let mut arguments: Vec<OsString> = Vec::new();
     for (flag, value) in [
         ("--images", pictures.images().into()),
         ("--names", pictures.folder.join("names.safetensors").into()),
-        ("--pseudo-labels", of("predict").join("pseudo-labels.safetensors").into()),
+        ("--pseudo-labels", folder.join("predict/pseudo-labels.safetensors").into()),
         ("--step", step),
         ("--title", format!("Other pictures, by {}", run.name()).into()),
-        ("--out", of("report").into()),
+        ("--out", folder.join("report").into()),
     ] {
         arguments.extend([flag.into(), value]);
     }
     start("report", programs.get("report"), &arguments)
 }
 
-/// A folder in what a view leads to.
-fn store_path(view: &Path, name: &str) -> PathBuf {
-    target(view).join(name)
-}
-
 /// Prints the scores, if any, the sizes of the clusters, and where to look.
-fn tell(view: &Path, metrics: &Path) -> Result<()> {
-    let found = Metrics::read(metrics)?;
+fn tell(folder: &Path) -> Result<()> {
+    let found = Metrics::read(&folder.join("metrics"))?;
     let sizes: Vec<String> = found.sizes.iter().map(usize::to_string).collect();
     let scores = match found.head {
         Some(scores) if scores.acc.is_some() => {
@@ -248,8 +239,8 @@ fn tell(view: &Path, metrics: &Path) -> Result<()> {
         _ => "no ground truth, so no scores".to_owned(),
     };
     println!("{} images: {scores}; cluster sizes {}", found.images, sizes.join(" "));
-    println!("  table: {}", store_path(view, "report/clusters.csv").display());
-    println!("  page: {}", store_path(view, "report/report.html").display());
+    println!("  table: {}", folder.join("report/clusters.csv").display());
+    println!("  page: {}", folder.join("report/report.html").display());
     Ok(())
 }
 
