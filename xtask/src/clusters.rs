@@ -16,7 +16,6 @@ use crate::programs;
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    // Also the folder of an embed step, or its file.
     #[command(flatten)]
     which: Which,
     /// Fewest clusters.

@@ -119,6 +119,7 @@ enum Command {
         options: predict::Options,
     },
     /// Guesses how many clusters a run's embeddings hold: a curve of scores without ground truth.
+    /// RUN may also be the folder of an embed step.
     Clusters {
         #[command(flatten)]
         options: clusters::Options,

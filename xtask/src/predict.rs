@@ -19,7 +19,7 @@ use crate::key::{self, Key};
 use crate::prepared::{self, Prepared};
 use crate::programs::{PREPARE, Programs};
 use crate::report::Metrics;
-use crate::run::start;
+use crate::run::{Call, start};
 use crate::store::{self, DONE, State, Store};
 
 /// What is asked for on the command line.
@@ -106,9 +106,17 @@ pub fn run(options: &Options) -> Result<()> {
     store::show(&view, &folder)?;
     let [embed, predict, metrics] = ["embed", "predict", "metrics"].map(|step| folder.join(step));
     if store.state(&key) != State::Done {
-        let of_embed = vec![("network", network.folder.as_path())];
-        let of_predict = vec![("embeddings", embed.as_path()), ("head", &head.folder)];
-        let of_metrics = vec![("pseudo-labels", predict.as_path()), ("labels", &pictures.folder)];
+        let call = Call {
+            experiment: &experiment_file,
+            images: &pictures.images(),
+            round: 0,
+            rounds: 0,
+            seed: options.which.seed,
+            device: &options.device,
+        };
+        let of_embed = vec![("network", &network.folder)];
+        let of_predict = vec![("embeddings", &embed), ("head", &head.folder)];
+        let of_metrics = vec![("pseudo-labels", &predict), ("labels", &pictures.folder)];
         for (name, inputs, out) in [
             ("embed", of_embed, &embed),
             ("predict", of_predict, &predict),
@@ -118,8 +126,8 @@ pub fn run(options: &Options) -> Result<()> {
                 continue;
             }
             fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
-            let common = Common { experiment: &experiment_file, pictures: &pictures, options };
-            start(name, programs.get(name), &common.arguments(&inputs, out))?;
+            let inputs = inputs.into_iter().map(|(role, folder)| (role, folder.clone()));
+            start(name, programs.get(name), &call.arguments(inputs, out))?;
         }
         fs::write(folder.join(DONE), "{}\n")
             .with_context(|| format!("marking `{}` as finished", folder.display()))?;
@@ -173,33 +181,6 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     set("prepare", "broken-share", known("prepare", "broken-share")?);
     set("embed", "precision", precision);
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
-}
-
-/// What all three stages are told.
-struct Common<'a> {
-    experiment: &'a Path,
-    pictures: &'a Prepared,
-    options: &'a Options,
-}
-
-impl Common<'_> {
-    fn arguments(&self, inputs: &[(&str, &Path)], out: &Path) -> Vec<OsString> {
-        let mut arguments: Vec<OsString> = Vec::new();
-        let mut add = |flag: &str, value: OsString| arguments.extend([flag.into(), value]);
-        add("--experiment", self.experiment.into());
-        add("--images", self.pictures.images().into());
-        for (role, folder) in inputs {
-            let mut word = OsString::from(format!("{role}="));
-            word.push(folder);
-            add("--in", word);
-        }
-        add("--out", out.into());
-        add("--round", "0".into());
-        add("--rounds", "0".into());
-        add("--seed", self.options.which.seed.to_string().into());
-        add("--device", self.options.device.clone().into());
-        arguments
-    }
 }
 
 /// Writes the report of the predictions in `folder` beside them.

@@ -200,23 +200,60 @@ impl<'a> Run<'a> {
     /// The arguments of a step, with those inputs that pass `wanted`.
     fn arguments(&self, position: usize, wanted: impl Fn(usize) -> bool) -> Vec<OsString> {
         let step = &self.plan.steps[position];
+        let folder = |input: &Input| match input {
+            Input::Step(position) if !wanted(*position) => None,
+            Input::Step(position) => Some(self.folder(*position)),
+            Input::Labels => Some(self.data.folder.clone()),
+        };
+        let inputs = step.inputs.iter().filter_map(|(role, input)| Some((*role, folder(input)?)));
+        let call = Call {
+            experiment: &self.experiment_files[&step.arm],
+            images: &self.data.images(),
+            round: step.round,
+            rounds: step.rounds,
+            seed: self.seed,
+            device: self.device,
+        };
+        call.arguments(inputs, &self.folder(position))
+    }
+}
+
+/// What a stage is told besides its inputs and where to write.
+#[derive(Debug, Clone, Copy)]
+pub struct Call<'a> {
+    /// Its experiment file.
+    pub experiment: &'a Path,
+    /// The prepared pictures.
+    pub images: &'a Path,
+    /// The round, from 0.
+    pub round: usize,
+    /// How many rounds follow round 0.
+    pub rounds: usize,
+    /// Seed of every random draw.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: &'a str,
+}
+
+impl Call<'_> {
+    /// The command line of a stage that reads `inputs`, folders by role, and writes to `out`.
+    pub fn arguments(
+        &self,
+        inputs: impl IntoIterator<Item = (&'static str, PathBuf)>,
+        out: &Path,
+    ) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |flag: &str, value: OsString| arguments.extend([flag.into(), value]);
-        add("--experiment", self.experiment_files[&step.arm].clone().into());
-        add("--images", self.data.images().into());
-        for (role, input) in &step.inputs {
-            let folder = match input {
-                Input::Step(position) if !wanted(*position) => continue,
-                Input::Step(position) => self.folder(*position),
-                Input::Labels => self.data.folder.clone(),
-            };
+        add("--experiment", self.experiment.into());
+        add("--images", self.images.into());
+        for (role, folder) in inputs {
             let mut value = OsString::from(format!("{role}="));
             value.push(folder);
             add("--in", value);
         }
-        add("--out", self.folder(position).into());
-        add("--round", step.round.to_string().into());
-        add("--rounds", step.rounds.to_string().into());
+        add("--out", out.into());
+        add("--round", self.round.to_string().into());
+        add("--rounds", self.rounds.to_string().into());
         add("--seed", self.seed.to_string().into());
         add("--device", self.device.into());
         arguments
