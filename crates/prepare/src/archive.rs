@@ -18,6 +18,7 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::folder::SOURCE;
+use crate::names::{file_name, safe_name, split_name};
 use crate::tar_file::{self, Input, Stream};
 use crate::{Format, cifar, picture, stl, webdataset, zip_file};
 
@@ -246,33 +247,6 @@ impl Member for ZipMember<'_> {
     }
 }
 
-/// Where an entry lies below the root, or why it has no place there.
-///
-/// # Errors
-///
-/// A phrase that follows the name.
-pub fn safe_name(name: &str) -> Result<String, &'static str> {
-    const LEADS_OUT: &str = "has a name that leads out of the archive";
-    let has_drive = name.as_bytes().get(1) == Some(&b':');
-    if name.starts_with('/') || has_drive {
-        return Err(LEADS_OUT);
-    }
-    if name.contains(['\0', '\u{fffd}']) {
-        return Err("has a name that is not text");
-    }
-    let parts: Vec<&str> =
-        name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    if parts.contains(&"..") {
-        return Err(LEADS_OUT);
-    }
-    if parts.is_empty() { Err("has no name") } else { Ok(parts.join("/")) }
-}
-
-/// The last part of a path in an archive, and the folders before it.
-pub fn split_name(name: &str) -> (&str, &str) {
-    name.rsplit_once('/').map_or(("", name), |(folder, file)| (folder, file))
-}
-
 /// What an archive turns out to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
@@ -431,7 +405,7 @@ pub fn read_class_archives(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()>
     let mut walk = Walk { shown: String::new(), first: None, sink };
     for path in paths {
         walk.shown = path.display().to_string();
-        let class = crate::folder::file_name(path);
+        let class = file_name(path);
         let class = class.strip_suffix(".tar").unwrap_or(&class);
         if walk.sink.wants(class)? {
             each(path, |member| walk.visit(member, None, Some(class)))?;

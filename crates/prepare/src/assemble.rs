@@ -21,8 +21,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use stage::{Interrupted, Split, files};
 
-use crate::collection::MOST_CLASSES;
 use crate::journal::{Journal, What};
+use crate::labels::MOST_CLASSES;
 use crate::sorter::Sorter;
 use crate::{Config, IMAGES, LABELS, NAMES, Options, SKIPPED};
 

@@ -13,6 +13,7 @@ use data::Picture;
 use stage::Split;
 
 use crate::collection::{Load, Sink};
+use crate::names::file_name;
 use crate::{Format, folder};
 
 const SIDE: usize = 32;
@@ -89,12 +90,12 @@ pub fn lists_classes(file_name: &str) -> bool {
 pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
     let contents = folder::contents(root)?;
     let unpacked = contents.folders.iter().filter(|folder| {
-        ["cifar-10-batches-bin", "cifar-100-binary"].contains(&folder::file_name(folder).as_str())
+        ["cifar-10-batches-bin", "cifar-100-binary"].contains(&file_name(folder).as_str())
     });
     let folders: Vec<&Path> = std::iter::once(root).chain(unpacked.map(PathBuf::as_path)).collect();
     for folder in folders {
         let files = folder::contents(folder)?.files;
-        let names: Vec<String> = files.iter().map(|file| folder::file_name(file)).collect();
+        let names: Vec<String> = files.iter().map(|file| file_name(file)).collect();
         if names.iter().any(|name| recognise(name).is_some()) {
             return Ok(files);
         }
@@ -120,14 +121,14 @@ pub fn read(paths: &[PathBuf], format: Format, sink: &mut dyn Sink) -> Result<()
     let context = |path: &PathBuf| format!("reading `{}`", path.display());
     let mut layout = Layout::new(format);
     for path in paths {
-        let name = folder::file_name(path);
+        let name = file_name(path);
         layout.found(&name)?;
         if lists_classes(&name) {
             layout.list(&name, fs::read(path).with_context(|| context(path))?);
         }
     }
     for path in paths {
-        let name = folder::file_name(path);
+        let name = file_name(path);
         if recognise(&name).is_some() {
             let file = File::open(path).with_context(|| context(path))?;
             let size = file.metadata()?.len();

@@ -18,6 +18,7 @@ use stage::{Interrupted, Split};
 
 use crate::assemble::{self, Assembled};
 use crate::journal::{Journal, Record, What};
+use crate::labels::MOST_CLASSES;
 use crate::picture::{self, Budget};
 use crate::{Config, Options};
 
@@ -72,10 +73,6 @@ pub enum Load {
     /// In the journal.
     Known,
 }
-
-/// The most classes a source may have. What has more is no ground truth, such as a column of
-/// names, and would take memory without end.
-pub const MOST_CLASSES: usize = 1 << 16;
 
 /// What a source has handed over so far.
 #[derive(Debug)]

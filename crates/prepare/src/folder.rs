@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use stage::Split;
 
 use crate::collection::{Load, Sink};
+use crate::names::file_name;
 use crate::{Config, picture};
 
 /// What a folder holds, sorted by name.
@@ -54,11 +55,6 @@ pub fn contents(folder: &Path) -> Result<Contents> {
     contents.folders.sort();
     contents.files.sort();
     Ok(contents)
-}
-
-/// The last part of a path as text, with a replacement character for what is not UTF-8.
-pub fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
 /// The pictures of a source that is a folder: listed, not yet read.

@@ -5,6 +5,7 @@
 //! after a longer wait; one that says no is not. Redirections are followed here and not by the library,
 //! so that what we say to prove who we are goes to no other host than the one it is meant for.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use stage::progress::Progress;
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
-use crate::program::interrupted;
+use crate::Interrupt;
 
 /// What a file must be, as far as that is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,10 +44,11 @@ pub enum Checksum {
     Git(String),
 }
 
-/// Talks to servers.
-#[derive(Debug, Clone)]
-pub struct Client {
+/// Talks to servers until its user wants it to stop.
+#[derive(Clone)]
+pub struct Client<'a> {
     agent: Agent,
+    interrupt: Interrupt<'a>,
     /// The first of the waits between two attempts; each is twice the one before.
     first_wait: Duration,
 }
@@ -71,14 +73,14 @@ enum Failure {
     Final(anyhow::Error),
 }
 
-impl Client {
+impl<'a> Client<'a> {
     /// A client that waits for a second before it asks again, then longer.
-    pub fn new() -> Self {
-        Self::with_first_wait(Duration::from_secs(1))
+    pub fn new(interrupt: Interrupt<'a>) -> Self {
+        Self::with_first_wait(Duration::from_secs(1), interrupt)
     }
 
     /// A client with another first wait, for tests.
-    pub fn with_first_wait(first_wait: Duration) -> Self {
+    pub fn with_first_wait(first_wait: Duration, interrupt: Interrupt<'a>) -> Self {
         let agent = Agent::config_builder()
             .max_redirects(0)
             .http_status_as_error(false)
@@ -87,7 +89,7 @@ impl Client {
             .user_agent("assort")
             .build()
             .into();
-        Self { agent, first_wait }
+        Self { agent, interrupt, first_wait }
     }
 
     /// The body of an answer of moderate length.
@@ -156,7 +158,7 @@ impl Client {
                     tracing::info!("{error:#}; asking again in {:.0?}", pause);
                     let end = Instant::now() + pause;
                     while Instant::now() < end {
-                        if interrupted() {
+                        if (self.interrupt)() {
                             return Err(Interrupted.into());
                         }
                         thread::sleep(pause.min(Duration::from_millis(100)));
@@ -248,7 +250,7 @@ impl Client {
                 break;
             }
             file.write_all(&buffer[..read]).map_err(failed)?;
-            if interrupted() {
+            if (self.interrupt)() {
                 return Err(Failure::Final(Interrupted.into()));
             }
             there += read as u64;
@@ -265,9 +267,9 @@ impl Client {
     }
 }
 
-impl Default for Client {
-    fn default() -> Self {
-        Self::new()
+impl fmt::Debug for Client<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("first_wait", &self.first_wait).finish_non_exhaustive()
     }
 }
 

@@ -21,10 +21,9 @@ use anyhow::{Context, Result, bail, ensure};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 
-use crate::archive::safe_name;
 use crate::http::{self, Checksum, Client, Expected};
-use crate::location::is_like;
-use crate::picture;
+use crate::names::{file_name, is_like, safe_name};
+use crate::{Interrupt, picture};
 
 /// What stands behind `hf://`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,9 +158,9 @@ struct Lfs {
 /// # Errors
 ///
 /// The hub cannot be reached, says no, or has no such files.
-pub fn fetch(address: &str) -> Result<Vec<PathBuf>> {
+pub fn fetch(address: &str, interrupt: Interrupt) -> Result<Vec<PathBuf>> {
     let settings = Settings::read(|name| std::env::var(name).ok())?;
-    fetch_with(&Address::parse(address)?, &settings, &Client::new())
+    fetch_with(&Address::parse(address)?, &settings, &Client::new(interrupt))
 }
 
 /// The same with other settings.
@@ -237,7 +236,7 @@ fn kept_snapshot(address: &Address, kept: &CacheRepo, root: &Path) -> Result<Pat
 fn list_files(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = format!("{prefix}{}", crate::folder::file_name(&path));
+        let name = format!("{prefix}{}", file_name(&path));
         match path.is_dir() {
             true => list_files(&path, &format!("{name}/"), names)?,
             false => names.push(name),

@@ -17,6 +17,7 @@ use data::picture::MOST_PIXELS;
 use stage::Split;
 
 use crate::collection::{Load, Sink};
+use crate::names::file_name;
 use crate::{archive, folder};
 
 /// The two files of one split.
@@ -46,7 +47,7 @@ impl Pair {
 pub fn find(folder: &Path) -> Result<Vec<Pair>> {
     let mut pairs: Vec<Pair> = Vec::new();
     for images in folder::contents(folder)?.files {
-        let name = folder::file_name(&images);
+        let name = file_name(&images);
         if !(name.contains("images") && name.contains("idx3")) {
             continue;
         }
@@ -58,13 +59,13 @@ pub fn find(folder: &Path) -> Result<Vec<Pair>> {
         if let Some(first) = pairs.iter().find(|pair| pair.split == split) {
             // The same file, packed and unpacked, is no contradiction: files come sorted by name,
             // and the unpacked one first.
-            if name.strip_suffix(".gz") == Some(&folder::file_name(&first.images)) {
+            if name.strip_suffix(".gz") == Some(&file_name(&first.images)) {
                 continue;
             }
             bail!(
                 "`{}` holds two sets of pictures, `{}` and `{name}`; keep one set in a folder",
                 folder.display(),
-                folder::file_name(&first.images)
+                file_name(&first.images)
             );
         }
         let mut pair = Pair { split, images, labels, count: 0 };
@@ -107,7 +108,7 @@ impl Pair {
     pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         let Opened { count, height, width, mut images, mut labels } = self.open()?;
         let labels = payload(&mut labels, count, &self.labels)?;
-        let file = folder::file_name(&self.images);
+        let file = file_name(&self.images);
         let file = file.trim_end_matches(".gz");
         let mut pixels = vec![0; height * width];
         for (position, label) in labels.into_iter().enumerate() {

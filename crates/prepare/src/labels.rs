@@ -1,5 +1,9 @@
 //! Which class a picture has, where its source has a label and a file name for it.
 
+/// The most classes a source may have. What has more is no ground truth, such as a column of
+/// names, and would take memory without end.
+pub const MOST_CLASSES: usize = 1 << 16;
+
 /// The class of a picture that is labelled `label` and whose file has one of these names.
 ///
 /// The published subsets of ILSVRC-2012 name classes by their WordNet ids, such as `n02085936`, and

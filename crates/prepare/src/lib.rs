@@ -34,6 +34,7 @@ pub mod labels;
 pub mod location;
 pub mod manifest;
 pub mod named;
+pub mod names;
 pub mod parquet_file;
 pub mod picture;
 mod program;
@@ -124,6 +125,9 @@ pub enum Format {
     Manifest,
 }
 
+/// Says whether the user wants the program to stop.
+pub type Interrupt<'a> = &'a (dyn Fn() -> bool + Sync);
+
 /// How a data set is prepared, as far as that changes nothing in it but, by memory, which pictures
 /// are too large.
 pub struct Options<'a> {
@@ -132,7 +136,7 @@ pub struct Options<'a> {
     /// How many bytes of pictures go into one file: [`data::images::PART_BYTES`].
     pub part_bytes: u64,
     /// Whether the user wants it to stop.
-    pub interrupted: &'a (dyn Fn() -> bool + Sync),
+    pub interrupted: Interrupt<'a>,
 }
 
 impl Default for Options<'_> {
@@ -230,7 +234,7 @@ pub fn check(config: &Config, source: &Path) -> Result<()> {
     );
     match location::is_address(source) {
         true => location::check_address(source),
-        false => Source::recognise(&location::find(source)?, config).map(|_| ()),
+        false => Source::recognise(&location::find(source, &|| false)?, config).map(|_| ()),
     }
 }
 
@@ -251,7 +255,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
         check(config, source)?;
     }
     config.check()?;
-    let local = location::find(source)?;
+    let local = location::find(source, options.interrupted)?;
     let found = Source::recognise(&local, config)?;
     tracing::info!("`{}` is {}", source.display(), found.description());
     let result = gather(config, options, &found, source, out);

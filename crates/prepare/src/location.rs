@@ -11,10 +11,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use stage::Split;
 
 use crate::folder::SOURCE;
-use crate::{hub, named};
+use crate::names::{file_name, is_like, range_of};
+use crate::{Interrupt, hub, named};
 
 /// A source that lies on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,18 +50,18 @@ pub fn check_address(source: &Path) -> Result<()> {
     }
 }
 
-/// Finds a source, and fetches it if it is not on this machine.
+/// Finds a source. One on the network is downloaded, until `interrupt` says to stop.
 ///
 /// # Errors
 ///
-/// There is nothing, or it cannot be had.
-pub fn find(source: &Path) -> Result<Local> {
+/// There is no such source, or it cannot be downloaded.
+pub fn find(source: &Path, interrupt: Interrupt) -> Result<Local> {
     let text = source.to_string_lossy();
     if let Some(address) = text.strip_prefix("hf://") {
-        return Ok(Local { paths: hub::fetch(address)?, within: String::new() });
+        return Ok(Local { paths: hub::fetch(address, interrupt)?, within: String::new() });
     }
     if let Some(name) = text.strip_prefix("named://") {
-        let (path, within) = named::fetch(name)?;
+        let (path, within) = named::fetch(name, interrupt)?;
         return Ok(Local { paths: vec![path], within });
     }
     if source.exists() {
@@ -94,7 +94,7 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     };
     let files = crate::folder::contents(folder)?.files;
     let all: Vec<PathBuf> =
-        files.into_iter().filter(|file| is_like(&crate::folder::file_name(file), &name)).collect();
+        files.into_iter().filter(|file| is_like(&file_name(file), &name)).collect();
     // A range says which files there must be.
     if let Some((from, to)) = range_of(&name) {
         let there = all.len() as u64;
@@ -108,69 +108,9 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// The two numbers of `{000..012}`.
-fn range_of(pattern: &str) -> Option<(u64, u64)> {
-    let (_, rest) = pattern.split_once('{')?;
-    let (inner, _) = rest.split_once('}')?;
-    let (from, to) = inner.split_once("..")?;
-    let (from, to) = (from.parse().ok()?, to.parse().ok()?);
-    (from <= to).then_some((from, to))
-}
-
-/// Whether a name is like a pattern: `*` stands for any signs, `{000..012}` for a number of as many
-/// digits in that range.
-pub fn is_like(name: &str, pattern: &str) -> bool {
-    if let Some((before, rest)) = pattern.split_once('{')
-        && !before.contains('*')
-        && let (Some((from, to)), Some((inner, behind))) = (range_of(pattern), rest.split_once('}'))
-    {
-        let digits = inner.split_once("..").map_or(0, |(from, _)| from.len());
-        let Some(name) = name.strip_prefix(before) else { return false };
-        let Some((number, name)) = name.split_at_checked(digits) else { return false };
-        let inside = number.parse().is_ok_and(|number: u64| (from..=to).contains(&number));
-        return inside && number.bytes().all(|b| b.is_ascii_digit()) && is_like(name, behind);
-    }
-    match pattern.split_once('*') {
-        None => name == pattern,
-        Some((before, behind)) => {
-            let Some(rest) = name.strip_prefix(before) else { return false };
-            let starts = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
-            starts.rev().any(|at| is_like(&rest[at..], behind))
-        }
-    }
-}
-
-/// Which split the name of a file, or the word for a split, says.
-pub fn split_of(name: &str) -> Split {
-    let name = name.to_ascii_lowercase();
-    let says = |words: &[&str]| {
-        name.split(|sign: char| !sign.is_alphanumeric()).any(|word| words.contains(&word))
-    };
-    if says(&["test", "t10k", "val", "valid", "validation", "dev"]) {
-        Split::Test
-    } else if says(&["unlabelled", "unlabeled", "unsupervised"]) {
-        Split::Unlabelled
-    } else {
-        Split::Train
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn patterns_stand_for_the_names_that_they_look_like() {
-        let pattern = "data/train-*-of-*.parquet";
-        assert!(is_like("data/train-00000-of-00002.parquet", pattern));
-        assert!(!is_like("data/test-00000-of-00002.parquet", pattern));
-        assert!(is_like("x", "*") && is_like("", "*") && !is_like("", "a*"));
-        assert!(is_like("007.tar", "{000..012}.tar") && is_like("012.tar", "{000..012}.tar"));
-        for other in ["013.tar", "7.tar", "0007.tar", "00a.tar", "007.zip", "+07.tar", ""] {
-            assert!(!is_like(other, "{000..012}.tar"), "{other}");
-        }
-        assert!(is_like("a-3-b.tar", "a-{1..9}-*.tar"));
-    }
 
     #[test]
     fn a_range_is_whole_and_a_whole_name_is_taken_as_it_is() {
@@ -179,6 +119,7 @@ mod tests {
         for name in ["000.tar", "001.tar", "003.tar", "x#y.tar"] {
             fs::write(at(name), "").expect("written");
         }
+        let find = |source: &Path| find(source, &|| false);
         let found = find(&at("{000..001}.tar")).expect("both");
         assert_eq!(found.paths, [at("000.tar"), at("001.tar")]);
         assert!(find(&at("{000..003}.tar")).expect_err("3 of 4").to_string().contains("are 3"));
@@ -187,14 +128,5 @@ mod tests {
         assert_eq!(find(&at("x#y.tar")).expect("there"), Local::of(at("x#y.tar")));
         let within = find(&at("000.tar#a/b")).expect("there");
         assert_eq!((within.paths[0].clone(), within.within.as_str()), (at("000.tar"), "a/b"));
-    }
-
-    #[test]
-    fn splits_are_told_by_words() {
-        assert_eq!(split_of("imagenet1k-validation-00.tar"), Split::Test);
-        assert_eq!(split_of("test-00000-of-00001.parquet"), Split::Test);
-        assert_eq!(split_of("train-00000-of-00001.parquet"), Split::Train);
-        assert_eq!(split_of("latest.tar"), Split::Train);
-        assert_eq!(split_of("Unlabeled-0.tar"), Split::Unlabelled);
     }
 }

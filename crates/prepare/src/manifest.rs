@@ -18,7 +18,7 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::labels::class_for;
-use crate::location::split_of;
+use crate::names::split_of;
 use crate::picture;
 
 /// What a column of paths may be called.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use stage::Interrupted;
 
+use crate::Interrupt;
 use crate::http::{self, Checksum, Client, Expected};
 
 /// A published set.
@@ -158,12 +159,13 @@ pub fn find(name: &str) -> Result<&'static Set> {
 /// # Errors
 ///
 /// There is no such set, or no place has its files as they should be.
-pub fn fetch(name: &str) -> Result<(PathBuf, String)> {
+pub fn fetch(name: &str, interrupt: Interrupt) -> Result<(PathBuf, String)> {
     let set = find(name)?;
     let folder = http::cache_folder()?.join("assort").join(name);
+    let client = Client::new(interrupt);
     for file in set.files {
         let urls = file.places.iter().map(|place| format!("{place}{}", file.name));
-        fetch_file(&Client::new(), urls, &expected(file), &folder.join(file.name))?;
+        fetch_file(&client, urls, &expected(file), &folder.join(file.name))?;
     }
     let path = match set.files {
         [file] => folder.join(file.name),

@@ -18,10 +18,10 @@ use parquet::file::reader::{FileReader, RowGroupReader};
 use parquet::file::serialized_reader::SerializedFileReader;
 
 use crate::collection::{Load, Sink};
-use crate::folder::{SOURCE, file_name};
+use crate::folder::SOURCE;
 use crate::labels::class_for;
-use crate::location::split_of;
 use crate::manifest::{self, PATHS};
+use crate::names::{file_name, split_of};
 use crate::picture;
 use crate::{Format, guard};
 

@@ -60,7 +60,7 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
     })
     .context("listening for interrupts")?;
     if let Some(address) = &arguments.fetch {
-        for path in location::find(Path::new(address))?.paths {
+        for path in location::find(Path::new(address), &interrupted)?.paths {
             println!("{}", path.display());
         }
         return Ok(());
@@ -90,7 +90,7 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Whether the user asked this program to stop.
-pub fn interrupted() -> bool {
+fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 

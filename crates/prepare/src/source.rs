@@ -11,9 +11,10 @@ use stage::container::hex;
 
 use crate::archive::Holds;
 use crate::collection::Sink;
-use crate::folder::{Listing, SOURCE, contents, file_name};
+use crate::folder::{Listing, SOURCE, contents};
 use crate::idx::Pair;
 use crate::location::Local;
+use crate::names::file_name;
 use crate::{
     Config, Format, archive, cifar, folder, idx, manifest, parquet_file, picture, stl, webdataset,
 };

@@ -14,6 +14,7 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::folder;
+use crate::names::file_name;
 
 const SIDE: usize = 96;
 const PLANE: usize = SIDE * SIDE;
@@ -44,7 +45,7 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
     for folder in [root.to_owned(), root.join("stl10_binary")] {
         if folder.is_dir() {
             let files = folder::contents(&folder)?.files;
-            if files.iter().any(|file| recognise(&folder::file_name(file)).is_some()) {
+            if files.iter().any(|file| recognise(&file_name(file)).is_some()) {
                 return Ok(files);
             }
         }
@@ -59,7 +60,7 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
 /// A file cannot be read, or see [`Labels`].
 pub fn read(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
     let mut labels = Labels::default();
-    let name = |path: &&PathBuf| folder::file_name(path);
+    let name = |path: &&PathBuf| file_name(path);
     for path in paths.iter().filter(|path| is_small(&name(path))) {
         let bytes = std::fs::read(path).with_context(|| format!("reading `{}`", path.display()))?;
         labels.add(&name(&path), bytes);

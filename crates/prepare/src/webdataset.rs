@@ -11,14 +11,14 @@ use stage::Split;
 
 use crate::archive::{self, Member};
 use crate::collection::{Load, Sink};
-use crate::folder::{SOURCE, file_name};
+use crate::folder::SOURCE;
 use crate::labels::class_for;
-use crate::location::split_of;
+use crate::names::{file_name, split_name, split_of};
 use crate::picture;
 
 /// The key of a file's sample, and what is left of its name.
 pub fn key_and_extension(name: &str) -> (&str, &str) {
-    let file = name.len() - archive::split_name(name).1.len();
+    let file = name.len() - split_name(name).1.len();
     match name[file..].find('.') {
         Some(point) => (&name[..file + point], &name[file + point + 1..]),
         None => (name, ""),

@@ -104,8 +104,8 @@ fn expected(bytes: &[u8]) -> Expected {
     Expected { bytes: Some(bytes.len() as u64), digest }
 }
 
-fn client() -> Client {
-    Client::with_first_wait(Duration::from_millis(1))
+fn client() -> Client<'static> {
+    Client::with_first_wait(Duration::from_millis(1), &|| false)
 }
 
 /// Fetches `/file` and returns what lies there then, or the message.
