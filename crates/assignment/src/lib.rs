@@ -30,6 +30,7 @@
 //! Processor time has a resolution of 0.01 s, which the last two rows do not outlast by much.
 
 mod approximate;
+mod argmax;
 mod iterations;
 mod k_means;
 mod lloyd;
@@ -39,10 +40,12 @@ mod points;
 mod prototypes;
 mod sample;
 mod seeding;
+mod shares;
 mod sinkhorn;
 mod streaming;
 
 pub use approximate::{Approximate, approximate_neighbours};
+pub use argmax::argmax_rows;
 pub use k_means::{
     Clustering, KMeans, Metric, k_means, k_means_from, k_means_weighted, k_means_weighted_from,
 };
@@ -50,5 +53,6 @@ pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{nearest_neighbours, nearest_neighbours_and_self};
 pub use prototypes::prototypes;
 pub use sample::sample;
+pub use shares::{Shares, shares};
 pub use sinkhorn::sinkhorn;
 pub use streaming::{Shards, Streaming, k_means_mini_batch, k_means_streaming};
