@@ -1,4 +1,4 @@
-//! Lloyd's iterations: assignment and means in turn, over points that come in one piece or in many.
+//! Lloyd's iterations: alternate assignment and means, over points in memory or in shards.
 
 use std::ops::Range;
 
@@ -6,39 +6,39 @@ use anyhow::Result;
 use kernels::similarity::{Precision, add_row, product};
 use rayon::prelude::*;
 
-use crate::k_means::{Clustering, KMeans, Metric};
+use crate::clustering::{Clustering, KMeans, Metric};
 use crate::lloyd::{self, Centres, Nearest, Points};
 use crate::points;
 
-/// Where points come from, again for each iteration.
-pub trait Source {
-    /// Shows all points, piece by piece in their order, with the place of each piece's first point.
+/// Points that every iteration reads anew, in one piece or in several.
+pub trait PointSource {
+    /// Calls `visit` with each piece in order, and with the index of the piece's first point.
     ///
     /// # Errors
     ///
-    /// A piece cannot be had, or `see` fails.
-    fn each(&self, see: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()>;
+    /// A piece cannot be read, or `visit` fails.
+    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()>;
 }
 
-/// All points at once.
-impl Source for Points<'_> {
-    fn each(&self, see: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
-        see(0, self)
+/// Points in memory: one piece.
+impl PointSource for Points<'_> {
+    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
+        visit(0, self)
     }
 }
 
-/// What is known of all points before the first iteration.
+/// Sums over all points that are computed once, before the first iteration.
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
     /// Number of points, N.
     pub n: usize,
     /// Width of a point, D.
     pub d: usize,
-    /// `(N,)`, or 1 each.
+    /// Weight of each point, `(N,)`; without weights each counts 1.
     pub weights: Option<&'a [f32]>,
     /// `Σ w ‖x‖²`.
     pub squares: f64,
-    /// Variance of the columns, their mean.
+    /// Mean of the columns' variances.
     pub variance: f64,
 }
 
@@ -48,13 +48,9 @@ impl Facts<'_> {
     }
 }
 
-/// Assignment and means in turn, from `centres` on, until a stop rule is met.
-///
-/// # Errors
-///
-/// Those of the source.
+/// Alternates assignment and means, starting from `centres`, until a stop rule is met.
 pub fn iterate(
-    source: &dyn Source,
+    source: &dyn PointSource,
     facts: &Facts,
     mut centres: Vec<f32>,
     config: &KMeans,
@@ -69,8 +65,8 @@ pub fn iterate(
         converged: false,
         reseeded: 0,
     };
-    let mut nearest = Nearest::unknown(n);
-    let mut sums = Sums::new(config.clusters, d);
+    let mut nearest = Nearest::unassigned(n);
+    let mut sums = ClusterSums::new(config.clusters, d);
     let mut drift = vec![];
     let mut last = false;
     for iteration in 1..=config.iterations {
@@ -91,19 +87,19 @@ pub fn iterate(
         let next = sums.means(&centres, config.metric);
         drift = lloyd::drift(&centres, &next, d);
         let shift = summed_shift(&centres, &next, d, config.metric);
-        // Once more, so that the assignment belongs to the centres that met the tolerance.
+        // One more step, so that the assignment belongs to the centres that met the tolerance.
         last = shift <= config.tolerance * variance && moved == 0;
         centres = next;
     }
     Ok(best)
 }
 
-/// Assigns all points and brings the sums up to date; returns how many points changed.
+/// Assigns all points and updates the sums; returns how many points changed their cluster.
 fn step(
-    source: &dyn Source,
+    source: &dyn PointSource,
     facts: &Facts,
     nearest: &mut Nearest,
-    sums: &mut Sums,
+    sums: &mut ClusterSums,
     centres: &[f32],
     drift: &[f32],
 ) -> Result<usize> {
@@ -113,13 +109,13 @@ fn step(
         let range = first..first + points.len();
         let before = nearest.assignment[range.clone()].to_vec();
         points.assign(nearest.part(range.clone()), &packed, drift);
-        changed += sums.follow(points, facts, range.clone(), &before, &nearest.assignment[range]);
+        changed += sums.update(points, facts, range.clone(), &before, &nearest.assignment[range]);
         Ok(())
     })?;
     Ok(changed)
 }
 
-/// The summed shift between two sets of centres.
+/// Returns the sum over centres of the distance between `from` and `to`.
 pub fn summed_shift(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
     let squares: f64 =
         from.chunks(d).zip(to.chunks(d)).map(|(x, y)| points::squared_distance(x, y)).sum();
@@ -129,33 +125,34 @@ pub fn summed_shift(from: &[f32], to: &[f32], d: usize, metric: Metric) -> f64 {
     }
 }
 
-/// What the points of each cluster add up to.
-pub struct Sums {
+/// The sum of the points of each cluster.
+pub struct ClusterSums {
     d: usize,
     /// `Σ w x`, `(K, D)`.
     sums: Vec<f64>,
     /// `Σ w`.
     masses: Vec<f64>,
-    /// Points with a weight above 0.
+    /// Number of points with a weight above 0.
     pub counts: Vec<usize>,
 }
 
-/// Points that are looked at together: parts follow from the shape alone.
+/// Points compared in one task. Depends on the shape alone.
 const PART: usize = 1024;
 
-/// Rows that are added up at a time; the partial sums are then added in order.
+/// Rows of one partial sum. The partial sums are added in order, so threads change no bit.
 const SUM_PART: usize = 2048;
 
-impl Sums {
-    /// Nothing, for `k` clusters of points of width `d`.
+impl ClusterSums {
+    /// Empty sums of `k` clusters of points of width `d`.
     pub fn new(k: usize, d: usize) -> Self {
         Self { d, sums: vec![0.; k * d], masses: vec![0.; k], counts: vec![0; k] }
     }
 
-    /// Takes points that changed their cluster from one sum to the other; returns how many did.
+    /// Moves points that changed their cluster between the sums; returns how many changed.
     ///
-    /// `range` is where these points lie among all, `before` and `after` are their clusters.
-    pub fn follow(
+    /// - `range`: the indices of `points` among all points.
+    /// - `before`, `after`: their clusters before and after the step.
+    pub fn update(
         &mut self,
         points: &Points,
         facts: &Facts,
@@ -169,7 +166,7 @@ impl Sums {
             .with_min_len(PART)
             .filter(|&i| before[i] != after[i])
             .collect();
-        // The rows that join and leave each cluster, in the order of the points.
+        // The rows that enter and leave each cluster, in the order of the points.
         let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; self.counts.len()];
         for &i in &changed {
             let weight = facts.weight(range.start + i);
@@ -201,15 +198,15 @@ impl Sums {
         changed.len()
     }
 
-    /// Adds points that were in no cluster before.
+    /// Adds points that had no cluster before.
     pub fn add(&mut self, points: &Points, assignment: &[u32]) {
         let n = points.len();
         let facts = Facts { n, d: self.d, weights: None, squares: 0., variance: 0. };
-        self.follow(points, &facts, 0..n, &vec![lloyd::UNASSIGNED; n], assignment);
+        self.update(points, &facts, 0..n, &vec![lloyd::UNASSIGNED; n], assignment);
     }
 
-    /// Makes a point the only one of a cluster.
-    pub fn begin(&mut self, k: usize, row: &[f32]) {
+    /// Replaces the points of a cluster by a single one.
+    pub fn restart(&mut self, k: usize, row: &[f32]) {
         let sum = &mut self.sums[k * self.d..][..self.d];
         sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum = f64::from(x));
         (self.masses[k], self.counts[k]) = (1., 1);
@@ -227,26 +224,29 @@ impl Sums {
 
     fn leave(&mut self, k: usize, weight: f64) {
         self.counts[k] -= 1;
-        // An empty cluster weighs nothing, whatever rounding left.
+        // Exactly 0 for an empty cluster, without the rounding error of the subtraction.
         self.masses[k] = if self.counts[k] == 0 { 0. } else { self.masses[k] - weight };
     }
 
-    /// `Σ w ‖x − c‖²` by `Σ w ‖x‖² + Σ_k (m_k ‖c_k‖² − 2 s_k·c_k)`, or its half for unit rows.
+    /// Returns `Σ w ‖x − c‖²`, computed as `Σ w ‖x‖² + Σ_k (m_k ‖c_k‖² − 2 s_k·c_k)`; half of it for
+    /// the spherical metric.
     fn inertia(&self, centres: &[f32], metric: Metric, squares: f64) -> f64 {
-        let rest: f64 = (self.sums.chunks(self.d).zip(centres.chunks(self.d)).zip(&self.masses))
-            .map(|((sum, centre), &mass)| {
-                let dot: f64 = sum.iter().zip(centre).map(|(s, &c)| s * f64::from(c)).sum();
-                mass * product(centre, centre) - 2. * dot
-            })
-            .sum();
-        let inertia = (squares + rest).max(0.);
+        let of_centres: f64 =
+            (self.sums.chunks(self.d).zip(centres.chunks(self.d)).zip(&self.masses))
+                .map(|((sum, centre), &mass)| {
+                    let dot: f64 = sum.iter().zip(centre).map(|(s, &c)| s * f64::from(c)).sum();
+                    mass * product(centre, centre) - 2. * dot
+                })
+                .sum();
+        let inertia = (squares + of_centres).max(0.);
         match metric {
             Metric::Euclidean => inertia,
             Metric::Spherical => inertia / 2.,
         }
     }
 
-    /// The means, of unit length if spherical; a cluster without points or direction stays.
+    /// Returns the means, of unit length if spherical. A cluster without points, or whose points
+    /// cancel out, keeps its centre.
     pub fn means(&self, centres: &[f32], metric: Metric) -> Vec<f32> {
         let mut means = centres.to_vec();
         for ((mean, sum), &mass) in
@@ -256,7 +256,7 @@ impl Sums {
                 Metric::Euclidean => mass,
                 Metric::Spherical => {
                     let length = sum.iter().map(|s| s * s).sum::<f64>().sqrt();
-                    // Opposite unit rows leave rounding errors, not a direction.
+                    // The sum of opposite unit rows is a rounding error, not a direction.
                     if length > 1e-6 * mass { length } else { 0. }
                 }
             };
@@ -276,19 +276,20 @@ impl Sums {
     }
 }
 
-/// Gives each empty cluster the point farthest from its own centre; returns how many got one.
+/// Moves the points farthest from their centres into the empty clusters, one each; returns how many
+/// were moved.
 fn reseed_empty(
-    source: &dyn Source,
+    source: &dyn PointSource,
     facts: &Facts,
     nearest: &mut Nearest,
-    sums: &mut Sums,
+    sums: &mut ClusterSums,
     centres: &[f32],
 ) -> Result<usize> {
     let empty: Vec<usize> = (0..sums.counts.len()).filter(|&k| sums.counts[k] == 0).collect();
     if empty.is_empty() {
         return Ok(0);
     }
-    // A cluster's only point stays where it is, and every cluster may have one.
+    // The only point of a cluster is not moved; at worst every cluster has one of those.
     let wanted = empty.len() + sums.counts.len();
     let mut farthest: Vec<(f64, usize)> = vec![];
     source.each(&mut |first, points| {
@@ -313,14 +314,14 @@ fn reseed_empty(
         for &(i, k) in chosen.iter().filter(|(i, _)| range.contains(i)) {
             let from = nearest.assignment[i] as usize;
             sums.move_point(points.row(i - first), facts.weight(i), from, k);
-            nearest.place(i, k as u32);
+            nearest.reassign(i, k as u32);
         }
         Ok(())
     })?;
     Ok(chosen.len())
 }
 
-/// The points that lie away from their centre and have a weight, with their squared distance.
+/// Returns the weighted points that do not coincide with their centre, with their squared distance.
 fn distances(
     points: &Points,
     first: usize,
@@ -351,8 +352,7 @@ mod tests {
     use super::*;
     use crate::k_means_from;
 
-    /// Lloyd's iterations as they stand in a textbook, until the assignment repeats; no cluster may
-    /// become empty.
+    /// Textbook Lloyd's iterations, until the assignment repeats; no cluster may become empty.
     fn plain(points: &[f32], d: usize, mut centres: Vec<f32>) -> (Vec<u32>, f64) {
         let k = centres.len() / d;
         let mut before = vec![];
@@ -379,7 +379,7 @@ mod tests {
                 counts[c as usize] += 1.;
             }
             for (i, (centre, sum)) in centres.iter_mut().zip(&sums).enumerate() {
-                assert!(counts[i / d] > 0., "choose points that leave no cluster empty");
+                assert!(counts[i / d] > 0., "the test needs points that leave no cluster empty");
                 *centre = (sum / counts[i / d]) as f32;
             }
             before = assignment;
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn where_they_end_is_where_plain_iterations_end() -> Result<()> {
+    fn the_result_is_that_of_textbook_iterations() -> Result<()> {
         let mut random = stage::random::stream(11, "lloyd", &[]);
         for (n, d, clusters) in [(3000, 12, 40), (2000, 3, 25), (1500, 64, 10), (400, 2, 7)] {
             // Whole numbers around zero: sums are exact and ties are many.

@@ -5,77 +5,33 @@
 //! unit rows (the E-step of Huang et al. 2023, arXiv:2111.11821).
 
 use anyhow::{Result, ensure};
-use kernels::similarity::{Precision, add_row, product};
-use rayon::prelude::*;
+use kernels::similarity::{Precision, product};
 
+use crate::clustering::{Clustering, KMeans, Metric};
 use crate::iterations::{Facts, iterate};
 use crate::lloyd::Points;
 use crate::points;
 use crate::seeding;
 
-/// How far apart two rows are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Metric {
-    /// `‖x − c‖²`.
-    Euclidean,
-    /// `1 − cos(x, c)`: lengths do not matter.
-    Spherical,
-}
-
-/// What a k-means can vary.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct KMeans {
-    /// Clusters `K`, at least 1 and at most the number of points.
-    pub clusters: usize,
-    /// Distance between a point and a centre.
-    pub metric: Metric,
-    /// Independent starts by greedy k-means++; the lowest inertia wins.
-    pub restarts: usize,
-    /// Assignment steps of each restart at most.
-    pub iterations: usize,
-    /// A restart ends when the summed shift of the centres is at most this times the mean variance
-    /// of the (for [`Metric::Spherical`], unit) rows' columns. 0 leaves only repeated assignments.
-    pub tolerance: f64,
-}
-
-/// The best grouping that was seen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Clustering {
-    /// Cluster of each point, `(N,)`: its nearest centre in `centres`, the lowest index of equals.
-    pub assignment: Vec<u32>,
-    /// `(K, D)` row-major; of unit length for [`Metric::Spherical`].
-    pub centres: Vec<f32>,
-    /// Sum over points of the distance to their centre, in the metric's unit.
-    pub inertia: f64,
-    /// Which restart it came from, from 0.
-    pub restart: usize,
-    /// Assignment steps that this restart took.
-    pub iterations: usize,
-    /// Whether this restart met a stop rule, rather than the limit of iterations.
-    pub converged: bool,
-    /// Empty clusters that were given the farthest point as centre, over all restarts.
-    pub reseeded: usize,
-}
-
 /// Groups the rows of `points` `(N, D)` into clusters around `K` centres.
 ///
 /// Each restart begins with greedy k-means++ (`2 + ⌊ln K⌋` candidates for each centre, drawn in
 /// proportion to the distance from the centres so far) and alternates assignment and means until
-/// the assignment repeats, the centres shift by no more than the tolerance, or the iterations are
-/// used up. The assignment of lowest inertia over all iterations of all restarts is returned with
-/// the centres it refers to.
+/// the assignment repeats, the centres shift by no more than the tolerance, or the limit of
+/// iterations is reached. Returns the assignment of lowest inertia over all iterations of all
+/// restarts, with its centres.
 ///
-/// A cluster that no point is nearest to is given, as its next centre, the point that is farthest
-/// from its own centre (ties: the lowest index), unless all points lie on their centres: so where
-/// there are fewer distinct points than clusters, the surplus clusters stay empty.
+/// An empty cluster gets, as its next centre, the point farthest from its own centre (of equals the
+/// lowest index). Where all points lie on their centres nothing is moved, so with fewer distinct
+/// points than clusters the surplus clusters stay empty.
 ///
-/// The result depends on `seed` and the points alone, not on the number of threads.
+/// The result depends on `seed` and the points only, not on the number of threads.
 ///
 /// # Errors
 ///
-/// The points are no `(n, d)` matrix of finite numbers, there are fewer than `K`, a value of
-/// `config` is out of range, or, for [`Metric::Spherical`], a row is shorter than 1e-12. A row is
-/// named by its index.
+/// `points` is not an `(n, d)` matrix of finite numbers, there are fewer than `K` points, a value of
+/// `config` is out of range, or, for [`Metric::Spherical`], a row is shorter than 1e-12. The message
+/// names the row.
 pub fn k_means(
     points: &[f32],
     n: usize,
@@ -83,17 +39,17 @@ pub fn k_means(
     config: &KMeans,
     seed: u64,
 ) -> Result<Clustering> {
-    restarts(&Rows::new(points, n, d, None, config)?, config, seed)
+    restarts(&CheckedPoints::new(points, n, d, None, config)?, config, seed)
 }
 
 /// [`k_means`] with a weight for each point, `(N,)`: a point of weight 2 counts as two points.
 ///
-/// Weights of 0 leave a point out of seeding, means and inertia; it still is assigned to its
-/// nearest centre.
+/// A point of weight 0 takes no part in seeding, means and inertia, but is assigned to its nearest
+/// centre.
 ///
 /// # Errors
 ///
-/// As [`k_means`]; a weight is negative or not finite, or fewer than `K` are above 0.
+/// Those of [`k_means`]; a weight is negative or not finite, or fewer than `K` are above 0.
 pub fn k_means_weighted(
     points: &[f32],
     weights: &[f32],
@@ -101,14 +57,14 @@ pub fn k_means_weighted(
     config: &KMeans,
     seed: u64,
 ) -> Result<Clustering> {
-    restarts(&Rows::new(points, weights.len(), d, Some(weights), config)?, config, seed)
+    restarts(&CheckedPoints::new(points, weights.len(), d, Some(weights), config)?, config, seed)
 }
 
-/// [`k_means`] from given centres `(K, D)`, once; `config.restarts` is not looked at.
+/// [`k_means`] from given centres `(K, D)`: one start, `config.restarts` is ignored.
 ///
 /// # Errors
 ///
-/// As [`k_means`], for the centres too.
+/// Those of [`k_means`], for the centres too.
 pub fn k_means_from(
     points: &[f32],
     n: usize,
@@ -116,14 +72,14 @@ pub fn k_means_from(
     centres: &[f32],
     config: &KMeans,
 ) -> Result<Clustering> {
-    from_centres(&Rows::new(points, n, d, None, config)?, centres, config)
+    from_centres(&CheckedPoints::new(points, n, d, None, config)?, centres, config)
 }
 
-/// [`k_means_weighted`] from given centres `(K, D)`, once; `config.restarts` is not looked at.
+/// [`k_means_weighted`] from given centres `(K, D)`: one start, `config.restarts` is ignored.
 ///
 /// # Errors
 ///
-/// As [`k_means_weighted`], for the centres too.
+/// Those of [`k_means_weighted`], for the centres too.
 pub fn k_means_weighted_from(
     points: &[f32],
     weights: &[f32],
@@ -131,15 +87,19 @@ pub fn k_means_weighted_from(
     centres: &[f32],
     config: &KMeans,
 ) -> Result<Clustering> {
-    from_centres(&Rows::new(points, weights.len(), d, Some(weights), config)?, centres, config)
+    from_centres(
+        &CheckedPoints::new(points, weights.len(), d, Some(weights), config)?,
+        centres,
+        config,
+    )
 }
 
-fn restarts(rows: &Rows, config: &KMeans, seed: u64) -> Result<Clustering> {
+fn restarts(rows: &CheckedPoints, config: &KMeans, seed: u64) -> Result<Clustering> {
     ensure!(config.restarts > 0, "k_means: restarts is 0; at least one is needed");
-    let Rows { values, d, facts, .. } = rows;
+    let CheckedPoints { values, d, facts, .. } = rows;
     let mut best: Option<Clustering> = None;
     let mut reseeded = 0;
-    let prepared = rows.prepare();
+    let packed = rows.packed();
     let seeding = Points::new(values, *d, seeding::precision(config.clusters));
     let restarts: Vec<usize> = (0..config.restarts).collect();
     for together in restarts.chunks(seeding::together(facts.n, config.clusters)) {
@@ -152,7 +112,7 @@ fn restarts(rows: &Rows, config: &KMeans, seed: u64) -> Result<Clustering> {
             &mut randoms,
         );
         for (&restart, centres) in together.iter().zip(starts) {
-            let found = Clustering { restart, ..iterate(&prepared, facts, centres, config)? };
+            let found = Clustering { restart, ..iterate(&packed, facts, centres, config)? };
             reseeded += found.reseeded;
             if best.as_ref().is_none_or(|best| found.inertia < best.inertia) {
                 best = Some(found);
@@ -160,60 +120,30 @@ fn restarts(rows: &Rows, config: &KMeans, seed: u64) -> Result<Clustering> {
         }
     }
     let best = best.expect("there was at least one restart");
-    Ok(restore(Clustering { reseeded, ..best }, &rows.origin))
+    Ok(Clustering { reseeded, ..best }.relative_to(&rows.origin))
 }
 
-fn from_centres(rows: &Rows, centres: &[f32], config: &KMeans) -> Result<Clustering> {
+fn from_centres(rows: &CheckedPoints, centres: &[f32], config: &KMeans) -> Result<Clustering> {
     points::check(centres, config.clusters, rows.d, "k_means_from, centres")?;
     let mut centres = centres.to_vec();
     match config.metric {
         Metric::Spherical => points::scale(&mut centres, rows.d, "k_means_from, centres")?,
-        Metric::Euclidean => shift(&mut centres, &rows.origin),
+        Metric::Euclidean => points::shift(&mut centres, &rows.origin),
     }
-    Ok(restore(iterate(&rows.prepare(), &rows.facts, centres, config)?, &rows.origin))
+    Ok(iterate(&rows.packed(), &rows.facts, centres, config)?.relative_to(&rows.origin))
 }
 
-/// Checks what does not depend on the points' values.
-///
-/// # Errors
-///
-/// A value of `config` is out of range, for `n` points.
-pub fn check_config(config: &KMeans, n: usize, function: &str) -> Result<()> {
-    let k = config.clusters;
-    ensure!(k > 0, "{function}: clusters is 0; at least one is needed");
-    ensure!(n >= k, "{function}: {n} points cannot fill {k} clusters; ask for fewer clusters");
-    ensure!(config.iterations > 0, "{function}: iterations is 0; at least one is needed");
-    ensure!(
-        config.tolerance >= 0. && config.tolerance.is_finite(),
-        "{function}: tolerance is {}; it is a share of the variance, 0 or above",
-        config.tolerance
-    );
-    Ok(())
-}
-
-/// Says when clusters were re-seeded, and takes the centres back to where the points came from.
-pub fn restore(mut found: Clustering, origin: &[f32]) -> Clustering {
-    if found.reseeded > 0 {
-        let reseeded = found.reseeded;
-        tracing::info!("k-means: {reseeded} empty clusters were re-seeded at the farthest point");
-    }
-    for row in found.centres.chunks_mut(origin.len()) {
-        row.iter_mut().zip(origin).for_each(|(x, o)| *x += o);
-    }
-    found
-}
-
-/// The points as the iterations take them.
-struct Rows<'a> {
+/// Points that are checked and scaled or shifted, ready for the iterations.
+struct CheckedPoints<'a> {
     /// `(N, D)`: unit rows, or rows relative to `origin`.
     values: Vec<f32>,
     d: usize,
-    /// What was subtracted from Euclidean rows, so that a common offset costs no precision.
+    /// The mean, subtracted from Euclidean rows so that a common offset costs no precision.
     origin: Vec<f32>,
     facts: Facts<'a>,
 }
 
-impl<'a> Rows<'a> {
+impl<'a> CheckedPoints<'a> {
     fn new(
         points: &[f32],
         n: usize,
@@ -222,7 +152,7 @@ impl<'a> Rows<'a> {
         config: &KMeans,
     ) -> Result<Self> {
         points::check(points, n, d, "k_means")?;
-        check_config(config, n, "k_means")?;
+        config.check(n, "k_means")?;
         if let Some(weights) = weights {
             check_weights(weights, config.clusters)?;
         }
@@ -231,21 +161,22 @@ impl<'a> Rows<'a> {
         match config.metric {
             Metric::Spherical => points::scale(&mut values, d, "k_means")?,
             Metric::Euclidean => {
-                let means = weighted_means(points, d, weights);
+                let means = points::weighted_means(points, d, weights);
                 origin.iter_mut().zip(means).for_each(|(origin, mean)| *origin = mean as f32);
-                shift(&mut values, &origin);
+                points::shift(&mut values, &origin);
             }
         }
         let mass = weights.map_or(n as f64, |w| w.iter().map(|&w| f64::from(w)).sum());
-        let squares = sum_rows(&values, d, |i, row| {
+        let squares = points::sum_rows(&values, d, |i, row| {
             weights.map_or(1., |weights| f64::from(weights[i])) * product(row, row)
         });
-        let mean_square: f64 = weighted_means(&values, d, weights).iter().map(|m| m * m).sum();
+        let mean_square: f64 =
+            points::weighted_means(&values, d, weights).iter().map(|m| m * m).sum();
         let variance = (squares / mass - mean_square).max(0.) / d as f64;
         Ok(Self { values, d, origin, facts: Facts { n, d, weights, squares, variance } })
     }
 
-    fn prepare(&self) -> Points<'_> {
+    fn packed(&self) -> Points<'_> {
         Points::new(&self.values, self.d, Precision::fastest())
     }
 }
@@ -253,63 +184,17 @@ impl<'a> Rows<'a> {
 fn check_weights(weights: &[f32], clusters: usize) -> Result<()> {
     if let Some(i) = weights.iter().position(|w| !(0. ..1e18).contains(w)) {
         anyhow::bail!(
-            "k_means: the weight of row {i} is {}; weights are finite, 0 or above and below 1e18",
+            "k_means: the weight of row {i} is {}; a weight must be finite, at least 0 and below 1e18",
             weights[i]
         );
     }
-    let weighty = weights.iter().filter(|&&w| w > 0.).count();
+    let weighted = weights.iter().filter(|&&w| w > 0.).count();
     ensure!(
-        weighty >= clusters,
-        "k_means: {weighty} points with a weight above 0 cannot fill {clusters} clusters; ask for \
+        weighted >= clusters,
+        "k_means: {weighted} points with a weight above 0 cannot fill {clusters} clusters; ask for \
          fewer clusters"
     );
     Ok(())
-}
-
-/// Makes rows relative to `origin`.
-pub fn shift(rows: &mut [f32], origin: &[f32]) {
-    rows.par_chunks_mut(origin.len())
-        .for_each(|row| row.iter_mut().zip(origin).for_each(|(x, o)| *x -= o));
-}
-
-/// Rows of one part of a sum: parts follow from the shape alone.
-const PART: usize = 1024;
-
-/// The sum over rows of `f`, of a row's place and values; parts of [`PART`] rows added in order.
-fn sum_rows(rows: &[f32], d: usize, f: impl Fn(usize, &[f32]) -> f64 + Sync) -> f64 {
-    let sum = |(part, rows): (usize, &[f32])| -> f64 {
-        rows.chunks(d).enumerate().map(|(i, row)| f(part * PART + i, row)).sum()
-    };
-    let parts: Vec<f64> = rows.par_chunks(PART * d).enumerate().map(sum).collect();
-    parts.iter().sum()
-}
-
-/// The weighted sum of each column, parts of [`PART`] rows added in order.
-pub fn column_sums(rows: &[f32], d: usize, weights: Option<&[f32]>) -> Vec<f64> {
-    let parts: Vec<Vec<f64>> = rows
-        .par_chunks(PART * d)
-        .enumerate()
-        .map(|(part, rows)| {
-            let mut sums = vec![0f64; d];
-            for (i, row) in rows.chunks(d).enumerate() {
-                add_row(&mut sums, row, weights.map_or(1., |w| f64::from(w[part * PART + i])));
-            }
-            sums
-        })
-        .collect();
-    let mut sums = vec![0f64; d];
-    for part in &parts {
-        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-    }
-    sums
-}
-
-fn weighted_means(rows: &[f32], d: usize, weights: Option<&[f32]>) -> Vec<f64> {
-    let mass = match weights {
-        Some(weights) => weights.iter().map(|&w| f64::from(w)).sum(),
-        None => (rows.len() / d) as f64,
-    };
-    column_sums(rows, d, weights).into_iter().map(|sum| sum / mass).collect()
 }
 
 #[cfg(test)]

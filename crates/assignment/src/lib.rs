@@ -1,36 +1,41 @@
-//! Algorithms on embeddings: k-means, nearest neighbours, matching of clusterings, Sinkhorn-Knopp.
+//! Algorithms on embeddings: k-means, nearest neighbours, Sinkhorn-Knopp, Hungarian matching.
 //!
-//! Every round of every method groups embeddings ([`k_means`]), looks for what lies close
-//! ([`nearest_neighbours`]) and compares two groupings whose numbers mean nothing
-//! ([`optimal_map`]). This crate is those algorithms and nothing else: it reads no file and knows
+//! Every round of every method groups embeddings ([`k_means`]), searches for neighbours
+//! ([`nearest_neighbours`]) and compares two groupings whose cluster numbers are arbitrary
+//! ([`optimal_map`]). This crate holds these algorithms and nothing else: it reads no file and knows
 //! no picture, no network and no label.
 //!
-//! Points are rows of a flat `f32` slice, `(N, D)` row-major. Sums are taken in `f64`, split by
-//! shape and added in a fixed order, so results are the same bits for any number of threads.
-//! Bad input is an error that names the row; nothing is silently repaired.
+//! Points are rows of a flat `f32` slice, `(N, D)` row-major. Sums are accumulated in `f64`, split
+//! by shape and added in a fixed order, so results are bit-identical for any number of threads.
+//! Invalid input is an error that names the row; nothing is repaired silently.
 //!
-//! # How fast
+//! ```
+//! use assignment::{KMeans, Metric, k_means, optimal_map, shares};
 //!
-//! `cargo xtask bench assignment --peer-python PATH` times it beside other libraries. Measured at
-//! `2488de8` on two cores with AVX-512 (VNNI, no AMX) that did other work too, ours and peers in
-//! turn, one round, so that the figures are rough; times as fast as the fastest of faiss 1.15.1,
-//! scikit-learn 1.9.1 and torch 2.15.0, by the clock and by processor time:
+//! // Two groups of directions; lengths do not matter.
+//! let points = [1.0, 0.1, 2.0, -0.1, -0.1, 1.0, 0.2, 3.0];
+//! let config = KMeans {
+//!     clusters: 2,
+//!     metric: Metric::Spherical,
+//!     restarts: 4,
+//!     iterations: 300,
+//!     tolerance: 1e-4,
+//! };
+//! let found = k_means(&points, 4, 2, &config, 0)?;
 //!
-//! | work | fastest peer | by the clock | by processor |
-//! |---|---|---|---|
-//! | k-means from given centres, 200,000 × 512, K 1,000, 20 iterations | scikit-learn | 7.2 | 7.3 |
-//! | k-means, 50,000 × 256, K 10, 10 restarts to convergence | scikit-learn | 17.5 | 19.7 |
-//! | exact 20 neighbours, 50,000 × 512 | torch in bf16, which is not exact | 2.9 | 2.1 |
-//! | the same | faiss | 6.3 | 5.8 |
-//! | ACC, NMI and ARI of 1,000,000 labels, K 10 (crate `metrics`) | scikit-learn | 146 | 27 |
-//! | ACC, NMI and ARI of 1,000,000 labels, K 1,000 | scikit-learn | 19 | 25 |
+//! // Cluster numbers are arbitrary: renumber them to match another grouping.
+//! let map = optimal_map(&found.assignment, &[0, 0, 1, 1], 2)?;
+//! let renumbered: Vec<u32> = found.assignment.iter().map(|&k| map[k as usize]).collect();
+//! assert_eq!(renumbered, [0, 0, 1, 1]);
+//! assert_eq!(shares(&found.assignment, 2)?.smallest, 1.0);
+//! # anyhow::Ok(())
+//! ```
 //!
-//! Inertias agreed to 10⁻⁴ of the peers', neighbours (sum of indices) with faiss, scores to 10⁻⁶. In
-//! the first row ours made one assignment less of 21 than faiss; the bench has been corrected since.
-//! Processor time has a resolution of 0.01 s, which the last two rows do not outlast by much.
+//! How fast these are beside faiss, scikit-learn and torch: `crates/assignment/README.md`.
 
 mod approximate;
 mod argmax;
+mod clustering;
 mod iterations;
 mod k_means;
 mod lloyd;
@@ -46,9 +51,8 @@ mod streaming;
 
 pub use approximate::{Approximate, approximate_neighbours};
 pub use argmax::argmax_rows;
-pub use k_means::{
-    Clustering, KMeans, Metric, k_means, k_means_from, k_means_weighted, k_means_weighted_from,
-};
+pub use clustering::{Clustering, KMeans, Metric};
+pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{nearest_neighbours, nearest_neighbours_and_self};
 pub use prototypes::prototypes;

@@ -1,16 +1,16 @@
-//! The assignment step of k-means: the nearest centre of each point, looked for only where needed.
+//! The assignment step of k-means: finds the nearest centre of each point.
 //!
-//! The result is that of comparing every point with every centre in `f64`, ties by the lowest index.
-//! Two things save most of the work and change nothing:
+//! The result equals a comparison of every point with every centre in `f64`; of equals the lowest
+//! index wins. Two methods avoid most of the work without changing the result:
 //!
 //! - Screening: a tile of approximate products with proven bounds ([`kernels::similarity`]) leaves
-//!   one centre for most points; where it leaves several, those are compared in `f64`.
-//! - Bounds that survive an iteration (Hamerly 2010): a point keeps an upper bound on the distance
-//!   from its centre and a lower bound on that from all others. Centres that move change both by
-//!   their drift at most, by the triangle inequality. One far-moving centre would spoil all lower
-//!   bounds, so the centres that move most are compared with every point, and only the drift of
-//!   the calm rest is subtracted; how many are taken for moving is what a sample of points finds
-//!   cheapest.
+//!   one centre for most points. If it leaves several, those are compared in `f64`.
+//! - Bounds kept between iterations (Hamerly 2010): each point has an upper bound on the distance
+//!   from its centre and a lower bound on the distance from all others. By the triangle inequality,
+//!   a centre that moves changes both by at most its drift. A single centre that moves far would
+//!   make all lower bounds useless. So the fastest centres are compared with every point, and the
+//!   lower bounds shrink only by the drift of the slow ones. A sample of points decides how many
+//!   centres count as fast.
 
 use std::ops::Range;
 
@@ -24,26 +24,26 @@ use crate::points;
 /// Points of one task.
 const PART: usize = 16 * LANES;
 
-/// What is known of each point between two assignment steps: 12 bytes a point.
+/// The nearest centre of each point and its bounds, kept between steps: 12 bytes per point.
 pub struct Nearest {
     /// Cluster of each point; [`UNASSIGNED`] before the first step.
     pub assignment: Vec<u32>,
-    /// At least the distance from the own centre.
+    /// Upper bound on the distance from the own centre.
     upper: Vec<f32>,
-    /// At most the distance from every other centre.
+    /// Lower bound on the distance from every other centre.
     lower: Vec<f32>,
 }
 
-/// Cluster of a point that was never assigned.
+/// Cluster of a point before its first assignment.
 pub const UNASSIGNED: u32 = u32::MAX;
 
 impl Nearest {
-    /// Nothing is known of `n` points.
-    pub fn unknown(n: usize) -> Self {
+    /// `n` points without a cluster.
+    pub fn unassigned(n: usize) -> Self {
         Self { assignment: vec![UNASSIGNED; n], upper: vec![f32::INFINITY; n], lower: vec![0.; n] }
     }
 
-    /// What is known of consecutive points.
+    /// Borrows a range of the points.
     pub fn part(&mut self, points: Range<usize>) -> NearestPart<'_> {
         NearestPart {
             assignment: &mut self.assignment[points.clone()],
@@ -52,22 +52,22 @@ impl Nearest {
         }
     }
 
-    /// Puts a point into a cluster by decree; the next step looks for its centre anew.
-    pub fn place(&mut self, point: usize, cluster: u32) {
+    /// Moves a point to a cluster and drops its bounds, so that the next step searches its centre.
+    pub fn reassign(&mut self, point: usize, cluster: u32) {
         self.assignment[point] = cluster;
         self.upper[point] = f32::INFINITY;
         self.lower[point] = 0.;
     }
 }
 
-/// What is known of some of the points.
+/// A range of [`Nearest`].
 pub struct NearestPart<'a> {
     assignment: &'a mut [u32],
     upper: &'a mut [f32],
     lower: &'a mut [f32],
 }
 
-/// The points, as all assignment steps of all restarts use them.
+/// Points with what all assignment steps of all restarts need of them.
 pub struct Points<'a> {
     /// `(N, D)`.
     pub values: &'a [f32],
@@ -75,12 +75,12 @@ pub struct Points<'a> {
     pub d: usize,
     /// Each point's `‖x‖²`.
     pub squares: Vec<f64>,
-    /// For the products.
+    /// Packed for approximate products.
     pub rows: Rows<'a>,
 }
 
 impl<'a> Points<'a> {
-    /// Prepares the rows of `values` `(N, d)`, which are finite.
+    /// Packs the rows of `values` `(N, d)`, which must be finite.
     pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
         let squares = values.par_chunks(d).map(|row| product(row, row)).collect();
         Self { values, d, squares, rows: Rows::new(values, d, precision) }
@@ -91,35 +91,40 @@ impl<'a> Points<'a> {
         self.squares.len()
     }
 
-    /// A point.
+    /// The values of a point.
     pub fn row(&self, i: usize) -> &'a [f32] {
         &self.values[i * self.d..][..self.d]
     }
 
     /// Finds the nearest centre of every point, the lowest index of equals.
     ///
-    /// `nearest` is what is known of these points; `drift` is how far each centre moved since the
-    /// last step, from above, and empty at the first.
+    /// - `nearest`: the result of the last step; updated.
+    /// - `drift`: upper bound on how far each centre moved since the last step; empty at the first.
     pub fn assign(&self, nearest: NearestPart, centres: &Centres, drift: &[f32]) {
         let precision = self.rows.precision();
-        let moving = self.moving(&nearest, drift, centres);
+        let fast = self.fast_centres(&nearest, drift, centres);
         let parts = (nearest.assignment.par_chunks_mut(PART))
             .zip(nearest.upper.par_chunks_mut(PART).zip(nearest.lower.par_chunks_mut(PART)));
         parts.enumerate().for_each_init(
             || Scratch::new(self.d, precision),
             |scratch, (part, (assignment, (upper, lower)))| {
-                let mut part = Part { points: self, first: part * PART, assignment, upper, lower };
-                let open = part.open(centres, drift, moving.as_ref(), scratch);
-                for lanes in open.chunks(LANES) {
-                    part.search(centres, lanes, scratch);
+                let mut task = Task { points: self, first: part * PART, assignment, upper, lower };
+                let undecided = task.undecided(centres, drift, fast.as_ref(), scratch);
+                for lanes in undecided.chunks(LANES) {
+                    task.search(centres, lanes, scratch);
                 }
             },
         );
     }
 
-    /// The centres to compare with every point, so that the others count as calm; `None` where
-    /// every point has to be compared with all centres anyway.
-    fn moving(&self, nearest: &NearestPart, drift: &[f32], centres: &Centres) -> Option<Moving> {
+    /// Chooses the fast centres, which are compared with every point; `None` if it is cheaper to
+    /// compare every point with all centres.
+    fn fast_centres(
+        &self,
+        nearest: &NearestPart,
+        drift: &[f32],
+        centres: &Centres,
+    ) -> Option<FastCentres> {
         if drift.is_empty() {
             return None;
         }
@@ -128,29 +133,29 @@ impl<'a> Points<'a> {
         let k = drift.len();
         let step = (nearest.assignment.len() / 4096).max(1);
         let mut best: Option<(f64, usize)> = None;
-        let mut is_moving = vec![false; k];
+        let mut is_fast = vec![false; k];
         let mut marked = 0;
         for count in [0, k / 32, k / 16, k / 8, k / 4].into_iter().filter(|&m| m < k) {
-            order[marked..count.max(marked)].iter().for_each(|&c| is_moving[c as usize] = true);
+            order[marked..count.max(marked)].iter().for_each(|&c| is_fast[c as usize] = true);
             marked = count;
-            let calm = drift[order[count] as usize];
+            let slow_drift = drift[order[count] as usize];
             let sample = (0..nearest.assignment.len()).step_by(step);
             let sampled = sample.len();
-            let open = sample
+            let undecided = sample
                 .filter(|&i| {
                     let own = nearest.assignment[i] as usize;
-                    // Unlike the step itself, without a tightened upper bound.
-                    is_moving[own] || nearest.upper[i] + drift[own] >= nearest.lower[i] - calm
+                    // Unlike the step itself, this does not tighten the upper bound.
+                    is_fast[own] || nearest.upper[i] + drift[own] >= nearest.lower[i] - slow_drift
                 })
                 .count();
             let panels = count.div_ceil(GROUP) as f64 / k.div_ceil(GROUP) as f64;
-            let cost = panels + open as f64 / sampled as f64;
+            let cost = panels + undecided as f64 / sampled as f64;
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, count));
             }
         }
         let (_, count) = best.filter(|&(cost, _)| cost < 0.9 || k <= 4 * GROUP)?;
-        Some(Moving::new(&order[..count], drift[order[count] as usize], centres))
+        Some(FastCentres::new(&order[..count], drift[order[count] as usize], centres))
     }
 }
 
@@ -185,27 +190,27 @@ impl<'a> Centres<'a> {
     }
 }
 
-/// The centres that every point is compared with.
-struct Moving {
-    is_moving: Vec<bool>,
+/// The centres that moved most, packed for a comparison with every point.
+struct FastCentres {
+    is_fast: Vec<bool>,
     groups: Groups,
-    /// At least the drift of all others.
-    calm: f32,
+    /// Upper bound on the drift of all other centres.
+    slow_drift: f32,
 }
 
-impl Moving {
-    fn new(moving: &[u32], calm: f32, centres: &Centres) -> Self {
-        let mut is_moving = vec![false; centres.halves.len()];
-        moving.iter().for_each(|&k| is_moving[k as usize] = true);
+impl FastCentres {
+    fn new(fast: &[u32], slow_drift: f32, centres: &Centres) -> Self {
+        let mut is_fast = vec![false; centres.halves.len()];
+        fast.iter().for_each(|&k| is_fast[k as usize] = true);
         let values: Vec<f32> =
-            moving.iter().flat_map(|&k| centres.row(k as usize)).copied().collect();
-        let minus: Vec<f32> = moving.iter().map(|&k| centres.halves[k as usize] as f32).collect();
+            fast.iter().flat_map(|&k| centres.row(k as usize)).copied().collect();
+        let minus: Vec<f32> = fast.iter().map(|&k| centres.halves[k as usize] as f32).collect();
         let rows = Rows::new(&values, centres.d, centres.precision);
-        Self { is_moving, groups: Groups::new(&rows, &minus), calm }
+        Self { is_fast, groups: Groups::new(&rows, &minus), slow_drift }
     }
 }
 
-/// Memory of one task.
+/// Buffers of one task, reused by the next.
 struct Scratch {
     panel: Panel,
     tiles: Vec<Tile>,
@@ -217,8 +222,8 @@ impl Scratch {
     }
 }
 
-/// The points of one task.
-struct Part<'a, 'b> {
+/// The points of one task: the first is point `first` of all.
+struct Task<'a, 'b> {
     points: &'b Points<'a>,
     first: usize,
     assignment: &'b mut [u32],
@@ -226,61 +231,62 @@ struct Part<'a, 'b> {
     lower: &'b mut [f32],
 }
 
-impl Part<'_, '_> {
-    /// The points whose nearest centre the bounds leave open, as places in the part.
-    fn open(
+impl Task<'_, '_> {
+    /// Updates the bounds, and returns the points of the task that they leave undecided.
+    fn undecided(
         &mut self,
         centres: &Centres,
         drift: &[f32],
-        moving: Option<&Moving>,
+        fast: Option<&FastCentres>,
         scratch: &mut Scratch,
     ) -> Vec<usize> {
-        let Some(moving) = moving else {
+        let Some(fast) = fast else {
             return (0..self.assignment.len()).collect();
         };
-        let (mut open, mut closed) = (vec![], vec![]);
+        let (mut undecided, mut decided) = (vec![], vec![]);
         for i in 0..self.assignment.len() {
             let own = self.assignment[i] as usize;
             self.upper[i] = up(self.upper[i] + drift[own]);
-            self.lower[i] = down(self.lower[i] - moving.calm);
-            if !moving.is_moving[own] && self.upper[i] >= self.lower[i] {
+            self.lower[i] = down(self.lower[i] - fast.slow_drift);
+            if !fast.is_fast[own] && self.upper[i] >= self.lower[i] {
                 self.tighten(i, centres);
             }
-            let is_open = moving.is_moving[own] || self.upper[i] >= self.lower[i];
-            (if is_open { &mut open } else { &mut closed }).push(i);
+            let is_undecided = fast.is_fast[own] || self.upper[i] >= self.lower[i];
+            (if is_undecided { &mut undecided } else { &mut decided }).push(i);
         }
-        if !moving.groups.is_empty() {
-            for lanes in closed.chunks(LANES) {
-                self.compare_moving(moving, centres, lanes, scratch, &mut open);
+        if !fast.groups.is_empty() {
+            for lanes in decided.chunks(LANES) {
+                self.compare_fast(fast, centres, lanes, scratch, &mut undecided);
             }
-            // In their order, so that a panel's rows lie near each other in memory.
-            open.sort_unstable();
+            // In order of index, so that a panel reads rows that are close in memory.
+            undecided.sort_unstable();
         }
-        open
+        undecided
     }
 
-    /// Replaces the upper bound by the distance itself.
+    /// Replaces the upper bound by the exact distance.
     fn tighten(&mut self, i: usize, centres: &Centres) {
         let point = self.first + i;
         let score = centres.score(self.points.row(point), self.assignment[i] as usize);
         self.upper[i] = distance_above(self.points.squares[point], score);
     }
 
-    /// Compares points with the moving centres; those that one of them may win become open.
-    fn compare_moving(
+    /// Compares points with the fast centres, and adds those that may be nearest to one of them to
+    /// `undecided`.
+    fn compare_fast(
         &mut self,
-        moving: &Moving,
+        fast: &FastCentres,
         centres: &Centres,
         lanes: &[usize],
         scratch: &mut Scratch,
-        open: &mut Vec<usize>,
+        undecided: &mut Vec<usize>,
     ) {
         let first = self.first;
         scratch.panel.fill(&self.points.rows, lanes.iter().map(|&i| first + i));
         let mut best = [f32::NEG_INFINITY; LANES];
         let tile = &mut scratch.tiles[0];
-        for group in 0..moving.groups.len() {
-            products(&scratch.panel, &moving.groups, group, tile);
+        for group in 0..fast.groups.len() {
+            products(&scratch.panel, &fast.groups, group, tile);
             best.iter_mut().zip(&tile.largest).for_each(|(best, &x)| *best = best.max(x));
         }
         for (&i, &best) in lanes.iter().zip(&best) {
@@ -292,7 +298,7 @@ impl Part<'_, '_> {
             if self.upper[i] >= self.lower[i] {
                 self.tighten(i, centres);
                 if self.upper[i] >= self.lower[i] {
-                    open.push(i);
+                    undecided.push(i);
                 }
             }
         }
@@ -319,7 +325,7 @@ impl Part<'_, '_> {
             errors[lane] = centres.bound.of(self.points.rows.extents[first + i]);
             thresholds[lane] = best[lane] - 2.1 * errors[lane];
         }
-        let mut found = [Found::NONE; LANES];
+        let mut found = [BestCentre::NONE; LANES];
         for (group, tile) in tiles.iter().enumerate() {
             let mut hits = reached(&tile.largest, &thresholds);
             while hits != 0 {
@@ -351,16 +357,16 @@ impl Part<'_, '_> {
 
 /// The nearest centre of a point among those that screening left.
 #[derive(Clone, Copy)]
-struct Found {
+struct BestCentre {
     cluster: usize,
-    /// Its exact score; computed only when there is a second one to compare with.
+    /// Its exact score, computed only if a second centre has to be compared.
     score: Option<f64>,
 }
 
-impl Found {
+impl BestCentre {
     const NONE: Self = Self { cluster: usize::MAX, score: None };
 
-    /// Centres come in the order of their indices, so that equals leave the lowest.
+    /// Keeps the better of the two. Centres come in order of index, so the lowest of equals stays.
     fn consider(&mut self, cluster: usize, score: impl Fn(usize) -> f64) {
         if self.cluster == usize::MAX {
             self.cluster = cluster;
@@ -376,15 +382,15 @@ impl Found {
     }
 }
 
-/// Relative slack that covers the roundings of a bound.
+/// Relative margin for the rounding errors of a bound.
 const SLACK: f64 = 1e-12;
 
-/// At least `‖x − c‖`, from `‖x‖²` and at most `x·c − ‖c‖²/2`.
+/// Returns an upper bound on `‖x − c‖`, given `‖x‖²` and a lower bound on `x·c − ‖c‖²/2`.
 fn distance_above(square: f64, score: f64) -> f32 {
     up((square * (1. + SLACK) - 2. * score + SLACK * score.abs()).max(0.).sqrt() as f32)
 }
 
-/// At most `‖x − c‖`, from `‖x‖²` and at least `x·c − ‖c‖²/2`.
+/// Returns a lower bound on `‖x − c‖`, given `‖x‖²` and an upper bound on `x·c − ‖c‖²/2`.
 fn distance_below(square: f64, score: f64) -> f32 {
     down((square * (1. - SLACK) - 2. * score - SLACK * score.abs()).max(0.).sqrt() as f32)
 }
@@ -397,7 +403,7 @@ fn down(x: f32) -> f32 {
     x - 2. * f32::EPSILON * x.abs() - f32::MIN_POSITIVE
 }
 
-/// How far each centre moved, from above.
+/// Returns an upper bound on how far each centre moved.
 pub fn drift(from: &[f32], to: &[f32], d: usize) -> Vec<f32> {
     (from.par_chunks(d).zip(to.par_chunks(d)))
         .map(|(from, to)| up(up(points::squared_distance(from, to).sqrt() as f32)))
@@ -415,7 +421,7 @@ mod tests {
         (0..n * d).map(|_| random.random::<f32>() - 0.5).collect()
     }
 
-    /// Every point with every centre, in `f64`.
+    /// Compares every point with every centre, in `f64`.
     fn plain(values: &[f32], centres: &[f32], d: usize) -> Vec<u32> {
         let score = |x: &[f32], c: &[f32]| product(x, c) - product(c, c) / 2.;
         let nearest = |x: &[f32]| {
@@ -430,7 +436,7 @@ mod tests {
         values.chunks(d).map(nearest).collect()
     }
 
-    /// Centres that move by a random share of a random few, as in late iterations, and by more.
+    /// Moves centres as late iterations do: a tenth of them far, half of them little, the others not.
     fn moved(centres: &[f32], d: usize, step: u64) -> Vec<f32> {
         let mut random = stage::random::stream(step, "moved", &[]);
         let mut moved = centres.to_vec();
@@ -454,7 +460,7 @@ mod tests {
                 let mut centres = values[..k * d].to_vec();
                 centres.copy_within(0..d, (k - 1) * d);
                 let points = Points::new(&values, d, precision);
-                let mut nearest = Nearest::unknown(n);
+                let mut nearest = Nearest::unassigned(n);
                 let mut drifts = vec![];
                 for step in 0..12 {
                     let packed = Centres::new(&centres, d, precision);
@@ -474,7 +480,7 @@ mod tests {
                         }
                     }
                     if step == 5 {
-                        nearest.place(7, 0);
+                        nearest.reassign(7, 0);
                     }
                     let next = moved(&centres, d, step);
                     drifts = drift(&centres, &next, d);

@@ -1,15 +1,15 @@
 //! k-means over more points than fit into memory.
 //!
-//! Points come in [`Shards`], of which one is in memory at a time. Both ways begin with k-means on
-//! a sample, in memory:
+//! Points come in [`Shards`], one of which is in memory at a time. Both functions start with k-means
+//! on a sample in memory:
 //!
-//! - [`k_means_streaming`] goes on with Lloyd's iterations over all shards: each pass reads every
-//!   shard once, and does what an iteration of [`k_means_from`](crate::k_means_from) does.
-//! - [`k_means_mini_batch`] moves the centres after every batch, so that few passes, or one, go a
-//!   long way (Sculley 2010).
+//! - [`k_means_streaming`] continues with Lloyd's iterations over all shards. Each pass reads every
+//!   shard once and equals an iteration of [`k_means_from`](crate::k_means_from).
+//! - [`k_means_mini_batch`] moves the centres after every batch, so that one or a few passes are
+//!   enough (Sculley 2010).
 //!
-//! Beside a shard and the centres, 20 bytes are kept for each point: its cluster, the one before,
-//! that of the best pass, and the two bounds that spare most comparisons.
+//! Besides a shard and the centres, 20 bytes per point are in memory: its cluster now, before and in
+//! the best pass, and the two bounds that avoid most comparisons.
 
 use std::fmt;
 
@@ -18,13 +18,13 @@ use kernels::similarity::{Precision, product};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
-use crate::iterations::{Facts, Source, Sums, iterate, summed_shift};
-use crate::k_means::{Clustering, KMeans, Metric, check_config, column_sums, restore, shift};
+use crate::clustering::{Clustering, KMeans, Metric};
+use crate::iterations::{ClusterSums, Facts, PointSource, iterate, summed_shift};
 use crate::lloyd::{Centres, Nearest, Points};
-use crate::points::{self, scale};
+use crate::points;
 use crate::sample::sample;
 
-/// Points `(N, D)` in pieces that are read when they are needed.
+/// Points `(N, D)` in pieces that are read one at a time.
 pub struct Shards<'a> {
     width: usize,
     lengths: Vec<usize>,
@@ -39,8 +39,10 @@ impl fmt::Debug for Shards<'_> {
 }
 
 impl<'a> Shards<'a> {
-    /// Shards of points of this width; `lengths` says how many are in each, and `read` gives the
-    /// rows of one, the same ones each time.
+    /// Creates shards of points of this width.
+    ///
+    /// - `lengths`: number of points in each shard.
+    /// - `read`: returns the rows of a shard; called several times, it must return the same rows.
     pub fn new(
         width: usize,
         lengths: Vec<usize>,
@@ -49,17 +51,17 @@ impl<'a> Shards<'a> {
         Self { width, lengths, read: Box::new(read) }
     }
 
-    /// Points in all shards, N.
+    /// Number of points in all shards, N.
     pub fn points(&self) -> usize {
         self.lengths.iter().sum()
     }
 
-    /// The rows of a shard.
+    /// Reads the rows of a shard.
     ///
     /// # Errors
     ///
-    /// It cannot be read, has another length than was said, or a row is not of finite numbers; the
-    /// message names shard and row.
+    /// It cannot be read, has another length than declared, or a number is not finite. The message
+    /// names the shard and the row.
     fn read(&self, shard: usize) -> Result<Vec<f32>> {
         let name = || format!("shard {shard} of {}", self.lengths.len());
         let rows = (self.read)(shard).with_context(name)?;
@@ -68,7 +70,7 @@ impl<'a> Shards<'a> {
         Ok(rows)
     }
 
-    /// Some of the points, in their order; all are looked at.
+    /// Draws `count` points, in order of index. Reads and checks all shards.
     fn sample(&self, count: usize, seed: u64) -> Result<Vec<f32>> {
         let mut random = stage::random::stream(seed, "k-means sample", &[]);
         let drawn = sample(self.points(), count, &mut random);
@@ -86,25 +88,23 @@ impl<'a> Shards<'a> {
     }
 }
 
-/// What k-means over shards can vary, beside what every k-means can.
+/// The parameters of k-means over shards, besides those of [`KMeans`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Streaming {
-    /// Points of the sample that k-means begins with, in memory; at least K. A hundred for each
-    /// cluster are enough as a rule.
+    /// Points of the first sample, in memory; at least K. A hundred per cluster are usually enough.
     pub sample: usize,
-    /// Passes over all shards at most. `KMeans::iterations` is for the sample alone.
+    /// Most passes over all shards. `KMeans::iterations` limits k-means on the sample only.
     pub passes: usize,
 }
 
-/// [`k_means`](crate::k_means) on a sample, and Lloyd's iterations over all shards from there.
+/// Runs [`k_means`](crate::k_means) on a sample, then Lloyd's iterations over all shards.
 ///
-/// The result says of all points what that of [`k_means`](crate::k_means) says; `restart` is that
-/// of the sample. It depends on the seed and the points, not on how they are cut into shards but
-/// for the rounding of sums.
+/// The result covers all points; its `restart` is the one of the sample. Splitting the same points
+/// into other shards changes only the rounding of sums.
 ///
 /// # Errors
 ///
-/// As [`k_means`](crate::k_means), with the shard named; a shard cannot be read.
+/// Those of [`k_means`](crate::k_means), with the name of the shard; a shard cannot be read.
 pub fn k_means_streaming(
     shards: &Shards,
     config: &KMeans,
@@ -113,21 +113,22 @@ pub fn k_means_streaming(
 ) -> Result<Clustering> {
     let start = Start::new(shards, config, streaming, seed)?;
     let mut centres = start.on_sample.centres.clone();
-    shift(&mut centres, &start.origin);
+    points::shift(&mut centres, &start.origin);
     start.finish(shards, centres, &KMeans { iterations: streaming.passes, ..*config })
 }
 
-/// [`k_means`](crate::k_means) on a sample, then a step of the centres for every `batch` points:
-/// Sculley 2010, and a last pass that assigns all points.
+/// Runs [`k_means`](crate::k_means) on a sample, then moves the centres after every `batch` points
+/// (Sculley 2010), and finally assigns all points.
 ///
-/// A centre is the mean of all points that were assigned to it when their batch came, the sample
-/// first; `iterations` of the result are passes, without the last. Shards come in random order, and so do the points of a shard. A pass that shifts the
-/// centres by no more than the tolerance is the last; a cluster that got no point in a pass is
-/// re-seeded at the point of its last batch that is farthest from its centre.
+/// A centre is the mean of all points that were assigned to it when their batch was read, beginning
+/// with the sample. Shards are read in random order, and the points of a shard too. Passes end when
+/// the centres shift by no more than the tolerance. A cluster that got no point in a pass is
+/// re-seeded at the point of the last batch that is farthest from its centre. `iterations` of the
+/// result counts passes, without the final one.
 ///
 /// # Errors
 ///
-/// As [`k_means_streaming`]; `batch` is 0.
+/// Those of [`k_means_streaming`]; `batch` is 0.
 pub fn k_means_mini_batch(
     shards: &Shards,
     config: &KMeans,
@@ -155,12 +156,13 @@ pub fn k_means_mini_batch(
     Ok(Clustering { iterations: passes, converged, reseeded: reseeded + found.reseeded, ..found })
 }
 
-/// What is known when the passes begin.
+/// The state before the first pass over all shards.
 struct Start {
     on_sample: Clustering,
     sample: Vec<f32>,
     metric: Metric,
-    /// What is subtracted from Euclidean rows, so that a common offset costs no precision.
+    /// The mean of the sample, subtracted from Euclidean rows so that a common offset costs no
+    /// precision.
     origin: Vec<f32>,
     squares: f64,
     variance: f64,
@@ -170,7 +172,7 @@ impl Start {
     fn new(shards: &Shards, config: &KMeans, streaming: &Streaming, seed: u64) -> Result<Self> {
         let (n, d) = (shards.points(), shards.width);
         let Streaming { sample, passes } = *streaming;
-        check_config(config, n, "k-means over shards")?;
+        config.check(n, "k-means over shards")?;
         ensure!(passes > 0, "k-means over shards: passes is 0; at least one is needed");
         ensure!(
             sample >= config.clusters,
@@ -180,10 +182,10 @@ impl Start {
         ensure!(d > 0, "k-means over shards: the points have width 0");
         let sample = shards.sample(sample, seed)?;
         let on_sample = crate::k_means(&sample, sample.len() / d, d, config, seed)
-            .context("on the sample that k-means over shards begins with")?;
+            .context("in k-means on the first sample of the shards")?;
         let origin = match config.metric {
             Metric::Spherical => vec![0.; d],
-            Metric::Euclidean => column_sums(&sample, d, None)
+            Metric::Euclidean => points::column_sums(&sample, d, None)
                 .iter()
                 .map(|sum| (sum / (sample.len() / d) as f64) as f32)
                 .collect(),
@@ -193,7 +195,7 @@ impl Start {
         let (mut squares, mut sums) = (0., vec![0f64; d]);
         start.source(shards).each(&mut |_, points| {
             squares += points.squares.iter().sum::<f64>();
-            let more = column_sums(points.values, d, None);
+            let more = points::column_sums(points.values, d, None);
             sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
             Ok(())
         })?;
@@ -203,29 +205,29 @@ impl Start {
         Ok(start)
     }
 
-    fn source<'a>(&'a self, shards: &'a Shards<'a>) -> Prepared<'a> {
-        Prepared { shards, metric: self.metric, origin: &self.origin }
+    fn source<'a>(&'a self, shards: &'a Shards<'a>) -> ShardSource<'a> {
+        ShardSource { shards, metric: self.metric, origin: &self.origin }
     }
 
-    /// Lloyd's iterations over all shards, from centres relative to the origin.
+    /// Runs Lloyd's iterations over all shards, starting from centres relative to the origin.
     fn finish(&self, shards: &Shards, centres: Vec<f32>, config: &KMeans) -> Result<Clustering> {
         let Self { origin, squares, variance, .. } = self;
         let (n, d) = (shards.points(), shards.width);
         let facts = Facts { n, d, weights: None, squares: *squares, variance: *variance };
         let found = iterate(&self.source(shards), &facts, centres, config)?;
         let restart = self.on_sample.restart;
-        Ok(restore(Clustering { restart, ..found }, origin))
+        Ok(Clustering { restart, ..found }.relative_to(origin))
     }
 }
 
-/// The shards as the iterations take them: unit rows, or rows relative to the origin.
-struct Prepared<'a> {
+/// Reads shards for the iterations: unit rows, or rows relative to the origin.
+struct ShardSource<'a> {
     shards: &'a Shards<'a>,
     metric: Metric,
     origin: &'a [f32],
 }
 
-impl Prepared<'_> {
+impl ShardSource<'_> {
     fn read(&self, shard: usize) -> Result<Vec<f32>> {
         let count = self.shards.lengths.len();
         self.prepare(self.shards.read(shard)?).with_context(|| format!("shard {shard} of {count}"))
@@ -233,49 +235,57 @@ impl Prepared<'_> {
 
     fn prepare(&self, mut rows: Vec<f32>) -> Result<Vec<f32>> {
         match self.metric {
-            Metric::Euclidean => shift(&mut rows, self.origin),
-            Metric::Spherical => scale(&mut rows, self.shards.width, "k-means over shards")?,
+            Metric::Euclidean => points::shift(&mut rows, self.origin),
+            Metric::Spherical => {
+                points::scale(&mut rows, self.shards.width, "k-means over shards")?
+            }
         }
         Ok(rows)
     }
 }
 
-impl Source for Prepared<'_> {
-    fn each(&self, see: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
+impl PointSource for ShardSource<'_> {
+    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
         let mut first = 0;
         for (shard, &length) in self.shards.lengths.iter().enumerate() {
             let rows = self.read(shard)?;
-            see(first, &Points::new(&rows, self.shards.width, Precision::fastest()))?;
+            visit(first, &Points::new(&rows, self.shards.width, Precision::fastest()))?;
             first += length;
         }
         Ok(())
     }
 }
 
-/// The centres on their way through the batches.
+/// The centres between two batches.
 struct Running {
     metric: Metric,
     /// Relative to the origin.
     centres: Vec<f32>,
-    /// Of all points so far.
-    sums: Sums,
+    /// Over all points read so far.
+    sums: ClusterSums,
 }
 
 impl Running {
-    /// The sample counts as the first batch.
-    fn new(start: &Start, source: &Prepared, config: &KMeans) -> Result<Self> {
+    /// Starts with the sample as the first batch.
+    fn new(start: &Start, source: &ShardSource, config: &KMeans) -> Result<Self> {
         let d = source.shards.width;
         let rows = source.prepare(start.sample.clone())?;
         let sample = Points::new(&rows, d, Precision::fastest());
-        let mut sums = Sums::new(config.clusters, d);
+        let mut sums = ClusterSums::new(config.clusters, d);
         sums.add(&sample, &start.on_sample.assignment);
         let mut centres = start.on_sample.centres.clone();
-        shift(&mut centres, &start.origin);
+        points::shift(&mut centres, &start.origin);
         Ok(Self { metric: config.metric, centres, sums })
     }
 
-    /// One pass over all shards; returns how many clusters were re-seeded.
-    fn pass(&mut self, source: &Prepared, batch: usize, seed: u64, pass: usize) -> Result<usize> {
+    /// Reads all shards once; returns how many clusters were re-seeded.
+    fn pass(
+        &mut self,
+        source: &ShardSource,
+        batch: usize,
+        seed: u64,
+        pass: usize,
+    ) -> Result<usize> {
         let d = source.shards.width;
         let before = self.sums.counts.clone();
         let mut shards: Vec<usize> = (0..source.shards.lengths.len()).collect();
@@ -288,23 +298,24 @@ impl Running {
             order.shuffle(&mut stage::random::stream(seed, "mini-batch rows", &counters));
             for batch in order.chunks(batch) {
                 last = batch.iter().flat_map(|&i| &rows[i * d..][..d]).copied().collect();
-                self.follow(&Points::new(&last, d, Precision::fastest()));
+                self.update(&Points::new(&last, d, Precision::fastest()));
             }
         }
         let empty = (0..before.len()).filter(|&k| self.sums.counts[k] == before[k]).collect();
         Ok(self.reseed(empty, &last))
     }
 
-    /// Assigns a batch and moves the centres that it reaches.
-    fn follow(&mut self, batch: &Points) {
-        let mut nearest = Nearest::unknown(batch.len());
+    /// Assigns a batch and moves its centres.
+    fn update(&mut self, batch: &Points) {
+        let mut nearest = Nearest::unassigned(batch.len());
         let centres = Centres::new(&self.centres, batch.d, Precision::fastest());
         batch.assign(nearest.part(0..batch.len()), &centres, &[]);
         self.sums.add(batch, &nearest.assignment);
         self.centres = self.sums.means(&self.centres, self.metric);
     }
 
-    /// Begins clusters anew at the points of a batch that are farthest from their centres.
+    /// Moves the centres of empty clusters to the points of a batch that are farthest from their
+    /// centres; returns how many were moved.
     fn reseed(&mut self, empty: Vec<usize>, batch: &[f32]) -> usize {
         let d = self.sums.width();
         let nearest = |row: &[f32]| {
@@ -323,7 +334,7 @@ impl Running {
         let reseeded = empty.len().min(farthest.len());
         for (k, (_, row)) in empty.into_iter().zip(farthest) {
             self.centres[k * d..][..d].copy_from_slice(row);
-            self.sums.begin(k, row);
+            self.sums.restart(k, row);
         }
         reseeded
     }
@@ -345,7 +356,7 @@ mod tests {
     };
     const STREAMING: Streaming = Streaming { sample: 600, passes: 20 };
 
-    /// Groups that overlap, of unequal sizes, far from the origin.
+    /// Overlapping groups of unequal sizes, far from the origin.
     fn points(n: usize, d: usize, groups: usize) -> Vec<f32> {
         let mut random = stage::random::stream(3, "points", &[]);
         let centres: Vec<f32> = (0..groups * d).map(|_| random.random::<f32>() * 5.).collect();
@@ -397,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_end_within_a_hundredth_of_k_means_in_memory() -> Result<()> {
+    fn both_functions_end_within_a_hundredth_of_k_means_in_memory() -> Result<()> {
         let (n, d) = (6000, 8);
         let points = points(n, d, 12);
         let shards = cut(&points, d, &[1500, 2500, 2000]);
@@ -412,7 +423,7 @@ mod tests {
                 // The assignment is that of the centres, and the inertia that of both.
                 let (mut inertia, mut rows) = (0., points.clone());
                 if metric == Metric::Spherical {
-                    scale(&mut rows, d, "test")?;
+                    points::scale(&mut rows, d, "test")?;
                 }
                 for (row, &k) in rows.chunks(d).zip(&found.assignment) {
                     let distance = |c: &[f32]| points::squared_distance(row, c);
@@ -447,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_that_gets_nothing_is_begun_anew_where_points_lie_far() -> Result<()> {
+    fn a_cluster_without_points_restarts_at_a_far_point() -> Result<()> {
         // The sample is of one place, but for the one outlier that becomes a cluster.
         let near: Vec<f32> = (0..4000).map(|i| (i % 10) as f32 * 0.01).collect();
         let config = KMeans { clusters: 2, restarts: 1, ..CONFIG };
@@ -459,7 +470,7 @@ mod tests {
         let source = start.source(&shards);
         let mut running = Running::new(&start, &source, &config)?;
         running.centres[1] = -1e6;
-        running.sums.begin(1, &[-1e6]);
+        running.sums.restart(1, &[-1e6]);
         assert_eq!(running.pass(&source, 500, 0, 0)?, 1);
         assert!(running.centres[1] > 0., "{:?}", running.centres);
         Ok(())
