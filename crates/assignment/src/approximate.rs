@@ -1,16 +1,16 @@
-//! Nearest neighbours nearly: for more rows than [`nearest_neighbours`] can compare in pairs.
+//! Approximate nearest neighbours, for more rows than [`nearest_neighbours`] can compare in pairs.
 //!
-//! Exact search takes time in proportion to `N²`, a graph (HNSW; Malkov and Yashunin 2016,
-//! arXiv:1603.09320; the crate `instant-distance`) about `N ln N`, but far more for each row.
+//! Exact search takes time proportional to `N²`. A graph (HNSW; Malkov and Yashunin 2016,
+//! arXiv:1603.09320; the crate `instant-distance`) takes about `N ln N`, but far more per row.
 //! Measured on two busy cores: a graph of 20,000 rows of width 256 in separate groups, with its
 //! search for 20 neighbours of each, took about four times as long as exact search of 50,000 rows of
-//! width 512, which is 12 times the work. By their growth they meet at about a million rows (not
-//! measured there); with more noise later still. Recall then was 1.00; on rows whose noise is three
-//! times as long as their group's direction 0.93, 0.94 and 0.98 for a search breadth of 50, 100 and
-//! 200. So no stage uses this.
+//! width 512, which is 12 times the work. Extrapolated, they break even at about a million rows
+//! (not measured there), and later with more noise. Recall was 1.00 there. With noise three times
+//! as long as the group's direction, recall was 0.93, 0.94 and 0.98 for a search breadth of 50, 100
+//! and 200. So no stage uses this.
 //!
-//! Rows are cut into pieces by their number alone, and each piece gets a graph that one thread
-//! builds; so the result is the same for any number of threads. All graphs are asked for each row.
+//! Rows are split into pieces of a fixed size, and one thread builds the graph of each piece, so
+//! the result is the same for any number of threads. Every graph is searched for each row.
 //!
 //! [`nearest_neighbours`]: crate::nearest_neighbours
 
@@ -24,24 +24,25 @@ use rayon::prelude::*;
 
 use crate::points;
 
-/// What an approximate search can vary.
+/// The parameters of an approximate search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Approximate {
-    /// Rows of a graph at most: more graphs build at once, and more of them are asked.
+    /// Most rows in one graph. Smaller pieces are built in parallel, but all of them are searched.
     pub piece: usize,
-    /// Rows that building and search keep in view, at least `k + 1`: recall and time grow with it.
+    /// Candidates kept while building and searching (`ef`), at least `k + 1`. Recall and time grow
+    /// with it.
     pub breadth: usize,
 }
 
-/// Nearly the `k` nearest other rows of each row of `points` `(N, D)`, which are of unit length.
+/// Finds most of the `k` nearest other rows of each row of `points` `(N, D)`, of unit length.
 ///
-/// As [`nearest_neighbours`](crate::nearest_neighbours), but some of the nearest may be missing;
-/// what is found is ordered by its exact product. Returns `(N, k)` indices, nearest first.
+/// Like [`nearest_neighbours`](crate::nearest_neighbours), but some of the nearest may be missing.
+/// The found ones are ordered by their exact inner product. Returns `(N, k)` indices, nearest first.
 ///
 /// # Errors
 ///
-/// As [`nearest_neighbours`](crate::nearest_neighbours); a row is not of unit length (it is named),
-/// or a value of `config` is out of range.
+/// Those of [`nearest_neighbours`](crate::nearest_neighbours); a row is not of unit length (the
+/// message names it), or a value of `config` is out of range.
 pub fn approximate_neighbours(
     points: &[f32],
     n: usize,
@@ -58,7 +59,7 @@ pub fn approximate_neighbours(
         n.saturating_sub(1)
     );
     let Approximate { piece, breadth } = *config;
-    ensure!(piece > 0, "{NAME}: piece is 0; 100,000 rows are sensible");
+    ensure!(piece > 0, "{NAME}: piece is 0; 100,000 rows are usual");
     ensure!(
         breadth > k,
         "{NAME}: breadth {breadth} does not hold {k} neighbours and the row itself"
@@ -79,7 +80,7 @@ pub fn approximate_neighbours(
             let mut near: Vec<u32> =
                 graphs.iter().flat_map(|graph| graph.near(row, i, k, search)).collect();
             if near.len() < k {
-                // A graph may lose sight of rows; then all are looked at.
+                // A graph may not reach every row; then compare with all of them.
                 near = (0..n as u32).filter(|&j| j as usize != i).collect();
             }
             let mut near: Vec<(f64, u32)> = near
@@ -93,46 +94,46 @@ pub fn approximate_neighbours(
     Ok(neighbours)
 }
 
-/// A row, by the distance that has the order of products where rows are of unit length.
+/// A row in a graph. For unit rows, squared distances order as inner products do, reversed.
 #[derive(Clone)]
-struct Row<'a>(&'a [f32]);
+struct GraphRow<'a>(&'a [f32]);
 
-impl Point for Row<'_> {
+impl Point for GraphRow<'_> {
     fn distance(&self, other: &Self) -> f32 {
         squared_distance(self.0, other.0)
     }
 }
 
-/// The graph of consecutive rows.
+/// The graph of one piece: consecutive rows, the first of which is row `first`.
 struct Graph<'a> {
     first: usize,
-    graph: Hnsw<Row<'a>>,
-    /// The place of each of the graph's own numbers in the piece.
-    places: Vec<u32>,
+    graph: Hnsw<GraphRow<'a>>,
+    /// Maps the graph's own ids to positions in the piece.
+    positions: Vec<u32>,
 }
 
 impl<'a> Graph<'a> {
     fn new(rows: &'a [f32], d: usize, first: usize, breadth: usize, seed: u64) -> Self {
-        let rows: Vec<Row> = rows.chunks(d).map(Row).collect();
-        let mut places = vec![0; rows.len()];
+        let rows: Vec<GraphRow> = rows.chunks(d).map(GraphRow).collect();
+        let mut positions = vec![0; rows.len()];
         let builder = Builder::default().ef_construction(breadth).ef_search(breadth).seed(seed);
         let (graph, ids) = builder.build_hnsw(rows);
-        for (place, id) in ids.into_iter().enumerate() {
-            places[id.into_inner() as usize] = place as u32;
+        for (position, id) in ids.into_iter().enumerate() {
+            positions[id.into_inner() as usize] = position as u32;
         }
-        Self { first, graph, places }
+        Self { first, graph, positions }
     }
 
-    /// Rows near `row`, which is row `own` of all, nearest first.
+    /// Returns up to `k` rows near `row`, nearest first, without row `own`, which is `row` itself.
     fn near(&self, row: &[f32], own: usize, k: usize, search: &mut Search) -> Vec<u32> {
-        let found = self.graph.search(&Row(row), search);
+        let found = self.graph.search(&GraphRow(row), search);
         let index =
-            found.map(|item| self.first as u32 + self.places[item.pid.into_inner() as usize]);
+            found.map(|item| self.first as u32 + self.positions[item.pid.into_inner() as usize]);
         index.filter(|&j| j as usize != own).take(k).collect()
     }
 }
 
-/// The graphs of all pieces, each built by one thread.
+/// Builds the graphs of all pieces, each on one thread.
 fn build(
     points: &[f32],
     d: usize,
@@ -144,7 +145,7 @@ fn build(
     let next = AtomicUsize::new(0);
     let graphs: Mutex<Vec<Graph>> = Mutex::new(vec![]);
     let work = || -> Result<()> {
-        // A pool of one thread, because a graph depends on the order its rows come in.
+        // One thread per graph, because a graph depends on the order in which rows are inserted.
         let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
         while let Some((i, rows)) = {
             let i = next.fetch_add(1, Ordering::Relaxed);
@@ -159,7 +160,7 @@ fn build(
         let threads = rayon::current_num_threads().min(pieces.len());
         let started: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         for thread in started {
-            thread.join().ok().context("a thread that built a graph panicked")??;
+            thread.join().ok().context("a thread panicked while building a graph")??;
         }
         Ok(())
     })?;
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
     use crate::nearest_neighbours;
 
-    /// Unit rows around a few directions.
+    /// Unit rows around ten random directions.
     fn rows(n: usize, d: usize) -> Vec<f32> {
         let mut random = stage::random::stream(4, "rows", &[]);
         let centres: Vec<f32> = (0..10 * d).map(|_| random.random::<f32>() - 0.5).collect();

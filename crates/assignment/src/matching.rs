@@ -1,10 +1,10 @@
-//! Two groupings of the same points: how often their clusters meet, and which belong together.
+//! Compares two groupings of the same points: counts shared points, and matches clusters one to one.
 
 use anyhow::{Result, ensure};
 use pathfinding::matrix::Matrix;
 use pathfinding::prelude::kuhn_munkres;
 
-/// How many points each pair of clusters of two groupings shares.
+/// The number of points that each pair of clusters of two groupings shares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contingency {
     /// Clusters of the first grouping.
@@ -38,10 +38,10 @@ impl Contingency {
         sums
     }
 
-    /// The one-to-one map from rows to columns that covers the most points (Hungarian algorithm).
+    /// Returns the one-to-one map from rows to columns that covers the most points (Hungarian
+    /// algorithm).
     ///
-    /// Where the counts differ, the rows (or columns) that are left over are matched with nothing:
-    /// `None`.
+    /// If there are more rows than columns, the surplus rows are `None`.
     pub fn best_map(&self) -> Vec<Option<u32>> {
         let width = self.columns.max(self.rows);
         let weights = Matrix::from_fn(self.rows, width, |(row, column)| {
@@ -52,13 +52,13 @@ impl Contingency {
     }
 }
 
-/// Counts how the clusters of two groupings meet: one pass over `first` and `second` `(N,)`.
+/// Counts the points that each pair of clusters of `first` and `second` `(N,)` shares.
 ///
 /// `rows` and `columns` are the numbers of clusters; clusters may be empty.
 ///
 /// # Errors
 ///
-/// The lengths differ, or an index lies outside; the message names the point.
+/// The lengths differ, or a cluster is out of range; the message names the point.
 pub fn contingency(
     first: &[u32],
     second: &[u32],
@@ -71,18 +71,21 @@ pub fn contingency(
         first.len(),
         second.len()
     );
-    ensure!(rows > 0 && columns > 0, "contingency: {rows} × {columns} clusters; at least one each");
+    ensure!(
+        rows > 0 && columns > 0,
+        "contingency: {rows} × {columns} clusters; each grouping needs at least one"
+    );
     ensure!(
         u32::try_from(first.len()).is_ok(),
-        "contingency: {} points are more than can be counted",
+        "contingency: {} points; at most 2³² − 1 can be counted",
         first.len()
     );
     for (grouping, clusters) in [(first, rows), (second, columns)] {
-        // The largest first: that is one fast pass, and nearly always enough.
+        // The maximum is one fast pass; only an error needs the second one.
         if grouping.iter().max().is_some_and(|&largest| largest as usize >= clusters) {
             let i = grouping.iter().position(|&k| k as usize >= clusters).unwrap_or(0);
             anyhow::bail!(
-                "contingency: point {i} is in cluster {} of {clusters}; they count from 0",
+                "contingency: point {i} is in cluster {}, but there are {clusters} and they count from 0",
                 grouping[i]
             );
         }
@@ -94,9 +97,9 @@ pub fn contingency(
     Ok(Contingency { rows, columns, counts })
 }
 
-/// The numbering of `old` for the clusters of `new`: `map[new cluster] = old cluster`.
+/// Returns the map from the clusters of `new` to those of `old`: `map[new cluster] = old cluster`.
 ///
-/// The permutation of `0..k` under which the two groupings `(N,)` agree on the most points
+/// It is the permutation of `0..k` under which the two groupings `(N,)` agree on the most points
 /// (Hungarian algorithm).
 ///
 /// # Errors

@@ -1,9 +1,9 @@
 //! Exact nearest neighbours by inner product.
 //!
-//! The products of all pairs are made once each, a tile at a time and approximately
-//! ([`kernels::similarity`]), and serve both rows of the pair. A row keeps the others that may be
-//! among its best, as far as the proven bound on a product can tell; at the end these few are
-//! compared in `f64`. So the result is that of `f64` products of all pairs.
+//! The product of each pair is computed once for both rows, approximately and a tile at a time
+//! ([`kernels::similarity`]). Each row keeps a shortlist: the rows that may be among its nearest,
+//! given the proven bound on the error of a product. At the end the few on the shortlist are
+//! compared in `f64`, so the result equals that of `f64` products of all pairs.
 
 use std::cmp::Ordering;
 use std::sync::Mutex;
@@ -17,25 +17,27 @@ use rayon::prelude::*;
 
 use crate::points;
 
-/// The `k` nearest other rows of each row of `points` `(N, D)`: those of highest inner product.
+/// Finds the `k` other rows of highest inner product for each row of `points` `(N, D)`.
 ///
-/// Rows of unit length make this the cosine. A row is not its own neighbour; equal products (in
-/// `f64`) are ordered by index. Returns `(N, k)` indices, nearest first.
+/// For rows of unit length the inner product is the cosine. A row is not its own neighbour. Equal
+/// products (in `f64`) are ordered by index. Returns `(N, k)` indices, nearest first.
 ///
 /// # Errors
 ///
-/// The points are no `(n, d)` matrix of finite numbers (the row is named), or there are not `k`
-/// other rows.
+/// `points` is not an `(n, d)` matrix of finite numbers (the message names the row), or there are
+/// fewer than `k` other rows.
 pub fn nearest_neighbours(points: &[f32], n: usize, d: usize, k: usize) -> Result<Vec<u32>> {
     search(points, n, d, k, false, None)
 }
 
-/// [`nearest_neighbours`] among all rows, the row itself included: its place is that of its
-/// product, which for rows of unit length is the first, save for equals of lower index.
+/// [`nearest_neighbours`] among all rows, including the row itself.
+///
+/// The row itself is ordered by its product like any other. For rows of unit length it comes first,
+/// unless an equal row has a lower index.
 ///
 /// # Errors
 ///
-/// As [`nearest_neighbours`], with `k` rows in all.
+/// Those of [`nearest_neighbours`], for `k` rows in all.
 pub fn nearest_neighbours_and_self(
     points: &[f32],
     n: usize,
@@ -61,7 +63,7 @@ fn search(
     );
     ensure!(
         u32::try_from(n).is_ok(),
-        "nearest_neighbours: {n} points are more than can be indexed"
+        "nearest_neighbours: {n} points; at most 2³² − 1 can be indexed"
     );
     if k == 0 {
         return Ok(vec![]);
@@ -71,8 +73,8 @@ fn search(
     let groups = Groups::new(&rows, &[]);
     let bound = Bound::new(&rows, 0.);
     let search = Search { points, d, k, and_self, rows, groups, bound };
-    // Small enough that both sides of a pair of blocks stay in the cache, and for all threads to
-    // have work; the result does not depend on it.
+    // Both blocks of a pair fit into the cache, and all threads have work. The result does not depend
+    // on it.
     let block = (n / 16).clamp(1, 40 * LANES).next_multiple_of(LANES);
     let blocks: Vec<Mutex<Block>> = (0..n.div_ceil(block))
         .map(|b| Mutex::new(Block::new(b * block, block.min(n - b * block), k)))
@@ -94,11 +96,11 @@ fn search(
     neighbours.par_chunks_mut(block * k).zip(&blocks).for_each(|(neighbours, block)| {
         let mut block = lock(block);
         let first = block.first;
-        for (i, (neighbours, candidates)) in
-            neighbours.chunks_mut(k).zip(&mut block.candidates).enumerate()
+        for (i, (neighbours, shortlist)) in
+            neighbours.chunks_mut(k).zip(&mut block.shortlists).enumerate()
         {
-            search.settle(first + i, candidates);
-            neighbours.iter_mut().zip(&candidates.best).for_each(|(to, from)| *to = from.1);
+            search.resolve(first + i, shortlist);
+            neighbours.iter_mut().zip(&shortlist.exact).for_each(|(to, from)| *to = from.1);
         }
     });
     Ok(neighbours)
@@ -108,7 +110,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().expect("no thread panics while it compares")
 }
 
-/// Every pair of blocks once, in rounds whose pairs share no block (the circle method).
+/// Returns every pair of blocks once, in rounds whose pairs share no block (the circle method).
 fn rounds(blocks: usize) -> Vec<Vec<(usize, usize)>> {
     let mut rounds = vec![(0..blocks).map(|b| (b, b)).collect::<Vec<_>>()];
     let seats = blocks.next_multiple_of(2);
@@ -121,13 +123,13 @@ fn rounds(blocks: usize) -> Vec<Vec<(usize, usize)>> {
     rounds
 }
 
-/// The precision that leaves the least to do: rounding to bytes is fast, but where many rows are
-/// nearly as near as the `k`-th, it leaves too many of them to be compared exactly.
+/// Estimates which precision is faster. Rounding to bytes is fast, but if many rows are almost as
+/// near as the `k`-th, too many of them remain to be compared exactly.
 fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
     if Precision::fastest() == Precision::Floats || n < 4 * LANES {
         return Precision::Floats;
     }
-    // A sample of rows against a larger one, both spread over all.
+    // Compares a sample of rows with a larger one, both spread over all rows.
     let sample = |count: usize| -> Vec<f32> {
         let step = (n / count).max(1);
         points.chunks(d).step_by(step).take(count).flatten().copied().collect()
@@ -158,12 +160,12 @@ fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
         }
     }
     let exact = left as f64 / queries.len() as f64 / share;
-    // Screening by bytes saves three quarters of half the products; an exact product of rows that
-    // lie anywhere in memory costs about as much as 30 screened ones.
+    // Screening by bytes saves three quarters of half the products. An exact product of rows at
+    // random addresses costs about as much as 30 screened ones.
     if 30. * exact < 0.75 * n as f64 / 2. * 4. { Precision::Bytes } else { Precision::Floats }
 }
 
-/// What all tasks share.
+/// The input that all tasks share.
 struct Search<'a> {
     points: &'a [f32],
     d: usize,
@@ -174,11 +176,12 @@ struct Search<'a> {
     bound: Bound,
 }
 
-/// Consecutive rows and what they have found.
+/// Consecutive rows, the first of which is row `first`, and the shortlist of each.
 struct Block {
     first: usize,
-    candidates: Vec<Candidates>,
-    /// The candidates' thresholds, padded with infinity to whole panels.
+    shortlists: Vec<Shortlist>,
+    /// The product that a row must reach to enter each shortlist, padded with infinity to whole
+    /// panels.
     thresholds: Vec<f32>,
 }
 
@@ -186,34 +189,35 @@ impl Block {
     fn new(first: usize, len: usize, k: usize) -> Self {
         let mut thresholds = vec![f32::NEG_INFINITY; len];
         thresholds.resize(len.next_multiple_of(LANES), f32::INFINITY);
-        Self { first, candidates: (0..len).map(|_| Candidates::new(k)).collect(), thresholds }
+        Self { first, shortlists: (0..len).map(|_| Shortlist::new(k)).collect(), thresholds }
     }
 }
 
-/// Rows that may be among the best of one row.
-struct Candidates {
-    /// The best so far by exact product, nearest first; found only when there is need.
-    best: Vec<(f64, u32)>,
-    /// The others that may be: approximate product and index.
-    open: Vec<(f32, u32)>,
-    /// How many of these to keep before thinning them out.
-    room: usize,
+/// Rows that may be among the nearest of one row.
+struct Shortlist {
+    /// The best so far by exact product, nearest first. Empty until exact products are needed.
+    exact: Vec<(f64, u32)>,
+    /// The others: approximate product and index.
+    approximate: Vec<(f32, u32)>,
+    /// Length of `approximate` at which it is thinned out.
+    capacity: usize,
 }
 
-impl Candidates {
+impl Shortlist {
     fn new(k: usize) -> Self {
-        Self { best: vec![], open: vec![], room: 4 * k + 16 }
+        Self { exact: vec![], approximate: vec![], capacity: 4 * k + 16 }
     }
 }
 
-/// The higher product first, equals by index.
+/// Orders by falling product, equal products by index.
 fn nearer<T: PartialOrd>(a: &(T, u32), b: &(T, u32)) -> Ordering {
     // Products are finite, so they can be compared.
     b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
 }
 
 impl Search<'_> {
-    /// Compares all rows of one block with all of another, for both; or with itself.
+    /// Compares all rows of a block with all rows of another, or with its own, and updates the
+    /// shortlists of both.
     fn compare(
         &self,
         lanes: &mut Block,
@@ -221,10 +225,10 @@ impl Search<'_> {
         panel: &mut Panel,
         tile: &mut Tile,
     ) {
-        let (first, len) = (lanes.first, lanes.candidates.len());
+        let (first, len) = (lanes.first, lanes.shortlists.len());
         let mut other = other;
         let (other_first, other_len) =
-            other.as_ref().map_or((first, len), |b| (b.first, b.candidates.len()));
+            other.as_ref().map_or((first, len), |b| (b.first, b.shortlists.len()));
         for start in (0..len).step_by(LANES) {
             let count = LANES.min(len - start);
             panel.fill(&self.rows, first + start..first + start + count);
@@ -238,7 +242,7 @@ impl Search<'_> {
         }
     }
 
-    /// Offers the group's rows, which begin at row `from`, to the lanes.
+    /// Offers the rows of the tile's group, from row `from` on, to the shortlists of the lanes.
     fn offer_group(&self, block: &mut Block, start: usize, tile: &Tile, from: usize) {
         let thresholds: &[f32; LANES] =
             block.thresholds[start..].first_chunk().expect("padded to whole panels");
@@ -247,7 +251,7 @@ impl Search<'_> {
             let lane = hits.trailing_zeros() as usize;
             hits &= hits - 1;
             for j in 0..GROUP {
-                // The rows that fill the last group have a product of −∞.
+                // The padding rows of the last group have the product −∞.
                 let value = tile.row(j)[lane];
                 if value > f32::NEG_INFINITY && value >= block.thresholds[start + lane] {
                     self.offer(block, start + lane, value, from + j);
@@ -256,7 +260,7 @@ impl Search<'_> {
         }
     }
 
-    /// Offers the lanes' rows, `count` from row `from` on, to the group.
+    /// Offers the rows of the lanes, `count` from row `from` on, to the shortlists of the group.
     fn offer_lanes(&self, block: &mut Block, start: usize, tile: &Tile, from: usize, count: usize) {
         let thresholds = block.thresholds[start..].first_chunk().expect("padded to whole panels");
         let mut hits = rows_reached(tile, thresholds);
@@ -271,66 +275,68 @@ impl Search<'_> {
         }
     }
 
-    fn offer(&self, block: &mut Block, place: usize, value: f32, row: usize) {
-        let own = block.first + place;
+    /// Adds `row` to a shortlist, unless it is the row that the shortlist belongs to.
+    fn offer(&self, block: &mut Block, position: usize, value: f32, row: usize) {
+        let own = block.first + position;
         if own == row && !self.and_self {
             return;
         }
-        let candidates = &mut block.candidates[place];
-        candidates.open.push((value, row as u32));
-        if candidates.open.len() >= candidates.room {
-            block.thresholds[place] = self.thin_out(own, candidates);
+        let shortlist = &mut block.shortlists[position];
+        shortlist.approximate.push((value, row as u32));
+        if shortlist.approximate.len() >= shortlist.capacity {
+            block.thresholds[position] = self.thin_out(own, shortlist);
         }
     }
 
-    /// What a product of this row can be off, from above.
+    /// Upper bound on the error of an approximate product of this row.
     fn error(&self, own: usize) -> f64 {
         f64::from(self.bound.of(self.rows.extents[own])) * (1. + 1e-6)
     }
 
-    /// Drops the candidates that cannot be among the best, and returns the product that a new one
-    /// must reach.
-    fn thin_out(&self, own: usize, candidates: &mut Candidates) -> f32 {
-        if candidates.best.is_empty() {
-            let (_, &mut (kth, _), _) = candidates.open.select_nth_unstable_by(self.k - 1, nearer);
-            // The k-th best is at least `kth − error`; what reaches that may seem another error less.
+    /// Drops rows that cannot be among the nearest, and returns the product that a new one must
+    /// reach.
+    fn thin_out(&self, own: usize, shortlist: &mut Shortlist) -> f32 {
+        if shortlist.exact.is_empty() {
+            let (_, &mut (kth, _), _) =
+                shortlist.approximate.select_nth_unstable_by(self.k - 1, nearer);
+            // The k-th best is at least `kth − error`, and looks at most one more error smaller.
             let least = below(f64::from(kth) - 2. * self.error(own));
-            candidates.open.retain(|&(value, _)| value >= least);
-            let left = candidates.open.len();
+            shortlist.approximate.retain(|&(value, _)| value >= least);
+            let left = shortlist.approximate.len();
             if left <= 16 * self.k + 256 {
-                candidates.room = candidates.room.max(2 * left);
+                shortlist.capacity = shortlist.capacity.max(2 * left);
                 return least;
             }
         }
-        // Too many alike: from now on the best are kept exactly.
-        self.settle(own, candidates);
-        candidates.room = 8 * self.k + 128;
-        below(candidates.best[self.k - 1].0 - self.error(own))
+        // Too many similar products: from now on keep the nearest by exact product.
+        self.resolve(own, shortlist);
+        shortlist.capacity = 8 * self.k + 128;
+        below(shortlist.exact[self.k - 1].0 - self.error(own))
     }
 
-    /// Finds the `k` best by exact products.
-    fn settle(&self, own: usize, candidates: &mut Candidates) {
+    /// Moves the `k` best to `exact`, and clears the others.
+    fn resolve(&self, own: usize, shortlist: &mut Shortlist) {
         let row = |i: usize| &self.points[i * self.d..][..self.d];
         let error = self.error(own);
-        let Candidates { best, open, .. } = candidates;
-        // The most promising first, so that the rest can be left as soon as none can follow.
-        open.sort_unstable_by(nearer);
-        for &(value, i) in &*open {
-            if best.len() == self.k && f64::from(value) + error < best[self.k - 1].0 {
+        let Shortlist { exact, approximate, .. } = shortlist;
+        // By falling approximate product, so that the loop can end early.
+        approximate.sort_unstable_by(nearer);
+        for &(value, i) in &*approximate {
+            if exact.len() == self.k && f64::from(value) + error < exact[self.k - 1].0 {
                 break;
             }
             let candidate = (product(row(own), row(i as usize)), i);
-            let place = best.partition_point(|other| nearer(other, &candidate).is_lt());
-            if place < self.k {
-                best.truncate(self.k - 1);
-                best.insert(place, candidate);
+            let rank = exact.partition_point(|other| nearer(other, &candidate).is_lt());
+            if rank < self.k {
+                exact.truncate(self.k - 1);
+                exact.insert(rank, candidate);
             }
         }
-        open.clear();
+        approximate.clear();
     }
 }
 
-/// A number of `f32` that is not above `x`.
+/// Rounds down to `f32`.
 fn below(x: f64) -> f32 {
     let rounded = x as f32;
     if f64::from(rounded) > x { rounded.next_down() } else { rounded }
@@ -342,7 +348,7 @@ mod tests {
 
     use super::*;
 
-    /// All pairs in `f64`.
+    /// Compares all pairs in `f64`.
     fn plain(points: &[f32], d: usize, k: usize, and_self: bool) -> Vec<u32> {
         let mut neighbours = vec![];
         for (i, row) in points.chunks(d).enumerate() {
@@ -366,7 +372,7 @@ mod tests {
     fn neighbours_are_those_of_all_pairs() -> Result<()> {
         for precision in [Precision::Bytes, Precision::Floats] {
             for (n, d, k) in [(1000, 24, 20), (777, 5, 3), (50, 3, 49), (2, 1, 1), (130, 70, 1)] {
-                // Spread out; then so close together that rounding to bytes leaves all open.
+                // Spread out; then so close together that rounding to bytes decides nothing.
                 for spread in [2., 1e-3] {
                     let points = random_rows(n, d, spread);
                     for and_self in [false, true] {
@@ -381,9 +387,9 @@ mod tests {
     }
 
     #[test]
-    fn near_ties_are_told_apart_and_ties_go_by_index() -> Result<()> {
-        // Rows that differ in the last bit of one number, in their order or not at all; a few are
-        // zero, and a few so long or short that the others vanish beside them.
+    fn near_ties_are_resolved_and_ties_go_by_index() -> Result<()> {
+        // Rows that differ in the last bit of one number, in the order of two numbers or not at all. A
+        // few are zero, and a few are very long or very short.
         let (n, d) = (900, 19);
         let mut random = stage::random::stream(2, "ties", &[]);
         let row: Vec<f32> = (0..d).map(|_| random.random::<f32>() - 0.3).collect();

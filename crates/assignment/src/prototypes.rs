@@ -1,18 +1,19 @@
-//! What the members of each cluster look like in the middle.
+//! The unit-length mean of each cluster.
 
 use anyhow::{Result, ensure};
 
-/// Unit-length weighted means of the rows of each cluster: `c_k = n(Σ_{i: y_i=k} w_i x_i / Σ w_i)`.
+/// Computes the weighted mean of the rows of each cluster, scaled to unit length:
+/// `c_k = n(Σ_{i: y_i=k} w_i x_i / Σ w_i)` with `n(x) = x / ‖x‖`.
 ///
-/// - `points`: `(N, D)` row-major, of unit length as a rule.
+/// - `points`: `(N, D)` row-major, usually of unit length.
 /// - `assignment`: cluster of each point, `(N,)`.
-/// - `weights`: `(N,)`, at least 0; a point of weight 0 has no part.
+/// - `weights`: `(N,)`, at least 0; a point of weight 0 is ignored.
 ///
-/// Returns `(K, D)`; a cluster whose mean is zero, for want of weight, has a row of zeros.
+/// Returns `(K, D)`. A cluster without weight has a row of zeros.
 ///
 /// # Errors
 ///
-/// The lengths do not fit, or a cluster is not below `clusters`.
+/// The lengths contradict each other, or a cluster is not below `clusters`.
 pub fn prototypes(
     points: &[f32],
     d: usize,
@@ -30,7 +31,7 @@ pub fn prototypes(
     let mut sums = vec![0f64; clusters * d];
     for ((row, &cluster), &weight) in points.chunks_exact(d).zip(assignment).zip(weights) {
         let k = cluster as usize;
-        ensure!(k < clusters, "prototypes: a point lies in cluster {k}, but there are {clusters}");
+        ensure!(k < clusters, "prototypes: a point is in cluster {k}, but there are {clusters}");
         for (sum, &x) in sums[k * d..(k + 1) * d].iter_mut().zip(row) {
             *sum += f64::from(weight) * f64::from(x);
         }
@@ -58,14 +59,14 @@ mod tests {
         for (got, want) in got.iter().zip(want) {
             assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
         }
-        // Weights count relative to each other, and a point without weight not at all.
+        // A common factor of the weights changes nothing, and neither does a point of weight 0.
         assert_eq!(got, prototypes(&points, 2, &[1, 1, 1], &[1., 2., 2.], 3)?);
         assert_eq!(prototypes(&points, 2, &[0, 1, 1], &[1., 1., 0.], 2)?, [1., 0., 0., 1.]);
         Ok(())
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn contradicting_lengths_are_refused() {
         assert!(prototypes(&[1., 0.], 2, &[0, 0], &[1., 1.], 1).is_err());
         assert!(prototypes(&[1., 0.], 2, &[1], &[1.], 1).is_err());
         assert!(prototypes(&[1., 0.], 2, &[0], &[], 1).is_err());

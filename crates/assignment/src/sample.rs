@@ -1,13 +1,13 @@
-//! Some of many, each set of them as likely as another.
+//! Random samples without repetition.
 
 use std::collections::BTreeSet;
 
 use rand::{Rng, RngExt};
 
-/// `count` of the numbers below `n`, ascending, without repetition; all if there are no more.
+/// Draws `count` different numbers below `n`, in ascending order; all of them if `n <= count`.
 ///
-/// Floyd's algorithm (Bentley and Floyd 1987): every subset is as likely as another, and the time
-/// grows with `count` alone.
+/// Floyd's algorithm (Bentley and Floyd 1987): all subsets are equally likely, and the time depends
+/// on `count` only.
 pub fn sample(n: usize, count: usize, random: &mut impl Rng) -> Vec<usize> {
     if count >= n {
         return (0..n).collect();

@@ -1,8 +1,9 @@
-//! Where k-means begins: greedy k-means++.
+//! The first centres of k-means: greedy k-means++.
 //!
-//! All restarts take their steps together, so that the points are read once for the candidates of
-//! all of them. A candidate matters only to points that it is nearer to than their centre; tiles of
-//! approximate products with proven bounds ([`kernels::similarity`]) say which those may be.
+//! All restarts advance together, so that each step reads the points once for the candidates of all
+//! restarts. A candidate matters only to points that it is nearer to than their centre. Tiles of
+//! approximate products with proven bounds ([`kernels::similarity`]) find the points that it may be
+//! nearer to.
 
 use kernels::similarity::{
     Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
@@ -13,31 +14,31 @@ use rayon::prelude::*;
 
 use crate::lloyd::Points;
 
-/// Points of one part of the distances' sum: parts follow from the shape alone.
+/// Points of one partial sum of the distances. Depends on the shape alone.
 const PART: usize = 16 * LANES;
 
-/// Candidates that each new centre is chosen from: `2 + ⌊ln K⌋`.
+/// Number of candidates for each new centre: `2 + ⌊ln K⌋`.
 pub fn candidates(clusters: usize) -> usize {
     2 + (clusters as f64).ln() as usize
 }
 
-/// Restarts that may step together without holding more than about 300 MB.
+/// Number of restarts that can advance together within about 300 MB.
 pub fn together(n: usize, clusters: usize) -> usize {
     ((1 << 25) / (n * candidates(clusters))).max(1)
 }
 
-/// The precision that suits the number of clusters: with few, a candidate is nearer to so many
-/// points that it is best to have its distance from all of them.
+/// Returns the faster precision. With few clusters a candidate is nearer to so many points that its
+/// distance from all of them is needed anyway, which floats give directly.
 pub fn precision(clusters: usize) -> Precision {
     if clusters <= 16 { Precision::Floats } else { Precision::fastest() }
 }
 
-/// For each generator, `K` points as centres: Arthur and Vassilvitskii 2007, greedy variant.
+/// Chooses `K` points as centres for each generator: Arthur and Vassilvitskii 2007, greedy variant.
 ///
-/// The first is drawn uniformly. Each further one is the best of [`candidates`] points drawn in
-/// proportion to their squared distance from the centres so far: that which leaves the smallest sum
-/// of these distances. Where all points lie on a centre, the draw is uniform. With `weights`, each
-/// point counts by its weight, in draws and sums alike.
+/// The first centre is drawn uniformly. For each further one, [`candidates`] points are drawn in
+/// proportion to their squared distance from the nearest centre so far, and the one that leaves the
+/// smallest sum of these distances is taken. If all points lie on centres, the draw is uniform.
+/// Weights multiply the probability of a point and its distance.
 pub fn greedy_k_means_plus_plus(
     points: &Points,
     weights: Option<&[f32]>,
@@ -54,11 +55,11 @@ pub fn greedy_k_means_plus_plus(
         for (r, restart) in restarts.iter_mut().enumerate() {
             let gain = |c: usize| parts.iter().map(|part| part[r * count + c].gain).sum::<f64>();
             let gains: Vec<f64> = (0..count).map(gain).collect();
-            // The most gained leaves the least; the first of equals.
+            // The largest gain leaves the smallest sum; the first of equals.
             let best = (1..count).fold(0, |best, c| if gains[c] > gains[best] { c } else { best });
             let chosen = r * count + best;
             restart.centres.push(drawn[chosen]);
-            restart.take(parts.iter().map(|part| &part[chosen]));
+            restart.add_centre(parts.iter().map(|part| &part[chosen]));
         }
     }
     let rows =
@@ -66,14 +67,14 @@ pub fn greedy_k_means_plus_plus(
     restarts.iter().map(rows).collect()
 }
 
-/// One restart on its way.
+/// The state of one restart.
 struct Restart<'a> {
     random: &'a mut ChaCha8Rng,
     weights: Option<&'a [f32]>,
     centres: Vec<usize>,
-    /// Each point's squared distance from the nearest centre.
+    /// Squared distance of each point from the nearest centre so far.
     nearest: Vec<f32>,
-    /// Their weighted sums by part.
+    /// The weighted sum of these distances over each part.
     parts: Vec<f64>,
 }
 
@@ -91,8 +92,8 @@ impl<'a> Restart<'a> {
         weight(self.weights, i)
     }
 
-    /// Makes a candidate a centre, from what it means to each part.
-    fn take<'b>(&mut self, offers: impl Iterator<Item = &'b Offer>) {
+    /// Makes a candidate a centre, given its offer to each part.
+    fn add_centre<'b>(&mut self, offers: impl Iterator<Item = &'b Offer>) {
         let weights = self.weights;
         for (part, ((offer, nearest), sum)) in
             offers.zip(self.nearest.chunks_mut(PART)).zip(&mut self.parts).enumerate()
@@ -109,16 +110,16 @@ impl<'a> Restart<'a> {
     }
 }
 
-/// What a candidate means to a part.
+/// The effect that a candidate would have on a part.
 #[derive(Clone, Default)]
 struct Offer {
-    /// The points it is nearer to than their centre, by place in the part, with the squared distance.
+    /// The points that it is nearer to than their centre: index in the part, and squared distance.
     nearer: Vec<(u16, f32)>,
-    /// By how much the sum of distances would fall.
+    /// Decrease of the sum of distances.
     gain: f64,
 }
 
-/// Every part's offers by the candidates, `count` of each restart.
+/// Computes the offer of every candidate, `count` per restart, to every part.
 fn offer(points: &Points, restarts: &[Restart], drawn: &[usize], count: usize) -> Vec<Vec<Offer>> {
     let (n, d, precision) = (points.squares.len(), points.d, points.rows.precision());
     let values: Vec<f32> = drawn.iter().flat_map(|&i| points.row(i)).copied().collect();
@@ -164,7 +165,7 @@ impl Candidates<'_, '_> {
         tile: &mut Tile,
         offers: &mut [Offer],
     ) {
-        // `‖x − c‖² < D` as `x·c − ‖c‖²/2 > (‖x‖² − D) / 2`, less what the product may be off.
+        // `‖x − c‖² < D` is `x·c − ‖c‖²/2 > (‖x‖² − D) / 2`; the error of the product is subtracted.
         let thresholds: Vec<[f32; LANES]> = restarts
             .iter()
             .map(|restart| {
@@ -198,7 +199,8 @@ impl Candidates<'_, '_> {
         }
     }
 
-    /// The squared distance of a point from a candidate; from the tile if that is of floats.
+    /// Returns the squared distance of a point from a candidate, from the tile's score if that is
+    /// accurate enough.
     fn distance(&self, i: usize, candidate: usize, score: f32) -> f32 {
         let other = self.drawn[candidate];
         let squares = self.points.squares[i];
@@ -217,7 +219,7 @@ fn weight(weights: Option<&[f32]>, i: usize) -> f64 {
     weights.map_or(1., |weights| f64::from(weights[i]))
 }
 
-/// A row drawn in proportion to its weighted distance.
+/// Draws a point in proportion to its weighted distance.
 fn draw(
     parts: &[f64],
     distances: &[f32],
@@ -225,7 +227,7 @@ fn draw(
     random: &mut ChaCha8Rng,
 ) -> usize {
     let total: f64 = parts.iter().sum();
-    // Before the first centre, and where all points lie on one.
+    // Before the first centre, and if all points lie on centres.
     if total <= 0. {
         return match weights {
             None => below(distances.len(), random),
@@ -246,8 +248,8 @@ fn draw(
     first_beyond(left, first, rows.map(|i| weight(weights, i) * f64::from(distances[i])))
 }
 
-/// The first place, from `first` on, where the sum of the sizes exceeds `left`; the last with a size
-/// if none does.
+/// Returns the first index, counted from `first`, at which the running sum of `sizes` exceeds `left`;
+/// the last one of a size above 0 if none does.
 fn first_beyond(mut left: f64, first: usize, sizes: impl Iterator<Item = f64>) -> usize {
     let mut last = first;
     for (i, size) in sizes.enumerate().filter(|&(_, size)| size > 0.) {
@@ -260,12 +262,12 @@ fn first_beyond(mut left: f64, first: usize, sizes: impl Iterator<Item = f64>) -
     last
 }
 
-/// A number in `[0, 1)`.
+/// Draws a number in `[0, 1)`.
 fn uniform(random: &mut ChaCha8Rng) -> f64 {
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// An index below `n`; the bias of rounding is below 2⁻⁵³ · n.
+/// Draws an index below `n`, with a bias below 2⁻⁵³ · n.
 fn below(n: usize, random: &mut ChaCha8Rng) -> usize {
     ((uniform(random) * n as f64) as usize).min(n - 1)
 }

@@ -1,21 +1,22 @@
-//! Sinkhorn-Knopp: soft assignments that use all clusters alike.
+//! Sinkhorn-Knopp: soft assignments with clusters of equal mass.
 
 use anyhow::{Result, bail, ensure};
 
-/// Soft assignments `(N, K)` from `scores` `(N, K)`: Caron et al. 2020 (arXiv:2006.09882), section 3.
+/// Computes soft assignments `(N, K)` from `scores` `(N, K)`: Caron et al. 2020 (arXiv:2006.09882),
+/// section 3.
 ///
-/// `Q = exp(scores / epsilon)`; then `rounds` times: each cluster is scaled to the same mass
-/// `1/K`, then each point to `1/N`. At last every row is scaled to sum to 1 exactly; the clusters'
-/// masses are equal only in the limit of many rounds.
+/// `Q = exp(scores / epsilon)`; then `rounds` times: each cluster is scaled to mass `1/K`, then each
+/// point to mass `1/N`. Finally every row is scaled to sum to 1. The masses of the clusters become
+/// equal only in the limit of many rounds.
 ///
-/// The largest score of all is subtracted before the exponential, which changes nothing but the
-/// range (one for each row would change the result of a few rounds). Only a point whose every score
-/// lies more than `600 epsilon` below is raised to that level, where it weighs nothing in the first
-/// sums either, so that it keeps its proportions.
+/// The largest of all scores is subtracted before the exponential, which only avoids overflow.
+/// (Subtracting the largest of each row would change the result of a few rounds.) A point whose
+/// scores are all more than `600 epsilon` below the largest is raised to that level, so that its
+/// values do not all underflow; its mass in the first sums is negligible either way.
 ///
 /// # Errors
 ///
-/// The scores are no `(n, k)` matrix of finite numbers, or `epsilon` is not above 0.
+/// `scores` is not an `(n, k)` matrix of finite numbers, or `epsilon` is not above 0.
 pub fn sinkhorn(
     scores: &[f64],
     n: usize,
@@ -25,16 +26,16 @@ pub fn sinkhorn(
 ) -> Result<Vec<f64>> {
     ensure!(
         k > 0 && n.checked_mul(k) == Some(scores.len()),
-        "sinkhorn: {n} points with {k} scores each make {n}·{k} numbers, but there are {}",
+        "sinkhorn: {n} points with {k} scores each need {n}·{k} numbers, but there are {}",
         scores.len()
     );
-    if let Some(place) = scores.iter().position(|score| !score.is_finite()) {
+    if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
         bail!(
-            "sinkhorn: row {} holds {} in column {}; only finite numbers can be compared: look at \
-             what computed this row",
-            place / k,
-            scores[place],
-            place % k
+            "sinkhorn: row {} holds {} in column {}; all numbers must be finite: look at what \
+             computed this row",
+            i / k,
+            scores[i],
+            i % k
         );
     }
     ensure!(
@@ -111,7 +112,7 @@ mod tests {
         for row in q.chunks(2) {
             assert!((row[0] + row[1] - 1.).abs() < 1e-12, "{q:?}");
         }
-        // The undecided point is all that the second cluster can have.
+        // Only the undecided point can go to the second cluster.
         for (q, want) in q.iter().zip([1., 0., 1., 0., 0., 1.]) {
             assert!((q - want).abs() < 1e-9, "{q} {want}");
         }
