@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 use toml::Value as Toml;
 
 use crate::cost::Cost;
-use crate::experiment::{self, Experiment};
 use crate::plan::{self, Arm, Plan};
 use crate::report::{Metrics, Scores, Statistic, aligned, statistic_json};
 use crate::run::Run;
 use crate::{Bench, Options, resolved};
+use stage::Experiment;
 
 /// Largest difference of a system's effort from the first one's, as a share.
 const TOLERANCE: f64 = 0.05;
@@ -157,7 +157,7 @@ fn systems(data_set: &str) -> Result<Vec<System>> {
     systems.push(open(data_set)?);
     for name in plan::systems() {
         let word = format!("{data_set}-{name}");
-        if Path::new(experiment::FOLDER).join(format!("{word}.toml")).exists() {
+        if Path::new(stage::FOLDER).join(format!("{word}.toml")).exists() {
             systems.push(open(&word)?);
         } else {
             tracing::warn!("there is no experiment `{word}`: {name} is left out");
@@ -170,7 +170,7 @@ fn systems(data_set: &str) -> Result<Vec<System>> {
 fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
     for table in ["data", "prepare"] {
         ensure!(
-            one.table(table) == other.table(table),
+            one.value(table) == other.value(table),
             "`{}` and `{}` have different tables `[{table}]`; only systems on one data set can be \
              compared",
             one.path.display(),
@@ -184,7 +184,7 @@ fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
 fn backbone(experiment: &Experiment) -> Vec<Toml> {
     let mut found = Vec::new();
     for place in plan::trained_places() {
-        let of_place = experiment.table(place).and_then(|table| table.get("backbone"));
+        let of_place = experiment.value(place).and_then(|table| table.get("backbone"));
         found.extend(of_place.filter(|backbone| !found.contains(backbone)));
     }
     found.into_iter().cloned().collect()
@@ -328,7 +328,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("example.toml");
         std::fs::write(&path, text).expect("written");
-        Experiment::open(path.to_str().expect("UTF-8")).expect("TOML")
+        Experiment::read(&path).expect("TOML")
     }
 
     const TEXT: &str = r#"

@@ -18,9 +18,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::experiment::Experiment;
 use crate::plan::{Step, table_of};
 use crate::programs::Program;
+use stage::Experiment;
 
 /// The name of a result: what it is, and a digest of everything it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,11 +52,11 @@ impl Key {
         surroundings: &Surroundings,
         inputs: BTreeMap<&str, String>,
     ) -> Self {
-        let table = |name: &str| serde_json::to_value(experiment.table(name)).unwrap_or_default();
+        let table = |name: &str| serde_json::to_value(experiment.value(name)).unwrap_or_default();
         let mut tables = BTreeMap::from([("data", table("data"))]);
         let name = table_of(&step.program);
         tables.insert(name, table(name));
-        if experiment.table(name).is_none() {
+        if !experiment.has_table(name) {
             // A foreign program may read the table of its place.
             tables.insert(&step.place, table(&step.place));
         }
@@ -205,7 +205,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("example.toml");
         fs::write(&path, text).expect("written");
-        Experiment::open(path.to_str().expect("UTF-8")).expect("TOML")
+        Experiment::read(&path).expect("TOML")
     }
 
     const TEXT: &str = "[data]\nclusters = 3\n[embed]\nviews = 8\n[clustering]\nheads = 6";

@@ -1,7 +1,7 @@
 //! `cargo xtask`: runs the stages of an experiment in order, and reports what they found.
 //!
-//! It starts programs and links none of them; a stage is whatever answers to the arguments. From
-//! the command line to the table: the [`experiment`] says everything but the seed; the [`plan`]
+//! It starts programs and links none of them but the contract, `stage`; a stage is whatever answers to the arguments. From
+//! the command line to the table: the [experiment](Experiment) says everything but the seed; the [`plan`]
 //! says which steps that makes and what each is given; the [`programs`] are built or found; the
 //! data are [`prepared`]; every step has a [`key`], under which its result is kept in the
 //! [`store`]; the [`run`] checks all steps and starts those that are not done; the [`report`] is
@@ -12,7 +12,6 @@ mod clusters;
 mod compare;
 mod cost;
 mod cuda_toolchain;
-mod experiment;
 mod finished;
 mod interrupt;
 mod key;
@@ -38,13 +37,13 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::experiment::Experiment;
 use crate::plan::{Arm, Plan};
 use crate::prepared::Prepared;
 use crate::programs::{PREPARE, Programs};
 use crate::report::{Metrics, Outcome, Report};
 use crate::run::Run;
 use crate::store::State;
+use stage::{Experiment, Library};
 
 /// Runs the experiments of this workspace.
 #[derive(Debug, Parser)]
@@ -280,15 +279,15 @@ fn go_to_root() -> Result<()> {
         .into_iter()
         .flatten()
         .map(|xtask| Path::new(&xtask).join(".."))
-        .find(|root| root.join(experiment::FOLDER).is_dir());
+        .find(|root| root.join(stage::FOLDER).is_dir());
     if let Some(root) = root {
         return env::set_current_dir(&root)
             .with_context(|| format!("going to `{}`", root.display()));
     }
     ensure!(
-        Path::new(experiment::FOLDER).is_dir(),
+        Path::new(stage::FOLDER).is_dir(),
         "there is no folder `{}` here; start this program in the folder that holds it",
-        experiment::FOLDER
+        stage::FOLDER
     );
     Ok(())
 }
@@ -371,10 +370,10 @@ fn stage(options: &Options, place: &str, round: Option<usize>) -> Result<()> {
 }
 
 fn list() -> Result<()> {
-    let names = programs::experiments(Path::new(experiment::FOLDER))?;
+    let names = Library::default().names()?;
     let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
     for name in names {
-        let experiment = Experiment::open(&name)?;
+        let experiment = Library::default().open(&name)?;
         println!("{name:width$}  {:8} {}", experiment.system()?, experiment.title()?);
     }
     Ok(())
@@ -382,7 +381,7 @@ fn list() -> Result<()> {
 
 /// The experiment with the values that the command line changes.
 fn resolved(experiment: &str, set: &[String]) -> Result<Experiment> {
-    let mut experiment = Experiment::open(experiment)?;
+    let mut experiment = Library::default().open(experiment)?;
     set.iter().try_for_each(|assignment| experiment.set(assignment))?;
     Ok(experiment)
 }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use anyhow::{Context, Result, bail};
 
-use crate::experiment::Experiment;
+use stage::Experiment;
 
 /// Where a step's input comes from, among the steps before it.
 #[derive(Debug, Clone, Copy)]
@@ -360,7 +360,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("example.toml");
         std::fs::write(&path, text).expect("written");
-        Experiment::open(path.to_str().expect("UTF-8")).expect("TOML")
+        Experiment::read(&path).expect("TOML")
     }
 
     fn names(plan: &Plan, arm: Arm) -> Vec<String> {

@@ -13,7 +13,6 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use toml::{Table, Value, toml};
 
-use crate::experiment::Experiment;
 use crate::finished::{Finished, Which, target};
 use crate::key::{self, Key};
 use crate::prepared::{self, Prepared};
@@ -21,6 +20,7 @@ use crate::programs::{PREPARE, Programs};
 use crate::report::Metrics;
 use crate::run::{Call, start};
 use crate::store::{self, DONE, State, Store};
+use stage::Experiment;
 
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
@@ -72,7 +72,7 @@ pub fn run(options: &Options) -> Result<()> {
             run.folder.display()
         )
     })?;
-    let learnt = Experiment::open(&file.to_string_lossy())?;
+    let learnt = Experiment::read(&file)?;
     let experiment = experiment(&learnt, &network.place, &options.images)?;
 
     let programs = match &options.which.programs {
@@ -142,7 +142,7 @@ pub fn run(options: &Options) -> Result<()> {
 /// - `place`: of the step that left the network.
 fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experiment> {
     let known = |table: &str, key: &str| {
-        let value = learnt.table(table).and_then(|table| table.get(key)).cloned();
+        let value = learnt.value(table).and_then(|table| table.get(key)).cloned();
         value.with_context(|| {
             format!("`{}` has no `{key}` in table `[{table}]`", learnt.path.display())
         })
@@ -239,7 +239,7 @@ mod tests {
         )?;
         let asked = experiment(&learnt, "pretraining", Path::new("/new/ones"))?;
         let value =
-            |table: &str, key: &str| asked.table(table).and_then(|table| table.get(key)).cloned();
+            |table: &str, key: &str| asked.value(table).and_then(|table| table.get(key)).cloned();
         assert_eq!(value("data", "clusters"), Some(7.into()));
         assert_eq!(value("prepare", "source"), Some("/new/ones".into()));
         assert_eq!(value("prepare", "channels"), Some(1.into()));
@@ -250,7 +250,7 @@ mod tests {
             "that of the crate in its place"
         );
         let asked = experiment(&learnt, "other", Path::new("x"))?;
-        let precision = asked.table("embed").and_then(|table| table.get("precision")).cloned();
+        let precision = asked.value("embed").and_then(|table| table.get("precision")).cloned();
         assert_eq!(precision, Some("f32".into()), "a foreign program has no table");
         assert!(experiment(&learnt, "none", Path::new("x")).is_err());
         Ok(())

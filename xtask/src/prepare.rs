@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf, absolute};
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::experiment::{self, Experiment};
 use crate::prepared::{self, Prepared};
 use crate::programs::{PREPARE, Programs};
 use crate::store;
+use stage::{Experiment, Library};
 
 /// The command line.
 #[derive(Debug, Args)]
@@ -77,14 +77,14 @@ impl Options {
 
     /// The experiment, and the source if it is another than the experiment's own.
     fn experiment(&self) -> Result<(Experiment, Option<PathBuf>)> {
-        let named = Path::new(experiment::FOLDER).join(format!("{}.toml", self.what));
+        let named = Path::new(stage::FOLDER).join(format!("{}.toml", self.what));
         if self.what.ends_with(".toml") || named.is_file() {
-            return Ok((Experiment::open(&self.what)?, self.images.clone()));
+            return Ok((Library::default().open(&self.what)?, self.images.clone()));
         }
         let is_path = self.what.contains(['/', '\\']);
         if !is_path {
             // The message says which experiments there are.
-            Experiment::open(&self.what).with_context(|| {
+            Library::default().open(&self.what).with_context(|| {
                 format!("`{}` is neither an experiment nor a folder or file", self.what)
             })?;
         }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf, absolute};
 use anyhow::Result;
 use serde_json::json;
 
-use crate::experiment::Experiment;
 use crate::key::{self, Key};
 use crate::programs::Program;
 use crate::run::start;
 use crate::store::{State, Store};
+use stage::Experiment;
 
 /// A source as it is seen from anywhere: a path made absolute, an address on the network as it is.
 pub fn absolute_source(source: &Path) -> Result<PathBuf> {
@@ -59,7 +59,7 @@ impl Prepared {
         };
         let record = json!({
             "version": program.version,
-            "table": experiment.table("prepare"),
+            "table": experiment.value("prepare"),
             "source": source,
             "state": key::state_of(&seen_of(&source))?,
         });

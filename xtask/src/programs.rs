@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -158,19 +157,4 @@ fn version_of(program: &Path, words: &[String]) -> Result<String> {
         bail!("`{} --version` does not say which algorithm it is", program.display());
     }
     Ok(line)
-}
-
-/// The experiments in `configs/`, sorted by name.
-pub fn experiments(folder: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    let entries =
-        fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))?;
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "toml") {
-            names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
-        }
-    }
-    names.sort();
-    Ok(names)
 }

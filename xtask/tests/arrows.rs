@@ -36,6 +36,7 @@ const ARROWS: [(&str, &[&str]); 24] = [
     (
         "assort",
         &[
+            "stage",
             "training",
             "prepare",
             "pretraining",
@@ -52,7 +53,7 @@ const ARROWS: [(&str, &[&str]); 24] = [
         ],
     ),
     // What starts programs links none of them.
-    ("xtask", &[]),
+    ("xtask", &["stage"]),
     ("tests", &[]),
 ];
 

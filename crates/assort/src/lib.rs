@@ -13,23 +13,20 @@ use std::env::{self, ArgsOs};
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-/// A stage's program: the command line in, the exit status out.
-type Program = fn(ArgsOs) -> ExitCode;
+use stage::Program;
 
-/// The stages, in the order they run in, and what tells of their results.
-const STAGES: [(&str, Program); 12] = [
-    ("prepare", prepare::program),
-    ("pretraining", pretraining::program),
-    ("embed", embed::program),
-    ("clustering", clustering::program),
-    ("prototype-refinement", prototype_refinement::program),
-    ("propos", propos::program),
-    ("secu", secu::program),
-    ("imc-swav", imc_swav::program),
-    ("icbpl", icbpl::program),
-    ("metrics", metrics::program),
-    ("predict", predict::program),
-    ("report", report::program),
+/// The stages, in the order they run in.
+const STAGES: [Program; 10] = [
+    Program::of::<pretraining::Pretraining>(),
+    Program::of::<embed::Embed>(),
+    Program::of::<clustering::Clustering>(),
+    Program::of::<prototype_refinement::PrototypeRefinement>(),
+    Program::of::<propos::ProPos>(),
+    Program::of::<secu::SeCu>(),
+    Program::of::<imc_swav::ImcSwav>(),
+    Program::of::<icbpl::Icbpl>(),
+    Program::of::<metrics::Metrics>(),
+    Program::of::<predict::Predict>(),
 ];
 
 /// The program: the command line `words` in, its own name first; the exit status out, that of the
@@ -45,8 +42,10 @@ pub fn program(mut words: ArgsOs) -> ExitCode {
     if stage == "gpu-check" {
         return gpu_check(words.nth(1));
     }
-    match (STAGES.iter().find(|(name, _)| *name == stage), stage.as_ref()) {
-        (Some((_, program)), _) => program(words),
+    match (STAGES.iter().find(|program| program.spec.name == stage), stage.as_ref()) {
+        (Some(program), _) => program.main(words),
+        (None, "prepare") => prepare::program(words),
+        (None, "report") => report::program(words),
         (None, "--help" | "-h" | "help") => {
             println!("{}", usage());
             ExitCode::SUCCESS
@@ -67,9 +66,9 @@ pub fn program(mut words: ArgsOs) -> ExitCode {
 }
 
 fn usage() -> String {
-    let names: Vec<&str> = STAGES.iter().map(|(name, _)| *name).collect();
+    let names: Vec<&str> = STAGES.iter().map(|program| program.spec.name).collect();
     format!(
-        "Usage: assort <stage> <arguments of the stage>\n\nStages: {}.\n\
+        "Usage: assort <stage> <arguments of the stage>\n\nStages: prepare, {}, report.\n\
          `assort <stage> --help` tells the arguments.\n\
          `assort gpu-check [DEVICE]` compares a device with the CPU: exit status 1 if they differ.\nThis program computes on {}.",
         names.join(", "),

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde_json::json;
 use stage::progress::Progress;
 use stage::random::stream;
-use stage::{Diverged, Interrupted, Stage};
+use stage::{Diverged, Job};
 use training::ops::softmax;
 
 use crate::head::{Head, Shape};
@@ -62,7 +62,7 @@ pub fn lowest_loss<'a>(
 ///
 /// # Errors
 ///
-/// A loss is not finite ([`Diverged`]), the user interrupts ([`Interrupted`]), the log cannot be
+/// A loss is not finite ([`Diverged`]), the user interrupts ([`stage::Interrupted`]), the log cannot be
 /// written, or the device fails.
 pub fn train(
     config: &Config,
@@ -70,13 +70,13 @@ pub fn train(
     kmeans_assignment: &[u32],
     neighbours: &[u32],
     previous: Option<&Previous>,
-    stage: &Stage,
+    job: &Job,
 ) -> Result<Vec<Candidate>> {
-    let shape = config.shape(&features, stage);
-    let device = training::network_device(stage.device)?;
+    let shape = config.shape(&features, job);
+    let device = training::network_device(job.device)?;
     let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
-    let steps = Steps::new(config, &embeddings, neighbours, stage);
-    let Networks { mut heads, continued } = first_networks(config, shape, previous, stage);
+    let steps = Steps::new(config, &embeddings, neighbours, job);
+    let Networks { mut heads, continued } = first_networks(config, shape, previous, job);
 
     // The first half learns the clusters of k-means.
     let labels = Tensor::new(kmeans_assignment, &device)?;
@@ -122,10 +122,10 @@ fn first_networks(
     config: &Config,
     shape: Shape,
     previous: Option<&Previous>,
-    stage: &Stage,
+    job: &Job,
 ) -> Networks {
     let mut heads: Vec<Head> = (0..config.heads as u64)
-        .map(|number| Head::random(shape, stage.seed, &[stage.round as u64, number]))
+        .map(|number| Head::random(shape, job.seed, &[job.round as u64, number]))
         .collect();
     let last = heads.len() - 1;
     match previous.and_then(|previous| previous.head.as_ref()) {
@@ -198,7 +198,7 @@ struct Draw {
 /// The steps of a phase: what is drawn, the update, the log.
 struct Steps<'a> {
     config: &'a Config,
-    stage: &'a Stage,
+    job: &'a Job,
     device: &'a Device,
     images: usize,
     view_count: usize,
@@ -212,13 +212,13 @@ impl<'a> Steps<'a> {
         config: &'a Config,
         embeddings: &'a UnitEmbeddings,
         neighbours: &'a [u32],
-        stage: &'a Stage,
+        job: &'a Job,
     ) -> Self {
         let images = embeddings.count();
         let batch_size = config.batch_size.min(images);
         Self {
             config,
-            stage,
+            job,
             device: embeddings.device(),
             images,
             view_count: embeddings.view_count,
@@ -247,9 +247,7 @@ impl<'a> Steps<'a> {
         for epoch in 0..epochs {
             let mut losses = Vec::new();
             for draw in &self.epoch(phase, epoch)? {
-                if self.stage.interrupted() {
-                    return Err(Interrupted.into());
-                }
+                self.job.interrupt.check()?;
                 let (embeddings, loss) = prepare(draw)?;
                 let of_step: Vec<Tensor> = learners
                     .par_iter_mut()
@@ -258,7 +256,7 @@ impl<'a> Steps<'a> {
                 losses.push(Tensor::stack(&of_step, 0)?);
             }
             let means = self.means(&losses, phase, epoch)?;
-            self.stage.log(&json!({ "phase": phase, "epoch": epoch, "losses": means }))?;
+            self.job.log(&json!({ "phase": phase, "epoch": epoch, "losses": means }))?;
             let lowest = means.iter().copied().fold(f64::INFINITY, f64::min);
             progress.step(&format!("lowest loss {lowest:.4}"));
         }
@@ -300,9 +298,9 @@ impl<'a> Steps<'a> {
 
     /// The draws of one epoch, a pure function of seed, round, phase and epoch.
     fn epoch(&self, phase: &str, epoch: usize) -> Result<Vec<Draw>> {
-        let counters = [self.stage.round as u64, epoch as u64];
+        let counters = [self.job.round as u64, epoch as u64];
         let purpose = format!("clustering {phase}");
-        let mut rng = stream(self.stage.seed, &purpose, &counters);
+        let mut rng = stream(self.job.seed, &purpose, &counters);
         let mut order: Vec<u32> = (0..self.images as u32).collect();
         order.shuffle(&mut rng);
         order.chunks_exact(self.batch_size).map(|images| self.draw(images, &mut rng)).collect()

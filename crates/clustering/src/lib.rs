@@ -23,26 +23,15 @@ pub mod learner;
 pub mod loss;
 pub mod reliability;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::{Context, Result, bail, ensure};
 use assignment::{KMeans, Metric};
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use stage::{Diverged, Stage};
+use stage::{Diverged, Effort, Job, Origin, Output, Role, Spec, Stage};
 
 use crate::fit::{Candidate, lowest_loss};
 use crate::head::{Head, Shape};
-
-/// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 2;
-
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("clustering", ALGORITHM, check, run, words)
-}
 
 /// The table `[clustering]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -91,113 +80,131 @@ pub enum KMeansMetric {
     Euclidean,
 }
 
-/// What is found wrong in the table before anything runs.
-///
-/// # Errors
-///
-/// A value out of its range; the message names the key.
-pub fn check(config: &Config, stage: &Stage) -> Result<()> {
-    let at_least_1 = [
-        ("hidden", config.hidden),
-        ("kmeans-restarts", config.kmeans_restarts),
-        ("kmeans-iterations", config.kmeans_iterations),
-        ("batch-size", config.batch_size),
-    ];
-    for (key, value) in at_least_1 {
-        ensure!(value >= 1, "clustering.{key} must be at least 1");
-    }
-    ensure!(
-        config.learning_rate > 0.0 && config.learning_rate.is_finite(),
-        "clustering.learning-rate must be a number above 0, not {}",
-        config.learning_rate
-    );
-    ensure!(
-        config.entropy_weight >= 0.0 && config.entropy_weight.is_finite(),
-        "clustering.entropy-weight must be 0 or a number above, not {}",
-        config.entropy_weight
-    );
-    match config.reliability()? {
-        Reliability::Share(shares) => ensure!(
-            shares.iter().all(|share| *share > 0.0 && *share <= 1.0),
-            "clustering.reliable-share must be two shares above 0 and at most 1, not {shares:?}"
-        ),
-        Reliability::Confidence(threshold) => ensure!(
-            (0.0..1.0).contains(&threshold),
-            "clustering.reliable-confidence must be at least 0 and below 1, not {threshold}"
-        ),
-    }
-    training::network_device(stage.device).map(|_| ())
-}
+/// The stage: see the documentation of the crate.
+pub struct Clustering;
 
-/// Files in, files out: reads the embeddings and the last round, clusters, writes the pseudo-labels
-/// and the head.
-///
-/// # Errors
-///
-/// An input is missing, broken or of another data set; the clusters collapse into one or the loss
-/// leaves the finite numbers ([`Diverged`]); the user interrupts ([`stage::Interrupted`]).
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let embeddings = Embeddings::open(&stage.input("embeddings")?.join(EMBEDDINGS))?;
-    embeddings.data_set.require(images.data_set(), "embed these images again")?;
-    let rows = images.rows(&stage.data.score_on);
-    ensure!(
-        embeddings.index == rows,
-        "`{}` has {} embeddings but {} images are to be scored; embed again",
-        embeddings.data_set.path.display(),
-        embeddings.index.len(),
-        rows.len()
-    );
-    let (data_set, index) = (embeddings.data_set.clone(), embeddings.index.clone());
-    let projection_width = embeddings.projection_width;
-    let features = Features::from(embeddings);
-    let previous = match stage.optional_input("previous") {
-        Some(folder) => {
-            let labels = PseudoLabels::open(&folder.join(PSEUDO_LABELS))?;
-            labels.data_set.require(&data_set, "start the rounds again from one data set")?;
-            labels.require_clusters(stage.data.clusters)?;
-            ensure!(
-                labels.index == index,
-                "`{}` has {} assignments but {} images are to be scored; start the rounds again \
-                 with one `score-on`",
-                labels.data_set.path.display(),
-                labels.index.len(),
-                index.len()
-            );
-            let head = (config.heads > 0)
-                .then(|| Head::read(folder, config.shape(&features, stage)))
-                .transpose()?;
-            Some(Previous { assignment: labels.assignment, head })
-        }
-        None => None,
+impl Stage for Clustering {
+    const SPEC: Spec = Spec {
+        name: "clustering",
+        algorithm: 2,
+        inputs: &[
+            Role::new("embeddings", Origin::Embeddings),
+            Role::new("previous", Origin::PreviousRound),
+        ],
+        outputs: &[Output::PseudoLabels],
     };
+    type Config = Config;
 
-    let clusters = cluster(config, features, previous.as_ref(), stage)?;
-
-    match &clusters.head {
-        Some(head) => head.write(&stage.out)?,
-        None => {
-            let metric = match config.kmeans_metric {
-                KMeansMetric::Spherical => "spherical",
-                KMeansMetric::Euclidean => "euclidean",
-            };
-            data::head::write_centres(&stage.out, &clusters.centres, stage.data.clusters, metric)?;
+    /// What is found wrong in the table before anything runs.
+    ///
+    /// # Errors
+    ///
+    /// A value out of its range; the message names the key.
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        let at_least_1 = [
+            ("hidden", config.hidden),
+            ("kmeans-restarts", config.kmeans_restarts),
+            ("kmeans-iterations", config.kmeans_iterations),
+            ("batch-size", config.batch_size),
+        ];
+        for (key, value) in at_least_1 {
+            ensure!(value >= 1, "clustering.{key} must be at least 1");
         }
+        ensure!(
+            config.learning_rate > 0.0 && config.learning_rate.is_finite(),
+            "clustering.learning-rate must be a number above 0, not {}",
+            config.learning_rate
+        );
+        ensure!(
+            config.entropy_weight >= 0.0 && config.entropy_weight.is_finite(),
+            "clustering.entropy-weight must be 0 or a number above, not {}",
+            config.entropy_weight
+        );
+        match config.reliability()? {
+            Reliability::Share(shares) => ensure!(
+                shares.iter().all(|share| *share > 0.0 && *share <= 1.0),
+                "clustering.reliable-share must be two shares above 0 and at most 1, not {shares:?}"
+            ),
+            Reliability::Confidence(threshold) => ensure!(
+                (0.0..1.0).contains(&threshold),
+                "clustering.reliable-confidence must be at least 0 and below 1, not {threshold}"
+            ),
+        }
+        training::network_device(job.device)?;
+        Ok(Effort::NONE)
     }
-    PseudoLabels {
-        data_set,
-        clusters: stage.data.clusters,
-        index,
-        assignment: clusters.assignment,
-        kmeans_assignment: clusters.kmeans_assignment,
-        confidence: clusters.confidence,
-        score: clusters.score,
-        reliable: clusters.reliable,
-        projection_width,
-        prototypes: clusters.prototypes,
-        stability: clusters.restarted_stability,
+
+    /// Files in, files out: reads the embeddings and the last round, clusters, writes the pseudo-labels
+    /// and the head.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, broken or of another data set; the clusters collapse into one or the loss
+    /// leaves the finite numbers ([`Diverged`]); the user interrupts ([`stage::Interrupted`]).
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        job.clear_log()?; // It starts from scratch after an interruption.
+        let images = Images::open(&job.images)?;
+        let embeddings = Embeddings::open(&job.input("embeddings")?.join(EMBEDDINGS))?;
+        embeddings.data_set.require(images.data_set(), "embed these images again")?;
+        let rows = images.rows(&job.data.score_on);
+        ensure!(
+            embeddings.index == rows,
+            "`{}` has {} embeddings but {} images are to be scored; embed again",
+            embeddings.data_set.path.display(),
+            embeddings.index.len(),
+            rows.len()
+        );
+        let (data_set, index) = (embeddings.data_set.clone(), embeddings.index.clone());
+        let projection_width = embeddings.projection_width;
+        let features = Features::from(embeddings);
+        let previous = match job.optional_input("previous") {
+            Some(folder) => {
+                let labels = PseudoLabels::open(&folder.join(PSEUDO_LABELS))?;
+                labels.data_set.require(&data_set, "start the rounds again from one data set")?;
+                labels.require_clusters(job.data.clusters)?;
+                ensure!(
+                    labels.index == index,
+                    "`{}` has {} assignments but {} images are to be scored; start the rounds again \
+                     with one `score-on`",
+                    labels.data_set.path.display(),
+                    labels.index.len(),
+                    index.len()
+                );
+                let head = (config.heads > 0)
+                    .then(|| Head::read(folder, config.shape(&features, job)))
+                    .transpose()?;
+                Some(Previous { assignment: labels.assignment, head })
+            }
+            None => None,
+        };
+
+        let clusters = cluster(config, features, previous.as_ref(), job)?;
+
+        match &clusters.head {
+            Some(head) => head.write(&job.out)?,
+            None => {
+                let metric = match config.kmeans_metric {
+                    KMeansMetric::Spherical => "spherical",
+                    KMeansMetric::Euclidean => "euclidean",
+                };
+                data::head::write_centres(&job.out, &clusters.centres, job.data.clusters, metric)?;
+            }
+        }
+        PseudoLabels {
+            data_set,
+            clusters: job.data.clusters,
+            index,
+            assignment: clusters.assignment,
+            kmeans_assignment: clusters.kmeans_assignment,
+            confidence: clusters.confidence,
+            score: clusters.score,
+            reliable: clusters.reliable,
+            projection_width,
+            prototypes: clusters.prototypes,
+            stability: clusters.restarted_stability,
+        }
+        .write(&job.out.join(PSEUDO_LABELS))
     }
-    .write(&stage.out.join(PSEUDO_LABELS))
 }
 
 const EMBEDDINGS: &str = "embeddings.safetensors";
@@ -295,11 +302,11 @@ impl Config {
         }
     }
 
-    fn shape(&self, features: &Features, stage: &Stage) -> Shape {
+    fn shape(&self, features: &Features, job: &Job) -> Shape {
         Shape {
             width: features.backbone.len() / features.count.max(1),
             hidden: self.hidden,
-            clusters: stage.data.clusters,
+            clusters: job.data.clusters,
         }
     }
 }
@@ -314,16 +321,16 @@ pub fn cluster(
     config: &Config,
     features: Features,
     previous: Option<&Previous>,
-    stage: &Stage,
+    job: &Job,
 ) -> Result<Clusters> {
-    let (n, k) = (features.count, stage.data.clusters);
+    let (n, k) = (features.count, job.data.clusters);
     ensure!(n >= k, "{n} images cannot be sorted into {k} clusters; ask for fewer clusters");
     let projection_width = features.projection.len() / n;
     let unit_projection = with_length(&features.projection, projection_width, 1.0);
 
     // First clusters, and who is near whom.
     let rows = &features.projection;
-    let kmeans = assignment::k_means(rows, n, projection_width, &config.k_means(k), stage.seed)?;
+    let kmeans = assignment::k_means(rows, n, projection_width, &config.k_means(k), job.seed)?;
     let neighbours = match config.neighbours.min(n - 1) {
         0 => Vec::new(),
         m => assignment::nearest_neighbours(&unit_projection, n, projection_width, m)?,
@@ -337,7 +344,7 @@ pub fn cluster(
             let weight = config.entropy_weight;
             vec![Candidate::new(None, false, memberships, k, &neighbours, weight)]
         }
-        _ => fit::train(config, features, &kmeans.assignment, &neighbours, previous, stage)?,
+        _ => fit::train(config, features, &kmeans.assignment, &neighbours, previous, job)?,
     };
     let best = lowest_loss(&candidates).context("there is no clustering network")?;
     let (assignment, confidence) = reliability::assignments(&best.memberships, k);
@@ -376,7 +383,7 @@ pub fn cluster(
     let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
     let (reliable, share) = match config.reliability()? {
         Reliability::Share(shares) => {
-            let share = reliability::share(shares, stage.round, stage.rounds);
+            let share = reliability::share(shares, job.round, job.rounds);
             (reliability::reliable(&assignment, &score, k, share), Some(share))
         }
         Reliability::Confidence(threshold) => {
@@ -388,7 +395,7 @@ pub fn cluster(
     let prototypes =
         assignment::prototypes(&unit_projection, projection_width, &assignment, &weight, k)?;
 
-    stage.log(&json!({
+    job.log(&json!({
         "phase": "result",
         "losses": candidates.iter().map(|candidate| candidate.loss).collect::<Vec<_>>(),
         "kept": best.loss,

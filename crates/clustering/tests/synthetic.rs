@@ -1,17 +1,17 @@
 //! The whole stage on embeddings whose clusters are known.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::Result;
 use assignment::{KMeans, Metric};
 use clustering::learner::Learner;
-use clustering::{Config, Features, KMeansMetric, Previous, check, cluster, fit, reliability};
+use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
 use data::images::{Identical, Source, Writer};
 use data::{DataSet, Embeddings, Images, Picture, PseudoLabels};
 use rand::RngExt;
 use rand_distr::{Distribution, StandardNormal};
-use stage::{DataTable, DeviceChoice, Split, Stage, exit_code};
+use stage::{DataTable, Job, Split, Stage, Status};
 
 const CLUSTERS: usize = 4;
 const WIDTH: usize = 16;
@@ -74,19 +74,9 @@ fn config() -> Config {
     }
 }
 
-fn stage(out: &Path, round: usize) -> Stage {
-    Stage {
-        name: "clustering",
-        experiment: PathBuf::from("experiment.toml"),
-        images: PathBuf::from("images.safetensors"),
-        inputs: [].into(),
-        out: out.to_owned(),
-        round,
-        rounds: 2,
-        seed: 0,
-        device: DeviceChoice::Cpu,
-        data: DataTable { clusters: CLUSTERS, train_on: vec![], score_on: vec![] },
-    }
+fn job(out: &Path, round: usize) -> Job {
+    let data = DataTable { clusters: CLUSTERS, train_on: vec![], score_on: vec![] };
+    Job { round, rounds: 2, ..Job::new("clustering", "images.safetensors", out, data) }
 }
 
 /// Share of images in the right cluster under the best numbering.
@@ -122,8 +112,8 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
             }
         }
 
-        let stage = Stage { seed, ..stage(folder.path(), 0) };
-        let trained = fit::train(&config, features, &kmeans, &neighbours, None, &stage)?;
+        let job = Job { seed, ..job(folder.path(), 0) };
+        let trained = fit::train(&config, features, &kmeans, &neighbours, None, &job)?;
         let (network, confidence) = reliability::assignments(&trained[0].memberships, CLUSTERS);
         let agreement = reliability::agreement(&network, &neighbours);
         let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
@@ -148,7 +138,7 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
 fn networks_do_as_well_as_k_means_and_the_reliable_set_better() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Synthetic { labels, features } = synthetic(2000, 0.3, 0);
-    let clusters = cluster(&config(), features, None, &stage(folder.path(), 0))?;
+    let clusters = cluster(&config(), features, None, &job(folder.path(), 0))?;
 
     let (all, kmeans) =
         (accuracy(&clusters.assignment, &labels), accuracy(&clusters.kmeans_assignment, &labels));
@@ -175,7 +165,7 @@ fn networks_do_as_well_as_k_means_and_the_reliable_set_better() -> Result<()> {
 fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Synthetic { labels, features } = synthetic(2000, 0.225, 1);
-    let first = cluster(&config(), features.clone(), None, &stage(folder.path(), 0))?;
+    let first = cluster(&config(), features.clone(), None, &job(folder.path(), 0))?;
     assert!(accuracy(&first.assignment, &labels) >= 0.99);
     assert!(accuracy(&first.kmeans_assignment, &labels) >= 0.99);
 
@@ -185,7 +175,7 @@ fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> 
     let mut head = first.head.expect("a network");
     head.renumber(&turn);
     let previous = Previous { assignment: assignment.clone(), head: Some(head) };
-    let second = cluster(&config(), features.clone(), Some(&previous), &stage(folder.path(), 1))?;
+    let second = cluster(&config(), features.clone(), Some(&previous), &job(folder.path(), 1))?;
     let stability = second.stability.expect("there was a round before");
     assert!(stability > 0.97, "stability {stability}");
     assert!(second.restarted_stability.expect("a network was restarted") > 0.97);
@@ -207,7 +197,7 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
     let Synthetic { labels, features } = synthetic(1000, 0.225, 2);
     for kmeans_metric in [KMeansMetric::Spherical, KMeansMetric::Euclidean] {
         let config = Config { heads: 0, kmeans_metric, ..config() };
-        let clusters = cluster(&config, features.clone(), None, &stage(folder.path(), 0))?;
+        let clusters = cluster(&config, features.clone(), None, &job(folder.path(), 0))?;
         assert_eq!(clusters.assignment, clusters.kmeans_assignment);
         assert!(clusters.head.is_none());
         assert!(accuracy(&clusters.assignment, &labels) >= 0.98);
@@ -225,7 +215,7 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
     }
     // Neighbours are not looked for when there are to be none.
     let config = Config { heads: 0, neighbours: 0, ..config() };
-    let clusters = cluster(&config, features, None, &stage(folder.path(), 0))?;
+    let clusters = cluster(&config, features, None, &job(folder.path(), 0))?;
     assert_eq!(clusters.score, clusters.confidence);
     Ok(())
 }
@@ -234,18 +224,19 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
 fn a_threshold_takes_the_place_of_the_share() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Synthetic { features, .. } = synthetic(300, 0.3, 2);
-    let stage = stage(folder.path(), 0);
+    let job = job(folder.path(), 0);
     let threshold =
         Config { heads: 0, reliable_share: None, reliable_confidence: Some(0.95), ..config() };
-    check(&threshold, &stage)?;
-    let clusters = cluster(&threshold, features, None, &stage)?;
+    Clustering::check(&threshold, &job)?;
+    let clusters = cluster(&threshold, features, None, &job)?;
     let above: Vec<bool> = clusters.confidence.iter().map(|&c| c > 0.95).collect();
     assert!(above.contains(&true) && above.contains(&false));
     assert_eq!(clusters.reliable, above);
 
     for (share, confidence) in [(None, None), (Some([0.5, 0.9]), Some(0.95)), (None, Some(1.0))] {
         let wrong = Config { reliable_share: share, reliable_confidence: confidence, ..config() };
-        let error = check(&wrong, &stage).expect_err("no rule, two, or one that marks nothing");
+        let error =
+            Clustering::check(&wrong, &job).expect_err("no rule, two, or one that marks nothing");
         assert!(error.to_string().contains("reliable-confidence"), "{error}");
     }
     Ok(())
@@ -257,16 +248,17 @@ fn a_collapse_into_one_cluster_stops_the_stage() {
     let Synthetic { features, .. } = synthetic(600, 0.3, 3);
     // Without entropy, agreement is best when all images share one cluster.
     let config = Config { entropy_weight: 0.0, start_epochs: 0, learning_rate: 0.05, ..config() };
-    let result = cluster(&config, features, None, &stage(folder.path(), 0)).map(|_| ());
-    assert_eq!(exit_code(&result), 4, "{result:?}");
+    let result = cluster(&config, features, None, &job(folder.path(), 0)).map(|_| ());
+    let error = result.expect_err("a collapse");
+    assert_eq!(Status::of_error(&error), Status::Diverged, "{error:?}");
 }
 
 #[test]
 fn fewer_images_than_clusters_are_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let Synthetic { features, .. } = synthetic(3, 0.3, 3);
-    let result = cluster(&config(), features, None, &stage(folder.path(), 0)).map(|_| ());
-    assert_eq!(exit_code(&result), 2);
+    let result = cluster(&config(), features, None, &job(folder.path(), 0)).map(|_| ());
+    assert_eq!(Status::of_error(&result.expect_err("too few")), Status::BadInput);
 }
 
 /// An images file of so many grey pictures of four pixels.

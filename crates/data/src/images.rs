@@ -45,7 +45,8 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stage::Split;
-use stage::container::{self, Column, Contents, Header, Streamed, hex};
+use stage::container::{self, Column, Contents, Header, Streamed};
+use stage::digest::hex;
 
 use crate::data_set::DataSet;
 use crate::decoded::{Decoded, Wish, open_or_make};

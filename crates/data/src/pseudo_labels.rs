@@ -20,7 +20,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use stage::container::{self, Container, Tensor};
-use stage::{Diverged, Stage};
+use stage::{Diverged, Job};
 
 use crate::Images;
 use crate::data_set::{DataSet, check_index, check_length};
@@ -82,16 +82,16 @@ impl PseudoLabels {
     /// # Errors
     ///
     /// All pictures are in one cluster: [`Diverged`].
-    pub fn of_one_phase(stage: &Stage, images: &Images, found: Found) -> Result<Self> {
+    pub fn of_one_phase(job: &Job, images: &Images, found: Found) -> Result<Self> {
         if found.assignment.windows(2).all(|pair| pair[0] == pair[1]) {
             let message = "all images fell into one cluster; a lower learning rate or more epochs \
                            are the usual cures";
             return Err(Diverged(message.into()).into());
         }
-        let index = images.rows(&stage.data.score_on);
+        let index = images.rows(&job.data.score_on);
         Ok(Self {
             data_set: images.data_set().clone(),
-            clusters: stage.data.clusters,
+            clusters: job.data.clusters,
             reliable: vec![true; index.len()],
             index,
             assignment: found.assignment,
@@ -278,18 +278,8 @@ mod tests {
         }
         writer.finish(None)?;
         let images = Images::open(&images)?;
-        let stage = Stage {
-            name: "example",
-            experiment: "e.toml".into(),
-            images: "i".into(),
-            inputs: [].into(),
-            out: folder.path().to_owned(),
-            round: 0,
-            rounds: 0,
-            seed: 0,
-            device: stage::DeviceChoice::Cpu,
-            data: stage::DataTable { clusters: 2, train_on: vec![], score_on: vec![Split::Test] },
-        };
+        let data = stage::DataTable { clusters: 2, train_on: vec![], score_on: vec![Split::Test] };
+        let job = Job::new("example", "i", folder.path(), data);
         let found = Found {
             assignment: vec![0, 1, 1],
             kmeans_assignment: vec![1, 1, 0],
@@ -297,7 +287,7 @@ mod tests {
             projection_width: 1,
             prototypes: vec![1., -1.],
         };
-        let labels = PseudoLabels::of_one_phase(&stage, &images, found.clone())?;
+        let labels = PseudoLabels::of_one_phase(&job, &images, found.clone())?;
         let path = folder.path().join(PseudoLabels::FILE);
         labels.write(&path)?;
         let read = PseudoLabels::open(&path)?;
@@ -307,7 +297,7 @@ mod tests {
         assert_eq!(read.stability, None);
 
         let one = Found { assignment: vec![1; 3], ..found };
-        let error = PseudoLabels::of_one_phase(&stage, &images, one).expect_err("one cluster");
+        let error = PseudoLabels::of_one_phase(&job, &images, one).expect_err("one cluster");
         assert!(error.is::<Diverged>(), "{error}");
         Ok(())
     }

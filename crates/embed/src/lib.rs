@@ -11,9 +11,7 @@
 //!
 //! This stage trains nothing and knows no clusters.
 
-use std::env::ArgsOs;
 use std::num::NonZero;
-use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -24,16 +22,8 @@ use data::{Batch, Embeddings, Images, Loader};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::progress::Progress;
-use stage::{Interrupted, Stage};
+use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 use training::{Precision, Target};
-
-/// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 3;
-
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("embed", ALGORITHM, Config::check, run, words)
-}
 
 /// What embedding can vary. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,71 +48,87 @@ impl Config {
     ///
     /// A value lies outside its range, the device is not there, or the network's configuration,
     /// where it exists already, is not usable.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        ensure!(self.batch_size > 0, "batch-size = 0: at least 1 is needed");
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        ensure!(self.batch_size > 0, "`batch-size` in `[embed]` is 0; it must be at least 1");
         self.augmentation.check("embed.augmentation")?;
-        training::network_device(stage.device)?;
-        if !self.pixels && stage.images.exists() {
-            let rows = Images::open(&stage.images)?.rows(&stage.data.score_on);
-            stage.declare_effort((rows.len() * (1 + self.views)) as f64);
+        training::network_device(job.device)?;
+        if self.pixels {
+            return Ok(Effort::NONE);
         }
-        match stage.optional_input("network") {
-            Some(folder) if !self.pixels && folder.join(backbone::CONFIGURATION).exists() => {
-                Encoder::read(folder)?.input::<Input>()?.check("input")
-            }
-            _ => Ok(()),
+        if let Some(folder) = job.optional_input("network")
+            && folder.join(backbone::CONFIGURATION).exists()
+        {
+            Encoder::read(folder)?.input::<Input>()?.check("input")?;
         }
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
+        }
+        let rows = Images::open(&job.images)?.rows(&job.data.score_on);
+        Ok(Effort::of_backbone_pictures((rows.len() * (1 + self.views)) as f64))
     }
 }
 
-/// Files in, files out.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign, or the program was interrupted.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let rows = images.rows(&stage.data.score_on);
-    ensure!(
-        !rows.is_empty(),
-        "`{}` has no picture of the splits {:?}; see `score-on` in table `[data]`",
-        stage.images.display(),
-        stage.data.score_on
-    );
-    let began = Instant::now();
-    let embeddings = if config.pixels {
-        pixels(&images, rows, stage)?
-    } else {
-        embeddings(config, &images, rows, stage)?
+/// The stage: see the documentation of the crate.
+pub struct Embed;
+
+impl Stage for Embed {
+    const SPEC: Spec = Spec {
+        name: "embed",
+        algorithm: 3,
+        inputs: &[Role::new("network", Origin::Network)],
+        outputs: &[Output::Embeddings],
     };
-    let forwards = embeddings.index.len() * (1 + embeddings.views);
-    let seconds = began.elapsed().as_secs_f64();
-    stage.log(&serde_json::json!({
-        "images": embeddings.index.len(),
-        "views": embeddings.views,
-        "seconds": seconds,
-        "images-per-second": forwards as f64 / seconds.max(1e-9),
-    }))?;
-    embeddings.write(&stage.out.join("embeddings.safetensors"))
+    type Config = Config;
+
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
+    }
+
+    /// Files in, files out.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign, or the program was interrupted.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        job.clear_log()?; // It starts from scratch after an interruption.
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.score_on);
+        ensure!(
+            !rows.is_empty(),
+            "`{}` has no picture of the splits {:?}; see `score-on` in table `[data]`",
+            job.images.display(),
+            job.data.score_on
+        );
+        let began = Instant::now();
+        let embeddings = if config.pixels {
+            pixels(&images, rows, job)?
+        } else {
+            embeddings(config, &images, rows, job)?
+        };
+        let forwards = embeddings.index.len() * (1 + embeddings.views);
+        let seconds = began.elapsed().as_secs_f64();
+        job.log(&serde_json::json!({
+            "images": embeddings.index.len(),
+            "views": embeddings.views,
+            "seconds": seconds,
+            "images-per-second": forwards as f64 / seconds.max(1e-9),
+        }))?;
+        embeddings.write(&job.out.join("embeddings.safetensors"))
+    }
 }
 
 /// Embeddings of the target network, or of the online one where there is no other.
-fn embeddings(
-    config: &Config,
-    images: &Images,
-    rows: Vec<u32>,
-    stage: &Stage,
-) -> Result<Embeddings> {
-    let device = training::network_device(stage.device)?;
-    let folder = stage.input("network")?;
+fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
+    let device = training::network_device(job.device)?;
+    let folder = job.input("network")?;
     let encoder = Encoder::read(folder)?;
     let input: Input = encoder.input()?;
     input.check("input")?;
     let (target, network) = Target::open(folder, &encoder, config.precision)?;
     // A method without a target network has left its online network alone.
-    stage.log(&serde_json::json!({ "network": network.to_string() }))?;
+    job.log(&serde_json::json!({ "network": network.to_string() }))?;
     let mut target = target.on(&device)?;
-    let source = Source { config, images, rows: &rows, input: &input, stage, device };
+    let source = Source { config, images, rows: &rows, input: &input, job, device };
     let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
 
     let (mut backbone, mut projection) = (Vec::new(), Vec::new());
@@ -158,7 +164,7 @@ struct Source<'a> {
     images: &'a Images,
     rows: &'a [u32],
     input: &'a Input,
-    stage: &'a Stage,
+    job: &'a Job,
     device: Device,
 }
 
@@ -176,7 +182,7 @@ impl Source<'_> {
         let batches = self.rows.chunks(self.config.batch_size).map(<[u32]>::to_vec).collect();
         // Draws of its own: those of training's epochs are other views.
         let seed =
-            stage::random::stream(self.stage.seed, "embed", &[self.stage.round as u64]).next_u64();
+            stage::random::stream(self.job.seed, "embed", &[self.job.round as u64]).next_u64();
         let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
         let pipelines = vec![pipeline.clone()];
         let loader =
@@ -190,16 +196,14 @@ impl Source<'_> {
             }
             done += rows.len();
             progress.at(done as u64, "");
-            if self.stage.interrupted() {
-                return Err(Interrupted.into());
-            }
+            self.job.interrupt.check()?;
         }
         Ok(())
     }
 }
 
 /// Thumbnails as both embedding and projection, without augmented views.
-fn pixels(images: &Images, rows: Vec<u32>, stage: &Stage) -> Result<Embeddings> {
+fn pixels(images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
     let mut values: Vec<f32> = Vec::new();
     let mut shape = None;
     for &row in &rows {
@@ -211,12 +215,10 @@ fn pixels(images: &Images, rows: Vec<u32>, stage: &Stage) -> Result<Embeddings> 
             "picture {row} of `{}` has a thumbnail of {height} x {width} pixels, but the first one \
              has {first_height} x {first_width}; the pixel baseline needs pictures of one size, or \
              of at least 32 x 32 pixels",
-            stage.images.display()
+            job.images.display()
         );
         values.extend(thumbnail.values);
-        if stage.interrupted() {
-            return Err(Interrupted.into());
-        }
+        job.interrupt.check()?;
     }
     let width = values.len() / rows.len();
     Ok(Embeddings {
@@ -244,7 +246,7 @@ mod tests {
     use data::images::{Identical, Source as Original, Writer};
     use data::views::Operation;
     use layers::{Mode, Modes};
-    use stage::{DataTable, DeviceChoice, Experiment, Split};
+    use stage::{DataTable, Experiment, Split};
     use training::{Groups, Learner, Trained};
 
     use super::*;
@@ -255,7 +257,7 @@ mod tests {
     }
 
     /// A stage on ten pictures of 6 × 7 pixels, every third of them for testing, with a network.
-    fn stage(folder: &Path, widths: &[usize]) -> Result<Stage> {
+    fn job(folder: &Path, widths: &[usize]) -> Result<Job> {
         let images = folder.join("images.safetensors");
         let mut writer = Writer::create(&images, 1, Identical::Keep)?;
         for number in 0..10u32 {
@@ -283,21 +285,12 @@ mod tests {
             Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, Precision::F32, 1)?;
         network_file::write(folder, &learner.segments())?;
         configuration.write(folder)?;
-        Ok(Stage {
-            name: "embed",
-            experiment: "e.toml".into(),
-            images,
+        let data =
+            DataTable { clusters: 2, train_on: vec![Split::Train], score_on: vec![Split::Train] };
+        Ok(Job {
             inputs: BTreeMap::from([("network".to_owned(), folder.to_owned())]),
-            out: folder.to_owned(),
-            round: 0,
-            rounds: 0,
             seed: 3,
-            device: DeviceChoice::Cpu,
-            data: DataTable {
-                clusters: 2,
-                train_on: vec![Split::Train],
-                score_on: vec![Split::Train],
-            },
+            ..Job::new("embed", images, folder, data)
         })
     }
 
@@ -311,17 +304,17 @@ mod tests {
         }
     }
 
-    fn embedded(config: &Config, stage: &Stage) -> Result<Embeddings> {
-        run(config, stage)?;
-        Embeddings::open(&stage.out.join("embeddings.safetensors"))
+    fn embedded(config: &Config, job: &Job) -> Result<Embeddings> {
+        Embed::run(config, job)?;
+        Embeddings::open(&job.out.join("embeddings.safetensors"))
     }
 
     #[test]
     fn embeddings_are_the_targets_for_the_scored_pictures_in_their_order() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), &[7])?;
-        let found = embedded(&config(), &stage)?;
-        let images = Images::open(&stage.images)?;
+        let job = job(folder.path(), &[7])?;
+        let found = embedded(&config(), &job)?;
+        let images = Images::open(&job.images)?;
         assert_eq!(found.index, images.rows(&[Split::Train]));
         assert_eq!(found.data_set.fingerprint, images.fingerprint());
         assert_eq!((found.width, found.projection_width, found.views), (16, 4, 2));
@@ -352,7 +345,7 @@ mod tests {
     fn a_network_without_a_target_embeds_by_itself() -> Result<()> {
         for with_norm in [true, false] {
             let folder = tempfile::tempdir()?;
-            let stage = stage(folder.path(), &[7])?;
+            let job = job(folder.path(), &[7])?;
             let encoder = Encoder::read(folder.path())?;
             let mut backbone = Segment::random("backbone", encoder.backbone_plan()?, 5)?;
             let projector = encoder.projector_plan(with_norm)?;
@@ -368,12 +361,12 @@ mod tests {
             });
             write_configuration(folder.path(), &configuration)?;
 
-            config().check(&stage)?;
-            let found = embedded(&config(), &stage)?;
-            let log = std::fs::read_to_string(stage.out.join("log.jsonl"))?;
+            config().check(&job)?;
+            let found = embedded(&config(), &job)?;
+            let log = std::fs::read_to_string(job.out.join("log.jsonl"))?;
             assert!(log.contains(r#""network":"online""#), "{log}");
             let input = encoder.input::<Input>()?;
-            let images = Images::open(&stage.images)?;
+            let images = Images::open(&job.images)?;
             let batch = Loader::clean(&images, &found.index, &input)?.next().expect("a batch")?;
             let shape = batch.shape();
             let pictures = batch.views.into_iter().next().expect("a view");
@@ -397,14 +390,14 @@ mod tests {
     #[test]
     fn views_differ_from_each_other_and_between_rounds_but_not_by_batch_size() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), &[7])?;
-        let found = embedded(&config(), &stage)?;
+        let job = job(folder.path(), &[7])?;
+        let found = embedded(&config(), &job)?;
         let (first, second) = found.backbone_views.split_at(found.backbone.len());
         assert!(first != second && first != found.backbone);
-        let larger = embedded(&Config { batch_size: 100, ..config() }, &stage)?;
+        let larger = embedded(&Config { batch_size: 100, ..config() }, &job)?;
         assert!(found.backbone == larger.backbone && found.projection == larger.projection);
         assert!(found.backbone_views == larger.backbone_views);
-        let later = embedded(&config(), &Stage { round: 1, rounds: 1, ..stage })?;
+        let later = embedded(&config(), &Job { round: 1, rounds: 1, ..job })?;
         assert!(found.backbone == later.backbone && found.backbone_views != later.backbone_views);
         Ok(())
     }
@@ -412,10 +405,10 @@ mod tests {
     #[test]
     fn pixels_need_no_network() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = Stage { inputs: BTreeMap::new(), ..stage(folder.path(), &[7])? };
+        let job = Job { inputs: BTreeMap::new(), ..job(folder.path(), &[7])? };
         let config = Config { pixels: true, ..config() };
-        let found = embedded(&config, &stage)?;
-        let images = Images::open(&stage.images)?;
+        let found = embedded(&config, &job)?;
+        let images = Images::open(&job.images)?;
         let want: Vec<f32> = images
             .rows(&[Split::Train])
             .iter()
@@ -429,8 +422,8 @@ mod tests {
         assert_eq!(found.backbone, found.projection);
 
         let folder = tempfile::tempdir()?;
-        let mixed = self::stage(folder.path(), &[7, 9])?;
-        let message = run(&config, &mixed).expect_err("two sizes").to_string();
+        let mixed = self::job(folder.path(), &[7, 9])?;
+        let message = Embed::run(&config, &mixed).expect_err("two sizes").to_string();
         assert!(message.contains("of one size"), "{message}");
         Ok(())
     }
@@ -438,17 +431,17 @@ mod tests {
     #[test]
     fn missing_inputs_are_named_and_every_experiment_has_a_usable_table() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), &[7])?;
-        config().check(&stage)?;
-        assert!(Config { batch_size: 0, ..config() }.check(&stage).is_err());
-        let without = Stage { inputs: BTreeMap::new(), ..stage.clone() };
-        let message = run(&config(), &without).expect_err("no network").to_string();
+        let job = job(folder.path(), &[7])?;
+        config().check(&job)?;
+        assert!(Config { batch_size: 0, ..config() }.check(&job).is_err());
+        let without = Job { inputs: BTreeMap::new(), ..job.clone() };
+        let message = Embed::run(&config(), &without).expect_err("no network").to_string();
         assert!(message.contains("--in network=DIR"), "{message}");
-        let none = Stage {
-            data: DataTable { score_on: vec![Split::Unlabelled], ..stage.data.clone() },
-            ..stage
+        let none = Job {
+            data: DataTable { score_on: vec![Split::Unlabelled], ..job.data.clone() },
+            ..job
         };
-        let message = run(&config(), &none).expect_err("no picture").to_string();
+        let message = Embed::run(&config(), &none).expect_err("no picture").to_string();
         assert!(message.contains("score-on"), "{message}");
 
         for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {

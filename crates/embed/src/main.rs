@@ -1,5 +1,5 @@
 //! The program `embed`: see the library.
 
 fn main() -> std::process::ExitCode {
-    embed::program(std::env::args_os())
+    stage::main::<embed::Embed>()
 }

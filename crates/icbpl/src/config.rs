@@ -9,7 +9,7 @@ use data::{Images, Loader};
 use layers::Mode;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use stage::Stage;
+use stage::{Effort, Job};
 use training::{Cosine, LearningRate, Plan, Precision, check, sampler};
 
 use crate::Centroids;
@@ -145,15 +145,15 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         ensure!(
-            self.batch_size >= stage.data.clusters.max(2),
+            self.batch_size >= job.data.clusters.max(2),
             "batch-size = {}: the discrepancy is estimated in a batch, which must hold each of the \
              {} centroids; several times as many images are advised",
             self.batch_size,
-            stage.data.clusters
+            job.data.clusters
         );
         check::above_zero(&[
             ("backbone-learning-rate", self.backbone_learning_rate),
@@ -184,36 +184,36 @@ impl Config {
                 BLOCKS.join(", ")
             );
         }
-        self.centroids.check(stage.data.clusters, self.head.width)?;
+        self.centroids.check(job.data.clusters, self.head.width)?;
         self.input.check("icbpl.input")?;
         self.anchor.check("icbpl.anchor")?;
         self.augmented.check("icbpl.augmented")?;
-        if stage.images.exists() {
-            // Where a run is about to begin.
-            if let Some(Pretrained { file, .. }) = &self.pretrained {
-                ensure!(
-                    file.is_file(),
-                    "the pretrained backbone `{}` is not there; the experiment file says what it is. \
-                     Put it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
-                    file.display()
-                );
-            }
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            sampler::uniform(&rows, self.batch_size, 0, 0)?;
-            ensure!(
-                self.neighbours < rows.len(),
-                "neighbours = {}, but there are {} images to train on",
-                self.neighbours,
-                rows.len()
-            );
-            self.loader(&images, Vec::new(), 0, 0, 0)?;
-            let plan = self.plan(rows.len());
-            let scored = images.rows(&stage.data.score_on).len();
-            // Anchor, view and neighbour; the search for neighbours; the result and its baseline.
-            stage.declare_effort(3. * plan.pictures() + (rows.len() + 2 * scored) as f64);
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
         }
-        Ok(())
+        // Where a run is about to begin.
+        if let Some(Pretrained { file, .. }) = &self.pretrained {
+            ensure!(
+                file.is_file(),
+                "the pretrained backbone `{}` is not there; the experiment file says what it is. \
+                 Put it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
+                file.display()
+            );
+        }
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        sampler::uniform(&rows, self.batch_size, 0, 0)?;
+        ensure!(
+            self.neighbours < rows.len(),
+            "neighbours = {}, but there are {} images to train on",
+            self.neighbours,
+            rows.len()
+        );
+        self.loader(&images, Vec::new(), 0, 0, 0)?;
+        let plan = self.plan(rows.len());
+        let scored = images.rows(&job.data.score_on).len();
+        // Anchor, view and neighbour; the search for neighbours; the result and its baseline.
+        Ok(Effort::of_backbone_pictures(3. * plan.pictures() + (rows.len() + 2 * scored) as f64))
     }
 
     pub(crate) fn plan(&self, images: usize) -> Plan {

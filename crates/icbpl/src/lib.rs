@@ -27,9 +27,6 @@ mod config;
 pub mod loss;
 pub mod network;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::{Context, Result, ensure};
 use assignment::{KMeans, Metric, nearest_neighbours, nearest_neighbours_and_self};
 use candle_core::{Device, Tensor};
@@ -38,7 +35,7 @@ use layers::{Mode, Modes};
 use rand::RngExt;
 use serde_json::json;
 use stage::random::stream;
-use stage::{Interrupted, Stage};
+use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::unit_rows;
 use training::{Run, pictures, sampler};
 
@@ -48,78 +45,87 @@ pub use config::{Config, HeadWidths, Pretrained, Schedule, Statistics};
 use crate::loss::{discrepancy, least_distance, nearest_centroids, pair_distance, target_rows};
 use crate::network::{Networks, pretrained};
 
-/// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 2;
+/// The stage: see the documentation of the crate.
+pub struct Icbpl;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("icbpl", ALGORITHM, Config::check, run, words)
-}
+impl Stage for Icbpl {
+    const SPEC: Spec = Spec {
+        name: "icbpl",
+        algorithm: 2,
+        inputs: &[Role::BACKBONE],
+        outputs: &[Output::Network, Output::PseudoLabels],
+    };
+    type Config = Config;
 
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let plan = config.plan(rows.len());
-
-    let mut networks = Networks::new(config, stage, &device)?;
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut networks)?;
-    let neighbours = Neighbours::found_or_kept(config, &images, &rows, stage, &device, &mut run)?;
-
-    while let Some(epoch) = run.next_epoch() {
-        let done = run.batches_done(); // Above 0 in an epoch that is resumed.
-        let order = sampler::uniform(&rows, config.batch_size, stage.seed, epoch)?;
-        let beside = neighbours.drawn(&order, stage.seed, epoch)?;
-        let beside = config.neighbour_loader(&images, beside, done, stage.seed, epoch)?;
-        let anchors = config.loader(&images, order, done, stage.seed, epoch)?;
-        for (batch, beside) in anchors.zip(beside) {
-            let (batch, beside) = (batch?, beside?);
-            let [anchors, augmented] = pictures(batch.shape(), batch.views, &device)?;
-            let [beside] = pictures(beside.shape(), beside.views, &device)?;
-            let anchor = networks.forward(&anchors)?;
-            let view = networks.forward(&augmented)?;
-            let neighbour = networks.forward(&beside)?;
-            run.note_projections(&anchor.outputs())?; // An error when they have collapsed.
-
-            let z = &anchor.features;
-            let targets = target_rows(&networks.centroids, z.dims()[0])?;
-            let mut loss = Sum::default();
-            let mut add = |name: &str, weight: f64, term: Tensor| -> Result<()> {
-                run.note(name, f64::from(term.to_scalar::<f32>()?));
-                loss.add((term * weight)?)
-            };
-            add("discrepancy", config.discrepancy_weight, discrepancy(z, &targets)?)?;
-            let pair = config.pair();
-            add("view-distance", config.view_weight, pair_distance(z, &view.features, pair)?)?;
-            let of_neighbour = pair_distance(z, &neighbour.features, pair)?;
-            add("neighbour-distance", config.neighbour_weight, of_neighbour)?;
-            let least = least_distance(z, &networks.centroids)?;
-            let settled = epoch >= config.least_distance_delay;
-            let weight = if settled { config.least_distance_weight } else { 0. };
-            add("least-distance", weight, least)?;
-            let loss = loss.total()?;
-            run.note_loss(&loss)?; // An error when it is not finite.
-
-            let gradients = loss.backward()?;
-            networks.backward(vec![anchor, view, neighbour], &gradients)?;
-            run.refuse_gradient(networks.first_gradient_not_finite()?)?;
-            let [of_backbone, of_head] = config.rates(run.step(), plan.steps_per_epoch)?;
-            networks.backbone.step(config.adam(of_backbone))?;
-            networks.head.step(config.adam(of_head))?;
-            run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
-        }
-        run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
     }
-    run.finish(&networks, &config.configuration()?)?;
 
-    let found = predict(config, &images, &mut networks, stage, &device)?;
-    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
-    PseudoLabels::of_one_phase(stage, &images, found)?.write(&stage.out.join(PseudoLabels::FILE))
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let plan = config.plan(rows.len());
+
+        let mut networks = Networks::new(config, job, &device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
+        let neighbours = Neighbours::found_or_kept(config, &images, &rows, job, &device, &mut run)?;
+
+        while let Some(epoch) = run.next_epoch() {
+            let done = run.batches_done(); // Above 0 in an epoch that is resumed.
+            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            let beside = neighbours.drawn(&order, job.seed, epoch)?;
+            let beside = config.neighbour_loader(&images, beside, done, job.seed, epoch)?;
+            let anchors = config.loader(&images, order, done, job.seed, epoch)?;
+            for (batch, beside) in anchors.zip(beside) {
+                let (batch, beside) = (batch?, beside?);
+                let [anchors, augmented] = pictures(batch.shape(), batch.views, &device)?;
+                let [beside] = pictures(beside.shape(), beside.views, &device)?;
+                let anchor = networks.forward(&anchors)?;
+                let view = networks.forward(&augmented)?;
+                let neighbour = networks.forward(&beside)?;
+                run.note_projections(&anchor.outputs())?; // An error when they have collapsed.
+
+                let z = &anchor.features;
+                let targets = target_rows(&networks.centroids, z.dims()[0])?;
+                let mut loss = Sum::default();
+                let mut add = |name: &str, weight: f64, term: Tensor| -> Result<()> {
+                    run.note(name, f64::from(term.to_scalar::<f32>()?));
+                    loss.add((term * weight)?)
+                };
+                add("discrepancy", config.discrepancy_weight, discrepancy(z, &targets)?)?;
+                let pair = config.pair();
+                add("view-distance", config.view_weight, pair_distance(z, &view.features, pair)?)?;
+                let of_neighbour = pair_distance(z, &neighbour.features, pair)?;
+                add("neighbour-distance", config.neighbour_weight, of_neighbour)?;
+                let least = least_distance(z, &networks.centroids)?;
+                let settled = epoch >= config.least_distance_delay;
+                let weight = if settled { config.least_distance_weight } else { 0. };
+                add("least-distance", weight, least)?;
+                let loss = loss.total()?;
+                run.note_loss(&loss)?; // An error when it is not finite.
+
+                let gradients = loss.backward()?;
+                networks.backward(vec![anchor, view, neighbour], &gradients)?;
+                run.refuse_gradient(networks.first_gradient_not_finite()?)?;
+                let [of_backbone, of_head] = config.rates(run.step(), plan.steps_per_epoch)?;
+                networks.backbone.step(config.adam(of_backbone))?;
+                networks.head.step(config.adam(of_head))?;
+                run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
+            }
+            run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+        }
+        run.finish(&networks, &config.configuration()?)?;
+
+        let found = predict(config, &images, &mut networks, job, &device)?;
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
+    }
 }
 
 /// A loss put together term by term.
@@ -156,7 +162,7 @@ impl Neighbours {
         config: &Config,
         images: &Images,
         rows: &[u32],
-        stage: &Stage,
+        job: &Job,
         device: &Device,
         run: &mut Run,
     ) -> Result<Self> {
@@ -166,11 +172,11 @@ impl Neighbours {
             ensure!(places.len() == rows.len() * each, "the state holds other neighbours");
             return Ok(Self { rows: rows.to_vec(), places, each });
         }
-        stage.log(&json!({ "backbone": match &config.pretrained {
+        job.log(&json!({ "backbone": match &config.pretrained {
             Some(pretrained) => pretrained.file.display().to_string(),
             None => "role backbone".to_owned(),
         }}))?;
-        let embeddings = embed(config, images, rows, stage, device)?;
+        let embeddings = embed(config, images, rows, job, device)?;
         let places = nearest(&embeddings, rows.len(), each, config.neighbours_include_self)?;
         // Places are below 2²⁴ as long as there are not more images than f32 can count.
         ensure!(
@@ -212,10 +218,10 @@ fn embed(
     config: &Config,
     images: &Images,
     rows: &[u32],
-    stage: &Stage,
+    job: &Job,
     device: &Device,
 ) -> Result<Vec<f32>> {
-    let mut backbone = pretrained(config, stage)?.on(device)?;
+    let mut backbone = pretrained(config, job)?.on(device)?;
     let modes = Modes::all(backbone.network(), Mode::Running);
     let mut embeddings = Vec::new();
     for batch in Loader::clean(images, rows, &config.input)? {
@@ -223,9 +229,7 @@ fn embed(
         let [pictures] = pictures(batch.shape(), batch.views, device)?;
         let embedding = unit_rows(&backbone.forward(&pictures, &modes, None)?)?;
         embeddings.extend(embedding.flatten_all()?.to_vec1::<f32>()?);
-        if stage.interrupted() {
-            return Err(Interrupted.into());
-        }
+        job.interrupt.check()?;
     }
     Ok(embeddings)
 }
@@ -242,10 +246,10 @@ pub fn predict(
     config: &Config,
     images: &Images,
     networks: &mut Networks,
-    stage: &Stage,
+    job: &Job,
     device: &Device,
 ) -> Result<Found> {
-    let rows = images.rows(&stage.data.score_on);
+    let rows = images.rows(&job.data.score_on);
     let (mut assignment, mut confidence) = (Vec::new(), Vec::new());
     for batch in Loader::clean(images, &rows, &config.input)? {
         let batch = batch?;
@@ -256,20 +260,18 @@ pub fn predict(
         assignment.extend(nearest);
         let cosines = cosines.to_vec1::<f32>()?;
         confidence.extend(cosines.iter().map(|cosine| ((1. + cosine) / 2.).clamp(0., 1.)));
-        if stage.interrupted() {
-            return Err(Interrupted.into());
-        }
+        job.interrupt.check()?;
     }
-    let embeddings = embed(config, images, &rows, stage, device)?;
+    let embeddings = embed(config, images, &rows, job, device)?;
     let k_means = KMeans {
-        clusters: stage.data.clusters,
+        clusters: job.data.clusters,
         metric: Metric::Spherical,
         restarts: config.kmeans_restarts,
         iterations: KMEANS_ITERATIONS,
         tolerance: KMEANS_TOLERANCE,
     };
     let width = config.backbone.embedding_width();
-    let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, stage.seed)?;
+    let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     Ok(Found {
         assignment,
         kmeans_assignment: kmeans.assignment,

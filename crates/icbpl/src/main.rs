@@ -1,5 +1,5 @@
 //! The program `icbpl`: see the library.
 
 fn main() -> std::process::ExitCode {
-    icbpl::program(std::env::args_os())
+    stage::main::<icbpl::Icbpl>()
 }

@@ -1,6 +1,5 @@
 //! The pretrained backbone, partly frozen, and the small head behind it, with Adam for both.
 
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,8 +7,7 @@ use backbone::network_file::NamedTensor;
 use backbone::{Segment, backbone_file, resnet};
 use candle_core::{Device, Tensor};
 use layers::{Builder, Network};
-use sha2::{Digest, Sha256};
-use stage::Stage;
+use stage::Job;
 use stage::container::Container;
 use training::ops::unit_rows;
 use training::{AdamSegment, Seam, Trained};
@@ -44,17 +42,16 @@ impl Networks {
     ///
     /// The pretrained file is missing or of another network, a block to be frozen does not exist,
     /// or the centroids do not fit.
-    pub fn new(config: &Config, stage: &Stage, device: &Device) -> Result<Self> {
+    pub fn new(config: &Config, job: &Job, device: &Device) -> Result<Self> {
         let width = config.backbone.embedding_width();
         let plan = head(width, config.head.hidden, config.head.width)?;
-        let head =
-            Segment::random("head", plan.with_precision(config.precision.into()), stage.seed)?;
-        let mut backbone = AdamSegment::new("online.backbone", pretrained(config, stage)?);
+        let head = Segment::random("head", plan.with_precision(config.precision.into()), job.seed)?;
+        let mut backbone = AdamSegment::new("online.backbone", pretrained(config, job)?);
         for block in &config.frozen {
             backbone.freeze(block, config.frozen_statistics.mode())?;
         }
-        let (clusters, width) = (stage.data.clusters, config.head.width);
-        let places = config.centroids.place(clusters, width, stage.seed)?;
+        let (clusters, width) = (job.data.clusters, config.head.width);
+        let places = config.centroids.place(clusters, width, job.seed)?;
         let places = places.into_iter().map(|x| x as f32).collect::<Vec<_>>();
         let centroids = Tensor::from_vec(places, (clusters, width), device)?;
         let head = AdamSegment::new("head", head).on(device)?;
@@ -158,16 +155,16 @@ impl Trained for Networks {
 /// # Errors
 ///
 /// There is neither, the file is missing, has another checksum, or is of another network.
-pub fn pretrained(config: &Config, stage: &Stage) -> Result<Segment> {
+pub fn pretrained(config: &Config, job: &Job) -> Result<Segment> {
     let plan = resnet::plan(&config.backbone, config.input.channels)?;
     let mut segment = Segment::empty(plan.with_precision(config.precision.into()));
-    backbone_file::read(&pretrained_file(config, stage)?, &mut segment)?;
+    backbone_file::read(&pretrained_file(config, job)?, &mut segment)?;
     Ok(segment)
 }
 
-fn pretrained_file(config: &Config, stage: &Stage) -> Result<PathBuf> {
+fn pretrained_file(config: &Config, job: &Job) -> Result<PathBuf> {
     let Some(pretrained) = &config.pretrained else {
-        let Some(folder) = stage.optional_input("backbone") else {
+        let Some(folder) = job.optional_input("backbone") else {
             bail!(
                 "icbpl starts from a pretrained backbone, and was given none: name a file with \
                  `pretrained = {{ file = \"..\", sha256 = \"\" }}` in table `[icbpl]`, or let \
@@ -178,9 +175,7 @@ fn pretrained_file(config: &Config, stage: &Stage) -> Result<PathBuf> {
         return Ok(folder.join(backbone_file::NAME));
     };
     if !pretrained.sha256.is_empty() {
-        let bytes = fs::read(&pretrained.file)
-            .with_context(|| format!("opening the backbone `{}`", pretrained.file.display()))?;
-        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        let found = stage::digest::sha256_of_file(&pretrained.file).context("the backbone")?;
         ensure!(
             found == pretrained.sha256,
             "`{}` has the SHA-256 {found}, but `sha256` in table `[icbpl.pretrained]` says {}; \

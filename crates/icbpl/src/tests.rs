@@ -12,7 +12,7 @@ use super::*;
 
 /// Twenty-four pictures, every fourth for testing, a random backbone in the role `backbone`, and a
 /// stage that reads them.
-fn stage(folder: &Path, out: &str) -> Stage {
+fn job(folder: &Path, out: &str) -> Job {
     if !folder.join("images.safetensors").exists() {
         let plan = resnet::plan(&config().backbone, 1).expect("a plan");
         let backbone = Segment::random("backbone", plan, 7).expect("weights");
@@ -21,9 +21,9 @@ fn stage(folder: &Path, out: &str) -> Stage {
     let split = |number| if number % 4 == 3 { Split::Test } else { Split::Train };
     let pictures = Pictures { count: 24, pixel: fixture::scattered, split };
     let data = fixture::data(3, &[Split::Train, Split::Test]);
-    let mut stage = fixture::stage("icbpl", folder, out, pictures, data);
-    stage.inputs.insert("backbone".to_owned(), folder.to_owned());
-    stage
+    let mut job = fixture::job("icbpl", folder, out, pictures, data);
+    job.inputs.insert("backbone".to_owned(), folder.to_owned());
+    job
 }
 
 fn config() -> Config {
@@ -70,16 +70,16 @@ fn config() -> Config {
     .expect("a table")
 }
 
-fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
-    fs::read(stage.out.join(name)).expect(name)
+fn bytes(job: &Job, name: &str) -> Vec<u8> {
+    fs::read(job.out.join(name)).expect(name)
 }
 
 #[test]
 fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let (first, again) = (stage(folder.path(), "first"), stage(folder.path(), "again"));
-    run(&config(), &first)?;
-    run(&config(), &again)?;
+    let (first, again) = (job(folder.path(), "first"), job(folder.path(), "again"));
+    Icbpl::run(&config(), &first)?;
+    Icbpl::run(&config(), &again)?;
     for name in [network_file::NAME, PseudoLabels::FILE] {
         assert!(bytes(&first, name) == bytes(&again, name), "{name}");
     }
@@ -90,9 +90,9 @@ fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
         ("discrepancy", Config { discrepancy_weight: 1., ..config() }),
         ("schedule", Config { schedule: Schedule::Constant, ..config() }),
     ] {
-        let changed = stage(folder.path(), what);
+        let changed = job(folder.path(), what);
         // With a term less, all pictures may fall into one cluster; the network is written before.
-        if let Err(error) = run(&other, &changed) {
+        if let Err(error) = Icbpl::run(&other, &changed) {
             assert!(error.is::<stage::Diverged>(), "{what}: {error}");
         }
         assert!(bytes(&first, network_file::NAME) != bytes(&changed, network_file::NAME), "{what}");
@@ -111,19 +111,19 @@ fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
 #[test]
 fn a_run_is_icbpl() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let (config, stage) = (config(), stage(folder.path(), "out"));
-    run(&config, &stage)?;
-    let written = network_file::open(&stage.out)?;
+    let (config, job) = (config(), job(folder.path(), "out"));
+    Icbpl::run(&config, &job)?;
+    let written = network_file::open(&job.out)?;
 
-    let images = Images::open(&stage.images)?;
-    let rows = images.rows(&stage.data.train_on);
-    let embeddings = embed(&config, &images, &rows, &stage, &Device::Cpu)?;
+    let images = Images::open(&job.images)?;
+    let rows = images.rows(&job.data.train_on);
+    let embeddings = embed(&config, &images, &rows, &job, &Device::Cpu)?;
     let neighbours = Neighbours {
         places: assignment::nearest_neighbours(&embeddings, rows.len(), 16, 4)?,
         rows: rows.clone(),
         each: 4,
     };
-    let mut networks = Networks::new(&config, &stage, &Device::Cpu)?;
+    let mut networks = Networks::new(&config, &job, &Device::Cpu)?;
     let mut step = 0;
     for epoch in 0..5 {
         let order = sampler::uniform(&rows, 9, 3, epoch)?;
@@ -166,13 +166,13 @@ fn a_run_is_icbpl() -> Result<()> {
 fn the_backbones_gradient_matches_central_differences() -> Result<()> {
     const WEIGHT: &str = "layer3.0.conv2.weight";
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "out");
+    let job = job(folder.path(), "out");
     let view = |number: u64| -> Result<Tensor> {
         let noise = training::noise(1., (8, 42), number, &[], &Device::Cpu)?;
         Ok(noise.context("a deviation above 0")?.reshape((8, 6, 7, 1))?)
     };
     let pictures = [view(1)?, view(2)?];
-    let mut networks = Networks::new(&config(), &stage, &Device::Cpu)?;
+    let mut networks = Networks::new(&config(), &job, &Device::Cpu)?;
     let cosine = loss::PairWeights { cosine: 1., absolute: 0. };
     let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<network::View>)> {
         let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
@@ -197,10 +197,10 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
 #[test]
 fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "out");
-    let before = Networks::new(&config(), &stage, &Device::Cpu)?;
-    run(&config(), &stage)?;
-    let after = network_file::open(&stage.out)?;
+    let job = job(folder.path(), "out");
+    let before = Networks::new(&config(), &job, &Device::Cpu)?;
+    Icbpl::run(&config(), &job)?;
+    let after = network_file::open(&job.out)?;
     let is_frozen = |name: &str| {
         ["conv1.", "bn1.", "layer1.", "layer2."].iter().any(|block| name.starts_with(block))
     };
@@ -220,8 +220,8 @@ fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<(
     assert_eq!(after.f32("centroids")?, centroids);
 
     // On batch statistics the values stay, and the running statistics move.
-    let moving = self::stage(folder.path(), "moving");
-    run(&Config { frozen_statistics: Statistics::Batch, ..config() }, &moving)?;
+    let moving = self::job(folder.path(), "moving");
+    Icbpl::run(&Config { frozen_statistics: Statistics::Batch, ..config() }, &moving)?;
     let file = network_file::open(&moving.out)?;
     for (name, stays) in [("layer1.0.conv1.weight", true), ("layer1.0.bn1.running_mean", false)] {
         let name = format!("online.backbone.{name}");
@@ -294,16 +294,16 @@ fn every_neighbour_is_drawn_and_nothing_else() -> Result<()> {
 #[test]
 fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "out");
-    let images = Images::open(&stage.images)?;
-    let rows = images.rows(&stage.data.train_on);
+    let job = job(folder.path(), "out");
+    let images = Images::open(&job.images)?;
+    let rows = images.rows(&job.data.train_on);
     let plan = config().plan(rows.len());
-    let mut networks = Networks::new(&config(), &stage, &Device::Cpu)?;
+    let mut networks = Networks::new(&config(), &job, &Device::Cpu)?;
     let fingerprint = images.fingerprint();
     let found = {
-        let mut run = Run::resume_or_start(&stage, &config(), fingerprint, plan, &mut networks)?;
+        let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut networks)?;
         let found =
-            Neighbours::found_or_kept(&config(), &images, &rows, &stage, &Device::Cpu, &mut run)?;
+            Neighbours::found_or_kept(&config(), &images, &rows, &job, &Device::Cpu, &mut run)?;
         run.end_step(&networks)?;
         run.end_step(&networks)?;
         run.end_epoch(&networks)?;
@@ -314,9 +314,9 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     };
     // Gone, so that they could not be found again.
     fs::remove_file(folder.path().join(backbone_file::NAME))?;
-    let mut run = Run::resume_or_start(&stage, &config(), fingerprint, plan, &mut networks)?;
+    let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut networks)?;
     assert_eq!(
-        Neighbours::found_or_kept(&config(), &images, &rows, &stage, &Device::Cpu, &mut run)?,
+        Neighbours::found_or_kept(&config(), &images, &rows, &job, &Device::Cpu, &mut run)?,
         found
     );
     Ok(())
@@ -325,34 +325,35 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
 #[test]
 fn the_pretrained_file_is_read_and_checked_and_its_lack_is_told() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut stage = stage(folder.path(), "out");
+    let mut job = job(folder.path(), "out");
     let file = folder.path().join(backbone_file::NAME);
-    let of_role = pretrained(&config(), &stage)?.parameters.to_vec()?;
-    stage.inputs.clear();
-    let message = format!("{:#}", pretrained(&config(), &stage).err().expect("none"));
+    let of_role = pretrained(&config(), &job)?.parameters.to_vec()?;
+    job.inputs.clear();
+    let message = format!("{:#}", pretrained(&config(), &job).err().expect("none"));
     assert!(message.contains("--in backbone=DIR") && message.contains("sha256"), "{message}");
     let named = |file: PathBuf, sha256: &str| Config {
         pretrained: Some(Pretrained { file, sha256: sha256.to_owned() }),
         ..config()
     };
-    let any = pretrained(&named(file.clone(), ""), &stage)?;
+    let any = pretrained(&named(file.clone(), ""), &job)?;
     assert_eq!(format!("{:?}", any.parameters.to_vec()?), format!("{of_role:?}"));
     let message =
-        format!("{:#}", pretrained(&named(file, "00ff"), &stage).err().expect("another file"));
+        format!("{:#}", pretrained(&named(file, "00ff"), &job).err().expect("another file"));
     assert!(message.contains("00ff") && message.contains("SHA-256"), "{message}");
     let missing = named(folder.path().join("none"), "");
-    assert!(pretrained(&missing, &stage).is_err());
-    let message = missing.check(&stage).expect_err("none").to_string();
+    assert!(pretrained(&missing, &job).is_err());
+    let message = missing.check(&job).expect_err("none").to_string();
     assert!(message.contains("--set icbpl.pretrained.file"), "{message}");
-    stage.images = folder.path().join("not-prepared-yet");
-    missing.check(&stage)
+    job.images = folder.path().join("not-prepared-yet");
+    missing.check(&job)?;
+    Ok(())
 }
 
 #[test]
 fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "out");
-    config().check(&stage)?;
+    let job = job(folder.path(), "out");
+    config().check(&job)?;
     for (wrong, word) in [
         (Config { batch_size: 2, ..config() }, "batch-size"),
         (Config { epochs: 0, ..config() }, "epochs"),
@@ -363,7 +364,7 @@ fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
         (Config { frozen: vec!["layer5".into()], ..config() }, "layer5"),
         (Config { head: HeadWidths { hidden: 8, width: 2 }, ..config() }, "closed form"),
     ] {
-        let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+        let message = format!("{:#}", wrong.check(&job).expect_err(word));
         assert!(message.contains(word), "{word} is not in: {message}");
     }
     Ok(())
@@ -384,12 +385,12 @@ fn rates_are_constant_or_fall_to_nothing() -> Result<()> {
 #[test]
 fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut stage = stage(folder.path(), "out");
-    stage.images = "none".into();
+    let mut job = job(folder.path(), "out");
+    job.images = "none".into();
     for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
         let experiment = Experiment::read(&entry?.path())?;
         if experiment.has_table("icbpl") {
-            experiment.table::<Config>("icbpl")?.check(&stage)?;
+            experiment.table::<Config>("icbpl")?.check(&job)?;
         }
     }
     Ok(())

@@ -6,7 +6,7 @@ use data::views::{Input, Operation, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use stage::{Split, Stage};
+use stage::{Effort, Job, Split};
 use training::{Plan, Precision, check, sampler};
 
 /// What an IMC-SwAV run can vary. The experiment file sets every field; published values stand in
@@ -139,8 +139,8 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         check::batch_size(self.batch_size)?;
         check::above_zero(&[
@@ -178,31 +178,31 @@ impl Config {
         }
         for split in &self.classify_on {
             ensure!(
-                stage.data.train_on.contains(split),
+                job.data.train_on.contains(split),
                 "classify-on names {split:?}, which `train-on` in table `[data]` does not"
             );
         }
-        if stage.images.exists() {
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            sampler::uniform(&rows, self.batch_size, 0, 0)?;
-            self.loader(&images, Vec::new(), 0, 0, 0)?;
-            let plan = self.plan(rows.len());
-            let classified = images.rows(&self.classify_on).len();
-            ensure!(
-                classified >= plan.batch_size,
-                "the splits {:?} of classify-on have {classified} images, but the classifier \
-                 learns from {} at once; lower batch-size",
-                self.classify_on,
-                plan.batch_size
-            );
-            let scored = images.rows(&stage.data.score_on).len();
-            let refreshed = scored.min(self.refresh_batches * self.batch_size);
-            let of_crops = self.pixels_of_crops() * plan.pictures();
-            // Both evaluations, and the pictures that refresh the second.
-            stage.declare_effort(of_crops + (2 * scored + refreshed) as f64);
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
         }
-        Ok(())
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        sampler::uniform(&rows, self.batch_size, 0, 0)?;
+        self.loader(&images, Vec::new(), 0, 0, 0)?;
+        let plan = self.plan(rows.len());
+        let classified = images.rows(&self.classify_on).len();
+        ensure!(
+            classified >= plan.batch_size,
+            "the splits {:?} of classify-on have {classified} images, but the classifier \
+             learns from {} at once; lower batch-size",
+            self.classify_on,
+            plan.batch_size
+        );
+        let scored = images.rows(&job.data.score_on).len();
+        let refreshed = scored.min(self.refresh_batches * self.batch_size);
+        let of_crops = self.pixels_of_crops() * plan.pictures();
+        // Both evaluations, and the pictures that refresh the second.
+        Ok(Effort::of_backbone_pictures(of_crops + (2 * scored + refreshed) as f64))
     }
 
     /// Pixels of all crops of a picture, in pictures of the input's size.
@@ -288,7 +288,7 @@ impl Crops {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::{config, stage};
+    use crate::tests::{config, job};
 
     /// IMC-SwAV, case T13: learning rates.
     #[test]
@@ -318,8 +318,8 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
-        config().check(&stage)?;
+        let job = job(folder.path(), "out");
+        config().check(&job)?;
         let alone = Crops { count: 1, ..config().large };
         let none = Crops { count: 0, ..config().small };
         for (wrong, word) in [
@@ -335,7 +335,7 @@ mod tests {
             (Config { classify_on: vec![Split::Test], ..config() }, "classify-on"),
             (Config { classify_on: vec![], ..config() }, "classify-on"),
         ] {
-            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            let message = format!("{:#}", wrong.check(&job).expect_err(word));
             assert!(message.contains(word), "{word} is not in: {message}");
         }
         Ok(())

@@ -5,7 +5,7 @@ use assignment::{KMeans, Metric};
 use candle_core::{Device, Tensor};
 use data::{Found, Images, Loader};
 use layers::{Mode, Modes};
-use stage::{Interrupted, Stage};
+use stage::Job;
 use training::ops::{softmax, unit_rows};
 
 use crate::network::Networks;
@@ -25,14 +25,14 @@ pub fn predict(
     images: &Images,
     networks: &mut Networks,
     evaluation: Evaluation,
-    stage: &Stage,
+    job: &Job,
     device: &Device,
 ) -> Result<Found> {
-    let rows = images.rows(&stage.data.score_on);
+    let rows = images.rows(&job.data.score_on);
     if evaluation == Evaluation::RefreshedStatistics {
         refresh(config, images, &rows, networks, device)?;
     }
-    let (clusters, width) = (stage.data.clusters, config.backbone.embedding_width());
+    let (clusters, width) = (job.data.clusters, config.backbone.embedding_width());
     let (mut embeddings, mut projections) = (Vec::new(), Vec::new());
     let (mut assignment, mut confidence) = (Vec::new(), Vec::new());
     for batch in Loader::clean(images, &rows, &config.input)? {
@@ -50,9 +50,7 @@ pub fn predict(
         }
         embeddings.extend(unit_rows(&embedding)?.flatten_all()?.to_vec1::<f32>()?);
         projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
-        if stage.interrupted() {
-            return Err(Interrupted.into());
-        }
+        job.interrupt.check()?;
     }
     let k_means = KMeans {
         clusters,
@@ -61,7 +59,7 @@ pub fn predict(
         iterations: KMEANS_ITERATIONS,
         tolerance: KMEANS_TOLERANCE,
     };
-    let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, stage.seed)?;
+    let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     let projection_width = config.projector.width;
     let weights = vec![1.; rows.len()];
     let prototypes =

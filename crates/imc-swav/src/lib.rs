@@ -26,14 +26,12 @@ pub mod loss;
 pub mod network;
 
 use std::collections::BTreeSet;
-use std::env::ArgsOs;
-use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use backbone::backbone_file;
 use candle_core::{Device, Tensor};
 use data::{Batch, Images, PseudoLabels};
-use stage::Stage;
+use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::{Run, Seam, sampler};
 
 pub use config::{ClassifierWidths, Config, Crops, Evaluation, ProjectorWidths};
@@ -43,97 +41,106 @@ use crate::bank::Bank;
 use crate::loss::{codes, entropies, logit_penalty, swapped_prediction_loss};
 use crate::network::{Crop, Networks};
 
-/// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 2;
+/// The stage: see the documentation of the crate.
+pub struct ImcSwav;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("imc-swav", ALGORITHM, Config::check, run, words)
-}
+impl Stage for ImcSwav {
+    const SPEC: Spec = Spec {
+        name: "imc-swav",
+        algorithm: 2,
+        inputs: &[Role::BACKBONE],
+        outputs: &[Output::Network, Output::PseudoLabels],
+    };
+    type Config = Config;
 
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let classified: BTreeSet<u32> = images.rows(&config.classify_on).into_iter().collect();
-    let plan = config.plan(rows.len());
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
+    }
 
-    let start = stage.optional_input("backbone").map(|folder| folder.join(backbone_file::NAME));
-    let (clusters, seed) = (stage.data.clusters, stage.seed);
-    let mut networks = Networks::random(config, clusters, seed, start.as_deref(), &device)?;
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut networks)?;
-    let widths = [config.backbone.embedding_width(), config.prototypes];
-    let mut bank = Bank::kept(&run, config.crops(), widths, &device)?;
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let classified: BTreeSet<u32> = images.rows(&config.classify_on).into_iter().collect();
+        let plan = config.plan(rows.len());
 
-    while let Some(epoch) = run.next_epoch() {
-        if run.batches_done() == 0 {
-            bank = Bank::default();
-        }
-        let order = sampler::uniform(&rows, config.batch_size, stage.seed, epoch)?;
-        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
-            let batch = batch?;
-            let update = run.step() - 1;
-            let takes_part = places(&batch.rows, &classified);
-            networks.normalise_prototypes()?;
-            let mut crops = Vec::with_capacity(config.crops());
-            for pictures in tensors(batch, &device)? {
-                crops.push(networks.forward(&pictures)?); // One forward a crop: statistics of its own.
+        let start = job.optional_input("backbone").map(|folder| folder.join(backbone_file::NAME));
+        let (clusters, seed) = (job.data.clusters, job.seed);
+        let mut networks = Networks::random(config, clusters, seed, start.as_deref(), &device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
+        let widths = [config.backbone.embedding_width(), config.prototypes];
+        let mut bank = Bank::kept(&run, config.crops(), widths, &device)?;
+
+        while let Some(epoch) = run.next_epoch() {
+            if run.batches_done() == 0 {
+                bank = Bank::default();
             }
-            run.note_projections(&crops[0].projection())?; // An error when they have collapsed.
-
-            // Encoder, projector, prototypes: every crop predicts the codes of the other large ones.
-            let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
-            let codes = scores[..config.large.count]
-                .iter()
-                .map(|scores| codes(scores, config.code_epsilon, config.code_rounds))
-                .collect::<Result<Vec<_>>>()?;
-            let swapped = swapped_prediction_loss(&scores, &codes, config.temperature)?;
-
-            // The classifier: what its clusters know of the prototypes, once a batch is gathered.
-            let embeddings: Vec<Tensor> = crops.iter().map(Crop::embedding).collect();
-            bank.add(&embeddings, &scores, &takes_part)?;
-            let gathered = bank.take(plan.batch_size);
-            let total = match &gathered {
-                Some(gathered) => {
-                    (&swapped.detach() + classify(config, &mut networks, gathered, &mut run)?)?
+            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+                let batch = batch?;
+                let update = run.step() - 1;
+                let takes_part = places(&batch.rows, &classified);
+                networks.normalise_prototypes()?;
+                let mut crops = Vec::with_capacity(config.crops());
+                for pictures in tensors(batch, &device)? {
+                    crops.push(networks.forward(&pictures)?); // One forward a crop: statistics of its own.
                 }
-                None => swapped.detach(),
+                run.note_projections(&crops[0].projection())?; // An error when they have collapsed.
+
+                // Encoder, projector, prototypes: every crop predicts the codes of the other large ones.
+                let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
+                let codes = scores[..config.large.count]
+                    .iter()
+                    .map(|scores| codes(scores, config.code_epsilon, config.code_rounds))
+                    .collect::<Result<Vec<_>>>()?;
+                let swapped = swapped_prediction_loss(&scores, &codes, config.temperature)?;
+
+                // The classifier: what its clusters know of the prototypes, once a batch is gathered.
+                let embeddings: Vec<Tensor> = crops.iter().map(Crop::embedding).collect();
+                bank.add(&embeddings, &scores, &takes_part)?;
+                let gathered = bank.take(plan.batch_size);
+                let total = match &gathered {
+                    Some(gathered) => {
+                        (&swapped.detach() + classify(config, &mut networks, gathered, &mut run)?)?
+                    }
+                    None => swapped.detach(),
+                };
+                run.note_scalar("swapped-prediction-loss", &swapped)?;
+                run.note_loss(&total)?; // An error when it is not finite.
+
+                let gradients = swapped.backward()?;
+                networks.backward(crops, &gradients)?; // Adds to the gradients, crop by crop.
+                run.refuse_gradient(networks.first_gradient_not_finite()?)?;
+                let adam = config.adam(config.rate(update, epoch));
+                let moves = config.moves_prototypes(update);
+                networks.step(&gradients, adam, moves, gathered.is_some())?;
+                bank.keep(&mut run)?;
+                run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
+            }
+            run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+        }
+        run.finish(&networks, &config.configuration()?)?;
+        networks.write_head(&job.out, job.data.clusters)?;
+
+        // Running statistics first: refreshing changes them.
+        for evaluation in Evaluation::ALL {
+            if evaluation == Evaluation::RefreshedStatistics && config.refresh_batches == 0 {
+                continue;
+            }
+            let found = predict(config, &images, &mut networks, evaluation, job, &device)?;
+            let name = match evaluation == config.evaluation {
+                true => PseudoLabels::FILE.to_owned(),
+                false => format!("pseudo-labels-{}.safetensors", evaluation.name()),
             };
-            run.note_scalar("swapped-prediction-loss", &swapped)?;
-            run.note_loss(&total)?; // An error when it is not finite.
-
-            let gradients = swapped.backward()?;
-            networks.backward(crops, &gradients)?; // Adds to the gradients, crop by crop.
-            run.refuse_gradient(networks.first_gradient_not_finite()?)?;
-            let adam = config.adam(config.rate(update, epoch));
-            let moves = config.moves_prototypes(update);
-            networks.step(&gradients, adam, moves, gathered.is_some())?;
-            bank.keep(&mut run)?;
-            run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
+            PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(name))?;
         }
-        run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+        Ok(())
     }
-    run.finish(&networks, &config.configuration()?)?;
-    networks.write_head(&stage.out, stage.data.clusters)?;
-
-    // Running statistics first: refreshing changes them.
-    for evaluation in Evaluation::ALL {
-        if evaluation == Evaluation::RefreshedStatistics && config.refresh_batches == 0 {
-            continue;
-        }
-        let found = predict(config, &images, &mut networks, evaluation, stage, &device)?;
-        let name = match evaluation == config.evaluation {
-            true => PseudoLabels::FILE.to_owned(),
-            false => format!("pseudo-labels-{}.safetensors", evaluation.name()),
-        };
-        PseudoLabels::of_one_phase(stage, &images, found)?.write(&stage.out.join(name))?;
-    }
-    Ok(())
 }
 
 /// The classifier's loss on gathered images, whose gradients are added to the classifier's own:

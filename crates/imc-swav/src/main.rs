@@ -1,5 +1,5 @@
 //! The program `imc-swav`: see the library.
 
 fn main() -> std::process::ExitCode {
-    imc_swav::program(std::env::args_os())
+    stage::main::<imc_swav::ImcSwav>()
 }

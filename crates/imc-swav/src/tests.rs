@@ -13,7 +13,7 @@ use crate::loss::information_loss;
 
 /// Twenty-four pictures, bright on one of three sides, and a stage that reads them; every fourth is
 /// for testing.
-pub(crate) fn stage(folder: &Path, out: &str) -> Stage {
+pub(crate) fn job(folder: &Path, out: &str) -> Job {
     let pixel = |number: usize, i: usize| {
         let bright = match number % 3 {
             0 => i % 7 < 3,
@@ -24,7 +24,7 @@ pub(crate) fn stage(folder: &Path, out: &str) -> Stage {
     };
     let split = |number| if number % 4 == 3 { Split::Test } else { Split::Train };
     let data = fixture::data(3, &[Split::Train, Split::Test]);
-    fixture::stage("imc-swav", folder, out, Pictures { count: 24, pixel, split }, data)
+    fixture::job("imc-swav", folder, out, Pictures { count: 24, pixel, split }, data)
 }
 
 pub(crate) fn config() -> Config {
@@ -79,8 +79,8 @@ pub(crate) fn config() -> Config {
     .expect("a table")
 }
 
-fn bytes(stage: &Stage, name: &str) -> Vec<u8> {
-    fs::read(stage.out.join(name)).expect(name)
+fn bytes(job: &Job, name: &str) -> Vec<u8> {
+    fs::read(job.out.join(name)).expect(name)
 }
 
 const OTHER: &str = "pseudo-labels-running-statistics.safetensors";
@@ -88,19 +88,19 @@ const OTHER: &str = "pseudo-labels-running-statistics.safetensors";
 #[test]
 fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let (first, again) = (stage(folder.path(), "first"), stage(folder.path(), "again"));
-    run(&config(), &first)?;
-    run(&config(), &again)?;
+    let (first, again) = (job(folder.path(), "first"), job(folder.path(), "again"));
+    ImcSwav::run(&config(), &first)?;
+    ImcSwav::run(&config(), &again)?;
     for name in [network_file::NAME, PseudoLabels::FILE, OTHER] {
         assert!(bytes(&first, name) == bytes(&again, name), "{name}");
     }
-    let other_seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
-    run(&config(), &other_seed)?;
+    let other_seed = Job { seed: 4, ..job(folder.path(), "seed") };
+    ImcSwav::run(&config(), &other_seed)?;
     assert!(bytes(&first, network_file::NAME) != bytes(&other_seed, network_file::NAME));
 
     // Asked for the other evaluation, the two files change places.
-    let plain = stage(folder.path(), "plain");
-    run(&Config { evaluation: Evaluation::RunningStatistics, ..config() }, &plain)?;
+    let plain = job(folder.path(), "plain");
+    ImcSwav::run(&Config { evaluation: Evaluation::RunningStatistics, ..config() }, &plain)?;
     let swapped = "pseudo-labels-refreshed-statistics.safetensors";
     assert!(bytes(&plain, PseudoLabels::FILE) == bytes(&first, OTHER));
     assert!(bytes(&plain, swapped) == bytes(&first, PseudoLabels::FILE));
@@ -125,9 +125,9 @@ fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names
 /// A first batch through the networks, with the loss of the encoder and that of the classifier.
 fn one_step(networks: &mut Networks) -> Result<(Vec<Crop>, candle_core::backprop::GradStore)> {
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "out");
-    let images = Images::open(&stage.images)?;
-    let rows = images.rows(&stage.data.train_on);
+    let job = job(folder.path(), "out");
+    let images = Images::open(&job.images)?;
+    let rows = images.rows(&job.data.train_on);
     let order = sampler::uniform(&rows, 8, 3, 0)?;
     let batch = config().loader(&images, order, 0, 3, 0)?.next().expect("a batch")?;
     networks.normalise_prototypes()?;
@@ -147,12 +147,12 @@ fn a_run_is_imc_swav() -> Result<()> {
     let folder = tempfile::tempdir()?;
     // A limit that the first logits pass already.
     let config = Config { logit_limit: 0.05, logit_penalty: 1., ..config() };
-    let stage = stage(folder.path(), "out");
-    run(&config, &stage)?;
-    let written = network_file::open(&stage.out)?;
+    let job = job(folder.path(), "out");
+    ImcSwav::run(&config, &job)?;
+    let written = network_file::open(&job.out)?;
 
-    let images = Images::open(&stage.images)?;
-    let rows = images.rows(&stage.data.train_on);
+    let images = Images::open(&job.images)?;
+    let rows = images.rows(&job.data.train_on);
     let mut networks = Networks::random(&config, 3, 3, None, &Device::Cpu)?;
     let mut update = 0;
     for epoch in 0..3 {
@@ -261,9 +261,9 @@ fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
         scores: crops.iter().map(|crop| crop.scores.clone()).collect(),
     };
     let folder = tempfile::tempdir()?;
-    let stage = stage(folder.path(), "run");
+    let job = job(folder.path(), "run");
     let plan = config().plan(18);
-    let mut run = Run::resume_or_start(&stage, &config(), "images", plan, &mut networks)?;
+    let mut run = Run::resume_or_start(&job, &config(), "images", plan, &mut networks)?;
     // Information: into the classifier alone. Its graph holds no prototype: scores are detached.
     classify(&config(), &mut networks, &bank, &mut run)?;
     assert!(!is_zero(&networks.classifier)?);
@@ -285,9 +285,9 @@ fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
 fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let prototypes = |config: &Config, out: &str| -> Result<Vec<f32>> {
-        let stage = stage(folder.path(), out);
-        run(config, &stage)?;
-        network_file::open(&stage.out)?.f32("prototypes")
+        let job = job(folder.path(), out);
+        ImcSwav::run(config, &job)?;
+        network_file::open(&job.out)?.f32("prototypes")
     };
     let still = prototypes(&Config { warmup_steps: 6, ..config() }, "still")?;
     let mut first = Networks::random(&config(), 3, 3, None, &Device::Cpu)?;
@@ -327,12 +327,12 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
     // a checkpoint in mid-epoch holds some.
     let partly = Config { classify_on: vec![Split::Test], batch_size: 4, ..config() };
     let on_both = |out: &str| {
-        let mut stage = stage(folder.path(), out);
-        stage.data.train_on = vec![Split::Train, Split::Test];
-        stage
+        let mut job = job(folder.path(), out);
+        job.data.train_on = vec![Split::Train, Split::Test];
+        job
     };
     let whole = on_both("whole");
-    run(&partly, &whole)?;
+    ImcSwav::run(&partly, &whole)?;
     let images = Images::open(&whole.images)?;
     let rows = images.rows(&whole.data.train_on);
     let classified: BTreeSet<u32> = images.rows(&partly.classify_on).into_iter().collect();
@@ -374,14 +374,13 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
 #[test]
 fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let given = stage(folder.path(), "given");
-    run(&config(), &given)?;
-    let mut from = stage(folder.path(), "from");
+    let given = job(folder.path(), "given");
+    ImcSwav::run(&config(), &given)?;
+    let mut from = job(folder.path(), "from");
     from.inputs.insert("backbone".into(), given.out.clone());
-    run(&Config { learning_rate: 1e-30, ..config() }, &from)?;
-    let weights = |stage: &Stage| {
-        network_file::open(&stage.out)?.f32("online.backbone.layer3.0.conv2.weight")
-    };
+    ImcSwav::run(&Config { learning_rate: 1e-30, ..config() }, &from)?;
+    let weights =
+        |job: &Job| network_file::open(&job.out)?.f32("online.backbone.layer3.0.conv2.weight");
     assert_eq!(weights(&given)?, weights(&from)?);
     let names: Vec<_> = Networks::random(&config(), 3, 1, None, &Device::Cpu)?
         .segments()
@@ -395,13 +394,13 @@ fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
 #[test]
 fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut stage = stage(folder.path(), "out");
-    stage.images = "none".into();
-    stage.data.train_on = vec![Split::Train, Split::Test, Split::Unlabelled];
+    let mut job = job(folder.path(), "out");
+    job.images = "none".into();
+    job.data.train_on = vec![Split::Train, Split::Test, Split::Unlabelled];
     for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
         let experiment = Experiment::read(&entry?.path())?;
         if experiment.has_table("imc-swav") {
-            experiment.table::<Config>("imc-swav")?.check(&stage)?;
+            experiment.table::<Config>("imc-swav")?.check(&job)?;
         }
     }
     Ok(())

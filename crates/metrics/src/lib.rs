@@ -15,26 +15,15 @@ pub mod geometry;
 pub mod number;
 pub mod report;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use data::{Labels, PseudoLabels};
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 
 use crate::report::Report;
-
-/// Raised by hand when results change for the same inputs; see [`stage::run_program`].
-pub const ALGORITHM: u32 = 1;
-
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("metrics", ALGORITHM, check, run, words)
-}
 
 /// The table `[metrics]`: it has no values, so that two experiments are always scored alike.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,63 +33,80 @@ pub struct Config {}
 const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
 const LABELS: &str = "labels.safetensors";
 
-/// Opens those inputs that exist already, and compares what they are about.
-///
-/// # Errors
-///
-/// An input is not usable or belongs to other images.
-pub fn check(_: &Config, stage: &Stage) -> Result<()> {
-    let exists =
-        |role, file| stage.optional_input(role).map(|d| d.join(file)).filter(|p| p.exists());
-    let scored =
-        exists("pseudo-labels", PSEUDO_LABELS).map(|p| PseudoLabels::open(&p)).transpose()?;
-    let labels = exists("labels", LABELS).map(|p| Labels::open(&p)).transpose()?;
-    if let (Some(scored), Some(labels)) = (&scored, &labels) {
-        scored.data_set.require(&labels.data_set, REMEDY)?;
-    }
-    Ok(())
-}
-
 const REMEDY: &str = "score pseudo-labels with the labels that were prepared with their images";
 
-/// Reads `pseudo-labels.safetensors` in role `pseudo-labels`, the ground truth in role `labels`
-/// and the last round's in role `previous`, where given; writes `metrics.json`.
-///
-/// # Errors
-///
-/// A file is missing or damaged, or they are about different images.
-pub fn run(_: &Config, stage: &Stage) -> Result<()> {
-    let scored = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
-    let labels =
-        stage.optional_input("labels").map(|d| Labels::open(&d.join(LABELS))).transpose()?;
-    let previous = stage
-        .optional_input("previous")
-        .map(|d| PseudoLabels::open(&d.join(PSEUDO_LABELS)))
-        .transpose()?;
-    scored.require_clusters(stage.data.clusters)?;
-    if let Some(labels) = &labels {
-        scored.data_set.require(&labels.data_set, REMEDY)?;
+/// The stage: see the documentation of the crate.
+pub struct Metrics;
+
+impl Stage for Metrics {
+    const SPEC: Spec = Spec {
+        name: "metrics",
+        algorithm: 1,
+        inputs: &[
+            Role::new("pseudo-labels", Origin::PseudoLabels),
+            Role::new("labels", Origin::Labels),
+            Role::new("previous", Origin::EarlierPseudoLabels),
+        ],
+        outputs: &[Output::Scores],
+    };
+    type Config = Config;
+
+    /// Opens those inputs that exist already, and compares what they are about.
+    ///
+    /// # Errors
+    ///
+    /// An input is not usable or belongs to other images.
+    fn check(_: &Config, job: &Job) -> Result<Effort> {
+        let exists =
+            |role, file| job.optional_input(role).map(|d| d.join(file)).filter(|p| p.exists());
+        let scored =
+            exists("pseudo-labels", PSEUDO_LABELS).map(|p| PseudoLabels::open(&p)).transpose()?;
+        let labels = exists("labels", LABELS).map(|p| Labels::open(&p)).transpose()?;
+        if let (Some(scored), Some(labels)) = (&scored, &labels) {
+            scored.data_set.require(&labels.data_set, REMEDY)?;
+        }
+        Ok(Effort::NONE)
     }
-    if let Some(previous) = &previous {
-        let remedy = "name the pseudo-labels of this run's last round";
-        scored.data_set.require(&previous.data_set, remedy)?;
+
+    /// Reads `pseudo-labels.safetensors` in role `pseudo-labels`, the ground truth in role `labels`
+    /// and the last round's in role `previous`, where given; writes `metrics.json`.
+    ///
+    /// # Errors
+    ///
+    /// A file is missing or damaged, or they are about different images.
+    fn run(_: &Config, job: &Job) -> Result<()> {
+        let scored = PseudoLabels::open(&job.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
+        let labels =
+            job.optional_input("labels").map(|d| Labels::open(&d.join(LABELS))).transpose()?;
+        let previous = job
+            .optional_input("previous")
+            .map(|d| PseudoLabels::open(&d.join(PSEUDO_LABELS)))
+            .transpose()?;
+        scored.require_clusters(job.data.clusters)?;
+        if let Some(labels) = &labels {
+            scored.data_set.require(&labels.data_set, REMEDY)?;
+        }
+        if let Some(previous) = &previous {
+            let remedy = "name the pseudo-labels of this run's last round";
+            scored.data_set.require(&previous.data_set, remedy)?;
+        }
+        let report = Report::new(&scored, labels.as_ref(), previous.as_ref())?;
+        let mut report = serde_json::to_value(&report)?;
+        // Some systems predict twice from one training, as IMC-SwAV with refreshed statistics.
+        let mut others = serde_json::Map::new();
+        for (name, path) in other_results(job.input("pseudo-labels")?)? {
+            let other = PseudoLabels::open(&path)?;
+            other.data_set.require(&scored.data_set, "cluster again from these images")?;
+            let other = Report::new(&other, labels.as_ref(), None)?;
+            others.insert(name, serde_json::to_value(other.head)?);
+        }
+        if !others.is_empty() {
+            report["others"] = others.into();
+        }
+        let mut text = serde_json::to_string_pretty(&report)?;
+        text.push('\n');
+        stage::files::write(&job.out.join("metrics.json"), text.as_bytes())
     }
-    let report = Report::new(&scored, labels.as_ref(), previous.as_ref())?;
-    let mut report = serde_json::to_value(&report)?;
-    // Some systems predict twice from one training, as IMC-SwAV with refreshed statistics.
-    let mut others = serde_json::Map::new();
-    for (name, path) in other_results(stage.input("pseudo-labels")?)? {
-        let other = PseudoLabels::open(&path)?;
-        other.data_set.require(&scored.data_set, "cluster again from these images")?;
-        let other = Report::new(&other, labels.as_ref(), None)?;
-        others.insert(name, serde_json::to_value(other.head)?);
-    }
-    if !others.is_empty() {
-        report["others"] = others.into();
-    }
-    let mut text = serde_json::to_string_pretty(&report)?;
-    text.push('\n');
-    stage::files::write(&stage.out.join("metrics.json"), text.as_bytes())
 }
 
 /// Results beside the first in its folder, `pseudo-labels-<name>.safetensors`, by name.
@@ -123,7 +129,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use data::DataSet;
-    use stage::{DataTable, DeviceChoice};
+    use stage::DataTable;
 
     use super::*;
 
@@ -131,18 +137,11 @@ mod tests {
         DataSet { path: "x".into(), images: 4, fingerprint: fingerprint.into() }
     }
 
-    fn stage(folder: &Path, roles: &[&str]) -> Stage {
-        Stage {
-            name: "metrics",
-            experiment: "e.toml".into(),
-            images: "i.safetensors".into(),
+    fn job(folder: &Path, roles: &[&str]) -> Job {
+        let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
+        Job {
             inputs: roles.iter().map(|role| (role.to_string(), folder.join("in"))).collect(),
-            out: folder.join("out"),
-            round: 0,
-            rounds: 0,
-            seed: 0,
-            device: DeviceChoice::Cpu,
-            data: DataTable { clusters: 2, train_on: vec![], score_on: vec![] },
+            ..Job::new("metrics", "i.safetensors", folder.join("out"), data)
         }
     }
 
@@ -175,10 +174,10 @@ mod tests {
     fn the_file_has_the_agreed_form() -> Result<()> {
         let folder = tempfile::tempdir()?;
         write_inputs(folder.path(), "f")?;
-        let stage = stage(folder.path(), &["pseudo-labels", "labels", "previous"]);
-        check(&Config {}, &stage)?;
-        run(&Config {}, &stage)?;
-        let text = fs::read_to_string(stage.out.join("metrics.json"))?;
+        let job = job(folder.path(), &["pseudo-labels", "labels", "previous"]);
+        Metrics::check(&Config {}, &job)?;
+        Metrics::run(&Config {}, &job)?;
+        let text = fs::read_to_string(job.out.join("metrics.json"))?;
         let read: BTreeMap<String, serde_json::Value> = serde_json::from_str(&text)?;
         let keys: Vec<&str> = read.keys().map(String::as_str).collect();
         let want = ["clusters", "head", "images", "kmeans", "reliable", "sizes", "stability"];
@@ -200,9 +199,9 @@ mod tests {
         let mut other = PseudoLabels::open(&given.join(PSEUDO_LABELS))?;
         other.assignment = vec![0, 0, 1, 1];
         other.write(&given.join("pseudo-labels-running-statistics.safetensors"))?;
-        let stage = stage(folder.path(), &["pseudo-labels", "labels"]);
-        run(&Config {}, &stage)?;
-        let text = fs::read_to_string(stage.out.join("metrics.json"))?;
+        let job = job(folder.path(), &["pseudo-labels", "labels"]);
+        Metrics::run(&Config {}, &job)?;
+        let text = fs::read_to_string(job.out.join("metrics.json"))?;
         let read: serde_json::Value = serde_json::from_str(&text)?;
         assert_eq!(read["head"]["acc"], 0.75);
         assert_eq!(read["others"]["running-statistics"]["acc"], 1.0);
@@ -213,18 +212,19 @@ mod tests {
     fn labels_of_other_images_and_other_clusters_are_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
         write_inputs(folder.path(), "g")?;
-        let mut stage = stage(folder.path(), &["pseudo-labels", "labels"]);
-        for error in [check(&Config {}, &stage), run(&Config {}, &stage)] {
+        let mut job = job(folder.path(), &["pseudo-labels", "labels"]);
+        let checked = Metrics::check(&Config {}, &job).map(|_| ());
+        for error in [checked, Metrics::run(&Config {}, &job)] {
             let error = error.expect_err("other images").to_string();
             assert!(error.contains(REMEDY), "{error}");
         }
-        stage.data.clusters = 3;
-        let error = run(&Config {}, &stage).expect_err("other K").to_string();
+        job.data.clusters = 3;
+        let error = Metrics::run(&Config {}, &job).expect_err("other K").to_string();
         assert!(error.contains("asks for 3"), "{error}");
-        assert!(!stage.out.join("metrics.json").exists());
-        stage.inputs.clear();
-        check(&Config {}, &stage)?;
-        let error = run(&Config {}, &stage).expect_err("no input").to_string();
+        assert!(!job.out.join("metrics.json").exists());
+        job.inputs.clear();
+        Metrics::check(&Config {}, &job)?;
+        let error = Metrics::run(&Config {}, &job).expect_err("no input").to_string();
         assert!(error.contains("--in pseudo-labels=DIR"), "{error}");
         Ok(())
     }

@@ -14,88 +14,94 @@
 
 pub mod head;
 
-use std::env::ArgsOs;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use data::{Embeddings, PseudoLabels};
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job, Origin, Role, Spec, Stage};
 
 use crate::head::{Head, Predictions};
-
-/// Raised when results change for the same inputs; see [`stage::run_program`].
-pub const ALGORITHM: u32 = 1;
-
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("predict", ALGORITHM, check, run, words)
-}
 
 /// The table `[predict]`: it has no values, the head says everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {}
 
-/// Opens the head, where it exists already.
-///
-/// # Errors
-///
-/// It is not usable, or has another number of clusters than the experiment.
-pub fn check(_: &Config, stage: &Stage) -> Result<()> {
-    match stage.optional_input("head") {
-        Some(folder) if folder.join(data::head::FILE).exists() => {
-            Head::open(folder)?.require_clusters(stage.data.clusters)
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Pictures that are looked at in one go.
 const AT_ONCE: usize = 4096;
 
-/// Files in, a file out.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign, or the head takes rows of another width.
-pub fn run(_: &Config, stage: &Stage) -> Result<()> {
-    let head = Head::open(stage.input("head")?)?;
-    head.require_clusters(stage.data.clusters)?;
-    let file: PathBuf = stage.input("embeddings")?.join("embeddings.safetensors");
-    let embeddings = Embeddings::open(&file)?;
-    let (rows, width) = head.rows_of(&embeddings);
-    ensure!(
-        width == head.width,
-        "the head in `{}` takes {} of width {}, but those of `{}` have {width}; embed with the network \
-         of the head's run",
-        stage.input("head")?.display(),
-        head.space_name(),
-        head.width,
-        file.display()
-    );
-    let mut found = Predictions::default();
-    for rows in rows.chunks(AT_ONCE * width) {
-        found.extend(head.predict(rows)?);
+/// The stage: see the documentation of the crate.
+pub struct Predict;
+
+impl Stage for Predict {
+    const SPEC: Spec = Spec {
+        name: "predict",
+        algorithm: 1,
+        inputs: &[
+            Role::new("head", Origin::PseudoLabels),
+            Role::new("embeddings", Origin::Embeddings),
+        ],
+        outputs: &[],
+    };
+    type Config = Config;
+
+    /// Opens the head, where it exists already.
+    ///
+    /// # Errors
+    ///
+    /// It is not usable, or has another number of clusters than the experiment.
+    fn check(_: &Config, job: &Job) -> Result<Effort> {
+        if let Some(folder) = job.optional_input("head")
+            && folder.join(data::head::FILE).exists()
+        {
+            Head::open(folder)?.require_clusters(job.data.clusters)?;
+        }
+        Ok(Effort::NONE)
     }
-    let Embeddings { data_set, index, projection_width, projection, .. } = embeddings;
-    let clusters = stage.data.clusters;
-    let prototypes = means(&projection, projection_width, &found.assignment, clusters);
-    PseudoLabels {
-        data_set,
-        clusters,
-        reliable: vec![true; index.len()],
-        index,
-        kmeans_assignment: found.assignment.clone(),
-        assignment: found.assignment,
-        score: found.confidence.clone(),
-        confidence: found.confidence,
-        stability: None,
-        projection_width,
-        prototypes,
+
+    /// Files in, a file out.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign, or the head takes rows of another width.
+    fn run(_: &Config, job: &Job) -> Result<()> {
+        let head = Head::open(job.input("head")?)?;
+        head.require_clusters(job.data.clusters)?;
+        let file: PathBuf = job.input("embeddings")?.join("embeddings.safetensors");
+        let embeddings = Embeddings::open(&file)?;
+        let (rows, width) = head.rows_of(&embeddings);
+        ensure!(
+            width == head.width,
+            "the head in `{}` takes {} of width {}, but those of `{}` have {width}; embed with the network \
+             of the head's run",
+            job.input("head")?.display(),
+            head.space_name(),
+            head.width,
+            file.display()
+        );
+        let mut found = Predictions::default();
+        for rows in rows.chunks(AT_ONCE * width) {
+            found.extend(head.predict(rows)?);
+        }
+        let Embeddings { data_set, index, projection_width, projection, .. } = embeddings;
+        let clusters = job.data.clusters;
+        let prototypes = means(&projection, projection_width, &found.assignment, clusters);
+        PseudoLabels {
+            data_set,
+            clusters,
+            reliable: vec![true; index.len()],
+            index,
+            kmeans_assignment: found.assignment.clone(),
+            assignment: found.assignment,
+            score: found.confidence.clone(),
+            confidence: found.confidence,
+            stability: None,
+            projection_width,
+            prototypes,
+        }
+        .write(&job.out.join(PseudoLabels::FILE))
     }
-    .write(&stage.out.join(PseudoLabels::FILE))
 }
 
 /// The unit-length mean of each cluster's rows, `(K, P)`; zeros where there are none.
@@ -120,25 +126,18 @@ mod tests {
     use std::path::Path;
 
     use data::DataSet;
-    use stage::{DataTable, DeviceChoice};
+    use stage::DataTable;
 
     use super::*;
 
-    fn stage(folder: &Path, clusters: usize) -> Stage {
-        Stage {
-            name: "predict",
-            experiment: "e.toml".into(),
-            images: "i.safetensors".into(),
+    fn job(folder: &Path, clusters: usize) -> Job {
+        let data = DataTable { clusters, train_on: vec![], score_on: vec![] };
+        Job {
             inputs: BTreeMap::from([
                 ("head".to_owned(), folder.to_owned()),
                 ("embeddings".to_owned(), folder.to_owned()),
             ]),
-            out: folder.to_owned(),
-            round: 0,
-            rounds: 0,
-            seed: 0,
-            device: DeviceChoice::Cpu,
-            data: DataTable { clusters, train_on: vec![], score_on: vec![] },
+            ..Job::new("predict", "i.safetensors", folder, data)
         }
     }
 
@@ -164,7 +163,7 @@ mod tests {
         write_embeddings(folder.path())?;
         let centres = [0., 2., 3., 0., -1., 0.];
         data::head::write_centres(folder.path(), &centres, 3, "spherical")?;
-        run(&Config {}, &stage(folder.path(), 3))?;
+        Predict::run(&Config {}, &job(folder.path(), 3))?;
         let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?;
         // The last is at right angles to two centres: the lower number.
         assert_eq!((found.assignment, found.index), (vec![0, 1, 1], vec![0, 2, 4]));
@@ -197,7 +196,7 @@ mod tests {
         }
         .write(&path)?;
         data::head::write_centres(folder.path(), &[1., 0., 0., 1.], 2, "euclidean")?;
-        run(&Config {}, &stage(folder.path(), 2))?;
+        Predict::run(&Config {}, &job(folder.path(), 2))?;
         let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?.assignment;
         let want = |row: usize| u32::from(!row.is_multiple_of(3));
         assert_eq!(found, (0..count).map(want).collect::<Vec<_>>());
@@ -207,7 +206,8 @@ mod tests {
     #[test]
     fn a_head_that_is_still_to_come_is_no_error() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        check(&Config {}, &stage(folder.path(), 2))
+        assert_eq!(Predict::check(&Config {}, &job(folder.path(), 2))?, Effort::NONE);
+        Ok(())
     }
 
     #[test]
@@ -215,9 +215,11 @@ mod tests {
         let folder = tempfile::tempdir()?;
         write_embeddings(folder.path())?;
         data::head::write_centres(folder.path(), &[1., 0., 0., 0., 1., 0.], 2, "spherical")?;
-        let error = format!("{:#}", run(&Config {}, &stage(folder.path(), 2)).expect_err("width"));
+        let error =
+            format!("{:#}", Predict::run(&Config {}, &job(folder.path(), 2)).expect_err("width"));
         assert!(error.contains("projections of width 3") && error.contains("have 2"), "{error}");
-        let error = check(&Config {}, &stage(folder.path(), 3)).expect_err("clusters").to_string();
+        let error =
+            Predict::check(&Config {}, &job(folder.path(), 3)).expect_err("clusters").to_string();
         assert!(error.contains("2 clusters") && error.contains("asks for 3"), "{error}");
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! The program `predict`: see the library.
 
 fn main() -> std::process::ExitCode {
-    predict::program(std::env::args_os())
+    stage::main::<predict::Predict>()
 }

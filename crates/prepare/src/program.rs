@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use stage::Experiment;
+use stage::{Experiment, Status, console};
 
 use crate::{ALGORITHM, Config, Options, location, picture};
 
@@ -38,30 +38,26 @@ struct Arguments {
 
 /// The program: the command line `words` in, the exit status out.
 pub fn program(words: ArgsOs) -> ExitCode {
-    stage::start_logging();
+    console::start_logging();
     let command = Arguments::command().name("prepare").version(format!("algorithm {ALGORITHM}"));
     let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    let result = check_or_run(&arguments);
-    if let Err(error) = &result {
-        eprintln!("prepare: {error:#}");
-    }
-    ExitCode::from(stage::exit_code(&result))
+    stage::finish("prepare", &check_or_run(&arguments))
 }
 
 fn check_or_run(arguments: &Arguments) -> Result<()> {
     // What was read is safe at any moment; asking twice ends the program at once.
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(3);
+            std::process::exit(Status::Interrupted.code().into());
         }
     })
     .context("listening for interrupts")?;
     if let Some(address) = &arguments.fetch {
         for path in location::find(Path::new(address), &interrupted)?.paths {
-            println!("{}", path.display());
+            console::print_line(path.display())?;
         }
         return Ok(());
     }
@@ -75,8 +71,7 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
     let source = arguments.source.clone().unwrap_or_else(|| PathBuf::from(&config.source));
     if arguments.check {
         crate::check(&config, &source)?;
-        print!("[prepare]\n{}", toml::to_string(&config)?);
-        return Ok(());
+        return console::print(format_args!("[prepare]\n{}", toml::to_string(&config)?));
     }
     let options =
         Options { memory: arguments.memory << 20, interrupted: &interrupted, ..Options::default() };

@@ -5,7 +5,7 @@ use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job};
 use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
 /// What a pretraining run can vary. The experiment file sets every field: there are no defaults
@@ -68,8 +68,8 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         check::batch_size(self.batch_size)?;
         self.groups()?;
@@ -78,16 +78,16 @@ impl Config {
         check::not_negative(&[("noise", self.noise)])?;
         self.input.check("pretraining.input")?;
         self.views.check("pretraining.views")?;
-        if stage.images.exists() {
-            // One batch of nothing: the loader holds the pictures' channels against the input's.
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            sampler::uniform(&rows, self.batch_size, 0, 0)?;
-            self.loader(&images, Vec::new(), 0, 0, 0)?;
-            // Two views through the online network, two through the target.
-            stage.declare_effort(4. * self.plan(rows.len()).pictures());
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
         }
-        Ok(())
+        // One batch of nothing: the loader holds the pictures' channels against the input's.
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        sampler::uniform(&rows, self.batch_size, 0, 0)?;
+        self.loader(&images, Vec::new(), 0, 0, 0)?;
+        // Two views through the online network, two through the target.
+        Ok(Effort::of_backbone_pictures(4. * self.plan(rows.len()).pictures()))
     }
 
     /// Length of the run and its checkpoints.

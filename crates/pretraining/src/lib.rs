@@ -14,67 +14,69 @@
 
 mod config;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::Result;
 use backbone::backbone_file;
 use candle_core::Tensor;
 use data::Images;
-use stage::Stage;
+use stage::{Effort, Job, Output, Spec, Stage};
 use training::loss::regression_loss;
 use training::{Learner, Run, Target, pictures, sampler};
 
 pub use config::{Config, Sampling};
 
-/// Raised when the results change for the same table.
-pub const ALGORITHM: u32 = 3;
+/// The stage: see the documentation of the crate.
+pub struct Pretraining;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("pretraining", ALGORITHM, Config::check, run, words)
-}
+impl Stage for Pretraining {
+    const SPEC: Spec =
+        Spec { name: "pretraining", algorithm: 3, inputs: &[], outputs: &[Output::Network] };
+    type Config = Config;
 
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let plan = config.plan(rows.len());
-    let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
-    let target_decay = config.target_decay(plan.steps_per_epoch)?;
-    let configuration = config.configuration()?;
-
-    let mut learner =
-        Learner::random(&configuration, config.groups()?, config.precision, stage.seed)?;
-    if let Some(folder) = stage.optional_input("backbone") {
-        backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
-        learner.target = Target::copy_of(&learner.online);
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
     }
-    let mut learner = learner.on(&device)?;
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
 
-    while let Some(epoch) = run.next_epoch() {
-        let order = sampler::uniform(&rows, config.batch_size, stage.seed, epoch)?;
-        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
-            let rates = Rates {
-                learning_rate: learning_rate.at(run.step()),
-                target_decay: target_decay.at(run.step()),
-                noise: config.noise,
-                seed: stage.seed,
-            };
-            let batch = batch?;
-            let views = pictures(batch.shape(), batch.views, &device)?;
-            step(&mut run, &mut learner, &views, rates)?;
-            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let plan = config.plan(rows.len());
+        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+        let target_decay = config.target_decay(plan.steps_per_epoch)?;
+        let configuration = config.configuration()?;
+
+        let mut learner =
+            Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
+        if let Some(folder) = job.optional_input("backbone") {
+            backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
+            learner.target = Target::copy_of(&learner.online);
         }
-        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+        let mut learner = learner.on(&device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+
+        while let Some(epoch) = run.next_epoch() {
+            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+                let rates = Rates {
+                    learning_rate: learning_rate.at(run.step()),
+                    target_decay: target_decay.at(run.step()),
+                    noise: config.noise,
+                    seed: job.seed,
+                };
+                let batch = batch?;
+                let views = pictures(batch.shape(), batch.views, &device)?;
+                step(&mut run, &mut learner, &views, rates)?;
+                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+            }
+            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+        }
+        run.finish(&learner, &configuration)
     }
-    run.finish(&learner, &configuration)
 }
 
 /// What a [`step`] needs beside networks and views.
@@ -138,10 +140,10 @@ mod tests {
     use super::*;
 
     /// Twenty pictures and a stage that reads them.
-    fn stage(folder: &Path, out: &str) -> Stage {
+    fn job(folder: &Path, out: &str) -> Job {
         let split = |_| Split::Train;
         let pictures = Pictures { count: 20, pixel: fixture::scattered, split };
-        fixture::stage("pretraining", folder, out, pictures, fixture::data(2, &[Split::Train]))
+        fixture::job("pretraining", folder, out, pictures, fixture::data(2, &[Split::Train]))
     }
 
     fn config() -> Config {
@@ -177,22 +179,22 @@ mod tests {
         .expect("a table")
     }
 
-    fn network(config: &Config, stage: &Stage) -> Vec<u8> {
-        run(config, stage).expect("runs");
-        fs::read(stage.out.join(network_file::NAME)).expect("written")
+    fn network(config: &Config, job: &Job) -> Vec<u8> {
+        Pretraining::run(config, job).expect("runs");
+        fs::read(job.out.join(network_file::NAME)).expect("written")
     }
 
     #[test]
     fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let first = network(&config(), &stage(folder.path(), "first"));
-        assert!(first == network(&config(), &stage(folder.path(), "again")));
-        let other_seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        let first = network(&config(), &job(folder.path(), "first"));
+        assert!(first == network(&config(), &job(folder.path(), "again")));
+        let other_seed = Job { seed: 4, ..job(folder.path(), "seed") };
         assert!(first != network(&config(), &other_seed));
         let with_noise = Config { noise: 0.1, ..config() };
-        assert!(first != network(&with_noise, &stage(folder.path(), "noise")));
+        assert!(first != network(&with_noise, &job(folder.path(), "noise")));
         let rounded = Config { precision: training::Precision::Bf16, ..config() };
-        assert!(first != network(&rounded, &stage(folder.path(), "bf16")));
+        assert!(first != network(&rounded, &job(folder.path(), "bf16")));
 
         let out = folder.path().join("first");
         let log = fs::read_to_string(out.join("log.jsonl"))?;
@@ -211,11 +213,11 @@ mod tests {
     #[test]
     fn a_run_is_byol() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let (config, stage) = (config(), stage(folder.path(), "out"));
-        run(&config, &stage)?;
-        let written = network_file::open(&stage.out)?;
+        let (config, job) = (config(), job(folder.path(), "out"));
+        Pretraining::run(&config, &job)?;
+        let written = network_file::open(&job.out)?;
 
-        let images = Images::open(&stage.images)?;
+        let images = Images::open(&job.images)?;
         let rows = images.rows(&[Split::Train]);
         let mut learner =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
@@ -254,8 +256,8 @@ mod tests {
     #[test]
     fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let given = network(&config(), &stage(folder.path(), "given"));
-        let mut from = stage(folder.path(), "from");
+        let given = network(&config(), &job(folder.path(), "given"));
+        let mut from = job(folder.path(), "from");
         from.inputs.insert("backbone".into(), folder.path().join("given"));
         // At a learning rate of nearly nothing and a target that stands still, what comes in goes
         // out.
@@ -269,7 +271,7 @@ mod tests {
         };
         assert_eq!(parameters(bytes("given")?)?, parameters(bytes("from")?)?);
         from.inputs.insert("backbone".into(), folder.path().join("none"));
-        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        let message = format!("{:#}", Pretraining::run(&still, &from).expect_err("no such file"));
         assert!(message.contains("backbone.safetensors"), "{message}");
         Ok(())
     }
@@ -277,8 +279,8 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
-        config().check(&stage)?;
+        let job = job(folder.path(), "out");
+        config().check(&job)?;
         let mut colour = config();
         colour.input.channels = 3;
         colour.input.mean = vec![0.5; 3];
@@ -294,10 +296,10 @@ mod tests {
             (Config { peak_learning_rate: 0., ..config() }, "peak-learning-rate"),
             (colour, "channels"),
         ] {
-            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            let message = format!("{:#}", wrong.check(&job).expect_err(word));
             assert!(message.contains(word), "{word} is not in: {message}");
         }
-        let elsewhere = Stage { device: DeviceChoice::Cuda(0), ..stage };
+        let elsewhere = Job { device: DeviceChoice::Cuda(0), ..job };
         assert!(config().check(&elsewhere).is_err());
         Ok(())
     }
@@ -306,7 +308,8 @@ mod tests {
     fn a_run_whose_projections_collapse_stops() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let strict = Config { collapse_deviation: 0.6, ..config() };
-        let error = run(&strict, &stage(folder.path(), "out")).expect_err("at most 1/√4");
+        let error =
+            Pretraining::run(&strict, &job(folder.path(), "out")).expect_err("at most 1/√4");
         assert!(error.is::<stage::Diverged>(), "{error}");
         Ok(())
     }
@@ -314,14 +317,14 @@ mod tests {
     #[test]
     fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let mut stage = stage(folder.path(), "out");
-        stage.images = "none".into();
+        let mut job = job(folder.path(), "out");
+        job.images = "none".into();
         let configs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs");
         let mut found = 0;
         for entry in fs::read_dir(configs)? {
             let experiment = Experiment::read(&entry?.path())?;
             if experiment.has_table("pretraining") {
-                experiment.table::<Config>("pretraining")?.check(&stage)?;
+                experiment.table::<Config>("pretraining")?.check(&job)?;
                 found += 1;
             }
         }

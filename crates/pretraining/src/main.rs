@@ -1,5 +1,5 @@
 //! The program `pretraining`: see the library.
 
 fn main() -> std::process::ExitCode {
-    pretraining::program(std::env::args_os())
+    stage::main::<pretraining::Pretraining>()
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use assignment::{Clustering, k_means, optimal_map};
 use candle_core::{Device, Tensor};
 use data::{Found, Images, Loader};
-use stage::Stage;
+use stage::Job;
 use training::{Run, Target};
 
 use crate::Config;
@@ -17,7 +17,7 @@ use crate::Config;
 #[derive(Debug)]
 pub struct Clusters<'a> {
     config: &'a Config,
-    stage: &'a Stage,
+    job: &'a Job,
     images: &'a Images,
     device: &'a Device,
     rows: Vec<u32>,
@@ -34,14 +34,14 @@ impl<'a> Clusters<'a> {
     /// No clusters yet, of the images `rows`.
     pub fn new(
         config: &'a Config,
-        stage: &'a Stage,
+        job: &'a Job,
         images: &'a Images,
         rows: Vec<u32>,
         device: &'a Device,
     ) -> Self {
         let mut places = vec![None; images.len()];
         rows.iter().enumerate().for_each(|(place, &row)| places[row as usize] = Some(place));
-        Self { config, stage, images, device, rows, assignment: Vec::new(), places }
+        Self { config, job, images, device, rows, assignment: Vec::new(), places }
     }
 
     /// Finds them anew, and keeps them in the state of `run`.
@@ -54,9 +54,9 @@ impl<'a> Clusters<'a> {
     ///
     /// A picture cannot be read, or there are fewer images than clusters.
     pub fn find(&mut self, target: &mut Target, run: &mut Run) -> Result<()> {
-        let (clusters, images) = (self.stage.data.clusters, self.rows.len());
+        let (clusters, images) = (self.job.data.clusters, self.rows.len());
         let projections = project(self.config, self.images, &self.rows, target, self.device)?;
-        let found = e_step(self.config, self.stage, &projections, images)?;
+        let found = e_step(self.config, self.job, &projections, images)?;
         let before = numbers(run.kept(KEPT).unwrap_or(&[]));
         self.assignment = found.assignment;
         run.note("inertia", found.inertia / images as f64);
@@ -87,7 +87,7 @@ impl<'a> Clusters<'a> {
     ///
     /// There are too few images.
     pub fn order(&self, epoch: usize) -> Result<Vec<Vec<u32>>> {
-        let (clusters, seed) = (self.stage.data.clusters, self.stage.seed);
+        let (clusters, seed) = (self.job.data.clusters, self.job.seed);
         self.config.order(&self.rows, &self.assignment, clusters, seed, epoch)
     }
 
@@ -106,14 +106,14 @@ impl<'a> Clusters<'a> {
 /// A picture cannot be read, or there are fewer images than clusters.
 pub fn result(
     config: &Config,
-    stage: &Stage,
+    job: &Job,
     images: &Images,
     target: &mut Target,
     device: &Device,
 ) -> Result<Found> {
-    let rows = images.rows(&stage.data.score_on);
+    let rows = images.rows(&job.data.score_on);
     let projections = project(config, images, &rows, target, device)?;
-    let found = e_step(config, stage, &projections, rows.len())?;
+    let found = e_step(config, job, &projections, rows.len())?;
     let width = config.projector.width;
     let confidence = projections
         .chunks_exact(width)
@@ -149,14 +149,9 @@ fn project(
     Ok(projections)
 }
 
-fn e_step(
-    config: &Config,
-    stage: &Stage,
-    projections: &[f32],
-    images: usize,
-) -> Result<Clustering> {
-    let k_means_config = config.k_means(stage.data.clusters);
-    k_means(projections, images, config.projector.width, &k_means_config, stage.seed)
+fn e_step(config: &Config, job: &Job, projections: &[f32], images: usize) -> Result<Clustering> {
+    let k_means_config = config.k_means(job.data.clusters);
+    k_means(projections, images, config.projector.width, &k_means_config, job.seed)
 }
 
 /// The state of a run holds floats, which are exact for as many clusters as there can be.
@@ -210,10 +205,10 @@ mod tests {
     #[test]
     fn images_are_given_the_clusters_of_their_own_rows() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = crate::tests::stage(folder.path(), "out");
-        let (config, images) = (crate::tests::config(), Images::open(&stage.images)?);
+        let job = crate::tests::job(folder.path(), "out");
+        let (config, images) = (crate::tests::config(), Images::open(&job.images)?);
         let rows = vec![2, 5, 7, 20];
-        let mut clusters = Clusters::new(&config, &stage, &images, rows, &Device::Cpu);
+        let mut clusters = Clusters::new(&config, &job, &images, rows, &Device::Cpu);
         clusters.assignment = vec![1, 0, 2, 0];
         let found = clusters.of(&[20, 7, 3, 2, 5, 23]);
         assert_eq!(found, [Some(0), Some(2), None, Some(1), Some(0), None]);

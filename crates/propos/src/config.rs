@@ -6,7 +6,7 @@ use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job};
 use training::scatter::Absent;
 use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
@@ -101,8 +101,8 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there; the message names the key.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         self.groups()?;
         self.learning_rate(1)?;
@@ -123,16 +123,16 @@ impl Config {
         );
         self.input.check("propos.input")?;
         self.views.check("propos.views")?;
-        if stage.images.exists() {
-            // One batch of nothing: the loader holds the pictures' channels against the input's.
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            sampler::uniform(&rows, self.batch_size, 0, 0)?;
-            self.loader(&images, Vec::new(), 0, 0, 0)?;
-            let scored = images.rows(&stage.data.score_on).len();
-            stage.declare_effort(self.effort(rows.len(), scored));
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
         }
-        Ok(())
+        // One batch of nothing: the loader holds the pictures' channels against the input's.
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        sampler::uniform(&rows, self.batch_size, 0, 0)?;
+        self.loader(&images, Vec::new(), 0, 0, 0)?;
+        let scored = images.rows(&job.data.score_on).len();
+        Ok(Effort::of_backbone_pictures(self.effort(rows.len(), scored)))
     }
 
     /// Length of the run and its checkpoints.

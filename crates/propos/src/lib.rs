@@ -27,14 +27,11 @@ pub mod clusters;
 mod config;
 pub mod objective;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::{Context, Result};
 use backbone::backbone_file;
 use candle_core::Tensor;
 use data::{Images, PseudoLabels, head};
-use stage::Stage;
+use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::mean_length;
 use training::{Learner, Pass, Run, Target, pictures};
 
@@ -43,78 +40,89 @@ pub use config::{Config, Sampling};
 use crate::clusters::Clusters;
 use crate::objective::{Direction, Extras, direction};
 
-/// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 2;
+/// The stage: see the documentation of the crate.
+pub struct ProPos;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("propos", ALGORITHM, Config::check, run, words)
-}
+impl Stage for ProPos {
+    const SPEC: Spec = Spec {
+        name: "propos",
+        algorithm: 2,
+        inputs: &[Role::BACKBONE],
+        outputs: &[Output::Network, Output::PseudoLabels],
+    };
+    type Config = Config;
 
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let plan = config.plan(rows.len());
-    let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
-    let target_decay = config.target_decay(plan.steps_per_epoch)?;
-    let configuration = config.configuration()?;
-
-    let mut learner =
-        Learner::random(&configuration, config.groups()?, config.precision, stage.seed)?;
-    if let Some(folder) = stage.optional_input("backbone") {
-        backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
-        learner.target = Target::copy_of(&learner.online);
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
     }
-    let mut learner = learner.on(&device)?;
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
-    let mut clusters = Clusters::new(config, stage, &images, rows, &device);
 
-    while let Some(epoch) = run.next_epoch() {
-        // E-step: k-means on what the target network makes of the pictures as they are.
-        match run.batches_done() {
-            0 if epoch % config.reassign == 0 => clusters.find(&mut learner.target, &mut run)?,
-            _ => clusters.take_up(&run)?,
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let plan = config.plan(rows.len());
+        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+        let target_decay = config.target_decay(plan.steps_per_epoch)?;
+        let configuration = config.configuration()?;
+
+        let mut learner =
+            Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
+        if let Some(folder) = job.optional_input("backbone") {
+            backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
+            learner.target = Target::copy_of(&learner.online);
         }
-        // M-step: one pass over the images, drawn alike from all clusters where asked for.
-        let extras = config.extras(epoch, stage.data.clusters);
-        let order = clusters.order(epoch)?;
-        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
-            let batch = batch?;
-            let clusters = clusters.of(&batch.rows);
-            let views = pictures(batch.shape(), batch.views, &device)?;
-            let Learner { online, target, optimizer } = &mut learner;
-            for pass in passes(config, target, views)? {
-                run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
-                let draw = [run.step() as u64, pass.number];
-                let noise = extras.noise(pass.shape()?, stage.seed, draw, &device)?;
-                let scaled = |projection: &Tensor| {
-                    let noise = noise.as_ref();
-                    noise.map(|noise| extras.noise_space.scale(noise, projection)).transpose()
-                };
-                let online_pass = online.forward_perturbed(&pass.view, scaled)?; // Its outputs are seams.
-                let loss = pass.loss(&online_pass, &clusters, &extras, &mut run)?;
-                run.note_scalar("projection-length", &mean_length(online_pass.projection())?)?;
-                online.backward(online_pass, &loss.backward()?)?; // Adds to the gradients.
+        let mut learner = learner.on(&device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+        let mut clusters = Clusters::new(config, job, &images, rows, &device);
+
+        while let Some(epoch) = run.next_epoch() {
+            // E-step: k-means on what the target network makes of the pictures as they are.
+            match run.batches_done() {
+                0 if epoch % config.reassign == 0 => {
+                    clusters.find(&mut learner.target, &mut run)?
+                }
+                _ => clusters.take_up(&run)?,
             }
-            run.check_gradients(online)?;
-            optimizer.step(online, learning_rate.at(run.step()))?;
-            target.follow(online, target_decay.at(run.step()))?;
-            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+            // M-step: one pass over the images, drawn alike from all clusters where asked for.
+            let extras = config.extras(epoch, job.data.clusters);
+            let order = clusters.order(epoch)?;
+            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+                let batch = batch?;
+                let clusters = clusters.of(&batch.rows);
+                let views = pictures(batch.shape(), batch.views, &device)?;
+                let Learner { online, target, optimizer } = &mut learner;
+                for pass in passes(config, target, views)? {
+                    run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
+                    let draw = [run.step() as u64, pass.number];
+                    let noise = extras.noise(pass.shape()?, job.seed, draw, &device)?;
+                    let scaled = |projection: &Tensor| {
+                        let noise = noise.as_ref();
+                        noise.map(|noise| extras.noise_space.scale(noise, projection)).transpose()
+                    };
+                    let online_pass = online.forward_perturbed(&pass.view, scaled)?; // Its outputs are seams.
+                    let loss = pass.loss(&online_pass, &clusters, &extras, &mut run)?;
+                    run.note_scalar("projection-length", &mean_length(online_pass.projection())?)?;
+                    online.backward(online_pass, &loss.backward()?)?; // Adds to the gradients.
+                }
+                run.check_gradients(online)?;
+                optimizer.step(online, learning_rate.at(run.step()))?;
+                target.follow(online, target_decay.at(run.step()))?;
+                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+            }
+            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
         }
-        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
-    }
 
-    let found = clusters::result(config, stage, &images, &mut learner.target, &device)?;
-    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
-    PseudoLabels::of_one_phase(stage, &images, found)?
-        .write(&stage.out.join(PseudoLabels::FILE))?;
-    run.finish(&learner, &configuration)
+        let found = clusters::result(config, job, &images, &mut learner.target, &device)?;
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        PseudoLabels::of_one_phase(job, &images, found)?
+            .write(&job.out.join(PseudoLabels::FILE))?;
+        run.finish(&learner, &configuration)
+    }
 }
 
 /// What goes through the online network at once: one view, or both joined.
@@ -208,11 +216,11 @@ pub(crate) mod tests {
     use crate::objective::NoiseSpace;
 
     /// Twenty-four pictures of three kinds, and a stage that reads them.
-    pub(crate) fn stage(folder: &Path, out: &str) -> Stage {
+    pub(crate) fn job(folder: &Path, out: &str) -> Job {
         let split = |number| if number < 21 { Split::Train } else { Split::Test };
         let pictures = Pictures { count: 24, pixel: fixture::of_three_kinds, split };
         let data = fixture::data(3, &[Split::Train, Split::Test]);
-        fixture::stage("propos", folder, out, pictures, data)
+        fixture::job("propos", folder, out, pictures, data)
     }
 
     pub(crate) fn config() -> Config {
@@ -232,23 +240,23 @@ pub(crate) mod tests {
         }
     }
 
-    fn network(config: &Config, stage: &Stage) -> Vec<u8> {
-        run(config, stage).expect("runs");
-        fs::read(stage.out.join(network_file::NAME)).expect("written")
+    fn network(config: &Config, job: &Job) -> Vec<u8> {
+        ProPos::run(config, job).expect("runs");
+        fs::read(job.out.join(network_file::NAME)).expect("written")
     }
 
-    fn log(stage: &Stage) -> Vec<Value> {
-        let text = fs::read_to_string(stage.out.join("log.jsonl")).expect("there");
+    fn log(job: &Job) -> Vec<Value> {
+        let text = fs::read_to_string(job.out.join("log.jsonl")).expect("there");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     #[test]
     fn equal_runs_are_equal_bytes_and_every_value_changes_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let first = stage(folder.path(), "first");
+        let first = job(folder.path(), "first");
         let bytes = network(&config(), &first);
-        assert!(bytes == network(&config(), &stage(folder.path(), "again")));
-        let seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        assert!(bytes == network(&config(), &job(folder.path(), "again")));
+        let seed = Job { seed: 4, ..job(folder.path(), "seed") };
         assert!(bytes != network(&config(), &seed));
         for (name, other) in [
             ("noise", Config { noise: 0.2, ..config() }),
@@ -260,7 +268,7 @@ pub(crate) mod tests {
             ("decay", Config { last_target_decay: 0.9, ..config() }),
             ("sampling", Config { sampling: Sampling::Uniform, ..config() }),
         ] {
-            assert!(bytes != network(&other, &stage(folder.path(), name)), "{name}");
+            assert!(bytes != network(&other, &job(folder.path(), name)), "{name}");
         }
         Ok(())
     }
@@ -272,11 +280,11 @@ pub(crate) mod tests {
         let uniform = Config { sampling: Sampling::Uniform, ..config() };
         let never = Config { byol_epochs: 3, ..uniform.clone() };
         let without = Config { byol_epochs: 0, noise: 0., scatter_weight: 0., ..uniform.clone() };
-        let byol = stage(folder.path(), "byol");
-        assert!(network(&never, &stage(folder.path(), "never")) == network(&without, &byol));
+        let byol = job(folder.path(), "byol");
+        assert!(network(&never, &job(folder.path(), "never")) == network(&without, &byol));
 
-        let switched = stage(folder.path(), "switched");
-        run(&uniform, &switched)?;
+        let switched = job(folder.path(), "switched");
+        ProPos::run(&uniform, &switched)?;
         let (plain, switched) = (log(&byol), log(&switched));
         assert_eq!(plain[0]["loss"], switched[0]["loss"]);
         assert!(switched[0].get("scatter-loss").is_none());
@@ -294,11 +302,11 @@ pub(crate) mod tests {
     fn a_run_is_propos() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let config = Config { sampling: Sampling::Uniform, ..config() };
-        let stage = stage(folder.path(), "out");
-        run(&config, &stage)?;
-        let written = network_file::open(&stage.out)?;
+        let job = job(folder.path(), "out");
+        ProPos::run(&config, &job)?;
+        let written = network_file::open(&job.out)?;
 
-        let images = Images::open(&stage.images)?;
+        let images = Images::open(&job.images)?;
         let rows = images.rows(&[Split::Train]);
         let mut learner =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
@@ -358,25 +366,24 @@ pub(crate) mod tests {
     #[test]
     fn clusters_are_found_when_due_and_the_result_is_that_of_the_last_network() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
+        let job = job(folder.path(), "out");
         let config = Config { reassign: 2, ..config() };
-        run(&config, &stage)?;
-        let found: Vec<bool> =
-            log(&stage).iter().map(|line| line.get("inertia").is_some()).collect();
+        ProPos::run(&config, &job)?;
+        let found: Vec<bool> = log(&job).iter().map(|line| line.get("inertia").is_some()).collect();
         assert_eq!(found, [true, false, true]);
 
-        let labels = PseudoLabels::open(&stage.out.join(PseudoLabels::FILE))?;
+        let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
         assert_eq!(labels.index, (0..24).collect::<Vec<u32>>());
         assert_eq!(labels.assignment, labels.kmeans_assignment);
         assert!(labels.confidence.iter().all(|confidence| (1. / 3. ..=1.).contains(confidence)));
         // Written again by the network as it was saved: nothing was trained behind it.
-        let images = Images::open(&stage.images)?;
+        let images = Images::open(&job.images)?;
         let configuration = config.configuration()?;
-        let (mut target, _) = Target::open(&stage.out, &configuration.encoder(), config.precision)?;
-        let again = clusters::result(&config, &stage, &images, &mut target, &Cpu)?;
+        let (mut target, _) = Target::open(&job.out, &configuration.encoder(), config.precision)?;
+        let again = clusters::result(&config, &job, &images, &mut target, &Cpu)?;
         assert_eq!(again.assignment, labels.assignment);
         assert_eq!(again.prototypes, labels.prototypes);
-        let head = head::open(&stage.out)?;
+        let head = head::open(&job.out)?;
         assert_eq!(
             (head.header_text("form")?, head.header_text("metric")?),
             ("centres", "spherical")
@@ -389,7 +396,7 @@ pub(crate) mod tests {
     /// The loss of a step, by the online and target networks of a fresh learner.
     fn loss(config: &Config, views: [Tensor; 2], clusters: &[Option<u32>]) -> Result<f64> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
+        let job = job(folder.path(), "out");
         let Learner { mut online, mut target, optimizer } =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
         // A target that is not the online network, or both directions would be alike.
@@ -397,7 +404,7 @@ pub(crate) mod tests {
         let mut sum = 0.;
         let all = passes(config, &mut target, views)?;
         let mut learner = Learner { online, target, optimizer };
-        let mut run = Run::resume_or_start(&stage, config, "f", config.plan(8), &mut learner)?;
+        let mut run = Run::resume_or_start(&job, config, "f", config.plan(8), &mut learner)?;
         online = learner.online;
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         for pass in all {
@@ -463,8 +470,8 @@ pub(crate) mod tests {
     #[test]
     fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let given = network(&config(), &stage(folder.path(), "given"));
-        let mut from = stage(folder.path(), "from");
+        let given = network(&config(), &job(folder.path(), "given"));
+        let mut from = job(folder.path(), "from");
         from.inputs.insert("backbone".into(), folder.path().join("given"));
         let still =
             Config { peak_learning_rate: 1e-30, target_decay: 1., weight_decay: 0., ..config() };
@@ -476,7 +483,7 @@ pub(crate) mod tests {
         };
         assert_eq!(weights("given")?, weights("from")?);
         from.inputs.insert("backbone".into(), folder.path().join("none"));
-        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        let message = format!("{:#}", ProPos::run(&still, &from).expect_err("no such file"));
         assert!(message.contains("backbone.safetensors"), "{message}");
         Ok(())
     }
@@ -484,8 +491,8 @@ pub(crate) mod tests {
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
-        config().check(&stage)?;
+        let job = job(folder.path(), "out");
+        config().check(&job)?;
         for (wrong, word) in [
             (Config { batch_size: 1, ..config() }, "batch-size"),
             (Config { epochs: 0, ..config() }, "epochs"),
@@ -500,23 +507,23 @@ pub(crate) mod tests {
             (Config { last_target_decay: 0.5, ..config() }, "last-target-decay"),
             (Config { warmup_epochs: 3., ..config() }, "warmup-epochs"),
         ] {
-            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            let message = format!("{:#}", wrong.check(&job).expect_err(word));
             assert!(message.contains(word), "{word} is not in: {message}");
         }
-        config().check(&Stage { device: DeviceChoice::Cuda(0), ..stage }).expect_err("no CUDA");
+        config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
         Ok(())
     }
 
     #[test]
     fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let mut stage = stage(folder.path(), "out");
-        stage.images = "none".into();
+        let mut job = job(folder.path(), "out");
+        job.images = "none".into();
         let mut found = 0;
         for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
             let experiment = Experiment::read(&entry?.path())?;
             if experiment.has_table("propos") {
-                experiment.table::<Config>("propos")?.check(&stage)?;
+                experiment.table::<Config>("propos")?.check(&job)?;
                 found += 1;
             }
         }

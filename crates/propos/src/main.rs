@@ -1,5 +1,5 @@
 //! The program `propos`: see the library.
 
 fn main() -> std::process::ExitCode {
-    propos::program(std::env::args_os())
+    stage::main::<propos::ProPos>()
 }

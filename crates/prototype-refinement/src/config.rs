@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job};
 use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
 
 /// What a refinement can vary. The experiment file sets every field: there are no defaults in
@@ -95,20 +95,13 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there; the message names the key.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(1).check()?;
-        if stage.images.exists() {
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            let steps = sampler::steps(rows.len(), self.batch_size);
-            let scored = images.rows(&stage.data.score_on).len();
-            stage.declare_effort(self.effort(steps, scored, stage.round));
-        }
         check::batch_size(self.batch_size)?;
         self.groups()?;
-        self.learning_rate(stage.rounds.max(1), 1)?;
-        self.target_decay(stage.rounds.max(1), 1)?;
+        self.learning_rate(job.rounds.max(1), 1)?;
+        self.target_decay(job.rounds.max(1), 1)?;
         self.views.check("prototype-refinement.views")?;
         check::not_negative(&[
             ("noise", self.noise),
@@ -126,7 +119,14 @@ impl Config {
              sample-to-prototype-weight = 0.0 to leave the loss out",
             self.sample_to_prototype_gate
         );
-        Ok(())
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
+        }
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        let steps = sampler::steps(rows.len(), self.batch_size);
+        let scored = images.rows(&job.data.score_on).len();
+        Ok(Effort::of_backbone_pictures(self.effort(steps, scored, job.round)))
     }
 
     /// Length of one round and its checkpoints.

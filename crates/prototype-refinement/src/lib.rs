@@ -21,14 +21,11 @@ pub mod loss;
 mod marked;
 mod prototypes;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::{Result, ensure};
 use backbone::Configuration;
 use data::{Images, PseudoLabels};
 use serde_json::json;
-use stage::Stage;
+use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::ops::mean_length;
 use training::scatter::{Absent, scatter_loss};
@@ -40,140 +37,151 @@ use crate::loss::sample_to_prototype_loss;
 use crate::marked::Marked;
 use crate::prototypes::Prototypes;
 
-/// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 4;
+/// The stage: see the documentation of the crate.
+pub struct PrototypeRefinement;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("prototype-refinement", ALGORITHM, check, run, words)
-}
+impl Stage for PrototypeRefinement {
+    const SPEC: Spec = Spec {
+        name: "prototype-refinement",
+        algorithm: 4,
+        inputs: &[
+            Role::new("network", Origin::Network),
+            Role::new("pseudo-labels", Origin::PseudoLabels),
+            Role::new("previous", Origin::PreviousRound),
+        ],
+        outputs: &[Output::Network],
+    };
+    type Config = Config;
 
-/// Finds what is wrong before anything runs.
-///
-/// # Errors
-///
-/// See [`Config::check`].
-pub fn check(config: &Config, stage: &Stage) -> Result<()> {
-    config.check(stage)
-}
-
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    ensure!(stage.round >= 1, "refinement follows a clustering: --round counts from 1");
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let labels = PseudoLabels::open(&stage.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
-    labels.data_set.require(images.data_set(), "cluster again from these images")?;
-    labels.require_clusters(stage.data.clusters)?;
-    let scored = images.rows(&stage.data.score_on);
-    ensure!(
-        labels.index == scored,
-        "`{}` has {} assignments but {} images are to be scored; cluster again",
-        labels.data_set.path.display(),
-        labels.index.len(),
-        scored.len()
-    );
-    let marked = Marked::new(&labels, images.len());
-
-    let network = stage.input("network")?;
-    let configuration = Configuration::read(network)?;
-    let input: data::views::Input = configuration.input()?;
-    let mut learner = Learner::open(network, &configuration, config.groups()?, config.precision)?;
-    if stage.round > 1 {
-        learner.take_up_momenta(stage.input("previous")?)?;
-    }
-    let mut learner = learner.on(&device)?;
-    let mut prototypes = Prototypes::of(&labels, &device)?;
-    let pulls = config.pulls(labels.stability);
-
-    let seed = draws(stage.seed);
-    // One schedule spans all rounds: this one begins where the last one ended.
-    let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
-    let epochs_before = (stage.round - 1) * config.epochs;
-    let learning_rate = config.learning_rate(stage.rounds, steps_per_epoch)?;
-    let target_decay = config.target_decay(stage.rounds, steps_per_epoch)?;
-    let plan = config.plan(steps_per_epoch);
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
-    if run.step() == 1 {
-        stage.log(&json!({ "stability": labels.stability, "drawn-to-prototypes": pulls }))?;
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
     }
 
-    while let Some(epoch) = run.next_epoch() {
-        let done = run.batches_done(); // Above 0 in an epoch that is resumed.
-        let epoch = epochs_before + epoch;
-        let (clusters, labels_of_rows) = (stage.data.clusters, marked.pseudo_labels(&rows));
-        let batches = config.order(&rows, &labels_of_rows, clusters, seed, epoch)?;
-        if pulls {
-            match config.prototypes {
-                PrototypeUpdate::MovingAverage if run.step() > 1 => prototypes.take_up(&run)?,
-                _ if done > 0 => prototypes.take_up(&run)?,
-                _ => {
-                    let target = &mut learner.target;
-                    prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let labels = PseudoLabels::open(&job.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
+        labels.data_set.require(images.data_set(), "cluster again from these images")?;
+        labels.require_clusters(job.data.clusters)?;
+        let scored = images.rows(&job.data.score_on);
+        ensure!(
+            labels.index == scored,
+            "`{}` has {} assignments but {} images are to be scored; cluster again",
+            labels.data_set.path.display(),
+            labels.index.len(),
+            scored.len()
+        );
+        let marked = Marked::new(&labels, images.len());
+
+        let network = job.input("network")?;
+        let configuration = Configuration::read(network)?;
+        let input: data::views::Input = configuration.input()?;
+        let mut learner =
+            Learner::open(network, &configuration, config.groups()?, config.precision)?;
+        if job.round > 1 {
+            learner.take_up_momenta(job.input("previous")?)?;
+        }
+        let mut learner = learner.on(&device)?;
+        let mut prototypes = Prototypes::of(&labels, &device)?;
+        let pulls = config.pulls(labels.stability);
+
+        let seed = draws(job.seed);
+        // One schedule spans all rounds: this one begins where the last one ended.
+        let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
+        let epochs_before = (job.round - 1) * config.epochs;
+        let learning_rate = config.learning_rate(job.rounds, steps_per_epoch)?;
+        let target_decay = config.target_decay(job.rounds, steps_per_epoch)?;
+        let plan = config.plan(steps_per_epoch);
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+        if run.step() == 1 {
+            job.log(&json!({ "stability": labels.stability, "drawn-to-prototypes": pulls }))?;
+        }
+
+        while let Some(epoch) = run.next_epoch() {
+            let done = run.batches_done(); // Above 0 in an epoch that is resumed.
+            let epoch = epochs_before + epoch;
+            let (clusters, labels_of_rows) = (job.data.clusters, marked.pseudo_labels(&rows));
+            let batches = config.order(&rows, &labels_of_rows, clusters, seed, epoch)?;
+            if pulls {
+                match config.prototypes {
+                    PrototypeUpdate::MovingAverage if run.step() > 1 => prototypes.take_up(&run)?,
+                    _ if done > 0 => prototypes.take_up(&run)?,
+                    _ => {
+                        let target = &mut learner.target;
+                        prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
+                        prototypes.keep(&mut run)?;
+                    }
+                }
+            }
+            for batch in config.loader(&images, batches, done, &input, seed, epoch)? {
+                let batch = batch?;
+                let marks = marked.marks(&batch.rows);
+                let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
+                let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
+                let epochs = step as f64 / steps_per_epoch as f64;
+                let (prototype_weight, scatter_weight) = config.weights(epochs, labels.stability);
+                let Learner { online, target, optimizer } = &mut learner;
+
+                let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
+                let target_2 = target.project(&view_2)?;
+                target.rest();
+                run.note_projections(&target_1)?; // An error when they have collapsed.
+                let directions = [(&view_1, &target_2), (&view_2, &target_1)];
+                for (direction, (view, projection)) in directions.into_iter().enumerate() {
+                    let draw = [step as u64, direction as u64];
+                    let noise =
+                        training::noise(config.noise, projection.dims2()?, seed, &draw, &device)?;
+                    let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
+                    let mut loss = regression_loss(pass.prediction(), projection)?;
+                    run.note_scalar("regression-loss", &loss)?;
+                    run.note_scalar("projection-length", &mean_length(pass.projection())?)?;
+                    // A weight of 0 leaves the graph, and so every bit, as in pretraining.
+                    if prototype_weight > 0. {
+                        let (rows, temperature) =
+                            (prototypes.rows(), config.sample_to_prototype_temperature);
+                        let projection = pass.projection();
+                        let term = sample_to_prototype_loss(projection, rows, &marks, temperature)?;
+                        run.note_scalar("sample-to-prototype-loss", &term)?;
+                        loss = (loss + (term * prototype_weight)?)?;
+                    }
+                    if scatter_weight > 0. {
+                        let (reliable, temperature) =
+                            (marks.reliable(), config.scatter_temperature);
+                        let online = pass.projection();
+                        let term = scatter_loss(
+                            online,
+                            projection,
+                            &reliable,
+                            temperature,
+                            Absent::LeftOut,
+                        )?;
+                        run.note_scalar("scatter-loss", &term)?;
+                        loss = (loss + (term * scatter_weight)?)?;
+                    }
+                    run.note_loss(&loss)?; // An error when it is not finite.
+                    // Mean of both directions, not their sum.
+                    online.backward(pass, &(loss * 0.5)?.backward()?)?; // Adds to the gradients.
+                }
+                run.check_gradients(online)?;
+                optimizer.step(online, learning_rate.at(step))?;
+                target.follow(online, target_decay.at(step))?;
+                if pulls && config.prototypes == PrototypeUpdate::MovingAverage {
+                    prototypes.follow([&target_1, &target_2], &marks)?;
                     prototypes.keep(&mut run)?;
                 }
+                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
             }
+            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
         }
-        for batch in config.loader(&images, batches, done, &input, seed, epoch)? {
-            let batch = batch?;
-            let marks = marked.marks(&batch.rows);
-            let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
-            let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
-            let epochs = step as f64 / steps_per_epoch as f64;
-            let (prototype_weight, scatter_weight) = config.weights(epochs, labels.stability);
-            let Learner { online, target, optimizer } = &mut learner;
-
-            let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
-            let target_2 = target.project(&view_2)?;
-            target.rest();
-            run.note_projections(&target_1)?; // An error when they have collapsed.
-            let directions = [(&view_1, &target_2), (&view_2, &target_1)];
-            for (direction, (view, projection)) in directions.into_iter().enumerate() {
-                let draw = [step as u64, direction as u64];
-                let noise =
-                    training::noise(config.noise, projection.dims2()?, seed, &draw, &device)?;
-                let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-                let mut loss = regression_loss(pass.prediction(), projection)?;
-                run.note_scalar("regression-loss", &loss)?;
-                run.note_scalar("projection-length", &mean_length(pass.projection())?)?;
-                // A weight of 0 leaves the graph, and so every bit, as in pretraining.
-                if prototype_weight > 0. {
-                    let (rows, temperature) =
-                        (prototypes.rows(), config.sample_to_prototype_temperature);
-                    let projection = pass.projection();
-                    let term = sample_to_prototype_loss(projection, rows, &marks, temperature)?;
-                    run.note_scalar("sample-to-prototype-loss", &term)?;
-                    loss = (loss + (term * prototype_weight)?)?;
-                }
-                if scatter_weight > 0. {
-                    let (reliable, temperature) = (marks.reliable(), config.scatter_temperature);
-                    let online = pass.projection();
-                    let term =
-                        scatter_loss(online, projection, &reliable, temperature, Absent::LeftOut)?;
-                    run.note_scalar("scatter-loss", &term)?;
-                    loss = (loss + (term * scatter_weight)?)?;
-                }
-                run.note_loss(&loss)?; // An error when it is not finite.
-                // Mean of both directions, not their sum.
-                online.backward(pass, &(loss * 0.5)?.backward()?)?; // Adds to the gradients.
-            }
-            run.check_gradients(online)?;
-            optimizer.step(online, learning_rate.at(step))?;
-            target.follow(online, target_decay.at(step))?;
-            if pulls && config.prototypes == PrototypeUpdate::MovingAverage {
-                prototypes.follow([&target_1, &target_2], &marks)?;
-                prototypes.keep(&mut run)?;
-            }
-            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
-        }
-        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+        run.finish(&learner, &configuration)
     }
-    run.finish(&learner, &configuration)
 }
 
 /// The seed of the batches, views and noise of a run's refinement. Epochs count from 0 here as in

@@ -11,8 +11,8 @@ use data::images::{Identical, Source, Writer};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
 use prototype_refinement::loss::Marks;
-use prototype_refinement::{Config, draws, run};
-use stage::{DataTable, DeviceChoice, Split, Stage};
+use prototype_refinement::{Config, PrototypeRefinement, draws};
+use stage::{DataTable, Job, Split, Stage};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
 use training::{Groups, Learner, Precision, Trained, sampler};
@@ -101,23 +101,20 @@ impl Experiment {
         fs::create_dir_all(&out)?;
         let inputs: BTreeMap<String, PathBuf> =
             inputs.iter().map(|(role, name)| ((*role).to_owned(), self.at(name))).collect();
-        let stage = Stage {
-            name: "prototype-refinement",
-            experiment: PathBuf::from("experiment.toml"),
-            images: self.at("images.safetensors"),
+        let data = DataTable {
+            clusters: CLUSTERS,
+            train_on: vec![Split::Train],
+            score_on: vec![Split::Train],
+        };
+        let images = self.at("images.safetensors");
+        let job = Job {
             inputs,
-            out: out.clone(),
             round,
             rounds: 2,
             seed: 3,
-            device: DeviceChoice::Cpu,
-            data: DataTable {
-                clusters: CLUSTERS,
-                train_on: vec![Split::Train],
-                score_on: vec![Split::Train],
-            },
+            ..Job::new("prototype-refinement", images, &out, data)
         };
-        run(config, &stage)?;
+        PrototypeRefinement::run(config, &job)?;
         Ok(fs::read(out.join("network.safetensors"))?)
     }
 
@@ -254,9 +251,9 @@ fn parameters(learner: &Learner) -> Result<Vec<f32>> {
 fn which_view_comes_first_has_no_meaning() -> Result<()> {
     let experiment = Experiment::new()?;
     let config = Config { scatter_weight: 0.5, ramp_epochs: 0., ..config() };
-    let stage = experiment.first_round(&config, "out")?;
+    let job = experiment.first_round(&config, "out")?;
     let both_epochs = by_hand(&experiment, &config, 2, [0, 1])?;
-    assert!(bytes(&experiment, &both_epochs)? == stage, "what is written out is the stage");
+    assert!(bytes(&experiment, &both_epochs)? == job, "what is written out is the stage");
 
     let distance = |a: &[f32], b: &[f32]| -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()

@@ -71,18 +71,15 @@ pub const PAGE: &str = "report.html";
 
 /// The program: the command line `words` in, the exit status out.
 pub fn program(words: ArgsOs) -> ExitCode {
-    stage::start_logging();
+    stage::console::start_logging();
     let command = Arguments::command().name("report").version(env!("CARGO_PKG_VERSION"));
     let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    let result = run(&arguments);
-    match &result {
-        Ok(written) => written.iter().for_each(|path| println!("{}", path.display())),
-        Err(error) => eprintln!("report: {error:#}"),
-    }
-    ExitCode::from(stage::exit_code(&result.map(|_| ())))
+    let print = |path: &PathBuf| stage::console::print_line(path.display());
+    let result = run(&arguments).and_then(|written| written.iter().try_for_each(print));
+    stage::finish("report", &result)
 }
 
 /// Writes the report; returns what it wrote, the page first.

@@ -6,7 +6,7 @@ use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use layers::Network;
 use serde::{Deserialize, Serialize};
-use stage::Stage;
+use stage::{Effort, Job};
 use training::{Plan, Precision, check, sampler};
 
 use crate::constraint::Constraint;
@@ -85,12 +85,12 @@ impl Config {
     /// # Errors
     ///
     /// A value lies outside its range, or the device is not there; the message names the key.
-    pub fn check(&self, stage: &Stage) -> Result<()> {
-        training::network_device(stage.device)?;
+    pub fn check(&self, job: &Job) -> Result<Effort> {
+        training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         self.schedule(1)?;
         self.constraint.check()?;
-        self.head(stage)?;
+        self.head(job)?;
         check::batch_size(self.batch_size)?;
         ensure!(
             self.heads.iter().all(|&clusters| clusters >= 2),
@@ -114,17 +114,17 @@ impl Config {
         self.input.check("secu.input")?;
         self.views_1.check("secu.views-1")?;
         self.views_2.check("secu.views-2")?;
-        if stage.images.exists() {
-            // One batch of nothing: the loader holds the pictures' channels against the input's.
-            let images = Images::open(&stage.images)?;
-            let rows = images.rows(&stage.data.train_on);
-            sampler::every(&rows, self.batch_size, 0, 0)?;
-            self.loader(&images, Vec::new(), 0, 0, 0)?;
-            // Two views of each image, and each scored image once for the result.
-            let scored = images.rows(&stage.data.score_on).len();
-            stage.declare_effort((2 * self.epochs * rows.len() + scored) as f64);
+        if !job.images.exists() {
+            return Ok(Effort::NONE);
         }
-        Ok(())
+        // One batch of nothing: the loader holds the pictures' channels against the input's.
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        sampler::every(&rows, self.batch_size, 0, 0)?;
+        self.loader(&images, Vec::new(), 0, 0, 0)?;
+        // Two views of each image, and each scored image once for the result.
+        let scored = images.rows(&job.data.score_on).len();
+        Ok(Effort::of_backbone_pictures((2 * self.epochs * rows.len() + scored) as f64))
     }
 
     /// Length of the run and its checkpoints.
@@ -143,8 +143,8 @@ impl Config {
     /// # Errors
     ///
     /// None has as many clusters as the experiment asks for.
-    pub(crate) fn head(&self, stage: &Stage) -> Result<usize> {
-        let clusters = stage.data.clusters;
+    pub(crate) fn head(&self, job: &Job) -> Result<usize> {
+        let clusters = job.data.clusters;
         self.heads.iter().position(|&head| head == clusters).with_context(|| {
             format!(
                 "heads = {:?}: none has the {clusters} clusters of table `[data]`; name {clusters} \

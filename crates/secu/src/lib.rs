@@ -30,14 +30,11 @@ pub mod monitor;
 pub mod network;
 pub mod schedule;
 
-use std::env::ArgsOs;
-use std::process::ExitCode;
-
 use anyhow::Result;
 use assignment::{KMeans, Metric};
 use candle_core::{Device, Tensor};
 use data::{Found, Images, Loader, PseudoLabels, head};
-use stage::Stage;
+use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::{softmax, unit_rows};
 use training::{Run, pictures, sampler};
 
@@ -47,94 +44,104 @@ use crate::heads::Head;
 use crate::monitor::{Monitor, distinct, mean_cosine};
 use crate::network::Learner;
 
-/// Raised when results change for the same table.
-pub const ALGORITHM: u32 = 2;
+/// The stage: see the documentation of the crate.
+pub struct SeCu;
 
-/// The program: the command line `words` in, the exit status out; see [`stage::run_program`].
-pub fn program(words: ArgsOs) -> ExitCode {
-    stage::run_program("secu", ALGORITHM, Config::check, run, words)
-}
+impl Stage for SeCu {
+    const SPEC: Spec = Spec {
+        name: "secu",
+        algorithm: 2,
+        inputs: &[Role::BACKBONE],
+        outputs: &[Output::Network, Output::PseudoLabels],
+    };
+    type Config = Config;
 
-/// Files in, files out; goes on where an interrupted run stopped.
-///
-/// # Errors
-///
-/// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
-pub fn run(config: &Config, stage: &Stage) -> Result<()> {
-    let images = Images::open(&stage.images)?;
-    let device = training::network_device(stage.device)?;
-    let rows = images.rows(&stage.data.train_on);
-    let places = places(&rows, images.len());
-    let main = config.head(stage)?;
-    let plan = config.plan(rows.len());
-    let schedule = config.schedule(plan.steps_per_epoch)?;
-
-    let mut learner = Learner::random(config, rows.len(), stage.seed, &device)?;
-    if let Some(folder) = stage.optional_input("backbone") {
-        learner.take_backbone(folder)?;
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
+        config.check(job)
     }
-    let mut learner = learner.on(&device)?;
-    let mut run = Run::resume_or_start(stage, config, images.fingerprint(), plan, &mut learner)?;
-    learner.heads.iter_mut().try_for_each(|head| head.take_up(&run))?;
-    let in_a_row = run.kept(MONITOR).map_or(0, |kept| kept[0] as usize);
-    let mut monitor = Monitor::new(config.least_distinct_ids, plan.steps_per_epoch, in_a_row);
 
-    while let Some(epoch) = run.next_epoch() {
-        if run.batches_done() == 0 {
-            // What the network will see of the centres until the epoch ends.
-            learner.heads.iter_mut().try_for_each(Head::freeze)?;
+    /// Files in, files out; goes on where an interrupted run stopped.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let images = Images::open(&job.images)?;
+        let device = training::network_device(job.device)?;
+        let rows = images.rows(&job.data.train_on);
+        let places = places(&rows, images.len());
+        let main = config.head(job)?;
+        let plan = config.plan(rows.len());
+        let schedule = config.schedule(plan.steps_per_epoch)?;
+
+        let mut learner = Learner::random(config, rows.len(), job.seed, &device)?;
+        if let Some(folder) = job.optional_input("backbone") {
+            learner.take_backbone(folder)?;
         }
-        let order = sampler::every(&rows, config.batch_size, stage.seed, epoch)?;
-        for batch in config.loader(&images, order, run.batches_done(), stage.seed, epoch)? {
-            let batch = batch?;
-            let places: Vec<usize> = batch.rows.iter().map(|&row| places[row as usize]).collect();
-            let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
-            let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
-            let directions = [unit_rows(&view_1.projection)?, unit_rows(&view_2.projection)?];
-            run.note_projections(&directions[0])?; // An error when they have collapsed.
-            run.note("mean-cosine", mean_cosine(&directions[0])?);
+        let mut learner = learner.on(&device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+        learner.heads.iter_mut().try_for_each(|head| head.take_up(&run))?;
+        let in_a_row = run.kept(MONITOR).map_or(0, |kept| kept[0] as usize);
+        let mut monitor = Monitor::new(config.least_distinct_ids, plan.steps_per_epoch, in_a_row);
 
-            // Every head assigns the batch, then compares: both losses, means over heads and views.
-            let (mut for_network, mut for_centres) = (Vec::new(), Vec::new());
-            for (number, head) in learner.heads.iter_mut().enumerate() {
-                let [one, other] = &directions;
-                let found = head.step([one, other], &places, epoch, config.temperatures())?;
-                if number == main {
-                    // Before warm-up ends, the network cannot tell images apart yet.
-                    let distinct = match epoch < config.still_epochs + config.warmup_epochs {
-                        true => distinct(&found.ids),
-                        false => monitor.look(&found.ids)?, // An error at a collapse.
-                    };
-                    run.note("distinct-ids", distinct as f64);
-                }
-                for_network.push(found.representation_loss);
-                for_centres.push(found.centre_loss);
+        while let Some(epoch) = run.next_epoch() {
+            if run.batches_done() == 0 {
+                // What the network will see of the centres until the epoch ends.
+                learner.heads.iter_mut().try_for_each(Head::freeze)?;
             }
-            let (for_network, for_centres) = (mean(&for_network)?, mean(&for_centres)?);
-            run.note_scalar("representation-loss", &for_network)?;
-            run.note_scalar("centre-loss", &for_centres)?;
-            let loss = (for_network + for_centres)?; // They share no parameter.
-            run.note_loss(&loss)?; // An error when it is not finite.
+            let order = sampler::every(&rows, config.batch_size, job.seed, epoch)?;
+            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+                let batch = batch?;
+                let places: Vec<usize> =
+                    batch.rows.iter().map(|&row| places[row as usize]).collect();
+                let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
+                let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
+                let directions = [unit_rows(&view_1.projection)?, unit_rows(&view_2.projection)?];
+                run.note_projections(&directions[0])?; // An error when they have collapsed.
+                run.note("mean-cosine", mean_cosine(&directions[0])?);
 
-            let gradients = loss.backward()?;
-            learner.backward(view_1, &gradients)?; // Adds to the gradients.
-            learner.backward(view_2, &gradients)?;
-            run.refuse_gradient(learner.first_not_finite(&gradients)?)?;
-            learner.step(&gradients, schedule.at(run.step() - 1), config.centre_rule())?;
+                // Every head assigns the batch, then compares: both losses, means over heads and views.
+                let (mut for_network, mut for_centres) = (Vec::new(), Vec::new());
+                for (number, head) in learner.heads.iter_mut().enumerate() {
+                    let [one, other] = &directions;
+                    let found = head.step([one, other], &places, epoch, config.temperatures())?;
+                    if number == main {
+                        // Before warm-up ends, the network cannot tell images apart yet.
+                        let distinct = match epoch < config.still_epochs + config.warmup_epochs {
+                            true => distinct(&found.ids),
+                            false => monitor.look(&found.ids)?, // An error at a collapse.
+                        };
+                        run.note("distinct-ids", distinct as f64);
+                    }
+                    for_network.push(found.representation_loss);
+                    for_centres.push(found.centre_loss);
+                }
+                let (for_network, for_centres) = (mean(&for_network)?, mean(&for_centres)?);
+                run.note_scalar("representation-loss", &for_network)?;
+                run.note_scalar("centre-loss", &for_centres)?;
+                let loss = (for_network + for_centres)?; // They share no parameter.
+                run.note_loss(&loss)?; // An error when it is not finite.
 
-            learner.heads.iter().try_for_each(|head| head.keep(&mut run))?;
-            run.keep(MONITOR, &[1], vec![monitor.in_a_row() as f32]);
-            run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+                let gradients = loss.backward()?;
+                learner.backward(view_1, &gradients)?; // Adds to the gradients.
+                learner.backward(view_2, &gradients)?;
+                run.refuse_gradient(learner.first_not_finite(&gradients)?)?;
+                learner.step(&gradients, schedule.at(run.step() - 1), config.centre_rule())?;
+
+                learner.heads.iter().try_for_each(|head| head.keep(&mut run))?;
+                run.keep(MONITOR, &[1], vec![monitor.in_a_row() as f32]);
+                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+            }
+            run.note("largest-cluster", learner.heads[main].largest_share());
+            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
         }
-        run.note("largest-cluster", learner.heads[main].largest_share());
-        run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
-    }
 
-    let found = result(config, stage, &images, &mut learner, main, &device)?;
-    head::write_centres(&stage.out, &found.prototypes, stage.data.clusters, "spherical")?;
-    PseudoLabels::of_one_phase(stage, &images, found)?
-        .write(&stage.out.join(PseudoLabels::FILE))?;
-    run.finish(&learner, &config.configuration())
+        let found = result(config, job, &images, &mut learner, main, &device)?;
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        PseudoLabels::of_one_phase(job, &images, found)?
+            .write(&job.out.join(PseudoLabels::FILE))?;
+        run.finish(&learner, &config.configuration())
+    }
 }
 
 /// The name under which the state keeps the batches of too few ids.
@@ -146,15 +153,15 @@ const MONITOR: &str = "batches-of-few-ids";
 /// k-means on the same projections stands beside it, for comparison.
 fn result(
     config: &Config,
-    stage: &Stage,
+    job: &Job,
     images: &Images,
     learner: &mut Learner,
     main: usize,
     device: &Device,
 ) -> Result<Found> {
-    let rows = images.rows(&stage.data.score_on);
+    let rows = images.rows(&job.data.score_on);
     let centres = learner.heads[main].directions()?.detach();
-    let (width, clusters) = (config.projector.width, stage.data.clusters);
+    let (width, clusters) = (config.projector.width, job.data.clusters);
     let (mut projections, mut assignment, mut confidence) = (Vec::new(), Vec::new(), Vec::new());
     for batch in Loader::clean(images, &rows, &config.input)? {
         let batch = batch?;
@@ -179,7 +186,7 @@ fn result(
         iterations: 300,
         tolerance: 1e-4,
     };
-    let k_means = assignment::k_means(&projections, rows.len(), width, &k_means, stage.seed)?;
+    let k_means = assignment::k_means(&projections, rows.len(), width, &k_means, job.seed)?;
     Ok(Found {
         assignment,
         kmeans_assignment: k_means.assignment,
@@ -215,11 +222,11 @@ pub(crate) mod tests {
     use crate::constraint::Constraint;
 
     /// Twenty-three pictures of three kinds, and a stage that reads them.
-    fn stage(folder: &Path, out: &str) -> Stage {
+    fn job(folder: &Path, out: &str) -> Job {
         let split = |number| if number < 19 { Split::Train } else { Split::Test };
         let pictures = Pictures { count: 23, pixel: fixture::of_three_kinds, split };
         let data = fixture::data(3, &[Split::Test, Split::Train]);
-        fixture::stage("secu", folder, out, pictures, data)
+        fixture::job("secu", folder, out, pictures, data)
     }
 
     pub(crate) fn config() -> Config {
@@ -261,15 +268,15 @@ pub(crate) mod tests {
     /// Some weights and centres as a short run leaves them in its last checkpoint. Whether it has
     /// learnt to tell the images apart is not asked: where it has not, the result is an error
     /// behind that checkpoint.
-    fn weights(config: &Config, stage: &Stage) -> Vec<f32> {
-        let file = match run(config, stage) {
+    fn weights(config: &Config, job: &Job) -> Vec<f32> {
+        let file = match SeCu::run(config, job) {
             Ok(()) => network_file::NAME,
             Err(error) => {
                 assert!(error.to_string().contains("one cluster"), "{error:#}");
                 "state.safetensors"
             }
         };
-        let bytes = fs::read(stage.out.join(file)).expect("written");
+        let bytes = fs::read(job.out.join(file)).expect("written");
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).expect("sound");
         let values = |name: &str| tensors[name].flatten_all().and_then(|all| all.to_vec1::<f32>());
         [format!("online.backbone.{WEIGHT}").as_str(), "heads.0.centres"]
@@ -287,17 +294,17 @@ pub(crate) mod tests {
         able
     }
 
-    fn log(stage: &Stage) -> Vec<Value> {
-        let text = fs::read_to_string(stage.out.join("log.jsonl")).expect("there");
+    fn log(job: &Job) -> Vec<Value> {
+        let text = fs::read_to_string(job.out.join("log.jsonl")).expect("there");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     #[test]
     fn equal_runs_are_equal_bytes_and_every_value_changes_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let first = weights(&config(), &stage(folder.path(), "first"));
-        assert_eq!(first, weights(&config(), &stage(folder.path(), "again")));
-        let seed = Stage { seed: 4, ..stage(folder.path(), "seed") };
+        let first = weights(&config(), &job(folder.path(), "first"));
+        assert_eq!(first, weights(&config(), &job(folder.path(), "again")));
+        let seed = Job { seed: 4, ..job(folder.path(), "seed") };
         assert_ne!(first, weights(&config(), &seed));
         let size = |lower_bound, rate| Constraint::Size { lower_bound, rate };
         for (name, other) in [
@@ -311,7 +318,7 @@ pub(crate) mod tests {
             ("entropy", Config { constraint: Constraint::Entropy { weight: 19. }, ..config() }),
             ("views", Config { views_2: config().views_1, ..config() }),
         ] {
-            assert_ne!(first, weights(&other, &stage(folder.path(), name)), "{name}");
+            assert_ne!(first, weights(&other, &job(folder.path(), name)), "{name}");
         }
         Ok(())
     }
@@ -320,18 +327,18 @@ pub(crate) mod tests {
     #[test]
     fn a_run_is_secu() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let (config, stage) = (config(), stage(folder.path(), "out"));
-        let found = weights(&config, &stage);
+        let (config, job) = (config(), job(folder.path(), "out"));
+        let found = weights(&config, &job);
 
-        let images = Images::open(&stage.images)?;
-        let rows = images.rows(&stage.data.train_on);
-        let mut learner = Learner::random(&config, rows.len(), stage.seed, &Device::Cpu)?;
+        let images = Images::open(&job.images)?;
+        let rows = images.rows(&job.data.train_on);
+        let mut learner = Learner::random(&config, rows.len(), job.seed, &Device::Cpu)?;
         let schedule = config.schedule(3)?; // Batches of 8, 8 and 3.
         let mut steps = 0;
         for epoch in 0..config.epochs {
             learner.heads.iter_mut().try_for_each(Head::freeze)?;
-            let order = sampler::every(&rows, 8, stage.seed, epoch)?;
-            for batch in config.loader(&images, order, 0, stage.seed, epoch)? {
+            let order = sampler::every(&rows, 8, job.seed, epoch)?;
+            for batch in config.loader(&images, order, 0, job.seed, epoch)? {
                 let batch = batch?;
                 let place = |row: &u32| rows.iter().position(|other| other == row);
                 let places = batch.rows.iter().map(place).collect::<Option<Vec<_>>>();
@@ -374,11 +381,11 @@ pub(crate) mod tests {
             learning_rate: 1e-30,
             ..config()
         };
-        let stage = stage(folder.path(), "out");
-        let found = weights(&config, &stage);
-        let images = Images::open(&stage.images)?;
-        let count = images.rows(&stage.data.train_on).len();
-        let fresh = Learner::random(&config, count, stage.seed, &Device::Cpu)?;
+        let job = job(folder.path(), "out");
+        let found = weights(&config, &job);
+        let images = Images::open(&job.images)?;
+        let count = images.rows(&job.data.train_on).len();
+        let fresh = Learner::random(&config, count, job.seed, &Device::Cpu)?;
         let (_, backbone) = training::Trained::segments(&fresh)[0];
         let before = backbone.parameters.get(WEIGHT)?;
         assert_eq!(found[..before.len()], before);
@@ -391,30 +398,30 @@ pub(crate) mod tests {
     fn the_result_is_of_the_head_that_is_asked_for_and_of_all_scored_images() -> Result<()> {
         let folder = tempfile::tempdir()?;
         for (out, heads) in [("first", vec![3, 5]), ("last", vec![5, 3])] {
-            let stage = stage(folder.path(), out);
+            let job = job(folder.path(), out);
             let config = Config { heads, ..able() };
-            run(&config, &stage)?;
-            let labels = PseudoLabels::open(&stage.out.join(PseudoLabels::FILE))?;
+            SeCu::run(&config, &job)?;
+            let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
             assert_eq!((labels.clusters, labels.index.len()), (3, 23));
             assert_eq!((labels.projection_width, labels.prototypes.len()), (16, 48));
-            for line in log(&stage) {
+            for line in log(&job) {
                 assert!((1. ..=3.).contains(&line["distinct-ids"].as_f64().expect("a number")));
                 assert!(line["mean-cosine"].as_f64() <= Some(1.0001));
             }
 
             // Assigned again by the network as it was saved.
-            let images = Images::open(&stage.images)?;
+            let images = Images::open(&job.images)?;
             let mut learner = Learner::random(&config, 19, 99, &Device::Cpu)?;
-            let file = network_file::open(&stage.out)?;
+            let file = network_file::open(&job.out)?;
             for (prefix, segment) in training::Trained::segments_mut(&mut learner) {
                 network_file::fill(&file, prefix, segment)?;
             }
             training::Trained::take_up_variables(&mut learner, &file)?;
-            let main = config.head(&stage)?;
-            let again = result(&config, &stage, &images, &mut learner, main, &Device::Cpu)?;
+            let main = config.head(&job)?;
+            let again = result(&config, &job, &images, &mut learner, main, &Device::Cpu)?;
             assert_eq!(again.assignment, labels.assignment);
             assert_eq!(again.confidence, labels.confidence);
-            let head = head::open(&stage.out)?;
+            let head = head::open(&job.out)?;
             assert_eq!(head.header_text("form")?, "centres");
             assert_eq!(head.f32("centres")?, again.prototypes);
         }
@@ -425,7 +432,7 @@ pub(crate) mod tests {
     fn a_run_whose_batches_hold_one_cluster_stops() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let strict = Config { least_distinct_ids: 4, warmup_epochs: 0, ..config() };
-        let error = run(&strict, &stage(folder.path(), "out")).expect_err("at most 3 of 3");
+        let error = SeCu::run(&strict, &job(folder.path(), "out")).expect_err("at most 3 of 3");
         assert!(error.is::<stage::Diverged>(), "{error}");
         Ok(())
     }
@@ -433,8 +440,8 @@ pub(crate) mod tests {
     #[test]
     fn a_backbone_from_elsewhere_is_where_it_starts() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let given = weights(&able(), &stage(folder.path(), "given"));
-        let mut from = stage(folder.path(), "from");
+        let given = weights(&able(), &job(folder.path(), "given"));
+        let mut from = job(folder.path(), "from");
         from.inputs.insert("backbone".into(), folder.path().join("given"));
         // At a rate of nearly nothing, what comes in goes out.
         let still = Config { learning_rate: 1e-30, epochs: 3, ..able() };
@@ -443,7 +450,7 @@ pub(crate) mod tests {
         assert_eq!(found[..count], given[..count]);
         assert_ne!(found[count..], given[count..]);
         from.inputs.insert("backbone".into(), folder.path().join("none"));
-        let message = format!("{:#}", run(&still, &from).expect_err("no such file"));
+        let message = format!("{:#}", SeCu::run(&still, &from).expect_err("no such file"));
         assert!(message.contains("backbone.safetensors"), "{message}");
         Ok(())
     }
@@ -451,8 +458,8 @@ pub(crate) mod tests {
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path(), "out");
-        config().check(&stage)?;
+        let job = job(folder.path(), "out");
+        config().check(&job)?;
         for (wrong, word) in [
             (Config { batch_size: 1, ..config() }, "batch-size"),
             (Config { epochs: 0, ..config() }, "epochs"),
@@ -468,10 +475,10 @@ pub(crate) mod tests {
             (Config { assigned_share: 1.5, ..config() }, "assigned-share"),
             (Config { constraint: Constraint::Entropy { weight: -1. }, ..config() }, "weight"),
         ] {
-            let message = format!("{:#}", wrong.check(&stage).expect_err(word));
+            let message = format!("{:#}", wrong.check(&job).expect_err(word));
             assert!(message.contains(word), "{word} is not in: {message}");
         }
-        config().check(&Stage { device: DeviceChoice::Cuda(0), ..stage }).expect_err("no CUDA");
+        config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
         Ok(())
     }
 
@@ -482,10 +489,10 @@ pub(crate) mod tests {
         for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
             let experiment = Experiment::read(&entry?.path())?;
             if experiment.has_table("secu") {
-                let mut stage = stage(folder.path(), "out");
-                stage.images = "none".into();
-                stage.data = experiment.table("data")?;
-                experiment.table::<Config>("secu")?.check(&stage)?;
+                let mut job = job(folder.path(), "out");
+                job.images = "none".into();
+                job.data = experiment.table("data")?;
+                experiment.table::<Config>("secu")?.check(&job)?;
                 found += 1;
             }
         }

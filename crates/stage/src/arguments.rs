@@ -1,6 +1,5 @@
 //! The command line that every stage understands.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -37,27 +36,6 @@ pub struct Arguments {
     /// Check the table, the inputs that exist and the device, print the table, and stop.
     #[arg(long)]
     pub check: bool,
-}
-
-impl Arguments {
-    /// The inputs by role.
-    ///
-    /// # Errors
-    ///
-    /// A role is given twice.
-    pub fn inputs_by_role(&self) -> anyhow::Result<BTreeMap<String, PathBuf>> {
-        let mut roles = BTreeMap::new();
-        for (role, path) in &self.inputs {
-            if let Some(first) = roles.insert(role.clone(), path.clone()) {
-                anyhow::bail!(
-                    "--in {role}= is given twice, as `{}` and `{}`; keep one",
-                    first.display(),
-                    path.display()
-                );
-            }
-        }
-        Ok(roles)
-    }
 }
 
 fn role(argument: &str) -> Result<(String, PathBuf), String> {
@@ -125,18 +103,13 @@ mod tests {
     }
 
     #[test]
-    fn roles_are_read_and_a_second_one_of_a_name_is_refused() {
+    fn a_role_needs_a_name_and_a_folder() {
         let one = parse(&["--in", "network=a/b=c", "--in", "previous=p"]).expect("valid");
-        let roles = one.inputs_by_role().expect("distinct");
-        assert_eq!(roles["network"], PathBuf::from("a/b=c"));
-        assert_eq!(roles["previous"], PathBuf::from("p"));
-
-        let two = parse(&["--in", "network=a", "--in", "network=b"]).expect("parses");
-        let error = two.inputs_by_role().expect_err("a duplicate").to_string();
-        assert!(error.contains("network") && error.contains('a') && error.contains('b'), "{error}");
-
-        assert!(parse(&["--in", "network"]).is_err());
-        assert!(parse(&["--in", "=a"]).is_err());
+        let inputs = [("network".to_owned(), "a/b=c".into()), ("previous".to_owned(), "p".into())];
+        assert_eq!(one.inputs, inputs);
+        for wrong in ["network", "=a", "network="] {
+            assert!(parse(&["--in", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

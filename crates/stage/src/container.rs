@@ -12,7 +12,6 @@
 //! Nothing in it depends on time, host, path or thread count: equal contents are equal bytes.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::marker::PhantomData;
@@ -21,10 +20,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
-use serde_json::{Value, json};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+pub use crate::digest::hex;
 use crate::files;
 
 /// The key of the safetensors metadata map that holds our header.
@@ -78,7 +78,7 @@ impl Values<'_> {
 }
 
 /// The values of a tensor that is too long to be held: they are pushed one by one and wait in a
-/// temporary file until [`write()`] or [`write_streamed`] reads them again.
+/// temporary file until [`write_streamed`] reads them again.
 #[derive(Debug)]
 pub struct Column<T> {
     file: BufWriter<File>,
@@ -202,31 +202,16 @@ impl<'a> Tensor<'a> {
 ///
 /// # Errors
 ///
-/// A shape does not hold as many values as were given, a 32-bit float is not finite, or the file
-/// system refuses. The message names the file, and the tensor.
+/// A shape does not hold as many values as were given, or a 32-bit float is not finite. The message
+/// names the file, and the tensor.
 pub fn write(
     path: &Path,
     kind: &str,
     version: u64,
-    mut header: Header,
+    header: Header,
     tensors: &[Tensor],
 ) -> Result<()> {
-    let mut views = Vec::with_capacity(tensors.len());
-    for tensor in tensors {
-        let Values::Held(bytes) = tensor.values else {
-            return write_streamed(path, kind, version, header, tensors, None);
-        };
-        let view = check_finite(tensor.dtype, bytes)
-            .and_then(|()| Ok(TensorView::new(tensor.dtype, tensor.shape.clone(), bytes)?))
-            .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
-        views.push((tensor.name.as_str(), view));
-    }
-    let parts = tensors.iter().map(Part::of).collect();
-    let metadata = HashMap::from([(KEY.to_owned(), seal(kind, version, &mut header, parts)?)]);
-    files::replace(path, |file| {
-        let bytes = safetensors::serialize(views, Some(metadata))?;
-        Ok(std::io::Write::write_all(file, &bytes)?)
-    })
+    write_streamed(path, kind, version, header, tensors, None)
 }
 
 /// Puts kind, version and digest into the header and returns its text.
@@ -265,13 +250,13 @@ pub fn write_streamed(
     tensors: &[Tensor],
     streamed: Option<Streamed>,
 ) -> Result<()> {
-    let mut sorted: Vec<&Tensor> = tensors.iter().collect();
-    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+    for tensor in tensors {
+        check_finite(tensor)
+            .and_then(|()| check_shape(tensor))
+            .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
+    }
     let mut parts: Vec<Part> = tensors.iter().map(Part::of).collect();
-    let length = match &streamed {
-        Some(streamed) => usize::try_from(streamed.length)?,
-        None => 0,
-    };
+    let length = streamed.as_ref().map_or(Ok(0), |streamed| streamed.length.try_into())?;
     let streamed_shape = [length];
     if let Some(Streamed { name, .. }) = streamed {
         let values = Values::Held(&[]);
@@ -279,37 +264,27 @@ pub fn write_streamed(
     }
     let text = seal(kind, version, &mut header, parts)?;
 
-    // The widest types first keep every tensor aligned; the streamed bytes need no alignment.
-    sorted.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
-    let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".into(), json!({ KEY: text }));
+    let layout = Layout::of(tensors, streamed.is_some());
+    let tensors = layout.ordered(tensors);
     let mut end = 0;
-    for tensor in &sorted {
-        let finite = match tensor.values {
-            Values::Held(bytes) => check_finite(tensor.dtype, bytes),
-            Values::Gathered(..) => Ok(()),
-        };
-        finite
-            .and_then(|()| check_shape(tensor))
-            .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
-        let range = [end, end + tensor.values.len()];
-        end = range[1];
-        let entry = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": range });
-        entries.insert(tensor.name.clone(), entry);
-    }
-    if let Some(streamed) = &streamed {
-        let range = [end, end + streamed.length];
-        let entry = json!({ "dtype": Dtype::U8, "shape": [length], "data_offsets": range });
-        entries.insert(streamed.name.to_owned(), entry);
-    }
-    let mut text = serde_json::to_vec(&entries)?;
-    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut entry = |name: &str, dtype, shape, length: usize| {
+        let data_offsets = (end, end + length);
+        end += length;
+        (name.to_owned(), TensorInfo { dtype, shape, data_offsets })
+    };
+    let mut entries: Vec<_> = tensors
+        .iter()
+        .map(|t| entry(&t.name, t.dtype, t.shape.clone(), t.values.len() as usize))
+        .collect();
+    entries.extend(streamed.as_ref().map(|s| entry(s.name, Dtype::U8, vec![length], length)));
+    let metadata = Metadata::new(Some(HashMap::from([(KEY.to_owned(), text)])), entries)?;
+    let text = layout.text(&metadata)?;
 
     files::replace(path, |file| {
         let mut out = Counted { inner: BufWriter::with_capacity(1 << 20, file), bytes: 0 };
         out.write_all(&(text.len() as u64).to_le_bytes())?;
         out.write_all(&text)?;
-        for tensor in &sorted {
+        for tensor in &tensors {
             tensor.values.each(|bytes| Ok(out.write_all(bytes)?))?;
         }
         if let Some(streamed) = streamed {
@@ -325,6 +300,47 @@ pub fn write_streamed(
         }
         Ok(out.flush()?)
     })
+}
+
+/// The order of the tensors in a file and in its contents list. Both keep every tensor aligned; two
+/// exist because files written by earlier versions must stay reproducible byte by byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// As `safetensors` orders: by type, then by name; the list too.
+    ByType,
+    /// Of files with gathered or streamed tensors: the widest types first, then by name; the list
+    /// by name.
+    ByWidth,
+}
+
+impl Layout {
+    fn of(tensors: &[Tensor], is_streamed: bool) -> Self {
+        let is_gathered = |tensor: &Tensor| matches!(tensor.values, Values::Gathered(..));
+        if is_streamed || tensors.iter().any(is_gathered) { Self::ByWidth } else { Self::ByType }
+    }
+
+    fn ordered<'a, 'b>(self, tensors: &'b [Tensor<'a>]) -> Vec<&'b Tensor<'a>> {
+        let mut ordered: Vec<_> = tensors.iter().collect();
+        ordered.sort_by(|a, b| {
+            let by_type = match self {
+                Self::ByType => b.dtype.cmp(&a.dtype),
+                Self::ByWidth => b.dtype.bitsize().cmp(&a.dtype.bitsize()),
+            };
+            by_type.then_with(|| a.name.cmp(&b.name))
+        });
+        ordered
+    }
+
+    /// The contents list as it is written, padded to a multiple of 8 bytes.
+    fn text(self, metadata: &Metadata) -> Result<Vec<u8>> {
+        let mut text = match self {
+            Self::ByType => serde_json::to_vec(metadata)?,
+            // A JSON value sorts its keys.
+            Self::ByWidth => serde_json::to_vec(&serde_json::to_value(metadata)?)?,
+        };
+        text.resize(text.len().next_multiple_of(8), b' ');
+        Ok(text)
+    }
 }
 
 /// Counts what passes through.
@@ -388,20 +404,9 @@ impl Contents {
     /// The file is not a safetensors file, is cut short, is of another kind or of a version that
     /// this program does not know.
     pub fn parse(path: &Path, bytes: &[u8], kind: &str, version: u64) -> Result<Self> {
-        let broken = || {
-            format!(
-                "`{}` is broken or cut short; remove it and run its stage again",
-                path.display()
-            )
-        };
+        let broken = || broken(path);
         let (header_length, metadata) = SafeTensors::read_metadata(bytes).with_context(broken)?;
-        let text =
-            metadata.metadata().as_ref().and_then(|map| map.get(KEY)).with_context(|| {
-                format!(
-                    "`{}` was not written by assort: its header has no key `{KEY}`",
-                    path.display()
-                )
-            })?;
+        let text = text_in(path, &metadata)?;
         let header: Header = serde_json::from_str(text).with_context(broken)?;
         let found = header.get("kind").and_then(Value::as_str).unwrap_or("nothing named");
         ensure!(
@@ -425,7 +430,7 @@ impl Contents {
                 (name, Place { dtype: info.dtype, shape: info.shape.clone(), bytes })
             })
             .collect();
-        Ok(Self { header, tensors, text: text.clone() })
+        Ok(Self { header, tensors, text: text.to_owned() })
     }
 
     /// Compares the digest in the header with the one of `bytes`, the whole file.
@@ -461,6 +466,44 @@ impl Contents {
         );
         Ok(())
     }
+}
+
+/// Reads the header of a file as it is written, which holds the digest of the contents: the file's
+/// identity, at the price of one small read. Neither kind, version nor digest is checked.
+///
+/// # Errors
+///
+/// The file is not a safetensors file or was not written by assort.
+pub fn header_text(path: &Path) -> Result<String> {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let mut length = [0; 8];
+        file.read_exact(&mut length)?;
+        let length = u64::from_le_bytes(length).min(LONGEST_HEADER);
+        let mut header = Vec::new();
+        file.take(length).read_to_end(&mut header)?;
+        Ok(header)
+    };
+    let header = match read() {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Vec::new(),
+        read => read.with_context(|| format!("opening `{}`", path.display()))?,
+    };
+    let metadata: Metadata = serde_json::from_slice(&header).with_context(|| broken(path))?;
+    Ok(text_in(path, &metadata)?.to_owned())
+}
+
+/// The format allows no longer header.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+fn broken(path: &Path) -> String {
+    format!("`{}` is broken or cut short; remove it and run its stage again", path.display())
+}
+
+fn text_in<'a>(path: &Path, metadata: &'a Metadata) -> Result<&'a str> {
+    let text = metadata.metadata().as_ref().and_then(|map| map.get(KEY));
+    text.map(String::as_str).with_context(|| {
+        format!("`{}` was not written by assort: its header has no key `{KEY}`", path.display())
+    })
 }
 
 /// A file read whole, checked, and open for its tensors.
@@ -546,7 +589,7 @@ impl Container {
     /// There is no such tensor, it has another type, or a value is not finite.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
         let bytes = self.bytes_of(name, Dtype::F32)?;
-        check_finite(Dtype::F32, bytes)
+        check_finite_bytes(bytes)
             .with_context(|| format!("tensor `{name}` of `{}`", self.path.display()))?;
         Ok(bytemuck::allocation::pod_collect_to_vec(bytes))
     }
@@ -597,11 +640,16 @@ impl Container {
     }
 }
 
-/// Fails at the first number of a float tensor that is not finite, and says which one it is.
-fn check_finite(dtype: Dtype, bytes: &[u8]) -> Result<()> {
-    if dtype != Dtype::F32 {
-        return Ok(());
+/// Fails at the first number of a tensor in memory that is not finite, and says which one it is.
+/// Gathered values are whole numbers.
+fn check_finite(tensor: &Tensor) -> Result<()> {
+    match tensor.values {
+        Values::Held(bytes) if tensor.dtype == Dtype::F32 => check_finite_bytes(bytes),
+        _ => Ok(()),
     }
+}
+
+fn check_finite_bytes(bytes: &[u8]) -> Result<()> {
     for (position, value) in bytes.chunks_exact(4).enumerate() {
         let value = f32::from_le_bytes([value[0], value[1], value[2], value[3]]);
         ensure!(value.is_finite(), "value {position} is {value}, and every value must be finite");
@@ -645,17 +693,11 @@ fn without_digest(text: &str, digest: &str) -> String {
     text.replacen(&format!(",{field}"), "", 1)
 }
 
-/// Bytes as lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        // Writing to a `String` cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use safetensors::tensor::TensorView;
+    use serde_json::json;
+
     use super::*;
 
     fn example(folder: &Path) -> PathBuf {
@@ -743,7 +785,7 @@ mod tests {
         let message = message(write(&path, "network", 1, Header::new(), &tensors));
         assert!(message.contains("weight") && message.contains("value 1 is NaN"), "{message}");
         assert!(!path.exists());
-        assert!(check_finite(Dtype::F32, &f32::INFINITY.to_le_bytes()).is_err());
+        assert!(check_finite_bytes(&f32::INFINITY.to_le_bytes()).is_err());
     }
 
     #[test]
@@ -824,6 +866,62 @@ mod tests {
         assert_eq!(first.header("sha256").expect("there"), second.header("sha256").expect("there"));
         let wrong = [bytes.tensor("bytes", &[4]).expect("flushed")];
         assert!(message(write(&path, "example", 1, Header::new(), &wrong)).contains("bytes"));
+    }
+
+    /// Written down once: other bytes would be another result of every published run.
+    #[test]
+    fn the_bytes_of_a_file_never_change() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let held = fs::read(example(folder.path())).expect("there");
+        let contents = Contents::parse(Path::new("a"), &held, "example", 2).expect("sound");
+        let listed = Metadata::new(
+            Some(HashMap::from([(KEY.to_owned(), contents.text.clone())])),
+            [
+                ("offset", Dtype::U64, vec![2], (0, 16)),
+                ("centre", Dtype::F32, vec![2, 2], (16, 32)),
+                ("assignment", Dtype::U32, vec![3], (32, 44)),
+                ("byte", Dtype::U8, vec![5], (44, 49)),
+            ]
+            .map(|(name, dtype, shape, data_offsets)| {
+                (name.to_owned(), TensorInfo { dtype, shape, data_offsets })
+            })
+            .to_vec(),
+        );
+        let start = serde_json::to_string(&listed.expect("sound")).expect("JSON");
+        assert!(held[8..].starts_with(start.as_bytes()));
+        assert_eq!(crate::digest::sha256(&held), HELD);
+
+        let path = folder.path().join("gathered.safetensors");
+        let mut column = Column::<u32>::create_in(folder.path()).expect("created");
+        column.push(&[1, 2]).expect("added");
+        let mut fill = |out: &mut dyn Write| Ok(out.write_all(b"streamed")?);
+        let streamed = Streamed { name: "bytes", length: 8, fill: &mut fill };
+        let tensors = [
+            Tensor::f32("z", &[1], &[0.5]),
+            Tensor::u64("y", &[1], &[7]),
+            column.tensor("b", &[2]).expect("flushed"),
+        ];
+        write_streamed(&path, "example", 1, Header::new(), &tensors, Some(streamed))
+            .expect("written");
+        let gathered = fs::read(&path).expect("there");
+        assert_eq!(crate::digest::sha256(&gathered), GATHERED);
+    }
+
+    const HELD: &str = "90da73994a231fb6d2d2a2068b6d74dd91377e951c6cedaa090218f490966902";
+    const GATHERED: &str = "ca924a77aa8f15ea79b7c47127ceecddfe0a0d917731f9b83f82b76b487a39ad";
+
+    #[test]
+    fn the_header_alone_is_read_and_a_foreign_file_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = example(folder.path());
+        let whole = fs::read(&path).expect("there");
+        let contents = Contents::parse(&path, &whole, "example", 2).expect("sound");
+        assert_eq!(header_text(&path).expect("sound"), contents.text);
+        for broken in [&whole[..20], &whole[..4], &[0xff; 64], b"\x02\0\0\0\0\0\0\0{}"] {
+            fs::write(&path, broken).expect("written");
+            assert!(message(header_text(&path)).contains("example.safetensors"));
+        }
+        assert!(message(header_text(Path::new("none"))).contains("opening `none`"));
     }
 
     #[test]

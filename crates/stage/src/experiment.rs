@@ -1,38 +1,139 @@
-//! The experiment file: one TOML table per program, each read by that program alone.
+//! The experiment: one TOML file that says everything but the seed.
+//!
+//! Only `title`, `system`, `[rounds]`, `[stages]`, `[control]` and the source under `[prepare]`
+//! are understood here. Every other table belongs to the program that bears its name, which alone
+//! knows its keys.
 
-use std::fmt::Debug;
-use std::fs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
 
-/// An experiment file, parsed but not yet understood: each program asks for its own table.
+use crate::change::{self, Change, Keys};
+use crate::{Library, digest};
+
+/// An experiment with every value that one run uses: what it extends is merged into it.
 #[derive(Debug, Clone)]
 pub struct Experiment {
-    path: PathBuf,
-    tables: toml::Table,
+    /// Stem of its file: the name that commands take, and that its results are kept under.
+    pub name: String,
+    /// The file it was read from, for messages.
+    pub path: PathBuf,
+    pub(crate) tables: Table,
+}
+
+/// The table `[rounds]`: the order of the steps.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Rounds {
+    /// How many rounds follow round 0.
+    pub rounds: usize,
+    /// Places of round 0, in order.
+    pub first: Vec<String>,
+    /// Places of each later round, in order.
+    pub then: Vec<String>,
 }
 
 impl Experiment {
-    /// Reads and parses the file.
+    /// Reads the experiment in a file; what it extends lies beside it or in the folder `configs`.
+    pub fn read(path: &Path) -> Result<Self> {
+        Library::default().read(path)
+    }
+
+    /// Reads an experiment that is in no file and extends no other.
+    pub fn of_text(name: &str, text: &str) -> Result<Self> {
+        let tables = text.parse().with_context(|| format!("`{name}` is not TOML"))?;
+        Ok(Self { name: name.to_owned(), path: PathBuf::from(name), tables })
+    }
+
+    /// Changes one value: `assignment` is `table.key=value`, as TOML writes it; a word may stand
+    /// without quotes. A table that is written out, `{ … }`, replaces the old one.
     ///
     /// # Errors
     ///
-    /// The file is missing or is not TOML; the message names it and, for TOML, the line.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("opening the experiment `{}`", path.display()))?;
-        let tables = text
-            .parse::<toml::Table>()
-            .with_context(|| format!("the experiment `{}` is not TOML", path.display()))?;
-        Ok(Self { path: path.to_owned(), tables })
+    /// The experiment has no such key: one that no program asks for would change nothing.
+    pub fn set(&mut self, assignment: &str) -> Result<()> {
+        change::assignment(assignment)
+            .and_then(|change| change.apply(&mut self.tables, Keys::Known))
+            .with_context(|| format!("--set {assignment}, in `{}`", self.path.display()))
+    }
+
+    /// The same experiment with the values that `[control]` names, or `None` where it is empty.
+    pub fn control(&self) -> Result<Option<Self>> {
+        let overrides = match self.tables.get("control") {
+            None => return Ok(None),
+            Some(Value::Table(table)) if table.is_empty() => return Ok(None),
+            Some(Value::Table(table)) => table.clone(),
+            Some(_) => bail!("`control` of `{}` is not a table", self.path.display()),
+        };
+        let mut control = self.clone();
+        for (key, value) in overrides {
+            // As with `--set`, a table at a dotted path replaces the old one.
+            let change = match key.contains('.') {
+                true => Change::at(&key, value),
+                false => Change::Table(BTreeMap::from([(key, value.into())])),
+            };
+            change
+                .apply(&mut control.tables, Keys::Known)
+                .with_context(|| format!("table `[control]` of `{}`", self.path.display()))?;
+        }
+        Ok(Some(control))
+    }
+
+    /// The same experiment as k-means on the pixels, where `embed` and `clustering` can do that.
+    pub fn pixels(&self) -> Option<Self> {
+        let mut pixels = self.clone();
+        for (key, value) in [
+            ("embed.pixels", Value::from(true)),
+            ("clustering.heads", Value::from(0)),
+            ("clustering.neighbours", Value::from(0)),
+            ("clustering.kmeans-metric", Value::from("euclidean")),
+        ] {
+            Change::at(key, value).apply(&mut pixels.tables, Keys::Known).ok()?;
+        }
+        Some(pixels)
+    }
+
+    /// What people call the experiment, key `title`.
+    pub fn title(&self) -> Result<String> {
+        self.parsed("title")
+    }
+
+    /// The method it runs, key `system`.
+    pub fn system(&self) -> Result<String> {
+        self.parsed("system")
+    }
+
+    /// The order of the steps.
+    pub fn rounds(&self) -> Result<Rounds> {
+        self.parsed("rounds")
+    }
+
+    /// The program of each place: a stage by its name, or the path of any executable.
+    pub fn stages(&self) -> Result<BTreeMap<String, String>> {
+        self.parsed("stages")
+    }
+
+    /// Where the pictures come from unless the command line says otherwise.
+    pub fn source(&self) -> Result<String> {
+        let prepare: Table = self.parsed("prepare")?;
+        let source = prepare.get("source").and_then(Value::as_str).map(str::to_owned);
+        source.with_context(|| {
+            format!("table `[prepare]` of `{}` has no text `source`", self.path.display())
+        })
     }
 
     /// Whether there is a table `[name]`: an experiment has those of the stages that it runs.
     pub fn has_table(&self, name: &str) -> bool {
         self.tables.contains_key(name)
+    }
+
+    /// The value of the key `name` at the top, such as a table, unread.
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.tables.get(name)
     }
 
     /// The table `[name]` as a value of the caller's type. A missing table is read as an empty
@@ -43,77 +144,53 @@ impl Experiment {
     /// A key is unknown, missing, or of the wrong type: there are no defaults in code.
     pub fn table<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let value = match self.tables.get(name) {
-            None => toml::Table::new(),
-            Some(toml::Value::Table(table)) => table.clone(),
+            None => Table::new(),
+            Some(Value::Table(table)) => table.clone(),
             Some(other) => bail!(
-                "`{name}` of `{}` is a {}, not a table `[{name}]`",
+                "`{name}` of `{}` is {}, not a table `[{name}]`",
                 self.path.display(),
-                other.type_str()
+                change::kind(other)
             ),
         };
-        // The last lines of toml's message say what is wrong; its first line repeats the place.
-        value.try_into().map_err(|error: toml::de::Error| {
-            anyhow::anyhow!(
-                "table `[{name}]` of `{}` is not usable: {}",
-                self.path.display(),
-                error.to_string().trim()
-            )
-        })
+        value.try_into().map_err(|error| self.unusable(&format!("table `[{name}]`"), &error))
     }
-}
 
-/// The table `[data]`, which every stage reads.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct DataTable {
-    /// Number of clusters K: a choice of the experiment, never counted from labels.
-    pub clusters: usize,
-    /// Splits whose pictures the networks learn from.
-    pub train_on: Vec<Split>,
-    /// Splits that are embedded, clustered and scored.
-    pub score_on: Vec<Split>,
-}
-
-impl DataTable {
-    /// Checks what the types cannot say.
-    ///
-    /// # Errors
-    ///
-    /// Fewer than two clusters, or no split to train or score on.
-    pub fn check(&self) -> Result<()> {
-        if self.clusters < 2 {
-            bail!("`clusters = {}` in table `[data]`: at least 2 are needed", self.clusters);
-        }
-        for (key, splits) in [("train-on", &self.train_on), ("score-on", &self.score_on)] {
-            if splits.is_empty() {
-                bail!("`{key} = []` in table `[data]`: name train, test or unlabelled");
+    /// Fails at a table that none of these programs reads.
+    pub fn refuse_tables_but(&self, known: &[&str]) -> Result<()> {
+        for name in self.tables.keys() {
+            if !known.contains(&name.as_str()) {
+                bail!(
+                    "no stage reads `{name}` of `{}`; known are {}",
+                    self.path.display(),
+                    known.join(", ")
+                );
             }
         }
         Ok(())
     }
-}
 
-/// Which part of a published data set a picture belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Split {
-    /// The training part; pictures of a plain folder belong here.
-    Train,
-    /// The test part.
-    Test,
-    /// Pictures published without ground truth, as in STL-10.
-    Unlabelled,
-}
-
-impl Split {
-    /// The number that stands for the split in `images.safetensors`.
-    pub fn code(self) -> u8 {
-        self as u8
+    /// The experiment as TOML, keys sorted.
+    pub fn to_toml(&self) -> String {
+        self.tables.to_string()
     }
 
-    /// The split that a number in `images.safetensors` stands for.
-    pub fn from_code(code: u8) -> Option<Self> {
-        [Self::Train, Self::Test, Self::Unlabelled].into_iter().find(|split| split.code() == code)
+    /// Hex SHA-256 of [`Experiment::to_toml`]: equal for equal values, wherever they are said.
+    pub fn digest(&self) -> String {
+        digest::sha256(self.to_toml().as_bytes())
+    }
+
+    fn parsed<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+        let value = self
+            .tables
+            .get(key)
+            .with_context(|| format!("`{}` has no `{key}`", self.path.display()))?;
+        value.clone().try_into().map_err(|error| self.unusable(&format!("`{key}`"), &error))
+    }
+
+    fn unusable(&self, what: &str, error: &toml::de::Error) -> anyhow::Error {
+        // What toml says ends with a newline.
+        let reason = error.to_string();
+        anyhow::anyhow!("{what} of `{}` is not usable: {}", self.path.display(), reason.trim())
     }
 }
 
@@ -121,49 +198,139 @@ impl Split {
 mod tests {
     use super::*;
 
-    fn experiment(text: &str) -> (tempfile::TempDir, Result<Experiment>) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("example.toml");
-        fs::write(&path, text).expect("written");
-        let read = Experiment::read(&path);
-        (folder, read)
+    const TEXT: &str = r#"
+        title = "Example"
+        system = "PLDC"
+        [rounds]
+        rounds = 1
+        first = ["embed"]
+        then = []
+        [control]
+        "refinement.weight" = 0
+        [refinement]
+        weight = 0.5
+        precision = "f32"
+        [refinement.backbone]
+        width = 16
+    "#;
+
+    fn example() -> Experiment {
+        Experiment {
+            name: "example".into(),
+            path: "example.toml".into(),
+            tables: TEXT.parse().expect("TOML"),
+        }
+    }
+
+    fn set(assignment: &str) -> Result<Table> {
+        let mut experiment = example();
+        experiment.set(assignment)?;
+        Ok(experiment.tables["refinement"].as_table().expect("a table").clone())
+    }
+
+    fn message<T: std::fmt::Debug>(result: Result<T>) -> String {
+        format!("{:#}", result.expect_err("an error"))
+    }
+
+    #[test]
+    fn a_value_is_set_in_the_type_it_has() {
+        assert_eq!(set("refinement.weight=2").expect("known")["weight"], Value::Float(2.));
+        assert_eq!(set("refinement.weight = 1e-3").expect("known")["weight"], Value::Float(1e-3));
+        assert_eq!(set("refinement.precision=bf16").expect("known")["precision"], "bf16".into());
+        assert_eq!(set("refinement.precision='b'").expect("known")["precision"], "b".into());
+        let deep = set("refinement.backbone.width=8").expect("known");
+        assert_eq!(deep["backbone"]["width"], Value::Integer(8));
+        let mut experiment = example();
+        experiment.set("control.\"refinement.weight\"=3").expect("known");
+        assert_eq!(experiment.tables["control"]["refinement.weight"], Value::Integer(3));
+    }
+
+    /// As the constraint of `secu`, which has other keys under another rule.
+    #[test]
+    fn a_table_that_is_written_out_takes_the_place_of_the_whole() {
+        let written = set("refinement . backbone = {depth='18', stem='7x7'}").expect("known");
+        let want = "depth = '18'\nstem = '7x7'".parse::<Table>().expect("TOML");
+        assert_eq!(written["backbone"], Value::Table(want.clone()));
+        assert_eq!(written["precision"], "f32".into(), "what is beside it stays");
+        assert!(message(set("refinement.back={a=1}")).contains("no key `back`"));
+        assert!(message(set("refinement.weight={a=1}")).contains("cannot become"));
+
+        let mut example = example();
+        let change = ("refinement.backbone".to_owned(), Value::Table(want.clone()));
+        example.tables["control"] = Value::Table(Table::from_iter([change]));
+        let control = example.control().expect("sound").expect("there is one");
+        assert_eq!(control.tables["refinement"]["backbone"], Value::Table(want));
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_said_with_the_keys_there_are() {
+        let unknown = message(set("refinement.wait=1"));
+        for part in ["[refinement]", "`wait`", "backbone, precision, weight", "example.toml"] {
+            assert!(unknown.contains(part), "{part} is not in: {unknown}");
+        }
+        assert!(message(set("refine.weight=1")).contains("no table `[refine]`"));
+        assert!(message(set("refinement.weight=heavy")).contains("cannot become"));
+        assert!(message(set("refinement.backbone=1")).contains("name one of its keys: width"));
+        assert!(message(set("refinement.weight")).contains("table.key=value"));
+    }
+
+    #[test]
+    fn the_control_changes_only_what_it_names() {
+        let control = example().control().expect("sound").expect("there is one");
+        assert_eq!(control.tables["refinement"]["weight"], Value::Float(0.));
+        assert_eq!(control.tables["refinement"]["precision"], "f32".into());
+
+        let mut none = example();
+        none.tables.insert("control".into(), Value::Table(Table::new()));
+        assert!(none.control().expect("sound").is_none());
+        none.tables.insert(
+            "control".into(),
+            Value::Table(Table::from_iter([("refinement.w".to_owned(), 1.into())])),
+        );
+        assert!(message(none.control()).contains("[control]"));
+    }
+
+    #[test]
+    fn pixels_need_the_keys_of_embed_and_clustering() {
+        assert!(example().pixels().is_none());
+        let mut experiment = example();
+        let tables = "embed.pixels = false
+            [clustering]\nheads = 6\nneighbours = 20\nkmeans-metric = \"spherical\"";
+        experiment.tables.extend(tables.parse::<Table>().expect("TOML"));
+        let pixels = experiment.pixels().expect("there");
+        assert_eq!(pixels.tables["embed"]["pixels"], Value::Boolean(true));
+        assert_eq!(pixels.tables["clustering"]["heads"], Value::Integer(0));
+    }
+
+    #[test]
+    fn an_unread_table_is_an_error() {
+        let known = ["title", "system", "rounds", "control"];
+        assert!(message(example().refuse_tables_but(&known)).contains("`refinement`"));
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    #[expect(dead_code, reason = "only parsed")]
+    struct Refinement {
+        weight: f64,
+        precision: String,
+        backbone: Table,
     }
 
     #[test]
     fn a_table_is_read_and_an_unknown_key_is_named_with_table_and_file() {
-        let good = "[data]\nclusters = 3\ntrain-on = [\"train\", \"test\"]\nscore-on = [\"test\"]";
-        let data: DataTable = experiment(good).1.expect("TOML").table("data").expect("usable");
-        assert_eq!(data.train_on, [Split::Train, Split::Test]);
-        data.check().expect("sound");
-
-        let typo = good.replace("clusters", "cluster");
-        let error = experiment(&typo).1.expect("TOML").table::<DataTable>("data");
-        let error = error.expect_err("a typo").to_string();
-        for part in ["[data]", "example.toml", "cluster", "expected one of"] {
-            assert!(error.contains(part), "{part} is not in: {error}");
+        let read = |text: &str| {
+            let mut example = example();
+            example.tables = text.parse().expect("TOML");
+            example.table::<Refinement>("refinement")
+        };
+        read(TEXT).expect("usable");
+        let typo = message(read(&TEXT.replace("precision", "precisoin")));
+        for part in ["[refinement]", "example.toml", "precisoin", "expected one of"] {
+            assert!(typo.contains(part), "{part} is not in: {typo}");
         }
-    }
-
-    #[test]
-    fn missing_file_wrong_toml_missing_table_and_one_cluster_are_errors() {
-        assert!(Experiment::read(Path::new("nowhere.toml")).is_err());
-        assert!(experiment("[data").1.is_err());
-        let empty = experiment("").1.expect("TOML");
-        let error = empty.table::<DataTable>("data").expect_err("missing").to_string();
-        assert!(error.contains("clusters"), "{error}");
-        let scalar = experiment("data = 1").1.expect("TOML");
-        assert!(scalar.table::<DataTable>("data").is_err());
-        let one = DataTable { clusters: 1, train_on: vec![Split::Train], score_on: vec![] };
-        assert!(one.check().is_err());
-        assert!(DataTable { clusters: 2, ..one }.check().is_err());
-    }
-
-    #[test]
-    fn split_codes_are_those_of_the_file_format() {
-        for (split, code) in [(Split::Train, 0), (Split::Test, 1), (Split::Unlabelled, 2)] {
-            assert_eq!(split.code(), code);
-            assert_eq!(Split::from_code(code), Some(split));
-        }
-        assert_eq!(Split::from_code(3), None);
+        let missing = message(read(""));
+        assert!(missing.contains("missing field `weight`"), "{missing}");
+        assert!(message(read("refinement = 1")).contains("a whole number, not a table"));
     }
 }

@@ -1,22 +1,79 @@
-//! The contract of a stage program: what every program of `assort` shares with every other.
+//! The contract of a stage: what every program of `assort` shares with every other.
 //!
-//! A stage is a program with files in and files out. This crate holds what makes them one family,
-//! whatever they compute: the [arguments](Arguments), how a program [reads its own
-//! table](Experiment::table) of the experiment file, its [exit status](run_program), the
-//! [container] every tensor file is written in, the [counter-based randomness](random) that makes
-//! a run the same on any number of threads, and the [progress] a person sees.
+//! A [`Stage`] turns files into files. This crate holds what makes the stages one family, whatever
+//! they compute: what a stage [declares](Spec), the [arguments](Arguments) of its program, the
+//! [`Experiment`] with one table for each stage, the exit [`Status`], the [`container`] that every
+//! tensor file is written in, the counter-based [randomness](random) that makes a run
+//! bit-identical on any number of threads, [interrupts](Interrupt) and [`progress`].
 //!
-//! It knows no image, no network and no method. To write a stage, see [`run_program`].
+//! It knows no image, no network and no method.
+//!
+//! ```
+//! use anyhow::Result;
+//! use serde::{Deserialize, Serialize};
+//! use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+//!
+//! /// Puts each picture into the cluster of its number: an ablation that must lose.
+//! pub struct InTurns;
+//!
+//! /// The table `[in-turns]` of the experiment.
+//! #[derive(Debug, Serialize, Deserialize)]
+//! #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+//! pub struct Config {
+//!     /// Pictures that are skipped before the first.
+//!     pub offset: u32,
+//! }
+//!
+//! impl Stage for InTurns {
+//!     const SPEC: Spec = Spec {
+//!         name: "in-turns",
+//!         algorithm: 1,
+//!         inputs: &[Role::new("embeddings", Origin::Embeddings)],
+//!         outputs: &[Output::PseudoLabels],
+//!     };
+//!     type Config = Config;
+//!
+//!     fn check(_: &Config, _: &Job) -> Result<Effort> {
+//!         Ok(Effort::NONE)
+//!     }
+//!
+//!     fn run(config: &Config, job: &Job) -> Result<()> {
+//!         let folder = job.input("embeddings")?;
+//!         tracing::info!("reading `{}` from {}", folder.display(), config.offset);
+//!         job.interrupt.check()
+//!     }
+//! }
+//! # tracing::info!("{:?}", stage::Program::of::<InTurns>().spec);
+//!
+//! // An executable of its own: `fn main() -> ExitCode { stage::main::<InTurns>() }`.
+//! ```
 
 mod arguments;
+mod change;
+mod claim;
+pub mod console;
 pub mod container;
+mod contract;
+mod data_table;
+pub mod digest;
 mod experiment;
 pub mod files;
+mod interrupt;
+mod job;
+mod library;
 mod memory;
 mod program;
 pub mod progress;
 pub mod random;
+mod status;
 
 pub use arguments::{Arguments, DeviceChoice};
-pub use experiment::{DataTable, Experiment, Split};
-pub use program::{DONE, Diverged, Interrupted, Stage, exit_code, run_program, start_logging};
+pub use claim::Claim;
+pub use contract::{Effort, Origin, Output, Role, Spec, Stage};
+pub use data_table::{DataTable, Split};
+pub use experiment::{Experiment, Rounds};
+pub use interrupt::Interrupt;
+pub use job::Job;
+pub use library::{FOLDER, Library};
+pub use program::{DONE, Program, main};
+pub use status::{Diverged, Interrupted, MachineFailed, Status, finish};

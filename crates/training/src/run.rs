@@ -27,7 +27,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use stage::container::{self, Container, Header};
 use stage::progress::Progress;
-use stage::{Diverged, Interrupted, Stage};
+use stage::{Diverged, Interrupted, Job};
 
 use crate::trained::Trained;
 use crate::{Learner, Online};
@@ -81,7 +81,7 @@ impl Plan {
 
 /// A training run: where it stands, what it logs, when it saves.
 pub struct Run<'a> {
-    stage: &'a Stage,
+    job: &'a Job,
     plan: Plan,
     /// What the state must agree with to be this run's, as JSON with sorted keys.
     identity: String,
@@ -109,7 +109,7 @@ impl<'a> Run<'a> {
     ///
     /// The state there is damaged or belongs to another run; or `plan` is not usable.
     pub fn resume_or_start(
-        stage: &'a Stage,
+        job: &'a Job,
         table: &impl Serialize,
         fingerprint: &str,
         plan: Plan,
@@ -118,16 +118,16 @@ impl<'a> Run<'a> {
         plan.check()?;
         let identity = json!({
             "fingerprint": fingerprint,
-            "round": stage.round,
-            "rounds": stage.rounds,
-            "seed": stage.seed,
-            "stage": stage.name,
+            "round": job.round,
+            "rounds": job.rounds,
+            "seed": job.seed,
+            "stage": job.name,
             "table": serde_json::to_value(table)?,
         })
         .to_string();
-        let progress = Progress::new(stage.name, (plan.epochs * plan.steps_per_epoch) as u64);
+        let progress = Progress::new(job.name, (plan.epochs * plan.steps_per_epoch) as u64);
         let mut run = Self {
-            stage,
+            job,
             plan,
             identity,
             epochs: 0,
@@ -139,11 +139,13 @@ impl<'a> Run<'a> {
             steps_here: 0,
             progress,
         };
-        if stage.out.join(NAME).exists() {
+        if job.out.join(NAME).exists() {
             run.resume(learner)?;
             tracing::info!("going on from epoch {}, step {}", run.epochs, run.steps);
+            run.forget_later_log_lines()?;
+        } else {
+            job.clear_log()?;
         }
-        run.forget_later_log_lines()?;
         Ok(run)
     }
 
@@ -290,7 +292,7 @@ impl<'a> Run<'a> {
         self.steps_here += 1;
         let loss = self.mean("loss").map(|loss| format!("loss {loss:.4}")).unwrap_or_default();
         self.progress.at(self.steps as u64, &loss);
-        if self.stage.interrupted() {
+        if self.job.interrupt.is_raised() {
             self.save(learner)?;
             return Err(Interrupted.into());
         }
@@ -323,7 +325,7 @@ impl<'a> Run<'a> {
     /// A file cannot be written, or a parameter is not finite.
     pub fn finish(&self, learner: &impl Trained, configuration: &impl Serialize) -> Result<()> {
         self.check_parameters(learner)?;
-        let out = &self.stage.out;
+        let out = &self.job.out;
         backbone::write_configuration(out, configuration)?;
         backbone_file::write(out, learner.exported())?;
         network_file::write_tensors(out, &networks(learner)?)?;
@@ -341,7 +343,7 @@ impl<'a> Run<'a> {
         }
         line.insert("seconds".into(), seconds.into());
         line.insert("images-per-second".into(), (images / seconds.max(1e-9)).into());
-        self.stage.log(&line)
+        self.job.log(&line)
     }
 
     fn mean(&self, name: &str) -> Option<f64> {
@@ -398,11 +400,11 @@ impl<'a> Run<'a> {
             ("sums".into(), json!(self.sums.iter().map(as_bits).collect::<BTreeMap<_, _>>())),
             ("finished".into(), finished.into()),
         ]);
-        container::write(&self.stage.out.join(NAME), KIND, VERSION, header, &views)
+        container::write(&self.job.out.join(NAME), KIND, VERSION, header, &views)
     }
 
     fn resume(&mut self, learner: &mut impl Trained) -> Result<()> {
-        let out = &self.stage.out;
+        let out = &self.job.out;
         let state = Container::open(&out.join(NAME), KIND, VERSION)?;
         ensure!(
             state.header_text("identity")? == self.identity,
@@ -434,7 +436,7 @@ impl<'a> Run<'a> {
     /// Drops log lines of epochs behind the checkpoint that a killed run had written: they come
     /// again.
     fn forget_later_log_lines(&self) -> Result<()> {
-        let path = self.stage.out.join("log.jsonl");
+        let path = self.job.out.join("log.jsonl");
         let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
         let is_kept = |line: &&str| {
             serde_json::from_str::<Value>(line).is_ok_and(|value| {
@@ -508,7 +510,7 @@ fn deviation_of_unit_rows(rows: &Tensor) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use candle_core::Device::Cpu;
-    use stage::{DataTable, DeviceChoice};
+    use stage::DataTable;
 
     use super::*;
     use crate::Precision;
@@ -523,27 +525,17 @@ mod tests {
         collapse_deviation: 1e-4,
     };
 
-    fn stage(out: &Path) -> Stage {
-        Stage {
-            name: "example",
-            experiment: "e.toml".into(),
-            images: "i.safetensors".into(),
-            inputs: BTreeMap::new(),
-            out: out.to_owned(),
-            round: 0,
-            rounds: 0,
-            seed: 0,
-            device: DeviceChoice::Cpu,
-            data: DataTable { clusters: 2, train_on: vec![], score_on: vec![] },
-        }
+    fn job(out: &Path) -> Job {
+        let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
+        Job::new("example", "i.safetensors", out, data)
     }
 
     /// A whole run, or what is left of it; without `finish` when it is killed or stopped before
     /// this step of this call.
     fn train(out: &Path, kill_at: Option<usize>, stop_at: Option<usize>) -> Result<()> {
-        let stage = stage(out);
+        let job = job(out);
         let mut learner = learner(4)?;
-        let mut run = Run::resume_or_start(&stage, &"table", "images", PLAN, &mut learner)?;
+        let mut run = Run::resume_or_start(&job, &"table", "images", PLAN, &mut learner)?;
         let mut done = 0;
         while let Some(epoch) = run.next_epoch() {
             for batch in run.batches_done()..2 {
@@ -605,10 +597,10 @@ mod tests {
         for lost in [network_file::NAME, backbone_file::NAME, backbone::CONFIGURATION] {
             // The state before the last is the one of the last epoch, with the networks.
             let again = tempfile::tempdir()?;
-            let stage = stage(again.path());
+            let job = job(again.path());
             train(again.path(), None, Some(6))?;
             fs::copy(folder.path().join(lost), again.path().join(lost))?;
-            train(&stage.out, None, None)?;
+            train(&job.out, None, None)?;
             assert!(files(again.path()) == want, "{lost}");
         }
         train(folder.path(), None, None)?;
@@ -634,19 +626,19 @@ mod tests {
     fn a_foreign_or_damaged_state_is_refused_by_name() -> Result<()> {
         let folder = tempfile::tempdir()?;
         train(folder.path(), Some(5), None)?;
-        let message = |stage: &Stage| {
+        let message = |job: &Job| {
             let mut learner = learner(4).expect("a learner");
-            let run = Run::resume_or_start(stage, &"table", "images", PLAN, &mut learner);
+            let run = Run::resume_or_start(job, &"table", "images", PLAN, &mut learner);
             format!("{:#}", run.err().expect("refused"))
         };
-        let other = Stage { seed: 1, ..stage(folder.path()) };
+        let other = Job { seed: 1, ..job(folder.path()) };
         let text = message(&other);
         assert!(text.contains("another run") && text.contains(NAME), "{text}");
         let path = folder.path().join(NAME);
         let mut bytes = fs::read(&path)?;
         *bytes.last_mut().expect("a byte") ^= 1;
         fs::write(&path, &bytes)?;
-        let text = message(&stage(folder.path()));
+        let text = message(&job(folder.path()));
         assert!(text.contains("damaged") && text.contains(NAME), "{text}");
         Ok(())
     }
@@ -654,9 +646,9 @@ mod tests {
     #[test]
     fn a_run_that_leaves_the_finite_numbers_or_collapses_stops_and_says_where() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let stage = stage(folder.path());
+        let job = job(folder.path());
         let mut learner = learner(4)?;
-        let mut run = Run::resume_or_start(&stage, &"table", "images", PLAN, &mut learner)?;
+        let mut run = Run::resume_or_start(&job, &"table", "images", PLAN, &mut learner)?;
         let check = |result: Result<()>, words: &[&str]| {
             let error = result.expect_err("a stop");
             assert!(error.is::<Diverged>(), "{error}");

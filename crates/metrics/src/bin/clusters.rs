@@ -11,6 +11,7 @@ use clap::Parser;
 use data::{EmbeddingRows, Space};
 use metrics::number::{self, Candidate, Settings};
 use serde_json::json;
+use stage::console::print_line;
 
 /// Scores numbers of clusters on embeddings, and recommends one of them: a guess.
 #[derive(Debug, Parser)]
@@ -57,13 +58,7 @@ fn space(word: &str) -> Result<Space, String> {
 const SILHOUETTE_IMAGES: usize = 3000;
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("clusters: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    stage::finish("clusters", &run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -82,16 +77,16 @@ fn run(arguments: &Arguments) -> Result<()> {
         "--to {to}: halves of {used} images are compared, so at most {} clusters can be",
         used / 2
     );
-    println!("{used} of {} images of `{path}`\n", file.len());
-    println!("{:>8} {:>10} {:>9}    error", "clusters", "silhouette", "stability");
+    print_line(format_args!("{used} of {} images of `{path}`\n", file.len()))?;
+    print_line(format_args!("{:>8} {:>10} {:>9}    error", "clusters", "silhouette", "stability"))?;
     let mut candidates = vec![];
     for clusters in from..=to {
         let candidate = embeddings.score(clusters)?;
-        println!("{}", line(&candidate));
+        print_line(line(&candidate))?;
         candidates.push(candidate);
     }
     let recommended = number::recommended(&candidates).map(|candidate| candidate.clusters);
-    println!("\n{}", advice(recommended));
+    print_line(format_args!("\n{}", advice(recommended)))?;
     if arguments.json {
         let object = json!({
             "images": used,
@@ -99,7 +94,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             "recommended": recommended,
             "is-a-guess": true,
         });
-        println!("{object}");
+        print_line(object)?;
     }
     Ok(())
 }

@@ -9,7 +9,6 @@
 //! does the same with PyTorch as it is fastest there: channels last and, for bf16, autocast, without
 //! `torch.compile`; see `bench/peer.py` of this crate. An image is two views.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -21,7 +20,7 @@ use clap::Parser;
 use layers::profile::{self, Table};
 use pretraining::Rates;
 use serde_json::{Value, json};
-use stage::{DataTable, DeviceChoice, Stage};
+use stage::{DataTable, Job};
 use training::loss::regression_loss;
 use training::{Groups, Learner, Plan, Precision, Run};
 
@@ -148,18 +147,8 @@ const RATES: Rates = Rates { learning_rate: 0.05, target_decay: 0.996, noise: 0.
 fn side(name: &str) -> Result<()> {
     let work = Work::named(name)?;
     let folder = tempfile::tempdir()?;
-    let stage = Stage {
-        name: "pretraining",
-        experiment: "bench".into(),
-        images: "none".into(),
-        inputs: BTreeMap::new(),
-        out: folder.path().to_owned(),
-        round: 0,
-        rounds: 0,
-        seed: 0,
-        device: DeviceChoice::Cpu,
-        data: DataTable { clusters: 2, train_on: vec![], score_on: vec![] },
-    };
+    let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
+    let job = Job::new("pretraining", "none", folder.path(), data);
     let plan = Plan {
         epochs: 1,
         steps_per_epoch: 1,
@@ -168,7 +157,7 @@ fn side(name: &str) -> Result<()> {
         collapse_deviation: 0.,
     };
     let (mut learner, views) = (work.learner()?, work.views()?);
-    let mut run = Run::resume_or_start(&stage, &(), "none", plan, &mut learner)?;
+    let mut run = Run::resume_or_start(&job, &(), "none", plan, &mut learner)?;
     bench::serve(|| {
         pretraining::step(&mut run, &mut learner, &views, RATES)?;
         Ok(work.batch as f64)

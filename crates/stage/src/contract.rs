@@ -1,0 +1,192 @@
+//! What a stage is: a name, a table of the experiment, what it reads and writes, a check, a run.
+
+use std::fmt::Debug;
+
+use anyhow::Result;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::Job;
+
+/// A step of the loop from pictures to clusters: files in, files out.
+///
+/// A stage is a unit struct that implements this trait. One line of a registry of
+/// [`Program`](crate::Program)s makes it a program and a place of experiments.
+pub trait Stage {
+    /// What an orchestrator must know of the stage.
+    const SPEC: Spec;
+
+    /// The stage's table of the experiment, `[<name>]`. Every field is set there: there are no
+    /// defaults in code.
+    type Config: DeserializeOwned + Serialize + Debug;
+
+    /// Finds what is wrong before anything runs, and returns what the run will cost.
+    ///
+    /// It writes nothing and decodes no picture. Inputs of steps that did not run yet are absent;
+    /// it looks at those that exist.
+    fn check(config: &Self::Config, job: &Job) -> Result<Effort>;
+
+    /// Reads the inputs of `job` and writes its outputs to `job.out`; resumes there, or starts from
+    /// scratch, what an earlier run left unfinished.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing, damaged or foreign; or one of the errors that have an exit
+    /// [`Status`](crate::Status): [`Interrupted`](crate::Interrupted),
+    /// [`Diverged`](crate::Diverged).
+    fn run(config: &Self::Config, job: &Job) -> Result<()>;
+}
+
+/// What an orchestrator must know of a stage to plan, start and cache its steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Spec {
+    /// Name of the program, of its table, and of the place that it fills by default.
+    pub name: &'static str,
+    /// Version of the results. Raise it when outputs change for the same table, so that cached
+    /// results are invalidated.
+    pub algorithm: u32,
+    /// Outputs of earlier steps that the stage reads, besides the pictures.
+    pub inputs: &'static [Role],
+    /// What it writes that later stages read.
+    pub outputs: &'static [Output],
+}
+
+impl Spec {
+    /// True for a stage that writes a network.
+    pub fn trains(&self) -> bool {
+        self.outputs.contains(&Output::Network)
+    }
+
+    /// True for a stage that writes pseudo-labels; its clusters can be the result of a run.
+    pub fn clusters(&self) -> bool {
+        self.outputs.contains(&Output::PseudoLabels)
+    }
+
+    /// True for a system in one stage, which trains and clusters.
+    pub fn is_one_phase(&self) -> bool {
+        self.trains() && self.clusters()
+    }
+}
+
+/// An input of a stage: the folder given as `--in <name>=DIR`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Role {
+    /// What the folder is to the stage.
+    pub name: &'static str,
+    /// Which earlier step wrote it.
+    pub origin: Origin,
+}
+
+impl Role {
+    /// The input `name`, from `origin`.
+    pub const fn new(name: &'static str, origin: Origin) -> Self {
+        Self { name, origin }
+    }
+
+    /// The input that every system in one phase takes: a backbone to start from, where an earlier
+    /// step trained one.
+    pub const BACKBONE: Self = Self::new("backbone", Origin::Backbone);
+}
+
+/// Where an input comes from, among the steps before its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The last step that trained a network.
+    Network,
+    /// The same, for its backbone alone. Optional.
+    Backbone,
+    /// The last step that wrote embeddings.
+    Embeddings,
+    /// The last step that wrote pseudo-labels.
+    PseudoLabels,
+    /// The same place, one round before. Optional.
+    PreviousRound,
+    /// The step that wrote pseudo-labels before the last one did. Optional.
+    EarlierPseudoLabels,
+    /// The prepared folder with the ground truth.
+    Labels,
+}
+
+impl Origin {
+    /// True where a step without this input is sound, such as `PreviousRound` in round 0.
+    pub const fn is_optional(self) -> bool {
+        matches!(self, Self::Backbone | Self::PreviousRound | Self::EarlierPseudoLabels)
+    }
+}
+
+/// What a stage writes that later stages read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// `network.safetensors` and `backbone.safetensors`, with `config.json`.
+    Network,
+    /// `embeddings.safetensors`.
+    Embeddings,
+    /// `pseudo-labels.safetensors` and `head.safetensors`.
+    PseudoLabels,
+    /// `metrics.json`.
+    Scores,
+}
+
+/// What a step costs, as its stage's check declares it.
+///
+/// A comparison holds systems to equal efforts. A stage without a backbone has none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Effort {
+    /// Pictures that pass through a backbone: one for each forward pass, with gradient or without,
+    /// weighted by pixels where a crop is smaller than the network's input.
+    backbone_pictures: f64,
+}
+
+impl Effort {
+    /// Of a stage without a backbone, or of one whose pictures do not exist yet.
+    pub const NONE: Self = Self { backbone_pictures: 0. };
+
+    /// So many pictures pass through a backbone, see [`Effort::backbone_pictures`].
+    pub const fn of_backbone_pictures(backbone_pictures: f64) -> Self {
+        Self { backbone_pictures }
+    }
+
+    /// Pictures that pass through a backbone: one for each forward pass, with gradient or without,
+    /// weighted by pixels where a crop is smaller than the network's input.
+    pub fn backbone_pictures(&self) -> f64 {
+        self.backbone_pictures
+    }
+
+    /// Reads the effort from what a program printed under `--check`; `None` for a foreign program
+    /// that declares none.
+    pub fn of_check(printed: &str) -> Option<Self> {
+        let mut table: toml::Table = printed.parse().ok()?;
+        // The table of the stage follows.
+        table.retain(|_, value| !value.is_table());
+        table.try_into().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_that_trains_and_clusters_is_one_phase() {
+        let outputs: &[(&'static [Output], [bool; 3])] = &[
+            (&[], [false, false, false]),
+            (&[Output::Network], [true, false, false]),
+            (&[Output::PseudoLabels], [false, true, false]),
+            (&[Output::Network, Output::PseudoLabels], [true, true, true]),
+        ];
+        for &(outputs, expected) in outputs {
+            let spec = Spec { name: "example", algorithm: 1, inputs: &[], outputs };
+            assert_eq!([spec.trains(), spec.clusters(), spec.is_one_phase()], expected);
+        }
+    }
+
+    #[test]
+    fn the_effort_is_read_from_a_check_s_output() {
+        let effort = Effort::of_backbone_pictures(1.5e9);
+        let printed = format!("{}\n[embed]\nviews = 8\n", toml::to_string(&effort).expect("TOML"));
+        assert_eq!(Effort::of_check(&printed), Some(effort));
+        assert_eq!(Effort::of_check("[clusters]\nheads = 8\n"), None);
+        assert_eq!(Effort::of_check("all is well"), None);
+    }
+}

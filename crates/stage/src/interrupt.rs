@@ -1,0 +1,103 @@
+//! Interrupts: a flag that signals raise and that long work looks at.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use crate::status::{Interrupted, Status};
+
+/// Tells whether the user or the system asked the program to stop.
+///
+/// A program makes one, by [`Interrupt::listen`], and hands clones of it to whatever takes long.
+/// The default is raised by no signal, only by [`Interrupt::raise`]: for tests, and for a caller
+/// that handles signals itself.
+#[derive(Debug, Clone, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// An interrupt that SIGINT, SIGTERM and SIGHUP raise. A second signal ends the process at
+    /// once, with the status of an interruption: files are replaced whole, so nothing is lost.
+    pub fn listen() -> Result<Self> {
+        let interrupt = Self::default();
+        for signal in signals() {
+            // In this order: the first signal finds the flag down, the second finds it raised.
+            let code = i32::from(Status::Interrupted.code());
+            flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupt.0))
+                .context("listening for interrupts")?;
+        }
+        interrupt.register()
+    }
+
+    /// Like [`Interrupt::listen`], but no number of signals ends this process: for a program that
+    /// waits for another one, which hears the signals too and ends first.
+    pub fn listen_without_exit() -> Result<Self> {
+        Self::default().register()
+    }
+
+    fn register(self) -> Result<Self> {
+        for signal in signals() {
+            flag::register(signal, Arc::clone(&self.0)).context("listening for interrupts")?;
+        }
+        Ok(self)
+    }
+
+    /// Raises the flag, as a signal does.
+    pub fn raise(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// True once the program was asked to stop: save at the next step, and return [`Interrupted`].
+    pub fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Fails with [`Interrupted`] once the program was asked to stop.
+    pub fn check(&self) -> Result<()> {
+        if self.is_raised() { Err(Interrupted.into()) } else { Ok(()) }
+    }
+}
+
+/// The signals that ask a program to stop.
+fn signals() -> Vec<i32> {
+    let mut signals = vec![SIGINT, SIGTERM];
+    #[cfg(unix)]
+    if !hangup_is_ignored() {
+        signals.push(signal_hook::consts::SIGHUP);
+    }
+    signals
+}
+
+/// True under `nohup`, which lets a program outlive its terminal.
+#[cfg(unix)]
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal_hook::consts::SIGHUP - 1) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_share_the_flag_and_two_interrupts_do_not() {
+        let (interrupt, other) = (Interrupt::default(), Interrupt::default());
+        let clone = interrupt.clone();
+        clone.check().expect("nobody asked");
+        interrupt.raise();
+        assert!(clone.is_raised() && !other.is_raised());
+        assert!(clone.check().expect_err("asked").is::<Interrupted>());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_signal_raises_the_flag() {
+        let interrupt = Interrupt::listen_without_exit().expect("listens");
+        signal_hook::low_level::raise(signal_hook::consts::SIGTERM).expect("raised");
+        assert!(interrupt.is_raised());
+    }
+}

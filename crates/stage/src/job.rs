@@ -1,0 +1,144 @@
+//! What one run of a stage is asked to do.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::{DataTable, DeviceChoice, Interrupt};
+
+/// What one run of a stage is asked to do: the arguments of its program, with the shared table
+/// `[data]` read.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Name of the stage, and of its table.
+    pub name: &'static str,
+    /// `images.safetensors`.
+    pub images: PathBuf,
+    /// Folders of earlier outputs by role.
+    pub inputs: BTreeMap<String, PathBuf>,
+    /// Folder to write into.
+    pub out: PathBuf,
+    /// Which round of the loop this is, from 0.
+    pub round: usize,
+    /// How many rounds follow round 0.
+    pub rounds: usize,
+    /// Seed of every random draw.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: DeviceChoice,
+    /// The table `[data]`.
+    pub data: DataTable,
+    /// Raised when the stage is to save and stop.
+    pub interrupt: Interrupt,
+}
+
+/// Name of the log in a stage's folder.
+const LOG: &str = "log.jsonl";
+
+impl Job {
+    /// The job of a stage that stands alone: no inputs but the pictures, one round, seed 0, on the
+    /// CPU, never interrupted. Set the fields to change it.
+    pub fn new(
+        name: &'static str,
+        images: impl Into<PathBuf>,
+        out: impl Into<PathBuf>,
+        data: DataTable,
+    ) -> Self {
+        Self {
+            name,
+            images: images.into(),
+            inputs: BTreeMap::new(),
+            out: out.into(),
+            round: 0,
+            rounds: 0,
+            seed: 0,
+            device: DeviceChoice::Cpu,
+            data,
+            interrupt: Interrupt::default(),
+        }
+    }
+
+    /// The folder that plays `role`.
+    ///
+    /// # Errors
+    ///
+    /// It was not given; the message says which flag to add.
+    pub fn input(&self, role: &str) -> Result<&Path> {
+        self.optional_input(role).with_context(|| {
+            format!(
+                "{} needs the input {role}; add --in {role}=DIR with the folder that holds it",
+                self.name
+            )
+        })
+    }
+
+    /// The folder that plays `role`, where one was given.
+    pub fn optional_input(&self, role: &str) -> Option<&Path> {
+        self.inputs.get(role).map(PathBuf::as_path)
+    }
+
+    /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times.
+    pub fn log(&self, line: &impl Serialize) -> Result<()> {
+        let path = self.out.join(LOG);
+        let mut text = serde_json::to_string(line)?;
+        text.push('\n');
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .with_context(|| format!("writing `{}`", path.display()))
+    }
+
+    /// Removes the log of an earlier attempt. A stage that starts from scratch calls it first, so
+    /// that the log tells of one attempt.
+    pub fn clear_log(&self) -> Result<()> {
+        let path = self.out.join(LOG);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing `{}`", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(out: &Path) -> Job {
+        let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
+        Job {
+            inputs: BTreeMap::from([("network".to_owned(), PathBuf::from("n"))]),
+            ..Job::new("example", "i.safetensors", out, data)
+        }
+    }
+
+    #[test]
+    fn a_missing_role_names_the_flag() {
+        let job = job(Path::new("o"));
+        assert_eq!(job.input("network").expect("given"), Path::new("n"));
+        assert_eq!(job.optional_input("previous"), None);
+        let error = job.input("embeddings").expect_err("absent").to_string();
+        assert!(error.contains("--in embeddings=DIR") && error.contains("example"), "{error}");
+    }
+
+    #[test]
+    fn log_lines_add_up_until_the_log_is_cleared() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let job = job(folder.path());
+        let log = || fs::read_to_string(folder.path().join(LOG)).expect("there");
+        job.clear_log().expect("nothing to clear");
+        job.log(&serde_json::json!({"epoch": 1})).expect("logged");
+        job.log(&serde_json::json!({"epoch": 2})).expect("logged");
+        assert_eq!(log(), "{\"epoch\":1}\n{\"epoch\":2}\n");
+        job.clear_log().expect("cleared");
+        job.log(&serde_json::json!({"epoch": 1})).expect("logged");
+        assert_eq!(log(), "{\"epoch\":1}\n");
+    }
+}
