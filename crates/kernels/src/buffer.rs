@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Precision;
-use crate::number::{Half, Number};
+use crate::element::{Element, Half};
 
 /// Numbers in one cache line and in one AVX-512 register.
 const LINE: usize = 16;
@@ -103,14 +103,14 @@ fn advise_huge_pages(start: *mut u8, bytes: usize) {
     }
 }
 
-/// A run of numbers that starts on a cache line. It goes back to its [`Pool`] when dropped.
+/// A run of numbers that starts on a cache line. It goes back to its [`BufferPool`] when dropped.
 ///
 /// One of f32 dereferences to its numbers; what is stored otherwise only the kernels read.
 pub struct Buffer {
     lines: Lines,
     len: usize,
     precision: Precision,
-    pool: Option<Arc<Pool>>,
+    pool: Option<Arc<BufferPool>>,
 }
 
 impl Buffer {
@@ -235,7 +235,7 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
 }
 
 /// [`with_scratch`] for `len` numbers as values store them and `sums` of f32.
-pub(crate) fn with_scratch_of<T: Number, R>(
+pub(crate) fn with_scratch_of<T: Element, R>(
     len: usize,
     sums: usize,
     work: impl FnOnce(&mut [T], &mut [f32]) -> R,
@@ -256,15 +256,15 @@ pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
 
 /// Buffers that wait to be used again, so that a step after the first allocates nothing.
 #[derive(Default)]
-pub struct Pool {
+pub struct BufferPool {
     /// Sorted by size.
     free: Mutex<Vec<Lines>>,
     allocated: AtomicUsize,
 }
 
-impl Pool {
+impl BufferPool {
     /// A pool without buffers.
-    pub fn new() -> Arc<Pool> {
+    pub fn new() -> Arc<BufferPool> {
         Arc::default()
     }
 
@@ -274,14 +274,14 @@ impl Pool {
     }
 
     /// A buffer of `len` f32 with whatever values its last use left in it.
-    pub fn take(self: &Arc<Pool>, len: usize) -> Buffer {
+    pub fn take(self: &Arc<BufferPool>, len: usize) -> Buffer {
         self.take_of(Precision::F32, len)
     }
 
     /// A buffer of `len` numbers with whatever values its last use left in it.
     ///
     /// It takes the smallest waiting buffer that is large enough, if that wastes at most half.
-    pub fn take_of(self: &Arc<Pool>, precision: Precision, len: usize) -> Buffer {
+    pub fn take_of(self: &Arc<BufferPool>, precision: Precision, len: usize) -> Buffer {
         let wanted = lines_of(precision, len);
         if wanted == 0 {
             return Buffer { lines: Lines::zeros(0), len, precision, pool: None };
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_and_come_back() {
-        let pool = Pool::new();
+        let pool = BufferPool::new();
         let mut buffer = pool.take(37);
         assert_eq!(buffer.len(), 37);
         assert_eq!(buffer.as_ptr() as usize % 64, 0);
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn large_memory_begins_at_a_huge_page_and_is_zero() {
-        let pool = Pool::new();
+        let pool = BufferPool::new();
         let mut buffer = pool.take(2 * HUGE_PAGE);
         assert_eq!(buffer.as_ptr() as usize % HUGE_PAGE, 0);
         assert!(buffer.iter().all(|value| *value == 0.));
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_small_request_leaves_a_large_buffer_alone() {
-        let pool = Pool::new();
+        let pool = BufferPool::new();
         drop(pool.take(10_000));
         let small = pool.take(100);
         let large = pool.take(10_000);

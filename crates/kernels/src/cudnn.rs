@@ -31,7 +31,7 @@ use crate::convolution::Geometry;
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// A type of numbers that convolutions are stored in.
-pub trait Number: DeviceRepr + CudnnDataType + Copy + sealed::Sealed {
+pub trait CudnnElement: DeviceRepr + CudnnDataType + Copy + sealed::Sealed {
     /// 0.
     const ZERO: Self;
     /// 1.
@@ -40,13 +40,13 @@ pub trait Number: DeviceRepr + CudnnDataType + Copy + sealed::Sealed {
     const MATH: Math;
 }
 
-impl Number for f32 {
+impl CudnnElement for f32 {
     const ZERO: f32 = 0.;
     const ONE: f32 = 1.;
     const MATH: Math = Math::CUDNN_DEFAULT_MATH;
 }
 
-impl Number for half::bf16 {
+impl CudnnElement for half::bf16 {
     const ZERO: half::bf16 = half::bf16::ZERO;
     const ONE: half::bf16 = half::bf16::ONE;
     const MATH: Math = Math::CUDNN_TENSOR_OP_MATH;
@@ -65,7 +65,7 @@ mod sealed {
 /// # Errors
 ///
 /// A length that does not fit `g`; cuDNN or the driver refuses.
-pub fn forward<T: Number>(
+pub fn forward<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
     input: &CudaView<T>,
@@ -103,7 +103,7 @@ pub fn forward<T: Number>(
 /// # Errors
 ///
 /// A length that does not fit `g`; cuDNN or the driver refuses.
-pub fn input_gradient<T: Number>(
+pub fn input_gradient<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
     gradient: &CudaView<T>,
@@ -142,7 +142,7 @@ pub fn input_gradient<T: Number>(
 /// # Errors
 ///
 /// A length that does not fit `g`; cuDNN or the driver refuses.
-pub fn weight_gradient<T: Number>(
+pub fn weight_gradient<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
     input: &CudaView<T>,
@@ -256,7 +256,7 @@ struct Descriptors<T> {
     output: TensorDescriptor<T>,
 }
 
-impl<T: Number> Descriptors<T> {
+impl<T: CudnnElement> Descriptors<T> {
     fn new(cudnn: &Arc<Cudnn>, g: &Geometry) -> Result<Self> {
         let number = i32::try_from;
         let same = |side: usize| -> Result<[i32; 2]> { Ok([number(side)?; 2]) };

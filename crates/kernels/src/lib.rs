@@ -49,12 +49,12 @@ pub mod cuda;
 #[cfg(feature = "cudnn")]
 #[expect(unsafe_code, reason = "memory of a GPU, and cuDNN's calls on it")]
 pub mod cudnn;
+mod element;
 pub mod flat;
 pub mod image;
 mod layout;
 pub mod linear;
 pub mod norm;
-mod number;
 mod pages;
 mod parallel;
 mod peak;
@@ -64,9 +64,9 @@ pub mod similarity;
 mod tiles;
 mod variant;
 
-pub use buffer::{Buffer, Pool};
+pub use buffer::{Buffer, BufferPool};
+pub use element::Precision;
 pub use layout::Shape;
-pub use number::Precision;
 pub use pages::zeros;
 pub use parallel::{on_workers, threads};
 pub use peak::peak;

@@ -1,14 +1,14 @@
 //! The bias of a linear layer. Its product is a [convolution](crate::convolution) with kernel 1,
 //! which adds the bias as its last step.
 
+use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::number::{Number, by_precision};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
 for_each_variant! {
     /// `relu(x + bias + residual)` for the real images of a tile.
-    pub(crate) fn finish_tile<T: Number>(
+    pub(crate) fn finish_tile<T: Element>(
         tile: &mut [T],
         images: usize,
         bias: Option<&[f32]>,
@@ -69,7 +69,7 @@ pub fn bias_gradient(
 
 for_each_variant! {
     /// Rows of a tile first, then tiles: two short chains instead of one long.
-    fn sum_rows<T: Number>(tiles: &[T], pixel_len: usize, block: usize, totals: &mut [f32; SIDE]) {
+    fn sum_rows<T: Element>(tiles: &[T], pixel_len: usize, block: usize, totals: &mut [f32; SIDE]) {
         for pixel in tiles.chunks_exact(pixel_len) {
             let mut sums = [0f32; SIDE];
             for row in pixel[block * TILE..][..TILE].chunks_exact(SIDE) {

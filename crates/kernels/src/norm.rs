@@ -7,8 +7,8 @@
 //! two.
 #![expect(unsafe_code, reason = "tasks write disjoint parts of one gradient")]
 
+use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::number::{Number, by_precision};
 use crate::parallel::Disjoint;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
@@ -62,7 +62,7 @@ pub fn moments(variant: Variant, shape: Shape, values: &Buffer, parts: &mut [f32
     by_precision!(values.precision(), T => moments_of(variant, shape, T::of(values), parts));
 }
 
-fn moments_of<T: Number>(variant: Variant, shape: Shape, values: &[T], parts: &mut [f32]) {
+fn moments_of<T: Element>(variant: Variant, shape: Shape, values: &[T], parts: &mut [f32]) {
     let len = shape.blocks() * MOMENT_BLOCK;
     parallel::for_each_chunk(parts, len, 2 * shape.len(), |part, sums| {
         let (from, len, images) = shape.span(part);
@@ -77,7 +77,7 @@ fn moments_of<T: Number>(variant: Variant, shape: Shape, values: &[T], parts: &m
 
 for_each_variant! {
     /// Adds one tile to the sums of its part; the first tile sets the shift.
-    pub(crate) fn add_moments<T: Number>(
+    pub(crate) fn add_moments<T: Element>(
         tile: &[T],
         images: usize,
         first: bool,
@@ -218,7 +218,7 @@ pub fn forward_in_place(
 }
 
 /// `input` is `None` when the output holds it.
-fn apply_everywhere<T: Number>(
+fn apply_everywhere<T: Element>(
     variant: Variant,
     shape: Shape,
     input: Option<&[T]>,
@@ -237,7 +237,7 @@ fn apply_everywhere<T: Number>(
 }
 
 /// Calls `task(offset, images, tiles)` for every pixel of every group.
-fn for_each_pixel<T: Number>(
+fn for_each_pixel<T: Element>(
     shape: Shape,
     values: &mut [T],
     task: impl Fn(usize, usize, &mut [T]) + Sync + Send,
@@ -276,7 +276,7 @@ impl Affine {
 }
 
 for_each_variant! {
-    fn apply<T: Number>(
+    fn apply<T: Element>(
         input: Option<&[T]>,
         affine: &Affine,
         residual: Option<&[T]>,
@@ -334,7 +334,7 @@ pub fn relu_forward(variant: Variant, shape: Shape, input: &Buffer, output: &mut
 }
 
 for_each_variant! {
-    fn rectify<T: Number>(input: &[T], output: &mut [T]) {
+    fn rectify<T: Element>(input: &[T], output: &mut [T]) {
         for (output, input) in output.iter_mut().zip(input) {
             *output = if input.wide() <= 0. { T::narrow(0.) } else { *input };
         }
@@ -357,7 +357,7 @@ pub fn relu_backward(variant: Variant, shape: Shape, output: &Buffer, gradient: 
 }
 
 for_each_variant! {
-    fn mask<T: Number>(output: &[T], gradient: &mut [T]) {
+    fn mask<T: Element>(output: &[T], gradient: &mut [T]) {
         for (gradient, output) in gradient.iter_mut().zip(output) {
             *gradient = if output.wide() <= 0. { T::narrow(0.) } else { *gradient };
         }
@@ -435,7 +435,7 @@ pub fn gradient_sums(
     sums
 }
 
-fn sums_of_parts<T: Number>(
+fn sums_of_parts<T: Element>(
     variant: Variant,
     shape: Shape,
     gradient: &mut [T],
@@ -466,7 +466,7 @@ fn sums_of_parts<T: Number>(
 
 for_each_variant! {
     /// Rows beyond the last image have gradient zero and add nothing.
-    fn part_sums<T: Number>(
+    fn part_sums<T: Element>(
         gradient: &mut [T],
         output: Option<&[T]>,
         again: Option<&Affine>,
@@ -553,7 +553,7 @@ pub fn input_gradient(
     });
 }
 
-fn back_apply_everywhere<T: Number>(
+fn back_apply_everywhere<T: Element>(
     variant: Variant,
     shape: Shape,
     input: &[T],
@@ -619,7 +619,7 @@ impl Back {
 
 for_each_variant! {
     /// `gradient` is `None` when the result holds it.
-    fn back_apply<T: Number>(
+    fn back_apply<T: Element>(
         input: &[T],
         gradient: Option<&[T]>,
         back: &Back,
@@ -675,7 +675,7 @@ pub fn add(variant: Variant, shape: Shape, gradient: &Buffer, total: &mut Buffer
 }
 
 for_each_variant! {
-    fn add_tiles<T: Number>(values: &[T], total: &mut [T]) {
+    fn add_tiles<T: Element>(values: &[T], total: &mut [T]) {
         for (total, value) in total.iter_mut().zip(values) {
             *total = T::narrow(total.wide() + value.wide());
         }

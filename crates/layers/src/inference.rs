@@ -155,7 +155,7 @@ fn folded(
         last_use,
         kept,
         feeds_norm,
-        pool: kernels::Pool::new(),
+        pool: kernels::BufferPool::new(),
         ..plan.clone()
     });
     let parameters = Parameters::of_flat(&plan, values, vec![true; plan.blocks.len()]);

@@ -273,7 +273,7 @@ impl Builder {
             statistics: Arc::new(self.statistics),
             variant,
             precision: Precision::F32,
-            pool: kernels::Pool::new(),
+            pool: kernels::BufferPool::new(),
             place: None,
             last_use,
             kept,
@@ -331,7 +331,7 @@ impl Network {
     /// The same network with values and their gradients stored and multiplied in `precision`;
     /// parameters, their gradients and statistics are f32 as before, and fit both. At first, f32.
     pub fn with_precision(&self, precision: Precision) -> Network {
-        let plan = Plan { precision, pool: kernels::Pool::new(), ..Plan::clone(&self.0) };
+        let plan = Plan { precision, pool: kernels::BufferPool::new(), ..Plan::clone(&self.0) };
         Network(Arc::new(plan))
     }
 

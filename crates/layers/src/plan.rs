@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, bail};
 use kernels::convolution::Geometry;
 use kernels::pooling::Window;
-use kernels::{Pool, Precision, Shape, Variant};
+use kernels::{BufferPool, Precision, Shape, Variant};
 
 use crate::device::Place;
 use crate::flat::Layout;
@@ -92,7 +92,7 @@ pub(crate) struct Plan {
     pub statistics: Arc<Layout>,
     pub variant: Variant,
     pub precision: Precision,
-    pub pool: Arc<Pool>,
+    pub pool: Arc<BufferPool>,
     /// Where tensor operations of candle's compute; without, the CPU's kernels do.
     pub place: Option<Arc<Place>>,
     /// Index of the last operation that reads each value in the forward pass.

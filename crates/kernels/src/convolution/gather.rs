@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use super::{Geometry, columns_of, panel_len, winograd};
+use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::linear::finish_tile;
 use crate::norm::{MOMENT_BLOCK, add_moments, moments_len};
-use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Run, Session};
+use crate::tiles::{Product, Session, TileRun};
 use crate::{Buffer, Shape, Variant};
 
 /// The last step of a convolution: `relu(sum + bias + residual)`, each part as asked.
@@ -152,7 +152,7 @@ pub(super) struct Last<'a, T> {
     moments: Option<Disjoint<'a, f32>>,
 }
 
-impl<T: Number> Last<'_, T> {
+impl<T: Element> Last<'_, T> {
     /// Whether there is a last step at all.
     pub fn is_something(&self) -> bool {
         self.changes() || self.moments.is_some()
@@ -208,7 +208,7 @@ const NEAR: usize = 384 << 10;
 
 /// Every pixel of `to` as a sum over taps and channel blocks of `from`.
 #[expect(clippy::too_many_arguments, reason = "what is read, by what, what is written")]
-fn gather<T: Number>(
+fn gather<T: Element>(
     variant: Variant,
     g: &Geometry,
     (from, from_shape): (&[T], Shape),
@@ -258,7 +258,7 @@ struct Gather<'a, T> {
     last: &'a Last<'a, T>,
 }
 
-impl<T: Number> Gather<'_, T> {
+impl<T: Element> Gather<'_, T> {
     /// Two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
         let all = self.meets.taps() * self.from_shape.blocks();
@@ -284,7 +284,7 @@ impl<T: Number> Gather<'_, T> {
         pixels: Range<usize>,
         pair: usize,
         terms: Range<usize>,
-        runs: &mut Vec<Run>,
+        runs: &mut Vec<TileRun>,
     ) {
         let mut done = 0u64;
         for (at, pixel) in pixels.clone().enumerate() {
@@ -309,7 +309,7 @@ impl<T: Number> Gather<'_, T> {
         (y, x): (usize, usize),
         pair: usize,
         terms: Range<usize>,
-        runs: &mut Vec<Run>,
+        runs: &mut Vec<TileRun>,
     ) {
         let blocks = self.from_shape.blocks();
         let columns = columns_of(self.to_shape.blocks(), pair);
@@ -327,7 +327,7 @@ impl<T: Number> Gather<'_, T> {
                     (group * self.from_shape.height + from_y) * self.from_shape.width + from_x;
                 let block = begin - first;
                 let rest = self.from_shape.channels - block * SIDE;
-                runs.push(Run {
+                runs.push(TileRun {
                     left: pixel * self.from_shape.pixel_len() + block * TILE,
                     right: panel + begin * columns * TILE,
                     inner: rest.min((end - begin) * SIDE),
@@ -345,7 +345,7 @@ impl<T: Number> Gather<'_, T> {
         other: Option<usize>,
         pair: usize,
         later: bool,
-        runs: &[Run],
+        runs: &[TileRun],
     ) {
         let columns = columns_of(self.to_shape.blocks(), pair);
         let add = self.add || later;

@@ -131,8 +131,8 @@ fn columns_of(blocks: usize, pair: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::number::{Half, Number};
-    use crate::{Buffer, Pool};
+    use crate::element::{Element, Half};
+    use crate::{Buffer, BufferPool};
 
     /// Small whole numbers: every product and sum is exact in f32, in any order.
     fn whole(seed: usize, len: usize) -> Vec<f32> {
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn all_three_products_are_exact_on_whole_numbers() {
-        let pool = Pool::new();
+        let pool = BufferPool::new();
         for (images, h, w, from, to, kernel, stride, padding) in [
             (1, 1, 1, 1, 1, 3, 1, 1),
             (3, 5, 4, 3, 5, 3, 1, 1),
@@ -305,7 +305,7 @@ mod tests {
         pack_backward(variant, g, weights, &mut packed);
         input_gradient(variant, g, &dy, &packed, &mut dx, false);
         let mut dw = vec![0.; weights.len()];
-        weight_gradient(variant, g, &x, &dy, &Pool::new(), &mut dw);
+        weight_gradient(variant, g, &x, &dy, &BufferPool::new(), &mut dw);
         [rows(g.output, &y), rows(g.input, &dx), dw]
     }
 

@@ -2,8 +2,8 @@
 
 use super::{Geometry, columns_of, panel_len, winograd};
 use crate::buffer::with_scratch;
+use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::number::{Number, by_precision};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Variant, parallel};
 
@@ -89,14 +89,14 @@ fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
 }
 
 for_each_variant! {
-    pub(super) fn arrange_right<T: Number>(from: &[f32; TILE], to: &mut [T]) {
+    pub(super) fn arrange_right<T: Element>(from: &[f32; TILE], to: &mut [T]) {
         T::arrange_right(from, to);
     }
 }
 
 /// Calls `fill(block read, block written, a tile for each tap)` for all of them. The tiles, zero at
 /// first, are small enough to be filled in any order; from there they go on row by row.
-fn pack<T: Number>(
+fn pack<T: Element>(
     variant: Variant,
     g: &Geometry,
     packed: &mut [T],

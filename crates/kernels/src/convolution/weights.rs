@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::winograd::{self, POSITIONS, Squares, stride, transform_gradient, transform_input};
 use super::{Geometry, columns_of};
 use crate::buffer::with_scratch;
+use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
-use crate::number::{Number, by_precision};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Run, Session};
-use crate::{Buffer, Pool, Precision, Variant};
+use crate::tiles::{Product, Session, TileRun};
+use crate::{Buffer, BufferPool, Precision, Variant};
 
 /// Pixels of a group summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
@@ -37,7 +37,7 @@ pub fn weight_gradient(
     g: &Geometry,
     input: &Buffer,
     output_gradient: &Buffer,
-    pool: &Arc<Pool>,
+    pool: &Arc<BufferPool>,
     gradient: &mut [f32],
 ) {
     assert_eq!(input.len(), g.input.len());
@@ -87,7 +87,7 @@ struct Task {
 }
 
 /// One side of the product: the tiles of some blocks of channels in some rows of pixels.
-struct Window<'a, T> {
+struct StripSide<'a, T> {
     numbers: &'a [T],
     /// The row of pixels, counted through all groups, that the numbers begin with.
     first_row: usize,
@@ -96,7 +96,7 @@ struct Window<'a, T> {
     step: usize,
 }
 
-impl<'a, T: Number> Window<'a, T> {
+impl<'a, T: Element> StripSide<'a, T> {
     /// The rows where they lie, or arranged in `memory` as products want them.
     fn new(
         session: &Session,
@@ -106,11 +106,11 @@ impl<'a, T: Number> Window<'a, T> {
         blocks: &Range<usize>,
         turned: bool,
         memory: &'a mut [T],
-    ) -> Window<'a, T> {
+    ) -> StripSide<'a, T> {
         let (width, pixel_len) = (shape.width, shape.pixel_len());
         if !T::ARRANGED {
             let numbers = &numbers[blocks.start * TILE..];
-            return Window { numbers, first_row: 0, width, step: pixel_len };
+            return StripSide { numbers, first_row: 0, width, step: pixel_len };
         }
         let step = blocks.len() * TILE;
         let pixels = rows.start * width..rows.end * width;
@@ -118,7 +118,7 @@ impl<'a, T: Number> Window<'a, T> {
             let from = &numbers[pixel * pixel_len + blocks.start * TILE..][..step];
             T::arrange(session, from, to, turned);
         }
-        Window { numbers: memory, first_row: rows.start, width, step }
+        StripSide { numbers: memory, first_row: rows.start, width, step }
     }
 
     fn offset(&self, row: usize, x: usize) -> usize {
@@ -128,16 +128,16 @@ impl<'a, T: Number> Window<'a, T> {
 
 /// The runs of a strip, in the order in which they are added.
 #[derive(Default)]
-struct Runs {
-    all: Vec<Run>,
+struct StripRuns {
+    all: Vec<TileRun>,
     /// To which sum of the weights some of them belong, and where those end.
     ends: Vec<(usize, usize)>,
 }
 
 /// Lends this thread's lists, so that they grow once and not in every task.
-fn with_runs(work: impl FnOnce(&mut Runs)) {
+fn with_runs(work: impl FnOnce(&mut StripRuns)) {
     thread_local! {
-        static RUNS: Cell<Runs> = const { Cell::new(Runs { all: Vec::new(), ends: Vec::new() }) };
+        static RUNS: Cell<StripRuns> = const { Cell::new(StripRuns { all: Vec::new(), ends: Vec::new() }) };
     }
     let mut runs = RUNS.take();
     work(&mut runs);
@@ -176,7 +176,7 @@ impl<'a> WeightTasks<'a> {
         &self,
         variant: Variant,
         scratch: &mut [f32],
-        sum: impl Fn(&Session, &Task, &mut Runs, &Disjoint<f32>) + Sync + Send,
+        sum: impl Fn(&Session, &Task, &mut StripRuns, &Disjoint<f32>) + Sync + Send,
     ) {
         let all = Disjoint::new(scratch);
         let count = self.parts * self.panes.0 * self.panes.1;
@@ -215,14 +215,14 @@ impl<'a> WeightTasks<'a> {
     }
 
     #[expect(clippy::too_many_arguments, reason = "what is read, and what is written")]
-    fn sum<T: Number>(
+    fn sum<T: Element>(
         &self,
         session: &Session,
         task: &Task,
-        runs: &mut Runs,
+        runs: &mut StripRuns,
         input: &[T],
         output_gradient: &[T],
-        pool: &Arc<Pool>,
+        pool: &Arc<BufferPool>,
         all: &Disjoint<f32>,
     ) {
         let g = self.g;
@@ -239,10 +239,17 @@ impl<'a> WeightTasks<'a> {
         for strip in strips {
             let rows = self.rows_of(strip);
             let (read, memory) = (self.rows_read(&rows), T::of_mut(&mut left_memory));
-            let left = Window::new(session, input, g.input, read, &task.blocks, true, memory);
+            let left = StripSide::new(session, input, g.input, read, &task.blocks, true, memory);
             let (written, memory) = (rows.clone(), T::of_mut(&mut right_memory));
-            let right =
-                Window::new(session, output_gradient, g.output, written, &outputs, false, memory);
+            let right = StripSide::new(
+                session,
+                output_gradient,
+                g.output,
+                written,
+                &outputs,
+                false,
+                memory,
+            );
             self.meet(rows, &left, &right, runs);
             self.sum_strip(session, task, left.numbers, right.numbers, runs, all);
         }
@@ -253,7 +260,7 @@ impl<'a> WeightTasks<'a> {
         &self,
         session: &Session,
         task: &Task,
-        runs: &mut Runs,
+        runs: &mut StripRuns,
         input: &[f32],
         output_gradient: &[f32],
         all: &Disjoint<f32>,
@@ -282,7 +289,7 @@ impl<'a> WeightTasks<'a> {
                 runs.all.clear();
                 runs.ends.clear();
                 for position in 0..POSITIONS {
-                    runs.all.extend((0..count).map(|at| Run {
+                    runs.all.extend((0..count).map(|at| TileRun {
                         left: position * stride(count * blocks) + at * blocks * TILE,
                         right: position * stride(count * outputs.len()) + at * outputs.len() * TILE,
                         inner: SIDE,
@@ -322,12 +329,12 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// The pixels of a strip, some at a time, that meet the input at each tap.
-    fn meet<T: Number>(
+    fn meet<T: Element>(
         &self,
         strip: Range<usize>,
-        left: &Window<T>,
-        right: &Window<T>,
-        runs: &mut Runs,
+        left: &StripSide<T>,
+        right: &StripSide<T>,
+        runs: &mut StripRuns,
     ) {
         let g = self.g;
         runs.all.clear();
@@ -350,14 +357,14 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// The pixels of a row whose tap lies inside the input.
-    fn meet_row<T: Number>(
+    fn meet_row<T: Element>(
         &self,
         row: usize,
         columns: Range<usize>,
         tap: usize,
-        left: &Window<T>,
-        right: &Window<T>,
-        runs: &mut Vec<Run>,
+        left: &StripSide<T>,
+        right: &StripSide<T>,
+        runs: &mut Vec<TileRun>,
     ) {
         let g = self.g;
         let (group, y) = (row / g.output.height, row % g.output.height);
@@ -366,7 +373,7 @@ impl<'a> WeightTasks<'a> {
         for x in columns {
             let from_x = (x * g.stride + tap % g.kernel).checked_sub(g.padding);
             let Some(from_x) = from_x.filter(|x| *x < g.input.width) else { continue };
-            runs.push(Run {
+            runs.push(TileRun {
                 left: left.offset(group * g.input.height + from_y, from_x),
                 right: right.offset(row, x),
                 inner: SIDE,
@@ -375,13 +382,13 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// Adds a strip to the pane, two blocks of input channels at a time.
-    fn sum_strip<T: Number>(
+    fn sum_strip<T: Element>(
         &self,
         session: &Session,
         task: &Task,
         left: &[T],
         right: &[T],
-        runs: &Runs,
+        runs: &StripRuns,
         all: &Disjoint<f32>,
     ) {
         let g = self.g;

@@ -42,10 +42,10 @@ use super::{Geometry, columns_of};
 use crate::Precision;
 use crate::Variant;
 use crate::buffer::{with_scratch, with_scratch_of};
+use crate::element::Element;
 use crate::layout::{SIDE, Shape, TILE};
-use crate::number::Number;
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Run, Session};
+use crate::tiles::{Product, Session, TileRun};
 use crate::variant::for_each_variant;
 
 /// Positions of a transformed square.
@@ -88,7 +88,7 @@ impl Squares {
 ///
 /// `nine(from, to, kernels)` gives the nine weights between a channel that is read and each of a
 /// block of channels that are written, as far as there are any.
-pub(super) fn pack<T: Number>(
+pub(super) fn pack<T: Element>(
     from_channels: usize,
     to_channels: usize,
     packed: &mut [T],
@@ -170,7 +170,7 @@ pub(super) fn gradient_of_kernel(m: [f32; POSITIONS]) -> [f32; 9] {
 }
 
 /// `to (+)= packed ∗ from`, both maps of the same size.
-pub(super) fn convolve<T: Number>(
+pub(super) fn convolve<T: Element>(
     variant: Variant,
     g: &Geometry,
     (from, from_shape): (&[T], Shape),
@@ -265,7 +265,7 @@ struct Convolve<'a, T> {
     add: bool,
 }
 
-impl<T: Number> Convolve<'_, T> {
+impl<T: Element> Convolve<'_, T> {
     /// Some squares of a group: transform, multiply, transform back.
     fn squares(
         &self,
@@ -308,7 +308,7 @@ impl<T: Number> Convolve<'_, T> {
         let columns = columns_of(to_blocks, pair);
         for position in 0..POSITIONS {
             let right = (POSITIONS * 2 * pair + position * columns) * blocks * TILE;
-            let runs = &[Run { left: 0, right, inner: self.from_shape.channels }];
+            let runs = &[TileRun { left: 0, right, inner: self.from_shape.channels }];
             let product = Product { runs, apart: 0, rows: NEAR, columns, add: false };
             let (left, sums) = (&left[position * step..], &mut sums[position * sums_step..]);
             T::product::<false>(self.session, left, self.packed, &product, &mut [sums]);
@@ -351,7 +351,7 @@ impl<T: Number> Convolve<'_, T> {
 /// `Bᵀ d B` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
-pub(super) fn transform_input<T: Number>(
+pub(super) fn transform_input<T: Element>(
     variant: Variant,
     from: &[T],
     shape: Shape,
@@ -389,7 +389,7 @@ fn positions<T>(to: &mut [T], step: usize) -> [&mut [T; TILE]; POSITIONS] {
 type Row = [f32; SIDE];
 
 #[inline(always)]
-fn row<T: Number>(from: &[T], at: usize) -> Row {
+fn row<T: Element>(from: &[T], at: usize) -> Row {
     let from = &from[at..at + SIDE];
     let mut row = [0f32; SIDE];
     for (lane, value) in row.iter_mut().enumerate() {
@@ -400,7 +400,7 @@ fn row<T: Number>(from: &[T], at: usize) -> Row {
 
 /// Stores a row made number by number, rounded.
 #[inline(always)]
-fn store<T: Number>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
+fn store<T: Element>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
     let to = &mut to[at..at + SIDE];
     let mut row = [0f32; SIDE];
     for (lane, value) in row.iter_mut().enumerate() {
@@ -413,7 +413,7 @@ fn store<T: Number>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
 
 for_each_variant! {
     /// `Bᵀ d B` of a tile of each of 4 × 4 pixels.
-    fn forward_transform<T: Number>(
+    fn forward_transform<T: Element>(
         tiles: [&[T; TILE]; POSITIONS],
         to: [&mut [T; TILE]; POSITIONS],
     ) {
@@ -443,7 +443,7 @@ for_each_variant! {
 
 for_each_variant! {
     /// `Aᵀ m A` of some rows of a tile of each of 16 positions, to those of each of 2 × 2 pixels.
-    fn transform_output<T: Number>(
+    fn transform_output<T: Element>(
         sums: [&[f32; NEAR * SIDE]; POSITIONS],
         outputs: [&mut [T; NEAR * SIDE]; 4],
         add: bool,
@@ -487,7 +487,7 @@ for_each_variant! {
 
 for_each_variant! {
     /// `A dy Aᵀ` of a tile of each of 2 × 2 pixels.
-    fn gradient_transform<T: Number>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
+    fn gradient_transform<T: Element>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
         for at in (0..TILE).step_by(SIDE) {
             let (mut left, mut right) = ([[0f32; SIDE]; 4], [[0f32; SIDE]; 4]);
             for (half, x) in [(&mut left, 0), (&mut right, 1)] {
@@ -513,7 +513,7 @@ for_each_variant! {
 /// `A dy Aᵀ` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
-pub(super) fn transform_gradient<T: Number>(
+pub(super) fn transform_gradient<T: Element>(
     variant: Variant,
     from: &[T],
     shape: Shape,

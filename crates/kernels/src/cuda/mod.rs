@@ -20,4 +20,4 @@ mod tests;
 
 pub use arguments::Extent;
 #[cfg(feature = "cuda")]
-pub use modules::{Number, Result};
+pub use modules::{CudaElement, Result};

@@ -13,10 +13,10 @@ use super::arguments::{Extent, THREADS};
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// A type of numbers that values are stored in.
-pub trait Number: DeviceRepr + Copy + sealed::Sealed {}
+pub trait CudaElement: DeviceRepr + Copy + sealed::Sealed {}
 
-impl Number for f32 {}
-impl Number for half::bf16 {}
+impl CudaElement for f32 {}
+impl CudaElement for half::bf16 {}
 
 pub(super) mod sealed {
     use super::Source;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, PushKernelArg};
 
 use super::Extent;
-use super::modules::{Number, Result, check, grid, kernel};
+use super::modules::{CudaElement, Result, check, grid, kernel};
 
 /// What stands for a tensor that is not there.
 const NULL: u64 = 0;
@@ -44,7 +44,7 @@ impl Channels<'_> {
 /// # Errors
 ///
 /// A length does not fit the extent; the driver refuses.
-pub fn moments<T: Number>(
+pub fn moments<T: CudaElement>(
     stream: &Arc<CudaStream>,
     extent: Extent,
     z: &CudaView<T>,
@@ -80,7 +80,7 @@ pub fn moments<T: Number>(
 /// # Errors
 ///
 /// A length does not fit the extent; the driver refuses.
-pub fn apply<T: Number>(
+pub fn apply<T: CudaElement>(
     stream: &Arc<CudaStream>,
     extent: Extent,
     z: &CudaView<T>,
@@ -119,7 +119,7 @@ pub struct Passed<'a, T> {
     pub z: &'a CudaView<'a, T>,
 }
 
-impl<T: Number> Passed<'_, T> {
+impl<T: CudaElement> Passed<'_, T> {
     fn check(&self, extent: &Extent) -> Result<()> {
         let lengths = [self.gradient.len(), self.z.len()];
         let output = self.relu_output.map(CudaView::len);
@@ -134,7 +134,7 @@ impl<T: Number> Passed<'_, T> {
 /// # Errors
 ///
 /// A length does not fit the extent; the driver refuses.
-pub fn gradients<T: Number>(
+pub fn gradients<T: CudaElement>(
     stream: &Arc<CudaStream>,
     extent: Extent,
     passed: Passed<T>,
@@ -174,7 +174,7 @@ pub fn gradients<T: Number>(
 /// # Errors
 ///
 /// A length does not fit the extent; the driver refuses.
-pub fn gradients_of_values<T: Number>(
+pub fn gradients_of_values<T: CudaElement>(
     stream: &Arc<CudaStream>,
     extent: Extent,
     passed: Passed<T>,

@@ -18,9 +18,9 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use super::{Product, Run};
+use super::{Product, TileRun};
+use crate::element::{Element, Half};
 use crate::layout::{SIDE, TILE};
-use crate::number::{Half, Number};
 
 /// The operations of a tile unit on registers 0 to 7 whose extents [`CONFIGURATION`] fixes.
 pub(super) trait Unit {
@@ -121,7 +121,7 @@ unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
     unit: &mut U,
     left: *const Half,
     right: *const Half,
-    runs: &[Run],
+    runs: &[TileRun],
     apart: usize,
     outputs: [*mut f32; 2],
     add: bool,
@@ -462,8 +462,8 @@ fn permitted() -> bool {
 /// additions gives the same; within `2⁻²⁰ Σ |a b|` on others.
 fn agrees<U: Unit>(unit: &mut U) -> bool {
     let runs = [
-        Run { left: 0, right: 0, inner: 2 * SIDE },
-        Run { left: 3 * TILE, right: 4 * TILE, inner: SIDE },
+        TileRun { left: 0, right: 0, inner: 2 * SIDE },
+        TileRun { left: 3 * TILE, right: 4 * TILE, inner: SIDE },
     ];
     [true, false].into_iter().all(|whole| {
         let [left, right] = test_values(whole);
@@ -550,7 +550,7 @@ mod tests {
             left[k] = Half::narrow(*a);
             right[k / 2 * 2 * SIDE + k % 2] = Half::narrow(*b);
         }
-        let runs = [Run { left: 0, right: 0, inner: SIDE }];
+        let runs = [TileRun { left: 0, right: 0, inner: SIDE }];
         let wanted = Product { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
         let mut output = [0f32; TILE];
         output[0] = start;

@@ -19,13 +19,13 @@ pub(crate) use amx::{operations as amx_operations, usable as amx_is_usable};
 use std::marker::PhantomData;
 
 use crate::Variant;
+use crate::element::{Element, Half};
 use crate::layout::{SIDE, TILE};
-use crate::number::{Half, Number};
 use crate::variant::{Instructions, for_each_variant};
 
 /// Terms of a sum whose tiles lie behind each other on both sides.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Run {
+pub(crate) struct TileRun {
     /// Offset of the first left tile; the others follow it.
     pub left: usize,
     /// Offset of the first right tile. Each term has [`Product::columns`] of them side by side.
@@ -34,7 +34,7 @@ pub(crate) struct Run {
     pub inner: usize,
 }
 
-impl Run {
+impl TileRun {
     fn tiles(&self) -> usize {
         self.inner.div_ceil(SIDE)
     }
@@ -44,7 +44,7 @@ impl Run {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product<'a> {
     /// The terms, added in order.
-    pub runs: &'a [Run],
+    pub runs: &'a [TileRun],
     /// Numbers from each left tile to the one that takes its place in the second output.
     pub apart: usize,
     /// Rows of the output tile wanted, at most 16; the kernels compute a few more where that is
@@ -289,10 +289,10 @@ mod tests {
     }
 
     /// Two runs of two terms, one of which ends early, and one of a single product.
-    pub(super) const RUNS: [Run; 3] = [
-        Run { left: 0, right: 2 * TILE, inner: 32 },
-        Run { left: 3 * TILE, right: 0, inner: 21 },
-        Run { left: TILE, right: 4 * TILE, inner: 1 },
+    pub(super) const RUNS: [TileRun; 3] = [
+        TileRun { left: 0, right: 2 * TILE, inner: 32 },
+        TileRun { left: 3 * TILE, right: 0, inner: 21 },
+        TileRun { left: TILE, right: 4 * TILE, inner: 1 },
     ];
 
     /// Σ left · right in f64, or Σ leftᵀ · right, added to what is there or not.
@@ -349,8 +349,9 @@ mod tests {
     #[test]
     fn cutting_a_sum_into_calls_changes_no_bit() {
         let (left, right) = (noise(4 * TILE), noise(8 * TILE));
-        let whole_runs = [Run { left: 0, right: 0, inner: 64 }];
-        let cut_runs = [0, 1, 2, 3].map(|i| Run { left: i * TILE, right: 2 * i * TILE, inner: 16 });
+        let whole_runs = [TileRun { left: 0, right: 0, inner: 64 }];
+        let cut_runs =
+            [0, 1, 2, 3].map(|i| TileRun { left: i * TILE, right: 2 * i * TILE, inner: 16 });
         for variant in Variant::testable() {
             let session = Session::begin(variant);
             let (mut whole, mut cut) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
@@ -368,7 +369,7 @@ mod tests {
     #[should_panic(expected = "run.left")]
     fn a_tile_outside_its_slice_is_refused() {
         let (left, right) = (noise(2 * TILE), noise(4 * TILE));
-        let runs = [Run { left: TILE, right: 0, inner: 17 }];
+        let runs = [TileRun { left: TILE, right: 0, inner: 17 }];
         let wanted = Product { runs: &runs, apart: 0, rows: 16, columns: 2, add: false };
         let session = Session::begin(Variant::PORTABLE);
         product::<false>(&session, &left, &right, &wanted, &mut [&mut [0.; 2 * TILE]]);

@@ -8,9 +8,9 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{Product, Run};
+use super::{Product, TileRun};
+use crate::element::Half;
 use crate::layout::{SIDE, TILE};
-use crate::number::Half;
 
 /// # Safety
 ///
@@ -67,7 +67,7 @@ macro_rules! avx512_step {
 unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
     left: *const f32,
     right: *const f32,
-    runs: &[Run],
+    runs: &[TileRun],
     output: *mut f32,
     first: usize,
     add: bool,
@@ -175,7 +175,7 @@ macro_rules! bf16_step {
 unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
     left: *const Half,
     right: *const Half,
-    runs: &[Run],
+    runs: &[TileRun],
     output: *mut f32,
     first: usize,
     add: bool,

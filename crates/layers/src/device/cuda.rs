@@ -11,7 +11,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Result, Storage, StorageRef, Tensor, bail};
 use half::bf16;
 use kernels::cuda::norm::{self, Channels, Passed};
-use kernels::cuda::{Extent, Number, flat};
+use kernels::cuda::{CudaElement, Extent, flat};
 use kernels::flat::{Adam, Sgd};
 
 use crate::plan::Norm;
@@ -53,7 +53,7 @@ pub(super) fn normalise(
     }
 }
 
-fn normalise_of<T: Number + CudaDType>(
+fn normalise_of<T: CudaElement + CudaDType>(
     norm: &Norm,
     z: Tensor,
     residual: Option<Tensor>,
@@ -115,7 +115,7 @@ pub(super) fn gradients(
     }
 }
 
-fn gradients_of<T: Number + CudaDType>(
+fn gradients_of<T: CudaElement + CudaDType>(
     note: &Normalisation,
     gradient: &Tensor,
     relu_output: Option<&Tensor>,

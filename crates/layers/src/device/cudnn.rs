@@ -43,7 +43,7 @@ fn apply(g: &Geometry, product: Product, a: &Tensor, b: &Tensor) -> Result<Tenso
 }
 
 impl Convolution {
-    fn run<T: CudaDType + cudnn::Number>(
+    fn run<T: CudaDType + cudnn::CudnnElement>(
         &self,
         a: (&CudaStorage, &Layout),
         b: (&CudaStorage, &Layout),

@@ -29,7 +29,7 @@ impl Precision {
 }
 
 /// A number as it is stored.
-pub(crate) trait Number: Copy + Send + Sync + 'static {
+pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// Tile products between loads of the sums. 16 pairs of f32 tiles on the right fill 32 KiB of
     /// first-level cache and serve every pixel of a part before the next 16 come; a bf16 output
     /// cannot hold sums on the way, so there all come at once.
@@ -76,7 +76,7 @@ pub(crate) trait Number: Copy + Send + Sync + 'static {
     );
 }
 
-impl Number for f32 {
+impl Element for f32 {
     const CHUNK: usize = 16;
     const PRECISION: Precision = Precision::F32;
     const ARRANGED: bool = false;
@@ -154,7 +154,7 @@ impl Number for f32 {
 #[repr(transparent)]
 pub(crate) struct Half(pub u16);
 
-impl Number for Half {
+impl Element for Half {
     const CHUNK: usize = usize::MAX;
     const PRECISION: Precision = Precision::Bf16;
     const ARRANGED: bool = true;
@@ -304,7 +304,7 @@ macro_rules! by_precision {
                 $body
             }
             $crate::Precision::Bf16 => {
-                type $number = $crate::number::Half;
+                type $number = $crate::element::Half;
                 $body
             }
         }
