@@ -6,43 +6,6 @@ use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
-for_each_variant! {
-    /// `relu(x + bias + residual)` for the real images of a tile.
-    pub(crate) fn finish_tile<T: Element>(
-        tile: &mut [T],
-        images: usize,
-        bias: Option<&[f32]>,
-        residual: Option<&[T]>,
-        relu: bool,
-    ) {
-        let mut biases = [0f32; SIDE];
-        if let Some(bias) = bias {
-            biases.copy_from_slice(&bias[..SIDE]);
-        }
-        for (image, row) in tile.chunks_exact_mut(SIDE).take(images).enumerate() {
-            let mut values = [0f32; SIDE];
-            for lane in 0..SIDE {
-                values[lane] = row[lane].wide() + biases[lane];
-            }
-            if let Some(residual) = residual {
-                let residual = &residual[image * SIDE..][..SIDE];
-                for lane in 0..SIDE {
-                    values[lane] += residual[lane].wide();
-                }
-            }
-            if relu {
-                for value in &mut values {
-                    // Not `max`: a NaN must come through.
-                    *value = if *value <= 0. { 0. } else { *value };
-                }
-            }
-            for lane in 0..SIDE {
-                row[lane] = T::narrow(values[lane]);
-            }
-        }
-    }
-}
-
 /// Adds the sums over images and pixels to `gradient`, one per real channel.
 ///
 /// # Panics

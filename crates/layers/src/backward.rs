@@ -1,14 +1,14 @@
 //! The backward pass.
 
 use candle_core::{Device, Result, Tensor, bail};
+use kernels::convolution::{self, Direction};
 use kernels::norm;
-use kernels::{Buffer, Shape, convolution, linear, pooling};
+use kernels::{Buffer, Shape, linear, pooling};
 
 use crate::device;
 use crate::forward::Numbers;
-use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
-use crate::profile::{self, Direction as Way};
+use crate::profile::{self, Pass};
 use crate::tape::{Note, Record};
 use crate::{Gradients, Network, Parameters, Tape};
 
@@ -151,7 +151,7 @@ impl Run<'_> {
             }
         };
         let (shape, precision) = (self.record.shapes[operation.input], plan.precision);
-        profile::stop(clock, Way::Backward, || profile::passes(kind, shape, precision, times));
+        profile::stop(clock, Pass::Backward, || profile::passes(kind, shape, precision, times));
     }
 
     fn product(
@@ -171,16 +171,14 @@ impl Run<'_> {
             if let Some(bias) = bias {
                 linear::bias_gradient(variant, g.output, gradient, self.gradients.of_mut(bias));
             }
-            profile::stop(clock, Way::Weights, || profile::product(&g, self.plan.precision));
+            profile::stop(clock, Pass::Weights, || profile::product(&g, self.plan.precision));
         }
         if self.needed[operation.input] {
-            let clock = profile::start();
             let packed = self.parameters.packed(weight, Direction::Backward, &g, self.plan);
-            profile::stop(clock, Way::Backward, || profile::packing(&g, self.plan));
             let clock = profile::start();
             let (mut into, add) = self.into(operation.input, g.input);
             convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
-            profile::stop(clock, Way::Backward, || profile::product(&g, self.plan.precision));
+            profile::stop(clock, Pass::Backward, || profile::product(&g, self.plan.precision));
             self.values[operation.input] = Some(into);
         }
     }

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
-use kernels::convolution::{self, Finish};
+use kernels::convolution::{self, Direction, Finish};
 use kernels::norm::{self, Normalisation};
 use kernels::{Buffer, Shape, pooling};
 
 use crate::device;
-use crate::parameters::Direction;
 use crate::plan::{Norm, Operation, Plan, Work};
-use crate::profile::{self, Direction as Way};
+use crate::profile::{self, Pass};
 use crate::tape::{Note, Record};
 use crate::{Mode, Modes, Network, Parameters, Statistics, Tape};
 
@@ -176,9 +175,7 @@ impl<'a> Run<'a> {
     ) -> Note {
         let plan = self.plan;
         let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
-        let clock = profile::start();
         let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
-        profile::stop(clock, Way::Forward, || profile::packing(&g, plan));
         let bias = bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));
@@ -198,7 +195,7 @@ impl<'a> Run<'a> {
             &mut output,
             moments.as_deref_mut(),
         );
-        profile::stop(clock, Way::Forward, || profile::product(&g, plan.precision));
+        profile::stop(clock, Pass::Forward, || profile::product(&g, plan.precision));
         self.moments[operation.output] = moments;
         self.values[operation.output] = Some(output);
         Note::Nothing
@@ -318,7 +315,7 @@ impl<'a> Run<'a> {
 
     fn passed(&self, clock: Option<Instant>, kind: &str, value: usize, times: usize) {
         let (shape, precision) = (self.shapes[value], self.plan.precision);
-        profile::stop(clock, Way::Forward, || profile::passes(kind, shape, precision, times));
+        profile::stop(clock, Pass::Forward, || profile::passes(kind, shape, precision, times));
     }
 
     /// Gives back the memory of values that nothing reads after operation `at`.

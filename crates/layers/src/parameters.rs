@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
-use kernels::convolution::{self, Geometry};
+use kernels::convolution::{Direction, Geometry, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
-use kernels::{Buffer, Precision};
 
 use crate::Network;
 use crate::flat::{Entry, Flat, Kind};
 use crate::plan::Plan;
+use crate::profile::{self, Pass};
 
 /// Weights and biases in one flat f32 buffer.
 ///
@@ -24,23 +24,8 @@ pub struct Parameters {
     trainable: Vec<bool>,
     /// Never the same for two different contents within a process.
     version: u64,
-    packed: Mutex<HashMap<Arranged, Arc<Buffer>>>,
-}
-
-/// Which arrangement of an entry's weights it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Arranged {
-    entry: usize,
-    direction: Direction,
-    precision: Precision,
-    /// Its length tells the form: on small maps the kernels multiply in another one than on large.
-    len: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Direction {
-    Forward,
-    Backward,
+    /// Weights packed for the CPU kernels, by entry. Cleared on every change.
+    packed: Mutex<HashMap<(usize, Packing), Arc<PackedWeights>>>,
 }
 
 pub(crate) fn next_version() -> u64 {
@@ -254,38 +239,35 @@ impl Parameters {
         &self.flat.values[self.entries()[entry].range.clone()]
     }
 
-    /// The weights of an entry as the kernels want them on maps of this size, arranged once after each
-    /// change.
+    /// The weights of an entry, packed for one product: packed once after each change.
+    ///
+    /// Maps of two sizes may need two packings of the same weights.
     pub(crate) fn packed(
         &self,
         entry: usize,
         direction: Direction,
         geometry: &Geometry,
         plan: &Plan,
-    ) -> Arc<Buffer> {
-        let len = geometry.packed_len(plan.variant, plan.precision);
-        let key = Arranged { entry, direction, precision: plan.precision, len };
-        if let Some(packed) = self.packed.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+    ) -> Arc<PackedWeights> {
+        let packing = geometry.packing(plan.variant, plan.precision, direction);
+        let lock = || self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(packed) = lock().get(&(entry, packing)) {
             return Arc::clone(packed);
         }
-        let mut packed = plan.pool.take_of(plan.precision, len);
-        match direction {
-            Direction::Forward => {
-                convolution::pack_forward(plan.variant, geometry, self.of(entry), &mut packed);
-            }
-            Direction::Backward => {
-                convolution::pack_backward(plan.variant, geometry, self.of(entry), &mut packed);
-            }
-        }
-        let packed = Arc::new(packed);
-        let mut all = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(key, Arc::clone(&packed));
+        let clock = profile::start();
+        let packed = Arc::new(PackedWeights::new(packing, self.of(entry), &plan.pool));
+        let pass = match direction {
+            Direction::Forward => Pass::Forward,
+            Direction::Backward => Pass::Backward,
+        };
+        profile::stop(clock, pass, || profile::packing(&packing, plan.precision));
+        lock().insert((entry, packing), Arc::clone(&packed));
         packed
     }
 
-    /// Gives back the memory of weights as the kernels want them. The next pass arranges them anew, so
-    /// this is for parameters that will have changed by then.
-    pub fn rest(&self) {
+    /// Frees the packed weights that forward and backward passes cache. The next pass packs them
+    /// again, so call it when the parameters are about to change.
+    pub fn free_packed_weights(&self) {
         self.packed.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 

@@ -1,4 +1,4 @@
-//! Where the time of a step goes: kind of layer × direction, with the work that it was.
+//! Where the time of a step goes: kind of layer × pass, with the work that it was.
 //!
 //! [`record`] switches the clocks on for the whole process; without it an operation looks at one
 //! flag. The times are of operations one after the other, each on all threads, so they add up.
@@ -9,13 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use kernels::convolution::Geometry;
+use kernels::convolution::{Geometry, Packing};
 use kernels::{Precision, Shape};
 
 use crate::Network;
-use crate::plan::Plan;
 
-/// What all operations of one kind and direction took.
+/// What all operations of one kind and pass took.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// How often it ran.
@@ -31,8 +30,8 @@ pub struct Cost {
     pub bytes: f64,
 }
 
-/// What [`record`] found: a row for each kind of operation and direction.
-pub type Rows = Vec<(String, Direction, Cost)>;
+/// What [`record`] found: a row for each kind of operation and pass.
+pub type Rows = Vec<(String, Pass, Cost)>;
 
 /// [`Rows`] to print: milliseconds a step, share of all, rate and share of the processor's peak of
 /// products, bytes moved.
@@ -62,7 +61,7 @@ impl fmt::Display for Table<'_> {
             "layers", "", "times", "ms a step", "share", "GFLOP/s", "of peak", "MB", "GB/s"
         )?;
         let all: f64 = rows.iter().map(|(_, _, cost)| cost.seconds).sum();
-        for (kind, direction, cost) in rows {
+        for (kind, pass, cost) in rows {
             let Cost { count, seconds, operations, bytes } = *cost;
             let (rate, steps) = (operations / seconds, steps as f64);
             let (mut product, mut of_peak) = (String::new(), String::new());
@@ -75,7 +74,7 @@ impl fmt::Display for Table<'_> {
             writeln!(
                 f,
                 "{kind:20} {:9} {:5.0} {:9.2} {:4.1} % {product:>7} {of_peak:>7} {:7.0} {:6.1}",
-                format!("{direction:?}").to_lowercase(),
+                format!("{pass:?}").to_lowercase(),
                 count as f64 / steps,
                 1e3 * seconds / steps,
                 100. * seconds / all,
@@ -87,9 +86,9 @@ impl fmt::Display for Table<'_> {
     }
 }
 
-/// Which way an operation ran.
+/// Which pass an operation belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Direction {
+pub enum Pass {
     /// From input to output.
     Forward,
     /// The gradient of the input from that of the output.
@@ -98,12 +97,12 @@ pub enum Direction {
     Weights,
 }
 
-type Totals = BTreeMap<(String, Direction), Cost>;
+type Totals = BTreeMap<(String, Pass), Cost>;
 
 static ON: AtomicBool = AtomicBool::new(false);
 static TABLE: Mutex<Totals> = Mutex::new(Totals::new());
 
-/// Runs `work` with the clocks on and returns what it took, by kind of operation and direction.
+/// Runs `work` with the clocks on and returns what it took, by kind of operation and pass.
 /// Operations of other threads meanwhile are counted too.
 pub fn record(work: impl FnOnce()) -> Rows {
     *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Totals::new();
@@ -111,7 +110,7 @@ pub fn record(work: impl FnOnce()) -> Rows {
     work();
     ON.store(false, Ordering::Relaxed);
     let table = std::mem::take(&mut *TABLE.lock().unwrap_or_else(PoisonError::into_inner));
-    table.into_iter().map(|((kind, direction), cost)| (kind, direction, cost)).collect()
+    table.into_iter().map(|((kind, pass), cost)| (kind, pass, cost)).collect()
 }
 
 /// Starts the clock of one operation, if somebody asked for it.
@@ -120,16 +119,12 @@ pub(crate) fn start() -> Option<Instant> {
 }
 
 /// Stops the clock of one operation; `cost` gives its kind and work.
-pub(crate) fn stop(
-    clock: Option<Instant>,
-    direction: Direction,
-    cost: impl FnOnce() -> (String, Cost),
-) {
+pub(crate) fn stop(clock: Option<Instant>, pass: Pass, cost: impl FnOnce() -> (String, Cost)) {
     let Some(start) = clock else { return };
     let seconds = start.elapsed().as_secs_f64();
     let (kind, cost) = cost();
     let mut table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
-    let total = table.entry((kind, direction)).or_default();
+    let total = table.entry((kind, pass)).or_default();
     total.count += 1;
     total.seconds += seconds;
     total.operations += cost.operations;
@@ -161,9 +156,9 @@ pub(crate) fn passes(
     (kind.to_owned(), Cost { bytes, ..Cost::default() })
 }
 
-/// The arrangement of weights for a product.
-pub(crate) fn packing(g: &Geometry, plan: &Plan) -> (String, Cost) {
-    let packed = g.packed_len(plan.variant, plan.precision) * plan.precision.bytes();
-    let bytes = (g.weights_len() * size_of::<f32>() + packed) as f64;
-    ("weights, arranged".to_owned(), Cost { bytes, ..Cost::default() })
+/// Packing the weights for a product.
+pub(crate) fn packing(packing: &Packing, precision: Precision) -> (String, Cost) {
+    let packed = packing.packed_len() * precision.bytes();
+    let bytes = (packing.weights_len() * size_of::<f32>() + packed) as f64;
+    ("weights, packed".to_owned(), Cost { bytes, ..Cost::default() })
 }

@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_at_rest_lend_the_memory_of_their_arranged_weights() -> Result<()> {
+    fn freed_packed_weights_lend_their_memory_and_are_packed_again() -> Result<()> {
         let network = network()?;
         let (first, second) = (network.parameters(), network.parameters());
         let modes = Modes::all(&network, Mode::Batch);
@@ -84,7 +84,7 @@ mod tests {
             Ok((output.to_vec2()?, network.0.pool.allocations()))
         };
         let (output, allocations) = forward(&first)?;
-        first.rest();
+        first.free_packed_weights();
         assert_eq!(forward(&second)?, (output.clone(), allocations));
         assert!(forward(&first)?.1 > allocations, "the second keeps what it took");
         assert_eq!(forward(&first)?.0, output);

@@ -404,8 +404,8 @@ impl Target {
     /// Gives back what [`project`](Self::project) keeps of the weights for its next call, once the
     /// last one before they change has been: the online network's passes need the memory.
     pub fn rest(&self) {
-        self.backbone.parameters.rest();
-        self.projector.parameters.rest();
+        self.backbone.parameters.free_packed_weights();
+        self.projector.parameters.free_packed_weights();
     }
 
     /// The embedding `(N, D)` and the unit-length projection `(N, P)` of pictures, on running

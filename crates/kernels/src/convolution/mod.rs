@@ -7,14 +7,18 @@
 //! meets only the taps of its own parity. 3×3 convolutions of stride 1 take a shorter way
 //! (`winograd.rs`).
 
+mod finish;
 mod gather;
-mod pack;
+mod packed;
 mod weights;
 mod winograd;
 
-pub use gather::{Finish, forward, input_gradient};
-pub use pack::{pack_backward, pack_forward};
+pub use finish::Finish;
+pub use gather::{forward, input_gradient};
+pub use packed::{Direction, PackedWeights, Packing};
 pub use weights::weight_gradient;
+
+use packed::Form;
 
 use crate::layout::TILE;
 use crate::{Precision, Shape, Variant};
@@ -55,21 +59,11 @@ impl Geometry {
         self.output.channels * self.input.channels * self.taps()
     }
 
-    /// Numbers in the packed weights for values of this precision, forward or backward, as the variant
-    /// wants them.
-    pub fn packed_len(&self, variant: Variant, precision: Precision) -> usize {
-        let tiles = self.input.blocks() * self.output.blocks() * TILE;
-        if self.winograd(variant, precision) {
-            winograd::POSITIONS * tiles
-        } else {
-            self.taps() * tiles
-        }
-    }
-
-    /// Whether fewer multiplications serve: not where blocks of channels or squares of pixels would
-    /// be filled with little. In bf16, where products cost half, not where the weights outweigh the
-    /// pixels either, nor where a unit multiplies faster than a processor adds.
-    fn winograd(&self, variant: Variant, precision: Precision) -> bool {
+    /// The form with the fewest operations. Winograd's is not worth it where blocks of channels or
+    /// squares of pixels would be mostly padding. In bf16, where products cost half, it is not worth
+    /// it either where the weights outweigh the pixels, or where a tile unit multiplies faster than
+    /// the processor adds.
+    fn form(&self, variant: Variant, precision: Precision) -> Form {
         let Geometry { input, output, kernel, stride, padding } = self;
         let (few, many) =
             (input.channels.min(output.channels), input.channels.max(output.channels));
@@ -77,7 +71,8 @@ impl Geometry {
             Precision::F32 => few >= 16,
             Precision::Bf16 => few >= 32 && many <= 8 * input.pixels() && !variant.has_tile_unit(),
         };
-        worth && (*kernel, *stride, *padding) == (3, 1, 1) && input.height.min(input.width) >= 6
+        let fits = (*kernel, *stride, *padding) == (3, 1, 1) && input.height.min(input.width) >= 6;
+        if worth && fits { Form::Winograd } else { Form::Direct }
     }
 
     /// Multiplications of the forward pass, not counting the border.
@@ -202,11 +197,13 @@ mod tests {
                 for variant in Variant::testable() {
                     let what = format!("{variant} {precision:?} {g:?}");
                     let buffer = |len| Buffer::zeros_of(precision, len);
-                    let (mut tiles, mut packed) =
-                        (buffer(input.len()), buffer(g.packed_len(variant, precision)));
-                    let mut output = buffer(g.output.len());
+                    let pack = |direction| {
+                        let packing = g.packing(variant, precision, direction);
+                        PackedWeights::new(packing, &weights, &pool)
+                    };
+                    let (mut tiles, mut output) = (buffer(input.len()), buffer(g.output.len()));
                     input.pack(&x, &mut tiles);
-                    pack_forward(variant, &g, &weights, &mut packed);
+                    let packed = pack(Direction::Forward);
                     let mut padded = vec![0.; g.output.padded_channels()];
                     padded[..to].copy_from_slice(&bias);
                     let mut residual = buffer(g.output.len());
@@ -231,7 +228,7 @@ mod tests {
                     weight_gradient(variant, &g, &tiles, &output, &pool, &mut gradient);
                     assert_eq!(gradient, dw, "{what}");
 
-                    pack_backward(variant, &g, &weights, &mut packed);
+                    let packed = pack(Direction::Backward);
                     input.pack(&vec![1.; x.len()], &mut tiles);
                     input_gradient(variant, &g, &output, &packed, &mut tiles, true);
                     let mut rows = vec![0.; x.len()];
@@ -241,6 +238,67 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// 32 channels in and out, 3 × 3, stride 1, on maps of this side.
+    fn square(side: usize) -> Geometry {
+        Geometry::new(Shape::new(2, side, side, 32), 32, 3, 1, 1).expect("a convolution")
+    }
+
+    #[test]
+    fn a_packing_is_shared_by_maps_of_one_form_and_by_nothing_else() {
+        let packing = |side, variant, precision, direction| {
+            square(side).packing(variant, precision, direction)
+        };
+        let (variant, f32) = (Variant::PORTABLE, Precision::F32);
+        let large = packing(9, variant, f32, Direction::Forward);
+        assert_eq!(large, packing(6, variant, f32, Direction::Forward));
+        // A map too small for Winograd's form.
+        assert_ne!(large, packing(5, variant, f32, Direction::Forward));
+        assert_ne!(large, packing(9, variant, f32, Direction::Backward));
+        assert_ne!(large, packing(9, variant, Precision::Bf16, Direction::Forward));
+        // As long as the others, but of another kernel: 1 × 1 on 9 times the channels.
+        let other = Geometry::new(Shape::new(2, 5, 5, 288), 32, 1, 1, 0).expect("a convolution");
+        let small = packing(5, variant, f32, Direction::Forward);
+        let other = other.packing(variant, f32, Direction::Forward);
+        assert_eq!(small.packed_len(), other.packed_len());
+        assert_ne!(small, other);
+    }
+
+    /// Runs a product on maps of one side with weights that were packed for maps of another.
+    fn use_packed_for(side: usize, packed: (usize, Direction), needed: Direction) {
+        let (g, other) = (square(side), square(packed.0));
+        let packing = other.packing(Variant::PORTABLE, Precision::F32, packed.1);
+        let weights = PackedWeights::new(packing, &noise(1, g.weights_len()), &BufferPool::new());
+        let input = Buffer::zeros(g.input.len());
+        let mut output = Buffer::zeros(g.output.len());
+        match needed {
+            Direction::Forward => {
+                let finish = Finish::default();
+                forward(Variant::PORTABLE, &g, &input, &weights, finish, &mut output, None);
+            }
+            Direction::Backward => {
+                input_gradient(Variant::PORTABLE, &g, &input, &weights, &mut output, false);
+            }
+        }
+    }
+
+    #[test]
+    fn weights_packed_on_a_map_of_the_same_form_are_used() {
+        use_packed_for(9, (6, Direction::Forward), Direction::Forward);
+        use_packed_for(4, (5, Direction::Backward), Direction::Backward);
+    }
+
+    #[test]
+    #[should_panic(expected = "form: Winograd, precision: F32")]
+    fn weights_packed_for_another_form_are_refused() {
+        use_packed_for(5, (6, Direction::Forward), Direction::Forward);
+    }
+
+    #[test]
+    #[should_panic(expected = "direction: Forward, form: Direct")]
+    fn weights_packed_for_another_direction_are_refused() {
+        use_packed_for(5, (5, Direction::Forward), Direction::Backward);
     }
 
     fn noise(seed: u32, len: usize) -> Vec<f32> {
@@ -297,15 +355,17 @@ mod tests {
             shape.unpack(value, &mut rows);
             rows
         };
-        let mut packed = Buffer::zeros_of(precision, g.packed_len(variant, precision));
+        let pool = BufferPool::new();
+        let pack = |direction| {
+            PackedWeights::new(g.packing(variant, precision, direction), weights, &pool)
+        };
         let (x, dy) = (value(g.input, x), value(g.output, dy));
         let (mut y, mut dx) = (dy.clone(), x.clone());
-        pack_forward(variant, g, weights, &mut packed);
+        let packed = pack(Direction::Forward);
         forward(variant, g, &x, &packed, Finish::default(), &mut y, None);
-        pack_backward(variant, g, weights, &mut packed);
-        input_gradient(variant, g, &dy, &packed, &mut dx, false);
+        input_gradient(variant, g, &dy, &pack(Direction::Backward), &mut dx, false);
         let mut dw = vec![0.; weights.len()];
-        weight_gradient(variant, g, &x, &dy, &BufferPool::new(), &mut dw);
+        weight_gradient(variant, g, &x, &dy, &pool, &mut dw);
         [rows(g.output, &y), rows(g.input, &dx), dw]
     }
 
@@ -344,7 +404,7 @@ mod tests {
                             // Each product and each sum is rounded once.
                             let mut bound = 2. * n * u * want.sizes[which][at];
                             let plain = precision == Precision::Bf16 && which == 2;
-                            if g.winograd(variant, precision) && !plain {
+                            if g.form(variant, precision) == Form::Winograd && !plain {
                                 // See `winograd.rs`; all numbers are at most 1 in size.
                                 bound = winograd::bound(precision, terms[which], which == 2);
                             }
@@ -386,7 +446,7 @@ mod tests {
     #[test]
     fn winograds_form_loses_little() {
         let g = Geometry::new(Shape::new(16, 12, 10, 64), 48, 3, 1, 1).expect("a convolution");
-        assert!(g.winograd(Variant::PORTABLE, Precision::F32));
+        assert_eq!(g.form(Variant::PORTABLE, Precision::F32), Form::Winograd);
         let x = noise(1, g.input.count() * 64);
         let weights = noise(2, g.weights_len());
         let dy = noise(3, g.output.count() * 48);
@@ -410,7 +470,7 @@ mod tests {
         assert!(all.iter().all(|off| *off < 4. * plain), "{all:?}, plain {plain}");
 
         let half = Precision::Bf16;
-        assert!(g.winograd(Variant::PORTABLE, half));
+        assert_eq!(g.form(Variant::PORTABLE, half), Form::Winograd);
         let rounded = |all: &[f32]| -> Vec<f32> { all.iter().map(|x| stored(half, *x)).collect() };
         let [x, weights, dy] = [rounded(&x), rounded(&weights), rounded(&dy)];
         let want = Reference::new(&g, &x, &weights, &dy);

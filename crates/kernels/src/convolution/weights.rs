@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::winograd::{self, POSITIONS, Squares, stride, transform_gradient, transform_input};
-use super::{Geometry, columns_of};
+use super::{Form, Geometry, columns_of};
 use crate::buffer::with_scratch;
 use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
@@ -147,7 +147,7 @@ fn with_runs(work: impl FnOnce(&mut StripRuns)) {
 impl<'a> WeightTasks<'a> {
     fn new(variant: Variant, g: &'a Geometry, precision: Precision) -> Self {
         // In bf16 the transforms and the sums of 16 positions would cost what the products save.
-        let winograd = precision == Precision::F32 && g.winograd(variant, precision);
+        let winograd = precision == Precision::F32 && g.form(variant, precision) == Form::Winograd;
         let rows = (STRIP / precision.bytes() / g.output.width).max(1);
         let squares = Squares::of(g.output);
         let strips = if winograd {

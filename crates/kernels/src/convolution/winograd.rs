@@ -35,8 +35,8 @@
 
 use std::ops::Range;
 
-use super::gather::Last;
-use super::pack::arrange_right;
+use super::finish::FinishOf;
+use super::packed::arrange_right;
 use super::{Geometry, columns_of};
 #[cfg(test)]
 use crate::Precision;
@@ -177,7 +177,7 @@ pub(super) fn convolve<T: Element>(
     packed: &[T],
     (to, to_shape): (&mut [T], Shape),
     add: bool,
-    last: &Last<T>,
+    finish: &FinishOf<T>,
 ) {
     assert_eq!(from.len(), from_shape.len());
     assert_eq!(to.len(), to_shape.len());
@@ -207,14 +207,14 @@ pub(super) fn convolve<T: Element>(
         });
         if bands.whole {
             for (part, pair) in bands.parts(band).flat_map(|p| pairs.clone().map(move |q| (p, q))) {
-                last.part(&session, &to, to_shape, group * parts + part, pair);
+                finish.part(&session, &to, to_shape, group * parts + part, pair);
             }
         }
     });
-    if !bands.whole && last.is_something() {
+    if !bands.whole && !finish.is_empty() {
         parallel::for_each(to_shape.parts() * pairs, to_shape.len(), |task| {
             let session = Session::begin(variant);
-            last.part(&session, &to, to_shape, task / pairs, task % pairs);
+            finish.part(&session, &to, to_shape, task / pairs, task % pairs);
         });
     }
 }

@@ -23,7 +23,7 @@ use crate::element::{Element, Half};
 use crate::layout::{SIDE, TILE};
 use crate::variant::{Instructions, for_each_variant};
 
-/// Terms of a sum whose tiles lie behind each other on both sides.
+/// TileRun of a sum whose tiles lie behind each other on both sides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileRun {
     /// Offset of the first left tile; the others follow it.

@@ -1,0 +1,219 @@
+//! Weights in the order in which tile products read them.
+
+use std::sync::Arc;
+
+use super::{Geometry, columns_of, panel_len, winograd};
+use crate::buffer::with_scratch;
+use crate::element::{Element, by_precision};
+use crate::layout::{SIDE, TILE};
+use crate::variant::for_each_variant;
+use crate::{Buffer, BufferPool, Precision, Variant, parallel};
+
+/// Which product of a convolution reads packed weights. The weight gradient reads none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// The output from the input.
+    Forward,
+    /// The input gradient from the output gradient.
+    Backward,
+}
+
+/// How a convolution is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Form {
+    /// The plain sum over taps and input channels.
+    Direct,
+    /// Winograd's form, 16 products for 36: see `winograd.rs`.
+    Winograd,
+}
+
+/// Everything that decides the order and the type of packed weights.
+///
+/// Convolutions with equal packings share packed weights. The size of the map counts only where it
+/// decides the form, so that one layer may need two packings for crops of two sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Packing {
+    direction: Direction,
+    form: Form,
+    precision: Precision,
+    in_channels: usize,
+    out_channels: usize,
+    kernel: usize,
+}
+
+impl Geometry {
+    /// How the weights must be packed for one product of this convolution, with the kernels of this
+    /// variant on values of this precision.
+    pub fn packing(&self, variant: Variant, precision: Precision, direction: Direction) -> Packing {
+        Packing {
+            direction,
+            form: self.form(variant, precision),
+            precision,
+            in_channels: self.input.channels,
+            out_channels: self.output.channels,
+            kernel: self.kernel,
+        }
+    }
+}
+
+impl Packing {
+    /// Numbers in the packed weights.
+    pub fn packed_len(&self) -> usize {
+        let tiles = self.in_channels.div_ceil(SIDE) * self.out_channels.div_ceil(SIDE) * TILE;
+        match self.form {
+            Form::Direct => self.taps() * tiles,
+            Form::Winograd => winograd::POSITIONS * tiles,
+        }
+    }
+
+    /// Numbers in the weights `(O, I, K, K)`.
+    pub fn weights_len(&self) -> usize {
+        self.out_channels * self.in_channels * self.taps()
+    }
+
+    fn taps(&self) -> usize {
+        self.kernel * self.kernel
+    }
+
+    /// Channels that the product reads and channels that it writes.
+    fn channels(&self) -> (usize, usize) {
+        match self.direction {
+            Direction::Forward => (self.in_channels, self.out_channels),
+            Direction::Backward => (self.out_channels, self.in_channels),
+        }
+    }
+}
+
+/// Weights packed for one product of a convolution.
+pub struct PackedWeights {
+    packing: Packing,
+    numbers: Buffer,
+}
+
+impl PackedWeights {
+    /// Packs weights `(O, I, K, K)` into memory of the pool: tiles of 16 channels read × 16 channels
+    /// written, in the order (pair of blocks written, tap, block read, block of the pair). In
+    /// Winograd's form, transformed positions take the place of taps.
+    ///
+    /// # Panics
+    ///
+    /// When `weights` has another length than the packing says.
+    pub fn new(packing: Packing, weights: &[f32], pool: &Arc<BufferPool>) -> PackedWeights {
+        assert_eq!(weights.len(), packing.weights_len());
+        let mut numbers = pool.take_of(packing.precision, packing.packed_len());
+        by_precision!(packing.precision, T => {
+            let packed = T::of_mut(&mut numbers);
+            match packing.form {
+                Form::Direct => pack_direct(packing, weights, packed),
+                Form::Winograd => pack_winograd(packing, weights, packed),
+            }
+        });
+        PackedWeights { packing, numbers }
+    }
+
+    /// The packed numbers, for a product that needs this packing.
+    ///
+    /// # Panics
+    ///
+    /// When the weights were packed otherwise.
+    pub(super) fn numbers(&self, needed: Packing) -> &Buffer {
+        assert!(
+            self.packing == needed,
+            "the weights are packed as {:?}, but the product needs {needed:?}",
+            self.packing
+        );
+        &self.numbers
+    }
+}
+
+fn pack_direct<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) {
+    let (inputs, taps) = (packing.in_channels, packing.taps());
+    let (read, written) = packing.channels();
+    let channels_in = |channels: usize, block: usize| (channels - block * SIDE).min(SIDE);
+    match packing.direction {
+        Direction::Forward => fill_tiles(packing, packed, |from, to, tiles| {
+            for lane in 0..channels_in(written, to) {
+                let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
+                let weights = &weights[first..][..channels_in(read, from) * taps];
+                for (row, weights) in weights.chunks_exact(taps).enumerate() {
+                    set(tiles, row * SIDE + lane, weights);
+                }
+            }
+        }),
+        Direction::Backward => fill_tiles(packing, packed, |from, to, tiles| {
+            for row in 0..channels_in(read, from) {
+                let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
+                let weights = &weights[first..][..channels_in(written, to) * taps];
+                for (lane, weights) in weights.chunks_exact(taps).enumerate() {
+                    set(tiles, row * SIDE + lane, weights);
+                }
+            }
+        }),
+    }
+}
+
+/// Backward, the kernels are rotated by half a turn as well.
+fn pack_winograd<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) {
+    let inputs = packing.in_channels;
+    let (read, written) = packing.channels();
+    match packing.direction {
+        Direction::Forward => winograd::pack(read, written, packed, |from, to, kernels| {
+            for (lane, to) in to.enumerate() {
+                let weights = &weights[(to * inputs + from) * 9..][..9];
+                for (kernel, weight) in kernels.iter_mut().zip(weights) {
+                    kernel[lane] = *weight;
+                }
+            }
+        }),
+        Direction::Backward => winograd::pack(read, written, packed, |from, to, kernels| {
+            let weights = &weights[(from * inputs + to.start) * 9..][..to.len() * 9];
+            for (lane, weights) in weights.chunks_exact(9).enumerate() {
+                for (kernel, weight) in kernels.iter_mut().rev().zip(weights) {
+                    kernel[lane] = *weight;
+                }
+            }
+        }),
+    }
+}
+
+/// Sets one place of each tap's tile.
+#[inline(always)]
+fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
+    for (tile, weight) in tiles.iter_mut().zip(taps) {
+        tile[place] = *weight;
+    }
+}
+
+/// Calls `fill(block read, block written, a tile for each tap)` for every pair of blocks. The tiles
+/// start as zeros and are small enough to be filled in any order; they are then stored row by row.
+fn fill_tiles<T: Element>(
+    packing: Packing,
+    packed: &mut [T],
+    fill: impl Fn(usize, usize, &mut [[f32; TILE]]) + Sync + Send,
+) {
+    assert_eq!(packed.len(), packing.packed_len());
+    let (read, written) = packing.channels();
+    let (from_blocks, to_blocks) = (read.div_ceil(SIDE), written.div_ceil(SIDE));
+    let panel = panel_len(packing.taps(), from_blocks);
+    parallel::for_each_chunk(packed, panel, 2 * packing.weights_len(), |pair, packed| {
+        let columns = columns_of(to_blocks, pair);
+        let stride = from_blocks * columns;
+        with_scratch(packing.taps() * TILE, |scratch| {
+            let tiles = scratch.as_chunks_mut::<TILE>().0;
+            for (column, from) in (0..columns).flat_map(|c| (0..from_blocks).map(move |f| (c, f))) {
+                tiles.as_flattened_mut().fill(0.);
+                fill(from, 2 * pair + column, tiles);
+                for (tap, tile) in tiles.iter().enumerate() {
+                    let at = (tap * stride + from * columns + column) * TILE;
+                    arrange_right(Variant::fastest(), tile, &mut packed[at..at + TILE]);
+                }
+            }
+        });
+    });
+}
+
+for_each_variant! {
+    pub(super) fn arrange_right<T: Element>(from: &[f32; TILE], to: &mut [T]) {
+        T::arrange_right(from, to);
+    }
+}
