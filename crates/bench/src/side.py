@@ -1,4 +1,4 @@
-"""Speaks for a peer of a bench program: one JSON object on stdout for each line of stdin."""
+"""Runs a peer of a bench program: prints one JSON object for each line of stdin."""
 
 import json
 import multiprocessing
@@ -6,12 +6,12 @@ import os
 import sys
 import time
 
-# What libraries print goes to stderr; stdout belongs to the measurements.
+# Output of libraries goes to stderr; stdout is for measurements.
 _out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 
-def _say(line):
+def _print(line):
     _out.write(json.dumps(line) + "\n")
     _out.flush()
 
@@ -22,7 +22,7 @@ def _peak_megabytes():
 
 
 def _processor_seconds():
-    """Of this process and of the workers that it keeps."""
+    """Processor time of this process and its live workers."""
     seconds = time.process_time()
     for worker in multiprocessing.active_children():
         with open(f"/proc/{worker.pid}/stat") as stat:
@@ -33,10 +33,10 @@ def _processor_seconds():
 
 def serve(step, note=None):
     """`step()` does the work once and returns the amount done; the caller has warmed up."""
-    _say({"ready": True, "note": note})
+    _print({"ready": True, "note": note})
     for _ in sys.stdin:
         processor, start = _processor_seconds(), time.perf_counter()
         amount = step()
         seconds = time.perf_counter() - start
-        _say({"seconds": seconds, "processor-seconds": _processor_seconds() - processor,
+        _print({"seconds": seconds, "processor-seconds": _processor_seconds() - processor,
               "amount": float(amount), "peak-mb": _peak_megabytes()})

@@ -1,8 +1,8 @@
 //! The processes that take turns.
 //!
-//! A side prints one JSON object per line: `{"ready": true}` once it is warm, or
-//! `{"ready": true, "note": "…"}`; then for each line that it reads one [`Measurement`]. It ends
-//! when its input does.
+//! A side prints one JSON object per line: first `{"ready": true}` or `{"ready": true, "note": "…"}`
+//! when it is warm, then one [`Measurement`] for each line that it reads. It ends at the end of its
+//! input.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -16,36 +16,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tempfile::TempDir;
 
-/// What a side says of one turn.
+/// The result of one turn of a side.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Measurement {
-    /// How long the turn took.
+    /// Duration of the turn.
     pub seconds: f64,
-    /// Seconds of all processors together; 0 where the system does not say. What else the machine
-    /// does troubles it less.
+    /// Processor time, summed over processors; 0 if the system does not report it. Other programs
+    /// affect it less than the duration.
     pub processor_seconds: f64,
-    /// How much was done, in the unit of the row: images, say.
+    /// Amount of work done, for example images.
     pub amount: f64,
-    /// Most memory that the side has held so far, in 10⁶ bytes; 0 where the system does not say.
+    /// Peak memory of the side so far, in 10⁶ bytes; 0 if the system does not report it.
     pub peak_mb: f64,
 }
 
-/// A side that was started.
+/// A running side.
 pub struct Side {
     name: String,
-    /// What the side said of itself when it was ready.
+    /// Note that the side gave when it was ready.
     note: Option<String>,
     child: Child,
-    /// `None` once the side is to end.
+    /// `None` tells the side to end.
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
-    /// Holds what the side wrote to stderr, for the message if it fails.
+    /// Holds the stderr of the side, for an error message.
     folder: TempDir,
 }
 
 impl Side {
-    /// This program again, with these arguments, which are to lead it to [`serve`].
+    /// Starts this program again with arguments that make it call [`serve`].
     ///
     /// # Errors
     ///
@@ -72,21 +72,21 @@ impl Side {
         Ok(Self { name: name.to_owned(), note: None, child, input, output, folder })
     }
 
-    /// Its name in the report.
+    /// Name of the side.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What it said of itself when it was ready.
+    /// Note that the side gave when it was ready.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
 
-    /// Waits until it is warm.
+    /// Waits until the side is warm.
     ///
     /// # Errors
     ///
-    /// It failed; the message ends with what it wrote to stderr.
+    /// The side failed; the message ends with its stderr.
     pub fn wait_until_ready(&mut self) -> Result<()> {
         #[derive(Deserialize)]
         struct Ready {
@@ -99,14 +99,14 @@ impl Side {
         Ok(())
     }
 
-    /// Lets it do its work once.
+    /// Lets the side do its work once.
     ///
     /// # Errors
     ///
-    /// It failed; the message ends with what it wrote to stderr.
+    /// The side failed; the message ends with its stderr.
     pub fn turn(&mut self) -> Result<Measurement> {
         if let Some(input) = &mut self.input {
-            // A side that is gone says why where its answer is read.
+            // If the side has ended, reading its answer gives the reason.
             let _ = input.write_all(b"\n").and_then(|()| input.flush());
         }
         self.read()
@@ -123,14 +123,14 @@ impl Side {
             bail!("{} ended with {status}; its last lines:\n{last}", self.name)
         }
         serde_json::from_str(&line)
-            .with_context(|| format!("{} was to print a measurement, not `{line}`", self.name))
+            .with_context(|| format!("{} printed `{line}` instead of a measurement", self.name))
     }
 }
 
 impl Drop for Side {
     fn drop(&mut self) {
         self.input = None;
-        // Nothing is lost with a side that still computes.
+        // The side may still compute; its result is not needed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -138,7 +138,7 @@ impl Drop for Side {
 
 const ERRORS: &str = "stderr";
 
-/// The Python that peers run in, checked.
+/// The Python that runs the peers.
 #[derive(Debug)]
 pub struct Peers {
     python: PathBuf,
@@ -147,21 +147,20 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Checks that `python` has `packages`, and lays out `program` for it.
+    /// Checks that `python` has `packages`, and writes `program` for it.
     ///
-    /// - `program`: Python source. `from side import serve` gives it `serve(step, note=None)`, which
-    ///   speaks for it: `step()` does the work once and returns the amount done; the caller has done
-    ///   it before, to warm up.
+    /// - `program`: Python source. It imports `serve(step, note=None)` from `side`, warms up, and
+    ///   calls it; `step()` does the work once and returns the amount done.
     ///
     /// # Errors
     ///
-    /// It is no Python, or a package is missing; the message says which and how to get it.
+    /// `python` is not a Python, or lacks packages; the message says how to install them.
     pub fn new(python: &Path, packages: &[&str], program: &str) -> Result<Self> {
         let missing = missing_packages(python, packages)?;
         if !missing.is_empty() {
             let names: Vec<&str> = missing.iter().map(String::as_str).collect();
             bail!(
-                "the Python `{}` lacks {}; `{0} -m pip install {}` gets it, or leave out \
+                "the Python `{}` lacks {}; install with `{0} -m pip install {}`, or leave out \
                  --peer-python to time ours alone",
                 python.display(),
                 names.join(", "),
@@ -200,7 +199,7 @@ fn missing_packages(python: &Path, packages: &[&str]) -> Result<BTreeSet<String>
         .with_context(|| format!("--peer-python: starting `{}`", python.display()))?;
     ensure!(
         output.status.success(),
-        "--peer-python: `{}` is no Python 3: {}",
+        "--peer-python: `{}` is not a Python 3: {}",
         python.display(),
         String::from_utf8_lossy(&output.stderr).trim()
     );
@@ -208,43 +207,39 @@ fn missing_packages(python: &Path, packages: &[&str]) -> Result<BTreeSet<String>
     Ok(text.split_whitespace().map(str::to_owned).collect())
 }
 
-/// Our side: does `step` once to warm up, then once for each line of stdin.
+/// Runs our side: calls `step` once to warm up, then once for each line of stdin.
 ///
-/// - `step`: the work; returns the amount done.
-///
-/// # Errors
-///
-/// `step` fails, or nobody reads what is printed.
+/// - `step`: does the work once and returns the amount done.
 pub fn serve(mut step: impl FnMut() -> Result<f64>) -> Result<()> {
     step()?;
-    say(&json!({ "ready": true }))?;
+    print(&json!({ "ready": true }))?;
     for line in std::io::stdin().lines() {
         line?;
         let (processor, start) = (processor_seconds(), Instant::now());
         let amount = step()?;
         let seconds = start.elapsed().as_secs_f64();
         let processor_seconds = processor_seconds() - processor;
-        say(&Measurement { seconds, processor_seconds, amount, peak_mb: peak_megabytes() })?;
+        print(&Measurement { seconds, processor_seconds, amount, peak_mb: peak_megabytes() })?;
     }
     Ok(())
 }
 
-fn say(line: &impl Serialize) -> Result<()> {
+fn print(line: &impl Serialize) -> Result<()> {
     let mut out = std::io::stdout().lock();
     serde_json::to_writer(&mut out, line)?;
     out.write_all(b"\n")?;
     Ok(out.flush()?)
 }
 
-/// Seconds of all processors that this process has used; 0 where the system does not say.
+/// Returns the processor time of this process in seconds; 0 if the system does not report it.
 fn processor_seconds() -> f64 {
     let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // After the name, which may hold spaces: user and system time, in hundredths of a second.
+    // After the name, which may contain spaces: user and system time, in hundredths of a second.
     let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
     fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.
 }
 
-/// The most memory that this process has held, in 10⁶ bytes; 0 where the system does not say.
+/// Returns the peak memory of this process in 10⁶ bytes; 0 if the system does not report it.
 pub fn peak_megabytes() -> f64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -282,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_side_that_fails_says_why() {
+    fn a_failed_side_gives_its_stderr() {
         let mut side = shell("echo 'no such model' >&2; exit 5");
         let message = side.wait_until_ready().expect_err("ended").to_string();
         assert!(message.contains("no such model") && message.contains('5'), "{message}");
@@ -292,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_python_lacks_is_named() {
+    fn missing_packages_of_a_python_are_named() {
         let Err(error) = Peers::new(Path::new("no-such-python"), &["torch"], "") else {
             panic!("no such file")
         };

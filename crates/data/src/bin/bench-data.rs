@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use bench::{Peers, Report, Side, Unit};
+use bench::{Peers, Side, Table, Unit};
 use clap::Parser;
 use data::decoded::Wish;
 use data::images::{Identical, Images, Source, Writer};
@@ -131,7 +131,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let folder = tempfile::tempdir().context("making a temporary folder")?;
     make_pictures(folder.path())?;
     let place = folder.path().to_str().context("the temporary folder has a name in UTF-8")?;
-    let (threads, mut report) = (arguments.threads(), Report::new(arguments.json));
+    let (threads, mut table) = (arguments.threads(), Table::new(arguments.json));
     let words = threads.to_string();
     for work in WORKS.iter().filter(|work| arguments.wants(work.name)) {
         let ours = ["--side", work.name, "--folder", place, "--threads", &words];
@@ -145,9 +145,9 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
         };
         let sides = peers.as_ref().map(start).transpose()?.unwrap_or_default();
         let unit = Unit::PerSecond("images");
-        report.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?);
+        table.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?);
     }
-    report.finish()
+    table.finish()
 }
 
 impl Work {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
-use bench::{Peers, Report, Side, Unit};
+use bench::{Peers, Side, Table, Unit};
 use candle_core::Device::Cpu;
 use clap::Parser;
 use serde_json::{Value, json};
@@ -57,7 +57,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
-    let mut report = Report::new(arguments.json);
+    let mut table = Table::new(arguments.json);
     for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
@@ -66,9 +66,9 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
             peers.start("PyTorch", &words.map(String::as_str), threads)
         });
         let peers = peer.transpose()?.into_iter().collect();
-        report.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
+        table.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
     }
-    report.finish()
+    table.finish()
 }
 
 impl Work {

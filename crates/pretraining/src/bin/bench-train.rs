@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
-use bench::{Peers, Report, Side, Unit};
+use bench::{Peers, Side, Table, Unit};
 use candle_core::{Device::Cpu, Tensor};
 use clap::Parser;
 use layers::profile::{self, Table};
@@ -67,7 +67,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
-    let mut report = Report::new(arguments.json);
+    let mut table = Table::new(arguments.json);
     for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
@@ -76,9 +76,9 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
             peers.start("PyTorch", &[&keys.to_string(), &threads_word], threads)
         });
         let peers = peer.transpose()?.into_iter().collect();
-        report.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
+        table.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
     }
-    report.finish()
+    table.finish()
 }
 
 impl Work {

@@ -1,4 +1,4 @@
-//! What is said of a work, and how it is printed.
+//! The comparison of the sides of one work, and the table of all comparisons.
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -6,17 +6,17 @@ use serde_json::{Map, Value, json};
 
 use crate::{Arguments, Measurement, Side};
 
-/// What `ours` and `peer` of a row are.
+/// The unit of `ours` and `peer` of a [`Comparison`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// Amount done per second, as `images/s`: more is faster.
+    /// Amount per second, such as `images/s`: more is faster.
     PerSecond(&'static str),
     /// Seconds for the whole work: less is faster.
     Seconds,
 }
 
 impl Unit {
-    /// Of one turn.
+    /// Returns the value of one turn.
     fn of(self, turn: &Measurement) -> f64 {
         match self {
             Self::PerSecond(_) => turn.amount / turn.seconds,
@@ -32,41 +32,41 @@ impl Unit {
     }
 }
 
-/// What is said of one work.
+/// The sides of one work, compared.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Row {
-    /// Its name.
+pub struct Comparison {
+    /// Name of the work.
     pub work: String,
-    /// Keys that the work has of its own: its size, say.
+    /// Further keys of the work, such as its size.
     #[serde(flatten)]
     pub keys: Map<String, Value>,
     /// Unit of `ours` and `peer`.
     pub unit: String,
     /// Median over the rounds.
     pub ours: f64,
-    /// Median over the rounds; of several peers the fastest.
+    /// Median over the rounds, of the fastest peer.
     pub peer: Option<f64>,
-    /// How many times as fast as the peer ours is: median of the rounds' ratios.
+    /// The peer's time divided by ours: median of the rounds' ratios.
     pub ratio: Option<f64>,
-    /// The least of them.
+    /// The smallest of these ratios.
     pub ratio_min: Option<f64>,
-    /// The most.
+    /// The largest of these ratios.
     pub ratio_max: Option<f64>,
-    /// The peer's processor time over ours, median of the rounds' ratios.
+    /// The peer's processor time divided by ours: median of the rounds' ratios.
     pub processor_ratio: Option<f64>,
     /// Peak memory of our process, in 10⁶ bytes.
     pub peak_mb: f64,
     /// Peak memory of the peer's process.
     pub peer_peak_mb: Option<f64>,
-    /// Which peer that is.
+    /// Name of the fastest peer.
     pub peer_name: Option<String>,
-    /// What the peer said of itself.
+    /// Note that the peer gave on itself.
     pub peer_note: Option<String>,
 }
 
-impl Row {
-    /// A row from the turns of ours and of each peer, of which the fastest counts.
+impl Comparison {
+    /// Compares the turns of ours with those of the fastest peer.
     ///
     /// - `peers`: name, note and turns of each.
     pub fn new(
@@ -133,7 +133,7 @@ impl Row {
     }
 }
 
-/// What stands above the lines of [`Row`]s.
+/// The heading of the table.
 fn heading() -> String {
     format!(
         "{:44} {:>8} {:>8} {:9} {:>6} {:>11} {:>6} {:>8} {:>8}  peer",
@@ -141,7 +141,7 @@ fn heading() -> String {
     )
 }
 
-/// Amount per second, the median.
+/// Returns the median amount per second.
 fn speed(turns: &[Measurement]) -> f64 {
     median(turns.iter().map(|turn| turn.amount / turn.seconds).collect())
 }
@@ -150,7 +150,7 @@ fn peak(turns: &[Measurement]) -> f64 {
     turns.iter().map(|turn| turn.peak_mb).fold(0., f64::max)
 }
 
-/// The middle value, or the mean of both middle ones; NaN of nothing.
+/// Returns the middle value, or the mean of both middle ones; NaN for no values.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -161,13 +161,13 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// Lets ours and the peers take turns, as many rounds as asked for.
+/// Lets ours and the peers take turns for the given number of rounds.
 ///
-/// - `keys`: what the row says of the work beside its name, a JSON object.
+/// - `keys`: further keys of the comparison, a JSON object.
 ///
 /// # Errors
 ///
-/// A side fails; the message ends with what it wrote to stderr.
+/// A side fails; the message ends with its stderr.
 pub fn compare(
     arguments: &Arguments,
     work: &str,
@@ -175,8 +175,8 @@ pub fn compare(
     unit: Unit,
     mut ours: Side,
     mut peers: Vec<Side>,
-) -> Result<Row> {
-    // Warmed up one after the other: the machine belongs to one side at a time.
+) -> Result<Comparison> {
+    // One after the other, because only one side may use the machine at a time.
     ours.wait_until_ready()?;
     peers.iter_mut().try_for_each(Side::wait_until_ready)?;
     let (mut our_turns, mut turns) = (Vec::new(), vec![Vec::new(); peers.len()]);
@@ -190,24 +190,24 @@ pub fn compare(
         .iter()
         .zip(turns)
         .map(|(peer, turns)| (peer.name().to_owned(), peer.note().map(str::to_owned), turns));
-    Ok(Row::new(work, keys, unit, &our_turns, &named.collect::<Vec<_>>()))
+    Ok(Comparison::new(work, keys, unit, &our_turns, &named.collect::<Vec<_>>()))
 }
 
-/// Prints rows as they come, and all of them at the end where JSON is asked for.
+/// Prints comparisons one by one, and with JSON all of them at the end.
 #[derive(Debug)]
-pub struct Report {
-    rows: Vec<Row>,
+pub struct Table {
+    rows: Vec<Comparison>,
     json: bool,
 }
 
-impl Report {
-    /// A report without rows; `json` from the [`Arguments`].
+impl Table {
+    /// A table without rows; `json` from the [`Arguments`].
     pub fn new(json: bool) -> Self {
         Self { rows: Vec::new(), json }
     }
 
     /// Adds a row and prints its line.
-    pub fn add(&mut self, row: Row) {
+    pub fn add(&mut self, row: Comparison) {
         if self.rows.is_empty() {
             println!("{}", heading());
         }
@@ -215,13 +215,13 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// Prints the object where it is asked for.
+    /// Prints the JSON object, if asked for.
     ///
     /// # Errors
     ///
-    /// There is no row: `--only` left nothing.
+    /// There is no row, because `--only` selects no work.
     pub fn finish(self) -> Result<()> {
-        ensure!(!self.rows.is_empty(), "--only leaves no work; without it all are measured");
+        ensure!(!self.rows.is_empty(), "--only selects no work; leave it out to measure all");
         if self.json {
             println!("{}", json!({ "rows": self.rows }));
         }
@@ -244,12 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_is_that_of_a_round_and_above_one_when_ours_is_faster() {
+    fn a_ratio_is_above_one_when_ours_is_faster_in_a_round() {
         let ours = turns(&[1., 2., 4.], 8.);
         let slow = ("slow".to_owned(), None, turns(&[9., 9., 9.], 8.));
         let fast = ("fast".to_owned(), Some("eager".to_owned()), turns(&[3., 3., 16.], 8.));
-        let row =
-            |unit| Row::new("w", json!({ "batch": 7 }), unit, &ours, &[slow.clone(), fast.clone()]);
+        let row = |unit| {
+            Comparison::new("w", json!({ "batch": 7 }), unit, &ours, &[slow.clone(), fast.clone()])
+        };
         let rate = row(Unit::PerSecond("images"));
         // Ratios of the rounds: 3, 1.5, 4.
         assert_eq!((rate.ratio, rate.ratio_min, rate.ratio_max), (Some(3.), Some(1.5), Some(4.)));
@@ -284,15 +285,16 @@ mod tests {
     #[test]
     fn sides_that_do_unequal_amounts_are_compared_by_amount() {
         let peer = ("peer".to_owned(), None, turns(&[1.], 5.));
-        let row = Row::new("w", json!({}), Unit::PerSecond("images"), &turns(&[1.], 10.), &[peer]);
+        let row =
+            Comparison::new("w", json!({}), Unit::PerSecond("images"), &turns(&[1.], 10.), &[peer]);
         assert_eq!(row.ratio, Some(2.));
     }
 
     #[test]
-    fn without_a_peer_ours_stands_alone() {
-        let row = Row::new("w", json!({}), Unit::Seconds, &turns(&[2., 1.], 1.), &[]);
+    fn without_a_peer_there_is_no_ratio() {
+        let row = Comparison::new("w", json!({}), Unit::Seconds, &turns(&[2., 1.], 1.), &[]);
         assert_eq!((row.ours, row.ratio, row.peer_name.as_deref()), (1.5, None, None));
         assert!(serde_json::to_value(&row).expect("JSON")["ratio"].is_null());
-        assert!(Report::new(true).finish().is_err());
+        assert!(Table::new(true).finish().is_err());
     }
 }
