@@ -1,4 +1,4 @@
-//! A finished run tells the clusters of pictures that came later.
+//! A finished run assigns clusters to pictures that came later.
 
 use std::fs;
 use std::path::Path;
@@ -16,27 +16,28 @@ fn predict(bench: &Bench, pictures: &Path) -> Output {
     command.args(["--device", "cpu"]).output().expect("started")
 }
 
-/// Name and cluster of each picture, by name.
-fn table(output: &Output) -> Vec<(String, u32)> {
+/// Name, cluster and confidence of each picture, by name.
+fn table(output: &Output) -> Vec<(String, u32, f64)> {
     let stdout = String::from_utf8_lossy(&output.stdout);
     let line = stdout.lines().find_map(|line| line.trim().strip_prefix("table: "));
     let text = fs::read_to_string(line.expect("a path")).expect("a table");
-    let mut rows: Vec<(String, u32)> = text
+    let mut rows: Vec<(String, u32, f64)> = text
         .lines()
         .skip(1)
         .map(|line| {
-            let [name, cluster, ..] = line.split(',').collect::<Vec<_>>()[..] else {
+            let [name, cluster, confidence, ..] = line.split(',').collect::<Vec<_>>()[..] else {
                 panic!("{line}")
             };
-            (name.to_owned(), cluster.parse().expect("a number"))
+            let number = |text: &str| text.parse().expect("a number");
+            (name.to_owned(), cluster.parse().expect("a cluster"), number(confidence))
         })
         .collect();
-    rows.sort();
+    rows.sort_by(|a, b| a.0.cmp(&b.0));
     rows
 }
 
 #[test]
-fn the_run_s_own_pictures_get_their_clusters_again_alone_and_together() {
+fn the_run_s_own_pictures_get_the_same_clusters_and_confidences_again() {
     for system in systems() {
         let bench = Bench::of(&system);
         bench.reproduce(&[]).unwrap_or_else(|error| panic!("{system}: {error:#}"));
@@ -50,24 +51,31 @@ fn the_run_s_own_pictures_get_their_clusters_again_alone_and_together() {
         assert!(output.status.success(), "{system}: {}", stderr(&output));
         assert!(String::from_utf8_lossy(&output.stdout).contains("90 images: ACC "));
         let found = table(&output);
-        assert_eq!(found, of_the_run(&bench, &system), "{system}");
+        let of_the_run = of_the_run(&bench, &system);
+        assert_eq!(found.len(), of_the_run.len(), "{system}");
+        for (found, of_the_run) in found.iter().zip(&of_the_run) {
+            assert_eq!((&found.0, found.1), (&of_the_run.0, of_the_run.1), "{system}");
+            // Four decimals are written.
+            assert!((found.2 - of_the_run.2).abs() < 2e-4, "{system}: {found:?} {of_the_run:?}");
+        }
 
-        // One of them, where no other has a say; and another time nothing runs.
+        // A single one of them gets the same cluster; the second time nothing runs.
         let alone = bench.path("alone");
         fs::create_dir(&alone).expect("created");
-        let (name, cluster) = &found[42];
+        let (name, cluster, _) = &found[42];
         fs::copy(bench.path("pictures").join(name), alone.join("one.png")).expect("copied");
         for _ in 0..2 {
             let output = predict(&bench, &alone);
             assert!(output.status.success(), "{system}: {}", stderr(&output));
             assert!(String::from_utf8_lossy(&output.stdout).contains("1 images: no ground truth"));
-            assert_eq!(table(&output), [("one.png".to_owned(), *cluster)], "{system}");
+            let [(found, alone, _)] = &table(&output)[..] else { panic!("{system}: one picture") };
+            assert_eq!((found.as_str(), alone), ("one.png", cluster), "{system}");
         }
     }
 }
 
-/// What the run itself found, by its own program and report.
-fn of_the_run(bench: &Bench, system: &str) -> Vec<(String, u32)> {
+/// The result of the run itself, by its own program and report.
+fn of_the_run(bench: &Bench, system: &str) -> Vec<(String, u32, f64)> {
     let run = bench.path("runs/tiny/0");
     let (place, round) = bench.steps().pop().expect("steps");
     let mut command = program("report");

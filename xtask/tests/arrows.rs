@@ -30,7 +30,7 @@ const ARROWS: [(&str, &[&str]); 24] = [
     ("imc-swav", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("icbpl", &["stage", "data", "assignment", "layers", "backbone", "training", "fixture"]),
     ("metrics", &["stage", "bench", "data", "assignment"]),
-    ("predict", &["stage", "data"]),
+    ("predict", &["stage", "data", "assignment"]),
     ("report", &["stage", "data"]),
     // All programs in one.
     (

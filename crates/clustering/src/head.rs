@@ -150,7 +150,7 @@ mod tests {
         let error = format!("{:#}", Head::read(folder.path(), other).expect_err("other extents"));
         assert!(error.contains("hidden.weight") && error.contains("[6, 5]"), "{error}");
 
-        head::write_centres(folder.path(), &[0.0; 6], 3, "spherical")?;
+        head::write_centres(folder.path(), &[0.0; 6], 3, data::head::CentreMetric::Cosine)?;
         let error = format!("{:#}", Head::read(folder.path(), SHAPE).expect_err("no network"));
         assert!(error.contains("centres"), "{error}");
         Ok(())

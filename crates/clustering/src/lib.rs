@@ -25,6 +25,7 @@ pub mod reliability;
 
 use anyhow::{Context, Result, bail, ensure};
 use assignment::{KMeans, Metric};
+use data::head::CentreMetric;
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -86,7 +87,7 @@ pub struct Clustering;
 impl Stage for Clustering {
     const SPEC: Spec = Spec {
         name: "clustering",
-        algorithm: 2,
+        algorithm: 3,
         inputs: &[
             Role::new("embeddings", Origin::Embeddings),
             Role::new("previous", Origin::PreviousRound),
@@ -183,11 +184,8 @@ impl Stage for Clustering {
         match &clusters.head {
             Some(head) => head.write(&job.out)?,
             None => {
-                let metric = match config.kmeans_metric {
-                    KMeansMetric::Spherical => "spherical",
-                    KMeansMetric::Euclidean => "euclidean",
-                };
-                data::head::write_centres(&job.out, &clusters.centres, job.data.clusters, metric)?;
+                let by = clusters.centre_metric;
+                data::head::write_centres(&job.out, &clusters.centres, job.data.clusters, by)?;
             }
         }
         PseudoLabels {
@@ -261,6 +259,8 @@ pub struct Clusters {
     pub prototypes: Vec<f32>,
     /// Centres of k-means, `(K, P)`.
     pub centres: Vec<f32>,
+    /// How they are compared with projections.
+    pub centre_metric: CentreMetric,
     /// The network that was kept; none when `heads` is 0.
     pub head: Option<Head>,
     /// Share of images whose cluster is that of the last round; none in the first.
@@ -336,11 +336,13 @@ pub fn cluster(
         m => assignment::nearest_neighbours(&unit_projection, n, projection_width, m)?,
     };
 
+    let centre_metric = centre_metric(rows, projection_width, config.kmeans_metric);
+
     // The networks, and which of them agrees best with itself on un-augmented images.
     let candidates = match config.heads {
         0 => {
-            let (centres, metric) = (&kmeans.centres, config.kmeans_metric);
-            let memberships = distance_memberships(rows, projection_width, centres, metric);
+            let centres = &kmeans.centres;
+            let memberships = distance_memberships(rows, projection_width, centres, centre_metric);
             let weight = config.entropy_weight;
             vec![Candidate::new(None, false, memberships, k, &neighbours, weight)]
         }
@@ -412,6 +414,7 @@ pub fn cluster(
         reliable,
         prototypes,
         centres: permute_rows(&kmeans.centres, projection_width, &kmeans_map),
+        centre_metric,
         head,
         stability,
         restarted_stability,
@@ -421,25 +424,40 @@ pub fn cluster(
 /// Where k-means stops: when the centres move by less than this share of the mean variance.
 const KMEANS_TOLERANCE: f64 = 1e-4;
 
-/// Memberships by distance to centres, where no network gives any: `N × K`.
+/// How memberships follow from the distance to centres, if no network is trained.
 ///
 /// `softmax_k(−‖x − c_k‖² / (2 τ s²))`, `τ = .1`. Spherical: rows and centres at unit length and
 /// `s = 1`, which is the softmax of `cos(x, c_k) / .1`. Euclidean: rows as they are, and `s²` the
 /// mean squared distance of the images from their mean, so that the scale of the rows does not
 /// matter; for unit-length rows around the origin the two are equal.
+fn centre_metric(rows: &[f32], width: usize, metric: KMeansMetric) -> CentreMetric {
+    match metric {
+        KMeansMetric::Spherical => CentreMetric::CosineSoftmax { temperature: CENTRE_TEMPERATURE },
+        KMeansMetric::Euclidean => {
+            let variance = variance(rows, width).max(f64::MIN_POSITIVE);
+            CentreMetric::DistanceSoftmax { temperature: 2.0 * CENTRE_TEMPERATURE * variance }
+        }
+    }
+}
+
+/// Memberships by distance to centres, `N × K`; see [`centre_metric`].
 fn distance_memberships(
     rows: &[f32],
     width: usize,
     centres: &[f32],
-    metric: KMeansMetric,
+    metric: CentreMetric,
 ) -> Vec<f32> {
-    let (rows, centres, variance) = match metric {
-        KMeansMetric::Spherical => {
-            (with_length(rows, width, 1.0), with_length(centres, width, 1.0), 1.0)
+    let (rows, centres, temperature) = match metric {
+        // Between unit rows, −‖x − c‖² / 2 is cos(x, c) up to a constant.
+        CentreMetric::CosineSoftmax { temperature } => {
+            (with_length(rows, width, 1.0), with_length(centres, width, 1.0), 2.0 * temperature)
         }
-        KMeansMetric::Euclidean => (rows.to_vec(), centres.to_vec(), variance(rows, width)),
+        CentreMetric::DistanceSoftmax { temperature } => {
+            (rows.to_vec(), centres.to_vec(), temperature)
+        }
+        CentreMetric::Cosine => unreachable!("`centre_metric` gives a softmax"),
     };
-    let scale = 1.0 / (2.0 * CENTRE_TEMPERATURE * variance.max(f64::MIN_POSITIVE));
+    let scale = 1.0 / temperature;
     let clusters = centres.len() / width;
     let mut memberships = Vec::with_capacity(rows.len() / width * clusters);
     for row in rows.chunks_exact(width) {
@@ -456,7 +474,7 @@ fn distance_memberships(
     memberships
 }
 
-/// Temperature of [`distance_memberships`].
+/// The temperature τ of [`centre_metric`].
 const CENTRE_TEMPERATURE: f64 = 0.1;
 
 /// Mean squared distance of rows from their mean.

@@ -1,23 +1,24 @@
-//! `head.safetensors`: what tells an embedding's cluster, for pictures that come later.
+//! `head.safetensors`: assigns an embedding to a cluster, also for pictures that come later.
 //!
 //! Kind `head`, format version 1. Header: `clusters`, K; `form`, one of
 //!
 //! - `network`: the clustering network. Tensors `hidden.weight (H, D)`, `hidden.bias (H,)`,
 //!   `output.weight (K, H)`, `output.bias (K,)`, all f32. Takes `backbone` rows of the embeddings,
-//!   scaled to length `√D`; ReLU lies between its layers.
-//! - `centres`: tensor `centres (K, P)` f32. Takes `projection` rows; the cluster is that of the
-//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. Written by ProPos, SeCu
-//!   and ICBPL, whose projection is its head's output, and by clustering where no network is
-//!   trained.
+//!   scaled to length `√D`; linear, ReLU, linear.
 //! - `classifier`: IMC-SwAV's. Tensors `hidden1`, `norm1`, `hidden2`, `norm2`, `output` with
 //!   `.weight` and `.bias`, the norms with `.running_mean` and `.running_var` too, all f32. Takes
-//!   `backbone` rows as they are: linear, batch norm, ReLU; the same again; linear.
+//!   `backbone` rows as they are; linear, batch norm, ReLU; the same again; linear.
+//! - `centres`: tensor `centres (K, P)` f32. Takes `projection` rows; the cluster is that of the
+//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. [`CentreMetric`] says how the
+//!   confidence is computed. Written by ProPos, SeCu and ICBPL, whose projection is the output of
+//!   their head, and by clustering if it trains no network.
 //!
-//! Output `k` of each is cluster `k` of the `pseudo-labels.safetensors` beside it.
+//! The confidence of the other forms is the softmax of the output. Output `k` is cluster `k` of the
+//! `pseudo-labels.safetensors` in the same folder.
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use stage::container::{self, Container, Header, Tensor};
 
 const KIND: &str = "head";
@@ -26,30 +27,87 @@ const VERSION: u64 = 1;
 /// File name of a head inside its stage's folder.
 pub const FILE: &str = "head.safetensors";
 
-/// Writes a head of one of the forms without a metric into `folder`.
+/// Writes a head of form `network` or `classifier` into `folder`.
 ///
 /// # Errors
 ///
-/// A value is not finite, or the file system refuses.
+/// A value is not finite, or the file cannot be written.
 pub fn write(folder: &Path, clusters: usize, form: &str, tensors: &[Tensor]) -> Result<()> {
     let header =
         [("clusters".to_owned(), clusters.into()), ("form".to_owned(), form.to_owned().into())];
     write_with(folder, Header::from(header), tensors)
 }
 
-/// Writes centres, `(K, P)` row by row, that are compared by `metric`.
+/// How a projection is compared with the centres, and how confidence follows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum CentreMetric {
+    /// By the cosine; the confidence is `(1 + cos) / 2`. Header: `metric` `spherical`.
+    Cosine,
+    /// By the cosine; the confidence is the softmax of `cos / temperature`. Header: `metric`
+    /// `spherical`, and `temperature`.
+    CosineSoftmax {
+        /// Above 0.
+        temperature: f64,
+    },
+    /// By the distance `d`; the confidence is the softmax of `−d² / temperature`. Header: `metric`
+    /// `euclidean`, and `temperature`.
+    DistanceSoftmax {
+        /// Above 0.
+        temperature: f64,
+    },
+}
+
+impl CentreMetric {
+    /// Reads the comparison from the header of a head of form `centres`.
+    ///
+    /// # Errors
+    ///
+    /// The metric is unknown, or the temperature is missing or not above 0.
+    pub fn of(file: &Container) -> Result<Self> {
+        let temperature = match file.header("temperature") {
+            Ok(value) => Some(value.as_f64().filter(|&t| t > 0.).with_context(|| {
+                format!("the temperature of its confidence is {value}; it must be above 0")
+            })?),
+            Err(_) => None,
+        };
+        Ok(match (file.header_text("metric")?, temperature) {
+            ("spherical", None) => Self::Cosine,
+            ("spherical", Some(temperature)) => Self::CosineSoftmax { temperature },
+            ("euclidean", Some(temperature)) => Self::DistanceSoftmax { temperature },
+            ("euclidean", None) => {
+                bail!("it has no `temperature`, so it is of an older version; cluster again")
+            }
+            (metric, _) => bail!(
+                "its metric `{metric}` is unknown; use the `predict` of the version that wrote it"
+            ),
+        })
+    }
+}
+
+/// Writes the centres `(K, P)`, row by row, into `folder`.
 ///
 /// # Errors
 ///
-/// A value is not finite, or the file system refuses.
-pub fn write_centres(folder: &Path, centres: &[f32], clusters: usize, metric: &str) -> Result<()> {
-    let header = [
+/// A value is not finite, or the file cannot be written.
+pub fn write_centres(
+    folder: &Path,
+    centres: &[f32],
+    clusters: usize,
+    by: CentreMetric,
+) -> Result<()> {
+    let (metric, temperature) = match by {
+        CentreMetric::Cosine => ("spherical", None),
+        CentreMetric::CosineSoftmax { temperature } => ("spherical", Some(temperature)),
+        CentreMetric::DistanceSoftmax { temperature } => ("euclidean", Some(temperature)),
+    };
+    let mut header = Header::from([
         ("clusters".to_owned(), clusters.into()),
         ("form".to_owned(), "centres".into()),
-        ("metric".to_owned(), metric.to_owned().into()),
-    ];
+        ("metric".to_owned(), metric.into()),
+    ]);
+    header.extend(temperature.map(|temperature| ("temperature".to_owned(), temperature.into())));
     let shape = [clusters, centres.len() / clusters];
-    write_with(folder, Header::from(header), &[Tensor::f32("centres", &shape, centres)])
+    write_with(folder, header, &[Tensor::f32("centres", &shape, centres)])
 }
 
 fn write_with(folder: &Path, header: Header, tensors: &[Tensor]) -> Result<()> {
@@ -73,7 +131,15 @@ mod tests {
     fn heads_are_read_as_written() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let values = [1., 0., 0.5, -0.5, 0.25, 3.];
-        write_centres(folder.path(), &values, 2, "spherical")?;
+        for by in [
+            CentreMetric::Cosine,
+            CentreMetric::CosineSoftmax { temperature: 0.1 },
+            CentreMetric::DistanceSoftmax { temperature: 2.5 },
+        ] {
+            write_centres(folder.path(), &values, 2, by)?;
+            assert_eq!(CentreMetric::of(&open(folder.path())?)?, by);
+        }
+        write_centres(folder.path(), &values, 2, CentreMetric::Cosine)?;
         let file = open(folder.path())?;
         assert_eq!(file.header_number("clusters")?, 2);
         assert_eq!(
@@ -89,8 +155,25 @@ mod tests {
             (file.header_text("form")?, file.f32("output.bias")?),
             ("classifier", values.to_vec())
         );
-        let message = write_centres(folder.path(), &[f32::NAN, 1.], 2, "spherical");
+        let message = write_centres(folder.path(), &[f32::NAN, 1.], 2, CentreMetric::Cosine);
         assert!(format!("{:#}", message.expect_err("not a number")).contains("writing the head"));
+        Ok(())
+    }
+
+    #[test]
+    fn an_unknown_comparison_is_refused() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        for (metric, temperature, want) in [
+            ("manhattan", None, "metric `manhattan`"),
+            ("euclidean", None, "older version"),
+            ("spherical", Some(0.), "above 0"),
+        ] {
+            let mut header = Header::from([("metric".to_owned(), metric.into())]);
+            header.extend(temperature.map(|t| ("temperature".to_owned(), serde_json::json!(t))));
+            write_with(folder.path(), header, &[])?;
+            let error = CentreMetric::of(&open(folder.path())?).expect_err("unknown").to_string();
+            assert!(error.contains(want), "{error}");
+        }
         Ok(())
     }
 }

@@ -7,10 +7,21 @@
 //! | `index` | `(M,)` u32 | the pictures, as ascending rows of `images.safetensors` |
 //! | `assignment` | `(M,)` u32 | cluster of each, by the clustering network |
 //! | `kmeans-assignment` | `(M,)` u32 | cluster of each, by k-means on the same embeddings |
-//! | `confidence` | `(M,)` f32 | probability that the network gives its cluster, in `[0, 1]` |
+//! | `confidence` | `(M,)` f32 | how sure the method is of its cluster, in `[0, 1]`, see below |
 //! | `score` | `(M,)` f32 | confidence × share of neighbours in the same cluster, in `[0, 1]` |
 //! | `reliable` | `(M,)` u8 | 1 if the assignment may be trained on |
 //! | `prototypes` | `(K, P)` f32 | centre of each cluster among the projections |
+//!
+//! `confidence` has the unit of its method; `predict` computes it in the same way:
+//!
+//! - clustering network, IMC-SwAV: the probability of the cluster, a softmax of the output.
+//! - SeCu: the softmax of `cos / temperature` over the centres, at the temperature of training.
+//! - ProPos, clustering without a network: the softmax of `cos / 0.1` over the centres; with
+//!   Euclidean k-means of `−d² / T` instead, where `T` is 0.2 times the variance of the projections.
+//! - ICBPL: `(1 + cos) / 2` of the nearest centre.
+//!
+//! So confidences order the pictures of one result, and compare results of one method. Only the
+//! first is trained to be a probability; `metrics.json` says how far it agrees with the truth.
 //!
 //! Header: `images` and `fingerprint` of the whole data set, see [`DataSet`]; `clusters`, K; and, where it
 //! was measured, `stability`, the share of pictures whose cluster by a freshly started network is
@@ -41,7 +52,7 @@ pub struct PseudoLabels {
     pub assignment: Vec<u32>,
     /// Cluster of each picture by k-means, `M`.
     pub kmeans_assignment: Vec<u32>,
-    /// Probability that the clustering network gives its cluster, `M`, in `[0, 1]`.
+    /// How sure the method is of each assignment, `M`, in `[0, 1]`; see the [module](self).
     pub confidence: Vec<f32>,
     /// Confidence × share of neighbours in the same cluster, `M`, in `[0, 1]`.
     pub score: Vec<f32>,

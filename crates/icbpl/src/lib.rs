@@ -30,7 +30,8 @@ pub mod network;
 use anyhow::{Context, Result, ensure};
 use assignment::{KMeans, Metric, nearest_neighbours, nearest_neighbours_and_self};
 use candle_core::{Device, Tensor};
-use data::{Found, Images, Loader, PseudoLabels, head};
+use data::head::{self, CentreMetric};
+use data::{Found, Images, Loader, PseudoLabels};
 use layers::{Mode, Modes};
 use rand::RngExt;
 use serde_json::json;
@@ -123,7 +124,8 @@ impl Stage for Icbpl {
         run.finish(&networks, &config.configuration()?)?;
 
         let found = predict(config, &images, &mut networks, job, &device)?;
-        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        let by = CentreMetric::Cosine;
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
     }
 }

@@ -1,155 +1,95 @@
-//! What `head.safetensors` computes: from a row of embeddings to a cluster and how sure it is.
+//! Applies `head.safetensors`: from a row of embeddings to a cluster and a confidence.
 //!
-//! The forms are those of [`data::head`]. Each is a chain of layers that ends in a number for every
-//! cluster, the largest of which is taken, the lowest cluster of equals.
+//! [`data::head`] specifies the forms of a head. Each gives one value per cluster; the largest value
+//! decides, the lowest cluster of equals. The confidence is computed as in the run that wrote the
+//! head, so a picture of the run gets the same confidence here as in the run's pseudo-labels.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{D, Device, Tensor};
+use assignment::argmax_rows;
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::func::Func;
+use candle_nn::{Linear, Module, ModuleT, VarBuilder, batch_norm, func, linear};
+use data::head::CentreMetric;
 use data::{Embeddings, Space};
 use stage::container::Container;
 
-/// A head, ready to be applied.
+/// A head that is read and checked.
 #[derive(Debug)]
 pub struct Head {
     /// Width of the rows that it takes.
     pub width: usize,
     space: Space,
     clusters: usize,
-    layers: Vec<Layer>,
-    sureness: Sureness,
+    network: Func<'static>,
+    confidence: Confidence,
     file: String,
 }
 
-#[derive(Debug)]
-enum Layer {
-    /// Rows made this long.
-    Length(f64),
-    /// `x Wᵀ + b`, with `Wᵀ` of `(inputs, outputs)`.
-    Linear(Tensor, Tensor),
-    /// `x ∘ scale + shift`: batch norm on its running statistics.
-    Norm(Tensor, Tensor),
-    Relu,
-}
-
-/// What the numbers of the clusters say of the picture.
+/// How the confidence follows from the values of the clusters.
 #[derive(Debug, Clone, Copy)]
-enum Sureness {
-    /// Logits: the softmax.
-    Softmax,
-    /// Cosines: `(1 + cos) / 2`.
+enum Confidence {
+    /// The softmax of the values divided by this temperature.
+    Softmax(f64),
+    /// `(1 + v) / 2` of the largest value, a cosine.
     Cosine,
-    /// `2 x·c − |c|²`, which is `|x|² − d²` for the distance `d`: `1 / (1 + d²)`.
-    Distance,
 }
 
 /// The clusters of some pictures.
 #[derive(Debug, Default, PartialEq)]
 pub struct Predictions {
-    /// Cluster of each.
+    /// Cluster of each picture.
     pub assignment: Vec<u32>,
-    /// Of each, in `[0, 1]`: for a network the probability of its cluster; for centres
-    /// `(1 + cos) / 2` of the nearest, or `1 / (1 + d²)` where distances are Euclidean.
+    /// Confidence of each picture, in `[0, 1]`; [`data::pseudo_labels`] says what it means.
     pub confidence: Vec<f32>,
 }
-
-impl Predictions {
-    /// Puts others behind these.
-    pub fn extend(&mut self, others: Self) {
-        self.assignment.extend(others.assignment);
-        self.confidence.extend(others.confidence);
-    }
-}
-
-/// As in the networks that trained: PyTorch's.
-const NORM_EPSILON: f64 = 1e-5;
 
 impl Head {
     /// Reads the head in `folder`.
     ///
     /// # Errors
     ///
-    /// The file is missing or damaged, of an unknown form, or its tensors do not fit together.
+    /// The file is missing or damaged, of an unknown form, or its tensors contradict each other.
     pub fn open(folder: &Path) -> Result<Self> {
         let file = data::head::open(folder)?;
-        let (layers, space, sureness) = match (
-            file.header_text("form")?,
-            file.header_text("metric"),
-        ) {
-            ("network", _) => {
-                let width = extents(&file, "hidden.weight")?[1];
-                let layers = vec![
-                    Layer::Length((width as f64).sqrt()),
-                    linear(&file, "hidden")?,
-                    Layer::Relu,
-                    linear(&file, "output")?,
-                ];
-                (layers, Space::Backbone, Sureness::Softmax)
-            }
-            ("classifier", _) => {
-                let layers = vec![
-                    linear(&file, "hidden1")?,
-                    norm(&file, "norm1")?,
-                    Layer::Relu,
-                    linear(&file, "hidden2")?,
-                    norm(&file, "norm2")?,
-                    Layer::Relu,
-                    linear(&file, "output")?,
-                ];
-                (layers, Space::Backbone, Sureness::Softmax)
-            }
-            ("centres", Ok("spherical")) => {
-                let centres = unit_rows(&matrix(&file, "centres")?, 1.)?;
-                let none = Tensor::zeros(centres.dims()[0], centres.dtype(), &Device::Cpu)?;
-                let layers =
-                    vec![Layer::Length(1.), Layer::Linear(centres.t()?.contiguous()?, none)];
-                (layers, Space::Projection, Sureness::Cosine)
-            }
-            ("centres", Ok("euclidean")) => {
-                let centres = matrix(&file, "centres")?;
-                let shift = centres.sqr()?.sum(D::Minus1)?.neg()?;
-                let layers = vec![Layer::Linear((centres.t()?.contiguous()? * 2.)?, shift)];
-                (layers, Space::Projection, Sureness::Distance)
-            }
-            (form, metric) => bail!(
-                "`{}` holds a head of form `{form}`{}, which this program does not know; take the \
-                 `predict` of the version that wrote it",
-                file.path().display(),
-                metric.map(|metric| format!(" with metric `{metric}`")).unwrap_or_default()
-            ),
-        };
-        let mut widths = layers.iter().filter_map(|layer| match layer {
-            Layer::Linear(weight, _) => Some((weight.dims()[0], weight.dims()[1])),
-            _ => None,
-        });
-        let first = widths.next().context("every form has a linear layer")?;
-        let last = widths.try_fold(first, |before, after| {
-            (before.1 == after.0).then_some((before.0, after.1)).with_context(|| {
-                format!(
-                    "`{}`: a layer gives {} values to one that takes {}",
-                    file.path().display(),
-                    before.1,
-                    after.0
-                )
-            })
-        })?;
+        let name = file.path().display().to_string();
         let clusters = usize::try_from(file.header_number("clusters")?)?;
-        ensure!(
-            last.1 == clusters,
-            "`{}` says that there are {clusters} clusters, but tells {} apart; cluster again",
-            file.path().display(),
-            last.1
-        );
-        let file = file.path().display().to_string();
-        Ok(Self { width: first.0, space, clusters, layers, sureness, file })
+        Self::read(&file, clusters).with_context(|| format!("reading the head `{name}`"))
     }
 
-    /// Fails unless it tells `clusters` clusters apart.
-    ///
-    /// # Errors
-    ///
-    /// There are others.
+    fn read(file: &Container, clusters: usize) -> Result<Self> {
+        let (width, space, network, confidence) = match file.header_text("form")? {
+            "network" => {
+                let (width, network) = clustering_network(file, clusters)?;
+                (width, Space::Backbone, network, Confidence::Softmax(1.))
+            }
+            "classifier" => {
+                let (width, network) = classifier(file, clusters)?;
+                (width, Space::Backbone, network, Confidence::Softmax(1.))
+            }
+            "centres" => {
+                let nearest = CentreMetric::of(file)?;
+                let confidence = match nearest {
+                    CentreMetric::Cosine => Confidence::Cosine,
+                    CentreMetric::CosineSoftmax { temperature }
+                    | CentreMetric::DistanceSoftmax { temperature } => {
+                        Confidence::Softmax(temperature)
+                    }
+                };
+                let (width, network) = centres(file, clusters, nearest)?;
+                (width, Space::Projection, network, confidence)
+            }
+            form => bail!(
+                "its form `{form}` is unknown; use the `predict` of the version that wrote it"
+            ),
+        };
+        let file = file.path().display().to_string();
+        Ok(Self { width, space, clusters, network, confidence, file })
+    }
+
+    /// Fails unless the head has `clusters` clusters, as the experiment says.
     pub fn require_clusters(&self, clusters: usize) -> Result<()> {
         ensure!(
             self.clusters == clusters,
@@ -161,7 +101,7 @@ impl Head {
         Ok(())
     }
 
-    /// The rows that it takes, and their width.
+    /// Returns the rows of `embeddings` that the head takes, and their width.
     pub fn rows_of<'a>(&self, embeddings: &'a Embeddings) -> (&'a [f32], usize) {
         match self.space {
             Space::Backbone => (&embeddings.backbone, embeddings.width),
@@ -169,7 +109,7 @@ impl Head {
         }
     }
 
-    /// What it takes, in a word.
+    /// Returns what the rows are called in messages.
     pub fn space_name(&self) -> &'static str {
         match self.space {
             Space::Backbone => "embeddings",
@@ -177,90 +117,102 @@ impl Head {
         }
     }
 
-    /// The clusters of some rows, one after the other.
+    /// Returns cluster and confidence of each row.
     ///
     /// # Errors
     ///
-    /// They are not of its width.
+    /// `rows` is not a matrix of the head's width, or holds a number that is not finite.
     pub fn predict(&self, rows: &[f32]) -> Result<Predictions> {
         let rows = Tensor::from_slice(rows, (rows.len() / self.width, self.width), &Device::Cpu)?;
-        let mut values = rows.clone();
-        for layer in &self.layers {
-            values = match layer {
-                Layer::Length(length) => unit_rows(&values, *length)?,
-                Layer::Linear(weight, bias) => values.matmul(weight)?.broadcast_add(bias)?,
-                Layer::Norm(scale, shift) => values.broadcast_mul(scale)?.broadcast_add(shift)?,
-                Layer::Relu => values.maximum(0.)?,
-            };
-        }
-        let squares = rows.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?;
-        let mut found = Predictions::default();
-        for (row, square) in values.to_vec2::<f32>()?.into_iter().zip(squares) {
-            let mut largest = 0;
-            for cluster in 1..row.len() {
-                if row[cluster] > row[largest] {
-                    largest = cluster;
+        let values = self.network.forward(&rows)?.flatten_all()?.to_vec1::<f32>()?;
+        let (assignment, largest) = argmax_rows(&values, self.clusters)?;
+        let confidence = |(row, &largest): (&[f32], &f32)| {
+            let largest = f64::from(largest);
+            let confidence = match self.confidence {
+                Confidence::Softmax(temperature) => {
+                    let relative = |&v: &f32| ((f64::from(v) - largest) / temperature).exp();
+                    1. / row.iter().map(relative).sum::<f64>()
                 }
-            }
-            let best = f64::from(row[largest]);
-            let sure = match self.sureness {
-                Sureness::Softmax => {
-                    1. / row.iter().map(|&value| (f64::from(value) - best).exp()).sum::<f64>()
-                }
-                Sureness::Cosine => (1. + best) / 2.,
-                Sureness::Distance => 1. / (1. + (f64::from(square) - best).max(0.)),
+                Confidence::Cosine => (1. + largest) / 2.,
             };
-            found.assignment.push(largest as u32);
-            found.confidence.push(sure.clamp(0., 1.) as f32);
-        }
-        Ok(found)
+            confidence.clamp(0., 1.) as f32
+        };
+        let confidence = values.chunks_exact(self.clusters).zip(&largest).map(confidence).collect();
+        Ok(Predictions { assignment, confidence })
     }
 }
 
-/// Rows of this length; a row of zeros stays one.
-fn unit_rows(rows: &Tensor, length: f64) -> candle_core::Result<Tensor> {
-    let lengths = rows.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-24)?.sqrt()?;
-    rows.broadcast_div(&lengths)? * length
+/// The clustering network: rows of length `√D`, linear, ReLU, linear.
+fn clustering_network(file: &Container, clusters: usize) -> Result<(usize, Func<'static>)> {
+    let weights = weights(file)?;
+    let [hidden, width] = matrix(file, "hidden.weight")?;
+    let first = linear(width, hidden, weights.pp("hidden"))?;
+    let output = linear(hidden, clusters, weights.pp("output"))?;
+    let length = (width as f64).sqrt();
+    let network =
+        move |rows: &Tensor| output.forward(&first.forward(&(unit_rows(rows)? * length)?)?.relu()?);
+    Ok((width, func(network)))
 }
 
-fn linear(file: &Container, name: &str) -> Result<Layer> {
-    let weight = matrix(file, &format!("{name}.weight"))?;
-    let bias = vector(file, &format!("{name}.bias"), weight.dims()[0])?;
-    Ok(Layer::Linear(weight.t()?.contiguous()?, bias))
+/// IMC-SwAV's classifier: linear, batch norm, ReLU; the same again; linear.
+fn classifier(file: &Container, clusters: usize) -> Result<(usize, Func<'static>)> {
+    let weights = weights(file)?;
+    let [hidden_1, width] = matrix(file, "hidden1.weight")?;
+    let [hidden_2, _] = matrix(file, "hidden2.weight")?;
+    let linear_1 = linear(width, hidden_1, weights.pp("hidden1"))?;
+    let norm_1 = batch_norm(hidden_1, NORM_EPSILON, weights.pp("norm1"))?;
+    let linear_2 = linear(hidden_1, hidden_2, weights.pp("hidden2"))?;
+    let norm_2 = batch_norm(hidden_2, NORM_EPSILON, weights.pp("norm2"))?;
+    let output = linear(hidden_2, clusters, weights.pp("output"))?;
+    let network = move |rows: &Tensor| {
+        let rows = norm_1.forward_t(&linear_1.forward(rows)?, false)?.relu()?;
+        output.forward(&norm_2.forward_t(&linear_2.forward(&rows)?, false)?.relu()?)
+    };
+    Ok((width, func(network)))
 }
 
-/// Batch norm on its running statistics.
-fn norm(file: &Container, name: &str) -> Result<Layer> {
-    let width = file.f32(&format!("{name}.weight"))?.len();
-    let part = |part: &str| vector(file, &format!("{name}.{part}"), width);
-    let (variance, mean) = (part("running_var")?, part("running_mean")?);
-    let scale = (part("weight")? / (variance + NORM_EPSILON)?.sqrt()?)?;
-    let shift = (part("bias")? - (mean * &scale)?)?;
-    Ok(Layer::Norm(scale, shift))
+/// The ε of batch norm in the networks that were trained.
+const NORM_EPSILON: f64 = 1e-5;
+
+/// Centres: the cosine `x·c / (|x||c|)`, or `2 x·c − |c|²`, which is `|x|² − d²` for the distance `d`.
+fn centres(file: &Container, clusters: usize, by: CentreMetric) -> Result<(usize, Func<'static>)> {
+    let [_, width] = matrix(file, "centres")?;
+    let centres = weights(file)?.get((clusters, width), "centres")?;
+    let network = match by {
+        CentreMetric::Cosine | CentreMetric::CosineSoftmax { .. } => {
+            let cosines = Linear::new(unit_rows(&centres)?, None);
+            func(move |rows| cosines.forward(&unit_rows(rows)?))
+        }
+        CentreMetric::DistanceSoftmax { .. } => {
+            let bias = centres.sqr()?.sum(D::Minus1)?.neg()?;
+            let products = Linear::new((centres * 2.)?, Some(bias));
+            func(move |rows| products.forward(rows))
+        }
+    };
+    Ok((width, network))
 }
 
-fn matrix(file: &Container, name: &str) -> Result<Tensor> {
-    let [rows, columns] = extents(file, name)?;
-    Ok(Tensor::from_vec(file.f32(name)?, (rows, columns), &Device::Cpu)?)
+/// Scales rows to unit length; a row of zeros stays.
+fn unit_rows(rows: &Tensor) -> candle_core::Result<Tensor> {
+    rows.broadcast_div(&rows.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-24)?.sqrt()?)
 }
 
-fn extents(file: &Container, name: &str) -> Result<[usize; 2]> {
-    let shape = file.shape(name)?;
-    match shape[..] {
+/// Reads all tensors of a head.
+fn weights(file: &Container) -> Result<VarBuilder<'static>> {
+    let tensor = |name: &str| -> Result<(String, Tensor)> {
+        let tensor = Tensor::from_vec(file.f32(name)?, file.shape(name)?, &Device::Cpu)?;
+        Ok((name.to_owned(), tensor))
+    };
+    let tensors = file.names().map(tensor).collect::<Result<HashMap<_, _>>>()?;
+    Ok(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu))
+}
+
+/// Returns the shape of a matrix that is not empty.
+fn matrix(file: &Container, name: &str) -> Result<[usize; 2]> {
+    match *file.shape(name)? {
         [rows, columns] if rows > 0 && columns > 0 => Ok([rows, columns]),
-        _ => bail!("tensor `{name}` of `{}` is no matrix but {shape:?}", file.path().display()),
+        ref shape => bail!("tensor `{name}` has the shape {shape:?}; it must be a matrix"),
     }
-}
-
-fn vector(file: &Container, name: &str, length: usize) -> Result<Tensor> {
-    let values = file.f32(name)?;
-    ensure!(
-        values.len() == length,
-        "tensor `{name}` of `{}` has {} values, not {length}",
-        file.path().display(),
-        values.len()
-    );
-    Ok(Tensor::from_vec(values, length, &Device::Cpu)?)
 }
 
 #[cfg(test)]
@@ -314,26 +266,35 @@ mod tests {
         let folder = tempfile::tempdir()?;
         // (1, 0.4) is nearer to (1, 1) by angle, to (1.2, 0) by distance.
         let centres = [3., 3., 1.2, 0.];
-        head::write_centres(folder.path(), &centres, 2, "spherical")?;
-        let found = Head::open(folder.path())?.predict(&[1., 0.45])?;
-        let cosine = 1.45 / (2f32 * (1. + 0.45 * 0.45)).sqrt();
+        let predict = |by| -> Result<Predictions> {
+            head::write_centres(folder.path(), &centres, 2, by)?;
+            let head = Head::open(folder.path())?;
+            assert_eq!((head.width, head.space_name()), (2, "projections"));
+            head.predict(&[1., 0.45])
+        };
+        let cosines = [1.45 / (2f32 * (1. + 0.45 * 0.45)).sqrt(), 1. / (1f32 + 0.45 * 0.45).sqrt()];
+        let softmax = |own: f32, other: f32| 1. / (1. + (other - own).exp());
+
+        let found = predict(CentreMetric::Cosine)?;
         assert_eq!(found.assignment, [0]);
-        assert_near(&found.confidence, &[(1. + cosine) / 2.]);
-        head::write_centres(folder.path(), &centres, 2, "euclidean")?;
-        let head = Head::open(folder.path())?;
-        let found = head.predict(&[1., 0.45])?;
-        assert_eq!((found.assignment, head.space_name()), (vec![1], "projections"));
-        assert_near(&found.confidence, &[1. / (1. + 0.04 + 0.45 * 0.45)]);
+        assert_near(&found.confidence, &[(1. + cosines[0]) / 2.]);
+        let found = predict(CentreMetric::CosineSoftmax { temperature: 0.1 })?;
+        assert_eq!(found.assignment, [0]);
+        assert_near(&found.confidence, &[softmax(10. * cosines[0], 10. * cosines[1])]);
+        let found = predict(CentreMetric::DistanceSoftmax { temperature: 4. })?;
+        assert_eq!(found.assignment, [1]);
+        let squares = [4. + 2.55 * 2.55, 0.04 + 0.45 * 0.45];
+        assert_near(&found.confidence, &[softmax(-squares[1] / 4., -squares[0] / 4.)]);
         Ok(())
     }
 
-    /// Of width 1 all along: `x ↦ 2x + 1 ↦ 2 (· − 3) + 1 ↦ relu ↦ 10 − · ↦ · / 2 ↦ relu ↦ ± (· − 1)`.
+    /// All layers of width 1: `x ↦ 2x + 1 ↦ 2 (· − 3) + 1 ↦ relu ↦ 10 − · ↦ · / 2 ↦ relu ↦ ± (· − 1)`.
     #[test]
     fn a_classifier_is_linear_norm_and_relu_twice_then_linear() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let one = |name: &'static str, value: &'static [f32]| Named::f32(name, &[1], value);
         let weight = |name: &'static str, value: &'static [f32]| Named::f32(name, &[1, 1], value);
-        // The first is so small that the ε beside it counts: `2 √(3·10⁻⁵ + ε) / √(3·10⁻⁵ + ε)` is 2.
+        // The first variance is so small that ε matters: `2 √(3·10⁻⁵ + ε) / √(3·10⁻⁵ + ε)` is 2.
         let (small, four) = ([3e-5f32], [4f32 - 1e-5]);
         let weight_1 = [2. * 4e-5f32.sqrt()];
         head::write(
@@ -367,11 +328,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_head_is_refused() -> Result<()> {
+    fn an_unusable_head_is_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let message = || format!("{:#}", Head::open(folder.path()).expect_err("no head"));
-        head::write_centres(folder.path(), &[1., 0.], 2, "manhattan")?;
-        assert!(message().contains("metric `manhattan`"), "{}", message());
+        let message = || format!("{:#}", Head::open(folder.path()).expect_err("unusable"));
         head::write(folder.path(), 2, "tree", &[])?;
         assert!(message().contains("form `tree`"), "{}", message());
         let network = |hidden: usize, clusters: usize| {
@@ -388,14 +347,18 @@ mod tests {
                 ],
             )
         };
-        for (hidden, shape) in [(0, "[0, 2]"), (5, "5 values")] {
-            network(hidden, 3)?;
-            assert!(message().contains(shape), "{}", message());
+        network(0, 3)?;
+        assert!(message().contains("`hidden.weight` has the shape [0, 2]"), "{}", message());
+        // The second layer of the file takes 4 values and gives 3.
+        for (hidden, clusters, want) in [(5, 3, "[3, 5]"), (4, 2, "[2, 4]")] {
+            network(hidden, clusters)?;
+            let message = message();
+            assert!(message.contains("output.weight") && message.contains(want), "{message}");
+            assert!(
+                message.contains("[3, 4]") && message.contains("head.safetensors"),
+                "{message}"
+            );
         }
-        network(5, 3)?;
-        assert!(message().contains("gives 5 values to one that takes 4"), "{}", message());
-        network(4, 2)?;
-        assert!(message().contains("says that there are 2 clusters"), "{}", message());
         network(4, 3)?;
         Head::open(folder.path())?;
         Ok(())

@@ -1,34 +1,35 @@
-//! Predict: which clusters pictures belong to that came after the training.
+//! Predict: assigns pictures that came after the training to the clusters of a run.
 //!
-//! A run leaves a network and a head. `embed` tells what the network makes of other pictures; this
-//! program tells what the head makes of that. Nothing is trained, and no picture has a say in the
-//! cluster of another: one picture is enough.
+//! A run leaves a network and a head. `embed` computes embeddings of the new pictures with the
+//! network; this program applies the head to them. Nothing is trained, and each picture is assigned
+//! independently: one picture is enough.
 //!
 //! Reads `embeddings.safetensors` from the role `embeddings` and `head.safetensors` from the role
 //! `head`. Writes `pseudo-labels.safetensors`, which `metrics` and `report` read like those of a
-//! run: every picture counts as reliable, the score is the confidence, the assignment stands for that
-//! of k-means too, which does not run, and a prototype is the unit-length mean of its pictures'
-//! projections, or zeros where there is none.
+//! run. There every picture is reliable, the score is the confidence, and the k-means assignment is
+//! the assignment, as no k-means runs. A prototype is the unit-length mean of the projections of its
+//! pictures, or zeros if it has none.
 //!
-//! It knows no picture, no network and no method: what can be a head, [`head`] says.
+//! It knows no picture, no network and no method. [`head`] reads what a method left.
 
 pub mod head;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use assignment::prototypes;
 use data::{Embeddings, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job, Origin, Role, Spec, Stage};
 
 use crate::head::{Head, Predictions};
 
-/// The table `[predict]`: it has no values, the head says everything.
+/// The table `[predict]`. It has no values: the head determines everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {}
 
-/// Pictures that are looked at in one go.
+/// Pictures that pass through the head at once.
 const AT_ONCE: usize = 4096;
 
 /// The stage: see the documentation of the crate.
@@ -37,7 +38,7 @@ pub struct Predict;
 impl Stage for Predict {
     const SPEC: Spec = Spec {
         name: "predict",
-        algorithm: 1,
+        algorithm: 2,
         inputs: &[
             Role::new("head", Origin::PseudoLabels),
             Role::new("embeddings", Origin::Embeddings),
@@ -46,11 +47,7 @@ impl Stage for Predict {
     };
     type Config = Config;
 
-    /// Opens the head, where it exists already.
-    ///
-    /// # Errors
-    ///
-    /// It is not usable, or has another number of clusters than the experiment.
+    /// Opens the head if it exists already, and checks its number of clusters.
     fn check(_: &Config, job: &Job) -> Result<Effort> {
         if let Some(folder) = job.optional_input("head")
             && folder.join(data::head::FILE).exists()
@@ -60,11 +57,7 @@ impl Stage for Predict {
         Ok(Effort::NONE)
     }
 
-    /// Files in, a file out.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign, or the head takes rows of another width.
+    /// Applies the head to the embeddings and writes the pseudo-labels.
     fn run(_: &Config, job: &Job) -> Result<()> {
         let head = Head::open(job.input("head")?)?;
         head.require_clusters(job.data.clusters)?;
@@ -82,11 +75,15 @@ impl Stage for Predict {
         );
         let mut found = Predictions::default();
         for rows in rows.chunks(AT_ONCE * width) {
-            found.extend(head.predict(rows)?);
+            let part = head.predict(rows)?;
+            found.assignment.extend(part.assignment);
+            found.confidence.extend(part.confidence);
         }
         let Embeddings { data_set, index, projection_width, projection, .. } = embeddings;
         let clusters = job.data.clusters;
-        let prototypes = means(&projection, projection_width, &found.assignment, clusters);
+        let weights = vec![1.; index.len()];
+        let prototypes =
+            prototypes(&projection, projection_width, &found.assignment, &weights, clusters)?;
         PseudoLabels {
             data_set,
             clusters,
@@ -104,28 +101,13 @@ impl Stage for Predict {
     }
 }
 
-/// The unit-length mean of each cluster's rows, `(K, P)`; zeros where there are none.
-fn means(rows: &[f32], width: usize, assignment: &[u32], clusters: usize) -> Vec<f32> {
-    let mut sums = vec![0f64; clusters * width];
-    for (row, &cluster) in rows.chunks_exact(width).zip(assignment) {
-        let sum = &mut sums[cluster as usize * width..][..width];
-        sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
-    }
-    for sum in sums.chunks_exact_mut(width) {
-        let length = sum.iter().map(|value| value * value).sum::<f64>().sqrt();
-        if length > 0. {
-            sum.iter_mut().for_each(|value| *value /= length);
-        }
-    }
-    sums.into_iter().map(|value| value as f32).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
     use data::DataSet;
+    use data::head::CentreMetric;
     use stage::DataTable;
 
     use super::*;
@@ -162,10 +144,10 @@ mod tests {
         let folder = tempfile::tempdir()?;
         write_embeddings(folder.path())?;
         let centres = [0., 2., 3., 0., -1., 0.];
-        data::head::write_centres(folder.path(), &centres, 3, "spherical")?;
+        data::head::write_centres(folder.path(), &centres, 3, CentreMetric::Cosine)?;
         Predict::run(&Config {}, &job(folder.path(), 3))?;
         let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?;
-        // The last is at right angles to two centres: the lower number.
+        // The last is orthogonal to two centres: the lower number wins.
         assert_eq!((found.assignment, found.index), (vec![0, 1, 1], vec![0, 2, 4]));
         for (got, want) in found.confidence.iter().zip([0.9, 1., 0.5]) {
             assert!((got - want).abs() < 1e-6, "{got}, want {want}");
@@ -180,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn more_pictures_than_are_looked_at_in_one_go_are_all_predicted() -> Result<()> {
+    fn more_pictures_than_fit_into_one_pass_are_all_predicted() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (count, path) = (AT_ONCE + 3, folder.path().join("embeddings.safetensors"));
         let row = |row: usize| if row.is_multiple_of(3) { [1., 0.] } else { [0., 1.] };
@@ -195,7 +177,8 @@ mod tests {
             backbone_views: vec![],
         }
         .write(&path)?;
-        data::head::write_centres(folder.path(), &[1., 0., 0., 1.], 2, "euclidean")?;
+        let by = CentreMetric::DistanceSoftmax { temperature: 1. };
+        data::head::write_centres(folder.path(), &[1., 0., 0., 1.], 2, by)?;
         Predict::run(&Config {}, &job(folder.path(), 2))?;
         let found = PseudoLabels::open(&folder.path().join(PseudoLabels::FILE))?.assignment;
         let want = |row: usize| u32::from(!row.is_multiple_of(3));
@@ -204,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_is_still_to_come_is_no_error() -> Result<()> {
+    fn a_missing_head_passes_the_check() -> Result<()> {
         let folder = tempfile::tempdir()?;
         assert_eq!(Predict::check(&Config {}, &job(folder.path(), 2))?, Effort::NONE);
         Ok(())
@@ -214,7 +197,12 @@ mod tests {
     fn a_head_of_another_network_or_number_is_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
         write_embeddings(folder.path())?;
-        data::head::write_centres(folder.path(), &[1., 0., 0., 0., 1., 0.], 2, "spherical")?;
+        data::head::write_centres(
+            folder.path(),
+            &[1., 0., 0., 0., 1., 0.],
+            2,
+            CentreMetric::Cosine,
+        )?;
         let error =
             format!("{:#}", Predict::run(&Config {}, &job(folder.path(), 2)).expect_err("width"));
         assert!(error.contains("projections of width 3") && error.contains("have 2"), "{error}");

@@ -99,7 +99,7 @@ impl<'a> Clusters<'a> {
 
 /// The clusters that k-means finds among the images that are scored: the result of the method.
 ///
-/// The confidence is that of `softmax(cos(x, c) / .1)`, for k-means gives none: our choice.
+/// The confidence is the softmax of `cos(x, c)` at [`CONFIDENCE_TEMPERATURE`].
 ///
 /// # Errors
 ///
@@ -175,14 +175,18 @@ fn changed(after: &[u32], before: &[u32], clusters: usize) -> Result<f64> {
     Ok(changed as f64 / after.len().max(1) as f64)
 }
 
-/// `softmax(cos(x, c) / .1)` at the image's own cluster, for unit rows.
+/// Temperature of the confidence, which k-means does not give: our choice.
+pub const CONFIDENCE_TEMPERATURE: f64 = 0.1;
+
+/// Returns `softmax(cos(x, c) / temperature)` at the image's own cluster, for unit rows.
 fn confidence(row: &[f32], centres: &[f32], cluster: u32) -> f32 {
-    const TEMPERATURE: f64 = 0.1;
     let product = |centre: &[f32]| -> f64 {
         row.iter().zip(centre).map(|(&x, &c)| f64::from(x) * f64::from(c)).sum()
     };
-    let logits: Vec<f64> =
-        centres.chunks_exact(row.len()).map(|centre| product(centre) / TEMPERATURE).collect();
+    let logits: Vec<f64> = centres
+        .chunks_exact(row.len())
+        .map(|centre| product(centre) / CONFIDENCE_TEMPERATURE)
+        .collect();
     let own = logits[cluster as usize];
     let sum: f64 = logits.iter().map(|logit| (logit - own).exp()).sum();
     (1. / sum) as f32

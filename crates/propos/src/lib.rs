@@ -30,7 +30,8 @@ pub mod objective;
 use anyhow::{Context, Result};
 use backbone::backbone_file;
 use candle_core::Tensor;
-use data::{Images, PseudoLabels, head};
+use data::head::{self, CentreMetric};
+use data::{Images, PseudoLabels};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::mean_length;
 use training::{Learner, Pass, Run, Target, pictures};
@@ -46,7 +47,7 @@ pub struct ProPos;
 impl Stage for ProPos {
     const SPEC: Spec = Spec {
         name: "propos",
-        algorithm: 2,
+        algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };
@@ -118,7 +119,8 @@ impl Stage for ProPos {
         }
 
         let found = clusters::result(config, job, &images, &mut learner.target, &device)?;
-        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        let by = CentreMetric::CosineSoftmax { temperature: clusters::CONFIDENCE_TEMPERATURE };
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?
             .write(&job.out.join(PseudoLabels::FILE))?;
         run.finish(&learner, &configuration)

@@ -33,7 +33,8 @@ pub mod schedule;
 use anyhow::Result;
 use assignment::{KMeans, Metric};
 use candle_core::{Device, Tensor};
-use data::{Found, Images, Loader, PseudoLabels, head};
+use data::head::{self, CentreMetric};
+use data::{Found, Images, Loader, PseudoLabels};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::{softmax, unit_rows};
 use training::{Run, pictures, sampler};
@@ -50,7 +51,7 @@ pub struct SeCu;
 impl Stage for SeCu {
     const SPEC: Spec = Spec {
         name: "secu",
-        algorithm: 2,
+        algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };
@@ -137,7 +138,8 @@ impl Stage for SeCu {
         }
 
         let found = result(config, job, &images, &mut learner, main, &device)?;
-        head::write_centres(&job.out, &found.prototypes, job.data.clusters, "spherical")?;
+        let by = CentreMetric::CosineSoftmax { temperature: config.temperature };
+        head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?
             .write(&job.out.join(PseudoLabels::FILE))?;
         run.finish(&learner, &config.configuration())
