@@ -1,31 +1,41 @@
-//! Metrics: says how good a grouping is, against the ground truth where there is one.
+//! Metrics: scores the result of a round, against the ground truth if there is one.
 //!
-//! The one stage that reads labels, and it gives them to nobody: it writes `metrics.json` and that
-//! is all. Cluster numbers have no meaning, so every comparison is invariant to their permutation.
+//! This is the only stage that reads labels, and `metrics.json` is its only output. Cluster numbers
+//! are arbitrary, so every score is invariant to renumbering.
 //!
-//! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI and more.
-//! - [`geometry`]: scores of a grouping against the points it groups, without any truth.
-//! - [`confidence`]: whether confidences mean what they say.
-//! - [`number`]: how many clusters there may be, a guess; the program `clusters`.
-//! - [`report`]: what is computed for one round, and the form of `metrics.json`.
+//! - [`round`]: the scores of one round; [`data::metrics`] is the form of `metrics.json`.
+//! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI, AMI.
+//! - [`calibration`]: whether a confidence is the probability of being right.
+//! - [`silhouette`]: how compact and far apart clusters are, without any truth.
+//! - [`number`]: estimates the number of clusters, for the program `clusters`.
+//!
+//! ```
+//! use assignment::contingency;
+//! use metrics::agreement::{accuracy, adjusted_rand_index};
+//!
+//! // The clusters are the classes, renumbered, but for one point.
+//! let (clusters, classes) = ([2, 2, 0, 0, 1, 0], [0, 0, 1, 1, 2, 2]);
+//! let table = contingency(&clusters, &classes, 3, 3)?;
+//! assert_eq!(accuracy(&table), 5. / 6.);
+//! assert!(adjusted_rand_index(&table) < 1.);
+//! # anyhow::Ok(())
+//! ```
 
 pub mod agreement;
-pub mod confidence;
-pub mod geometry;
+pub mod calibration;
 pub mod number;
-pub mod report;
+pub mod round;
+pub mod silhouette;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use data::{Labels, PseudoLabels};
+use data::{Labels, PseudoLabels, RoundMetrics};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 
-use crate::report::Report;
-
-/// The table `[metrics]`: it has no values, so that two experiments are always scored alike.
+/// The table `[metrics]`. It has no values, so that all experiments are scored in the same way.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {}
@@ -41,7 +51,7 @@ pub struct Metrics;
 impl Stage for Metrics {
     const SPEC: Spec = Spec {
         name: "metrics",
-        algorithm: 1,
+        algorithm: 2,
         inputs: &[
             Role::new("pseudo-labels", Origin::PseudoLabels),
             Role::new("labels", Origin::Labels),
@@ -51,11 +61,7 @@ impl Stage for Metrics {
     };
     type Config = Config;
 
-    /// Opens those inputs that exist already, and compares what they are about.
-    ///
-    /// # Errors
-    ///
-    /// An input is not usable or belongs to other images.
+    /// Opens the inputs that exist already, and checks that they are about the same images.
     fn check(_: &Config, job: &Job) -> Result<Effort> {
         let exists =
             |role, file| job.optional_input(role).map(|d| d.join(file)).filter(|p| p.exists());
@@ -68,12 +74,8 @@ impl Stage for Metrics {
         Ok(Effort::NONE)
     }
 
-    /// Reads `pseudo-labels.safetensors` in role `pseudo-labels`, the ground truth in role `labels`
-    /// and the last round's in role `previous`, where given; writes `metrics.json`.
-    ///
-    /// # Errors
-    ///
-    /// A file is missing or damaged, or they are about different images.
+    /// Reads the pseudo-labels, and if given the ground truth and the pseudo-labels of the last round, in
+    /// role `previous`; writes `metrics.json`.
     fn run(_: &Config, job: &Job) -> Result<()> {
         let scored = PseudoLabels::open(&job.input("pseudo-labels")?.join(PSEUDO_LABELS))?;
         let labels =
@@ -90,26 +92,18 @@ impl Stage for Metrics {
             let remedy = "name the pseudo-labels of this run's last round";
             scored.data_set.require(&previous.data_set, remedy)?;
         }
-        let report = Report::new(&scored, labels.as_ref(), previous.as_ref())?;
-        let mut report = serde_json::to_value(&report)?;
-        // Some systems predict twice from one training, as IMC-SwAV with refreshed statistics.
-        let mut others = serde_json::Map::new();
+        let mut metrics = round::metrics(&scored, labels.as_ref(), previous.as_ref())?;
+        // Some systems predict twice from one training, such as IMC-SwAV with refreshed statistics.
         for (name, path) in other_results(job.input("pseudo-labels")?)? {
             let other = PseudoLabels::open(&path)?;
             other.data_set.require(&scored.data_set, "cluster again from these images")?;
-            let other = Report::new(&other, labels.as_ref(), None)?;
-            others.insert(name, serde_json::to_value(other.head)?);
+            metrics.others.insert(name, round::metrics(&other, labels.as_ref(), None)?.head);
         }
-        if !others.is_empty() {
-            report["others"] = others.into();
-        }
-        let mut text = serde_json::to_string_pretty(&report)?;
-        text.push('\n');
-        stage::files::write(&job.out.join("metrics.json"), text.as_bytes())
+        metrics.write(&job.out.join(RoundMetrics::FILE))
     }
 }
 
-/// Results beside the first in its folder, `pseudo-labels-<name>.safetensors`, by name.
+/// Finds the other results in the folder, `pseudo-labels-<name>.safetensors`, by name.
 fn other_results(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("opening `{}`", folder.display()))? {
@@ -177,10 +171,13 @@ mod tests {
         let job = job(folder.path(), &["pseudo-labels", "labels", "previous"]);
         Metrics::check(&Config {}, &job)?;
         Metrics::run(&Config {}, &job)?;
-        let text = fs::read_to_string(job.out.join("metrics.json"))?;
-        let read: BTreeMap<String, serde_json::Value> = serde_json::from_str(&text)?;
+        let path = job.out.join(RoundMetrics::FILE);
+        let read: BTreeMap<String, serde_json::Value> = stage::json::read(&path)?;
         let keys: Vec<&str> = read.keys().map(String::as_str).collect();
-        let want = ["clusters", "head", "images", "kmeans", "reliable", "sizes", "stability"];
+        let want = [
+            "calibration-error", "classes", "clusters", "confusion", "head", "images", "kmeans",
+            "reliable", "sha256", "sizes", "stability",
+        ];
         assert_eq!(keys, want);
         assert_eq!(read["images"], 4);
         assert_eq!(read["head"]["acc"], 0.75);
@@ -201,10 +198,9 @@ mod tests {
         other.write(&given.join("pseudo-labels-running-statistics.safetensors"))?;
         let job = job(folder.path(), &["pseudo-labels", "labels"]);
         Metrics::run(&Config {}, &job)?;
-        let text = fs::read_to_string(job.out.join("metrics.json"))?;
-        let read: serde_json::Value = serde_json::from_str(&text)?;
-        assert_eq!(read["head"]["acc"], 0.75);
-        assert_eq!(read["others"]["running-statistics"]["acc"], 1.0);
+        let read = RoundMetrics::read(&job.out.join(RoundMetrics::FILE))?;
+        assert_eq!(read.head.map(|scores| scores.acc), Some(0.75));
+        assert_eq!(read.others["running-statistics"].map(|scores| scores.acc), Some(1.));
         Ok(())
     }
 

@@ -60,6 +60,7 @@ mod experiment;
 pub mod files;
 mod interrupt;
 mod job;
+pub mod json;
 mod library;
 mod memory;
 mod program;

@@ -20,7 +20,7 @@ use assignment::{
     KMeans, Metric, Shards, Streaming, contingency, k_means, k_means_from, k_means_mini_batch,
     k_means_streaming, nearest_neighbours,
 };
-use bench::{Peers, Report, Row, Side, Unit};
+use bench::{Comparison, Peers, Side, Table, Unit};
 use clap::Parser;
 use metrics::agreement::{Mean, accuracy, adjusted_rand_index, normalized_mutual_information};
 use rand::RngExt;
@@ -128,7 +128,7 @@ fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &PACKAGES, program)).transpose()?;
     let threads = shared.threads();
-    let mut report = Report::new(shared.json);
+    let mut table = Table::new(shared.json);
     for work in works(*small, threads).iter().filter(|work| shared.wants(work.name)) {
         let folder = tempfile::tempdir().context("making a temporary folder")?;
         write_data(work, folder.path())?;
@@ -144,9 +144,9 @@ fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
         // A hundredth of the points has optima of its own.
         let tolerance = if *small { 1e-2 } else { 1e-4 };
         hold_values(work, folder.path(), names, tolerance, &mut row)?;
-        report.add(row);
+        table.add(row);
     }
-    report.finish()
+    table.finish()
 }
 
 /// Puts the values that the sides left into the row, and holds ours against the exact peers'.
@@ -155,7 +155,7 @@ fn hold_values(
     folder: &Path,
     peers: &[&str],
     tolerance: f64,
-    row: &mut Row,
+    row: &mut Comparison,
 ) -> Result<()> {
     let value = |side: &str| -> Result<f64> {
         let text = fs::read_to_string(folder.join(format!("{side}.value")));

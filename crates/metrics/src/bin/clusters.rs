@@ -1,7 +1,7 @@
-//! The program `clusters`: guesses how many clusters embeddings hold.
+//! The program `clusters`: estimates the number of clusters in embeddings.
 //!
-//! `cargo xtask clusters <run> [--from 2] [--to 50] [--json]` starts it on a run's embeddings; what
-//! it computes stands in [`metrics::number`].
+//! `cargo xtask clusters <run> [--from 2] [--to 50] [--json]` starts it on a run's embeddings.
+//! [`metrics::number`] explains the scores.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,15 +9,15 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use data::{EmbeddingRows, Space};
-use metrics::number::{self, Candidate, Settings};
+use metrics::number::{self, Estimator, EstimatorSettings, NumberScore};
 use serde_json::json;
 use stage::console::print_line;
 
-/// Scores numbers of clusters on embeddings, and recommends one of them: a guess.
+/// Scores numbers of clusters on embeddings, and recommends one: a guess.
 #[derive(Debug, Parser)]
 #[command(name = "clusters", version)]
 struct Arguments {
-    /// What `embed` wrote: embeddings.safetensors.
+    /// The output of `embed`: embeddings.safetensors.
     #[arg(long, value_name = "FILE")]
     embeddings: PathBuf,
     /// Fewest clusters.
@@ -26,10 +26,10 @@ struct Arguments {
     /// Most clusters.
     #[arg(long, value_name = "K", default_value_t = 50)]
     to: usize,
-    /// Which rows: `projection`, which clusters are found on, or `backbone`.
+    /// Rows to use: `projection`, on which a run clusters, or `backbone`.
     #[arg(long, default_value = "projection", value_parser = space)]
     space: Space,
-    /// Images to look at; drawn where there are more.
+    /// Most images to use; drawn at random if there are more.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     images: usize,
     /// Pairs of halves to compare for the stability.
@@ -41,7 +41,7 @@ struct Arguments {
     /// Seed of every random draw.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Print, last, the curve as one JSON object.
+    /// Print the scores as one JSON object at the end.
     #[arg(long)]
     json: bool,
 }
@@ -50,11 +50,11 @@ fn space(word: &str) -> Result<Space, String> {
     match word {
         "projection" => Ok(Space::Projection),
         "backbone" => Ok(Space::Backbone),
-        _ => Err("it is projection or backbone".into()),
+        _ => Err("must be projection or backbone".into()),
     }
 }
 
-/// Images between which the silhouette takes distances.
+/// Most images to use for the silhouette, whose cost is quadratic.
 const SILHOUETTE_IMAGES: usize = 3000;
 
 fn main() -> ExitCode {
@@ -63,25 +63,25 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let Arguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
-    ensure!(from >= 2, "--from {from}: one cluster cannot be compared with more; begin with 2");
-    ensure!(from <= to, "--from {from} --to {to}: there is no number between");
+    ensure!(from >= 2, "--from {from}: a single cluster has no scores; begin with 2");
+    ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
     let file = EmbeddingRows::open(&arguments.embeddings, arguments.space)?;
-    let settings = Settings { images, silhouette_images: SILHOUETTE_IMAGES, restarts, pairs };
-    let embeddings =
-        number::Embeddings::new(&file.rows(0..file.len()), file.width(), &settings, seed)
-            .with_context(|| format!("`{path}`"))?;
-    let used = embeddings.images();
+    let settings =
+        EstimatorSettings { images, silhouette_images: SILHOUETTE_IMAGES, restarts, pairs };
+    let estimator = Estimator::new(&file.rows(0..file.len()), file.width(), &settings, seed)
+        .with_context(|| format!("`{path}`"))?;
+    let used = estimator.images();
     ensure!(
         to <= used / 2,
-        "--to {to}: halves of {used} images are compared, so at most {} clusters can be",
+        "--to {to}: halves of {used} images are compared, so at most {} clusters are possible",
         used / 2
     );
     print_line(format_args!("{used} of {} images of `{path}`\n", file.len()))?;
     print_line(format_args!("{:>8} {:>10} {:>9}    error", "clusters", "silhouette", "stability"))?;
     let mut candidates = vec![];
     for clusters in from..=to {
-        let candidate = embeddings.score(clusters)?;
+        let candidate = estimator.score(clusters)?;
         print_line(line(&candidate))?;
         candidates.push(candidate);
     }
@@ -99,21 +99,21 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn line(candidate: &Candidate) -> String {
-    let Candidate { clusters, silhouette, stability, stability_error } = *candidate;
+fn line(candidate: &NumberScore) -> String {
+    let NumberScore { clusters, silhouette, stability, stability_error } = *candidate;
     let bar = "#".repeat((stability.max(0.) * 40.).round() as usize);
     format!("{clusters:8} {silhouette:10.3} {stability:9.3}    {stability_error:.3} {bar}")
 }
 
 fn advice(recommended: Option<usize>) -> String {
-    let guess = "This is a guess: both scores say how well k-means cuts these embeddings, not what \
-                 the images show, and both can favour a coarser grouping than the one you seek. \
-                 Look at the curve, and at pictures of the clusters.";
+    let guess = "This is a guess: both scores measure how well k-means separates these embeddings, \
+                 not what the images show, and both can favour a coarser grouping than the one you \
+                 seek. Look at the scores above, and at pictures of the clusters.";
     match recommended {
         Some(clusters) => format!(
-            "{clusters} clusters: the most stable under resampling, and of those as stable the one \
-             of the highest silhouette. {guess}"
+            "{clusters} clusters: the highest silhouette among the numbers that are most stable under \
+             resampling. {guess}"
         ),
-        None => format!("No number of clusters does better than chance here. {guess}"),
+        None => format!("No number of clusters is better than chance here. {guess}"),
     }
 }

@@ -1,20 +1,20 @@
-//! Whether confidences mean what they say.
+//! Whether a confidence is the probability of being right.
 
 use anyhow::{Result, ensure};
 
-/// Expected calibration error: how far confidence and accuracy lie apart, on average.
+/// Computes the expected calibration error: the mean distance between confidence and accuracy.
 ///
-/// `Σ_b (n_b / N) · |accuracy_b − confidence_b|` over `bins` intervals of equal width, which hold
+/// `Σ_b (n_b / N) · |accuracy_b − confidence_b|` over `bins` intervals of equal width, which include
 /// their upper end (the first also 0): Guo et al. 2017 (arXiv:1706.04599), Eq. 3.
 ///
-/// - `confidence`: the probability of each assignment, `(N,)`, in `[0, 1]`.
-/// - `correct`: whether it was right, `(N,)`.
+/// - `confidence`: the confidence of each assignment, `(N,)`, in `[0, 1]`.
+/// - `correct`: whether the assignment is right, `(N,)`.
 ///
 /// Returns a value in `[0, 1]`, 0 for perfect calibration or no points.
 ///
 /// # Errors
 ///
-/// The lengths differ, `bins` is 0, or a confidence lies outside; the message names the point.
+/// The lengths differ, `bins` is 0, or a confidence is out of range; the message names the point.
 pub fn calibration_error(confidence: &[f32], correct: &[bool], bins: usize) -> Result<f64> {
     ensure!(bins > 0, "calibration_error: bins is 0; 15 are usual");
     ensure!(
@@ -28,7 +28,7 @@ pub fn calibration_error(confidence: &[f32], correct: &[bool], bins: usize) -> R
     for (i, (&confidence, &correct)) in confidence.iter().zip(correct).enumerate() {
         ensure!(
             (0. ..=1.).contains(&confidence),
-            "calibration_error: the confidence of point {i} is {confidence}, outside [0, 1]"
+            "calibration_error: the confidence of point {i} is {confidence}; it must be in [0, 1]"
         );
         let bin = (f64::from(confidence) * bins as f64).ceil() as usize;
         gaps[bin.saturating_sub(1)] += f64::from(u8::from(correct)) - f64::from(confidence);
