@@ -1,4 +1,4 @@
-//! The pictures of each cluster, the surest first.
+//! The pictures of each cluster, in order of confidence.
 
 use data::PseudoLabels;
 
@@ -7,26 +7,26 @@ use data::PseudoLabels;
 pub struct Member {
     /// Its row of `images.safetensors`.
     pub row: u32,
-    /// Probability that the method gives its cluster, in `[0, 1]`.
+    /// How sure the method is of its cluster, in `[0, 1]`; [`data::pseudo_labels`] says what it means.
     pub confidence: f32,
-    /// Confidence × share of neighbours in the same cluster, in `[0, 1]`; where the method asks no
-    /// neighbours, the confidence.
+    /// Confidence × share of neighbours in the same cluster, in `[0, 1]`; the confidence if the method
+    /// searches no neighbours.
     pub score: f32,
-    /// Whether a next round would train on it.
+    /// Whether the experiment would train on its assignment.
     pub reliable: bool,
 }
 
-/// A cluster. Its number has no meaning but in this one result.
+/// A cluster. Its number is arbitrary, and the same in all files of this result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cluster {
     /// Its number in the pseudo-labels.
     pub number: usize,
-    /// Its pictures, by falling score, equal ones by row.
+    /// Its pictures, by falling score; equal scores by row.
     pub members: Vec<Member>,
 }
 
 impl Cluster {
-    /// Every cluster, by its number; some may be empty.
+    /// Returns all clusters by number; some may be empty.
     pub fn all(labels: &PseudoLabels) -> Vec<Self> {
         let empty = |number| Self { number, members: Vec::new() };
         let mut clusters: Vec<Self> = (0..labels.clusters).map(empty).collect();
@@ -44,22 +44,17 @@ impl Cluster {
         clusters
     }
 
-    /// Mean confidence, in `[0, 1]`; 0 for a cluster without pictures.
+    /// Returns the mean confidence, in `[0, 1]`; 0 for an empty cluster.
     pub fn confidence(&self) -> f64 {
         let sum: f64 = self.members.iter().map(|member| f64::from(member.confidence)).sum();
         sum / self.members.len().max(1) as f64
     }
 
-    /// How many pictures are reliable.
-    pub fn reliable(&self) -> usize {
-        self.members.iter().filter(|member| member.reliable).count()
-    }
-
-    /// What a page can show of it: the `most` surest pictures, and of the others the least sure, a
-    /// third as many, the least sure last. No picture is in both.
+    /// Returns the pictures to show: the `most` of highest score, and of the others the ones of lowest
+    /// score, a third as many, in falling order.
     pub fn shown(&self, most: usize) -> (&[Member], &[Member]) {
-        let (surest, others) = self.members.split_at(most.min(self.members.len()));
-        (surest, &others[others.len().saturating_sub(most.div_ceil(3))..])
+        let (highest, others) = self.members.split_at(most.min(self.members.len()));
+        (highest, &others[others.len().saturating_sub(most.div_ceil(3))..])
     }
 }
 
@@ -69,19 +64,18 @@ pub(crate) mod tests {
     use crate::tests::labels;
 
     #[test]
-    fn members_are_with_their_cluster_the_surest_first() {
+    fn members_are_in_their_cluster_by_falling_score() {
         let clusters = Cluster::all(&labels());
         let rows = |cluster: &Cluster| -> Vec<u32> {
             cluster.members.iter().map(|member| member.row).collect()
         };
-        // Rows 1 and 6 score alike.
+        // Rows 1 and 6 have equal scores.
         assert_eq!(
             clusters.iter().map(rows).collect::<Vec<_>>(),
             [vec![5, 1, 6, 0], vec![], vec![3]]
         );
         assert_eq!(clusters.iter().map(|cluster| cluster.number).collect::<Vec<_>>(), [0, 1, 2]);
         assert_eq!(clusters[0].members[0].confidence, 0.75);
-        assert_eq!(clusters[0].reliable(), 2);
         assert!((clusters[0].confidence() - 0.625).abs() < 1e-9);
         assert_eq!(clusters[1].confidence(), 0.);
     }

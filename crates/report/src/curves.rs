@@ -1,4 +1,4 @@
-//! How training went: a small chart for each number of a step's `log.jsonl`.
+//! Training curves: a small chart for each number in the `log.jsonl` of a step.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,37 +6,51 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
-/// One number of the log over the epochs, or several that were logged as a list, as the losses of
-/// several heads.
+use crate::html::escaped;
+
+/// One number of the log over the epochs, or a list of numbers, such as the losses of several heads.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chart {
-    /// Its key, behind the phase where the step has phases.
+    /// Its key; `phase: key` if the step has phases.
     pub name: String,
-    /// One value for each epoch, by line; NaN where an epoch has none.
+    /// For each line one value per epoch; NaN where the log has none.
     pub lines: Vec<Vec<f64>>,
 }
 
-/// What says when, or how fast, and not what was learnt.
+/// Keys of time and speed, which get no chart.
 const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-second"];
 
-/// The charts of a log, of which every line is a JSON object: those of the losses first, others by
-/// name. Lines without an `epoch` are remarks; numbers with fewer than two values are left out.
+/// Returns the charts of a log, whose lines are JSON objects: losses first, then the others by name.
+///
+/// Lines without an `epoch` are ignored, and numbers with fewer than two values get no chart. If an
+/// epoch occurs again in its phase, the step was started again from there: what the earlier attempt
+/// logged from that epoch on is dropped. So is a last line that was cut off.
 ///
 /// # Errors
 ///
-/// A line is not a JSON object; the message says which.
+/// A line is not a JSON object; the message names the line.
 pub fn charts(log: &str) -> Result<Vec<Chart>> {
-    let mut phases: Vec<(String, Vec<Map<String, Value>>)> = Vec::new();
-    for (number, line) in (1..).zip(log.lines()) {
-        let row: Map<String, Value> =
-            serde_json::from_str(line).with_context(|| format!("line {number}"))?;
-        if !row.get("epoch").is_some_and(Value::is_u64) {
-            continue;
-        }
-        let phase = row.get("phase").and_then(Value::as_str).unwrap_or_default().to_owned();
-        match phases.iter_mut().find(|(known, _)| *known == phase) {
-            Some((_, rows)) => rows.push(row),
-            None => phases.push((phase, vec![row])),
+    let mut phases: Vec<(String, Vec<Line>)> = Vec::new();
+    for (number, text) in (1..).zip(log.split_inclusive('\n')) {
+        let line: Line = match serde_json::from_str(text) {
+            Ok(line) => line,
+            Err(_) if !text.ends_with('\n') => break,
+            Err(error) => return Err(error).with_context(|| format!("line {number}")),
+        };
+        let Some(epoch) = epoch(&line) else { continue };
+        let phase = line.get("phase").and_then(Value::as_str).unwrap_or_default();
+        match phases.iter().position(|(known, _)| known == phase) {
+            Some(at) => {
+                let lines = &mut phases[at].1;
+                let kept = lines.partition_point(|line| self::epoch(line) < Some(epoch));
+                let is_restart = kept < lines.len();
+                lines.truncate(kept);
+                lines.push(line);
+                if is_restart {
+                    phases.truncate(at + 1);
+                }
+            }
+            None => phases.push((phase.to_owned(), vec![line])),
         }
     }
     let mut charts: Vec<Chart> =
@@ -45,7 +59,14 @@ pub fn charts(log: &str) -> Result<Vec<Chart>> {
     Ok(charts)
 }
 
-fn charts_of(phase: &str, rows: &[Map<String, Value>]) -> Vec<Chart> {
+/// A line of a log.
+type Line = Map<String, Value>;
+
+fn epoch(line: &Line) -> Option<u64> {
+    line.get("epoch")?.as_u64()
+}
+
+fn charts_of(phase: &str, rows: &[Line]) -> Vec<Chart> {
     let mut numbers: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
     for (epoch, row) in rows.iter().enumerate() {
         for (key, value) in row.iter().filter(|(key, _)| !NO_CHART.contains(&key.as_str())) {
@@ -78,8 +99,7 @@ const WIDTH: f64 = 220.;
 const HEIGHT: f64 = 70.;
 
 impl Chart {
-    /// The chart as an SVG element: epochs from left to right, the smallest value at the bottom, the
-    /// largest at the top.
+    /// Draws the chart as an SVG element: epochs from left to right, values from bottom to top.
     pub fn svg(&self) -> String {
         let (least, most) = self.range();
         let epochs = self.lines.first().map_or(0, Vec::len);
@@ -92,10 +112,10 @@ impl Chart {
             "<svg viewBox=\"-2 -2 {} {}\" role=\"img\" aria-label=\"{}\">",
             WIDTH + 4.,
             HEIGHT + 4.,
-            crate::page::escaped(&self.name)
+            escaped(&self.name)
         );
         for line in &self.lines {
-            // A gap ends a stroke.
+            // A gap in the values is a gap in the line.
             let mut pen = 'M';
             svg.push_str("<path d=\"");
             for (epoch, &value) in line.iter().enumerate() {
@@ -112,7 +132,7 @@ impl Chart {
         svg
     }
 
-    /// The smallest and the largest value.
+    /// Returns the smallest and the largest value.
     pub fn range(&self) -> (f64, f64) {
         let values = self.lines.iter().flatten().copied().filter(|value| value.is_finite());
         values.fold((f64::INFINITY, f64::NEG_INFINITY), |(least, most), value| {
@@ -120,7 +140,7 @@ impl Chart {
         })
     }
 
-    /// The first line's last value.
+    /// Returns the last value of the first line.
     pub fn last(&self) -> Option<f64> {
         self.lines.first()?.iter().rev().copied().find(|value| value.is_finite())
     }
@@ -148,6 +168,29 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_was_started_again_is_drawn_once() -> Result<()> {
+        let line = |phase: &str, epoch: usize, loss: usize| {
+            format!("{{\"phase\":\"{phase}\",\"epoch\":{epoch},\"loss\":{loss}}}\n")
+        };
+        let first =
+            [line("start", 0, 9), line("start", 1, 8), line("end", 0, 7), line("end", 1, 6)];
+        let second = [line("start", 0, 5), line("start", 1, 4)];
+        // The second attempt has not reached the phase `end` yet.
+        let restarted = charts(&[first.concat(), second.concat()].concat())?;
+        assert_eq!(restarted.len(), 1);
+        assert_eq!(
+            (restarted[0].name.as_str(), &restarted[0].lines),
+            ("start: loss", &vec![vec![5., 4.]])
+        );
+        // One that resumed at its last checkpoint logs from there on; the last line was cut off.
+        let resumed =
+            [&first.concat(), &line("end", 1, 3)[..], &line("end", 2, 2), "{\"epo"].concat();
+        let resumed = charts(&resumed)?;
+        assert_eq!(resumed[1].lines, [[7., 3., 2.]]);
+        Ok(())
+    }
+
+    #[test]
     fn a_chart_is_drawn_from_left_to_right_and_the_largest_at_the_top() {
         let chart = Chart { name: "a<b".into(), lines: vec![vec![4., f64::NAN, 1., 2.5]] };
         let svg = chart.svg();
@@ -159,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_broken_line_is_named() {
-        let error = charts("{\"epoch\":1}\n{\"epo").expect_err("broken");
+        let error = charts("{\"epoch\":1}\n{\"epo\n{}\n").expect_err("broken");
         assert!(format!("{error:#}").contains("line 2"), "{error:#}");
     }
 }

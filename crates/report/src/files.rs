@@ -1,15 +1,16 @@
-//! What a program can read: `clusters.csv`, and a folder of pictures for each cluster.
+//! The table `clusters.csv`, and a folder of pictures for each cluster.
 
+use std::borrow::Cow;
 use std::fs;
-use std::io::Cursor;
-use std::path::Path;
+use std::io::{Cursor, ErrorKind};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use data::picture::Encoding;
 use data::{Images, Names};
 use image::ImageFormat;
 
-use crate::clusters::Cluster;
+use crate::clusters::{Cluster, Member};
 use crate::thumbnail;
 
 /// Name of the table in the folder of a report.
@@ -17,20 +18,21 @@ pub const TABLE: &str = "clusters.csv";
 /// Name of the folder of pictures in it.
 pub const PICTURES: &str = "pictures";
 
-/// Writes `clusters.csv`, UTF-8 with a header: `name` as in `names.safetensors`, `cluster`,
-/// `confidence` and `score` in `[0, 1]`, `reliable` as `true` or `false`. By cluster, and there by
-/// falling score.
+/// Writes `clusters.csv`: a line per picture, by cluster, and there by falling score.
 ///
-/// # Errors
+/// UTF-8 with a header. `name` as in `names.safetensors`, but see below; `cluster`; `confidence` and
+/// `score` in `[0, 1]`; `reliable` is `true` if the experiment would train on the picture's cluster.
 ///
-/// The file cannot be written.
+/// A spreadsheet would compute a name such as `=1+1.jpg`. So a name that begins with `=`, `+`, `-`,
+/// `@`, a tab, a line break or one of their full-width forms gets a `'` in front, as does one that
+/// begins with `'`. To read a name, remove one `'` from its beginning.
 pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<()> {
     let mut table = csv::Writer::from_writer(Vec::new());
     table.write_record(["name", "cluster", "confidence", "score", "reliable"])?;
     for cluster in clusters {
         for member in &cluster.members {
             table.write_record([
-                names.names[member.row as usize].as_str(),
+                &*without_formula(&names.names[member.row as usize]),
                 &cluster.number.to_string(),
                 &format!("{:.4}", member.confidence),
                 &format!("{:.4}", member.score),
@@ -41,62 +43,138 @@ pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<(
     stage::files::write(path, &table.into_inner().context("closing the table")?)
 }
 
+/// Prefixes a name that a spreadsheet would take for a formula; see [`write_table`].
+fn without_formula(name: &str) -> Cow<'_, str> {
+    let special = ['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠', '\''];
+    if name.starts_with(special) { format!("'{name}").into() } else { name.into() }
+}
+
 /// Copies every picture to `<folder>/<cluster>/<rank>-<name>`: the file as it was found, or a PNG
-/// file where it came as pixels. Ranks begin at 1 with the surest.
+/// file if it came as pixels. Rank 1 has the highest score.
 ///
-/// The folder appears when it is complete.
+/// The copies are made in a folder beside, which is renamed when it is complete: `folder` is whole or
+/// absent. If `folder` holds the same pictures already, nothing is done. The caller holds the claim
+/// on the report, so that no other process makes the same folder.
 ///
 /// # Errors
 ///
-/// It is there already, a picture is damaged, or a file cannot be written.
+/// `folder` exists and holds something else, a picture is damaged, or a file cannot be written.
 pub fn copy_pictures(
     folder: &Path,
     clusters: &[Cluster],
     images: &Images,
     names: &Names,
 ) -> Result<()> {
-    ensure!(
-        !folder.exists(),
-        "`{}` is there already, and may hold what you sorted by hand; move it away, or name another \
-         folder with --out",
-        folder.display()
-    );
-    let partial = folder.with_extension("partial");
-    if partial.exists() {
-        fs::remove_dir_all(&partial)
-            .with_context(|| format!("removing `{}`", partial.display()))?;
-    }
-    let digits = |count: usize| count.max(1).ilog10() as usize + 1;
-    let largest = clusters.iter().map(|cluster| cluster.members.len()).max().unwrap_or(0);
-    let (cluster_digits, rank_digits) = (digits(clusters.len().saturating_sub(1)), digits(largest));
-    for cluster in clusters {
-        let folder = partial.join(format!("{:0cluster_digits$}", cluster.number));
-        fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
-        for (rank, member) in (1..).zip(&cluster.members) {
-            let name = file_name(&names.names[member.row as usize]);
-            let path = folder.join(format!("{rank:0rank_digits$}-{name}"));
-            let (path, written) = match images.file(member.row)? {
-                Some((encoding, bytes)) => {
-                    let path = with_extension(path, extensions(encoding));
-                    let written = fs::write(&path, bytes);
-                    (path, written)
-                }
-                None => {
-                    let picture = thumbnail::to_image(&*images.picture(member.row)?)?;
-                    let mut bytes = Cursor::new(Vec::new());
-                    picture.write_to(&mut bytes, ImageFormat::Png)?;
-                    let path = with_extension(path, &["png"]);
-                    let written = fs::write(&path, bytes.into_inner());
-                    (path, written)
-                }
-            };
-            written.with_context(|| format!("writing `{}`", path.display()))?;
+    let copies = Copies { clusters, images, names };
+    if folder.exists() {
+        if copies.are_in(folder)? {
+            return Ok(());
         }
+        bail!(
+            "`{}` exists and holds other pictures, perhaps sorted by hand; move it away, or name \
+             another folder with --out",
+            folder.display()
+        );
     }
-    fs::rename(&partial, folder).with_context(|| format!("creating `{}`", folder.display()))
+    // A killed process leaves an incomplete folder, which the next one removes.
+    let incomplete = folder.with_extension("incomplete");
+    if incomplete.exists() {
+        fs::remove_dir_all(&incomplete)
+            .with_context(|| format!("removing `{}`", incomplete.display()))?;
+    }
+    copies.write(&incomplete)?;
+    fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
 }
 
-/// The extensions that files of an encoding bear; the first is added where none of them is there.
+/// The pictures to copy.
+struct Copies<'a> {
+    clusters: &'a [Cluster],
+    images: &'a Images,
+    names: &'a Names,
+}
+
+impl Copies<'_> {
+    fn write(&self, folder: &Path) -> Result<()> {
+        for cluster in self.clusters {
+            let folder = folder.join(self.folder_name(cluster));
+            fs::create_dir_all(&folder)
+                .with_context(|| format!("creating `{}`", folder.display()))?;
+        }
+        self.each(|path, bytes| {
+            let path = folder.join(path);
+            fs::write(&path, bytes).with_context(|| format!("writing `{}`", path.display()))?;
+            Ok(true)
+        })?;
+        Ok(())
+    }
+
+    /// Tests whether `folder` holds these pictures and no other file.
+    fn are_in(&self, folder: &Path) -> Result<bool> {
+        let count: usize = self.clusters.iter().map(|cluster| cluster.members.len()).sum();
+        let names: Vec<String> = self.clusters.iter().map(|c| self.folder_name(c)).collect();
+        let mut found = 0;
+        for entry in entries(folder)? {
+            let path = entry?.path();
+            if !names.iter().any(|name| path.ends_with(name)) || !path.is_dir() {
+                return Ok(false);
+            }
+            found += entries(&path)?.count();
+        }
+        Ok(found == count
+            && self.each(|path, bytes| match fs::read(folder.join(path)) {
+                Ok(copy) => Ok(copy == bytes),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+                Err(error) => Err(error).with_context(|| format!("reading `{}`", path.display())),
+            })?)
+    }
+
+    /// Calls `visit` with the path of each copy, relative to the folder, and its bytes, until it
+    /// returns `false`. Returns whether it never did.
+    fn each(&self, mut visit: impl FnMut(&Path, &[u8]) -> Result<bool>) -> Result<bool> {
+        let largest = self.clusters.iter().map(|cluster| cluster.members.len()).max();
+        let digits = digits(largest.unwrap_or(0));
+        for cluster in self.clusters {
+            let folder = PathBuf::from(self.folder_name(cluster));
+            for (rank, member) in (1..).zip(&cluster.members) {
+                let name = file_name(&self.names.names[member.row as usize]);
+                let (bytes, extensions) = self.file(member)?;
+                let path =
+                    with_extension(folder.join(format!("{rank:0digits$}-{name}")), extensions);
+                if !visit(&path, &bytes)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn folder_name(&self, cluster: &Cluster) -> String {
+        let digits = digits(self.clusters.len().saturating_sub(1));
+        format!("{:0digits$}", cluster.number)
+    }
+
+    /// Returns the bytes of a picture's file, and the extensions that it may have.
+    fn file(&self, member: &Member) -> Result<(Vec<u8>, &'static [&'static str])> {
+        if let Some((encoding, bytes)) = self.images.file(member.row)? {
+            return Ok((bytes.to_vec(), extensions(encoding)));
+        }
+        let picture = thumbnail::to_image(&*self.images.picture(member.row)?)?;
+        let mut bytes = Cursor::new(Vec::new());
+        picture.write_to(&mut bytes, ImageFormat::Png)?;
+        Ok((bytes.into_inner(), extensions(Encoding::Raw)))
+    }
+}
+
+fn entries(folder: &Path) -> Result<fs::ReadDir> {
+    fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))
+}
+
+/// Number of decimal digits.
+fn digits(count: usize) -> usize {
+    count.max(1).ilog10() as usize + 1
+}
+
+/// Returns the extensions of an encoding; the first is added to a name that has none of them.
 fn extensions(encoding: Encoding) -> &'static [&'static str] {
     match encoding {
         Encoding::Jpeg => &["jpg", "jpeg"],
@@ -105,7 +183,7 @@ fn extensions(encoding: Encoding) -> &'static [&'static str] {
     }
 }
 
-fn with_extension(path: std::path::PathBuf, known: &[&str]) -> std::path::PathBuf {
+fn with_extension(path: PathBuf, known: &[&str]) -> PathBuf {
     let found = path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
     if found.is_some_and(|found| known.contains(&found.as_str())) {
         return path;
@@ -116,16 +194,16 @@ fn with_extension(path: std::path::PathBuf, known: &[&str]) -> std::path::PathBu
     name.into()
 }
 
-/// The last part of a name, with nothing in it that some file system takes amiss, and at most 100
-/// characters, the last ones.
+/// Makes a file name from the last part of a name: without characters that some file system refuses,
+/// and at most the last 100 characters.
 fn file_name(name: &str) -> String {
     let last = name.rsplit(['/', '\\', '#']).find(|part| !part.is_empty()).unwrap_or("picture");
-    let harmless = |c: char| match c {
+    let safe = |c: char| match c {
         '<' | '>' | ':' | '"' | '|' | '?' | '*' => '_',
         c if c.is_control() => '_',
         c => c,
     };
-    let characters: Vec<char> = last.chars().map(harmless).collect();
+    let characters: Vec<char> = last.chars().map(safe).collect();
     characters[characters.len().saturating_sub(100)..].iter().collect()
 }
 
@@ -179,23 +257,63 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_not_touched_but_what_was_left_half_done() -> Result<()> {
+    fn an_incomplete_copy_is_replaced_and_a_complete_one_is_left_alone() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let (out, clusters) = (folder.path().join(PICTURES), Cluster::all(&labels()));
-        fs::create_dir_all(out.with_extension("partial").join("0"))?;
-        fs::write(out.with_extension("partial").join("0/9-9.png"), "half")?;
+        // As a killed process leaves it.
+        let incomplete = out.with_extension("incomplete");
+        fs::create_dir_all(incomplete.join("0"))?;
+        fs::write(incomplete.join("0/9-9.png"), "half")?;
         copy_pictures(&out, &clusters, &images, &names)?;
-        assert!(!out.join("0/9-9.png").exists());
-        fs::write(out.join("0/mine.txt"), "sorted by hand")?;
-        let error = copy_pictures(&out, &clusters, &images, &names).expect_err("there").to_string();
-        assert!(error.contains("is there already") && error.contains("--out"), "{error}");
-        assert!(out.join("0/mine.txt").exists());
+        assert!(!out.join("0/9-9.png").exists() && !incomplete.exists());
+        let written = |path: &str| fs::metadata(out.join(path)).and_then(|file| file.modified());
+        let before = written("0/4-0.png")?;
+        copy_pictures(&out, &clusters, &images, &names)?;
+        assert_eq!(written("0/4-0.png")?, before);
         Ok(())
     }
 
     #[test]
-    fn names_become_names_of_files() {
+    fn a_folder_of_other_pictures_is_not_touched() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (images, names) = prepared(folder.path())?;
+        let (out, clusters) = (folder.path().join(PICTURES), Cluster::all(&labels()));
+        copy_pictures(&out, &clusters, &images, &names)?;
+        let refused = || {
+            let error =
+                copy_pictures(&out, &clusters, &images, &names).expect_err("other pictures");
+            let error = error.to_string();
+            assert!(error.contains("sorted by hand") && error.contains("--out"), "{error}");
+        };
+        let (from, to) = (out.join("0/4-0.png"), out.join("2/4-0.png"));
+        fs::rename(&from, &to)?; // Sorted by hand.
+        refused();
+        fs::rename(&to, &from)?;
+        fs::write(out.join("0/mine.txt"), "mine")?;
+        refused();
+        fs::rename(out.join("0/mine.txt"), out.join("mine.txt"))?;
+        refused();
+        fs::remove_file(out.join("mine.txt"))?;
+        fs::write(&from, "changed")?;
+        refused();
+        assert_eq!(fs::read(&from)?, b"changed");
+        Ok(())
+    }
+
+    #[test]
+    fn names_that_look_like_formulas_are_prefixed_and_can_be_read_back() {
+        for name in ["=1+1.png", "+a", "-2", "@x", "\tx", "\rx", "\nx", "＝1", "'x", "'=1"] {
+            let written = without_formula(name);
+            assert_eq!(written.strip_prefix('\''), Some(name));
+        }
+        for name in ["a=1.png", "photos/-2.png", "", "0"] {
+            assert_eq!(without_formula(name), name);
+        }
+    }
+
+    #[test]
+    fn names_become_file_names() {
         for (name, want) in [
             ("a/b/c.JPG", "c.JPG"),
             ("a.zip#b/c d.png", "c d.png"),

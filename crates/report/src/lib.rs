@@ -1,38 +1,42 @@
-//! Report: what a run found, to look at and to go on with.
+//! Report: shows the result of a run as a page, a table and folders of pictures.
 //!
-//! From the prepared pictures and a run's pseudo-labels it writes `clusters.csv`, one line for each
-//! picture with its name, cluster and confidence; `report.html`, one page that shows of each cluster
-//! the surest and the least sure pictures, the scores, and how training went; and, where asked for,
-//! a folder of pictures for each cluster.
+//! From the prepared pictures and the pseudo-labels of a run it writes
+//!
+//! - `report.html`, a page with the pictures of highest and lowest score of each cluster, the
+//!   metrics, and the training curves;
+//! - `clusters.csv`, a line per picture with its name, cluster and confidence;
+//! - with `--pictures`, a folder of pictures for each cluster.
+//!
+//! Page and table are written first. One process at a time writes a report; another one waits for
+//! it. Each file, and the folder of pictures, is whole or absent, whenever the program is killed.
 //!
 //! It reads no labels: the scores are those that `metrics` wrote. It knows no network and no method.
 //!
-//! - [`clusters`]: which picture is where, and how sure.
-//! - [`files`]: the table, and the folders.
-//! - [`page`]: the page, with [`thumbnail`]s, [`scores`] and [`curves`].
+//! - [`clusters`]: the pictures of each cluster.
+//! - [`files`]: the table and the folders.
+//! - [`page`]: the page, with [`thumbnail`]s and [`curves`].
 
 pub mod clusters;
 pub mod curves;
 pub mod files;
+mod html;
 pub mod page;
-pub mod scores;
 pub mod thumbnail;
 
 use std::env::ArgsOs;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use data::{Images, Names, PseudoLabels};
+use data::{Images, Metrics, Names, PseudoLabels};
 
 use crate::clusters::Cluster;
+use crate::curves::Chart;
 use crate::page::Page;
-use crate::scores::Scores;
 
-/// Writes what a run found as a page, a table and folders of pictures.
+/// Shows the result of a run as a page, a table and folders of pictures.
 #[derive(Debug, Clone, Parser)]
 pub struct Arguments {
     /// The prepared pictures: images.safetensors.
@@ -44,25 +48,25 @@ pub struct Arguments {
     /// The clusters: pseudo-labels.safetensors.
     #[arg(long, value_name = "FILE")]
     pub pseudo_labels: PathBuf,
-    /// A step of the run, whose metrics.json and log.jsonl are told of; several in their order.
+    /// A step of the run, whose metrics.json and log.jsonl are shown. Repeat for several, in order.
     #[arg(long = "step", value_name = "NAME=DIR", value_parser = step)]
     pub steps: Vec<(String, PathBuf)>,
     /// Heading of the page.
     #[arg(long, value_name = "TEXT", default_value = "Clusters")]
     pub title: String,
-    /// Pictures of each cluster to show: the surest, and a third as many of the least sure.
+    /// Pictures of each cluster to show: those of highest score, and a third as many of lowest score.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub shown: usize,
     /// Also copy every picture to a folder of its cluster.
     #[arg(long)]
     pub pictures: bool,
-    /// Folder to write into; created when missing.
+    /// Folder to write into; created if missing.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 }
 
 fn step(word: &str) -> Result<(String, PathBuf), String> {
-    let (name, folder) = word.split_once('=').ok_or("it is NAME=DIR")?;
+    let (name, folder) = word.split_once('=').ok_or("the form is NAME=DIR")?;
     Ok((name.to_owned(), folder.into()))
 }
 
@@ -82,11 +86,12 @@ pub fn program(words: ArgsOs) -> ExitCode {
     stage::finish("report", &result)
 }
 
-/// Writes the report; returns what it wrote, the page first.
+/// Writes the report; returns the paths that it wrote, the page first.
 ///
 /// # Errors
 ///
-/// A file is missing or damaged, they are about different pictures, or the report cannot be written.
+/// An input is missing or damaged, the inputs are about different pictures, or an output cannot be
+/// written.
 pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
     let images = Images::open(&arguments.images)?;
     let names = Names::open(&arguments.names)?;
@@ -94,77 +99,70 @@ pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
     let remedy = "give the images and names that the run was made with";
     names.data_set.require(images.data_set(), remedy)?;
     labels.data_set.require(images.data_set(), remedy)?;
-    images.keep_decoded(0); // Each is looked at once.
+    images.keep_decoded(0); // Each picture is decoded once.
 
     let clusters = Cluster::all(&labels);
     let out = &arguments.out;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
-    let (page, table, pictures) =
-        (out.join(PAGE), out.join(files::TABLE), out.join(files::PICTURES));
-    let mut written = vec![page.clone(), table.clone()];
-    if arguments.pictures {
-        files::copy_pictures(&pictures, &clusters, &images, &names)?;
-        written.push(pictures);
-    }
-    files::write_table(&table, &clusters, &names)?;
-
-    let (mut scores, mut charts) = (Vec::new(), Vec::new());
+    let (mut metrics, mut charts) = (Vec::new(), Vec::new());
     for (step, folder) in &arguments.steps {
-        if let Some((path, text)) = text_of(&folder.join("metrics.json"))? {
-            let found = Scores::of(&text).with_context(|| format!("`{}`", path.display()))?;
+        let path = folder.join(Metrics::FILE);
+        if path.exists() {
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
-            scores.extend(found.map(|found| (round.to_owned(), found)));
+            metrics.push((round.to_owned(), Metrics::read(&path)?));
         }
-        if let Some((path, text)) = text_of(&folder.join("log.jsonl"))? {
-            let found = curves::charts(&text).with_context(|| format!("`{}`", path.display()))?;
-            charts.push((step.clone(), found));
+        let path = folder.join("log.jsonl");
+        if path.exists() {
+            charts.push((step.clone(), charts_of(&path)?));
         }
     }
     let html = Page {
         title: &arguments.title,
         facts: facts(&labels),
-        scores,
+        metrics,
         clusters: &clusters,
         shown: arguments.shown,
         charts,
     }
     .html(&images, &names)?;
-    stage::files::write(&page, html.as_bytes())?;
+    let mut written = vec![out.join(PAGE), out.join(files::TABLE)];
+    stage::files::write(&written[0], html.as_bytes())?;
+    files::write_table(&written[1], &clusters, &names)?;
+    if arguments.pictures {
+        let pictures = out.join(files::PICTURES);
+        files::copy_pictures(&pictures, &clusters, &images, &names)?;
+        written.push(pictures);
+    }
     Ok(written)
 }
 
-/// What was found, in a sentence each.
+/// The paragraphs below the heading.
 fn facts(labels: &PseudoLabels) -> Vec<String> {
     let (count, clusters) = (labels.index.len(), labels.clusters);
-    let reliable = labels.reliable.iter().filter(|reliable| **reliable).count();
-    let share = 100. * reliable as f64 / count.max(1) as f64;
-    let mut facts = vec![format!(
-        "{count} pictures in {clusters} clusters. The number of a cluster has no meaning."
-    )];
-    if reliable < count {
-        facts.push(format!("{reliable} of them ({share:.1} %) are held to be reliable."));
-    }
+    let mut facts =
+        vec![format!("{count} pictures in {clusters} clusters. Cluster numbers are arbitrary.")];
     if let Some(stability) = labels.stability {
         facts.push(format!(
-            "{:.1} % stayed where they were when the last round was clustered afresh.",
+            "A clustering network that was trained from scratch in the last round put {:.1} % of them \
+             into the same clusters as the round before.",
             100. * stability
         ));
     }
     facts
 }
 
-/// A file that need not be there.
-fn text_of(path: &Path) -> Result<Option<(&Path, String)>> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some((path, text))),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("reading `{}`", path.display())),
-    }
+fn charts_of(log: &Path) -> Result<Vec<Chart>> {
+    let name = || format!("reading the log `{}`", log.display());
+    let text = fs::read_to_string(log).with_context(name)?;
+    curves::charts(&text).with_context(name)
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::collections::BTreeMap;
+
     use data::images::{Identical, Source, Writer};
+    use data::metrics::{Reliable, Scores};
     use data::{DataSet, Picture};
     use image::ImageFormat;
     use stage::Split;
@@ -222,6 +220,23 @@ pub(crate) mod tests {
         Ok((images, names))
     }
 
+    /// Without ground truth.
+    pub(crate) fn metrics() -> Metrics {
+        Metrics {
+            images: 5,
+            clusters: 3,
+            head: None,
+            kmeans: None,
+            reliable: Reliable { share: 0.6, acc: None },
+            stability: None,
+            sizes: vec![4, 1, 0],
+            calibration_error: None,
+            classes: None,
+            confusion: None,
+            others: BTreeMap::new(),
+        }
+    }
+
     fn arguments(folder: &Path) -> Result<Arguments> {
         let (images, names) = prepared(folder)?;
         let arguments = Arguments {
@@ -248,13 +263,14 @@ pub(crate) mod tests {
             folder.join("secu/log.jsonl"),
             "{\"epoch\":1,\"loss\":2}\n{\"epoch\":2,\"loss\":1}",
         )?;
-        let metrics = r#"{"head":{"acc":0.6,"nmi":0.4,"ari":0.2},"kmeans":{"acc":0.5}}"#;
-        fs::write(folder.join("metrics/metrics.json"), metrics)?;
+        let scores = |acc| Some(Scores { acc, nmi: 0.4, ari: 0.2, ami: 0.3 });
+        Metrics { head: scores(0.6), kmeans: scores(0.5), ..metrics() }
+            .write(&folder.join("metrics").join(Metrics::FILE))?;
         Ok(arguments)
     }
 
     #[test]
-    fn a_report_is_a_page_and_a_table_and_written_again_as_often_as_asked() -> Result<()> {
+    fn a_report_is_a_page_and_a_table_and_can_be_written_again() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let mut arguments = arguments(folder.path())?;
         for _ in 0..2 {
@@ -265,19 +281,52 @@ pub(crate) mod tests {
             for part in [
                 "<h1>Photos</h1>",
                 "5 pictures in 3 clusters.",
-                "3 of them (60.0 %)",
-                "87.5 % stayed",
-                "<td>0<td>60.0<td>40.0<td>20.0<td>50.0",
+                "put 87.5 % of them",
+                "<td>0<td>60.0<td>40.0<td>20.0<td>30.0<td>50.0",
                 "0-secu, by epoch",
             ] {
                 assert!(page.contains(part), "{part} is not in: {page}");
             }
             assert_eq!(fs::read_to_string(&written[1])?.lines().count(), 6);
+            // The share of reliable pictures may be a value of the experiment: not a result.
+            assert!(!page.contains("reliable"), "{page}");
             assert!(!out.join("pictures").exists());
         }
         arguments.pictures = true;
-        assert_eq!(run(&arguments)?.len(), 3);
-        assert!(run(&arguments).is_err(), "the folder of pictures is there");
+        for _ in 0..2 {
+            assert_eq!(run(&arguments)?.len(), 3);
+        }
+        // Of other pictures in its place, page and table are written all the same.
+        fs::write(arguments.out.join("pictures/mine"), "mine")?;
+        fs::remove_file(arguments.out.join("report.html"))?;
+        assert!(run(&arguments).is_err());
+        assert!(arguments.out.join("report.html").exists());
+        Ok(())
+    }
+
+    #[test]
+    fn changed_scores_are_refused() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let arguments = arguments(folder.path())?;
+        let path = folder.path().join("metrics/metrics.json");
+        fs::write(&path, fs::read_to_string(&path)?.replace("0.6", "0.9"))?;
+        let error = run(&arguments).expect_err("changed").to_string();
+        assert!(error.contains("metrics.json") && error.contains("was changed"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn two_reports_at_once_both_leave_the_whole() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let arguments = Arguments { pictures: true, ..arguments(folder.path())? };
+        std::thread::scope(|scope| {
+            let reports: Vec<_> = (0..4).map(|_| scope.spawn(|| run(&arguments))).collect();
+            for report in reports {
+                assert_eq!(report.join().expect("no panic").expect("written").len(), 3);
+            }
+        });
+        let count = |folder: &str| fs::read_dir(arguments.out.join(folder)).map(Iterator::count);
+        assert_eq!((count("")?, count("pictures")?, count("pictures/0")?), (3, 3, 4));
         Ok(())
     }
 

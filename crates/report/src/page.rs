@@ -1,34 +1,35 @@
-//! `report.html`: one file that needs nothing beside it, no network and no script.
+//! `report.html`: one file that needs no other file, no network and no script.
 
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use data::{Images, Names};
+use data::metrics::Scores;
+use data::{Images, Metrics, Names};
 use rayon::prelude::*;
 
 use crate::clusters::{Cluster, Member};
 use crate::curves::Chart;
-use crate::scores::Scores;
+use crate::html::escaped;
 use crate::thumbnail;
 
-/// What the page tells.
+/// The content of the page.
 pub struct Page<'a> {
     /// Its heading.
     pub title: &'a str,
-    /// What was found, in a sentence each.
+    /// Paragraphs below the heading.
     pub facts: Vec<String>,
-    /// By round, where there is ground truth.
-    pub scores: Vec<(String, Scores)>,
+    /// The scores of each round.
+    pub metrics: Vec<(String, Metrics)>,
     /// All clusters.
     pub clusters: &'a [Cluster],
-    /// Pictures to show of each, at most.
+    /// Most pictures to show of each cluster, besides the ones of lowest score.
     pub shown: usize,
-    /// By step, its charts.
+    /// The charts of each step.
     pub charts: Vec<(String, Vec<Chart>)>,
 }
 
 impl Page<'_> {
-    /// The page as HTML: the largest cluster first.
+    /// Writes the page as HTML, the largest cluster first.
     ///
     /// # Errors
     ///
@@ -44,6 +45,7 @@ impl Page<'_> {
             let _ = writeln!(html, "<p>{}</p>", escaped(fact));
         }
         self.write_scores(&mut html);
+        self.write_classes(&mut html);
         let mut largest_first: Vec<&Cluster> = self.clusters.iter().collect();
         largest_first.sort_by_key(|cluster| std::cmp::Reverse(cluster.members.len())); // Stable.
         let sections: Vec<String> = largest_first
@@ -56,20 +58,66 @@ impl Page<'_> {
     }
 
     fn write_scores(&self, html: &mut String) {
-        if self.scores.is_empty() {
+        let scored = self.metrics.iter().filter_map(|(round, m)| Some((round, m.head?, m)));
+        let scored: Vec<(&String, Scores, &Metrics)> = scored.collect();
+        let Some((.., last)) = scored.last() else { return };
+        html.push_str(
+            "<h2>Scores</h2>\n<p>Agreement with the ground truth, in percent. No stage trains on \
+             it.</p>\n<table><tr><th>round<th>ACC<th>NMI<th>ARI<th>AMI<th>ACC of k-means</tr>\n",
+        );
+        for (round, Scores { acc, nmi, ari, ami }, metrics) in &scored {
+            let _ = write!(html, "<tr><td>{}", escaped(round));
+            let k_means = metrics.kmeans.map(|scores| scores.acc);
+            for score in [Some(*acc), Some(*nmi), Some(*ari), Some(*ami), k_means] {
+                let _ = write!(html, "<td>{}", percent(score));
+            }
+            html.push_str("</tr>\n");
+        }
+        html.push_str("</table>\n");
+        if let Some(error) = last.calibration_error {
+            let _ = writeln!(
+                html,
+                "<p>Confidence and accuracy of the last round differ by {:.1} percentage points on \
+                 average (calibration error).</p>",
+                100. * error
+            );
+        }
+    }
+
+    /// Writes the classes of the last round, and how the clusters divide them.
+    fn write_classes(&self, html: &mut String) {
+        let last = self.metrics.iter().rev().find_map(|(_, m)| Some((&m.classes, &m.confusion)));
+        let Some((Some(classes), Some(confusion))) = last else { return };
+        html.push_str(
+            "<h2>Classes</h2>\n<p>Each class with the cluster that the best one-to-one map gives it, \
+             in percent: recall is the share of the class that is in the cluster, precision the share \
+             of the cluster that is of the class.</p>\n\
+             <table><tr><th>class<th>pictures<th>cluster<th>recall<th>precision</tr>\n",
+        );
+        for class in classes {
+            let cluster = class.cluster.map_or("–".to_owned(), |cluster| cluster.to_string());
+            let _ = writeln!(
+                html,
+                "<tr><td>{}<td>{}<td>{cluster}<td>{}<td>{}</tr>",
+                escaped(&class.name),
+                class.images,
+                percent(class.recall),
+                percent(class.precision)
+            );
+        }
+        html.push_str("</table>\n");
+        if classes.len() * confusion.len() > MOST_CELLS {
             return;
         }
-        html.push_str(
-            "<h2>Scores</h2>\n<p>Agreement with the ground truth, in percent. No training saw it.</p>\n\
-             <table><tr><th>round<th>ACC<th>NMI<th>ARI<th>ACC of k-means</tr>\n",
-        );
-        for (step, scores) in &self.scores {
-            let _ = write!(html, "<tr><td>{}", escaped(step));
-            for score in [scores.acc, scores.nmi, scores.ari, scores.k_means_acc] {
-                let _ = match score {
-                    Some(score) => write!(html, "<td>{:.1}", score * 100.),
-                    None => write!(html, "<td>–"),
-                };
+        html.push_str("<h2>Pictures of each class in each cluster</h2>\n<table><tr><th>cluster");
+        for class in classes {
+            let _ = write!(html, "<th>{}", escaped(&class.name));
+        }
+        html.push_str("</tr>\n");
+        for (cluster, counts) in confusion.iter().enumerate() {
+            let _ = write!(html, "<tr><td>{cluster}");
+            for count in counts {
+                let _ = write!(html, "<td>{count}");
             }
             html.push_str("</tr>\n");
         }
@@ -78,18 +126,13 @@ impl Page<'_> {
 
     fn section(&self, cluster: &Cluster, images: &Images, names: &Names) -> Result<String> {
         let count = cluster.members.len();
-        let reliable = match cluster.reliable() {
-            all if all == count => String::new(),
-            some => format!(", {some} reliable"),
-        };
         let mut html = format!(
-            "<section><h2>Cluster {} <small>{count} pictures{}, mean confidence {:.2}</small></h2>\n",
+            "<section><h2>Cluster {} <small>{count} pictures, mean confidence {:.2}</small></h2>\n",
             cluster.number,
-            reliable,
             cluster.confidence()
         );
-        let (surest, least_sure) = cluster.shown(self.shown);
-        for (caption, members) in [("", surest), ("least sure", least_sure)] {
+        let (highest, lowest) = cluster.shown(self.shown);
+        for (caption, members) in [("", highest), ("lowest score", lowest)] {
             if members.is_empty() {
                 continue;
             }
@@ -136,7 +179,15 @@ fn image(member: &Member, images: &Images, names: &Names) -> Result<String> {
     ))
 }
 
-/// Three digits that mean something.
+/// Largest confusion matrix that the page shows.
+const MOST_CELLS: usize = 2500;
+
+/// Formats a fraction in percent.
+fn percent(fraction: Option<f64>) -> String {
+    fraction.map_or("–".to_owned(), |fraction| format!("{:.1}", 100. * fraction))
+}
+
+/// Formats a number with three significant digits.
 fn short(number: f64) -> String {
     match number.abs() {
         size if size == 0. || (0.01..1000.).contains(&size) => {
@@ -145,22 +196,6 @@ fn short(number: f64) -> String {
         }
         _ => format!("{number:.2e}"),
     }
-}
-
-/// Text that is neither markup nor the end of an attribute.
-pub fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            c => escaped.push(c),
-        }
-    }
-    escaped
 }
 
 const STYLE: &str = "
@@ -180,8 +215,28 @@ path { fill: none; stroke: currentColor; stroke-width: 1.5; opacity: .75; }
 
 #[cfg(test)]
 mod tests {
+    use data::metrics::ClassScores;
+
     use super::*;
     use crate::tests::{labels, names, prepared};
+
+    fn metrics() -> Metrics {
+        let scores = Scores { acc: 0.5, nmi: 0.25, ari: -0.125, ami: 0.125 };
+        let class = ClassScores {
+            name: "<cats>".into(),
+            images: 4,
+            cluster: Some(2),
+            precision: None,
+            recall: Some(0.25),
+        };
+        Metrics {
+            head: Some(scores),
+            calibration_error: Some(0.075),
+            classes: Some(vec![class]),
+            confusion: Some(vec![vec![3], vec![0], vec![1]]),
+            ..crate::tests::metrics()
+        }
+    }
 
     #[test]
     fn the_page_shows_clusters_by_size_and_escapes_what_others_have_named() -> Result<()> {
@@ -192,10 +247,7 @@ mod tests {
         let page = Page {
             title: "<script>alert(1)</script>",
             facts: vec!["5 pictures & 3 clusters".into()],
-            scores: vec![(
-                "0".into(),
-                Scores { acc: Some(0.5), nmi: Some(0.25), ari: Some(-0.125), k_means_acc: None },
-            )],
+            metrics: vec![("0".into(), metrics())],
             clusters: &clusters,
             shown: 2,
             charts: vec![("0-pretraining".into(), vec![chart]), ("0-embed".into(), vec![])],
@@ -204,14 +256,23 @@ mod tests {
         assert!(!html.contains("<script"), "{html}");
         assert!(html.contains("&lt;script&gt;alert(1)") && html.contains("5 pictures &amp; 3"));
         let at = |part: &str| html.find(part).unwrap_or_else(|| panic!("{part} is not in: {html}"));
-        assert!(at("<h1>") < at("<td>50.0<td>25.0<td>-12.5<td>–"));
-        assert!(at("ARI") < at("Cluster 0 <small>4 pictures, 2 reliable, mean confidence 0.62"));
+        assert!(at("<h1>") < at("<td>50.0<td>25.0<td>-12.5<td>12.5<td>–"));
+        assert!(html.contains("differ by 7.5 percentage points"));
+        assert!(html.contains("<tr><td>&lt;cats&gt;<td>4<td>2<td>25.0<td>–</tr>"), "{html}");
+        assert!(
+            html.contains("<tr><th>cluster<th>&lt;cats&gt;</tr>\n<tr><td>0<td>3</tr>"),
+            "{html}"
+        );
+        assert!(at("ARI") < at("Cluster 0 <small>4 pictures, mean confidence 0.62"));
         assert!(at("Cluster 0") < at("Cluster 2 <small>1 pictures"));
         assert!(at("Cluster 2 ") < at("Cluster 1 <small>0 pictures"));
         assert!(at("alt=\"photos/5.png\"") < at("alt=\"photos/1.png\""));
-        assert!(at("alt=\"photos/1.png\"") < at("least sure"));
-        assert!(at("least sure") < at("alt=\"&lt;photos&gt;/0.png\""));
-        assert!(!html.contains("alt=\"photos/6"), "neither surest nor least sure");
+        assert!(at("alt=\"photos/1.png\"") < at("lowest score"));
+        assert!(at("lowest score") < at("alt=\"&lt;photos&gt;/0.png\""));
+        assert!(
+            !html.contains("alt=\"photos/6"),
+            "neither among the highest nor the lowest scores"
+        );
         assert_eq!(html.matches("<img ").count(), 4);
         assert!(at("0-pretraining, by epoch") > at("Cluster 1"));
         assert!(!html.contains("0-embed"), "without a chart there is no heading");

@@ -1,4 +1,4 @@
-//! Pictures small enough for a page, inside of its text.
+//! Thumbnails, embedded in the text of a page.
 
 use anyhow::{Context, Result};
 use base64::Engine;
@@ -8,14 +8,14 @@ use image::codecs::jpeg::JpegEncoder;
 use image::imageops::FilterType;
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 
-/// The longest side of a thumbnail, in pixels: twice what the page shows, for fine screens.
+/// The longest side of a thumbnail in pixels: twice the size on the page, for high-density screens.
 pub const SIDE: u32 = 160;
 
-/// A picture as the library `image` has it.
+/// Converts a picture to an image of the library `image`.
 ///
 /// # Errors
 ///
-/// The pixels are not as many as the sides say.
+/// The number of pixels contradicts the sides.
 pub fn to_image(picture: &Picture) -> Result<DynamicImage> {
     let (height, width) = (u32::try_from(picture.height)?, u32::try_from(picture.width)?);
     let pixels = picture.pixels.clone();
@@ -23,16 +23,12 @@ pub fn to_image(picture: &Picture) -> Result<DynamicImage> {
         1 => GrayImage::from_raw(width, height, pixels).map(DynamicImage::from),
         _ => RgbImage::from_raw(width, height, pixels).map(DynamicImage::from),
     };
-    image.context("a picture has as many pixels as its sides say")
+    image.context("the number of pixels contradicts the sides of the picture")
 }
 
-/// The address of a picture that holds the picture itself: a `data:` URL of at most 160 × 160 pixels.
+/// Encodes a thumbnail of at most 160 × 160 pixels as a `data:` URL.
 ///
-/// Small ones stay as they are, as PNG; others are scaled down in proportion and become JPEG.
-///
-/// # Errors
-///
-/// It cannot be encoded.
+/// Small pictures keep their pixels, as PNG; others are scaled down in proportion, as JPEG.
 pub fn data_url(picture: &Picture) -> Result<String> {
     let image = to_image(picture)?;
     let mut bytes = Vec::new();
