@@ -14,7 +14,7 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::picture::{self, Budget};
-use crate::{Format, archive, cifar, idx, manifest, parquet_file, stl, webdataset};
+use crate::{Format, cifar, idx, manifest, packed, parquet_file, stl, webdataset};
 
 /// The readers, each with the name of its target and of the folder of its corpus.
 pub const READERS: [(&str, Reader); 9] = [
@@ -97,10 +97,10 @@ fn two(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
 /// The reader's.
 pub fn tar(bytes: &[u8]) -> Result<()> {
     fed("x.tar", bytes, |path, sink| {
-        let holds = archive::recognise(&path);
-        archive::read_pictures(&path, "", sink)?;
-        archive::read_cifar(&path, Format::Auto, sink)?;
-        archive::read_stl(&path, sink)?;
+        let holds = packed::recognise(&path);
+        packed::read_pictures(&path, "", sink)?;
+        packed::read_cifar(&path, Format::Auto, sink)?;
+        packed::read_stl(&path, sink)?;
         holds.map(|_| ())
     })
 }
@@ -112,8 +112,8 @@ pub fn tar(bytes: &[u8]) -> Result<()> {
 /// The reader's.
 pub fn zip(bytes: &[u8]) -> Result<()> {
     fed("x.zip", bytes, |path, sink| {
-        let holds = archive::recognise(&path);
-        archive::read_pictures(&path, "", sink)?;
+        let holds = packed::recognise(&path);
+        packed::read_pictures(&path, "", sink)?;
         holds.map(|_| ())
     })
 }

@@ -14,7 +14,7 @@ use crate::example::{
     assert_has, config, encoded, gzip, jpeg, pixels, png, prepare, prepare_with, put, refusal,
     scratch, tar, zip,
 };
-use crate::{Config, Options, archive};
+use crate::{Config, Options, packed};
 
 /// Four inks, 16 x 8 pixels, all of them cyan 0, magenta 128, yellow 255, black 51 of 255.
 const CMYK: &str = "ffd8ffee000e41646f626500640000000000ffdb0043000302020302020303030304030304050805050404050a\
@@ -330,7 +330,7 @@ fn archives_of_many_entries_are_streamed() {
     for (name, bytes) in [("many.tar", tar(&entries)), ("many.zip", zip(&entries))] {
         put(&path.join(name), &bytes);
         let mut counter = Counter::default();
-        archive::read_pictures(&path.join(name), "", &mut counter).expect("sound");
+        packed::read_pictures(&path.join(name), "", &mut counter).expect("sound");
         assert_eq!((counter.pictures, counter.ignored), (1, 20_000), "{name}");
     }
 }

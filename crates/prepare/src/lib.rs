@@ -35,6 +35,7 @@ pub mod location;
 pub mod manifest;
 pub mod named;
 pub mod names;
+pub mod packed;
 pub mod parquet_file;
 pub mod picture;
 mod program;

@@ -9,14 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use stage::container::hex;
 
-use crate::archive::Holds;
 use crate::collection::Sink;
 use crate::folder::{Listing, SOURCE, contents};
 use crate::idx::Pair;
 use crate::location::Local;
 use crate::names::file_name;
+use crate::packed::Holds;
 use crate::{
-    Config, Format, archive, cifar, folder, idx, manifest, parquet_file, picture, stl, webdataset,
+    Config, Format, cifar, folder, idx, manifest, packed, parquet_file, picture, stl, webdataset,
 };
 
 /// A source, looked at but not yet read.
@@ -136,7 +136,7 @@ impl Source {
             path.display()
         );
         let path = path.to_owned();
-        match (archive::recognise(&path)?, format) {
+        match (packed::recognise(&path)?, format) {
             (Holds::Cifar, Format::Auto | Format::Tar | Format::Cifar | Format::Cifar20) => {
                 Ok(Self::CifarArchive(path, format))
             }
@@ -166,7 +166,7 @@ impl Source {
         if parquet_file::is_parquet(&start_of(first)?) {
             return Ok(Self::Parquet(paths.to_vec(), format));
         }
-        match (archive::recognise(first)?, format) {
+        match (packed::recognise(first)?, format) {
             (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
                 Ok(Self::WebDataset(paths.to_vec()))
             }
@@ -224,10 +224,10 @@ impl Source {
             Self::Cifar(files, format) => cifar::read(files, *format, sink),
             Self::Stl(files) => stl::read(files, sink),
             Self::Folder(listing) => listing.read(sink),
-            Self::ClassArchives(paths) => archive::read_class_archives(paths, sink),
-            Self::CifarArchive(path, format) => archive::read_cifar(path, *format, sink),
-            Self::StlArchive(path) => archive::read_stl(path, sink),
-            Self::PictureArchive(path, within) => archive::read_pictures(path, within, sink),
+            Self::ClassArchives(paths) => packed::read_class_archives(paths, sink),
+            Self::CifarArchive(path, format) => packed::read_cifar(path, *format, sink),
+            Self::StlArchive(path) => packed::read_stl(path, sink),
+            Self::PictureArchive(path, within) => packed::read_pictures(path, within, sink),
             Self::WebDataset(paths) => webdataset::read(paths, &config.classes, sink),
             Self::Parquet(paths, format) => {
                 parquet_file::read(paths, *format, &config.classes, sink)
