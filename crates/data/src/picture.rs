@@ -140,7 +140,25 @@ pub(crate) fn decode_into(memory: Vec<u8>, file: &[u8], channels: usize) -> Resu
     }
 }
 
-fn decode_jpeg(mut pixels: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
+fn decode_jpeg(pixels: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
+    if has_end(file) {
+        return decode_jpeg_to_its_end(pixels, file, channels);
+    }
+    // Decoders fill missing data with grey, so that a truncated file looks whole to them. Some
+    // cameras and recovery programs overwrite just the end marker, most often with zeros. The file
+    // is whole if the picture does not depend on the bits that come after its data.
+    let data = &file[..file.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1)];
+    let continued_by = |filler: [u8; 2], pixels| {
+        let continued = [data, &filler.repeat(8), &END].concat();
+        decode_jpeg_to_its_end(pixels, &continued, channels)
+    };
+    let picture = continued_by([0, 0], pixels)?;
+    let is_whole = continued_by([0xff, 0], Vec::new()).is_ok_and(|other| other == picture);
+    ensure!(is_whole, "the JPEG file is cut short");
+    Ok(picture)
+}
+
+fn decode_jpeg_to_its_end(mut pixels: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
     let options = DecoderOptions::new_fast()
         .set_strict_mode(false)
         .set_max_width(usize::MAX)
@@ -157,30 +175,34 @@ fn decode_jpeg(mut pixels: Vec<u8>, file: &[u8], channels: usize) -> Result<Pict
     decoder.set_options(options.jpeg_set_out_colorspace(space));
     pixels.resize(height * width * decoded_channels, 0);
     decoder.decode_into(&mut pixels).context("the JPEG data are broken")?;
-    ensure!(is_whole_jpeg(file), "the JPEG file is cut short");
     let picture = Picture::new(height, width, decoded_channels, pixels)?;
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
     turned(picture, orientation.unwrap_or(Orientation::NoTransforms))
         .map(|picture| picture.with_channels(channels))
 }
 
-/// Whether the end marker follows the pixel data. Decoders fill up what is missing with grey, so a
-/// cut file looks sound to them; the marker cannot occur within the data.
-fn is_whole_jpeg(file: &[u8]) -> bool {
-    const END: [u8; 2] = [0xff, 0xd9];
+/// The marker at the end of a JPEG file. It cannot occur within the pixel data.
+const END: [u8; 2] = [0xff, 0xd9];
+
+/// Whether the end marker follows the pixel data of a JPEG file.
+fn has_end(file: &[u8]) -> bool {
     file.ends_with(&END) || file[data_start(file)..].windows(2).any(|pair| pair == END)
 }
 
-/// Where the pixel data of a JPEG file begin: segments, each with its length, come before them, and
-/// may hold a thumbnail with an end marker of its own.
+/// Where the pixel data of a JPEG file begin, after all segments. A segment may hold a thumbnail
+/// with an end marker of its own.
 fn data_start(file: &[u8]) -> usize {
     const START_OF_SCAN: u8 = 0xda;
     let mut position = 2;
     while let Some(&[0xff, marker, high, low]) = file.get(position..position + 4) {
-        if marker == START_OF_SCAN {
-            return position;
+        match marker {
+            START_OF_SCAN => return position,
+            // Any number of fill bytes may precede a marker.
+            0xff => position += 1,
+            // Markers without a segment.
+            0x01 | 0xd0..=0xd8 => position += 2,
+            _ => position += 2 + usize::from(u16::from_be_bytes([high, low])),
         }
-        position += 2 + usize::from(u16::from_be_bytes([high, low]));
     }
     position.min(file.len())
 }
@@ -332,12 +354,43 @@ pub(crate) mod tests {
                 assert!(decode(&file[..length], 3).is_err(), "{length} of {}", file.len());
             }
         }
-        // A cut file with a thumbnail: its end marker is not that of the picture.
+        // A truncated file with a thumbnail: its end marker is not that of the picture.
         let mut file = jpeg(&picture);
         file.splice(2..2, [0xff, 0xe1, 0, 6, 0xff, 0xd9, 0, 0]);
         decode(&file, 3).expect("whole");
-        assert!(decode(&file[..file.len() - 2], 3).is_err());
+        let cut = file.len() / 2;
+        assert!(decode(&file[..cut], 3).is_err());
+        // Nor are zeros in place of the rest.
+        file[cut..].fill(0);
+        assert!(decode(&file, 3).is_err());
         assert!(decode(b"GIF89a", 3).expect_err("a GIF").to_string().contains("neither"));
+    }
+
+    #[test]
+    fn fill_bytes_and_padding_leave_a_jpeg_whole() {
+        let picture = example(40, 50, 3);
+        let file = jpeg(&picture);
+        let want = decode(&file, 3).expect("whole");
+        let mut filled = file.clone();
+        // The first marker after the start of the file, and one with a thumbnail's end marker.
+        filled.splice(2..2, [0xff, 0xff, 0xff, 0xe1, 0, 6, 0xff, 0xd9, 0, 0, 0xff, 0xff]);
+        assert_eq!(decode(&filled, 3).expect("whole"), want);
+        assert!(decode(&filled[..filled.len() / 2], 3).is_err());
+        filled.extend([0; 300]);
+        assert_eq!(decode(&filled, 3).expect("whole"), want);
+        // All pixels are there, but not the end marker.
+        let data = file.len() - END.len();
+        for padding in [0, 1, 2, 300] {
+            let padded = [&file[..data], &vec![0; padding]].concat();
+            assert_eq!(decode(&padded, 3).expect("whole"), want, "{padding} zeros");
+            assert_eq!(decode(&padded, 1).expect("whole"), decode(&file, 1).expect("whole"));
+        }
+        for missing in 1..60 {
+            let cut = [&file[..data - missing], &[0; 300][..]].concat();
+            let read = decode(&cut, 3);
+            assert!(read.is_err() || read.is_ok_and(|read| read == want), "{missing} bytes less");
+        }
+        assert!(decode(&[&file[..data - 20], &[0; 300][..]].concat(), 3).is_err());
     }
 
     #[test]
