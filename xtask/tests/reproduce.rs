@@ -435,5 +435,5 @@ fn an_experiment_is_shown_as_it_would_run() {
     assert!(text(&output.stdout).contains("[pretraining]\nepochs = 7\n"));
     let output = xtask(&["show", "nowhere"]);
     assert_status(&output, 2);
-    assert!(text(&output.stderr).contains("cargo xtask list"));
+    assert!(text(&output.stderr).contains("assort list"));
 }
