@@ -55,7 +55,7 @@ impl Segment {
     /// # Errors
     ///
     /// The device that they lie on fails.
-    pub fn first_not_finite(&self) -> Result<Option<&str>> {
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
         match self.parameters.first_non_finite()? {
             None => self.statistics.first_non_finite(),
             found => Ok(found),
@@ -68,7 +68,7 @@ impl Segment {
     ///
     /// A device fails.
     pub fn on(&self, device: &Device) -> Result<Self> {
-        self.of(self.network.on(device))
+        self.with_network(self.network.on(device))
     }
 
     /// The same values in `network`, which has the same entries.
@@ -76,7 +76,7 @@ impl Segment {
     /// # Errors
     ///
     /// It has others, or a device fails.
-    pub fn of(&self, network: Network) -> Result<Self> {
+    pub fn with_network(&self, network: Network) -> Result<Self> {
         let parameters = self.parameters.to(&network)?;
         let statistics = self.statistics.to(&network)?;
         Ok(Self { network, parameters, statistics, inference: None })

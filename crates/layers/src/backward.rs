@@ -1,32 +1,28 @@
-//! The backward pass.
+//! The backward pass: one walk over the plan from its end, for every backend.
 
-use candle_core::{Device, Result, Tensor, bail};
-use kernels::convolution::{self, Direction};
-use kernels::norm;
-use kernels::{Buffer, Shape, linear, pooling};
+use candle_core::{DType, Result, Tensor, bail};
 
-use crate::device;
-use crate::forward::Numbers;
-use crate::plan::{Norm, Operation, Plan, Work};
-use crate::profile::{self, Pass};
-use crate::tape::{Note, Record};
+use crate::backend::{Backend, NormGradientCall, Operations};
+use crate::flat::{Changes, Flat};
+use crate::plan::{Norm, Operation, Plan, Product, Work};
+use crate::tape::{Activations, Kept, Note, Record};
 use crate::{Gradients, Network, Parameters, Tape};
 
 impl Network {
     /// Adds to `gradients` what the forward pass on `tape` contributes, and empties the tape.
     ///
-    /// - `parameters`: as they were in the forward pass.
+    /// - `parameters`: unchanged since the forward pass.
     /// - `gradient`: of the loss with respect to the output, (N, D), f32 on the network's device.
-    /// - `input_gradient`: whether to go on to the input and return its gradient, in the input's
-    ///   shape. Otherwise the pass stops below the lowest block that is trained.
+    /// - `input_gradient`: whether to return the gradient of the input too, in the input's shape.
+    ///   Otherwise the pass stops below the lowest trained block.
     ///
-    /// Frozen blocks get no gradient; what they pass on is computed only if something below needs
-    /// it.
+    /// Frozen blocks get no gradient, and gradients are passed through them only if something below
+    /// needs them.
     ///
     /// # Errors
     ///
-    /// An empty tape; a gradient of another type or extent than the output; parameters that were
-    /// changed since; arguments of another network. The tape keeps its forward pass then.
+    /// An empty tape; a gradient of another type or shape than the output; parameters that were
+    /// changed since; arguments of another network or backend. The tape then keeps its forward pass.
     pub fn backward(
         &self,
         parameters: &Parameters,
@@ -38,55 +34,53 @@ impl Network {
         let plan = &self.0;
         parameters.check_plan(plan)?;
         gradients.flat.check_layout(&plan.parameters, "the gradients")?;
-        gradients.flat.check_place(plan.place.as_ref(), "the gradients")?;
-        let (other, version, output) = match (&plan.place, &tape.record, &tape.on_device) {
-            (None, Some(r), _) => (&r.plan, r.version, r.shapes[plan.output]),
-            (Some(_), _, Some(r)) => (&r.plan, r.version, r.shapes[plan.output]),
-            _ => bail!("the tape is empty; run `forward` with it first"),
+        gradients.flat.check_place(plan.backend.place(), "the gradients")?;
+        let Some(record) = &tape.record else {
+            bail!("the tape is empty; run `forward` with it first")
         };
-        if other.parameters != plan.parameters
-            || other.channels != plan.channels
-            || other.precision != plan.precision
-        {
-            bail!("the tape belongs to another network")
-        }
-        if version != parameters.version() {
+        check_record(plan, record)?;
+        if record.version != parameters.version() {
             bail!("the parameters have changed since the forward pass on this tape")
         }
+        let output = record.shapes[plan.output];
         if gradient.dims() != [output.images, output.channels] {
             let wanted = (output.images, output.channels);
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
         }
-        let needed = needed(plan, parameters, input_gradient);
-        if let (Some(place), Some(record)) = (&plan.place, &tape.on_device) {
-            let at_input =
-                device::backward(plan, place, parameters, record, gradient, gradients, needed)?;
-            tape.clear();
-            return Ok(at_input);
-        }
-        let gradient = Numbers::of(gradient, "the gradient")?;
-        let Some(record) = tape.record.take() else { return Ok(None) };
-
-        let values = record.shapes.iter().map(|_| None).collect();
-        let mut run = Run { plan, parameters, record, gradients, needed, values };
-        kernels::on_workers(|| {
-            gradient.with(|numbers| run.read(numbers));
-            for at in (0..plan.operations.len()).rev() {
-                run.operation(at);
-            }
-        });
-        if input_gradient { run.input_gradient().map(Some) } else { Ok(None) }
+        let (needed, flat) = (needed(plan, parameters, input_gradient), &mut gradients.flat);
+        let pass = Arguments { plan, parameters, record, gradient, gradients: flat, needed };
+        let at_input = match (&plan.backend, &record.kept) {
+            (Backend::Cpu(cpu), Kept::Cpu(kept)) => kernels::on_workers(|| pass.run(cpu, kept)),
+            (Backend::Tensors(tensors), Kept::Tensors(kept)) => pass.run(tensors, kept),
+            #[cfg(feature = "cuda")]
+            (Backend::Cuda(cuda), Kept::Cuda(kept)) => pass.run(cuda, kept),
+            _ => unreachable!("the backends of tape and network were compared"),
+        }?;
+        tape.clear();
+        Ok(at_input)
     }
 }
 
-/// For each value, whether its gradient is of use: some trained parameter, or the input when
-/// asked, lies at or below it.
+/// Fails unless a forward pass of this plan, on this backend, made the record.
+fn check_record(plan: &Plan, record: &Record) -> Result<()> {
+    let (here, there) = (plan.backend.place(), record.plan.backend.place());
+    if !here.is(there) {
+        bail!("the tape was recorded with {there}, but the network computes with {here}")
+    }
+    if !plan.is_same(&record.plan) {
+        bail!("the tape belongs to another network")
+    }
+    Ok(())
+}
+
+/// For each value, whether its gradient is needed: for a trained parameter at or below it, or for the
+/// input.
 fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<bool> {
     let mut needed = vec![false; plan.channels.len()];
     needed[0] = input_gradient;
     for operation in &plan.operations {
         let (own, residual) = match &operation.work {
-            Work::Product { .. } => (true, None),
+            Work::Product(_) => (true, None),
             Work::BatchNorm(norm) => (true, norm.residual),
             Work::Relu | Work::MaxPool { .. } | Work::AveragePool => (false, None),
         };
@@ -97,199 +91,172 @@ fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<boo
     needed
 }
 
-/// A backward pass on its way.
-struct Run<'a> {
+/// The checked arguments of a backward pass.
+struct Arguments<'a> {
     plan: &'a Plan,
     parameters: &'a Parameters,
-    record: Record,
-    gradients: &'a mut Gradients,
+    record: &'a Record,
+    gradient: &'a Tensor,
+    gradients: &'a mut Flat,
     needed: Vec<bool>,
-    /// Gradients of values: what the operations above have added so far.
-    values: Vec<Option<Buffer>>,
 }
 
-impl Run<'_> {
-    fn read(&mut self, numbers: &[f32]) {
-        let shape = self.record.shapes[self.plan.output];
-        let mut gradient = self.value_buffer(shape.len());
-        shape.pack(numbers, &mut gradient);
-        self.values[self.plan.output] = Some(gradient);
-    }
-
-    fn operation(&mut self, at: usize) {
-        let plan = self.plan;
-        let operation = &plan.operations[at];
-        // Taken, so that its memory is free for the gradients below.
-        let Some(gradient) = self.values[operation.output].take() else { return };
-        if !self.needed[operation.output] {
-            return;
-        }
-        let clock = profile::start();
-        let (kind, times) = match &operation.work {
-            Work::Product { weight, bias, .. } => {
-                // It has clocks of its own.
-                return self.product(operation, *weight, *bias, &gradient);
-            }
-            Work::BatchNorm(norm) => {
-                self.batch_norm(at, norm, gradient);
-                // Gradient and input are read for the sums; with a residual before a ReLU the output
-                // is, too, and the gradient is written. Then gradient and input are read and a
-                // gradient is written.
-                ("batch norm", if norm.relu && norm.residual.is_some() { 7 } else { 5 })
-            }
-            Work::Relu => {
-                self.relu(operation, gradient);
-                ("relu", 3)
-            }
-            Work::MaxPool { .. } => {
-                self.max_pool(at, &gradient);
-                ("max-pool", 2)
-            }
-            Work::AveragePool => {
-                self.average_pool(operation, &gradient);
-                ("average pool", 1)
-            }
+impl Arguments<'_> {
+    /// Returns the input's gradient if it is needed.
+    fn run<B: Operations>(self, backend: &B, kept: &Activations<B>) -> Result<Option<Tensor>> {
+        let Arguments { plan, parameters, record, gradient, gradients, needed } = self;
+        let gradient = backend.load(gradient, record.shapes[plan.output], "the gradient")?;
+        let mut pass = BackwardPass {
+            backend,
+            plan,
+            parameters,
+            record,
+            kept,
+            gradients: Changes::of(gradients),
+            values: record.shapes.iter().map(|_| None).collect(),
+            needed,
         };
-        let (shape, precision) = (self.record.shapes[operation.input], plan.precision);
-        profile::stop(clock, Pass::Backward, || profile::passes(kind, shape, precision, times));
+        pass.values[plan.output] = Some(gradient);
+        for at in (0..plan.operations.len()).rev() {
+            pass.operation(at)?;
+        }
+        pass.finish()
+    }
+}
+
+/// A backward pass under way.
+struct BackwardPass<'a, B: Operations> {
+    backend: &'a B,
+    plan: &'a Plan,
+    parameters: &'a Parameters,
+    record: &'a Record,
+    kept: &'a Activations<B>,
+    gradients: Changes<'a>,
+    /// Gradients of values: the sum of what their readers have sent back so far.
+    values: Vec<Option<B::Value>>,
+    needed: Vec<bool>,
+}
+
+impl<B: Operations> BackwardPass<'_, B> {
+    fn operation(&mut self, at: usize) -> Result<()> {
+        let (plan, kept, shapes) = (self.plan, self.kept, &self.record.shapes);
+        let operation = &plan.operations[at];
+        // Taken, so that its memory is free for the gradients below. A value that does not lead to the
+        // output has none.
+        let Some(gradient) = self.values[operation.output].take() else { return Ok(()) };
+        if !self.needed[operation.output] {
+            return Ok(());
+        }
+        let (backend, shape) = (self.backend, shapes[operation.input]);
+        match (&operation.work, &kept.notes[at]) {
+            (Work::Product(product), _) => self.product(operation, product, &gradient),
+            (Work::BatchNorm(norm), Note::Normalised(normalised)) => {
+                self.batch_norm(operation, norm, normalised, gradient)
+            }
+            (Work::Relu, _) => {
+                let output = kept.values[operation.output].as_ref().expect(KEPT);
+                let gradient = backend.relu_gradient(shape, output, gradient)?;
+                self.send(operation.input, gradient)
+            }
+            (Work::MaxPool { .. }, Note::Argmax(argmax)) => {
+                let w = plan.window(operation, shapes).expect("as in the forward pass");
+                let total = self.values[operation.input].take();
+                let total = backend.max_pool_gradient(&w, argmax, &gradient, total)?;
+                self.values[operation.input] = Some(total);
+                Ok(())
+            }
+            (Work::AveragePool, _) => {
+                let total = self.values[operation.input].take();
+                let total = backend.average_pool_gradient(shape, &gradient, total)?;
+                self.values[operation.input] = Some(total);
+                Ok(())
+            }
+            (Work::BatchNorm(_) | Work::MaxPool { .. }, _) => {
+                unreachable!("the forward pass of the same plan made the notes")
+            }
+        }
     }
 
     fn product(
         &mut self,
         operation: &Operation,
-        weight: usize,
-        bias: Option<usize>,
-        gradient: &Buffer,
-    ) {
-        let variant = self.plan.variant;
-        let g = self.plan.geometry(operation, &self.record.shapes).expect("as in forward");
+        product: &Product,
+        gradient: &B::Value,
+    ) -> Result<()> {
+        if product.relu || product.residual.is_some() {
+            bail!("`{}`: a batch norm is folded into it; it has no backward pass", operation.name)
+        }
+        let g = self.plan.geometry(operation, &self.record.shapes).expect("as in the forward pass");
         if self.parameters.is_trained(operation.block) {
-            let input = kept(&self.record, operation.input);
-            let into = self.gradients.of_mut(weight);
-            let clock = profile::start();
-            convolution::weight_gradient(variant, &g, input, gradient, &self.plan.pool, into);
-            if let Some(bias) = bias {
-                linear::bias_gradient(variant, g.output, gradient, self.gradients.of_mut(bias));
-            }
-            profile::stop(clock, Pass::Weights, || profile::product(&g, self.plan.precision));
+            let input = self.kept.values[operation.input].as_ref().expect(KEPT);
+            self.backend.weight_gradient(product, &g, input, gradient, &mut self.gradients)?;
         }
         if self.needed[operation.input] {
-            let packed = self.parameters.packed(weight, Direction::Backward, &g, self.plan);
-            let clock = profile::start();
-            let (mut into, add) = self.into(operation.input, g.input);
-            convolution::input_gradient(variant, &g, gradient, &packed, &mut into, add);
-            profile::stop(clock, Pass::Backward, || profile::product(&g, self.plan.precision));
-            self.values[operation.input] = Some(into);
+            let (parameters, total) = (self.parameters, self.values[operation.input].take());
+            let total = self.backend.input_gradient(product, &g, parameters, gradient, total)?;
+            self.values[operation.input] = Some(total);
         }
+        Ok(())
     }
 
-    fn batch_norm(&mut self, at: usize, norm: &Norm, mut gradient: Buffer) {
-        let plan = self.plan;
-        let (operation, variant) = (&plan.operations[at], plan.variant);
-        let shape = self.record.shapes[operation.input];
-        let mut scratch = plan.pool.take(norm::gradient_sums_len(shape));
-        let record = &self.record;
-        let Note::Normalisation(n) = &record.notes[at] else { return };
-        let input = kept(record, operation.input);
-        let weight = self.parameters.of(norm.weight);
-        let relu = match (norm.relu, norm.residual) {
-            (false, _) => norm::Relu::Absent,
-            (true, None) => norm::Relu::Again(weight, self.parameters.of(norm.bias)),
-            (true, Some(_)) => norm::Relu::Output(kept(record, operation.output)),
+    fn batch_norm(
+        &mut self,
+        operation: &Operation,
+        norm: &Norm,
+        normalised: &B::Normalised,
+        gradient: B::Value,
+    ) -> Result<()> {
+        let residual = norm.residual.filter(|residual| self.needed[*residual]);
+        let call = NormGradientCall {
+            norm,
+            shape: self.record.shapes[operation.input],
+            parameters: self.parameters,
+            trained: self.parameters.is_trained(operation.block),
+            wanted: [self.needed[operation.input], residual.is_some()],
+            normalised,
+            input: self.kept.values[operation.input].as_ref(),
+            output: self.kept.values[operation.output].as_ref(),
         };
-        let sums = norm::gradient_sums(variant, shape, &mut gradient, relu, input, n, &mut scratch);
-        if self.parameters.is_trained(operation.block) {
-            norm::weight_gradient(n, &sums, self.gradients.of_mut(norm.weight));
-            norm::bias_gradient(&sums, self.gradients.of_mut(norm.bias));
+        let [of_input, of_residual] =
+            self.backend.batch_norm_gradients(call, gradient, &mut self.gradients)?;
+        if self.needed[operation.input] {
+            self.send(operation.input, of_input.expect("asked for"))?;
         }
-        let (needed, residual) =
-            (self.needed[operation.input], norm.residual.filter(|r| self.needed[*r]));
-        let Some(residual) = residual else {
-            if needed {
-                let result = &mut gradient;
-                norm::input_gradient(variant, shape, input, n, weight, &sums, relu, None, result);
-                self.hand_on(operation.input, shape, gradient);
-            }
-            return;
-        };
-        // The residual's gradient is the sum's own, so the input's needs memory of its own.
-        if needed {
-            let mut result = plan.pool.take_of(plan.precision, shape.len());
-            let from = Some(&gradient);
-            let into = &mut result;
-            norm::input_gradient(variant, shape, input, n, weight, &sums, relu, from, into);
-            self.hand_on(operation.input, shape, result);
+        match residual {
+            Some(residual) => self.send(residual, of_residual.expect("asked for")),
+            None => Ok(()),
         }
-        self.hand_on(residual, shape, gradient);
     }
 
-    fn relu(&mut self, operation: &Operation, mut gradient: Buffer) {
-        let shape = self.record.shapes[operation.input];
-        let output = kept(&self.record, operation.output);
-        norm::relu_backward(self.plan.variant, shape, output, &mut gradient);
-        self.hand_on(operation.input, shape, gradient);
+    /// Adds to the gradient of a value.
+    fn send(&mut self, value: usize, gradient: B::Value) -> Result<()> {
+        let shape = self.record.shapes[value];
+        self.values[value] = Some(match self.values[value].take() {
+            Some(total) => self.backend.add(shape, gradient, total)?,
+            None => gradient,
+        });
+        Ok(())
     }
 
-    fn max_pool(&mut self, at: usize, gradient: &Buffer) {
-        let operation = &self.plan.operations[at];
-        let w = self.plan.window(operation, &self.record.shapes).expect("as in forward");
-        let (mut into, add) = self.into(operation.input, w.input);
-        if let Note::Taps(taps) = &self.record.notes[at] {
-            let variant = self.plan.variant;
-            pooling::max_backward(variant, &w, gradient, taps.bytes(), &mut into, add);
+    fn finish(mut self) -> Result<Option<Tensor>> {
+        self.gradients.add()?;
+        if !self.needed[0] {
+            return Ok(None);
         }
-        self.values[operation.input] = Some(into);
-    }
-
-    fn average_pool(&mut self, operation: &Operation, gradient: &Buffer) {
-        let shape = self.record.shapes[operation.input];
-        let (mut into, add) = self.into(operation.input, shape);
-        pooling::average_backward(self.plan.variant, shape, gradient, &mut into, add);
-        self.values[operation.input] = Some(into);
-    }
-
-    fn input_gradient(&mut self) -> Result<Tensor> {
         let shape = self.record.shapes[0];
-        let mut rows = vec![0.; shape.count() * shape.channels];
-        if let Some(gradient) = self.values[0].take() {
-            shape.unpack(&gradient, &mut rows);
-        }
-        match self.plan.input {
-            crate::plan::Input::Images(_) => {
-                let Shape { images, height, width, channels } = shape;
-                Tensor::from_vec(rows, (images, height, width, channels), &Device::Cpu)
-            }
-            crate::plan::Input::Features(_) => {
-                Tensor::from_vec(rows, (shape.images, shape.channels), &Device::Cpu)
+        let dimensions = self.plan.input_dimensions(shape);
+        match self.values[0].take() {
+            Some(gradient) => self.backend.unload(&gradient, shape, &dimensions).map(Some),
+            // The output does not depend on the input.
+            None => {
+                let device = self.plan.backend.place().device();
+                Tensor::zeros(dimensions, DType::F32, &device).map(Some)
             }
         }
     }
-
-    /// The gradient of a value, to be added to or, when it is new, to be replaced.
-    fn into(&mut self, value: usize, shape: Shape) -> (Buffer, bool) {
-        match self.values[value].take() {
-            Some(gradient) => (gradient, true),
-            None => (self.value_buffer(shape.len()), false),
-        }
-    }
-
-    /// Adds to the gradient of a value, or becomes it.
-    fn hand_on(&mut self, value: usize, shape: Shape, gradient: Buffer) {
-        match &mut self.values[value] {
-            Some(total) => norm::add(self.plan.variant, shape, &gradient, total),
-            none => *none = Some(gradient),
-        }
-    }
-
-    fn value_buffer(&self, len: usize) -> Buffer {
-        self.plan.pool.take_of(self.plan.precision, len)
-    }
 }
 
-/// A value that the forward pass kept.
-fn kept(record: &Record, value: usize) -> &Buffer {
-    record.values[value].as_ref().expect("the forward pass keeps what the backward pass reads")
-}
+const KEPT: &str = "the forward pass keeps what the backward pass reads";
 
 #[cfg(test)]
 mod tests {

@@ -1,15 +1,14 @@
-//! Numbers with names in one flat buffer.
+//! Named entries in flat storage.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
-use kernels::Buffer;
 
-use crate::device::{Numbers, Place};
+use crate::backend::{Place, Storage};
 
-/// What an entry is for.
+/// The role of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Weights of a convolution, (O, I, KH, KW).
@@ -33,17 +32,17 @@ pub enum Kind {
 pub struct Entry {
     /// The name given to the builder and `.weight`, `.bias`, `.running_mean` or `.running_var`.
     pub name: String,
-    /// Extent, in PyTorch's order.
+    /// Shape, in PyTorch's order.
     pub shape: Vec<usize>,
-    /// Where its numbers lie, in the order of `shape`.
+    /// Range of its numbers in the flat storage, in the order of `shape`.
     pub range: Range<usize>,
-    /// What it is for.
+    /// Its role.
     pub kind: Kind,
     /// Index of its block in [`crate::Network::blocks`].
     pub block: usize,
 }
 
-/// The entries of a buffer.
+/// The entries of flat storage.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub entries: Vec<Entry>,
@@ -68,7 +67,7 @@ impl Layout {
             };
         }
         if self.by_name.insert(name.clone(), self.entries.len()).is_some() {
-            bail!("the name `{name}` is taken; every layer needs a name of its own")
+            bail!("two layers are named `{name}`; give each layer its own name")
         }
         let range = self.len..self.len + len;
         self.len += len;
@@ -93,73 +92,37 @@ impl Layout {
 #[derive(Clone)]
 pub(crate) struct Flat {
     pub layout: Arc<Layout>,
-    /// Where the CPU's kernels find them; empty where they are `elsewhere`.
-    pub values: Buffer,
-    /// On a device of candle's.
-    pub elsewhere: Option<Numbers>,
+    pub storage: Storage,
 }
 
 impl Flat {
-    pub fn zeros(layout: &Arc<Layout>, place: Option<&Arc<Place>>) -> Flat {
-        Flat::with(layout, place, None)
+    pub fn zeros(layout: &Arc<Layout>, place: Place) -> Flat {
+        let storage = Storage::new(place, layout.len, None);
+        Flat { layout: Arc::clone(layout), storage }
     }
 
-    /// With the same number in all entries of a kind, and zeros elsewhere.
-    pub fn filled(
-        layout: &Arc<Layout>,
-        place: Option<&Arc<Place>>,
-        kind: Kind,
-        value: f32,
-    ) -> Flat {
-        let mut values = vec![0.; layout.len];
+    /// With this value in every entry of a kind, and zeros in the others.
+    pub fn filled(layout: &Arc<Layout>, place: Place, kind: Kind, value: f32) -> Flat {
+        let mut numbers = vec![0.; layout.len];
         for entry in layout.entries.iter().filter(|entry| entry.kind == kind) {
-            values[entry.range.clone()].fill(value);
+            numbers[entry.range.clone()].fill(value);
         }
-        Flat::with(layout, place, Some(values))
+        Flat::with(layout, place, numbers)
     }
 
-    /// With these numbers, or zeros.
-    pub fn with(
-        layout: &Arc<Layout>,
-        place: Option<&Arc<Place>>,
-        values: Option<Vec<f32>>,
-    ) -> Flat {
-        let elsewhere = place.map(|place| Numbers::new(&place.device, layout.len, values.clone()));
-        let mut here = Buffer::zeros(if elsewhere.is_none() { layout.len } else { 0 });
-        if let (None, Some(values)) = (&elsewhere, values) {
-            here.copy_from_slice(&values);
-        }
-        Flat { layout: Arc::clone(layout), values: here, elsewhere }
-    }
-
-    pub fn get(&self, name: &str) -> Result<Vec<f32>> {
-        let range = &self.layout.find(name)?.range;
-        match &self.elsewhere {
-            Some(numbers) => numbers.read(range),
-            None => Ok(self.values[range.clone()].to_vec()),
-        }
-    }
-
-    /// All numbers, in the order of the entries.
-    pub fn to_vec(&self) -> Result<Vec<f32>> {
-        match &self.elsewhere {
-            Some(numbers) => numbers.read(&(0..self.layout.len)),
-            None => Ok(self.values.to_vec()),
-        }
+    pub fn with(layout: &Arc<Layout>, place: Place, numbers: Vec<f32>) -> Flat {
+        let storage = Storage::new(place, layout.len, Some(numbers));
+        Flat { layout: Arc::clone(layout), storage }
     }
 
     /// The same numbers in another place, for a network with the same entries.
-    pub fn to(&self, layout: &Arc<Layout>, place: Option<&Arc<Place>>) -> Result<Flat> {
+    pub fn to(&self, layout: &Arc<Layout>, place: Place) -> Result<Flat> {
         self.check_layout(layout, "the numbers")?;
-        Ok(Flat::with(layout, place, Some(self.to_vec()?)))
+        Ok(Flat::with(layout, place, self.to_vec()?))
     }
 
-    /// Sets all to zero.
-    pub fn zero(&mut self) {
-        match &mut self.elsewhere {
-            Some(numbers) => numbers.zero(),
-            None => self.values.fill(0.),
-        }
+    pub fn get(&self, name: &str) -> Result<Vec<f32>> {
+        self.storage.read(&self.layout.find(name)?.range)
     }
 
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
@@ -171,60 +134,55 @@ impl Flat {
         if let Some(at) = kernels::flat::first_non_finite(values) {
             bail!("`{name}`: value {at} is {}; the source is damaged or diverged", values[at])
         }
-        match &mut self.elsewhere {
-            Some(numbers) => numbers.write(&entry.range, values),
-            None => {
-                self.values[entry.range.clone()].copy_from_slice(values);
-                Ok(())
-            }
-        }
+        self.storage.write(&entry.range, values)
     }
 
-    /// An error that names `what` unless the numbers lie where a network computes.
-    pub fn check_place(&self, place: Option<&Arc<Place>>, what: &str) -> Result<()> {
-        let here = self.elsewhere.as_ref().map(Numbers::device);
-        let there = place.map(|place| &place.device);
-        let same = match (here, there) {
-            (Some(here), Some(there)) => here.same_device(there),
-            (here, there) => here.is_none() && there.is_none(),
-        };
-        if !same {
-            let name = |device: Option<&candle_core::Device>| match device {
-                Some(device) => format!("on {:?}", device.location()),
-                None => "for the CPU's kernels".to_owned(),
-            };
+    /// All numbers, in the order of the entries.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.storage.read(&(0..self.layout.len))
+    }
+
+    /// The name of the first entry with a NaN or an infinity.
+    pub fn first_non_finite(&self) -> Result<Option<&str>> {
+        let Some(at) = self.storage.first_non_finite()? else { return Ok(None) };
+        let entry = self.layout.entries.iter().find(|entry| entry.range.contains(&at));
+        Ok(entry.map(|entry| entry.name.as_str()))
+    }
+
+    /// An entry's numbers, for the CPU backend.
+    pub fn slice(&self, entry: usize) -> &[f32] {
+        &self.storage.buffer()[self.layout.entries[entry].range.clone()]
+    }
+
+    /// An entry as a tensor of its shape, for the backends that compute with tensors.
+    pub fn tensor(&self, entry: usize) -> Result<Tensor> {
+        let entry = &self.layout.entries[entry];
+        self.storage.vector().of(&entry.range)?.reshape(entry.shape.as_slice())
+    }
+
+    /// Fails unless both have the same entries and are stored in the same place.
+    pub fn check_like(&self, other: &Flat, what: &str, of: &str) -> Result<()> {
+        self.check_layout(&other.layout, what)?;
+        let (here, there) = (self.storage.place(), other.storage.place());
+        if !here.is(there) {
+            bail!("{what} are stored for {here}, but {of} for {there}; move both to one backend")
+        }
+        Ok(())
+    }
+
+    /// Fails unless the numbers are stored where a network computes.
+    pub fn check_place(&self, network: Place, what: &str) -> Result<()> {
+        let here = self.storage.place();
+        if !here.is(network) {
             bail!(
-                "{what} lie {}, but the network computes {}; bring both to one device",
-                name(here),
-                name(there)
+                "{what} are stored for {here}, but the network computes with {network}; move both \
+                 to one backend"
             )
         }
         Ok(())
     }
 
-    /// An error that names `what` unless both have the same entries and lie in the same place.
-    pub fn check_like(&self, other: &Flat, what: &str) -> Result<()> {
-        self.check_layout(&other.layout, what)?;
-        let same = match (&self.elsewhere, &other.elsewhere) {
-            (Some(a), Some(b)) => a.device().same_device(b.device()),
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        if !same {
-            bail!("{what} lie on another device than the parameters")
-        }
-        Ok(())
-    }
-
-    /// An entry's numbers as a tensor of its shape, where they are on a device of candle's.
-    pub fn tensor(&self, entry: usize) -> Result<Tensor> {
-        let entry = &self.layout.entries[entry];
-        match &self.elsewhere {
-            Some(numbers) => numbers.of(&entry.range)?.reshape(entry.shape.as_slice()),
-            None => bail!("`{}` lies on the CPU", entry.name),
-        }
-    }
-
-    /// An error that names `what` unless both have the same entries.
+    /// Fails unless the entries are the same.
     pub fn check_layout(&self, other: &Arc<Layout>, what: &str) -> Result<()> {
         if !Arc::ptr_eq(&self.layout, other) && self.layout != *other {
             bail!(
@@ -237,16 +195,50 @@ impl Flat {
         }
         Ok(())
     }
+}
 
-    /// The name of the first entry with a NaN or an infinity.
-    pub fn first_non_finite(&self) -> Result<Option<&str>> {
-        let at = match &self.elsewhere {
-            None => kernels::flat::first_non_finite(&self.values),
-            // The whole is read only where there is something to find.
-            Some(numbers) if numbers.are_finite()? => None,
-            Some(_) => kernels::flat::first_non_finite(&self.to_vec()?),
-        };
-        let entry = |at| self.layout.entries.iter().find(|entry| entry.range.contains(&at));
-        Ok(at.and_then(entry).map(|entry| entry.name.as_str()))
+/// Entries that one pass changes.
+///
+/// Host memory is changed at once. Tensors are immutable: their new entries wait until the pass has
+/// ended, and are then joined with the others in one operation.
+pub(crate) struct Changes<'a> {
+    pub flat: &'a mut Flat,
+    pending: Vec<(Range<usize>, Tensor)>,
+}
+
+impl<'a> Changes<'a> {
+    pub fn of(flat: &'a mut Flat) -> Changes<'a> {
+        Changes { flat, pending: Vec::new() }
+    }
+
+    /// An entry's numbers to change, for the CPU backend.
+    pub fn slice(&mut self, entry: usize) -> &mut [f32] {
+        let range = self.flat.layout.entries[entry].range.clone();
+        &mut self.flat.storage.buffer_mut()[range]
+    }
+
+    /// A change of an entry, for the backends that compute with tensors.
+    pub fn push(&mut self, entry: usize, change: Tensor) {
+        self.pending.push((self.flat.layout.entries[entry].range.clone(), change));
+    }
+
+    /// Replaces the entries by what was pushed.
+    pub fn replace(self) -> Result<()> {
+        let Changes { flat, mut pending } = self;
+        if pending.is_empty() {
+            return Ok(());
+        }
+        pending.sort_by_key(|(range, _)| range.start);
+        flat.storage.vector_mut().replace(pending)
+    }
+
+    /// Adds to the entries what was pushed.
+    pub fn add(self) -> Result<()> {
+        let Changes { flat, mut pending } = self;
+        if pending.is_empty() {
+            return Ok(());
+        }
+        pending.sort_by_key(|(range, _)| range.start);
+        flat.storage.vector_mut().add_pieces(pending)
     }
 }

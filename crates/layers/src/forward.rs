@@ -1,35 +1,32 @@
-//! The forward pass.
+//! The forward pass: one walk over the plan, for every backend.
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
-use kernels::convolution::{self, Direction, Finish};
-use kernels::norm::{self, Normalisation};
-use kernels::{Buffer, Shape, pooling};
+use candle_core::{Result, Tensor, bail};
+use kernels::Shape;
 
-use crate::device;
-use crate::plan::{Norm, Operation, Plan, Work};
-use crate::profile::{self, Pass};
-use crate::tape::{Note, Record};
+use crate::backend::{Backend, NormCall, Operand, Operations, ProductCall};
+use crate::flat::{Changes, Flat};
+use crate::plan::{Norm, Operation, Plan, Product, Work};
+use crate::tape::{Activations, Kept, Note, Record};
 use crate::{Mode, Modes, Network, Parameters, Statistics, Tape};
 
 impl Network {
     /// Runs the network.
     ///
     /// - `input`: (N, H, W, C) for images, normalised, channels last; (N, D) for features; f32 on
-    ///   the network's device. Any N and any size that leaves a pixel.
-    /// - `modes`: where batch norms take their statistics. In [`Mode::Batch`] the running ones in
+    ///   the network's device. Any N, and any size that leaves a pixel.
+    /// - `modes`: which statistics the batch norms use. In [`Mode::Batch`] the running ones in
     ///   `statistics` are updated, once for each call.
-    /// - `tape`: an empty tape to keep what [`backward`](Self::backward) needs. Without one the
-    ///   results are the same and nothing is kept.
+    /// - `tape`: an empty tape, to keep what [`backward`](Self::backward) needs. The results are the
+    ///   same without one.
     ///
     /// Returns the output (N, D), f32, detached.
     ///
     /// # Errors
     ///
-    /// The input has another type, extent or device; a map becomes empty; batch statistics over a
-    /// single value; arguments of another network; a tape that still holds a forward pass.
+    /// The input has another type, shape or device; a map has no pixel left; batch statistics over a
+    /// single value; arguments of another network or backend; a tape that holds a forward pass.
     pub fn forward(
         &self,
         parameters: &Parameters,
@@ -43,45 +40,47 @@ impl Network {
         statistics.check_plan(plan)?;
         modes.check(&plan.blocks)?;
         if tape.as_ref().is_some_and(|tape| !tape.is_empty()) {
-            bail!("the tape still holds a forward pass; consume it by `backward` or clear it")
+            bail!("the tape holds a forward pass; consume it with `backward` or call `clear`")
         }
         let shapes = plan.shapes(input.dims())?;
         check_counts(plan, &shapes, modes)?;
-        if let Some(place) = &plan.place {
-            let keep = tape.is_some();
-            let (output, record) =
-                device::forward(plan, place, parameters, statistics, input, modes, shapes, keep)?;
-            if let Some(tape) = tape {
-                tape.on_device = Some(record);
+        let (keep, flat) = (tape.is_some(), &mut statistics.flat);
+        let pass =
+            Arguments { plan, parameters, statistics: flat, input, modes, shapes: &shapes, keep };
+        let (output, kept) = match &plan.backend {
+            Backend::Cpu(cpu) => {
+                let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
+                (output, Kept::Cpu(kept))
             }
-            return Ok(output);
+            Backend::Tensors(tensors) => {
+                let (output, kept) = pass.run(tensors)?;
+                (output, Kept::Tensors(kept))
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => {
+                let (output, kept) = pass.run(cuda)?;
+                (output, Kept::Cuda(kept))
+            }
+        };
+        if uses_batch_statistics(plan, modes) {
+            statistics.changed();
         }
-        let input = Numbers::of(input, "the input")?;
-
-        let mut run = Run::new(plan, parameters, statistics, modes, shapes, tape.is_some());
-        let (output, record) = kernels::on_workers(|| {
-            input.with(|numbers| run.read(numbers));
-            for (at, operation) in plan.operations.iter().enumerate() {
-                run.operation(operation);
-                run.release(at);
-            }
-            run.finish()
-        });
         if let Some(tape) = tape {
-            tape.record = Some(record);
+            let (plan, version) = (Arc::clone(plan), parameters.version());
+            tape.record = Some(Record { plan, version, shapes, kept });
         }
-        output
+        Ok(output)
     }
 }
 
-/// Batch statistics need two values, as in PyTorch: the variance without bias of one is 0/0.
+/// Batch statistics need two values, as in PyTorch: the unbiased variance of one is 0/0.
 fn check_counts(plan: &Plan, shapes: &[Shape], modes: &Modes) -> Result<()> {
     for operation in &plan.operations {
         let norm = matches!(operation.work, Work::BatchNorm(_));
         let single = shapes[operation.input].count() < 2;
         if norm && single && modes.of(operation.block) == Mode::Batch {
             bail!(
-                "`{}`: batch statistics of a single value per channel; take a larger batch or the \
+                "`{}`: batch statistics of a single value per channel; use a larger batch or \
                  running statistics",
                 operation.name
             )
@@ -90,271 +89,156 @@ fn check_counts(plan: &Plan, shapes: &[Shape], modes: &Modes) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of a tensor, read where they lie.
-pub(crate) struct Numbers(Tensor);
-
-impl Numbers {
-    /// # Errors
-    ///
-    /// The tensor is not f32 on the CPU.
-    pub fn of(tensor: &Tensor, what: &str) -> Result<Numbers> {
-        if tensor.dtype() != DType::F32 || !tensor.device().is_cpu() {
-            let (dtype, device) = (tensor.dtype(), tensor.device().location());
-            bail!("{what} is {dtype:?} on {device:?}, but f32 on the CPU is expected")
-        }
-        Ok(Numbers(tensor.contiguous()?))
-    }
-
-    pub fn with(&self, use_them: impl FnOnce(&[f32])) {
-        let (storage, layout) = self.0.storage_and_layout();
-        if let (Storage::Cpu(CpuStorage::F32(all)), Some((from, to))) =
-            (&*storage, layout.contiguous_offsets())
-        {
-            use_them(&all[from..to]);
-        }
-    }
+fn uses_batch_statistics(plan: &Plan, modes: &Modes) -> bool {
+    plan.operations.iter().any(|operation| {
+        matches!(operation.work, Work::BatchNorm(_)) && modes.of(operation.block) == Mode::Batch
+    })
 }
 
-/// A forward pass on its way.
-struct Run<'a> {
-    plan: &'a Arc<Plan>,
+/// The checked arguments of a forward pass.
+struct Arguments<'a> {
+    plan: &'a Plan,
     parameters: &'a Parameters,
-    statistics: &'a mut Statistics,
+    statistics: &'a mut Flat,
+    input: &'a Tensor,
     modes: &'a Modes,
-    shapes: Vec<Shape>,
-    values: Vec<Option<Buffer>>,
-    /// Sums of parts, from the convolution that made a value to the norm that reads it.
-    moments: Vec<Option<Buffer>>,
-    notes: Vec<Note>,
+    shapes: &'a [Shape],
     keep: bool,
 }
 
-impl<'a> Run<'a> {
-    fn new(
-        plan: &'a Arc<Plan>,
-        parameters: &'a Parameters,
-        statistics: &'a mut Statistics,
-        modes: &'a Modes,
-        shapes: Vec<Shape>,
-        keep: bool,
-    ) -> Self {
-        let none = || shapes.iter().map(|_| None).collect();
-        let (values, moments) = (none(), none());
-        let notes = Vec::with_capacity(plan.operations.len());
-        Run { plan, parameters, statistics, modes, shapes, values, moments, notes, keep }
-    }
-
-    fn read(&mut self, numbers: &[f32]) {
-        let clock = profile::start();
-        let mut input = self.value_buffer(self.shapes[0].len());
-        self.shapes[0].pack(numbers, &mut input);
-        self.passed(clock, "input", 0, 1);
-        self.values[0] = Some(input);
-    }
-
-    fn operation(&mut self, operation: &Operation) {
-        let note = match &operation.work {
-            Work::Product { weight, bias, residual, relu, .. } => {
-                self.product(operation, *weight, *bias, *residual, *relu)
-            }
-            Work::BatchNorm(norm) => self.batch_norm(operation, norm),
-            Work::Relu => self.relu(operation),
-            Work::MaxPool { .. } => self.max_pool(operation),
-            Work::AveragePool => self.average_pool(operation),
+impl Arguments<'_> {
+    fn run<B: Operations>(self, backend: &B) -> Result<(Tensor, Activations<B>)> {
+        let Arguments { plan, parameters, statistics, input, modes, shapes, keep } = self;
+        let input = backend.load(input, shapes[0], "the input")?;
+        let mut pass = ForwardPass {
+            backend,
+            plan,
+            parameters,
+            statistics: Changes::of(statistics),
+            modes,
+            shapes,
+            values: shapes.iter().map(|_| None).collect(),
+            sums: shapes.iter().map(|_| None).collect(),
+            notes: Vec::with_capacity(plan.operations.len()),
+            kept: if keep { plan.kept::<B>() } else { Vec::new() },
         };
-        self.notes.push(if self.keep { note } else { Note::Nothing });
-    }
-
-    fn product(
-        &mut self,
-        operation: &Operation,
-        weight: usize,
-        bias: Option<usize>,
-        residual: Option<usize>,
-        relu: bool,
-    ) -> Note {
-        let plan = self.plan;
-        let g = plan.geometry(operation, &self.shapes).expect("shapes were checked");
-        let packed = self.parameters.packed(weight, Direction::Forward, &g, plan);
-        let bias = bias.map(|bias| {
-            let mut padded = vec![0.; g.output.padded_channels()];
-            padded[..g.output.channels].copy_from_slice(self.parameters.of(bias));
-            padded
-        });
-        let mut moments = plan.feeds_norm[operation.output]
-            .filter(|block| self.modes.of(*block) == Mode::Batch)
-            .map(|_| self.take(norm::moments_len(g.output)));
-        let mut output = self.value_buffer(g.output.len());
-        let clock = profile::start();
-        convolution::forward(
-            plan.variant,
-            &g,
-            self.value(operation.input),
-            &packed,
-            Finish { bias: bias.as_deref(), residual: residual.map(|r| self.value(r)), relu },
-            &mut output,
-            moments.as_deref_mut(),
-        );
-        profile::stop(clock, Pass::Forward, || profile::product(&g, plan.precision));
-        self.moments[operation.output] = moments;
-        self.values[operation.output] = Some(output);
-        Note::Nothing
-    }
-
-    fn batch_norm(&mut self, operation: &Operation, norm: &Norm) -> Note {
-        let clock = profile::start();
-        let variant = self.plan.variant;
-        let shape = self.shapes[operation.input];
-        let n = self.normalisation(operation, norm);
-        let (weight, bias) = (self.parameters.of(norm.weight), self.parameters.of(norm.bias));
-        // Without a tape the output takes the place of the input if nothing else reads that.
-        let last = self.plan.last_use[operation.input] == self.notes.len();
-        let in_place = last && !self.keep && norm.residual != Some(operation.input);
-        let output = if in_place {
-            let mut values = self.values[operation.input].take().expect("a value before its use");
-            let residual = norm.residual.map(|r| self.value(r));
-            norm::forward_in_place(
-                variant,
-                shape,
-                &mut values,
-                &n,
-                weight,
-                bias,
-                residual,
-                norm.relu,
-            );
-            values
-        } else {
-            let mut output = self.value_buffer(shape.len());
-            let (input, residual) =
-                (self.value(operation.input), norm.residual.map(|r| self.value(r)));
-            norm::forward(
-                variant,
-                shape,
-                input,
-                &n,
-                weight,
-                bias,
-                residual,
-                norm.relu,
-                &mut output,
-            );
-            output
-        };
-        self.values[operation.output] = Some(output);
-        self.passed(clock, "batch norm", operation.input, 2 + usize::from(norm.residual.is_some()));
-        Note::Normalisation(n)
-    }
-
-    /// Mean and deviation by the block's mode; updates the running ones when the batch's are used.
-    fn normalisation(&mut self, operation: &Operation, norm: &Norm) -> Normalisation {
-        let shape = self.shapes[operation.input];
-        let mut n = Normalisation {
-            mean: vec![0.; shape.padded_channels()],
-            inverse_deviation: vec![0.; shape.padded_channels()],
-            batch: self.modes.of(operation.block) == Mode::Batch,
-        };
-        let inverse = |variance: f64| 1. / (variance + norm.epsilon).sqrt();
-        if n.batch {
-            let parts = self.moments[operation.input].take().unwrap_or_else(|| {
-                let mut parts = self.take(norm::moments_len(shape));
-                norm::moments(self.plan.variant, shape, self.value(operation.input), &mut parts);
-                parts
-            });
-            let moments = norm::merge(shape, &parts);
-            for channel in 0..shape.channels {
-                n.mean[channel] = moments.mean[channel];
-                n.inverse_deviation[channel] = inverse(moments.variance(channel));
-            }
-            let (mean, variance) = (norm.running_mean, norm.running_variance);
-            self.statistics.update(mean, variance, &moments, norm.momentum);
-        } else {
-            for (to, mean) in n.mean.iter_mut().zip(self.statistics.of(norm.running_mean)) {
-                *to = f64::from(*mean);
-            }
-            let variances = self.statistics.of(norm.running_variance);
-            for (to, variance) in n.inverse_deviation.iter_mut().zip(variances) {
-                *to = inverse(f64::from(*variance));
-            }
+        pass.values[0] = Some(input);
+        for at in 0..plan.operations.len() {
+            pass.operation(at)?;
+            pass.release(at);
         }
-        n
-    }
-
-    fn relu(&mut self, operation: &Operation) -> Note {
-        let clock = profile::start();
-        let shape = self.shapes[operation.input];
-        let mut output = self.value_buffer(shape.len());
-        norm::relu_forward(self.plan.variant, shape, self.value(operation.input), &mut output);
-        self.passed(clock, "relu", operation.input, 2);
-        self.values[operation.output] = Some(output);
-        Note::Nothing
-    }
-
-    fn max_pool(&mut self, operation: &Operation) -> Note {
-        let clock = profile::start();
-        let w = self.plan.window(operation, &self.shapes).expect("shapes were checked");
-        let mut output = self.value_buffer(w.output.len());
-        let mut taps = self.take(w.output.len() / size_of::<f32>());
-        let input = self.value(operation.input);
-        pooling::max_forward(self.plan.variant, &w, input, &mut output, taps.bytes_mut());
-        self.passed(clock, "max-pool", operation.input, 2);
-        self.values[operation.output] = Some(output);
-        Note::Taps(taps)
-    }
-
-    fn average_pool(&mut self, operation: &Operation) -> Note {
-        let clock = profile::start();
-        let mut output = self.value_buffer(self.shapes[operation.output].len());
-        let shape = self.shapes[operation.input];
-        let input = self.value(operation.input);
-        pooling::average_forward(self.plan.variant, shape, input, &mut output);
-        self.passed(clock, "average pool", operation.input, 2);
-        self.values[operation.output] = Some(output);
-        Note::Nothing
-    }
-
-    fn passed(&self, clock: Option<Instant>, kind: &str, value: usize, times: usize) {
-        let (shape, precision) = (self.shapes[value], self.plan.precision);
-        profile::stop(clock, Pass::Forward, || profile::passes(kind, shape, precision, times));
-    }
-
-    /// Gives back the memory of values that nothing reads after operation `at`.
-    fn release(&mut self, at: usize) {
-        for (value, buffer) in self.values.iter_mut().enumerate() {
-            if self.plan.last_use[value] == at && !(self.keep && self.plan.kept[value]) {
-                *buffer = None;
-            }
-        }
-    }
-
-    fn finish(mut self) -> (Result<Tensor>, Record) {
-        let shape = self.shapes[self.plan.output];
-        let mut rows = vec![0.; shape.count() * shape.channels];
-        shape.unpack(self.value(self.plan.output), &mut rows);
-        let output = Tensor::from_vec(rows, (shape.images, shape.channels), &Device::Cpu);
-        if !self.plan.kept[self.plan.output] {
-            self.values[self.plan.output] = None;
-        }
-        let record = Record {
-            plan: Arc::clone(self.plan),
-            version: self.parameters.version(),
-            shapes: self.shapes,
-            values: self.values,
-            notes: self.notes,
-        };
-        (output, record)
-    }
-
-    fn value(&self, value: usize) -> &Buffer {
-        self.values[value].as_ref().expect("a value is there until its last use")
-    }
-
-    fn value_buffer(&self, len: usize) -> Buffer {
-        self.plan.pool.take_of(self.plan.precision, len)
-    }
-
-    /// Of f32, whatever values are stored as.
-    fn take(&self, len: usize) -> Buffer {
-        self.plan.pool.take(len)
+        pass.finish()
     }
 }
+
+/// A forward pass under way.
+struct ForwardPass<'a, B: Operations> {
+    backend: &'a B,
+    plan: &'a Plan,
+    parameters: &'a Parameters,
+    statistics: Changes<'a>,
+    modes: &'a Modes,
+    shapes: &'a [Shape],
+    values: Vec<Option<B::Value>>,
+    /// Sums over values, from the product that makes a value to the norm that reads it.
+    sums: Vec<Option<B::Sums>>,
+    notes: Vec<Note<B>>,
+    /// For each value, whether the tape keeps it; empty without a tape.
+    kept: Vec<bool>,
+}
+
+impl<B: Operations> ForwardPass<'_, B> {
+    fn operation(&mut self, at: usize) -> Result<()> {
+        let operation = &self.plan.operations[at];
+        let (backend, shape) = (self.backend, self.shapes[operation.input]);
+        let (output, note) = match &operation.work {
+            Work::Product(product) => (self.product(operation, product)?, Note::Nothing),
+            Work::BatchNorm(norm) => self.batch_norm(at, norm)?,
+            Work::Relu => (backend.relu(shape, self.value(operation.input))?, Note::Nothing),
+            Work::MaxPool { .. } => {
+                let w = self.plan.window(operation, self.shapes).expect("shapes were checked");
+                let (output, argmax) = backend.max_pool(&w, self.value(operation.input))?;
+                (output, Note::Argmax(argmax))
+            }
+            Work::AveragePool => {
+                (backend.average_pool(shape, self.value(operation.input))?, Note::Nothing)
+            }
+        };
+        self.values[operation.output] = Some(output);
+        self.notes.push(if self.keeps_nothing() { Note::Nothing } else { note });
+        Ok(())
+    }
+
+    fn product(&mut self, operation: &Operation, product: &Product) -> Result<B::Value> {
+        let sums = self.plan.feeds_norm[operation.output]
+            .is_some_and(|block| self.modes.of(block) == Mode::Batch);
+        let (output, sums) = self.backend.product(ProductCall {
+            product,
+            g: self.plan.geometry(operation, self.shapes).expect("shapes were checked"),
+            parameters: self.parameters,
+            input: self.value(operation.input),
+            residual: product.residual.map(|residual| self.value(residual)),
+            sums,
+        })?;
+        self.sums[operation.output] = sums;
+        Ok(output)
+    }
+
+    fn batch_norm(&mut self, at: usize, norm: &Norm) -> Result<(B::Value, Note<B>)> {
+        let operation = &self.plan.operations[at];
+        // Without a tape the output replaces the input, if nothing else reads that.
+        let last = self.plan.last_use[operation.input] == at;
+        let in_place = last && self.keeps_nothing() && norm.residual != Some(operation.input);
+        let owned = if in_place { self.values[operation.input].take() } else { None };
+        let sums = self.sums[operation.input].take();
+        let of = |value: usize| self.values[value].as_ref().expect(AVAILABLE);
+        let call = NormCall {
+            norm,
+            shape: self.shapes[operation.input],
+            batch: self.modes.of(operation.block) == Mode::Batch,
+            parameters: self.parameters,
+            residual: norm.residual.map(of),
+            sums,
+        };
+        let input = match owned {
+            Some(value) => Operand::Owned(value),
+            None => Operand::Borrowed(of(operation.input)),
+        };
+        let (output, normalised) = self.backend.batch_norm(call, input, &mut self.statistics)?;
+        Ok((output, Note::Normalised(normalised)))
+    }
+
+    /// Frees the values that nothing reads after operation `at`.
+    fn release(&mut self, at: usize) {
+        for (value, last_use) in self.plan.last_use.iter().enumerate() {
+            if *last_use == at && !self.keeps(value) {
+                self.values[value] = None;
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<(Tensor, Activations<B>)> {
+        let (output, shape) = (self.plan.output, self.shapes[self.plan.output]);
+        let dimensions = [shape.images, shape.channels];
+        let tensor = self.backend.unload(self.value(output), shape, &dimensions)?;
+        if !self.keeps(output) {
+            self.values[output] = None;
+        }
+        self.statistics.replace()?;
+        Ok((tensor, Activations { values: self.values, notes: self.notes }))
+    }
+
+    fn keeps_nothing(&self) -> bool {
+        self.kept.is_empty()
+    }
+
+    fn keeps(&self, value: usize) -> bool {
+        self.kept.get(value).is_some_and(|kept| *kept)
+    }
+
+    fn value(&self, value: usize) -> &B::Value {
+        self.values[value].as_ref().expect(AVAILABLE)
+    }
+}
+
+const AVAILABLE: &str = "a value stays until its last use";

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
+use crate::backend::{Backend, Cpu, Place};
 use crate::flat::{Entry, Flat, Kind, Layout};
 use crate::network::Network;
-use crate::plan::{Norm, Operation, Plan, Uses, Work};
+use crate::plan::{Norm, Operation, Plan, Product, Uses, Work};
 use crate::{Mode, Modes, Parameters, Statistics};
 
 /// A network with its numbers, as it is used and not trained: on running statistics and without a
@@ -42,9 +43,9 @@ impl Network {
         parameters.check_plan(&self.0)?;
         statistics.check_plan(&self.0)?;
         let of = (parameters.version(), statistics.version());
-        let (network, parameters, statistics) = match self.0.place {
-            Some(_) => (self.clone(), parameters.to(self)?, statistics.to(self)?),
-            None => folded(&self.0, parameters, statistics)?,
+        let (network, parameters, statistics) = match &self.0.backend {
+            Backend::Cpu(cpu) => fold(&self.0, cpu, parameters, statistics)?,
+            _ => (self.clone(), parameters.to(self)?, statistics.to(self)?),
         };
         Ok(Inference { network, parameters, statistics, of })
     }
@@ -69,101 +70,94 @@ impl Inference {
     }
 }
 
-/// A plan under way, with the numbers of its entries.
+/// Entries under construction, with their numbers.
 #[derive(Default)]
-struct Numbers {
+struct FlatBuilder {
     layout: Layout,
-    values: Vec<f32>,
+    numbers: Vec<f32>,
 }
 
-impl Numbers {
+impl FlatBuilder {
     fn push(
         &mut self,
         name: String,
         shape: Vec<usize>,
         kind: Kind,
         block: usize,
-        values: &[f32],
+        numbers: &[f32],
     ) -> Result<usize> {
-        self.values.extend_from_slice(values);
+        self.numbers.extend_from_slice(numbers);
         self.layout.push(name, shape, kind, block)
     }
 
-    fn keep(&mut self, entry: &Entry, values: &[f32]) -> Result<usize> {
-        self.push(entry.name.clone(), entry.shape.clone(), entry.kind, entry.block, values)
+    /// Copies an entry.
+    fn copy(&mut self, flat: &Flat, entry: usize) -> Result<usize> {
+        let numbers = flat.slice(entry);
+        let Entry { name, shape, kind, block, .. } = flat.layout.entries[entry].clone();
+        self.push(name, shape, kind, block, numbers)
     }
 
-    /// The layout, and the numbers on the CPU.
-    fn finish(self) -> (Arc<Layout>, Flat) {
-        let layout = Arc::new(self.layout);
-        let flat = Flat::with(&layout, None, Some(self.values));
-        (layout, flat)
+    fn finish(self) -> Flat {
+        Flat::with(&Arc::new(self.layout), Place::Cpu, self.numbers)
     }
 }
 
-fn folded(
+fn fold(
     plan: &Plan,
+    cpu: &Cpu,
     parameters: &Parameters,
     statistics: &Statistics,
 ) -> Result<(Network, Parameters, Statistics)> {
-    let (mut operations, mut numbers, mut running) =
-        (Vec::new(), Numbers::default(), Numbers::default());
+    let (mut operations, mut weights, mut running) =
+        (Vec::new(), FlatBuilder::default(), FlatBuilder::default());
     for operation in &plan.operations {
-        let work = match &operation.work {
-            Work::Product { .. } if norm_behind(plan, operation).is_some() => continue,
-            Work::Product { .. } => {
-                let work = product(operation, None, parameters, statistics, &mut numbers)?;
+        match &operation.work {
+            Work::Product(_) if following_norm(plan, operation).is_some() => {}
+            Work::Product(product) => {
+                let work = folded(operation, product, None, parameters, statistics, &mut weights)?;
                 operations.push(Operation { work, ..operation.clone() });
-                continue;
             }
-            Work::BatchNorm(norm) => match product_before(plan, operation) {
-                // At the place of the norm: its residual may be made after the product.
-                Some(before) => {
-                    let work = product(before, Some(norm), parameters, statistics, &mut numbers)?;
+            Work::BatchNorm(norm) => match folding_product(plan, operation) {
+                // In the place of the norm: its residual may be computed after the product.
+                Some((before, product)) => {
+                    let work =
+                        folded(before, product, Some(norm), parameters, statistics, &mut weights)?;
                     let (name, input) = (before.name.clone(), before.input);
                     operations.push(Operation { name, input, work, ..operation.clone() });
-                    continue;
                 }
                 None => {
-                    let mut keep_parameter = |entry: usize| {
-                        numbers.keep(&parameters.entries()[entry], parameters.of(entry))
-                    };
-                    let mut keep_statistic = |entry: usize| {
-                        running.keep(&statistics.entries()[entry], statistics.of(entry))
-                    };
-                    Work::BatchNorm(Norm {
-                        weight: keep_parameter(norm.weight)?,
-                        bias: keep_parameter(norm.bias)?,
-                        running_mean: keep_statistic(norm.running_mean)?,
-                        running_variance: keep_statistic(norm.running_variance)?,
+                    let work = Work::BatchNorm(Norm {
+                        weight: weights.copy(parameters.flat(), norm.weight)?,
+                        bias: weights.copy(parameters.flat(), norm.bias)?,
+                        running_mean: running.copy(&statistics.flat, norm.running_mean)?,
+                        running_variance: running.copy(&statistics.flat, norm.running_variance)?,
                         ..norm.clone()
-                    })
+                    });
+                    operations.push(Operation { work, ..operation.clone() });
                 }
             },
-            Work::Relu | Work::MaxPool { .. } | Work::AveragePool => operation.work.clone(),
-        };
-        operations.push(Operation { work, ..operation.clone() });
+            Work::Relu | Work::MaxPool { .. } | Work::AveragePool => {
+                operations.push(operation.clone());
+            }
+        }
     }
-    let Uses { last_use, kept, feeds_norm } =
-        Uses::of(&operations, plan.channels.len(), plan.output);
-    let (layout, values) = numbers.finish();
-    let (statistics_layout, running) = running.finish();
+    let Uses { last_use, feeds_norm } = Uses::of(&operations, plan.channels.len(), plan.output);
+    let (weights, running) = (weights.finish(), running.finish());
     let plan = Arc::new(Plan {
         operations,
-        parameters: layout,
-        statistics: statistics_layout,
+        parameters: Arc::clone(&weights.layout),
+        statistics: Arc::clone(&running.layout),
+        backend: Backend::Cpu(Cpu::new(cpu.variant, cpu.precision)),
         last_use,
-        kept,
         feeds_norm,
-        pool: kernels::BufferPool::new(),
         ..plan.clone()
     });
-    let parameters = Parameters::of_flat(&plan, values, vec![true; plan.blocks.len()]);
+    let parameters = Parameters::of_flat(&plan, weights, vec![true; plan.blocks.len()]);
     Ok((Network(plan), parameters, Statistics::of_flat(running)))
 }
 
-/// The batch norm that a product is folded with: the one that alone reads its output.
-fn norm_behind<'a>(plan: &'a Plan, product: &Operation) -> Option<&'a Operation> {
+/// The batch norm that a product is folded with: the only reader of its output.
+fn following_norm<'a>(plan: &'a Plan, product: &Operation) -> Option<&'a Operation> {
     let reads = |operation: &&Operation| {
         let residual = match &operation.work {
             Work::BatchNorm(norm) => norm.residual,
@@ -181,37 +175,35 @@ fn norm_behind<'a>(plan: &'a Plan, product: &Operation) -> Option<&'a Operation>
 }
 
 /// The product that a batch norm is folded into.
-fn product_before<'a>(plan: &'a Plan, norm: &Operation) -> Option<&'a Operation> {
-    let product = plan.operations.iter().find(|operation| operation.output == norm.input)?;
-    let is_product = matches!(product.work, Work::Product { .. });
-    (is_product && norm_behind(plan, product).is_some()).then_some(product)
+fn folding_product<'a>(plan: &'a Plan, norm: &Operation) -> Option<(&'a Operation, &'a Product)> {
+    let before = plan.operations.iter().find(|operation| operation.output == norm.input)?;
+    let Work::Product(product) = &before.work else { return None };
+    following_norm(plan, before).map(|_| (before, product))
 }
 
-/// A product with its numbers, and with the norm behind it where there is one.
-fn product(
+/// A product with the norm behind it, if there is one.
+fn folded(
     operation: &Operation,
+    product: &Product,
     norm: Option<&Norm>,
     parameters: &Parameters,
     statistics: &Statistics,
-    numbers: &mut Numbers,
+    flat: &mut FlatBuilder,
 ) -> Result<Work> {
-    let Work::Product { weight, bias, .. } = operation.work else {
-        unreachable!("only products are folded")
-    };
-    let entry = &parameters.entries()[weight];
+    let entry = &parameters.entries()[product.weight];
     let outputs = entry.shape[0];
-    let (mut weights, mut biases) =
-        (parameters.of(weight).to_vec(), bias.map(|bias| parameters.of(bias).to_vec()));
+    let mut weights = parameters.slice(product.weight).to_vec();
+    let mut biases = product.bias.map(|bias| parameters.slice(bias).to_vec());
     if let Some(norm) = norm {
         let before = biases.unwrap_or_else(|| vec![0.; outputs]);
         let mut shifts = Vec::with_capacity(outputs);
         for (channel, weights) in weights.chunks_exact_mut(entry.range.len() / outputs).enumerate()
         {
-            let of = |entry: &[f32]| f64::from(entry[channel]);
-            let variance = of(statistics.of(norm.running_variance));
-            let factor = of(parameters.of(norm.weight)) / (variance + norm.epsilon).sqrt();
-            let mean = of(statistics.of(norm.running_mean));
-            let shift = of(parameters.of(norm.bias)) + (of(&before) - mean) * factor;
+            let of = |numbers: &[f32]| f64::from(numbers[channel]);
+            let variance = of(statistics.flat.slice(norm.running_variance));
+            let factor = of(parameters.slice(norm.weight)) / (variance + norm.epsilon).sqrt();
+            let mean = of(statistics.flat.slice(norm.running_mean));
+            let shift = of(parameters.slice(norm.bias)) + (of(&before) - mean) * factor;
             shifts.push(shift as f32);
             for weight in weights {
                 *weight = (f64::from(*weight) * factor) as f32;
@@ -220,18 +212,14 @@ fn product(
         biases = Some(shifts);
     }
     let (name, block) = (&operation.name, operation.block);
-    let new_weight =
-        numbers.push(format!("{name}.weight"), entry.shape.clone(), entry.kind, block, &weights)?;
-    let mut push_bias = |values: Vec<f32>| {
-        numbers.push(format!("{name}.bias"), vec![outputs], Kind::LinearBias, block, &values)
+    let weight =
+        flat.push(format!("{name}.weight"), entry.shape.clone(), entry.kind, block, &weights)?;
+    let mut push_bias = |biases: Vec<f32>| {
+        flat.push(format!("{name}.bias"), vec![outputs], Kind::LinearBias, block, &biases)
     };
-    let new_bias = biases.map(&mut push_bias).transpose()?;
-    let mut work = operation.work.clone();
-    if let Work::Product { weight, bias, relu, residual, .. } = &mut work {
-        (*weight, *bias) = (new_weight, new_bias);
-        (*relu, *residual) = norm.map_or((false, None), |norm| (norm.relu, norm.residual));
-    }
-    Ok(work)
+    let bias = biases.map(&mut push_bias).transpose()?;
+    let (relu, residual) = norm.map_or((false, None), |norm| (norm.relu, norm.residual));
+    Ok(Work::Product(Product { weight, bias, relu, residual, ..product.clone() }))
 }
 
 #[cfg(test)]
@@ -295,6 +283,13 @@ mod tests {
         Ok((parameters, statistics))
     }
 
+    fn allocations(inference: &Inference) -> usize {
+        match &inference.network.0.backend {
+            Backend::Cpu(cpu) => cpu.pool.allocations(),
+            other => panic!("a network on the CPU, not {}", other.place()),
+        }
+    }
+
     fn pictures() -> Result<Tensor> {
         let values: Vec<f32> = (0..5 * 11 * 8 * 3).map(|i| (0.37 * i as f32).sin()).collect();
         Tensor::from_vec(values, (5, 11, 8, 3), &Device::Cpu)
@@ -341,12 +336,27 @@ mod tests {
         let all = inference.forward(&pictures()?)?;
         // The first call keeps packed weights of what it took, so that the second takes some more.
         inference.forward(&pictures()?)?;
-        let allocations = inference.network.0.pool.allocations();
+        let before = allocations(&inference);
         let again = inference.forward(&pictures()?)?;
-        assert_eq!(inference.network.0.pool.allocations(), allocations);
+        assert_eq!(allocations(&inference), before);
         assert_eq!(all.to_vec2::<f32>()?, again.to_vec2::<f32>()?);
         let alone = inference.forward(&pictures()?.narrow(0, 3, 1)?)?;
         assert_eq!(alone.to_vec2::<f32>()?[0], all.to_vec2::<f32>()?[3]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_folded_network_has_no_backward_pass() -> Result<()> {
+        let network = network()?;
+        let (parameters, statistics) = numbers(&network)?;
+        let Inference { network, parameters, mut statistics, .. } =
+            network.inference(&parameters, &statistics)?;
+        let (modes, mut tape) = (Modes::all(&network, Mode::Running), network.tape());
+        let tape = &mut tape;
+        let y = network.forward(&parameters, &mut statistics, &pictures()?, &modes, Some(tape))?;
+        let error = network.backward(&parameters, tape, &y, &mut network.gradients(), false);
+        let message = error.expect_err("a bias, a ReLU or a residual would be lost").to_string();
+        assert!(message.contains("`hidden`") && message.contains("folded"), "{message}");
         Ok(())
     }
 

@@ -43,8 +43,8 @@
 //! This crate knows no architecture, no loss and no schedule. Where the numbers lie and with which
 //! instructions they are multiplied is the affair of `kernels`.
 
+mod backend;
 mod backward;
-mod device;
 mod flat;
 mod forward;
 mod inference;

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Device, Result, bail};
 use kernels::{Precision, Variant};
 
-use crate::device::Place;
+use crate::backend::{Backend, Cpu, Tensors};
 use crate::flat::{Kind, Layout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
-use crate::plan::{Input, Norm, Operation, Plan, Uses, Work};
+use crate::plan::{Input, Norm, Operation, Plan, Product, Uses, Work};
 use crate::{Statistics, Tape};
 
 /// A convolution without bias; its weights are `<name>.weight`, (O, I, KH, KW).
@@ -131,7 +131,8 @@ impl Builder {
         let shape = vec![out_channels, channels, kernel, kernel];
         let kind = Kind::ConvolutionWeight;
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
-        let work = Work::product(weight, None, kernel, stride, padding);
+        let work =
+            Work::Product(Product { kernel, stride, padding, ..Product::linear(weight, None) });
         self.push(name, input, work, out_channels, true)
     }
 
@@ -231,7 +232,7 @@ impl Builder {
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
         let kind = Kind::LinearBias;
         let bias = self.parameters.push(format!("{name}.bias"), vec![width], kind, block)?;
-        let work = Work::product(weight, Some(bias), 1, 1, 0);
+        let work = Work::Product(Product::linear(weight, Some(bias)));
         self.push(name, input, work, width, false)
     }
 
@@ -261,8 +262,7 @@ impl Builder {
         if self.channels[0] == 0 {
             bail!("the input has no channel")
         }
-        let Uses { last_use, kept, feeds_norm } =
-            Uses::of(&self.operations, self.channels.len(), output);
+        let Uses { last_use, feeds_norm } = Uses::of(&self.operations, self.channels.len(), output);
         Ok(Network(Arc::new(Plan {
             input: self.input,
             blocks: self.blocks,
@@ -272,11 +272,8 @@ impl Builder {
             parameters: Arc::new(self.parameters),
             statistics: Arc::new(self.statistics),
             variant,
-            precision: Precision::F32,
-            pool: kernels::BufferPool::new(),
-            place: None,
+            backend: Backend::Cpu(Cpu::new(variant, Precision::F32)),
             last_use,
-            kept,
             feeds_norm,
         })))
     }
@@ -328,41 +325,46 @@ impl Builder {
 pub struct Network(pub(crate) Arc<Plan>);
 
 impl Network {
-    /// The same network with values and their gradients stored and multiplied in `precision`;
-    /// parameters, their gradients and statistics are f32 as before, and fit both. At first, f32.
+    /// The same network with values and their gradients stored and multiplied in `precision`; a new
+    /// network has [`Precision::F32`]. Parameters, their gradients and statistics stay f32, and fit
+    /// networks of both precisions.
     pub fn with_precision(&self, precision: Precision) -> Network {
-        let plan = Plan { precision, pool: kernels::BufferPool::new(), ..Plan::clone(&self.0) };
-        Network(Arc::new(plan))
+        self.with_backend(self.0.backend.with_precision(precision))
     }
 
     /// How values and their gradients are stored and multiplied.
     pub fn precision(&self) -> Precision {
-        self.0.precision
+        self.0.backend.precision()
     }
 
-    /// The same network on a device of candle's: the CPU's by kernels of our own, any other by
-    /// candle's tensor operations.
+    /// The same network on a candle device: by the kernels of this project on the CPU and on CUDA, by
+    /// candle's tensor operations elsewhere.
     ///
-    /// Inputs, outputs and their gradients are tensors there, and so are parameters, gradients,
-    /// statistics and what else this network makes; [`Parameters::to`] and its like bring over
+    /// Inputs, outputs and their gradients are tensors on that device, and so are the parameters,
+    /// gradients and statistics that this network makes; [`Parameters::to`] and its like bring over
     /// those of another device.
     pub fn on(&self, device: &Device) -> Network {
-        if device.is_cpu() {
-            return Network(Arc::new(Plan { place: None, ..Plan::clone(&self.0) }));
+        let backend = Backend::of(device, self.0.variant, self.precision());
+        // Networks that stay where they are go on sharing memory.
+        if backend.place().is(self.0.backend.place()) {
+            return self.clone();
         }
-        self.by_tensor_operations(device)
+        self.with_backend(backend)
     }
 
-    /// The same network by candle's tensor operations, on the CPU too, where they are many times
-    /// slower than the kernels: to compare them.
+    /// The same network by candle's tensor operations alone, on the CPU too, where they are many times
+    /// slower than the kernels: to compare the two.
     pub fn by_tensor_operations(&self, device: &Device) -> Network {
-        let place = Some(Arc::new(Place::new(device)));
-        Network(Arc::new(Plan { place, ..Plan::clone(&self.0) }))
+        self.with_backend(Backend::Tensors(Tensors::new(device, self.precision())))
     }
 
-    /// Where inputs, outputs and parameters lie.
+    fn with_backend(&self, backend: Backend) -> Network {
+        Network(Arc::new(Plan { backend, ..Plan::clone(&self.0) }))
+    }
+
+    /// The device of inputs, outputs and parameters.
     pub fn device(&self) -> Device {
-        self.0.place.as_ref().map_or(Device::Cpu, |place| place.device.clone())
+        self.0.backend.place().device()
     }
 
     /// New parameters: zeros, but ones for the weights of batch norms.

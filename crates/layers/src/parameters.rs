@@ -10,6 +10,7 @@ use kernels::convolution::{Direction, Geometry, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
 
 use crate::Network;
+use crate::backend::Cpu;
 use crate::flat::{Entry, Flat, Kind};
 use crate::plan::Plan;
 use crate::profile::{self, Pass};
@@ -47,7 +48,7 @@ impl Clone for Parameters {
 
 impl Parameters {
     pub(crate) fn new(plan: &Arc<Plan>) -> Parameters {
-        let place = plan.place.as_ref();
+        let place = plan.backend.place();
         let flat = Flat::filled(&plan.parameters, place, Kind::NormWeight, 1.);
         Parameters::of_flat(plan, flat, vec![true; plan.blocks.len()])
     }
@@ -64,7 +65,7 @@ impl Parameters {
     ///
     /// They belong to another network, or their device fails.
     pub fn to(&self, network: &Network) -> Result<Parameters> {
-        let flat = self.flat.to(&network.0.parameters, network.0.place.as_ref())?;
+        let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
         Ok(Parameters::of_flat(&network.0, flat, self.trainable.clone()))
     }
 
@@ -140,24 +141,12 @@ impl Parameters {
     ///
     /// `gradients` or `momenta` belong to another network.
     pub fn sgd(&mut self, gradients: &Gradients, momenta: &mut Momenta, with: Sgd) -> Result<()> {
-        gradients.flat.check_like(&self.flat, "the gradients")?;
-        momenta.flat.check_like(&self.flat, "the momenta")?;
+        gradients.flat.check_like(&self.flat, "the gradients", "the parameters")?;
+        momenta.flat.check_like(&self.flat, "the momenta", "the parameters")?;
         self.changed();
         let ranges = self.trained_ranges();
-        if let (Some(values), Some(gradients), Some(momenta)) =
-            (&mut self.flat.elsewhere, &gradients.flat.elsewhere, &mut momenta.flat.elsewhere)
-        {
-            return values.sgd(gradients, momenta, &ranges, with);
-        }
-        for range in ranges {
-            kernels::flat::sgd(
-                &mut self.flat.values[range.clone()],
-                &gradients.flat.values[range.clone()],
-                &mut momenta.flat.values[range],
-                with,
-            );
-        }
-        Ok(())
+        let (gradients, momenta) = (&gradients.flat.storage, &mut momenta.flat.storage);
+        self.flat.storage.sgd(gradients, momenta, &ranges, with)
     }
 
     /// One step of Adam (arXiv:1412.6980, Algorithm 1) on the blocks that are trained; counts the
@@ -172,30 +161,14 @@ impl Parameters {
         moments: &mut AdamMoments,
         with: Adam,
     ) -> Result<()> {
-        gradients.flat.check_like(&self.flat, "the gradients")?;
-        moments.first.check_like(&self.flat, "the moments")?;
+        gradients.flat.check_like(&self.flat, "the gradients", "the parameters")?;
+        moments.first.check_like(&self.flat, "the moments", "the parameters")?;
         self.changed();
         let ranges = self.trained_ranges();
         moments.steps += 1;
-        if let (Some(values), Some(gradients), Some(first), Some(second)) = (
-            &mut self.flat.elsewhere,
-            &gradients.flat.elsewhere,
-            &mut moments.first.elsewhere,
-            &mut moments.second.elsewhere,
-        ) {
-            return values.adam(gradients, [first, second], &ranges, moments.steps, with);
-        }
-        for range in ranges {
-            kernels::flat::adam(
-                &mut self.flat.values[range.clone()],
-                &gradients.flat.values[range.clone()],
-                &mut moments.first.values[range.clone()],
-                &mut moments.second.values[range],
-                moments.steps,
-                with,
-            );
-        }
-        Ok(())
+        let AdamMoments { first, second, steps } = moments;
+        let both = [&mut first.storage, &mut second.storage];
+        self.flat.storage.adam(&gradients.flat.storage, both, &ranges, *steps, with)
     }
 
     /// `t ← τ·t + (1 − τ)·o`: the moving average that makes these the target of `online`. All
@@ -205,24 +178,24 @@ impl Parameters {
     ///
     /// `online` belongs to another network, or `decay` (τ) is not between 0 and 1.
     pub fn follow(&mut self, online: &Parameters, decay: f64) -> Result<()> {
-        online.flat.check_like(&self.flat, "the online parameters")?;
+        online.flat.check_like(&self.flat, "the online parameters", "the target")?;
         if !(0. ..=1.).contains(&decay) {
             bail!("follow: the target decay is {decay}, but must lie between 0 and 1")
         }
         self.changed();
-        if let (Some(target), Some(online)) = (&mut self.flat.elsewhere, &online.flat.elsewhere) {
-            return target.follow(online, decay);
-        }
-        kernels::flat::follow(&mut self.flat.values, &online.flat.values, decay);
-        Ok(())
+        self.flat.storage.follow(&online.flat.storage, decay)
     }
 
     pub(crate) fn check_plan(&self, plan: &Arc<Plan>) -> Result<()> {
         self.flat.check_layout(&plan.parameters, "the parameters")?;
-        self.flat.check_place(plan.place.as_ref(), "the parameters")
+        self.flat.check_place(plan.backend.place(), "the parameters")
     }
 
-    /// An entry as a tensor of its shape, for networks that compute by tensor operations.
+    pub(crate) fn flat(&self) -> &Flat {
+        &self.flat
+    }
+
+    /// An entry as a tensor of its shape, for the backends that compute with tensors.
     pub(crate) fn tensor(&self, entry: usize) -> Result<Tensor> {
         self.flat.tensor(entry)
     }
@@ -235,8 +208,9 @@ impl Parameters {
         self.trainable[block]
     }
 
-    pub(crate) fn of(&self, entry: usize) -> &[f32] {
-        &self.flat.values[self.entries()[entry].range.clone()]
+    /// An entry's numbers, for the CPU backend.
+    pub(crate) fn slice(&self, entry: usize) -> &[f32] {
+        self.flat.slice(entry)
     }
 
     /// The weights of an entry, packed for one product: packed once after each change.
@@ -247,20 +221,20 @@ impl Parameters {
         entry: usize,
         direction: Direction,
         geometry: &Geometry,
-        plan: &Plan,
+        cpu: &Cpu,
     ) -> Arc<PackedWeights> {
-        let packing = geometry.packing(plan.variant, plan.precision, direction);
+        let packing = geometry.packing(cpu.variant, cpu.precision, direction);
         let lock = || self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(packed) = lock().get(&(entry, packing)) {
             return Arc::clone(packed);
         }
         let clock = profile::start();
-        let packed = Arc::new(PackedWeights::new(packing, self.of(entry), &plan.pool));
+        let packed = Arc::new(PackedWeights::new(packing, self.slice(entry), &cpu.pool));
         let pass = match direction {
             Direction::Forward => Pass::Forward,
             Direction::Backward => Pass::Backward,
         };
-        profile::stop(clock, pass, || profile::packing(&packing, plan.precision));
+        profile::stop(clock, pass, || profile::packing(&packing, cpu.precision));
         lock().insert((entry, packing), Arc::clone(&packed));
         packed
     }
@@ -297,7 +271,7 @@ pub struct Gradients {
 
 impl Gradients {
     pub(crate) fn new(plan: &Plan) -> Gradients {
-        Gradients { flat: Flat::zeros(&plan.parameters, plan.place.as_ref()) }
+        Gradients { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
     }
 
     /// The entries, as those of [`Parameters`].
@@ -307,7 +281,7 @@ impl Gradients {
 
     /// Sets all to zero: once a step.
     pub fn zero(&mut self) {
-        self.flat.zero();
+        self.flat.storage.zero();
     }
 
     /// The gradient of an entry, in the order of its shape.
@@ -325,12 +299,8 @@ impl Gradients {
     ///
     /// `other` belongs to another network.
     pub fn add(&mut self, other: &Gradients) -> Result<()> {
-        other.flat.check_like(&self.flat, "the gradients")?;
-        if let (Some(total), Some(other)) = (&mut self.flat.elsewhere, &other.flat.elsewhere) {
-            return total.add(other);
-        }
-        kernels::flat::add(&mut self.flat.values, &other.flat.values);
-        Ok(())
+        other.flat.check_like(&self.flat, "the other gradients", "these")?;
+        self.flat.storage.add(&other.flat.storage)
     }
 
     /// All numbers, in the order of the entries.
@@ -359,11 +329,6 @@ impl Gradients {
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }
-
-    pub(crate) fn of_mut(&mut self, entry: usize) -> &mut [f32] {
-        let range = self.flat.layout.entries[entry].range.clone();
-        &mut self.flat.values[range]
-    }
 }
 
 /// What [`Parameters::sgd`] remembers between steps: the direction `b` of the last one, 0 at first.
@@ -374,7 +339,7 @@ pub struct Momenta {
 
 impl Momenta {
     pub(crate) fn new(plan: &Plan) -> Momenta {
-        Momenta { flat: Flat::zeros(&plan.parameters, plan.place.as_ref()) }
+        Momenta { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
     }
 
     /// The same numbers for `network`, as [`Parameters::to`].
@@ -383,7 +348,7 @@ impl Momenta {
     ///
     /// They belong to another network, or their device fails.
     pub fn to(&self, network: &Network) -> Result<Momenta> {
-        let flat = self.flat.to(&network.0.parameters, network.0.place.as_ref())?;
+        let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
         Ok(Momenta { flat })
     }
 
@@ -421,7 +386,7 @@ pub struct AdamMoments {
 
 impl AdamMoments {
     pub(crate) fn new(plan: &Plan) -> AdamMoments {
-        let zeros = || Flat::zeros(&plan.parameters, plan.place.as_ref());
+        let zeros = || Flat::zeros(&plan.parameters, plan.backend.place());
         AdamMoments { first: zeros(), second: zeros(), steps: 0 }
     }
 
@@ -431,7 +396,7 @@ impl AdamMoments {
     ///
     /// They belong to another network, or their device fails.
     pub fn to(&self, network: &Network) -> Result<AdamMoments> {
-        let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.place.as_ref());
+        let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.backend.place());
         let (first, second) = (to(&self.first)?, to(&self.second)?);
         Ok(AdamMoments { first, second, steps: self.steps })
     }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use candle_core::{Result, bail};
 use kernels::convolution::Geometry;
 use kernels::pooling::Window;
-use kernels::{BufferPool, Precision, Shape, Variant};
+use kernels::{Shape, Variant};
 
-use crate::device::Place;
+use crate::backend::{Backend, Operations};
 use crate::flat::Layout;
 
-/// What comes in.
+/// The input of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Input {
     /// (N, H, W, C) with this many channels.
@@ -20,7 +20,7 @@ pub(crate) enum Input {
 }
 
 /// One operation: reads `input` (and perhaps a residual), writes `output`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Operation {
     pub name: String,
     pub block: usize,
@@ -29,45 +29,38 @@ pub(crate) struct Operation {
     pub work: Work,
 }
 
-/// What an operation does; numbers are indices of entries in the layouts.
-#[derive(Clone, Debug)]
+/// What an operation does; numbers are indices of entries in the layouts, or of values.
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Work {
-    /// A convolution without bias, or with kernel 1 and a bias a linear layer.
-    Product {
-        weight: usize,
-        bias: Option<usize>,
-        kernel: usize,
-        stride: usize,
-        padding: usize,
-        /// A value that is added at the end; only in an [`Inference`](crate::Inference).
-        residual: Option<usize>,
-        /// Whether a ReLU ends it; only there, too.
-        relu: bool,
-    },
+    Product(Product),
     BatchNorm(Norm),
     Relu,
-    MaxPool {
-        kernel: usize,
-        stride: usize,
-        padding: usize,
-    },
+    MaxPool { kernel: usize, stride: usize, padding: usize },
     AveragePool,
 }
 
-impl Work {
-    /// A product without residual and ReLU.
-    pub fn product(
-        weight: usize,
-        bias: Option<usize>,
-        kernel: usize,
-        stride: usize,
-        padding: usize,
-    ) -> Work {
-        Work::Product { weight, bias, kernel, stride, padding, residual: None, relu: false }
+/// A convolution without bias, or with kernel 1 and a bias a linear layer.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Product {
+    pub weight: usize,
+    pub bias: Option<usize>,
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: usize,
+    /// A value that is added at the end; only in an [`Inference`](crate::Inference).
+    pub residual: Option<usize>,
+    /// Whether a ReLU ends it; only in an [`Inference`](crate::Inference).
+    pub relu: bool,
+}
+
+impl Product {
+    /// A linear layer, without residual and ReLU.
+    pub fn linear(weight: usize, bias: Option<usize>) -> Product {
+        Product { weight, bias, kernel: 1, stride: 1, padding: 0, residual: None, relu: false }
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Norm {
     pub weight: usize,
     pub bias: usize,
@@ -90,59 +83,44 @@ pub(crate) struct Plan {
     pub output: usize,
     pub parameters: Arc<Layout>,
     pub statistics: Arc<Layout>,
+    /// The CPU kernels of this network, kept while it computes on another backend.
     pub variant: Variant,
-    pub precision: Precision,
-    pub pool: Arc<BufferPool>,
-    /// Where tensor operations of candle's compute; without, the CPU's kernels do.
-    pub place: Option<Arc<Place>>,
+    pub backend: Backend,
     /// Index of the last operation that reads each value in the forward pass.
     pub last_use: Vec<usize>,
-    /// Whether the backward pass reads the value.
-    pub kept: Vec<bool>,
-    /// For each value, the block of the one batch norm that takes its statistics, if one does.
+    /// For each value, the block of a batch norm that reads it.
     pub feeds_norm: Vec<Option<usize>>,
 }
 
-/// Who reads the values of a plan.
+/// The readers of each value.
 pub(crate) struct Uses {
     /// As [`Plan::last_use`].
     pub last_use: Vec<usize>,
-    /// As [`Plan::kept`].
-    pub kept: Vec<bool>,
     /// As [`Plan::feeds_norm`].
     pub feeds_norm: Vec<Option<usize>>,
 }
 
 impl Uses {
     pub fn of(operations: &[Operation], values: usize, output: usize) -> Uses {
-        let (mut last_use, mut kept) = (vec![0; values], vec![false; values]);
-        let mut feeds_norm = vec![None; values];
+        let (mut last_use, mut feeds_norm) = (vec![0; values], vec![None; values]);
         for (at, operation) in operations.iter().enumerate() {
             last_use[operation.input] = at;
-            // A value that nothing reads can go at once.
+            // A value that nothing reads can be freed at once.
             last_use[operation.output] = at;
-            match &operation.work {
-                Work::Product { residual, .. } => {
-                    kept[operation.input] = true;
-                    if let Some(residual) = residual {
-                        last_use[*residual] = at;
-                    }
-                }
+            let residual = match &operation.work {
+                Work::Product(product) => product.residual,
                 Work::BatchNorm(norm) => {
-                    kept[operation.input] = true;
-                    // Without a residual the input tells where the ReLU is zero.
-                    kept[operation.output] |= norm.relu && norm.residual.is_some();
                     feeds_norm[operation.input] = Some(operation.block);
-                    if let Some(residual) = norm.residual {
-                        last_use[residual] = at;
-                    }
+                    norm.residual
                 }
-                Work::Relu => kept[operation.output] = true,
-                Work::MaxPool { .. } | Work::AveragePool => {}
+                Work::Relu | Work::MaxPool { .. } | Work::AveragePool => None,
+            };
+            if let Some(residual) = residual {
+                last_use[residual] = at;
             }
         }
         last_use[output] = operations.len();
-        Uses { last_use, kept, feeds_norm }
+        Uses { last_use, feeds_norm }
     }
 }
 
@@ -186,7 +164,7 @@ impl Plan {
         let input = shapes[operation.input];
         let (name, h, w) = (&operation.name, input.height, input.width);
         match &operation.work {
-            Work::Product { .. } => match self.geometry(operation, shapes) {
+            Work::Product(_) => match self.geometry(operation, shapes) {
                 Some(geometry) => Ok(geometry.output),
                 None => bail!("`{name}`: no output pixel is left of {h} × {w} pixels"),
             },
@@ -205,14 +183,52 @@ impl Plan {
         }
     }
 
-    /// The convolution of a [`Work::Product`] on these shapes.
+    /// For each value, whether the backward pass of this backend reads it.
+    pub fn kept<B: Operations>(&self) -> Vec<bool> {
+        let mut kept = vec![false; self.channels.len()];
+        for operation in &self.operations {
+            let [input, output] = match &operation.work {
+                Work::Product(_) => [true, false],
+                Work::BatchNorm(norm) => B::norm_reads(norm),
+                Work::Relu => [false, true],
+                Work::MaxPool { .. } | Work::AveragePool => [false, false],
+            };
+            kept[operation.input] |= input;
+            kept[operation.output] |= output;
+        }
+        kept
+    }
+
+    /// Whether a record of the other plan is one of this plan: the same operations on values of the
+    /// same precision.
+    pub fn is_same(&self, other: &Plan) -> bool {
+        self.input == other.input
+            && self.channels == other.channels
+            && self.operations == other.operations
+            && self.output == other.output
+            && self.parameters == other.parameters
+            && self.backend.precision() == other.backend.precision()
+    }
+
+    /// The dimensions of the input's tensor.
+    pub fn input_dimensions(&self, shape: Shape) -> Vec<usize> {
+        let Shape { images, height, width, channels } = shape;
+        match self.input {
+            Input::Images(_) => vec![images, height, width, channels],
+            Input::Features(_) => vec![images, channels],
+        }
+    }
+
+    /// The convolution of a [`Work::Product`] on these shapes, if an output pixel is left.
     pub fn geometry(&self, operation: &Operation, shapes: &[Shape]) -> Option<Geometry> {
-        let Work::Product { kernel, stride, padding, .. } = operation.work else { return None };
+        let Work::Product(Product { kernel, stride, padding, .. }) = operation.work else {
+            return None;
+        };
         let channels = self.channels[operation.output];
         Geometry::new(shapes[operation.input], channels, kernel, stride, padding)
     }
 
-    /// The windows of a [`Work::MaxPool`] on these shapes.
+    /// The windows of a [`Work::MaxPool`] on these shapes, if one fits.
     pub fn window(&self, operation: &Operation, shapes: &[Shape]) -> Option<Window> {
         let Work::MaxPool { kernel, stride, padding } = operation.work else { return None };
         Window::new(shapes[operation.input], kernel, stride, padding)

@@ -47,9 +47,8 @@ pub struct Table<'a> {
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Table { rows, steps, network } = *self;
-        let (variant, precision) = (network.0.variant, network.0.precision);
-        let threads = kernels::threads();
-        let peak = kernels::peak(variant, precision).map(|peak| peak * threads as f64);
+        let (variant, threads) = (network.0.variant, kernels::threads());
+        let peak = kernels::peak(variant, network.precision()).map(|peak| peak * threads as f64);
         write!(f, "{variant} kernels, {threads} threads")?;
         if let Some(peak) = peak {
             write!(f, ", peak of products {:.0} GFLOP/s", peak / 1e9)?;

@@ -1,7 +1,6 @@
 //! Running mean and variance of every batch norm.
 
 use candle_core::Result;
-use kernels::norm::Moments;
 
 use crate::flat::{Flat, Kind};
 use crate::parameters::next_version;
@@ -18,7 +17,7 @@ pub struct Statistics {
 
 impl Statistics {
     pub(crate) fn new(plan: &Plan) -> Statistics {
-        let place = plan.place.as_ref();
+        let place = plan.backend.place();
         Statistics::of_flat(Flat::filled(&plan.statistics, place, Kind::RunningVariance, 1.))
     }
 
@@ -32,7 +31,7 @@ impl Statistics {
     ///
     /// They belong to another network, or their device fails.
     pub fn to(&self, network: &Network) -> Result<Statistics> {
-        let flat = self.flat.to(&network.0.statistics, network.0.place.as_ref())?;
+        let flat = self.flat.to(&network.0.statistics, network.0.backend.place())?;
         Ok(Statistics::of_flat(flat))
     }
 
@@ -78,28 +77,9 @@ impl Statistics {
         self.flat.first_non_finite()
     }
 
-    /// `running ← (1 − momentum)·running + momentum·batch`, the variance without bias, as PyTorch.
-    pub(crate) fn update(
-        &mut self,
-        mean: usize,
-        variance: usize,
-        moments: &Moments,
-        momentum: f64,
-    ) {
-        self.changed();
-        let mix = |old: f32, new: f64| ((1. - momentum) * f64::from(old) + momentum * new) as f32;
-        let [mean, variance] = [mean, variance].map(|at| self.entries()[at].range.clone());
-        for (channel, value) in self.flat.values[mean].iter_mut().enumerate() {
-            *value = mix(*value, moments.mean[channel]);
-        }
-        for (channel, value) in self.flat.values[variance].iter_mut().enumerate() {
-            *value = mix(*value, moments.unbiased_variance(channel));
-        }
-    }
-
     pub(crate) fn check_plan(&self, plan: &Plan) -> Result<()> {
         self.flat.check_layout(&plan.statistics, "the statistics")?;
-        self.flat.check_place(plan.place.as_ref(), "the statistics")
+        self.flat.check_place(plan.backend.place(), "the statistics")
     }
 
     pub(crate) fn version(&self) -> u64 {
@@ -108,9 +88,5 @@ impl Statistics {
 
     pub(crate) fn changed(&mut self) {
         self.version = next_version();
-    }
-
-    pub(crate) fn of(&self, entry: usize) -> &[f32] {
-        &self.flat.values[self.entries()[entry].range.clone()]
     }
 }

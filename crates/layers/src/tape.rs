@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use kernels::norm::Normalisation;
-use kernels::{Buffer, Shape};
+use kernels::Shape;
 
-use crate::device;
+#[cfg(feature = "cuda")]
+use crate::backend::Cuda;
+use crate::backend::{Cpu, Operations, Tensors};
 use crate::plan::Plan;
 
 /// What one forward pass keeps, for one input shape, until its backward pass consumes it.
@@ -15,35 +16,45 @@ use crate::plan::Plan;
 #[derive(Default)]
 pub struct Tape {
     pub(crate) record: Option<Record>,
-    /// In its place, of a network that computes by tensor operations.
-    pub(crate) on_device: Option<device::Record>,
 }
 
+/// A recorded forward pass.
 pub(crate) struct Record {
     pub plan: Arc<Plan>,
-    /// Of the parameters that the forward pass saw.
+    /// Version of the parameters that the forward pass used.
     pub version: u64,
     pub shapes: Vec<Shape>,
-    /// The values that the backward pass reads; the others are `None`.
-    pub values: Vec<Option<Buffer>>,
-    /// What each operation keeps beside values.
-    pub notes: Vec<Note>,
+    pub kept: Kept,
 }
 
-pub(crate) enum Note {
+/// What the backward pass reads, of each backend.
+pub(crate) enum Kept {
+    Cpu(Activations<Cpu>),
+    Tensors(Activations<Tensors>),
+    #[cfg(feature = "cuda")]
+    Cuda(Activations<Cuda>),
+}
+
+pub(crate) struct Activations<B: Operations> {
+    /// The values that the backward pass reads; the others are `None`.
+    pub values: Vec<Option<B::Value>>,
+    /// What each operation keeps besides values.
+    pub notes: Vec<Note<B>>,
+}
+
+pub(crate) enum Note<B: Operations> {
     Nothing,
-    Normalisation(Normalisation),
-    /// Bytes: which pixel of each window held the maximum.
-    Taps(Buffer),
+    Normalised(B::Normalised),
+    Argmax(B::Argmax),
 }
 
 impl Tape {
-    /// Whether no forward pass waits on this tape for its backward pass.
+    /// Whether the tape holds no forward pass.
     pub fn is_empty(&self) -> bool {
-        self.record.is_none() && self.on_device.is_none()
+        self.record.is_none()
     }
 
-    /// Forgets the forward pass, for a step that is given up.
+    /// Discards the forward pass, for a step that is abandoned.
     pub fn clear(&mut self) {
         *self = Tape::default();
     }
@@ -53,7 +64,15 @@ impl Tape {
 mod tests {
     use candle_core::{Device, Result, Tensor};
 
+    use crate::backend::Backend;
     use crate::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Pool, Sgd};
+
+    fn allocations(network: &Network) -> usize {
+        match &network.0.backend {
+            Backend::Cpu(cpu) => cpu.pool.allocations(),
+            other => panic!("a network on the CPU, not {}", other.place()),
+        }
+    }
 
     fn network() -> Result<Network> {
         let mut b = Builder::images(3);
@@ -81,7 +100,7 @@ mod tests {
         let input = Tensor::rand(-1f32, 1., (3, 6, 8, 3), &Device::Cpu)?;
         let mut forward = |parameters| -> Result<(Vec<Vec<f32>>, usize)> {
             let output = network.forward(parameters, &mut statistics, &input, &modes, None)?;
-            Ok((output.to_vec2()?, network.0.pool.allocations()))
+            Ok((output.to_vec2()?, allocations(&network)))
         };
         let (output, allocations) = forward(&first)?;
         first.free_packed_weights();
@@ -116,7 +135,7 @@ mod tests {
             }
             parameters.sgd(&gradients, &mut momenta, sgd)?;
             gradients.zero();
-            after.push(network.0.pool.allocations());
+            after.push(allocations(&network));
         }
         assert!(after[0] > 10, "{after:?}");
         assert!(after.iter().all(|count| *count == after[0]), "{after:?}");

@@ -1,25 +1,48 @@
-//! Networks by candle's tensor operations against the CPU's kernels: values, gradients, updates.
+//! Every other backend against the CPU kernels: values, gradients, updates; and what must not mix.
 //!
-//! On candle's CPU device always; with the features `cuda` and `metal`, on the first such device of
-//! the machine too, and a machine without one fails these tests.
+//! Tensor operations on candle's CPU device always; with the features `cuda` and `metal`, the backends
+//! of the first such device of the machine too. A machine without one fails these tests.
 
 #[expect(dead_code, reason = "other tests use the rest")]
 mod reference;
 
-use candle_core::{Device, Result, Tensor};
-use layers::{Adam, Gradients, Mode, Modes, Network, Parameters, Precision, Sgd, Statistics, Tape};
+use candle_core::{DType, Device, Result, Tensor};
+use layers::{
+    Adam, BatchNorm, Builder, Convolution, Gradients, Mode, Modes, Network, Parameters, Pool,
+    Precision, Sgd, Statistics, Tape,
+};
 use reference::{Case, Op, distance, fill, narrow_resnet, noise, wide};
 
-/// Every device that this program was built for.
-fn devices() -> Result<Vec<Device>> {
-    let mut devices = vec![Device::Cpu];
+/// A backend besides the CPU kernels.
+#[derive(Debug)]
+struct Other {
+    device: Device,
+    /// Whether tensor operations alone compute, where the device has kernels too.
+    by_tensor_operations: bool,
+}
+
+impl Other {
+    fn network(&self, kernels: &Network) -> Network {
+        match self.by_tensor_operations {
+            true => kernels.by_tensor_operations(&self.device),
+            false => kernels.on(&self.device),
+        }
+    }
+}
+
+/// Every backend that this program was built for.
+fn others() -> Result<Vec<Other>> {
+    let tensors = |device| Other { device, by_tensor_operations: true };
+    let mut others = vec![tensors(Device::Cpu)];
     if cfg!(feature = "cuda") {
-        devices.push(Device::new_cuda(0)?);
+        let device = Device::new_cuda(0)?;
+        others.push(tensors(device.clone()));
+        others.push(Other { device, by_tensor_operations: false });
     }
     if cfg!(feature = "metal") {
-        devices.push(Device::new_metal(0)?);
+        others.push(tensors(Device::new_metal(0)?));
     }
-    Ok(devices)
+    Ok(others)
 }
 
 /// A network with its numbers.
@@ -32,7 +55,7 @@ struct Bench {
     modes: Modes,
 }
 
-/// What one pass gives, on the host.
+/// The results of one pass, on the host.
 struct Found {
     output: Vec<f32>,
     gradients: Vec<f32>,
@@ -41,7 +64,7 @@ struct Found {
 }
 
 impl Bench {
-    /// By the CPU's kernels, with running statistics of their own and some blocks in that mode.
+    /// On the CPU kernels, with some blocks in running mode and running statistics that are not 0 and 1.
     fn new(case: &Case, precision: Precision, running: &[&str]) -> Result<Bench> {
         let network = case.network(None)?.with_precision(precision);
         let mut parameters = network.parameters();
@@ -61,9 +84,9 @@ impl Bench {
         Ok(Bench { case: case.clone(), network, parameters, statistics, gradients, modes })
     }
 
-    /// The same by tensor operations.
-    fn on(&self, device: &Device) -> Result<Bench> {
-        let network = self.network.by_tensor_operations(device);
+    /// The same on another backend.
+    fn on(&self, other: &Other) -> Result<Bench> {
+        let network = other.network(&self.network);
         Ok(Bench {
             case: self.case.clone(),
             parameters: self.parameters.to(&network)?,
@@ -106,11 +129,11 @@ impl Bench {
     }
 }
 
-/// Compares one pass on every device with the kernels'.
+/// Compares one pass on every backend with that of the CPU kernels.
 fn check(case: &Case, n: usize, running: &[&str]) -> Result<()> {
-    for device in devices()? {
+    for backend in others()? {
         let mut kernels = Bench::new(case, Precision::F32, running)?;
-        let mut other = kernels.on(&device)?;
+        let mut other = kernels.on(&backend)?;
         let (want, got) = (kernels.pass(n, 3)?, other.pass(n, 3)?);
         // Products of up to 171 terms, then sums over up to 1,000 values, in another order; the
         // kernels themselves are held to 2e-6 and 3e-5 of the truth.
@@ -120,19 +143,19 @@ fn check(case: &Case, n: usize, running: &[&str]) -> Result<()> {
             ("statistics", &got.statistics, &want.statistics, 2e-6),
         ] {
             let off = distance(got, &wide(want));
-            assert!(off < bound, "{case:?} on {:?}: {what} is {off} off", device.location());
+            assert!(off < bound, "{case:?} on {:?}: {what} is {off} off", backend);
         }
         for entry in kernels.parameters.entries() {
             let range = entry.range.clone();
             let off = distance(&got.gradients[range.clone()], &wide(&want.gradients[range]));
             let name = &entry.name;
-            assert!(off < 3e-5, "{case:?} on {:?}: {name} is {off} off", device.location());
+            assert!(off < 3e-5, "{case:?} on {:?}: {name} is {off} off", backend);
         }
     }
     Ok(())
 }
 
-/// A layer after a norm, so that its input has a gradient to pass on.
+/// A layer after a norm, so that its input needs a gradient.
 fn after_norm(h: usize, w: usize, c: usize, op: Op) -> Case {
     let norm = Op::Norm { name: "first", from: 0, relu: false, residual: None };
     Case { input: (h, w, c), ops: vec![Op::Block("all"), norm, op, Op::Average { from: 2 }] }
@@ -185,9 +208,9 @@ fn of_equal_maxima_the_first_gets_the_gradient() -> Result<()> {
     let case = Case { input: (3, 4, 1), ops };
     // Negative throughout: beyond the border counts as less than that.
     let values = [-5f32, -1., -1., -1., -1., -5., -5., -1., -1., -1., -1., -1.];
-    for device in devices()? {
+    for backend in others()? {
         let kernels = Bench::new(&case, Precision::F32, &[])?;
-        let other = kernels.on(&device)?;
+        let other = kernels.on(&backend)?;
         let mut at_inputs = Vec::new();
         for mut bench in [kernels, other] {
             let device = bench.network.device();
@@ -232,9 +255,9 @@ fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
     ];
     let case = Case { input: (9, 8, 3), ops };
     let values: Vec<f32> = noise(50, case.input_len(40)).iter().map(|x| x + 1000.).collect();
-    for device in devices()? {
+    for backend in others()? {
         let mut kernels = Bench::new(&case, Precision::F32, &[])?;
-        let mut other = kernels.on(&device)?;
+        let mut other = kernels.on(&backend)?;
         let mut outputs = Vec::new();
         for bench in [&mut kernels, &mut other] {
             let x = case.tensor(40, &values)?.to_device(&bench.network.device())?;
@@ -244,7 +267,7 @@ fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
         }
         // One unit in the last place of the input is 6e-5, a ten-thousandth of the deviation.
         let off = distance(&outputs[1], &wide(&outputs[0]));
-        assert!(off < 1e-4, "{:?}: {off}", device.location());
+        assert!(off < 1e-4, "{:?}: {off}", backend);
     }
     Ok(())
 }
@@ -271,8 +294,8 @@ fn whole_networks_of_odd_sizes_in_both_modes() -> Result<()> {
 
 #[test]
 fn a_pass_that_keeps_nothing_gives_the_same_output() -> Result<()> {
-    for device in devices()? {
-        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&device)?;
+    for backend in others()? {
+        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
         let mut tape = b.network.tape();
         let with = b.forward(6, 1, Some(&mut tape))?;
         assert_eq!(with, b.forward(6, 1, None)?);
@@ -285,8 +308,8 @@ fn a_pass_that_keeps_nothing_gives_the_same_output() -> Result<()> {
 
 #[test]
 fn inference_is_a_pass_on_running_statistics_and_knows_when_they_changed() -> Result<()> {
-    for device in devices()? {
-        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&device)?;
+    for backend in others()? {
+        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
         let mut inference = b.network.inference(&b.parameters, &b.statistics)?;
         let found = inference.forward(&b.input(6, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
         assert!(inference.is_of(&b.parameters, &b.statistics));
@@ -322,7 +345,7 @@ fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
             b.gradients.zero();
         }
         assert!(b.gradients.to_vec()?.iter().all(|g| *g == 0.));
-        // Through other devices and back: no bit changes, and nothing is left behind.
+        // A copy for the same backend has the same bits and the number of steps.
         let back = momenta.to(&b.network)?;
         assert_eq!(back.get("conv1.weight")?, momenta.get("conv1.weight")?);
         assert_eq!(moments.to(&b.network)?.steps(), 3);
@@ -330,16 +353,16 @@ fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
         let second = moments.get("layer2.conv1.weight")?.1;
         Ok([b.parameters.to_vec()?, target.to_vec()?, momentum, second])
     };
-    for device in devices()? {
+    for backend in others()? {
         let mut kernels = Bench::new(&narrow_resnet(9, 7), Precision::F32, &[])?;
-        let mut other = kernels.on(&device)?;
+        let mut other = kernels.on(&backend)?;
         let before = kernels.parameters.clone();
         let (want, got) = (run(&mut kernels)?, run(&mut other)?);
         for (what, (got, want)) in
             ["parameters", "target", "momenta", "moments"].iter().zip(got.iter().zip(&want))
         {
             let off = distance(got, &wide(want));
-            assert!(off < 1e-4, "{what} on {:?} are {off} off", device.location());
+            assert!(off < 1e-4, "{what} on {:?} are {off} off", backend);
         }
         for entry in before.entries() {
             let (old, new) = (before.get(&entry.name)?, other.parameters.get(&entry.name)?);
@@ -363,59 +386,165 @@ fn bf16_gives_what_the_kernels_give_up_to_its_rounding() -> Result<()> {
         Op::Linear { name: "l", from: 5, to: 7 },
     ];
     for (case, smooth) in [(Case { input: (7, 6, 5), ops }, true), (narrow_resnet(9, 7), false)] {
-        for device in devices()? {
+        for backend in others()? {
             let mut kernels = Bench::new(&case, Precision::Bf16, &[])?;
-            let mut other = kernels.on(&device)?;
+            let mut other = kernels.on(&backend)?;
             let (want, got) = (kernels.pass(6, 3)?, other.pass(6, 3)?);
             let off = distance(&got.output, &wide(&want.output));
-            assert!(off < 0.02, "{:?}: output is {off} off", device.location());
+            assert!(off < 0.02, "{:?}: output is {off} off", backend);
             let off = distance(&got.gradients, &wide(&want.gradients));
-            assert!(!smooth || off < 0.02, "{:?}: gradients are {off} off", device.location());
+            assert!(!smooth || off < 0.02, "{:?}: gradients are {off} off", backend);
         }
     }
     Ok(())
 }
 
+/// Asserts an error whose message contains all words.
+#[track_caller]
+fn refused<T>(result: Result<T>, words: &[&str]) {
+    let Err(error) = result else { panic!("not refused") };
+    let message = error.to_string();
+    assert!(words.iter().all(|word| message.contains(word)), "{message}");
+}
+
 #[test]
-fn what_lies_elsewhere_is_refused_with_its_name() -> Result<()> {
-    let mut here = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
-    let mut there = here.on(&Device::Cpu)?;
-    let refused = |result: Result<Tensor>, words: &[&str]| {
-        let message = result.expect_err("refused").to_string();
-        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+fn numbers_of_two_backends_do_not_mix_and_the_error_names_both() -> Result<()> {
+    const KERNELS: &str = "CPU kernels";
+    const TENSORS: &str = "tensor operations on Cpu";
+    let cpu = Other { device: Device::Cpu, by_tensor_operations: true };
+    let mut a = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
+    let mut b = a.on(&cpu)?;
+    let (x, g, modes) = (a.input(3, 1)?, a.gradient(3, 1)?, a.modes.clone());
+
+    let forward =
+        |n: &Network, p: &Parameters, s: &mut Statistics| n.forward(p, s, &x, &modes, None);
+    let (kernels, tensors) = (&a.network, &b.network);
+    let all = ["stored for", "computes with", KERNELS, TENSORS];
+    refused(
+        forward(tensors, &a.parameters, &mut b.statistics),
+        &[&all[..], &["parameters"]].concat(),
+    );
+    refused(
+        forward(tensors, &b.parameters, &mut a.statistics),
+        &[&all[..], &["statistics"]].concat(),
+    );
+    refused(
+        forward(kernels, &b.parameters, &mut a.statistics),
+        &[&all[..], &["parameters"]].concat(),
+    );
+    refused(kernels.inference(&b.parameters, &a.statistics), &all);
+
+    let mut tape = b.network.tape();
+    b.network.forward(&b.parameters, &mut b.statistics, &x, &modes, Some(&mut tape))?;
+    let with = |n: &Network, p: &Parameters, tape: &mut Tape, into: &mut Gradients| {
+        n.backward(p, tape, &g, into, false)
     };
-    let x = here.input(3, 1)?;
-    let (a, b) = (&mut here, &mut there);
-    let modes = &a.modes;
-    let s = &mut b.statistics;
-    refused(b.network.forward(&a.parameters, s, &x, modes, None), &["parameters", "kernels"]);
-    let s = &mut a.statistics;
-    refused(b.network.forward(&b.parameters, s, &x, modes, None), &["statistics", "kernels"]);
-    refused(a.network.forward(&b.parameters, s, &x, modes, None), &["parameters", "Cpu"]);
-    let double = x.to_dtype(candle_core::DType::F64)?;
-    let s = &mut b.statistics;
-    refused(b.network.forward(&b.parameters, s, &double, modes, None), &["input", "F64"]);
-    assert!(b.parameters.follow(&a.parameters, 0.5).is_err());
-    assert!(b.gradients.add(&a.gradients).is_err());
-    let tape = &mut b.network.tape();
-    b.network.forward(&b.parameters, s, &x, modes, Some(tape))?;
-    let g = b.gradient(3, 1)?;
-    assert!(b.network.backward(&b.parameters, tape, &g, &mut a.gradients, false).is_err());
+    refused(with(&b.network, &b.parameters, &mut tape, &mut a.gradients), &["gradients", KERNELS]);
+    // The other network's own numbers, and a tape of this one.
+    refused(
+        with(&a.network, &a.parameters, &mut tape, &mut a.gradients),
+        &["tape", "recorded with", KERNELS, TENSORS],
+    );
     assert!(!tape.is_empty(), "an error keeps the pass");
+
+    let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 0. };
+    let adam =
+        Adam { learning_rate: 0.1, beta_1: 0.9, beta_2: 0.99, epsilon: 1e-8, weight_decay: 0. };
+    let before = b.parameters.to_vec()?;
+    let both = [KERNELS, TENSORS];
+    let mut momenta = [a.network.momenta(), b.network.momenta()];
+    let mut moments = [a.network.adam_moments(), b.network.adam_moments()];
+    refused(b.parameters.sgd(&a.gradients, &mut momenta[1], sgd), &both);
+    refused(b.parameters.sgd(&b.gradients, &mut momenta[0], sgd), &both);
+    refused(b.parameters.adam(&a.gradients, &mut moments[1], adam), &both);
+    refused(b.parameters.adam(&b.gradients, &mut moments[0], adam), &both);
+    assert_eq!(moments.map(|moments| moments.steps()), [0, 0]);
+    refused(b.parameters.follow(&a.parameters, 0.5), &both);
+    refused(a.parameters.follow(&b.parameters, 0.5), &both);
+    refused(b.gradients.add(&a.gradients), &both);
+    assert_eq!(b.parameters.to_vec()?, before);
+
     b.parameters.set("conv1.weight", &vec![0.5; 6 * 3 * 9])?;
-    let stale = b.network.backward(&b.parameters, tape, &g, &mut b.gradients, false);
-    assert!(stale.expect_err("stale").to_string().contains("changed"));
+    refused(with(&b.network, &b.parameters, &mut tape, &mut b.gradients), &["changed"]);
+    Ok(())
+}
+
+#[test]
+fn inputs_are_f32_of_any_strides() -> Result<()> {
+    let kernels = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
+    let cpu = Other { device: Device::Cpu, by_tensor_operations: true };
+    for mut bench in [kernels.on(&cpu)?, kernels] {
+        let x = bench.input(3, 1)?;
+        let strided = x.permute((0, 3, 1, 2))?.contiguous()?.permute((0, 2, 3, 1))?;
+        assert!(!strided.is_contiguous());
+        let mut forward = |x: &Tensor| {
+            let (p, s) = (&bench.parameters, &mut bench.statistics);
+            bench.network.forward(p, s, x, &bench.modes, None)?.to_vec2::<f32>()
+        };
+        assert_eq!(forward(&strided)?, forward(&x)?);
+        refused(forward(&x.to_dtype(DType::F64)?), &["input", "F64", "f32"]);
+    }
+    Ok(())
+}
+
+/// Networks with the same entries and channels, but a ReLU in the place of a max-pool or the like:
+/// taken for each other, they would lose gradients.
+#[test]
+fn a_tape_of_a_network_with_other_operations_is_refused() -> Result<()> {
+    let network = |change: &str| -> Result<Network> {
+        let mut b = Builder::images(3);
+        b.block("all");
+        let padding = if change == "padding" { 0 } else { 1 };
+        let x = b.input();
+        let z = b.convolution(
+            "conv",
+            x,
+            Convolution { out_channels: 4, kernel: 3, stride: 1, padding },
+        )?;
+        let residual = (change == "residual").then_some(z);
+        let relu = change != "relu of the norm";
+        let y =
+            b.batch_norm("norm", z, BatchNorm { epsilon: 1e-5, momentum: 0.1, relu, residual })?;
+        let y = match change {
+            "relu" => b.relu(y)?,
+            _ => b.max_pool(y, Pool { kernel: 1, stride: 1, padding: 0 })?,
+        };
+        let y = b.global_average_pool(y)?;
+        b.finish(y)
+    };
+    let cpu = Other { device: Device::Cpu, by_tensor_operations: true };
+    for tensors in [false, true] {
+        let of = |change: &str| -> Result<Network> {
+            let network = network(change)?;
+            Ok(if tensors { cpu.network(&network) } else { network })
+        };
+        let recorded = of("none")?;
+        let (mut parameters, mut statistics) = (recorded.parameters(), recorded.statistics());
+        fill(&mut parameters, 1)?;
+        let x = Tensor::from_vec(noise(1, 2 * 6 * 5 * 3), (2, 6, 5, 3), &Device::Cpu)?;
+        let (modes, mut tape) = (Modes::all(&recorded, Mode::Batch), recorded.tape());
+        recorded.forward(&parameters, &mut statistics, &x, &modes, Some(&mut tape))?;
+        let (g, mut gradients) =
+            (Tensor::ones((2, 4), DType::F32, &Device::Cpu)?, recorded.gradients());
+        for change in ["relu", "padding", "residual", "relu of the norm"] {
+            let found = of(change)?.backward(&parameters, &mut tape, &g, &mut gradients, false);
+            refused(found, &["tape", "another network"]);
+        }
+        // An equal network made once more may take it.
+        of("none")?.backward(&parameters, &mut tape, &g, &mut gradients, false)?;
+        assert!(gradients.to_vec()?.iter().any(|g| *g != 0.));
+    }
     Ok(())
 }
 
 #[test]
 fn numbers_that_are_not_finite_are_found_by_name() -> Result<()> {
-    for device in devices()? {
-        let mut b = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?.on(&device)?;
+    for backend in others()? {
+        let mut b = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?.on(&backend)?;
         b.pass(3, 1)?;
         assert_eq!(b.gradients.first_non_finite()?, None);
         assert_eq!(b.parameters.first_non_finite()?, None);
-        let infinite = Tensor::new(&[[0f32, f32::INFINITY, 0., 0., 0.]], &device)?;
+        let infinite = Tensor::new(&[[0f32, f32::INFINITY, 0., 0., 0.]], &backend.device)?;
         let (x, mut tape) = (b.input(1, 1)?, b.network.tape());
         let (p, s, g) = (&b.parameters, &mut b.statistics, &mut b.gradients);
         let modes = Modes::all(&b.network, Mode::Running);

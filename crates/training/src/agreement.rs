@@ -66,7 +66,12 @@ pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
             }
             let plan = resnet::plan(&architecture, 3)?.with_precision(precision.into());
             let kernels = Segment::random("backbone", plan, 1)?;
-            let other = kernels.of(kernels.network().by_tensor_operations(device))?;
+            // On the CPU, `on` would give the kernels themselves.
+            let network = match device.is_cpu() {
+                true => kernels.network().by_tensor_operations(device),
+                false => kernels.network().on(device),
+            };
+            let other = kernels.with_network(network)?;
             let (want, got) = (step(kernels, height, width)?, step(other, height, width)?);
             let name = format!("ResNet {depth:?}, {stem:?} stem, {precision:?}");
             found.extend(agreements(&name, &bounds(precision), &want, &got));

@@ -633,7 +633,7 @@ pub(crate) mod tests {
         let mut kernels = learner(5)?;
         // Between the first steps, so that momenta move too.
         steps(&mut kernels)?;
-        let by_tensors = |s: &Segment| s.of(s.network().by_tensor_operations(&Cpu));
+        let by_tensors = |s: &Segment| s.with_network(s.network().by_tensor_operations(&Cpu));
         let mut other = kernels.moved(by_tensors)?;
         let mut back = other.on(&Cpu)?;
         let (want, got) = (steps(&mut kernels)?, steps(&mut other)?);

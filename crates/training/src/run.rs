@@ -379,7 +379,7 @@ impl<'a> Run<'a> {
 
     fn check_parameters(&self, learner: &impl Trained) -> Result<()> {
         for (prefix, segment) in learner.segments() {
-            if let Some(name) = segment.first_not_finite()? {
+            if let Some(name) = segment.first_non_finite()? {
                 return Err(self.diverged(&format!("`{prefix}.{name}` is not finite")));
             }
         }

@@ -1,20 +1,23 @@
-//! Pools: maxima with the tap that held them, and means over all pixels.
+//! Max-pool, with the tap that held each maximum, and average pool.
 
 use candle_core::{DType, Result, Tensor};
 use kernels::Shape;
 use kernels::pooling::Window;
 
-use super::Place;
-use super::indices::{Part, Windows};
+use super::indices::{IndexTable, IndexTables, Windows};
 
-/// The maximum of each window, (N, H'·W', C), and which tap held it, u8; of equal ones the first.
-pub(super) fn max_forward(place: &Place, w: &Window, x: &Tensor) -> Result<(Tensor, Tensor)> {
+/// The maximum of each window, (N, H'·W', C), and the tap that held it, u8: the first of equal ones.
+pub(super) fn max_forward(
+    tables: &IndexTables,
+    w: &Window,
+    x: &Tensor,
+) -> Result<(Tensor, Tensor)> {
     let windows = Windows::of_pool(w);
-    let inside = place.indices(windows, Part::Inside)?;
-    let tables = place.indices(windows, Part::FirstTaps)?;
-    let (first_taps, numbers) = (&tables[0], &tables[1]);
+    let inside = tables.get(windows, IndexTable::PixelOfTap)?;
+    let taps = tables.get(windows, IndexTable::FirstTapOfWindow)?;
+    let (first_taps, numbers) = (&taps[0], &taps[1]);
     let x = x.contiguous()?;
-    // A tap beyond the border shows the window's first pixel once more, which is never larger.
+    // A tap beyond the border reads the window's first pixel again, which is never larger.
     let mut best = x.index_select(&inside[0], 1)?;
     let mut taps = first_taps.broadcast_as(best.shape())?.contiguous()?;
     for (tap, pixels) in inside.iter().enumerate().skip(1) {
@@ -27,14 +30,14 @@ pub(super) fn max_forward(place: &Place, w: &Window, x: &Tensor) -> Result<(Tens
     Ok((best, taps))
 }
 
-/// The gradient of the input: every pixel takes from the windows above it whose maximum it was.
+/// The gradient of the input: a pixel receives it from the windows whose maximum it was.
 pub(super) fn max_backward(
-    place: &Place,
+    tables: &IndexTables,
     w: &Window,
     gradient: &Tensor,
     taps: &Tensor,
 ) -> Result<Tensor> {
-    let covers = place.indices(Windows::of_pool(w), Part::PoolCovers)?;
+    let covers = tables.get(Windows::of_pool(w), IndexTable::WindowsAndTapsOfPixel)?;
     let gradient = gradient.contiguous()?;
     let mut sum: Option<Tensor> = None;
     for pair in covers.chunks_exact(2) {

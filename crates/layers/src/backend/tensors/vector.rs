@@ -1,4 +1,4 @@
-//! Flat f32 numbers on a device, and their updates.
+//! Flat f32 numbers on a candle device, and their updates by tensor operations.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -8,22 +8,22 @@ use kernels::flat::{Adam, Sgd};
 
 /// Flat f32 numbers on a device.
 ///
-/// The tensor is replaced, never written to, so that clones and views may share its memory. Until
-/// something computes with them, the numbers stay on the host: filling them entry by entry costs
-/// no transfers.
+/// The tensor is replaced and never written to, so that clones and views may share its memory. The
+/// numbers stay on the host until something computes with them, so that filling them entry by entry
+/// costs no transfers.
 #[derive(Clone)]
-pub(crate) struct Numbers {
+pub(crate) struct DeviceVector {
     device: Device,
     len: usize,
-    /// Once it is there, the numbers.
+    /// The numbers, once they are on the device.
     tensor: OnceLock<Tensor>,
-    /// Before, the numbers; `None` for zeros.
+    /// The numbers before that; `None` for zeros.
     host: Option<Vec<f32>>,
 }
 
-impl Numbers {
-    pub fn new(device: &Device, len: usize, host: Option<Vec<f32>>) -> Numbers {
-        Numbers { device: device.clone(), len, tensor: OnceLock::new(), host }
+impl DeviceVector {
+    pub fn new(device: &Device, len: usize, host: Option<Vec<f32>>) -> DeviceVector {
+        DeviceVector { device: device.clone(), len, tensor: OnceLock::new(), host }
     }
 
     pub fn device(&self) -> &Device {
@@ -31,11 +31,11 @@ impl Numbers {
     }
 
     pub fn zero(&mut self) {
-        *self = Numbers::new(&self.device, self.len, None);
+        *self = DeviceVector::new(&self.device, self.len, None);
     }
 
     /// All numbers, (len).
-    fn all(&self) -> Result<Tensor> {
+    pub fn all(&self) -> Result<Tensor> {
         if let Some(tensor) = self.tensor.get() {
             return Ok(tensor.clone());
         }
@@ -46,7 +46,13 @@ impl Numbers {
         Ok(self.tensor.get_or_init(|| tensor).clone())
     }
 
-    /// Some of them, as a vector.
+    /// Replaces all numbers by a tensor (len) on the same device.
+    pub fn set_all(&mut self, tensor: Tensor) {
+        self.host = None;
+        self.tensor = OnceLock::from(tensor);
+    }
+
+    /// A range of the numbers, as a vector.
     pub fn of(&self, range: &Range<usize>) -> Result<Tensor> {
         self.all()?.narrow(0, range.start, range.len())
     }
@@ -69,54 +75,51 @@ impl Numbers {
         Ok(())
     }
 
-    /// Whether all are finite, found out on the device.
-    pub fn are_finite(&self) -> Result<bool> {
+    /// The index of the first NaN or infinity. The numbers are read only if there is one.
+    pub fn first_non_finite(&self) -> Result<Option<usize>> {
         match (self.tensor.get(), &self.host) {
             // 0 · x is NaN for every x that is not finite, and so is the sum.
-            (Some(tensor), _) => Ok((tensor * 0.)?.sum_all()?.to_scalar::<f32>()? == 0.),
-            (None, Some(host)) => Ok(kernels::flat::first_non_finite(host).is_none()),
-            (None, None) => Ok(true),
+            (Some(tensor), _) if (tensor * 0.)?.sum_all()?.to_scalar::<f32>()? == 0. => Ok(None),
+            (Some(tensor), _) => Ok(kernels::flat::first_non_finite(&tensor.to_vec1::<f32>()?)),
+            (None, Some(host)) => Ok(kernels::flat::first_non_finite(host)),
+            (None, None) => Ok(None),
         }
     }
 
-    /// Replaces pieces, of any shape, in order and without overlap.
+    /// Replaces pieces of any shape, given in order and without overlap.
     pub fn replace(&mut self, pieces: Vec<(Range<usize>, Tensor)>) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
         let old = self.all()?;
-        let tensor = self.joined(pieces, |gap| old.narrow(0, gap.start, gap.len()))?;
-        self.become_(tensor);
+        let tensor = self.join(pieces, |gap| old.narrow(0, gap.start, gap.len()))?;
+        self.set_all(tensor);
         Ok(())
     }
 
-    /// Adds pieces, of any shape, in order and without overlap.
+    /// Adds pieces of any shape, given in order and without overlap.
     pub fn add_pieces(&mut self, pieces: Vec<(Range<usize>, Tensor)>) -> Result<()> {
         if pieces.is_empty() {
             return Ok(());
         }
         let device = self.device.clone();
-        let sum = self.joined(pieces, |gap| Tensor::zeros(gap.len(), DType::F32, &device))?;
+        let sum = self.join(pieces, |gap| Tensor::zeros(gap.len(), DType::F32, &device))?;
         self.add_tensor(sum)
     }
 
-    pub fn add(&mut self, other: &Numbers) -> Result<()> {
+    pub fn add(&mut self, other: &DeviceVector) -> Result<()> {
         self.add_tensor(other.all()?)
     }
 
     fn add_tensor(&mut self, other: Tensor) -> Result<()> {
         let zero = self.tensor.get().is_none() && self.host.is_none();
         let sum = if zero { other } else { (self.all()? + other)? };
-        self.become_(sum);
+        self.set_all(sum);
         Ok(())
     }
 
-    fn become_(&mut self, tensor: Tensor) {
-        self.host = None;
-        self.tensor = OnceLock::from(tensor);
-    }
-
-    fn joined(
+    /// One tensor of all numbers: the pieces, and `gap` for what lies between them.
+    fn join(
         &self,
         pieces: Vec<(Range<usize>, Tensor)>,
         gap: impl Fn(Range<usize>) -> Result<Tensor>,
@@ -144,20 +147,11 @@ impl Numbers {
     /// [`kernels::flat::sgd`] on these ranges.
     pub fn sgd(
         &mut self,
-        gradients: &Numbers,
-        momenta: &mut Numbers,
+        gradients: &DeviceVector,
+        momenta: &mut DeviceVector,
         ranges: &[Range<usize>],
         with: Sgd,
     ) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            let (values, gradients) = (self.all()?, gradients.all()?);
-            let [values, directions] =
-                super::cuda::sgd(&values, &gradients, &momenta.all()?, ranges, with)?;
-            self.become_(values);
-            momenta.become_(directions);
-            return Ok(());
-        }
         let (mut values, mut directions) = (Vec::new(), Vec::new());
         for range in ranges {
             let value = self.of(range)?;
@@ -173,27 +167,15 @@ impl Numbers {
     /// [`kernels::flat::adam`] on these ranges; `step` counts from 1.
     pub fn adam(
         &mut self,
-        gradients: &Numbers,
-        moments: [&mut Numbers; 2],
+        gradients: &DeviceVector,
+        [first, second]: [&mut DeviceVector; 2],
         ranges: &[Range<usize>],
         step: u64,
         with: Adam,
     ) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            let [first, second] = moments;
-            let (values, gradients, old) =
-                (self.all()?, gradients.all()?, [first.all()?, second.all()?]);
-            let found = super::cuda::adam(&values, &gradients, old.each_ref(), ranges, step, with)?;
-            for (numbers, found) in [self, first, second].into_iter().zip(found) {
-                numbers.become_(found);
-            }
-            return Ok(());
-        }
-        let rest = |beta: f64| 1. - beta.powf(step as f64);
-        let rate = with.learning_rate / rest(with.beta_1);
-        let root = (1. / rest(with.beta_2)).sqrt();
-        let [first, second] = moments;
+        let correction = |beta: f64| 1. - beta.powf(step as f64);
+        let rate = with.learning_rate / correction(with.beta_1);
+        let root = (1. / correction(with.beta_2)).sqrt();
         let (mut values, mut firsts, mut seconds) = (Vec::new(), Vec::new(), Vec::new());
         for range in ranges {
             let value = self.of(range)?;
@@ -212,15 +194,10 @@ impl Numbers {
     }
 
     /// [`kernels::flat::follow`].
-    pub fn follow(&mut self, online: &Numbers, decay: f64) -> Result<()> {
+    pub fn follow(&mut self, online: &DeviceVector, decay: f64) -> Result<()> {
         let target = self.all()?;
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            self.become_(super::cuda::follow(&target, &online.all()?, decay)?);
-            return Ok(());
-        }
         let followed = (&target + ((online.all()? - &target)? * (1. - decay))?)?;
-        self.become_(followed);
+        self.set_all(followed);
         Ok(())
     }
 }
@@ -229,14 +206,14 @@ impl Numbers {
 mod tests {
     use super::*;
 
-    fn numbers(values: &[f32]) -> Numbers {
-        Numbers::new(&Device::Cpu, values.len(), Some(values.to_vec()))
+    fn vector(values: &[f32]) -> DeviceVector {
+        DeviceVector::new(&Device::Cpu, values.len(), Some(values.to_vec()))
     }
 
     #[test]
     fn pieces_replace_or_add_where_they_belong_and_nothing_else() -> Result<()> {
         let piece = |values: &[f32]| Tensor::new(values, &Device::Cpu);
-        let mut n = numbers(&[1., 2., 3., 4., 5.]);
+        let mut n = vector(&[1., 2., 3., 4., 5.]);
         let before = n.clone();
         n.replace(vec![(1..2, piece(&[20.])?), (3..5, piece(&[40., 50.])?.reshape((2, 1))?)])?;
         assert_eq!(n.read(&(0..5))?, [1., 20., 3., 40., 50.]);
@@ -248,7 +225,7 @@ mod tests {
         n.zero();
         n.add_pieces(vec![(4..5, piece(&[f32::INFINITY])?)])?;
         assert_eq!(n.read(&(0..4))?, [0.; 4]);
-        assert!(!n.are_finite()? && before.are_finite()?);
+        assert_eq!((n.first_non_finite()?, before.first_non_finite()?), (Some(4), None));
         Ok(())
     }
 }

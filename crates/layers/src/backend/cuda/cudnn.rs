@@ -1,6 +1,6 @@
-//! Convolutions on CUDA by cuDNN, in place of gathered maps and matrix products.
+//! Convolutions by cuDNN.
 //!
-//! Compiled and type-checked, not yet run on a GPU.
+//! Compiled and type-checked, but not yet run on a GPU.
 
 use candle_core::backend::BackendStorage as _;
 use candle_core::cuda_backend::CudaDType;
@@ -11,38 +11,48 @@ use kernels::cudnn;
 
 /// Which of a convolution's three products.
 #[derive(Clone, Copy, Debug)]
-enum Product {
+enum CudnnProduct {
     Forward,
     InputGradient,
     WeightGradient,
 }
 
-/// A product of two of a convolution's tensors, channels last, in bf16 or f32.
-struct Convolution {
+/// One product of a convolution: of two tensors, channels last, in bf16 or f32.
+struct CudnnConvolution {
     g: Geometry,
-    product: Product,
+    product: CudnnProduct,
 }
 
-/// (N, H·W, I) by (O, KH, KW, I) to (N, H'·W', O).
+/// (N, H·W, I) to (N, H'·W', O); `weight` is (O, I, KH, KW) in f32.
 pub(super) fn forward(g: &Geometry, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    apply(g, Product::Forward, x, weight)
+    apply(g, CudnnProduct::Forward, x, &channels_last(g, weight, x.dtype())?)
 }
 
-/// (N, H'·W', O) by (O, KH, KW, I) to (N, H·W, I).
+/// The gradient of the input, (N, H·W, I), from that of the output; `weight` is (O, I, KH, KW) in
+/// f32.
 pub(super) fn input_gradient(g: &Geometry, gradient: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    apply(g, Product::InputGradient, gradient, weight)
+    let weight = channels_last(g, weight, gradient.dtype())?;
+    apply(g, CudnnProduct::InputGradient, gradient, &weight)
 }
 
-/// (N, H·W, I) by (N, H'·W', O) to (O, KH, KW, I).
+/// The gradient of the weights, flat in the order (O, I, KH, KW), f32.
 pub(super) fn weight_gradient(g: &Geometry, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    apply(g, Product::WeightGradient, x, gradient)
+    let found = apply(g, CudnnProduct::WeightGradient, x, gradient)?;
+    found.to_dtype(DType::F32)?.permute((0, 3, 1, 2))?.flatten_all()
 }
 
-fn apply(g: &Geometry, product: Product, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &Convolution { g: *g, product })
+/// The weights as (O, KH, KW, I).
+fn channels_last(g: &Geometry, weight: &Tensor, dtype: DType) -> Result<Tensor> {
+    let Geometry { input, output, kernel, .. } = g;
+    let weight = weight.reshape((output.channels, input.channels, *kernel, *kernel))?;
+    weight.to_dtype(dtype)?.permute((0, 2, 3, 1))?.contiguous()
 }
 
-impl Convolution {
+fn apply(g: &Geometry, product: CudnnProduct, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &CudnnConvolution { g: *g, product })
+}
+
+impl CudnnConvolution {
     fn run<T: CudaDType + cudnn::CudnnElement>(
         &self,
         a: (&CudaStorage, &Layout),
@@ -51,12 +61,12 @@ impl Convolution {
         let device = a.0.device.clone();
         let (stream, g) = (device.cuda_stream(), &self.g);
         let (a, b) = (view::<T>(a)?, view::<T>(b)?);
-        let made = match self.product {
-            Product::Forward => cudnn::forward(&stream, g, &a, &b),
-            Product::InputGradient => cudnn::input_gradient(&stream, g, &a, &b),
-            Product::WeightGradient => cudnn::weight_gradient(&stream, g, &a, &b),
+        let found = match self.product {
+            CudnnProduct::Forward => cudnn::forward(&stream, g, &a, &b),
+            CudnnProduct::InputGradient => cudnn::input_gradient(&stream, g, &a, &b),
+            CudnnProduct::WeightGradient => cudnn::weight_gradient(&stream, g, &a, &b),
         };
-        match made {
+        match found {
             Ok(slice) => Ok(CudaStorage::wrap_cuda_slice(slice, device)),
             Err(error) => bail!("cuDNN, {:?} of {g:?}: {error}", self.product),
         }
@@ -72,7 +82,7 @@ fn view<'a, T: CudaDType>(
     }
 }
 
-impl CustomOp2 for Convolution {
+impl CustomOp2 for CudnnConvolution {
     fn name(&self) -> &'static str {
         "convolution by cuDNN"
     }
@@ -84,7 +94,7 @@ impl CustomOp2 for Convolution {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        bail!("cuDNN computes on CUDA alone")
+        bail!("cuDNN computes only on CUDA")
     }
 
     fn cuda_fwd(
@@ -102,9 +112,11 @@ impl CustomOp2 for Convolution {
         };
         let Geometry { input, output, kernel, .. } = self.g;
         let shape = match self.product {
-            Product::Forward => Shape::from((output.images, output.pixels(), output.channels)),
-            Product::InputGradient => Shape::from((input.images, input.pixels(), input.channels)),
-            Product::WeightGradient => {
+            CudnnProduct::Forward => Shape::from((output.images, output.pixels(), output.channels)),
+            CudnnProduct::InputGradient => {
+                Shape::from((input.images, input.pixels(), input.channels))
+            }
+            CudnnProduct::WeightGradient => {
                 Shape::from((output.channels, kernel, kernel, input.channels))
             }
         };

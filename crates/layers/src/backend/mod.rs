@@ -1,0 +1,265 @@
+//! Backends: what computes the operations of a network.
+//!
+//! | backend | computes with | a value is |
+//! |---|---|---|
+//! | [`Cpu`] | the kernels of the crate `kernels` | a buffer of tiles |
+//! | [`Tensors`] | candle's tensor operations, on any of its devices | a tensor (N, H·W, C) |
+//! | `Cuda` | fused kernels for batch norm and updates, cuDNN for convolutions, tensor operations for the rest | a tensor (N, H·W, C) |
+//!
+//! `forward.rs` and `backward.rs` walk a plan once for all of them, through the trait
+//! [`Operations`]. Parameters, gradients, optimizer memory and statistics are stored in the
+//! [`Storage`] of one backend; mixing two backends is an error that names both.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod storage;
+mod tensors;
+
+use std::fmt;
+
+use candle_core::{Device, Result, Tensor};
+use kernels::convolution::Geometry;
+use kernels::pooling::Window;
+use kernels::{Precision, Shape, Variant};
+
+pub(crate) use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::Cuda;
+pub(crate) use storage::Storage;
+pub(crate) use tensors::Tensors;
+
+use crate::Parameters;
+use crate::flat::Changes;
+use crate::plan::{Norm, Product};
+
+/// What computes a network.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Cpu(Cpu),
+    Tensors(Tensors),
+    #[cfg(feature = "cuda")]
+    Cuda(Cuda),
+}
+
+impl Backend {
+    /// The fastest backend for a device: kernels on the CPU and on CUDA, tensor operations elsewhere.
+    pub fn of(device: &Device, variant: Variant, precision: Precision) -> Backend {
+        match device {
+            Device::Cpu => Backend::Cpu(Cpu::new(variant, precision)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Backend::Cuda(Cuda::new(device, precision)),
+            _ => Backend::Tensors(Tensors::new(device, precision)),
+        }
+    }
+
+    pub fn precision(&self) -> Precision {
+        match self {
+            Backend::Cpu(cpu) => cpu.precision,
+            Backend::Tensors(tensors) => tensors.precision,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.tensors.precision,
+        }
+    }
+
+    /// The same backend with values in another precision.
+    pub fn with_precision(&self, precision: Precision) -> Backend {
+        match self {
+            Backend::Cpu(cpu) => Backend::Cpu(Cpu::new(cpu.variant, precision)),
+            Backend::Tensors(tensors) => {
+                Backend::Tensors(Tensors { precision, ..Tensors::clone(tensors) })
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => {
+                Backend::Cuda(Cuda { tensors: Tensors { precision, ..cuda.tensors.clone() } })
+            }
+        }
+    }
+
+    pub fn place(&self) -> Place<'_> {
+        match self {
+            Backend::Cpu(_) => Place::Cpu,
+            Backend::Tensors(tensors) => Place::Tensors(&tensors.device),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Place::Cuda(&cuda.tensors.device),
+        }
+    }
+}
+
+/// A backend and its device: the place of a network's computation, and of stored numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Place<'a> {
+    Cpu,
+    Tensors(&'a Device),
+    #[cfg(feature = "cuda")]
+    Cuda(&'a Device),
+}
+
+impl Place<'_> {
+    pub fn is(self, other: Place) -> bool {
+        match (self, other) {
+            (Place::Cpu, Place::Cpu) => true,
+            (Place::Tensors(a), Place::Tensors(b)) => a.same_device(b),
+            #[cfg(feature = "cuda")]
+            (Place::Cuda(a), Place::Cuda(b)) => a.same_device(b),
+            _ => false,
+        }
+    }
+
+    pub fn device(self) -> Device {
+        match self {
+            Place::Cpu => Device::Cpu,
+            Place::Tensors(device) => device.clone(),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => device.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Cpu => write!(f, "CPU kernels"),
+            Place::Tensors(device) => write!(f, "tensor operations on {:?}", device.location()),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(device) => write!(f, "CUDA kernels on {:?}", device.location()),
+        }
+    }
+}
+
+/// The operations of a network, forward and backward, on the values of one backend.
+///
+/// A gradient function takes the `total` of the gradients that other readers of the same value
+/// have sent back already, and returns the total with its own share.
+pub(crate) trait Operations: Sized {
+    /// A value of the network, or the gradient of one.
+    type Value;
+    /// Sums over a value that a product takes for the batch norm behind it.
+    type Sums;
+    /// What a batch norm keeps for its backward pass.
+    type Normalised;
+    /// Which pixel of each window held the maximum.
+    type Argmax;
+
+    /// Which of a batch norm's values its backward pass reads: the input, the output.
+    fn norm_reads(norm: &Norm) -> [bool; 2];
+
+    /// Reads a caller's f32 tensor; an error names `what` when it is of another type or device.
+    fn load(&self, tensor: &Tensor, shape: Shape, what: &str) -> Result<Self::Value>;
+
+    /// A value as an f32 tensor of these dimensions.
+    fn unload(&self, value: &Self::Value, shape: Shape, dimensions: &[usize]) -> Result<Tensor>;
+
+    fn product(&self, call: ProductCall<Self>) -> Result<(Self::Value, Option<Self::Sums>)>;
+
+    /// Adds the gradients of weight and bias to `gradients`.
+    fn weight_gradient(
+        &self,
+        product: &Product,
+        g: &Geometry,
+        input: &Self::Value,
+        gradient: &Self::Value,
+        gradients: &mut Changes,
+    ) -> Result<()>;
+
+    fn input_gradient(
+        &self,
+        product: &Product,
+        g: &Geometry,
+        parameters: &Parameters,
+        gradient: &Self::Value,
+        total: Option<Self::Value>,
+    ) -> Result<Self::Value>;
+
+    /// In batch mode, updates the running statistics too.
+    fn batch_norm(
+        &self,
+        call: NormCall<Self>,
+        input: Operand<Self::Value>,
+        statistics: &mut Changes,
+    ) -> Result<(Self::Value, Self::Normalised)>;
+
+    /// Adds the gradients of weight and bias to `gradients`; returns those of the input and of the
+    /// residual, as far as they are wanted.
+    fn batch_norm_gradients(
+        &self,
+        call: NormGradientCall<Self>,
+        gradient: Self::Value,
+        gradients: &mut Changes,
+    ) -> Result<[Option<Self::Value>; 2]>;
+
+    fn relu(&self, shape: Shape, input: &Self::Value) -> Result<Self::Value>;
+
+    fn relu_gradient(
+        &self,
+        shape: Shape,
+        output: &Self::Value,
+        gradient: Self::Value,
+    ) -> Result<Self::Value>;
+
+    fn max_pool(&self, w: &Window, input: &Self::Value) -> Result<(Self::Value, Self::Argmax)>;
+
+    fn max_pool_gradient(
+        &self,
+        w: &Window,
+        argmax: &Self::Argmax,
+        gradient: &Self::Value,
+        total: Option<Self::Value>,
+    ) -> Result<Self::Value>;
+
+    fn average_pool(&self, input_shape: Shape, input: &Self::Value) -> Result<Self::Value>;
+
+    fn average_pool_gradient(
+        &self,
+        input_shape: Shape,
+        gradient: &Self::Value,
+        total: Option<Self::Value>,
+    ) -> Result<Self::Value>;
+
+    /// `total + gradient`.
+    fn add(&self, shape: Shape, gradient: Self::Value, total: Self::Value) -> Result<Self::Value>;
+}
+
+/// A product to compute: a convolution or a linear layer with what is folded into it.
+pub(crate) struct ProductCall<'a, B: Operations> {
+    pub product: &'a Product,
+    pub g: Geometry,
+    pub parameters: &'a Parameters,
+    pub input: &'a B::Value,
+    pub residual: Option<&'a B::Value>,
+    /// Whether a batch norm in batch mode reads the output next.
+    pub sums: bool,
+}
+
+/// A batch norm to compute.
+pub(crate) struct NormCall<'a, B: Operations> {
+    pub norm: &'a Norm,
+    pub shape: Shape,
+    /// Whether mean and variance are the batch's, or the running ones.
+    pub batch: bool,
+    pub parameters: &'a Parameters,
+    pub residual: Option<&'a B::Value>,
+    /// What the product before it has summed already.
+    pub sums: Option<B::Sums>,
+}
+
+/// A value that an operation reads: its last reader may write the output in its place.
+pub(crate) enum Operand<'a, V> {
+    Borrowed(&'a V),
+    Owned(V),
+}
+
+/// A batch norm whose gradients are to be computed.
+pub(crate) struct NormGradientCall<'a, B: Operations> {
+    pub norm: &'a Norm,
+    pub shape: Shape,
+    pub parameters: &'a Parameters,
+    /// Whether the gradients of weight and bias are wanted.
+    pub trained: bool,
+    /// Whether the gradient of the input is wanted, and that of the residual.
+    pub wanted: [bool; 2],
+    pub normalised: &'a B::Normalised,
+    /// As far as [`Operations::norm_reads`] asks for them.
+    pub input: Option<&'a B::Value>,
+    pub output: Option<&'a B::Value>,
+}
