@@ -1,6 +1,6 @@
 //! What a program says: results on stdout, log lines and errors on stderr.
 //!
-//! Use [`print`] and [`print_error`] in place of `println!` and `eprintln!`, which panic where the
+//! Use [`print()`] and [`print_error`] in place of `println!` and `eprintln!`, which panic where the
 //! reader has gone (`assort list | head -1`).
 
 use std::fmt::Display;
@@ -15,7 +15,7 @@ pub fn print(text: impl Display) -> Result<()> {
     to(&mut io::stdout().lock(), text).context("printing to stdout")
 }
 
-/// Prints `text` and a newline to stdout, see [`print`].
+/// Prints `text` and a newline to stdout, see [`print()`].
 pub fn print_line(text: impl Display) -> Result<()> {
     print(format_args!("{text}\n"))
 }

@@ -6,8 +6,8 @@
 //! - `kind`: what the file is, such as `"embeddings"`; a reader refuses another kind.
 //! - `format-version`: a number; a reader refuses one it does not know.
 //! - `sha256`: hex digest over the other header fields and every tensor's name, type, shape and
-//!   bytes, so that a flipped bit is found wherever it lies.
-//! - whatever else the kind's own documentation names.
+//!   bytes, so that any flipped bit is found.
+//! - the fields that the kind's own documentation names.
 //!
 //! Nothing in it depends on time, host, path or thread count: equal contents are equal bytes.
 
@@ -77,8 +77,8 @@ impl Values<'_> {
     }
 }
 
-/// The values of a tensor that is too long to be held: they are pushed one by one and wait in a
-/// temporary file until [`write_streamed`] reads them again.
+/// The values of a tensor that is too long for memory: they are pushed one by one into a temporary
+/// file, until [`write_streamed`] reads them.
 #[derive(Debug)]
 pub struct Column<T> {
     file: BufWriter<File>,
@@ -105,11 +105,7 @@ impl Integer for u64 {
 }
 
 impl<T: Integer> Column<T> {
-    /// An empty column, whose temporary file lies in `folder` without a name.
-    ///
-    /// # Errors
-    ///
-    /// The folder cannot be written to.
+    /// An empty column, with an unnamed temporary file in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(folder)
             .with_context(|| format!("writing into `{}`", folder.display()))?;
@@ -117,31 +113,23 @@ impl<T: Integer> Column<T> {
     }
 
     /// Adds values at the end.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
     pub fn push(&mut self, values: &[T]) -> Result<()> {
         self.file.write_all(bytemuck::cast_slice(values)).context("writing a temporary file")?;
         self.values += values.len() as u64;
         Ok(())
     }
 
-    /// How many values were added.
+    /// Number of values.
     pub fn len(&self) -> u64 {
         self.values
     }
 
-    /// Whether there is none.
+    /// True where there is no value.
     pub fn is_empty(&self) -> bool {
         self.values == 0
     }
 
-    /// The tensor of this name and shape, to be written.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Returns the column as a tensor of this name and shape, to be written.
     pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize]) -> Result<Tensor<'_>> {
         self.file.flush().context("writing a temporary file")?;
         let values =
@@ -150,10 +138,6 @@ impl<T: Integer> Column<T> {
     }
 
     /// Calls `visit` with every value, in order.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses, or `visit` fails.
     pub fn each(&mut self, mut visit: impl FnMut(T) -> Result<()>) -> Result<()>
     where
         T: bytemuck::AnyBitPattern,
@@ -226,8 +210,8 @@ fn seal(kind: &str, version: u64, header: &mut Header, mut parts: Vec<Part>) -> 
 
 /// A tensor of bytes too large to be held in memory, written as it is produced.
 ///
-/// It lies last in the file, and the header's digest covers its name and length but not its bytes:
-/// a kind of file that uses it carries digests of their parts in another tensor, and says so.
+/// It is last in the file. The header's digest covers its name and length but not its bytes: a kind
+/// of file that uses it keeps digests of their parts in another tensor.
 pub struct Streamed<'a> {
     /// Its name.
     pub name: &'a str,
@@ -237,7 +221,7 @@ pub struct Streamed<'a> {
     pub fill: &'a mut dyn FnMut(&mut dyn Write) -> Result<()>,
 }
 
-/// Writes a file like [`write()`], with one tensor more whose bytes need not fit into memory.
+/// Writes a file like [`write()`], with an additional tensor whose bytes need not fit into memory.
 ///
 /// # Errors
 ///
@@ -343,7 +327,7 @@ impl Layout {
     }
 }
 
-/// Counts what passes through.
+/// Counts the bytes that pass through.
 struct Counted<W> {
     inner: W,
     bytes: u64,
@@ -372,7 +356,7 @@ fn check_shape(tensor: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Where a tensor lies in its file.
+/// Type, shape and position of a tensor in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Element type.
@@ -444,10 +428,6 @@ impl Contents {
 
     /// Like [`Contents::verify`] for a file of [`write_streamed`]: the bytes of the tensor
     /// `streamed` are not looked at.
-    ///
-    /// # Errors
-    ///
-    /// As [`Contents::verify`].
     pub fn verify_around(&self, path: &Path, bytes: &[u8], streamed: Option<&str>) -> Result<()> {
         let expected = self.header.get("sha256").and_then(Value::as_str).unwrap_or_default();
         let header = without_digest(&self.text, expected);
@@ -535,10 +515,6 @@ impl Container {
     }
 
     /// The header field `key`.
-    ///
-    /// # Errors
-    ///
-    /// It is missing.
     pub fn header(&self, key: &str) -> Result<&Value> {
         self.contents
             .header
@@ -547,10 +523,6 @@ impl Container {
     }
 
     /// The header field `key` as text.
-    ///
-    /// # Errors
-    ///
-    /// It is missing or not text.
     pub fn header_text(&self, key: &str) -> Result<&str> {
         self.header(key)?.as_str().with_context(|| {
             format!("header field `{key}` of `{}` is not text", self.path.display())
@@ -558,10 +530,6 @@ impl Container {
     }
 
     /// The header field `key` as a whole number.
-    ///
-    /// # Errors
-    ///
-    /// It is missing or not a whole number.
     pub fn header_number(&self, key: &str) -> Result<u64> {
         self.header(key)?.as_u64().with_context(|| {
             format!("header field `{key}` of `{}` is not a whole number", self.path.display())
@@ -574,10 +542,6 @@ impl Container {
     }
 
     /// The shape of tensor `name`.
-    ///
-    /// # Errors
-    ///
-    /// There is no such tensor.
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
         Ok(&self.place(name)?.shape)
     }
@@ -595,28 +559,16 @@ impl Container {
     }
 
     /// Tensor `name` as unsigned 32-bit integers.
-    ///
-    /// # Errors
-    ///
-    /// There is no such tensor or it has another type.
     pub fn u32(&self, name: &str) -> Result<Vec<u32>> {
         Ok(bytemuck::allocation::pod_collect_to_vec(self.bytes_of(name, Dtype::U32)?))
     }
 
     /// Tensor `name` as unsigned 64-bit integers.
-    ///
-    /// # Errors
-    ///
-    /// There is no such tensor or it has another type.
     pub fn u64(&self, name: &str) -> Result<Vec<u64>> {
         Ok(bytemuck::allocation::pod_collect_to_vec(self.bytes_of(name, Dtype::U64)?))
     }
 
     /// Tensor `name` as bytes.
-    ///
-    /// # Errors
-    ///
-    /// There is no such tensor or it has another type.
     pub fn u8(&self, name: &str) -> Result<Vec<u8>> {
         Ok(self.bytes_of(name, Dtype::U8)?.to_vec())
     }

@@ -1,4 +1,4 @@
-//! Files that are whole or not there: written beside their place, flushed, then renamed.
+//! Files that are whole or absent: written to a temporary file, flushed, then renamed.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -6,15 +6,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// Replaces `path` by what `fill` writes, all of it or nothing.
+/// Replaces the file `path` atomically with what `fill` writes.
 ///
-/// The bytes go to a temporary file in the same folder, are flushed to disk, and the file is
-/// renamed; then the folder is flushed. A process killed at any moment leaves the old file or the
-/// new one.
-///
-/// # Errors
-///
-/// `fill` fails, or the file system refuses; the message names `path`. Nothing is left behind.
+/// The bytes go to a temporary file in the same folder, which is flushed to disk and renamed; then
+/// the folder is flushed. A process killed at any moment leaves the old file or the new one. An
+/// error leaves the old one, and no temporary file.
 pub fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     write_beside(path, fill).with_context(|| format!("writing `{}`", path.display()))
 }
@@ -27,35 +23,29 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
     fs::create_dir_all(folder)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(TEMPORARY);
-    // Results are for others to read too: the umask decides, not the caution of temporary files.
+    // Results are shared: the umask sets the permissions, not the caution of temporary files.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut temporary = builder.tempfile_in(folder)?;
     fill(temporary.as_file_mut())?;
     temporary.as_file().sync_all()?;
     temporary.persist(path)?;
+    // Elsewhere a folder cannot be opened as a file.
+    #[cfg(unix)]
     File::open(folder)?.sync_all()?;
     Ok(())
 }
 
-/// How the names of unfinished files begin; a killed process can leave one, which
-/// [`remove_unfinished`] clears away.
+/// Prefix of the names of temporary files. A killed process can leave one, which
+/// [`remove_unfinished`] removes.
 pub const TEMPORARY: &str = ".unfinished-";
 
-/// Replaces `path` by these bytes, all of them or nothing; see [`replace`].
-///
-/// # Errors
-///
-/// As [`replace`].
+/// Replaces the file `path` atomically with these bytes; see [`replace`].
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| Ok(file.write_all(bytes)?))
 }
 
-/// Removes what a killed process left half-written in `folder`.
-///
-/// # Errors
-///
-/// The folder cannot be read or a file not removed.
+/// Removes the temporary files that a killed process left in `folder`.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
         let entry = entry?;

@@ -93,6 +93,47 @@ mod tests {
         assert!(clone.check().expect_err("asked").is::<Interrupted>());
     }
 
+    /// The test of this name in a process of its own, started by this shell command.
+    #[cfg(unix)]
+    fn in_a_process(test: &str, command: &str) -> Option<i32> {
+        let program = std::env::current_exe().expect("this program");
+        let name = format!("interrupt::tests::{test}");
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", command]).arg(program).args(["--exact", &name]);
+        shell.env(CHILD, test).output().expect("started").status.code()
+    }
+
+    /// Says to a test that it is the process to be ended.
+    #[cfg(unix)]
+    const CHILD: &str = "ASSORT_TEST_OF_INTERRUPTS";
+
+    #[cfg(unix)]
+    #[test]
+    fn a_second_signal_ends_the_process_with_the_status_of_an_interruption() {
+        let name = "a_second_signal_ends_the_process_with_the_status_of_an_interruption";
+        if std::env::var(CHILD).is_ok_and(|test| test == name) {
+            let interrupt = Interrupt::listen().expect("listens");
+            signal_hook::low_level::raise(SIGTERM).expect("raised");
+            assert!(interrupt.is_raised(), "the first only raises the flag");
+            signal_hook::low_level::raise(SIGINT).expect("raised");
+            panic!("the second signal did not end the process");
+        }
+        assert_eq!(in_a_process(name, "exec \"$0\" \"$@\""), Some(3));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_hangup_interrupts_unless_it_was_ignored_as_under_nohup() {
+        let name = "a_hangup_interrupts_unless_it_was_ignored_as_under_nohup";
+        if std::env::var(CHILD).is_ok_and(|test| test == name) {
+            let interrupt = Interrupt::listen().expect("listens");
+            signal_hook::low_level::raise(signal_hook::consts::SIGHUP).expect("raised");
+            std::process::exit(if interrupt.is_raised() { 30 } else { 31 });
+        }
+        assert_eq!(in_a_process(name, "exec \"$0\" \"$@\""), Some(30));
+        assert_eq!(in_a_process(name, "trap '' HUP; exec \"$0\" \"$@\""), Some(31));
+    }
+
     #[cfg(unix)]
     #[test]
     fn a_signal_raises_the_flag() {

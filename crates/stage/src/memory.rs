@@ -1,12 +1,11 @@
-//! What to do when a device runs out of memory.
+//! Advice for a device that runs out of memory.
 
 use anyhow::Error;
 use serde::Serialize;
 use serde_json::Value;
 
-/// What drivers say when there is none left: CUDA's, cuDNN's (of versions 8 and 9), cuBLAS's, cuRAND's,
-/// Metal's.
-const NONE_LEFT: [&str; 6] = [
+/// Errors of a full device: CUDA, cuDNN 8 and 9, cuBLAS, cuRAND, Metal.
+const FULL: [&str; 6] = [
     "CUDA_ERROR_OUT_OF_MEMORY",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
@@ -15,12 +14,12 @@ const NONE_LEFT: [&str; 6] = [
     "Failed to create metal resource: Buffer",
 ];
 
-/// Adds the batch size to try to an error that says that a device's memory is full.
+/// Adds to an error of a full device which smaller batch size to try.
 ///
-/// - `table`: the table `[name]` that the stage ran with.
+/// - `table`: the table `[name]` of the stage.
 pub(crate) fn advise(error: Error, name: &str, table: &impl Serialize) -> Error {
     let text = format!("{error:#}");
-    if !NONE_LEFT.iter().any(|words| text.contains(words)) {
+    if !FULL.iter().any(|words| text.contains(words)) {
         return error;
     }
     let size = serde_json::to_value(table).ok();
@@ -53,7 +52,7 @@ mod tests {
         assert!(said(256).contains("CUDA_ERROR_OUT_OF_MEMORY"), "the cause is still there");
         assert!(!said(1).contains("batch-size"), "nothing is below 1");
         assert!(format!("{:#}", advise(full(), "metrics", &json!({}))).contains("close"));
-        for words in NONE_LEFT {
+        for words in FULL {
             let error = anyhow::anyhow!("{words}").context("a step");
             let said = format!("{:#}", advise(error, "a", &json!({ "batch-size": 8 })));
             assert!(said.contains("try --set a.batch-size=4"), "{said}");

@@ -1,11 +1,11 @@
-//! What a person sees of a long step: a bar on a terminal, plain lines elsewhere.
+//! Progress of a long step on stderr: a bar on a terminal, log lines elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Progress of a step, of a length that is known or not.
+/// Progress of a step whose length may be unknown.
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
@@ -15,12 +15,11 @@ pub struct Progress {
     last_line: Instant,
 }
 
-/// How far apart plain lines are at least, where there is no terminal.
+/// Least time between two log lines.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 impl Progress {
-    /// Shows `label` and how much of `length` is done: on stderr, as a bar if that is a terminal. A
-    /// length of 0 is one that nobody knows.
+    /// Shows `label` and the share of `length` that is done. A length of 0 is unknown.
     pub fn new(label: &str, length: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let (template, bar) = match length {
@@ -34,7 +33,7 @@ impl Progress {
         Self { bar, label: label.to_owned(), length, done: 0, last_line: Instant::now() }
     }
 
-    /// `done` of the length is done; `note` says something about it, such as the loss.
+    /// Sets the amount that is done; `note` is shown beside it, such as the loss.
     pub fn at(&mut self, done: u64, note: &str) {
         self.done = done;
         match &self.bar {
@@ -53,7 +52,7 @@ impl Progress {
         }
     }
 
-    /// One more is done.
+    /// Adds one to the amount that is done.
     pub fn step(&mut self, note: &str) {
         self.at(self.done + 1, note);
     }

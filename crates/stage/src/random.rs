@@ -1,8 +1,8 @@
-//! Counter-based randomness: a draw depends on what it is for, never on who draws it or when.
+//! Counter-based randomness: a draw depends on its purpose, not on the thread or the time.
 //!
-//! Every random choice names its seed, its purpose and its counters (epoch, image, view, step), and
-//! gets a generator of its own from them. So a run gives the same bits with any number of threads,
-//! in any batch order, and when it is interrupted and resumed.
+//! Every random choice names its seed, its purpose and its counters (epoch, image, view, step), from
+//! which its generator is seeded. So a run is bit-identical with any number of threads, in any batch
+//! order, and when it is interrupted and resumed.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 
 /// The generator for one purpose: ChaCha8, keyed by the SHA-256 of seed, purpose and counters.
 ///
-/// `purpose` says what is drawn (`"views"`, `"sampling"`); `counters` which instance of it.
-/// Generators of different arguments are independent; of equal ones, equal on every platform.
+/// `purpose` names what is drawn (`"views"`, `"sampling"`), `counters` the instance of it. Different
+/// arguments give independent generators; equal arguments give equal ones on every platform.
 pub fn stream(seed: u64, purpose: &str, counters: &[u64]) -> ChaCha8Rng {
     let mut hash = Sha256::new();
     hash.update(seed.to_le_bytes());
@@ -24,8 +24,7 @@ pub fn stream(seed: u64, purpose: &str, counters: &[u64]) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(hash.finalize().into())
 }
 
-/// A seed for one purpose out of the seed of a run, for a stage that draws as another one does and
-/// must not draw the same: further epochs would else see the views of the first ones again.
+/// Derives a seed for one purpose, so that refinement does not replay pretraining's augmentations.
 pub fn derived(seed: u64, purpose: &str) -> u64 {
     stream(seed, purpose, &[]).next_u64()
 }

@@ -61,7 +61,7 @@ impl From<Status> for ExitCode {
 /// Ends a program's `main`: prints the error, if there is one, and returns the exit status.
 pub fn finish(program: &str, result: &Result<()>) -> ExitCode {
     let Err(error) = result else { return Status::Done.into() };
-    console::print_error(&format_args!("{program}: {error:#}"));
+    console::print_error(format_args!("{program}: {error:#}"));
     Status::of_error(error).into()
 }
 
