@@ -17,7 +17,7 @@ use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
 use bench::{Peers, Side, Table, Unit};
 use candle_core::{Device::Cpu, Tensor};
 use clap::Parser;
-use layers::profile::{self, Table};
+use layers::profile;
 use pretraining::Rates;
 use serde_json::{Value, json};
 use stage::{DataTable, Job};
@@ -191,7 +191,7 @@ fn profile(arguments: &bench::Arguments) -> Result<()> {
         }
         println!("{:36} {:9.2}", "all", 1e3 * all / rounds as f64);
         let network = learner.online.backbone.network();
-        println!("{}", Table { rows: &rows, steps: rounds, network });
+        println!("{}", profile::Table { rows: &rows, steps: rounds, network });
     }
     Ok(())
 }
