@@ -1,4 +1,4 @@
-//! A network in use rather than in training: batch norms become part of the weights before them.
+//! Networks for inference: batch norms are folded into the weights before them.
 
 use std::sync::Arc;
 
@@ -10,35 +10,31 @@ use crate::network::Network;
 use crate::plan::{Norm, Operation, Plan, Product, Uses, Work};
 use crate::{Mode, Modes, Parameters, Statistics};
 
-/// A network with its numbers, as it is used and not trained: on running statistics and without a
-/// tape.
+/// A network with its numbers, for inference: on running statistics and without a tape.
 ///
-/// A batch norm that alone reads a convolution or a linear layer is folded into it (Jacob et al.
-/// 2018, arXiv:1712.05877, section 3.2): with mean `μ`, variance `σ²`, factor `γ` and shift `β` of a
-/// channel,
+/// A batch norm that is the only reader of a convolution or a linear layer is folded into it (Jacob et
+/// al. 2018, arXiv:1712.05877, section 3.2): with mean `μ`, variance `σ²`, factor `γ` and shift `β` of
+/// a channel,
 ///
 /// `w' = w · γ / √(σ² + ε)`, `b' = β + (b − μ) · γ / √(σ² + ε)`,
 ///
-/// computed in f64, and the residual sum and the ReLU become the last step of the product. What is
-/// left of a ResNet are convolutions and pools. Results differ from those of
-/// [`Network::forward`] by rounding alone. Memory is kept from one call to the next.
+/// computed in f64, and the residual sum and the ReLU become the last step of the product. A ResNet is
+/// reduced to convolutions and pools. Results differ from those of [`Network::forward`] only by
+/// rounding. Memory is reused from call to call.
 ///
-/// A network on a device of candle's is taken as it is.
+/// Only networks on the CPU kernels are folded; on other backends the network is used unchanged.
 #[derive(Clone)]
 pub struct Inference {
     network: Network,
     parameters: Parameters,
     statistics: Statistics,
-    /// Versions of the numbers that it was made from.
+    /// Versions of the parameters and statistics it was made from.
     of: (u64, u64),
 }
 
 impl Network {
-    /// This network with these numbers, ready for use; later changes of them are not seen.
-    ///
-    /// # Errors
-    ///
-    /// The numbers belong to another network, or their device fails.
+    /// This network with a copy of these numbers, for inference. Numbers of another network or backend
+    /// are an error.
     pub fn inference(&self, parameters: &Parameters, statistics: &Statistics) -> Result<Inference> {
         parameters.check_plan(&self.0)?;
         statistics.check_plan(&self.0)?;
@@ -52,20 +48,20 @@ impl Network {
 }
 
 impl Inference {
-    /// The output (N, D) of every row of `input`, f32: as [`Network::forward`] with running
-    /// statistics, each row by itself.
+    /// The output (N, D), f32, as [`Network::forward`] with running statistics: each row depends on its
+    /// own input alone.
     ///
     /// # Errors
     ///
-    /// The input has another type, extent or device; a map becomes empty.
+    /// The input has another type, shape or device; a map has no pixel left.
     pub fn forward(&mut self, input: &Tensor) -> Result<Tensor> {
         let Self { network, parameters, statistics, .. } = self;
         let modes = Modes::all(network, Mode::Running);
         network.forward(parameters, statistics, input, &modes, None)
     }
 
-    /// Whether it was made from these numbers as they are now.
-    pub fn is_of(&self, parameters: &Parameters, statistics: &Statistics) -> bool {
+    /// Whether these numbers are the ones it was made from, unchanged.
+    pub fn is_current(&self, parameters: &Parameters, statistics: &Statistics) -> bool {
         self.of == (parameters.version(), statistics.version())
     }
 }
@@ -181,7 +177,7 @@ fn folding_product<'a>(plan: &'a Plan, norm: &Operation) -> Option<(&'a Operatio
     following_norm(plan, before).map(|_| (before, product))
 }
 
-/// A product with the norm behind it, if there is one.
+/// A product with the norm that follows it folded in, if there is one.
 fn folded(
     operation: &Operation,
     product: &Product,
@@ -230,9 +226,8 @@ mod tests {
     use super::*;
     use crate::{BatchNorm, Builder, Convolution, Pool};
 
-    /// Every way in which a norm can stand: behind a convolution, with a residual made after that,
-    /// behind a linear layer; and two that cannot be folded, behind a pool and behind a convolution
-    /// that something else reads too.
+    /// Norms in every position: after a convolution, with a residual computed later, after a linear
+    /// layer; and two that cannot be folded, after a pool and after a convolution with a second reader.
     fn network() -> Result<Network> {
         let mut b = Builder::images(3);
         let three = |stride| Convolution { out_channels: 20, kernel: 3, stride, padding: 1 };
@@ -300,7 +295,7 @@ mod tests {
         network.forward(p, &mut s.clone(), &pictures()?, &modes, None)?.flatten_all()?.to_vec1()
     }
 
-    /// Largest difference, as a share of the largest number.
+    /// Largest difference, relative to the largest number.
     fn off(found: &[f32], want: &[f32]) -> f32 {
         let largest = |values: &mut dyn Iterator<Item = f32>| values.fold(0f32, f32::max);
         let off = largest(&mut found.iter().zip(want).map(|(a, b)| (a - b).abs()));
@@ -329,12 +324,12 @@ mod tests {
     }
 
     #[test]
-    fn a_row_is_by_itself_and_a_call_takes_its_memory_from_the_one_before() -> Result<()> {
+    fn a_row_depends_on_itself_alone_and_calls_reuse_memory() -> Result<()> {
         let network = network()?;
         let (parameters, statistics) = numbers(&network)?;
         let mut inference = network.inference(&parameters, &statistics)?;
         let all = inference.forward(&pictures()?)?;
-        // The first call keeps packed weights of what it took, so that the second takes some more.
+        // The first call caches packed weights in memory of the pool, so the second allocates too.
         inference.forward(&pictures()?)?;
         let before = allocations(&inference);
         let again = inference.forward(&pictures()?)?;
@@ -361,17 +356,17 @@ mod tests {
     }
 
     #[test]
-    fn it_knows_which_numbers_it_was_made_from() -> Result<()> {
+    fn it_is_current_until_a_number_changes() -> Result<()> {
         let network = network()?;
         let (mut parameters, mut statistics) = numbers(&network)?;
         let inference = network.inference(&parameters, &statistics)?;
-        assert!(inference.is_of(&parameters, &statistics));
+        assert!(inference.is_current(&parameters, &statistics));
         let modes = Modes::all(&network, Mode::Batch);
         network.forward(&parameters, &mut statistics, &pictures()?, &modes, None)?;
-        assert!(!inference.is_of(&parameters, &statistics), "running statistics have moved");
+        assert!(!inference.is_current(&parameters, &statistics), "running statistics have moved");
         let inference = network.inference(&parameters, &statistics)?;
         parameters.set("output.bias", &[0.5; 7])?;
-        assert!(!inference.is_of(&parameters, &statistics), "a parameter was set");
+        assert!(!inference.is_current(&parameters, &statistics), "a parameter was set");
         let other = Builder::features(2);
         let other = {
             let input = other.input();

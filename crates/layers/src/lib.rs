@@ -1,9 +1,9 @@
-//! What a network is made of, forward and backward: safe, explicit, the same bits on any number of
+//! The layers of a network, forward and backward: safe, explicit, bit-identical for any number of
 //! threads.
 //!
-//! A [`Network`] is an immutable plan, put together with a [`Builder`]: blocks of convolutions,
-//! batch norms, pools and linear layers, with residual sums. It holds no numbers. Those live in
-//! [`Parameters`], [`Gradients`], [`Statistics`] and [`Tape`]s, each made by the network:
+//! A [`Network`] is an immutable plan, assembled with a [`Builder`]: blocks of convolutions, batch
+//! norms, pools and linear layers, with residual sums. It holds no numbers. Those are in
+//! [`Parameters`], [`Gradients`], [`Statistics`] and [`Tape`]s, which the network creates:
 //!
 //! ```
 //! # fn main() -> candle_core::Result<()> {
@@ -27,7 +27,7 @@
 //!
 //! let pictures = Tensor::ones((2, 8, 8, 3), candle_core::DType::F32, &Device::Cpu)?;
 //! let output = network.forward(&parameters, &mut statistics, &pictures, &modes, Some(&mut tape))?;
-//! let gradient = output.ones_like()?; // Of the loss, from candle's autograd.
+//! let gradient = output.ones_like()?; // Of the loss: in a real step, from candle's autograd.
 //! network.backward(&parameters, &mut tape, &gradient, &mut gradients, false)?;
 //! let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 5e-4 };
 //! parameters.sgd(&gradients, &mut momenta, sgd)?;
@@ -36,12 +36,14 @@
 //! # }
 //! ```
 //!
-//! The output is detached: a caller opens it to candle as a `Var`, lets candle differentiate the
-//! loss, and hands the gradient to [`Network::backward`]. A step may hold any number of tapes, of
-//! any input sizes; their gradients add.
+//! The output is detached. A caller wraps it in a `Var`, lets candle differentiate the loss, and
+//! passes the gradient to [`Network::backward`]. A step may hold any number of tapes, of any input
+//! sizes; their gradients add.
 //!
-//! This crate knows no architecture, no loss and no schedule. Where the numbers lie and with which
-//! instructions they are multiplied is the affair of `kernels`.
+//! A network computes on the CPU with the kernels of the crate `kernels`, and with [`Network::on`] on
+//! any other candle device. To see where the time goes, use [`profile`].
+//!
+//! This crate knows no architecture, no loss and no schedule.
 
 mod backend;
 mod backward;

@@ -1,15 +1,15 @@
-//! Whether a block normalises with the statistics of its batch or with the running ones.
+//! Which statistics the batch norms of each block use.
 
 use candle_core::{Result, bail};
 
 use crate::Network;
 
-/// Which mean and variance the batch norms of a block use.
+/// The mean and variance that the batch norms of a block use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// Those of the batch at hand; the running ones are updated, in the order of the calls.
+    /// Those of the current batch. Each call updates the running ones.
     Batch,
-    /// The running ones, which stay as they are.
+    /// The running ones, which do not change.
     Running,
 }
 
@@ -26,11 +26,7 @@ impl Modes {
         Modes { blocks: network.blocks().to_vec(), modes: vec![mode; network.blocks().len()] }
     }
 
-    /// Changes the mode of one block.
-    ///
-    /// # Errors
-    ///
-    /// The network has no block of that name.
+    /// Sets the mode of one block. An unknown name is an error.
     pub fn set(&mut self, block: &str, mode: Mode) -> Result<()> {
         let Some(at) = self.blocks.iter().position(|name| name == block) else {
             bail!("no block is named `{block}`; the blocks are {}", self.blocks.join(", "))
@@ -45,7 +41,7 @@ impl Modes {
 
     pub(crate) fn check(&self, blocks: &[String]) -> Result<()> {
         if self.blocks != blocks {
-            bail!("the modes belong to another network: their blocks are {:?}", self.blocks)
+            bail!("the modes belong to another network, with the blocks {:?}", self.blocks)
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The plan of a network, and the builder that makes it.
+//! Networks, and the builder that assembles them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,25 +21,25 @@ pub struct Convolution {
     pub kernel: usize,
     /// Input pixels from one output pixel to the next, at least 1.
     pub stride: usize,
-    /// Zero pixels added on each side, fewer than the kernel's.
+    /// Zero pixels added on each side, fewer than `kernel`.
     pub padding: usize,
 }
 
-/// A batch norm, with the sum and the ReLU that follow it:
+/// A batch norm with the residual sum and the ReLU that follow it:
 /// `relu((z − mean) · weight / √(variance + ε) + bias + residual)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BatchNorm {
     /// `ε`, added to the variance; above 0.
     pub epsilon: f64,
-    /// Share of the batch's statistics in the running ones after an update, 0 to 1.
+    /// Weight of the batch's statistics in an update of the running ones, 0 to 1.
     pub momentum: f64,
     /// Whether a ReLU ends it.
     pub relu: bool,
-    /// A value of the same shape that is added before the ReLU.
+    /// A value of the same shape, added before the ReLU.
     pub residual: Option<Value>,
 }
 
-/// A max-pool. Beyond the border counts as −∞; of equal values the first gets the gradient.
+/// A max-pool. Padding counts as −∞; the first of equal maxima gets the gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pool {
     /// Side of the square window, in pixels; 1 to 16.
@@ -50,14 +50,14 @@ pub struct Pool {
     pub padding: usize,
 }
 
-/// What an operation of a [`Builder`] gives, for later operations to take.
+/// The output of an operation of a [`Builder`], which later operations may take as input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Value {
     builder: u64,
     index: usize,
 }
 
-/// Puts a [`Network`] together, operation by operation.
+/// Assembles a [`Network`], operation by operation.
 pub struct Builder {
     id: u64,
     input: Input,
@@ -65,19 +65,19 @@ pub struct Builder {
     block: Option<usize>,
     operations: Vec<Operation>,
     channels: Vec<usize>,
-    /// Whether a value is a map of pixels rather than features.
+    /// Whether a value is a map of pixels, not features.
     maps: Vec<bool>,
     parameters: Layout,
     statistics: Layout,
 }
 
 impl Builder {
-    /// A network that takes images (N, H, W, `channels`).
+    /// Begins a network that takes images (N, H, W, `channels`).
     pub fn images(channels: usize) -> Builder {
         Builder::new(Input::Images(channels), channels, true)
     }
 
-    /// A network that takes features (N, `width`).
+    /// Begins a network that takes features (N, `width`).
     pub fn features(width: usize) -> Builder {
         Builder::new(Input::Features(width), width, false)
     }
@@ -102,8 +102,8 @@ impl Builder {
         Value { builder: self.id, index: 0 }
     }
 
-    /// Begins a block, the unit of mode and of freezing; what follows belongs to it. A name used
-    /// before continues that block.
+    /// Begins a block, the unit of mode and of freezing: the operations that follow belong to it. A name
+    /// that was used before continues that block.
     pub fn block(&mut self, name: &str) {
         let at = self.blocks.iter().position(|block| block == name);
         self.block = Some(at.unwrap_or_else(|| {
@@ -112,19 +112,18 @@ impl Builder {
         }));
     }
 
-    /// A convolution without bias. Parameter `<name>.weight` (O, I, KH, KW).
+    /// Adds a convolution without bias. Parameter `<name>.weight` (O, I, KH, KW).
     ///
     /// # Errors
     ///
-    /// The input is not a map, a number is out of its range, the name is taken, or no block was
-    /// begun.
+    /// The input is not a map, a number is out of range, the name is taken, or no block was begun.
     pub fn convolution(&mut self, name: &str, input: Value, c: Convolution) -> Result<Value> {
         let channels = self.map_of(name, input)?;
         let Convolution { out_channels, kernel, stride, padding } = c;
         if out_channels == 0 || !(1..=255).contains(&kernel) || stride == 0 || padding >= kernel {
             bail!(
-                "`{name}`: {c:?} is no convolution: it needs a channel, a kernel of 1 to 255, a \
-                 stride of at least 1 and a padding below the kernel"
+                "invalid convolution `{name}`: {c:?}; it needs at least 1 channel, a kernel of 1 to \
+                 255, a stride of at least 1 and a padding smaller than the kernel"
             )
         }
         let block = self.current_block(name)?;
@@ -136,19 +135,23 @@ impl Builder {
         self.push(name, input, work, out_channels, true)
     }
 
-    /// A batch norm over images and pixels, with residual sum and ReLU as asked. Parameters
+    /// Adds a batch norm over images and pixels, with optional residual sum and ReLU. Parameters
     /// `<name>.weight` and `<name>.bias`, statistics `<name>.running_mean` and
     /// `<name>.running_var`.
     ///
     /// # Errors
     ///
-    /// A number is out of its range, the residual has other channels, the name is taken, or no
-    /// block was begun.
+    /// A number is out of range, the residual has other channels, the name is taken, or no block was
+    /// begun.
     pub fn batch_norm(&mut self, name: &str, input: Value, b: BatchNorm) -> Result<Value> {
         let index = self.index_of(name, input)?;
         let (channels, map) = (self.channels[index], self.maps[index]);
         if !(b.epsilon > 0. && b.epsilon.is_finite() && (0. ..=1.).contains(&b.momentum)) {
-            bail!("`{name}`: ε is {} and momentum {}, outside their range", b.epsilon, b.momentum)
+            let BatchNorm { epsilon, momentum, .. } = b;
+            bail!(
+                "invalid batch norm `{name}`: ε is {epsilon} and momentum {momentum}; ε must be above 0 \
+                 and momentum from 0 to 1"
+            )
         }
         let residual = b.residual.map(|r| self.index_of(name, r)).transpose()?;
         if let Some(residual) = residual
@@ -174,34 +177,31 @@ impl Builder {
         self.push(name, input, Work::BatchNorm(norm), channels, map)
     }
 
-    /// `max(x, 0)`, with slope 0 at 0. A ReLU after a batch norm is cheaper inside it.
-    ///
-    /// # Errors
-    ///
-    /// No block was begun.
+    /// Adds `max(x, 0)`, with slope 0 at 0. After a batch norm, set [`BatchNorm::relu`] instead, which is
+    /// cheaper.
     pub fn relu(&mut self, input: Value) -> Result<Value> {
         let index = self.index_of("relu", input)?;
         self.push("relu", input, Work::Relu, self.channels[index], self.maps[index])
     }
 
-    /// A max-pool.
+    /// Adds a max-pool.
     ///
     /// # Errors
     ///
-    /// The input is not a map, a number is out of its range, or no block was begun.
+    /// The input is not a map, a number is out of range, or no block was begun.
     pub fn max_pool(&mut self, input: Value, p: Pool) -> Result<Value> {
         let channels = self.map_of("max-pool", input)?;
         let Pool { kernel, stride, padding } = p;
         if !(1..=16).contains(&kernel) || stride == 0 || padding > kernel / 2 {
             bail!(
-                "{p:?} is no max-pool: it needs a window of 1 to 16, a stride of at least 1 and a \
+                "invalid max-pool: {p:?}; it needs a window of 1 to 16, a stride of at least 1 and a \
                  padding of at most half the window"
             )
         }
         self.push("max-pool", input, Work::MaxPool { kernel, stride, padding }, channels, true)
     }
 
-    /// The mean over all pixels: a map becomes features.
+    /// Adds the mean over all pixels, which turns a map into features.
     ///
     /// # Errors
     ///
@@ -211,7 +211,7 @@ impl Builder {
         self.push("global average pool", input, Work::AveragePool, channels, false)
     }
 
-    /// A linear layer with bias: `x · weightᵀ + bias`. Parameters `<name>.weight` (O, I) and
+    /// Adds a linear layer with bias: `x · weightᵀ + bias`. Parameters `<name>.weight` (O, I) and
     /// `<name>.bias`.
     ///
     /// # Errors
@@ -221,10 +221,10 @@ impl Builder {
         let index = self.index_of(name, input)?;
         let inputs = self.channels[index];
         if self.maps[index] {
-            bail!("`{name}`: a linear layer takes features; pool the map before it")
+            bail!("the linear layer `{name}` takes features but its input is a map; pool it first")
         }
         if width == 0 {
-            bail!("`{name}`: a linear layer of width 0")
+            bail!("the linear layer `{name}` has width 0; it must be at least 1")
         }
         let block = self.current_block(name)?;
         let kind = Kind::LinearWeight;
@@ -236,12 +236,12 @@ impl Builder {
         self.push(name, input, work, width, false)
     }
 
-    /// The network whose output is `output`: features.
+    /// Finishes the network, with these features as its output.
     ///
     /// # Errors
     ///
-    /// The output is a map, or the input has no channel, or `ASSORT_KERNEL` names kernels that
-    /// this processor cannot run.
+    /// The output is a map, the input has no channel, or `ASSORT_KERNEL` names kernels that this
+    /// processor cannot run.
     pub fn finish(self, output: Value) -> Result<Network> {
         match Variant::selected() {
             Ok(variant) => self.finish_with(output, variant),
@@ -249,7 +249,7 @@ impl Builder {
         }
     }
 
-    /// [`finish`](Self::finish) with kernels of the caller's choice, to compare them.
+    /// [`finish`](Self::finish) with these CPU kernels, to compare them with others.
     ///
     /// # Errors
     ///
@@ -257,7 +257,7 @@ impl Builder {
     pub fn finish_with(self, output: Value, variant: Variant) -> Result<Network> {
         let output = self.index_of("output", output)?;
         if self.maps[output] {
-            bail!("the output is a map of pixels; a network ends in features: pool it first")
+            bail!("the output is a map of pixels but a network ends in features; pool it first")
         }
         if self.channels[0] == 0 {
             bail!("the input has no channel")
@@ -298,18 +298,18 @@ impl Builder {
     fn current_block(&self, name: &str) -> Result<usize> {
         match self.block {
             Some(block) => Ok(block),
-            None => bail!("`{name}` belongs to no block; begin one with `Builder::block`"),
+            None => bail!("`{name}` belongs to no block; call `Builder::block` first"),
         }
     }
 
     fn index_of(&self, name: &str, value: Value) -> Result<usize> {
         if value.builder != self.id {
-            bail!("`{name}` takes a value of another builder")
+            bail!("the input of `{name}` is a value of another builder")
         }
         Ok(value.index)
     }
 
-    /// The channels of a value that must be a map.
+    /// The channels of a value, which must be a map.
     fn map_of(&self, name: &str, value: Value) -> Result<usize> {
         let index = self.index_of(name, value)?;
         if !self.maps[index] {
@@ -367,7 +367,7 @@ impl Network {
         self.0.backend.place().device()
     }
 
-    /// New parameters: zeros, but ones for the weights of batch norms.
+    /// New parameters: 0, but 1 for the weights of batch norms.
     pub fn parameters(&self) -> Parameters {
         Parameters::new(&self.0)
     }
@@ -382,7 +382,7 @@ impl Network {
         Momenta::new(&self.0)
     }
 
-    /// New moments for [`Parameters::adam`], zero, before the first step.
+    /// New moments for [`Parameters::adam`], zero, with no step counted.
     pub fn adam_moments(&self) -> AdamMoments {
         AdamMoments::new(&self.0)
     }
@@ -397,12 +397,12 @@ impl Network {
         Tape::default()
     }
 
-    /// Names of the blocks, from the input on.
+    /// The names of the blocks, from the input on.
     pub fn blocks(&self) -> &[String] {
         &self.0.blocks
     }
 
-    /// Width of the output, `D`.
+    /// The width of the output, `D`.
     pub fn output_width(&self) -> usize {
         self.0.channels[self.0.output]
     }

@@ -1,4 +1,4 @@
-//! The trainable numbers of a network, their gradients, and the updates.
+//! Parameters, their gradients, optimizer memory, and the updates.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,15 +15,15 @@ use crate::flat::{Entry, Flat, Kind};
 use crate::plan::Plan;
 use crate::profile::{self, Pass};
 
-/// Weights and biases in one flat f32 buffer.
+/// Weights and biases of a network, flat and in f32.
 ///
-/// At first all zero but the weights of batch norms, which are 1: an architecture fills them.
-/// Frozen blocks ([`set_trainable`](Self::set_trainable)) get no gradient and no update.
+/// New ones are 0, but 1 for the weights of batch norms; the architecture initialises them. Frozen
+/// blocks ([`set_trainable`](Self::set_trainable)) get no gradient and no update.
 pub struct Parameters {
     plan: Arc<Plan>,
     flat: Flat,
     trainable: Vec<bool>,
-    /// Never the same for two different contents within a process.
+    /// Changes whenever the numbers do; no two contents within a process share one.
     version: u64,
     /// Weights packed for the CPU kernels, by entry. Cleared on every change.
     packed: Mutex<HashMap<(usize, Packing), Arc<PackedWeights>>>,
@@ -58,27 +58,19 @@ impl Parameters {
         Parameters { plan, flat, trainable, version, packed: Mutex::default() }
     }
 
-    /// The same numbers for `network`, which has the same entries and may compute elsewhere: see
-    /// [`Network::on`]. What is frozen stays frozen.
-    ///
-    /// # Errors
-    ///
-    /// They belong to another network, or their device fails.
+    /// A copy for `network`, which has the same entries and may compute on another backend: see
+    /// [`Network::on`]. Frozen blocks stay frozen.
     pub fn to(&self, network: &Network) -> Result<Parameters> {
         let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
         Ok(Parameters::of_flat(&network.0, flat, self.trainable.clone()))
     }
 
-    /// The entries, in the order in which the builder was told of them.
+    /// The entries, in the order in which the builder added them.
     pub fn entries(&self) -> &[Entry] {
         &self.flat.layout.entries
     }
 
-    /// The numbers of an entry, in the order of its shape.
-    ///
-    /// # Errors
-    ///
-    /// No entry has that name.
+    /// The numbers of the entry with this name, in the order of its shape.
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
         self.flat.get(name)
     }
@@ -87,59 +79,41 @@ impl Parameters {
     ///
     /// # Errors
     ///
-    /// No entry has that name, it holds another number of values, or one is not finite.
+    /// The name is unknown, the number of values differs, or a value is not finite.
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
         self.changed();
         self.flat.set(name, values)
     }
 
     /// All numbers, in the order of the entries.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         self.flat.to_vec()
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }
 
-    /// Freezes a block or sets it free. A frozen one keeps its numbers, bit for bit, whatever the
-    /// optimizer and its weight decay do, and `backward` computes no gradient for it.
-    ///
-    /// # Errors
-    ///
-    /// The network has no block of that name.
+    /// Freezes or unfreezes a block. A frozen block keeps its numbers bit for bit, whatever the
+    /// optimizer and its weight decay do, and `backward` computes no gradient for it. An unknown name is
+    /// an error.
     pub fn set_trainable(&mut self, block: &str, trainable: bool) -> Result<()> {
         let at = self.plan.find_block(block)?;
         self.trainable[at] = trainable;
         Ok(())
     }
 
-    /// Whether a block is trained; all are at first.
-    ///
-    /// # Errors
-    ///
-    /// The network has no block of that name.
+    /// Whether a block is trained; initially all are. An unknown name is an error.
     pub fn trainable(&self, block: &str) -> Result<bool> {
         Ok(self.trainable[self.plan.find_block(block)?])
     }
 
-    /// One step of gradient descent with momentum on the blocks that are trained:
-    /// `b ← μ·b + (g + λ·p)`, `p ← p − lr·b` (PyTorch's SGD without dampening or Nesterov).
+    /// One step of gradient descent with momentum on the trained blocks: `b ← μ·b + (g + λ·p)`,
+    /// `p ← p − lr·b` (PyTorch's SGD without dampening or Nesterov).
     ///
-    /// A learning rate of 0 still updates the momenta.
-    ///
-    /// # Errors
-    ///
-    /// `gradients` or `momenta` belong to another network.
+    /// A learning rate of 0 still updates the momenta. Gradients or momenta of another network or backend
+    /// are an error.
     pub fn sgd(&mut self, gradients: &Gradients, momenta: &mut Momenta, with: Sgd) -> Result<()> {
         gradients.flat.check_like(&self.flat, "the gradients", "the parameters")?;
         momenta.flat.check_like(&self.flat, "the momenta", "the parameters")?;
@@ -149,12 +123,8 @@ impl Parameters {
         self.flat.storage.sgd(gradients, momenta, &ranges, with)
     }
 
-    /// One step of Adam (arXiv:1412.6980, Algorithm 1) on the blocks that are trained; counts the
-    /// step in `moments`.
-    ///
-    /// # Errors
-    ///
-    /// `gradients` or `moments` belong to another network.
+    /// One step of Adam (arXiv:1412.6980, Algorithm 1) on the trained blocks; counts the step in
+    /// `moments`. Gradients or moments of another network or backend are an error.
     pub fn adam(
         &mut self,
         gradients: &Gradients,
@@ -171,16 +141,16 @@ impl Parameters {
         self.flat.storage.adam(&gradients.flat.storage, both, &ranges, *steps, with)
     }
 
-    /// `t ← τ·t + (1 − τ)·o`: the moving average that makes these the target of `online`. All
-    /// blocks follow, trained or not; statistics are not averaged.
+    /// `t ← τ·t + (1 − τ)·o`: the moving average that makes these the target of `online`. All blocks
+    /// follow, frozen ones too; statistics are not averaged.
     ///
     /// # Errors
     ///
-    /// `online` belongs to another network, or `decay` (τ) is not between 0 and 1.
+    /// `online` belongs to another network or backend, or `decay` (τ) is not between 0 and 1.
     pub fn follow(&mut self, online: &Parameters, decay: f64) -> Result<()> {
         online.flat.check_like(&self.flat, "the online parameters", "the target")?;
         if !(0. ..=1.).contains(&decay) {
-            bail!("follow: the target decay is {decay}, but must lie between 0 and 1")
+            bail!("follow: the target decay is {decay}, but must be between 0 and 1")
         }
         self.changed();
         self.flat.storage.follow(&online.flat.storage, decay)
@@ -250,7 +220,7 @@ impl Parameters {
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Runs of entries whose blocks are trained.
+    /// The ranges of the trained blocks.
     fn trained_ranges(&self) -> Vec<Range<usize>> {
         let mut ranges: Vec<Range<usize>> = Vec::new();
         for entry in self.entries().iter().filter(|entry| self.trainable[entry.block]) {
@@ -263,7 +233,7 @@ impl Parameters {
     }
 }
 
-/// Gradients of the parameters, in the same layout. Every `backward` adds to them.
+/// Gradients of the parameters, in the same layout. Every backward pass adds to them.
 #[derive(Clone)]
 pub struct Gradients {
     pub(crate) flat: Flat,
@@ -274,64 +244,44 @@ impl Gradients {
         Gradients { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
     }
 
-    /// The entries, as those of [`Parameters`].
+    /// The entries, the same as those of [`Parameters`].
     pub fn entries(&self) -> &[Entry] {
         &self.flat.layout.entries
     }
 
-    /// Sets all to zero: once a step.
+    /// Sets all gradients to zero, once a step.
     pub fn zero(&mut self) {
         self.flat.storage.zero();
     }
 
-    /// The gradient of an entry, in the order of its shape.
-    ///
-    /// # Errors
-    ///
-    /// No entry has that name.
+    /// The gradient of the entry with this name, in the order of its shape.
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
         self.flat.get(name)
     }
 
-    /// Adds other gradients of the same network.
-    ///
-    /// # Errors
-    ///
-    /// `other` belongs to another network.
+    /// Adds other gradients of the same network. Those of another network or backend are an error.
     pub fn add(&mut self, other: &Gradients) -> Result<()> {
         other.flat.check_like(&self.flat, "the other gradients", "these")?;
         self.flat.storage.add(&other.flat.storage)
     }
 
     /// All numbers, in the order of the entries.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         self.flat.to_vec()
     }
 
     /// Whether no number is a NaN or an infinity.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn is_finite(&self) -> Result<bool> {
         Ok(self.first_non_finite()?.is_none())
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }
 }
 
-/// What [`Parameters::sgd`] remembers between steps: the direction `b` of the last one, 0 at first.
+/// The memory of [`Parameters::sgd`] between steps: the direction `b` of the last one, initially 0.
 #[derive(Clone)]
 pub struct Momenta {
     flat: Flat,
@@ -342,26 +292,18 @@ impl Momenta {
         Momenta { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
     }
 
-    /// The same numbers for `network`, as [`Parameters::to`].
-    ///
-    /// # Errors
-    ///
-    /// They belong to another network, or their device fails.
+    /// A copy for `network`, as [`Parameters::to`].
     pub fn to(&self, network: &Network) -> Result<Momenta> {
         let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
         Ok(Momenta { flat })
     }
 
-    /// The entries, as those of [`Parameters`].
+    /// The entries, the same as those of [`Parameters`].
     pub fn entries(&self) -> &[Entry] {
         &self.flat.layout.entries
     }
 
-    /// The momentum of an entry.
-    ///
-    /// # Errors
-    ///
-    /// No entry has that name.
+    /// The momentum of the entry with this name.
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
         self.flat.get(name)
     }
@@ -370,13 +312,13 @@ impl Momenta {
     ///
     /// # Errors
     ///
-    /// No entry has that name, it holds another number of values, or one is not finite.
+    /// The name is unknown, the number of values differs, or a value is not finite.
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
         self.flat.set(name, values)
     }
 }
 
-/// What [`Parameters::adam`] remembers between steps: both means and the number of steps.
+/// The memory of [`Parameters::adam`] between steps: both moments and the number of steps.
 #[derive(Clone)]
 pub struct AdamMoments {
     first: Flat,
@@ -390,41 +332,33 @@ impl AdamMoments {
         AdamMoments { first: zeros(), second: zeros(), steps: 0 }
     }
 
-    /// The same numbers for `network`, as [`Parameters::to`].
-    ///
-    /// # Errors
-    ///
-    /// They belong to another network, or their device fails.
+    /// A copy for `network`, as [`Parameters::to`].
     pub fn to(&self, network: &Network) -> Result<AdamMoments> {
         let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.backend.place());
         let (first, second) = (to(&self.first)?, to(&self.second)?);
         Ok(AdamMoments { first, second, steps: self.steps })
     }
 
-    /// The entries, as those of [`Parameters`].
+    /// The entries, the same as those of [`Parameters`].
     pub fn entries(&self) -> &[Entry] {
         &self.first.layout.entries
     }
 
-    /// Steps taken.
+    /// The number of steps taken.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// The mean of gradients and the mean of squared gradients of an entry.
-    ///
-    /// # Errors
-    ///
-    /// No entry has that name.
+    /// The mean of the gradients and the mean of the squared gradients of the entry with this name.
     pub fn get(&self, name: &str) -> Result<(Vec<f32>, Vec<f32>)> {
         Ok((self.first.get(name)?, self.second.get(name)?))
     }
 
-    /// Replaces both means of an entry, to resume.
+    /// Replaces both moments of an entry, to resume.
     ///
     /// # Errors
     ///
-    /// No entry has that name, it holds another number of values, or one is not finite.
+    /// The name is unknown, the number of values differs, or a value is not finite.
     pub fn set(&mut self, name: &str, first: &[f32], second: &[f32]) -> Result<()> {
         self.first.set(name, first)?;
         self.second.set(name, second)

@@ -1,4 +1,4 @@
-//! The operations of a network in order, and what follows from them alone.
+//! The plan of a network: its operations in order, and what follows from them.
 
 use std::sync::Arc;
 
@@ -153,7 +153,7 @@ impl Plan {
         for operation in &self.operations {
             let output = self.output_shape(operation, &shapes)?;
             if output.checked_len().is_none() {
-                bail!("`{}`: a value of {output:?} does not fit into memory", operation.name)
+                bail!("the output of `{}`, {output:?}, does not fit into memory", operation.name)
             }
             shapes[operation.output] = output;
         }
@@ -166,17 +166,17 @@ impl Plan {
         match &operation.work {
             Work::Product(_) => match self.geometry(operation, shapes) {
                 Some(geometry) => Ok(geometry.output),
-                None => bail!("`{name}`: no output pixel is left of {h} × {w} pixels"),
+                None => bail!("`{name}` leaves no output pixel of {h} × {w} pixels"),
             },
             Work::BatchNorm(norm) => match norm.residual.map(|r| shapes[r]) {
                 Some(residual) if residual != input => {
-                    bail!("`{name}`: the residual is {residual:?} but the input {input:?}")
+                    bail!("`{name}`: the residual is {residual:?} but the input is {input:?}")
                 }
                 _ => Ok(input),
             },
             Work::MaxPool { .. } => match self.window(operation, shapes) {
                 Some(window) => Ok(window.output),
-                None => bail!("a max-pool in `{name}`: no window fits into {h} × {w} pixels"),
+                None => bail!("no window of a max-pool fits into {h} × {w} pixels"),
             },
             Work::Relu => Ok(input),
             Work::AveragePool => Ok(Shape::features(input.images, input.channels)),

@@ -1,7 +1,7 @@
-//! Where the time of a step goes: kind of layer × pass, with the work that it was.
+//! Where the time of a step goes: a table of kind of layer × pass, on the CPU kernels.
 //!
-//! [`record`] switches the clocks on for the whole process; without it an operation looks at one
-//! flag. The times are of operations one after the other, each on all threads, so they add up.
+//! [`record`] switches the clocks on for the whole process; otherwise an operation only reads a flag.
+//! Operations run one after the other, each on all threads, so their times add up.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -14,33 +14,33 @@ use kernels::{Precision, Shape};
 
 use crate::Network;
 
-/// What all operations of one kind and pass took.
+/// The cost of all operations of one kind and pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// How often it ran.
+    /// How often they ran.
     pub count: usize,
     /// Seconds.
     pub seconds: f64,
-    /// Floating-point operations of products, two for each multiplication; those with the zeros
-    /// beyond the border are not counted, and 3×3 convolutions count as the plain sum, though most
-    /// take less than half of its products (Winograd's form): their share of the peak may pass 100 %. 0
-    /// for what is no product.
+    /// Floating-point operations of products, two for each multiplication. Those with padding are not
+    /// counted. A 3×3 convolution counts as the plain sum, though most compute less than half of its
+    /// products (Winograd's form), so that their share of the peak may exceed 100 %. 0 for operations
+    /// other than products.
     pub operations: f64,
-    /// Bytes of all values read and written, each counted once.
+    /// Bytes of all values read and written, each value counted once.
     pub bytes: f64,
 }
 
-/// What [`record`] found: a row for each kind of operation and pass.
+/// The result of [`record`]: a row for each kind of operation and pass.
 pub type Rows = Vec<(String, Pass, Cost)>;
 
-/// [`Rows`] to print: milliseconds a step, share of all, rate and share of the processor's peak of
+/// [`Rows`] as text: milliseconds per step, share of the total, rate and share of the processor's peak of
 /// products, bytes moved.
 pub struct Table<'a> {
-    /// What was recorded.
+    /// The recorded rows.
     pub rows: &'a Rows,
-    /// Steps that were recorded, to divide by.
+    /// Number of recorded steps.
     pub steps: usize,
-    /// The network that computed them, or one of the same kernels and precision.
+    /// A network with the recorded kernels and precision.
     pub network: &'a Network,
 }
 
@@ -90,7 +90,7 @@ impl fmt::Display for Table<'_> {
 pub enum Pass {
     /// From input to output.
     Forward,
-    /// The gradient of the input from that of the output.
+    /// The gradient of the input.
     Backward,
     /// The gradient of the weights.
     Weights,
@@ -101,8 +101,8 @@ type Totals = BTreeMap<(String, Pass), Cost>;
 static ON: AtomicBool = AtomicBool::new(false);
 static TABLE: Mutex<Totals> = Mutex::new(Totals::new());
 
-/// Runs `work` with the clocks on and returns what it took, by kind of operation and pass.
-/// Operations of other threads meanwhile are counted too.
+/// Runs `work` with the clocks on and returns its cost. Operations that run on other threads in the
+/// meantime are counted too.
 pub fn record(work: impl FnOnce()) -> Rows {
     *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Totals::new();
     ON.store(true, Ordering::Relaxed);
@@ -112,12 +112,12 @@ pub fn record(work: impl FnOnce()) -> Rows {
     table.into_iter().map(|((kind, pass), cost)| (kind, pass, cost)).collect()
 }
 
-/// Starts the clock of one operation, if somebody asked for it.
+/// Starts the clock of one operation, if [`record`] is running.
 pub(crate) fn start() -> Option<Instant> {
     ON.load(Ordering::Relaxed).then(Instant::now)
 }
 
-/// Stops the clock of one operation; `cost` gives its kind and work.
+/// Stops the clock of one operation; `cost` returns its kind and its cost without the time.
 pub(crate) fn stop(clock: Option<Instant>, pass: Pass, cost: impl FnOnce() -> (String, Cost)) {
     let Some(start) = clock else { return };
     let seconds = start.elapsed().as_secs_f64();
@@ -130,7 +130,7 @@ pub(crate) fn stop(clock: Option<Instant>, pass: Pass, cost: impl FnOnce() -> (S
     total.bytes += cost.bytes;
 }
 
-/// A product: both values and the weights.
+/// The cost of a product: both values and the weights.
 pub(crate) fn product(g: &Geometry, precision: Precision) -> (String, Cost) {
     let kind = if g.input.pixels() == 1 && g.kernel == 1 {
         "linear".to_owned()
@@ -144,7 +144,7 @@ pub(crate) fn product(g: &Geometry, precision: Precision) -> (String, Cost) {
     (kind, Cost { operations, bytes: (values * precision.bytes()) as f64, ..Cost::default() })
 }
 
-/// An operation that passes over values of this shape so many times.
+/// The cost of an operation that passes over a value of this shape so many times.
 pub(crate) fn passes(
     kind: &str,
     shape: Shape,
@@ -155,7 +155,7 @@ pub(crate) fn passes(
     (kind.to_owned(), Cost { bytes, ..Cost::default() })
 }
 
-/// Packing the weights for a product.
+/// The cost of packing weights.
 pub(crate) fn packing(packing: &Packing, precision: Precision) -> (String, Cost) {
     let packed = packing.packed_len() * precision.bytes();
     let bytes = (packing.weights_len() * size_of::<f32>() + packed) as f64;

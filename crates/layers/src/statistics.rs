@@ -7,11 +7,11 @@ use crate::parameters::next_version;
 use crate::plan::Plan;
 use crate::{Entry, Network};
 
-/// Running mean and variance of every batch norm: at first 0 and 1.
+/// Running mean and variance of every batch norm, initially 0 and 1.
 #[derive(Clone)]
 pub struct Statistics {
     pub(crate) flat: Flat,
-    /// Another number after every change.
+    /// Changes whenever the numbers do.
     version: u64,
 }
 
@@ -25,11 +25,7 @@ impl Statistics {
         Statistics { flat, version: next_version() }
     }
 
-    /// The same numbers for `network`, as [`Parameters::to`](crate::Parameters::to).
-    ///
-    /// # Errors
-    ///
-    /// They belong to another network, or their device fails.
+    /// A copy for `network`, as [`Parameters::to`](crate::Parameters::to).
     pub fn to(&self, network: &Network) -> Result<Statistics> {
         let flat = self.flat.to(&network.0.statistics, network.0.backend.place())?;
         Ok(Statistics::of_flat(flat))
@@ -40,11 +36,7 @@ impl Statistics {
         &self.flat.layout.entries
     }
 
-    /// The numbers of an entry.
-    ///
-    /// # Errors
-    ///
-    /// No entry has that name.
+    /// The numbers of the entry with this name.
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
         self.flat.get(name)
     }
@@ -53,26 +45,18 @@ impl Statistics {
     ///
     /// # Errors
     ///
-    /// No entry has that name, it holds another number of values, or one is not finite.
+    /// The name is unknown, the number of values differs, or a value is not finite.
     pub fn set(&mut self, name: &str, values: &[f32]) -> Result<()> {
         self.changed();
         self.flat.set(name, values)
     }
 
     /// All numbers, in the order of the entries.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         self.flat.to_vec()
     }
 
     /// The name of the first entry with a NaN or an infinity.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         self.flat.first_non_finite()
     }

@@ -1,4 +1,4 @@
-//! Every layer, and a whole network, against an interpreter in f64 and its central differences.
+//! Compares every layer, and a whole network, with an interpreter in f64 and its central differences.
 
 #[expect(dead_code, reason = "other tests use the rest")]
 mod reference;
@@ -51,7 +51,7 @@ fn check(case: &Case, n: usize, modes: &[(&str, Mode)]) -> Result<()> {
         let output = case.interpret(n, input, parameters, &running, mode);
         output.iter().zip(&weights).map(|(o, w)| o * f64::from(*w)).sum()
     };
-    let step = 1e-7; // So small that hardly any ReLU or maximum changes sides.
+    let step = 1e-7; // So small that hardly any ReLU or maximum switches.
     for entry in parameters.entries() {
         let got = gradients.get(&entry.name)?;
         let (mut some, mut want) = (Vec::new(), Vec::new());
@@ -84,7 +84,7 @@ fn check(case: &Case, n: usize, modes: &[(&str, Mode)]) -> Result<()> {
     Ok(())
 }
 
-/// A map of `c` channels made by a norm, so that a layer's input has a gradient to pass on.
+/// A layer after a norm of `c` channels, so that its input needs a gradient.
 fn after_norm(h: usize, w: usize, c: usize, op: Op) -> Case {
     let norm = Op::Norm { name: "first", from: 0, relu: false, residual: None };
     Case { input: (h, w, c), ops: vec![Op::Block("all"), norm, op, Op::Average { from: 2 }] }
@@ -118,7 +118,7 @@ fn convolutions_of_every_kind() -> Result<()> {
 
 #[test]
 fn convolution_of_many_pixels_and_images() -> Result<()> {
-    // More than one part of pixels, one group of images and one block of channels on each side.
+    // More than one part of pixels, group of images and block of channels.
     let conv = Op::Conv { name: "c", from: 1, to: 35, kernel: 3, stride: 1, pad: 1 };
     check(&after_norm(5, 7, 19, conv), 19, &[])
 }

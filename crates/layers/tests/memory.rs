@@ -1,4 +1,4 @@
-//! What a step asks the system for: once the first ones have been, nothing but short lists.
+//! Memory: after the first steps, a step allocates nothing but short lists.
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
 #[expect(dead_code, reason = "other tests use the rest")]
@@ -11,13 +11,13 @@ use candle_core::{Result, Tensor};
 use layers::{Mode, Modes, Precision, Sgd};
 use reference::{fill, narrow_resnet, noise};
 
-/// The system's allocator; counts bytes and the largest request.
+/// The system's allocator, counting bytes and the largest request.
 struct Counting;
 
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes on to the system's allocator as it came.
+// SAFETY: every call is passed to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         BYTES.fetch_add(layout.size(), Ordering::Relaxed);
@@ -35,7 +35,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Bytes and the largest request of one step on one thread, for each of five.
+/// Bytes and the largest request of each of five steps on one thread.
 fn steps(precision: Precision) -> Result<Vec<(usize, usize)>> {
     let case = narrow_resnet(24, 20);
     let network = case.network(None)?.with_precision(precision);
@@ -69,8 +69,8 @@ fn a_step_after_the_first_ones_allocates_no_memory_for_values() -> Result<()> {
         let steps = pool.install(|| steps(precision))?;
         assert!(steps[0].0 > 3 << 20, "{precision:?}: {steps:?}");
         for (bytes, largest) in &steps[2..] {
-            // The smallest map holds 120 KiB. What is left is lists: shapes, means and variances of
-            // channels, which pixels a tap meets.
+            // The smallest map takes 120 KiB. The rest are lists: shapes, means and variances of channels,
+            // taps of pixels.
             assert!(*bytes < 256 << 10 && *largest < 10 << 10, "{precision:?}: {steps:?}");
         }
     }

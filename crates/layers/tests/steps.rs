@@ -1,4 +1,4 @@
-//! What a training step relies on: tapes, modes, frozen blocks, threads, updates, errors.
+//! Training steps: tapes, modes, frozen blocks, threads, updates, errors.
 
 #[expect(dead_code, reason = "other tests use the rest")]
 mod reference;
@@ -8,7 +8,7 @@ use kernels::Variant;
 use layers::{Adam, Gradients, Kind, Mode, Modes, Network, Parameters, Precision, Sgd, Statistics};
 use reference::{Case, Op, batch, distance, fill, named, narrow_resnet, noise, wide};
 
-/// A network with parameters, and what a step needs beside them.
+/// A network with everything that a step needs.
 struct Bench {
     case: Case,
     network: Network,
@@ -84,7 +84,7 @@ fn two_tapes_equal_two_separate_steps_added() -> Result<()> {
 #[test]
 fn crops_of_two_sizes_in_one_step() -> Result<()> {
     crops_in_one_step(narrow_resnet(12, 10), narrow_resnet(5, 6), Precision::F32)?;
-    // Enough channels that the kernels take another form on the larger maps than on the smaller.
+    // With enough channels that the larger maps use Winograd's form and the smaller ones do not.
     for precision in [Precision::F32, Precision::Bf16] {
         crops_in_one_step(two_convolutions(9, 8), two_convolutions(5, 4), precision)?;
         crops_in_one_step(two_convolutions(5, 4), two_convolutions(9, 8), precision)?;
@@ -130,7 +130,7 @@ fn crops_in_one_step(large: Case, small: Case, precision: Precision) -> Result<(
 
 #[test]
 fn a_last_batch_of_37_is_the_first_37_of_a_larger_one() -> Result<()> {
-    // With running statistics images do not see each other; 37 fills a group of 16 in part.
+    // On running statistics images are independent. 37 images leave a group of 16 partly filled.
     let mut b = Bench::new(narrow_resnet(6, 5), None)?;
     b.modes = Modes::all(&b.network, Mode::Running);
     let (x, g) = (b.input(30, 48)?, b.gradient(31, 48)?);
@@ -138,7 +138,7 @@ fn a_last_batch_of_37_is_the_first_37_of_a_larger_one() -> Result<()> {
     let some = b.pass(&x.narrow(0, 0, 37)?, &g.narrow(0, 0, 37)?)?;
     assert_eq!(bits(&some), bits(&all[..some.len()]));
 
-    // With batch statistics, against the interpreter: filling must not enter mean or variance.
+    // On batch statistics, against the interpreter: the padding of the group must not count.
     b.modes = batch(&b.network);
     let input = noise(32, b.case.input_len(37));
     let got = b.pass(&b.case.tensor(37, &input)?, &b.gradient(33, 37)?)?;
@@ -246,7 +246,7 @@ fn batch_norm_survives_a_mean_far_from_zero() -> Result<()> {
     let parameters = named(&b.parameters)?;
     let want =
         b.case.interpret(40, &wide(&input), &parameters, &Default::default(), |_| Mode::Batch);
-    // One unit in the last place of the input is 6e-5, a ten-thousandth of the deviation.
+    // The rounding of the input is 6e-5, a ten-thousandth of the deviation.
     let got = got.flatten_all()?.to_vec1()?;
     assert!(distance(&got, &want) < 1e-4, "{}", distance(&got, &want));
     let variance = b.statistics.get("n.running_var")?[0];
@@ -289,7 +289,7 @@ fn frozen_blocks_stay_as_they_are_and_get_no_gradient() -> Result<()> {
         }
     }
 
-    // A frozen block above a trained one passes its gradient on, and gets none.
+    // A frozen block above a trained one passes gradients through and gets none.
     b.parameters = before;
     b.parameters.set_trainable("stem", true)?;
     b.parameters.set_trainable("layer2", false)?;
@@ -328,7 +328,7 @@ fn steps_on(
 fn the_same_bits_on_any_number_of_threads_and_from_run_to_run() -> Result<()> {
     for precision in [Precision::F32, Precision::Bf16] {
         for variant in Variant::testable() {
-            // The one that emulates takes its time.
+            // Emulation is slow.
             let images = if variant.name() == "amx-emulated" { 20 } else { 70 };
             let once = steps_on(1, variant, precision, images)?;
             for threads in [1, 2, 3, 8] {
@@ -370,7 +370,7 @@ fn bf16_gives_the_f32_result_up_to_its_rounding() -> Result<()> {
     let off = distance(&other, &wide(&output));
     assert!(1e-4 < off && off < 0.02, "output: {off}");
 
-    // Gradients without ReLU and max-pool, where one rounding changes which values pass: steps of
+    // Gradients without ReLU and max-pool, where a rounding can change which values pass: roundings of
     // 2⁻⁸ through seven layers forward and back, mostly averaged out.
     let mut case = narrow_resnet(9, 10);
     for op in &mut case.ops {
@@ -387,7 +387,7 @@ fn bf16_gives_the_f32_result_up_to_its_rounding() -> Result<()> {
         Ok(b)
     };
     let (f32s, halves) = (run(Precision::F32)?, run(Precision::Bf16)?);
-    // Biases before another norm have gradients near zero: nothing to compare with.
+    // Gradients of biases before another norm are near zero, so relative errors mean nothing.
     for entry in f32s.gradients.entries().iter().filter(|e| e.kind != Kind::NormBias) {
         let (want, got) = (f32s.gradients.get(&entry.name)?, halves.gradients.get(&entry.name)?);
         let length = |values: &mut dyn Iterator<Item = f32>| -> f32 {
@@ -443,7 +443,7 @@ fn sgd_matches_the_published_numbers() -> Result<()> {
     b.parameters.sgd(&b.gradients, &mut momenta, Sgd { learning_rate: 0., ..sgd })?;
     assert_eq!(held, b.parameters.get("l.weight")?);
     assert_ne!(momentum, momenta.get("l.weight")?);
-    // And a run resumes from its momenta.
+    // A run resumes from its momenta.
     let (mut resumed, mut again) = (b.network.momenta(), b.parameters.clone());
     for entry in momenta.entries().to_vec() {
         resumed.set(&entry.name, &momenta.get(&entry.name)?)?;
@@ -526,7 +526,7 @@ fn layers_match_hand_computation() -> Result<()> {
     let output = b.pass(&x, &g)?;
     // Left: 5·1 + 6·(−2) + 8·4 + 9·0 = 25. Right: 4·(−2) + 5·3 + 7·0 + 8·(−1) = −1. Mean 12.
     assert_eq!(output, [12.5, -23.75]);
-    // Half of what each tap met: left (5: 1, 6: −2, 8: 4, 9: 0), right (4: −2, 5: 3, 7: 0, 8: −1).
+    // Half of the input under each tap: left (5: 1, 6: −2, 8: 4, 9: 0), right (4: −2, 5: 3, 7: 0, 8: −1).
     assert_eq!(b.gradients.get("c.weight")?, [0., 0., 0., -1., 2., -1., 0., 1.5, 0.]);
     assert_eq!(b.gradients.get("l.weight")?, [12., 0.]);
     assert_eq!(b.gradients.get("l.bias")?, [1., 0.]);
@@ -557,7 +557,7 @@ fn max_pool_takes_the_first_of_equal_values_and_ignores_the_border() -> Result<(
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_with_a_name() -> Result<()> {
+fn invalid_arguments_are_errors_that_name_them() -> Result<()> {
     let mut b = Bench::new(narrow_resnet(8, 8), None)?;
     let says = |result: Result<Tensor>, words: &[&str]| {
         let error = result.expect_err("an error").to_string();
@@ -570,7 +570,7 @@ fn what_does_not_fit_is_an_error_with_a_name() -> Result<()> {
     says(run(&zeros(&[2, 3], DType::F32)?), &["(N, H, W, 3)"]);
     says(run(&zeros(&[0, 8, 8, 3], DType::F32)?), &["empty"]);
     says(run(&zeros(&[2, 8, 8, 3], DType::F64)?), &["F64", "f32"]);
-    // One image whose map shrinks to one pixel: the variance of one value.
+    // One image of one pixel: the variance of a single value.
     says(run(&zeros(&[1, 1, 1, 3], DType::F32)?), &["bn1", "single value"]);
 
     let x = b.input(1, 2)?;
@@ -587,7 +587,7 @@ fn what_does_not_fit_is_an_error_with_a_name() -> Result<()> {
     b.network.backward(p, &mut tape, &y, g, false)?;
     assert!(b.network.backward(p, &mut tape, &y, g, false).is_err());
 
-    // Parts of another network.
+    // Arguments of another network.
     let ops = vec![Op::Block("all"), Op::Linear { name: "l", from: 0, to: 2 }];
     let mut foreign = Bench::new(Case { input: (1, 1, 3), ops }, None)?;
     assert!(b.network.forward(&foreign.parameters, s, &x, &b.modes, None).is_err());
@@ -598,7 +598,7 @@ fn what_does_not_fit_is_an_error_with_a_name() -> Result<()> {
     assert!(b.modes.set("layer9", Mode::Running).is_err());
     assert!(b.parameters.set_trainable("layer9", false).is_err());
 
-    // Numbers that no parameter can take.
+    // Invalid values of a parameter.
     assert!(b.parameters.set("fc.bias", &[0.; 4]).is_err());
     let error = b.parameters.set("fc.bias", &[0., f32::NAN, 0., 0., 0.]).expect_err("a NaN");
     assert!(error.to_string().contains("fc.bias"), "{error}");
@@ -607,7 +607,7 @@ fn what_does_not_fit_is_an_error_with_a_name() -> Result<()> {
 }
 
 #[test]
-fn plans_that_make_no_sense_are_errors() {
+fn invalid_plans_are_errors() {
     use layers::{BatchNorm, Builder, Convolution, Pool};
     let good = Convolution { out_channels: 4, kernel: 3, stride: 1, padding: 1 };
     let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
@@ -643,7 +643,7 @@ fn plans_that_make_no_sense_are_errors() {
     let (_, foreign) = begin();
     assert!(b.global_average_pool(foreign.input()).is_err(), "another builder's value");
     assert!(b.finish(y).is_err(), "ends in a map");
-    // A residual of other extent shows only when the input's size is known.
+    // A residual of another size is only found when the size of the input is known.
     let (x, mut b) = begin();
     let small = b.convolution("s", x, Convolution { stride: 2, ..good }).expect("small");
     let large = b.convolution("c", x, good).expect("large");

@@ -134,7 +134,7 @@ impl fmt::Display for Place<'_> {
 pub(crate) trait Operations: Sized {
     /// A value of the network, or the gradient of one.
     type Value;
-    /// Sums over a value that a product takes for the batch norm behind it.
+    /// Sums over a value that a product takes for the batch norm that follows it.
     type Sums;
     /// What a batch norm keeps for its backward pass.
     type Normalised;

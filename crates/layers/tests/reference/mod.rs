@@ -1,6 +1,6 @@
-//! Networks said twice: to `layers`, and to a plain interpreter in f64 that knows nothing of it.
+//! Networks defined once and run twice: by `layers`, and by an independent interpreter in f64.
 //!
-//! The interpreter follows the definitions loop by loop, (N, H, W, C), without backward pass:
+//! The interpreter follows the definitions loop by loop, (N, H, W, C). It has no backward pass:
 //! gradients are compared with central differences of its loss.
 
 use std::collections::HashMap;
@@ -11,7 +11,8 @@ use layers::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Parameters, 
 
 pub const EPSILON: f64 = 1e-5;
 
-/// One operation; `from` counts values: 0 is the input, then one for each operation but `Block`.
+/// One operation. `from` is the index of a value: 0 is the input, then one for each operation except
+/// `Block`.
 #[derive(Clone, Debug)]
 pub enum Op {
     Block(&'static str),
@@ -108,8 +109,8 @@ impl Case {
         self.ops.iter().any(|op| matches!(op, Op::Average { .. }))
     }
 
-    /// The output (N, D) of the interpreter. `running` holds the statistics that blocks in
-    /// [`Mode::Running`] use.
+    /// The output (N, D) of the interpreter. `running` holds the statistics for blocks in
+    /// [`Mode::Running`].
     pub fn interpret(
         &self,
         n: usize,
@@ -243,7 +244,7 @@ fn maximum(x: &Map, kernel: usize, stride: usize, pad: usize) -> Map {
     y
 }
 
-/// Numbers that look random in −1 to 1, the same on every machine.
+/// Pseudo-random numbers in −1 to 1, the same on every machine.
 pub fn noise(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x2545_f491_4f6c_dd1d;
     let mut next = || {
@@ -255,7 +256,7 @@ pub fn noise(seed: u64, len: usize) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Fills every parameter with noise of a size that keeps values near 1; norms near weight 1.
+/// Fills every parameter with noise, scaled so that values stay near 1; weights of norms are near 1.
 pub fn fill(parameters: &mut Parameters, seed: u64) -> Result<()> {
     for (at, entry) in parameters.entries().to_vec().into_iter().enumerate() {
         let fan: usize = entry.shape.iter().skip(1).product();
@@ -281,7 +282,7 @@ pub fn batch(network: &Network) -> Modes {
     Modes::all(network, Mode::Batch)
 }
 
-/// Largest difference, in units of the largest number wanted (at least 0.1).
+/// Largest difference, relative to the largest expected number (at least 0.1).
 pub fn distance(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let size = want.iter().fold(0.1f64, |m, x| m.max(x.abs()));

@@ -214,7 +214,7 @@ pub(super) fn add_to(total: Option<Tensor>, gradient: Tensor) -> Result<Tensor> 
     }
 }
 
-/// Bias, residual sum and ReLU behind a product, as far as it has them.
+/// The bias, residual sum and ReLU that follow a product, if it has them.
 pub(super) fn finish(
     sum: Tensor,
     product: &Product,

@@ -1,7 +1,7 @@
-//! Every other backend against the CPU kernels: values, gradients, updates; and what must not mix.
+//! Compares every other backend with the CPU kernels: values, gradients, updates. Backends must not mix.
 //!
-//! Tensor operations on candle's CPU device always; with the features `cuda` and `metal`, the backends
-//! of the first such device of the machine too. A machine without one fails these tests.
+//! Tensor operations on candle's CPU device are always tested. With the features `cuda` and `metal`, so
+//! are the backends of the first such device; these tests fail on a machine without one.
 
 #[expect(dead_code, reason = "other tests use the rest")]
 mod reference;
@@ -135,8 +135,8 @@ fn check(case: &Case, n: usize, running: &[&str]) -> Result<()> {
         let mut kernels = Bench::new(case, Precision::F32, running)?;
         let mut other = kernels.on(&backend)?;
         let (want, got) = (kernels.pass(n, 3)?, other.pass(n, 3)?);
-        // Products of up to 171 terms, then sums over up to 1,000 values, in another order; the
-        // kernels themselves are held to 2e-6 and 3e-5 of the truth.
+        // Products of up to 171 terms, then sums over up to 1,000 values, in another order. Other tests
+        // hold the kernels to 2e-6 and 3e-5 of the exact values.
         for (what, got, want, bound) in [
             ("output", &got.output, &want.output, 4e-6),
             ("input gradient", &got.at_input, &want.at_input, 3e-5),
@@ -206,7 +206,7 @@ fn of_equal_maxima_the_first_gets_the_gradient() -> Result<()> {
         Op::Average { from: 1 },
     ];
     let case = Case { input: (3, 4, 1), ops };
-    // Negative throughout: beyond the border counts as less than that.
+    // All negative: padding must count as even less.
     let values = [-5f32, -1., -1., -1., -1., -5., -5., -1., -1., -1., -1., -1.];
     for backend in others()? {
         let kernels = Bench::new(&case, Precision::F32, &[])?;
@@ -265,7 +265,7 @@ fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
             let y = bench.network.forward(p, s, &x, &bench.modes, None)?;
             outputs.push(y.flatten_all()?.to_vec1::<f32>()?);
         }
-        // One unit in the last place of the input is 6e-5, a ten-thousandth of the deviation.
+        // The rounding of the input is 6e-5, a ten-thousandth of the deviation.
         let off = distance(&outputs[1], &wide(&outputs[0]));
         assert!(off < 1e-4, "{:?}: {off}", backend);
     }
@@ -312,9 +312,9 @@ fn inference_is_a_pass_on_running_statistics_and_knows_when_they_changed() -> Re
         let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
         let mut inference = b.network.inference(&b.parameters, &b.statistics)?;
         let found = inference.forward(&b.input(6, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
-        assert!(inference.is_of(&b.parameters, &b.statistics));
+        assert!(inference.is_current(&b.parameters, &b.statistics));
         b.forward(6, 2, None)?;
-        assert!(!inference.is_of(&b.parameters, &b.statistics), "they follow the batch");
+        assert!(!inference.is_current(&b.parameters, &b.statistics), "they follow the batch");
         let mut b =
             Bench::new(&narrow_resnet(5, 7), Precision::F32, &["stem", "layer1", "layer2"])?;
         let want = b.forward(6, 1, None)?;
@@ -323,7 +323,7 @@ fn inference_is_a_pass_on_running_statistics_and_knows_when_they_changed() -> Re
     Ok(())
 }
 
-/// Steps of both optimizers and the moving average; frozen blocks; two passes before a step.
+/// Steps of both optimizers and the moving average, with frozen blocks and two passes per step.
 #[test]
 fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
     let sgd = Sgd { learning_rate: 0.05, momentum: 0.9, weight_decay: 5e-4 };
@@ -375,7 +375,7 @@ fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
 
 #[test]
 fn bf16_gives_what_the_kernels_give_up_to_its_rounding() -> Result<()> {
-    // Without ReLU and max-pool, where one rounding changes which values pass.
+    // Without ReLU and max-pool, where a rounding can change which values pass.
     let ops = vec![
         Op::Block("all"),
         Op::Conv { name: "c", from: 0, to: 18, kernel: 3, stride: 1, pad: 1 },
@@ -440,7 +440,7 @@ fn numbers_of_two_backends_do_not_mix_and_the_error_names_both() -> Result<()> {
         n.backward(p, tape, &g, into, false)
     };
     refused(with(&b.network, &b.parameters, &mut tape, &mut a.gradients), &["gradients", KERNELS]);
-    // The other network's own numbers, and a tape of this one.
+    // The kernels' own numbers, but a tape of the tensor network.
     refused(
         with(&a.network, &a.parameters, &mut tape, &mut a.gradients),
         &["tape", "recorded with", KERNELS, TENSORS],
@@ -487,8 +487,8 @@ fn inputs_are_f32_of_any_strides() -> Result<()> {
     Ok(())
 }
 
-/// Networks with the same entries and channels, but a ReLU in the place of a max-pool or the like:
-/// taken for each other, they would lose gradients.
+/// Networks with equal entries and channels but different operations, such as a ReLU in place of a
+/// max-pool: gradients would be lost if one took the tape of the other.
 #[test]
 fn a_tape_of_a_network_with_other_operations_is_refused() -> Result<()> {
     let network = |change: &str| -> Result<Network> {
@@ -530,7 +530,7 @@ fn a_tape_of_a_network_with_other_operations_is_refused() -> Result<()> {
             let found = of(change)?.backward(&parameters, &mut tape, &g, &mut gradients, false);
             refused(found, &["tape", "another network"]);
         }
-        // An equal network made once more may take it.
+        // An equal network that was built separately may take it.
         of("none")?.backward(&parameters, &mut tape, &g, &mut gradients, false)?;
         assert!(gradients.to_vec()?.iter().any(|g| *g != 0.));
     }
