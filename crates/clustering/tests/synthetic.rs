@@ -7,8 +7,8 @@ use anyhow::Result;
 use assignment::{KMeans, Metric};
 use clustering::learner::Learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
-use data::images::{Identical, Source, Writer};
-use data::{DataSet, Embeddings, Images, Picture, PseudoLabels};
+use data::images::{self, Source};
+use data::{DataSet, Embeddings, Picture, PseudoLabels};
 use rand::RngExt;
 use rand_distr::{Distribution, StandardNormal};
 use stage::{DataTable, Job, Split, Stage, Status};
@@ -263,13 +263,11 @@ fn fewer_images_than_clusters_are_refused() {
 
 /// An images file of so many grey pictures of four pixels.
 fn write_images(path: &Path, count: u32) -> Result<DataSet> {
-    let mut writer = Writer::create(path, 1, Identical::Keep)?;
-    for i in 0..count {
-        let pixels = i.to_le_bytes().to_vec();
-        writer.add(&Source::raw(Picture::new(2, 2, 1, pixels)?, 1)?, Split::Train)?;
-    }
-    writer.finish(None)?;
-    Ok(Images::open(path)?.data_set().clone())
+    let source = |i: u32| {
+        let picture = Picture::new(2, 2, 1, i.to_le_bytes().to_vec())?;
+        Ok((Source::raw(picture, 1)?, Split::Train))
+    };
+    images::write(path, 1, (0..count).map(source).collect::<Result<_>>()?)
 }
 
 /// The program itself, with any number of threads: the same bytes.

@@ -230,23 +230,22 @@ mod tests {
     use stage::Split;
 
     use super::*;
-    use crate::images::{Identical, Memory, Source, Writer};
+    use crate::images::{Memory, Source, write};
     use crate::picture::tests::{example, jpeg, png};
 
     /// Twelve pictures in a file: JPEG, PNG and raw ones.
     fn images(folder: &Path, first: usize) -> Images {
         let path = folder.join("images.safetensors");
-        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
-        for i in first..first + 12 {
+        let source = |i: usize| {
             let picture = example(9 + i % 5, 8 + i, 3);
             let source = match i % 3 {
                 0 => Source::file(jpeg(&picture), 3),
                 1 => Source::file(png(&picture), 3),
                 _ => Source::raw(picture, 3),
             };
-            writer.add(&source.expect("sound"), Split::Train).expect("added");
-        }
-        writer.finish(None).expect("written");
+            (source.expect("sound"), Split::Train)
+        };
+        write(&path, 3, (first..first + 12).map(source).collect()).expect("written");
         Images::open(&path).expect("sound")
     }
 

@@ -32,25 +32,28 @@
 //! each picture is checked once, when a program first reads it. Measured with the processor's SHA
 //! instructions, that is 1.4 µs for each KB: a tenth of decoding a JPEG file once.
 
-use std::collections::HashMap;
+mod source;
+mod writer;
+
 use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stage::Split;
-use stage::container::{self, Column, Contents, Header, Streamed};
+use stage::container::Contents;
 use stage::digest::hex;
 
 use crate::data_set::DataSet;
 use crate::decoded::{Decoded, Wish, open_or_make};
-use crate::picture::{Encoding, Picture, Pixels, decode, decode_into};
+use crate::picture::{Encoding, Picture, Pixels, decode_into};
+
+pub use source::{Row, Source};
+pub use writer::{SortedWriter, write};
 
 const KIND: &str = "images";
 const PART_KIND: &str = "images-part";
@@ -529,365 +532,10 @@ impl Fingerprint {
     }
 }
 
-/// A picture on its way into the file: its bytes as they will be stored, known to be readable.
-#[derive(Debug, Clone)]
-pub struct Source {
-    id: Id,
-    encoding: Encoding,
-    channels: usize,
-    size: [u32; 2],
-    bytes: Vec<u8>,
-}
-
-impl Source {
-    /// A JPEG, PNG or WebP file, which is stored as it is. It is decoded once, to grey (1) or colour
-    /// (3), to make sure that it can be.
-    ///
-    /// # Errors
-    ///
-    /// It is none of them, is broken, cut short or too large; the message says which, but not where the
-    /// file came from.
-    pub fn file(bytes: Vec<u8>, channels: usize) -> Result<Self> {
-        let picture = decode(&bytes, channels)?;
-        let encoding = Encoding::of(&bytes).context("what was decoded has an encoding")?;
-        Self::new(encoding, &picture, bytes)
-    }
-
-    /// Raw pixels, for sources that have no file per picture. Grey becomes colour, or colour grey,
-    /// if `channels` asks for it, before the id is taken.
-    ///
-    /// # Errors
-    ///
-    /// The picture is too large for the file format.
-    pub fn raw(picture: Picture, channels: usize) -> Result<Self> {
-        let mut picture = picture.with_channels(channels);
-        let pixels = std::mem::take(&mut picture.pixels);
-        Self::new(Encoding::Raw, &picture, pixels)
-    }
-
-    fn new(encoding: Encoding, picture: &Picture, bytes: Vec<u8>) -> Result<Self> {
-        Ok(Self {
-            id: Sha256::digest(&bytes).into(),
-            encoding,
-            channels: picture.channels,
-            size: [u32::try_from(picture.height)?, u32::try_from(picture.width)?],
-            bytes,
-        })
-    }
-
-    /// The SHA-256 of the bytes.
-    pub fn id(&self) -> Id {
-        self.id
-    }
-
-    /// The bytes as they are stored.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// The bytes as they are stored, without a copy.
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.bytes
-    }
-
-    /// What the file says of it besides its bytes.
-    pub fn row(&self, split: Split) -> Row {
-        let Self { id, encoding, size, .. } = *self;
-        Row { id, split, encoding, size, length: self.bytes.len() as u64 }
-    }
-}
-
-/// What `images.safetensors` says of a picture besides its bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
-    /// SHA-256 of the stored bytes.
-    pub id: Id,
-    /// Which part of the data set it belongs to.
-    pub split: Split,
-    /// How the bytes are to be read.
-    pub encoding: Encoding,
-    /// Height and width of the decoded picture.
-    pub size: [u32; 2],
-    /// How many bytes there are.
-    pub length: u64,
-}
-
-/// Writes `images.safetensors` from rows that come in their order, in memory that does not grow
-/// with their number: what the file says of each waits in temporary files beside it.
-#[derive(Debug)]
-pub struct SortedWriter {
-    path: PathBuf,
-    channels: usize,
-    part_bytes: u64,
-    fingerprint: Fingerprint,
-    last: Option<(Id, Split)>,
-    ids: Column<u8>,
-    splits: Column<u8>,
-    encodings: Column<u8>,
-    sizes: Column<u32>,
-    offsets: Column<u64>,
-    end: u64,
-    /// Where each part begins, and with which row.
-    parts: Vec<(u64, u64)>,
-}
-
-impl SortedWriter {
-    /// Begins a file at `path` whose pictures are grey (1) or in colour (3), in parts of at most
-    /// about `part_bytes`: [`PART_BYTES`] outside tests.
-    ///
-    /// # Errors
-    ///
-    /// `channels` is neither, or the folder cannot be written to.
-    pub fn create(path: &Path, channels: usize, part_bytes: u64) -> Result<Self> {
-        ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
-        let folder = folder_of(path);
-        let mut offsets = Column::create_in(folder)?;
-        offsets.push(&[0])?;
-        Ok(Self {
-            path: path.to_owned(),
-            channels,
-            part_bytes,
-            fingerprint: Fingerprint::new(channels),
-            last: None,
-            ids: Column::create_in(folder)?,
-            splits: Column::create_in(folder)?,
-            encodings: Column::create_in(folder)?,
-            sizes: Column::create_in(folder)?,
-            offsets,
-            end: 0,
-            parts: vec![(0, 0)],
-        })
-    }
-
-    /// Adds the next row.
-    ///
-    /// # Errors
-    ///
-    /// It does not belong behind the last one, or the disk refuses.
-    pub fn push(&mut self, row: &Row) -> Result<()> {
-        let place = Some((row.id, row.split));
-        ensure!(self.last <= place, "rows must ascend by id, those of one id by split");
-        self.last = place;
-        let part = self.end - self.parts.last().map_or(0, |part| part.0);
-        if part > 0 && part + row.length > self.part_bytes {
-            self.parts.push((self.end, self.splits.len()));
-        }
-        self.fingerprint.add(&row.id, row.split, row.size);
-        self.ids.push(&row.id)?;
-        self.splits.push(&[row.split.code()])?;
-        self.encodings.push(&[row.encoding.code()])?;
-        self.sizes.push(&row.size)?;
-        self.end += row.length;
-        self.offsets.push(&[self.end])
-    }
-
-    /// Writes the file, with parts beside it where it would be too large. `next` is called once for
-    /// each row, in order, and writes its bytes.
-    ///
-    /// # Errors
-    ///
-    /// No row was added, `next` fails or writes another number of bytes than its row says, or the
-    /// disk refuses.
-    pub fn finish(mut self, next: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<DataSet> {
-        let n = usize::try_from(self.splits.len())?;
-        ensure!(n > 0, "no picture was found, so `{}` is not written", self.path.display());
-        let fingerprint = self.fingerprint.text();
-        let data_set = DataSet { path: self.path.clone(), images: n, fingerprint };
-        let mut header: Header = data_set.header();
-        header.insert("channels".into(), self.channels.into());
-        let mut starts: Vec<u64> = self.parts.iter().map(|part| part.0).collect();
-        starts.push(self.end);
-        let several = self.parts.len() > 1;
-        if several {
-            let mut rows: Vec<u64> = self.parts.iter().map(|part| part.1).collect();
-            rows.push(n as u64);
-            for part in 0..self.parts.len() {
-                let path = part_path(&self.path, part, self.parts.len());
-                let header =
-                    Header::from([("fingerprint".into(), data_set.fingerprint.clone().into())]);
-                let mut fill =
-                    |out: &mut dyn Write| (rows[part]..rows[part + 1]).try_for_each(|_| next(out));
-                let length = starts[part + 1] - starts[part];
-                let streamed = Streamed { name: BYTES, length, fill: &mut fill };
-                container::write_streamed(&path, PART_KIND, VERSION, header, &[], Some(streamed))?;
-            }
-        }
-        let mut tensors = vec![
-            self.ids.tensor("id", &[n, 32])?,
-            self.splits.tensor("split", &[n])?,
-            self.encodings.tensor("encoding", &[n])?,
-            self.sizes.tensor("size", &[n, 2])?,
-            self.offsets.tensor("offset", &[n + 1])?,
-        ];
-        if several {
-            tensors.push(container::Tensor::u64(PART, &[starts.len()], &starts));
-        }
-        let mut fill = |out: &mut dyn Write| (0..n).try_for_each(|_| next(out));
-        let streamed = Streamed { name: BYTES, length: self.end, fill: &mut fill };
-        let streamed = Some(streamed).filter(|_| !several);
-        container::write_streamed(&self.path, KIND, VERSION, header, &tensors, streamed)?;
-        Ok(data_set)
-    }
-}
-
-/// The folder a file lies in.
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// Writes `images.safetensors` from pictures that come one by one, in any order.
-///
-/// The bytes go to a temporary file at once and are put in order at the end, so memory holds about
-/// 100 bytes a picture, and the disk twice the pictures for a while. Nothing has the final name
-/// before [`Writer::finish`]. For sets of any size, sorted elsewhere, there is [`SortedWriter`].
-#[derive(Debug)]
-pub struct Writer {
-    path: PathBuf,
-    channels: usize,
-    spool: BufWriter<File>,
-    spooled: u64,
-    identical: Identical,
-    kept: Vec<Kept>,
-    /// The first picture with these bytes.
-    tickets: HashMap<Id, usize>,
-}
-
-#[derive(Debug)]
-struct Kept {
-    row: Row,
-    /// Where its bytes begin in the temporary file.
-    start: u64,
-}
-
-/// What to do with a picture whose bytes another one has too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Identical {
-    /// Each is an image of its own, as published counts and scores have it: CIFAR and ILSVRC-2012
-    /// hold some pictures twice.
-    Keep,
-    /// The first to come stands for all: for a collection in which one picture was saved often.
-    Drop,
-}
-
-/// What became of a picture that was added.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Added {
-    /// It is the `n`-th that was kept, counting from 0: its ticket.
-    Kept(usize),
-    /// The picture with this ticket has the same bytes and stands for both: [`Identical::Drop`].
-    Duplicate(usize),
-}
-
-/// What [`Writer::finish`] wrote.
-#[derive(Debug, Clone)]
-pub struct Written {
-    /// The pictures in the file.
-    pub data_set: DataSet,
-    /// The row of each ticket, or none for pictures beyond the number asked for.
-    pub rows: Vec<Option<u32>>,
-}
-
-impl Writer {
-    /// Begins a file at `path` whose pictures are grey (1) or in colour (3).
-    ///
-    /// # Errors
-    ///
-    /// `channels` is neither, or the folder cannot be written to.
-    pub fn create(path: &Path, channels: usize, identical: Identical) -> Result<Self> {
-        ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
-        let folder = folder_of(path);
-        let spool = std::fs::create_dir_all(folder)
-            .and_then(|()| tempfile::tempfile_in(folder))
-            .with_context(|| format!("writing into `{}`", folder.display()))?;
-        Ok(Self {
-            path: path.to_owned(),
-            channels,
-            spool: BufWriter::with_capacity(1 << 20, spool),
-            spooled: 0,
-            identical,
-            kept: Vec::new(),
-            tickets: HashMap::new(),
-        })
-    }
-
-    /// Adds a picture. If one with the same bytes is there already and only one is to stay, the
-    /// lower of the two splits holds (train before test), whichever came first.
-    ///
-    /// # Errors
-    ///
-    /// The picture has other channels than the file, or the disk refuses.
-    pub fn add(&mut self, source: &Source, split: Split) -> Result<Added> {
-        ensure!(
-            source.channels == self.channels,
-            "a picture with {} channels for `{}`, which has {}",
-            source.channels,
-            self.path.display(),
-            self.channels
-        );
-        let first = self.tickets.get(&source.id).copied();
-        let start = match (first, self.identical) {
-            (Some(ticket), Identical::Drop) => {
-                let row = &mut self.kept[ticket].row;
-                row.split = row.split.min(split);
-                return Ok(Added::Duplicate(ticket));
-            }
-            (Some(ticket), Identical::Keep) => self.kept[ticket].start,
-            (None, _) => self.spool(&source.bytes)?,
-        };
-        self.kept.push(Kept { row: source.row(split), start });
-        let ticket = self.kept.len() - 1;
-        self.tickets.entry(source.id).or_insert(ticket);
-        Ok(Added::Kept(ticket))
-    }
-
-    fn spool(&mut self, bytes: &[u8]) -> Result<u64> {
-        self.spool.write_all(bytes).with_context(|| self.refused())?;
-        let start = self.spooled;
-        self.spooled += bytes.len() as u64;
-        Ok(start)
-    }
-
-    /// Puts the pictures in order and writes the file; of more than `at_most` the first by order.
-    ///
-    /// # Errors
-    ///
-    /// No picture was added, or the disk refuses.
-    pub fn finish(mut self, at_most: Option<usize>) -> Result<Written> {
-        if self.kept.is_empty() {
-            bail!("no picture was found, so `{}` is not written", self.path.display());
-        }
-        self.spool.flush().with_context(|| self.refused())?;
-        let mut order: Vec<usize> = (0..self.kept.len()).collect();
-        // Equal bytes of equal split are told apart by nothing in this file, so that their order,
-        // which is that of arrival, moves only names and labels.
-        order.sort_by_key(|&ticket| (self.kept[ticket].row.id, self.kept[ticket].row.split));
-        order.truncate(at_most.unwrap_or(usize::MAX));
-        let mut rows = vec![None; self.kept.len()];
-        let mut writer = SortedWriter::create(&self.path, self.channels, PART_BYTES)?;
-        for (&ticket, row) in order.iter().zip(0u32..) {
-            rows[ticket] = Some(row);
-            writer.push(&self.kept[ticket].row)?;
-        }
-        let spool = map(self.spool.get_ref()).with_context(|| self.refused())?;
-        let mut kept = order.iter().map(|&ticket| &self.kept[ticket]);
-        let data_set = writer.finish(&mut |out| {
-            let Kept { row, start } = kept.next().context("a picture for each row")?;
-            Ok(out.write_all(&spool[*start as usize..(start + row.length) as usize])?)
-        })?;
-        Ok(Written { data_set, rows })
-    }
-
-    fn refused(&self) -> String {
-        format!("writing the pictures for `{}`", self.path.display())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::picture::tests::{example, jpeg, png};
 
@@ -902,12 +550,14 @@ mod tests {
             .collect()
     }
 
-    fn write(path: &Path, sources: &[(Source, Split)], at_most: Option<usize>) -> Written {
-        let mut writer = Writer::create(path, 3, Identical::Drop).expect("created");
-        for (source, split) in sources {
-            writer.add(source, *split).expect("added");
-        }
-        writer.finish(at_most).expect("written")
+    fn write_all(path: &Path, sources: &[(Source, Split)]) -> DataSet {
+        write(path, 3, sources.to_vec()).expect("written")
+    }
+
+    /// The row of a picture.
+    fn row_of(images: &Images, source: &Source) -> u32 {
+        let mut rows = 0..images.len() as u32;
+        rows.find(|&row| images.id(row).expect("there") == source.id()).expect("stored")
     }
 
     fn scratch() -> (tempfile::TempDir, PathBuf) {
@@ -920,13 +570,12 @@ mod tests {
     fn pictures_are_read_as_written_by_ascending_id() {
         let (_folder, path) = scratch();
         let sources = sources();
-        let written = write(&path, &sources, None);
+        let written = write_all(&path, &sources);
         let images = Images::open(&path).expect("sound");
         assert_eq!((images.len(), images.channels()), (4, 3));
-        images.data_set().require(&written.data_set, "").expect("the same");
-        for (ticket, (source, split)) in sources.iter().enumerate() {
-            let row = written.rows[ticket].expect("kept");
-            assert_eq!(images.id(row).expect("there"), source.id());
+        images.data_set().require(&written, "").expect("the same");
+        for (source, split) in &sources {
+            let row = row_of(&images, source);
             let file = images.file(row).expect("there");
             let want = Encoding::of(source.bytes()).map(|encoding| (encoding, source.bytes()));
             assert_eq!(file, want, "pixels are no file");
@@ -936,9 +585,9 @@ mod tests {
             assert_eq!(images.size(row).expect("there"), size);
             assert_eq!(picture.channels, 3);
         }
-        let raw = images.picture(written.rows[0].expect("kept")).expect("sound");
+        let raw = images.picture(row_of(&images, &sources[0].0)).expect("sound");
         assert_eq!(*raw, example(5, 7, 3));
-        let grey = images.picture(written.rows[3].expect("kept")).expect("sound");
+        let grey = images.picture(row_of(&images, &sources[3].0)).expect("sound");
         assert_eq!(*grey, example(8, 3, 1).with_channels(3));
         let ids: Vec<Id> = (0..4).map(|row| images.id(row).expect("there")).collect();
         assert!(ids.is_sorted());
@@ -1001,88 +650,36 @@ mod tests {
     fn the_order_of_arrival_leaves_no_trace() {
         let (_folder, path) = scratch();
         let mut sources = sources();
-        // The same picture once for training and once for testing.
+        // The same picture for training and for testing: two rows.
         sources.push((sources[0].0.clone(), Split::Test));
-        write(&path, &sources, None);
+        write_all(&path, &sources);
         let first = std::fs::read(&path).expect("there");
+        let images = Images::open(&path).expect("sound");
+        assert_eq!((images.len(), images.rows(&[Split::Test]).len()), (5, 2));
         sources.reverse();
-        write(&path, &sources, None);
-        assert_eq!(std::fs::read(&path).expect("there"), first);
-        sources[0].1 = Split::Train;
-        sources[4].1 = Split::Test;
-        write(&path, &sources, None);
+        write_all(&path, &sources);
         assert_eq!(std::fs::read(&path).expect("there"), first);
     }
 
     #[test]
-    fn duplicates_are_told_and_the_first_by_order_are_kept() {
+    fn no_picture_and_other_channels_are_refused() {
         let (_folder, path) = scratch();
-        let sources = sources();
-        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
-        assert_eq!(writer.add(&sources[0].0, Split::Test).expect("added"), Added::Kept(0));
-        assert_eq!(writer.add(&sources[1].0, Split::Train).expect("added"), Added::Kept(1));
-        assert_eq!(writer.add(&sources[0].0, Split::Train).expect("added"), Added::Duplicate(0));
-        assert_eq!(writer.add(&sources[2].0, Split::Train).expect("added"), Added::Kept(2));
-        let written = writer.finish(Some(2)).expect("written");
-        let mut rows: Vec<Option<u32>> = written.rows.clone();
-        rows.sort();
-        assert_eq!(rows, [None, Some(0), Some(1)]);
-        assert_eq!(written.data_set.images, 2);
-        let left_out = written.rows.iter().position(Option::is_none).expect("one");
-        let largest = sources[..3].iter().map(|(source, _)| source.id()).max().expect("some");
-        assert_eq!(sources[left_out].0.id(), largest);
-        assert_eq!(Images::open(&path).expect("sound").rows(&[Split::Train]).len(), 2);
-
-        let empty = Writer::create(&path, 3, Identical::Drop).expect("created").finish(None);
-        assert!(empty.expect_err("empty").to_string().contains("no picture"));
+        let error = write(&path, 3, Vec::new()).expect_err("empty").to_string();
+        assert!(error.contains("no picture"), "{error}");
         let grey = Source::raw(example(2, 2, 1), 1).expect("sound");
-        assert!(
-            Writer::create(&path, 3, Identical::Drop)
-                .expect("created")
-                .add(&grey, Split::Train)
-                .is_err()
-        );
-    }
-
-    #[test]
-    fn equal_pictures_stay_where_each_counts_and_their_order_of_arrival_leaves_no_trace() {
-        let (_folder, path) = scratch();
-        let picture = |rows| Source::raw(example(rows, 3, 1), 1).expect("sound");
-        let mut arrivals =
-            [(2, Split::Test), (5, Split::Test), (2, Split::Train), (2, Split::Test)];
-        let mut files = Vec::new();
-        for _ in 0..2 {
-            let mut writer = Writer::create(&path, 1, Identical::Keep).expect("created");
-            for (ticket, (rows, split)) in arrivals.into_iter().enumerate() {
-                let added = writer.add(&picture(rows), split).expect("added");
-                assert_eq!(added, Added::Kept(ticket));
-            }
-            let written = writer.finish(None).expect("written");
-            assert_eq!(written.data_set.images, 4);
-            let mut rows: Vec<_> = written.rows.iter().map(|row| row.expect("kept")).collect();
-            let images = Images::open(&path).expect("sound");
-            for (&row, (height, split)) in rows.iter().zip(arrivals) {
-                assert_eq!(images.size(row).expect("there"), (height, 3));
-                assert!(images.rows(&[split]).contains(&row));
-                assert_eq!(*images.picture(row).expect("sound"), example(height, 3, 1));
-            }
-            rows.sort();
-            assert_eq!(rows, [0, 1, 2, 3]);
-            files.push(std::fs::read(&path).expect("there"));
-            arrivals.reverse();
-        }
-        assert_eq!(files[0], files[1]);
+        let error = write(&path, 3, vec![(grey, Split::Train)]).expect_err("grey").to_string();
+        assert!(error.contains("1 channels"), "{error}");
     }
 
     #[test]
     fn fingerprints_tell_split_and_pictures_apart() {
         let (_folder, path) = scratch();
         let mut sources = sources();
-        let mut fingerprints = vec![write(&path, &sources, None).data_set.fingerprint];
+        let mut fingerprints = vec![write_all(&path, &sources).fingerprint];
         sources[2].1 = Split::Train;
-        fingerprints.push(write(&path, &sources, None).data_set.fingerprint);
+        fingerprints.push(write_all(&path, &sources).fingerprint);
         sources.pop();
-        fingerprints.push(write(&path, &sources, None).data_set.fingerprint);
+        fingerprints.push(write_all(&path, &sources).fingerprint);
         fingerprints.sort();
         fingerprints.dedup();
         assert_eq!(fingerprints.len(), 3);
@@ -1091,7 +688,7 @@ mod tests {
     #[test]
     fn every_flipped_byte_is_found_on_opening_or_on_reading_its_picture() {
         let (_folder, path) = scratch();
-        write(&path, &sources(), None);
+        write_all(&path, &sources());
         let whole = std::fs::read(&path).expect("there");
         for position in 0..whole.len() {
             let mut flipped = whole.clone();
@@ -1114,9 +711,10 @@ mod tests {
     #[test]
     fn decoded_pictures_are_kept_while_there_is_room() {
         let (_folder, path) = scratch();
-        let written = write(&path, &sources(), None);
-        let [jpeg, png] = [2, 3].map(|ticket| written.rows[ticket].expect("kept"));
+        let sources = sources();
+        write_all(&path, &sources);
         let images = Images::open(&path).expect("sound");
+        let [jpeg, png] = [2, 3].map(|number: usize| row_of(&images, &sources[number].0));
         images.keep_decoded(9 * 13 * 3);
         let first = images.picture(jpeg).expect("sound");
         assert!(Arc::ptr_eq(&first, &images.picture(jpeg).expect("sound")));

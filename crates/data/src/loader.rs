@@ -326,7 +326,7 @@ mod tests {
     use stage::Split;
 
     use super::*;
-    use crate::images::{Identical, Source, Writer};
+    use crate::images::{Source, write};
     use crate::picture::tests::example;
     use crate::views::{Filter, Operation};
 
@@ -335,12 +335,11 @@ mod tests {
     /// Twenty pictures, neither square nor alike.
     fn images(folder: &std::path::Path) -> Images {
         let path = folder.join("images.safetensors");
-        let mut writer = Writer::create(&path, 3, Identical::Drop).expect("created");
-        for i in 0..ROWS as usize {
+        let source = |i: usize| {
             let source = Source::raw(example(6 + i % 3, 9 + i, 3), 3).expect("sound");
-            writer.add(&source, Split::Train).expect("added");
-        }
-        writer.finish(None).expect("written");
+            (source, Split::Train)
+        };
+        write(&path, 3, (0..ROWS as usize).map(source).collect()).expect("written");
         Images::open(&path).expect("sound")
     }
 

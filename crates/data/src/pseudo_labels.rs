@@ -233,7 +233,7 @@ mod tests {
 
     use super::*;
     use crate::Picture;
-    use crate::images::{Identical, Source, Writer};
+    use crate::images::{Source, write};
 
     fn example(path: &Path) -> PseudoLabels {
         PseudoLabels {
@@ -281,13 +281,12 @@ mod tests {
     fn a_system_of_one_phase_is_told_for_the_scored_pictures_alone() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let images = folder.path().join("images.safetensors");
-        let mut writer = Writer::create(&images, 1, Identical::Keep)?;
-        for number in 0..6u8 {
+        let source = |number: u8| {
             let picture = Picture::new(2, 3, 1, (0..6).map(|i| i * number).collect())?;
-            let split = if number % 2 == 0 { Split::Train } else { Split::Test };
-            writer.add(&Source::raw(picture, 1)?, split)?;
-        }
-        writer.finish(None)?;
+            let split = if number.is_multiple_of(2) { Split::Train } else { Split::Test };
+            Ok((Source::raw(picture, 1)?, split))
+        };
+        write(&images, 1, (0..6).map(source).collect::<Result<_>>()?)?;
         let images = Images::open(&images)?;
         let data = stage::DataTable { clusters: 2, train_on: vec![], score_on: vec![Split::Test] };
         let job = Job::new("example", "i", folder.path(), data);

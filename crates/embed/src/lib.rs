@@ -243,7 +243,7 @@ mod tests {
         write_configuration,
     };
     use data::Picture;
-    use data::images::{Identical, Source as Original, Writer};
+    use data::images::{self, Source as Original};
     use data::views::Operation;
     use layers::{Mode, Modes};
     use stage::{DataTable, Experiment, Split};
@@ -259,13 +259,12 @@ mod tests {
     /// A stage on ten pictures of 6 × 7 pixels, every third of them for testing, with a network.
     fn job(folder: &Path, widths: &[usize]) -> Result<Job> {
         let images = folder.join("images.safetensors");
-        let mut writer = Writer::create(&images, 1, Identical::Keep)?;
-        for number in 0..10u32 {
+        let source = |number: u32| {
             let width = widths[number as usize % widths.len()];
             let split = if number % 3 == 2 { Split::Test } else { Split::Train };
-            writer.add(&Original::raw(picture(number, width), 1)?, split)?;
-        }
-        writer.finish(None)?;
+            Ok((Original::raw(picture(number, width), 1)?, split))
+        };
+        images::write(&images, 1, (0..10).map(source).collect::<Result<_>>()?)?;
         let input = Input {
             height: 6,
             width: 7,

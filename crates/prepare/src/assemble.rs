@@ -14,7 +14,7 @@ use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use data::images::{Id, Identical, Row, SortedWriter};
+use data::images::{Id, Row, SortedWriter};
 use data::picture::Encoding;
 use data::{labels, names};
 use serde::Serialize;
@@ -24,7 +24,7 @@ use stage::{Interrupted, Split, files};
 use crate::journal::{Journal, What};
 use crate::labels::MOST_CLASSES;
 use crate::sorter::Sorter;
-use crate::{Config, IMAGES, LABELS, NAMES, Options, SKIPPED};
+use crate::{Config, IMAGES, Identical, LABELS, NAMES, Options, SKIPPED};
 
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -301,10 +301,10 @@ impl Pending {
 mod tests {
     use std::fs;
 
-    use data::images::Identical;
     use image::{DynamicImage, ImageFormat};
 
     use super::*;
+    use crate::Identical;
     use crate::example::{
         assert_has, colour, config, encoded, grey, jpeg, png, prepare, put, refusal, scratch,
     };

@@ -5,13 +5,12 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use data::images::Identical;
 use data::{Images, Labels, Names, Picture};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 
-use crate::{Config, Format, Options};
+use crate::{Config, Format, Identical, Options};
 
 /// A table that keeps everything.
 pub fn config() -> Config {

@@ -50,7 +50,6 @@ use std::io;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use data::images::Identical;
 use serde::{Deserialize, Serialize};
 use stage::{DONE, Interrupted, files};
 
@@ -128,6 +127,17 @@ pub enum Format {
 
 /// Says whether the user wants the program to stop.
 pub type Interrupt<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// What to do with pictures that have the same bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Identical {
+    /// Keeps each, as published counts and scores do: CIFAR and ILSVRC-2012 hold some pictures
+    /// twice.
+    Keep,
+    /// Keeps the first: for a collection in which one picture was saved often.
+    Drop,
+}
 
 /// How a data set is prepared, as far as that changes nothing in it but, by memory, which pictures
 /// are too large.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use backbone::{Configuration, network_file};
 use candle_core::{Device, Tensor};
-use data::images::{Identical, Source, Writer};
+use data::images::{self, Source};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
 use prototype_refinement::loss::Marks;
@@ -29,13 +29,13 @@ struct Experiment {
 impl Experiment {
     fn new() -> Result<Self> {
         let experiment = Self { folder: tempfile::tempdir()? };
-        let mut writer = Writer::create(&experiment.at("images.safetensors"), 1, Identical::Keep)?;
-        for i in 0..IMAGES {
+        let source = |i| {
             // Taller than wide, and a pattern that no mirror image repeats.
             let pixels = (0..12 * 8).map(|p| ((p * p + 31 * i * (p % 7)) % 251) as u8).collect();
-            writer.add(&Source::raw(Picture::new(12, 8, 1, pixels)?, 1)?, Split::Train)?;
-        }
-        writer.finish(None)?;
+            Ok((Source::raw(Picture::new(12, 8, 1, pixels)?, 1)?, Split::Train))
+        };
+        let sources = (0..IMAGES).map(source).collect::<Result<_>>()?;
+        images::write(&experiment.at("images.safetensors"), 1, sources)?;
 
         let configuration: Configuration = serde_json::from_value(serde_json::json!({
             "backbone": { "depth": "10", "width": 4, "stem": "3x3" },

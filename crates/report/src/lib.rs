@@ -161,7 +161,7 @@ fn charts_of(log: &Path) -> Result<Vec<Chart>> {
 pub(crate) mod tests {
     use std::collections::BTreeMap;
 
-    use data::images::{Identical, Source, Writer};
+    use data::images::{self, Source};
     use data::metrics::{Reliable, Scores};
     use data::{DataSet, Picture};
     use image::ImageFormat;
@@ -200,7 +200,7 @@ pub(crate) mod tests {
     /// Seven grey pictures, neither square nor symmetric; some came as PNG files, some as pixels.
     pub(crate) fn prepared(folder: &Path) -> Result<(Images, Names)> {
         let path = folder.join("images.safetensors");
-        let mut writer = Writer::create(&path, 1, Identical::Keep)?;
+        let mut sources = Vec::new();
         for number in 0..7 {
             let pixels = (0..6 * 7).map(|i| (i * i * (3 + number) % 251) as u8).collect();
             let picture = Picture::new(6, 7, 1, pixels)?;
@@ -212,9 +212,9 @@ pub(crate) mod tests {
                     Source::file(file.into_inner(), 1)?
                 }
             };
-            writer.add(&source, Split::Train)?;
+            sources.push((source, Split::Train));
         }
-        writer.finish(None)?;
+        images::write(&path, 1, sources)?;
         let images = Images::open(&path)?;
         let names = Names { data_set: images.data_set().clone(), ..names() };
         Ok((images, names))

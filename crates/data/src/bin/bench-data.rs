@@ -20,7 +20,7 @@ use anyhow::{Context, Result};
 use bench::{Peers, Side, Table, Unit};
 use clap::Parser;
 use data::decoded::Wish;
-use data::images::{Identical, Images, Source, Writer};
+use data::images::{self, Images, Source};
 use data::views::{Input, Operation, Pipeline};
 use data::{Loader, Picture};
 use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
@@ -241,7 +241,7 @@ const RAW: &str = "raw.safetensors";
 
 /// Writes JPEG files and arrays, as files for the peers and as image files of ours.
 fn make_pictures(folder: &Path) -> Result<()> {
-    let mut writer = Writer::create(&folder.join(ENCODED), 3, Identical::Keep)?;
+    let mut sources = Vec::new();
     for number in 0..FILES {
         let mut rng = stage::random::stream(0, "bench", &[0, number]);
         let (width, height) = (470 + rng.next_u32() % 61, 350 + rng.next_u32() % 51);
@@ -251,17 +251,16 @@ fn make_pictures(folder: &Path) -> Result<()> {
         encoder.set_sampling_factor(SamplingFactor::R_4_2_0);
         encoder.encode(&picture.pixels, width as u16, height as u16, ColorType::Rgb)?;
         fs::write(folder.join(format!("{number:05}.jpg")), &file)?;
-        writer.add(&Source::file(file, 3)?, Split::Train)?;
+        sources.push((Source::file(file, 3)?, Split::Train));
     }
-    writer.finish(None)?;
-    let (mut writer, mut arrays) =
-        (Writer::create(&folder.join(RAW), 3, Identical::Keep)?, Vec::new());
+    images::write(&folder.join(ENCODED), 3, sources)?;
+    let (mut sources, mut arrays) = (Vec::new(), Vec::new());
     for number in 0..ARRAYS {
         let picture = draw(32, 32, &mut stage::random::stream(0, "bench", &[1, number]))?;
         arrays.extend_from_slice(&picture.pixels);
-        writer.add(&Source::raw(picture, 3)?, Split::Train)?;
+        sources.push((Source::raw(picture, 3)?, Split::Train));
     }
-    writer.finish(None)?;
+    images::write(&folder.join(RAW), 3, sources)?;
     Ok(fs::write(folder.join("arrays"), arrays)?)
 }
 
