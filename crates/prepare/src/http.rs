@@ -1,14 +1,18 @@
-//! Fetching files over HTTP, from servers that do not always behave.
+//! Downloads over HTTP from servers that may be slow, busy, silent or wrong.
 //!
-//! A download is written beside its place as it comes, goes on there after an interruption, and has
-//! its name only when its length and digest are right. A server that is busy is asked again, each time
-//! after a longer wait; one that says no is not. Redirections are followed here and not by the library,
-//! so that what we say to prove who we are goes to no other host than the one it is meant for.
+//! A download goes into a partial file, resumes there after an interruption, and gets its final name
+//! only when its length and digest are right. A busy or silent server is asked again, after a wait
+//! that doubles; a refusal is final. Redirects are followed by crate `ureq`, which sends the token to
+//! no other address and does not go from https to http.
+//!
+//! The network is read on a thread of its own, so that the user can interrupt while a server is
+//! silent.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,18 +23,19 @@ use sha2::{Digest, Sha256};
 use stage::Interrupted;
 use stage::container::hex;
 use stage::progress::Progress;
+use ureq::http::uri::Scheme;
 use ureq::http::{Response, StatusCode, Uri};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, ResponseExt};
 
 use crate::Interrupt;
 
-/// What a file must be, as far as that is known.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What a file must be.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
-    /// Its length.
+    /// Its length, if it is known.
     pub bytes: Option<u64>,
     /// Its digest.
-    pub digest: Option<Checksum>,
+    pub digest: Checksum,
 }
 
 /// The digest of a file in lower-case hexadecimal digits.
@@ -44,30 +49,45 @@ pub enum Checksum {
     Git(String),
 }
 
-/// Talks to servers until its user wants it to stop.
+/// The error of a server that refuses to send a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused(pub StatusCode);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server answers {}", self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Talks to servers until the user interrupts.
 #[derive(Clone)]
 pub struct Client<'a> {
     agent: Agent,
     interrupt: Interrupt<'a>,
-    /// The first of the waits between two attempts; each is twice the one before.
+    /// The wait before the second attempt; it doubles before each further one.
     first_wait: Duration,
 }
 
-/// How often a server is asked before it is given up.
+/// Attempts before a server is given up.
 const ATTEMPTS: u32 = 6;
 
 /// The longest wait that a server may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
-/// How many redirections are followed.
-const MOST_REDIRECTIONS: usize = 10;
+/// How long a server may be silent before it is asked again.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+
+/// Time between two looks at the interrupt.
+const POLL: Duration = Duration::from_millis(100);
 
 /// The longest answer that is held in memory: a list of files.
-const MOST_ANSWER_BYTES: u64 = 1 << 26;
+const MOST_ANSWER_BYTES: usize = 1 << 26;
 
 /// Why an attempt failed.
 enum Failure {
-    /// Perhaps not for long; the wait that the server asks for.
+    /// For a reason that may pass, with the wait that the server asks for.
     Passing(anyhow::Error, Option<Duration>),
     /// For good.
     Final(anyhow::Error),
@@ -76,47 +96,52 @@ enum Failure {
 impl<'a> Client<'a> {
     /// A client that waits for a second before it asks again, then longer.
     pub fn new(interrupt: Interrupt<'a>) -> Self {
-        Self::with_first_wait(Duration::from_secs(1), interrupt)
+        Self::with_waits(Duration::from_secs(1), LONGEST_SILENCE, interrupt)
     }
 
-    /// A client with another first wait, for tests.
-    pub fn with_first_wait(first_wait: Duration, interrupt: Interrupt<'a>) -> Self {
+    /// A client with other waits, for tests.
+    pub fn with_waits(
+        first_wait: Duration,
+        longest_silence: Duration,
+        interrupt: Interrupt<'a>,
+    ) -> Self {
         let agent = Agent::config_builder()
-            .max_redirects(0)
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(30)))
-            .timeout_recv_response(Some(Duration::from_secs(60)))
+            .timeout_per_read(Some(longest_silence))
             .user_agent("assort")
             .build()
             .into();
         Self { agent, interrupt, first_wait }
     }
 
-    /// The body of an answer of moderate length.
+    /// Returns the text at an address.
     ///
     /// # Errors
     ///
-    /// The server cannot be reached, or says no.
+    /// The server cannot be reached, refuses, or sends something else.
     pub fn text(&self, url: &str, token: Option<&str>) -> Result<String> {
         self.repeat(|| {
-            let response = self.get(url, token, None)?;
-            let mut text = String::new();
-            let mut body = response.into_body().into_reader().take(MOST_ANSWER_BYTES + 1);
-            body.read_to_string(&mut text).map_err(passing)?;
-            match text.len() as u64 <= MOST_ANSWER_BYTES {
-                true => Ok(text),
-                false => Err(Failure::Final(anyhow!("it answers without end"))),
-            }
+            let mut text = Vec::new();
+            self.receive(self.get(url, token, 0)?, |piece| {
+                text.extend_from_slice(piece);
+                match text.len() <= MOST_ANSWER_BYTES {
+                    true => Ok(true),
+                    false => Err(Failure::Final(anyhow!("its answer does not end"))),
+                }
+            })?;
+            String::from_utf8(text).map_err(|_| Failure::Final(anyhow!("its answer is not text")))
         })
         .with_context(|| format!("asking `{url}`"))
     }
 
-    /// Fetches a file to `path`, which is there, whole and right, or not at all. What was fetched
-    /// before an interruption lies in `partial`, and need not come again.
+    /// Downloads a file to `path`. Bytes of an earlier, interrupted download are in `partial`, and
+    /// are not downloaded again.
     ///
     /// # Errors
     ///
-    /// The server cannot be reached, says no, or has another file than is expected.
+    /// The server cannot be reached, refuses, or has another file than is expected. Then there is
+    /// no file at `path`.
     pub fn fetch(
         &self,
         url: &str,
@@ -125,18 +150,25 @@ impl<'a> Client<'a> {
         partial: &Path,
         path: &Path,
     ) -> Result<()> {
-        let context = || format!("fetching `{url}`");
+        let context = || format!("downloading `{url}`");
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).with_context(context)?;
         }
         let label = path.file_name().unwrap_or_default().to_string_lossy();
         let mut progress = Progress::new(&label, expected.bytes.unwrap_or(0));
         let fetched = self.repeat(|| {
-            self.go_on(url, token, expected, partial, &mut progress)?;
+            let resumed = self.resume(url, token, expected, partial, &mut progress)?;
             check(partial, expected).map_err(|error| {
-                // What is whole but wrong is of no use to go on from.
+                let error = match is_web_page(partial) {
+                    true => web_page(),
+                    false => error.context("the server has another file"),
+                };
+                // Wrong bytes are of no use to the next attempt.
                 let _ = fs::remove_file(partial);
-                Failure::Passing(error, None)
+                match resumed {
+                    true => Failure::Passing(error, Some(Duration::ZERO)),
+                    false => Failure::Final(error),
+                }
             })
         });
         fetched.with_context(context)?;
@@ -151,7 +183,7 @@ impl<'a> Client<'a> {
                 Ok(done) => return Ok(done),
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(error, _)) if left == 0 => {
-                    return Err(error.context(format!("given up after {ATTEMPTS} attempts")));
+                    return Err(error.context(format!("gave up after {ATTEMPTS} attempts")));
                 }
                 Err(Failure::Passing(error, asked)) => {
                     let pause = asked.unwrap_or(wait).min(LONGEST_WAIT);
@@ -161,7 +193,7 @@ impl<'a> Client<'a> {
                         if (self.interrupt)() {
                             return Err(Interrupted.into());
                         }
-                        thread::sleep(pause.min(Duration::from_millis(100)));
+                        thread::sleep(pause.min(POLL));
                     }
                     wait *= 2;
                 }
@@ -170,99 +202,158 @@ impl<'a> Client<'a> {
         bail!("no attempt was made")
     }
 
-    /// Asks for a file from byte `from` on, if that is given, and follows redirections.
-    fn get(
-        &self,
-        url: &str,
-        token: Option<&str>,
-        from: Option<u64>,
-    ) -> Result<Response<Body>, Failure> {
-        let first = host_of(url).map_err(Failure::Final)?;
-        let mut url = url.to_owned();
-        for _ in 0..=MOST_REDIRECTIONS {
-            let mut request = self.agent.get(&url);
-            let host = host_of(&url).map_err(Failure::Final)?;
-            if let Some(token) = token.filter(|_| host == first) {
-                request = request.header("Authorization", format!("Bearer {token}"));
-            }
-            if let Some(from) = from {
-                request = request.header("Range", format!("bytes={from}-"));
-            }
-            let response = request.call().map_err(passing)?;
-            let status = response.status();
-            if !status.is_redirection() {
-                return sorted_out(response);
-            }
-            let location = header(&response, "location").unwrap_or_default();
-            url = joined(&url, &location).map_err(Failure::Final)?;
-        }
-        Err(Failure::Final(anyhow!("it redirects more than {MOST_REDIRECTIONS} times")))
-    }
-
-    /// Fetches what is missing of `partial`.
-    fn go_on(
+    /// Downloads what is missing of `partial`. Returns whether there was something before.
+    fn resume(
         &self,
         url: &str,
         token: Option<&str>,
         expected: &Expected,
         partial: &Path,
         progress: &mut Progress,
-    ) -> Result<(), Failure> {
-        let mut options = OpenOptions::new();
-        options.create(true).truncate(false).write(true);
+    ) -> Result<bool, Failure> {
         let failed = |error: io::Error| {
             Failure::Final(anyhow!(error).context(format!("writing `{}`", partial.display())))
         };
+        let options = OpenOptions::new().create(true).truncate(false).write(true).to_owned();
         let mut file = options.open(partial).map_err(failed)?;
         let mut there = file.metadata().map_err(failed)?.len();
         if expected.bytes.is_some_and(|bytes| there > bytes) {
+            file.set_len(0).map_err(failed)?;
             there = 0;
         }
-        if there > 0 && expected.bytes == Some(there) {
-            return Ok(());
+        let resumed = there > 0;
+        if resumed && expected.bytes == Some(there) {
+            return Ok(resumed);
         }
-        let response = self.get(url, token, (there > 0).then_some(there))?;
-        if header(&response, "content-type").is_some_and(|kind| kind.starts_with("text/html")) {
-            return Err(Failure::Final(anyhow!(
-                "it answers with a web page instead of the file; it may want you to log in"
-            )));
-        }
-        let range = header(&response, "content-range");
-        let goes_on = response.status() == StatusCode::PARTIAL_CONTENT
-            && range.as_deref().and_then(start_of_range) == Some(there);
-        if !goes_on {
-            // The whole file, whether it was asked for or not.
-            if response.status() == StatusCode::PARTIAL_CONTENT {
+        let response = self.get(url, token, there)?;
+        let (status, range) = (response.status(), header(&response, "content-range"));
+        if status == StatusCode::RANGE_NOT_SATISFIABLE {
+            // Nothing follows. Either the file is whole, or it is another one.
+            if check(partial, expected).is_err() {
                 file.set_len(0).map_err(failed)?;
-                return Err(Failure::Passing(anyhow!("it answers with another part"), None));
+                let error = anyhow!("`{}` is not part of this file", partial.display());
+                return Err(Failure::Passing(error, Some(Duration::ZERO)));
             }
+            return Ok(resumed);
+        }
+        if header(&response, "content-type").is_some_and(|kind| kind.starts_with("text/html")) {
+            return Err(Failure::Final(web_page()));
+        }
+        if let (Some(bytes), Some(announced)) = (expected.bytes, whole_length(&response))
+            && announced != bytes
+        {
+            let error = anyhow!("the server has a file of {announced} bytes, not {bytes}");
+            return Err(Failure::Passing(error, None));
+        }
+        if status == StatusCode::PARTIAL_CONTENT {
+            if range.as_deref().and_then(start_of_range) != Some(there) {
+                file.set_len(0).map_err(failed)?;
+                let error = anyhow!("the server sends another part than was asked for");
+                return Err(Failure::Passing(error, Some(Duration::ZERO)));
+            }
+            file.seek(SeekFrom::Start(there)).map_err(failed)?;
+        } else if resumed {
+            // The whole file, although a part was asked for.
+            file.set_len(0).map_err(failed)?;
             there = 0;
         }
-        file.set_len(there).map_err(failed)?;
-        file.seek(SeekFrom::Start(there)).map_err(failed)?;
-        // One byte more than there should be tells a file that is too long.
-        let most = expected.bytes.map_or(u64::MAX, |bytes| bytes + 1 - there);
-        let mut body = response.into_body().into_with_config().limit(u64::MAX).reader().take(most);
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            let read = body.read(&mut buffer).map_err(passing)?;
-            if read == 0 {
-                break;
-            }
-            file.write_all(&buffer[..read]).map_err(failed)?;
-            if (self.interrupt)() {
-                return Err(Failure::Final(Interrupted.into()));
-            }
-            there += read as u64;
+        self.receive(response, |piece| {
+            file.write_all(piece).map_err(failed)?;
+            there += piece.len() as u64;
             progress.at(there, "bytes");
-        }
+            Ok(expected.bytes.is_none_or(|bytes| there <= bytes))
+        })?;
         file.sync_data().map_err(failed)?;
         match expected.bytes {
-            // It said that less would come than there is: the rest is asked for.
+            // Without an announced length, the end of an answer may be the end of a connection.
             Some(bytes) if there < bytes => {
                 Err(Failure::Passing(anyhow!("only {there} of {bytes} bytes came"), None))
             }
-            _ => Ok(()),
+            _ => Ok(resumed),
+        }
+    }
+
+    /// Asks for a file from byte `from` on.
+    fn get(&self, url: &str, token: Option<&str>, from: u64) -> Result<Response<Body>, Failure> {
+        let response = self.call(url, token, from)?;
+        // `ureq` drops the token with the first redirect. A repository that was renamed redirects
+        // within its host, which needs the token again.
+        let landed = response.get_uri();
+        let is_denied = matches!(response.status().as_u16(), 401 | 403 | 404);
+        match token {
+            Some(_) if is_denied && *landed != *url && is_same_host(landed, url) => {
+                answered(self.call(&landed.to_string(), token, from)?, from)
+            }
+            _ => answered(response, from),
+        }
+    }
+
+    fn call(&self, url: &str, token: Option<&str>, from: u64) -> Result<Response<Body>, Failure> {
+        let request = self.agent.get(url).config().https_only(is_https(url)).build();
+        // The digests are those of the file itself: it must not be compressed on its way.
+        let mut request = request.header("Accept-Encoding", "identity");
+        if let Some(token) = token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        if from > 0 {
+            request = request.header("Range", format!("bytes={from}-"));
+        }
+        let (send, answer) = sync_channel(1);
+        thread::spawn(move || {
+            // Nobody receives it after an interrupt.
+            let _ = send.send(request.call());
+        });
+        match self.next(&answer)? {
+            Some(answer) => answer.map_err(|error| match is_final(&error) {
+                true => Failure::Final(error.into()),
+                false => passing(error),
+            }),
+            None => Err(Failure::Final(anyhow!("the thread that reads the network panicked"))),
+        }
+    }
+
+    /// Hands the body of an answer to `take`, piece by piece, until that returns `false`.
+    fn receive(
+        &self,
+        response: Response<Body>,
+        mut take: impl FnMut(&[u8]) -> Result<bool, Failure>,
+    ) -> Result<(), Failure> {
+        let mut body = response.into_body().into_with_config().limit(u64::MAX).reader();
+        let (send, pieces) = sync_channel(16);
+        thread::spawn(move || {
+            loop {
+                let mut piece = vec![0; 1 << 16];
+                let read = body.read(&mut piece).map(|length| {
+                    piece.truncate(length);
+                    piece
+                });
+                let is_last = read.as_ref().map_or(true, Vec::is_empty);
+                if send.send(read).is_err() || is_last {
+                    break;
+                }
+            }
+        });
+        while let Some(piece) = self.next(&pieces)? {
+            // As text: an `io::Error` in a chain is one of the disk, which no other server mends.
+            let piece = piece.map_err(|error| passing(anyhow!("reading the answer: {error}")))?;
+            if piece.is_empty() || !take(&piece)? {
+                return Ok(());
+            }
+        }
+        Err(Failure::Final(anyhow!("the thread that reads the network panicked")))
+    }
+
+    /// What a thread sends next; nothing if it ended.
+    fn next<T>(&self, thread: &Receiver<T>) -> Result<Option<T>, Failure> {
+        loop {
+            if (self.interrupt)() {
+                return Err(Failure::Final(Interrupted.into()));
+            }
+            match thread.recv_timeout(POLL) {
+                Ok(value) => return Ok(Some(value)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            }
         }
     }
 }
@@ -277,25 +368,34 @@ fn passing(error: impl Into<anyhow::Error>) -> Failure {
     Failure::Passing(error.into(), None)
 }
 
-/// An answer that has what was asked for, or why it has not.
-fn sorted_out(response: Response<Body>) -> Result<Response<Body>, Failure> {
-    let status = response.status();
+/// Whether the same request cannot succeed later.
+fn is_final(error: &ureq::Error) -> bool {
+    use ureq::Error::{
+        BadUri, Http, InvalidProxyUrl, Protocol, RedirectFailed, RequireHttpsOnly, TooManyRedirects,
+    };
+    matches!(
+        error,
+        BadUri(_)
+            | Http(_)
+            | InvalidProxyUrl
+            | Protocol(_)
+            | RedirectFailed
+            | RequireHttpsOnly(_)
+            | TooManyRedirects
+    )
+}
+
+/// An answer with what was asked for, or one that says that there is nothing from byte `from` on.
+fn answered(response: Response<Body>, from: u64) -> Result<Response<Body>, Failure> {
+    let refused = Refused(response.status());
     let asked = header(&response, "retry-after").and_then(|text| text.parse().ok());
-    let asked = asked.map(Duration::from_secs);
-    match status.as_u16() {
+    match refused.0.as_u16() {
         200 | 206 => Ok(response),
-        401 | 403 => Err(Failure::Final(anyhow!(
-            "it answers {status}: the file is not for everyone; accept its terms where it is \
-             published, and set HF_TOKEN to a token of yours that may read it"
-        ))),
+        416 if from > 0 => Ok(response),
         408 | 425 | 429 | 500 | 502..=504 => {
-            Err(Failure::Passing(anyhow!("it answers {status}"), asked))
+            Err(Failure::Passing(refused.into(), asked.map(Duration::from_secs)))
         }
-        // A part that is not there: what lies here is longer than the file.
-        416 => Err(Failure::Final(anyhow!(
-            "it answers {status}: what was fetched of it before is not of this file"
-        ))),
-        _ => Err(Failure::Final(anyhow!("it answers {status}"))),
+        _ => Err(Failure::Final(refused.into())),
     }
 }
 
@@ -303,57 +403,61 @@ fn header(response: &Response<Body>, name: &str) -> Option<String> {
     Some(response.headers().get(name)?.to_str().ok()?.to_owned())
 }
 
+/// The length of the whole file, if an answer announces it.
+fn whole_length(response: &Response<Body>) -> Option<u64> {
+    match response.status() {
+        StatusCode::PARTIAL_CONTENT => {
+            header(response, "content-range")?.rsplit_once('/')?.1.parse().ok()
+        }
+        _ => header(response, "content-length")?.parse().ok(),
+    }
+}
+
 /// The first number of `bytes 5-9/10`.
 fn start_of_range(range: &str) -> Option<u64> {
     range.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }
 
-/// Scheme, host and port of an address: whom a token is meant for.
-fn host_of(url: &str) -> Result<String> {
-    let uri: Uri = url.parse().with_context(|| format!("`{url}` is not an address"))?;
-    let (scheme, host) = (uri.scheme_str(), uri.authority());
-    match (scheme, host) {
-        (Some(scheme @ ("http" | "https")), Some(host)) => Ok(format!("{scheme}://{host}")),
-        _ => bail!("`{url}` is not an address of http or https"),
-    }
+fn is_https(url: &str) -> bool {
+    url.parse::<Uri>().is_ok_and(|uri| uri.scheme() == Some(&Scheme::HTTPS))
 }
 
-/// Where a redirection leads.
-fn joined(from: &str, location: &str) -> Result<String> {
-    ensure!(!location.is_empty(), "it redirects to nowhere");
-    if location.contains("://") {
-        ensure!(
-            !from.starts_with("https://") || location.starts_with("https://"),
-            "it redirects from https to `{location}`"
-        );
-        return Ok(location.to_owned());
-    }
-    let host = host_of(from)?;
-    if let Some(other) = location.strip_prefix("//") {
-        let (scheme, _) = host.split_once("://").context("a scheme")?;
-        return Ok(format!("{scheme}://{other}"));
-    }
-    match location.starts_with('/') {
-        true => Ok(format!("{host}{location}")),
-        false => Ok(format!("{}/{location}", from.rsplit_once('/').map_or(from, |(path, _)| path))),
-    }
+/// Whether two addresses have the same scheme, host and port.
+fn is_same_host(uri: &Uri, url: &str) -> bool {
+    let place = |uri: &Uri| (uri.scheme().cloned(), uri.authority().cloned());
+    url.parse().is_ok_and(|other| place(uri) == place(&other))
 }
 
-/// Whether a file is what it must be.
+fn web_page() -> anyhow::Error {
+    anyhow!(
+        "the server sends a web page instead of the file; it may want you to log in, or the network \
+         you are in may"
+    )
+}
+
+/// Whether a file begins as a web page does.
+fn is_web_page(path: &Path) -> bool {
+    let mut start = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(256).read_to_end(&mut start));
+    let start = start.trim_ascii_start().to_ascii_lowercase();
+    read.is_ok()
+        && [b"<!doctype html".as_slice(), b"<html"].iter().any(|tag| start.starts_with(tag))
+}
+
+/// Fails unless a file has the length and the digest that are expected.
 ///
 /// # Errors
 ///
-/// It is not, or cannot be read.
+/// The message says what it has instead.
 pub fn check(path: &Path, expected: &Expected) -> Result<()> {
     let length = fs::metadata(path)?.len();
     if let Some(bytes) = expected.bytes {
         ensure!(length == bytes, "it has {length} bytes, not {bytes}");
     }
     let (found, stated) = match &expected.digest {
-        None => return Ok(()),
-        Some(Checksum::Sha256(stated)) => (digest::<Sha256>(path, &[])?, stated),
-        Some(Checksum::Md5(stated)) => (digest::<Md5>(path, &[])?, stated),
-        Some(Checksum::Git(stated)) => {
+        Checksum::Sha256(stated) => (digest::<Sha256>(path, &[])?, stated),
+        Checksum::Md5(stated) => (digest::<Md5>(path, &[])?, stated),
+        Checksum::Git(stated) => {
             (digest::<Sha1>(path, format!("blob {length}\0").as_bytes())?, stated)
         }
     };
@@ -375,26 +479,17 @@ fn digest<D: Digest>(path: &Path, before: &[u8]) -> Result<String> {
     }
 }
 
-/// SHA-256 of a file.
+/// The user's folder for files that can be downloaded again.
 ///
 /// # Errors
 ///
-/// It cannot be read.
-pub fn sha256(path: &Path) -> Result<String> {
-    digest::<Sha256>(path, &[])
-}
-
-/// The user's own folder for what can be fetched again.
-///
-/// # Errors
-///
-/// There is neither `XDG_CACHE_HOME` nor a home.
+/// Neither `XDG_CACHE_HOME` nor a home is set.
 pub fn cache_folder() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     if let Some(folder) = variable("XDG_CACHE_HOME") {
         return Ok(folder.into());
     }
     let home = variable("HOME").or_else(|| variable("USERPROFILE"));
-    let home = home.context("there is no home to keep files in; set XDG_CACHE_HOME")?;
+    let home = home.context("no home folder to keep downloads in; set XDG_CACHE_HOME")?;
     Ok(Path::new(&home).join(".cache"))
 }

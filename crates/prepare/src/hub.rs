@@ -1,17 +1,16 @@
 //! Files from the Hugging Face Hub: `hf://datasets/owner/name` and `hf://owner/model`.
 //!
-//! Behind the name may stand `@revision` and a path, in which `*` stands for any signs, as in
-//! `hf://datasets/owner/name@main/data/train-*.parquet`. Whatever the revision, the files come from one
-//! commit, which the hub names first; a commit given as 40 hexadecimal digits pins them for good.
+//! A revision and a path may follow the name, in which `*` matches any characters, as in
+//! `hf://datasets/owner/name@main/data/train-*.parquet`. All files come from one commit, which the hub
+//! names first; a revision of 40 hexadecimal digits is a commit and pins them for good.
 //!
-//! Names, folders and addresses are those of crate `hf-hub`, and its layout of the cache is the one
-//! that Python shares: `blobs/<digest>`, `snapshots/<commit>/<path>` as links to them, `refs/<revision>`.
-//! The transport is our own ([`http`]), because that of `hf-hub` 0.5 sends the token to
-//! whichever host a file is redirected to, compares no digest, and knows neither `HF_HUB_CACHE`,
-//! `HF_TOKEN` nor `HF_HUB_OFFLINE`. A large file is checked by the SHA-256 that the hub states for it,
-//! a small one by its name in git.
+//! The cache has the layout of crate `hf-hub`, which Python shares: `blobs/<digest>`,
+//! `snapshots/<commit>/<path>` as links to them, `refs/<revision>`. Downloading is our own ([`http`]):
+//! the transport of `hf-hub` 0.5 sends the token to any host that a file is redirected to, compares no
+//! digest, and ignores `HF_HUB_CACHE`, `HF_TOKEN` and `HF_HUB_OFFLINE`. A large file is checked by the SHA-256 that the hub states for it, a small one by
+//! its name in git.
 //!
-//! Honoured: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
+//! Environment variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,12 +19,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
+use ureq::http::StatusCode;
 
-use crate::http::{self, Checksum, Client, Expected};
+use crate::http::{self, Checksum, Client, Expected, Refused};
 use crate::names::{file_name, is_like, safe_name};
 use crate::{Interrupt, picture};
 
-/// What stands behind `hf://`.
+/// A repository of the hub and some of its files: the text after `hf://`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     /// Whether it is a repository of data, not of a model.
@@ -34,16 +34,16 @@ pub struct Address {
     pub name: String,
     /// Branch, tag or commit.
     pub revision: String,
-    /// What the paths of its files must be like; empty for all.
+    /// A pattern for the paths of its files; empty for all.
     pub pattern: String,
 }
 
 impl Address {
-    /// Takes the text behind `hf://` apart.
+    /// Parses the text after `hf://`.
     ///
     /// # Errors
     ///
-    /// It is not an address.
+    /// The message says what an address looks like.
     pub fn parse(text: &str) -> Result<Self> {
         let context = || {
             format!(
@@ -78,6 +78,19 @@ impl Address {
         let kind = if self.is_dataset { RepoType::Dataset } else { RepoType::Model };
         Repo::with_revision(self.name.clone(), kind, self.revision.clone())
     }
+
+    /// Where the hub lists the files of this revision.
+    fn api_url(&self, endpoint: &str) -> String {
+        let kind = if self.is_dataset { "datasets" } else { "models" };
+        let revision = escaped(&self.revision).replace('/', "%2F");
+        format!("{endpoint}/api/{kind}/{}/revision/{revision}?blobs=true", self.name)
+    }
+
+    /// Where the hub has the file `name` of a commit.
+    fn file_url(&self, endpoint: &str, commit: &str, name: &str) -> String {
+        let kind = if self.is_dataset { "datasets/" } else { "" };
+        format!("{endpoint}/{kind}{}/resolve/{commit}/{}", self.name, escaped(name))
+    }
 }
 
 /// `refs/pr/7` and `refs/convert/parquet` have slashes of their own.
@@ -89,25 +102,25 @@ fn split_revision(text: &str) -> (&str, &str) {
     }
 }
 
-/// What the user's environment says.
+/// The user's settings, from environment variables.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The server: `HF_ENDPOINT`.
     pub endpoint: String,
     /// Where files are kept: `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
     pub cache: PathBuf,
-    /// Proves who the user is: `HF_TOKEN`, or the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`.
+    /// The user's access token: `HF_TOKEN`, or the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`.
     pub token: Option<String>,
-    /// Whether to do with what is kept: `HF_HUB_OFFLINE`.
+    /// Whether to use the cache only: `HF_HUB_OFFLINE`.
     pub is_offline: bool,
 }
 
 impl Settings {
-    /// Reads variables by `variable`.
+    /// Settings from the variables that `variable` looks up.
     ///
     /// # Errors
     ///
-    /// There is no place to keep files in.
+    /// No cache folder is known.
     pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let variable = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
         let home = match variable("HF_HOME") {
@@ -128,7 +141,7 @@ impl Settings {
     }
 }
 
-/// What the hub says of a revision.
+/// The hub's answer about a revision.
 #[derive(Debug, Deserialize)]
 struct Info {
     sha: String,
@@ -152,18 +165,19 @@ struct Lfs {
     size: Option<u64>,
 }
 
-/// Fetches the files of an address, unless they are kept already. Of a data set: its Parquet files, or
-/// failing that its archives, or the folder of its pictures; of a model: the folder of all files.
+/// Downloads the files of an address that are missing from the cache. Of a data set, these are its
+/// Parquet files, or else its archives, or else its pictures, as a folder; of a model, the folder of all
+/// files.
 ///
 /// # Errors
 ///
-/// The hub cannot be reached, says no, or has no such files.
+/// The hub cannot be reached, refuses, or has no such files.
 pub fn fetch(address: &str, interrupt: Interrupt) -> Result<Vec<PathBuf>> {
     let settings = Settings::read(|name| std::env::var(name).ok())?;
     fetch_with(&Address::parse(address)?, &settings, &Client::new(interrupt))
 }
 
-/// The same with other settings.
+/// [`fetch`] with other settings.
 ///
 /// # Errors
 ///
@@ -178,11 +192,11 @@ pub fn fetch_with(address: &Address, settings: &Settings, client: &Client) -> Re
         list_files(&snapshot, "", &mut names)?;
         return wanted(address, &snapshot, names);
     }
-    let url = format!("{}/api/{}?blobs=true", settings.endpoint, repo.api_url());
-    let text = client.text(&url, settings.token.as_deref()).with_context(|| {
+    let url = address.api_url(&settings.endpoint);
+    let text = client.text(&url, settings.token.as_deref()).map_err(explain_refusal);
+    let text = text.with_context(|| {
         format!(
-            "looking up {} on the hub; without a network, HF_HUB_OFFLINE=1 does with what is kept in \
-             `{}`",
+            "looking up {} on the hub; without a network, HF_HUB_OFFLINE=1 uses what is in `{}`",
             address.name,
             settings.cache.display()
         )
@@ -202,9 +216,8 @@ pub fn fetch_with(address: &Address, settings: &Settings, client: &Client) -> Re
         info.siblings.into_iter().map(|sibling| (sibling.rfilename.clone(), sibling)).collect();
     for name in chosen(address, siblings.keys().cloned().collect())? {
         let sibling = &siblings[&name];
-        let url =
-            format!("{}/{}/resolve/{}/{}", settings.endpoint, repo.url(), info.sha, escaped(&name));
-        fetch_one(client, &url, settings, sibling, &kept, &snapshot)?;
+        let url = address.file_url(&settings.endpoint, &info.sha, &name);
+        fetch_one(client, &url, settings, sibling, &root, &snapshot)?;
     }
     if !is_commit(&address.revision) {
         kept.create_ref(&info.sha).context("writing into the cache of the hub")?;
@@ -216,7 +229,18 @@ fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// The folder of the commit that was fetched last.
+/// Says what to do about a refusal.
+fn explain_refusal(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(Refused(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)) => error.context(
+            "there is no such repository, or it is not public; check its name, accept its terms \
+             where it is published, and set HF_TOKEN to a token that may read it",
+        ),
+        _ => error,
+    }
+}
+
+/// The folder of the commit that was downloaded last.
 fn kept_snapshot(address: &Address, kept: &CacheRepo, root: &Path) -> Result<PathBuf> {
     let commit = match is_commit(&address.revision) {
         true => Some(address.revision.clone()),
@@ -225,7 +249,7 @@ fn kept_snapshot(address: &Address, kept: &CacheRepo, root: &Path) -> Result<Pat
     let snapshot = commit.map(|commit| kept.pointer_path(commit.trim()));
     snapshot.filter(|snapshot| snapshot.is_dir()).with_context(|| {
         format!(
-            "revision {} of {} is not kept in `{}`, and HF_HUB_OFFLINE forbids to fetch it; unset that",
+            "revision {} of {} is not in `{}`, and HF_HUB_OFFLINE forbids to download it; unset it",
             address.revision,
             address.name,
             root.display()
@@ -245,7 +269,7 @@ fn list_files(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()
     Ok(())
 }
 
-/// Which of a repository's files to fetch.
+/// Returns which of a repository's files to download.
 fn chosen(address: &Address, mut names: Vec<String>) -> Result<Vec<String>> {
     names.retain(|name| safe_name(name).is_ok_and(|safe| safe == *name));
     names.sort();
@@ -270,7 +294,7 @@ fn chosen(address: &Address, mut names: Vec<String>) -> Result<Vec<String>> {
     }
     ensure!(
         !names.is_empty(),
-        "{} at {} has no files{}; look at {} on the hub, and name some behind it, as in \
+        "{} at {} has no files{}; look at {} on the hub, and append a path, as in \
          hf://datasets/owner/name@revision/data/train-*.parquet",
         address.name,
         address.revision,
@@ -280,7 +304,7 @@ fn chosen(address: &Address, mut names: Vec<String>) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What the files are as a source: files of one kind, or the folder that they lie in.
+/// Returns the files as a source: files of one kind, or the folder that they are in.
 fn wanted(address: &Address, snapshot: &Path, names: Vec<String>) -> Result<Vec<PathBuf>> {
     let names = chosen(address, names)?;
     let are_loose = names.iter().any(|name| picture::has_extension(name));
@@ -290,13 +314,13 @@ fn wanted(address: &Address, snapshot: &Path, names: Vec<String>) -> Result<Vec<
     Ok(names.into_iter().map(|name| snapshot.join(name)).collect())
 }
 
-/// Fetches a file into `blobs` and links it from the snapshot.
+/// Downloads a file into `blobs` and links it from the snapshot.
 fn fetch_one(
     client: &Client,
     url: &str,
     settings: &Settings,
     sibling: &Sibling,
-    kept: &CacheRepo,
+    root: &Path,
     snapshot: &Path,
 ) -> Result<()> {
     let name = &sibling.rfilename;
@@ -310,22 +334,23 @@ fn fetch_one(
     };
     let is_digest = blob.len() >= 40 && blob.bytes().all(|byte| byte.is_ascii_hexdigit());
     ensure!(is_digest, "the hub states `{blob}` as the digest of `{name}`");
-    let (pointer, blob) = (snapshot.join(name), kept.blob_path(blob));
+    let (pointer, blob) = (snapshot.join(name), root.join("blobs").join(blob));
     if pointer.exists() {
         return Ok(());
     }
     if !blob.exists() {
         let partial = blob.with_extension("incomplete");
-        let expected = Expected { bytes, digest: Some(digest) };
-        client.fetch(url, settings.token.as_deref(), &expected, &partial, &blob)?;
+        let expected = Expected { bytes, digest };
+        let token = settings.token.as_deref();
+        client.fetch(url, token, &expected, &partial, &blob).map_err(explain_refusal)?;
     }
     link(&blob, &pointer, name).with_context(|| format!("linking `{}`", pointer.display()))
 }
 
-/// Links the file `name` of a snapshot to its blob, as seen from there: the cache can be moved.
+/// Links the file `name` of a snapshot to its blob, by a relative path, so that the cache can be moved.
 fn link(blob: &Path, pointer: &Path, name: &str) -> Result<()> {
     fs::create_dir_all(pointer.parent().context("a folder")?)?;
-    // A link to a blob that was removed.
+    // A link to a blob that was removed may be there.
     let _ = fs::remove_file(pointer);
     #[cfg(unix)]
     {
@@ -338,7 +363,7 @@ fn link(blob: &Path, pointer: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A path as it stands in an address.
+/// Percent-encodes a path.
 fn escaped(path: &str) -> String {
     let mut text = String::new();
     for byte in path.bytes() {
@@ -373,6 +398,14 @@ mod tests {
         assert_eq!(converted.revision, "refs/convert/parquet");
         assert_eq!(converted.pattern, "default/*");
         assert_eq!(parse("datasets/a/b@refs%2Fpr%2F7").revision, "refs/pr/7");
+        assert_eq!(
+            converted.api_url("https://hub"),
+            "https://hub/api/datasets/a/b/revision/refs%2Fconvert%2Fparquet?blobs=true"
+        );
+        assert_eq!(
+            parse("timm/net").file_url("https://hub", "0123", "a b/c.bin"),
+            "https://hub/timm/net/resolve/0123/a%20b/c.bin"
+        );
         for wrong in ["", "a", "datasets/a", "../a/b", "a/..", "a/b@../c", "a/b@", "a b/c", "a/b?x"]
         {
             assert!(Address::parse(wrong).is_err(), "{wrong}");

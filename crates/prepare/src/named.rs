@@ -1,12 +1,11 @@
-//! Published sets that are fetched by name, such as `named://cifar-10`.
+//! Published data sets that are downloaded by name, such as `named://cifar-10`.
 //!
-//! Each has its files, for each file the places it is published at, in the order in which they are
-//! asked, and a digest: that of the publisher or of the set's reader in torchvision (MD5), or of the files
-//! that this project's results were made with (SHA-256). Files are kept in `assort` in the user's
-//! cache folder and checked again whenever they are used. What is fetched is for the user to use by its
-//! terms; `data/README.md` names them.
+//! Each file of a set has the addresses it is published at, which are tried in order, and a digest: an
+//! MD5 from the publisher or from torchvision's reader of the set, or the SHA-256 of the file that
+//! this project's results were made with. Files are kept in the folder `assort` of the user's cache
+//! folder, and checked whenever they are used. The terms of each set are in `data/README.md`.
 
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -15,20 +14,20 @@ use stage::Interrupted;
 use crate::Interrupt;
 use crate::http::{self, Checksum, Client, Expected};
 
-/// A published set.
+/// A published data set.
 #[derive(Debug)]
 pub struct Set {
-    /// What stands behind `named://`.
+    /// Its name after `named://`.
     pub name: &'static str,
     files: &'static [Published],
-    /// The folder within the archive that has the pictures of training.
+    /// The folder of training pictures within the archive.
     within: &'static str,
 }
 
 #[derive(Debug)]
 struct Published {
     name: &'static str,
-    /// What stands before the name at each place.
+    /// Its addresses, without its name.
     places: &'static [&'static str],
     bytes: Option<u64>,
     digest: Digest,
@@ -141,24 +140,24 @@ pub const SETS: [Set; 8] = [
     },
 ];
 
-/// The set of this name.
+/// Returns the set of this name.
 ///
 /// # Errors
 ///
-/// There is none.
+/// There is none; the message lists the names.
 pub fn find(name: &str) -> Result<&'static Set> {
     SETS.iter().find(|set| set.name == name).with_context(|| {
         let names: Vec<&str> = SETS.iter().map(|set| set.name).collect();
-        format!("there is no set `named://{name}`; there are {}", names.join(", "))
+        format!("no set `named://{name}`; the sets are {}", names.join(", "))
     })
 }
 
-/// Fetches a set, unless it is there. Returns its archive, or the folder of its files, and the folder
-/// within the archive that counts.
+/// Downloads the files of a set that are missing. Returns its archive, or the folder of its files, and
+/// the folder within the archive to read.
 ///
 /// # Errors
 ///
-/// There is no such set, or no place has its files as they should be.
+/// There is no such set, or no address has the expected file.
 pub fn fetch(name: &str, interrupt: Interrupt) -> Result<(PathBuf, String)> {
     let set = find(name)?;
     let folder = http::cache_folder()?.join("assort").join(name);
@@ -179,14 +178,17 @@ fn expected(file: &Published) -> Expected {
         Digest::Md5(digest) => Checksum::Md5(digest.to_owned()),
         Digest::Sha256(digest) => Checksum::Sha256(digest.to_owned()),
     };
-    Expected { bytes: file.bytes, digest: Some(digest) }
+    Expected { bytes: file.bytes, digest }
 }
 
-/// Fetches a file from the first place that has it as it should be, unless it is there.
+/// Downloads a file from the first address that has it as expected, unless it is there.
+///
+/// The partial file of a failed download is kept: the next attempt resumes it, also from another
+/// address, because the digest is the same.
 ///
 /// # Errors
 ///
-/// No place has it.
+/// No address has it, the disk fails, or the user interrupts.
 pub fn fetch_file(
     client: &Client,
     urls: impl Iterator<Item = String>,
@@ -196,7 +198,7 @@ pub fn fetch_file(
     if path.exists() {
         match http::check(path, expected) {
             Ok(()) => return Ok(()),
-            Err(error) => tracing::info!("`{}` is fetched again: {error:#}", path.display()),
+            Err(error) => tracing::info!("downloading `{}` again: {error:#}", path.display()),
         }
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -205,17 +207,21 @@ pub fn fetch_file(
     for url in urls {
         match client.fetch(&url, None, expected, &partial, path) {
             Ok(()) => return Ok(()),
-            Err(error) if error.is::<Interrupted>() => return Err(error),
+            // Another address mends neither an interrupt nor a full disk.
+            Err(error) if error.is::<Interrupted>() || is_of_disk(&error) => return Err(error),
             Err(error) => reasons.push(format!("{error:#}")),
         }
-        // Another place may have another file.
-        let _ = fs::remove_file(&partial);
     }
     bail!(
-        "`{name}` is not to be had: {}; get it elsewhere and name it with {}",
+        "could not download `{name}`: {}; try again later, or download it yourself and pass it \
+         with {}",
         reasons.join("; "),
         crate::folder::SOURCE
     )
+}
+
+fn is_of_disk(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<io::Error>())
 }
 
 #[cfg(test)]

@@ -5,10 +5,12 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use prepare::http::{self, Checksum, Client, Expected};
+use prepare::http::{Checksum, Client, Expected};
 use prepare::hub::{self, Address, Settings};
 use sha2::{Digest, Sha256};
 
@@ -71,6 +73,12 @@ fn say(out: &mut TcpStream, status: &str, headers: &[&str], length: usize, body:
     let _ = out.write_all(head.as_bytes()).and_then(|()| out.write_all(body));
 }
 
+/// Answers without a length: the end of the connection is that of the body.
+fn unannounced(out: &mut TcpStream, body: &[u8]) {
+    let head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+    let _ = out.write_all(head).and_then(|()| out.write_all(body));
+}
+
 fn whole(out: &mut TcpStream, body: &[u8]) {
     say(out, "200 OK", &[], body.len(), body);
 }
@@ -100,15 +108,19 @@ fn sha(bytes: &[u8]) -> String {
 }
 
 fn expected(bytes: &[u8]) -> Expected {
-    let digest = Some(Checksum::Sha256(sha(bytes)));
-    Expected { bytes: Some(bytes.len() as u64), digest }
+    Expected { bytes: Some(bytes.len() as u64), digest: Checksum::Sha256(sha(bytes)) }
+}
+
+/// As the publisher of a named set states it: by a digest alone.
+fn of_unknown_length(bytes: &[u8]) -> Expected {
+    Expected { bytes: None, ..expected(bytes) }
 }
 
 fn client() -> Client<'static> {
-    Client::with_first_wait(Duration::from_millis(1), &|| false)
+    Client::with_waits(Duration::from_millis(1), Duration::from_millis(300), &|| false)
 }
 
-/// Fetches `/file` and returns what lies there then, or the message.
+/// Downloads `/file` after an attempt that left `partial`. Returns the file, or the message.
 fn fetch(server: &Server, expected: &Expected, partial: &[u8]) -> Result<Vec<u8>, String> {
     let folder = tempfile::tempdir().expect("a folder");
     let [beside, path] = ["file.incomplete", "file"].map(|name| folder.path().join(name));
@@ -178,7 +190,12 @@ fn a_file_that_is_not_the_expected_one_is_never_kept() {
     assert!(message.contains("checksum") && message.contains("/file"), "{message}");
     let longer = Server::new(|_, _, out| whole(out, &[&bytes()[..], b"more"].concat()));
     let message = fetch(&longer, &expected(&bytes()), b"").expect_err("too long");
-    assert!(message.contains("300001 bytes, not 300000"), "{message}");
+    assert!(message.contains("300004 bytes, not 300000"), "{message}");
+    assert_eq!(server.requests().len(), 1, "asking again does not help");
+    // Without an announced length.
+    let longer = Server::new(|_, _, out| unannounced(out, &[&bytes()[..], b"more"].concat()));
+    let message = fetch(&longer, &expected(&bytes()), b"").expect_err("too long");
+    assert!(message.contains("300004 bytes, not 300000"), "{message}");
 }
 
 #[test]
@@ -189,10 +206,17 @@ fn a_lie_about_the_length_is_found_out() {
         _ => part(request, out, &bytes()),
     });
     assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    let server = Server::new(|request, number, out| match number {
+        0 => unannounced(out, &bytes()[..500]),
+        _ => part(request, out, &bytes()),
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    assert_eq!(server.requests()[1].1["range"], "bytes=500-");
     // More than there is, each time: there is an end to asking.
     let server = Server::new(|_, _, out| say(out, "200 OK", &[], 1 << 40, &bytes()[..10]));
     let message = fetch(&server, &expected(&bytes()), b"").expect_err("cut short");
-    assert!(message.contains("given up after 6 attempts"), "{message}");
+    assert!(message.contains("gave up after 6 attempts"), "{message}");
+    assert!(message.contains("1099511627776 bytes, not 300000"), "{message}");
     assert_eq!(server.requests().len(), 6);
 }
 
@@ -208,7 +232,7 @@ fn a_busy_server_is_asked_again_and_one_that_says_no_is_not() {
         assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()), "{status}");
         assert_eq!(server.requests().len(), 3);
     }
-    for (status, part) in [("404 Not Found", "404"), ("401 Unauthorized", "HF_TOKEN")] {
+    for (status, part) in [("404 Not Found", "404"), ("401 Unauthorized", "401")] {
         let server = Server::new(move |_, _, out| say(out, status, &[], 0, b""));
         let message = fetch(&server, &expected(&bytes()), b"").expect_err(status);
         assert!(message.contains(part), "{message}");
@@ -220,27 +244,46 @@ fn a_busy_server_is_asked_again_and_one_that_says_no_is_not() {
     let message = fetch(&page, &expected(&bytes()), b"").expect_err("a page");
     assert!(message.contains("a web page"), "{message}");
     assert_eq!(page.requests().len(), 1);
+    // As the login page of a network sends it.
+    let page = Server::new(|_, _, out| whole(out, b"\n<!DOCTYPE html><title>Log in</title>"));
+    let message = fetch(&page, &of_unknown_length(&bytes()), b"").expect_err("a page");
+    assert!(message.contains("a web page"), "{message}");
 }
 
 #[test]
 fn a_token_goes_to_no_other_host() {
     let other = Server::new(|request, _, out| part(request, out, &bytes()));
     let target = format!("Location: {}/elsewhere", other.address);
+    // A repository that was renamed, and is not for everyone.
     let server = Server::new(move |request, _, out| match request.0.as_str() {
-        "/file" => say(out, "302 Found", &["Location: /here"], 0, b""),
-        _ => say(out, "307 Temporary Redirect", &[&target], 0, b""),
+        "/file" => say(out, "302 Found", &["Location: /here?from=http://a/b"], 0, b""),
+        _ if request.1.contains_key("authorization") => {
+            say(out, "307 Temporary Redirect", &[&target], 0, b"");
+        }
+        _ => say(out, "401 Unauthorized", &[], 0, b""),
     });
     assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
-    let paths: Vec<String> = server.requests().into_iter().map(|request| request.0).collect();
-    assert_eq!(paths, ["/file", "/here"]);
-    assert!(server.requests().iter().all(|request| request.1.contains_key("authorization")));
+    let asked: Vec<(String, bool)> = (server.requests().into_iter())
+        .map(|request| (request.0, request.1.contains_key("authorization")))
+        .collect();
+    let here = || "/here?from=http://a/b".to_owned();
+    assert_eq!(asked, [("/file".into(), true), (here(), false), (here(), true)]);
     let elsewhere = other.requests();
     assert_eq!(elsewhere.len(), 1);
     assert!(!elsewhere[0].1.contains_key("authorization"), "the token was sent elsewhere");
 
+    // Another port is another host: here the token is refused, and not sent again.
+    let denied = Server::new(|_, _, out| say(out, "401 Unauthorized", &[], 0, b""));
+    let target = format!("Location: {}/x", denied.address);
+    let server = Server::new(move |_, _, out| say(out, "302 Found", &[&target], 0, b""));
+    assert!(fetch(&server, &expected(&bytes()), b"").is_err());
+    assert_eq!(denied.requests().len(), 1);
+    assert!(!denied.requests()[0].1.contains_key("authorization"));
+
     let circle = Server::new(|_, _, out| say(out, "302 Found", &["Location: /file"], 0, b""));
     let message = fetch(&circle, &expected(&bytes()), b"").expect_err("a circle");
-    assert!(message.contains("redirects more than"), "{message}");
+    assert!(message.contains("too many redirects"), "{message}");
+    assert!(circle.requests().len() < 15, "asking again does not help");
     let out_of_http =
         Server::new(|_, _, out| say(out, "302 Found", &["Location: file:///etc/passwd"], 0, b""));
     assert!(fetch(&out_of_http, &expected(&bytes()), b"").is_err());
@@ -262,11 +305,128 @@ fn mirrors_are_asked_in_order() {
     assert_eq!(good.requests().len(), 1);
     fs::write(&path, b"damaged").expect("written");
     get(&path).expect("fetched again");
-    assert_eq!(http::sha256(&path).expect("readable"), sha(&bytes()));
+    assert_eq!(fs::read(&path).expect("there"), bytes());
     let none = [format!("{}/f", gone.address)].into_iter();
     let other = folder.path().join("g");
     let error = prepare::named::fetch_file(&client(), none, &expected(&bytes()), &other);
     assert!(format!("{:#}", error.expect_err("none has it")).contains("404"));
+}
+
+#[test]
+fn a_server_that_falls_silent_is_asked_for_the_rest() {
+    let server = Server::new(|request, number, out| match number {
+        0 => {
+            say(out, "200 OK", &[], bytes().len(), &bytes()[..100_000]);
+            thread::sleep(Duration::from_secs(20));
+        }
+        1 => thread::sleep(Duration::from_secs(20)),
+        _ => part(request, out, &bytes()),
+    });
+    let start = Instant::now();
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    assert!(start.elapsed() < Duration::from_secs(10), "it waited for {:?}", start.elapsed());
+    assert_eq!(server.requests()[2].1["range"], "bytes=100000-");
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_silent_server_and_keeps_what_came() {
+    // Silent before the answer, and within it.
+    for sent in [0, 50_000] {
+        let server = Server::new(move |_, _, out| {
+            if sent > 0 {
+                say(out, "200 OK", &[], bytes().len(), &bytes()[..sent]);
+            }
+            thread::sleep(Duration::from_secs(20));
+        });
+        let folder = tempfile::tempdir().expect("a folder");
+        let [partial, path] = ["partial", "file"].map(|name| folder.path().join(name));
+        let (interrupted, start) = (AtomicBool::new(false), Instant::now());
+        let interrupt = || interrupted.load(Ordering::Relaxed);
+        let minute = Duration::from_secs(60);
+        let client = Client::with_waits(minute, minute, &interrupt);
+        let error = thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(500));
+                interrupted.store(true, Ordering::Relaxed);
+            });
+            let url = format!("{}/file", server.address);
+            client.fetch(&url, None, &expected(&bytes()), &partial, &path).expect_err("interrupted")
+        });
+        assert!(error.is::<stage::Interrupted>(), "{error:#}");
+        assert!(start.elapsed() < Duration::from_secs(10), "it waited for {:?}", start.elapsed());
+        assert_eq!(fs::read(&partial).expect("kept"), bytes()[..sent]);
+    }
+}
+
+#[test]
+fn a_download_of_unknown_length_resumes_and_ends() {
+    let server = Server::new(|request, _, out| part(request, out, &bytes()));
+    let expected = of_unknown_length(&bytes());
+    assert_eq!(fetch(&server, &expected, &bytes()[..1000]), Ok(bytes()));
+    assert_eq!(server.requests().len(), 1);
+    // The program was killed between the last byte and the final name: the server answers 416.
+    assert_eq!(fetch(&server, &expected, &bytes()), Ok(bytes()));
+    assert_eq!(server.requests().len(), 2);
+    // Longer than the file, and as long but another one: from the start.
+    let longer = [&bytes()[..], b"more"].concat();
+    assert_eq!(fetch(&server, &expected, &longer), Ok(bytes()));
+    assert_eq!(fetch(&server, &expected, &vec![1; bytes().len()]), Ok(bytes()));
+    // Without anything to resume, 416 is a refusal.
+    let server = Server::new(|_, _, out| say(out, "416 Range Not Satisfiable", &[], 0, b""));
+    let message = fetch(&server, &expected, b"").expect_err("refused");
+    assert!(message.contains("416"), "{message}");
+}
+
+#[test]
+fn a_compressed_answer_is_the_file_as_it_was_published() {
+    // Many servers announce the compression of a .gz file as one of the transfer.
+    let server = Server::new(|_, _, out| {
+        say(out, "200 OK", &["Content-Encoding: gzip"], bytes().len(), &bytes());
+    });
+    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
+    assert_eq!(server.requests()[0].1["accept-encoding"], "identity");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error_of_the_disk_and_no_other_address_is_asked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("f");
+    std::os::unix::fs::symlink("/dev/full", folder.path().join("f.incomplete")).expect("linked");
+    let [first, second] =
+        [(); 2].map(|()| Server::new(|request, _, out| part(request, out, &bytes())));
+    let urls = [&first, &second].map(|server| format!("{}/f", server.address)).into_iter();
+    let error = prepare::named::fetch_file(&client(), urls, &expected(&bytes()), &path);
+    let error = error.expect_err("no room");
+    let of_disk = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    assert_eq!(of_disk.expect("of the disk").kind(), std::io::ErrorKind::StorageFull);
+    assert!(format!("{error:#}").contains("f.incomplete"), "{error:#}");
+    assert_eq!((first.requests().len(), second.requests().len()), (1, 0));
+}
+
+#[test]
+fn an_outage_of_all_mirrors_loses_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("f");
+    let down = || {
+        Server::new(|request, number, out| match (number, request.1.get("range")) {
+            (0, None) => say(out, "200 OK", &[], bytes().len(), &bytes()[..200_000]),
+            _ => say(out, "503 Service Unavailable", &[], 0, b""),
+        })
+    };
+    let servers = [down(), down()];
+    let urls = servers.each_ref().map(|server| format!("{}/f", server.address));
+    let expected = of_unknown_length(&bytes());
+    let error = prepare::named::fetch_file(&client(), urls.into_iter(), &expected, &path);
+    assert!(format!("{:#}", error.expect_err("an outage")).contains("503"));
+    let kept = fs::read(folder.path().join("f.incomplete")).expect("kept");
+    assert_eq!(kept, bytes()[..200_000]);
+    // Later, another mirror sends the rest.
+    let up = Server::new(|request, _, out| part(request, out, &bytes()));
+    let urls = [format!("{}/f", up.address)].into_iter();
+    prepare::named::fetch_file(&client(), urls, &expected, &path).expect("downloaded");
+    assert_eq!(fs::read(&path).expect("there"), bytes());
+    assert_eq!(up.requests()[0].1["range"], "bytes=200000-");
 }
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -358,6 +518,14 @@ fn a_hub_that_states_other_files_is_refused() {
         let error = hub::fetch_with(&address, &settings, &client()).expect_err(part);
         assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
     }
+    // A repository that is not public, or that is not there: the hub answers alike.
+    let server = Server::new(|_, _, out| say(out, "401 Unauthorized", &[], 0, b""));
+    let folder = tempfile::tempdir().expect("a folder");
+    let denied = settings(&server, folder.path().join("hub"));
+    let address = Address::parse("datasets/owner/name").expect("an address");
+    let error = hub::fetch_with(&address, &denied, &client()).expect_err("not public");
+    let error = format!("{error:#}");
+    assert!(error.contains("HF_TOKEN") && error.contains("check its name"), "{error}");
     // The blob is not what its digest says.
     let server = Server::new(|request, _, out| match request.0.starts_with("/api") {
         true => {
