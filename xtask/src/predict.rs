@@ -72,7 +72,7 @@ pub fn run(options: &Options) -> Result<()> {
             run.folder.display()
         )
     })?;
-    let learnt = Experiment::read(&file)?;
+    let learnt = Experiment::read(file)?;
     let experiment = experiment(&learnt, &network.place, &options.images)?;
 
     let programs = match &options.which.programs {
