@@ -7,6 +7,8 @@ use anyhow::{Context, Result, bail};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
+use crate::shared::is_reference;
+
 /// What a TOML text changes in tables that are there.
 ///
 /// A table under a header `[a.b]` merges key by key into the old one. An inline table `{ … }` is a
@@ -74,6 +76,16 @@ impl Change {
         }
     }
 
+    /// The paths of the values that the change gives, as lists of keys.
+    pub fn paths(&self) -> Vec<Vec<&str>> {
+        let Self::Table(changes) = self else { return vec![vec![]] };
+        let mut paths = Vec::new();
+        for (key, change) in changes {
+            paths.extend(change.paths().into_iter().map(|path| [&[key.as_str()], &*path].concat()));
+        }
+        paths
+    }
+
     fn into_value(self) -> Value {
         match self {
             Self::Value(value) => value,
@@ -114,6 +126,10 @@ fn apply_all(
                     "" => bail!("there is no table `[{key}]`; there are {known}"),
                     _ => bail!("table `[{prefix}]` has no key `{key}`; its keys are {known}"),
                 }
+            }
+            // Only the shared value has a type.
+            (Some(old), Change::Value(new)) if is_reference(old) || is_reference(&new) => {
+                *old = new;
             }
             (Some(Value::Table(old)), Change::Table(changes)) => {
                 apply_all(changes, old, keys, &path.to_string())?;
@@ -219,6 +235,17 @@ mod tests {
         }
         let emptied = changed(Keys::New, OLD, "secu = {}").expect("sound");
         assert_eq!(emptied["secu"], Value::Table(Table::new()));
+    }
+
+    #[test]
+    fn a_reference_replaces_any_value_and_any_value_replaces_a_reference() {
+        let references = "[secu]\nrate = { from = 'rate' }\n[secu.input]\nfrom = 'input'";
+        let merged = changed(Keys::New, OLD, references).expect("sound");
+        assert!(is_reference(&merged["secu"]["rate"]));
+        let beside = "from = 'input'\nwidth = 8\nheight = 9";
+        assert_eq!(merged["secu"]["input"], Value::Table(table(beside)));
+        let back = changed(Keys::New, &merged.to_string(), "secu.rate = 2").expect("sound");
+        assert_eq!(back["secu"]["rate"], Value::Integer(2));
     }
 
     #[test]

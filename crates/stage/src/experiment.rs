@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 use crate::change::{self, Change, Keys};
+use crate::shared::{self, SHARED};
 use crate::{Library, digest};
 
 /// An experiment with every value that one run uses: what it extends is merged into it.
@@ -22,7 +23,12 @@ pub struct Experiment {
     pub name: String,
     /// The file it was read from, for messages.
     pub path: PathBuf,
+    /// Resolved: every value is where it is used.
     pub(crate) tables: Table,
+    /// The same with the table `[shared]`, and references to it in place of values.
+    unresolved: Table,
+    /// What [`Experiment::set`] changed, but for shared values.
+    changes: Vec<Change>,
 }
 
 /// The table `[rounds]`: the order of the steps.
@@ -46,19 +52,45 @@ impl Experiment {
     /// Reads an experiment that is in no file and extends no other.
     pub fn of_text(name: &str, text: &str) -> Result<Self> {
         let tables = text.parse().with_context(|| format!("`{name}` is not TOML"))?;
-        Ok(Self { name: name.to_owned(), path: PathBuf::from(name), tables })
+        Ok(Self { name: name.to_owned(), ..Self::of_tables(PathBuf::from(name), tables)? })
+    }
+
+    /// Resolves the tables of an experiment, whose bases are merged into them.
+    pub(crate) fn of_tables(path: PathBuf, unresolved: Table) -> Result<Self> {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let tables = shared::resolve(unresolved.clone())?;
+        Ok(Self { name, path, tables, unresolved, changes: vec![] })
     }
 
     /// Changes one value: `assignment` is `table.key=value`, as TOML writes it; a word may stand
-    /// without quotes. A table that is written out, `{ … }`, replaces the old one.
+    /// without quotes. A table that is written out, `{ … }`, replaces the old one. A shared value,
+    /// `shared.key=value`, changes wherever it is used; a value that was set itself stays.
     ///
     /// # Errors
     ///
-    /// The experiment has no such key: one that no program asks for would change nothing.
+    /// The experiment has no such key, or no table uses the shared value: nothing would change.
     pub fn set(&mut self, assignment: &str) -> Result<()> {
         change::assignment(assignment)
-            .and_then(|change| change.apply(&mut self.tables, Keys::Known))
+            .and_then(|change| self.apply(change))
             .with_context(|| format!("--set {assignment}, in `{}`", self.path.display()))
+    }
+
+    fn apply(&mut self, change: Change) -> Result<()> {
+        if change.paths().iter().any(|path| path.first() == Some(&SHARED)) {
+            let mut unresolved = self.unresolved.clone();
+            change.clone().apply(&mut unresolved, Keys::Known)?;
+            shared::refuse_unused(&change, &unresolved)?;
+            self.tables = shared::resolve(unresolved.clone())?;
+            self.unresolved = unresolved;
+            return std::mem::take(&mut self.changes).into_iter().try_for_each(|c| self.apply(c));
+        }
+        change.clone().apply(&mut self.tables, Keys::Known)?;
+        // What was set may itself take a shared value.
+        let shared = self.unresolved.get(SHARED).map(|shared| (SHARED.to_owned(), shared.clone()));
+        self.tables.extend(shared);
+        self.tables = shared::resolve(std::mem::take(&mut self.tables))?;
+        self.changes.push(change);
+        Ok(())
     }
 
     /// The same experiment with the values that `[control]` names, or `None` where it is empty.
@@ -215,11 +247,7 @@ mod tests {
     "#;
 
     fn example() -> Experiment {
-        Experiment {
-            name: "example".into(),
-            path: "example.toml".into(),
-            tables: TEXT.parse().expect("TOML"),
-        }
+        Experiment::of_tables("example.toml".into(), TEXT.parse().expect("TOML")).expect("sound")
     }
 
     fn set(assignment: &str) -> Result<Table> {
@@ -260,6 +288,25 @@ mod tests {
         example.tables["control"] = Value::Table(Table::from_iter([change]));
         let control = example.control().expect("sound").expect("there is one");
         assert_eq!(control.tables["refinement"]["backbone"], Value::Table(want));
+    }
+
+    #[test]
+    fn a_shared_value_is_set_wherever_it_is_used() {
+        let text = "[a]\nviews = { from = 'views' }\nwidth = 3\n[b]\nviews = { from = 'views' }\n\
+                    [shared]\nviews = [1, 2]\nwidth = 8";
+        let mut example = Experiment::of_text("example", text).expect("sound");
+        for assignment in ["a.width=4", "shared.views=[5]", "b.views=[6]", "shared.views=[7]"] {
+            example.set(assignment).expect(assignment);
+        }
+        let want = "[a]\nviews = [7]\nwidth = 4\n[b]\nviews = [6]";
+        assert_eq!(example.tables, want.parse::<Table>().expect("TOML"));
+        example.set("b.views={from='width'}").expect("another shared value");
+        assert_eq!(example.tables["b"]["views"], Value::Integer(8));
+        assert!(message(example.set("shared.veiws=[1]")).contains("no key `veiws`"));
+
+        let mut example = Experiment::of_text("example", text).expect("sound");
+        assert!(message(example.set("shared.width=9")).contains("changes nothing"));
+        assert_eq!(example.tables["a"]["views"].as_array().map(Vec::len), Some(2));
     }
 
     #[test]

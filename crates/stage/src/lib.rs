@@ -66,6 +66,7 @@ mod memory;
 mod program;
 pub mod progress;
 pub mod random;
+mod shared;
 mod status;
 
 pub use arguments::{Arguments, DeviceChoice};

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use toml::{Table, Value};
 
-use crate::Experiment;
 use crate::change::{Change, Keys, kind};
+use crate::{Experiment, shared};
 
 /// The experiments in a folder, and those that a program brings along.
 ///
@@ -17,8 +17,12 @@ use crate::change::{Change, Keys, kind};
 /// `extends = ["data/dogs-small", "method/propos"]`. Their tables are merged in this order and the
 /// file's own last; of two values the later one counts. A table under a header merges with the old
 /// one; an inline table, as any other value, replaces it. A base `x` is `x.toml` beside the file that
-/// names it, else in the folder of this library, else one that the program brings along; it may
-/// extend others.
+/// names it or beside one that extends that file, else in the folder of this library, else one that
+/// the program brings along; it may extend others.
+///
+/// Tables of an experiment can share values: `[shared.views]` holds some, and
+/// `views = { from = "views" }` takes them, whatever file says either. Keys beside `from` go over
+/// those taken. The experiment that is opened has every value where it is used, and no `[shared]`.
 #[derive(Debug, Clone)]
 pub struct Library {
     /// Folder of the experiments; it need not exist.
@@ -34,7 +38,7 @@ pub const FOLDER: &str = "configs";
 impl Default for Library {
     /// The folder `configs`, and nothing embedded.
     fn default() -> Self {
-        Self { folder: FOLDER.into(), embedded: &[] }
+        Self::in_folder(FOLDER)
     }
 }
 
@@ -66,6 +70,16 @@ impl Source {
 }
 
 impl Library {
+    /// The experiments in a folder, and nothing embedded.
+    pub fn in_folder(folder: impl Into<PathBuf>) -> Self {
+        Self { folder: folder.into(), embedded: &[] }
+    }
+
+    /// All experiments, sorted by name.
+    pub fn experiments(&self) -> Result<Vec<Experiment>> {
+        self.names()?.iter().map(|name| self.open(name)).collect()
+    }
+
     /// Opens the experiment of this name, or the file that `word` names when it looks like a path.
     pub fn open(&self, word: &str) -> Result<Experiment> {
         if word.ends_with(".toml") || word.contains(['/', '\\']) {
@@ -102,22 +116,28 @@ impl Library {
 
     fn resolve(&self, source: Source) -> Result<Experiment> {
         let mut tables = Table::new();
-        self.merge(&source, &mut tables, &mut Vec::new())?;
+        let own = self.merge(&source, &mut tables, &mut Vec::new())?;
         let path = source.path();
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Experiment { name, path, tables })
+        shared::refuse_unused(&own, &tables)
+            .and_then(|()| Experiment::of_tables(path.clone(), tables))
+            .with_context(|| format!("`{}`", path.display()))
     }
 
-    /// Merges `source` with all that it extends into `tables`.
+    /// Merges `source` with all that it extends into `tables`. Returns what `source` says itself.
     ///
     /// - `above`: the experiments that led here, each a base of the one before it.
-    fn merge(&self, source: &Source, tables: &mut Table, above: &mut Vec<Source>) -> Result<()> {
+    fn merge(
+        &self,
+        source: &Source,
+        tables: &mut Table,
+        above: &mut Vec<Source>,
+    ) -> Result<Change> {
         let path = source.path();
         let mut change = Change::parse(&self.text(source)?)
             .with_context(|| format!("the experiment `{}` is not TOML", path.display()))?;
         above.push(source.clone());
         for base in take_bases(&mut change).with_context(|| format!("`{}`", path.display()))? {
-            let found = self.base(&base, source)?;
+            let found = self.base(&base, above)?;
             if above.iter().any(|other| other.is(&found)) {
                 let chain: Vec<_> =
                     above.iter().chain([&found]).map(|s| s.path().display().to_string()).collect();
@@ -126,7 +146,9 @@ impl Library {
             self.merge(&found, tables, above)?;
         }
         above.pop();
-        change.apply(tables, Keys::New).with_context(|| format!("`{}`", path.display()))
+        let own = change.clone();
+        change.apply(tables, Keys::New).with_context(|| format!("`{}`", path.display()))?;
+        Ok(own)
     }
 
     fn text(&self, source: &Source) -> Result<String> {
@@ -151,19 +173,21 @@ impl Library {
         found.map(|(name, _)| Source::Embedded(name))
     }
 
-    /// The base that `source` names. It is not `source`, so that an experiment can extend another
-    /// one of its name from elsewhere.
-    fn base(&self, name: &str, source: &Source) -> Result<Source> {
+    /// The base that the last of `above` names. It is not that experiment, so that one can extend
+    /// another of its name from elsewhere.
+    fn base(&self, name: &str, above: &[Source]) -> Result<Source> {
         let file = |folder: &Path| Source::File(folder.join(format!("{name}.toml")));
-        let beside = match source {
+        let beside = |source: &Source| match source {
             Source::File(path) => path.parent().map(file),
             Source::Embedded(own) => own
                 .rsplit_once('/')
                 .and_then(|(folder, _)| self.embedded(&format!("{folder}/{name}"))),
         };
-        let in_folder = Some(file(&self.folder));
-        let candidates: Vec<Source> =
-            [beside, in_folder, self.embedded(name)].into_iter().flatten().collect();
+        let elsewhere = [Some(file(&self.folder)), self.embedded(name)];
+        let mut candidates: Vec<Source> =
+            above.iter().rev().filter_map(beside).chain(elsewhere.into_iter().flatten()).collect();
+        candidates.dedup();
+        let source = above.last().context("a base has an experiment that extends it")?;
         let found = candidates.iter().find(|found| exists(found) && !found.is(source));
         found.cloned().with_context(|| {
             let looked_at: Vec<_> = candidates
@@ -274,8 +298,14 @@ mod tests {
             ("../mine/one.toml", "extends = ['data/digits', 'two', 'method/byol']"),
             ("../mine/two.toml", "[two]\nx = 2"),
             ("../mine/digits.toml", "extends = ['digits']\ntitle = 'Mine'"),
+            ("../mine/more/three.toml", "extends = ['more/four']"),
+            ("../mine/three.toml", "extends = ['more/three']"),
+            ("../mine/more/four.toml", "[four]\nx = 4"),
         ];
         let (folder, library) = library(&files);
+        // Beside `three`, which extends the one that extends it.
+        let three = library.read(&folder.path().join("mine/three.toml")).expect("sound");
+        assert_eq!(three.tables, table("[four]\nx = 4"));
         let one = library.read(&folder.path().join("mine/one.toml")).expect("sound");
         let expected = "[data]\nclusters = 11\n[two]\nx = 2\n[propos]\nepochs = 100\nnoise = 0.0";
         assert_eq!(one.tables, table(expected));
@@ -283,6 +313,27 @@ mod tests {
         let digits = library.read(&folder.path().join("mine/digits.toml")).expect("sound");
         assert_eq!(digits.title().expect("said"), "Mine");
         assert_eq!(digits.tables["data"], Value::Table(table("clusters = 11")));
+    }
+
+    #[test]
+    fn a_value_that_a_base_shares_is_found_where_another_takes_it() {
+        let (_folder, library) = library(&[
+            ("data/a.toml", "[shared.views]\nflip = 0.5\n[shared.mild]\nflip = 0.1"),
+            ("method/b.toml", "[x]\nviews = { from = 'views' }\n[y]\nviews = 3"),
+            ("own.toml", "extends = ['data/a', 'method/b']\n[shared.views]\nflip = 0.25"),
+            ("none.toml", "extends = ['own']\n[shared.mild]\nflip = 0.2"),
+            ("lost.toml", "extends = ['own']\n[y]\nviews = { from = 'veiws' }"),
+        ]);
+        let own = library.open("own").expect("sound");
+        assert_eq!(own.tables, table("[x]\nviews.flip = 0.25\n[y]\nviews = 3"));
+        let unused = message(library.open("none"));
+        for part in ["none.toml", "`shared.mild.flip` changes nothing"] {
+            assert!(unused.contains(part), "{part} is not in: {unused}");
+        }
+        let lost = message(library.open("lost"));
+        assert!(lost.contains("lost.toml") && lost.contains("no `veiws`"), "{lost}");
+        let all = library.experiments().map(|all| all.len());
+        assert!(all.is_err(), "two of them are not sound");
     }
 
     #[test]
