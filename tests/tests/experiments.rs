@@ -20,6 +20,12 @@ fn xtask(words: &[&str], folder: &Path) -> Output {
     command.output().expect("started")
 }
 
+/// An experiment with every value.
+fn shown(name: &str) -> toml::Table {
+    let output = program("xtask").args(["show", name]).output().expect("started");
+    String::from_utf8(output.stdout).expect("UTF-8").parse().expect("TOML")
+}
+
 #[test]
 fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -28,13 +34,15 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
     let mut count = 0;
     for entry in fs::read_dir(&configs).expect("experiments") {
         let file = entry.expect("readable").file_name();
-        let name = file.to_str().expect("UTF-8").strip_suffix(".toml").expect("an experiment");
+        // Beside the experiments lie what they extend, in folders, and their digests.
+        let Some(name) = file.to_str().expect("UTF-8").strip_suffix(".toml") else { continue };
+        let experiment = shown(name);
         let prepared = xtask(&["stage", "prepare", name], folder.path());
         assert!(prepared.status.success(), "{name}: {}", stderr(&prepared));
         let mut words = vec!["reproduce", name, "--dry-run"];
         let backbone = folder.path().join("backbone.safetensors");
         let named = format!("icbpl.pretrained.file='{}'", backbone.display());
-        if fs::read_to_string(configs.join(&file)).expect("text").contains("[icbpl.pretrained]") {
+        if experiment.get("icbpl").is_some_and(|icbpl| icbpl.get("pretrained").is_some()) {
             // What it starts from does not ship, and must be there before a run begins.
             let lacking = xtask(&words, folder.path());
             assert!(stderr(&lacking).contains("--set icbpl.pretrained.file"), "{name}");
@@ -44,7 +52,7 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
         let checked = xtask(&words, folder.path());
         assert!(checked.status.success(), "{name}: {}", stderr(&checked));
         let plan = String::from_utf8(checked.stdout).expect("UTF-8");
-        for step in expected_steps(&configs.join(&file)) {
+        for step in expected_steps(&experiment) {
             assert!(plan.contains(&format!("{step}, ")), "{name} has no {step}: {plan}");
         }
         count += 1;
@@ -53,9 +61,7 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
 }
 
 /// Some of the steps that an experiment's `[rounds]` and `[control]` ask for.
-fn expected_steps(file: &Path) -> Vec<String> {
-    let text = fs::read_to_string(file).expect("there");
-    let tables: toml::Table = text.parse().expect("TOML");
+fn expected_steps(tables: &toml::Table) -> Vec<String> {
     let rounds = tables["rounds"]["rounds"].as_integer().expect("a number");
     let first = tables["rounds"]["first"].as_array().expect("places");
     let places = first.iter().map(|place| place.as_str().expect("a name"));

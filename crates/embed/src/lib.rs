@@ -246,7 +246,7 @@ mod tests {
     use data::images::{self, Source as Original};
     use data::views::Operation;
     use layers::{Mode, Modes};
-    use stage::{DataTable, Experiment, Split};
+    use stage::{DataTable, Library, Split};
     use training::{Groups, Learner, Trained};
 
     use super::*;
@@ -443,8 +443,7 @@ mod tests {
         let message = Embed::run(&config(), &none).expect_err("no picture").to_string();
         assert!(message.contains("score-on"), "{message}");
 
-        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
-            let experiment = Experiment::read(&entry?.path())?;
+        for experiment in Library::in_folder("../../configs").experiments()? {
             if experiment.has_table("embed") {
                 experiment.table::<Config>("embed")?.check(&without)?;
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use backbone::{Segment, backbone_file, network_file, resnet};
 use fixture::Pictures;
-use stage::{Experiment, Split};
+use stage::{Library, Split};
 use training::Trained;
 
 use super::*;
@@ -387,8 +387,7 @@ fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut job = job(folder.path(), "out");
     job.images = "none".into();
-    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
-        let experiment = Experiment::read(&entry?.path())?;
+    for experiment in Library::in_folder("../../configs").experiments()? {
         if experiment.has_table("icbpl") {
             experiment.table::<Config>("icbpl")?.check(&job)?;
         }

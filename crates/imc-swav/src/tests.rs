@@ -5,7 +5,7 @@ use std::path::Path;
 
 use backbone::network_file;
 use fixture::Pictures;
-use stage::{Experiment, Split};
+use stage::{Library, Split};
 use training::Trained;
 
 use super::*;
@@ -397,8 +397,7 @@ fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
     let mut job = job(folder.path(), "out");
     job.images = "none".into();
     job.data.train_on = vec![Split::Train, Split::Test, Split::Unlabelled];
-    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
-        let experiment = Experiment::read(&entry?.path())?;
+    for experiment in Library::in_folder("../../configs").experiments()? {
         if experiment.has_table("imc-swav") {
             experiment.table::<Config>("imc-swav")?.check(&job)?;
         }

@@ -141,20 +141,17 @@ fn pictures_that_only_just_may_be_decoded_stay_within_the_memory() {
 
 #[test]
 fn every_experiment_says_what_to_prepare() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
-    let mut experiments = 0;
-    for entry in fs::read_dir(folder).expect("the experiments") {
-        let path = entry.expect("readable").path();
-        let experiment = stage::Experiment::read(&path).expect("TOML");
+    let experiments = stage::Library::in_folder("../../configs").experiments().expect("sound");
+    for experiment in &experiments {
+        let name = &experiment.name;
         let config: prepare::Config = experiment.table("prepare").expect("a whole table");
         let data: stage::DataTable = experiment.table("data").expect("a whole table");
         config.check().expect("sound");
         data.check().expect("sound");
         let classes = config.classes.len();
-        assert!(classes == 0 || classes == data.clusters, "{}", path.display());
+        assert!(classes == 0 || classes == data.clusters, "{name}");
         // Of ILSVRC-2012, the published subsets have 1,300 pictures a class.
-        assert_eq!(config.images_per_class == 1300, classes > 0, "{}", path.display());
-        experiments += 1;
+        assert_eq!(config.images_per_class == 1300, classes > 0, "{name}");
     }
-    assert!(experiments >= 9);
+    assert!(experiments.len() >= 9);
 }

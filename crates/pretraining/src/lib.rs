@@ -134,7 +134,7 @@ mod tests {
     use backbone::{Configuration, network_file};
     use candle_core::Device;
     use fixture::Pictures;
-    use stage::{DeviceChoice, Experiment, Split};
+    use stage::{DeviceChoice, Library, Split};
     use training::Trained;
 
     use super::*;
@@ -319,10 +319,8 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let mut job = job(folder.path(), "out");
         job.images = "none".into();
-        let configs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs");
         let mut found = 0;
-        for entry in fs::read_dir(configs)? {
-            let experiment = Experiment::read(&entry?.path())?;
+        for experiment in Library::in_folder("../../configs").experiments()? {
             if experiment.has_table("pretraining") {
                 experiment.table::<Config>("pretraining")?.check(&job)?;
                 found += 1;

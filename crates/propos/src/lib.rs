@@ -208,7 +208,7 @@ pub(crate) mod tests {
     use data::Loader;
     use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DeviceChoice, Experiment, Split};
+    use stage::{DeviceChoice, Library, Split};
     use training::loss::regression_loss;
     use training::scatter::{Absent, scatter_loss};
     use training::{Trained, sampler};
@@ -522,8 +522,7 @@ pub(crate) mod tests {
         let mut job = job(folder.path(), "out");
         job.images = "none".into();
         let mut found = 0;
-        for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
-            let experiment = Experiment::read(&entry?.path())?;
+        for experiment in Library::in_folder("../../configs").experiments()? {
             if experiment.has_table("propos") {
                 experiment.table::<Config>("propos")?.check(&job)?;
                 found += 1;

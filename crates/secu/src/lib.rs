@@ -218,7 +218,7 @@ pub(crate) mod tests {
     use backbone::network_file;
     use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DeviceChoice, Experiment, Split};
+    use stage::{DeviceChoice, Library, Split};
 
     use super::*;
     use crate::constraint::Constraint;
@@ -488,8 +488,7 @@ pub(crate) mod tests {
     fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let mut found = 0;
-        for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs"))? {
-            let experiment = Experiment::read(&entry?.path())?;
+        for experiment in Library::in_folder("../../configs").experiments()? {
             if experiment.has_table("secu") {
                 let mut job = job(folder.path(), "out");
                 job.images = "none".into();
