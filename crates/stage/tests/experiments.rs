@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs;
+use std::path::Path;
 
 use anyhow::Result;
 use stage::{Experiment, Library};
@@ -62,5 +63,86 @@ fn every_experiment_has_a_title_a_system_and_an_order_of_steps() -> Result<()> {
         assert!(!experiment.title()?.is_empty() && !experiment.system()?.is_empty());
         experiment.table::<stage::DataTable>("data")?.check()?;
     }
+    Ok(())
+}
+
+/// The names of the files below `folder`, such as `data/digits`, with their text.
+fn files(folder: &str) -> Result<Vec<(String, String)>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(Path::new(CONFIGS).join(folder))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            files.push((
+                Path::new(folder).join(stem).display().to_string(),
+                fs::read_to_string(path)?,
+            ));
+        }
+    }
+    Ok(files)
+}
+
+#[test]
+fn every_file_that_is_no_experiment_is_extended_by_one() -> Result<()> {
+    let bases = [files("data")?, files("stage")?, files("method")?].concat();
+    let mut extended = BTreeSet::new();
+    for (_, text) in bases.iter().chain(&files("")?) {
+        let tables: toml::Table = text.parse()?;
+        let names = tables.get("extends").and_then(toml::Value::as_array);
+        extended.extend(names.into_iter().flatten().filter_map(|n| n.as_str().map(str::to_owned)));
+    }
+    for (name, _) in bases {
+        assert!(extended.contains(&name), "nothing extends `configs/{name}.toml`");
+    }
+    Ok(())
+}
+
+/// The text without one of its values, for each value that it gives.
+fn with_one_value_less(text: &str) -> Vec<(String, String)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut shorter = Vec::new();
+    let mut first = 0;
+    while first < lines.len() {
+        // A value ends where its brackets are closed.
+        let (mut end, mut open) = (first, 0);
+        loop {
+            let line = lines[end].split('#').next().unwrap_or_default();
+            let count = |brackets: [char; 2]| line.matches(brackets).count();
+            open += count(['[', '{']);
+            open -= count([']', '}']);
+            end += 1;
+            if open == 0 {
+                break;
+            }
+        }
+        if let Some((key, _)) = lines[first].split_once(" = ")
+            && !key.starts_with('#')
+            && key != "extends"
+        {
+            let rest = [&lines[..first], &lines[end..]].concat().join("\n");
+            shorter.push((key.to_owned(), rest));
+        }
+        first = end;
+    }
+    shorter
+}
+
+#[test]
+fn an_experiment_says_only_what_differs_from_what_it_extends() -> Result<()> {
+    let library = Library::in_folder(CONFIGS);
+    let folder = tempfile::tempdir()?;
+    let mut values = 0;
+    for (name, text) in files("")? {
+        let whole = library.open(&name)?.digest();
+        let path = folder.path().join(format!("without-one-value-{name}.toml"));
+        for (key, shorter) in with_one_value_less(&text) {
+            fs::write(&path, shorter)?;
+            // Without some values it cannot be resolved at all.
+            let same = library.read(&path).is_ok_and(|without| without.digest() == whole);
+            assert!(!same, "`{key}` of `configs/{name}.toml` has this value without being said");
+            values += 1;
+        }
+    }
+    assert!(values > 100, "only {values} values were looked at");
     Ok(())
 }
