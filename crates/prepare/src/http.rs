@@ -9,8 +9,8 @@
 //! silent.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
@@ -21,7 +21,7 @@ use md5::Md5;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use stage::Interrupted;
-use stage::container::hex;
+use stage::digest::hex;
 use stage::progress::Progress;
 use ureq::http::uri::Scheme;
 use ureq::http::{Response, StatusCode, Uri};
@@ -154,25 +154,64 @@ impl<'a> Client<'a> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).with_context(context)?;
         }
+        let mut file = self.open_alone(partial).with_context(context)?;
+        if path.exists() && check(path, expected).is_ok() {
+            // Another process has just finished it.
+            let _ = fs::remove_file(partial);
+            return Ok(());
+        }
         let label = path.file_name().unwrap_or_default().to_string_lossy();
         let mut progress = Progress::new(&label, expected.bytes.unwrap_or(0));
         let fetched = self.repeat(|| {
-            let resumed = self.resume(url, token, expected, partial, &mut progress)?;
-            check(partial, expected).map_err(|error| {
-                let error = match is_web_page(partial) {
+            let resumed = self.resume(url, token, expected, &mut file, &mut progress)?;
+            verify(&mut file, expected).map_err(|error| {
+                let error = match is_web_page(&mut file) {
                     true => web_page(),
                     false => error.context("the server has another file"),
                 };
                 // Wrong bytes are of no use to the next attempt.
-                let _ = fs::remove_file(partial);
-                match resumed {
-                    true => Failure::Passing(error, Some(Duration::ZERO)),
-                    false => Failure::Final(error),
+                match (file.set_len(0), resumed) {
+                    (Err(failed), _) => Failure::Final(failed.into()),
+                    (Ok(()), true) => Failure::Passing(error, Some(Duration::ZERO)),
+                    (Ok(()), false) => Failure::Final(error),
                 }
             })
         });
-        fetched.with_context(context)?;
+        if fetched.is_err() && file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+            let _ = fs::remove_file(partial);
+        }
+        fetched
+            .map_err(|error| match is_of_disk(&error) {
+                true => error.context(format!("writing `{}`", partial.display())),
+                false => error,
+            })
+            .with_context(context)?;
         fs::rename(partial, path).with_context(|| format!("writing `{}`", path.display()))
+    }
+
+    /// Opens the partial file once no other process downloads into it.
+    fn open_alone(&self, partial: &Path) -> Result<File> {
+        let mut has_said = false;
+        loop {
+            let mut options = File::options();
+            let file = options.create(true).truncate(false).read(true).write(true).open(partial);
+            let file = file.with_context(|| format!("opening `{}`", partial.display()))?;
+            match file.try_lock() {
+                Ok(()) if is_at(&file, partial) => return Ok(file),
+                // Another process renamed or removed it since it was opened here.
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    if !has_said {
+                        let partial = partial.display();
+                        tracing::info!("another process downloads `{partial}`; waiting for it");
+                    }
+                    has_said = true;
+                    self.pause(POLL)?;
+                }
+                // A file system without locks.
+                Err(TryLockError::Error(_)) => return Ok(file),
+            }
+        }
     }
 
     /// Repeats an attempt that failed for a reason that may pass.
@@ -188,13 +227,7 @@ impl<'a> Client<'a> {
                 Err(Failure::Passing(error, asked)) => {
                     let pause = asked.unwrap_or(wait).min(LONGEST_WAIT);
                     tracing::info!("{error:#}; asking again in {:.0?}", pause);
-                    let end = Instant::now() + pause;
-                    while Instant::now() < end {
-                        if (self.interrupt)() {
-                            return Err(Interrupted.into());
-                        }
-                        thread::sleep(pause.min(POLL));
-                    }
+                    self.pause(pause)?;
                     wait *= 2;
                 }
             }
@@ -202,20 +235,27 @@ impl<'a> Client<'a> {
         bail!("no attempt was made")
     }
 
-    /// Downloads what is missing of `partial`. Returns whether there was something before.
+    fn pause(&self, pause: Duration) -> Result<()> {
+        let end = Instant::now() + pause;
+        while Instant::now() < end {
+            if (self.interrupt)() {
+                return Err(Interrupted.into());
+            }
+            thread::sleep(pause.min(POLL));
+        }
+        Ok(())
+    }
+
+    /// Downloads what is missing of `file`. Returns whether there was something before.
     fn resume(
         &self,
         url: &str,
         token: Option<&str>,
         expected: &Expected,
-        partial: &Path,
+        file: &mut File,
         progress: &mut Progress,
     ) -> Result<bool, Failure> {
-        let failed = |error: io::Error| {
-            Failure::Final(anyhow!(error).context(format!("writing `{}`", partial.display())))
-        };
-        let options = OpenOptions::new().create(true).truncate(false).write(true).to_owned();
-        let mut file = options.open(partial).map_err(failed)?;
+        let failed = |error: io::Error| Failure::Final(error.into());
         let mut there = file.metadata().map_err(failed)?.len();
         if expected.bytes.is_some_and(|bytes| there > bytes) {
             file.set_len(0).map_err(failed)?;
@@ -229,9 +269,9 @@ impl<'a> Client<'a> {
         let (status, range) = (response.status(), header(&response, "content-range"));
         if status == StatusCode::RANGE_NOT_SATISFIABLE {
             // Nothing follows. Either the file is whole, or it is another one.
-            if check(partial, expected).is_err() {
+            if verify(file, expected).is_err() {
                 file.set_len(0).map_err(failed)?;
-                let error = anyhow!("`{}` is not part of this file", partial.display());
+                let error = anyhow!("the bytes of the last download are not of this file");
                 return Err(Failure::Passing(error, Some(Duration::ZERO)));
             }
             return Ok(resumed);
@@ -251,12 +291,12 @@ impl<'a> Client<'a> {
                 let error = anyhow!("the server sends another part than was asked for");
                 return Err(Failure::Passing(error, Some(Duration::ZERO)));
             }
-            file.seek(SeekFrom::Start(there)).map_err(failed)?;
         } else if resumed {
             // The whole file, although a part was asked for.
             file.set_len(0).map_err(failed)?;
             there = 0;
         }
+        file.seek(SeekFrom::Start(there)).map_err(failed)?;
         self.receive(response, |piece| {
             file.write_all(piece).map_err(failed)?;
             there += piece.len() as u64;
@@ -334,7 +374,7 @@ impl<'a> Client<'a> {
             }
         });
         while let Some(piece) = self.next(&pieces)? {
-            // As text: an `io::Error` in a chain is one of the disk, which no other server mends.
+            // As text, see `is_of_disk`.
             let piece = piece.map_err(|error| passing(anyhow!("reading the answer: {error}")))?;
             if piece.is_empty() || !take(&piece)? {
                 return Ok(());
@@ -362,6 +402,11 @@ impl fmt::Debug for Client<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("first_wait", &self.first_wait).finish_non_exhaustive()
     }
+}
+
+/// Whether the disk failed. Errors of the network are no `io::Error`s in these chains.
+pub fn is_of_disk(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<io::Error>())
 }
 
 fn passing(error: impl Into<anyhow::Error>) -> Failure {
@@ -436,9 +481,9 @@ fn web_page() -> anyhow::Error {
 }
 
 /// Whether a file begins as a web page does.
-fn is_web_page(path: &Path) -> bool {
+fn is_web_page(file: &mut File) -> bool {
     let mut start = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(256).read_to_end(&mut start));
+    let read = file.rewind().and_then(|()| file.take(256).read_to_end(&mut start));
     let start = start.trim_ascii_start().to_ascii_lowercase();
     read.is_ok()
         && [b"<!doctype html".as_slice(), b"<html"].iter().any(|tag| start.starts_with(tag))
@@ -450,25 +495,29 @@ fn is_web_page(path: &Path) -> bool {
 ///
 /// The message says what it has instead.
 pub fn check(path: &Path, expected: &Expected) -> Result<()> {
-    let length = fs::metadata(path)?.len();
+    verify(&mut File::open(path)?, expected)
+}
+
+fn verify(file: &mut File, expected: &Expected) -> Result<()> {
+    let length = file.metadata()?.len();
     if let Some(bytes) = expected.bytes {
         ensure!(length == bytes, "it has {length} bytes, not {bytes}");
     }
+    file.rewind()?;
     let (found, stated) = match &expected.digest {
-        Checksum::Sha256(stated) => (digest::<Sha256>(path, &[])?, stated),
-        Checksum::Md5(stated) => (digest::<Md5>(path, &[])?, stated),
+        Checksum::Sha256(stated) => (digest::<Sha256>(file, &[])?, stated),
+        Checksum::Md5(stated) => (digest::<Md5>(file, &[])?, stated),
         Checksum::Git(stated) => {
-            (digest::<Sha1>(path, format!("blob {length}\0").as_bytes())?, stated)
+            (digest::<Sha1>(file, format!("blob {length}\0").as_bytes())?, stated)
         }
     };
     ensure!(found == *stated, "its checksum is {found}, not {stated}");
     Ok(())
 }
 
-fn digest<D: Digest>(path: &Path, before: &[u8]) -> Result<String> {
+fn digest<D: Digest>(file: &mut File, before: &[u8]) -> Result<String> {
     let mut hash = D::new();
     hash.update(before);
-    let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let mut buffer = vec![0; 1 << 16];
     loop {
         let read = file.read(&mut buffer)?;
@@ -477,6 +526,20 @@ fn digest<D: Digest>(path: &Path, before: &[u8]) -> Result<String> {
         }
         hash.update(&buffer[..read]);
     }
+}
+
+/// Whether a path still leads to an open file.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let there = fs::metadata(path).map(identity);
+    file.metadata().map(identity).is_ok_and(|ours| there.is_ok_and(|there| there == ours))
+}
+
+#[cfg(not(unix))]
+fn is_at(_: &File, path: &Path) -> bool {
+    path.exists()
 }
 
 /// The user's folder for files that can be downloaded again.

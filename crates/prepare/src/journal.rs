@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use data::images::Id;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use stage::Split;
-use stage::container::hex;
+use stage::digest::hex;
 
 /// The folder in the output that holds the two files.
 pub const FOLDER: &str = "unfinished";

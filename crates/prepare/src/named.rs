@@ -5,7 +5,6 @@
 //! this project's results were made with. Files are kept in the folder `assort` of the user's cache
 //! folder, and checked whenever they are used. The terms of each set are in `data/README.md`.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -208,7 +207,9 @@ pub fn fetch_file(
         match client.fetch(&url, None, expected, &partial, path) {
             Ok(()) => return Ok(()),
             // Another address mends neither an interrupt nor a full disk.
-            Err(error) if error.is::<Interrupted>() || is_of_disk(&error) => return Err(error),
+            Err(error) if error.is::<Interrupted>() || http::is_of_disk(&error) => {
+                return Err(error);
+            }
             Err(error) => reasons.push(format!("{error:#}")),
         }
     }
@@ -218,10 +219,6 @@ pub fn fetch_file(
         reasons.join("; "),
         crate::folder::SOURCE
     )
-}
-
-fn is_of_disk(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| cause.is::<io::Error>())
 }
 
 #[cfg(test)]
