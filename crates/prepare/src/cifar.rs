@@ -13,7 +13,8 @@ use data::Picture;
 use stage::Split;
 
 use crate::collection::{Load, Sink};
-use crate::names::file_name;
+use crate::labels::distinct;
+use crate::names::{self, file_name};
 use crate::{Format, folder};
 
 const SIDE: usize = 32;
@@ -190,7 +191,8 @@ impl Layout {
             .iter()
             .find(|(name, _)| name == truth.names())
             .map(|(_, bytes)| {
-                String::from_utf8_lossy(bytes).split_whitespace().map(str::to_owned).collect()
+                let lines = bytes.split(u8::is_ascii_whitespace).filter(|line| !line.is_empty());
+                distinct(lines.map(names::text).collect())
             })
             .filter(|names: &Vec<String>| names.len() == count)
             .unwrap_or_else(|| (0..count).map(|class| class.to_string()).collect())

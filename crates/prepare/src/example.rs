@@ -81,6 +81,11 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// A tar archive of these files.
 pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+    tar_of(&files.iter().map(|(name, bytes)| (Path::new(name), *bytes)).collect::<Vec<_>>())
+}
+
+/// A tar archive of these files, whose names need not be UTF-8.
+pub fn tar_of(files: &[(&Path, &[u8])]) -> Vec<u8> {
     let mut archive = tar::Builder::new(Vec::new());
     for (name, bytes) in files {
         let mut header = tar::Header::new_gnu();
@@ -91,8 +96,14 @@ pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     archive.into_inner().expect("whole")
 }
 
-/// A zip file of these files, every other one deflated.
+/// A zip file of these files as Unix makes it, every other one deflated.
 pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let bytes: Vec<_> = files.iter().map(|(name, bytes)| (name.as_bytes(), *bytes)).collect();
+    zip_from(3, 0, &bytes)
+}
+
+/// A zip file made on the system `host` (0 is DOS, 3 Unix), with these flags for each entry.
+pub fn zip_from(host: u8, flags: u16, files: &[(&[u8], &[u8])]) -> Vec<u8> {
     let (mut archive, mut directory) = (Vec::new(), Vec::new());
     for (number, (name, bytes)) in files.iter().enumerate() {
         let mut crc = flate2::Crc::new();
@@ -103,7 +114,8 @@ pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
         let (method, packed) = if number % 2 == 1 { (8u16, &deflated[..]) } else { (0, *bytes) };
         let place = archive.len() as u32;
         let mut common = Vec::new();
-        common.extend([20, 0, 0, 0]);
+        common.extend([20, 0]);
+        common.extend(flags.to_le_bytes());
         common.extend(method.to_le_bytes());
         common.extend([0; 4]);
         common.extend(crc.sum().to_le_bytes());
@@ -113,13 +125,14 @@ pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
         common.extend([0; 2]);
         archive.extend(*b"PK\x03\x04");
         archive.extend(&common);
-        archive.extend(name.as_bytes());
+        archive.extend(*name);
         archive.extend(packed);
-        directory.extend(*b"PK\x01\x02\x14\x03");
+        directory.extend(*b"PK\x01\x02\x14");
+        directory.push(host);
         directory.extend(&common);
         directory.extend([0; 10]);
         directory.extend(place.to_le_bytes());
-        directory.extend(name.as_bytes());
+        directory.extend(*name);
     }
     let (start, count) = (archive.len() as u32, files.len() as u16);
     archive.extend(&directory);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use stage::Split;
 
 use crate::collection::{Load, Sink};
-use crate::names::file_name;
+use crate::names::{below, file_name};
 use crate::{Config, picture};
 
 /// What a folder holds, sorted by name.
@@ -123,7 +123,7 @@ impl Listing {
     /// The disk refuses.
     pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         for (path, reason) in &self.ignored {
-            sink.ignored(self.name(path), (*reason).to_owned())?;
+            sink.ignored(below(&self.root, path), (*reason).to_owned())?;
         }
         for (class, pictures) in &self.classes {
             if let Some(class) = class {
@@ -131,18 +131,10 @@ impl Listing {
             }
             for path in pictures {
                 let load = Load::File(path.clone());
-                sink.picture(self.name(path), class.as_deref(), Split::Train, load)?;
+                sink.picture(below(&self.root, path), class.as_deref(), Split::Train, load)?;
             }
         }
         Ok(())
-    }
-
-    /// The path within the source, with `/` between its parts on every system.
-    fn name(&self, path: &Path) -> String {
-        let inner = path.strip_prefix(&self.root).unwrap_or(path);
-        let parts: Vec<_> =
-            inner.components().map(|part| part.as_os_str().to_string_lossy()).collect();
-        parts.join("/")
     }
 
     fn pictures_among(&mut self, contents: Contents) -> Vec<PathBuf> {
@@ -162,7 +154,7 @@ impl Listing {
              in the folder of their class, and that directly in the source; name the folder above \
              the class folders with {SOURCE}, perhaps `{}`",
             self.root.display(),
-            self.name(first),
+            below(&self.root, first),
             above.display()
         )
     }

@@ -19,6 +19,8 @@ pub mod archive;
 pub mod assemble;
 pub mod cifar;
 pub mod collection;
+#[cfg(all(test, unix))]
+mod containers;
 #[cfg(test)]
 mod example;
 pub mod folder;
@@ -60,7 +62,7 @@ use crate::journal::Journal;
 use crate::source::Source;
 
 /// Raised by hand when the same source and table give other files.
-pub const ALGORITHM: u32 = 2;
+pub const ALGORITHM: u32 = 3;
 
 /// The pictures: what stages are given as `--images`.
 pub const IMAGES: &str = "images.safetensors";
@@ -296,7 +298,7 @@ fn gather(
         "classes": config.classes,
         "format": config.format,
         "memory": options.memory,
-        "source": source,
+        "source": names::path_text(source),
         "state": found.state(),
     });
     let identity = identity.to_string();

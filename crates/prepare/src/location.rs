@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::folder::SOURCE;
-use crate::names::{file_name, is_like, range_of};
+use crate::names::{file_name, is_like, path_text, range_of, text};
 use crate::{Interrupt, hub, named};
 
 /// A source that lies on this machine.
@@ -56,38 +56,60 @@ pub fn check_address(source: &Path) -> Result<()> {
 ///
 /// There is no such source, or it cannot be downloaded.
 pub fn find(source: &Path, interrupt: Interrupt) -> Result<Local> {
-    let text = source.to_string_lossy();
-    if let Some(address) = text.strip_prefix("hf://") {
+    let stated = path_text(source);
+    if let Some(address) = stated.strip_prefix("hf://") {
         return Ok(Local { paths: hub::fetch(address, interrupt)?, within: String::new() });
     }
-    if let Some(name) = text.strip_prefix("named://") {
+    if let Some(name) = stated.strip_prefix("named://") {
         let (path, within) = named::fetch(name, interrupt)?;
         return Ok(Local { paths: vec![path], within });
     }
     if source.exists() {
         return Ok(Local::of(source.to_owned()));
     }
-    if let Some((archive, within)) = text.rsplit_once('#')
-        && Path::new(archive).is_file()
+    if let Some((archive, within)) = split_at_hash(source)
+        && archive.is_file()
     {
-        return Ok(Local { paths: vec![archive.into()], within: within.to_owned() });
+        return Ok(Local { paths: vec![archive], within });
     }
-    let name = source.file_name().unwrap_or_default().to_string_lossy();
+    let name = file_name(source);
     if name.contains(['*', '{']) {
         let paths = matching(source)?;
-        ensure!(!paths.is_empty(), "no file is named like `{text}`; name others with {SOURCE}");
+        ensure!(!paths.is_empty(), "no file is named like `{stated}`; name others with {SOURCE}");
         return Ok(Local { paths, within: String::new() });
     }
     // The message of the system says why not.
     fs::metadata(source).with_context(|| {
-        format!("opening the source `{text}`; name where the pictures lie with {SOURCE}")
+        format!("opening the source `{stated}`; name where the pictures lie with {SOURCE}")
     })?;
     Ok(Local::of(source.to_owned()))
 }
 
+/// The two parts of `archive.zip#folder/within`. The second is compared with names as
+/// [`names::text`](crate::names::text) renders them: it may be such a rendering, as messages have it,
+/// or bytes that are not UTF-8.
+fn split_at_hash(source: &Path) -> Option<(PathBuf, String)> {
+    #[cfg(unix)]
+    {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+
+        let bytes = source.as_os_str().as_bytes();
+        let at = bytes.iter().rposition(|&byte| byte == b'#')?;
+        let within = &bytes[at + 1..];
+        let within = std::str::from_utf8(within).map_or_else(|_| text(within), str::to_owned);
+        Some((Path::new(OsStr::from_bytes(&bytes[..at])).to_owned(), within))
+    }
+    #[cfg(not(unix))]
+    {
+        let (archive, within) = source.to_str()?.rsplit_once('#')?;
+        Some((archive.into(), within.to_owned()))
+    }
+}
+
 /// The files in the folder of `pattern` that are named like its last part, sorted.
 fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
-    let name = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = file_name(pattern);
     let folder = match pattern.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

@@ -2,13 +2,84 @@
 //!
 //! Knows no other module of this crate, so that every reader may use it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use stage::Split;
 
-/// The last part of a path as text, with a replacement character for what is not UTF-8.
+/// Renders the bytes of a name as text.
+///
+/// Valid UTF-8 stays as it is. Every other byte, and every byte of a control character, becomes
+/// `\x` and two hexadecimal digits, and a `\x` that was there before becomes `\x5Cx`: so different
+/// bytes have different texts, and no name can move the cursor of a terminal.
+pub fn text(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        for sign in chunk.valid().replace("\\x", "\\x5Cx").chars() {
+            match sign.is_control() {
+                true => push_escaped(&mut text, sign.encode_utf8(&mut [0; 4]).as_bytes()),
+                false => text.push(sign),
+            }
+        }
+        push_escaped(&mut text, chunk.invalid());
+    }
+    text
+}
+
+fn push_escaped(text: &mut String, bytes: &[u8]) {
+    text.extend(bytes.iter().map(|byte| format!("\\x{byte:02X}")));
+}
+
+/// The [`text`] of a path.
+pub fn path_text(path: &Path) -> String {
+    text(path.as_os_str().as_encoded_bytes())
+}
+
+/// The [`text`] of the last part of a path.
 pub fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+    text(path.file_name().unwrap_or(path.as_os_str()).as_encoded_bytes())
+}
+
+/// The [`text`] of a path below `root`, with `/` between its parts on every system.
+pub fn below(root: &Path, path: &Path) -> String {
+    let inner = path.strip_prefix(root).unwrap_or(path);
+    let parts: Vec<String> = inner.components().map(|part| path_text(part.as_ref())).collect();
+    parts.join("/")
+}
+
+/// The [`text`] of each path below the folder that they have in common.
+pub fn below_common_folder(paths: &[PathBuf]) -> Vec<String> {
+    let first = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new(""));
+    let holds_all = |folder: &&Path| paths.iter().all(|path| path.starts_with(folder));
+    let common = first.ancestors().find(holds_all).unwrap_or(Path::new(""));
+    paths.iter().map(|path| below(common, path)).collect()
+}
+
+/// Why a file or folder of this name is never read: a phrase that follows the name.
+///
+/// The same names are left out of folders and of archives.
+pub fn left_out(name: &str) -> Option<&'static str> {
+    // Thumbnails of a Synology or QNAP server, resource forks of macOS, bins of Windows and servers.
+    const SYSTEM: [&str; 9] = [
+        "__MACOSX",
+        "@eaDir",
+        "@Recycle",
+        "@Recently-Snapshot",
+        "#recycle",
+        "#snapshot",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+    ];
+    if name.starts_with('.') {
+        return Some("is hidden");
+    }
+    SYSTEM.contains(&name).then_some("is a folder of the operating system")
+}
+
+/// The path up to its first part that is [left out](left_out), and the reason.
+pub fn left_out_part(path: &str) -> Option<(&str, &'static str)> {
+    let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
+    ends.map(|end| &path[..end]).find_map(|part| Some((part, left_out(split_name(part).1)?)))
 }
 
 /// Where an entry lies below the root, or why it has no place there.
@@ -22,7 +93,7 @@ pub fn safe_name(name: &str) -> Result<String, &'static str> {
     if name.starts_with('/') || has_drive {
         return Err(LEADS_OUT);
     }
-    if name.contains(['\0', '\u{fffd}']) {
+    if name.contains('\0') {
         return Err("has a name that is not text");
     }
     let parts: Vec<&str> =
@@ -88,6 +159,44 @@ pub fn split_of(name: &str) -> Split {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn different_bytes_have_different_texts() {
+        assert_eq!(text("Vögel/1.jpg".as_bytes()), "Vögel/1.jpg");
+        assert_eq!(text(b"V\xf6gel"), r"V\xF6gel");
+        assert_eq!(text(b"a\xe2\x82"), r"a\xE2\x82");
+        assert_eq!(text(b"\x1b[31m\n"), r"\x1B[31m\x0A");
+        assert_eq!(text("\u{85}".as_bytes()), r"\xC2\x85");
+        assert_eq!(text(r"a\b".as_bytes()), r"a\b");
+        // What looks like a rendering is told from one.
+        let names: [&[u8]; 6] =
+            [b"\xe9", br"\xE9", br"\x5CxE9", br"\\xE9", b"\\\xe9", b"\\x5C\xe9"];
+        let texts: std::collections::BTreeSet<String> =
+            names.iter().map(|name| text(name)).collect();
+        assert_eq!(texts.len(), names.len(), "{texts:?}");
+    }
+
+    #[test]
+    fn files_of_one_name_in_two_folders_keep_what_tells_them_apart() {
+        let paths = ["/a/train/0.tar", "/a/test/0.tar"].map(PathBuf::from);
+        assert_eq!(below_common_folder(&paths), ["train/0.tar", "test/0.tar"]);
+        assert_eq!(below_common_folder(&paths[..1]), ["0.tar"]);
+        assert_eq!(below_common_folder(&["x/0", "x/1"].map(PathBuf::from)), ["0", "1"]);
+        assert_eq!(below_common_folder(&["x/0", "1"].map(PathBuf::from)), ["x/0", "1"]);
+    }
+
+    #[test]
+    fn hidden_folders_and_those_of_systems_are_left_out_wherever_they_lie() {
+        assert_eq!(left_out_part("cat/1.jpg"), None);
+        assert_eq!(left_out_part("a/.git/b/1.jpg"), Some(("a/.git", "is hidden")));
+        assert_eq!(left_out_part("cat/._1.jpg"), Some(("cat/._1.jpg", "is hidden")));
+        for folder in ["__MACOSX", "@eaDir", "#recycle"] {
+            let path = format!("cat/{folder}/1.jpg/x.jpg");
+            let (part, reason) = left_out_part(&path).expect("left out");
+            assert_eq!((part, reason), (&path[..4 + folder.len()], left_out(folder).expect("too")));
+        }
+        assert_eq!(left_out("eaDir"), None);
+    }
 
     #[test]
     fn patterns_stand_for_the_names_that_they_look_like() {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use stage::{Experiment, Status, console};
 
-use crate::{ALGORITHM, Config, Options, location, picture};
+use crate::{ALGORITHM, Config, Options, location, names, picture};
 
 /// Turns pictures into the files that every stage reads.
 #[derive(Debug, Parser)]
@@ -66,7 +66,7 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
     };
     let mut config: Config = Experiment::read(experiment)?.table("prepare")?;
     if let Some(source) = &arguments.source {
-        config.source = source.to_string_lossy().into_owned();
+        config.source = names::path_text(source);
     }
     let source = arguments.source.clone().unwrap_or_else(|| PathBuf::from(&config.source));
     if arguments.check {

@@ -14,7 +14,8 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::folder;
-use crate::names::file_name;
+use crate::labels::distinct;
+use crate::names::{self, file_name};
 
 const SIDE: usize = 96;
 const PLANE: usize = SIDE * SIDE;
@@ -90,8 +91,9 @@ impl Labels {
 
     /// Names of the classes; their numbers where the list is missing or has another length.
     fn classes(&self) -> Vec<String> {
-        let text = String::from_utf8_lossy(self.file("class_names.txt").unwrap_or_default());
-        let names: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        let text = self.file("class_names.txt").unwrap_or_default();
+        let lines = text.split(u8::is_ascii_whitespace).filter(|line| !line.is_empty());
+        let names = distinct(lines.map(names::text).collect());
         match names.len() == usize::from(CLASSES) {
             true => names,
             false => (1..=CLASSES).map(|class| class.to_string()).collect(),

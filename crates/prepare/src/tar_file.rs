@@ -11,6 +11,8 @@ use std::io::{self, BufReader, Read};
 use anyhow::{Result, bail, ensure};
 use tar::{EntryType, Header};
 
+use crate::names;
+
 /// Bytes that can be passed over.
 pub trait Input: Read {
     /// Passes over so many bytes. The end may be found only by the next read.
@@ -74,7 +76,7 @@ pub struct Reader<I> {
 /// What a header says.
 #[derive(Debug)]
 pub struct Entry {
-    /// The name as it stands there.
+    /// The name as it stands there, as [`names::text`] renders it.
     pub name: String,
     /// What it is, if it is no plain file: a phrase that follows the name.
     pub other: Option<&'static str>,
@@ -138,7 +140,7 @@ impl<I: Input> Reader<I> {
                         self.skip_sparse_headers(&block)?;
                     }
                     let name = name.unwrap_or_else(|| header.path_bytes().into_owned());
-                    let name = String::from_utf8_lossy(&name).into_owned();
+                    let name = names::text(&name);
                     let other = what_else(kind);
                     let is_folder = kind.is_dir() || other.is_none() && name.ends_with('/');
                     return Ok(Some(Entry { name, other, is_folder, size: self.left }));

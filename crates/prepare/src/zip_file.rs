@@ -12,6 +12,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use flate2::read::DeflateDecoder;
 
+use crate::names;
+
 /// An open archive.
 pub struct Reader {
     directory: BufReader<File>,
@@ -26,7 +28,7 @@ pub struct Reader {
 /// What the directory says of an entry.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// The name as it stands there, with `/` between its parts.
+    /// The name, as [`names::text`] renders it, with `/` between its parts.
     pub name: String,
     /// What it is, if it is no plain file: a phrase that follows the name.
     pub other: Option<&'static str>,
@@ -118,7 +120,7 @@ impl Reader {
         let mut sizes = [24, 20, 42].map(|at| u64::from(u32_at(&head, at)));
         read_zip64(&extra, &mut sizes);
         let [size, packed, place] = sizes;
-        let name = String::from_utf8_lossy(&raw_name).replace('\\', "/");
+        let name = name_of(&raw_name, head[5], u16_at(&head, 8));
         // The upper half of the attributes is a file's mode where the archive was made on Unix.
         let is_link = u32_at(&head, 38) >> 28 == 0o12 && head[5] == 3;
         Ok(Some(Entry {
@@ -189,6 +191,42 @@ impl Reader {
         ensure!(skipped == extra, "cut short");
         Ok(())
     }
+}
+
+/// The name of an entry made on the system `host`.
+///
+/// It is UTF-8 if bit 11 of the flags says so or the archive was made on Unix or macOS, whose tools
+/// leave the bit out; else code page 437, as the specification has it. Old Windows tools part folders
+/// by `\`. Behind a byte of the upper half it is part of a letter of Shift-JIS or GBK, and in a name with
+/// `/` it parts nothing.
+fn name_of(raw: &[u8], host: u8, flags: u16) -> String {
+    const UNIX: u8 = 3;
+    const MACOS: u8 = 19;
+    let is_unix = [UNIX, MACOS].contains(&host);
+    let is_utf8 = is_unix || flags >> 11 & 1 == 1;
+    let mut raw = raw.to_owned();
+    if !is_unix && !raw.contains(&b'/') {
+        for at in 0..raw.len() {
+            if raw[at] == b'\\' && (is_utf8 || at == 0 || raw[at - 1].is_ascii()) {
+                raw[at] = b'/';
+            }
+        }
+    }
+    match is_utf8 {
+        true => names::text(&raw),
+        false => names::text(code_page_437(&raw).as_bytes()),
+    }
+}
+
+fn code_page_437(bytes: &[u8]) -> String {
+    const UPPER: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜ¢£¥₧ƒáíóúñÑªº¿⌐¬½¼¡«»░▒▓│┤╡╢╖╕╣║╗╝╜╛┐\
+                         └┴┬├─┼╞╟╚╔╩╦╠═╬╧╨╤╥╙╘╒╓╫╪┘┌█▄▌▐▀αßΓπΣσµτΦΘΩδ∞φε∩≡±≥≤⌠⌡÷≈°∙·√ⁿ²■\u{a0}";
+    let upper: Vec<char> = UPPER.chars().collect();
+    let sign = |&byte: &u8| match byte.checked_sub(128) {
+        Some(place) => upper[usize::from(place)],
+        None => char::from(byte),
+    };
+    bytes.iter().map(sign).collect()
 }
 
 /// Replaces those of size, packed size and place that did not fit into 32 bits.

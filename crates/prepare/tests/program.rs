@@ -46,7 +46,8 @@ fn the_digits_are_prepared_once_with_all_their_pictures_and_labels() {
     assert_eq!(first.status.code(), Some(0), "{}", message(&first));
     let out = folder.path().join("out");
     let done = fs::read_to_string(out.join("done.json")).expect("finished");
-    assert_eq!(done, "{\"algorithm\":2,\"stage\":\"prepare\"}\n");
+    let mark = serde_json::json!({ "algorithm": prepare::ALGORITHM, "stage": "prepare" });
+    assert_eq!(done, format!("{mark}\n"));
 
     let images = data::Images::open(&out.join(prepare::IMAGES)).expect("sound");
     let labels = data::Labels::open(&out.join(prepare::LABELS)).expect("sound");
