@@ -77,8 +77,10 @@ fn read_one(
                 break;
             }
             for Row { bytes, path: inner, label } in some {
-                let name = match (&inner, columns.bytes) {
-                    (Some(inner), None) => inner.clone(),
+                let located = inner.as_deref().filter(|_| bytes.is_none());
+                let located = located.map(|inner| manifest::locate(path, inner));
+                let name = match (&located, columns.bytes) {
+                    (Some((name, _)), None) => name.clone(),
                     _ if is_one_of_many => format!("{shard}:{row}"),
                     _ => format!("{row}"),
                 };
@@ -90,14 +92,14 @@ fn read_one(
                 {
                     continue;
                 }
-                let load = match (sink.is_known(), bytes, inner) {
+                let load = match (sink.is_known(), bytes, located) {
                     (true, ..) => Load::Known,
                     (_, Some(bytes), _) if bytes.len() as u64 > sink.file_bytes() => {
                         let reason = picture::too_many_bytes(bytes.len() as u64, sink.file_bytes());
                         Load::Broken(reason)
                     }
                     (_, Some(bytes), _) => Load::Bytes(bytes.data().to_vec()),
-                    (_, None, Some(inner)) => Load::File(manifest::beside(path, &inner)),
+                    (_, None, Some((_, place))) => Load::File(place),
                     (_, None, None) => Load::Broken("has neither bytes nor a path".into()),
                 };
                 sink.picture(name, class.as_deref(), split, load)?;
