@@ -39,6 +39,7 @@ pub mod named;
 pub mod names;
 pub mod packed;
 pub mod parquet_file;
+mod parquet_pages;
 pub mod picture;
 mod program;
 pub mod sorter;

@@ -4,26 +4,27 @@
 //! named `image`, `img` or `jpg`. Without either, a column of text named `path`, `file` or the like
 //! names files beside the Parquet file: a manifest. The class is in the column `label`,
 //! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`: text, or a
-//! number, which the features in the file's metadata may have a name for. Row groups are read one after
-//! the other, and of each some rows at a time.
+//! number, which the features in the file's metadata may have a name for, or true or false. Row groups
+//! are read one after the other, and of each some rows at a time.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use parquet::basic::Type;
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
-use parquet::file::reader::{FileReader, RowGroupReader};
-use parquet::file::serialized_reader::SerializedFileReader;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData};
 
 use crate::collection::{Load, Sink};
 use crate::folder::SOURCE;
 use crate::labels::class_for;
 use crate::manifest::{self, PATHS};
 use crate::names::{file_name, split_of};
+use crate::parquet_pages::open_column;
 use crate::picture;
-use crate::{Format, guard};
+use crate::{Format, guard, parquet_pages};
 
 /// How many rows are taken at a time; their pictures lie in the page that is decoded anyway.
 const ROWS: usize = 32;
@@ -55,22 +56,30 @@ fn read_one(
     sink: &mut dyn Sink,
 ) -> Result<()> {
     let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
+    let file = Arc::new(file);
     let damaged = || {
         format!(
             "`{}` is damaged, or not a Parquet file of pictures; name another source with {SOURCE}",
             path.display()
         )
     };
-    let reader = guarded(|| Ok(SerializedFileReader::new(file)?)).with_context(damaged)?;
-    let columns = guarded(|| Columns::of(&reader, format)).with_context(damaged)?;
+    let metadata = guarded(|| Ok(ParquetMetaDataReader::new().parse_and_finish(&*file)?));
+    let metadata = metadata.with_context(damaged)?;
+    let columns = guarded(|| Columns::of(&metadata, format)).with_context(|| {
+        format!(
+            "`{}` cannot be read as pictures; mend it, or name another source with {SOURCE}",
+            path.display()
+        )
+    })?;
     let shard = file_name(path);
     let split = split_of(&shard);
     let mut row = 0u64;
-    for number in 0..reader.num_row_groups() {
-        let group = guarded(|| Ok(reader.get_row_group(number)?)).with_context(damaged)?;
-        let most = sink.file_bytes() * 2;
-        columns.check_memory(&*group, most).with_context(damaged)?;
-        let mut rows = guarded(|| columns.open(&*group)).with_context(damaged)?;
+    for group in metadata.row_groups() {
+        let most = usize::try_from(sink.file_bytes() * 2)?;
+        columns
+            .check_memory(group, most)
+            .with_context(|| format!("reading `{}`", path.display()))?;
+        let mut rows = guarded(|| columns.open(&file, group, most)).with_context(damaged)?;
         loop {
             let some = guarded(|| rows.next()).with_context(damaged)?;
             if some.is_empty() {
@@ -136,8 +145,8 @@ enum Label {
 }
 
 impl Columns {
-    fn of(reader: &SerializedFileReader<File>, format: Format) -> Result<Self> {
-        let metadata = reader.metadata().file_metadata();
+    fn of(file: &ParquetMetaData, format: Format) -> Result<Self> {
+        let metadata = file.file_metadata();
         let schema = metadata.schema_descr();
         let leaves: Vec<(String, Type)> = schema
             .columns()
@@ -183,11 +192,20 @@ impl Columns {
             .into_iter()
             .find_map(|name| Some((name, position(name, None)?)));
         for at in [bytes, path, label.map(|label| label.1)].into_iter().flatten() {
+            let (name, kind) = &leaves[at];
+            ensure!(schema.column(at).max_rep_level() == 0, "its column `{name}` is a list");
             ensure!(
-                schema.column(at).max_rep_level() == 0,
-                "its column `{}` is a list",
-                leaves[at].0
+                !matches!(kind, Type::INT96 | Type::FIXED_LEN_BYTE_ARRAY),
+                "its column `{name}` has values of type {kind}, and only numbers, text and bytes \
+                 are read; write it as one of these, or rename it"
             );
+            let packed = file.row_groups().iter().map(|group| group.column(at).compression());
+            if let Some(codec) = packed.into_iter().find(|codec| !parquet_pages::is_read(*codec)) {
+                bail!(
+                    "its column `{name}` is packed by {codec}, and only snappy, gzip, zstd and lz4 \
+                     are read; write it again, in Python with compression=\"zstd\""
+                );
+            }
         }
         let features = metadata.key_value_metadata().and_then(|fields| {
             let field = fields.iter().find(|field| field.key == "huggingface")?;
@@ -208,27 +226,30 @@ impl Columns {
     }
 
     /// A page is no larger than its column's part of the row group, and is held as a whole.
-    fn check_memory(&self, group: &dyn RowGroupReader, most: u64) -> Result<()> {
+    fn check_memory(&self, group: &RowGroupMetaData, most: usize) -> Result<()> {
         for at in [self.bytes, self.path, self.label].into_iter().flatten() {
-            let bytes = group.metadata().column(at).uncompressed_size();
+            let column = group.column(at);
+            let bytes = column.uncompressed_size().max(column.compressed_size());
             ensure!(
-                u64::try_from(bytes).is_ok_and(|bytes| bytes <= most),
-                "a row group has {} MiB in one column, more than the {} MiB that may be held; write it \
-                 in smaller row groups, or allow more with --memory",
+                usize::try_from(bytes).is_ok_and(|bytes| bytes <= most),
+                "a row group has {} MiB in column `{}`, more than the {} MiB that may be held; write \
+                 it in smaller row groups, or allow more with --memory",
                 bytes >> 20,
+                column.column_path().string(),
                 most >> 20
             );
         }
         Ok(())
     }
 
-    fn open(&self, group: &dyn RowGroupReader) -> Result<Rows> {
+    fn open(&self, file: &Arc<File>, group: &RowGroupMetaData, most: usize) -> Result<Rows> {
         let open = |at: Option<usize>| -> Result<Option<Column>> {
             let Some(at) = at else { return Ok(None) };
-            let levels = group.metadata().column(at).column_descr().max_def_level();
-            Ok(Some(Column { reader: group.get_column_reader(at)?, levels }))
+            let description = group.column(at).column_descr();
+            let (name, levels) = (description.path().string(), description.max_def_level());
+            Ok(Some(Column { name, reader: open_column(file, group, at, most)?, levels }))
         };
-        let left = usize::try_from(group.metadata().num_rows()).unwrap_or(0);
+        let left = usize::try_from(group.num_rows()).unwrap_or(0);
         Ok(Rows {
             bytes: open(self.bytes)?,
             path: open(self.path)?,
@@ -245,6 +266,7 @@ fn class_names(features: &serde_json::Value, column: &str) -> Option<Vec<String>
 }
 
 struct Column {
+    name: String,
     reader: ColumnReader,
     levels: i16,
 }
@@ -272,9 +294,16 @@ impl Rows {
         let rows = bytes.into_iter().zip(path).zip(label).map(|((bytes, path), label)| Row {
             bytes: bytes.and_then(Value::bytes),
             path: path.and_then(Value::bytes).as_ref().map(text),
-            label: label.map(|label| match label {
-                Value::Number(number) => Label::Number(number),
-                Value::Bytes(bytes) => Label::Text(text(&bytes)),
+            label: label.and_then(|label| match label {
+                Value::Number(number) => Some(Label::Number(number)),
+                // pandas makes numbers with gaps real ones, and the gaps NaN.
+                Value::Real(real) if real.is_nan() => None,
+                Value::Real(real) if real == real.trunc() && real.abs() < 1e15 => {
+                    Some(Label::Number(real as i64))
+                }
+                Value::Real(real) => Some(Label::Text(real.to_string())),
+                Value::Truth(truth) => Some(Label::Text(truth.to_string())),
+                Value::Bytes(bytes) => Some(Label::Text(text(&bytes))),
             }),
         });
         Ok(rows.collect())
@@ -283,6 +312,8 @@ impl Rows {
 
 enum Value {
     Number(i64),
+    Real(f64),
+    Truth(bool),
     Bytes(ByteArray),
 }
 
@@ -290,14 +321,18 @@ impl Value {
     fn bytes(self) -> Option<ByteArray> {
         match self {
             Self::Bytes(bytes) => Some(bytes),
-            Self::Number(_) => None,
+            Self::Number(_) | Self::Real(_) | Self::Truth(_) => None,
         }
     }
 }
 
 impl Column {
-    /// The next `count` values, with gaps where there is none.
+    /// The next `count` values; a row without one has none.
     fn next(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
+        self.read(count).with_context(|| format!("in column `{}`", self.name))
+    }
+
+    fn read(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
         macro_rules! values {
             ($reader:expr, $make:expr) => {{
                 let (mut levels, mut values) = (Vec::new(), Vec::new());
@@ -305,7 +340,7 @@ impl Column {
                 while wanted > 0 {
                     let given = (self.levels > 0).then_some(&mut levels);
                     let (read, _, _) = $reader.read_records(wanted, given, None, &mut values)?;
-                    ensure!(read > 0, "a column ends after {records} of {count} rows");
+                    ensure!(read > 0, "it ends after {records} of {count} rows");
                     (records, wanted) = (records + read, wanted - read);
                 }
                 (levels, values.into_iter().map($make).collect::<Vec<Value>>())
@@ -317,7 +352,14 @@ impl Column {
                 values!(reader, |number: i32| Value::Number(number.into()))
             }
             ColumnReader::Int64ColumnReader(reader) => values!(reader, Value::Number),
-            _ => return Err(anyhow!("a column has neither numbers nor bytes")),
+            ColumnReader::FloatColumnReader(reader) => {
+                values!(reader, |real: f32| Value::Real(real.into()))
+            }
+            ColumnReader::DoubleColumnReader(reader) => values!(reader, Value::Real),
+            ColumnReader::BoolColumnReader(reader) => values!(reader, Value::Truth),
+            ColumnReader::Int96ColumnReader(_) | ColumnReader::FixedLenByteArrayColumnReader(_) => {
+                bail!("neither numbers nor text nor bytes")
+            }
         };
         let mut values = values.into_iter();
         if self.levels == 0 {
@@ -325,5 +367,110 @@ impl Column {
         }
         let is_there = |&level: &i16| level == self.levels;
         Ok(levels.iter().map(|level| is_there(level).then(|| values.next()).flatten()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parquet::basic::Compression;
+    use parquet::data_type::{
+        BoolType, ByteArrayType, DataType, DoubleType, FixedLenByteArrayType, FloatType,
+    };
+    use parquet::file::properties::{WriterProperties, WriterVersion};
+    use parquet::file::writer::SerializedFileWriter;
+
+    use super::*;
+    use crate::Options;
+    use crate::example::{assert_has, config, png, prepare, prepare_with, put, refusal, scratch};
+
+    /// Four pictures, the second without a label, the others with these labels, of a type as schemas
+    /// name it.
+    fn file<T: DataType>(
+        kind: &str,
+        labels: &[T::T],
+        codec: Compression,
+        version: WriterVersion,
+    ) -> Vec<u8> {
+        let schema = format!("message m {{ required binary image; optional {kind}; }}");
+        let schema = parquet::schema::parser::parse_message_type(&schema).expect("a schema");
+        let properties =
+            WriterProperties::builder().set_compression(codec).set_writer_version(version).build();
+        let mut writer =
+            SerializedFileWriter::new(Vec::new(), schema.into(), properties.into()).expect("begun");
+        let mut group = writer.next_row_group().expect("a group");
+        let pictures: Vec<ByteArray> = (0..4).map(|seed| png(seed).into()).collect();
+        let mut column = group.next_column().expect("sound").expect("a column");
+        column.typed::<ByteArrayType>().write_batch(&pictures, None, None).expect("written");
+        column.close().expect("closed");
+        let mut column = group.next_column().expect("sound").expect("a column");
+        column.typed::<T>().write_batch(labels, Some(&[1, 0, 1, 1]), None).expect("written");
+        column.close().expect("closed");
+        group.close().expect("closed");
+        writer.into_inner().expect("whole")
+    }
+
+    fn plain<T: DataType>(kind: &str, labels: &[T::T]) -> Vec<u8> {
+        file::<T>(kind, labels, Compression::UNCOMPRESSED, WriterVersion::PARQUET_1_0)
+    }
+
+    #[test]
+    fn labels_are_text_numbers_with_gaps_or_truths() {
+        let text = ["a", "b", "b"].map(ByteArray::from);
+        let cases = [
+            (
+                plain::<DoubleType>("double label", &[0., 1., f64::NAN]),
+                [Some("0"), Some("1"), None],
+            ),
+            (plain::<FloatType>("float label", &[2., -1., 0.5]), [Some("2"), None, Some("0.5")]),
+            (plain::<BoolType>("boolean label", &[true, false, true]), {
+                [Some("true"), Some("false"), Some("true")]
+            }),
+            (plain::<ByteArrayType>("binary label", &text), [Some("a"), Some("b"), Some("b")]),
+        ];
+        let (_folder, path) = scratch();
+        let path = path.join("x.parquet");
+        for (bytes, [a, c, d]) in cases {
+            put(&path, &bytes);
+            let read = prepare(&path, &config()).expect("sound");
+            let classes = ["0", "1", "2", "3"].map(|name| read.class(name));
+            assert_eq!(classes, [a, None, c, d]);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error_that_names_the_column() {
+        let (_folder, path) = scratch();
+        let path = path.join("x.parquet");
+        let labels = [b"ab", b"cd", b"ef"].map(|bytes| ByteArray::from(&bytes[..]).into());
+        let kind = "fixed_len_byte_array(2) label";
+        put(&path, &plain::<FixedLenByteArrayType>(kind, &labels));
+        assert_has(&refusal(&path, &config()), &["x.parquet", "`label`", "FIXED_LEN_BYTE_ARRAY"]);
+        let none = plain::<BoolType>("boolean other", &[true, false, true]);
+        let large = Options { memory: 400, ..Options::default() };
+        put(&path, &none);
+        let message = prepare_with(&path, &config(), &large).map(|_| ()).expect_err("too large");
+        assert_has(&format!("{message:#}"), &["x.parquet", "`image`", "smaller row groups"]);
+    }
+
+    #[test]
+    fn a_packed_file_is_the_same_data_set() {
+        let (_folder, path) = scratch();
+        let path = path.join("x.parquet");
+        let labels = [0., 1., 1.];
+        put(&path, &plain::<DoubleType>("double label", &labels));
+        let want = prepare(&path, &config()).expect("sound");
+        let codecs = [
+            Compression::SNAPPY,
+            Compression::GZIP(Default::default()),
+            Compression::LZ4,
+            Compression::LZ4_RAW,
+        ];
+        for codec in codecs {
+            for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+                put(&path, &file::<DoubleType>("double label", &labels, codec, version));
+                let read = prepare(&path, &config()).expect("sound");
+                assert!(read.bytes == want.bytes && read.classes == want.classes, "{codec}");
+            }
+        }
     }
 }
