@@ -393,7 +393,7 @@ mod tests {
         assert_has(&broken[1].1, &["is broken"]);
         assert_has(&broken[2].1, &["is empty"]);
         assert_has(&broken[3].1, &["GIF", "only JPEG, PNG and WebP"]);
-        assert_has(&broken[4].1, &["neither a JPEG nor a PNG nor a WebP"]);
+        assert_has(&broken[4].1, &["is a web page"]);
 
         let fewer = Config { broken_share: 0.4, ..config() };
         let message = refusal(&path, &fewer);

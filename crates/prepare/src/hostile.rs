@@ -140,8 +140,8 @@ fn broken_pictures_are_listed_with_their_reasons() {
         ("cut.webp", whole[..whole.len() - 9].to_vec(), "is broken"),
         ("cut-animation.webp", webp[..60].to_vec(), "is broken"),
         ("empty.png", vec![], "is empty"),
-        ("moving.gif", bytes(GIF), "is GIF: only JPEG, PNG and WebP are read"),
-        ("page.jpg", b"<!DOCTYPE html><title>Sign in</title>".to_vec(), "is neither"),
+        ("moving.gif", bytes(GIF), "is a GIF picture: only JPEG, PNG and WebP are read"),
+        ("page.jpg", b"<!DOCTYPE html><title>Sign in</title>".to_vec(), "is a web page"),
         ("start.jpg", vec![0xff, 0xd8, 0xff], "its header has no size"),
         ("zeros.png", vec![0; 4000], "is neither"),
     ];

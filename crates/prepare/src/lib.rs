@@ -24,6 +24,7 @@ mod containers;
 #[cfg(test)]
 mod example;
 pub mod folder;
+mod foreign;
 pub mod fuzz;
 mod guard;
 #[cfg(test)]

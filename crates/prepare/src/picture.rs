@@ -13,8 +13,8 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use data::images::Source;
 use data::picture::Encoding;
-use image::ImageFormat;
 
+use crate::foreign::{self, Foreign};
 use crate::guard::guarded;
 
 /// How much memory preparing may take, about, unless the command line says otherwise: 512 MiB.
@@ -129,11 +129,11 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
         Some(Encoding::Png) => png_header(bytes),
         Some(Encoding::WebP) => webp_header(bytes),
         Some(Encoding::Raw) | None => {
-            return Err(match image::guess_format(bytes) {
-                Ok(format) => {
-                    format!("is {}: only JPEG, PNG and WebP are read, convert it", name(format))
-                }
-                Err(_) => "is neither a JPEG nor a PNG nor a WebP file".into(),
+            return Err(match foreign::recognise(&bytes[..bytes.len().min(foreign::START)], "") {
+                Some(Foreign { what, remedy }) => format!("is {what}: {remedy}"),
+                None => "is neither a JPEG nor a PNG nor a WebP file, and only these are read; \
+                         convert it"
+                    .into(),
             });
         }
     };
@@ -233,10 +233,6 @@ fn webp_header(file: &[u8]) -> Option<Header> {
     Some(Header { height, width, bytes_a_pixel: 16 })
 }
 
-fn name(format: ImageFormat) -> String {
-    format!("{format:?}").to_uppercase()
-}
-
 /// Why a file of this size is not read.
 pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
     format!("has {bytes} bytes, more than the {limit} that are read")
@@ -252,10 +248,16 @@ pub fn is_meant(path: &Path) -> bool {
     }
 }
 
-/// Whether the name ends like a picture's, of whatever format.
+/// Whether the name ends like a picture's or a raw photograph's, also of a format that is not read.
 pub fn has_extension(name: &str) -> bool {
-    const EXTENSIONS: [&str; 12] =
-        ["jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "webp", "tif", "tiff", "avif", "heic"];
+    #[rustfmt::skip]
+    const EXTENSIONS: &[&str] = &[
+        "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp",
+        "gif", "bmp", "dib", "tif", "tiff", "tga", "ppm", "pgm", "pbm", "pnm", "pam", "qoi", "exr",
+        "avif", "heic", "heif", "hif", "heics", "jxl", "jp2", "j2k", "j2c", "jpf", "jpx", "psd",
+        "dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "sr2", "srf", "orf", "rw2", "raf", "pef",
+        "srw", "3fr", "iiq", "erf", "x3f",
+    ];
     Path::new(name)
         .extension()
         .and_then(OsStr::to_str)
@@ -264,7 +266,7 @@ pub fn has_extension(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use image::DynamicImage;
+    use image::{DynamicImage, ImageFormat};
 
     use super::*;
     use crate::example::{encoded, pixels};

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
-use stage::container::hex;
+use stage::digest::hex;
 
 use crate::collection::Sink;
 use crate::folder::{Listing, SOURCE, contents};
