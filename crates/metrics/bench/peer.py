@@ -2,7 +2,7 @@
 
     python peer.py LIBRARY KIND FOLDER
 
-FOLDER holds shape.json and what `bench-assignment` wrote beside it; there the value that was computed is left, as
+FOLDER holds shape.json and the arrays that `bench-assignment` wrote. The computed value is written there as
 LIBRARY.value. Arrays are in memory before the clock starts.
 """
 

@@ -175,8 +175,17 @@ mod tests {
         let read: BTreeMap<String, serde_json::Value> = stage::json::read(&path)?;
         let keys: Vec<&str> = read.keys().map(String::as_str).collect();
         let want = [
-            "calibration-error", "classes", "clusters", "confusion", "head", "images", "kmeans",
-            "reliable", "sha256", "sizes", "stability",
+            "calibration-error",
+            "classes",
+            "clusters",
+            "confusion",
+            "head",
+            "images",
+            "kmeans",
+            "reliable",
+            "sha256",
+            "sizes",
+            "stability",
         ];
         assert_eq!(keys, want);
         assert_eq!(read["images"], 4);

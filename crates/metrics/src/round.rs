@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, ensure};
 use assignment::{Contingency, contingency, optimal_map};
 use data::metrics::{ClassScores, Reliable, Scores};
-use data::{Labels, RoundMetrics, PseudoLabels};
+use data::{Labels, PseudoLabels, RoundMetrics};
 
 use crate::agreement::{
     Mean, accuracy, adjusted_mutual_information, adjusted_rand_index, class_scores, hits,
@@ -37,18 +37,17 @@ pub fn metrics(
         }
         Some(_) => {}
     }
-    let table =
-        truth.as_ref().map(|truth| truth.table(&scored.assignment, clusters)).transpose()?;
+    let table_of = |assignment: &[u32]| {
+        truth.as_ref().map(|truth| truth.table(assignment, clusters)).transpose()
+    };
+    let (table, kmeans) = (table_of(&scored.assignment)?, table_of(&scored.kmeans_assignment)?);
     let map = table.as_ref().map(Contingency::best_map).unwrap_or_default();
     let reliable = scored.reliable.iter().filter(|&&reliable| reliable).count();
     Ok(RoundMetrics {
         images,
         clusters,
         head: table.as_ref().map(scores),
-        kmeans: truth
-            .as_ref()
-            .map(|truth| Ok(scores(&truth.table(&scored.kmeans_assignment, clusters)?)))
-            .transpose()?,
+        kmeans: kmeans.as_ref().map(scores),
         reliable: Reliable {
             share: reliable as f64 / images.max(1) as f64,
             acc: truth.as_ref().map(|t| t.reliable_accuracy(scored, &map)).transpose()?.flatten(),
@@ -56,7 +55,7 @@ pub fn metrics(
         stability: previous.map(|previous| stability(scored, previous)).transpose()?,
         sizes: sizes(&scored.assignment, clusters),
         calibration_error: truth.as_ref().map(|t| t.calibration_error(scored, &map)).transpose()?,
-        classes: truth.as_ref().zip(table.as_ref()).map(|(t, table)| t.class_scores(table, map)),
+        classes: truth.as_ref().zip(table.as_ref()).map(|(t, table)| t.class_scores(table, &map)),
         confusion: table
             .as_ref()
             .map(|t| t.counts.chunks(t.columns).map(<[u32]>::to_vec).collect()),
@@ -108,7 +107,8 @@ impl<'a> Truth<'a> {
 
     fn calibration_error(&self, scored: &PseudoLabels, map: &[Option<u32>]) -> Result<f64> {
         let is_right = |(&i, &class): (&usize, &u32)| {
-            (scored.confidence[i], map[scored.assignment[i] as usize] == Some(class))
+            // Rounding may leave a confidence above 1, by less than 10⁻⁵.
+            (scored.confidence[i].min(1.), map[scored.assignment[i] as usize] == Some(class))
         };
         let (confidence, correct): (Vec<f32>, Vec<bool>) =
             self.positions.iter().zip(&self.class).map(is_right).unzip();
@@ -230,7 +230,8 @@ mod tests {
         classes[8] = None;
         let mut reliable = [false; 9];
         reliable[2..5].fill(true); // One of these three is in the wrong cluster.
-        let scored = pseudo_labels(&NEW, &reliable);
+        let mut scored = pseudo_labels(&NEW, &reliable);
+        scored.confidence[0] += 1e-6; // A rounding error.
         let metrics = metrics(&scored, Some(&labels(&classes)), Some(&scored))?;
         let head = metrics.head.expect("truth is known");
         assert!((head.acc - 7. / 8.).abs() < 1e-12);

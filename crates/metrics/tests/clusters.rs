@@ -12,7 +12,7 @@ fn clusters(file: &Path, arguments: &[&str]) -> Result<Output> {
     Ok(command.arg("--embeddings").arg(file).args(arguments).output()?)
 }
 
-/// Three directions, and a little noise.
+/// Writes rows around three directions.
 fn write(path: &Path) -> Result<()> {
     let noise = |i: usize| ((i * 7919 % 1009) as f32 / 1009. - 0.5) * 0.3;
     let rows: Vec<f32> =
@@ -60,7 +60,7 @@ fn bad_arguments_and_files_end_with_2_and_say_what_to_do() -> Result<()> {
     assert!(message(&[])?.contains("embeddings.safetensors"));
     write(&file)?;
     assert!(message(&["--from", "1"])?.contains("--from 1"));
-    assert!(message(&["--from", "9", "--to", "8"])?.contains("no number between"));
+    assert!(message(&["--from", "9", "--to", "8"])?.contains("range is empty"));
     assert!(message(&["--to", "151"])?.contains("at most 150"));
     assert!(message(&["--space", "pixels"])?.contains("projection or backbone"));
     std::fs::write(&file, "no container")?;

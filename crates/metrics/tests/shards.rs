@@ -1,4 +1,4 @@
-//! k-means over embeddings that lie in several files.
+//! k-means over embeddings in several files.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use data::{DataSet, EmbeddingRows, Embeddings, Space};
 
 const WIDTH: usize = 6;
 
-/// Rows around four directions.
+/// Rows around four directions, the same for every range.
 fn rows(from: usize, to: usize) -> Vec<f32> {
     let wave = |x: usize| ((x * 7919 % 1009) as f32 / 1009. - 0.5) * 0.8;
     let value = |i: usize| {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
+use stage::json;
 
 use crate::html::escaped;
 
@@ -28,13 +29,14 @@ const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-se
 ///
 /// # Errors
 ///
-/// A line is not a JSON object; the message names the line.
+/// A line is damaged; the message names it.
 pub fn charts(log: &str) -> Result<Vec<Chart>> {
     let mut phases: Vec<(String, Vec<Line>)> = Vec::new();
     for (number, text) in (1..).zip(log.split_inclusive('\n')) {
-        let line: Line = match serde_json::from_str(text) {
+        let whole = text.strip_suffix('\n').unwrap_or(text);
+        let line = match json::of_line(whole) {
             Ok(line) => line,
-            Err(_) if !text.ends_with('\n') => break,
+            Err(_) if is_cut_off(text) => break,
             Err(error) => return Err(error).with_context(|| format!("line {number}")),
         };
         let Some(epoch) = epoch(&line) else { continue };
@@ -57,6 +59,13 @@ pub fn charts(log: &str) -> Result<Vec<Chart>> {
         phases.iter().flat_map(|(phase, rows)| charts_of(phase, rows)).collect();
     charts.sort_by_key(|chart| !chart.name.contains("loss")); // Stable.
     Ok(charts)
+}
+
+/// Tests for the beginning of a line, as opposed to a line whose line break was changed.
+fn is_cut_off(text: &str) -> bool {
+    let mut without_last = text.chars();
+    without_last.next_back();
+    !text.ends_with('\n') && json::of_line(without_last.as_str()).is_err()
 }
 
 /// A line of a log.
@@ -147,18 +156,26 @@ impl Chart {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    /// A log of these objects.
+    pub(crate) fn log(objects: &[Value]) -> String {
+        objects.iter().map(|object| json::to_line(object).expect("an object") + "\n").collect()
+    }
 
     #[test]
     fn every_number_of_a_log_becomes_a_chart() -> Result<()> {
-        let log = r#"{"remark":"no epoch"}
-            {"epoch":0,"phase":"start","losses":[2.0,3.0]}
-            {"epoch":1,"phase":"start","losses":[1.0,2.5]}
-            {"epoch":1,"step":7,"seconds":3.5,"entropy":0.5,"loss":4,"once":1,"text":"a"}
-            {"epoch":2,"step":14,"seconds":3.0,"entropy":null,"loss":2}
-            {"epoch":3,"step":21,"seconds":3.0,"entropy":0.25,"loss":3}"#;
-        let charts = charts(log)?;
+        let charts = charts(&log(&[
+            json!({"remark": "no epoch"}),
+            json!({"epoch": 0, "phase": "start", "losses": [2., 3.]}),
+            json!({"epoch": 1, "phase": "start", "losses": [1., 2.5]}),
+            json!({"epoch": 1, "seconds": 3.5, "entropy": 0.5, "loss": 4, "once": 1, "text": "a"}),
+            json!({"epoch": 2, "step": 14, "seconds": 3., "entropy": null, "loss": 2}),
+            json!({"epoch": 3, "step": 21, "seconds": 3., "entropy": 0.25, "loss": 3}),
+        ]))?;
         let names: Vec<&str> = charts.iter().map(|chart| chart.name.as_str()).collect();
         assert_eq!(names, ["start: losses", "loss", "entropy"]);
         assert_eq!(charts[0].lines, [[2., 1.], [3., 2.5]]);
@@ -170,7 +187,7 @@ mod tests {
     #[test]
     fn a_step_that_was_started_again_is_drawn_once() -> Result<()> {
         let line = |phase: &str, epoch: usize, loss: usize| {
-            format!("{{\"phase\":\"{phase}\",\"epoch\":{epoch},\"loss\":{loss}}}\n")
+            log(&[json!({"phase": phase, "epoch": epoch, "loss": loss})])
         };
         let first =
             [line("start", 0, 9), line("start", 1, 8), line("end", 0, 7), line("end", 1, 6)];
@@ -201,8 +218,17 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_line_is_named() {
-        let error = charts("{\"epoch\":1}\n{\"epo\n{}\n").expect_err("broken");
-        assert!(format!("{error:#}").contains("line 2"), "{error:#}");
+    fn every_changed_byte_is_found_and_its_line_named() {
+        let line = |loss: f64| json!({"epoch": 1, "loss": loss});
+        let (first, last) = (log(&[line(0.5)]), log(&[line(0.25)]));
+        let log = [first.as_str(), &last].concat();
+        for i in 0..log.len() {
+            let mut changed = log.clone().into_bytes();
+            changed[i] ^= 1;
+            let error = charts(&String::from_utf8(changed).expect("ASCII")).expect_err("changed");
+            let number = if i < first.len() { "line 1" } else { "line 2" };
+            assert!(format!("{error:#}").contains(number), "byte {i}: {error:#}");
+        }
+        assert!(charts(&log[..log.len() - 9]).is_ok(), "a process was killed as it wrote");
     }
 }

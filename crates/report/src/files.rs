@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use data::picture::Encoding;
 use data::{Images, Names};
 use image::ImageFormat;
+use stage::Interrupt;
 
 use crate::clusters::{Cluster, Member};
 use crate::thumbnail;
@@ -58,14 +59,16 @@ fn without_formula(name: &str) -> Cow<'_, str> {
 ///
 /// # Errors
 ///
-/// `folder` exists and holds something else, a picture is damaged, or a file cannot be written.
+/// `folder` exists and holds something else, a picture is damaged, a file cannot be written, or the
+/// program is interrupted.
 pub fn copy_pictures(
     folder: &Path,
     clusters: &[Cluster],
     images: &Images,
     names: &Names,
+    interrupt: &Interrupt,
 ) -> Result<()> {
-    let copies = Copies { clusters, images, names };
+    let copies = Copies { clusters, images, names, interrupt };
     if folder.exists() {
         if copies.are_in(folder)? {
             return Ok(());
@@ -91,6 +94,7 @@ struct Copies<'a> {
     clusters: &'a [Cluster],
     images: &'a Images,
     names: &'a Names,
+    interrupt: &'a Interrupt,
 }
 
 impl Copies<'_> {
@@ -136,6 +140,7 @@ impl Copies<'_> {
         for cluster in self.clusters {
             let folder = PathBuf::from(self.folder_name(cluster));
             for (rank, member) in (1..).zip(&cluster.members) {
+                self.interrupt.check()?;
                 let name = file_name(&self.names.names[member.row as usize]);
                 let (bytes, extensions) = self.file(member)?;
                 let path =
@@ -234,7 +239,7 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let out = folder.path().join(PICTURES);
-        copy_pictures(&out, &Cluster::all(&labels()), &images, &names)?;
+        copy_pictures(&out, &Cluster::all(&labels()), &images, &names, &Interrupt::default())?;
         let mut found: Vec<String> = Vec::new();
         for cluster in ["0", "1", "2"] {
             for entry in fs::read_dir(out.join(cluster))? {
@@ -265,11 +270,11 @@ mod tests {
         let incomplete = out.with_extension("incomplete");
         fs::create_dir_all(incomplete.join("0"))?;
         fs::write(incomplete.join("0/9-9.png"), "half")?;
-        copy_pictures(&out, &clusters, &images, &names)?;
+        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
         assert!(!out.join("0/9-9.png").exists() && !incomplete.exists());
         let written = |path: &str| fs::metadata(out.join(path)).and_then(|file| file.modified());
         let before = written("0/4-0.png")?;
-        copy_pictures(&out, &clusters, &images, &names)?;
+        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
         assert_eq!(written("0/4-0.png")?, before);
         Ok(())
     }
@@ -279,10 +284,10 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let (out, clusters) = (folder.path().join(PICTURES), Cluster::all(&labels()));
-        copy_pictures(&out, &clusters, &images, &names)?;
+        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
         let refused = || {
-            let error =
-                copy_pictures(&out, &clusters, &images, &names).expect_err("other pictures");
+            let error = copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())
+                .expect_err("other pictures");
             let error = error.to_string();
             assert!(error.contains("sorted by hand") && error.contains("--out"), "{error}");
         };

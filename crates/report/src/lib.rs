@@ -30,7 +30,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use data::{Images, Metrics, Names, PseudoLabels};
+use data::{Images, Names, PseudoLabels, RoundMetrics};
+use stage::{Claim, Interrupt, console};
 
 use crate::clusters::Cluster;
 use crate::curves::Chart;
@@ -38,7 +39,7 @@ use crate::page::Page;
 
 /// Shows the result of a run as a page, a table and folders of pictures.
 #[derive(Debug, Clone, Parser)]
-pub struct Arguments {
+pub struct ReportArguments {
     /// The prepared pictures: images.safetensors.
     #[arg(long, value_name = "FILE")]
     pub images: PathBuf,
@@ -75,14 +76,16 @@ pub const PAGE: &str = "report.html";
 
 /// The program: the command line `words` in, the exit status out.
 pub fn program(words: ArgsOs) -> ExitCode {
-    stage::console::start_logging();
-    let command = Arguments::command().name("report").version(env!("CARGO_PKG_VERSION"));
-    let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
+    console::start_logging();
+    let command = ReportArguments::command().name("report").version(env!("CARGO_PKG_VERSION"));
+    let arguments = match ReportArguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    let print = |path: &PathBuf| stage::console::print_line(path.display());
-    let result = run(&arguments).and_then(|written| written.iter().try_for_each(print));
+    let print = |path: &PathBuf| console::print_line(console::printable(&path.to_string_lossy()));
+    let result = Interrupt::listen()
+        .and_then(|interrupt| run(&arguments, &interrupt))
+        .and_then(|written| written.iter().try_for_each(print));
     stage::finish("report", &result)
 }
 
@@ -90,9 +93,9 @@ pub fn program(words: ArgsOs) -> ExitCode {
 ///
 /// # Errors
 ///
-/// An input is missing or damaged, the inputs are about different pictures, or an output cannot be
-/// written.
-pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
+/// An input is missing or damaged, the inputs are about different pictures, an output cannot be
+/// written, or the program is interrupted.
+pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<PathBuf>> {
     let images = Images::open(&arguments.images)?;
     let names = Names::open(&arguments.names)?;
     let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
@@ -103,13 +106,15 @@ pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
 
     let clusters = Cluster::all(&labels);
     let out = &arguments.out;
+    let _claim = Claim::wait(out, interrupt)?;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
+    stage::files::remove_unfinished(out)?;
     let (mut metrics, mut charts) = (Vec::new(), Vec::new());
     for (step, folder) in &arguments.steps {
-        let path = folder.join(Metrics::FILE);
+        let path = folder.join(RoundMetrics::FILE);
         if path.exists() {
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
-            metrics.push((round.to_owned(), Metrics::read(&path)?));
+            metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
         }
         let path = folder.join("log.jsonl");
         if path.exists() {
@@ -130,7 +135,7 @@ pub fn run(arguments: &Arguments) -> Result<Vec<PathBuf>> {
     files::write_table(&written[1], &clusters, &names)?;
     if arguments.pictures {
         let pictures = out.join(files::PICTURES);
-        files::copy_pictures(&pictures, &clusters, &images, &names)?;
+        files::copy_pictures(&pictures, &clusters, &images, &names, interrupt)?;
         written.push(pictures);
     }
     Ok(written)
@@ -165,6 +170,7 @@ pub(crate) mod tests {
     use data::metrics::{Reliable, Scores};
     use data::{DataSet, Picture};
     use image::ImageFormat;
+    use serde_json::json;
     use stage::Split;
 
     use super::*;
@@ -221,8 +227,8 @@ pub(crate) mod tests {
     }
 
     /// Without ground truth.
-    pub(crate) fn metrics() -> Metrics {
-        Metrics {
+    pub(crate) fn metrics() -> RoundMetrics {
+        RoundMetrics {
             images: 5,
             clusters: 3,
             head: None,
@@ -237,9 +243,9 @@ pub(crate) mod tests {
         }
     }
 
-    fn arguments(folder: &Path) -> Result<Arguments> {
+    fn arguments(folder: &Path) -> Result<ReportArguments> {
         let (images, names) = prepared(folder)?;
-        let arguments = Arguments {
+        let arguments = ReportArguments {
             images: folder.join("images.safetensors"),
             names: folder.join("names.safetensors"),
             pseudo_labels: folder.join("pseudo-labels.safetensors"),
@@ -261,11 +267,11 @@ pub(crate) mod tests {
         }
         fs::write(
             folder.join("secu/log.jsonl"),
-            "{\"epoch\":1,\"loss\":2}\n{\"epoch\":2,\"loss\":1}",
+            curves::tests::log(&[json!({"epoch": 1, "loss": 2}), json!({"epoch": 2, "loss": 1})]),
         )?;
         let scores = |acc| Some(Scores { acc, nmi: 0.4, ari: 0.2, ami: 0.3 });
-        Metrics { head: scores(0.6), kmeans: scores(0.5), ..metrics() }
-            .write(&folder.join("metrics").join(Metrics::FILE))?;
+        RoundMetrics { head: scores(0.6), kmeans: scores(0.5), ..metrics() }
+            .write(&folder.join("metrics").join(RoundMetrics::FILE))?;
         Ok(arguments)
     }
 
@@ -274,7 +280,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let mut arguments = arguments(folder.path())?;
         for _ in 0..2 {
-            let written = run(&arguments)?;
+            let written = run(&arguments, &Interrupt::default())?;
             let out = &arguments.out;
             assert_eq!(written, [out.join("report.html"), out.join("clusters.csv")]);
             let page = fs::read_to_string(&written[0])?;
@@ -294,12 +300,12 @@ pub(crate) mod tests {
         }
         arguments.pictures = true;
         for _ in 0..2 {
-            assert_eq!(run(&arguments)?.len(), 3);
+            assert_eq!(run(&arguments, &Interrupt::default())?.len(), 3);
         }
         // Of other pictures in its place, page and table are written all the same.
         fs::write(arguments.out.join("pictures/mine"), "mine")?;
         fs::remove_file(arguments.out.join("report.html"))?;
-        assert!(run(&arguments).is_err());
+        assert!(run(&arguments, &Interrupt::default()).is_err());
         assert!(arguments.out.join("report.html").exists());
         Ok(())
     }
@@ -310,7 +316,7 @@ pub(crate) mod tests {
         let arguments = arguments(folder.path())?;
         let path = folder.path().join("metrics/metrics.json");
         fs::write(&path, fs::read_to_string(&path)?.replace("0.6", "0.9"))?;
-        let error = run(&arguments).expect_err("changed").to_string();
+        let error = run(&arguments, &Interrupt::default()).expect_err("changed").to_string();
         assert!(error.contains("metrics.json") && error.contains("was changed"), "{error}");
         Ok(())
     }
@@ -318,9 +324,10 @@ pub(crate) mod tests {
     #[test]
     fn two_reports_at_once_both_leave_the_whole() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let arguments = Arguments { pictures: true, ..arguments(folder.path())? };
+        let arguments = ReportArguments { pictures: true, ..arguments(folder.path())? };
         std::thread::scope(|scope| {
-            let reports: Vec<_> = (0..4).map(|_| scope.spawn(|| run(&arguments))).collect();
+            let reports: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| run(&arguments, &Interrupt::default()))).collect();
             for report in reports {
                 assert_eq!(report.join().expect("no panic").expect("written").len(), 3);
             }
@@ -335,10 +342,11 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let arguments = arguments(folder.path())?;
         names().write(&arguments.names)?;
-        let error = format!("{:#}", run(&arguments).expect_err("other pictures"));
+        let error =
+            format!("{:#}", run(&arguments, &Interrupt::default()).expect_err("other pictures"));
         assert!(error.contains("names.safetensors") && error.contains("other images"), "{error}");
-        let arguments = Arguments { pseudo_labels: folder.path().join("none"), ..arguments };
-        assert!(run(&arguments).is_err());
+        let arguments = ReportArguments { pseudo_labels: folder.path().join("none"), ..arguments };
+        assert!(run(&arguments, &Interrupt::default()).is_err());
         assert!(step("0-secu").is_err());
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 use data::metrics::Scores;
-use data::{Images, Metrics, Names};
+use data::{Images, Names, RoundMetrics};
 use rayon::prelude::*;
 
 use crate::clusters::{Cluster, Member};
@@ -19,7 +19,7 @@ pub struct Page<'a> {
     /// Paragraphs below the heading.
     pub facts: Vec<String>,
     /// The scores of each round.
-    pub metrics: Vec<(String, Metrics)>,
+    pub metrics: Vec<(String, RoundMetrics)>,
     /// All clusters.
     pub clusters: &'a [Cluster],
     /// Most pictures to show of each cluster, besides the ones of lowest score.
@@ -59,7 +59,7 @@ impl Page<'_> {
 
     fn write_scores(&self, html: &mut String) {
         let scored = self.metrics.iter().filter_map(|(round, m)| Some((round, m.head?, m)));
-        let scored: Vec<(&String, Scores, &Metrics)> = scored.collect();
+        let scored: Vec<(&String, Scores, &RoundMetrics)> = scored.collect();
         let Some((.., last)) = scored.last() else { return };
         html.push_str(
             "<h2>Scores</h2>\n<p>Agreement with the ground truth, in percent. No stage trains on \
@@ -220,7 +220,7 @@ mod tests {
     use super::*;
     use crate::tests::{labels, names, prepared};
 
-    fn metrics() -> Metrics {
+    fn metrics() -> RoundMetrics {
         let scores = Scores { acc: 0.5, nmi: 0.25, ari: -0.125, ami: 0.125 };
         let class = ClassScores {
             name: "<cats>".into(),
@@ -229,7 +229,7 @@ mod tests {
             precision: None,
             recall: Some(0.25),
         };
-        Metrics {
+        RoundMetrics {
             head: Some(scores),
             calibration_error: Some(0.075),
             classes: Some(vec![class]),

@@ -1,16 +1,18 @@
 //! What a program says: results on stdout, log lines and errors on stderr.
 //!
 //! Use [`print()`] and [`print_error`] in place of `println!` and `eprintln!`, which panic where the
-//! reader has gone (`assort list | head -1`).
+//! reader has gone (`assort list | head -1`), and which pass on what a file name may hold: escape
+//! sequences that colour, erase or forge lines of a terminal. `tracing` escapes log lines.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
-/// Prints `text` to stdout as it is, without a newline. A reader that has gone is not an error: the
-/// program goes on without it.
+/// Prints `text` to stdout, without a newline. Control characters but line breaks and tabs are
+/// escaped, see [`printable`]. A reader that has gone is not an error: the program goes on without it.
 pub fn print(text: impl Display) -> Result<()> {
     to(&mut io::stdout().lock(), text).context("printing to stdout")
 }
@@ -21,16 +23,44 @@ pub fn print_line(text: impl Display) -> Result<()> {
 }
 
 fn to(out: &mut impl Write, text: impl Display) -> io::Result<()> {
-    match write!(out, "{text}").and_then(|()| out.flush()) {
+    let text = text.to_string();
+    let text = escaped(&text, |c| is_unsafe(c) && c != '\n' && c != '\t');
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }
 }
 
-/// Prints `text` and a newline to stderr, where that can be written to.
+/// Prints `text` and a newline to stderr, where that can be written to; escaped as by [`print()`].
 pub fn print_error(text: impl Display) {
     // There is no other place left to report a failure to.
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    let _ = to(&mut io::stderr().lock(), format_args!("{text}\n"));
+}
+
+/// Escapes a name, so that it stays on its line and changes nothing in a terminal.
+///
+/// Control characters, line breaks among them, and those that reverse the direction of writing
+/// become `\u001b` and the like. That form is the same text in JSON and TOML.
+pub fn printable(name: &str) -> Cow<'_, str> {
+    escaped(name, is_unsafe)
+}
+
+fn escaped(text: &str, escape: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&escape) {
+        return text.into();
+    }
+    let each = |c: char| match escape(c) {
+        true => format!("\\u{:04x}", u32::from(c)),
+        false => c.to_string(),
+    };
+    text.chars().map(each).collect::<String>().into()
+}
+
+/// Control characters, line and paragraph separators, and marks of the direction of writing.
+fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}')
+        || matches!(c, '\u{2066}'..='\u{2069}')
 }
 
 /// Sends log lines to stderr, `info` and above unless `RUST_LOG` says otherwise.
@@ -61,6 +91,20 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn escape_sequences_of_names_do_not_reach_the_terminal() {
+        let name = "a\u{1b}[31m\r\n\u{9b}2J\u{202e}gnp.jpg ä日本";
+        let want = r"a\u001b[31m\u000d\u000a\u009b2J\u202egnp.jpg ä日本";
+        assert_eq!(printable(name), want);
+        assert!(matches!(printable("ä日本 b.png"), Cow::Borrowed("ä日本 b.png")));
+        // The same name to a reader of JSON.
+        let read: String = serde_json::from_str(&format!("\"{want}\"")).expect("JSON");
+        assert_eq!(read, name);
+        let mut text = Vec::new();
+        to(&mut text, "1\t2\n\u{1b}[0m").expect("written");
+        assert_eq!(text, b"1\t2\n\\u001b[0m");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::{DataTable, DeviceChoice, Interrupt};
+use crate::{DataTable, DeviceChoice, Interrupt, json};
 
 /// What one run of a stage is asked to do: the arguments of its program, with the shared table
 /// `[data]` read.
@@ -81,10 +81,11 @@ impl Job {
         self.inputs.get(role).map(PathBuf::as_path)
     }
 
-    /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times.
+    /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times. The line
+    /// has a digest, see [`json`].
     pub fn log(&self, line: &impl Serialize) -> Result<()> {
         let path = self.out.join(LOG);
-        let mut text = serde_json::to_string(line)?;
+        let mut text = json::to_line(line)?;
         text.push('\n');
         OpenOptions::new()
             .create(true)
@@ -132,13 +133,17 @@ mod tests {
     fn log_lines_add_up_until_the_log_is_cleared() {
         let folder = tempfile::tempdir().expect("a folder");
         let job = job(folder.path());
-        let log = || fs::read_to_string(folder.path().join(LOG)).expect("there");
+        let epochs = || -> Vec<u64> {
+            let log = fs::read_to_string(folder.path().join(LOG)).expect("there");
+            let epoch = |line| json::of_line(line).expect("sound")["epoch"].as_u64();
+            log.lines().map(|line| epoch(line).expect("a number")).collect()
+        };
         job.clear_log().expect("nothing to clear");
         job.log(&serde_json::json!({"epoch": 1})).expect("logged");
         job.log(&serde_json::json!({"epoch": 2})).expect("logged");
-        assert_eq!(log(), "{\"epoch\":1}\n{\"epoch\":2}\n");
+        assert_eq!(epochs(), [1, 2]);
         job.clear_log().expect("cleared");
         job.log(&serde_json::json!({"epoch": 1})).expect("logged");
-        assert_eq!(log(), "{\"epoch\":1}\n");
+        assert_eq!(epochs(), [1]);
     }
 }

@@ -1,7 +1,10 @@
-//! JSON files that carry their own digest, such as `metrics.json`.
+//! JSON that carries its own digest: files such as `metrics.json`, and the lines of a log.
 //!
-//! The file is one object, a key per line, sorted. Its last line is `sha256`: the SHA-256 in hex of
+//! A file is one object, a key per line, sorted. Its last line is `sha256`: the SHA-256 in hex of
 //! the file's bytes with the 64 digits of the digest replaced by zeros.
+//!
+//! A line of a log is one object. Its last key is `crc32`: the CRC-32 in hex of the line without that
+//! key and the comma before it.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{digest, files};
 
@@ -65,6 +68,39 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
         .with_context(|| format!("`{}` does not hold the expected values", path.display()))
 }
 
+/// Returns an object, which is not empty, as a line of a log, without the line break.
+pub fn to_line(object: &impl Serialize) -> Result<String> {
+    let text = serde_json::to_string(object)?;
+    let body = text.strip_suffix('}').context("a line of a log is an object")?;
+    Ok(format!("{body}{BEFORE_CRC}{}{AFTER_CRC}", crc_of(body)))
+}
+
+/// Reads a line of a log and checks its digest.
+///
+/// # Errors
+///
+/// The line was changed since it was written, or cut off.
+pub fn of_line(line: &str) -> Result<Map<String, Value>> {
+    let (body, crc) = line
+        .strip_suffix(AFTER_CRC)
+        .and_then(|line| line.rsplit_once(BEFORE_CRC))
+        .context("the line has no digest: it is damaged or of an older version")?;
+    ensure!(crc == crc_of(body), "the line was changed after it was written: its digest is wrong");
+    Ok(serde_json::from_str(line)?)
+}
+
+/// The text before the digits of a line's digest, and the text after them.
+const BEFORE_CRC: &str = ",\"crc32\":\"";
+const AFTER_CRC: &str = "\"}";
+
+/// Returns the digest of the object that `body` is, but for its closing brace.
+fn crc_of(body: &str) -> String {
+    let mut hash = crc32fast::Hasher::new();
+    hash.update(body.as_bytes());
+    hash.update(b"}");
+    format!("{:08x}", hash.finalize())
+}
+
 /// Returns the digest of the file that begins with `before`.
 fn digest_of(before: &str) -> String {
     digest::sha256([before, ZEROS, AFTER].concat().as_bytes())
@@ -91,6 +127,25 @@ mod tests {
         let read: BTreeMap<String, Value> = read(&path)?;
         assert_eq!(read["a"]["c"], "\"\n");
         assert!(write(&path, &json!([1])).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn every_changed_byte_and_every_cut_of_a_line_is_found() -> Result<()> {
+        let object = json!({"epoch": 3, "loss": 0.5, "phase": "start"});
+        let line = to_line(&object)?;
+        // The CRC-32 of `{"epoch":3,"loss":0.5,"phase":"start"}`, by zlib.
+        assert_eq!(line, r#"{"epoch":3,"loss":0.5,"phase":"start","crc32":"3c11f825"}"#);
+        assert_eq!(of_line(&line)?["loss"], 0.5);
+        for i in 0..line.len() {
+            for bit in 0..7 {
+                let mut changed = line.clone().into_bytes();
+                changed[i] ^= 1 << bit;
+                assert!(of_line(&String::from_utf8(changed)?).is_err(), "bit {bit} of byte {i}");
+            }
+            assert!(of_line(&line[..i]).is_err(), "cut at {i}");
+        }
+        assert!(to_line(&json!(3)).is_err());
         Ok(())
     }
 

@@ -1,13 +1,13 @@
-//! Times k-means, neighbours and scores, ours beside other libraries' where a Python has them.
+//! Times k-means, neighbours and scores beside other libraries.
 //!
 //! `cargo xtask bench assignment [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N] [--small]]`
 //!
-//! Numbers lie in memory before the clock starts, the same for all sides. Every side leaves the
-//! value that it computed (inertia, sum of products with the neighbours, sum of scores); a row holds
-//! ours and the peers' (`value`, `peer-values`), and a work whose inertia or scores are worse than a
-//! peer's by more than 10⁻⁴ fails: nobody is fast by doing less. Of several peers the row shows the
-//! fastest. `-- --large` runs, once and without peers, what is to fit into memory: a million points
-//! and 20,000 clusters, in memory and in shards. See `bench/peer.py` of this crate.
+//! All sides compute on the same numbers, which are in memory before the clock starts. Every side
+//! writes the value that it computed (inertia, sum of products with the neighbours, sum of scores).
+//! A row holds ours and the peers' (`value`, `peer-values`), and the bench fails if our inertia or
+//! scores are worse than a peer's by more than 10⁻⁴, so that no side is fast by doing less. A row
+//! shows the fastest peer. `-- --large` clusters a million points into 20,000 clusters, in memory and
+//! in shards, once and without peers. The peers are in `bench/peer.py` of this crate.
 
 use std::fs::{self, File};
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -29,46 +29,46 @@ use serde_json::{Value, json};
 
 #[derive(Parser)]
 #[command(name = "bench-assignment", about = "Times k-means, neighbours and scores")]
-struct CommandLine {
+struct AssignmentBench {
     #[command(flatten)]
     shared: bench::Arguments,
-    /// A hundredth of the size, to see that everything runs.
+    /// Use a hundredth of the size, to test the bench.
     #[arg(long)]
     small: bool,
-    /// A million points and 20,000 clusters, once each way.
+    /// Cluster a million points into 20,000 clusters, once in memory and in shards.
     #[arg(long)]
     large: bool,
-    /// Do one work on the files of a folder; how the program calls itself.
+    /// Do one work on the files of a folder. The program calls itself with this.
     #[arg(long, hide = true, num_args = 2, value_names = ["KIND", "FOLDER"])]
     side: Vec<String>,
 }
 
-/// A task, and what it is about.
-struct Work {
+/// A task of the bench.
+struct AssignmentWork {
     name: &'static str,
     kind: &'static str,
     peers: &'static [&'static str],
-    shape: Shape,
+    shape: WorkShape,
 }
 
-/// `shape.json` of a work's folder.
+/// The file `shape.json` in the folder of a work.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Shape {
+struct WorkShape {
     n: usize,
     /// Width of the points; none for scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     d: Option<usize>,
     clusters: usize,
-    /// Updates of the centres at most.
+    /// Most updates of the centres.
     iterations: usize,
     restarts: usize,
     neighbours: usize,
     threads: usize,
 }
 
-fn works(small: bool, threads: usize) -> Vec<Work> {
+fn works(small: bool, threads: usize) -> Vec<AssignmentWork> {
     let divisor = if small { 100 } else { 1 };
-    let shape = |n: usize, d, clusters: usize| Shape {
+    let shape = |n: usize, d, clusters: usize| WorkShape {
         n: n / divisor,
         d,
         clusters: clusters.min(n / divisor / 5),
@@ -78,31 +78,31 @@ fn works(small: bool, threads: usize) -> Vec<Work> {
         threads,
     };
     vec![
-        Work {
+        AssignmentWork {
             name: "k-means 200,000x512 K 1,000, 20 iterations",
             kind: "k-means",
             peers: &["faiss", "scikit-learn", "torch"],
-            shape: Shape { iterations: 20, ..shape(200_000, Some(512), 1000) },
+            shape: WorkShape { iterations: 20, ..shape(200_000, Some(512), 1000) },
         },
-        Work {
+        AssignmentWork {
             name: "k-means 50,000x256 K 10, 10 restarts",
             kind: "restarts",
             peers: &["scikit-learn"],
             shape: shape(50_000, Some(256), 10),
         },
-        Work {
+        AssignmentWork {
             name: "neighbours: exact 20 of 50,000x512",
             kind: "neighbours",
             peers: &["faiss", "torch-bf16"],
             shape: shape(50_000, Some(512), 100),
         },
-        Work {
+        AssignmentWork {
             name: "ACC+NMI+ARI of 1,000,000 labels, K 10",
             kind: "scores",
             peers: &["scikit-learn"],
             shape: shape(1_000_000, None, 10),
         },
-        Work {
+        AssignmentWork {
             name: "ACC+NMI+ARI of 1,000,000 labels, K 1,000",
             kind: "scores",
             peers: &["scikit-learn"],
@@ -112,7 +112,7 @@ fn works(small: bool, threads: usize) -> Vec<Work> {
 }
 
 fn main() -> ExitCode {
-    let arguments = CommandLine::parse();
+    let arguments = AssignmentBench::parse();
     let result = match &arguments.side[..] {
         [kind, folder] => side(kind, Path::new(folder)),
         _ if arguments.large => large(&arguments),
@@ -123,7 +123,7 @@ fn main() -> ExitCode {
 
 const PACKAGES: [&str; 5] = ["numpy", "scipy", "sklearn", "faiss", "torch"];
 
-fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
+fn compare(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()> {
     let python = shared.peer_python.as_deref();
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &PACKAGES, program)).transpose()?;
@@ -141,7 +141,7 @@ fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
         let keys = serde_json::to_value(&work.shape)?;
         let mut row = bench::compare(shared, work.name, keys, Unit::Seconds, ours, started)?;
         let names = if peers.is_some() { work.peers } else { &[] };
-        // A hundredth of the points has optima of its own.
+        // A hundredth of the points has other local optima.
         let tolerance = if *small { 1e-2 } else { 1e-4 };
         hold_values(work, folder.path(), names, tolerance, &mut row)?;
         table.add(row);
@@ -149,9 +149,9 @@ fn compare(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
     table.finish()
 }
 
-/// Puts the values that the sides left into the row, and holds ours against the exact peers'.
+/// Adds the values that the sides computed to the row, and compares ours with those of the peers.
 fn hold_values(
-    work: &Work,
+    work: &AssignmentWork,
     folder: &Path,
     peers: &[&str],
     tolerance: f64,
@@ -159,14 +159,14 @@ fn hold_values(
 ) -> Result<()> {
     let value = |side: &str| -> Result<f64> {
         let text = fs::read_to_string(folder.join(format!("{side}.value")));
-        Ok(text.with_context(|| format!("{side} left no value"))?.parse()?)
+        Ok(text.with_context(|| format!("{side} wrote no value"))?.parse()?)
     };
     let ours = value("ours")?;
     let mut theirs = serde_json::Map::new();
     for &peer in peers {
         let value = value(peer)?;
         theirs.insert(peer.to_owned(), json!(value));
-        // A lower inertia is no fault; neighbours and scores are either right or not.
+        // A lower inertia is better; neighbours and scores are right or wrong.
         let off = ours / value - 1.;
         let off = if work.kind == "restarts" { off.max(0.) } else { off.abs() };
         ensure!(off < tolerance, "{}: ours computed {ours}, {peer} {value}", work.name);
@@ -176,8 +176,8 @@ fn hold_values(
     Ok(())
 }
 
-/// Writes what a work computes on: blobs of unit rows, or two related groupings.
-fn write_data(work: &Work, folder: &Path) -> Result<()> {
+/// Writes the input of a work: unit rows around centres, or two related groupings.
+fn write_data(work: &AssignmentWork, folder: &Path) -> Result<()> {
     let shape = &work.shape;
     fs::write(folder.join("shape.json"), serde_json::to_string(shape)?)?;
     let write = |name: &str, bytes: &[u8]| fs::write(folder.join(name), bytes);
@@ -209,12 +209,12 @@ fn bytes<T: Copy, const B: usize>(values: &[T], to_bytes: fn(T) -> [u8; B]) -> V
     values.iter().flat_map(|&value| to_bytes(value)).collect()
 }
 
-/// Unit rows around `k` unit centres; the noise is three times as long as a centre.
+/// Draws unit rows around `k` unit centres, with noise three times as long as a centre.
 fn blobs(n: usize, d: usize, k: usize) -> Vec<f32> {
     use rayon::prelude::*;
     let normal = |purpose: &str, counter: usize, length: f32| -> Vec<f32> {
         let mut random = stage::random::stream(0, purpose, &[counter as u64]);
-        // The sum of four uniform numbers is normal enough, and the same everywhere.
+        // The sum of four uniform numbers is nearly normal, and the same on every machine.
         let mut draw = || (0..4).map(|_| random.random::<f32>() - 0.5).sum::<f32>();
         (0..d).map(|_| draw() * length * (3. / d as f32).sqrt()).collect()
     };
@@ -235,9 +235,9 @@ fn blobs(n: usize, d: usize, k: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Our side.
+/// Runs our side.
 fn side(kind: &str, folder: &Path) -> Result<()> {
-    let shape: Shape = serde_json::from_str(&fs::read_to_string(folder.join("shape.json"))?)?;
+    let shape: WorkShape = serde_json::from_str(&fs::read_to_string(folder.join("shape.json"))?)?;
     let floats = |name: &str| read(&folder.join(name), f32::from_le_bytes);
     let leave = |value: f64| fs::write(folder.join("ours.value"), value.to_string());
     let (n, d) = (shape.n, shape.d.unwrap_or(0));
@@ -251,7 +251,7 @@ fn side(kind: &str, folder: &Path) -> Result<()> {
     match kind {
         "k-means" => {
             let (points, centres) = (floats("points.f32")?, floats("centres.f32")?);
-            // The last assignment moves no centre, as in the other libraries.
+            // As in the other libraries, the last assignment moves no centre.
             let config = KMeans { tolerance: 0., iterations: shape.iterations + 1, ..config };
             bench::serve(|| {
                 leave(k_means_from(&points, n, d, &centres, &config)?.inertia)?;
@@ -293,7 +293,7 @@ fn side(kind: &str, folder: &Path) -> Result<()> {
     }
 }
 
-/// Of every 50th row with its neighbours, in `f64`.
+/// Sums the products of every 50th row with its neighbours, in `f64`.
 fn sum_of_products(points: &[f32], d: usize, found: &[u32], k: usize) -> f64 {
     let row = |i: usize| &points[i * d..][..d];
     let product = |i: usize, j: u32| -> f64 {
@@ -308,11 +308,11 @@ fn sum_of_products(points: &[f32], d: usize, found: &[u32], k: usize) -> f64 {
 /// Points of a shard.
 const SHARD: usize = 50_000;
 
-/// Runs the large works one after the other, each in a process of its own.
-fn large(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
+/// Runs the large works one after the other, each in its own process.
+fn large(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()> {
     let divisor = if *small { 100 } else { 1 };
     let (n, clusters) = (1_000_000 / divisor, 20_000 / divisor);
-    let shape = Shape {
+    let shape = WorkShape {
         n,
         d: Some(256),
         clusters,
@@ -322,7 +322,7 @@ fn large(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
         threads: shared.threads(),
     };
     let folder = tempfile::tempdir().context("making a temporary folder")?;
-    write_data(&Work { name: "large", kind: "large", peers: &[], shape }, folder.path())?;
+    write_data(&AssignmentWork { name: "large", kind: "large", peers: &[], shape }, folder.path())?;
     let kinds = ["large: in memory", "large: streaming", "large: mini-batch"];
     for kind in kinds.into_iter().filter(|kind| shared.wants(kind)) {
         let mut command = Command::new(std::env::current_exe()?);
@@ -333,8 +333,8 @@ fn large(CommandLine { shared, small, .. }: &CommandLine) -> Result<()> {
     Ok(())
 }
 
-/// Does a large work once, and prints what it took as a JSON object.
-fn once(kind: &str, folder: &Path, shape: &Shape, config: &KMeans) -> Result<()> {
+/// Does a large work once, and prints time and memory as a JSON object.
+fn once(kind: &str, folder: &Path, shape: &WorkShape, config: &KMeans) -> Result<()> {
     let (n, d) = (shape.n, shape.d.unwrap_or(0));
     let path = folder.join("points.f32");
     let lengths: Vec<usize> = (0..n).step_by(SHARD).map(|i| SHARD.min(n - i)).collect();
@@ -354,7 +354,7 @@ fn once(kind: &str, folder: &Path, shape: &Shape, config: &KMeans) -> Result<()>
             let streaming = Streaming { passes: 2, ..streaming };
             k_means_mini_batch(&shards, config, &streaming, 4 * shape.clusters, 0)?
         }
-        _ => bail!("no work is called `{kind}`"),
+        _ => bail!("there is no work `{kind}`"),
     };
     let object = json!({
         "work": format!("{kind}, {n}x{d} K {}", shape.clusters),
@@ -372,7 +372,7 @@ fn read<T>(path: &Path, from: fn([u8; 4]) -> T) -> Result<Vec<T>> {
     read_part(path, 0, count, from)
 }
 
-/// `count` numbers of a file, from number `first` on.
+/// Reads `count` numbers of a file, from number `first` on.
 fn read_part<T>(path: &Path, first: usize, count: usize, from: fn([u8; 4]) -> T) -> Result<Vec<T>> {
     let mut file = File::open(path)?;
     file.seek(SeekFrom::Start(4 * first as u64))?;

@@ -16,7 +16,7 @@ use stage::console::print_line;
 /// Scores numbers of clusters on embeddings, and recommends one: a guess.
 #[derive(Debug, Parser)]
 #[command(name = "clusters", version)]
-struct Arguments {
+struct EstimateArguments {
     /// The output of `embed`: embeddings.safetensors.
     #[arg(long, value_name = "FILE")]
     embeddings: PathBuf,
@@ -58,11 +58,11 @@ fn space(word: &str) -> Result<Space, String> {
 const SILHOUETTE_IMAGES: usize = 3000;
 
 fn main() -> ExitCode {
-    stage::finish("clusters", &run(&Arguments::parse()))
+    stage::finish("clusters", &run(&EstimateArguments::parse()))
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
-    let Arguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
+fn run(arguments: &EstimateArguments) -> Result<()> {
+    let EstimateArguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
     ensure!(from >= 2, "--from {from}: a single cluster has no scores; begin with 2");
     ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
