@@ -7,6 +7,7 @@ use anyhow::Result;
 use assignment::{KMeans, Metric};
 use clustering::learner::Learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
+use data::head::CentreMetric;
 use data::images::{self, Source};
 use data::{DataSet, Embeddings, Picture, PseudoLabels};
 use rand::RngExt;
@@ -202,6 +203,31 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
         assert!(clusters.head.is_none());
         assert!(accuracy(&clusters.assignment, &labels) >= 0.98);
         assert!(clusters.confidence.iter().all(|c| (0.25..=1.0).contains(c)));
+        // `predict` computes the same confidence from what the head file holds.
+        let width = features.projection.len() / 1000;
+        let of_row = |row: &[f32]| -> f64 {
+            let logit = |centre: &[f32]| -> f64 {
+                let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+                    row.iter().zip(centre).map(|(&x, &c)| f(x.into(), c.into())).sum()
+                };
+                match clusters.centre_metric {
+                    CentreMetric::CosineSoftmax { temperature } => {
+                        let lengths = sum(&|x, _| x * x).sqrt() * sum(&|_, c| c * c).sqrt();
+                        sum(&|x, c| x * c) / lengths / temperature
+                    }
+                    CentreMetric::DistanceSoftmax { temperature } => {
+                        -sum(&|x, c| (x - c) * (x - c)) / temperature
+                    }
+                    CentreMetric::Cosine => panic!("a softmax"),
+                }
+            };
+            let logits: Vec<f64> = clusters.centres.chunks(width).map(logit).collect();
+            let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            1. / logits.iter().map(|logit| (logit - largest).exp()).sum::<f64>()
+        };
+        for (row, &confidence) in features.projection.chunks(width).zip(&clusters.confidence) {
+            assert!((of_row(row) - f64::from(confidence)).abs() < 1e-5);
+        }
         // A sure assignment is a right one more often.
         let mean = |right: bool| {
             let map = assignment::optimal_map(&clusters.assignment, &labels, 4).expect("four");

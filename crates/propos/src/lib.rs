@@ -386,10 +386,9 @@ pub(crate) mod tests {
         assert_eq!(again.assignment, labels.assignment);
         assert_eq!(again.prototypes, labels.prototypes);
         let head = head::open(&job.out)?;
-        assert_eq!(
-            (head.header_text("form")?, head.header_text("metric")?),
-            ("centres", "spherical")
-        );
+        assert_eq!(head.header_text("form")?, "centres");
+        // `predict` computes the confidence of the run: the softmax at .1.
+        assert_eq!(CentreMetric::of(&head)?, CentreMetric::CosineSoftmax { temperature: 0.1 });
         assert_eq!(head.shape("centres")?, [3, config.projector.width]);
         assert_eq!(head.f32("centres")?, labels.prototypes);
         Ok(())

@@ -425,6 +425,8 @@ pub(crate) mod tests {
             assert_eq!(again.confidence, labels.confidence);
             let head = head::open(&job.out)?;
             assert_eq!(head.header_text("form")?, "centres");
+            let temperature = config.temperature;
+            assert_eq!(CentreMetric::of(&head)?, CentreMetric::CosineSoftmax { temperature });
             assert_eq!(head.f32("centres")?, again.prototypes);
         }
         Ok(())
