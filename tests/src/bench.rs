@@ -3,7 +3,7 @@
 //! Every system has a tiny experiment in `systems/`; what holds for all of them is tested with each,
 //! so that a new system only adds its file.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -98,7 +98,7 @@ impl Bench {
 
     /// The prepared pictures.
     pub fn images(&self) -> PathBuf {
-        self.path("runs/tiny/data/images.safetensors")
+        self.path("runs/tiny/0/data/images.safetensors")
     }
 
     /// Sets a value of the experiment; `key` has dots between tables.
@@ -116,9 +116,9 @@ impl Bench {
         fs::write(self.path("tiny.toml"), self.experiment.to_string()).expect("written");
     }
 
-    /// `cargo xtask` on the experiment, with the programs that are built.
-    pub fn xtask(&self, words: &[&str]) -> Command {
-        let mut command = program("xtask");
+    /// A command of `assort` on the experiment.
+    pub fn assort(&self, words: &[&str]) -> Command {
+        let mut command = assort();
         let (subcommand, words) = words.split_first().expect("a subcommand");
         command.arg(subcommand);
         if *subcommand == "stage" {
@@ -131,8 +131,6 @@ impl Bench {
             .arg(self.path("pictures"))
             .arg("--runs")
             .arg(self.path("runs"))
-            .arg("--programs")
-            .arg(programs())
             .args(["--device", "cpu"]);
         command
     }
@@ -143,7 +141,7 @@ impl Bench {
     ///
     /// It does not end with status 0, or prints no such object.
     pub fn reproduce(&self, words: &[&str]) -> Result<Value> {
-        let output = self.xtask(&[&["reproduce", "--json"], words].concat()).output()?;
+        let output = self.assort(&[&["reproduce", "--json"], words].concat()).output()?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         anyhow::ensure!(output.status.success(), "{}: {stderr}", output.status);
         let stdout = String::from_utf8_lossy(&output.stdout);
@@ -151,9 +149,10 @@ impl Bench {
             .with_context(|| format!("no JSON at the end of {stdout}"))
     }
 
-    /// The program `name`, started as the step of round `round`, with inputs by role.
+    /// The stage `name`, started as the step of round `round`, with inputs by role.
     pub fn stage(&self, name: &str, round: usize, inputs: &[(&str, &Path)], out: &str) -> Command {
-        let mut command = program(name);
+        let mut command = assort();
+        command.arg(name);
         command.arg("--experiment").arg(self.path("tiny.toml"));
         command.arg("--images").arg(self.images());
         for (role, folder) in inputs {
@@ -178,9 +177,10 @@ impl Default for Bench {
     }
 }
 
-/// A command for the program `name`, away from the terminal.
-pub fn program(name: &str) -> Command {
-    let mut command = Command::new(programs().join(format!("{name}{}", env::consts::EXE_SUFFIX)));
+/// A command for `assort`, away from the terminal and from the experiments of this workspace.
+pub fn assort() -> Command {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    let mut command = Command::new(FILE.get_or_init(|| build().expect("assort is built")));
     command.stdin(Stdio::null());
     command
 }
@@ -188,15 +188,6 @@ pub fn program(name: &str) -> Command {
 /// What a program printed to stderr.
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-/// The folder of all programs, which the first caller builds.
-///
-/// Cargo gives a test only the programs of its own package, so that the others are asked for here;
-/// their libraries are built already when the whole workspace is tested.
-pub fn programs() -> &'static Path {
-    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| build().expect("the programs are built"))
 }
 
 fn systems_folder() -> PathBuf {
@@ -212,34 +203,18 @@ pub fn systems() -> Vec<String> {
     systems
 }
 
-/// What fills the places of the systems, and what is around them.
-fn packages() -> Result<BTreeSet<String>> {
-    let mut packages: BTreeSet<String> =
-        ["xtask", "prepare", "embed", "clustering", "predict", "report"].map(str::to_owned).into();
-    for system in systems() {
-        let path = systems_folder().join(system).with_extension("toml");
-        let experiment: toml::Table = fs::read_to_string(path)?.parse()?;
-        let stages = experiment["stages"].as_table().context("`[stages]` is a table")?;
-        packages.extend(stages.values().filter_map(|name| Some(name.as_str()?.to_owned())));
-    }
-    Ok(packages)
-}
-
+/// Builds `assort`: cargo gives a test only the programs of its own package.
 fn build() -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["build", "--message-format", "json-render-diagnostics"]).stdin(Stdio::null());
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
-    for name in packages()? {
-        command.args(["--package", &name]);
-    }
-    let output = command.output()?;
+    command.args(["--package", "assort", "--bin", "assort"]);
+    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output()?;
     anyhow::ensure!(output.status.success(), "{}", stderr(&output));
     let stdout = String::from_utf8_lossy(&output.stdout);
-    let executables = stdout.lines().filter_map(|line| {
+    let mut executables = stdout.lines().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
         Some(PathBuf::from(message.get("executable")?.as_str()?))
     });
-    let mut folders = executables.filter_map(|path| Some(path.parent()?.to_owned()));
-    folders.next().context("cargo built no program")
+    executables.next().context("cargo built no program")
 }

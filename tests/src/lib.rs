@@ -1,10 +1,12 @@
 //! Drives the real programs end to end on the CPU, as a person would: by arguments and files.
 //!
-//! It links none of them. [`Bench`] is a folder with pictures, an experiment and the runs on it;
+//! It links no stage. [`Bench`] is a folder with pictures, an experiment and the runs on it;
 //! [`pictures`] draws three classes of small pictures; [`tensors`] reads and writes tensor files
-//! from their description alone, also wrong ones.
+//! from their description alone, also wrong ones. [`fake`] is a folder for commands on stages that
+//! compute nothing.
 
 pub mod bench;
+pub mod fake;
 pub mod pictures;
 pub mod tensors;
 

@@ -48,7 +48,7 @@ const CLUSTERING: (&str, usize, &[(&str, &str)]) = ("clustering", 0, &[("embeddi
 const REFINEMENT: (&str, usize, &[(&str, &str)]) =
     ("prototype-refinement", 1, &[("network", "0-pretraining"), ("pseudo-labels", "0-clustering")]);
 const METRICS: (&str, usize, &[(&str, &str)]) =
-    ("metrics", 0, &[("pseudo-labels", "0-clustering"), ("labels", "../data")]);
+    ("metrics", 0, &[("pseudo-labels", "0-clustering"), ("labels", "data")]);
 
 const fn case(
     name: &'static str,
@@ -130,8 +130,8 @@ fn spoilt_images_and_an_absent_device_are_refused_by_every_system() {
         let images = folder.path().join("images.safetensors");
         let out = folder.path().join("out");
         let start = |extra: &[&str]| {
-            let mut command = tests::bench::program(&bench.first());
-            command.arg("--experiment").arg(bench.path("tiny.toml"));
+            let mut command = tests::bench::assort();
+            command.arg(bench.first()).arg("--experiment").arg(bench.path("tiny.toml"));
             command.arg("--images").arg(&images).arg("--out").arg(&out).args(extra);
             command.output().expect("started")
         };
@@ -153,7 +153,7 @@ fn spoilt_images_and_an_absent_device_are_refused_by_every_system() {
 /// The experiment of a system with its pictures prepared.
 fn prepared(system: &str) -> Bench {
     let bench = Bench::of(system);
-    let output = bench.xtask(&["stage", "prepare"]).output().expect("started");
+    let output = bench.assort(&["stage", "prepare"]).output().expect("started");
     assert!(output.status.success(), "{}", stderr(&output));
     bench
 }
@@ -163,7 +163,7 @@ fn a_spoilt_checkpoint_is_not_resumed() {
     for system in systems() {
         let bench = prepared(&system);
         let first = bench.first();
-        let output = bench.xtask(&["stage", &first]).output().expect("started");
+        let output = bench.assort(&["stage", &first]).output().expect("started");
         assert!(output.status.success(), "{system}: {}", stderr(&output));
         let saved = bench.step(&format!("0-{first}")).join("state.safetensors");
         let folder = tempfile::tempdir().expect("a folder");
@@ -190,7 +190,7 @@ fn an_unknown_or_missing_key_is_found_before_the_first_stage() {
         let mut bench = Bench::of(&system);
         let (last, _) = bench.steps().pop().expect("a step");
         bench.set(&format!("{last}.ephocs"), 3);
-        let output = bench.xtask(&["reproduce"]).output().expect("started");
+        let output = bench.assort(&["reproduce"]).output().expect("started");
         assert_eq!(output.status.code(), Some(2));
         let table = format!("[{last}]");
         for part in [&table, "`ephocs`", "`epochs`", "tiny.toml", "nothing was started"] {
@@ -205,7 +205,7 @@ fn an_unknown_or_missing_key_is_found_before_the_first_stage() {
 #[test]
 fn an_empty_folder_is_refused() {
     let bench = Bench::with_pictures("pldc", |_| Ok(()));
-    let output = bench.xtask(&["reproduce"]).output().expect("started");
+    let output = bench.assort(&["reproduce"]).output().expect("started");
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("pictures"), "{}", stderr(&output));
     assert!(!bench.path("runs/.store").exists());
@@ -227,14 +227,14 @@ fn broken_pictures_are_listed_and_too_many_are_refused() {
     let few = with_broken(4);
     let results = few.reproduce(&[]).expect("runs through");
     assert_eq!(results["images"], json!(pictures::PICTURES));
-    let skipped = fs::read_to_string(few.path("runs/tiny/data/skipped.json")).expect("there");
+    let skipped = fs::read_to_string(few.path("runs/tiny/0/data/skipped.json")).expect("there");
     let _: Value = serde_json::from_str(&skipped).expect("JSON");
     for number in 0..4 {
         assert!(skipped.contains(&format!("broken-{number}.png")), "{skipped}");
     }
 
     let many = with_broken(6);
-    let output = many.xtask(&["reproduce"]).output().expect("started");
+    let output = many.assort(&["reproduce"]).output().expect("started");
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     for part in ["6", "broken-share"] {
         assert!(stderr(&output).contains(part), "{part} is not in: {}", stderr(&output));

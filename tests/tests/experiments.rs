@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
-use tests::bench::{program, programs, stderr};
+use tests::bench::{assort, stderr};
 use tests::pictures::{self, PLAIN};
 
-/// `cargo xtask` on an experiment that ships, but on the tiny pictures and in `folder`.
-fn xtask(words: &[&str], folder: &Path) -> Output {
-    let mut command: Command = program("xtask");
+/// `assort` on an experiment that ships, but on the tiny pictures and in `folder`.
+fn on_tiny_pictures(words: &[&str], folder: &Path) -> Output {
+    let mut command = assort();
     command.args(words).arg("--images").arg(folder.join("pictures"));
-    command.arg("--runs").arg(folder.join("runs")).arg("--programs").arg(programs());
+    command.arg("--runs").arg(folder.join("runs"));
     for assignment in
         ["prepare.classes=[]", "prepare.images-per-class=0", "prepare.format=\"auto\""]
     {
@@ -22,7 +22,7 @@ fn xtask(words: &[&str], folder: &Path) -> Output {
 
 /// An experiment with every value.
 fn shown(name: &str) -> toml::Table {
-    let output = program("xtask").args(["show", name]).output().expect("started");
+    let output = assort().args(["show", name]).output().expect("started");
     String::from_utf8(output.stdout).expect("UTF-8").parse().expect("TOML")
 }
 
@@ -37,19 +37,19 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
         // Beside the experiments lie what they extend, in folders, and their digests.
         let Some(name) = file.to_str().expect("UTF-8").strip_suffix(".toml") else { continue };
         let experiment = shown(name);
-        let prepared = xtask(&["stage", "prepare", name], folder.path());
+        let prepared = on_tiny_pictures(&["stage", "prepare", name], folder.path());
         assert!(prepared.status.success(), "{name}: {}", stderr(&prepared));
         let mut words = vec!["reproduce", name, "--dry-run"];
         let backbone = folder.path().join("backbone.safetensors");
         let named = format!("icbpl.pretrained.file='{}'", backbone.display());
         if experiment.get("icbpl").is_some_and(|icbpl| icbpl.get("pretrained").is_some()) {
             // What it starts from does not ship, and must be there before a run begins.
-            let lacking = xtask(&words, folder.path());
+            let lacking = on_tiny_pictures(&words, folder.path());
             assert!(stderr(&lacking).contains("--set icbpl.pretrained.file"), "{name}");
             fs::write(&backbone, "in its place").expect("written");
             words.extend(["--set", &named]);
         }
-        let checked = xtask(&words, folder.path());
+        let checked = on_tiny_pictures(&words, folder.path());
         assert!(checked.status.success(), "{name}: {}", stderr(&checked));
         let plan = String::from_utf8(checked.stdout).expect("UTF-8");
         for step in expected_steps(&experiment) {
@@ -80,9 +80,9 @@ fn expected_steps(tables: &toml::Table) -> Vec<String> {
 #[test]
 fn the_digits_are_the_set_that_their_readme_describes() {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut command = program("xtask");
+    let mut command = assort();
     command.args(["stage", "prepare", "digits"]).arg("--runs").arg(folder.path());
-    let output = command.arg("--programs").arg(programs()).output().expect("started");
+    let output = command.output().expect("started");
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(stderr(&output).contains("1797 images of 10 classes"), "{}", stderr(&output));
 }

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::process::Output;
 
 use tests::Bench;
-use tests::bench::{program, programs, stderr, systems};
+use tests::bench::{assort, stderr, systems};
 use tests::tensors::File;
 
-/// `cargo xtask predict` by the bench's run on other pictures.
+/// `assort predict` by the bench's run on other pictures.
 fn predict(bench: &Bench, pictures: &Path) -> Output {
-    let mut command = program("xtask");
+    let mut command = assort();
     command.arg("predict").arg(bench.path("runs/tiny/0")).arg("--images").arg(pictures);
-    command.arg("--programs").arg(programs()).arg("--runs").arg(bench.path("runs"));
+    command.arg("--runs").arg(bench.path("runs"));
     command.args(["--device", "cpu"]).output().expect("started")
 }
 
@@ -78,8 +78,9 @@ fn the_run_s_own_pictures_get_the_same_clusters_and_confidences_again() {
 fn of_the_run(bench: &Bench, system: &str) -> Vec<(String, u32, f64)> {
     let run = bench.path("runs/tiny/0");
     let (place, round) = bench.steps().pop().expect("steps");
-    let mut command = program("report");
-    let data = bench.path("runs/tiny/data");
+    let mut command = assort();
+    command.args(["program", "report"]);
+    let data = run.join("data");
     // The head of IMC-SwAV has the statistics of training.
     let file = match system {
         "imc-swav" => "pseudo-labels-running-statistics.safetensors",
@@ -102,7 +103,9 @@ fn a_run_that_has_not_ended_is_said() {
     let output = predict(&bench, &bench.path("pictures"));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("there is no run"), "{}", stderr(&output));
-    fs::create_dir_all(bench.path("runs/tiny/0/0-pretraining")).expect("created");
+    let started = bench.assort(&["stage", "pretraining"]).output().expect("started");
+    assert!(started.status.success(), "{}", stderr(&started));
     let output = predict(&bench, &bench.path("pictures"));
-    assert!(stderr(&output).contains("network.safetensors"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("is not finished"), "{}", stderr(&output));
 }

@@ -61,7 +61,7 @@ fn interrupted_by_the_user_a_run_goes_on_where_it_was() {
 /// that stage had ended.
 fn interrupted_in_first_stage(system: &str) -> Option<Bench> {
     let bench = Bench::of(system);
-    let mut run = start_group(&mut bench.xtask(&["reproduce"]));
+    let mut run = start_group(&mut bench.assort(&["reproduce"]));
     let log = first_step(&bench).join("log.jsonl");
     while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 2 {
         if run.try_wait().expect("waited").is_some() {
@@ -83,7 +83,7 @@ fn first_step(bench: &Bench) -> PathBuf {
     bench.step(&format!("0-{}", bench.first()))
 }
 
-/// Kills whole runs, `xtask` and the program at work, after drawn times.
+/// Kills whole runs, `assort` and the step at work, after drawn times.
 fn kill_anywhere(system: &str, reference: &Bench, whole: Duration) {
     let mut kills = 0;
     let mut draw = 0.5;
@@ -92,7 +92,7 @@ fn kill_anywhere(system: &str, reference: &Bench, whole: Duration) {
         loop {
             // Multiples of the golden ratio are spread evenly, however many are drawn.
             draw = (draw + 0.618_033_988_749_895) % 1.;
-            let mut run = start_group(&mut bench.xtask(&["reproduce"]));
+            let mut run = start_group(&mut bench.assort(&["reproduce"]));
             if kills < ANYWHERE && !ended_within(&mut run, whole.mul_f64(0.05 + 0.6 * draw)) {
                 kill_group(&mut run);
                 kills += 1;
@@ -134,12 +134,12 @@ fn kill_inside_saves(system: &str, reference: &Bench) {
     }
 }
 
-/// The command by which `xtask` would start the first stage, and the folder it writes into.
+/// The command by which `assort` would start the first stage, and the folder it writes into.
 fn first_stage(bench: &Bench) -> (Command, PathBuf) {
     // The data must be prepared for the step to have a place in the store.
-    let prepare = bench.xtask(&["stage", "prepare"]).output();
+    let prepare = bench.assort(&["stage", "prepare"]).output();
     assert!(prepare.expect("started").status.success());
-    let dry = bench.xtask(&["stage", &bench.first(), "--dry-run"]).output().expect("started");
+    let dry = bench.assort(&["stage", &bench.first(), "--dry-run"]).output().expect("started");
     let text = String::from_utf8(dry.stdout).expect("UTF-8");
     let line = text.lines().find(|line| line.contains("--out")).expect("a command");
     let words: Vec<&str> = line.split_whitespace().collect();

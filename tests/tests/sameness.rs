@@ -23,7 +23,7 @@ fn one_two_and_three_threads_give_the_same_bytes() {
     for system in systems() {
         let run = |threads: &str| {
             let bench = Bench::of(&system);
-            let mut command = bench.xtask(&["reproduce"]);
+            let mut command = bench.assort(&["reproduce"]);
             let output = command.env("RAYON_NUM_THREADS", threads).output().expect("started");
             assert!(output.status.success(), "{}", tests::bench::stderr(&output));
             bench.results(0)
@@ -60,7 +60,7 @@ fn a_data_set_renamed_and_sorted_anew_gives_the_same_bytes() {
         let images = |bench: &Bench| fs::read(bench.images()).expect("there");
         assert!(images(&plain) == images(&renamed));
         let names = |bench: &Bench| {
-            fs::read(bench.path("runs/tiny/data/names.safetensors")).expect("there")
+            fs::read(bench.path("runs/tiny/0/data/names.safetensors")).expect("there")
         };
         assert!(names(&plain) != names(&renamed), "the names are kept, away from the pictures");
     }
@@ -77,7 +77,7 @@ fn no_program_changes_what_it_is_given() {
         steps.extend((0..=last).map(|round| ("metrics".to_owned(), round)));
         for (place, round) in steps {
             let words = ["stage", &place, "--round", &round.to_string()];
-            let output = bench.xtask(&words).output().expect("started");
+            let output = bench.assort(&words).output().expect("started");
             let message = tests::bench::stderr(&output);
             assert!(output.status.success(), "{system}, {words:?}: {message}");
             // All weights, batch-norm statistics and heads lie in these files.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 use tests::Bench;
-use tests::bench::{program, programs, stderr, systems};
+use tests::bench::{assort, stderr, systems};
 use tests::pictures::{self, PICTURES, PLAIN};
 use tests::tensors::File;
 
@@ -25,7 +25,7 @@ fn clusters_pictures_without_ground_truth(system: &str) {
         }
         Ok(())
     });
-    let output = bench.xtask(&["reproduce", "--json"]).output().expect("started");
+    let output = bench.assort(&["reproduce", "--json"]).output().expect("started");
     assert!(output.status.success(), "{}", stderr(&output));
     let stdout = String::from_utf8(output.stdout).expect("UTF-8");
     let results: Value =
@@ -44,15 +44,15 @@ fn clusters_pictures_without_ground_truth(system: &str) {
     sizes.sort_unstable();
     let [least, middle, most] = sizes;
     assert!(stdout.contains(&format!("cluster sizes {most} {middle} {least}")), "{stdout}");
-    assert!(stdout.contains("cargo xtask report"), "{stdout}");
+    assert!(stdout.contains("assort report"), "{stdout}");
     is_reported(&bench, &assignment);
 }
 
 /// The clusters to look at: every picture under its name, with its cluster, and as a copy.
 fn is_reported(bench: &Bench, assignment: &[u32]) {
-    let mut command = program("xtask");
+    let mut command = assort();
     let run = bench.path("runs/tiny/0");
-    command.arg("report").arg(&run).arg("--pictures").arg("--programs").arg(programs());
+    command.arg("report").arg(&run).arg("--pictures");
     let output = command.output().expect("started");
     assert!(output.status.success(), "{}", stderr(&output));
     let page = std::fs::read_to_string(run.join("report/report.html")).expect("a page");

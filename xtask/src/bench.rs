@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf, absolute};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{interrupt, programs};
+use crate::{become_program, cargo};
 
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
@@ -30,10 +30,30 @@ pub struct Options {
     rest: Vec<OsString>,
 }
 
+/// Builds the program and becomes it.
+pub fn run(mut options: Options) -> Result<ExitCode> {
+    options.resolve_python()?;
+    let root = cargo::root()?;
+    let found = bench_programs(&root.join("crates"))?;
+    let what = &options.what;
+    let Some(owner) = found.get(what) else {
+        let names: Vec<&str> = found.keys().map(String::as_str).collect();
+        bail!("there is nothing to bench by the name `{what}`; there is {}", names.join(", "))
+    };
+    let mut command = Command::new(cargo::build(owner, &format!("{PREFIX}{what}"), None)?);
+    if let Some(python) = &options.peer_python {
+        command.arg("--peer-python").arg(python);
+    }
+    if options.json {
+        command.arg("--json");
+    }
+    become_program(command.args(&options.rest).current_dir(root))
+}
+
 impl Options {
-    /// Makes the Python's path absolute, as it is seen from where the user stands. A mere name is
-    /// looked up where commands are; a link is not followed, since a virtual environment is one.
-    pub fn resolve_paths(&mut self) -> Result<()> {
+    /// Makes the Python's path absolute. A mere name is looked up where commands are; a link is not
+    /// followed, since a virtual environment is one.
+    fn resolve_python(&mut self) -> Result<()> {
         if let Some(python) = &mut self.peer_python
             && python.components().count() > 1
         {
@@ -47,35 +67,6 @@ impl Options {
         }
         Ok(())
     }
-}
-
-/// Builds the program and lets it speak.
-///
-/// # Errors
-///
-/// There is no such program, it cannot be built, or it fails.
-pub fn run(options: &Options) -> Result<()> {
-    let found = bench_programs(Path::new("crates"))?;
-    let what = &options.what;
-    let Some(owner) = found.get(what) else {
-        let names: Vec<&str> = found.keys().map(String::as_str).collect();
-        bail!("there is nothing to bench by the name `{what}`; there is {}", names.join(", "))
-    };
-    let name = format!("{PREFIX}{what}");
-    let built = programs::cargo_build(&[(owner, &name)], None)?;
-    let program = built.get(&name).with_context(|| format!("cargo built no `{name}`"))?;
-    let mut command = Command::new(program);
-    if let Some(python) = &options.peer_python {
-        command.arg("--peer-python").arg(python);
-    }
-    if options.json {
-        command.arg("--json");
-    }
-    let status = command.args(&options.rest).status();
-    let status = status.with_context(|| format!("starting `{}`", program.display()))?;
-    interrupt::check()?;
-    ensure!(status.success(), "{name} ended with {status}; what it said is above");
-    Ok(())
 }
 
 const PREFIX: &str = "bench-";
@@ -125,9 +116,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let python = folder.path().join("bin/python");
         let mut missing = options("train", python.to_str());
-        let message = missing.resolve_paths().expect_err("not there").to_string();
+        let message = missing.resolve_python().expect_err("not there").to_string();
         assert!(message.contains("bin/python"), "{message}");
         // A name without a folder is for the system to find.
-        options("train", Some("python3")).resolve_paths().expect("a name");
+        options("train", Some("python3")).resolve_python().expect("a name");
     }
 }

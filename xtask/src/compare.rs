@@ -1,35 +1,39 @@
-//! `cargo xtask compare`: all systems on one data set, with equal backbone and effort, in one table.
+//! `assort compare`: all systems on one data set, with equal backbone and effort, in one table.
 //!
-//! A system's experiment is `configs/<dataset>.toml` (PLDC) or `configs/<dataset>-<system>.toml`.
-//! They must name one data set, one backbone, and efforts that differ by no more than
-//! [`TOLERANCE`]: the effort is what every step's program declares under `--check` as
-//! `backbone-pictures`, pictures passed through a backbone, with gradient or without, crops
-//! weighted by their pixels, pretraining included.
+//! A system's experiment is `<dataset>` (PLDC) or `<dataset>-<system>`. They must name one data set,
+//! one backbone, and efforts that differ by no more than [`TOLERANCE`]: the effort is what every
+//! step's program declares under `--check`, see [`stage::Effort`], pretraining included.
 //!
-//! The line to beat is k-means on BYOL's embeddings after the same effort: what PLDC's control ends
-//! with, which is BYOL trained on for as long as the rounds take.
+//! The line to beat is k-means on BYOL's embeddings after the same effort: the result of PLDC's
+//! control, which is BYOL trained on for as long as the rounds take.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
 use serde_json::{Value, json};
+use stage::console::{print, print_line};
+use stage::{Experiment, Spec};
 use toml::Value as Toml;
 
+use crate::Session;
 use crate::cost::Cost;
-use crate::plan::{self, Arm, Plan};
-use crate::report::{Metrics, Scores, Statistic, aligned, statistic_json};
+use crate::plan::{Arm, Plan};
+use crate::reproduce::resolved;
+use crate::results::{Metrics, Scores, Statistic, aligned, statistic_json};
 use crate::run::Run;
-use crate::{Bench, Options, resolved};
-use stage::Experiment;
+use crate::setup::{self, Setup};
+use crate::store::Hold;
 
 /// Largest difference of a system's effort from the first one's, as a share.
 const TOLERANCE: f64 = 0.05;
 
-/// What the command line says of a comparison.
-#[derive(Debug, Args)]
-pub struct Choices {
+/// The command line. The experiments run as their files are: a value is changed in a copy of a file,
+/// or with `reproduce --set`.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+pub struct Options {
+    /// The data set: its experiment is PLDC, `<data set>-<system>` another system.
+    data_set: String,
     /// Run the seeds 0 to N - 1.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
@@ -39,129 +43,81 @@ pub struct Choices {
     /// Print, last, the results as one JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    setup: setup::Options,
 }
 
-/// One system on the data set.
+/// Runs what is not done and prints the table.
+pub fn run(session: &Session, options: &Options) -> Result<()> {
+    let systems = systems(session, &options.data_set)?;
+    let setups = systems
+        .iter()
+        .map(|system| Setup::new(session, &system.plan, &options.setup))
+        .collect::<Result<Vec<_>>>()?;
+    if let Some(setup) = setups.iter().find(|setup| !setup.prepared.is_done())
+        && options.setup.dry_run
+    {
+        return setup.dry_run_unprepared();
+    }
+    let _data = setups.iter().map(Setup::prepare).collect::<Result<Vec<Hold>>>()?;
+    let mut entries = Vec::new();
+    for (system, setup) in systems.iter().zip(&setups) {
+        let runs = (0..options.seeds).map(|seed| Run::new(seed, setup));
+        entries.push(Entry::new(system, runs.collect::<Result<_>>()?)?);
+    }
+    let comparison = Comparison::of(entries, &session.registry.specs())?;
+    if !comparison.problems.is_empty() && !options.unequal {
+        bail!(
+            "the systems are not comparable: {}; --unequal compares them anyway",
+            comparison.problems.join("; ")
+        )
+    }
+    comparison.problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+    if options.setup.dry_run {
+        return comparison.print_efforts();
+    }
+    comparison.execute()?;
+    let rows = comparison.rows()?;
+    print(table(
+        &comparison.first().system.experiment,
+        &rows,
+        options.seeds,
+        &comparison.problems,
+    )?)?;
+    if options.json {
+        let rows: Vec<Value> = rows.iter().map(Row::json).collect();
+        let problems = &comparison.problems;
+        print_line(json!({ "rows": rows, "seeds": options.seeds, "problems": problems }))?;
+    }
+    Ok(())
+}
+
+/// A system's experiment on the data set.
 struct System {
     experiment: Experiment,
     plan: Plan,
 }
 
-/// Runs what is not done and prints the table.
-pub fn run(options: &Options, choices: &Choices) -> Result<()> {
-    ensure!(
-        options.set.is_empty(),
-        "compare runs the experiments as their files are; change a value in a copy of a file, or \
-         with `reproduce --set`"
-    );
-    let systems = systems(&options.experiment)?;
-    let first = systems.first().context("no experiment to compare")?;
-    for other in &systems[1..] {
-        require_one_data_set(&first.experiment, &other.experiment)?;
-    }
-    let backbones = systems.iter().map(|system| backbone(&system.experiment)).collect::<Vec<_>>();
-
-    let mut rows = Vec::new();
-    let mut problems = Vec::new();
-    let mut benches = Vec::new();
-    for system in &systems {
-        benches.push(Bench::set_up(options, &system.plan)?);
-    }
-    let mut runs: Vec<Vec<Run>> = Vec::new();
-    for bench in &benches {
-        let Some(data) = bench.data()? else { return bench.say_what_would_run() };
-        runs.push((0..choices.seeds).map(|seed| bench.run(seed, data)).collect::<Result<_>>()?);
-    }
-    let mut efforts = Vec::new();
-    for (system, runs) in systems.iter().zip(&runs) {
-        efforts.push(effort(system, &runs[0], Arm::Main)?);
-    }
-    for ((system, effort), backbone) in systems.iter().zip(&efforts).zip(&backbones) {
-        let name = &system.experiment.name;
-        if *backbone != backbones[0] {
-            problems
-                .push(format!("`{name}` has another backbone than `{}`", first.experiment.name));
-        }
-        match relative(*effort, efforts[0]) {
-            Some(share) if (share - 1.).abs() <= TOLERANCE => {}
-            Some(share) => problems.push(format!(
-                "`{name}` passes {:.0} pictures through its backbone, {share:.3} of the {:.0} of \
-                 `{}`; change its epochs",
-                effort.unwrap_or_default(),
-                efforts[0].unwrap_or_default(),
-                first.experiment.name
-            )),
-            None => problems.push(format!(
-                "`{name}` has a program that does not declare its effort (`backbone-pictures` \
-                 under --check)"
-            )),
-        }
-    }
-    if !problems.is_empty() && !choices.unequal {
-        bail!(
-            "the systems are not comparable: {}; --unequal compares all the same",
-            problems.join("; ")
-        )
-    }
-    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
-    if options.dry_run {
-        for (system, effort) in systems.iter().zip(&efforts) {
-            let pictures = effort.map_or("?".to_owned(), |effort| format!("{effort:.0}"));
-            println!("{}: {pictures} pictures through the backbone", system.experiment.name);
-        }
-        return Ok(());
-    }
-
-    for (system, runs) in systems.iter().zip(&runs) {
-        let arms = |arm: &Arm| *arm != Arm::Pixels;
-        for run in runs {
-            let steps: Vec<usize> =
-                (0..system.plan.steps.len()).filter(|&s| arms(&system.plan.steps[s].arm)).collect();
-            run.check(steps.iter().copied())?;
-        }
-        for run in runs {
-            let steps = (0..system.plan.steps.len()).filter(|&s| match system.plan.steps[s].arm {
-                Arm::Main => true,
-                // Only the first has the control that is the line to beat.
-                Arm::Control => std::ptr::eq(system, first),
-                Arm::Pixels => false,
-            });
-            run.execute(steps)?;
-        }
-    }
-
-    if let Some(row) = line_to_beat(first, &runs[0])? {
-        let effort = effort(first, &runs[0][0], Arm::Control)?;
-        rows.push(Row { effort: relative(effort, efforts[0]), pictures: effort, ..row });
-    }
-    for ((system, runs), effort) in systems.iter().zip(&runs).zip(&efforts) {
-        let row = result(system, runs)?;
-        rows.push(Row { effort: relative(*effort, efforts[0]), pictures: *effort, ..row });
-    }
-    print!("{}", table(&first.experiment, &rows, choices.seeds, &problems)?);
-    if choices.json {
-        let rows: Vec<Value> = rows.iter().map(Row::json).collect();
-        println!("{}", json!({ "rows": rows, "seeds": choices.seeds, "problems": problems }));
-    }
-    Ok(())
-}
-
-/// The experiments of a data set: PLDC's first, then those of the systems that are one stage.
-fn systems(data_set: &str) -> Result<Vec<System>> {
-    let mut systems = Vec::new();
+/// The systems on a data set: PLDC first, then those that are one stage.
+fn systems(session: &Session, data_set: &str) -> Result<Vec<System>> {
+    let stages = session.registry.specs();
     let open = |word: &str| -> Result<System> {
-        let experiment = resolved(word, &[])?;
-        let plan = Plan::of(&experiment)?;
+        let experiment = resolved(session, word, &[])?;
+        let plan = Plan::of(&experiment, &stages)?;
         Ok(System { experiment, plan })
     };
-    systems.push(open(data_set)?);
-    for name in plan::systems() {
-        let word = format!("{data_set}-{name}");
-        if Path::new(stage::FOLDER).join(format!("{word}.toml")).exists() {
+    let known = session.registry.library.names()?;
+    let mut systems = vec![open(data_set)?];
+    for stage in stages.iter().filter(|stage| stage.is_one_phase()) {
+        let word = format!("{data_set}-{}", stage.name);
+        if known.contains(&word) {
             systems.push(open(&word)?);
         } else {
-            tracing::warn!("there is no experiment `{word}`: {name} is left out");
+            tracing::warn!("there is no experiment `{word}`: {} is left out", stage.name);
         }
+    }
+    for other in &systems[1..] {
+        require_one_data_set(&systems[0].experiment, &other.experiment)?;
     }
     Ok(systems)
 }
@@ -181,28 +137,161 @@ fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
 }
 
 /// The backbones that the tables of an experiment name, each once.
-fn backbone(experiment: &Experiment) -> Vec<Toml> {
+fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
     let mut found = Vec::new();
-    for place in plan::trained_places() {
-        let of_place = experiment.value(place).and_then(|table| table.get("backbone"));
-        found.extend(of_place.filter(|backbone| !found.contains(backbone)));
+    for stage in stages.iter().filter(|stage| stage.trains()) {
+        let of_stage = experiment.value(stage.name).and_then(|table| table.get("backbone"));
+        found.extend(of_stage.filter(|backbone| !found.contains(backbone)));
     }
     found.into_iter().cloned().collect()
 }
 
-/// Pictures that all steps of an arm pass through a backbone; nothing where a program that trains
-/// does not tell.
-fn effort(system: &System, run: &Run, arm: Arm) -> Result<Option<f64>> {
-    let mut sum = 0.;
-    for (position, step) in system.plan.steps.iter().enumerate() {
-        if step.arm == arm {
+/// A system with its runs, one for each seed, and its declared effort.
+struct Entry<'a> {
+    system: &'a System,
+    runs: Vec<Run<'a>>,
+    /// Pictures through the backbone; `None` where a program does not say.
+    effort: Option<f64>,
+}
+
+impl<'a> Entry<'a> {
+    fn new(system: &'a System, runs: Vec<Run<'a>>) -> Result<Self> {
+        let mut entry = Self { system, runs, effort: None };
+        entry.effort = entry.effort_of(Arm::Main)?;
+        Ok(entry)
+    }
+
+    fn name(&self) -> &str {
+        &self.system.experiment.name
+    }
+
+    /// What all steps of an arm declare together; `None` where a program that trains does not say.
+    fn effort_of(&self, arm: Arm) -> Result<Option<f64>> {
+        let run = self.runs.first().context("no seed to compare")?;
+        let mut sum = 0.;
+        for position in self.system.plan.of_arm(arm) {
             match run.declared_effort(position)? {
-                Some(pictures) => sum += pictures,
+                Some(effort) => sum += effort.backbone_pictures(),
                 None => return Ok(None),
             }
         }
+        Ok(Some(sum))
     }
-    Ok(Some(sum))
+
+    /// A row of these scores of the last step of `arm` that writes any.
+    fn row(&self, name: String, arm: Arm, of: fn(&Metrics) -> Option<Scores>) -> Result<Row> {
+        let last = self.system.plan.scores(arm).last();
+        let last = last.context("nothing that the experiment runs is scored")?;
+        let found = self
+            .runs
+            .iter()
+            .map(|run| Ok(of(&Metrics::read(&run.folder(last))?)))
+            .collect::<Result<Vec<_>>>()?;
+        let score = |part: fn(Scores) -> Option<f64>| {
+            Statistic::of(found.iter().map(|scores| scores.and_then(part)))
+        };
+        let costs: Vec<Option<Cost>> = self.runs.iter().map(|run| self.cost(run, arm)).collect();
+        let seconds = costs.iter().map(|cost| cost.map(|cost| cost.seconds));
+        Ok(Row {
+            system: name,
+            experiment: self.name().to_owned(),
+            scores: [score(|s| s.acc), score(|s| s.nmi), score(|s| s.ari)],
+            seconds: Statistic::of(seconds),
+            peak_bytes: costs.iter().flatten().filter_map(|cost| cost.peak_bytes).max(),
+            pictures: None,
+            effort: None,
+        })
+    }
+
+    /// Cost of all steps of an arm; `None` where one ran before costs were kept.
+    fn cost(&self, run: &Run, arm: Arm) -> Option<Cost> {
+        let costs = self.system.plan.of_arm(arm).map(|step| Cost::read(&run.folder(step)));
+        costs.into_iter().try_fold(Cost::default(), |sum, cost| Some(sum.and(cost?)))
+    }
+}
+
+/// All systems, PLDC first, and what keeps them from being comparable.
+struct Comparison<'a> {
+    entries: Vec<Entry<'a>>,
+    problems: Vec<String>,
+}
+
+impl<'a> Comparison<'a> {
+    fn of(entries: Vec<Entry<'a>>, stages: &[Spec]) -> Result<Self> {
+        let first = entries.first().context("no experiment to compare")?;
+        let mut problems = Vec::new();
+        let its_backbone = backbone(&first.system.experiment, stages);
+        for entry in &entries {
+            let name = entry.name();
+            if backbone(&entry.system.experiment, stages) != its_backbone {
+                problems.push(format!("`{name}` has another backbone than `{}`", first.name()));
+            }
+            match relative(entry.effort, first.effort) {
+                Some(share) if (share - 1.).abs() <= TOLERANCE => {}
+                Some(share) => problems.push(format!(
+                    "`{name}` passes {:.0} pictures through its backbone, {share:.3} of the {:.0} \
+                     of `{}`; change its epochs",
+                    entry.effort.unwrap_or_default(),
+                    first.effort.unwrap_or_default(),
+                    first.name()
+                )),
+                None => problems.push(format!(
+                    "`{name}` has a program that does not declare its effort \
+                     (`backbone-pictures` under --check)"
+                )),
+            }
+        }
+        Ok(Self { entries, problems })
+    }
+
+    fn first(&self) -> &Entry<'a> {
+        &self.entries[0]
+    }
+
+    fn print_efforts(&self) -> Result<()> {
+        for entry in &self.entries {
+            let pictures = entry.effort.map_or("?".to_owned(), |effort| format!("{effort:.0}"));
+            print_line(format_args!("{}: {pictures} pictures through the backbone", entry.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Runs all systems, and the control of the first, which is the line to beat.
+    fn execute(&self) -> Result<()> {
+        let steps = |position: usize, entry: &Entry| -> Vec<usize> {
+            let plan = &entry.system.plan;
+            let control = plan.of_arm(Arm::Control).filter(|_| position == 0);
+            plan.of_arm(Arm::Main).chain(control).collect()
+        };
+        for (position, entry) in self.entries.iter().enumerate() {
+            let steps = steps(position, entry);
+            entry.runs.iter().try_for_each(|run| run.check(&steps, false))?;
+        }
+        for (position, entry) in self.entries.iter().enumerate() {
+            let steps = steps(position, entry);
+            entry.runs.iter().try_for_each(|run| run.execute(&steps, false))?;
+        }
+        Ok(())
+    }
+
+    /// The line to beat, then a row for each system.
+    fn rows(&self) -> Result<Vec<Row>> {
+        let first = self.first();
+        let mut rows = Vec::new();
+        let mut add = |row: Row, effort: Option<f64>| {
+            rows.push(Row { effort: relative(effort, first.effort), pictures: effort, ..row });
+        };
+        if first.system.plan.scores(Arm::Control).next().is_some() {
+            let name = "k-means on BYOL".to_owned();
+            let row = first.row(name, Arm::Control, |metrics| metrics.kmeans)?;
+            add(row, first.effort_of(Arm::Control)?);
+        }
+        for entry in &self.entries {
+            let name = entry.system.experiment.system()?;
+            add(entry.row(name, Arm::Main, |metrics| metrics.head)?, entry.effort);
+        }
+        Ok(rows)
+    }
 }
 
 fn relative(effort: Option<f64>, to: Option<f64>) -> Option<f64> {
@@ -243,56 +332,6 @@ impl Row {
     }
 }
 
-/// What a system ended with, by its own assignments.
-fn result(system: &System, runs: &[Run]) -> Result<Row> {
-    let last = system.plan.at(Arm::Main, "metrics").last();
-    let last = last.context("nothing that the experiment runs is scored")?;
-    let name = system.experiment.system()?;
-    row(system, runs, name, Arm::Main, last, |metrics| metrics.head)
-}
-
-/// k-means on the embeddings that the control ends with.
-fn line_to_beat(system: &System, runs: &[Run]) -> Result<Option<Row>> {
-    let Some(last) = system.plan.at(Arm::Control, "metrics").last() else { return Ok(None) };
-    let name = "k-means on BYOL".to_owned();
-    row(system, runs, name, Arm::Control, last, |metrics| metrics.kmeans).map(Some)
-}
-
-fn row(
-    system: &System,
-    runs: &[Run],
-    name: String,
-    arm: Arm,
-    metrics: usize,
-    of: fn(&Metrics) -> Option<Scores>,
-) -> Result<Row> {
-    let found = runs
-        .iter()
-        .map(|run| Ok(of(&Metrics::read(&run.folder(metrics))?)))
-        .collect::<Result<Vec<_>>>()?;
-    let score = |part: fn(Scores) -> Option<f64>| {
-        Statistic::of(found.iter().map(|scores| scores.and_then(part)))
-    };
-    let costs: Vec<Option<Cost>> = runs.iter().map(|run| cost(system, run, arm)).collect();
-    let seconds = costs.iter().map(|cost| cost.map(|cost| cost.seconds));
-    Ok(Row {
-        system: name,
-        experiment: system.experiment.name.clone(),
-        scores: [score(|s| s.acc), score(|s| s.nmi), score(|s| s.ari)],
-        seconds: Statistic::of(seconds),
-        peak_bytes: costs.iter().flatten().filter_map(|cost| cost.peak_bytes).max(),
-        pictures: None,
-        effort: None,
-    })
-}
-
-/// Cost of all steps of an arm; nothing where one ran before costs were kept.
-fn cost(system: &System, run: &Run, arm: Arm) -> Option<Cost> {
-    let steps = system.plan.steps.iter().enumerate().filter(|(_, step)| step.arm == arm);
-    let mut costs = steps.map(|(position, _)| Cost::read(&run.folder(position)));
-    costs.try_fold(Cost::default(), |sum, cost| Some(sum.and(cost?)))
-}
-
 const COLUMNS: [&str; 7] = ["", "ACC", "NMI", "ARI", "seconds", "peak MB", "effort"];
 
 /// The table, scores in per cent, seconds of one seed.
@@ -322,13 +361,12 @@ fn table(experiment: &Experiment, rows: &[Row], seeds: u64, problems: &[String])
 
 #[cfg(test)]
 mod tests {
+    use stage::Output;
+
     use super::*;
 
     fn experiment(text: &str) -> Experiment {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("example.toml");
-        std::fs::write(&path, text).expect("written");
-        Experiment::read(&path).expect("TOML")
+        Experiment::of_text("example", text).expect("TOML")
     }
 
     const TEXT: &str = r#"
@@ -355,11 +393,16 @@ mod tests {
     }
 
     #[test]
-    fn backbones_are_those_of_the_places_that_train() {
-        assert_eq!(backbone(&experiment(TEXT)).len(), 1);
+    fn backbones_are_those_of_the_stages_that_train() {
+        let trained = |name| Spec { name, algorithm: 1, inputs: &[], outputs: &[Output::Network] };
+        let stages = [trained("pretraining"), trained("secu")];
+        let backbones = |text: &str| backbone(&experiment(text), &stages);
+        assert_eq!(backbones(TEXT).len(), 1);
         let two = TEXT.replacen("width = 4", "width = 5", 1);
-        assert_eq!(backbone(&experiment(&two)).len(), 2);
-        assert_ne!(backbone(&experiment(&two)), backbone(&experiment(TEXT)));
+        assert_eq!(backbones(&two).len(), 2);
+        assert_ne!(backbones(&two), backbones(TEXT));
+        let scorer = Spec { name: "secu", algorithm: 1, inputs: &[], outputs: &[Output::Scores] };
+        assert_eq!(backbone(&experiment(&two), &[stages[0], scorer]).len(), 1);
     }
 
     #[test]

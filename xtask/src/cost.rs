@@ -4,14 +4,11 @@
 //! after the program has ended, never by the program.
 
 use std::fs;
-use std::io;
 use std::path::Path;
-use std::process::{Child, ExitStatus};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use stage::files;
 
 /// Name of the file in a step's folder.
 const NAME: &str = "cost.json";
@@ -43,28 +40,12 @@ impl Cost {
     /// Adds this to what the step in `folder` has cost before.
     pub fn add_to(self, folder: &Path) -> Result<()> {
         let sum = Self::read(folder).unwrap_or_default().and(self);
-        let path = folder.join(NAME);
-        fs::write(&path, format!("{}\n", serde_json::to_string(&sum)?))
-            .with_context(|| format!("writing `{}`", path.display()))
-    }
-}
-
-/// Waits for the end of a program that was started at `began`, and watches its memory.
-pub fn watch(child: &mut Child, began: Instant) -> io::Result<(ExitStatus, Cost)> {
-    let mut peak_bytes = None;
-    let mut pause = Duration::from_millis(1);
-    loop {
-        peak_bytes = peak_bytes.max(peak_of(child.id()));
-        if let Some(status) = child.try_wait()? {
-            return Ok((status, Cost { seconds: began.elapsed().as_secs_f64(), peak_bytes }));
-        }
-        thread::sleep(pause);
-        pause = (2 * pause).min(Duration::from_millis(50));
+        files::write(&folder.join(NAME), format!("{}\n", serde_json::to_string(&sum)?).as_bytes())
     }
 }
 
 /// The most memory that a running process has had in use, in bytes.
-fn peak_of(process: u32) -> Option<u64> {
+pub fn peak_of(process: u32) -> Option<u64> {
     peak_in(&fs::read_to_string(format!("/proc/{process}/status")).ok()?)
 }
 
@@ -94,15 +75,5 @@ mod tests {
     fn memory_is_read_as_linux_tells_it() {
         assert_eq!(peak_in("Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  345 kB\n"), Some(345 * 1024));
         assert_eq!(peak_in("Name:\tx\n"), None);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_program_is_watched_to_its_end() {
-        let began = Instant::now();
-        let mut child = std::process::Command::new("sleep").arg("0.1").spawn().expect("started");
-        let (status, cost) = watch(&mut child, began).expect("watched");
-        assert!(status.success());
-        assert!(cost.seconds >= 0.1 && cost.peak_bytes.is_some_and(|bytes| bytes > 10_000));
     }
 }

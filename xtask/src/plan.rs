@@ -1,107 +1,14 @@
 //! The plan: which steps make up a run, in which order, and what each is given.
 //!
-//! A *place* is what a step is for (`embed`); the experiment says which program fills it. What a
-//! step is given depends on its place alone, see [`PLACES`].
+//! A *place* is what a step is for (`embed`) and bears the name of a stage; the experiment says
+//! which program fills it. What a step is given follows from the [`Spec`] of that stage.
 
 use std::fmt;
 
 use anyhow::{Context, Result, bail};
+use stage::{Experiment, Origin, Output, Spec};
 
-use stage::Experiment;
-
-/// Where a step's input comes from, among the steps before it.
-#[derive(Debug, Clone, Copy)]
-enum Origin {
-    /// The last step that trained the network.
-    Network,
-    /// The same, for its backbone alone; absent where nothing trained one.
-    Backbone,
-    /// The last embeddings.
-    Embeddings,
-    /// The last pseudo-labels.
-    PseudoLabels,
-    /// The same place, one round before; absent in its first round.
-    OneRoundBefore,
-    /// The pseudo-labels before the last; absent in the first round.
-    PseudoLabelsBefore,
-    /// The prepared folder with the ground truth.
-    Labels,
-}
-
-/// What a step can be for.
-#[derive(Debug)]
-struct Place {
-    name: &'static str,
-    /// What its program is given, by role.
-    given: &'static [(&'static str, Origin)],
-    /// Whether its program writes a network.
-    trains: bool,
-    /// Whether its program writes pseudo-labels: `metrics` then follows it, and a run may end here.
-    clusters: bool,
-}
-
-/// Every place there is. The last four are whole systems, which train and cluster in one stage.
-const PLACES: [Place; 9] = [
-    Place { name: "pretraining", given: &[], trains: true, clusters: false },
-    Place { name: "embed", given: &[("network", Origin::Network)], trains: false, clusters: false },
-    Place {
-        name: "clustering",
-        given: &[("embeddings", Origin::Embeddings), ("previous", Origin::OneRoundBefore)],
-        trains: false,
-        clusters: true,
-    },
-    Place {
-        name: "prototype-refinement",
-        given: &[
-            ("network", Origin::Network),
-            ("pseudo-labels", Origin::PseudoLabels),
-            ("previous", Origin::OneRoundBefore),
-        ],
-        trains: true,
-        clusters: false,
-    },
-    Place {
-        name: METRICS,
-        given: &[
-            ("pseudo-labels", Origin::PseudoLabels),
-            ("labels", Origin::Labels),
-            ("previous", Origin::PseudoLabelsBefore),
-        ],
-        trains: false,
-        clusters: false,
-    },
-    one_phase("propos"),
-    one_phase("secu"),
-    one_phase("imc-swav"),
-    one_phase("icbpl"),
-];
-
-/// A system that goes from pictures to pseudo-labels by itself. It may start from a backbone.
-const fn one_phase(name: &'static str) -> Place {
-    Place { name, given: &[("backbone", Origin::Backbone)], trains: true, clusters: true }
-}
-
-/// Places that are whole systems, which train and cluster in one stage.
-pub fn systems() -> impl Iterator<Item = &'static str> {
-    PLACES.iter().filter(|place| place.trains && place.clusters).map(|place| place.name)
-}
-
-/// Places whose programs train a network.
-pub fn trained_places() -> impl Iterator<Item = &'static str> {
-    PLACES.iter().filter(|place| place.trains).map(|place| place.name)
-}
-
-/// The place whose program scores what the last one that clusters found.
-const METRICS: &str = "metrics";
-
-impl Place {
-    fn named(name: &str) -> Result<&'static Self> {
-        PLACES.iter().find(|place| place.name == name).with_context(|| {
-            let known: Vec<_> = PLACES.iter().map(|place| place.name).collect();
-            format!("there is no place `{name}`; there are {}", known.join(", "))
-        })
-    }
-}
+use crate::programs::table_of;
 
 /// Which row of the results a step works for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,8 +45,8 @@ pub enum Input {
 pub struct Step {
     /// The row it works for.
     pub arm: Arm,
-    /// What it is for.
-    pub place: String,
+    /// The stage whose place it takes.
+    pub place: Spec,
     /// Round, from 0.
     pub round: usize,
     /// How many rounds follow round 0; 0 for a step outside the loop, which must not depend on it.
@@ -154,8 +61,8 @@ impl Step {
     /// `0-pretraining`, with the row in front where it is not the experiment itself.
     pub fn name(&self) -> String {
         match self.arm {
-            Arm::Main => format!("{}-{}", self.round, self.place),
-            arm => format!("{arm}/{}-{}", self.round, self.place),
+            Arm::Main => format!("{}-{}", self.round, self.place.name),
+            arm => format!("{arm}/{}-{}", self.round, self.place.name),
         }
     }
 }
@@ -171,20 +78,22 @@ pub struct Plan {
 
 impl Plan {
     /// The steps of an experiment with its baseline and its control.
-    pub fn of(experiment: &Experiment) -> Result<Self> {
+    ///
+    /// - `stages`: all that can fill a place.
+    pub fn of(experiment: &Experiment, stages: &[Spec]) -> Result<Self> {
         let mut arms = vec![(Arm::Main, experiment.clone())];
         arms.extend(experiment.pixels().map(|pixels| (Arm::Pixels, pixels)));
         arms.extend(experiment.control()?.map(|control| (Arm::Control, control)));
-        let mut steps = Vec::new();
+        let mut steps = Steps { stages, steps: Vec::new() };
         for (arm, experiment) in &arms {
             let added = match arm {
-                Arm::Pixels => pixel_steps(&mut steps),
-                Arm::Main | Arm::Control => round_steps(&mut steps, *arm, experiment),
+                Arm::Pixels => steps.add_pixels(),
+                Arm::Main | Arm::Control => steps.add_rounds(*arm, experiment),
             };
             added.with_context(|| format!("`{}`", experiment.path.display()))?;
         }
-        let plan = Self { arms, steps };
-        plan.refuse_unread_tables(experiment)?;
+        let plan = Self { arms, steps: steps.steps };
+        plan.refuse_unread_tables(experiment, stages)?;
         Ok(plan)
     }
 
@@ -194,7 +103,7 @@ impl Plan {
         &found.expect("a step's arm is one of the plan's").1
     }
 
-    /// The programs to build or find, each once, in order of first use.
+    /// The programs to find, each once, in order of first use.
     pub fn programs(&self) -> Vec<&str> {
         let mut programs = Vec::new();
         for step in &self.steps {
@@ -207,128 +116,165 @@ impl Plan {
 
     /// Positions of the steps of `arm` at `place`, in order of rounds.
     pub fn at(&self, arm: Arm, place: &str) -> impl Iterator<Item = usize> {
-        let here = move |step: &Step| step.arm == arm && step.place == place;
-        (0..self.steps.len()).filter(move |&position| here(&self.steps[position]))
+        self.of_arm(arm).filter(move |&position| self.steps[position].place.name == place)
     }
 
-    /// The step of `arm` whose assignments `metrics` at this position scores.
-    pub fn scored_by(&self, metrics: usize) -> Option<usize> {
-        let mut inputs = self.steps[metrics].inputs.iter();
-        inputs.find_map(|(role, input)| match input {
-            Input::Step(position) if *role == "pseudo-labels" => Some(*position),
+    /// Positions of the steps of `arm`, in order.
+    pub fn of_arm(&self, arm: Arm) -> impl Iterator<Item = usize> {
+        (0..self.steps.len()).filter(move |&position| self.steps[position].arm == arm)
+    }
+
+    /// Positions of the steps of `arm` that write scores, in order of rounds.
+    pub fn scores(&self, arm: Arm) -> impl Iterator<Item = usize> {
+        self.of_arm(arm).filter(|&position| is_scorer(&self.steps[position].place))
+    }
+
+    /// The step whose assignments the step at `scores` scores.
+    pub fn scored_by(&self, scores: usize) -> Option<usize> {
+        let step = &self.steps[scores];
+        let role = step.place.inputs.iter().find(|role| role.origin == Origin::PseudoLabels)?;
+        step.inputs.iter().find_map(|(other, input)| match input {
+            Input::Step(position) if *other == role.name => Some(*position),
             _ => None,
         })
     }
 
     /// True where the step found its clusters in the embeddings of another that trained.
     pub fn clusters_alone(&self, position: usize) -> bool {
-        Place::named(&self.steps[position].place).is_ok_and(|place| place.clusters && !place.trains)
+        let place = &self.steps[position].place;
+        place.clusters() && !place.trains()
     }
 
-    fn refuse_unread_tables(&self, experiment: &Experiment) -> Result<()> {
+    fn refuse_unread_tables(&self, experiment: &Experiment, stages: &[Spec]) -> Result<()> {
         let mut known = vec!["title", "system", "data", "prepare", "rounds", "stages", "control"];
-        known.extend(PLACES.iter().map(|place| place.name));
+        known.extend(stages.iter().map(|place| place.name));
         known.extend(self.steps.iter().map(|step| table_of(&step.program)));
+        known.sort_unstable();
         known.dedup();
         experiment.refuse_tables_but(&known)
     }
 }
 
-/// The table a program reads: the one that bears its name.
-pub fn table_of(program: &str) -> &str {
-    let file = program.rsplit(['/', '\\']).next().unwrap_or(program);
-    file.split_once('.').map_or(file, |(stem, _)| stem)
+/// True for the stage whose steps follow every one that clusters.
+fn is_scorer(place: &Spec) -> bool {
+    place.outputs.contains(&Output::Scores)
 }
 
-/// Adds the steps of all rounds, with `metrics` after every step that clusters.
-fn round_steps(steps: &mut Vec<Step>, arm: Arm, experiment: &Experiment) -> Result<()> {
-    let order = experiment.rounds()?;
-    let stages = experiment.stages()?;
-    let places = |names: &[String]| -> Result<Vec<&Place>> {
-        let scored = |name: &String| {
-            let place = Place::named(name)?;
-            Ok([Some(place), place.clusters.then(|| Place::named(METRICS)).transpose()?])
-        };
-        let places = names.iter().map(scored).collect::<Result<Vec<_>>>()?;
-        Ok(places.into_iter().flatten().flatten().collect())
-    };
-    let (first, then) = (places(&order.first)?, places(&order.then)?);
-    for round in 0..=order.rounds {
-        for place in if round == 0 { &first } else { &then } {
-            let inputs = inputs(steps, arm, place, round)?;
-            let program = stages.get(place.name).with_context(|| {
-                format!("table `[stages]` names no program for the place `{}`", place.name)
-            })?;
-            let loops = then.iter().any(|other| other.name == place.name);
-            let rounds = if loops { order.rounds } else { 0 };
-            let (place, program) = (place.name.to_owned(), program.clone());
-            steps.push(Step { arm, place, round, rounds, program, inputs });
-        }
-    }
-    let last = if order.rounds > 0 { &then } else { &first };
-    if last.last().is_none_or(|place| place.name != METRICS) {
-        let able: Vec<_> = PLACES.iter().filter(|p| p.clusters).map(|place| place.name).collect();
-        bail!(
-            "the last place of a round must be one whose assignments are the result: {}",
-            able.join(", ")
-        )
-    }
-    Ok(())
+/// Steps as they are put in order.
+struct Steps<'a> {
+    stages: &'a [Spec],
+    steps: Vec<Step>,
 }
 
-/// Adds k-means on the pixels: always by this workspace's programs, whatever fills the places.
-fn pixel_steps(steps: &mut Vec<Step>) -> Result<()> {
-    for name in ["embed", "clustering", METRICS] {
-        let inputs = match name {
-            "embed" => Vec::new(),
-            name => inputs(steps, Arm::Pixels, Place::named(name)?, 0)?,
-        };
-        let (place, program) = (name.to_owned(), name.to_owned());
-        steps.push(Step { arm: Arm::Pixels, place, round: 0, rounds: 0, program, inputs });
-    }
-    Ok(())
-}
-
-/// What a step at `place` is given, out of the steps that run before it.
-fn inputs(
-    steps: &[Step],
-    arm: Arm,
-    place: &Place,
-    round: usize,
-) -> Result<Vec<(&'static str, Input)>> {
-    let last = |fits: &dyn Fn(&Place) -> bool, skip: usize| {
-        let fits = |step: &Step| step.arm == arm && Place::named(&step.place).is_ok_and(fits);
-        (0..steps.len()).rev().filter(|&position| fits(&steps[position])).nth(skip)
-    };
-    let mut inputs = Vec::new();
-    for (role, origin) in place.given {
-        let (found, optional) = match origin {
-            Origin::Network => (last(&|place| place.trains, 0), false),
-            Origin::Backbone => (last(&|place| place.trains, 0), true),
-            Origin::Embeddings => (last(&|place| place.name == "embed", 0), false),
-            Origin::PseudoLabels => (last(&|place| place.clusters, 0), false),
-            Origin::OneRoundBefore => (last(&|other| other.name == place.name, 0), true),
-            Origin::PseudoLabelsBefore => (last(&|place| place.clusters, 1), true),
-            Origin::Labels => {
-                inputs.push((*role, Input::Labels));
-                continue;
+impl Steps<'_> {
+    /// Adds the steps of all rounds, with one that scores after every step that clusters.
+    fn add_rounds(&mut self, arm: Arm, experiment: &Experiment) -> Result<()> {
+        let order = experiment.rounds()?;
+        let programs = experiment.stages()?;
+        let (first, then) = (self.places(&order.first)?, self.places(&order.then)?);
+        for round in 0..=order.rounds {
+            for place in if round == 0 { &first } else { &then } {
+                let program = programs.get(place.name).with_context(|| {
+                    format!("table `[stages]` names no program for the place `{}`", place.name)
+                })?;
+                let loops = then.iter().any(|other| other.name == place.name);
+                let rounds = if loops { order.rounds } else { 0 };
+                self.add(arm, place, (round, rounds), program)?;
             }
-        };
-        match found {
-            Some(position) => inputs.push((*role, Input::Step(position))),
-            None if optional => {}
-            None => bail!(
-                "`{}` of round {round} needs a {role}, but no place before it in `[rounds]` writes \
-                 one",
-                place.name
-            ),
         }
+        let last = if order.rounds > 0 { &then } else { &first };
+        if !last.last().is_some_and(is_scorer) {
+            let able: Vec<_> =
+                self.stages.iter().filter(|p| p.clusters()).map(|place| place.name).collect();
+            bail!(
+                "the last place of a round must be one whose assignments are the result: {}",
+                able.join(", ")
+            )
+        }
+        Ok(())
     }
-    Ok(inputs)
+
+    /// The places of a round by name, with the one that scores after each that clusters.
+    fn places(&self, names: &[String]) -> Result<Vec<Spec>> {
+        let mut places = Vec::new();
+        for name in names {
+            let place = self.place(name)?;
+            places.push(place);
+            if place.clusters() {
+                let scorer = self.stages.iter().copied().find(is_scorer);
+                places.push(scorer.context("no stage writes scores")?);
+            }
+        }
+        Ok(places)
+    }
+
+    fn place(&self, name: &str) -> Result<Spec> {
+        let found = self.stages.iter().copied().find(|place| place.name == name);
+        found.with_context(|| {
+            let known: Vec<_> = self.stages.iter().map(|place| place.name).collect();
+            format!("there is no place `{name}`; there are {}", known.join(", "))
+        })
+    }
+
+    /// Adds k-means on the pixels: always by this program's stages, whatever fills the places.
+    fn add_pixels(&mut self) -> Result<()> {
+        let embed = self.place("embed")?;
+        let program = embed.name.to_owned();
+        let inputs = Vec::new();
+        let step = Step { arm: Arm::Pixels, place: embed, round: 0, rounds: 0, program, inputs };
+        self.steps.push(step);
+        for place in self.places(&["clustering".to_owned()])? {
+            self.add(Arm::Pixels, &place, (0, 0), place.name)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a step with what it is given, out of the steps before it.
+    fn add(
+        &mut self,
+        arm: Arm,
+        place: &Spec,
+        (round, rounds): (usize, usize),
+        program: &str,
+    ) -> Result<()> {
+        let last = |fits: &dyn Fn(&Spec) -> bool, skip: usize| {
+            let fits = |step: &Step| step.arm == arm && fits(&step.place);
+            (0..self.steps.len()).rev().filter(|&position| fits(&self.steps[position])).nth(skip)
+        };
+        let mut inputs = Vec::new();
+        for input in place.inputs {
+            let found = match input.origin {
+                Origin::Network | Origin::Backbone => last(&Spec::trains, 0),
+                Origin::Embeddings => last(&|place| place.outputs.contains(&Output::Embeddings), 0),
+                Origin::PseudoLabels => last(&Spec::clusters, 0),
+                Origin::PreviousRound => last(&|other| other.name == place.name, 0),
+                Origin::EarlierPseudoLabels => last(&Spec::clusters, 1),
+                Origin::Labels => {
+                    inputs.push((input.name, Input::Labels));
+                    continue;
+                }
+            };
+            match found {
+                Some(position) => inputs.push((input.name, Input::Step(position))),
+                None if input.origin.is_optional() => {}
+                None => bail!(
+                    "`{}` of round {round} needs the input {}, but no place before it in \
+                     `[rounds]` writes it",
+                    place.name,
+                    input.name
+                ),
+            }
+        }
+        let (place, program) = (*place, program.to_owned());
+        self.steps.push(Step { arm, place, round, rounds, program, inputs });
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use stage::Role;
+
     use super::*;
 
     const TEXT: &str = r#"
@@ -356,12 +302,50 @@ mod tests {
         kmeans-metric = "spherical"
     "#;
 
-    fn experiment(text: &str) -> Experiment {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("example.toml");
-        std::fs::write(&path, text).expect("written");
-        Experiment::read(&path).expect("TOML")
+    /// The plan of an experiment, with the stages of `assort`.
+    fn planned(text: &str) -> Result<Plan> {
+        Plan::of(&Experiment::of_text("example", text).expect("TOML"), &STAGES)
     }
+
+    const fn stage(
+        name: &'static str,
+        inputs: &'static [Role],
+        outputs: &'static [Output],
+    ) -> Spec {
+        Spec { name, algorithm: 1, inputs, outputs }
+    }
+
+    const STAGES: [Spec; 6] = [
+        stage("pretraining", &[], &[Output::Network]),
+        stage("embed", &[Role::new("network", Origin::Network)], &[Output::Embeddings]),
+        stage(
+            "clustering",
+            &[
+                Role::new("embeddings", Origin::Embeddings),
+                Role::new("previous", Origin::PreviousRound),
+            ],
+            &[Output::PseudoLabels],
+        ),
+        stage(
+            "prototype-refinement",
+            &[
+                Role::new("network", Origin::Network),
+                Role::new("pseudo-labels", Origin::PseudoLabels),
+                Role::new("previous", Origin::PreviousRound),
+            ],
+            &[Output::Network],
+        ),
+        stage(
+            "metrics",
+            &[
+                Role::new("pseudo-labels", Origin::PseudoLabels),
+                Role::new("labels", Origin::Labels),
+                Role::new("previous", Origin::EarlierPseudoLabels),
+            ],
+            &[Output::Scores],
+        ),
+        stage("propos", &[Role::BACKBONE], &[Output::Network, Output::PseudoLabels]),
+    ];
 
     fn names(plan: &Plan, arm: Arm) -> Vec<String> {
         plan.steps.iter().filter(|step| step.arm == arm).map(Step::name).collect()
@@ -379,7 +363,7 @@ mod tests {
 
     #[test]
     fn steps_follow_the_rounds_with_metrics_after_every_clustering() {
-        let plan = Plan::of(&experiment(TEXT)).expect("sound");
+        let plan = planned(TEXT).expect("sound");
         let main = [
             ["0-pretraining", "0-embed", "0-clustering", "0-metrics"],
             ["1-prototype-refinement", "1-embed", "1-clustering", "1-metrics"],
@@ -395,7 +379,7 @@ mod tests {
 
     #[test]
     fn roles_follow_the_place() {
-        let plan = Plan::of(&experiment(TEXT)).expect("sound");
+        let plan = planned(TEXT).expect("sound");
         assert!(given(&plan, "0-pretraining").is_empty());
         assert_eq!(given(&plan, "0-embed"), ["network=0-pretraining"]);
         assert_eq!(given(&plan, "2-embed"), ["network=2-prototype-refinement"]);
@@ -444,7 +428,7 @@ mod tests {
 
     #[test]
     fn a_system_of_one_phase_is_one_step_and_its_score() {
-        let plan = Plan::of(&experiment(ONE_PHASE)).expect("sound");
+        let plan = planned(ONE_PHASE).expect("sound");
         assert_eq!(names(&plan, Arm::Main), ["0-propos", "0-metrics"]);
         assert_eq!(names(&plan, Arm::Control), ["control/0-propos", "control/0-metrics"]);
         assert!(names(&plan, Arm::Pixels).is_empty());
@@ -454,7 +438,7 @@ mod tests {
         assert!(!plan.clusters_alone(0));
         assert_eq!(plan.programs(), ["propos", "metrics"]);
 
-        let pldc = Plan::of(&experiment(TEXT)).expect("sound");
+        let pldc = planned(TEXT).expect("sound");
         assert_eq!(pldc.scored_by(3), Some(2));
         assert!(pldc.clusters_alone(2) && !pldc.clusters_alone(0) && !pldc.clusters_alone(3));
     }
@@ -463,7 +447,7 @@ mod tests {
     fn a_system_of_one_phase_may_start_from_a_pretrained_backbone() {
         let first = r#"first = ["pretraining", "propos"]"#;
         let text = ONE_PHASE.replace(r#"first = ["propos"]"#, first);
-        let plan = Plan::of(&experiment(&text)).expect("sound");
+        let plan = planned(&text).expect("sound");
         assert_eq!(names(&plan, Arm::Main), ["0-pretraining", "0-propos", "0-metrics"]);
         assert_eq!(given(&plan, "0-propos"), ["backbone=0-pretraining"]);
         assert_eq!(given(&plan, "control/0-metrics"), ["pseudo-labels=control/0-propos", "labels"]);
@@ -471,16 +455,16 @@ mod tests {
 
     #[test]
     fn a_step_outside_the_loop_is_told_of_no_rounds() {
-        let plan = Plan::of(&experiment(TEXT)).expect("sound");
+        let plan = planned(TEXT).expect("sound");
         for step in &plan.steps {
-            let outside = step.place == "pretraining" || step.arm == Arm::Pixels;
+            let outside = step.place.name == "pretraining" || step.arm == Arm::Pixels;
             assert_eq!(step.rounds, if outside { 0 } else { 2 }, "{}", step.name());
         }
     }
 
     #[test]
     fn programs_are_named_once_and_the_baseline_uses_its_own() {
-        let plan = Plan::of(&experiment(TEXT)).expect("sound");
+        let plan = planned(TEXT).expect("sound");
         let programs = [
             "pretraining",
             "embed",
@@ -499,13 +483,16 @@ mod tests {
         let refused = |from: &str, to: &str| {
             let changed = TEXT.replace(from, to);
             assert_ne!(changed, TEXT);
-            format!("{:#}", Plan::of(&experiment(&changed)).expect_err("refused"))
+            format!("{:#}", planned(&changed).expect_err("refused"))
         };
         let then = r#"then = ["prototype-refinement", "embed", "clustering"]"#;
         assert!(refused(then, r#"then = ["embed"]"#).contains("result: clustering, propos"));
         assert!(refused(then, r#"then = ["cluster"]"#).contains("no place `cluster`"));
         let first = r#"first = ["pretraining", "embed", "clustering"]"#;
-        assert!(refused(first, r#"first = ["embed", "clustering"]"#).contains("needs a network"));
+        assert!(
+            refused(first, r#"first = ["embed", "clustering"]"#)
+                .contains("needs the input network")
+        );
         assert!(refused("metrics = \"metrics\"", "").contains("`[stages]` names no program"));
         assert!(refused("[clustering]", "[clusterings]").contains("`clusterings`"));
     }

@@ -1,139 +1,219 @@
-//! `cargo xtask predict`: which clusters other pictures belong to, by what a run has learnt.
+//! `assort predict`: which clusters other pictures belong to, by what a run has learnt.
 //!
-//! The pictures are prepared as the run's were, `embed` takes the run's last network to them, and
+//! The pictures are prepared as the run's were, `embed` applies the run's last network to them, and
 //! `predict` its last head; `metrics` scores the result where there is ground truth, and `report`
 //! shows it. What is done already is not done again.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
+use stage::console::print_line;
+use stage::{DONE, DeviceChoice, Experiment, Spec, container, files};
 use toml::{Table, Value, toml};
 
-use crate::finished::{Finished, Which, target};
+use crate::Session;
 use crate::key::{self, Key};
-use crate::prepared::{self, Prepared};
-use crate::programs::{PREPARE, Programs};
-use crate::report::Metrics;
-use crate::run::{Call, start};
-use crate::store::{self, DONE, State, Store};
-use stage::Experiment;
+use crate::prepared::Prepared;
+use crate::process::Process;
+use crate::programs::{Program, Programs};
+use crate::record::{Recorded, RecordedStep, Which};
+use crate::report::REPORT;
+use crate::results::Metrics;
+use crate::run::Call;
+use crate::source::{absolute_source, text_of};
+use crate::store::{self, Hold, State, Store};
 
-/// What is asked for on the command line.
+/// The command line.
 #[derive(Debug, clap::Args)]
 pub struct Options {
     #[command(flatten)]
     which: Which,
-    /// Where the other pictures are: a folder, an archive, a manifest, an address.
+    /// Where the other pictures are: one of them, a folder, an archive, a manifest, an address.
     #[arg(long, value_name = "PATH")]
     images: PathBuf,
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// Build the programs with these features of cargo: cuda, cudnn, metal.
-    #[arg(long, value_name = "LIST", conflicts_with = "programs")]
-    features: Option<String>,
-}
-
-impl Options {
-    /// Makes the paths absolute that are seen from where the user stands.
-    pub fn resolve_paths(&mut self) -> Result<()> {
-        self.images = prepared::absolute_source(&self.images)?;
-        self.which.resolve_paths()
-    }
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
 }
 
 const NETWORK: &str = "network.safetensors";
 const HEAD: &str = "head.safetensors";
-const PROGRAMS: [&str; 5] = [PREPARE, "embed", "predict", "metrics", "report"];
+
+/// The helper that applies the head.
+pub const PREDICT: &str = "predict";
+
+/// The programs of the steps, in the order in which they run.
+const STEPS: [&str; 3] = ["embed", PREDICT, "metrics"];
 
 /// Prepares, embeds, predicts, scores and reports; prints where the result is.
-///
-/// # Errors
-///
-/// The run is not finished, or a program fails; it says why.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(session: &Session, options: &Options) -> Result<()> {
     let run = options.which.find()?;
-    let step_with = |file: &str| {
-        run.last_with(file).with_context(|| {
-            format!(
-                "no step in `{}` has left `{file}`; let the run come to its end",
-                run.folder.display()
+    let learnt = Learnt::of(session, &run)?;
+    let source = absolute_source(&options.images)?;
+    let experiment = experiment(&learnt.experiment, &learnt.network_step.place, &source)?;
+    let pictures = Prepared::of(session, &experiment, Some(&source), &run.runs)?;
+    let _pictures = pictures.make(None, false)?;
+
+    let prediction = Prediction {
+        session,
+        run: &run,
+        learnt,
+        programs: Programs::find(&STEPS, &session.registry)?,
+        device: (session.registry.devices.resolve)(options.device)?,
+        seed: options.which.seed,
+        pictures,
+        experiment,
+        store: Store::of_steps(&run.runs),
+    };
+    let folder = prediction.make()?;
+    prediction.report(&folder)?;
+    let view = prediction.view();
+    // Where the system has no links, a view is a file.
+    tell(if view.is_dir() { &view } else { &folder })
+}
+
+/// What a finished run has learnt.
+struct Learnt<'a> {
+    experiment: Experiment,
+    network_step: &'a RecordedStep,
+    network: PathBuf,
+    head: PathBuf,
+    _held: Vec<Hold>,
+}
+
+impl<'a> Learnt<'a> {
+    /// The last network and the last head of one finished plan.
+    fn of(session: &Session, run: &'a Recorded) -> Result<Self> {
+        if let Some(step) = run.unfinished() {
+            bail!(
+                "{} is not finished, {} is missing: its last network and its last head may not \
+                 belong together; `assort reproduce` with the same values resumes it",
+                run.name(),
+                step.name
             )
-        })
-    };
-    let (network, head) = (step_with(NETWORK)?, step_with(HEAD)?);
-    let file = run.experiment.as_ref().with_context(|| {
-        format!(
-            "the experiment of `{}` is not beside it; `cargo xtask reproduce` writes it there",
-            run.folder.display()
-        )
-    })?;
-    let learnt = Experiment::read(file)?;
-    let experiment = experiment(&learnt, &network.place, &options.images)?;
-
-    let programs = match &options.which.programs {
-        Some(folder) => Programs::in_folder(&PROGRAMS, folder)?,
-        None => Programs::build(&PROGRAMS, options.features.as_deref())?,
-    };
-    let prepare = programs.get(PREPARE);
-    let pictures = Prepared::of(&experiment, Some(&options.images), prepare, &options.which.runs)?;
-    let text = experiment.to_toml();
-    let experiment_file = pictures.folder.with_extension("predict.toml");
-    fs::create_dir_all(options.which.runs.join(".data"))
-        .and_then(|()| fs::write(&experiment_file, &text))
-        .with_context(|| format!("writing `{}`", experiment_file.display()))?;
-    pictures.make(&experiment_file, Some(&options.images), prepare, None)?;
-
-    let store = Store::new(options.which.runs.join(".store"));
-    let versions = PROGRAMS[1..4].iter().map(|name| (*name, programs.get(name).version.clone()));
-    let record = json!({
-        "experiment": text,
-        "programs": versions.collect::<BTreeMap<_, _>>(),
-        "network": key::header_of(&network.folder.join(NETWORK))?,
-        "head": key::header_of(&head.folder.join(HEAD))?,
-        "images": pictures.images_identity()?,
-        "device": options.device,
-    });
-    let key = Key::of("predictions", record);
-    let folder = store.path(&key);
-    let _claim = store.claim(&key)?;
-    fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
-    let view = run.folder.join("predictions").join(pictures.folder.file_name().unwrap_or_default());
-    store::show(&view, &folder)?;
-    let [embed, predict, metrics] = ["embed", "predict", "metrics"].map(|step| folder.join(step));
-    if store.state(&key) != State::Done {
-        let call = Call {
-            experiment: &experiment_file,
-            images: &pictures.images(),
-            round: 0,
-            rounds: 0,
-            seed: options.which.seed,
-            device: &options.device,
+        }
+        let stages = session.registry.specs();
+        let step_with = |fits: fn(&Spec) -> bool, file: &str| {
+            let step = run.last(&stages, fits).filter(|step| run.path(step).join(file).is_file());
+            step.with_context(|| {
+                format!(
+                    "the last step of {} that could write `{file}` did not, so nothing can be \
+                     predicted from it",
+                    run.name()
+                )
+            })
         };
-        let of_embed = vec![("network", &network.folder)];
-        let of_predict = vec![("embeddings", &embed), ("head", &head.folder)];
-        let of_metrics = vec![("pseudo-labels", &predict), ("labels", &pictures.folder)];
-        for (name, inputs, out) in [
-            ("embed", of_embed, &embed),
-            ("predict", of_predict, &predict),
-            ("metrics", of_metrics, &metrics),
-        ] {
+        let network_step = step_with(Spec::trains, NETWORK)?;
+        let head_step = step_with(Spec::clusters, HEAD)?;
+        Ok(Self {
+            experiment: Experiment::read(&run.experiment_file())?,
+            network_step,
+            network: run.path(network_step),
+            head: run.path(head_step),
+            _held: run.hold(&[network_step, head_step], &session.interrupt)?,
+        })
+    }
+}
+
+/// The clusters of other pictures, as a run sees them.
+struct Prediction<'a> {
+    session: &'a Session,
+    run: &'a Recorded,
+    learnt: Learnt<'a>,
+    programs: Programs,
+    device: DeviceChoice,
+    seed: u64,
+    pictures: Prepared<'a>,
+    experiment: Experiment,
+    store: Store,
+}
+
+impl Prediction<'_> {
+    /// Runs the steps that are not done, and returns the folder of the result.
+    fn make(&self) -> Result<PathBuf> {
+        let (key, interrupt) = (self.key()?, &self.session.interrupt);
+        let folder = self.store.path(key.name());
+        let _claim = self.store.claim(&key, interrupt)?;
+        fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
+        store::show(&self.view(), &folder)?;
+        if self.store.state(key.name()) != State::Done {
+            let experiment_file = self.store.beside(key.name(), "toml");
+            files::write(&experiment_file, self.experiment.to_toml().as_bytes())?;
+            self.start_steps(&experiment_file, &folder)?;
+            files::write(&folder.join(DONE), b"{}\n")?;
+        }
+        Ok(folder)
+    }
+
+    /// Where people look for the result.
+    fn view(&self) -> PathBuf {
+        self.run.folder.join("predictions").join(self.pictures.key.name())
+    }
+
+    fn key(&self) -> Result<Key> {
+        let programs: Vec<_> = STEPS.iter().map(|name| &self.programs.get(name).identity).collect();
+        let record = json!({
+            "experiment": self.experiment.to_toml(),
+            "programs": programs,
+            "network": container::header_text(&self.learnt.network.join(NETWORK))?,
+            "head": container::header_text(&self.learnt.head.join(HEAD))?,
+            "images": self.pictures.images_identity()?,
+            "labels": self.pictures.labels_identity()?,
+            "machine": key::machine(self.device, self.session.registry.devices.features),
+        });
+        Ok(Key::of("predictions", record))
+    }
+
+    fn start_steps(&self, experiment: &Path, folder: &Path) -> Result<()> {
+        let [embed, predict, metrics] = STEPS.map(|step| folder.join(step));
+        let images = self.pictures.images();
+        let (seed, device) = (self.seed, self.device);
+        let call = Call { experiment, images: &images, round: 0, rounds: 0, seed, device };
+        let of_embed = vec![("network", &self.learnt.network)];
+        let of_predict = vec![("embeddings", &embed), ("head", &self.learnt.head)];
+        let of_metrics = vec![("pseudo-labels", &predict), ("labels", &self.pictures.folder)];
+        let steps = [(of_embed, &embed), (of_predict, &predict), (of_metrics, &metrics)];
+        for (name, (inputs, out)) in STEPS.into_iter().zip(steps) {
             if out.join(DONE).exists() {
                 continue;
             }
-            fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
             let inputs = inputs.into_iter().map(|(role, folder)| (role, folder.clone()));
-            start(name, programs.get(name), &call.arguments(inputs, out))?;
+            let arguments = call.arguments(inputs, out);
+            self.process(name, self.programs.get(name), &arguments).run(None)?;
         }
-        fs::write(folder.join(DONE), "{}\n")
-            .with_context(|| format!("marking `{}` as finished", folder.display()))?;
+        Ok(())
     }
-    report(&run, &folder, &pictures, &programs)?;
-    tell(&target(&view))
+
+    /// Writes the report of the predictions in `folder` beside them.
+    fn report(&self, folder: &Path) -> Result<()> {
+        let mut step = OsString::from("0-metrics=");
+        step.push(folder.join("metrics"));
+        let mut arguments: Vec<OsString> = Vec::new();
+        for (flag, value) in [
+            ("--images", self.pictures.images().into()),
+            ("--names", self.pictures.folder.join("names.safetensors").into()),
+            ("--pseudo-labels", folder.join("predict/pseudo-labels.safetensors").into()),
+            ("--step", step),
+            ("--title", format!("Other pictures, by {}", self.run.name()).into()),
+            ("--out", folder.join("report").into()),
+        ] {
+            arguments.extend([flag.into(), value]);
+        }
+        let program = Program::own(REPORT, &self.session.registry)?;
+        self.process(REPORT, &program, &arguments).run(None)
+    }
+
+    fn process<'b>(
+        &'b self,
+        name: &'b str,
+        program: &'b Program,
+        arguments: &'b [OsString],
+    ) -> Process<'b> {
+        Process { name, program, arguments, interrupt: &self.session.interrupt }
+    }
 }
 
 /// What is asked of the programs: the clusters of the run, every split of the pictures, and a network
@@ -176,29 +256,11 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
         }
     };
     set("data", "clusters", known("data", "clusters")?);
-    set("prepare", "source", images.to_string_lossy().into_owned().into());
+    set("prepare", "source", text_of(images).into());
     set("prepare", "channels", known("prepare", "channels")?);
     set("prepare", "broken-share", known("prepare", "broken-share")?);
     set("embed", "precision", precision);
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
-}
-
-/// Writes the report of the predictions in `folder` beside them.
-fn report(run: &Finished, folder: &Path, pictures: &Prepared, programs: &Programs) -> Result<()> {
-    let mut step = OsString::from("0-metrics=");
-    step.push(folder.join("metrics"));
-    let mut arguments: Vec<OsString> = Vec::new();
-    for (flag, value) in [
-        ("--images", pictures.images().into()),
-        ("--names", pictures.folder.join("names.safetensors").into()),
-        ("--pseudo-labels", folder.join("predict/pseudo-labels.safetensors").into()),
-        ("--step", step),
-        ("--title", format!("Other pictures, by {}", run.name()).into()),
-        ("--out", folder.join("report").into()),
-    ] {
-        arguments.extend([flag.into(), value]);
-    }
-    start("report", programs.get("report"), &arguments)
 }
 
 /// Prints the scores, if any, the sizes of the clusters, and where to look.
@@ -219,10 +281,13 @@ fn tell(folder: &Path) -> Result<()> {
         }
         _ => "no ground truth, so no scores".to_owned(),
     };
-    println!("{} images: {scores}; cluster sizes {}", found.images, sizes.join(" "));
-    println!("  table: {}", folder.join("report/clusters.csv").display());
-    println!("  page: {}", folder.join("report/report.html").display());
-    Ok(())
+    print_line(format_args!(
+        "{} images: {scores}; cluster sizes {}\n  table: {}\n  page: {}",
+        found.images,
+        sizes.join(" "),
+        folder.join("report/clusters.csv").display(),
+        folder.join("report/report.html").display()
+    ))
 }
 
 #[cfg(test)]

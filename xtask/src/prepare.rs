@@ -1,22 +1,25 @@
-//! `cargo xtask prepare`: the pictures of an experiment, or any others, in the form of the stages.
+//! `assort prepare`: the pictures of an experiment, or any others, in the form of the stages.
 
-use std::fs;
-use std::path::{Path, PathBuf, absolute};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use stage::Experiment;
+use stage::console::{print, print_line};
 
-use crate::prepared::{self, Prepared};
-use crate::programs::{PREPARE, Programs};
-use crate::store;
-use stage::{Experiment, Library};
+use crate::Session;
+use crate::prepared::{PREPARE, Prepared};
+use crate::process::Process;
+use crate::programs::Program;
+use crate::source::absolute_source;
 
 /// The command line.
 #[derive(Debug, Args)]
 pub struct Options {
     /// An experiment, by name or file; or where pictures lie: a folder, an archive, a manifest,
     /// `hf://datasets/owner/name`, `named://cifar-10`.
-    what: String,
+    what: OsString,
     /// Where the experiment's pictures are, instead of its own source.
     #[arg(long, value_name = "PATH")]
     images: Option<PathBuf>,
@@ -29,9 +32,6 @@ pub struct Options {
     /// Prepare again, also what is there.
     #[arg(long)]
     fresh: bool,
-    /// Use the programs in this folder instead of building them.
-    #[arg(long, value_name = "DIR")]
-    programs: Option<PathBuf>,
     /// Keep the data below this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     runs: PathBuf,
@@ -54,38 +54,18 @@ identical = "keep"
 "#;
 
 impl Options {
-    /// Makes the paths absolute that are seen from where the user stands.
-    ///
-    /// # Errors
-    ///
-    /// There is no such place.
-    pub fn resolve_paths(&mut self) -> Result<()> {
-        for path in [self.images.as_mut(), self.programs.as_mut()].into_iter().flatten() {
-            *path = prepared::absolute_source(path)?;
-        }
-        if self.runs != Path::new("runs") {
-            self.runs = absolute(&self.runs)?;
-        }
-        // A name of an experiment is looked up where the experiments are, anything else is a path.
-        let is_file = self.what.ends_with(".toml");
-        if is_file || self.what.contains(['/', '\\']) || Path::new(&self.what).exists() {
-            let path = prepared::absolute_source(Path::new(&self.what))?;
-            self.what = path.to_string_lossy().into_owned();
-        }
-        Ok(())
-    }
-
     /// The experiment, and the source if it is another than the experiment's own.
-    fn experiment(&self) -> Result<(Experiment, Option<PathBuf>)> {
-        let named = Path::new(stage::FOLDER).join(format!("{}.toml", self.what));
-        if self.what.ends_with(".toml") || named.is_file() {
-            return Ok((Library::default().open(&self.what)?, self.images.clone()));
+    fn experiment(&self, session: &Session) -> Result<(Experiment, Option<PathBuf>)> {
+        let library = &session.registry.library;
+        let what = self.what.to_string_lossy();
+        if what.ends_with(".toml") || library.names()?.iter().any(|name| *name == what) {
+            return Ok((library.open(&what)?, self.images.clone()));
         }
-        let is_path = self.what.contains(['/', '\\']);
+        let is_path = what.contains(['/', '\\']) || Path::new(&self.what).exists();
         if !is_path {
             // The message says which experiments there are.
-            Library::default().open(&self.what).with_context(|| {
-                format!("`{}` is neither an experiment nor a folder or file", self.what)
+            library.open(&what).with_context(|| {
+                format!("`{what}` is neither an experiment nor a folder or file")
             })?;
         }
         let source = self.images.clone().unwrap_or_else(|| PathBuf::from(&self.what));
@@ -93,36 +73,30 @@ impl Options {
     }
 }
 
-/// Prepares, and prints the folder that holds the pictures then.
-///
-/// # Errors
-///
-/// The program says why.
-pub fn run(options: &Options) -> Result<()> {
-    let (mut experiment, source) = options.experiment()?;
+/// Prepares the pictures, and prints the folder that holds them then.
+pub fn run(session: &Session, options: &Options) -> Result<()> {
+    let (mut experiment, source) = options.experiment(session)?;
     options.set.iter().try_for_each(|assignment| experiment.set(assignment))?;
-    let programs = match &options.programs {
-        Some(folder) => Programs::in_folder(&[PREPARE], folder)?,
-        None => Programs::build(&[PREPARE], None)?,
-    };
-    let program = programs.get(PREPARE);
+    let source = source.as_deref().map(absolute_source).transpose()?;
     if let Some(address) = source.as_ref().and_then(|source| model_address(source)) {
-        let arguments = ["--fetch".into(), address.into()];
-        print!("{}", crate::run::printed(PREPARE, program, &arguments)?);
-        return Ok(());
+        return fetch(session, address);
     }
-    let prepared = Prepared::of(&experiment, source.as_deref(), program, &options.runs)?;
-    if options.fresh {
-        prepared.forget()?;
-    }
-    let file = prepared.folder.with_extension("toml");
-    fs::create_dir_all(options.runs.join(".data"))
-        .and_then(|()| fs::write(&file, experiment.to_toml()))
-        .with_context(|| format!("writing `{}`", file.display()))?;
-    prepared.make(&file, source.as_deref(), program, options.memory)?;
-    store::show(&options.runs.join(&experiment.name).join("data"), &prepared.folder)?;
-    println!("{}", prepared.folder.display());
-    Ok(())
+    let prepared = Prepared::of(session, &experiment, source.as_deref(), &options.runs)?;
+    prepared.make(options.memory, options.fresh)?;
+    print_line(prepared.folder.display())
+}
+
+/// Fetches the files of a model, and prints where they are kept.
+fn fetch(session: &Session, address: String) -> Result<()> {
+    let program = Program::own(PREPARE, &session.registry)?;
+    let arguments = ["--fetch".into(), address.into()];
+    let process = Process {
+        name: PREPARE,
+        program: &program,
+        arguments: &arguments,
+        interrupt: &session.interrupt,
+    };
+    print(process.printed()?)
 }
 
 /// The address of a model on the hub, which has files but no pictures.

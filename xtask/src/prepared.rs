@@ -1,108 +1,151 @@
 //! The prepared data set: the pictures of an experiment in the form that every stage reads.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf, absolute};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use serde_json::json;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use stage::{Experiment, container, digest, files};
 
-use crate::key::{self, Key};
+use crate::key::Key;
+use crate::process::Process;
 use crate::programs::Program;
-use crate::run::start;
-use crate::store::{State, Store};
-use stage::Experiment;
+use crate::source::{state_of, text_of};
+use crate::store::{Hold, State, Store};
+use crate::{EmbeddedData, Session};
 
-/// A source as it is seen from anywhere: a path made absolute, an address on the network as it is.
-pub fn absolute_source(source: &Path) -> Result<PathBuf> {
-    match source.to_string_lossy().contains("://") {
-        true => Ok(source.to_owned()),
-        false => Ok(absolute(source)?),
-    }
-}
+/// The helper that makes the data set.
+pub const PREPARE: &str = "prepare";
 
-/// The file or folder by whose state a source is known: the archive in whose folder it lies, the
-/// folder of files that are named by a pattern. What lies on the network has no state here: its
-/// address says which revision it is.
-fn seen_of(source: &Path) -> PathBuf {
-    let text = source.to_string_lossy();
-    if source.exists() || text.contains("://") {
-        return source.to_owned();
-    }
-    match text.rsplit_once('#') {
-        Some((archive, _)) if Path::new(archive).exists() => archive.into(),
-        _ if text.contains(['*', '{']) => source.parent().unwrap_or(source).to_owned(),
-        _ => source.to_owned(),
-    }
-}
+/// The file that says which source the pictures came from; without it they were not looked over.
+const SOURCE: &str = "source.json";
 
 /// A data set that is prepared, or will be.
-#[derive(Debug, Clone)]
-pub struct Prepared {
+#[derive(Debug)]
+pub struct Prepared<'a> {
     /// Its folder, with pictures, names and ground truth.
     pub folder: PathBuf,
-    key: Key,
+    /// Names it in the store.
+    pub key: Key,
+    session: &'a Session,
+    experiment: Experiment,
+    source: PathBuf,
+    state: String,
+    program: Program,
     store: Store,
 }
 
-impl Prepared {
-    /// Where the data of this experiment lie. `source` is what the command line names instead of
-    /// the experiment's own.
+impl<'a> Prepared<'a> {
+    /// The data set of this experiment, below the folder `runs`.
+    ///
+    /// - `source`: what the command line names instead of the experiment's own.
+    ///
+    /// # Errors
+    ///
+    /// There is no such source.
     pub fn of(
+        session: &'a Session,
         experiment: &Experiment,
         source: Option<&Path>,
-        program: &Program,
         runs: &Path,
     ) -> Result<Self> {
+        let program = Program::own(PREPARE, &session.registry)?;
         let source = match source {
             Some(source) => source.to_owned(),
-            None => experiment.source()?.into(),
+            None => own_source(session, experiment, runs)?,
         };
+        let state = state_of(&source, &session.interrupt)?;
         let record = json!({
-            "version": program.version,
+            "program": program.identity,
             "table": experiment.value("prepare"),
-            "source": source,
-            "state": key::state_of(&seen_of(&source))?,
+            "source": text_of(&source),
+            "state": state,
         });
         let name = source.file_stem().unwrap_or("data".as_ref()).to_string_lossy();
         let is_plain = |sign: char| sign.is_alphanumeric() || "-_.".contains(sign);
-        let name = name.replace(|sign| !is_plain(sign), "-");
-        let key = Key::of(&name, record);
-        let store = Store::new(runs.join(".data"));
-        Ok(Self { folder: store.path(&key), key, store })
+        let key = Key::of(&name.replace(|sign| !is_plain(sign), "-"), record);
+        let store = Store::of_data(runs);
+        let (folder, experiment) = (store.path(key.name()), experiment.clone());
+        Ok(Self { folder, key, session, experiment, source, state, program, store })
     }
 
     /// True when nothing is left to do.
     pub fn is_done(&self) -> bool {
-        self.store.state(&self.key) == State::Done
+        self.store.state(self.key.name()) == State::Done && self.folder.join(SOURCE).exists()
     }
 
-    /// Removes the data, finished or not.
-    pub fn forget(&self) -> Result<()> {
-        let _claim = self.store.claim(&self.key)?;
-        self.store.forget(&self.key)
+    /// Prepares the data, unless they are; and keeps them from being removed while it is held.
+    ///
+    /// - `memory`: how much preparing may take, in MiB.
+    /// - `fresh`: prepare again what is there.
+    ///
+    /// # Errors
+    ///
+    /// The program says why; or the source changed meanwhile, so that nobody knows what was read.
+    pub fn make(&self, memory: Option<u64>, fresh: bool) -> Result<Hold> {
+        let interrupt = &self.session.interrupt;
+        if fresh || !self.is_done() {
+            let claim = self.store.claim(&self.key, interrupt)?;
+            let is_half_known = self.store.state(self.key.name()) == State::Done && !self.is_done();
+            if fresh || is_half_known {
+                self.store.forget(&self.key, &claim, interrupt)?;
+            }
+            if !self.is_done() {
+                self.prepare(memory, &claim)?;
+            }
+        }
+        self.store.hold(self.key.name(), interrupt)
     }
 
-    /// Prepares the data, unless they are; with `memory` MiB if that is given.
-    pub fn make(
-        &self,
-        experiment_file: &Path,
-        source: Option<&Path>,
-        program: &Program,
-        memory: Option<u64>,
-    ) -> Result<()> {
-        let _claim = self.store.claim(&self.key)?;
-        if self.is_done() {
-            return Ok(());
-        }
-        let mut arguments: Vec<OsString> = vec!["--experiment".into(), experiment_file.into()];
-        if let Some(source) = source {
-            arguments.extend(["--source".into(), source.into()]);
-        }
+    fn prepare(&self, memory: Option<u64>, claim: &Hold) -> Result<()> {
+        let mut arguments = self.arguments()?;
         if let Some(memory) = memory {
             arguments.extend(["--memory".into(), memory.to_string().into()]);
         }
-        arguments.extend(["--out".into(), self.folder.clone().into()]);
-        start("prepare", program, &arguments)
+        self.process(&arguments).run(Some(claim.file()))?;
+        let interrupt = &self.session.interrupt;
+        if state_of(&self.source, interrupt)? != self.state {
+            self.store.forget(&self.key, claim, interrupt)?;
+            bail!(
+                "`{}` changed while its pictures were prepared, so they are dropped; run the same \
+                 command again when nobody writes there",
+                self.source.display()
+            )
+        }
+        let source = json!({ "source": text_of(&self.source), "state": self.state });
+        files::write(&self.folder.join(SOURCE), format!("{source}\n").as_bytes())
+    }
+
+    /// Looks at the source and at the table `[prepare]`; writes no pictures.
+    pub fn check(&self) -> Result<()> {
+        let mut arguments = self.arguments()?;
+        arguments.push("--check".into());
+        self.process(&arguments).printed().map(drop)
+    }
+
+    /// The arguments of the program, after writing the experiment that they name.
+    fn arguments(&self) -> Result<Vec<OsString>> {
+        let experiment = self.store.beside(self.key.name(), "toml");
+        files::write(&experiment, self.experiment.to_toml().as_bytes())?;
+        Ok(vec![
+            "--experiment".into(),
+            experiment.into(),
+            "--source".into(),
+            self.source.clone().into(),
+            "--out".into(),
+            self.folder.clone().into(),
+        ])
+    }
+
+    fn process<'b>(&'b self, arguments: &'b [OsString]) -> Process<'b> {
+        Process {
+            name: PREPARE,
+            program: &self.program,
+            arguments,
+            interrupt: &self.session.interrupt,
+        }
     }
 
     /// The pictures.
@@ -112,13 +155,82 @@ impl Prepared {
 
     /// What tells these pictures from any others.
     pub fn images_identity(&self) -> Result<String> {
-        key::header_of(&self.images())
+        container::header_text(&self.images())
     }
 
     /// What tells this ground truth from any other.
     pub fn labels_identity(&self) -> Result<String> {
-        key::header_of(&self.folder.join("labels.safetensors"))
+        container::header_text(&self.folder.join("labels.safetensors"))
     }
+
+    /// Fails where the experiment asks for more clusters than there are pictures.
+    pub fn require_enough_pictures(&self) -> Result<()> {
+        let header: Value = serde_json::from_str(&self.images_identity()?)?;
+        let clusters =
+            self.experiment.value("data").and_then(|data| data.get("clusters")?.as_integer());
+        if let (Some(images), Some(clusters)) = (header["images"].as_i64(), clusters) {
+            ensure!(
+                clusters <= images,
+                "`clusters` in table `[data]` is {clusters}, but there are only {images} pictures \
+                 in `{}`; ask for fewer with --set data.clusters=K",
+                self.source.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The source that the experiment names; where that folder is missing and the program holds its
+/// files, they are written once below `runs`.
+fn own_source(session: &Session, experiment: &Experiment, runs: &Path) -> Result<PathBuf> {
+    let source = experiment.source()?;
+    let embedded = session.registry.data.iter().find(|data| data.folder == source);
+    match embedded {
+        Some(embedded) if !Path::new(&source).exists() => unpacked(embedded, runs),
+        _ => Ok(source.into()),
+    }
+}
+
+/// The folder with the files of an embedded data set.
+fn unpacked(data: &EmbeddedData, runs: &Path) -> Result<PathBuf> {
+    let contents: Vec<u8> = data
+        .files
+        .iter()
+        .flat_map(|(name, bytes)| [name.as_bytes(), &bytes.len().to_le_bytes(), *bytes].concat())
+        .collect();
+    let version = &digest::sha256(&contents)[..16];
+    let all = runs.join(".embedded");
+    let folder = all.join(version).join(Path::new(data.folder).file_name().unwrap_or_default());
+    if folder.exists() {
+        return Ok(folder);
+    }
+    let write = || -> Result<()> {
+        fs::create_dir_all(&all)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(files::TEMPORARY);
+        // Others may read the pictures too: the umask decides.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let partial = builder.tempdir_in(&all)?;
+        let inside = partial.path().join(folder.file_name().unwrap_or_default());
+        for (name, bytes) in &data.files {
+            files::write(&inside.join(name), bytes)?;
+        }
+        match fs::rename(partial.path(), all.join(version)) {
+            // Another command was faster.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists
+                ) =>
+            {
+                Ok(())
+            }
+            renamed => Ok(renamed?),
+        }
+    };
+    write().with_context(|| format!("writing the built-in pictures to `{}`", folder.display()))?;
+    Ok(folder)
 }
 
 #[cfg(test)]
@@ -126,18 +238,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_is_known_by_what_is_there_of_it() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("x.zip"), "1").expect("written");
-        assert_eq!(seen_of(&at("x.zip")), at("x.zip"));
-        assert_eq!(seen_of(&at("x.zip#a/b")), at("x.zip"));
-        assert_eq!(seen_of(&at("*.zip")), folder.path());
-        assert_eq!(seen_of(&at("{0..9}.tar")), folder.path());
-        assert_eq!(seen_of(&at("none")), at("none"));
-        let address = Path::new("hf://datasets/a/b@v1");
-        assert_eq!(seen_of(address), address);
-        assert_eq!(absolute_source(address).expect("as it is"), address);
-        assert!(absolute_source(Path::new("x")).expect("a path").is_absolute());
+    fn embedded_files_are_written_once_under_their_digest() {
+        let runs = tempfile::tempdir().expect("a folder");
+        let data = |bytes: &'static [u8]| EmbeddedData {
+            folder: "data/digits",
+            files: vec![("a.gz", bytes), ("b.gz", b"2")],
+        };
+        let folder = unpacked(&data(b"1"), runs.path()).expect("written");
+        assert!(folder.ends_with("digits"), "{}", folder.display());
+        assert_eq!(fs::read(folder.join("a.gz")).expect("there"), b"1");
+        assert_eq!(fs::read(folder.join("b.gz")).expect("there"), b"2");
+        let changed = fs::metadata(folder.join("a.gz")).and_then(|found| found.modified());
+        assert_eq!(unpacked(&data(b"1"), runs.path()).expect("there"), folder);
+        let again = fs::metadata(folder.join("a.gz")).and_then(|found| found.modified());
+        assert_eq!(again.expect("there"), changed.expect("there"));
+        assert_ne!(unpacked(&data(b"3"), runs.path()).expect("written"), folder);
+        let left = fs::read_dir(runs.path().join(".embedded")).expect("there").count();
+        assert_eq!(left, 2, "nothing half-written is left");
     }
 }

@@ -1,28 +1,84 @@
-//! The programs that fill the places: built from this workspace, ready-built, or foreign.
+//! The programs that fill the places: this one itself, or foreign executables.
 
 use std::collections::BTreeMap;
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
+use stage::digest::sha256_of_file;
 
-use crate::{interrupt, key};
+use crate::Registry;
 
-/// The program that makes the data set; it fills no place.
-pub const PREPARE: &str = "prepare";
+/// The word that stands before the name of a helper: `assort program prepare --experiment …`.
+pub const HELPER: &str = "program";
 
 /// A program that can be started.
 #[derive(Debug, Clone)]
 pub struct Program {
     /// Its file.
     pub path: PathBuf,
-    /// What comes before the arguments: nothing, or the stage's name where one file holds all.
-    pub words: Vec<String>,
-    /// What tells its results from those of another: for our own, the line that `--version`
-    /// prints; for a foreign executable, which need not know that flag, the digest of its file.
-    pub version: String,
+    /// What tells its results from those of another program.
+    ///
+    /// For our own that is name and algorithm; for a foreign executable the digest of its file.
+    pub identity: Value,
+    /// The words before the arguments that make this program a stage; none for a foreign one.
+    pub words: Option<Vec<&'static str>>,
+}
+
+impl Program {
+    /// The stage or helper of this name, which is this same program.
+    pub fn own(name: &str, registry: &Registry) -> Result<Self> {
+        let helper = registry.helpers.iter().find(|helper| helper.name == name);
+        let (name, algorithm, words) = match (registry.spec(name), helper) {
+            (Some(spec), _) => (spec.name, spec.algorithm, vec![spec.name]),
+            (None, Some(helper)) => (helper.name, helper.algorithm, vec![HELPER, helper.name]),
+            (None, None) => bail!(
+                "there is no stage `{name}`; `[stages]` names one of {}, or an executable by its \
+                 path",
+                registry.specs().iter().map(|spec| spec.name).collect::<Vec<_>>().join(", ")
+            ),
+        };
+        let path = env::current_exe().context("finding the file of this program")?;
+        let identity = json!({ "name": name, "algorithm": algorithm });
+        Ok(Self { path, identity, words: Some(words) })
+    }
+
+    /// A foreign executable.
+    fn foreign(path: &Path) -> Result<Self> {
+        ensure!(
+            path.is_file(),
+            "the program `{}` of `[stages]` is missing: there is no such file",
+            path.display()
+        );
+        let name = table_of(&path.to_string_lossy()).to_owned();
+        let identity = json!({ "name": name, "sha256": sha256_of_file(path)? });
+        Ok(Self { path: path.to_owned(), identity, words: None })
+    }
+
+    /// True for a stage of this program, false for a foreign executable.
+    pub fn is_own(&self) -> bool {
+        self.words.is_some()
+    }
+
+    /// The words that a person types to start it, without arguments.
+    pub fn typed(&self) -> Vec<String> {
+        let words = self.words.iter().flatten().map(|word| (*word).to_owned());
+        [self.path.display().to_string()].into_iter().chain(words).collect()
+    }
+
+    /// A command that starts it, without arguments yet.
+    pub fn command(&self) -> Command {
+        let Some(words) = &self.words else { return Command::new(&self.path) };
+        // The file may be replaced by a newer build during a run; its results may differ.
+        let running = Path::new("/proc/self/exe");
+        let mut command = Command::new(if running.exists() { running } else { &self.path });
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::arg0(&mut command, &self.path);
+        command.args(words);
+        command
+    }
 }
 
 /// The programs of a run, by the word that names them in `[stages]`.
@@ -30,131 +86,35 @@ pub struct Program {
 pub struct Programs(BTreeMap<String, Program>);
 
 impl Programs {
-    /// Builds exactly these programs, in one go; those named by a path are taken as they are.
-    ///
-    /// - `features`: of cargo, for those programs that have them.
-    pub fn build(words: &[&str], features: Option<&str>) -> Result<Self> {
-        let crates: Vec<&str> = words.iter().copied().filter(|word| !is_path(word)).collect();
-        for name in &crates {
-            ensure!(
-                Path::new("crates").join(name).join("Cargo.toml").exists(),
-                "there is no program `{name}`: `crates/{name}` is missing; `[stages]` may also \
-                 name an executable by its path"
-            );
-        }
-        let programs: Vec<_> = crates.iter().map(|&name| (name, name)).collect();
-        let built = match crates.is_empty() {
-            true => BTreeMap::new(),
-            false => cargo_build(&programs, features)?,
-        };
-        Self::located(words, |name| {
-            let path = built.get(name).cloned();
-            let path = path.with_context(|| {
-                format!("`crates/{name}` builds no program: it needs a `src/main.rs`")
-            })?;
-            Ok((path, vec![]))
-        })
-    }
-
-    /// Takes the ready-built programs in `folder`: `assort`, which holds all stages, for those
-    /// that have no file of their own there.
-    pub fn in_folder(words: &[&str], folder: &Path) -> Result<Self> {
-        let file = |name: &str| folder.join(format!("{name}{}", env::consts::EXE_SUFFIX));
-        Self::located(words, |name| match (file(name), file(ALL_IN_ONE)) {
-            (own, _) if own.is_file() => Ok((own, vec![])),
-            (_, all) if all.is_file() => Ok((all, vec![name.to_owned()])),
-            (own, _) => bail!(
-                "the program `{name}` is missing: there is neither `{}` nor `{ALL_IN_ONE}`, which \
-                 holds all of them, in that folder",
-                own.display()
-            ),
-        })
+    /// Finds these programs: a word with a slash is the path of a foreign executable.
+    pub fn find(words: &[&str], registry: &Registry) -> Result<Self> {
+        let found = words.iter().map(|&word| {
+            let program = match is_path(word) {
+                true => Program::foreign(Path::new(word))?,
+                false => Program::own(word, registry)?,
+            };
+            Ok((word.to_owned(), program))
+        });
+        Ok(Self(found.collect::<Result<_>>()?))
     }
 
     /// The program that `word` names.
     pub fn get(&self, word: &str) -> &Program {
-        self.0.get(word).expect("every program of the plan was located")
+        self.0.get(word).expect("every program of the plan was found")
     }
 
-    fn located(
-        words: &[&str],
-        place: impl Fn(&str) -> Result<(PathBuf, Vec<String>)>,
-    ) -> Result<Self> {
-        let mut programs = BTreeMap::new();
-        for &word in words {
-            let (path, first) =
-                if is_path(word) { (PathBuf::from(word), vec![]) } else { place(word)? };
-            ensure!(
-                path.is_file(),
-                "the program `{word}` is missing: there is no file `{}`",
-                path.display()
-            );
-            let version = match is_path(word) {
-                true => format!("sha256 {}", key::digest_of_file(&path)?),
-                false => version_of(&path, &first)?,
-            };
-            programs.insert(word.to_owned(), Program { path, words: first, version });
-        }
-        Ok(Self(programs))
+    /// The foreign executables among them.
+    pub fn foreign(&self) -> impl Iterator<Item = &Program> {
+        self.0.values().filter(|program| !program.is_own())
     }
 }
-
-/// The program that holds all stages.
-const ALL_IN_ONE: &str = "assort";
 
 fn is_path(word: &str) -> bool {
     word.contains(['/', '\\'])
 }
 
-/// Builds these programs, each a crate with the name of its binary, and returns the executables by
-/// name.
-pub fn cargo_build(
-    programs: &[(&str, &str)],
-    features: Option<&str>,
-) -> Result<BTreeMap<String, PathBuf>> {
-    let names: Vec<&str> = programs.iter().map(|(_, name)| *name).collect();
-    tracing::info!("building {}", names.join(", "));
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(["build", "--message-format", "json-render-diagnostics"]);
-    for (owner, name) in programs {
-        command.args(["--package", owner, "--bin", name]);
-    }
-    if let Some(features) = features {
-        command.args(["--features", features]);
-    }
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = output.context("starting cargo to build the programs")?;
-    interrupt::check()?;
-    ensure!(
-        output.status.success(),
-        "building {} failed; cargo's messages are above",
-        names.join(", ")
-    );
-    let mut executables = BTreeMap::new();
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        // Lines that are no message of cargo's are what build scripts print.
-        let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
-        let name = message.pointer("/target/name").and_then(Value::as_str);
-        let executable = message.get("executable").and_then(Value::as_str);
-        if let (Some(name), Some(executable)) = (name, executable) {
-            executables.insert(name.to_owned(), PathBuf::from(executable));
-        }
-    }
-    Ok(executables)
-}
-
-/// The line that `program --version` prints.
-fn version_of(program: &Path, words: &[String]) -> Result<String> {
-    let output = Command::new(program)
-        .args(words)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("starting `{}`", program.display()))?;
-    let line = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    if !output.status.success() || line.is_empty() {
-        bail!("`{} --version` does not say which algorithm it is", program.display());
-    }
-    Ok(line)
+/// The table that a program reads: the one that bears its name.
+pub fn table_of(program: &str) -> &str {
+    let file = program.rsplit(['/', '\\']).next().unwrap_or(program);
+    file.split_once('.').map_or(file, |(stem, _)| stem)
 }

@@ -1,22 +1,20 @@
 //! The store: every result under its key, and the views that people look at.
 //!
-//! `runs/.store/<key>/` holds what one step wrote, finished when it has `done.json`; beside it,
-//! `<key>.json` says what the key was made of. `runs/<experiment>/<seed>/<round>-<place>` is a
-//! link to it. Several experiments share what they have in common.
+//! `runs/.store/<key>/` holds what one step wrote, finished when it has `done.json`. Beside it,
+//! `<key>.json` says what the key was made of; commands lock that file while they work on the step
+//! or read its result. `runs/<experiment>/<seed>/<round>-<place>` is a link to the folder.
+//! Experiments share the results that they have in common.
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use stage::{Claim, DONE, Interrupt};
 
-use crate::interrupt;
 use crate::key::Key;
-
-/// The file that a finished folder holds, written last.
-pub const DONE: &str = "done.json";
 
 /// Results by key, below one folder.
 #[derive(Debug, Clone)]
@@ -29,25 +27,46 @@ pub struct Store {
 pub enum State {
     /// Nothing is there.
     New,
-    /// It was started, and goes on when it is started again.
+    /// It was started, and resumes when it is started again.
     Started,
     /// It is finished.
     Done,
 }
 
+/// The right to work on a step or to read its result, until it is dropped or the process ends.
+#[derive(Debug)]
+pub struct Hold(File);
+
+impl Hold {
+    /// The locked file. A process that inherits it keeps the lock as long as it lives.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+}
+
 impl Store {
-    /// The store in `folder`, which is created when something is put in.
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    /// The results of steps below the folder `runs`.
+    pub fn of_steps(runs: &Path) -> Self {
+        Self { folder: runs.join(".store") }
     }
 
-    /// Where the result of `key` lies.
-    pub fn path(&self, key: &Key) -> PathBuf {
-        self.folder.join(key.to_string())
+    /// The prepared data sets below the folder `runs`.
+    pub fn of_data(runs: &Path) -> Self {
+        Self { folder: runs.join(".data") }
+    }
+
+    /// The folder of the result `key`.
+    pub fn path(&self, key: &str) -> PathBuf {
+        self.folder.join(key)
+    }
+
+    /// The file `<key>.<name>` beside the folder of a result.
+    pub fn beside(&self, key: &str, name: &str) -> PathBuf {
+        self.folder.join(format!("{key}.{name}"))
     }
 
     /// How far the step of `key` has come.
-    pub fn state(&self, key: &Key) -> State {
+    pub fn state(&self, key: &str) -> State {
         let folder = self.path(key);
         if folder.join(DONE).exists() {
             State::Done
@@ -58,65 +77,118 @@ impl Store {
         }
     }
 
-    /// Removes the result of `key`, finished or not.
-    pub fn forget(&self, key: &Key) -> Result<()> {
-        let folder = self.path(key);
-        match fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing `{}`", folder.display()))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Claims `key` for this process until the claim is dropped, so that two commands never write
-    /// into one folder; waits while another has it.
-    pub fn claim(&self, key: &Key) -> Result<File> {
+    /// Claims `key` for this process alone; waits while another command works on it or reads it.
+    pub fn claim(&self, key: &Key, interrupt: &Interrupt) -> Result<Hold> {
         fs::create_dir_all(&self.folder)
             .with_context(|| format!("creating `{}`", self.folder.display()))?;
-        let path = self.folder.join(format!("{key}.json"));
-        let record = || -> io::Result<File> {
-            if !path.exists() {
-                fs::write(&path, format!("{:#}\n", key.record))?;
-            }
-            File::open(&path)
+        let path = self.beside(key.name(), "json");
+        let open = File::options().create(true).append(true).read(true).open(&path);
+        let file = open.with_context(|| format!("opening `{}`", path.display()))?;
+        lock(&file, File::try_lock, key.name(), interrupt)?;
+        let is_new = file.metadata()?.len() == 0;
+        if is_new {
+            writeln!(&file, "{:#}", key.record)
+                .with_context(|| format!("writing `{}`", path.display()))?;
+        }
+        Ok(Hold(file))
+    }
+
+    /// Keeps the finished result `key` from being removed; waits while another command works on it.
+    pub fn hold(&self, key: &str, interrupt: &Interrupt) -> Result<Hold> {
+        let missing = || {
+            format!(
+                "the result `{}` is missing: another command removed it; run the same command \
+                 again",
+                self.path(key).display()
+            )
         };
-        let file = record().with_context(|| format!("writing `{}`", path.display()))?;
-        let mut told = false;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) => {
-                    if !told {
-                        tracing::info!("another command is working on {key}; waiting for it");
-                    }
-                    told = true;
-                    interrupt::check()?;
-                    thread::sleep(Duration::from_millis(200));
+        let file = File::open(self.beside(key, "json")).with_context(missing)?;
+        lock(&file, File::try_lock_shared, key, interrupt)?;
+        if self.state(key) != State::Done {
+            bail!(missing())
+        }
+        Ok(Hold(file))
+    }
+
+    /// Removes the result of `key`, finished or not. The caller has claimed it.
+    pub fn forget(&self, key: &Key, _: &Hold, interrupt: &Interrupt) -> Result<()> {
+        let folder = self.path(key.name());
+        if !folder.exists() {
+            return Ok(());
+        }
+        // The program that writes there may have outlived the command that started it.
+        let _writer = Claim::wait(&folder, interrupt)?;
+        fs::remove_dir_all(&folder).with_context(|| format!("removing `{}`", folder.display()))
+    }
+}
+
+fn lock(
+    file: &File,
+    try_lock: fn(&File) -> Result<(), TryLockError>,
+    key: &str,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let mut waits = false;
+    loop {
+        match try_lock(file) {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) => {
+                if !waits {
+                    tracing::info!("another command uses {key}; waiting for it");
                 }
-                // A file system without locks: two commands at once are then the user's to avoid.
-                Err(TryLockError::Error(_)) => return Ok(file),
+                waits = true;
+                interrupt.check()?;
+                thread::sleep(Duration::from_millis(200));
             }
+            // A file system without locks: the user must avoid two commands at once.
+            Err(TryLockError::Error(_)) => return Ok(()),
         }
     }
 }
 
-/// Makes `view` show the folder `target`: a link, or where links are not to be had a text file
-/// that holds its path.
+/// Makes `view` show the folder `target`: a link, or a text file that holds the path where the
+/// system has no links.
+///
+/// A view that is neither is somebody's data: that is an error.
 pub fn show(view: &Path, target: &Path) -> Result<()> {
+    require_replaceable(view)?;
     let put = || -> io::Result<()> {
-        if let Some(parent) = view.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        match fs::symlink_metadata(view) {
-            Ok(old) if old.is_dir() => fs::remove_dir_all(view)?,
-            Ok(_) => fs::remove_file(view)?,
-            Err(_) => {}
-        }
+        let folder = view.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
         let target = fs::canonicalize(target)?;
-        link(&target, view).or_else(|_| fs::write(view, target.display().to_string()))
+        let name = view.file_name().unwrap_or_default().to_string_lossy();
+        // Renamed into place: whoever looks finds the old view or the new one.
+        let beside = folder.join(format!(".{name}.{}", std::process::id()));
+        let _ = fs::remove_file(&beside);
+        link(&target, &beside).or_else(|_| fs::write(&beside, target.display().to_string()))?;
+        fs::rename(&beside, view)
     };
     put().with_context(|| format!("linking `{}` to `{}`", view.display(), target.display()))
+}
+
+/// Fails where something else than a view lies at the path of a view.
+pub fn require_replaceable(view: &Path) -> Result<()> {
+    match fs::symlink_metadata(view) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Ok(_) if is_view(view) => Ok(()),
+        _ => bail!(
+            "`{}` is not a link that this program made; move it away and run the same command \
+             again",
+            view.display()
+        ),
+    }
+}
+
+/// True for a link, or for the text file that stands for one.
+pub fn is_view(path: &Path) -> bool {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => true,
+        // A path is no longer than that.
+        Ok(found) if found.is_file() && found.len() <= 4096 => {
+            fs::read_to_string(path).is_ok_and(|text| Path::new(&text).is_absolute())
+        }
+        _ => false,
+    }
 }
 
 #[cfg(unix)]
@@ -147,33 +219,63 @@ fn relative(target: &Path, folder: &Path) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
+    fn key() -> Key {
+        Key::of("embed", serde_json::json!({"views": 8}))
+    }
+
     #[test]
     fn a_result_is_new_then_started_then_done_then_forgotten() {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::new(folder.path().join(".store"));
-        let key = Key::of("embed", serde_json::json!({"views": 8}));
-        assert_eq!(store.state(&key), State::New);
-        store.forget(&key).expect("nothing to forget");
-        fs::create_dir_all(store.path(&key)).expect("created");
-        assert_eq!(store.state(&key), State::Started);
-        fs::write(store.path(&key).join(DONE), "{}").expect("written");
-        assert_eq!(store.state(&key), State::Done);
-        store.forget(&key).expect("forgotten");
-        assert_eq!(store.state(&key), State::New);
+        let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
+        let key = key();
+        let claim = store.claim(&key, &interrupt).expect("free");
+        assert_eq!(store.state(key.name()), State::New);
+        store.forget(&key, &claim, &interrupt).expect("nothing to forget");
+        fs::create_dir_all(store.path(key.name())).expect("created");
+        assert_eq!(store.state(key.name()), State::Started);
+        fs::write(store.path(key.name()).join(DONE), "{}").expect("written");
+        assert_eq!(store.state(key.name()), State::Done);
+        store.forget(&key, &claim, &interrupt).expect("forgotten");
+        assert_eq!(store.state(key.name()), State::New);
     }
 
     #[test]
     fn a_claim_keeps_others_out_and_says_what_the_key_is() {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::new(folder.path().to_owned());
-        let key = Key::of("embed", serde_json::json!({"views": 8}));
-        let claim = store.claim(&key).expect("free");
-        let record = folder.path().join(format!("{key}.json"));
+        let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
+        let key = key();
+        let claim = store.claim(&key, &interrupt).expect("free");
+        let record = store.beside(key.name(), "json");
         assert!(fs::read_to_string(&record).expect("there").contains("\"views\": 8"));
         let other = File::open(&record).expect("there");
         assert!(matches!(other.try_lock(), Err(TryLockError::WouldBlock)));
         drop(claim);
         other.try_lock().expect("free again");
+        drop(other);
+        store.claim(&key, &interrupt).expect("free");
+        let text = fs::read_to_string(&record).expect("there");
+        assert_eq!(text.matches("views").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn readers_share_a_finished_result_and_keep_it_from_being_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
+        let key = key();
+        let error = store.hold(key.name(), &interrupt).expect_err("nothing").to_string();
+        assert!(error.contains("run the same command again"), "{error}");
+        drop(store.claim(&key, &interrupt).expect("free"));
+        store.hold(key.name(), &interrupt).expect_err("not finished");
+        fs::create_dir_all(store.path(key.name())).expect("created");
+        fs::write(store.path(key.name()).join(DONE), "{}").expect("written");
+
+        let one = store.hold(key.name(), &interrupt).expect("finished");
+        let other = store.hold(key.name(), &interrupt).expect("shared");
+        interrupt.raise();
+        let error = store.claim(&key, &interrupt).expect_err("two read it");
+        assert!(error.is::<stage::Interrupted>(), "it waits until it is interrupted: {error:#}");
+        drop((one, other));
+        store.claim(&key, &interrupt).expect("free");
     }
 
     #[test]
@@ -189,9 +291,28 @@ mod tests {
             show(&view, &runs.join(".store").join(name)).expect("linked");
             assert_eq!(fs::read_to_string(view.join("file")).expect("there"), name);
         }
+        assert_eq!(fs::read_dir(runs.join("digits/0/control")).expect("there").count(), 1);
         let moved = folder.path().join("moved");
         fs::rename(&runs, &moved).expect("moved");
         let file = moved.join("digits/0/control/1-embed/file");
         assert_eq!(fs::read_to_string(file).expect("there"), "two");
+    }
+
+    #[test]
+    fn what_a_user_put_at_the_place_of_a_view_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let view = folder.path().join("0-embed");
+        fs::create_dir(&view).expect("created");
+        fs::write(view.join("notes"), "mine").expect("written");
+        let error = show(&view, folder.path()).expect_err("a folder").to_string();
+        assert!(error.contains("0-embed") && error.contains("move it away"), "{error}");
+        assert_eq!(fs::read_to_string(view.join("notes")).expect("there"), "mine");
+        let file = folder.path().join("1-embed");
+        fs::write(&file, "some notes").expect("written");
+        show(&file, folder.path()).expect_err("a file");
+        assert_eq!(fs::read_to_string(&file).expect("there"), "some notes");
+        // A view where the system has no links.
+        fs::write(&file, folder.path().display().to_string()).expect("written");
+        show(&file, folder.path()).expect("replaced");
     }
 }

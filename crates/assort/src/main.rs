@@ -1,5 +1,5 @@
 //! The program `assort`: see the library.
 
 fn main() -> std::process::ExitCode {
-    assort::program(std::env::args_os())
+    xtask::main(assort::registry(), std::env::args_os().collect())
 }

@@ -109,7 +109,9 @@ impl Segment {
     pub fn infer(&mut self, input: &Tensor) -> Result<Tensor> {
         let Self { network, parameters, statistics, inference } = self;
         match inference {
-            Some(inference) if inference.is_current(parameters, statistics) => inference.forward(input),
+            Some(inference) if inference.is_current(parameters, statistics) => {
+                inference.forward(input)
+            }
             _ => {
                 let new = network.inference(parameters, statistics)?;
                 inference.insert(new).forward(input)

@@ -1,7 +1,6 @@
 //! The whole stage on embeddings whose clusters are known.
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use anyhow::Result;
 use assignment::{KMeans, Metric};
@@ -296,7 +295,7 @@ fn write_images(path: &Path, count: u32) -> Result<DataSet> {
     images::write(path, 1, (0..count).map(source).collect::<Result<_>>()?)
 }
 
-/// The program itself, with any number of threads: the same bytes.
+/// The stage with any number of threads: the same bytes.
 #[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -316,41 +315,37 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         backbone_views: features.backbone_views,
     };
     embeddings.write(&at("embeddings").join("embeddings.safetensors"))?;
-    let table = toml::to_string(&Config { epochs: 2, least_steps: 20, ..config() })?;
-    let text = format!(
-        "[data]\nclusters = 4\ntrain-on = [\"train\"]\nscore-on = [\"train\"]\n[clustering]\n{table}"
-    );
-    std::fs::write(at("experiment.toml"), text)?;
+    let config = Config { epochs: 2, least_steps: 20, ..config() };
 
-    let start = |threads: &str, round: &str, previous: Option<&str>| -> Result<Output> {
-        let mut program = Command::new(env!("CARGO_BIN_EXE_clustering"));
-        program.env("RAYON_NUM_THREADS", threads).env("RUST_LOG", "error");
-        program.arg("--experiment").arg(at("experiment.toml"));
-        program.arg("--images").arg(at("images.safetensors"));
-        program.arg("--in").arg(format!("embeddings={}", at("embeddings").display()));
-        if let Some(previous) = previous {
-            program.arg("--in").arg(format!("previous={}", at(previous).display()));
-        }
+    let start = |threads: &str, round: usize, previous: Option<&str>| -> Result<()> {
+        let data =
+            DataTable { clusters: 4, train_on: vec![Split::Train], score_on: vec![Split::Train] };
         let out = at(&format!("{threads}-{round}"));
-        program.arg("--out").arg(out).args(["--round", round, "--rounds", "1"]);
-        Ok(program.output()?)
+        let mut job = Job::new("clustering", at("images.safetensors"), out, data);
+        (job.round, job.rounds) = (round, 1);
+        job.inputs.insert("embeddings".into(), at("embeddings"));
+        if let Some(previous) = previous {
+            job.inputs.insert("previous".into(), at(previous));
+        }
+        std::fs::create_dir_all(&job.out)?;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build()?;
+        pool.install(|| Clustering::run(&config, &job))
     };
-    let run = |threads: &str, round: &str, previous: Option<&str>| -> Result<Vec<Vec<u8>>> {
-        let output = start(threads, round, previous)?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let run = |threads: &str, round: usize, previous: Option<&str>| -> Result<Vec<Vec<u8>>> {
+        start(threads, round, previous)?;
         let out = format!("{threads}-{round}");
         Ok(vec![
             std::fs::read(at(&out).join("pseudo-labels.safetensors"))?,
             std::fs::read(at(&out).join("head.safetensors"))?,
         ])
     };
-    let one = run("1", "0", None)?;
+    let one = run("1", 0, None)?;
     for threads in ["2", "3", "8"] {
-        assert!(run(threads, "0", None)? == one, "{threads} threads give other bytes than 1");
+        assert!(run(threads, 0, None)? == one, "{threads} threads give other bytes than 1");
     }
 
     // The next round reads what this one wrote.
-    assert!(run("2", "1", Some("1-0"))? != one);
+    assert!(run("2", 1, Some("1-0"))? != one);
     let labels = PseudoLabels::open(&at("2-1").join("pseudo-labels.safetensors"))?;
     assert!(labels.stability.expect("there was a round before") > 0.5);
 
@@ -366,9 +361,9 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         (fewer, "1499 embeddings but 1500"),
     ] {
         spoilt.write(&at("embeddings").join("embeddings.safetensors"))?;
-        let output = start("4", "0", None)?;
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{error}");
+        let error = start("4", 0, None).expect_err("spoilt");
+        assert_eq!(Status::of_error(&error), Status::BadInput, "{error:#}");
+        let error = format!("{error:#}");
         assert!(error.contains("embeddings.safetensors") && error.contains(says), "{error}");
     }
     Ok(())

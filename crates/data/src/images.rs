@@ -534,7 +534,6 @@ impl Fingerprint {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
 
     use super::*;
     use crate::picture::tests::{example, jpeg, png};

@@ -7,7 +7,7 @@
 //! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI, AMI.
 //! - [`calibration`]: whether a confidence is the probability of being right.
 //! - [`silhouette`]: how compact and far apart clusters are, without any truth.
-//! - [`number`]: estimates the number of clusters, for the program `clusters`.
+//! - [`number`]: estimates the number of clusters, for the program [`clusters`].
 //!
 //! ```
 //! use assignment::contingency;
@@ -23,6 +23,7 @@
 
 pub mod agreement;
 pub mod calibration;
+pub mod clusters;
 pub mod number;
 pub mod round;
 pub mod silhouette;

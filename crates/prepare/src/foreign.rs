@@ -160,7 +160,8 @@ mod tests {
         for entry in ["BMW/1.jpg", "[b]/1.png", "P6 /1.png", "{0}/1.png", "GIF8/1.png"] {
             assert_eq!(recognise(&tar(&[(entry, b"x")])[..START], "x.tar"), None, "{entry}");
         }
-        for (start, name) in [(&b"PK\x03\x04"[..], "a.zip"), (b"a/1.png\0\0", "a"), (b"", "a.tar")] {
+        for (start, name) in [(&b"PK\x03\x04"[..], "a.zip"), (b"a/1.png\0\0", "a"), (b"", "a.tar")]
+        {
             assert_eq!(recognise(start, name), None, "{name}");
         }
     }

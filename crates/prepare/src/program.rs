@@ -1,13 +1,13 @@
 //! `prepare --experiment FILE [--source PATH] --out DIR [--memory MIB] [--check]`
 
-use std::env::ArgsOs;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use stage::{Experiment, Status, console};
+use stage::{Experiment, Interrupt, console};
 
 use crate::{ALGORITHM, Config, Options, location, names, picture};
 
@@ -37,7 +37,7 @@ struct Arguments {
 }
 
 /// The program: the command line `words` in, the exit status out.
-pub fn program(words: ArgsOs) -> ExitCode {
+pub fn program(words: Vec<OsString>) -> ExitCode {
     console::start_logging();
     let command = Arguments::command().name("prepare").version(format!("algorithm {ALGORITHM}"));
     let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
@@ -48,13 +48,8 @@ pub fn program(words: ArgsOs) -> ExitCode {
 }
 
 fn check_or_run(arguments: &Arguments) -> Result<()> {
-    // What was read is safe at any moment; asking twice ends the program at once.
-    ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(Status::Interrupted.code().into());
-        }
-    })
-    .context("listening for interrupts")?;
+    // What was read is safe at any moment.
+    let _ = INTERRUPT.set(Interrupt::listen()?);
     if let Some(address) = &arguments.fetch {
         for path in location::find(Path::new(address), &interrupted)?.paths {
             console::print_line(path.display())?;
@@ -82,11 +77,11 @@ fn check_or_run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static INTERRUPT: OnceLock<Interrupt> = OnceLock::new();
 
 /// Whether the user asked this program to stop.
 fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
+    INTERRUPT.get().is_some_and(Interrupt::is_raised)
 }
 
 /// The most memory that this process had at any time, where the system says so.

@@ -23,7 +23,7 @@ mod html;
 pub mod page;
 pub mod thumbnail;
 
-use std::env::ArgsOs;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -75,7 +75,7 @@ fn step(word: &str) -> Result<(String, PathBuf), String> {
 pub const PAGE: &str = "report.html";
 
 /// The program: the command line `words` in, the exit status out.
-pub fn program(words: ArgsOs) -> ExitCode {
+pub fn program(words: Vec<OsString>) -> ExitCode {
     console::start_logging();
     let command = ReportArguments::command().name("report").version(env!("CARGO_PKG_VERSION"));
     let arguments = match ReportArguments::from_arg_matches(&command.get_matches_from(words)) {

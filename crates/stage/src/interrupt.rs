@@ -1,7 +1,10 @@
 //! Interrupts: a flag that signals raise and that long work looks at.
 
+use std::env;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -18,7 +21,8 @@ use crate::status::{Interrupted, Status};
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    /// An interrupt that SIGINT, SIGTERM and SIGHUP raise. A second signal ends the process at
+    /// An interrupt that SIGINT, SIGTERM and SIGHUP raise, and under [`HELD_BY_STDIN`] the end of
+    /// standard input. A second signal ends the process at
     /// once, with the status of an interruption: files are replaced whole, so nothing is lost.
     pub fn listen() -> Result<Self> {
         let interrupt = Self::default();
@@ -28,7 +32,20 @@ impl Interrupt {
             flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupt.0))
                 .context("listening for interrupts")?;
         }
+        if env::var_os(HELD_BY_STDIN).is_some() {
+            interrupt.raise_at_end_of(io::stdin());
+        }
         interrupt.register()
+    }
+
+    /// Raises the flag when `input` ends.
+    fn raise_at_end_of(&self, mut input: impl Read + Send + 'static) {
+        let interrupt = self.clone();
+        thread::spawn(move || {
+            // An input that cannot be read has ended too.
+            let _ = io::copy(&mut input, &mut io::sink());
+            interrupt.raise();
+        });
     }
 
     /// Like [`Interrupt::listen`], but no number of signals ends this process: for a program that
@@ -60,6 +77,12 @@ impl Interrupt {
     }
 }
 
+/// The environment variable under which a program stops at the end of its standard input.
+///
+/// Whoever starts a program under it keeps the other end of a pipe open: the program then stops when
+/// its parent asks it to by closing the pipe, and also when the parent is killed.
+pub const HELD_BY_STDIN: &str = "ASSORT_HELD_BY_STDIN";
+
 /// The signals that ask a program to stop.
 fn signals() -> Vec<i32> {
     let mut signals = vec![SIGINT, SIGTERM];
@@ -81,6 +104,8 @@ fn hangup_is_ignored() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -132,6 +157,22 @@ mod tests {
         }
         assert_eq!(in_a_process(name, "exec \"$0\" \"$@\""), Some(30));
         assert_eq!(in_a_process(name, "trap '' HUP; exec \"$0\" \"$@\""), Some(31));
+    }
+
+    #[test]
+    fn the_end_of_an_input_raises_the_flag_and_its_bytes_do_not() {
+        let (reader, mut writer) = io::pipe().expect("a pipe");
+        let interrupt = Interrupt::default();
+        interrupt.raise_at_end_of(reader);
+        io::Write::write_all(&mut writer, b"still here").expect("written");
+        thread::sleep(Duration::from_millis(50));
+        assert!(!interrupt.is_raised());
+        drop(writer);
+        let raised = (0..1000).any(|_| {
+            thread::sleep(Duration::from_millis(10));
+            interrupt.is_raised()
+        });
+        assert!(raised, "not within 10 s");
     }
 
     #[cfg(unix)]

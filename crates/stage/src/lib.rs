@@ -74,7 +74,7 @@ pub use claim::Claim;
 pub use contract::{Effort, Origin, Output, Role, Spec, Stage};
 pub use data_table::{DataTable, Split};
 pub use experiment::{Experiment, Rounds};
-pub use interrupt::Interrupt;
+pub use interrupt::{HELD_BY_STDIN, Interrupt};
 pub use job::Job;
 pub use library::{FOLDER, Library};
 pub use program::{DONE, Program, main};

@@ -10,7 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::arguments::Arguments;
-use crate::{Claim, Experiment, Interrupt, Job, Spec, Stage, console, files, memory, status};
+use crate::{
+    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, console, files, memory, status,
+};
 
 /// The file a stage writes last: a folder that holds it is finished.
 pub const DONE: &str = "done.json";
@@ -21,12 +23,19 @@ pub struct Program {
     /// What an orchestrator must know of the stage.
     pub spec: Spec,
     run: fn(Vec<OsString>) -> Result<()>,
+    check_table: fn(&Experiment) -> Result<()>,
 }
 
 impl Program {
     /// The program of a stage.
     pub const fn of<S: Stage>() -> Self {
-        Self { spec: S::SPEC, run: check_or_run::<S> }
+        Self { spec: S::SPEC, run: check_or_run::<S>, check_table: check_table::<S> }
+    }
+
+    /// Fails where the stage's table of the experiment, or `[data]`, has unknown, missing or
+    /// mistyped keys. It needs no pictures.
+    pub fn check_table(&self, experiment: &Experiment) -> Result<()> {
+        (self.check_table)(experiment)
     }
 
     /// Reads arguments and table, checks or runs the stage, says what happened, and returns the
@@ -37,6 +46,12 @@ impl Program {
         console::start_logging();
         status::finish(self.spec.name, &(self.run)(words.into_iter().collect()))
     }
+}
+
+/// Fails where the stage's table of the experiment, or `[data]`, cannot be used.
+fn check_table<S: Stage>(experiment: &Experiment) -> Result<()> {
+    experiment.table::<S::Config>(S::SPEC.name)?;
+    experiment.table::<DataTable>("data")?.check()
 }
 
 /// The `main` of a stage in an executable of its own.
@@ -73,7 +88,7 @@ fn job(
 ) -> Result<Job> {
     let Arguments { images, out, round, rounds, seed, device, .. } = arguments;
     ensure!(round <= rounds, "--round {round} is after the last round, --rounds {rounds}");
-    let data: crate::DataTable = experiment.table("data")?;
+    let data: DataTable = experiment.table("data")?;
     data.check()?;
     let inputs = inputs_by_role(spec, arguments.inputs)?;
     Ok(Job {
@@ -137,7 +152,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{DataTable, Origin, Role};
+    use crate::{Origin, Role};
 
     const SPEC: Spec = Spec {
         name: "example",

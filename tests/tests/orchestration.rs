@@ -1,79 +1,14 @@
-//! Runs of `xtask` with programs that compute nothing: what is started, with what, and when not.
+//! Commands on stages that compute nothing: what is started, with what, and when not.
 #![cfg(unix)]
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::thread;
-use std::time::Duration;
 
 use serde_json::{Value, json};
+use tests::fake::{Fake, assert_status, send, sources, text};
 
-/// A folder with fake programs, an experiment and what the runs write.
-struct Bench {
-    folder: tempfile::TempDir,
-}
-
-/// Where the sources of the tests are.
-fn sources() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
-}
-
-impl Bench {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let programs = folder.path().join("programs");
-        fs::create_dir(&programs).expect("created");
-        let names =
-            "prepare pretraining embed clustering prototype-refinement metrics propos foreign";
-        for name in names.split(' ') {
-            symlink(sources().join("fake-program"), programs.join(name)).expect("linked");
-        }
-        fs::copy(sources().join("example.toml"), folder.path().join("example.toml"))
-            .expect("copied");
-        Self { folder }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-        let (subcommand, words) = words.split_first().expect("a subcommand");
-        command
-            .arg(subcommand)
-            .args(words)
-            .arg("--programs")
-            .arg(self.path("programs"))
-            .arg("--runs")
-            .arg(self.path("runs"))
-            .env("FAKE_LOG", self.path("log"))
-            .current_dir(self.folder.path());
-        command
-    }
-
-    fn reproduce(&self, words: &[&str]) -> Output {
-        let words: Vec<_> = ["reproduce", "example.toml"].iter().chain(words).copied().collect();
-        self.command(&words).output().expect("started")
-    }
-
-    /// What was started since the last call, one program a line.
-    fn started(&self) -> Vec<String> {
-        let log = fs::read_to_string(self.path("log")).unwrap_or_default();
-        let _ = fs::remove_file(self.path("log"));
-        log.lines().map(str::to_owned).collect()
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn assert_status(output: &Output, status: i32) {
-    assert_eq!(output.status.code(), Some(status), "{}", text(&output.stderr));
+fn bench() -> Fake {
+    Fake::new(env!("CARGO_BIN_EXE_fake-assort"))
 }
 
 const FIRST: [&str; 13] = [
@@ -101,31 +36,8 @@ const REST_OF_CONTROL: [&str; 3] = [
 ];
 
 #[test]
-fn one_program_with_all_stages_takes_the_place_of_those_that_are_missing() {
-    let bench = Bench::new();
-    assert_status(&bench.reproduce(&[]), 0);
-    let apart = bench.started();
-    for name in ["prepare", "pretraining", "clustering"] {
-        fs::rename(bench.path("programs").join(name), bench.path("programs/assort"))
-            .expect("there");
-    }
-    assert_status(&bench.reproduce(&[]), 0);
-    assert_eq!(bench.started(), Vec::<String>::new(), "the same algorithms, so the same keys");
-    assert_status(&bench.reproduce(&["--seed", "1"]), 0);
-    let steps = |log: Vec<String>| -> Vec<String> {
-        log.into_iter().filter(|line| !line.starts_with("prepare")).collect()
-    };
-    assert_eq!(steps(bench.started()), steps(apart));
-
-    fs::remove_file(bench.path("programs/assort")).expect("there");
-    let output = bench.reproduce(&[]);
-    assert_status(&output, 2);
-    assert!(text(&output.stderr).contains("neither"), "{}", text(&output.stderr));
-}
-
-#[test]
 fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
-    let bench = Bench::new();
+    let bench = bench();
     let output = bench.reproduce(&["--json"]);
     assert_status(&output, 0);
     assert_eq!(bench.started(), [&FIRST[..], &REST_OF_CONTROL].concat());
@@ -141,8 +53,7 @@ fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
     for view in ["0-pretraining", "1-clustering", "pixels/0-embed", "control/1-embed"] {
         assert!(bench.path("runs/example/0").join(view).join("done.json").exists(), "{view}");
     }
-    let assignments = bench.path("runs/example/0/1-clustering/pseudo-labels.safetensors");
-    assert!(stdout.contains(&assignments.display().to_string()), "{stdout}");
+    assert!(stdout.contains("runs/example/0/1-clustering/pseudo-labels.safetensors"), "{stdout}");
 
     assert_status(&bench.reproduce(&[]), 0);
     assert!(bench.started().is_empty(), "everything is done");
@@ -150,7 +61,7 @@ fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
 
 #[test]
 fn a_changed_value_runs_again_what_depends_on_it_and_nothing_else() {
-    let bench = Bench::new();
+    let bench = bench();
     assert_status(&bench.reproduce(&[]), 0);
     bench.started();
     assert_status(&bench.reproduce(&["--set", "prototype-refinement.noise=0.5"]), 0);
@@ -168,7 +79,7 @@ fn a_changed_value_runs_again_what_depends_on_it_and_nothing_else() {
 
 #[test]
 fn seeds_share_the_data_and_the_table_has_their_mean() {
-    let bench = Bench::new();
+    let bench = bench();
     let output = bench.reproduce(&["--seeds", "3", "--json"]);
     assert_status(&output, 0);
     assert_eq!(bench.started().len(), 1 + 3 * 15);
@@ -187,7 +98,7 @@ fn seeds_share_the_data_and_the_table_has_their_mean() {
 
 #[test]
 fn a_wrong_table_is_found_before_the_first_step() {
-    let bench = Bench::new();
+    let bench = bench();
     let mut command = bench.command(&["reproduce", "example.toml"]);
     let output = command.env("FAKE_CHECK", "prototype-refinement").output().expect("started");
     assert_status(&output, 2);
@@ -205,11 +116,12 @@ fn a_wrong_table_is_found_before_the_first_step() {
 
 #[test]
 fn a_program_that_fails_decides_the_status_and_goes_on_in_its_folder() {
-    let bench = Bench::new();
+    let bench = bench();
     for (failure, status, message) in [
-        ("embed 3", 3, "the same command goes on"),
+        ("embed 3", 3, "the same command resumes"),
         ("embed 4", 4, "diverged or collapsed"),
         ("embed 2", 2, "0-embed, seed 0 failed with exit status 2"),
+        ("embed 5", 5, "because the machine did"),
         ("embed 101", 2, "exit status 101"),
     ] {
         let mut command = bench.command(&["reproduce", "example.toml"]);
@@ -227,16 +139,12 @@ fn a_program_that_fails_decides_the_status_and_goes_on_in_its_folder() {
 
 #[test]
 fn an_interrupt_lets_the_program_save_and_the_same_command_goes_on() {
-    let bench = Bench::new();
+    let bench = bench();
     let mut command = bench.command(&["reproduce", "example.toml"]);
     // A group of its own, so that the signal reaches it as Ctrl-C on a terminal would.
     let child = command.env("FAKE_WAIT", "clustering").process_group(0).spawn().expect("started");
-    while !bench.path("log.waiting").exists() {
-        thread::sleep(Duration::from_millis(10));
-    }
-    let group = format!("-{}", child.id());
-    let sent = Command::new("kill").args(["-INT", "--", &group]).status().expect("sent");
-    assert!(sent.success());
+    bench.waiting();
+    send("-INT", &format!("-{}", child.id()));
     let output = child.wait_with_output().expect("ended");
     assert_eq!(output.status.code(), Some(3));
     let started = bench.started();
@@ -249,7 +157,7 @@ fn an_interrupt_lets_the_program_save_and_the_same_command_goes_on() {
 
 #[test]
 fn a_dry_run_starts_nothing() {
-    let bench = Bench::new();
+    let bench = bench();
     let output = bench.reproduce(&["--dry-run"]);
     assert_status(&output, 0);
     assert!(text(&output.stdout).contains("1-prototype-refinement"));
@@ -274,7 +182,7 @@ fn a_dry_run_starts_nothing() {
 
 #[test]
 fn a_stage_runs_alone_on_what_the_run_has_found() {
-    let bench = Bench::new();
+    let bench = bench();
     let stage = |words: &[&str]| {
         let (place, rest) = words.split_first().expect("a place");
         let words: Vec<_> = ["stage", place, "example.toml"].iter().chain(rest).copied().collect();
@@ -284,7 +192,7 @@ fn a_stage_runs_alone_on_what_the_run_has_found() {
     assert_status(&output, 2);
     let stderr = text(&output.stderr);
     assert!(
-        stderr.contains("cargo xtask stage pretraining") && stderr.contains("--round 0"),
+        stderr.contains("assort stage pretraining") && stderr.contains("--round 0"),
         "{stderr}"
     );
 
@@ -294,8 +202,7 @@ fn a_stage_runs_alone_on_what_the_run_has_found() {
     let output = stage(&["embed"]);
     assert_status(&output, 0);
     assert_eq!(bench.started(), ["pretraining 0", "embed 0 network"]);
-    let view = bench.path("runs/example/0/0-embed");
-    assert_eq!(text(&output.stdout).trim(), view.display().to_string());
+    assert_eq!(text(&output.stdout).trim(), "runs/example/0/0-embed");
 
     let output = stage(&["embed", "--round", "1"]);
     assert_status(&output, 2);
@@ -307,8 +214,8 @@ fn a_stage_runs_alone_on_what_the_run_has_found() {
 
 #[test]
 fn a_foreign_executable_takes_a_place() {
-    let bench = Bench::new();
-    let foreign = bench.path("programs/foreign");
+    let bench = bench();
+    let foreign = bench.path("foreign");
     let set = format!("stages.clustering={}", foreign.display());
     assert_status(&bench.reproduce(&["--set", &set]), 0);
     let started = bench.started();
@@ -319,11 +226,11 @@ fn a_foreign_executable_takes_a_place() {
 
     let output = bench.reproduce(&["--set", "stages.clustering=./none"]);
     assert_status(&output, 2);
-    assert!(text(&output.stderr).contains("no file `./none`"));
+    assert!(text(&output.stderr).contains("`./none` of `[stages]` is missing"));
 }
 
 /// Puts a system of one phase in the place of the example.
-fn one_phase(bench: &Bench, first: &str) {
+fn one_phase(bench: &Fake, first: &str) {
     let text = fs::read_to_string(sources().join("example.toml")).expect("there");
     let tables = text.parse::<toml::Table>().expect("TOML");
     let mut tables: toml::Table =
@@ -339,7 +246,7 @@ fn one_phase(bench: &Bench, first: &str) {
 
 #[test]
 fn a_system_of_one_phase_runs_is_scored_and_goes_on() {
-    let bench = Bench::new();
+    let bench = bench();
     one_phase(&bench, "['propos']");
     let mut command = bench.command(&["reproduce", "example.toml"]);
     let output = command.env("FAKE_FAIL", "propos 3").output().expect("started");
@@ -356,8 +263,7 @@ fn a_system_of_one_phase_runs_is_scored_and_goes_on() {
     assert_eq!(json["scores"]["acc"]["mean"], json!(0.9));
     assert_eq!(json["control"]["rounds"][0]["round"], json!(0));
     assert!(stdout.contains("control, round 0") && !stdout.contains("pretrained"), "{stdout}");
-    let assignments = bench.path("runs/example/0/0-propos/pseudo-labels.safetensors");
-    assert!(stdout.contains(&assignments.display().to_string()), "{stdout}");
+    assert!(stdout.contains("runs/example/0/0-propos/pseudo-labels.safetensors"), "{stdout}");
 
     assert_status(&bench.reproduce(&["--set", "propos.noise=0.0"]), 0);
     assert!(bench.started().is_empty(), "that is the control, which has run");
@@ -373,7 +279,7 @@ fn a_system_of_one_phase_runs_is_scored_and_goes_on() {
 
 #[test]
 fn other_pictures_are_prepared_and_everything_depends_on_them() {
-    let bench = Bench::new();
+    let bench = bench();
     assert_status(&bench.reproduce(&[]), 0);
     bench.started();
     fs::create_dir(bench.path("photos")).expect("created");
@@ -388,7 +294,7 @@ fn other_pictures_are_prepared_and_everything_depends_on_them() {
 
 #[test]
 fn pictures_are_prepared_alone_and_shared_with_the_experiment() {
-    let bench = Bench::new();
+    let bench = bench();
     let prepare = |words: &[&str]| {
         let words: Vec<_> = ["prepare"].iter().chain(words).copied().collect();
         bench.command(&words).output().expect("started")
@@ -397,8 +303,7 @@ fn pictures_are_prepared_alone_and_shared_with_the_experiment() {
     assert_status(&output, 0);
     assert_eq!(bench.started(), ["prepare "]);
     let folder = text(&output.stdout).trim().to_owned();
-    assert!(Path::new(&folder).join("done.json").exists(), "{folder}");
-    assert!(bench.path("runs/example/data/done.json").exists());
+    assert!(bench.path(&folder).join("done.json").exists(), "{folder}");
     assert_status(&prepare(&["example.toml"]), 0);
     assert_status(&bench.reproduce(&[]), 0);
     assert!(!bench.started().contains(&"prepare ".to_owned()), "they are there");
@@ -409,7 +314,7 @@ fn pictures_are_prepared_alone_and_shared_with_the_experiment() {
     for what in ["photos", "./photos", "hf://datasets/owner/name@v1"] {
         let output = prepare(&[what]);
         assert_status(&output, 0);
-        assert!(Path::new(text(&output.stdout).trim()).join("done.json").exists(), "{what}");
+        assert!(bench.path(text(&output.stdout).trim()).join("done.json").exists(), "{what}");
     }
     assert_eq!(bench.started().len(), 2, "the folder is one, however it is named");
     let output = prepare(&["photo"]);
@@ -425,15 +330,12 @@ fn pictures_are_prepared_alone_and_shared_with_the_experiment() {
 
 #[test]
 fn an_experiment_is_shown_as_it_would_run() {
-    let example = sources().join("example.toml");
-    let xtask = |words: &[&str]| {
-        Command::new(env!("CARGO_BIN_EXE_xtask")).args(words).output().expect("started")
-    };
-    let output =
-        xtask(&["show", example.to_str().expect("UTF-8"), "--set", "pretraining.epochs=7"]);
+    let bench = bench();
+    let words = ["show", "example.toml", "--set", "pretraining.epochs=7"];
+    let output = bench.command(&words).output().expect("started");
     assert_status(&output, 0);
     assert!(text(&output.stdout).contains("[pretraining]\nepochs = 7\n"));
-    let output = xtask(&["show", "nowhere"]);
+    let output = bench.command(&["show", "nowhere"]).output().expect("started");
     assert_status(&output, 2);
-    assert!(text(&output.stderr).contains("assort list"));
+    assert!(text(&output.stderr).contains("assort list"), "{}", text(&output.stderr));
 }

@@ -1,5 +1,0 @@
-//! The program `icbpl`: see the library.
-
-fn main() -> std::process::ExitCode {
-    stage::main::<icbpl::Icbpl>()
-}

@@ -1,5 +1,0 @@
-//! The program `prototype-refinement`: see the library.
-
-fn main() -> std::process::ExitCode {
-    stage::main::<prototype_refinement::PrototypeRefinement>()
-}

@@ -1,0 +1,283 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
+use stage::console::{print, print_line, start_logging};
+use stage::{DeviceChoice, Interrupt, Status};
+
+use crate::programs::HELPER;
+use crate::reproduce::resolved;
+use crate::{Registry, Session, clusters, compare, predict, prepare, report, reproduce};
+
+/// Sorts unlabelled images into groups: deep image clustering.
+#[derive(Debug, Parser)]
+#[command(name = "assort", bin_name = "assort", disable_version_flag = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run an experiment from pictures to scores; what is done already is not done again.
+    Reproduce {
+        #[command(flatten)]
+        options: reproduce::Options,
+        /// Run the seeds 0 to N - 1.
+        #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
+        seeds: Option<u64>,
+        /// Print, last, the results as one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Bring pictures into the form that every stage reads, and print the folder that holds them.
+    Prepare {
+        #[command(flatten)]
+        options: prepare::Options,
+    },
+    /// Run one step of an experiment, on what the steps before it left.
+    Stage {
+        /// What the step is for: prepare, a place of the experiment's `[rounds]`, or metrics.
+        place: String,
+        #[command(flatten)]
+        options: reproduce::Options,
+        /// Which round; the first that has this step when not given.
+        #[arg(long, value_name = "T")]
+        round: Option<usize>,
+    },
+    /// Run all systems on one data set, with equal backbone and effort, and print one table.
+    Compare {
+        #[command(flatten)]
+        options: compare::Options,
+    },
+    /// Write a run as a page to look at, a table, and folders of pictures.
+    Report {
+        #[command(flatten)]
+        options: report::Options,
+    },
+    /// Tell which clusters other pictures belong to, by what a run has learnt.
+    Predict {
+        #[command(flatten)]
+        options: predict::Options,
+    },
+    /// Guess how many clusters a run's embeddings hold: a curve of scores without ground truth.
+    ///
+    /// RUN may also be the folder of an embed step, or the file of its embeddings.
+    Clusters {
+        #[command(flatten)]
+        options: clusters::Options,
+    },
+    /// Name the experiments.
+    List,
+    /// Print an experiment with every value as a run would use it.
+    Show {
+        /// Name of the experiment, or path of its file.
+        experiment: String,
+        /// Change a value: table.key=value.
+        #[arg(long, value_name = "TABLE.KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Compare a device with the CPU: exit status 1 if they differ.
+    GpuCheck {
+        /// The device: auto, cuda, cuda:N or metal.
+        #[arg(default_value_t = DeviceChoice::Auto)]
+        device: DeviceChoice,
+    },
+    /// Print what makes a shell complete commands and flags.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page of a command, or of all.
+    Man {
+        /// A command, such as reproduce.
+        command: Option<String>,
+    },
+}
+
+/// The program: the command line `words` in, its own name first; the exit status out.
+///
+/// The first word is a command, or the name of a stage, whose own command line follows.
+pub fn main(registry: Registry, words: Vec<OsString>) -> ExitCode {
+    let word = |position: usize| words.get(position).and_then(|word| word.to_str());
+    let stage = registry.stages.iter().find(|stage| Some(stage.spec.name) == word(1));
+    if let Some(stage) = stage {
+        return stage.main(words[1..].iter().cloned());
+    }
+    let is_helper = word(1) == Some(HELPER);
+    let helper = registry.helpers.iter().find(|helper| Some(helper.name) == word(2));
+    if let Some(helper) = helper.filter(|_| is_helper) {
+        return (helper.main)(words[2..].to_vec());
+    }
+    start_logging();
+    let version = matches!(word(1), Some("--version" | "-V"));
+    let result = match version {
+        true => print_line(version_of(&registry)).map(|()| ExitCode::SUCCESS),
+        false => parsed_and_followed(registry, words),
+    };
+    match result {
+        Ok(status) => status,
+        Err(error) => stage::finish("assort", &Err(error)),
+    }
+}
+
+fn version_of(registry: &Registry) -> String {
+    format!("assort {}, {}", env!("CARGO_PKG_VERSION"), (registry.devices.describe)())
+}
+
+/// Parses the words and does what they say.
+fn parsed_and_followed(registry: Registry, words: Vec<OsString>) -> Result<ExitCode> {
+    let matches = match command(&registry).try_get_matches_from(words) {
+        Ok(matches) => matches,
+        Err(error) => return explained(&error),
+    };
+    let parsed = match CommandLine::from_arg_matches(&matches) {
+        Ok(parsed) => parsed,
+        Err(error) => return explained(&error),
+    };
+    let session = Session { registry, interrupt: Interrupt::listen_without_exit()? };
+    follow(&session, parsed.command)
+}
+
+/// Prints help, or what is wrong with the command line.
+fn explained(error: &clap::Error) -> Result<ExitCode> {
+    if error.use_stderr() {
+        stage::console::print_error(error.render().ansi());
+        return Ok(Status::BadInput.into());
+    }
+    print(error.render().ansi())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The command line with the stages, for parsing, help, completions and manual pages.
+fn command(registry: &Registry) -> clap::Command {
+    let stages = registry.stages.iter().map(|stage| {
+        stage::Arguments::command()
+            .name(stage.spec.name)
+            .about("A stage by itself: files in, files out")
+            .hide(true)
+    });
+    let names: Vec<&str> = registry.stages.iter().map(|stage| stage.spec.name).collect();
+    CommandLine::command()
+        .subcommands(stages)
+        .help_template(HELP.replace("{stages}", &names.join(" ")))
+}
+
+/// The help of the whole program, on one screen.
+const HELP: &str = "\
+{about}
+
+Usage: assort COMMAND …, assort COMMAND --help
+
+Run an experiment
+  reproduce EXPERIMENT    from pictures to scores; what is done is not repeated
+  stage PLACE EXPERIMENT  one step of it
+  compare DATA-SET        all systems on one data set, in one table
+  prepare WHAT            pictures into the form that every stage reads
+Look at what it found
+  report RUN              a page, a table, folders of pictures
+  predict RUN             the clusters of other pictures (--images PATH)
+  clusters RUN            a guess how many clusters there are
+Look around
+  list                    the experiments
+  show EXPERIMENT         one of them, with every value
+  gpu-check [DEVICE]      a device beside the CPU
+  completions SHELL       for bash, elvish, fish, powershell, zsh
+  man [COMMAND]           manual pages
+Stages by themselves (assort STAGE --help)
+  {stages}
+
+Examples
+  assort reproduce digits --seeds 3
+  assort report digits
+  assort reproduce imagenette-small --images photos/ --set data.clusters=12
+  assort predict imagenette-small --images later/
+
+Exit status: 0 done, 2 bad input, 3 interrupted (the same command resumes),
+4 diverged or collapsed, 5 the machine failed.
+";
+
+fn follow(session: &Session, command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Reproduce { options, seeds, json } => {
+            let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
+            reproduce::reproduce(session, &options, &seeds, json)
+        }
+        Command::Prepare { options } => prepare::run(session, &options),
+        Command::Stage { place, options, round } => {
+            reproduce::stage(session, &options, &place, round)
+        }
+        Command::Compare { options } => compare::run(session, &options),
+        Command::Report { options } => report::run(session, &options),
+        Command::Predict { options } => predict::run(session, &options),
+        Command::Clusters { options } => clusters::run(session, &options),
+        Command::List => list(session),
+        Command::Show { experiment, set } => print(resolved(session, &experiment, &set)?.to_toml()),
+        Command::GpuCheck { device } => {
+            let agrees = (session.registry.devices.check)(device)?;
+            return Ok(ExitCode::from(u8::from(!agrees)));
+        }
+        Command::Completions { shell } => print(completions(&session.registry, shell)?),
+        Command::Man { command } => print(manual(&session.registry, command.as_deref())?),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(session: &Session) -> Result<()> {
+    let library = &session.registry.library;
+    let names = library.names()?;
+    let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
+    for name in names {
+        let experiment = library.open(&name)?;
+        let (system, title) = (experiment.system()?, experiment.title()?);
+        print_line(format_args!("{name:width$}  {system:8} {title}"))?;
+    }
+    Ok(())
+}
+
+fn completions(registry: &Registry, shell: Shell) -> Result<String> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut command(registry), "assort", &mut text);
+    String::from_utf8(text).context("completions are text")
+}
+
+/// The manual page of a command, or of the whole program.
+fn manual(registry: &Registry, name: Option<&str>) -> Result<String> {
+    let mut whole = command(registry);
+    whole.build();
+    let command = match name {
+        None => whole,
+        Some(name) => match whole.find_subcommand(name) {
+            Some(found) => found.clone().name(format!("assort-{name}")),
+            None => bail!("there is no command `{name}`; `assort --help` names them"),
+        },
+    };
+    let mut text = Vec::new();
+    clap_mangen::Man::new(command).render(&mut text)?;
+    String::from_utf8(text).context("a manual page is text")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_one_screen_and_names_every_command() {
+        let help = HELP;
+        assert!(help.lines().count() <= 40, "{} lines", help.lines().count());
+        assert!(help.lines().all(|line| line.chars().count() <= 80));
+        for command in CommandLine::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(help.contains(&format!("\n  {name} ")), "{name} is missing");
+        }
+    }
+}

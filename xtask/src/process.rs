@@ -1,0 +1,205 @@
+//! Starting programs, waiting for them, and what their ends mean.
+//!
+//! The two ends of a step hear of each other's: an interrupt reaches the program at work, and the
+//! program stops when this one ends, however it ends. Our own programs are told by the end of their
+//! standard input, which this process holds open (see [`stage::Interrupt`]): unlike a signal it
+//! cannot reach them twice. A foreign executable gets SIGTERM; it has the claim of its folder as
+//! standard input, so that the claim lasts as long as it does.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result, bail};
+use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status};
+
+use crate::cost::{self, Cost};
+use crate::programs::Program;
+
+/// One start of a program.
+#[derive(Debug)]
+pub struct Process<'a> {
+    /// What it does, for messages: `0-embed, seed 0`.
+    pub name: &'a str,
+    /// What is started.
+    pub program: &'a Program,
+    /// Its arguments.
+    pub arguments: &'a [OsString],
+    /// Asks it to stop.
+    pub interrupt: &'a Interrupt,
+}
+
+/// Where what a program prints goes.
+#[derive(Debug, Clone, Copy)]
+enum Output {
+    /// To our stderr: stdout is for results.
+    Stderr,
+    /// To our stdout, as it is.
+    Stdout,
+    /// To the caller.
+    Caller,
+}
+
+impl Process<'_> {
+    /// Runs the program to its end; what it prints goes to stderr.
+    ///
+    /// - `claim`: of the folder it writes to.
+    pub fn run(&self, claim: Option<&File>) -> Result<()> {
+        let (status, ..) = self.wait(Output::Stderr, claim)?;
+        self.ended(status)
+    }
+
+    /// Like [`Process::run`], for a step that writes to `folder`; its cost is added to what is kept
+    /// there.
+    pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
+        let (status, _, cost) = self.wait(Output::Stderr, Some(claim))?;
+        cost.add_to(folder)?;
+        self.ended(status)
+    }
+
+    /// Like [`Process::run`]; what the program prints goes to stdout.
+    pub fn show(&self) -> Result<()> {
+        let (status, ..) = self.wait(Output::Stdout, None)?;
+        self.ended(status)
+    }
+
+    /// Runs the program to its end and returns what it printed.
+    pub fn printed(&self) -> Result<String> {
+        let (status, printed, _) = self.wait(Output::Caller, None)?;
+        self.ended(status).map(|()| printed)
+    }
+
+    fn wait(&self, output: Output, claim: Option<&File>) -> Result<(ExitStatus, String, Cost)> {
+        let began = Instant::now();
+        let run = || -> io::Result<_> {
+            let mut child = self.command(output, claim)?.spawn()?;
+            let printed = child.stdout.take().map(|mut stdout| {
+                thread::spawn(move || {
+                    let mut bytes = Vec::new();
+                    stdout.read_to_end(&mut bytes).map(|_| bytes)
+                })
+            });
+            let (status, peak_bytes) = self.watch(&mut child)?;
+            let printed = match printed.map(thread::JoinHandle::join) {
+                Some(Ok(bytes)) => bytes?,
+                _ => Vec::new(),
+            };
+            let cost = Cost { seconds: began.elapsed().as_secs_f64(), peak_bytes };
+            Ok((status, String::from_utf8_lossy(&printed).into_owned(), cost))
+        };
+        run().with_context(|| {
+            format!("starting the program `{}`; is it executable?", self.program.path.display())
+        })
+    }
+
+    fn command(&self, output: Output, claim: Option<&File>) -> io::Result<Command> {
+        let mut command = self.program.command();
+        command.args(self.arguments);
+        command.stdout(match output {
+            Output::Stderr => Stdio::from(io::stderr()),
+            Output::Stdout => Stdio::inherit(),
+            Output::Caller => Stdio::piped(),
+        });
+        command.stdin(match (self.program.is_own(), claim) {
+            (true, _) => Stdio::piped(),
+            (false, Some(claim)) => claim.try_clone()?.into(),
+            (false, None) => Stdio::null(),
+        });
+        if self.program.is_own() {
+            command.env(stage::HELD_BY_STDIN, "1");
+        }
+        Ok(command)
+    }
+
+    /// Waits for the end, and meanwhile passes an interrupt on and looks at the memory in use.
+    fn watch(&self, child: &mut Child) -> io::Result<(ExitStatus, Option<u64>)> {
+        let mut stdin = child.stdin.take();
+        let mut is_told = false;
+        let mut peak_bytes = None;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            peak_bytes = peak_bytes.max(cost::peak_of(child.id()));
+            if let Some(status) = child.try_wait()? {
+                return Ok((status, peak_bytes));
+            }
+            if self.interrupt.is_raised() && !is_told {
+                is_told = true;
+                stdin.take();
+                if !self.program.is_own() {
+                    terminate(child);
+                }
+            }
+            thread::sleep(pause);
+            pause = (2 * pause).min(Duration::from_millis(50));
+        }
+    }
+
+    /// What the exit status means for the command.
+    fn ended(&self, status: ExitStatus) -> Result<()> {
+        let Self { name, .. } = self;
+        match status.code() {
+            Some(code) => match Status::from_code(code) {
+                Some(Status::Done) => Ok(()),
+                Some(Status::Interrupted) => Err(Interrupted.into()),
+                Some(Status::Diverged) => Err(Diverged(format!(
+                    "{name} diverged or collapsed, its message is above; change its values with \
+                     --set or in the experiment"
+                ))
+                .into()),
+                Some(Status::MachineFailed) => Err(MachineFailed(format!(
+                    "{name} failed because the machine did, its message is above; what it saved \
+                     is kept"
+                ))
+                .into()),
+                _ => bail!("{name} failed with exit status {code}; its message is above"),
+            },
+            None if self.interrupt.is_raised() => Err(Interrupted.into()),
+            None => Err(killed(name, status)),
+        }
+    }
+}
+
+/// Asks a foreign executable to stop.
+#[cfg(unix)]
+fn terminate(child: &Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    // It may have ended a moment ago, which is what is asked for.
+    let _ = kill_process(Pid::from_child(child), Signal::TERM);
+}
+
+#[cfg(not(unix))]
+fn terminate(_: &Child) {}
+
+/// The error of a program that was ended from outside or crashed.
+fn killed(name: &str, status: ExitStatus) -> Error {
+    let remedy = match signal_of(status) {
+        Some(SIGKILL) => {
+            ": systems do that when memory runs out; what it saved is kept, and the same command \
+             resumes from there"
+        }
+        Some(SIGXFSZ) => {
+            ": it wrote a file larger than `ulimit -f` allows; raise that limit and run the same \
+             command again"
+        }
+        _ => ": it crashed; its message is above, if there is one",
+    };
+    MachineFailed(format!("{name} was ended by {status}{remedy}")).into()
+}
+
+const SIGKILL: i32 = 9;
+const SIGXFSZ: i32 = 25;
+
+#[cfg(unix)]
+fn signal_of(status: ExitStatus) -> Option<i32> {
+    std::os::unix::process::ExitStatusExt::signal(&status)
+}
+
+#[cfg(not(unix))]
+fn signal_of(_: ExitStatus) -> Option<i32> {
+    None
+}

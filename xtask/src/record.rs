@@ -1,0 +1,336 @@
+//! The record of a run: which plan `runs/<experiment>/<seed>` shows.
+//!
+//! `run.json` names the experiment file, the prepared data and the key of every step of one plan. A
+//! run writes it when it starts and again when it ends, together with the views; of two commands
+//! with different values at once, the one that ends last is shown. `report`, `predict` and
+//! `clusters` read what the record names, never what happens to lie in the folder.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use stage::{Claim, Interrupt, Spec, files};
+
+use crate::store::{self, Hold, State, Store};
+
+/// Name of the record in the folder of a run.
+const FILE: &str = "run.json";
+
+/// The view of the prepared data in the folder of a run.
+const DATA: &str = "data";
+
+const VERSION: u32 = 1;
+
+/// One plan: what a run was asked to do, and the keys under which its results are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Record {
+    /// Version of this format.
+    format_version: u32,
+    /// The resolved experiment: a file in the folder of the experiment.
+    pub experiment: String,
+    /// The seed.
+    pub seed: u64,
+    /// Key of the prepared data.
+    pub data: String,
+    /// All steps in the order in which they run.
+    pub steps: Vec<RecordedStep>,
+}
+
+/// A step of the plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct RecordedStep {
+    /// Its view in the folder of the run: `0-embed`, `control/1-embed`.
+    pub name: String,
+    /// What it is for.
+    pub place: String,
+    /// The round, from 0.
+    pub round: usize,
+    /// True for a step of the experiment itself, false for one of a baseline or the control.
+    pub is_main: bool,
+    /// Key of its result.
+    pub key: String,
+}
+
+impl Record {
+    /// The record of a plan.
+    pub fn new(experiment: String, seed: u64, data: String, steps: Vec<RecordedStep>) -> Self {
+        Self { format_version: VERSION, experiment, seed, data, steps }
+    }
+
+    /// Fails where a view of this plan would replace something that is no view.
+    pub fn require_replaceable(&self, folder: &Path) -> Result<()> {
+        let names = self.steps.iter().map(|step| step.name.as_str()).chain([DATA]);
+        names.map(|name| folder.join(name)).try_for_each(|view| store::require_replaceable(&view))
+    }
+
+    /// Writes the record and makes the views of `folder` those of this plan: of its steps that have
+    /// begun, and of no other.
+    pub fn publish(&self, folder: &Path, runs: &Path, interrupt: &Interrupt) -> Result<()> {
+        self.require_replaceable(folder)?;
+        let _claim = Claim::wait(folder, interrupt)?;
+        let text = serde_json::to_string_pretty(self)?;
+        files::write(&folder.join(FILE), format!("{text}\n").as_bytes())?;
+        let steps = Store::of_steps(runs);
+        let is_begun = |step: &&RecordedStep| steps.state(&step.key) != State::New;
+        let begun: Vec<&RecordedStep> = self.steps.iter().filter(is_begun).collect();
+        remove_views_but(folder, &begun.iter().map(|step| step.name.as_str()).collect())?;
+        for step in begun {
+            store::show(&folder.join(&step.name), &steps.path(&step.key))?;
+        }
+        store::show(&folder.join(DATA), &Store::of_data(runs).path(&self.data))
+    }
+}
+
+/// Removes the views of steps that are not among `kept`, also those one folder below.
+fn remove_views_but(folder: &Path, kept: &BTreeSet<&str>) -> Result<()> {
+    let mut views = Vec::new();
+    for name in entries(folder)? {
+        let path = folder.join(&name);
+        if path.is_dir() && !path.is_symlink() {
+            views.extend(entries(&path)?.into_iter().map(|below| format!("{name}/{below}")));
+        } else {
+            views.push(name);
+        }
+    }
+    let is_step = |view: &String| {
+        let name = view.rsplit('/').next().unwrap_or(view);
+        let round = name.split_once('-').map(|(round, _)| round.parse::<usize>());
+        matches!(round, Some(Ok(_)))
+    };
+    for view in views.iter().filter(|view| is_step(view) && !kept.contains(view.as_str())) {
+        let path = folder.join(view);
+        if store::is_view(&path) {
+            fs::remove_file(&path).with_context(|| format!("removing `{}`", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> Result<Vec<String>> {
+    let read = || format!("reading `{}`", folder.display());
+    let entries = fs::read_dir(folder).with_context(read)?;
+    entries
+        .map(|entry| Ok(entry.with_context(read)?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// Which run a command is about.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Which {
+    /// A run's folder (runs/digits/0), or an experiment's name or file.
+    pub run: String,
+    /// Which run of an experiment; and the seed of every random draw.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Where the results of runs are.
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub runs: PathBuf,
+}
+
+/// A run as its record describes it.
+#[derive(Debug)]
+pub struct Recorded {
+    /// The run's folder.
+    pub folder: PathBuf,
+    /// The folder of all runs.
+    pub runs: PathBuf,
+    /// The plan.
+    pub record: Record,
+}
+
+impl Which {
+    /// The run that is meant.
+    ///
+    /// # Errors
+    ///
+    /// There is no such run, or it has no record.
+    pub fn find(&self) -> Result<Recorded> {
+        let named = PathBuf::from(&self.run);
+        let word = self.run.strip_suffix(".toml").unwrap_or(&self.run);
+        let name = Path::new(word).file_name().unwrap_or_default();
+        let by_name = self.runs.join(name).join(self.seed.to_string());
+        let folder = if named.is_dir() { named } else { by_name };
+        ensure!(
+            folder.is_dir(),
+            "there is no run `{}`: neither that folder nor `{}`; `assort reproduce {}` makes one",
+            self.run,
+            folder.display(),
+            self.run
+        );
+        Recorded::open(folder)
+    }
+}
+
+impl Recorded {
+    fn open(folder: PathBuf) -> Result<Self> {
+        let path = folder.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+                "`{}` is not the folder of a run: it has no `{FILE}`, which `assort reproduce` and \
+                 `assort stage` write",
+                folder.display()
+            ),
+            read => read.with_context(|| format!("opening `{}`", path.display()))?,
+        };
+        let record: Record = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "`{}` is damaged or of another version; `assort reproduce` writes it again",
+                path.display()
+            )
+        })?;
+        let absolute = fs::canonicalize(&folder)?;
+        let runs = absolute.parent().and_then(Path::parent);
+        let runs = runs.with_context(|| format!("`{}` has no folder above", folder.display()))?;
+        Ok(Self { runs: runs.to_owned(), folder, record })
+    }
+
+    /// The run in words: `digits, seed 0`.
+    pub fn name(&self) -> String {
+        format!("{}, seed {}", self.experiment_name(), self.record.seed)
+    }
+
+    /// The name of the experiment.
+    pub fn experiment_name(&self) -> String {
+        let folder = fs::canonicalize(&self.folder).unwrap_or_else(|_| self.folder.clone());
+        let experiment = folder.parent().and_then(Path::file_name).unwrap_or_default();
+        experiment.to_string_lossy().into_owned()
+    }
+
+    /// The resolved experiment.
+    pub fn experiment_file(&self) -> PathBuf {
+        self.runs.join(self.experiment_name()).join(&self.record.experiment)
+    }
+
+    /// The folder of the prepared data.
+    pub fn data(&self) -> PathBuf {
+        Store::of_data(&self.runs).path(&self.record.data)
+    }
+
+    /// The folder of a step's result.
+    pub fn path(&self, step: &RecordedStep) -> PathBuf {
+        Store::of_steps(&self.runs).path(&step.key)
+    }
+
+    /// The steps of the experiment itself that are finished, in order.
+    pub fn finished(&self) -> Vec<&RecordedStep> {
+        let store = Store::of_steps(&self.runs);
+        let is_done = |step: &&RecordedStep| step.is_main && store.state(&step.key) == State::Done;
+        self.record.steps.iter().filter(is_done).collect()
+    }
+
+    /// The first step of the experiment itself that is not finished.
+    pub fn unfinished(&self) -> Option<&RecordedStep> {
+        let store = Store::of_steps(&self.runs);
+        let is_open = |step: &&RecordedStep| step.is_main && store.state(&step.key) != State::Done;
+        self.record.steps.iter().find(is_open)
+    }
+
+    /// The last finished step whose place fits.
+    pub fn last(&self, stages: &[Spec], fits: fn(&Spec) -> bool) -> Option<&RecordedStep> {
+        let is_fit = |step: &&RecordedStep| {
+            stages.iter().any(|stage| stage.name == step.place && fits(stage))
+        };
+        self.finished().into_iter().rev().find(is_fit)
+    }
+
+    /// Keeps the results of these steps and the data from being removed while they are read.
+    pub fn hold(&self, steps: &[&RecordedStep], interrupt: &Interrupt) -> Result<Vec<Hold>> {
+        let data = Store::of_data(&self.runs).hold(&self.record.data, interrupt);
+        let store = Store::of_steps(&self.runs);
+        let steps = steps.iter().map(|step| store.hold(&step.key, interrupt));
+        [data].into_iter().chain(steps).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stage::DONE;
+
+    use super::*;
+
+    /// A record of these steps, all of whose results are begun and those of `done` finished.
+    fn record(runs: &Path, names: &[&str], done: &[&str]) -> Record {
+        let store = Store::of_steps(runs);
+        let step = |name: &&str| {
+            let (round, place) =
+                name.rsplit('/').next().and_then(|name| name.split_once('-')).expect("a step");
+            let key = format!("{place}-{round}");
+            fs::create_dir_all(store.path(&key)).expect("created");
+            if done.contains(name) {
+                fs::write(store.path(&key).join(DONE), "{}").expect("written");
+            }
+            let is_main = !name.contains('/');
+            let round = round.parse().expect("a number");
+            RecordedStep { name: (*name).into(), place: place.into(), round, is_main, key }
+        };
+        fs::create_dir_all(Store::of_data(runs).path("data-1")).expect("created");
+        let steps = names.iter().map(step).collect();
+        Record::new("experiment-1.toml".into(), 3, "data-1".into(), steps)
+    }
+
+    fn views(folder: &Path) -> Vec<String> {
+        let mut views = entries(folder).expect("a folder");
+        views.retain(|name| name != FILE);
+        views.sort();
+        views
+    }
+
+    #[test]
+    fn the_views_are_those_of_the_last_plan_and_nothing_else_is_touched() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runs = folder.path().join("runs");
+        let run = runs.join("digits/3");
+        let long = ["0-embed", "1-embed", "2-embed", "control/1-embed", "control/2-embed"];
+        let publish =
+            |names: &[&str]| record(&runs, names, &[]).publish(&run, &runs, &Interrupt::default());
+        publish(&long).expect("written");
+        assert_eq!(views(&run), ["0-embed", "1-embed", "2-embed", "control", "data"]);
+        fs::create_dir(run.join("9-mine")).expect("created");
+        publish(&["0-embed", "1-embed", "control/1-embed"]).expect("written");
+        assert_eq!(views(&run), ["0-embed", "1-embed", "9-mine", "control", "data"]);
+        assert_eq!(views(&run.join("control")), ["1-embed"]);
+
+        // A user's folder in the place of a view: refused before anything is changed.
+        fs::create_dir(run.join("2-embed")).expect("created");
+        let error = publish(&long).expect_err("a folder").to_string();
+        assert!(error.contains("2-embed"), "{error}");
+        assert_eq!(views(&run.join("control")), ["1-embed"]);
+    }
+
+    #[test]
+    fn a_run_is_found_by_name_by_file_and_by_folder_and_reads_what_its_record_names() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runs = folder.path().join("runs");
+        let run = runs.join("digits/3");
+        let names = ["0-pretraining", "0-clustering", "1-clustering", "control/1-clustering"];
+        let record = record(&runs, &names, &["0-pretraining", "0-clustering"]);
+        record.publish(&run, &runs, &Interrupt::default()).expect("written");
+        let find = |name: &str| Which { run: name.into(), seed: 3, runs: runs.clone() }.find();
+        for word in ["digits", "configs/digits.toml", &run.to_string_lossy()] {
+            let found = find(word).expect("a run");
+            assert_eq!(found.record, record, "{word}");
+            assert_eq!(found.name(), "digits, seed 3", "{word}");
+            assert_eq!(found.experiment_file(), found.runs.join("digits/experiment-1.toml"));
+        }
+        let found = find("digits").expect("a run");
+        assert_eq!(found.unfinished().map(|step| step.name.as_str()), Some("1-clustering"));
+        let outputs = &[stage::Output::PseudoLabels];
+        let clustering = Spec { name: "clustering", algorithm: 1, inputs: &[], outputs };
+        let last = found.last(&[clustering], Spec::clusters).expect("one is finished");
+        assert_eq!(last.name, "0-clustering");
+        assert!(found.path(last).join(DONE).exists());
+
+        let error = find("photos").expect_err("no run").to_string();
+        assert!(error.contains("assort reproduce photos"), "{error}");
+        fs::create_dir_all(runs.join("photos/3")).expect("created");
+        let error = find("photos").expect_err("no record").to_string();
+        assert!(error.contains(FILE), "{error}");
+        fs::write(runs.join("photos/3").join(FILE), "{}").expect("written");
+        find("photos").expect_err("a damaged record");
+    }
+}

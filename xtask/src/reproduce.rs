@@ -1,0 +1,145 @@
+//! `assort reproduce` and `assort stage`: an experiment from pictures to scores, or one of its steps.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use stage::Experiment;
+use stage::console::{print, print_line};
+
+use crate::Session;
+use crate::plan::{Arm, Plan};
+use crate::prepared::PREPARE;
+use crate::results::{Metrics, Outcome, Results};
+use crate::run::Run;
+use crate::setup::{self, Setup};
+
+/// Which experiment, with which values.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+pub struct Options {
+    /// Name of the experiment, or path of its file.
+    pub experiment: String,
+    /// Seed of every random draw.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Change a value for this run: table.key=value; may be given several times.
+    #[arg(long, value_name = "TABLE.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Forget what these steps found before, and run them again.
+    #[arg(long)]
+    pub fresh: bool,
+    #[command(flatten)]
+    pub setup: setup::Options,
+}
+
+/// The experiment with the values that the command line changes.
+pub fn resolved(session: &Session, experiment: &str, set: &[String]) -> Result<Experiment> {
+    let mut experiment = session.registry.library.open(experiment)?;
+    set.iter().try_for_each(|assignment| experiment.set(assignment))?;
+    Ok(experiment)
+}
+
+/// Runs an experiment with these seeds, as far as it is not done, and prints the table.
+pub fn reproduce(session: &Session, options: &Options, seeds: &[u64], json: bool) -> Result<()> {
+    let begin = Instant::now();
+    let experiment = resolved(session, &options.experiment, &options.set)?;
+    let plan = Plan::of(&experiment, &session.registry.specs())?;
+    let all: Vec<usize> = (0..plan.steps.len()).collect();
+    let setup = Setup::new(session, &plan, &options.setup)?;
+    let (is_dry, fresh) = (options.setup.dry_run, options.fresh);
+    if is_dry && !setup.prepared.is_done() {
+        return setup.dry_run_unprepared();
+    }
+    let _data = setup.prepare()?;
+    let runs = seeds.iter().map(|&seed| Run::new(seed, &setup)).collect::<Result<Vec<_>>>()?;
+    runs.iter().try_for_each(|run| run.check(&all, fresh))?;
+    if is_dry {
+        return runs.iter().try_for_each(|run| setup.say_what_would_run(run, &all, fresh));
+    }
+    runs.iter().try_for_each(|run| run.execute(&all, fresh))?;
+
+    let results = Results {
+        experiment: experiment.name.clone(),
+        title: experiment.title()?,
+        system: experiment.system()?,
+        outcomes: runs.iter().map(|run| outcome(&plan, run)).collect::<Result<_>>()?,
+        seconds: begin.elapsed().as_secs_f64(),
+    };
+    print(results.table())?;
+    if json {
+        print_line(results.json())?;
+    }
+    Ok(())
+}
+
+/// Runs one step on what the steps before it left, and prints its folder.
+///
+/// - `place`: what the step is for; `prepare` stands for the data.
+pub fn stage(
+    session: &Session,
+    options: &Options,
+    place: &str,
+    round: Option<usize>,
+) -> Result<()> {
+    let experiment = resolved(session, &options.experiment, &options.set)?;
+    let plan = Plan::of(&experiment, &session.registry.specs())?;
+    let fits = |position: &usize| round.is_none_or(|round| plan.steps[*position].round == round);
+    let position = plan.at(Arm::Main, place).find(fits);
+    if position.is_none() && place != PREPARE {
+        let names: Vec<_> = plan.of_arm(Arm::Main).map(|step| plan.steps[step].name()).collect();
+        bail!("`{}` has no such step; its steps are {}", experiment.name, names.join(", "))
+    }
+    let setup = Setup::new(session, &plan, &options.setup)?;
+    let (is_dry, fresh) = (options.setup.dry_run, options.fresh);
+    if is_dry && !setup.prepared.is_done() {
+        return setup.dry_run_unprepared();
+    }
+    let _data = setup.prepare()?;
+    let run = Run::new(options.seed, &setup)?;
+    let Some(position) = position else {
+        run.publish()?;
+        return print_line(setup.prepared.folder.display());
+    };
+    if let Some(missing) = run.missing_input(position) {
+        bail!(
+            "{} needs {}, which is not finished; run `assort stage {} {} --round {} --seed {}` \
+             first",
+            plan.steps[position].name(),
+            missing.name(),
+            missing.place.name,
+            options.experiment,
+            missing.round,
+            options.seed
+        )
+    }
+    run.check(&[position], fresh)?;
+    if is_dry {
+        return setup.say_what_would_run(&run, &[position], fresh);
+    }
+    run.execute(&[position], fresh)?;
+    print_line(run.view(position).display())
+}
+
+/// Reads what the steps of one seed found.
+fn outcome(plan: &Plan, run: &Run) -> Result<Outcome> {
+    let read = |position: usize| Metrics::read(&run.folder(position));
+    let main: Vec<usize> = plan.scores(Arm::Main).collect();
+    let differs = |control: &usize| !main.iter().any(|&main| run.is_shared(main, *control));
+    let scored: Vec<usize> = main.iter().filter_map(|&scores| plan.scored_by(scores)).collect();
+    let last = *scored.last().context("nothing that the experiment runs is scored")?;
+    let rounds = main.iter().map(|&position| read(position)).collect::<Result<Vec<_>>>()?;
+    // A system of one phase has no network that knows nothing of clusters yet.
+    let is_pretrained = scored.first().is_some_and(|&first| plan.clusters_alone(first));
+    Ok(Outcome {
+        seed: run.seed,
+        embedding: rounds.first().filter(|_| is_pretrained).cloned(),
+        rounds,
+        pixels: plan.scores(Arm::Pixels).next().map(read).transpose()?,
+        control: plan
+            .scores(Arm::Control)
+            .filter(differs)
+            .map(|position| Ok((plan.steps[position].round, read(position)?)))
+            .collect::<Result<_>>()?,
+        assignments: run.view(last).join("pseudo-labels.safetensors"),
+    })
+}

@@ -1,0 +1,145 @@
+//! What is ready before the first step: programs, device, resolved experiments, data.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use stage::console::print_line;
+use stage::{DeviceChoice, Experiment, digest, files};
+
+use crate::Session;
+use crate::plan::{Arm, Plan};
+use crate::prepared::Prepared;
+use crate::programs::Programs;
+use crate::run::Run;
+use crate::store::{Hold, State};
+
+/// Where to compute, on which pictures, and where results are kept.
+#[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
+pub struct Options {
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+    /// Where the pictures are, instead of the experiment's own source.
+    #[arg(long, value_name = "PATH")]
+    pub images: Option<PathBuf>,
+    /// Check everything and say what would run, but run nothing.
+    ///
+    /// Programs are started with --check, foreign executables too.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Keep results in this folder.
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub runs: PathBuf,
+}
+
+/// What is ready before the first step of a plan.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    pub session: &'a Session,
+    pub plan: &'a Plan,
+    pub programs: Programs,
+    /// Where to compute: not `auto`, but what it stands for here.
+    pub device: DeviceChoice,
+    /// The resolved experiment of each arm, as its steps read it.
+    pub experiment_files: BTreeMap<Arm, PathBuf>,
+    pub prepared: Prepared<'a>,
+    /// The folder of all results.
+    pub runs: PathBuf,
+}
+
+impl<'a> Setup<'a> {
+    /// Finds the programs and the device, writes the experiments, and looks at the source.
+    pub fn new(session: &'a Session, plan: &'a Plan, options: &Options) -> Result<Self> {
+        let experiment = plan.experiment(Arm::Main);
+        let source = options.images.as_deref().map(crate::source::absolute_source).transpose()?;
+        Ok(Self {
+            session,
+            plan,
+            programs: Programs::find(&plan.programs(), &session.registry)?,
+            device: (session.registry.devices.resolve)(options.device)?,
+            prepared: Prepared::of(session, experiment, source.as_deref(), &options.runs)?,
+            experiment_files: write_experiments(plan, &options.runs)?,
+            runs: options.runs.clone(),
+        })
+    }
+
+    /// The experiment itself.
+    pub fn main(&self) -> &Experiment {
+        self.plan.experiment(Arm::Main)
+    }
+
+    /// The file of the experiment itself.
+    pub fn main_file(&self) -> &Path {
+        &self.experiment_files[&Arm::Main]
+    }
+
+    /// The folder of the experiment's runs.
+    pub fn experiment_folder(&self) -> PathBuf {
+        self.runs.join(&self.main().name)
+    }
+
+    /// Prepares the data unless they are, and keeps them as long as the result is held.
+    pub fn prepare(&self) -> Result<Hold> {
+        let data = self.prepared.make(None, false)?;
+        self.prepared.require_enough_pictures()?;
+        Ok(data)
+    }
+
+    /// Checks the tables of a run whose data are not prepared, so that nothing has a key, and says
+    /// what would run.
+    pub fn dry_run_unprepared(&self) -> Result<()> {
+        self.prepared.check()?;
+        for step in &self.plan.steps {
+            let experiment = self.plan.experiment(step.arm);
+            let stages = &self.session.registry.stages;
+            let own = stages.iter().find(|program| program.spec.name == step.program);
+            if let Some(program) = own {
+                program.check_table(experiment)?;
+            }
+        }
+        print_line(format_args!("prepare: runs, into {}", self.prepared.folder.display()))?;
+        print_line("then every step is checked on the pictures, and these run:")?;
+        self.plan.steps.iter().try_for_each(|step| print_line(step.name()))
+    }
+
+    /// Says what each of these steps of a run would do.
+    pub fn say_what_would_run(&self, run: &Run, positions: &[usize], fresh: bool) -> Result<()> {
+        for &position in positions {
+            self.session.interrupt.check()?;
+            let what = match run.state(position) {
+                State::Done if fresh => "runs again",
+                State::Done => "is done",
+                State::Started if fresh => "starts again",
+                State::Started => "resumes",
+                State::New => "runs",
+            };
+            let name = self.plan.steps[position].name();
+            print_line(format_args!("{name}, seed {}: {what}", run.seed))?;
+            print_line(format_args!("  {}", run.command_line(position)))?;
+        }
+        for program in self.programs.foreign() {
+            let path = program.path.display();
+            print_line(format_args!(
+                "`{path}` is a foreign executable: it was started with --check"
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the resolved experiment of each arm below `runs`, under a name that changes with its
+/// contents: an edit of the file does not change a run that began from it.
+fn write_experiments(plan: &Plan, runs: &Path) -> Result<BTreeMap<Arm, PathBuf>> {
+    let mut experiment_files = BTreeMap::new();
+    for (arm, experiment) in &plan.arms {
+        let text =
+            format!("# `{}`, resolved.\n{}", experiment.path.display(), experiment.to_toml());
+        let digest = &digest::sha256(text.as_bytes())[..8];
+        let path = runs.join(&experiment.name).join(format!("{arm}-{digest}.toml"));
+        files::write(&path, text.as_bytes())?;
+        experiment_files.insert(*arm, path);
+    }
+    Ok(experiment_files)
+}

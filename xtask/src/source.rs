@@ -1,0 +1,181 @@
+//! Sources of pictures: how a path is rendered, and the state by which a source is known.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf, absolute};
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+use stage::Interrupt;
+
+/// A source as it is seen from anywhere: a path made absolute, an address on the network as it is.
+pub fn absolute_source(source: &Path) -> Result<PathBuf> {
+    match is_address(source) {
+        true => Ok(source.to_owned()),
+        false => absolute(source).with_context(|| format!("finding `{}`", source.display())),
+    }
+}
+
+/// True for an address on the network, such as `hf://datasets/owner/name`.
+fn is_address(source: &Path) -> bool {
+    source.to_string_lossy().contains("://")
+}
+
+/// A path as text, one for each path: bytes that are not UTF-8 become `\xNN`.
+pub fn text_of(path: &Path) -> String {
+    let chunks = path.as_os_str().as_encoded_bytes().utf8_chunks();
+    let mut text = String::new();
+    for chunk in chunks {
+        text.push_str(&chunk.valid().replace('\\', r"\\"));
+        text.extend(chunk.invalid().iter().map(|byte| format!(r"\x{byte:02x}")));
+    }
+    text
+}
+
+/// The file or folder by whose state a source is known: the archive that a `#` points into, the
+/// folder of files that a pattern names. A source on the network has no state here; its address
+/// says which revision it is.
+///
+/// # Errors
+///
+/// There is no such source.
+fn seen_of(source: &Path) -> Result<Option<PathBuf>> {
+    if is_address(source) {
+        return Ok(None);
+    }
+    if source.exists() {
+        return Ok(Some(source.to_owned()));
+    }
+    let text = source.to_string_lossy();
+    let archive = text.rsplit_once('#').map(|(archive, _)| PathBuf::from(archive));
+    let folder = source.parent().filter(|_| text.contains(['*', '{'])).map(Path::to_owned);
+    match [archive, folder].into_iter().flatten().find(|path| path.exists()) {
+        Some(path) => Ok(Some(path)),
+        None => bail!(
+            "there is no source of pictures `{}`; name a folder, an archive, a manifest or an \
+             address with --images PATH, or as `source` in table `[prepare]`",
+            source.display()
+        ),
+    }
+}
+
+/// The state of a source: the names, lengths and times of change of all its files.
+///
+/// It is taken whenever pictures may have to be prepared, so it must be cheap for millions of files.
+/// Links to folders are followed; a folder that several lead to is looked at once.
+pub fn state_of(source: &Path, interrupt: &Interrupt) -> Result<String> {
+    let Some(seen) = seen_of(source)? else { return Ok("on the network".to_owned()) };
+    let mut hash = Sha256::new();
+    let mut paths = vec![seen];
+    let mut looked_at = BTreeSet::new();
+    while let Some(path) = paths.pop() {
+        interrupt.check()?;
+        let Ok(metadata) = fs::metadata(&path) else {
+            hash.update(format!("{} missing\n", text_of(&path)));
+            continue;
+        };
+        if metadata.is_dir() {
+            let folder = fs::canonicalize(&path);
+            let folder = folder.with_context(|| format!("reading `{}`", path.display()))?;
+            hash.update(format!("{} folder\n", text_of(&path)));
+            if looked_at.insert(folder) {
+                paths.extend(entries(&path)?);
+            }
+        } else {
+            let changed = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            hash.update(format!("{} {} {changed:?}\n", text_of(&path), metadata.len()));
+        }
+    }
+    Ok(stage::digest::hex(&hash.finalize()))
+}
+
+/// What is in a folder, sorted by name.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let read = fs::read_dir(folder).and_then(|entries| {
+        entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, std::io::Error>>()
+    });
+    let mut entries = read.with_context(|| format!("reading `{}`", folder.display()))?;
+    entries.sort();
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_known_by_what_is_there_of_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("x.zip"), "1").expect("written");
+        let seen = |name: &str| seen_of(&at(name)).expect("there").expect("a path");
+        assert_eq!(seen("x.zip"), at("x.zip"));
+        assert_eq!(seen("x.zip#a/b"), at("x.zip"));
+        assert_eq!(seen("*.zip"), folder.path());
+        assert_eq!(seen("{0..9}.tar"), folder.path());
+        for missing in ["none", "none.zip#a", "none/*.zip"] {
+            let error = seen_of(&at(missing)).expect_err(missing).to_string();
+            assert!(error.contains(missing) && error.contains("--images"), "{error}");
+        }
+        let address = Path::new("hf://datasets/a/b@v1");
+        assert_eq!(seen_of(address).expect("on the network"), None);
+        assert_eq!(absolute_source(address).expect("as it is"), address);
+        assert!(absolute_source(Path::new("x")).expect("a path").is_absolute());
+    }
+
+    #[test]
+    fn a_changed_source_has_another_state() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let state = || state_of(folder.path(), &Interrupt::default()).expect("readable");
+        let empty = state();
+        fs::create_dir(folder.path().join("cats")).expect("created");
+        fs::write(folder.path().join("cats/a.png"), "1").expect("written");
+        let one = state();
+        fs::write(folder.path().join("cats/b.png"), "2").expect("written");
+        let two = state();
+        fs::write(folder.path().join("cats/b.png"), "22").expect("written");
+        let longer = state();
+        fs::rename(folder.path().join("cats/b.png"), folder.path().join("b.png")).expect("moved");
+        let states = [empty, one, two, longer, state()];
+        for (position, state) in states.iter().enumerate() {
+            assert!(!states[..position].contains(state));
+        }
+        assert_eq!(states[4], state());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_that_lead_back_end_and_an_interrupt_ends_a_long_walk() {
+        use std::os::unix::fs::symlink;
+
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["a", "b", "c"] {
+            symlink(".", folder.path().join(name)).expect("linked");
+        }
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        symlink(elsewhere.path(), folder.path().join("d")).expect("linked");
+        let interrupt = Interrupt::default();
+        let before = state_of(folder.path(), &interrupt).expect("ends");
+        fs::write(elsewhere.path().join("x.png"), "1").expect("written");
+        assert_ne!(
+            state_of(folder.path(), &interrupt).expect("ends"),
+            before,
+            "links are followed"
+        );
+        interrupt.raise();
+        let error = state_of(folder.path(), &interrupt).expect_err("asked to stop");
+        assert!(error.is::<stage::Interrupted>(), "{error:#}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn paths_that_are_not_text_have_one_text_each() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let text = |bytes: &[u8]| text_of(Path::new(std::ffi::OsStr::from_bytes(bytes)));
+        assert_eq!(text("/a/Zoë".as_bytes()), "/a/Zoë");
+        assert_eq!(text(b"/a/\xe9\xff.zip"), r"/a/\xe9\xff.zip");
+        assert_ne!(text(br"/a/\xe9.zip"), text(b"/a/\xe9.zip"));
+    }
+}
