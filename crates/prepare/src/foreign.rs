@@ -10,7 +10,8 @@ pub struct Foreign {
 }
 
 const CONVERT: &str = "only JPEG, PNG and WebP are read; convert it";
-const UNPACK: &str = "unpack it, and name its folder";
+const RENDER: &str = "render it as PNG";
+const UNPACK: &str = "unpack it";
 const EXPORT: &str =
     "write its pictures as files, in a folder for each class, or as bytes in a Parquet file";
 const AS_PARQUET: &str = "write it as Parquet, in Python with `Dataset.to_parquet` or `pyarrow`";
@@ -20,6 +21,13 @@ const FETCH: &str = "get the file itself, in its repository with `git lfs pull`"
 const DOWNLOAD: &str = "download the file again, if need be in a browser";
 const UNENCRYPTED: &str = "write it without encryption";
 const UNPICKLE: &str = "reading one can run any code; take the set in another form";
+
+impl Foreign {
+    /// Whether it is a picture or a raw photograph.
+    pub fn is_picture(&self) -> bool {
+        self.remedy == CONVERT
+    }
+}
 
 /// How many bytes of a file [`recognise`] looks at.
 pub const START: usize = 512;
@@ -65,7 +73,7 @@ const BY_TEXT: &[(&[u8], &str, &str)] = &[
     (b"<!doctype html", "a web page", DOWNLOAD),
     (b"<html", "a web page", DOWNLOAD),
     (b"<?xml", "an XML document", EXPORT),
-    (b"<svg", "an SVG drawing", CONVERT),
+    (b"<svg", "an SVG drawing", RENDER),
     (b"{", "a JSON document", AS_MANIFEST),
     (b"[", "a JSON document", AS_MANIFEST),
 ];

@@ -9,7 +9,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use data::picture::Encoding;
 use stage::Split;
 
 use crate::archive::{Member, each, each_of_tar};
@@ -70,7 +69,7 @@ pub fn recognise(path: &Path) -> Result<Holds> {
                 holds = Some(Holds::Pictures);
                 return Ok(false);
             }
-            if is_picture || Encoding::of(&member.start()?).is_some() {
+            if is_picture || picture::is_start(&member.start()?) {
                 holds = Some(Holds::Pictures);
             }
         }
@@ -236,7 +235,7 @@ impl Walk<'_> {
         if !is_wanted && has_extension {
             return Ok(true);
         }
-        if !has_extension && Encoding::of(&member.start()?).is_none() {
+        if !has_extension && !picture::is_start(&member.start()?) {
             self.sink.ignored(shown_name, "is not a picture".into())?;
             return Ok(true);
         }

@@ -243,9 +243,16 @@ pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
 pub fn is_meant(path: &Path) -> bool {
     has_extension(&path.to_string_lossy()) || {
         let mut start = Vec::new();
-        let read = File::open(path).and_then(|file| file.take(16).read_to_end(&mut start));
-        read.is_ok() && Encoding::of(&start).is_some()
+        let read = File::open(path)
+            .and_then(|file| file.take(foreign::START as u64).read_to_end(&mut start));
+        read.is_ok() && is_start(&start)
     }
+}
+
+/// Whether a file begins as a picture does, also of a format that is not read.
+pub fn is_start(start: &[u8]) -> bool {
+    let is_foreign = || foreign::recognise(start, "").is_some_and(|foreign| foreign.is_picture());
+    Encoding::of(start).is_some() || is_foreign()
 }
 
 /// Whether the name ends like a picture's or a raw photograph's, also of a format that is not read.
@@ -269,7 +276,10 @@ mod tests {
     use image::{DynamicImage, ImageFormat};
 
     use super::*;
-    use crate::example::{encoded, pixels};
+    use crate::Config;
+    use crate::example::{
+        assert_has, config, encoded, jpeg, pixels, prepare, put, refusal, scratch,
+    };
 
     fn picture(height: u32, width: u32) -> DynamicImage {
         let raw = pixels(height as usize, width as usize, 3, 1);
@@ -299,6 +309,38 @@ mod tests {
         let file = [&[0xff, 0xd8][..], &frame, &larger, &frame].concat();
         let header = Header { height: 256, width: 2, bytes_a_pixel: 13 };
         assert_eq!(jpeg_header(&file), Some(header));
+    }
+
+    #[test]
+    fn pictures_of_formats_that_are_not_read_are_counted_and_named() {
+        let (_folder, path) = scratch();
+        for seed in 0..4 {
+            put(&path.join(format!("{seed}.jpg")), &jpeg(seed));
+        }
+        let tga = [0; 40].to_vec();
+        let files: [(&str, Vec<u8>, &str); 8] = [
+            ("a.heif", b"\0\0\0\x18ftypmif1\0\0".to_vec(), "is a HEIC picture"),
+            ("b.jxl", b"\xff\x0a\xfa".to_vec(), "is a JPEG XL picture"),
+            ("c.jp2", b"\0\0\0\x0cjP  \r\n\x87\n\0".to_vec(), "is a JPEG 2000 picture"),
+            ("d.DNG", b"II*\0\x08\0\0\0".to_vec(), "a raw photograph"),
+            ("e.CR2", b"II*\0\x10\0\0\0CR\x02\0".to_vec(), "is a raw photograph"),
+            ("f.ppm", b"P6 1 1 255 abc".to_vec(), "is a PPM, PGM or PBM picture"),
+            ("g.tga", tga, "is neither a JPEG nor a PNG nor a WebP file"),
+            ("h", b"MM\0*\0\0\0\x08".to_vec(), "is a TIFF picture"),
+        ];
+        for (name, bytes, _) in &files {
+            put(&path.join(name), bytes);
+        }
+        put(&path.join("notes.txt"), b"no picture");
+        let read = prepare(&path, &Config { broken_share: 0.9, ..config() }).expect("sound");
+        let broken = read.skipped("broken");
+        assert_eq!(broken.len(), files.len());
+        for ((name, reason), (file, _, part)) in broken.iter().zip(&files) {
+            assert_eq!(name, file);
+            assert_has(reason, &[part, "convert it"]);
+        }
+        assert_eq!(read.skipped("ignored").len(), 1);
+        assert_has(&refusal(&path, &config()), &["8 of 12", "convert it"]);
     }
 
     #[test]

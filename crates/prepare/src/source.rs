@@ -11,12 +11,14 @@ use stage::digest::hex;
 
 use crate::collection::Sink;
 use crate::folder::{Listing, SOURCE, contents};
+use crate::foreign::Foreign;
 use crate::idx::Pair;
 use crate::location::Local;
 use crate::names::file_name;
 use crate::packed::Holds;
 use crate::{
-    Config, Format, cifar, folder, idx, manifest, packed, parquet_file, picture, stl, webdataset,
+    Config, Format, cifar, folder, foreign, idx, manifest, packed, parquet_file, picture, stl,
+    webdataset,
 };
 
 /// A source, looked at but not yet read.
@@ -130,6 +132,7 @@ impl Source {
         if format == Format::Manifest || is_auto && manifest::is_manifest(&name) {
             return Ok(Self::Manifest(path.to_owned()));
         }
+        refuse_foreign(path, &start)?;
         ensure!(
             format != Format::Parquet,
             "`{}` is not a Parquet file; name another one with {SOURCE}",
@@ -163,9 +166,11 @@ impl Source {
     /// Several files, which are parts of one set.
     fn files(paths: &[PathBuf], format: Format) -> Result<Self> {
         let first = &paths[0];
-        if parquet_file::is_parquet(&start_of(first)?) {
+        let start = start_of(first)?;
+        if parquet_file::is_parquet(&start) {
             return Ok(Self::Parquet(paths.to_vec(), format));
         }
+        refuse_foreign(first, &start)?;
         match (packed::recognise(first)?, format) {
             (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
                 Ok(Self::WebDataset(paths.to_vec()))
@@ -273,8 +278,18 @@ fn start_of(path: &Path) -> Result<Vec<u8>> {
             path.display()
         )
     })?;
-    file.take(16).read_to_end(&mut start)?;
+    file.take(foreign::START as u64).read_to_end(&mut start)?;
     Ok(start)
+}
+
+/// Fails with what a file is and what to do with it, if no reader reads files of its kind.
+fn refuse_foreign(path: &Path, start: &[u8]) -> Result<()> {
+    match foreign::recognise(start, &file_name(path)) {
+        Some(Foreign { what, remedy }) => {
+            bail!("`{}` is {what}: {remedy}, and name the result with {SOURCE}", path.display())
+        }
+        None => Ok(()),
+    }
 }
 
 /// The Parquet files or tar archives of a folder that holds no pictures, neither directly nor in
@@ -505,7 +520,7 @@ mod tests {
     #[test]
     fn what_is_no_source_is_refused_with_its_remedy() {
         let (_folder, path) = scratch();
-        let cases: [(&str, Vec<u8>, &[&str]); 9] = [
+        let cases: [(&str, Vec<u8>, &[&str]); 15] = [
             ("empty.csv", vec![], &["empty.csv", "it is empty"]),
             ("x.csv", b"name,age\nA,1\n".to_vec(), &["no column of paths", "`path`"]),
             ("long.csv", [b"path\n\"".to_vec(), vec![b'x'; 3 << 20]].concat(), &["a line of more"]),
@@ -514,6 +529,12 @@ mod tests {
             ("none.zip", zip(&[]), &["holds neither"]),
             ("text.tar.zst", b"\x28\xb5\x2f\xfd123".to_vec(), &["zstd", "unpack it"]),
             ("empty.tar", vec![], &["empty.tar", "not a tar archive"]),
+            ("x.rar", b"Rar!\x1a\x07\x01\0".to_vec(), &["x.rar` is a RAR archive: unpack it"]),
+            ("x.mat", b"MATLAB 5.0 MAT-file".to_vec(), &["a MATLAB file", "Parquet", "--source"]),
+            ("x.jsonl", b"{\"path\": \"0.jpg\"}\n".to_vec(), &["a JSON document", "as CSV"]),
+            ("list.txt", b"0.jpg\n1.jpg\n".to_vec(), &["a text", "`path`"]),
+            ("page.zip", b"<html>Log in".to_vec(), &["a web page: download the file again"]),
+            ("IMG.HEIC", b"\0\0\0\x18ftypheic".to_vec(), &["a HEIC picture", "convert it"]),
             ("7.tar", tar(&[("0.jpg", &jpeg(0)), ("0.cls", b"1")]), &["one class only, `1`"]),
         ];
         for (name, bytes, parts) in cases {
