@@ -1,21 +1,22 @@
-//! Which pictures a file is about.
+//! The identity of a data set, which every file about its pictures states.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use stage::container::{Container, Header};
 
-/// The pictures a file is about: how many, and the fingerprint of the lot.
+/// The pictures that a file is about: their number and their common fingerprint.
 ///
-/// Every file that has a value per picture carries both in its header, as `images` and
-/// `fingerprint`, and a reader of two such files [requires](DataSet::require) them to be the same.
+/// Every file with a value per picture states both in its header, as `images` and `fingerprint`. A
+/// reader of two such files [requires](DataSet::require) them to be equal.
 #[derive(Debug, Clone)]
 pub struct DataSet {
-    /// The file that said so, for messages.
+    /// The file that states it, for messages.
     pub path: PathBuf,
     /// Number of pictures, N.
     pub images: usize,
-    /// Hex SHA-256 over the ordered ids, splits and sizes of the pictures; see [`crate::images`].
+    /// Hex SHA-256 over the ids, splits and sizes of the pictures in their order; see
+    /// [`crate::images`].
     pub fingerprint: String,
 }
 
@@ -26,7 +27,7 @@ impl DataSet {
     ///
     /// # Errors
     ///
-    /// They are not; the message names both files and ends in the remedy.
+    /// The message names both files and ends in the remedy.
     pub fn require(&self, other: &Self, remedy: &str) -> Result<()> {
         let (path, other_path) = (self.path.display(), other.path.display());
         if self.images != other.images {
@@ -64,7 +65,7 @@ impl DataSet {
     }
 }
 
-/// Enough of a fingerprint to tell two apart on one line.
+/// The beginning of a fingerprint, long enough to distinguish two.
 fn short(fingerprint: &str) -> &str {
     fingerprint.get(..12).unwrap_or(fingerprint)
 }
@@ -79,7 +80,7 @@ pub(crate) fn check_length(path: &Path, name: &str, found: usize, wanted: usize)
     Ok(())
 }
 
-/// Fails unless `index` is ascending, without repetition, and below `images`.
+/// Fails unless `index` ascends strictly and stays below `images`.
 pub(crate) fn check_index(path: &Path, index: &[u32], images: usize) -> Result<()> {
     let ascending = index.windows(2).all(|pair| pair[0] < pair[1]);
     let inside = index.last().is_none_or(|&last| (last as usize) < images);

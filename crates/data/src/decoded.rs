@@ -1,24 +1,24 @@
-//! `images-decoded.safetensors`: the pictures as they are decoded, so that no epoch and no stage
-//! decodes them again.
+//! `images-decoded.safetensors`: the decoded pictures, so that no epoch and no stage decodes them
+//! again.
 //!
-//! It stands beside `images.safetensors` and may be removed at any time. Kind `images-decoded`, format
-//! version 1; header field `fingerprint`, that of the pictures; one tensor `bytes`, u8: by row the
-//! pixels `(height, width, channels)` and their CRC-32 as u32, little-endian. Pictures that were
-//! never encoded take nothing, because they are read where they are.
+//! It is a cache beside `images.safetensors` and may be removed at any time. Kind `images-decoded`,
+//! format version 1; header field `fingerprint`, that of the pictures; one tensor `bytes`, u8: by row
+//! the pixels `(height, width, channels)` and their CRC-32 as u32, little-endian. Pictures that came as
+//! pixels take nothing: they are read from `images.safetensors`.
 //!
-//! The pixels are all those of the picture, 8 bits each, just as [`crate::picture::decode`] gives
-//! them: whatever is computed from them is the same with and without the file, bit for bit. When
-//! decoding changes, the format version rises, and older files are made anew.
+//! The pixels are all those of the picture, 8 bits each, as [`crate::picture::decode`] returns them:
+//! results are bit-identical with and without the file. When decoding changes, the format version
+//! rises, and older files are replaced.
 //!
 //! Decoding to half the size instead, as JPEG allows, does not pay: `jpeg-decoder`, which can, takes
 //! twice as long for that as `zune-jpeg` for the whole picture (1.0 ms and 0.5 ms of 500 × 375
 //! pixels), and only crops of twice the view's side could use it.
 //!
-//! **When it is made.** By the first [`crate::Loader`] of a program, if the pictures are more than
-//! is kept in memory, and fit: the system has twice as much memory to spare, so that the mapped file
-//! stays there, and four times as much disk. `ASSORT_DECODED_COPY=never` in the environment forbids
-//! it, `always` asks no questions. Where it cannot be made, pictures are decoded each time, as they
-//! would be without it.
+//! **When it is made.** When a [`crate::Loader`] is asked for its first batch, if the decoded pictures
+//! are larger than what is kept in memory, and there is room: twice as much memory available, so
+//! that the mapped file stays there, and four times as much disk. `ASSORT_DECODED_COPY=never` in the
+//! environment forbids it, `always` makes it in any case. Where it cannot be made, every epoch decodes.
+//! One process makes it at a time, an interrupt ends that, and what a killed one left is removed.
 
 use std::io::Write;
 use std::ops::Range;
@@ -29,19 +29,20 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
 use stage::container::{self, Contents, Header, Streamed};
+use stage::{Claim, Interrupt, Interrupted, files};
 
 use crate::Images;
-use crate::images::open_map;
+use crate::images::{folder_of, open_map};
 use crate::picture::{Encoding, Picture};
 
 const KIND: &str = "images-decoded";
 const VERSION: u64 = 1;
 const BYTES: &str = "bytes";
 
-/// The variable of the environment that decides where the rule does not.
+/// The environment variable that overrides the rule.
 pub const VARIABLE: &str = "ASSORT_DECODED_COPY";
 
-/// Bytes of the checksum behind each picture.
+/// Bytes of the checksum after each picture.
 const CHECKSUM: u64 = 4;
 
 /// A mapped file of decoded pictures.
@@ -49,63 +50,92 @@ const CHECKSUM: u64 = 4;
 pub(crate) struct Decoded {
     path: PathBuf,
     map: Mmap,
-    /// Where the tensor lies in the file.
+    /// The bytes of the tensor within the file.
     bytes: Range<usize>,
-    /// Where each row begins in the tensor.
+    /// The offset of each picture in the tensor, and that of its end.
     offsets: Vec<u64>,
-    /// Whether the pixels of a row were found to have their checksum.
+    /// Whether the checksum of a picture was found right.
     checked: Vec<AtomicBool>,
 }
 
-/// Whether a decoded copy is made and used.
+/// Whether the decoded copy is made and used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wish {
-    /// One that is there is used, and one that fits is made.
+    /// Uses one that exists, and makes one that fits.
     IfItFits,
-    /// Made whether it fits or not.
+    /// Makes it whether it fits or not.
     Always,
-    /// Every epoch decodes again.
+    /// Decodes in every epoch.
     Never,
 }
 
 impl Wish {
-    /// What the environment says.
+    /// The wish that the environment states.
     ///
     /// # Errors
     ///
-    /// It says something that it may not.
+    /// The variable has another value.
     pub(crate) fn of_environment() -> Result<Self> {
         wish(std::env::var(VARIABLE).ok().as_deref())
     }
 }
 
-/// The file beside `images`.
+/// The path of the copy of `images`.
 pub fn path_beside(images: &Path) -> PathBuf {
     let stem = images.file_stem().unwrap_or_default().to_string_lossy();
     images.with_file_name(format!("{stem}-decoded.safetensors"))
 }
 
-/// The copy of these pictures: the one that is there, or a new one if that is wished for and fits.
+/// Opens the copy of these pictures, or makes it if that is wished for and it fits.
 ///
-/// What goes wrong is logged: the pictures can be decoded each time.
-pub(crate) fn open_or_make(images: &Images, wish: Wish, threads: usize) -> Option<Decoded> {
+/// A failure is logged, and there is no copy then: the pictures can be decoded each time.
+///
+/// # Errors
+///
+/// The user interrupts.
+pub(crate) fn open_or_make(
+    images: &Images,
+    wish: Wish,
+    threads: usize,
+    interrupt: &Interrupt,
+) -> Result<Option<Decoded>> {
     if wish == Wish::Never {
-        return None;
+        return Ok(None);
     }
     let path = path_beside(&images.data_set().path);
     if let Ok(found) = Decoded::open(images, &path) {
-        return Some(found);
+        return Ok(Some(found));
     }
     let length = offsets(images).pop().unwrap_or_default();
     if length == 0 || wish == Wish::IfItFits && !fits(images, &path, length) {
-        return None;
+        return Ok(None);
     }
+    match make_alone(images, &path, threads, interrupt) {
+        Ok(made) => Ok(Some(made)),
+        Err(error) if error.is::<Interrupted>() => Err(error),
+        Err(error) => {
+            tracing::warn!("no decoded copy, so every epoch decodes again: {error:#}");
+            Ok(None)
+        }
+    }
+}
+
+/// Makes the copy while no other process does, unless that one has made it meanwhile.
+fn make_alone(
+    images: &Images,
+    path: &Path,
+    threads: usize,
+    interrupt: &Interrupt,
+) -> Result<Decoded> {
+    let _claim = Claim::wait(path, interrupt)?;
+    if let Ok(found) = Decoded::open(images, path) {
+        return Ok(found);
+    }
+    // A killed process leaves its temporary file.
+    files::remove_unfinished(folder_of(path))?;
     tracing::info!("decoding {} pictures once, to `{}`", images.len(), path.display());
-    let made = make(images, &path, threads).and_then(|()| Decoded::open(images, &path));
-    made.inspect_err(|error| {
-        tracing::warn!("no decoded copy, so every epoch decodes again: {error:#}");
-    })
-    .ok()
+    make(images, path, threads, interrupt)?;
+    Decoded::open(images, path)
 }
 
 fn wish(word: Option<&str>) -> Result<Wish> {
@@ -117,16 +147,18 @@ fn wish(word: Option<&str>) -> Result<Wish> {
     })
 }
 
-/// Whether the copy is worth having, and there is room for it.
+/// Whether the copy is worth making, and there is room for it in a folder that can be written to.
 fn fits(images: &Images, path: &Path, length: u64) -> bool {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let disk = rustix::fs::statvfs(folder.unwrap_or(Path::new(".")));
+    let folder = folder_of(path);
+    if rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).is_err() {
+        return false;
+    }
+    let disk = rustix::fs::statvfs(folder);
     let disk = disk.map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
     length > images.room() as u64 && spare_memory() / 2 >= length && disk / 4 >= length
 }
 
-/// Bytes of memory that programs could have without others losing theirs; 0 where the system does
-/// not say.
+/// Bytes of memory that are available to programs; 0 where the system does not say.
 fn spare_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -134,7 +166,7 @@ fn spare_memory() -> u64 {
     kilobytes.and_then(|k| k.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// Where the row of each picture begins, and where the last one ends.
+/// The offset of each picture in the tensor, and that of its end.
 fn offsets(images: &Images) -> Vec<u64> {
     let channels = images.channels() as u64;
     let mut end = 0;
@@ -147,14 +179,15 @@ fn offsets(images: &Images) -> Vec<u64> {
     std::iter::once(0).chain(ends).collect()
 }
 
-/// Decodes all pictures by this many threads and writes them.
-fn make(images: &Images, path: &Path, threads: usize) -> Result<()> {
+/// Decodes all pictures on this many threads and writes them.
+fn make(images: &Images, path: &Path, threads: usize, interrupt: &Interrupt) -> Result<()> {
     let length = offsets(images).pop().unwrap_or_default();
     let encoded = (0u32..).zip(images.encodings()).filter(|(_, (e, _))| *e != Encoding::Raw);
     let rows: Vec<u32> = encoded.map(|(row, _)| row).collect();
     let mut fill = |out: &mut dyn Write| {
         // A few pictures for each thread at a time, so that memory does not grow with their number.
         for some in rows.chunks(16 * threads.max(1)) {
+            interrupt.check()?;
             for picture in decode_all(images, some, threads)? {
                 out.write_all(&picture.pixels)?;
                 out.write_all(&crc32fast::hash(&picture.pixels).to_le_bytes())?;
@@ -202,7 +235,7 @@ impl Decoded {
         Ok(Self { path: path.to_owned(), map, bytes, offsets, checked })
     }
 
-    /// The pixels of a row, checked when they are first read; none if it was never encoded.
+    /// The pixels of a picture, checked when they are first read; none if it came as pixels.
     ///
     /// # Errors
     ///
@@ -216,7 +249,7 @@ impl Decoded {
         if !self.checked[position].load(Ordering::Relaxed) {
             ensure!(
                 crc32fast::hash(pixels) == u32::from_le_bytes(*checksum),
-                "row {position} of `{}` is damaged; remove that file, it will be made again",
+                "picture {position} of `{}` is damaged; remove that file, it is made again",
                 self.path.display()
             );
             self.checked[position].store(true, Ordering::Relaxed);
@@ -227,7 +260,7 @@ impl Decoded {
 
 #[cfg(test)]
 mod tests {
-    use stage::Split;
+    use stage::{DataTable, Job, Split};
 
     use super::*;
     use crate::images::{Memory, Source, write};
@@ -260,7 +293,7 @@ mod tests {
         );
         let mut files = Vec::new();
         for threads in [0, 1, 3] {
-            make(&images, &path, threads).expect("made");
+            make(&images, &path, threads, &Interrupt::default()).expect("made");
             files.push(std::fs::read(&path).expect("there"));
         }
         assert!(files[0] == files[1] && files[1] == files[2]);
@@ -279,9 +312,10 @@ mod tests {
     fn views_are_the_same_with_and_without_the_copy() {
         let folder = tempfile::tempdir().expect("a folder");
         let without = images(folder.path(), 0);
-        make(&without, &path_beside(&without.data_set().path), 2).expect("made");
+        let path = path_beside(&without.data_set().path);
+        make(&without, &path, 2, &Interrupt::default()).expect("made");
         let with = Images::open(&without.data_set().path).expect("sound");
-        with.use_decoded_copy(Wish::IfItFits, 2);
+        with.use_decoded_copy(Wish::IfItFits, 2).expect("opened");
         let (mut a, mut b) = (Memory::default(), Memory::default());
         for row in 0..12 {
             let mapped = with.pixels(row, &mut a).expect("sound");
@@ -295,7 +329,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let first = images(folder.path(), 0);
         let path = path_beside(&first.data_set().path);
-        make(&first, &path, 1).expect("made");
+        make(&first, &path, 1, &Interrupt::default()).expect("made");
         let other = tempfile::tempdir().expect("a folder");
         let others = images(other.path(), 1);
         let error = Decoded::open(&others, &path).expect_err("others").to_string();
@@ -312,6 +346,30 @@ mod tests {
             assert!(error.contains("images-decoded.safetensors"), "byte {position}: {error}");
         }
         assert!(Decoded::open(&first, &folder.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_decoding_and_leaves_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path(), 0);
+        let path = path_beside(&images.data_set().path);
+        let data = DataTable { clusters: 2, train_on: vec![Split::Train], score_on: vec![] };
+        let job = Job::new("example", &images.data_set().path, folder.path(), data);
+        job.interrupt.raise();
+        let stopping = Images::of_job(&job).expect("sound");
+        let error = stopping.use_decoded_copy(Wish::Always, 2).expect_err("asked to stop");
+        assert!(error.is::<Interrupted>(), "{error:#}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("there").count(), 1, "the images alone");
+        // What a killed process left is removed, and two that need the copy make it once.
+        std::fs::write(folder.path().join(".unfinished-killed"), b"x").expect("written");
+        let reader = || Images::open(&images.data_set().path).expect("sound");
+        thread::scope(|scope| {
+            for images in [reader(), reader()] {
+                scope.spawn(move || images.use_decoded_copy(Wish::Always, 1).expect("made"));
+            }
+        });
+        assert!(path.exists());
+        assert_eq!(std::fs::read_dir(folder.path()).expect("there").count(), 2);
     }
 
     #[test]

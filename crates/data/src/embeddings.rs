@@ -1,4 +1,4 @@
-//! `embeddings.safetensors`: what the target network makes of every picture.
+//! `embeddings.safetensors`: the target network's outputs for every picture.
 //!
 //! Kind `embeddings`, format version 1.
 //!

@@ -1,7 +1,7 @@
 //! `images.safetensors`: the pictures, ordered by content.
 //!
-//! Kind `images`, format version 1. No names and no labels: neither can reach training, nor can
-//! the order of folders or classes, because rows ascend by the digest of the bytes.
+//! Kind `images`, format version 1. It has no names and no labels, so that neither can reach training.
+//! Nor can the order of folders or classes, because rows ascend by the digest of the bytes.
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
@@ -10,27 +10,26 @@
 //! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG, 2 PNG, 3 WebP file |
 //! | `size` | `(N, 2)` u32 | height and width of the decoded picture |
 //! | `offset` | `(N + 1,)` u64 | picture `n` is `bytes[offset[n]..offset[n + 1]]` |
-//! | `bytes` | `(B,)` u8 | the stored bytes: files as they were found, or raw pixels |
+//! | `bytes` | `(B,)` u8 | the stored bytes: unchanged files, or raw pixels |
 //!
-//! Header: `images`, N; `channels`, 1 for grey or 3 for colour, which pictures are decoded to;
-//! `fingerprint`, the hex SHA-256 over `channels` as u32 and then, by row, id, split as u8, height
-//! and width as u32, all little-endian.
+//! Header: `images`, N; `channels`, 1 if pictures are decoded to grey, 3 for colour; `fingerprint`, the
+//! hex SHA-256 over `channels` as u32 and then, by row, id, split as u8, height and width as u32, all
+//! little-endian.
 //!
-//! More than [`PART_BYTES`] of pictures are kept in several files beside this one. Then `bytes` is
-//! missing here, and in its place there is
+//! More than [`PART_BYTES`] of pictures are stored in several files beside this one. This file then has
+//! no `bytes`, but
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
-//! | `part` | `(S + 1,)` u64 | where in the row of all bytes each part begins; the last number is their sum |
+//! | `part` | `(S + 1,)` u64 | the offset of each part among all bytes, and of their end |
 //!
 //! Part `s`, counted from 1, is `images-<s>-of-<S>.safetensors` with both numbers in five digits:
-//! kind `images-part`, format version 1, header field `fingerprint`, and a tensor `bytes` with as
-//! many bytes as `part` says. No picture lies across two parts.
+//! kind `images-part`, format version 1, header field `fingerprint`, and a tensor `bytes` of the length
+//! that `part` implies. No picture is split across two parts.
 //!
-//! The digest in the header covers all tensors but `bytes`; these are covered by the ids. So
-//! opening checks everything but the pictures, in time that does not depend on their size, and
-//! each picture is checked once, when a program first reads it. Measured with the processor's SHA
-//! instructions, that is 1.4 µs for each KB: a tenth of decoding a JPEG file once.
+//! The digest in the header covers all tensors but `bytes`, which the ids cover. Opening checks
+//! everything but the pictures, in time that does not depend on their size. Each picture is checked
+//! once, when a program first reads it, in about a tenth of the time of decoding a JPEG file.
 
 mod source;
 mod writer;
@@ -44,7 +43,7 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
-use stage::Split;
+use stage::{Interrupt, Job, Split};
 use stage::container::Contents;
 use stage::digest::hex;
 
@@ -59,17 +58,17 @@ const KIND: &str = "images";
 const PART_KIND: &str = "images-part";
 const VERSION: u64 = 1;
 
-/// The most bytes of pictures in one file, about: 4 GiB. More are kept in several.
+/// The most bytes of pictures in one file, roughly: 4 GiB. More are split into several files.
 pub const PART_BYTES: u64 = 1 << 32;
 
-/// The tensor that is too large to be held.
+/// The tensor of all pictures, which may be larger than memory.
 const BYTES: &str = "bytes";
 
-/// The tensor that stands in its place where there are parts.
+/// The tensor that replaces it if there are parts.
 const PART: &str = "part";
 
-/// How many bytes of decoded pictures are kept unless [`Images::keep_decoded`] says otherwise:
-/// 1 GiB, enough for 38,000 pictures of 96×96 in colour.
+/// The limit of decoded pictures in memory unless [`Images::keep_decoded`] sets another: 1 GiB, enough
+/// for 38,000 pictures of 96×96 in colour.
 pub const DECODED_BYTES: usize = 1 << 30;
 
 /// SHA-256 of a picture's stored bytes.
@@ -79,6 +78,7 @@ pub type Id = [u8; 32];
 #[derive(Debug, Clone)]
 pub struct Images {
     shared: Arc<Shared>,
+    interrupt: Interrupt,
 }
 
 #[derive(Debug)]
@@ -92,12 +92,12 @@ struct Shared {
     encodings: Vec<Encoding>,
     sizes: Vec<[u32; 2]>,
     offsets: Vec<u64>,
-    /// Whether the bytes of a row were found to have its id.
+    /// Whether the id of a row was found right.
     checked: Vec<AtomicBool>,
-    /// Pictures that were decoded and kept, while there is room.
+    /// Decoded pictures in memory.
     decoded: Vec<OnceLock<Arc<Picture>>>,
     room: AtomicUsize,
-    /// The decoded copy on disk, once it was decided whether there is one.
+    /// The decoded copy on disk, once it is decided whether there is one.
     copy: OnceLock<Option<Decoded>>,
 }
 
@@ -105,14 +105,14 @@ struct Shared {
 #[derive(Debug)]
 struct Part {
     map: Mmap,
-    /// Where the tensor `bytes` lies in the file.
+    /// The range of the tensor `bytes` in the file.
     bytes: Range<usize>,
-    /// Where these bytes begin in the row of all bytes.
+    /// The offset of these bytes among those of all parts.
     first: u64,
 }
 
 impl Images {
-    /// Maps the file and checks all of it but the pictures' bytes, which [`Images::picture`] does.
+    /// Maps the file and checks everything but the bytes of pictures, which [`Images::picture`] checks.
     ///
     /// # Errors
     ///
@@ -125,7 +125,17 @@ impl Images {
         let shared = Shared::read(path, map, &contents).with_context(|| {
             format!("`{}` contradicts itself; prepare the images again", path.display())
         })?;
-        Ok(Self { shared: Arc::new(shared) })
+        Ok(Self { shared: Arc::new(shared), interrupt: Interrupt::default() })
+    }
+
+    /// [`Images::open`] for the pictures of a job, whose interrupt ends the making of the
+    /// [decoded copy](crate::decoded).
+    ///
+    /// # Errors
+    ///
+    /// As [`Images::open`].
+    pub fn of_job(job: &Job) -> Result<Self> {
+        Ok(Self { interrupt: job.interrupt.clone(), ..Self::open(&job.images)? })
     }
 
     /// Number of pictures, N.
@@ -143,7 +153,7 @@ impl Images {
         self.shared.channels
     }
 
-    /// Which pictures these are, to compare other files with.
+    /// The identity of these pictures, to compare with that of other files.
     pub fn data_set(&self) -> &DataSet {
         &self.shared.data_set
     }
@@ -178,13 +188,12 @@ impl Images {
         Ok((height as usize, width as usize))
     }
 
-    /// The picture of a row, decoded. It is kept in memory while there is room, see
-    /// [`Images::keep_decoded`], so that small data sets are decoded once and not every epoch.
+    /// Decodes the picture of a row. It stays in memory while there is room, see
+    /// [`Images::keep_decoded`], so that small data sets are decoded once and not in every epoch.
     ///
     /// # Errors
     ///
-    /// There is no such row, its bytes do not have its id, or they cannot be decoded. The message
-    /// names file and row.
+    /// There is no such row, or its bytes are damaged. The message names file and row.
     pub fn picture(&self, row: u32) -> Result<Arc<Picture>> {
         let position = self.position(row)?;
         if let Some(picture) = self.shared.decoded[position].get() {
@@ -192,18 +201,18 @@ impl Images {
         }
         let decoded = self.decode(position, Vec::new());
         let picture = Arc::new(decoded.with_context(|| self.damaged(row))?);
-        // Raw pixels are as quickly read again from the mapped file.
+        // Raw pixels are read from the mapped file just as fast.
         if self.shared.encodings[position] != Encoding::Raw {
             self.keep(position, &picture);
         }
         Ok(picture)
     }
 
-    /// The file of a row as it was found, and what it is; nothing for a picture that came as pixels.
+    /// The original file of a row and its encoding; none for a picture that came as pixels.
     ///
     /// # Errors
     ///
-    /// There is no such row, or its bytes do not have its id.
+    /// There is no such row, or its bytes are damaged.
     pub fn file(&self, row: u32) -> Result<Option<(Encoding, &[u8])>> {
         let position = self.position(row)?;
         match self.shared.encodings[position] {
@@ -215,8 +224,8 @@ impl Images {
         }
     }
 
-    /// [`Images::picture`] without a copy or an allocation: raw pixels stay in the mapped file, others
-    /// come from what is kept or are decoded into `memory`.
+    /// [`Images::picture`] without a copy or an allocation: raw pixels are borrowed from the mapped
+    /// file, others from the decoded pictures in memory or on disk, or decoded into `memory`.
     pub(crate) fn pixels<'a>(&'a self, row: u32, memory: &'a mut Memory) -> Result<Pixels<'a>> {
         let position = self.position(row)?;
         let shared = &*self.shared;
@@ -253,29 +262,39 @@ impl Images {
         format!("picture {row} of `{path}` is damaged; prepare the images again")
     }
 
-    /// Has the pictures read decoded from disk from now on, see [`crate::decoded`]. The first call
-    /// decides; the first [`crate::Loader`] makes it as the environment wishes. What is read is the
-    /// same either way.
-    pub fn use_decoded_copy(&self, wish: Wish, threads: usize) {
-        self.shared.copy.get_or_init(|| open_or_make(self, wish, threads));
+    /// Reads decoded pictures from disk from now on, see [`crate::decoded`]. The first call decides
+    /// whether; a [`crate::Loader`] makes it as the environment wishes. What is read is the same either
+    /// way.
+    ///
+    /// # Errors
+    ///
+    /// The user interrupts while the pictures are decoded.
+    pub fn use_decoded_copy(&self, wish: Wish, threads: usize) -> Result<()> {
+        if self.shared.copy.get().is_none() {
+            let copy = open_or_make(self, wish, threads, &self.interrupt)?;
+            // Another thread may have opened it meanwhile.
+            let _ = self.shared.copy.set(copy);
+        }
+        Ok(())
     }
 
-    /// How each picture is stored, and its height and width.
+
+    /// The encoding, height and width of each picture.
     pub(crate) fn encodings(&self) -> impl Iterator<Item = (Encoding, [u32; 2])> {
         self.shared.encodings.iter().copied().zip(self.shared.sizes.iter().copied())
     }
 
-    /// How many bytes of decoded pictures may still be kept.
+    /// The bytes of decoded pictures that still fit in memory.
     pub(crate) fn room(&self) -> usize {
         self.shared.room.load(Ordering::Relaxed)
     }
 
-    /// The picture of a row, which is not kept.
+    /// Decodes the picture of a row without keeping it in memory.
     pub(crate) fn decoded(&self, row: u32) -> Result<Picture> {
         self.decode(self.position(row)?, Vec::new()).with_context(|| self.damaged(row))
     }
 
-    /// Keeps at most about `bytes` of decoded pictures, from now on; those already kept stay.
+    /// Keeps at most `bytes` more of decoded pictures in memory.
     pub fn keep_decoded(&self, bytes: usize) {
         self.shared.room.store(bytes, Ordering::Relaxed);
     }
@@ -284,26 +303,26 @@ impl Images {
         let position = row as usize;
         ensure!(
             position < self.len(),
-            "row {row} is asked for, but `{}` has {} pictures",
+            "row {row} was requested, but `{}` has {} pictures",
             self.shared.data_set.path.display(),
             self.len()
         );
         Ok(position)
     }
 
-    /// The stored bytes, which have the checksum in the id.
+    /// The stored bytes, after checking that their digest is the id.
     fn checked_bytes(&self, position: usize) -> Result<&[u8]> {
         let shared = &*self.shared;
         let bytes = shared.stored(position);
         if !shared.checked[position].load(Ordering::Relaxed) {
             let id: Id = Sha256::digest(bytes).into();
-            ensure!(id == shared.ids[position], "its bytes do not have the checksum in its id");
+            ensure!(id == shared.ids[position], "the SHA-256 of its bytes is not its id");
             shared.checked[position].store(true, Ordering::Relaxed);
         }
         Ok(bytes)
     }
 
-    /// `memory` is what an earlier picture has left.
+    /// Decodes into `memory`, the buffer of an earlier picture.
     fn decode(&self, position: usize, memory: Vec<u8>) -> Result<Picture> {
         let (shared, bytes) = (&*self.shared, self.checked_bytes(position)?);
         let [height, width] = shared.sizes[position].map(|extent| extent as usize);
@@ -334,7 +353,7 @@ impl Images {
     }
 }
 
-/// Where [`Images::pixels`] decodes to.
+/// The buffer that [`Images::pixels`] decodes into.
 #[derive(Debug, Default)]
 pub(crate) struct Memory(Option<Picture>);
 
@@ -349,9 +368,17 @@ impl Memory {
 pub(crate) fn open_map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).with_context(|| {
         let path = path.display();
-        format!("opening the images `{path}`; prepare them first or name others with --images")
+        format!("opening the images `{path}`; prepare them first, or name others with --images")
     })?;
     map(&file).with_context(|| format!("mapping `{}`", path.display()))
+}
+
+/// The folder that a file is in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 /// The file of part `part`, counted from 0, beside the file `images`.
@@ -360,12 +387,11 @@ pub fn part_path(images: &Path, part: usize, parts: usize) -> PathBuf {
     images.with_file_name(format!("{stem}-{:05}-of-{parts:05}.safetensors", part + 1))
 }
 
-#[expect(unsafe_code, reason = "mapping a file is unsafe because others can change it")]
+#[expect(unsafe_code, reason = "mapping a file is unsafe because other programs can change it")]
 pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the bytes are only ever read as bytes, which have no invalid values, and a picture
-    // that is changed after it was checked is at worst another picture. `prepare` never writes into
-    // a file that has its final name. A file cut short while it is mapped ends the program by a
-    // signal, as it would end any other reader.
+    // SAFETY: the mapping is only read as bytes, which have no invalid values. A picture that changes
+    // after its check is at worst another picture. `prepare` never writes into a file with its final
+    // name. A file truncated while it is mapped ends the program by a signal, as it ends any reader.
     unsafe { Mmap::map(file) }
 }
 
@@ -446,21 +472,21 @@ impl Shared {
         Ok(shared)
     }
 
-    /// Sees to it that every picture lies within one part.
+    /// Fails unless every picture is within one part.
     fn check_offsets(&self) -> Result<()> {
         let rising = self.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
         let end = self.parts.last().map(Part::end);
         ensure!(
             rising && self.offsets.first() == Some(&0) && self.offsets.last().copied() == end,
-            "the offsets do not cover the bytes"
+            "its offsets do not cover the bytes"
         );
         let whole = |part: &Part| self.offsets.binary_search(&part.first).is_ok();
-        ensure!(self.parts.iter().all(whole), "a picture lies across two parts");
+        ensure!(self.parts.iter().all(whole), "a picture is split across two parts");
         Ok(())
     }
 
-    /// The bytes of a picture in its mapped file; they lie inside it, [`Shared::check_offsets`] saw
-    /// to it.
+    /// The bytes of a picture in its mapped file. [`Shared::check_offsets`] has checked that they are
+    /// inside.
     fn stored(&self, position: usize) -> &[u8] {
         let (from, to) = (self.offsets[position], self.offsets[position + 1]);
         if from == to {
@@ -477,7 +503,7 @@ impl Part {
         self.first + self.bytes.len() as u64
     }
 
-    /// Opens the parts beside `images`, which begin at `starts`.
+    /// Opens the parts beside `images` that begin at `starts`.
     fn open_all(images: &Path, starts: &[u64], fingerprint: &str) -> Result<Vec<Self>> {
         ensure!(starts.len() > 1 && starts[0] == 0, "it names no parts");
         let count = starts.len() - 1;
@@ -511,7 +537,7 @@ fn fingerprint<'a>(
     fingerprint.text()
 }
 
-/// The digest that tells one data set from another, row by row.
+/// The digest that identifies a data set, computed row by row.
 #[derive(Debug)]
 struct Fingerprint(Sha256);
 
@@ -577,7 +603,7 @@ mod tests {
             let row = row_of(&images, source);
             let file = images.file(row).expect("there");
             let want = Encoding::of(source.bytes()).map(|encoding| (encoding, source.bytes()));
-            assert_eq!(file, want, "pixels are no file");
+            assert_eq!(file, want, "pixels have no file");
             assert!(images.rows(&[*split]).contains(&row));
             let picture = images.picture(row).expect("sound");
             let size = (picture.height, picture.width);

@@ -1,7 +1,6 @@
 //! `labels.safetensors`: the ground truth.
 //!
-//! Kind `labels`, format version 1. Read by `metrics`, `report` and `predict` alone: no training
-//! ever sees it.
+//! Kind `labels`, format version 1. Only `metrics`, `report` and `predict` read it; no training does.
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
@@ -22,7 +21,7 @@ use crate::names::{join, split};
 const KIND: &str = "labels";
 const VERSION: u64 = 1;
 
-/// Stands in the file for a picture whose class nobody knows.
+/// The label of a picture whose class is unknown.
 const UNKNOWN: u32 = u32::MAX;
 
 /// The class of every picture, where it is known.
@@ -88,8 +87,8 @@ impl Labels {
     }
 }
 
-/// Writes `labels.safetensors` from labels that come one by one in the order of rows, in memory that
-/// does not grow with their number.
+/// Writes `labels.safetensors` from labels that come in the order of rows. Its memory does not grow with
+/// their number.
 #[derive(Debug)]
 pub struct Writer {
     given: Column<u32>,
@@ -97,26 +96,18 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins; what waits lies in the folder without a name.
-    ///
-    /// # Errors
-    ///
-    /// The folder cannot be written to.
+    /// Begins a file. Values wait in unnamed temporary files in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         Ok(Self { given: Column::create_in(folder)?, label: Column::create_in(folder)? })
     }
 
-    /// Adds the label of the next row, by whatever numbers the caller gives to classes for now.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Appends the label of the next row, by the caller's own numbers of classes.
     pub fn push(&mut self, given: Option<u32>) -> Result<()> {
         self.given.push(&[given.unwrap_or(UNKNOWN)])
     }
 
-    /// Writes the file: the class that was given as `n` has the number `numbers[n]` there, and the
-    /// name at that place of `classes`.
+    /// Writes the file. The caller's class `n` becomes number `numbers[n]`, whose name is
+    /// `classes[numbers[n]]`.
     ///
     /// # Errors
     ///

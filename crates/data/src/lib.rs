@@ -2,18 +2,14 @@
 //!
 //! One module writes and reads each file format, and its documentation is the specification:
 //! [`images`], [`names`] and [`labels`], which `prepare` writes; [`embeddings`], [`pseudo_labels`]
-//! and [`head`], which stages hand to each other. All of them say which pictures they are
-//! about by a [`DataSet`], so that nothing is combined with the outputs of
-//! another data set.
+//! and [`head`], which stages pass to each other; [`metrics`], the scores. Each states the pictures
+//! that it is about as a [`DataSet`], so that outputs of different data sets are never combined.
 //!
-//! [`views`] turns a picture into a network's input, augmented or not, by operations that the
-//! experiment file lists; [`loader`] has threads make batches of them ahead of the training step;
-//! [`thumbnail()`] makes the pixel baseline. [`decoded`] keeps large collections decoded on disk.
-//!
-//! `cargo xtask bench data` times two views of each picture beside torchvision and lightly. On two
-//! cores with AVX-512 they are made 78 times as fast as by the faster of these from arrays of 32 × 32
-//! pixels, 3.8 and 6.5 times from JPEG files of 500 × 375 to 96 and 224 pixels, and 17 and 11 times
-//! where the peers decode and we have the copy.
+//! [`views`] turns a picture into the input of a network, augmented or not, by operations that the
+//! experiment file lists. [`loader`] has threads make batches of them ahead of the training step.
+//! [`thumbnail()`] makes the pixel baseline. [`decoded`] caches the decoded pictures of a large
+//! collection on disk. `cargo xtask bench data` times views beside torchvision and lightly;
+//! `data/README.md` has the results.
 //!
 //! This crate knows no network and no method. To add an augmentation, see [`views::Operation`].
 

@@ -1,10 +1,9 @@
 //! Batches of views, made by threads ahead of the step that needs them.
 //!
-//! Each thread makes whole batches; a batch's turn comes by its place in the order, and a thread
-//! that is [`AHEAD`] batches beyond what was taken waits. A view depends on seed, epoch, row, the
-//! number of times that the row came before in the epoch, and the number of the view, so a batch
-//! has the same bytes whoever made it and however many there were, and also when an interrupted
-//! epoch is resumed.
+//! Each thread makes whole batches, in their order, and waits when it is [`AHEAD`] batches beyond what
+//! was taken. A view depends on seed, epoch, row, how often the row came before in the epoch, and the
+//! number of the view. So a batch is bit-identical for any number of threads, and after resuming an
+//! interrupted epoch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZero;
@@ -20,7 +19,7 @@ use crate::decoded::Wish;
 use crate::images::Memory;
 use crate::views::{Input, Pipeline, Workspace};
 
-/// How many finished batches may wait, besides the one that each thread is making.
+/// Finished batches that may wait, besides the one that each thread makes.
 pub const AHEAD: usize = 2;
 
 /// Views of a few pictures: what one step takes.
@@ -32,16 +31,16 @@ pub struct Batch {
     pub views: Vec<Vec<f32>>,
     /// By view, rows of pixels and pixels in a row.
     pub sizes: Vec<[usize; 2]>,
-    /// Rows of pixels of the first view, and of all where they have one size.
+    /// Rows of pixels of the first view.
     pub height: usize,
-    /// Pixels in a row.
+    /// Pixels in a row of the first view.
     pub width: usize,
     /// 1 grey, 3 red, green, blue.
     pub channels: usize,
 }
 
 impl Batch {
-    /// Extents of a view: `(B, height, width, channels)`.
+    /// Extents of the first view: `(B, height, width, channels)`.
     pub fn shape(&self) -> (usize, usize, usize, usize) {
         (self.rows.len(), self.height, self.width, self.channels)
     }
@@ -53,21 +52,24 @@ impl Batch {
     }
 }
 
-/// An iterator over batches in the order asked for. It ends after the first error; dropping it
-/// stops the threads.
+/// An iterator over batches in their order. It ends after the first error; dropping it stops the
+/// threads, which the first batch starts.
 #[derive(Debug)]
 pub struct Loader {
     ring: Arc<Ring>,
+    maker: Arc<Maker>,
+    /// The number of threads, and those that run: none before the first batch is asked for.
+    count: usize,
     threads: Vec<JoinHandle<()>>,
     next: usize,
-    batches: usize,
+    wish: Wish,
 }
 
 /// What the threads share with the loader.
 #[derive(Debug)]
 struct Ring {
     state: Mutex<State>,
-    /// Told when a batch was finished or taken, or everything is to stop.
+    /// Notified when a batch was finished or taken, or the threads are to stop.
     changed: Condvar,
 }
 
@@ -81,22 +83,22 @@ struct State {
     stopped: bool,
 }
 
-/// What makes a batch from its rows.
+/// Makes a batch from its rows.
 #[derive(Debug)]
 struct Maker {
     images: Images,
     batches: Vec<Vec<u32>>,
     /// For each row of each batch, how often it came before.
     occurrences: Vec<Vec<u32>>,
-    /// How each view is made, and what it is to be.
+    /// The pipeline of each view, and the input that it fills.
     views: Vec<(Pipeline, Input)>,
     seed: u64,
     epoch: u64,
 }
 
 impl Loader {
-    /// Starts `threads` threads that make a batch of each list of rows, in this order, with one view
-    /// by each of the pipelines.
+    /// A loader of one batch for each list of rows, with one view by each pipeline, made by
+    /// `threads` threads.
     ///
     /// The draws of view `v` of a row come from `stage::random::stream(seed, "views", [epoch, row,
     /// v, n])`, where `n` counts from 0 how often the row came before in `batches`: samplers may
@@ -104,8 +106,8 @@ impl Loader {
     ///
     /// # Errors
     ///
-    /// The pictures have other channels than the input, a row does not exist, the environment has
-    /// another [`crate::decoded::VARIABLE`] than it may, or the system gives no thread.
+    /// The pictures have other channels than the input, a row does not exist, or the variable
+    /// [`crate::decoded::VARIABLE`] has an unknown value.
     pub fn new(
         images: &Images,
         batches: Vec<Vec<u32>>,
@@ -118,8 +120,8 @@ impl Loader {
         Self::resume(images, batches, 0, pipelines, input, seed, epoch, threads)
     }
 
-    /// The un-augmented pictures of these rows, in order, some hundred at a time, made by as many
-    /// threads as the machine has: what a network is shown to say what it has learnt.
+    /// A loader of the un-augmented pictures of these rows, in order, made by as many threads as the
+    /// machine has: for evaluating a network.
     ///
     /// # Errors
     ///
@@ -127,7 +129,7 @@ impl Loader {
     pub fn clean(images: &Images, rows: &[u32], input: &Input) -> Result<Self> {
         const AT_ONCE: usize = 256;
         let batches = rows.chunks(AT_ONCE).map(<[u32]>::to_vec).collect();
-        // Nothing is drawn by chance: seed and epoch do not matter.
+        // Nothing is random: seed and epoch do not matter.
         Self::new(images, batches, vec![input.clean()], input, 0, 0, Self::threads())
     }
 
@@ -136,8 +138,8 @@ impl Loader {
         thread::available_parallelism().map_or(1, NonZero::get)
     }
 
-    /// Like [`Loader::new`], but leaves out the first `done` batches: those that an interrupted
-    /// epoch has used. The others are as they would have been.
+    /// Like [`Loader::new`], but skips the first `done` batches, which an interrupted epoch has used.
+    /// The others are unchanged.
     ///
     /// # Errors
     ///
@@ -160,7 +162,7 @@ impl Loader {
         Self::crops(images, batches, done, views, seed, epoch, threads)
     }
 
-    /// Like [`Loader::resume`], with views of several sizes: each pipeline with the input that it
+    /// Like [`Loader::resume`], with views of several sizes: pipelines, each with the input that it
     /// fills.
     ///
     /// # Errors
@@ -188,29 +190,33 @@ impl Loader {
         if let Some(&row) = batches.iter().flatten().find(|&&row| row as usize >= images.len()) {
             images.id(row)?;
         }
-        images.use_decoded_copy(Wish::of_environment()?, threads);
-        let count = batches.len();
-        let done = done.min(count);
+        let wish = Wish::of_environment()?;
+        let done = done.min(batches.len());
         let occurrences = occurrences(&batches);
         let images = images.clone();
         let maker = Arc::new(Maker { images, batches, occurrences, views, seed, epoch });
         let state = State { claimed: done, taken: done, ..State::default() };
         let ring = Arc::new(Ring { state: Mutex::new(state), changed: Condvar::new() });
-        let mut loader = Self { ring, threads: Vec::new(), next: done, batches: count };
-        for _ in 0..threads.clamp(1, (count - done).max(1)) {
-            let (ring, maker) = (loader.ring.clone(), maker.clone());
-            let limit = threads.max(1) + AHEAD;
+        Ok(Self { ring, maker, count: threads.max(1), threads: Vec::new(), next: done, wish })
+    }
+
+    /// Opens or makes the decoded copy, and starts the threads.
+    fn start(&mut self) -> Result<()> {
+        self.maker.images.use_decoded_copy(self.wish, self.count)?;
+        for _ in 0..self.count.min(self.maker.batches.len() - self.next) {
+            let (ring, maker) = (self.ring.clone(), self.maker.clone());
+            let limit = self.count + AHEAD;
             let thread = thread::Builder::new()
                 .name("views".into())
                 .spawn(move || work(&ring, &maker, limit))
                 .context("starting a thread that makes views")?;
-            loader.threads.push(thread);
+            self.threads.push(thread);
         }
-        Ok(loader)
+        Ok(())
     }
 }
 
-/// For each row of each batch, how often it came before.
+/// Counts, for each row of each batch, how often it came before.
 fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let mut seen: HashMap<u32, u32> = HashMap::new();
     let mut next = |row: &u32| {
@@ -221,11 +227,11 @@ fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
     batches.iter().map(|batch| batch.iter().map(&mut next).collect()).collect()
 }
 
-/// Makes batches until none is left or everything is to stop.
+/// Makes batches until none is left or the threads are to stop.
 fn work(ring: &Ring, maker: &Maker, limit: usize) {
     let (mut memory, mut workspace) = (Memory::default(), Workspace::default());
     while let Some(number) = ring.claim(maker.batches.len(), limit) {
-        // A thread that died without a word would leave the loader waiting for ever.
+        // A thread that ended without a result would leave the loader waiting forever.
         let batch =
             catch_unwind(AssertUnwindSafe(|| maker.make(number, &mut memory, &mut workspace)))
                 .unwrap_or_else(|_| Err(anyhow!("the thread that made batch {number} panicked")));
@@ -244,7 +250,7 @@ impl Ring {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The number of the next batch to make, once there is room for it.
+    /// Returns the next batch to make, once there is room for it.
     fn claim(&self, batches: usize, limit: usize) -> Option<usize> {
         let mut state = self.lock();
         while !state.stopped && state.claimed < batches && state.claimed >= state.taken + limit {
@@ -301,11 +307,13 @@ impl Iterator for Loader {
     type Item = Result<Batch>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next == self.batches {
+        let end = self.maker.batches.len();
+        if self.next == end {
             return None;
         }
-        let batch = self.ring.take(self.next);
-        self.next = if batch.is_ok() { self.next + 1 } else { self.batches };
+        let started = if self.threads.is_empty() { self.start() } else { Ok(()) };
+        let batch = started.and_then(|()| self.ring.take(self.next));
+        self.next = if batch.is_ok() { self.next + 1 } else { end };
         Some(batch)
     }
 }
@@ -315,7 +323,7 @@ impl Drop for Loader {
         self.ring.lock().stopped = true;
         self.ring.changed.notify_all();
         for thread in self.threads.drain(..) {
-            // A panic was caught and told as an error already.
+            // A panic was already caught and returned as an error.
             let _ = thread.join();
         }
     }
@@ -323,7 +331,7 @@ impl Drop for Loader {
 
 #[cfg(test)]
 mod tests {
-    use stage::Split;
+    use stage::{DataTable, Job, Split};
 
     use super::*;
     use crate::images::{Source, write};
@@ -485,6 +493,41 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_decoded_before_the_first_batch_is_asked_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("images.safetensors");
+        let source = |i: usize| {
+            let file = crate::picture::tests::png(&example(6, 9 + i, 3));
+            (Source::file(file, 3).expect("sound"), Split::Train)
+        };
+        write(&path, 3, (0..4).map(source).collect()).expect("written");
+        let copy = crate::decoded::path_beside(&path);
+        let data = DataTable { clusters: 2, train_on: vec![Split::Train], score_on: vec![] };
+        let job = Job::new("example", &path, folder.path(), data);
+        let images = Images::of_job(&job).expect("sound");
+        let loader = || {
+            let views = vec![pipeline()];
+            let loader = Loader::new(&images, vec![vec![0, 1], vec![2]], views, &input(), 1, 0, 2);
+            let mut loader = loader.expect("sound");
+            loader.wish = Wish::Always;
+            loader
+        };
+        drop(loader());
+        assert!(!copy.exists());
+        job.interrupt.raise();
+        let mut stopped = loader();
+        let error = stopped.next().expect("an error").expect_err("interrupted");
+        assert!(error.is::<stage::Interrupted>() && stopped.next().is_none(), "{error:#}");
+        assert!(!copy.exists());
+        let images = Images::open(&path).expect("sound");
+        let first = Loader::new(&images, vec![vec![0]], vec![pipeline()], &input(), 1, 0, 2);
+        let mut first = first.expect("sound");
+        first.wish = Wish::Always;
+        first.next().expect("a batch").expect("made");
+        assert!(copy.exists());
+    }
+
+    #[test]
     fn foreign_rows_and_channels_are_refused_at_once() {
         let folder = tempfile::tempdir().expect("a folder");
         let images = images(folder.path());
@@ -507,6 +550,7 @@ mod tests {
             Loader::new(&images, many, vec![pipeline()], &input(), 1, 0, 3).expect("started");
         loader.next().expect("a batch").expect("made");
         let ring = loader.ring.clone();
+        assert_eq!(loader.threads.len(), 3);
         drop(loader);
         // Only this handle is left: every thread has ended.
         assert_eq!(Arc::strong_count(&ring), 1);

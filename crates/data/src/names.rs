@@ -1,7 +1,7 @@
-//! `names.safetensors`: where each picture came from.
+//! `names.safetensors`: the source path of each picture.
 //!
-//! Kind `names`, format version 1. For people and for `metrics`, `report` and `predict`; nothing
-//! that trains reads it, because a name often tells the class.
+//! Kind `names`, format version 1. Only `metrics`, `report` and `predict` read it. No training does,
+//! because a name often gives away the class.
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
@@ -20,7 +20,7 @@ use crate::data_set::{DataSet, check_length};
 const KIND: &str = "names";
 const VERSION: u64 = 1;
 
-/// A name for every picture: the path of its file, or its place in an archive.
+/// The name of every picture: the path of its file, or its path in an archive.
 #[derive(Debug, Clone)]
 pub struct Names {
     /// The pictures that are named.
@@ -49,7 +49,7 @@ impl Names {
     ///
     /// # Errors
     ///
-    /// It is missing, foreign or damaged, or holds something that is not a list of names.
+    /// It is missing, foreign or damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let file = Container::open(path, KIND, VERSION)?;
         let data_set = DataSet::of(&file)?;
@@ -59,8 +59,8 @@ impl Names {
     }
 }
 
-/// Writes `names.safetensors` from names that come one by one in the order of rows, in memory that
-/// does not grow with their number.
+/// Writes `names.safetensors` from names that come in the order of rows. Its memory does not grow with
+/// their number.
 #[derive(Debug)]
 pub struct Writer {
     bytes: Column<u8>,
@@ -68,22 +68,14 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins; what waits lies in the folder without a name.
-    ///
-    /// # Errors
-    ///
-    /// The folder cannot be written to.
+    /// Begins a file. Values wait in unnamed temporary files in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         let mut offset = Column::create_in(folder)?;
         offset.push(&[0])?;
         Ok(Self { bytes: Column::create_in(folder)?, offset })
     }
 
-    /// Adds the name of the next row.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Appends the name of the next row.
     pub fn push(&mut self, name: &str) -> Result<()> {
         self.bytes.push(name.as_bytes())?;
         self.offset.push(&[self.bytes.len()])
@@ -104,7 +96,7 @@ impl Writer {
     }
 }
 
-/// Texts one after the other, and where each begins; the last number is where the last one ends.
+/// Joins texts. Returns their bytes, and the offset of each and of the end.
 pub(crate) fn join(texts: &[String]) -> (Vec<u8>, Vec<u64>) {
     let mut bytes = Vec::new();
     let mut offset = vec![0];
@@ -115,9 +107,9 @@ pub(crate) fn join(texts: &[String]) -> (Vec<u8>, Vec<u64>) {
     (bytes, offset)
 }
 
-/// Undoes [`join`].
+/// Splits what [`join`] joined.
 pub(crate) fn split(path: &Path, bytes: &[u8], offset: &[u64]) -> Result<Vec<String>> {
-    let broken = || format!("the texts of `{}` are not what their offsets say", path.display());
+    let broken = || format!("the offsets of `{}` do not fit its texts", path.display());
     ensure!(offset.first() == Some(&0) && offset.last() == Some(&(bytes.len() as u64)), broken());
     offset
         .windows(2)

@@ -1,4 +1,4 @@
-//! A decoded picture, and how the bytes of one become it.
+//! Decoded pictures, and decoding.
 
 use std::io::Cursor;
 
@@ -12,8 +12,8 @@ use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
 use zune_jpeg::JpegDecoder;
 
-/// The most pixels a picture may have, 2²⁶: with 16-bit colour and alpha, 512 MiB. Larger ones are
-/// refused before anything is allocated for them.
+/// The most pixels of a picture, 2²⁶: 512 MiB with 16-bit colour and alpha. Larger pictures are refused
+/// before anything is allocated for them.
 pub const MOST_PIXELS: usize = 1 << 26;
 
 /// A picture in memory: 8 bits a channel, row by row, channels innermost.
@@ -34,7 +34,7 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// It has no pixel or too many, neither 1 nor 3 channels, or `pixels` has another length.
+    /// It has no pixel or too many, or neither 1 nor 3 channels, or `pixels` has another length.
     pub fn new(height: usize, width: usize, channels: usize, pixels: Vec<u8>) -> Result<Self> {
         check_extents(height, width)?;
         ensure!(channels == 1 || channels == 3, "{channels} channels; a picture has 1 or 3");
@@ -46,8 +46,8 @@ impl Picture {
         Ok(Self { height, width, channels, pixels })
     }
 
-    /// The same picture in grey (1) or colour (3): grey is Rec. 601 luma, as Pillow rounds it, and
-    /// colour of a grey picture is the grey three times.
+    /// Converts to grey (1) or colour (3). Grey is Rec. 601 luma, rounded as by Pillow; colour of a
+    /// grey picture is the grey three times.
     pub(crate) fn with_channels(self, channels: usize) -> Self {
         let pixels = match (self.channels, channels) {
             (3, 1) => self.pixels.chunks_exact(3).map(luma).collect(),
@@ -58,7 +58,7 @@ impl Picture {
     }
 }
 
-/// A picture whose pixels lie elsewhere: in a [`Picture`], or in a mapped file.
+/// A picture whose pixels are borrowed from a [`Picture`] or from a mapped file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pixels<'a> {
     /// Rows.
@@ -78,7 +78,7 @@ impl<'a> From<&'a Picture> for Pixels<'a> {
     }
 }
 
-/// How the bytes of a picture are to be read.
+/// The encoding of the bytes of a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
     /// The pixels themselves, row by row, channels innermost.
@@ -92,7 +92,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// The encoding that the first bytes of a file announce, whatever its name says.
+    /// Recognises the encoding by the first bytes of a file.
     pub fn of(file: &[u8]) -> Option<Self> {
         if file.starts_with(&[0xff, 0xd8, 0xff]) {
             Some(Self::Jpeg)
@@ -105,12 +105,12 @@ impl Encoding {
         }
     }
 
-    /// The number that stands for it in `images.safetensors`.
+    /// Its number in `images.safetensors`.
     pub fn code(self) -> u8 {
         self as u8
     }
 
-    /// The encoding that a number in `images.safetensors` stands for.
+    /// The encoding with this number in `images.safetensors`.
     pub fn from_code(code: u8) -> Option<Self> {
         [Self::Raw, Self::Jpeg, Self::Png, Self::WebP]
             .into_iter()
@@ -120,17 +120,17 @@ impl Encoding {
 
 /// Decodes a JPEG, PNG or WebP file to grey (1) or colour (3).
 ///
-/// Transparency is dropped, 16 bits become 8, of an animation the first frame is taken, and a
-/// photograph is turned the way its EXIF orientation asks.
+/// Drops transparency, reduces 16 bits to 8, takes the first frame of an animation, and rotates a
+/// photograph by its EXIF orientation.
 ///
 /// # Errors
 ///
-/// The file is neither, is broken or cut short, or has more than [`MOST_PIXELS`].
+/// The file is of another kind, broken, cut short, or has more than [`MOST_PIXELS`].
 pub fn decode(file: &[u8], channels: usize) -> Result<Picture> {
     decode_into(Vec::new(), file, channels)
 }
 
-/// [`decode`] into memory that an earlier picture has left, where the decoder can do that.
+/// [`decode`] into the buffer of an earlier picture, where the decoder can.
 pub(crate) fn decode_into(memory: Vec<u8>, file: &[u8], channels: usize) -> Result<Picture> {
     match Encoding::of(file) {
         Some(Encoding::Jpeg) => decode_jpeg(memory, file, channels),
@@ -167,8 +167,8 @@ fn decode_jpeg_to_its_end(mut pixels: Vec<u8>, file: &[u8], channels: usize) -> 
     decoder.decode_headers().context("the JPEG header is broken")?;
     let (width, height) = decoder.dimensions().context("the JPEG header has no size")?;
     check_extents(height, width)?;
-    // The luma plane of a JPEG file is the grey picture; only files that store red, green and blue
-    // or inks go through colour.
+    // The luma plane of a JPEG file is the grey picture. Files that store red, green and blue, or
+    // inks, are decoded to colour first.
     let has_luma = matches!(decoder.input_colorspace(), Some(ColorSpace::YCbCr | ColorSpace::Luma));
     let (space, decoded_channels) =
         if channels == 1 && has_luma { (ColorSpace::Luma, 1) } else { (ColorSpace::RGB, 3) };

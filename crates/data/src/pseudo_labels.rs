@@ -39,7 +39,7 @@ use crate::data_set::{DataSet, check_index, check_length};
 const KIND: &str = "pseudo-labels";
 const VERSION: u64 = 1;
 
-/// Clusters of `M` pictures, how sure they are, and where they lie.
+/// The clusters of `M` pictures, with confidences and prototypes.
 #[derive(Debug, Clone)]
 pub struct PseudoLabels {
     /// The data set that the pictures belong to.
@@ -67,7 +67,7 @@ pub struct PseudoLabels {
     pub prototypes: Vec<f32>,
 }
 
-/// What a system that trains and clusters in one stage found, for the `M` pictures that are scored,
+/// The result of a system that trains and clusters in one stage, for the `M` pictures that are scored,
 /// in the order of their rows.
 #[derive(Debug, Clone)]
 pub struct Found {
@@ -87,8 +87,8 @@ impl PseudoLabels {
     /// Name of the file in a stage's output folder.
     pub const FILE: &str = "pseudo-labels.safetensors";
 
-    /// The result of a system of one phase. Nothing is trained on it, so that every picture counts
-    /// as reliable, and the score is the confidence, for no neighbours are asked.
+    /// The pseudo-labels of a system of one phase. No stage trains on them, so every picture counts as
+    /// reliable. The score is the confidence, because no neighbours are looked up.
     ///
     /// # Errors
     ///

@@ -1,11 +1,11 @@
-//! Area-averaged thumbnails: pictures as vectors of pixels, the baseline that no network made.
+//! Area-averaged thumbnails: pictures as vectors of pixels, the baseline without a network.
 
 use crate::Picture;
 
 /// The longest side of a thumbnail.
 pub const SIDE: usize = 32;
 
-/// A picture small enough to be compared pixel by pixel.
+/// A picture small enough for comparing pixels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thumbnail {
     /// Rows: those of the picture, at most [`SIDE`].
@@ -18,8 +18,8 @@ pub struct Thumbnail {
     pub values: Vec<f32>,
 }
 
-/// The mean of each of at most 32×32 equal areas of the picture, a pixel on a border counted to
-/// each side by its share. Sides of 32 pixels and less stay as they are.
+/// Returns the mean of each of at most 32×32 equal areas of the picture. A pixel on a border counts
+/// for each area by its share. Sides of at most 32 pixels are not reduced.
 pub fn thumbnail(picture: &Picture) -> Thumbnail {
     let channels = picture.channels;
     let (rows, columns) = (shares(picture.height), shares(picture.width));
@@ -44,8 +44,8 @@ pub fn thumbnail(picture: &Picture) -> Thumbnail {
     Thumbnail { height: rows.len(), width: columns.len(), channels, values }
 }
 
-/// For each of at most [`SIDE`] equal parts of a side: the first pixel it covers, and what share of
-/// the part each covered pixel is.
+/// Returns, for each of at most [`SIDE`] equal parts of a side, the first pixel that it covers, and the
+/// share of the part that each covered pixel has.
 fn shares(side: usize) -> Vec<(usize, Vec<f32>)> {
     let parts = side.min(SIDE);
     let part = |number: usize| {

@@ -1,13 +1,46 @@
 //! Views: pictures as a network's input, augmented or not.
 //!
-//! A [`Pipeline`] is a list of [`Operation`]s from the experiment file, done in their order. Each
-//! draws what it needs from the generator it is given, then the result is normalised by the
-//! [`Input`] that the network expects. Values in between are 32-bit floats of range `[0, 1]` that
-//! are never rounded to bytes; where torchvision has the operation, it is the same function of them.
+//! A [`Pipeline`] is a list of [`Operation`]s from the experiment file, applied in their order. Each
+//! draws its parameters from the given generator; the result is normalised as the [`Input`] of the
+//! network says. Intermediate values are 32-bit floats in `[0, 1]` that are never rounded to bytes.
+//! Where torchvision has the operation, ours is the same function.
 //!
-//! Adjacent `affine` and `elastic` operations are composed: a pixel's place goes through them from
-//! the last to the first, and the picture is sampled once at the place where it ends up, so
-//! nothing is blurred twice.
+//! Adjacent `affine` and `elastic` operations are composed: a pixel's position passes through them
+//! from the last to the first, and the picture is sampled once, so that nothing is blurred twice.
+//!
+//! ```
+//! use data::Picture;
+//! use data::views::{Input, Pipeline, Workspace};
+//!
+//! let input: Input = toml::from_str(
+//!     r#"
+//!     height = 8
+//!     width = 8
+//!     channels = 3
+//!     mean = [0.5, 0.5, 0.5]
+//!     std = [0.25, 0.25, 0.25]
+//!     clean = [{ operation = "resize", pixels = 8, filter = "bicubic" }]
+//!     "#,
+//! )?;
+//! let augmented: Pipeline = toml::from_str(
+//!     r#"
+//!     operations = [
+//!       { operation = "resized-crop", scale = [0.2, 1.0], aspect = [0.75, 1.33] },
+//!       { operation = "flip", probability = 0.5 },
+//!     ]
+//!     "#,
+//! )?;
+//! augmented.check("views")?;
+//!
+//! // A picture of 20 × 30 pixels; usually `Images::picture` decodes one.
+//! let picture = Picture::new(20, 30, 3, vec![128; 20 * 30 * 3])?;
+//! let mut view = vec![0f32; input.values()];
+//! let mut rng = stage::random::stream(0, "views", &[7]);
+//! augmented.apply(&picture, &input, &mut rng, &mut Workspace::default(), &mut view)?;
+//! // (128 / 255 − 0.5) / 0.25, wherever the crop lies.
+//! assert!(view.iter().all(|value| (value - 0.00784).abs() < 1e-4));
+//! # anyhow::Ok(())
+//! ```
 //!
 //! To add an operation: a variant of [`Operation`], its ranges in `Operation::check`, a line in
 //! [`Pipeline::apply`].
@@ -32,7 +65,7 @@ use draw::{chance, uniform};
 
 pub use operation::{Filter, Operation};
 
-/// What a network takes in: a table of the experiment file, and part of a network's `config.json`.
+/// The input of a network: a table of the experiment file, and part of a network's `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Input {
@@ -46,12 +79,12 @@ pub struct Input {
     pub mean: Vec<f64>,
     /// Standard deviation of each channel, divided by.
     pub std: Vec<f64>,
-    /// What is done to a picture that is not augmented; nothing in it is drawn by chance.
+    /// The operations on a picture that is not augmented; none of them is random.
     pub clean: Vec<Operation>,
 }
 
 impl Input {
-    /// Checks what the types cannot say. `table` is how the experiment calls this, for messages.
+    /// Checks the values. `table` is the name of this table in the experiment, for messages.
     ///
     /// # Errors
     ///
@@ -60,26 +93,26 @@ impl Input {
         let positive = self.height > 0 && self.width > 0;
         ensure!(
             positive,
-            "`height` and `width` in `[{table}]` are {} and {}; at least 1 is needed",
+            "`height` and `width` in `[{table}]` are {} and {}; both must be at least 1",
             self.height,
             self.width
         );
         ensure!(
             self.channels == 1 || self.channels == 3,
-            "`channels = {}` in `[{table}]`: 1 is grey, 3 is colour",
+            "`channels` in `[{table}]` is {}; it must be 1 (grey) or 3 (colour)",
             self.channels
         );
         for (key, values) in [("mean", &self.mean), ("std", &self.std)] {
             ensure!(
                 values.len() == self.channels && values.iter().all(|value| value.is_finite()),
-                "`{key} = {values:?}` in `[{table}]`: one number for each of the {} channels is \
-                 needed",
+                "`{key}` in `[{table}]` is {values:?}; it must have one number for each of the {} \
+                 channels",
                 self.channels
             );
         }
         ensure!(
             self.std.iter().all(|&std| std > 0.),
-            "`std = {:?}` in `[{table}]`: each must be above 0",
+            "`std` in `[{table}]` is {:?}; each must be above 0",
             self.std
         );
         for (position, operation) in self.clean.iter().enumerate() {
@@ -87,8 +120,8 @@ impl Input {
             operation.check(&key)?;
             ensure!(
                 !operation.is_random(),
-                "`{key}` is drawn by chance; un-augmented pictures take resize-shorter, \
-                 centre-crop and resize"
+                "`{key}` is a random operation; it must be resize-shorter, centre-crop or resize, \
+                 because these pictures are not augmented"
             );
         }
         Ok(())
@@ -105,15 +138,15 @@ impl Input {
     }
 }
 
-/// Operations that make a view of a picture: a table of the experiment file.
+/// The operations that turn a picture into a view: a table of the experiment file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Pipeline {
-    /// What is done, in this order; normalising comes last by itself.
+    /// The operations, in their order; normalising follows and is not listed.
     pub operations: Vec<Operation>,
 }
 
-/// Memory that one thread needs to make views, reused from one to the next.
+/// Buffers of one thread, reused from view to view.
 #[derive(Debug, Default)]
 pub struct Workspace {
     canvas: Canvas,
@@ -124,8 +157,8 @@ pub struct Workspace {
 }
 
 impl Pipeline {
-    /// Checks the parameters of all operations. `table` is how the experiment calls this pipeline,
-    /// for messages.
+    /// Checks the parameters of all operations. `table` is the name of this pipeline in the
+    /// experiment, for messages.
     ///
     /// # Errors
     ///
@@ -142,8 +175,8 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// The picture has other channels than the input, an operation cannot be done to a picture of
-    /// its size, or the result has another size than the input.
+    /// The picture has other channels than the input, an operation does not apply to a picture of
+    /// this size, or the result has another size than the input.
     pub fn apply<'a>(
         &self,
         picture: impl Into<Pixels<'a>>,
@@ -167,7 +200,7 @@ impl Pipeline {
         while let Some((operation, rest)) = operations.split_first() {
             operations = rest;
             if let Some(mut area) = operation.area(picture_size(source, canvas), input, rng)? {
-                // Of a picture whose middle alone is wanted, the rest need not be resized.
+                // Only the middle is resized if the next operation crops it.
                 if let Some((&Operation::CentreCrop { pixels }, further)) = rest.split_first() {
                     area = area.cut_to_centre(pixels)?;
                     operations = further;
@@ -466,7 +499,7 @@ mod tests {
             Operation::Flip { probability: 2. },
         ]);
         let error = broken.check("pretraining.views").expect_err("2").to_string();
-        for part in ["operations[1]", "[pretraining.views]", "probability = 2"] {
+        for part in ["`probability` in `operations[1]` of `[pretraining.views]` is 2", "between"] {
             assert!(error.contains(part), "{error}");
         }
     }

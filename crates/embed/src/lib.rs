@@ -91,7 +91,7 @@ impl Stage for Embed {
     /// An input is missing, damaged or foreign, or the program was interrupted.
     fn run(config: &Config, job: &Job) -> Result<()> {
         job.clear_log()?; // It starts from scratch after an interruption.
-        let images = Images::open(&job.images)?;
+        let images = Images::of_job(job)?;
         let rows = images.rows(&job.data.score_on);
         ensure!(
             !rows.is_empty(),

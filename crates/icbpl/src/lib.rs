@@ -68,7 +68,7 @@ impl Stage for Icbpl {
     ///
     /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
-        let images = Images::open(&job.images)?;
+        let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());

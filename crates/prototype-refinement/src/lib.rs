@@ -64,7 +64,7 @@ impl Stage for PrototypeRefinement {
     /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
-        let images = Images::open(&job.images)?;
+        let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let rows = images.rows(&job.data.train_on);
         let labels = PseudoLabels::open(&job.input("pseudo-labels")?.join(PseudoLabels::FILE))?;

@@ -218,7 +218,7 @@ fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
     images.use_decoded_copy(
         if work.source == Kind::Copy { Wish::Always } else { Wish::Never },
         threads,
-    );
+    )?;
     let rows: Vec<u32> =
         images.rows(&[Split::Train]).into_iter().cycle().take(work.images[0]).collect();
     let batches: Vec<Vec<u32>> = rows.chunks(BATCH).map(<[u32]>::to_vec).collect();

@@ -1,4 +1,4 @@
-//! A picture to be stored, and what `images.safetensors` says of it.
+//! A picture to be stored in `images.safetensors`, and its row there.
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
@@ -7,7 +7,7 @@ use stage::Split;
 use crate::images::Id;
 use crate::picture::{Encoding, Picture, decode};
 
-/// A picture on its way into the file: its bytes as they will be stored, known to be readable.
+/// A picture to be stored, which is known to decode.
 #[derive(Debug, Clone)]
 pub struct Source {
     id: Id,
@@ -18,21 +18,20 @@ pub struct Source {
 }
 
 impl Source {
-    /// A JPEG, PNG or WebP file, which is stored as it is. It is decoded once, to grey (1) or colour
-    /// (3), to make sure that it can be.
+    /// A JPEG, PNG or WebP file, which is stored unchanged. It is decoded once, to grey (1) or colour
+    /// (3), as a check.
     ///
     /// # Errors
     ///
-    /// It is none of them, is broken, cut short or too large; the message says which, but not where the
-    /// file came from.
+    /// It is of another kind, broken, cut short or too large. The message does not name the file.
     pub fn file(bytes: Vec<u8>, channels: usize) -> Result<Self> {
         let picture = decode(&bytes, channels)?;
         let encoding = Encoding::of(&bytes).context("what was decoded has an encoding")?;
         Self::new(encoding, &picture, bytes)
     }
 
-    /// Raw pixels, for sources that have no file per picture. Grey becomes colour, or colour grey,
-    /// if `channels` asks for it, before the id is taken.
+    /// Raw pixels, for sources without a file per picture. They are converted to `channels`, grey (1)
+    /// or colour (3), before the id is computed.
     ///
     /// # Errors
     ///
@@ -68,29 +67,29 @@ impl Source {
         &self.bytes
     }
 
-    /// The bytes as they are stored, without a copy.
+    /// The bytes as they are stored, without copying.
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
 
-    /// What the file says of it besides its bytes.
+    /// Its row in the file, without its bytes.
     pub fn row(&self, split: Split) -> Row {
         let Self { id, encoding, size, .. } = *self;
         Row { id, split, encoding, size, length: self.bytes.len() as u64 }
     }
 }
 
-/// What `images.safetensors` says of a picture besides its bytes.
+/// A row of `images.safetensors`, without the bytes of the picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     /// SHA-256 of the stored bytes.
     pub id: Id,
-    /// Which part of the data set it belongs to.
+    /// The part of the data set that it belongs to.
     pub split: Split,
-    /// How the bytes are to be read.
+    /// The encoding of the bytes.
     pub encoding: Encoding,
     /// Height and width of the decoded picture.
     pub size: [u32; 2],
-    /// How many bytes there are.
+    /// Number of bytes.
     pub length: u64,
 }

@@ -1,4 +1,4 @@
-//! Writing `images.safetensors`: any number of rows that come in order, or a few in any order.
+//! Writes `images.safetensors`: any number of rows in order, or pictures in memory in any order.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,11 @@ use stage::container::{self, Column, Header, Streamed};
 
 use crate::data_set::DataSet;
 use crate::images::{
-    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, Row, Source, VERSION, part_path,
+    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, Row, Source, VERSION, folder_of,
+    part_path,
 };
 
-/// Writes pictures that fit into memory, whatever their order, as grey (1) or colour (3).
+/// Writes pictures that are in memory, in any order, as grey (1) or colour (3).
 ///
 /// # Errors
 ///
@@ -37,8 +38,8 @@ pub fn write(path: &Path, channels: usize, mut sources: Vec<(Source, Split)>) ->
     })
 }
 
-/// Writes `images.safetensors` from rows that come in their order, in memory that does not grow
-/// with their number: what the file says of each waits in temporary files beside it.
+/// Writes `images.safetensors` from rows that come in order. Its memory does not grow with their number:
+/// the columns wait in temporary files in the same folder.
 #[derive(Debug)]
 pub struct SortedWriter {
     path: PathBuf,
@@ -52,19 +53,19 @@ pub struct SortedWriter {
     sizes: Column<u32>,
     offsets: Column<u64>,
     end: u64,
-    /// Where each part begins, and with which row.
+    /// The offset and the first row of each part.
     parts: Vec<(u64, u64)>,
 }
 
 impl SortedWriter {
-    /// Begins a file at `path` whose pictures are grey (1) or in colour (3), in parts of at most
-    /// about `part_bytes`: [`PART_BYTES`] outside tests.
+    /// Begins a file at `path` whose pictures are grey (1) or colour (3), in parts of at most about
+    /// `part_bytes`: [`PART_BYTES`] outside tests.
     ///
     /// # Errors
     ///
     /// `channels` is neither, or the folder cannot be written to.
     pub fn create(path: &Path, channels: usize, part_bytes: u64) -> Result<Self> {
-        ensure!(channels == 1 || channels == 3, "`channels = {channels}`: 1 is grey, 3 is colour");
+        ensure!(channels == 1 || channels == 3, "`channels` is {channels}; it must be 1 (grey) or 3 (colour)");
         let folder = folder_of(path);
         let mut offsets = Column::create_in(folder)?;
         offsets.push(&[0])?;
@@ -84,11 +85,11 @@ impl SortedWriter {
         })
     }
 
-    /// Adds the next row.
+    /// Appends the next row.
     ///
     /// # Errors
     ///
-    /// It does not belong behind the last one, or the disk refuses.
+    /// It is not in order.
     pub fn push(&mut self, row: &Row) -> Result<()> {
         let place = Some((row.id, row.split));
         ensure!(self.last <= place, "rows must ascend by id, those of one id by split");
@@ -106,13 +107,12 @@ impl SortedWriter {
         self.offsets.push(&[self.end])
     }
 
-    /// Writes the file, with parts beside it where it would be too large. `next` is called once for
-    /// each row, in order, and writes its bytes.
+    /// Writes the file, and parts beside it if it would be too large. `next` is called once for each
+    /// row, in order, and writes its bytes.
     ///
     /// # Errors
     ///
-    /// No row was added, `next` fails or writes another number of bytes than its row says, or the
-    /// disk refuses.
+    /// There is no row, or `next` fails or writes another number of bytes than its row states.
     pub fn finish(mut self, next: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<DataSet> {
         let n = usize::try_from(self.splits.len())?;
         ensure!(n > 0, "no picture was found, so `{}` is not written", self.path.display());
@@ -152,13 +152,5 @@ impl SortedWriter {
         let streamed = Some(streamed).filter(|_| !several);
         container::write_streamed(&self.path, KIND, VERSION, header, &tensors, streamed)?;
         Ok(data_set)
-    }
-}
-
-/// The folder a file lies in.
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
     }
 }

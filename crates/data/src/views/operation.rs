@@ -1,4 +1,4 @@
-//! What can be done to a picture, as the experiment file says it.
+//! Operations on a picture, as the experiment file lists them.
 
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
@@ -8,11 +8,11 @@ use crate::views::Input;
 use crate::views::draw::{below, uniform};
 use crate::views::resize::Area;
 
-/// One operation on a picture. In the experiment file it is a table whose key `operation` has the
+/// One operation on a picture. In the experiment file it is a table whose key `operation` is the
 /// name of the variant in kebab-case; every other key must be present.
 ///
-/// Lengths and shifts of warps are in half-widths (across) and half-heights (down) of the picture,
-/// so that ±1 is from the middle to the edge.
+/// Warps measure lengths and shifts in half-widths (across) and half-heights (down) of the picture:
+/// ±1 is the distance from the middle to the edge.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(
     tag = "operation",
@@ -21,63 +21,63 @@ use crate::views::resize::Area;
     rename_all_fields = "kebab-case"
 )]
 pub enum Operation {
-    /// A part of the picture, resized to the network's input: torchvision's `RandomResizedCrop`,
-    /// bilinear with antialiasing. Ten draws of area and aspect are tried; if none fits, the
-    /// largest middle part of an allowed aspect is taken.
+    /// Crops a random part and resizes it to the network's input: torchvision's
+    /// `RandomResizedCrop`, bilinear with antialiasing. It tries ten draws of area and aspect; if
+    /// none fits, it crops the largest middle part of an allowed aspect.
     ResizedCrop {
         /// Smallest and largest share of the area.
         scale: [f64; 2],
-        /// Smallest and largest width per height; its logarithm is drawn evenly.
+        /// Smallest and largest ratio of width to height; its logarithm is uniform.
         aspect: [f64; 2],
     },
     /// Mirrors left and right.
     Flip {
-        /// How often.
+        /// Probability of doing it.
         probability: f64,
     },
-    /// Changes brightness, contrast, saturation and hue in an order drawn by chance: torchvision's
-    /// `ColorJitter`. On grey pictures the last two do nothing.
+    /// Changes brightness, contrast, saturation and hue in random order: torchvision's
+    /// `ColorJitter`. The last two leave grey pictures unchanged.
     Jitter {
-        /// How often.
+        /// Probability of doing it.
         probability: f64,
-        /// The factor is drawn from `max(0, 1 − b)` to `1 + b`.
+        /// The factor is uniform between `max(0, 1 − b)` and `1 + b`.
         brightness: f64,
         /// As for brightness.
         contrast: f64,
         /// As for brightness.
         saturation: f64,
-        /// Largest turn of the hue, in turns of the colour circle, at most 0.5.
+        /// Largest rotation of the hue, in turns of the colour circle, at most 0.5.
         hue: f64,
     },
-    /// Makes the picture grey and keeps its channels.
+    /// Converts to grey and keeps the channels.
     Grey {
-        /// How often.
+        /// Probability of doing it.
         probability: f64,
     },
     /// Convolves with a Gaussian, the edges mirrored: torchvision's `GaussianBlur`.
     Blur {
-        /// How often.
+        /// Probability of doing it.
         probability: f64,
         /// Extent of the kernel in pixels, odd.
         kernel: usize,
         /// Smallest and largest standard deviation in pixels.
         deviation: [f64; 2],
     },
-    /// Rotates, scales, stretches, shears and shifts in one; what comes from outside is 0.
+    /// Rotates, scales, stretches, shears and shifts at once. Outside the picture, values are 0.
     Affine {
-        /// Largest angle of rotation either way.
+        /// Largest angle of rotation, in either direction.
         degrees: f64,
-        /// Largest logarithm of the scale either way.
+        /// Largest absolute logarithm of the scale.
         log_scale: f64,
-        /// Largest logarithm of width per height either way.
+        /// Largest absolute logarithm of the ratio of width to height.
         log_aspect: f64,
-        /// Largest shear either way: the shift across per length down.
+        /// Largest absolute shear: the shift across per length down.
         shear: f64,
-        /// Largest shift either way, across and down.
+        /// Largest absolute shift, across and down.
         shift: f64,
     },
-    /// Displaces pixels smoothly: normal displacements on a coarse grid, between which a bicubic
-    /// surface is laid; what comes from outside is 0.
+    /// Displaces pixels smoothly: a bicubic surface through normal displacements on a coarse grid.
+    /// Outside the picture, values are 0.
     Elastic {
         /// Grid points across, and as many down.
         grid: usize,
@@ -86,48 +86,48 @@ pub enum Operation {
     },
     /// Raises values to the power `exp(u)`.
     Gamma {
-        /// `u` is drawn evenly from `−log_range` to `log_range`.
+        /// `u` is uniform between `−log_range` and `log_range`.
         log_range: f64,
     },
-    /// Multiplies values by a factor; the result is not held to `[0, 1]`.
+    /// Multiplies values by a factor, without clamping to `[0, 1]`.
     ContrastScale {
-        /// The factor is drawn evenly from `1 − range` to `1 + range`.
+        /// The factor is uniform between `1 − range` and `1 + range`.
         range: f64,
     },
-    /// Adds a normal number to every value; the result is not held to `[0, 1]`.
+    /// Adds normal noise to every value, without clamping to `[0, 1]`.
     Noise {
         /// Its standard deviation, for values in `[0, 1]`.
         deviation: f64,
     },
-    /// Turns values from the threshold on into their opposites, `1 − value`.
+    /// Inverts values at and above the threshold: `1 − value`.
     Solarise {
-        /// How often.
+        /// Probability of doing it.
         probability: f64,
-        /// In bytes: 128 is the middle of black and white.
+        /// In bytes: 128 is halfway between black and white.
         threshold: f64,
     },
     /// Resizes so that the shorter side has this length; the longer is rounded down.
     ResizeShorter {
         /// Length of the shorter side.
         pixels: usize,
-        /// How values are mixed.
+        /// The filter of the interpolation.
         filter: Filter,
     },
-    /// Cuts out the middle square.
+    /// Crops the middle square.
     CentreCrop {
         /// Its side.
         pixels: usize,
     },
-    /// Resizes to a square, whatever the shape was.
+    /// Resizes to a square and ignores the aspect.
     Resize {
         /// Its side.
         pixels: usize,
-        /// How values are mixed.
+        /// The filter of the interpolation.
         filter: Filter,
     },
 }
 
-/// How a resized pixel is mixed from those it covers; both as Pillow's, with antialiasing.
+/// An interpolation filter of Pillow, with antialiasing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Filter {
@@ -138,16 +138,16 @@ pub enum Filter {
 }
 
 impl Operation {
-    /// Checks that every parameter lies in its range. `place` is where the operation stands.
+    /// Fails if a parameter is out of range. `place` says which operation it is, for messages.
     ///
     /// # Errors
     ///
-    /// One does not; the message names key, value and range.
+    /// The message names key, place, value and range.
     pub(super) fn check(&self, place: &str) -> Result<()> {
         let within = |key: &str, value: f64, low: f64, high: f64| {
             ensure!(
                 (low..=high).contains(&value),
-                "`{key} = {value}` in `{place}`: must lie between {low} and {high}"
+                "`{key}` in `{place}` is {value}; it must be between {low} and {high}"
             );
             Ok(())
         };
@@ -156,12 +156,12 @@ impl Operation {
             within(key, high, least, most)?;
             ensure!(
                 low <= high,
-                "`{key} = [{low}, {high}]` in `{place}`: the first must not be above the second"
+                "`{key}` in `{place}` is [{low}, {high}]; the first must not be above the second"
             );
             Ok(())
         };
         let positive = |key: &str, value: usize| {
-            ensure!(value > 0, "`{key} = 0` in `{place}`: must be at least 1");
+            ensure!(value > 0, "`{key}` in `{place}` is 0; it must be at least 1");
             Ok(())
         };
         match *self {
@@ -182,7 +182,7 @@ impl Operation {
             Self::Blur { probability, kernel, deviation } => {
                 within("probability", probability, 0., 1.)?;
                 ascending("deviation", deviation, 1e-6, 1e3)?;
-                ensure!(kernel % 2 == 1, "`kernel = {kernel}` in `{place}`: must be odd");
+                ensure!(kernel % 2 == 1, "`kernel` in `{place}` is {kernel}; it must be odd");
                 Ok(())
             }
             Self::Affine { degrees, log_scale, log_aspect, shear, shift } => {
@@ -209,7 +209,7 @@ impl Operation {
         }
     }
 
-    /// Whether the result depends on chance.
+    /// Whether the result is random.
     pub(super) fn is_random(&self) -> bool {
         !matches!(self, Self::ResizeShorter { .. } | Self::CentreCrop { .. } | Self::Resize { .. })
     }
@@ -219,7 +219,7 @@ impl Operation {
         matches!(self, Self::Affine { .. } | Self::Elastic { .. })
     }
 
-    /// For operations that take an area of a picture and resize it: which, and to what size.
+    /// The area that a crop or a resize takes, and its new size; none for other operations.
     pub(super) fn area(
         &self,
         (height, width): (usize, usize),
