@@ -18,7 +18,7 @@ const LIBRARIES: [(&str, &[&str]); 9] = [
     ("assignment", &["stage", "kernels"]),
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
-    ("training", &["stage", "layers", "backbone"]),
+    ("training", &["stage", "data", "layers", "backbone"]),
     ("fixture", &["stage", "data", "backbone"]),
 ];
 

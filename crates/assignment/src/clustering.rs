@@ -28,6 +28,13 @@ pub struct KMeans {
 }
 
 impl KMeans {
+    /// Spherical k-means that stops where scikit-learn's does: after 300 iterations, or at a
+    /// tolerance of 10⁻⁴.
+    pub fn spherical(clusters: usize, restarts: usize) -> Self {
+        let metric = Metric::Spherical;
+        Self { clusters, metric, restarts, iterations: 300, tolerance: 1e-4 }
+    }
+
     /// Checks what does not depend on the values of the `n` points.
     ///
     /// # Errors

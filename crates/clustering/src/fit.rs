@@ -2,6 +2,9 @@
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use candle_nn::loss::cross_entropy;
+use candle_nn::ops::softmax;
+use layers::Adam;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
@@ -9,11 +12,10 @@ use serde_json::json;
 use stage::progress::Progress;
 use stage::random::stream;
 use stage::{Diverged, Job};
-use training::ops::softmax;
+use training::TrainedSegment;
 
 use crate::head::{Head, Shape};
-use crate::learner::Learner;
-use crate::{Config, Features, Previous, loss};
+use crate::{Config, Features, Previous, learner, loss};
 
 /// A way to cluster the images, and how well it does by its own measure.
 #[derive(Debug)]
@@ -84,7 +86,7 @@ pub fn train(
     steps.take(from_kmeans, "start", config.start_epochs, |draw| {
         let labels = labels.index_select(&draw.images, 0)?;
         let views = embeddings.views.index_select(&draw.anchors, 0)?;
-        Ok((views, move |logits: &Tensor| loss::cross_entropy(logits, &labels)))
+        Ok((views, move |logits: &Tensor| cross_entropy(logits, &labels)))
     })?;
 
     // All learn to agree between neighbours and views, and to use all clusters.
@@ -93,7 +95,7 @@ pub fn train(
         let views = Tensor::cat(&[&draw.anchors, &draw.neighbours], 0)?;
         let views = embeddings.views.index_select(&views, 0)?;
         Ok((views, |logits: &Tensor| {
-            let memberships = softmax(logits)?;
+            let memberships = softmax(logits, 1)?;
             let anchors = memberships.narrow(0, 0, steps.batch_size)?;
             let neighbours = memberships.narrow(0, steps.batch_size, steps.batch_size)?;
             loss::clustering_loss(&anchors, &neighbours, config.entropy_weight)
@@ -174,11 +176,11 @@ impl UnitEmbeddings {
     /// Memberships of the un-augmented images by a network, `(N, K)`.
     fn memberships(&self, head: &Head) -> Result<Vec<f32>> {
         const ROWS_AT_ONCE: usize = 4096;
-        let mut learner = Learner::new(head, self.device())?;
+        let mut learner = learner::learner(head, self.device())?;
         let mut memberships = Vec::with_capacity(self.count() * head.shape.clusters);
         for start in (0..self.count()).step_by(ROWS_AT_ONCE) {
             let rows = self.clean.narrow(0, start, ROWS_AT_ONCE.min(self.count() - start))?;
-            let part = softmax(&learner.logits(&rows)?)?;
+            let part = softmax(&learner.evaluate(&rows)?, 1)?;
             memberships.extend(part.flatten_all()?.to_vec1::<f32>()?);
         }
         Ok(memberships)
@@ -241,7 +243,7 @@ impl<'a> Steps<'a> {
         epochs: usize,
         prepare: impl Fn(&Draw) -> Result<(Tensor, L)>,
     ) -> Result<()> {
-        let learner = |head| Learner::new(head, self.device);
+        let learner = |head| learner::learner(head, self.device);
         let mut learners = heads.iter().map(learner).collect::<candle_core::Result<Vec<_>>>()?;
         let mut progress = Progress::new(phase, epochs as u64);
         for epoch in 0..epochs {
@@ -261,7 +263,7 @@ impl<'a> Steps<'a> {
             progress.step(&format!("lowest loss {lowest:.4}"));
         }
         for (head, learner) in heads.iter_mut().zip(&learners) {
-            *head = learner.head()?;
+            *head = learner::weights(learner, head.shape)?;
         }
         Ok(())
     }
@@ -286,13 +288,13 @@ impl<'a> Steps<'a> {
     /// One step of one network; returns its loss before the step, a scalar.
     fn step(
         &self,
-        learner: &mut Learner,
+        learner: &mut TrainedSegment<Adam>,
         embeddings: &Tensor,
         loss: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let logits = learner.seam(embeddings)?;
+        let logits = learner.forward(embeddings)?;
         let loss = loss(&logits)?;
-        learner.step(&logits, &loss.backward()?, self.config.learning_rate)?;
+        learner::step(learner, logits, &loss.backward()?, self.config.learning_rate)?;
         Ok(loss.detach())
     }
 

@@ -24,7 +24,7 @@ pub mod loss;
 pub mod reliability;
 
 use anyhow::{Context, Result, bail, ensure};
-use assignment::{KMeans, Metric};
+use assignment::{KMeans, Metric, argmax_rows};
 use data::head::CentreMetric;
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
@@ -291,14 +291,12 @@ impl Config {
 
     fn k_means(&self, clusters: usize) -> KMeans {
         KMeans {
-            clusters,
             metric: match self.kmeans_metric {
                 KMeansMetric::Spherical => Metric::Spherical,
                 KMeansMetric::Euclidean => Metric::Euclidean,
             },
-            restarts: self.kmeans_restarts,
             iterations: self.kmeans_iterations,
-            tolerance: KMEANS_TOLERANCE,
+            ..KMeans::spherical(clusters, self.kmeans_restarts)
         }
     }
 
@@ -349,7 +347,7 @@ pub fn cluster(
         _ => fit::train(config, features, &kmeans.assignment, &neighbours, previous, job)?,
     };
     let best = lowest_loss(&candidates).context("there is no clustering network")?;
-    let (assignment, confidence) = reliability::assignments(&best.memberships, k);
+    let (assignment, confidence) = argmax_rows(&best.memberships, k)?;
     if k > 1 && assignment.iter().all(|&cluster| cluster == assignment[0]) {
         let message = "all images fell into one cluster; a larger clustering.entropy-weight or a \
                        better pretrained network is the usual cure";
@@ -373,7 +371,7 @@ pub fn cluster(
     let kmeans_map = assignment::optimal_map(&kmeans.assignment, &assignment, k)?;
     let restarted_stability = match (previous, lowest_loss(fresh(&candidates))) {
         (Some(last), Some(restarted)) => {
-            let (restarted, _) = reliability::assignments(&restarted.memberships, k);
+            let (restarted, _) = argmax_rows(&restarted.memberships, k)?;
             let map = assignment::optimal_map(&restarted, &last.assignment, k)?;
             Some(share_of_equal(&renumber(&restarted, &map), &last.assignment))
         }
@@ -420,9 +418,6 @@ pub fn cluster(
         restarted_stability,
     })
 }
-
-/// Where k-means stops: when the centres move by less than this share of the mean variance.
-const KMEANS_TOLERANCE: f64 = 1e-4;
 
 /// How memberships follow from the distance to centres, if no network is trained.
 ///

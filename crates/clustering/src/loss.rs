@@ -3,7 +3,6 @@
 //! Memberships are `(B, K)` for `B` images and `K` clusters: rows of a softmax.
 
 use candle_core::{D, Result, Tensor, bail};
-use training::ops::{log_softmax, pick};
 
 /// The smallest product of two memberships whose logarithm is taken, so that two outputs
 /// without a common cluster give a large loss and not an infinite one.
@@ -62,22 +61,6 @@ pub fn clustering_loss(anchor: &Tensor, neighbour: &Tensor, entropy_weight: f64)
     consistency(anchor, neighbour)? - (entropy(anchor)? * entropy_weight)?
 }
 
-/// Cross-entropy to given clusters, with which a network starts from k-means.
-///
-/// `−1/B Σᵢ ln softmax(logitsᵢ)[yᵢ]`.
-///
-/// - `logits`: `(B, K)`.
-/// - `pseudo_labels`: `y`, `(B,)` u32.
-///
-/// Returns a scalar of at least 0 nats; `ln K` for uniform logits.
-///
-/// # Errors
-///
-/// The shapes do not fit, or a label is not below `K`.
-pub fn cross_entropy(logits: &Tensor, pseudo_labels: &Tensor) -> Result<Tensor> {
-    pick(&log_softmax(logits)?, pseudo_labels)?.mean_all()?.neg()
-}
-
 /// [`clustering_loss`] on given memberships, its expectation over the draw of the
 /// neighbour: the measure by which one network is kept. No label enters it.
 ///
@@ -121,7 +104,7 @@ pub fn expected_clustering_loss(
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device::Cpu, IndexOp, Var};
-    use training::ops::softmax;
+    use candle_nn::ops::softmax;
 
     use super::*;
 
@@ -202,17 +185,10 @@ mod tests {
     fn gradients_match_central_differences() -> Result<()> {
         // The second half of the rows are the neighbours of the first, so both sides are moved.
         check_gradient(&LOGITS, |x| {
-            let p = softmax(x)?;
+            let p = softmax(x, 1)?;
             clustering_loss(&p.narrow(0, 0, 2)?, &p.narrow(0, 2, 2)?, 5.0)
         })?;
-        check_gradient(&LOGITS, |x| entropy(&softmax(x)?))?;
-        let pseudo_labels = Tensor::new(&[2u32, 0, 0, 1], &Cpu)?;
-        check_gradient(&LOGITS, |x| cross_entropy(x, &pseudo_labels))
-    }
-
-    #[test]
-    fn a_tie_for_the_maximum_leaves_the_gradient_right() -> Result<()> {
-        check_gradient(&[0.5, 0.5, 0.5], |x| cross_entropy(x, &Tensor::new(&[1u32], &Cpu)?))
+        check_gradient(&LOGITS, |x| entropy(&softmax(x, 1)?))
     }
 
     #[test]
@@ -224,16 +200,6 @@ mod tests {
             let gradient = gradients.get(side).expect(name).abs()?.min_all()?;
             assert!(gradient.to_scalar::<f64>()? > 0.0, "no gradient at the {name}");
         }
-        Ok(())
-    }
-
-    #[test]
-    fn cross_entropy_matches_hand_computation() -> Result<()> {
-        let logits = matrix(&[[0.0, 2f64.ln()], [0.0, 0.0]]);
-        // Row 1: softmax (1/3, 2/3), label 1; row 2: (1/2, 1/2), label 0.
-        let loss = cross_entropy(&logits, &Tensor::new(&[1u32, 0], &Cpu)?)?;
-        assert!((scalar(&loss) - (1.5f64.ln() + 2f64.ln()) / 2.0).abs() < 1e-9, "{loss}");
-        assert!(cross_entropy(&logits, &Tensor::new(&[1u32], &Cpu)?).is_err());
         Ok(())
     }
 

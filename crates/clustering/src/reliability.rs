@@ -3,21 +3,6 @@
 //!
 //! The whole module is our reading: the paper says that assignments are reliable, not how.
 
-/// Cluster and confidence of each image: the largest membership and its place, the first of equals.
-///
-/// - `memberships`: `N × K`, row by row.
-///
-/// Returns `(assignment, confidence)`, `(N,)` each.
-pub fn assignments(memberships: &[f32], clusters: usize) -> (Vec<u32>, Vec<f32>) {
-    memberships
-        .chunks_exact(clusters)
-        .map(|row| {
-            let first = (0u32, row[0]);
-            (1..).zip(&row[1..]).fold(first, |best, (k, &p)| if p > best.1 { (k, p) } else { best })
-        })
-        .unzip()
-}
-
 /// Share of each image's neighbours that lie in its cluster, `(N,)` in `[0, 1]`.
 ///
 /// - `neighbours`: `N × m` rows without the image itself. With `m = 0` every agreement is 1.
@@ -130,13 +115,6 @@ mod tests {
         let got = agreement(&[0, 0, 1, 1], &[1, 2, 0, 2, 1, 3, 2, 1]);
         assert_eq!(got, [0.5; 4]);
         assert_eq!(agreement(&[0, 1], &[]), [1.0, 1.0]);
-    }
-
-    #[test]
-    fn assignments_take_the_first_of_equal_memberships() {
-        let (assignment, confidence) = assignments(&[0.2, 0.5, 0.3, 0.4, 0.2, 0.4], 3);
-        assert_eq!(assignment, [1, 0]);
-        assert_eq!(confidence, [0.5, 0.4]);
     }
 
     #[test]

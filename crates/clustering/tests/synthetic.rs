@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::Result;
-use assignment::{KMeans, Metric};
-use clustering::learner::Learner;
+use assignment::{KMeans, Metric, argmax_rows};
+use clustering::learner::learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
 use data::head::CentreMetric;
 use data::images::{self, Source};
@@ -114,7 +114,7 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
 
         let job = Job { seed, ..job(folder.path(), 0) };
         let trained = fit::train(&config, features, &kmeans, &neighbours, None, &job)?;
-        let (network, confidence) = reliability::assignments(&trained[0].memberships, CLUSTERS);
+        let (network, confidence) = argmax_rows(&trained[0].memberships, CLUSTERS)?;
         let agreement = reliability::agreement(&network, &neighbours);
         let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
         let reliable = reliability::reliable(&network, &score, CLUSTERS, 0.5);
@@ -183,10 +183,10 @@ fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> 
     assert!(equal > 1940, "k-means has the same numbers: {equal} of 2000");
 
     // The network that was kept gives the assignment that was written.
-    let mut network = Learner::new(&second.head.expect("a network"), &candle_core::Device::Cpu)?;
+    let mut network = learner(&second.head.expect("a network"), &candle_core::Device::Cpu)?;
     let rows: Vec<f32> = features.backbone.iter().map(|x| x * (WIDTH as f32).sqrt()).collect();
     let rows = candle_core::Tensor::from_vec(rows, (2000, WIDTH), &candle_core::Device::Cpu)?;
-    let outputs = network.logits(&rows)?.argmax(1)?.to_vec1::<u32>()?;
+    let outputs = network.evaluate(&rows)?.argmax(1)?.to_vec1::<u32>()?;
     assert_eq!(outputs, second.assignment);
     Ok(())
 }

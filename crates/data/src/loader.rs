@@ -133,6 +133,24 @@ impl Loader {
         Self::new(images, batches, vec![input.clean()], input, 0, 0, Self::threads())
     }
 
+    /// Checks that a network with this input takes these pictures, and decodes none of them.
+    ///
+    /// # Errors
+    ///
+    /// The pictures have other channels than the input.
+    pub fn check(images: &Images, input: &Input) -> Result<()> {
+        ensure!(
+            images.channels() == input.channels,
+            "`{}` has pictures of {} channels but the network takes {}; prepare the images again \
+             with `channels = {}` in table `[prepare]`",
+            images.data_set().path.display(),
+            images.channels(),
+            input.channels,
+            input.channels
+        );
+        Ok(())
+    }
+
     /// As many threads as the machine has.
     pub fn threads() -> usize {
         thread::available_parallelism().map_or(1, NonZero::get)
@@ -178,15 +196,7 @@ impl Loader {
         threads: usize,
     ) -> Result<Self> {
         let (_, input) = views.first().context("a loader without a view")?;
-        ensure!(
-            images.channels() == input.channels,
-            "`{}` has pictures of {} channels but the network takes {}; prepare the images again \
-             with `channels = {}` in table `[prepare]`",
-            images.data_set().path.display(),
-            images.channels(),
-            input.channels,
-            input.channels
-        );
+        Self::check(images, input)?;
         if let Some(&row) = batches.iter().flatten().find(|&&row| row as usize >= images.len()) {
             images.id(row)?;
         }

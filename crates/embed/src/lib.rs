@@ -11,19 +11,18 @@
 //!
 //! This stage trains nothing and knows no clusters.
 
-use std::num::NonZero;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use backbone::Encoder;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use data::views::{Input, Pipeline};
-use data::{Batch, Embeddings, Images, Loader};
+use data::{Embeddings, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::progress::Progress;
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
-use training::{Precision, Target};
+use training::{Precision, Target, Views, outputs};
 
 /// What embedding can vary. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,7 +116,7 @@ impl Stage for Embed {
     }
 }
 
-/// Embeddings of the target network, or of the online one where there is no other.
+/// Embeddings by the target network, or by the online network if there is no target.
 fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
     let device = training::network_device(job.device)?;
     let folder = job.input("network")?;
@@ -125,26 +124,35 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     let input: Input = encoder.input()?;
     input.check("input")?;
     let (target, network) = Target::open(folder, &encoder, config.precision)?;
-    // A method without a target network has left its online network alone.
-    job.log(&serde_json::json!({ "network": network.to_string() }))?;
+    job.log(&serde_json::json!({ "network": network }))?;
     let mut target = target.on(&device)?;
-    let source = Source { config, images, rows: &rows, input: &input, job, device };
-    let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
 
-    let (mut backbone, mut projection) = (Vec::new(), Vec::new());
-    source.each_batch(&input.clean(), 0, &mut progress, |pictures| {
+    // Draws for this purpose alone: those of training's epochs are other views.
+    let seed = stage::random::stream(job.seed, "embed", &[job.round as u64]).next_u64();
+    let batches: Vec<Vec<u32>> = rows.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
+    let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
+    let mut done = 0;
+    let mut count = |pictures: &Tensor| -> Result<()> {
+        done += pictures.dim(0)? as u64;
+        progress.at(done, "");
+        job.interrupt.check()
+    };
+    let clean = Views::new(images, [&input.clean()], &input, seed);
+    let clean = clean.epoch(0, batches.clone(), 0)?;
+    let [backbone, projection] = outputs(clean, &device, |pictures| {
+        count(pictures)?;
         let (embedding, unit_projection) = target.embed(pictures)?;
-        backbone.extend(embedding.flatten_all()?.to_vec1::<f32>()?);
-        projection.extend(unit_projection.flatten_all()?.to_vec1::<f32>()?);
-        Ok(())
+        Ok([embedding, unit_projection])
     })?;
+    let augmented = Views::new(images, [&config.augmentation], &input, seed);
     let mut backbone_views = Vec::with_capacity(backbone.len() * config.views);
-    for view in 0..config.views {
-        source.each_batch(&config.augmentation, 1 + view, &mut progress, |pictures| {
-            let embedding = target.embedding(pictures)?;
-            backbone_views.extend(embedding.flatten_all()?.to_vec1::<f32>()?);
-            Ok(())
+    for view in 1..=config.views {
+        let pictures = augmented.epoch(view, batches.clone(), 0)?;
+        let [embeddings] = outputs(pictures, &device, |pictures| {
+            count(pictures)?;
+            Ok([target.embedding(pictures)?])
         })?;
+        backbone_views.extend(embeddings);
     }
     Ok(Embeddings {
         data_set: images.data_set().clone(),
@@ -156,50 +164,6 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
         projection,
         backbone_views,
     })
-}
-
-/// Where views of the scored pictures come from.
-struct Source<'a> {
-    config: &'a Config,
-    images: &'a Images,
-    rows: &'a [u32],
-    input: &'a Input,
-    job: &'a Job,
-    device: Device,
-}
-
-impl Source<'_> {
-    /// Hands every picture, in order and once, to `take`, as batches `(B, H, W, C)`.
-    ///
-    /// - `pass`: 0 for the clean pictures, `v` from 1 for the augmented views: other draws each.
-    fn each_batch(
-        &self,
-        pipeline: &Pipeline,
-        pass: usize,
-        progress: &mut Progress,
-        mut take: impl FnMut(&Tensor) -> Result<()>,
-    ) -> Result<()> {
-        let batches = self.rows.chunks(self.config.batch_size).map(<[u32]>::to_vec).collect();
-        // Draws of its own: those of training's epochs are other views.
-        let seed =
-            stage::random::stream(self.job.seed, "embed", &[self.job.round as u64]).next_u64();
-        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let pipelines = vec![pipeline.clone()];
-        let loader =
-            Loader::new(self.images, batches, pipelines, self.input, seed, pass as u64, threads)?;
-        let mut done = pass * self.rows.len();
-        for batch in loader {
-            let Batch { rows, views, height, width, channels, .. } = batch?;
-            let shape = (rows.len(), height, width, channels);
-            for view in views {
-                take(&Tensor::from_vec(view, shape, &self.device)?)?;
-            }
-            done += rows.len();
-            progress.at(done as u64, "");
-            self.job.interrupt.check()?;
-        }
-        Ok(())
-    }
 }
 
 /// Thumbnails as both embedding and projection, without augmented views.
@@ -242,12 +206,13 @@ mod tests {
         Architecture, Configuration, Depth, Predictor, Projector, Segment, Stem, network_file,
         write_configuration,
     };
-    use data::Picture;
+    use candle_core::Device;
+    use data::{Loader, Picture};
     use data::images::{self, Source as Original};
     use data::views::Operation;
     use layers::{Mode, Modes};
     use stage::{DataTable, Library, Split};
-    use training::{Groups, Learner, Trained};
+    use training::{Groups, Learner};
 
     use super::*;
 
@@ -280,9 +245,9 @@ mod tests {
             channels: 1,
             input: serde_json::to_value(input)?,
         };
-        let learner =
+        let mut learner =
             Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, Precision::F32, 1)?;
-        network_file::write(folder, &learner.segments())?;
+        network_file::write_tensors(folder, &training::network_tensors(&mut learner)?)?;
         configuration.write(folder)?;
         let data =
             DataTable { clusters: 2, train_on: vec![Split::Train], score_on: vec![Split::Train] };
@@ -320,7 +285,7 @@ mod tests {
 
         let (mut target, network) =
             Target::open(folder.path(), &Encoder::read(folder.path())?, Precision::F32)?;
-        assert_eq!(network, training::Source::Target);
+        assert_eq!(network, "target");
         for (place, &row) in found.index.iter().enumerate() {
             let picture = images.picture(row)?;
             let values = picture.pixels.iter().map(|&p| (f32::from(p) / 255. - 0.5) / 0.25);

@@ -10,7 +10,7 @@ use layers::Mode;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job};
-use training::{Cosine, LearningRate, Plan, Precision, check, sampler};
+use training::{Advice, Cosine, LearningRate, Plan, Precision, Views, check, sampler};
 
 use crate::Centroids;
 use crate::loss::PairWeights;
@@ -169,6 +169,12 @@ impl Config {
             ("pair-cosine-weight", self.pair_cosine_weight),
             ("pair-absolute-weight", self.pair_absolute_weight),
         ])?;
+        ensure!(
+            self.discrepancy_weight + self.view_weight + self.neighbour_weight > 0.,
+            "discrepancy-weight, view-weight and neighbour-weight are all 0: nothing would be learnt \
+             before epoch {}",
+            self.least_distance_delay
+        );
         check::below_one(&[("beta-1", self.beta_1), ("beta-2", self.beta_2)])?;
         check::counts(&[
             ("neighbours", self.neighbours),
@@ -201,6 +207,7 @@ impl Config {
             );
         }
         let images = Images::open(&job.images)?;
+        Loader::check(&images, &self.input)?;
         let rows = images.rows(&job.data.train_on);
         sampler::uniform(&rows, self.batch_size, 0, 0)?;
         ensure!(
@@ -209,7 +216,6 @@ impl Config {
             self.neighbours,
             rows.len()
         );
-        self.loader(&images, Vec::new(), 0, 0, 0)?;
         let plan = self.plan(rows.len());
         let scored = images.rows(&job.data.score_on).len();
         // Anchor, view and neighbour; the search for neighbours; the result and its baseline.
@@ -223,17 +229,22 @@ impl Config {
             batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `backbone-learning-rate` or `head-learning-rate`",
+                collapse: "a higher `discrepancy-weight` or a lower `backbone-learning-rate`",
+            },
         }
     }
 
-    /// Learning rates of backbone and head in a step, counted from 1.
-    pub(crate) fn rates(&self, step: usize, steps_per_epoch: usize) -> Result<[f64; 2]> {
-        let rates = [self.backbone_learning_rate, self.head_learning_rate];
-        if self.schedule == Schedule::Constant {
-            return Ok(rates);
-        }
-        let cosine = LearningRate::new(1., 0., self.epochs, steps_per_epoch, Cosine::ToZero)?;
-        Ok(rates.map(|rate| rate * cosine.at(step - 1)))
+    /// Learning rates of backbone and head; steps count from 0.
+    pub(crate) fn learning_rates(&self, steps_per_epoch: usize) -> Result<[LearningRate; 2]> {
+        let of = |rate| match self.schedule {
+            Schedule::Constant => Ok(LearningRate::constant(rate)),
+            Schedule::Cosine => {
+                LearningRate::new(rate, 0., self.epochs, steps_per_epoch, Cosine::ToZero)
+            }
+        };
+        Ok([of(self.backbone_learning_rate)?, of(self.head_learning_rate)?])
     }
 
     pub(crate) fn adam(&self, learning_rate: f64) -> layers::Adam {
@@ -246,41 +257,15 @@ impl Config {
         PairWeights { cosine: self.pair_cosine_weight, absolute: self.pair_absolute_weight }
     }
 
-    /// Anchor and augmented view of every image of these batches but the first `done`.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
-        let pipelines = vec![self.anchor.clone(), self.augmented.clone()];
-        let (epoch, threads) = (epoch as u64, Loader::threads());
-        Loader::resume(images, batches, done, pipelines, &self.input, seed, epoch, threads)
+    /// Every image as anchor and as augmented view.
+    pub(crate) fn views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
+        Views::new(images, [&self.anchor, &self.augmented], &self.input, seed)
     }
 
-    /// Neighbours, made as anchors are, by draws of their own.
-    pub(crate) fn neighbour_loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
+    /// Neighbours, made as anchors are, with their own random draws.
+    pub(crate) fn neighbour_views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
         let seed = stage::random::derived(seed, "views of neighbours");
-        let (pipelines, epoch) = (vec![self.anchor.clone()], epoch as u64);
-        Loader::resume(
-            images,
-            batches,
-            done,
-            pipelines,
-            &self.input,
-            seed,
-            epoch,
-            Loader::threads(),
-        )
+        Views::new(images, [&self.anchor], &self.input, seed)
     }
 
     /// What `config.json` will say.

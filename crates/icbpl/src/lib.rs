@@ -25,25 +25,25 @@
 mod centroids;
 mod config;
 pub mod loss;
+mod neighbours;
 pub mod network;
 
-use anyhow::{Context, Result, ensure};
-use assignment::{KMeans, Metric, nearest_neighbours, nearest_neighbours_and_self};
+use anyhow::Result;
+use assignment::{KMeans, argmax_rows};
+use backbone::Segment;
 use candle_core::{Device, Tensor};
 use data::head::{self, CentreMetric};
 use data::{Found, Images, Loader, PseudoLabels};
 use layers::{Mode, Modes};
-use rand::RngExt;
-use serde_json::json;
-use stage::random::stream;
 use stage::{Effort, Job, Output, Role, Spec, Stage};
-use training::ops::unit_rows;
-use training::{Run, pictures, sampler};
+use training::ops::{sum, unit_rows};
+use training::{Checkpoint, Run, Trained, outputs, pictures, sampler};
 
 pub use centroids::Centroids;
 pub use config::{Config, HeadWidths, Pretrained, Schedule, Statistics};
 
-use crate::loss::{discrepancy, least_distance, nearest_centroids, pair_distance, target_rows};
+use crate::loss::{discrepancy, least_distance, pair_distance, target_rows};
+use crate::neighbours::Neighbours;
 use crate::network::{Networks, pretrained};
 
 /// The stage: see the documentation of the crate.
@@ -73,148 +73,109 @@ impl Stage for Icbpl {
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
 
-        let mut networks = Networks::new(config, job, &device)?;
-        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
-        let neighbours = Neighbours::found_or_kept(config, &images, &rows, job, &device, &mut run)?;
+        let networks = Networks::new(config, job, &device)?;
+        let mut model = Model { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
+        if model.neighbours.is_empty() {
+            model.neighbours.find(config, &images, job, &device)?;
+        }
+        let rates = config.learning_rates(plan.steps_per_epoch)?;
+        let views = config.views(&images, job.seed);
+        let neighbours = config.neighbour_views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
-            let done = run.batches_done(); // Above 0 in an epoch that is resumed.
             let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
-            let beside = neighbours.drawn(&order, job.seed, epoch)?;
-            let beside = config.neighbour_loader(&images, beside, done, job.seed, epoch)?;
-            let anchors = config.loader(&images, order, done, job.seed, epoch)?;
-            for (batch, beside) in anchors.zip(beside) {
-                let (batch, beside) = (batch?, beside?);
-                let [anchors, augmented] = pictures(batch.shape(), batch.views, &device)?;
-                let [beside] = pictures(beside.shape(), beside.views, &device)?;
+            let drawn = model.neighbours.draw(&order, job.seed, epoch)?;
+            let batches = views.epoch(epoch, order, run.batches_done())?;
+            let neighbours = neighbours.epoch(epoch, drawn, run.batches_done())?;
+            for (batch, neighbours) in batches.zip(neighbours) {
+                let [anchors, views] = pictures(batch?, &device)?;
+                let [neighbours] = pictures(neighbours?, &device)?;
+                let networks = &mut model.networks;
                 let anchor = networks.forward(&anchors)?;
-                let view = networks.forward(&augmented)?;
-                let neighbour = networks.forward(&beside)?;
-                run.note_projections(&anchor.outputs())?; // An error when they have collapsed.
+                let view = networks.forward(&views)?;
+                let neighbour = networks.forward(&neighbours)?;
+                run.note_projections(&anchor[1])?; // An error when they have collapsed.
 
-                let z = &anchor.features;
-                let targets = target_rows(&networks.centroids, z.dims()[0])?;
-                let mut loss = Sum::default();
-                let mut add = |name: &str, weight: f64, term: Tensor| -> Result<()> {
-                    run.note(name, f64::from(term.to_scalar::<f32>()?));
-                    loss.add((term * weight)?)
-                };
-                add("discrepancy", config.discrepancy_weight, discrepancy(z, &targets)?)?;
-                let pair = config.pair();
-                add("view-distance", config.view_weight, pair_distance(z, &view.features, pair)?)?;
-                let of_neighbour = pair_distance(z, &neighbour.features, pair)?;
-                add("neighbour-distance", config.neighbour_weight, of_neighbour)?;
-                let least = least_distance(z, &networks.centroids)?;
-                let settled = epoch >= config.least_distance_delay;
-                let weight = if settled { config.least_distance_weight } else { 0. };
-                add("least-distance", weight, least)?;
-                let loss = loss.total()?;
+                let loss = objective(
+                    config,
+                    epoch,
+                    [&unit_rows(&anchor[1])?, &unit_rows(&view[1])?, &unit_rows(&neighbour[1])?],
+                    &networks.centroids,
+                    &mut run,
+                )?;
                 run.note_loss(&loss)?; // An error when it is not finite.
 
                 let gradients = loss.backward()?;
-                networks.backward(vec![anchor, view, neighbour], &gradients)?;
-                run.refuse_gradient(networks.first_gradient_not_finite()?)?;
-                let [of_backbone, of_head] = config.rates(run.step(), plan.steps_per_epoch)?;
+                networks.backward([anchor, view, neighbour], &gradients)?;
+                run.check_gradients(&device, || networks.first_gradient_not_finite())?;
+                let [of_backbone, of_head] = rates.each_ref().map(|rate| rate.at(run.step() - 1));
                 networks.backbone.step(config.adam(of_backbone))?;
                 networks.head.step(config.adam(of_head))?;
-                run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
+                run.end_step(&mut model)?; // Saves when the program is asked to stop.
             }
-            run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+            run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
-        run.finish(&networks, &config.configuration()?)?;
+        run.finish(&mut model, &config.configuration()?)?;
 
-        let found = predict(config, &images, &mut networks, job, &device)?;
+        let found = predict(config, &images, &mut model.networks, job, &device)?;
         let by = CentreMetric::Cosine;
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
     }
 }
 
-/// A loss put together term by term.
-#[derive(Default)]
-struct Sum(Option<Tensor>);
+/// Everything that a checkpoint holds.
+struct Model {
+    networks: Networks,
+    neighbours: Neighbours,
+}
 
-impl Sum {
-    fn add(&mut self, term: Tensor) -> Result<()> {
-        self.0 = Some(match self.0.take() {
-            Some(sum) => (sum + term)?,
-            None => term,
-        });
-        Ok(())
+impl Trained for Model {
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        self.networks.checkpoint(file)?;
+        self.neighbours.checkpoint(file)
     }
 
-    fn total(self) -> Result<Tensor> {
-        self.0.context("a loss of no term")
+    fn exported(&self) -> &Segment {
+        self.networks.exported()
     }
 }
 
-/// The nearest neighbours of every image that is trained on, found once and never again.
-#[derive(Debug, Clone, PartialEq)]
-struct Neighbours {
-    /// The images, ascending.
-    rows: Vec<u32>,
-    /// Places in `rows`, `(N, k)`, nearest first.
-    places: Vec<u32>,
-    each: usize,
-}
-
-impl Neighbours {
-    /// Those that the run keeps, or else found in the embeddings of the pretrained backbone.
-    fn found_or_kept(
-        config: &Config,
-        images: &Images,
-        rows: &[u32],
-        job: &Job,
-        device: &Device,
-        run: &mut Run,
-    ) -> Result<Self> {
-        let each = config.neighbours;
-        if let Some(kept) = run.kept(NEIGHBOURS) {
-            let places: Vec<u32> = kept.iter().map(|&place| place as u32).collect();
-            ensure!(places.len() == rows.len() * each, "the state holds other neighbours");
-            return Ok(Self { rows: rows.to_vec(), places, each });
+/// The weighted sum of the four terms. A weight of 0 leaves a term out of the graph and of the log.
+///
+/// - `features`: unit rows of the pictures, of their views and of their neighbours, `(B, P)` each.
+fn objective(
+    config: &Config,
+    epoch: usize,
+    [z, view, neighbour]: [&Tensor; 3],
+    centroids: &Tensor,
+    run: &mut Run,
+) -> Result<Tensor> {
+    let targets = target_rows(centroids, z.dim(0)?)?;
+    let pair = config.pair();
+    // The last term confirms itself: it waits until the clusters have settled.
+    let is_settled = epoch >= config.least_distance_delay;
+    let least_weight = if is_settled { config.least_distance_weight } else { 0. };
+    type Term<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
+    let terms: [(&str, f64, Term); 4] = [
+        ("discrepancy", config.discrepancy_weight, &|| discrepancy(z, &targets)),
+        ("view-distance", config.view_weight, &|| pair_distance(z, view, pair)),
+        ("neighbour-distance", config.neighbour_weight, &|| pair_distance(z, neighbour, pair)),
+        ("least-distance", least_weight, &|| least_distance(z, centroids)),
+    ];
+    let mut weighted = Vec::new();
+    for (name, weight, term) in terms {
+        if weight > 0. {
+            let term = term()?;
+            run.note_scalar(name, &term)?;
+            weighted.push((term * weight)?);
         }
-        job.log(&json!({ "backbone": match &config.pretrained {
-            Some(pretrained) => pretrained.file.display().to_string(),
-            None => "role backbone".to_owned(),
-        }}))?;
-        let embeddings = embed(config, images, rows, job, device)?;
-        let places = nearest(&embeddings, rows.len(), each, config.neighbours_include_self)?;
-        // Places are below 2²⁴ as long as there are not more images than f32 can count.
-        ensure!(
-            rows.len() <= 1 << 24,
-            "{} images are more than neighbours are kept for",
-            rows.len()
-        );
-        let kept = places.iter().map(|&place| place as f32).collect();
-        run.keep(NEIGHBOURS, &[rows.len(), each], kept);
-        Ok(Self { rows: rows.to_vec(), places, each })
     }
-
-    /// For each image of each batch, one of its neighbours, each as likely.
-    fn drawn(&self, batches: &[Vec<u32>], seed: u64, epoch: usize) -> Result<Vec<Vec<u32>>> {
-        let draw = |row: &u32| -> Result<u32> {
-            let place = self.rows.binary_search(row).ok().context("a row that is trained on")?;
-            let mut random = stream(seed, "neighbours", &[epoch as u64, u64::from(*row)]);
-            let chosen = self.places[place * self.each + random.random_range(0..self.each)];
-            Ok(self.rows[chosen as usize])
-        };
-        batches.iter().map(|batch| batch.iter().map(draw).collect()).collect()
-    }
+    Ok(sum(weighted)?)
 }
 
-const NEIGHBOURS: &str = "neighbours";
-
-/// The `k` rows of highest inner product, `(N, k)`; with the row itself among them or not.
-fn nearest(points: &[f32], n: usize, k: usize, and_self: bool) -> Result<Vec<u32>> {
-    let width = points.len() / n;
-    match and_self {
-        true => nearest_neighbours_and_self(points, n, width, k),
-        false => nearest_neighbours(points, n, width, k),
-    }
-}
-
-/// Unit-length embeddings of un-augmented pictures by the backbone as it came, `(N, D)`, on running
+/// Unit-length embeddings of un-augmented pictures by the pretrained backbone, `(N, D)`, on running
 /// statistics.
 fn embed(
     config: &Config,
@@ -225,21 +186,18 @@ fn embed(
 ) -> Result<Vec<f32>> {
     let mut backbone = pretrained(config, job)?.on(device)?;
     let modes = Modes::all(backbone.network(), Mode::Running);
-    let mut embeddings = Vec::new();
-    for batch in Loader::clean(images, rows, &config.input)? {
-        let batch = batch?;
-        let [pictures] = pictures(batch.shape(), batch.views, device)?;
-        let embedding = unit_rows(&backbone.forward(&pictures, &modes, None)?)?;
-        embeddings.extend(embedding.flatten_all()?.to_vec1::<f32>()?);
+    let loader = Loader::clean(images, rows, &config.input)?;
+    let [embeddings] = outputs(loader, device, |pictures| {
         job.interrupt.check()?;
-    }
+        Ok([unit_rows(&backbone.forward(pictures, &modes, None)?)?])
+    })?;
     Ok(embeddings)
 }
 
-/// The cluster of every scored picture: the centroid of largest cosine. Beside it, k-means on the
-/// embeddings of the backbone as it came.
+/// The cluster of every picture to score: the centroid of largest cosine, and for comparison k-means
+/// on the embeddings of the pretrained backbone.
 ///
-/// As confidence stands `(1 + cos) / 2`; as prototypes, the centroids.
+/// The confidence is `(1 + cos) / 2`; the prototypes are the centroids.
 ///
 /// # Errors
 ///
@@ -252,40 +210,26 @@ pub fn predict(
     device: &Device,
 ) -> Result<Found> {
     let rows = images.rows(&job.data.score_on);
-    let (mut assignment, mut confidence) = (Vec::new(), Vec::new());
-    for batch in Loader::clean(images, &rows, &config.input)? {
-        let batch = batch?;
-        let [pictures] = pictures(batch.shape(), batch.views, device)?;
-        let embedding = networks.backbone.apply(&pictures)?;
-        let features = unit_rows(&networks.head.apply(&embedding)?)?;
-        let (nearest, cosines) = nearest_centroids(&features, &networks.centroids)?;
-        assignment.extend(nearest);
-        let cosines = cosines.to_vec1::<f32>()?;
-        confidence.extend(cosines.iter().map(|cosine| ((1. + cosine) / 2.).clamp(0., 1.)));
+    let loader = Loader::clean(images, &rows, &config.input)?;
+    let [cosines] = outputs(loader, device, |pictures| {
         job.interrupt.check()?;
-    }
+        let embedding = networks.backbone.evaluate(pictures)?;
+        let features = unit_rows(&networks.head.evaluate(&embedding)?)?;
+        Ok([features.matmul(&networks.centroids.t()?)?])
+    })?;
+    let (assignment, cosines) = argmax_rows(&cosines, job.data.clusters)?;
     let embeddings = embed(config, images, &rows, job, device)?;
-    let k_means = KMeans {
-        clusters: job.data.clusters,
-        metric: Metric::Spherical,
-        restarts: config.kmeans_restarts,
-        iterations: KMEANS_ITERATIONS,
-        tolerance: KMEANS_TOLERANCE,
-    };
+    let k_means = KMeans::spherical(job.data.clusters, config.kmeans_restarts);
     let width = config.backbone.embedding_width();
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     Ok(Found {
         assignment,
         kmeans_assignment: kmeans.assignment,
-        confidence,
+        confidence: cosines.iter().map(|cosine| ((1. + cosine) / 2.).clamp(0., 1.)).collect(),
         projection_width: config.head.width,
         prototypes: networks.centroids.flatten_all()?.to_vec1()?,
     })
 }
-
-/// Steps of one start of k-means at most, and the change at which it ends.
-const KMEANS_ITERATIONS: usize = 300;
-const KMEANS_TOLERANCE: f64 = 1e-4;
 
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@
 //! last one are our reading of ICBPL's abstract.
 
 use candle_core::{D, Result, Tensor};
+use training::ops::{pick, sum};
 
 /// Which centroid each of `count` targets is: all of them in turn, as often as they fit, then the
 /// first of them.
@@ -93,15 +94,9 @@ pub fn discrepancy_with(distances: &Tensor, bandwidth: &Tensor) -> Result<Tensor
 fn kernel(distances: &Tensor, bandwidth: &Tensor) -> Result<Tensor> {
     // All rows in one place have no distance, and any bandwidth.
     let scaled = distances.broadcast_div(&bandwidth.maximum(1e-12)?)?;
-    let mut sum: Option<Tensor> = None;
-    for width in [0.25, 0.5, 1., 2., 4.] {
-        let term = (&scaled * (-1. / width))?.exp()?;
-        sum = Some(match sum {
-            Some(sum) => (sum + term)?,
-            None => term,
-        });
-    }
-    Ok(sum.expect("five terms"))
+    let gaussian = |width: f64| (&scaled * (-1. / width))?.exp();
+    let terms = [0.25, 0.5, 1., 2., 4.].map(gaussian).into_iter().collect::<Result<Vec<_>>>()?;
+    sum(terms)
 }
 
 /// How a pair's distance is put together; published with 3, 2.1 and 8.
@@ -130,37 +125,20 @@ pub fn pair_distance(a: &Tensor, b: &Tensor, weights: PairWeights) -> Result<Ten
     (cosine * weights.cosine)? + (absolute * weights.absolute)?
 }
 
-/// The nearest centroid of each feature and its cosine: `(B,)` u32 of the lowest index among
-/// equals, and `(B,)` in the graph of `features`.
+/// Pulls each feature to its nearest centroid: `mean(1 − max_k cos(z, c_k))`.
 ///
-/// # Errors
-///
-/// The widths differ, or a cosine is not a number.
-pub fn nearest_centroids(features: &Tensor, centroids: &Tensor) -> Result<(Vec<u32>, Tensor)> {
-    let cosines = features.matmul(&centroids.detach().t()?)?;
-    let largest = |row: &Vec<f64>| {
-        let first = |best: usize, place: usize| if row[place] > row[best] { place } else { best };
-        (0..row.len()).reduce(first).unwrap_or(0) as u32
-    };
-    let values = cosines.detach().to_device(&candle_core::Device::Cpu)?;
-    let values = values.to_dtype(candle_core::DType::F64)?.to_vec2::<f64>()?;
-    let nearest: Vec<u32> = values.iter().map(largest).collect();
-    let chosen = Tensor::new(nearest.as_slice(), features.device())?;
-    Ok((nearest, training::ops::pick(&cosines, &chosen)?))
-}
-
-/// Pulls each feature to the centroid that is nearest already: `mean(1 − max_k cos(z, c_k))`.
-///
-/// The choice is made once, the gradient goes through the chosen cosine alone.
+/// The centroid is the one of lowest index among equals; the gradient flows through its cosine
+/// alone.
 ///
 /// Returns a scalar in `[0, 2]`.
 ///
 /// # Errors
 ///
-/// As [`nearest_centroids`].
+/// The widths differ.
 pub fn least_distance(features: &Tensor, centroids: &Tensor) -> Result<Tensor> {
-    let (_, cosines) = nearest_centroids(features, centroids)?;
-    cosines.affine(-1., 1.)?.mean_all()
+    let cosines = features.matmul(&centroids.detach().t()?)?;
+    let nearest = cosines.detach().argmax(D::Minus1)?;
+    pick(&cosines, &nearest)?.affine(-1., 1.)?.mean_all()
 }
 
 #[cfg(test)]
@@ -284,7 +262,7 @@ mod tests {
 
     /// ICBPL, case T11.
     #[test]
-    fn nearest_centroids_have_the_specified_cosines_and_the_lowest_index_wins() -> Result<()> {
+    fn the_nearest_centroids_have_the_specified_cosines_and_the_lowest_index_wins() -> Result<()> {
         let half = 0.8660254037844386;
         let centroids = rows(&[[1., 0.], [-0.5, half], [-0.5, -half]]);
         let z = rows(&[[0.8, 0.6], [0., 1.], [-1., 0.]]);
@@ -292,10 +270,17 @@ mod tests {
         for (got, want) in z.matmul(&centroids.t()?)?.to_vec2::<f64>()?.iter().zip(want) {
             assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6), "{got:?}");
         }
-        let (nearest, _) = nearest_centroids(&z, &centroids)?;
-        assert_eq!(nearest, [0, 1, 1]);
-        let loss = scalar(&least_distance(&z, &centroids)?);
-        assert!((loss - 0.277991532).abs() < 1e-9, "{loss}");
+        let z = Var::from_tensor(&z)?;
+        let loss = least_distance(&z, &centroids)?;
+        assert!((scalar(&loss) - 0.277991532).abs() < 1e-9, "{loss}");
+        // The gradient is minus a third of the chosen centroid: 0, and of two equals the first.
+        let gradients = loss.backward()?;
+        let gradient = gradients.get(&z).expect("a gradient").to_vec2::<f64>()?;
+        let centroids = centroids.to_vec2::<f64>()?;
+        for (gradient, chosen) in gradient.iter().zip([0, 1, 1]) {
+            let mut pairs = gradient.iter().zip(&centroids[chosen]);
+            assert!(pairs.all(|(g, c)| (g + c / 3.).abs() < 1e-12), "{gradient:?}");
+        }
         Ok(())
     }
 

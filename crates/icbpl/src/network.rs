@@ -3,36 +3,24 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use backbone::network_file::NamedTensor;
 use backbone::{Segment, backbone_file, resnet};
-use candle_core::{Device, Tensor};
-use layers::{Builder, Network};
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor, Var};
+use layers::{Adam, Builder, Network};
 use stage::Job;
-use stage::container::Container;
-use training::ops::unit_rows;
-use training::{AdamSegment, Seam, Trained};
+use training::{Checkpoint, Seam, Trained, TrainedSegment};
 
 use crate::Config;
 
 /// All that learns, and the centroids, which do not.
 pub struct Networks {
     /// Picture to embedding, `(B, D)`.
-    pub backbone: AdamSegment,
+    pub backbone: TrainedSegment<Adam>,
     /// Embedding to feature, `(B, P)`, before it is made unit-length.
-    pub head: AdamSegment,
-    /// `(K, P)`, constants; kept with the network, which is worth nothing without them.
-    pub centroids: Tensor,
+    pub head: TrainedSegment<Adam>,
+    /// `(K, P)`, constants of the loss; saved with the network, which is useless without them.
+    pub centroids: Var,
 }
-
-/// What one view of a batch left behind.
-pub struct View {
-    backbone: Seam,
-    head: Seam,
-    /// Unit-length features `z`, in the graph of the head's seam.
-    pub features: Tensor,
-}
-
-const CENTROIDS: &str = "centroids";
 
 impl Networks {
     /// The pretrained backbone with a head of random first weights and its centroids, computing on
@@ -46,45 +34,42 @@ impl Networks {
         let width = config.backbone.embedding_width();
         let plan = head(width, config.head.hidden, config.head.width)?;
         let head = Segment::random("head", plan.with_precision(config.precision.into()), job.seed)?;
-        let mut backbone = AdamSegment::new("online.backbone", pretrained(config, job)?);
+        let mut backbone = TrainedSegment::new("online.backbone", pretrained(config, job)?);
         for block in &config.frozen {
             backbone.freeze(block, config.frozen_statistics.mode())?;
         }
         let (clusters, width) = (job.data.clusters, config.head.width);
         let places = config.centroids.place(clusters, width, job.seed)?;
         let places = places.into_iter().map(|x| x as f32).collect::<Vec<_>>();
-        let centroids = Tensor::from_vec(places, (clusters, width), device)?;
-        let head = AdamSegment::new("head", head).on(device)?;
+        let centroids = Var::from_tensor(&Tensor::from_vec(places, (clusters, width), device)?)?;
+        let head = TrainedSegment::new("head", head).on(device)?;
         Ok(Self { backbone: backbone.on(device)?, head, centroids })
     }
 
-    /// One view through backbone and head.
+    /// Pictures `(B, H, W, C)` through backbone and head. Returns the seams at the embedding and at
+    /// the feature `(B, P)`, before it is scaled to unit length.
     ///
     /// # Errors
     ///
-    /// `pictures` is not `(B, H, W, C)` of the backbone's channels.
-    pub fn forward(&mut self, pictures: &Tensor) -> Result<View> {
-        let backbone = self.backbone.learn(pictures)?;
-        let head = self.head.learn(&backbone.output.as_detached_tensor())?;
-        let features = unit_rows(&head.output)?;
-        Ok(View { backbone, head, features })
+    /// `pictures` does not have the backbone's channels.
+    pub fn forward(&mut self, pictures: &Tensor) -> Result<[Seam; 2]> {
+        let embedding = self.backbone.forward(pictures)?;
+        let feature = self.head.forward(&embedding)?;
+        Ok([embedding, feature])
     }
 
-    /// Adds the gradients of the loss to those of this step, view by view.
+    /// Adds the gradients of the loss to those of this step, pass by pass.
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn backward(
+    /// A gradient has another shape than its seam.
+    pub fn backward<const N: usize>(
         &mut self,
-        views: Vec<View>,
-        gradients: &candle_core::backprop::GradStore,
+        passes: [[Seam; 2]; N],
+        gradients: &GradStore,
     ) -> Result<()> {
-        for view in views {
-            let Some(at_feature) = gradients.get(&view.head.output) else { continue };
-            let at_embedding = self.head.backward(view.head, at_feature, true)?;
-            let at_embedding = at_embedding.context("a gradient at the head's input")?;
-            self.backbone.backward(view.backbone, &at_embedding, false)?;
+        for seams in passes {
+            training::backward([&mut self.backbone, &mut self.head], seams, gradients)?;
         }
         Ok(())
     }
@@ -94,63 +79,27 @@ impl Networks {
     /// # Errors
     ///
     /// The device fails.
-    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+    pub fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
         match self.backbone.first_gradient_not_finite()? {
             Some(name) => Ok(Some(name)),
-            None => Ok(self.head.first_gradient_not_finite()?),
+            None => self.head.first_gradient_not_finite(),
         }
     }
 }
 
-impl View {
-    /// The head's outputs as a constant, `(B, P)`, not normalised.
-    pub fn outputs(&self) -> Tensor {
-        self.head.output.as_detached_tensor()
-    }
-}
-
 impl Trained for Networks {
-    fn segments(&self) -> Vec<(&'static str, &Segment)> {
-        [&self.backbone, &self.head].map(|part| (part.name(), &part.segment)).into()
-    }
-
-    fn segments_mut(&mut self) -> Vec<(&'static str, &mut Segment)> {
-        [&mut self.backbone, &mut self.head].map(|part| (part.name(), &mut part.segment)).into()
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        self.backbone.checkpoint(file)?;
+        self.head.checkpoint(file)?;
+        file.variable("centroids", &self.centroids)
     }
 
     fn exported(&self) -> &Segment {
         &self.backbone.segment
     }
-
-    fn variables(&self) -> Result<Vec<NamedTensor>> {
-        let values = self.centroids.flatten_all()?.to_vec1()?;
-        let shape = self.centroids.dims().to_vec();
-        Ok(vec![NamedTensor { name: CENTROIDS.into(), shape, values }])
-    }
-
-    fn take_up_variables(&mut self, network: &Container) -> Result<()> {
-        let (found, wanted) = (network.shape(CENTROIDS)?, self.centroids.dims());
-        ensure!(
-            found == wanted,
-            "`{CENTROIDS}` of `{}` is {found:?}, but the experiment needs {wanted:?}",
-            network.path().display()
-        );
-        let device = self.centroids.device();
-        self.centroids = Tensor::from_vec(network.f32(CENTROIDS)?, wanted, device)?;
-        Ok(())
-    }
-
-    fn memory(&self) -> Result<Vec<NamedTensor>> {
-        Ok([self.backbone.memory()?, self.head.memory()?].concat())
-    }
-
-    fn take_up_memory(&mut self, state: &Container) -> Result<()> {
-        self.backbone.take_up_memory(state)?;
-        self.head.take_up_memory(state)
-    }
 }
 
-/// The backbone as it came: from the file that the table names, or else from the role `backbone`.
+/// The pretrained backbone: from the file that the table names, or else from the role `backbone`.
 ///
 /// # Errors
 ///

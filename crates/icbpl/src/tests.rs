@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use backbone::{Segment, backbone_file, network_file, resnet};
 use fixture::Pictures;
 use stage::{Library, Split};
-use training::Trained;
+use training::Seam;
 
 use super::*;
+use crate::neighbours::nearest;
 
 /// Twenty-four pictures, every fourth for testing, a random backbone in the role `backbone`, and a
 /// stage that reads them.
@@ -119,45 +121,44 @@ fn a_run_is_icbpl() -> Result<()> {
     let rows = images.rows(&job.data.train_on);
     let embeddings = embed(&config, &images, &rows, &job, &Device::Cpu)?;
     let neighbours = Neighbours {
-        places: assignment::nearest_neighbours(&embeddings, rows.len(), 16, 4)?,
+        nearest: assignment::nearest_neighbours(&embeddings, rows.len(), 16, 4)?,
         rows: rows.clone(),
         each: 4,
     };
+    let views = config.views(&images, 3);
+    let neighbour_views = config.neighbour_views(&images, 3);
     let mut networks = Networks::new(&config, &job, &Device::Cpu)?;
     let mut step = 0;
     for epoch in 0..5 {
         let order = sampler::uniform(&rows, 9, 3, epoch)?;
-        let beside = neighbours.drawn(&order, 3, epoch)?;
-        let beside = config.neighbour_loader(&images, beside, 0, 3, epoch)?;
-        for (batch, beside) in config.loader(&images, order, 0, 3, epoch)?.zip(beside) {
+        let beside = neighbours.draw(&order, 3, epoch)?;
+        let beside = neighbour_views.epoch(epoch, beside, 0)?;
+        for (batch, beside) in views.epoch(epoch, order, 0)?.zip(beside) {
             step += 1;
-            let (batch, beside) = (batch?, beside?);
-            let [anchors, augmented] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
-            let [beside] = pictures(beside.shape(), beside.views, &Device::Cpu)?;
+            let [anchors, augmented] = pictures(batch?, &Device::Cpu)?;
+            let [beside] = pictures(beside?, &Device::Cpu)?;
             let anchor = networks.forward(&anchors)?;
             let view = networks.forward(&augmented)?;
             let neighbour = networks.forward(&beside)?;
-            let z = anchor.features.clone();
+            let z = unit_rows(&anchor[1])?;
             // Nine targets for three centroids, in turn.
             let targets = networks.centroids.repeat((3, 1))?;
-            let pair = |other: &Tensor| pair_distance(&z, other, config.pair());
+            let pair = |other: &Tensor| pair_distance(&z, &unit_rows(other)?, config.pair());
             let mut loss = (discrepancy(&z, &targets)? * 2.)?;
-            loss = ((loss + pair(&view.features)?)? + pair(&neighbour.features)?)?;
+            loss = ((loss + pair(&view[1])?)? + pair(&neighbour[1])?)?;
             if epoch >= 2 {
                 loss = (loss + least_distance(&z, &networks.centroids)?)?;
             }
             let gradients = loss.backward()?;
-            networks.backward(vec![neighbour, view, anchor], &gradients)?;
+            networks.backward([neighbour, view, anchor], &gradients)?;
             let cosine = (1. + (std::f64::consts::PI * f64::from(step - 1) / 10.).cos()) / 2.;
             networks.backbone.step(config.adam(1e-3 * cosine))?;
             networks.head.step(config.adam(5e-3 * cosine))?;
         }
     }
     assert_eq!(step, 10);
-    for (prefix, segment) in networks.segments() {
-        // Adam divides by the root of small squares: rounding shows.
-        fixture::assert_written(&written, &network_file::tensors(prefix, segment)?, 1e-3);
-    }
+    // Adam divides by the root of small squares: rounding shows.
+    fixture::assert_written(&written, &training::network_tensors(&mut networks)?, 1e-3);
     Ok(())
 }
 
@@ -174,9 +175,10 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
     let pictures = [view(1)?, view(2)?];
     let mut networks = Networks::new(&config(), &job, &Device::Cpu)?;
     let cosine = loss::PairWeights { cosine: 1., absolute: 0. };
-    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<network::View>)> {
+    let loss = |networks: &mut Networks| -> Result<(Tensor, [[Seam; 2]; 2])> {
         let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
-        Ok((pair_distance(&views[0].features, &views[1].features, cosine)?, views.into()))
+        let (a, b) = (unit_rows(&views[0][1])?, unit_rows(&views[1][1])?);
+        Ok((pair_distance(&a, &b, cosine)?, views))
     };
     let (value, views) = loss(&mut networks)?;
     networks.backward(views, &value.backward()?)?;
@@ -198,26 +200,23 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
 fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "out");
-    let before = Networks::new(&config(), &job, &Device::Cpu)?;
+    let mut before = Networks::new(&config(), &job, &Device::Cpu)?;
     Icbpl::run(&config(), &job)?;
     let after = network_file::open(&job.out)?;
     let is_frozen = |name: &str| {
         ["conv1.", "bn1.", "layer1.", "layer2."].iter().any(|block| name.starts_with(block))
     };
     let mut frozen = 0;
-    for (prefix, segment) in before.segments() {
-        for tensor in network_file::tensors(prefix, segment)? {
-            let name = tensor.name.strip_prefix(&format!("{prefix}.")).expect("the prefix");
-            let same = after.f32(&tensor.name)? == tensor.values;
-            let stays = prefix == "online.backbone" && is_frozen(name);
-            frozen += usize::from(stays);
-            // A bias before batch statistics could stay at 0; nothing else may.
-            assert_eq!(same, stays, "{}", tensor.name);
-        }
+    let before = training::network_tensors(&mut before)?;
+    for tensor in &before {
+        let same = after.f32(&tensor.name)? == tensor.values;
+        let of_backbone = tensor.name.strip_prefix("online.backbone.");
+        let stays = of_backbone.is_some_and(is_frozen) || tensor.name == "centroids";
+        frozen += usize::from(stays);
+        // A bias before batch statistics could stay at 0; nothing else may.
+        assert_eq!(same, stays, "{}", tensor.name);
     }
     assert!(frozen > 20, "{frozen}");
-    let centroids = before.centroids.flatten_all()?.to_vec1::<f32>()?;
-    assert_eq!(after.f32("centroids")?, centroids);
 
     // On batch statistics the values stay, and the running statistics move.
     let moving = self::job(folder.path(), "moving");
@@ -225,8 +224,7 @@ fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<(
     let file = network_file::open(&moving.out)?;
     for (name, stays) in [("layer1.0.conv1.weight", true), ("layer1.0.bn1.running_mean", false)] {
         let name = format!("online.backbone.{name}");
-        let first = network_file::tensors("online.backbone", &before.backbone.segment)?;
-        let first = first.into_iter().find(|t| t.name == name).expect("there");
+        let first = before.iter().find(|t| t.name == name).expect("there");
         assert_eq!(file.f32(&name)? == first.values, stays, "{name}");
     }
     Ok(())
@@ -277,11 +275,11 @@ fn a_search_in_blocks_is_the_search_of_all_pairs() -> Result<()> {
 
 #[test]
 fn every_neighbour_is_drawn_and_nothing_else() -> Result<()> {
-    let neighbours = Neighbours { rows: vec![3, 5, 8], places: vec![1, 2, 0, 2, 1, 0], each: 2 };
+    let neighbours = Neighbours { rows: vec![3, 5, 8], nearest: vec![1, 2, 0, 2, 1, 0], each: 2 };
     let mut seen = std::collections::BTreeSet::new();
     for epoch in 0..40 {
-        let drawn = neighbours.drawn(&[vec![5], vec![3, 8]], 1, epoch)?;
-        assert_eq!(drawn, neighbours.drawn(&[vec![5], vec![3, 8]], 1, epoch)?);
+        let drawn = neighbours.draw(&[vec![5], vec![3, 8]], 1, epoch)?;
+        assert_eq!(drawn, neighbours.draw(&[vec![5], vec![3, 8]], 1, epoch)?);
         seen.insert((5, drawn[0][0]));
         seen.insert((3, drawn[1][0]));
         seen.insert((8, drawn[1][1]));
@@ -298,27 +296,24 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
     let plan = config().plan(rows.len());
-    let mut networks = Networks::new(&config(), &job, &Device::Cpu)?;
-    let fingerprint = images.fingerprint();
-    let found = {
-        let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut networks)?;
-        let found =
-            Neighbours::found_or_kept(&config(), &images, &rows, &job, &Device::Cpu, &mut run)?;
-        run.end_step(&networks)?;
-        run.end_step(&networks)?;
-        run.end_epoch(&networks)?;
-        run.end_step(&networks)?;
-        run.end_step(&networks)?;
-        run.end_epoch(&networks)?; // The second epoch saves.
-        found
+    let model = || -> Result<Model> {
+        let networks = Networks::new(&config(), &job, &Device::Cpu)?;
+        Ok(Model { networks, neighbours: Neighbours::none(&rows, config().neighbours) })
     };
-    // Gone, so that they could not be found again.
-    fs::remove_file(folder.path().join(backbone_file::NAME))?;
-    let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut networks)?;
-    assert_eq!(
-        Neighbours::found_or_kept(&config(), &images, &rows, &job, &Device::Cpu, &mut run)?,
-        found
-    );
+    let fingerprint = images.fingerprint();
+    let mut first = model()?;
+    let mut again = model()?;
+    let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut first)?;
+    assert!(first.neighbours.is_empty());
+    first.neighbours.find(&config(), &images, &job, &Device::Cpu)?;
+    for _ in 0..2 {
+        run.end_step(&mut first)?;
+        run.end_step(&mut first)?;
+        run.end_epoch(&mut first)?; // The second epoch saves.
+    }
+    Run::resume_or_start(&job, &config(), fingerprint, plan, &mut again)?;
+    assert!(!again.neighbours.is_empty());
+    assert_eq!(again.neighbours, first.neighbours);
     Ok(())
 }
 
@@ -354,11 +349,14 @@ fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "out");
     config().check(&job)?;
+    let without_terms =
+        Config { discrepancy_weight: 0., view_weight: 0., neighbour_weight: 0., ..config() };
     for (wrong, word) in [
         (Config { batch_size: 2, ..config() }, "batch-size"),
         (Config { epochs: 0, ..config() }, "epochs"),
         (Config { head_learning_rate: 0., ..config() }, "head-learning-rate"),
         (Config { view_weight: -1., ..config() }, "view-weight"),
+        (without_terms, "nothing would be learnt"),
         (Config { neighbours: 0, ..config() }, "neighbours"),
         (Config { neighbours: 30, ..config() }, "neighbours"),
         (Config { frozen: vec!["layer5".into()], ..config() }, "layer5"),
@@ -372,13 +370,16 @@ fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
 
 #[test]
 fn rates_are_constant_or_fall_to_nothing() -> Result<()> {
+    let rates = |config: &Config, step: usize| -> Result<[f64; 2]> {
+        Ok(config.learning_rates(2)?.map(|rate| rate.at(step - 1)))
+    };
     let constant = Config { schedule: Schedule::Constant, ..config() };
-    assert_eq!(constant.rates(9, 2)?, [1e-3, 5e-3]);
+    assert_eq!(rates(&constant, 9)?, [1e-3, 5e-3]);
     let near = |got: [f64; 2], want: [f64; 2]| {
         got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-12)
     };
-    assert!(near(config().rates(1, 2)?, [1e-3, 5e-3]));
-    assert!(near(config().rates(6, 2)?, [5e-4, 2.5e-3]));
+    assert!(near(rates(&config(), 1)?, [1e-3, 5e-3]));
+    assert!(near(rates(&config(), 6)?, [5e-4, 2.5e-3]));
     Ok(())
 }
 

@@ -3,26 +3,32 @@
 //! Where every image takes part it holds one batch and is emptied at once. Where only one split
 //! does, as on STL-10, it fills over about twenty steps.
 
-use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
-use training::Run;
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use training::Checkpoint;
 
 /// Embeddings and scores of gathered images, by crop; constants.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Bank {
     /// By crop, `(n, D)`.
     pub embeddings: Vec<Tensor>,
     /// By crop, `(n, K')`.
     pub scores: Vec<Tensor>,
+    device: Device,
 }
 
 impl Bank {
-    /// Images gathered.
+    /// No images yet.
+    pub fn new(device: &Device) -> Self {
+        Self { embeddings: Vec::new(), scores: Vec::new(), device: device.clone() }
+    }
+
+    /// The number of images gathered.
     pub fn len(&self) -> usize {
         self.embeddings.first().map_or(0, |rows| rows.dims()[0])
     }
 
-    /// Whether no image is gathered.
+    /// True if no image is gathered.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -30,14 +36,16 @@ impl Bank {
     /// Adds those rows of a batch that take part.
     ///
     /// - `embeddings`, `scores`: by crop, `(B, D)` and `(B, K')`.
-    /// - `rows`: places in the batch, ascending.
+    /// - `rows`: indices in the batch, ascending.
     ///
     /// # Errors
     ///
     /// Shapes differ from those gathered before.
     pub fn add(&mut self, embeddings: &[Tensor], scores: &[Tensor], rows: &[u32]) -> Result<()> {
-        let Some(first) = embeddings.first().filter(|_| !rows.is_empty()) else { return Ok(()) };
-        let chosen = Tensor::new(rows, first.device())?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let chosen = Tensor::new(rows, &self.device)?;
         let append = |gathered: &mut Vec<Tensor>, new: &[Tensor]| -> Result<()> {
             let mut all = Vec::with_capacity(new.len());
             for (crop, new) in new.iter().enumerate() {
@@ -56,50 +64,33 @@ impl Bank {
         append(&mut self.scores, scores)
     }
 
-    /// Takes everything out once there are `enough` images.
+    /// Removes and returns everything once there are `enough` images.
     pub fn take(&mut self, enough: usize) -> Option<Bank> {
-        (self.len() >= enough).then(|| std::mem::take(self))
+        let empty = Self::new(&self.device);
+        (self.len() >= enough).then(|| std::mem::replace(self, empty))
     }
 
-    /// Hands the run what is gathered, to be saved with the networks.
+    /// Saves or loads the gathered images, as `stage.bank-embeddings` and `stage.bank-scores`,
+    /// `(V, n, …)`.
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn keep(&self, run: &mut Run) -> Result<()> {
-        for (name, tensors) in [(EMBEDDINGS, &self.embeddings), (SCORES, &self.scores)] {
-            if self.is_empty() {
-                run.drop_kept(name);
-                continue;
-            }
-            let stacked = Tensor::stack(tensors, 0)?;
-            run.keep(name, stacked.dims(), stacked.flatten_all()?.to_vec1()?);
+    /// The file lacks them.
+    pub fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        for (name, crops) in
+            [("bank-embeddings", &mut self.embeddings), ("bank-scores", &mut self.scores)]
+        {
+            let mut stacked = match crops.is_empty() {
+                true => Tensor::zeros(0, DType::F32, &self.device)?,
+                false => Tensor::stack(crops, 0)?,
+            };
+            file.tensor(name, &mut stacked)?;
+            let crop = |number| stacked.get(number);
+            *crops = (0..stacked.dims()[0]).map(crop).collect::<candle_core::Result<_>>()?;
         }
         Ok(())
     }
-
-    /// What the run that this one goes on from had gathered.
-    ///
-    /// - `crops`: V; `widths`: D and K'.
-    ///
-    /// # Errors
-    ///
-    /// The lengths do not fit.
-    pub fn kept(run: &Run, crops: usize, widths: [usize; 2], device: &Device) -> Result<Self> {
-        let take = |name: &str, width: usize| -> Result<Vec<Tensor>> {
-            let Some(values) = run.kept(name) else { return Ok(Vec::new()) };
-            let n = values.len() / (crops * width);
-            let all = Tensor::from_slice(values, (crops, n, width), device)
-                .with_context(|| format!("`{name}` of the saved run"))?;
-            Ok((0..crops).map(|crop| all.get(crop)).collect::<candle_core::Result<_>>()?)
-        };
-        let [embedding, prototypes] = widths;
-        Ok(Self { embeddings: take(EMBEDDINGS, embedding)?, scores: take(SCORES, prototypes)? })
-    }
 }
-
-const EMBEDDINGS: &str = "bank-embeddings";
-const SCORES: &str = "bank-scores";
 
 #[cfg(test)]
 mod tests {
@@ -116,7 +107,7 @@ mod tests {
     /// IMC-SwAV, case T15: B = 4; 1, 0, 2, 1 images take part.
     #[test]
     fn the_classifier_waits_until_a_batch_is_gathered() -> Result<()> {
-        let mut bank = Bank::default();
+        let mut bank = Bank::new(&Device::Cpu);
         let steps: [(&[u32], bool); 4] =
             [(&[2], false), (&[], false), (&[0, 3], false), (&[1], true)];
         for (step, (rows, full)) in steps.into_iter().enumerate() {

@@ -7,7 +7,7 @@ use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job, Split};
-use training::{Plan, Precision, check, sampler};
+use training::{Advice, LearningRate, Plan, Precision, Views, check, sampler};
 
 /// What an IMC-SwAV run can vary. The experiment file sets every field; published values stand in
 /// parentheses.
@@ -143,10 +143,9 @@ impl Config {
         training::network_device(job.device)?;
         self.plan(self.batch_size).check()?;
         check::batch_size(self.batch_size)?;
+        self.learning_rate(1)?;
         check::above_zero(&[
-            ("learning-rate", self.learning_rate),
             ("epsilon", self.epsilon),
-            ("learning-rate-factor", self.learning_rate_factor),
             ("temperature", self.temperature),
             ("code-epsilon", self.code_epsilon),
         ])?;
@@ -186,9 +185,9 @@ impl Config {
             return Ok(Effort::NONE);
         }
         let images = Images::open(&job.images)?;
+        Loader::check(&images, &self.input)?;
         let rows = images.rows(&job.data.train_on);
         sampler::uniform(&rows, self.batch_size, 0, 0)?;
-        self.loader(&images, Vec::new(), 0, 0, 0)?;
         let plan = self.plan(rows.len());
         let classified = images.rows(&self.classify_on).len();
         ensure!(
@@ -224,23 +223,21 @@ impl Config {
             batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `learning-rate`",
+                collapse: "a lower `learning-rate` or a higher `code-epsilon`",
+            },
         }
     }
 
-    /// The learning rate of an update, counted from 0, in an epoch, counted from 0: a linear rise
-    /// over `warmup-steps` updates, then a factor for each drop that has passed.
-    pub fn rate(&self, update: usize, epoch: usize) -> f64 {
-        let drops = self.learning_rate_drops.iter().filter(|&&drop| drop <= epoch).count();
-        let rate = self.learning_rate * self.learning_rate_factor.powi(drops as i32);
-        if update < self.warmup_steps {
-            return rate * (update + 1) as f64 / self.warmup_steps as f64;
-        }
-        rate
-    }
-
-    /// Whether the prototypes learn in this update, counted from 0.
-    pub fn moves_prototypes(&self, update: usize) -> bool {
-        update >= self.warmup_steps
+    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> Result<LearningRate> {
+        LearningRate::with_drops(
+            self.learning_rate,
+            self.warmup_steps,
+            &self.learning_rate_drops,
+            self.learning_rate_factor,
+            steps_per_epoch,
+        )
     }
 
     pub(crate) fn adam(&self, learning_rate: f64) -> layers::Adam {
@@ -252,18 +249,10 @@ impl Config {
         Input { height: crops.height, width: crops.width, ..self.input.clone() }
     }
 
-    /// All crops of every image of these batches but the first `done`, the large ones first.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
+    /// All crops of every image, the large ones first.
+    pub(crate) fn views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
         let of = |crops: &Crops| vec![(crops.pipeline(), self.crop_input(crops)); crops.count];
-        let views = [of(&self.large), of(&self.small)].concat();
-        Loader::crops(images, batches, done, views, seed, epoch as u64, Loader::threads())
+        Views::of_sizes(images, [of(&self.large), of(&self.small)].concat(), seed)
     }
 
     /// What `config.json` will say.
@@ -289,31 +278,6 @@ impl Crops {
 mod tests {
     use super::*;
     use crate::tests::{config, job};
-
-    /// IMC-SwAV, case T13: learning rates.
-    #[test]
-    fn learning_rates_are_the_published_ones() {
-        let published = Config {
-            learning_rate: 5e-4,
-            warmup_steps: 500,
-            learning_rate_drops: vec![150, 300, 400],
-            learning_rate_factor: 0.4,
-            ..config()
-        };
-        for (update, want) in [(0, 1e-6), (249, 2.5e-4), (499, 5e-4)] {
-            assert!((published.rate(update, 0) - want).abs() < 1e-15, "update {update}");
-            assert!(!published.moves_prototypes(update));
-        }
-        assert!(published.moves_prototypes(500));
-        for (epochs, want) in
-            [([0, 149], 5e-4), ([150, 299], 2e-4), ([300, 399], 8e-5), ([400, 499], 3.2e-5)]
-        {
-            for epoch in epochs {
-                let rate = published.rate(100_000, epoch);
-                assert!((rate - want).abs() < 1e-15, "epoch {epoch}: {rate}");
-            }
-        }
-    }
 
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {

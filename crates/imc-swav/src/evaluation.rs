@@ -1,12 +1,14 @@
 //! What the trained networks say of every scored picture.
 
 use anyhow::Result;
-use assignment::{KMeans, Metric};
-use candle_core::{Device, Tensor};
+use assignment::{KMeans, argmax_rows};
+use candle_core::Device;
+use candle_nn::ops::softmax;
 use data::{Found, Images, Loader};
 use layers::{Mode, Modes};
 use stage::Job;
-use training::ops::{softmax, unit_rows};
+use training::ops::unit_rows;
+use training::{Views, outputs};
 
 use crate::network::Networks;
 use crate::{Config, Evaluation};
@@ -33,32 +35,16 @@ pub fn predict(
         refresh(config, images, &rows, networks, device)?;
     }
     let (clusters, width) = (job.data.clusters, config.backbone.embedding_width());
-    let (mut embeddings, mut projections) = (Vec::new(), Vec::new());
-    let (mut assignment, mut confidence) = (Vec::new(), Vec::new());
-    for batch in Loader::clean(images, &rows, &config.input)? {
-        let batch = batch?;
-        let shape = batch.shape();
-        let pictures = batch.views.into_iter().next().unwrap_or_default();
-        let pictures = Tensor::from_vec(pictures, shape, device)?;
-        let embedding = networks.encoder.apply(&pictures)?;
-        let projection = unit_rows(&networks.projector.apply(&embedding)?)?;
-        let memberships = softmax(&networks.classifier.apply(&embedding)?)?;
-        for row in memberships.to_vec2::<f32>()? {
-            let (cluster, largest) = largest(&row);
-            assignment.push(cluster as u32);
-            confidence.push(largest);
-        }
-        embeddings.extend(unit_rows(&embedding)?.flatten_all()?.to_vec1::<f32>()?);
-        projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
+    let loader = Loader::clean(images, &rows, &config.input)?;
+    let [embeddings, projections, memberships] = outputs(loader, device, |pictures| {
         job.interrupt.check()?;
-    }
-    let k_means = KMeans {
-        clusters,
-        metric: Metric::Spherical,
-        restarts: config.kmeans_restarts,
-        iterations: KMEANS_ITERATIONS,
-        tolerance: KMEANS_TOLERANCE,
-    };
+        let embedding = networks.encoder.evaluate(pictures)?;
+        let projection = unit_rows(&networks.projector.evaluate(&embedding)?)?;
+        let memberships = softmax(&networks.classifier.evaluate(&embedding)?, 1)?;
+        Ok([unit_rows(&embedding)?, projection, memberships])
+    })?;
+    let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
+    let k_means = KMeans::spherical(clusters, config.kmeans_restarts);
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     let projection_width = config.projector.width;
     let weights = vec![1.; rows.len()];
@@ -72,10 +58,6 @@ pub fn predict(
         prototypes,
     })
 }
-
-/// Steps of one start of k-means at most, and the change at which it ends.
-const KMEANS_ITERATIONS: usize = 300;
-const KMEANS_TOLERANCE: f64 = 1e-4;
 
 /// Passes un-augmented pictures through encoder and classifier on batch statistics, in batches of
 /// training's size: the running statistics move towards theirs.
@@ -92,29 +74,14 @@ fn refresh(
         .take(config.refresh_batches)
         .map(<[u32]>::to_vec)
         .collect();
-    let pipelines = vec![config.input.clean()];
-    // Nothing is drawn by chance: seed and epoch do not matter.
-    let loader = Loader::new(images, batches, pipelines, &config.input, 0, 0, Loader::threads())?;
-    for batch in loader {
-        let batch = batch?;
-        let shape = batch.shape();
-        let pictures = batch.views.into_iter().next().unwrap_or_default();
-        let mut value = Tensor::from_vec(pictures, shape, device)?;
+    let clean = Views::new(images, [&config.input.clean()], &config.input, 0);
+    let [] = outputs(clean.epoch(0, batches, 0)?, device, |pictures| {
+        let mut value = pictures.clone();
         for part in [&mut networks.encoder, &mut networks.classifier] {
             let modes = Modes::all(part.segment.network(), Mode::Batch);
             value = part.segment.forward(&value, &modes, None)?;
         }
-    }
+        Ok([])
+    })?;
     Ok(())
-}
-
-/// The largest value and its place, the first among equals.
-fn largest(row: &[f32]) -> (usize, f32) {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (place, &value) in row.iter().enumerate() {
-        if value > best.1 {
-            best = (place, value);
-        }
-    }
-    best
 }

@@ -3,9 +3,9 @@
 //! Of every picture two large and four small crops are taken. Encoder, projector and prototypes
 //! learn to predict from each crop how the large ones lie among a thousand prototypes: the codes,
 //! made by Sinkhorn's algorithm so that all prototypes are used (SwAV, Caron et al. 2020,
-//! arXiv:2006.09882). Beside them a classifier with one output for each cluster learns to know as
-//! much as it can of the prototypes, with clusters of one size; it sees the encoder's output as a
-//! constant. Its largest output is the cluster; there is no k-means, no second stage and no target
+//! arXiv:2006.09882). Beside them a classifier with one output for each cluster maximises mutual
+//! information with the prototypes while it keeps the clusters balanced; it sees the encoder's
+//! output as a constant. Its largest output is the cluster; there is no k-means, no second stage and no target
 //! network (IMC-SwAV, Ntelemis, Jin, Thomas 2022, arXiv:2103.07368).
 //!
 //! Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
@@ -27,19 +27,18 @@ pub mod network;
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result};
-use backbone::backbone_file;
-use candle_core::{Device, Tensor};
-use data::{Batch, Images, PseudoLabels};
+use anyhow::Result;
+use candle_core::Tensor;
+use data::{Images, PseudoLabels};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
-use training::{Run, Seam, sampler};
+use training::{Run, backward, sampler, tensors};
 
 pub use config::{ClassifierWidths, Config, Crops, Evaluation, ProjectorWidths};
 pub use evaluation::predict;
 
 use crate::bank::Bank;
-use crate::loss::{codes, entropies, logit_penalty, swapped_prediction_loss};
-use crate::network::{Crop, Networks};
+use crate::loss::{codes, information_loss, logit_penalty, swapped_prediction_loss};
+use crate::network::Networks;
 
 /// The stage: see the documentation of the crate.
 pub struct ImcSwav;
@@ -69,41 +68,42 @@ impl Stage for ImcSwav {
         let classified: BTreeSet<u32> = images.rows(&config.classify_on).into_iter().collect();
         let plan = config.plan(rows.len());
 
-        let start = job.optional_input("backbone").map(|folder| folder.join(backbone_file::NAME));
+        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+
+        let start = job.optional_input("backbone");
         let (clusters, seed) = (job.data.clusters, job.seed);
-        let mut networks = Networks::random(config, clusters, seed, start.as_deref(), &device)?;
+        let mut networks = Networks::random(config, clusters, seed, start, &device)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
-        let widths = [config.backbone.embedding_width(), config.prototypes];
-        let mut bank = Bank::kept(&run, config.crops(), widths, &device)?;
+        let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
             if run.batches_done() == 0 {
-                bank = Bank::default();
+                networks.bank = Bank::new(&device);
             }
             let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
-            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+            for batch in views.epoch(epoch, order, run.batches_done())? {
                 let batch = batch?;
-                let update = run.step() - 1;
                 let takes_part = places(&batch.rows, &classified);
                 networks.normalise_prototypes()?;
-                let mut crops = Vec::with_capacity(config.crops());
+                let (mut crops, mut scores) = (Vec::new(), Vec::new());
                 for pictures in tensors(batch, &device)? {
-                    crops.push(networks.forward(&pictures)?); // One forward a crop: statistics of its own.
+                    let seams = networks.forward(&pictures)?; // Each crop has its own statistics.
+                    scores.push(networks.scores(&seams[1])?);
+                    crops.push(seams);
                 }
-                run.note_projections(&crops[0].projection())?; // An error when they have collapsed.
+                run.note_projections(&crops[0][1])?; // An error when they have collapsed.
 
                 // Encoder, projector, prototypes: every crop predicts the codes of the other large ones.
-                let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
                 let codes = scores[..config.large.count]
                     .iter()
                     .map(|scores| codes(scores, config.code_epsilon, config.code_rounds))
                     .collect::<Result<Vec<_>>>()?;
                 let swapped = swapped_prediction_loss(&scores, &codes, config.temperature)?;
 
-                // The classifier: what its clusters know of the prototypes, once a batch is gathered.
-                let embeddings: Vec<Tensor> = crops.iter().map(Crop::embedding).collect();
-                bank.add(&embeddings, &scores, &takes_part)?;
-                let gathered = bank.take(plan.batch_size);
+                // The classifier learns from the prototypes' scores once a batch is gathered.
+                let embeddings: Vec<Tensor> = crops.iter().map(|[e, _]| e.detach()).collect();
+                networks.bank.add(&embeddings, &scores, &takes_part)?;
+                let gathered = networks.bank.take(plan.batch_size);
                 let total = match &gathered {
                     Some(gathered) => {
                         (&swapped.detach() + classify(config, &mut networks, gathered, &mut run)?)?
@@ -115,16 +115,15 @@ impl Stage for ImcSwav {
 
                 let gradients = swapped.backward()?;
                 networks.backward(crops, &gradients)?; // Adds to the gradients, crop by crop.
-                run.refuse_gradient(networks.first_gradient_not_finite()?)?;
-                let adam = config.adam(config.rate(update, epoch));
-                let moves = config.moves_prototypes(update);
-                networks.step(&gradients, adam, moves, gathered.is_some())?;
-                bank.keep(&mut run)?;
-                run.end_step(&networks)?; // A checkpoint when the program is asked to stop.
+                run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;
+                let adam = config.adam(learning_rate.at(run.step()));
+                let moves_prototypes = run.step() > config.warmup_steps;
+                networks.step(&gradients, adam, moves_prototypes, gathered.is_some())?;
+                run.end_step(&mut networks)?; // Saves when the program is asked to stop.
             }
-            run.end_epoch(&networks)?; // One line in the log; a checkpoint when due.
+            run.end_epoch(&mut networks)?; // Writes a log line, and a checkpoint when due.
         }
-        run.finish(&networks, &config.configuration()?)?;
+        run.finish(&mut networks, &config.configuration()?)?;
         networks.write_head(&job.out, job.data.clusters)?;
 
         // Running statistics first: refreshing changes them.
@@ -143,7 +142,7 @@ impl Stage for ImcSwav {
     }
 }
 
-/// The classifier's loss on gathered images, whose gradients are added to the classifier's own:
+/// The classifier's loss on gathered images, whose gradients are added to the classifier's:
 /// information over all ordered pairs of crops, and the limit on its logits.
 fn classify(
     config: &Config,
@@ -152,36 +151,29 @@ fn classify(
     run: &mut Run,
 ) -> Result<Tensor> {
     let classifier = &mut networks.classifier;
-    let learn = |embedding| classifier.learn(embedding);
-    let seams =
-        gathered.embeddings.iter().map(learn).collect::<candle_core::Result<Vec<Seam>>>()?;
-    let logits: Vec<Tensor> = seams.iter().map(|seam| seam.output.as_tensor().clone()).collect();
-    let (conditional, entropy) = entropies(&logits, &gathered.scores, config.temperature)?;
-    let information = (&conditional - (&entropy * config.entropy_weight)?)?;
+    let mut seams = Vec::new();
+    for embedding in &gathered.embeddings {
+        seams.push(classifier.forward(embedding)?);
+    }
+    let logits: Vec<Tensor> = seams.iter().map(|seam| (**seam).clone()).collect();
+    let (temperature, weight) = (config.temperature, config.entropy_weight);
+    let information = information_loss(&logits, &gathered.scores, temperature, weight)?;
     let penalty = logit_penalty(&logits, config.logit_limit, config.logit_penalty)?;
-    run.note_scalar("conditional-entropy", &conditional)?;
-    run.note_scalar("entropy", &entropy)?;
+    run.note_scalar("conditional-entropy", &information.conditional_entropy)?;
+    run.note_scalar("entropy", &information.entropy)?;
     run.note_scalar("logit-penalty", &penalty)?;
-    let loss = (information + penalty)?;
+    let loss = (information.loss + penalty)?;
     let gradients = loss.backward()?;
     for seam in seams {
-        let at_logits = gradients.get(&seam.output).context("a gradient at the logits")?;
-        classifier.backward(seam, at_logits, false)?; // Nothing goes on to the encoder.
+        backward([&mut *classifier], [seam], &gradients)?; // No gradient reaches the encoder.
     }
     Ok(loss.detach())
 }
 
-/// Places in the batch of those rows that take part.
+/// Indices in the batch of those rows that take part.
 fn places(rows: &[u32], taking_part: &BTreeSet<u32>) -> Vec<u32> {
     let of_batch = rows.iter().zip(0..);
     of_batch.filter(|(row, _)| taking_part.contains(row)).map(|(_, place)| place).collect()
-}
-
-/// The crops of a batch, `(B, H, W, C)` each.
-fn tensors(mut batch: Batch, device: &Device) -> Result<Vec<Tensor>> {
-    let views = std::mem::take(&mut batch.views);
-    let tensor = |(view, values)| Ok(Tensor::from_vec(values, batch.shape_of(view), device)?);
-    views.into_iter().enumerate().map(tensor).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@
 
 use anyhow::{Context, ensure};
 use candle_core::{D, DType, Device, Result, Tensor};
-use training::ops::{log_softmax, relu, softmax};
+use candle_nn::ops::{log_softmax, softmax};
+use training::ops::{relu, sum};
 
 /// Sinkhorn codes of one crop: soft assignments to prototypes that use all of them alike.
 ///
@@ -48,25 +49,25 @@ pub fn swapped_prediction_loss(
     codes: &[Tensor],
     temperature: f64,
 ) -> Result<Tensor> {
-    let mut sum: Option<Tensor> = None;
-    for (p, scores) in scores.iter().enumerate() {
-        let others = codes.iter().enumerate().filter(|(i, _)| *i != p).map(|(_, q)| q.detach());
-        let Some(target) = others.map(Ok).reduce(|a, b| a? + b?).transpose()? else { continue };
-        let log = log_softmax(&(scores / temperature)?)?.maximum(LOG_FLOOR)?;
-        let term = (target * log)?.sum(D::Minus1)?.mean_all()?;
-        sum = Some(match sum {
-            Some(sum) => (sum + term)?,
-            None => term,
-        });
-    }
-    match sum {
-        Some(sum) => sum * (-1. / swapped_pairs(codes.len(), scores.len()) as f64),
-        None => candle_core::bail!(
+    let pairs = swapped_pairs(codes.len(), scores.len());
+    if pairs == 0 {
+        candle_core::bail!(
             "swapped_prediction_loss: {} codes and {} crops make no pair",
             codes.len(),
             scores.len()
-        ),
+        )
     }
+    let mut terms = Vec::new();
+    for (p, scores) in scores.iter().enumerate() {
+        let others = codes.iter().enumerate().filter(|(i, _)| *i != p).map(|(_, q)| q.detach());
+        let others: Vec<Tensor> = others.collect();
+        if others.is_empty() {
+            continue; // The only large crop has no other one to predict.
+        }
+        let log = log_softmax(&(scores / temperature)?, D::Minus1)?.maximum(LOG_FLOOR)?;
+        terms.push((sum(others)? * log)?.sum(D::Minus1)?.mean_all()?);
+    }
+    sum(terms)? * (-1. / pairs as f64)
 }
 
 /// `ln 10⁻¹⁷`: below it a probability counts as that, without a gradient. Cosines over a
@@ -75,10 +76,10 @@ const LOG_FLOOR: f64 = -39.143_946_580_898_77;
 
 /// Pairs of a large crop and another one.
 pub fn swapped_pairs(large: usize, crops: usize) -> usize {
-    large * (crops - 1)
+    large * crops.saturating_sub(1)
 }
 
-/// What the classifier's clusters know of the prototypes, to be made small.
+/// The negative mutual information of clusters and prototypes, with a push to balanced clusters.
 ///
 /// For every ordered pair `(a, b)` of crops, `a = b` included, with the joint
 /// `P = softmax(y_a)ᵀ softmax(u_b / τ)` scaled to sum to 1 and its marginals `P_y` and `P_u`:
@@ -91,8 +92,9 @@ pub fn swapped_pairs(large: usize, crops: usize) -> usize {
 ///
 /// - `logits`: `y` of every crop, `V` times `(B, K)`.
 /// - `scores`: `u` of every crop, `V` times `(B, K')`; constants.
+/// - `entropy_weight`: β.
 ///
-/// Returns a scalar in nats, at least `−β ln K`.
+/// Returns scalars in nats; the loss is at least `−β ln K`.
 ///
 /// # Errors
 ///
@@ -102,21 +104,7 @@ pub fn information_loss(
     scores: &[Tensor],
     temperature: f64,
     entropy_weight: f64,
-) -> Result<Tensor> {
-    let (conditional, entropy) = entropies(logits, scores, temperature)?;
-    conditional - (entropy * entropy_weight)?
-}
-
-/// `H(Y|U)` and `H(Y)`, each the mean over all ordered pairs of crops; see [`information_loss`].
-///
-/// # Errors
-///
-/// As [`information_loss`].
-pub fn entropies(
-    logits: &[Tensor],
-    scores: &[Tensor],
-    temperature: f64,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<Information> {
     let (Some(first), Some(u)) = (logits.first(), scores.first()) else {
         candle_core::bail!("information_loss: no crop")
     };
@@ -124,8 +112,8 @@ pub fn entropies(
     if n != m {
         candle_core::bail!("information_loss: {n} rows of logits but {m} of scores")
     }
-    let y = logits.iter().map(softmax).collect::<Result<Vec<_>>>()?;
-    let u = scores.iter().map(|u| softmax(&(u.detach() / temperature)?));
+    let y = logits.iter().map(|y| softmax(y, 1)).collect::<Result<Vec<_>>>()?;
+    let u = scores.iter().map(|u| softmax(&(u.detach() / temperature)?, 1));
     let u = u.collect::<Result<Vec<_>>>()?;
     // The joints of all pairs in one product: (V, K) rows by (V, K') columns.
     let joint = Tensor::cat(&y, 1)?.t()?.matmul(&Tensor::cat(&u, 1)?)?;
@@ -138,7 +126,21 @@ pub fn entropies(
     let pairs = (logits.len() * scores.len()) as f64;
     let conditional = (&joint * log(&of_prototypes)?.broadcast_sub(&log(&joint)?)?)?;
     let entropy = (&of_clusters * log(&of_clusters)?)?;
-    Ok(((conditional.sum_all()? / pairs)?, (entropy.sum_all()? * (-1. / pairs))?))
+    let conditional_entropy = (conditional.sum_all()? / pairs)?;
+    let entropy = (entropy.sum_all()? * (-1. / pairs))?;
+    let loss = (&conditional_entropy - (&entropy * entropy_weight)?)?;
+    Ok(Information { loss, conditional_entropy, entropy })
+}
+
+/// The [`information_loss`] and its parts.
+#[derive(Debug)]
+pub struct Information {
+    /// `l`.
+    pub loss: Tensor,
+    /// `H(Y|U)`.
+    pub conditional_entropy: Tensor,
+    /// `H(Y)`.
+    pub entropy: Tensor,
 }
 
 /// Keeps logits from saturating: `w · 1/B Σ_b Σ_c relu(|y[b, c]| − limit)`, the mean over the
@@ -151,18 +153,9 @@ pub fn entropies(
 ///
 /// No crop, or shapes differ.
 pub fn logit_penalty(logits: &[Tensor], limit: f64, weight: f64) -> Result<Tensor> {
-    let mut sum: Option<Tensor> = None;
-    for logits in logits {
-        let term = relu(&(logits.abs()? - limit)?)?.sum(D::Minus1)?.mean_all()?;
-        sum = Some(match sum {
-            Some(sum) => (sum + term)?,
-            None => term,
-        });
-    }
-    match sum {
-        Some(sum) => sum * (weight / logits.len() as f64),
-        None => candle_core::bail!("logit_penalty: no crop"),
-    }
+    let excess = |logits: &Tensor| relu(&(logits.abs()? - limit)?)?.sum(D::Minus1)?.mean_all();
+    let terms = logits.iter().map(excess).collect::<Result<Vec<_>>>()?;
+    sum(terms)? * (weight / logits.len() as f64)
 }
 
 /// Scales every row to unit length, outside any graph, as the prototypes are before each step.
@@ -211,6 +204,10 @@ mod tests {
 
     fn scalar(tensor: &Tensor) -> f64 {
         tensor.to_scalar().expect("a scalar")
+    }
+
+    fn information(y: &[Tensor], u: &[Tensor], temperature: f64, weight: f64) -> Result<Tensor> {
+        Ok(information_loss(y, u, temperature, weight)?.loss)
     }
 
     /// IMC-SwAV, case T1; IMC-SwAV, case T2; IMC-SwAV, case T3.
@@ -317,17 +314,17 @@ mod tests {
         // The mean over 36 or 4 pairs of one and the same joint is that joint's value.
         for crops in [6, 2] {
             let (y, u) = (vec![f64s(&Y); crops], vec![f64s(&PX); crops]);
-            let all = scalar(&information_loss(&y, &u, 0.1, 4.)?);
+            let all = scalar(&information(&y, &u, 0.1, 4.)?);
             assert!((all + 2.259532566).abs() < 1e-9, "{all}");
         }
         // And every ordered pair of two different crops counts once.
         let other = [[0.5, 0.2], [-1., 0.], [0.3, 1.], [2., 0.]];
         let (y, u) = ([f64s(&Y), f64s(&other)], [f64s(&PX), f64s(&U)]);
-        let got = scalar(&information_loss(&y, &u, 0.1, 4.)?);
+        let got = scalar(&information(&y, &u, 0.1, 4.)?);
         let mut want = 0.;
         for a in 0..2 {
             for b in 0..2 {
-                want += scalar(&information_loss(&y[a..=a], &u[b..=b], 0.1, 4.)?) / 4.;
+                want += scalar(&information(&y[a..=a], &u[b..=b], 0.1, 4.)?) / 4.;
             }
         }
         assert!((got - want).abs() < 1e-12, "got {got}, want {want}");
@@ -339,12 +336,12 @@ mod tests {
     fn information_has_the_specified_value_and_gradient() -> Result<()> {
         let y = Var::from_tensor(&f64s(&Y))?;
         let (of_y, of_u) = ([y.as_tensor().clone()], [f64s(&PX)]);
-        let (conditional, entropy) = entropies(&of_y, &of_u, 0.1)?;
-        assert!((scalar(&conditional) - 0.503659973).abs() < 1e-9);
-        assert!((-4. * scalar(&entropy) + 2.763192539).abs() < 1e-9);
-        let plain = scalar(&information_loss(&of_y, &of_u, 0.1, 1.)?);
+        let parts = information_loss(&of_y, &of_u, 0.1, 4.)?;
+        assert!((scalar(&parts.conditional_entropy) - 0.503659973).abs() < 1e-9);
+        assert!((-4. * scalar(&parts.entropy) + 2.763192539).abs() < 1e-9);
+        let plain = scalar(&information(&of_y, &of_u, 0.1, 1.)?);
         assert!((plain + 0.187138162).abs() < 1e-9, "{plain}");
-        let loss = information_loss(&of_y, &of_u, 0.1, 4.)?;
+        let loss = information(&of_y, &of_u, 0.1, 4.)?;
         assert!((scalar(&loss) + 2.259532566).abs() < 1e-9);
         let gradients = loss.backward()?;
         let got = gradients.get(&y).expect("a gradient").to_vec2::<f64>()?;
@@ -358,17 +355,17 @@ mod tests {
     #[test]
     fn uniform_perfect_and_collapsed_classifiers_have_their_known_values() -> Result<()> {
         let uniform = Tensor::zeros((4, 10), DType::F64, &Cpu)?;
-        let loss = scalar(&information_loss(&[uniform], &[f64s(&PX)], 0.1, 4.)?);
+        let loss = scalar(&information(&[uniform], &[f64s(&PX)], 0.1, 4.)?);
         assert!((loss + 6.907755279).abs() < 1e-9, "{loss}");
         // Two clusters that the prototypes tell apart, with logits of 20 for them too.
         let certain = f64s(&[[2., 0.], [2., 0.], [0., 2.], [0., 2.]]);
         let twenty = f64s(&[[20., 0.], [20., 0.], [0., 20.], [0., 20.]]);
         let penalty = scalar(&logit_penalty(std::slice::from_ref(&twenty), 5., 0.01)?);
         assert!((penalty - 0.15).abs() < 1e-12, "{penalty}");
-        let loss = scalar(&information_loss(&[twenty], std::slice::from_ref(&certain), 0.1, 4.)?);
+        let loss = scalar(&information(&[twenty], std::slice::from_ref(&certain), 0.1, 4.)?);
         assert!((loss + 2.772588639).abs() < 1e-9, "{loss}");
         let one = f64s(&[[20., 0.]; 4]);
-        let collapsed = scalar(&information_loss(&[one], &[certain], 0.1, 4.)?);
+        let collapsed = scalar(&information(&[one], &[certain], 0.1, 4.)?);
         assert!((-2e-7..-5e-8).contains(&collapsed), "{collapsed}");
         assert!((collapsed - loss - 2.77).abs() < 0.005, "the balanced one wins by 2.77");
         Ok(())
@@ -379,10 +376,10 @@ mod tests {
     fn saturated_logits_give_finite_values_and_gradients() -> Result<()> {
         let y = Var::new(&[[120f32, -120.], [120., -120.], [-120., 120.]], &Cpu)?;
         let u = Tensor::new(&[[1f32, 0., -1.], [1., 0., -1.], [-1., 0., 1.]], &Cpu)?;
-        let (conditional, _) = entropies(&[y.as_tensor().clone()], std::slice::from_ref(&u), 0.01)?;
-        let first = conditional.to_scalar::<f32>()?;
+        let found = information_loss(&[y.as_tensor().clone()], &[u], 0.01, 4.)?;
+        let first = found.conditional_entropy.to_scalar::<f32>()?;
         assert!(first.abs() < 1e-6, "{first}");
-        let loss = information_loss(&[y.as_tensor().clone()], &[u], 0.01, 4.)?;
+        let loss = found.loss;
         assert!(loss.to_scalar::<f32>()?.is_finite());
         let gradients = loss.backward()?;
         let gradient = gradients.get(&y).expect("a gradient").flatten_all()?;
@@ -432,7 +429,7 @@ mod tests {
         })?;
         let other = [[0.5, 0.2], [-1., 0.], [0.3, 1.], [2., 0.]];
         check_gradient(&Y, |y| {
-            information_loss(&[y.clone(), f64s(&other)], &[f64s(&PX), f64s(&U)], 0.1, 4.)
+            information(&[y.clone(), f64s(&other)], &[f64s(&PX), f64s(&U)], 0.1, 4.)
         })?;
         check_gradient(&[[6., -8.], [1., 2.], [5.5, -4.], [-5.5, 7.]], |y| {
             logit_penalty(&[y.clone(), f64s(&Y)], 5., 0.01)
@@ -461,7 +458,7 @@ mod tests {
     #[test]
     fn scores_receive_no_gradient_from_information() -> Result<()> {
         let (y, u) = (Var::from_tensor(&f64s(&Y))?, Var::from_tensor(&f64s(&PX))?);
-        let loss = information_loss(&[y.as_tensor().clone()], &[u.as_tensor().clone()], 0.1, 4.)?;
+        let loss = information(&[y.as_tensor().clone()], &[u.as_tensor().clone()], 0.1, 4.)?;
         let gradients = loss.backward()?;
         assert!(gradients.get(&y).is_some());
         assert!(gradients.get(&u).is_none());

@@ -2,20 +2,21 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use backbone::network_file::{self, NamedTensor};
 use backbone::perceptron::linear;
 use backbone::{Segment, backbone_file, resnet};
-use candle_core::{Device, Tensor, Var};
-use layers::{BatchNorm, Builder, Network};
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Tensor};
+use layers::{Adam, BatchNorm, Builder, Network};
 use rand::RngExt;
 use rand_distr::Uniform;
-use stage::container::Container;
 use stage::random::stream;
 use training::ops::unit_rows;
-use training::{Adam, AdamSegment, Seam, Trained};
+use training::{Checkpoint, Seam, Trained, TrainedSegment, TrainedVariable};
 
 use crate::Config;
+use crate::bank::Bank;
 use crate::loss::unit_rows_in_place;
 
 /// All that learns.
@@ -24,50 +25,29 @@ use crate::loss::unit_rows_in_place;
 /// projector or prototypes.
 pub struct Networks {
     /// Picture to embedding, `(B, D)`.
-    pub encoder: AdamSegment,
+    pub encoder: TrainedSegment<Adam>,
     /// Embedding to projection, `(B, P)`: two linear layers with nothing between them.
-    pub projector: AdamSegment,
+    pub projector: TrainedSegment<Adam>,
     /// Embedding to logits over the clusters, `(B, K)`.
-    pub classifier: AdamSegment,
+    pub classifier: TrainedSegment<Adam>,
     /// `(K', P)`.
-    pub prototypes: Var,
-    optimizer: Adam,
+    pub prototypes: TrainedVariable<Adam>,
+    /// The images gathered for the classifier.
+    pub bank: Bank,
 }
-
-/// What one crop of a batch left behind.
-pub struct Crop {
-    encoder: Seam,
-    projector: Seam,
-    /// Cosines between projections and prototypes, `u`, in the graph of both.
-    pub scores: Tensor,
-}
-
-impl Crop {
-    /// The embeddings as a constant, `(B, D)`.
-    pub fn embedding(&self) -> Tensor {
-        self.encoder.output.as_detached_tensor()
-    }
-
-    /// The projections as a constant, `(B, P)`, not normalised.
-    pub fn projection(&self) -> Tensor {
-        self.projector.output.as_detached_tensor()
-    }
-}
-
-const PROTOTYPES: &str = "prototypes";
 
 impl Networks {
-    /// Random first weights, computing on `device`; the encoder's are those of `backbone`, a
-    /// `backbone.safetensors`, where one is given.
+    /// Random first weights, computing on `device`; the encoder's are those of the
+    /// `backbone.safetensors` in the folder `start`, if one is given.
     ///
     /// # Errors
     ///
-    /// A width is zero, the file is missing or of another network, or the device fails.
+    /// A width is zero, or the file is missing, damaged, or of another network.
     pub fn random(
         config: &Config,
         clusters: usize,
         seed: u64,
-        backbone: Option<&Path>,
+        start: Option<&Path>,
         device: &Device,
     ) -> Result<Self> {
         let precision = config.precision.into();
@@ -78,20 +58,18 @@ impl Networks {
         let segment = |name: &str, plan: Network| -> Result<Segment> {
             Ok(Segment::random(name, plan.with_precision(precision), seed)?)
         };
-        let prototypes = first_prototypes(config, seed, device)?;
-        let optimizer = Adam::new(vec![(PROTOTYPES, prototypes.clone())])?;
         let mut encoder = segment("encoder", encoder)?;
-        if let Some(file) = backbone {
-            backbone_file::read(file, &mut encoder)?;
+        if let Some(folder) = start {
+            backbone_file::read(&folder.join(backbone_file::NAME), &mut encoder)?;
         }
         let projector = segment("projector", projector)?;
         let classifier = segment("classifier", classifier)?;
         Ok(Self {
-            encoder: AdamSegment::new("online.backbone", encoder).on(device)?,
-            projector: AdamSegment::new("online.projector", projector).on(device)?,
-            classifier: AdamSegment::new("classifier", classifier).on(device)?,
-            prototypes,
-            optimizer,
+            encoder: TrainedSegment::new("online.backbone", encoder).on(device)?,
+            projector: TrainedSegment::new("online.projector", projector).on(device)?,
+            classifier: TrainedSegment::new("classifier", classifier).on(device)?,
+            prototypes: first_prototypes(config, seed, device)?,
+            bank: Bank::new(device),
         })
     }
 
@@ -102,24 +80,33 @@ impl Networks {
     ///
     /// A prototype is zero.
     pub fn normalise_prototypes(&mut self) -> Result<()> {
-        let (_, width) = self.prototypes.dims2()?;
-        let mut values = self.prototypes.flatten_all()?.to_vec1::<f32>()?;
+        let prototypes = &self.prototypes.variable;
+        let (count, width) = prototypes.dims2()?;
+        let mut values = prototypes.flatten_all()?.to_vec1::<f32>()?;
         unit_rows_in_place(&mut values, width)?;
-        let shape = self.prototypes.shape().clone();
-        Ok(self.prototypes.set(&Tensor::from_vec(values, shape, self.prototypes.device())?)?)
+        let values = Tensor::from_vec(values, (count, width), prototypes.device())?;
+        Ok(prototypes.set(&values)?)
     }
 
-    /// One crop through encoder and projector, on statistics of its own, and against the
-    /// prototypes.
+    /// One crop `(B, H, W, C)` through encoder and projector, on its own batch statistics. Returns
+    /// the seams at the embedding `(B, D)` and the projection `(B, P)`, not normalised.
     ///
     /// # Errors
     ///
-    /// `pictures` is not `(B, H, W, C)` of the encoder's channels.
-    pub fn forward(&mut self, pictures: &Tensor) -> Result<Crop> {
-        let encoder = self.encoder.learn(pictures)?;
-        let projector = self.projector.learn(&encoder.output.as_detached_tensor())?;
-        let scores = unit_rows(&projector.output)?.matmul(&self.prototypes.t()?)?;
-        Ok(Crop { encoder, projector, scores })
+    /// `pictures` does not have the encoder's channels.
+    pub fn forward(&mut self, pictures: &Tensor) -> Result<[Seam; 2]> {
+        let embedding = self.encoder.forward(pictures)?;
+        let projection = self.projector.forward(&embedding)?;
+        Ok([embedding, projection])
+    }
+
+    /// Cosines between projections and prototypes, `u`, `(B, K')`, in the graph of both.
+    ///
+    /// # Errors
+    ///
+    /// The widths differ.
+    pub fn scores(&self, projection: &Tensor) -> Result<Tensor> {
+        Ok(unit_rows(projection)?.matmul(&self.prototypes.variable.t()?)?)
     }
 
     /// Adds the gradients of the swapped prediction to those of this step: for projector and
@@ -127,44 +114,37 @@ impl Networks {
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn backward(
-        &mut self,
-        crops: Vec<Crop>,
-        gradients: &candle_core::backprop::GradStore,
-    ) -> Result<()> {
-        for crop in crops {
-            let Some(at_projection) = gradients.get(&crop.projector.output) else { continue };
-            let at_embedding = self.projector.backward(crop.projector, at_projection, true)?;
-            let at_embedding = at_embedding.context("a gradient at the projector's input")?;
-            self.encoder.backward(crop.encoder, &at_embedding, false)?;
+    /// A gradient has another shape than its seam.
+    pub fn backward(&mut self, crops: Vec<[Seam; 2]>, gradients: &GradStore) -> Result<()> {
+        for seams in crops {
+            training::backward([&mut self.encoder, &mut self.projector], seams, gradients)?;
         }
         Ok(())
     }
 
-    /// One step of everything that learns in it.
+    /// One step of everything that learns.
     ///
     /// - `gradients`: of the swapped prediction, for the prototypes.
-    /// - `moves_prototypes`: false while they wait; then no moment and no step is counted either.
-    /// - `classifies`: false in a step whose images are still gathered.
+    /// - `moves_prototypes`: false in the first steps; then their moments stay as they are too.
+    /// - `classifies`: false in a step after which images are still gathered.
     ///
     /// # Errors
     ///
     /// The device refuses.
     pub fn step(
         &mut self,
-        gradients: &candle_core::backprop::GradStore,
-        with: layers::Adam,
+        gradients: &GradStore,
+        rule: Adam,
         moves_prototypes: bool,
         classifies: bool,
     ) -> Result<()> {
-        self.encoder.step(with)?;
-        self.projector.step(with)?;
+        self.encoder.step(rule)?;
+        self.projector.step(rule)?;
         if moves_prototypes {
-            self.optimizer.step(gradients, with)?;
+            self.prototypes.step(gradients, rule)?;
         }
         if classifies {
-            self.classifier.step(with)?;
+            self.classifier.step(rule)?;
         }
         Ok(())
     }
@@ -184,80 +164,47 @@ impl Networks {
         data::head::write(folder, clusters, "classifier", &views)
     }
 
-    /// The first parameter of a segment whose gradient is not finite.
+    /// The first gradient that is not finite, by its name in files.
     ///
     /// # Errors
     ///
     /// The device fails.
-    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+    pub fn first_gradient_not_finite(
+        &self,
+        gradients: &GradStore,
+    ) -> candle_core::Result<Option<String>> {
         for part in [&self.encoder, &self.projector, &self.classifier] {
             if let Some(name) = part.first_gradient_not_finite()? {
                 return Ok(Some(name));
             }
         }
-        Ok(None)
+        self.prototypes.gradient_not_finite(gradients)
     }
 }
 
 impl Trained for Networks {
-    fn segments(&self) -> Vec<(&'static str, &Segment)> {
-        [&self.encoder, &self.projector, &self.classifier]
-            .map(|part| (part.name(), &part.segment))
-            .into()
-    }
-
-    fn segments_mut(&mut self) -> Vec<(&'static str, &mut Segment)> {
-        [&mut self.encoder, &mut self.projector, &mut self.classifier]
-            .map(|part| (part.name(), &mut part.segment))
-            .into()
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        self.encoder.checkpoint(file)?;
+        self.projector.checkpoint(file)?;
+        self.classifier.checkpoint(file)?;
+        self.prototypes.checkpoint(file)?;
+        self.bank.checkpoint(file)
     }
 
     fn exported(&self) -> &Segment {
         &self.encoder.segment
     }
-
-    fn variables(&self) -> Result<Vec<NamedTensor>> {
-        let values = self.prototypes.flatten_all()?.to_vec1()?;
-        let shape = self.prototypes.dims().to_vec();
-        Ok(vec![NamedTensor { name: PROTOTYPES.into(), shape, values }])
-    }
-
-    fn take_up_variables(&mut self, network: &Container) -> Result<()> {
-        let (found, wanted) = (network.shape(PROTOTYPES)?, self.prototypes.dims());
-        ensure!(
-            found == wanted,
-            "`{PROTOTYPES}` of `{}` is {found:?}, but the experiment needs {wanted:?}",
-            network.path().display()
-        );
-        let values = Tensor::from_vec(network.f32(PROTOTYPES)?, wanted, self.prototypes.device())?;
-        Ok(self.prototypes.set(&values)?)
-    }
-
-    fn memory(&self) -> Result<Vec<NamedTensor>> {
-        let mut tensors = self.optimizer.memory()?;
-        for part in [&self.encoder, &self.projector, &self.classifier] {
-            tensors.extend(part.memory()?);
-        }
-        Ok(tensors)
-    }
-
-    fn take_up_memory(&mut self, state: &Container) -> Result<()> {
-        self.optimizer.take_up_memory(state)?;
-        for part in [&mut self.encoder, &mut self.projector, &mut self.classifier] {
-            part.take_up_memory(state)?;
-        }
-        Ok(())
-    }
 }
 
-/// Uniform within `±1/√P`, as a linear layer without bias begins.
-fn first_prototypes(config: &Config, seed: u64, device: &Device) -> Result<Var> {
+/// Uniform within `±1/√P`, like the first weights of a linear layer without bias.
+fn first_prototypes(config: &Config, seed: u64, device: &Device) -> Result<TrainedVariable<Adam>> {
     let (count, width) = (config.prototypes, config.projector.width);
     let bound = 1. / (width as f64).sqrt();
     let uniform = Uniform::new(-bound, bound)?;
     let mut random = stream(seed, "weights of prototypes", &[]);
     let values = (0..count * width).map(|_| random.sample(uniform) as f32).collect::<Vec<_>>();
-    Ok(Var::from_tensor(&Tensor::from_vec(values, (count, width), device)?)?)
+    let values = Tensor::from_vec(values, (count, width), device)?;
+    Ok(TrainedVariable::new("prototypes", &values)?)
 }
 
 /// Linear, batch norm, ReLU; the same again; linear.
@@ -294,10 +241,10 @@ mod tests {
     fn prototypes_begin_as_a_linear_layer_and_are_made_unit_length() -> Result<()> {
         let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
         let bound = 1. / (config().projector.width as f32).sqrt();
-        let first = networks.prototypes.flatten_all()?.to_vec1::<f32>()?;
+        let first = networks.prototypes.variable.flatten_all()?.to_vec1::<f32>()?;
         assert!(first.iter().all(|v| v.abs() <= bound));
         networks.normalise_prototypes()?;
-        for row in networks.prototypes.to_vec2::<f32>()? {
+        for row in networks.prototypes.variable.to_vec2::<f32>()? {
             assert!((row.iter().map(|v| v * v).sum::<f32>() - 1.).abs() < 1e-6);
         }
         Ok(())

@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::Path;
 
+use anyhow::Context as _;
 use backbone::network_file;
+use candle_core::Device;
 use fixture::Pictures;
 use stage::{Library, Split};
-use training::Trained;
+use training::{Seam, TrainedSegment};
 
 use super::*;
 use crate::loss::information_loss;
@@ -122,23 +124,32 @@ fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names
     Ok(())
 }
 
-/// A first batch through the networks, with the loss of the encoder and that of the classifier.
-fn one_step(networks: &mut Networks) -> Result<(Vec<Crop>, candle_core::backprop::GradStore)> {
+/// Crops through the networks: seams and scores.
+fn through(networks: &mut Networks, crops: &[Tensor]) -> Result<(Vec<[Seam; 2]>, Vec<Tensor>)> {
+    let (mut seams, mut scores) = (Vec::new(), Vec::new());
+    for pictures in crops {
+        let of_crop = networks.forward(pictures)?;
+        scores.push(networks.scores(&of_crop[1])?);
+        seams.push(of_crop);
+    }
+    Ok((seams, scores))
+}
+
+/// A first batch through the networks, its scores, and the gradients of the encoder's loss.
+fn one_step(
+    networks: &mut Networks,
+) -> Result<(Vec<[Seam; 2]>, Vec<Tensor>, candle_core::backprop::GradStore)> {
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "out");
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
     let order = sampler::uniform(&rows, 8, 3, 0)?;
-    let batch = config().loader(&images, order, 0, 3, 0)?.next().expect("a batch")?;
+    let batch = config().views(&images, 3).epoch(0, order, 0)?.next().expect("a batch")?;
     networks.normalise_prototypes()?;
-    let mut crops = Vec::new();
-    for pictures in tensors(batch, &Device::Cpu)? {
-        crops.push(networks.forward(&pictures)?);
-    }
-    let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
+    let (crops, scores) = through(networks, &tensors(batch, &Device::Cpu)?)?;
     let codes = scores[..2].iter().map(|u| codes(u, 0.05, 3)).collect::<Result<Vec<_>>>()?;
     let gradients = swapped_prediction_loss(&scores, &codes, 0.1)?.backward()?;
-    Ok((crops, gradients))
+    Ok((crops, scores, gradients))
 }
 
 /// IMC-SwAV written down once more: crop by crop and pair by pair.
@@ -154,41 +165,40 @@ fn a_run_is_imc_swav() -> Result<()> {
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
     let mut networks = Networks::random(&config, 3, 3, None, &Device::Cpu)?;
+    let views = config.views(&images, 3);
     let mut update = 0;
     for epoch in 0..3 {
         let order = sampler::uniform(&rows, 8, 3, epoch)?;
-        for batch in config.loader(&images, order, 0, 3, epoch)? {
+        for batch in views.epoch(epoch, order, 0)? {
             networks.normalise_prototypes()?;
-            let mut crops = Vec::new();
-            for pictures in tensors(batch?, &Device::Cpu)? {
-                crops.push(networks.forward(&pictures)?);
-            }
+            let (crops, scores) = through(&mut networks, &tensors(batch?, &Device::Cpu)?)?;
             assert_eq!(crops.len(), 4);
             // The classifier, on all 16 pairs; its gradients are its own.
             let mut seams = Vec::new();
             for crop in &crops {
-                seams.push(networks.classifier.learn(&crop.embedding())?);
+                seams.push(networks.classifier.forward(&crop[0].detach())?);
             }
             let mut loss = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
             for a in &seams {
-                let logits = [a.output.as_tensor().clone()];
-                for b in &crops {
-                    let pair = information_loss(&logits, std::slice::from_ref(&b.scores), 0.1, 4.)?;
-                    loss = (loss + (pair / 16.)?)?;
+                let logits = [(**a).clone()];
+                for scores in &scores {
+                    let scores = std::slice::from_ref(scores);
+                    let pair = information_loss(&logits, scores, 0.1, 4.)?;
+                    loss = (loss + (pair.loss / 16.)?)?;
                 }
                 loss = (loss + (logit_penalty(&logits, 0.05, 1.)? / 4.)?)?;
             }
             let gradients = loss.backward()?;
             for seam in seams {
-                let at_logits = gradients.get(&seam.output).expect("a gradient").clone();
+                let at_logits = gradients.get(&seam).expect("a gradient").clone();
                 networks.classifier.backward(seam, &at_logits, false)?;
             }
             // The rest: the codes of both large crops, predicted by every other one.
             let mut loss = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
             for large in 0..2 {
-                let code = [codes(&crops[large].scores, 0.05, 3)?];
+                let code = [codes(&scores[large], 0.05, 3)?];
                 for other in (0..4).filter(|&other| other != large) {
-                    let pair = [crops[large].scores.clone(), crops[other].scores.clone()];
+                    let pair = [scores[large].clone(), scores[other].clone()];
                     let term = swapped_prediction_loss(&pair, &code, 0.1)?;
                     loss = (loss + (term / 6.)?)?;
                 }
@@ -203,10 +213,7 @@ fn a_run_is_imc_swav() -> Result<()> {
         }
     }
     assert_eq!(update, 6);
-    let mut tensors = networks.variables()?;
-    for (prefix, segment) in networks.segments() {
-        tensors.extend(network_file::tensors(prefix, segment)?);
-    }
+    let tensors = training::network_tensors(&mut networks)?;
     // Adam divides by the root of small squares: rounding shows.
     fixture::assert_written(&written, &tensors, 2e-3);
     Ok(())
@@ -223,12 +230,9 @@ fn the_encoders_gradient_matches_central_differences() -> Result<()> {
     let pictures = [crop(1, 6, 7)?, crop(2, 4, 5)?];
     let weights = training::noise(1., (8, 12), 3, &[], &Device::Cpu)?.context("above 0")?;
     let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
-    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<Crop>)> {
-        let mut crops = Vec::new();
-        for pictures in &pictures {
-            crops.push(networks.forward(pictures)?);
-        }
-        let sum = (&crops[0].scores + (&crops[1].scores * 2.)?)?;
+    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<[Seam; 2]>)> {
+        let (crops, scores) = through(networks, &pictures)?;
+        let sum = (&scores[0] + (&scores[1] * 2.)?)?;
         Ok(((sum * &weights)?.sum_all()?, crops))
     };
     let (value, crops) = loss(&mut networks)?;
@@ -246,7 +250,7 @@ fn the_encoders_gradient_matches_central_differences() -> Result<()> {
     Ok(())
 }
 
-fn is_zero(part: &training::AdamSegment) -> Result<bool> {
+fn is_zero(part: &TrainedSegment<layers::Adam>) -> Result<bool> {
     let mut all = part.segment.parameters.entries().iter();
     Ok(all.all(|entry| part.gradient(&entry.name).expect("there").iter().all(|g| *g == 0.)))
 }
@@ -255,11 +259,10 @@ fn is_zero(part: &training::AdamSegment) -> Result<bool> {
 #[test]
 fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
     let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
-    let (crops, _) = one_step(&mut networks)?;
-    let bank = Bank {
-        embeddings: crops.iter().map(Crop::embedding).collect(),
-        scores: crops.iter().map(|crop| crop.scores.clone()).collect(),
-    };
+    let (crops, scores, _) = one_step(&mut networks)?;
+    let mut bank = Bank::new(&Device::Cpu);
+    let embeddings: Vec<Tensor> = crops.iter().map(|[embedding, _]| embedding.detach()).collect();
+    bank.add(&embeddings, &scores, &[0, 1, 2, 3, 4, 5, 6, 7])?;
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "run");
     let plan = config().plan(18);
@@ -271,8 +274,8 @@ fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
 
     // Swapped prediction: into all but the classifier.
     let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
-    let (crops, gradients) = one_step(&mut networks)?;
-    let at_prototypes = gradients.get(&networks.prototypes).expect("a gradient");
+    let (crops, _, gradients) = one_step(&mut networks)?;
+    let at_prototypes = gradients.get(&networks.prototypes.variable).expect("a gradient");
     assert!(at_prototypes.abs()?.sum_all()?.to_scalar::<f32>()? > 0.);
     networks.backward(crops, &gradients)?;
     assert!(is_zero(&networks.classifier)?);
@@ -294,7 +297,7 @@ fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
     for _ in 0..6 {
         first.normalise_prototypes()?;
     }
-    assert_eq!(still, first.prototypes.flatten_all()?.to_vec1::<f32>()?);
+    assert_eq!(still, first.prototypes.variable.flatten_all()?.to_vec1::<f32>()?);
     assert_ne!(still, prototypes(&Config { warmup_steps: 5, ..config() }, "moved")?);
     Ok(())
 }
@@ -304,12 +307,13 @@ fn the_first_step_of_prototypes_is_adams_first() -> Result<()> {
     let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
     let adam = layers::Adam { weight_decay: 0., ..config().adam(0.01) };
     for moves in [false, false, true] {
-        let (crops, gradients) = one_step(&mut networks)?;
-        let before = networks.prototypes.to_vec2::<f32>()?;
-        let gradient = gradients.get(&networks.prototypes).expect("a gradient").to_vec2::<f32>()?;
+        let (crops, _, gradients) = one_step(&mut networks)?;
+        let prototypes = networks.prototypes.variable.clone();
+        let before = prototypes.to_vec2::<f32>()?;
+        let gradient = gradients.get(&prototypes).expect("a gradient").to_vec2::<f32>()?;
         networks.backward(crops, &gradients)?;
         networks.step(&gradients, adam, moves, false)?;
-        let after = networks.prototypes.to_vec2::<f32>()?;
+        let after = prototypes.to_vec2::<f32>()?;
         let values = before.iter().flatten().zip(after.iter().flatten());
         for ((before, after), gradient) in values.zip(gradient.iter().flatten()) {
             // With a bias correction that begins now, the step is the learning rate's length.
@@ -344,30 +348,24 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
     let stopped = on_both("stopped");
     let mut networks = Networks::random(&partly, 3, 3, None, &Device::Cpu)?;
     let plan = partly.plan(rows.len());
-    let mut bank = Bank::default();
-    {
-        let mut run =
-            Run::resume_or_start(&stopped, &partly, images.fingerprint(), plan, &mut networks)?;
-        let (crops, _) = one_step(&mut networks)?;
-        let embeddings: Vec<Tensor> = crops.iter().map(Crop::embedding).collect();
-        let scores: Vec<Tensor> = crops.iter().map(|crop| crop.scores.clone()).collect();
-        bank.add(&embeddings, &scores, &[1, 5, 6])?;
-        bank.keep(&mut run)?;
-        run.end_step(&networks)?;
-        for _ in 1..plan.steps_per_epoch {
-            run.end_step(&networks)?;
-        }
-        run.end_epoch(&networks)?;
+    let fingerprint = images.fingerprint();
+    let mut run = Run::resume_or_start(&stopped, &partly, fingerprint, plan, &mut networks)?;
+    let (crops, scores, _) = one_step(&mut networks)?;
+    let embeddings: Vec<Tensor> = crops.iter().map(|[embedding, _]| embedding.detach()).collect();
+    networks.bank.add(&embeddings, &scores, &[1, 5, 6])?;
+    let values = |bank: &Bank| -> Result<Vec<Vec<f32>>> {
+        assert_eq!((bank.len(), bank.embeddings.len(), bank.scores.len()), (3, 4, 4));
+        let values = |rows: &Tensor| Ok(rows.flatten_all()?.to_vec1()?);
+        bank.embeddings.iter().chain(&bank.scores).map(values).collect()
+    };
+    let want = values(&networks.bank)?;
+    for _ in 0..plan.steps_per_epoch {
+        run.end_step(&mut networks)?;
     }
-    let run = Run::resume_or_start(&stopped, &partly, images.fingerprint(), plan, &mut networks)?;
-    let again = Bank::kept(&run, 4, [16, 12], &Device::Cpu)?;
-    assert_eq!(again.len(), 3);
-    for (a, b) in again.embeddings.iter().zip(&bank.embeddings) {
-        assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
-    }
-    for (a, b) in again.scores.iter().zip(&bank.scores) {
-        assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
-    }
+    run.end_epoch(&mut networks)?;
+    networks.bank = Bank::new(&Device::Cpu);
+    Run::resume_or_start(&stopped, &partly, fingerprint, plan, &mut networks)?;
+    assert_eq!(values(&networks.bank)?, want);
     Ok(())
 }
 
@@ -382,12 +380,10 @@ fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
     let weights =
         |job: &Job| network_file::open(&job.out)?.f32("online.backbone.layer3.0.conv2.weight");
     assert_eq!(weights(&given)?, weights(&from)?);
-    let names: Vec<_> = Networks::random(&config(), 3, 1, None, &Device::Cpu)?
-        .segments()
-        .iter()
-        .map(|s| s.0)
-        .collect();
-    assert_eq!(names, ["online.backbone", "online.projector", "classifier"]);
+    let file = network_file::open(&given.out)?;
+    for prefix in ["online.backbone.", "online.projector.", "classifier.", "prototypes"] {
+        assert!(file.names().any(|name| name.starts_with(prefix)), "{prefix}");
+    }
     Ok(())
 }
 

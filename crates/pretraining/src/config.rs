@@ -6,7 +6,9 @@ use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
+use training::{
+    Advice, Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, Views, check, sampler,
+};
 
 /// What a pretraining run can vary. The experiment file sets every field: there are no defaults
 /// in code, and an unknown or missing key is an error. The seed is an argument of the program.
@@ -81,11 +83,10 @@ impl Config {
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
-        // One batch of nothing: the loader holds the pictures' channels against the input's.
         let images = Images::open(&job.images)?;
+        Loader::check(&images, &self.input)?;
         let rows = images.rows(&job.data.train_on);
         sampler::uniform(&rows, self.batch_size, 0, 0)?;
-        self.loader(&images, Vec::new(), 0, 0, 0)?;
         // Two views through the online network, two through the target.
         Ok(Effort::of_backbone_pictures(4. * self.plan(rows.len()).pictures()))
     }
@@ -98,6 +99,10 @@ impl Config {
             batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `peak-learning-rate`",
+                collapse: "a higher `target-decay`, a lower `peak-learning-rate` or milder `views`",
+            },
         }
     }
 
@@ -125,18 +130,8 @@ impl Config {
         })
     }
 
-    /// Two views of every image of these batches but the first `done`, made by threads ahead of
-    /// the steps.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
-        let threads = Loader::threads();
-        let pipelines = vec![self.views.clone(), self.views.clone()];
-        Loader::resume(images, batches, done, pipelines, &self.input, seed, epoch as u64, threads)
+    /// Two views of every image.
+    pub(crate) fn views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
+        Views::new(images, [&self.views; 2], &self.input, seed)
     }
 }

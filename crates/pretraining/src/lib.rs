@@ -15,12 +15,11 @@
 mod config;
 
 use anyhow::Result;
-use backbone::backbone_file;
 use candle_core::Tensor;
 use data::Images;
 use stage::{Effort, Job, Output, Spec, Stage};
 use training::loss::regression_loss;
-use training::{Learner, Run, Target, pictures, sampler};
+use training::{Learner, Run, pictures, sampler};
 
 pub use config::{Config, Sampling};
 
@@ -53,29 +52,27 @@ impl Stage for Pretraining {
         let mut learner =
             Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
         if let Some(folder) = job.optional_input("backbone") {
-            backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
-            learner.target = Target::copy_of(&learner.online);
+            learner.load_backbone(folder)?;
         }
         let mut learner = learner.on(&device)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+        let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
             let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
-            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+            for batch in views.epoch(epoch, order, run.batches_done())? {
                 let rates = Rates {
                     learning_rate: learning_rate.at(run.step()),
                     target_decay: target_decay.at(run.step()),
                     noise: config.noise,
                     seed: job.seed,
                 };
-                let batch = batch?;
-                let views = pictures(batch.shape(), batch.views, &device)?;
-                step(&mut run, &mut learner, &views, rates)?;
-                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+                step(&mut run, &mut learner, &pictures(batch?, &device)?, rates)?;
+                run.end_step(&mut learner)?; // Saves when the program is asked to stop.
             }
-            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+            run.end_epoch(&mut learner)?; // Writes a log line, and a checkpoint when due.
         }
-        run.finish(&learner, &configuration)
+        run.finish(&mut learner, &configuration)
     }
 }
 
@@ -105,24 +102,25 @@ pub fn step(
     [view_1, view_2]: &[Tensor; 2],
     rates: Rates,
 ) -> Result<()> {
-    let Learner { online, target, optimizer } = learner;
+    let Learner { online, target } = learner;
     let Rates { learning_rate, target_decay, noise, seed } = rates;
     let target_1 = target.project(view_1)?; // Batch statistics, no tape.
     let target_2 = target.project(view_2)?;
-    target.rest();
+    target.free_packed_weights();
     run.note_projections(&target_1)?; // An error when they have collapsed.
     let directions = [(view_1, &target_2), (view_2, &target_1)];
     for (direction, (view, projection)) in directions.into_iter().enumerate() {
         let draw = [run.step() as u64, direction as u64];
         let noise = training::noise(noise, projection.dims2()?, seed, &draw, projection.device())?;
-        let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-        let loss = regression_loss(pass.prediction(), projection)?;
+        let seams = online.forward(view, noise.as_ref())?; // Outputs as variables of candle's.
+        let [_, _, prediction] = &seams;
+        let loss = regression_loss(prediction, projection)?;
         run.note_loss(&loss)?; // An error when it is not finite.
         // Mean of both directions, not their sum; adds to the gradients.
-        online.backward(pass, &(loss * 0.5)?.backward()?)?;
+        online.backward(seams, &(loss * 0.5)?.backward()?)?;
     }
-    run.check_gradients(online)?;
-    optimizer.step(online, learning_rate)?;
+    run.check_gradients(target_1.device(), || online.first_gradient_not_finite())?;
+    online.step(learning_rate)?;
     Ok(target.follow(online, target_decay)?)
 }
 
@@ -131,11 +129,10 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use backbone::{Configuration, network_file};
+    use backbone::{Configuration, backbone_file, network_file};
     use candle_core::Device;
     use fixture::Pictures;
     use stage::{DeviceChoice, Library, Split};
-    use training::Trained;
 
     use super::*;
 
@@ -221,20 +218,20 @@ mod tests {
         let rows = images.rows(&[Split::Train]);
         let mut learner =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
-        let Learner { online, target, optimizer } = &mut learner;
+        let views = config.views(&images, 3);
+        let Learner { online, target } = &mut learner;
         let mut step = 0;
         for epoch in 0..3 {
             let order = sampler::uniform(&rows, 8, 3, epoch)?;
             assert_eq!(order.len(), 2);
-            for batch in config.loader(&images, order, 0, 3, epoch)? {
+            for batch in views.epoch(epoch, order, 0)? {
                 step += 1;
-                let batch = batch?;
-                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
+                let [view_1, view_2] = pictures(batch?, &Device::Cpu)?;
                 let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
                 let pass_1 = online.forward(&view_1, None)?;
                 let pass_2 = online.forward(&view_2, None)?;
-                let loss_1 = regression_loss(pass_1.prediction(), &target_2)?;
-                let loss_2 = regression_loss(pass_2.prediction(), &target_1)?;
+                let loss_1 = regression_loss(&pass_1[2], &target_2)?;
+                let loss_2 = regression_loss(&pass_2[2], &target_1)?;
                 let gradients = ((loss_1 + loss_2)? / 2.)?.backward()?;
                 online.backward(pass_1, &gradients)?;
                 online.backward(pass_2, &gradients)?;
@@ -242,14 +239,12 @@ mod tests {
                 let epochs = step as f64 / 2.;
                 let cosine = (1. + (std::f64::consts::PI * (epochs - 1.) / 2.).cos()) / 2.;
                 let rate = if epochs < 1. { epochs } else { cosine };
-                optimizer.step(online, 0.5 / 32. * rate)?;
+                online.step(0.5 / 32. * rate)?;
                 let cosine = (1. + (std::f64::consts::PI * step as f64 / 6.).cos()) / 2.;
                 target.follow(online, 1. - 0.1 * cosine)?;
             }
         }
-        for (prefix, segment) in learner.segments() {
-            fixture::assert_written(&written, &network_file::tensors(prefix, segment)?, 1e-6);
-        }
+        fixture::assert_written(&written, &training::network_tensors(&mut learner)?, 1e-6);
         Ok(())
     }
 

@@ -1,19 +1,19 @@
 //! The E-step: spherical k-means on the target network's projections of the un-augmented images.
 //!
-//! The target runs on its running statistics, as it does wherever a picture is embedded. The
-//! starts of k-means are drawn alike in every epoch; numbers of clusters change freely from one
-//! E-step to the next, which nothing depends on.
+//! The target uses its running statistics, as wherever a picture is embedded. k-means starts from
+//! the same random draws in every epoch. The numbers of the clusters change from one E-step to the
+//! next; nothing depends on them.
 
-use anyhow::{Context, Result};
-use assignment::{Clustering, k_means, optimal_map};
-use candle_core::{Device, Tensor};
+use anyhow::Result;
+use assignment::{Clustering, k_means, optimal_map, shares};
+use candle_core::Device;
 use data::{Found, Images, Loader};
 use stage::Job;
-use training::{Run, Target};
+use training::{Checkpoint, Run, Target, outputs};
 
 use crate::Config;
 
-/// The clusters of the images that are trained on, as the last E-step found them.
+/// The clusters that the last E-step found among the images to train on.
 #[derive(Debug)]
 pub struct Clusters<'a> {
     config: &'a Config,
@@ -23,12 +23,9 @@ pub struct Clusters<'a> {
     rows: Vec<u32>,
     /// Cluster of each of `rows`; empty before the first E-step.
     assignment: Vec<u32>,
-    /// The place of each row of the images file in `rows`.
+    /// Maps each row of the images file to its index in `rows`.
     places: Vec<Option<usize>>,
 }
-
-/// Name of the assignments in the state of a run.
-const KEPT: &str = "assignment";
 
 impl<'a> Clusters<'a> {
     /// No clusters yet, of the images `rows`.
@@ -44,11 +41,11 @@ impl<'a> Clusters<'a> {
         Self { config, job, images, device, rows, assignment: Vec::new(), places }
     }
 
-    /// Finds them anew, and keeps them in the state of `run`.
+    /// The E-step.
     ///
-    /// The log is told the mean distance `1 − cos` to the centres as `inertia`, the share of the
-    /// smallest cluster in its even share as `smallest-cluster`, and the share of images that
-    /// changed their cluster as `reassigned`.
+    /// Notes for the log the mean distance `1 − cos` to the centres as `inertia`, the size of the
+    /// smallest cluster over the even size as `smallest-cluster`, and the share of images whose
+    /// cluster changed as `reassigned`.
     ///
     /// # Errors
     ///
@@ -57,28 +54,22 @@ impl<'a> Clusters<'a> {
         let (clusters, images) = (self.job.data.clusters, self.rows.len());
         let projections = project(self.config, self.images, &self.rows, target, self.device)?;
         let found = e_step(self.config, self.job, &projections, images)?;
-        let before = numbers(run.kept(KEPT).unwrap_or(&[]));
-        self.assignment = found.assignment;
+        let before = std::mem::replace(&mut self.assignment, found.assignment);
         run.note("inertia", found.inertia / images as f64);
-        run.note("smallest-cluster", smallest_share(&self.assignment, clusters));
+        run.note("smallest-cluster", shares(&self.assignment, clusters)?.smallest);
         if !before.is_empty() {
             run.note("reassigned", changed(&self.assignment, &before, clusters)?);
         }
-        let values = self.assignment.iter().map(|&cluster| cluster as f32).collect();
-        run.keep(KEPT, &[images], values);
         Ok(())
     }
 
-    /// Takes up those that the run has kept: in the middle of an epoch, or between two E-steps.
+    /// Saves or loads the clusters, as `stage.assignment`.
     ///
     /// # Errors
     ///
-    /// It kept none.
-    pub fn take_up(&mut self, run: &Run) -> Result<()> {
-        let kept = run.kept(KEPT).filter(|kept| kept.len() == self.rows.len());
-        let kept = kept.context("the state of this run holds no assignments; remove its folder")?;
-        self.assignment = numbers(kept);
-        Ok(())
+    /// The file lacks them.
+    pub fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        file.list("assignment", &mut self.assignment)
     }
 
     /// The batches of an epoch.
@@ -137,15 +128,8 @@ fn project(
     target: &mut Target,
     device: &Device,
 ) -> Result<Vec<f32>> {
-    let mut projections = Vec::with_capacity(rows.len() * config.projector.width);
-    for batch in Loader::clean(images, rows, &config.input)? {
-        let batch = batch?;
-        let shape = batch.shape();
-        for view in batch.views {
-            let (_, projection) = target.embed(&Tensor::from_vec(view, shape, device)?)?;
-            projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
-        }
-    }
+    let loader = Loader::clean(images, rows, &config.input)?;
+    let [projections] = outputs(loader, device, |pictures| Ok([target.embed(pictures)?.1]))?;
     Ok(projections)
 }
 
@@ -154,20 +138,7 @@ fn e_step(config: &Config, job: &Job, projections: &[f32], images: usize) -> Res
     k_means(projections, images, config.projector.width, &k_means_config, job.seed)
 }
 
-/// The state of a run holds floats, which are exact for as many clusters as there can be.
-fn numbers(kept: &[f32]) -> Vec<u32> {
-    kept.iter().map(|&cluster| cluster as u32).collect()
-}
-
-/// What the smallest cluster has of its even share `N/K`.
-fn smallest_share(assignment: &[u32], clusters: usize) -> f64 {
-    let mut sizes = vec![0usize; clusters];
-    assignment.iter().for_each(|&cluster| sizes[cluster as usize] += 1);
-    let smallest = sizes.into_iter().min().unwrap_or(0);
-    smallest as f64 * clusters as f64 / assignment.len().max(1) as f64
-}
-
-/// The share of images whose cluster is another than before, under the best renaming.
+/// The share of images whose cluster changed, under the best renumbering.
 fn changed(after: &[u32], before: &[u32], clusters: usize) -> Result<f64> {
     let map = optimal_map(after, before, clusters)?;
     let pairs = after.iter().zip(before);
@@ -197,10 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_and_changes_match_hand_computation() -> Result<()> {
-        // Even shares are 2 of 6; the smallest cluster has 1, an empty one none.
-        assert_eq!(smallest_share(&[0, 0, 0, 1, 1, 2], 3), 0.5);
-        assert_eq!(smallest_share(&[0, 0, 1, 1], 3), 0.);
+    fn changes_match_hand_computation() -> Result<()> {
         // Clusters renamed 0 → 2, 1 → 0, 2 → 1, and the last image moved.
         assert_eq!(changed(&[2, 2, 2, 0, 0, 0], &[0, 0, 0, 1, 1, 2], 3)?, 1. / 6.);
         Ok(())

@@ -1,14 +1,16 @@
 //! The table `[propos]`, and what follows from it.
 
 use anyhow::{Context, Result, ensure};
-use assignment::{KMeans, Metric};
+use assignment::KMeans;
 use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::scatter::Absent;
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
+use training::{
+    Advice, Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, Views, check, sampler,
+};
 
 use crate::objective::{Extras, NoiseSpace};
 
@@ -126,11 +128,10 @@ impl Config {
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
-        // One batch of nothing: the loader holds the pictures' channels against the input's.
         let images = Images::open(&job.images)?;
+        Loader::check(&images, &self.input)?;
         let rows = images.rows(&job.data.train_on);
         sampler::uniform(&rows, self.batch_size, 0, 0)?;
-        self.loader(&images, Vec::new(), 0, 0, 0)?;
         let scored = images.rows(&job.data.score_on).len();
         Ok(Effort::of_backbone_pictures(self.effort(rows.len(), scored)))
     }
@@ -143,6 +144,10 @@ impl Config {
             batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `peak-learning-rate`",
+                collapse: "a higher `target-decay`, a lower `peak-learning-rate` or milder `views`",
+            },
         }
     }
 
@@ -181,11 +186,8 @@ impl Config {
     /// The k-means of an E-step and of the result.
     pub(crate) fn k_means(&self, clusters: usize) -> KMeans {
         KMeans {
-            clusters,
-            metric: Metric::Spherical,
-            restarts: self.kmeans_restarts,
             iterations: self.kmeans_iterations,
-            tolerance: KMEANS_TOLERANCE,
+            ..KMeans::spherical(clusters, self.kmeans_restarts)
         }
     }
 
@@ -226,26 +228,11 @@ impl Config {
         }
     }
 
-    /// Two views of every image of these batches but the first `done`.
-    ///
-    /// # Errors
-    ///
-    /// The pictures do not fit the network.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
-        let (views, threads) = (vec![self.views.clone(); 2], Loader::threads());
-        Loader::resume(images, batches, done, views, &self.input, seed, epoch as u64, threads)
+    /// Two views of every image.
+    pub(crate) fn views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
+        Views::new(images, [&self.views; 2], &self.input, seed)
     }
 }
-
-/// Where k-means stops: when the centres move by less than this share of the mean variance.
-const KMEANS_TOLERANCE: f64 = 1e-4;
 
 #[cfg(test)]
 pub(crate) mod tests {

@@ -27,14 +27,14 @@ pub mod clusters;
 mod config;
 pub mod objective;
 
-use anyhow::{Context, Result};
-use backbone::backbone_file;
+use anyhow::Result;
+use backbone::Segment;
 use candle_core::Tensor;
 use data::head::{self, CentreMetric};
 use data::{Images, PseudoLabels};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
-use training::ops::mean_length;
-use training::{Learner, Pass, Run, Target, pictures};
+use training::ops::{mean_length, sum};
+use training::{Checkpoint, Learner, Run, Seam, Target, Trained, pictures};
 
 pub use config::{Config, Sampling};
 
@@ -74,29 +74,26 @@ impl Stage for ProPos {
         let mut learner =
             Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
         if let Some(folder) = job.optional_input("backbone") {
-            backbone_file::read(&folder.join(backbone_file::NAME), &mut learner.online.backbone)?;
-            learner.target = Target::copy_of(&learner.online);
+            learner.load_backbone(folder)?;
         }
-        let mut learner = learner.on(&device)?;
-        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
-        let mut clusters = Clusters::new(config, job, &images, rows, &device);
+        let clusters = Clusters::new(config, job, &images, rows, &device);
+        let mut model = Model { learner: learner.on(&device)?, clusters };
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
+        let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
-            // E-step: k-means on what the target network makes of the pictures as they are.
-            match run.batches_done() {
-                0 if epoch % config.reassign == 0 => {
-                    clusters.find(&mut learner.target, &mut run)?
-                }
-                _ => clusters.take_up(&run)?,
+            // E-step: k-means on the target's projections of the un-augmented pictures.
+            if run.batches_done() == 0 && epoch % config.reassign == 0 {
+                model.clusters.find(&mut model.learner.target, &mut run)?;
             }
-            // M-step: one pass over the images, drawn alike from all clusters where asked for.
+            // M-step: one pass over the images, balanced over the clusters if asked for.
             let extras = config.extras(epoch, job.data.clusters);
-            let order = clusters.order(epoch)?;
-            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+            let order = model.clusters.order(epoch)?;
+            for batch in views.epoch(epoch, order, run.batches_done())? {
                 let batch = batch?;
-                let clusters = clusters.of(&batch.rows);
-                let views = pictures(batch.shape(), batch.views, &device)?;
-                let Learner { online, target, optimizer } = &mut learner;
+                let clusters = model.clusters.of(&batch.rows);
+                let views = pictures(batch, &device)?;
+                let Learner { online, target } = &mut model.learner;
                 for pass in passes(config, target, views)? {
                     run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
                     let draw = [run.step() as u64, pass.number];
@@ -105,31 +102,47 @@ impl Stage for ProPos {
                         let noise = noise.as_ref();
                         noise.map(|noise| extras.noise_space.scale(noise, projection)).transpose()
                     };
-                    let online_pass = online.forward_perturbed(&pass.view, scaled)?; // Its outputs are seams.
-                    let loss = pass.loss(&online_pass, &clusters, &extras, &mut run)?;
-                    run.note_scalar("projection-length", &mean_length(online_pass.projection())?)?;
-                    online.backward(online_pass, &loss.backward()?)?; // Adds to the gradients.
+                    let seams = online.forward_perturbed(&pass.view, scaled)?;
+                    let loss = pass.loss(&seams, &clusters, &extras, &mut run)?;
+                    run.note_scalar("projection-length", &mean_length(&seams[1])?)?;
+                    online.backward(seams, &loss.backward()?)?; // Adds to the gradients.
                 }
-                run.check_gradients(online)?;
-                optimizer.step(online, learning_rate.at(run.step()))?;
+                run.check_gradients(&device, || online.first_gradient_not_finite())?;
+                online.step(learning_rate.at(run.step()))?;
                 target.follow(online, target_decay.at(run.step()))?;
-                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+                run.end_step(&mut model)?; // Saves when the program is asked to stop.
             }
-            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+            run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
+        run.finish(&mut model, &configuration)?;
 
-        let found = clusters::result(config, job, &images, &mut learner.target, &device)?;
+        let found = clusters::result(config, job, &images, &mut model.learner.target, &device)?;
         let by = CentreMetric::CosineSoftmax { temperature: clusters::CONFIDENCE_TEMPERATURE };
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
-        PseudoLabels::of_one_phase(job, &images, found)?
-            .write(&job.out.join(PseudoLabels::FILE))?;
-        run.finish(&learner, &configuration)
+        PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
     }
 }
 
-/// What goes through the online network at once: one view, or both joined.
+/// Everything that a checkpoint holds.
+struct Model<'a> {
+    learner: Learner,
+    clusters: Clusters<'a>,
+}
+
+impl Trained for Model<'_> {
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        self.learner.checkpoint(file)?;
+        self.clusters.checkpoint(file)
+    }
+
+    fn exported(&self) -> &Segment {
+        self.learner.exported()
+    }
+}
+
+/// One pass through the online network: of one view, or of both joined.
 struct OnlinePass {
-    /// 0 or 1; tells the noise of one from that of the other.
+    /// 0 or 1: each pass has its own noise.
     number: u64,
     /// `(N, H, W, C)`.
     view: Tensor,
@@ -147,14 +160,14 @@ fn passes(
         let images = view_1.dim(0)?;
         let view = Tensor::cat(&[view_1, view_2], 0)?;
         let projection = target.project(&view)?;
-        target.rest();
+        target.free_packed_weights();
         let (target_1, target_2) =
             (projection.narrow(0, 0, images)?, projection.narrow(0, images, images)?);
         let directions = vec![(0, target_2.contiguous()?), (images, target_1.contiguous()?)];
         return Ok(vec![OnlinePass { number: 0, view, directions }]);
     }
     let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
-    target.rest();
+    target.free_packed_weights();
     Ok(vec![
         OnlinePass { number: 0, view: view_1, directions: vec![(0, target_2)] },
         OnlinePass { number: 1, view: view_2, directions: vec![(0, target_1)] },
@@ -170,15 +183,15 @@ impl OnlinePass {
     /// The share of this pass in the step's loss, which is the mean of both directions.
     fn loss(
         &self,
-        pass: &Pass,
+        [_, projection, prediction]: &[Seam; 3],
         clusters: &[Option<u32>],
         extras: &Extras,
         run: &mut Run,
     ) -> Result<Tensor> {
-        let mut sum: Option<Tensor> = None;
+        let mut losses = Vec::new();
         for (first, target) in &self.directions {
             let rows = |seam: &Tensor| seam.narrow(0, *first, clusters.len());
-            let (prediction, projection) = (rows(pass.prediction())?, rows(pass.projection())?);
+            let (prediction, projection) = (rows(prediction)?, rows(projection)?);
             let Direction { loss, alignment, scatter } =
                 direction(&prediction, &projection, target, clusters, extras)?;
             run.note_scalar("alignment-loss", &alignment)?;
@@ -186,13 +199,9 @@ impl OnlinePass {
                 run.note_scalar("scatter-loss", &scatter)?;
             }
             run.note_loss(&loss)?; // An error when it is not finite.
-            let half = (loss * 0.5)?;
-            sum = Some(match sum {
-                None => half,
-                Some(sum) => (sum + half)?,
-            });
+            losses.push((loss * 0.5)?);
         }
-        sum.context("a pass has a direction")
+        Ok(sum(losses)?)
     }
 }
 
@@ -201,17 +210,17 @@ pub(crate) mod tests {
     use std::fs;
     use std::path::Path;
 
-    use anyhow::ensure;
+    use anyhow::{Context as _, ensure};
     use assignment::k_means;
-    use backbone::network_file;
+    use backbone::{backbone_file, network_file};
     use candle_core::Device::Cpu;
     use data::Loader;
     use fixture::Pictures;
     use serde_json::Value;
     use stage::{DeviceChoice, Library, Split};
     use training::loss::regression_loss;
+    use training::sampler;
     use training::scatter::{Absent, scatter_loss};
-    use training::{Trained, sampler};
 
     use super::*;
     use crate::config::tests::published;
@@ -313,7 +322,8 @@ pub(crate) mod tests {
         let mut learner =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
         let (rate, decay) = (config.learning_rate(2)?, config.target_decay(2)?);
-        let Learner { online, target, optimizer } = &mut learner;
+        let views = config.views(&images, 3);
+        let Learner { online, target } = &mut learner;
         let mut step = 0;
         for epoch in 0..3 {
             let mut projections = Vec::new();
@@ -326,13 +336,13 @@ pub(crate) mod tests {
             }
             let found = k_means(&projections, rows.len(), 4, &config.k_means(3), 3)?;
             let order = sampler::uniform(&rows, 8, 3, epoch)?;
-            for batch in config.loader(&images, order, 0, 3, epoch)? {
+            for batch in views.epoch(epoch, order, 0)? {
                 step += 1;
                 let batch = batch?;
                 let place = |row: &u32| rows.iter().position(|other| other == row);
                 let clusters: Vec<Option<u32>> =
                     batch.rows.iter().map(|row| Some(found.assignment[place(row)?])).collect();
-                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Cpu)?;
+                let [view_1, view_2] = pictures(batch, &Cpu)?;
                 let extras = epoch > 0; // byol-epochs is 1.
                 let noise = |pass: u64| {
                     let deviation = if extras { 0.3 } else { 0. };
@@ -341,27 +351,24 @@ pub(crate) mod tests {
                 let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
                 let pass_1 = online.forward(&view_1, noise(0)?.as_ref())?;
                 let pass_2 = online.forward(&view_2, noise(1)?.as_ref())?;
-                let mut loss = (regression_loss(pass_1.prediction(), &target_2)?
-                    + regression_loss(pass_2.prediction(), &target_1)?)?;
+                let mut loss = (regression_loss(&pass_1[2], &target_2)?
+                    + regression_loss(&pass_2[2], &target_1)?)?;
                 if extras {
                     let absent = Absent::Constant { clusters: 3, logit: -10. };
                     let scatter = |own: &Tensor, other: &Tensor| {
                         scatter_loss(own, other, &clusters, 0.5, absent)
                     };
-                    let both = (scatter(pass_1.projection(), &target_2)?
-                        + scatter(pass_2.projection(), &target_1)?)?;
+                    let both = (scatter(&pass_1[1], &target_2)? + scatter(&pass_2[1], &target_1)?)?;
                     loss = (loss + (both * 0.1)?)?;
                 }
                 let gradients = (loss / 2.)?.backward()?;
                 online.backward(pass_1, &gradients)?;
                 online.backward(pass_2, &gradients)?;
-                optimizer.step(online, rate.at(step))?;
+                online.step(rate.at(step))?;
                 target.follow(online, decay.at(step))?;
             }
         }
-        for (prefix, segment) in learner.segments() {
-            fixture::assert_written(&written, &network_file::tensors(prefix, segment)?, 1e-5);
-        }
+        fixture::assert_written(&written, &training::network_tensors(&mut learner)?, 1e-5);
         Ok(())
     }
 
@@ -398,19 +405,18 @@ pub(crate) mod tests {
     fn loss(config: &Config, views: [Tensor; 2], clusters: &[Option<u32>]) -> Result<f64> {
         let folder = tempfile::tempdir()?;
         let job = job(folder.path(), "out");
-        let Learner { mut online, mut target, optimizer } =
+        let mut learner =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
+        let mut run = Run::resume_or_start(&job, config, "f", config.plan(8), &mut learner)?;
+        let Learner { mut online, mut target } = learner;
         // A target that is not the online network, or both directions would be alike.
         target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
         let mut sum = 0.;
         let all = passes(config, &mut target, views)?;
-        let mut learner = Learner { online, target, optimizer };
-        let mut run = Run::resume_or_start(&job, config, "f", config.plan(8), &mut learner)?;
-        online = learner.online;
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         for pass in all {
-            let online_pass = online.forward(&pass.view, None)?;
-            let loss = pass.loss(&online_pass, clusters, &extras, &mut run)?;
+            let seams = online.forward(&pass.view, None)?;
+            let loss = pass.loss(&seams, clusters, &extras, &mut run)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
         }
         Ok(sum)
@@ -448,7 +454,7 @@ pub(crate) mod tests {
     fn joined_views_are_paired_with_the_clusters_of_their_images() -> Result<()> {
         let config = Config { concatenate_views: true, scatter_weight: 1., ..config() };
         let [view_1, view_2] = views_of_eight()?;
-        let Learner { mut online, mut target, .. } =
+        let Learner { mut online, mut target } =
             Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
         target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
         let joined = Tensor::cat(&[&view_1, &view_2], 0)?;
@@ -456,8 +462,7 @@ pub(crate) mod tests {
         let projection = target.project(&joined)?;
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         let half = |first: usize, other: usize| -> Result<f64> {
-            let (prediction, own) =
-                (pass.prediction().narrow(0, first, 8)?, pass.projection().narrow(0, first, 8)?);
+            let (prediction, own) = (pass[2].narrow(0, first, 8)?, pass[1].narrow(0, first, 8)?);
             let target = projection.narrow(0, other, 8)?;
             let loss = direction(&prediction, &own, &target, &CLUSTERS, &extras)?.loss;
             Ok(f64::from(loss.to_scalar::<f32>()?))

@@ -1,11 +1,14 @@
 //! The table `[prototype-refinement]`, and what follows from it.
 
 use anyhow::{Context, Result, ensure};
-use data::views::{Input, Pipeline};
-use data::{Images, Loader};
+use assignment::shares;
+use data::Images;
+use data::views::Pipeline;
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
-use training::{Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler};
+use training::{
+    Advice, Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler,
+};
 
 /// What a refinement can vary. The experiment file sets every field: there are no defaults in
 /// code, and an unknown or missing key is an error. The networks' shape and the pictures' size come
@@ -137,6 +140,10 @@ impl Config {
             batch_size: self.batch_size,
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `peak-learning-rate`",
+                collapse: "a higher `target-decay`, a lower `peak-learning-rate` or milder `views`",
+            },
         }
     }
 
@@ -216,37 +223,11 @@ impl Config {
             "some images of `train-on` have no pseudo-label, for they are not in `score-on`; \
              set prototype-refinement.sampling = \"uniform\"",
         )?;
-        if !is_balanced_enough(&labels, clusters) {
+        if shares(&labels, clusters)?.smallest < LEAST_SHARE_FOR_BALANCE {
             return uniform();
         }
         sampler::balanced(rows, &labels, clusters, self.batch_size, seed, epoch)
     }
-
-    /// Two views of each image of `batches` but the first `done`.
-    ///
-    /// # Errors
-    ///
-    /// The pictures do not fit the network.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        input: &Input,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
-        let views = vec![self.views.clone(); 2];
-        Loader::resume(images, batches, done, views, input, seed, epoch as u64, Loader::threads())
-    }
-}
-
-/// Whether the smallest cluster is large enough to be drawn as often as the others.
-pub(crate) fn is_balanced_enough(pseudo_labels: &[u32], clusters: usize) -> bool {
-    let mut sizes = vec![0usize; clusters];
-    pseudo_labels.iter().for_each(|&cluster| sizes[cluster as usize] += 1);
-    let smallest = sizes.into_iter().min().unwrap_or(0) as f64;
-    smallest >= LEAST_SHARE_FOR_BALANCE * pseudo_labels.len() as f64 / clusters as f64
 }
 
 #[cfg(test)]

@@ -22,18 +22,19 @@ mod marked;
 mod prototypes;
 
 use anyhow::{Result, ensure};
-use backbone::Configuration;
+use backbone::{Configuration, Segment};
+use candle_core::Tensor;
 use data::{Images, PseudoLabels};
 use serde_json::json;
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::ops::mean_length;
 use training::scatter::{Absent, scatter_loss};
-use training::{Learner, Run, pictures, sampler};
+use training::{Checkpoint, Learner, Run, Seam, Trained, Views, pictures, sampler};
 
 pub use config::{Config, PrototypeUpdate, Sampling};
 
-use crate::loss::sample_to_prototype_loss;
+use crate::loss::{Marks, sample_to_prototype_loss};
 use crate::marked::Marked;
 use crate::prototypes::Prototypes;
 
@@ -86,10 +87,10 @@ impl Stage for PrototypeRefinement {
         let mut learner =
             Learner::open(network, &configuration, config.groups()?, config.precision)?;
         if job.round > 1 {
-            learner.take_up_momenta(job.input("previous")?)?;
+            learner.load_momenta(job.input("previous")?)?;
         }
-        let mut learner = learner.on(&device)?;
-        let mut prototypes = Prototypes::of(&labels, &device)?;
+        let prototypes = Prototypes::of(&labels, &device)?;
+        let mut model = Model { learner: learner.on(&device)?, prototypes };
         let pulls = config.pulls(labels.stability);
 
         let seed = draws(job.seed);
@@ -99,89 +100,112 @@ impl Stage for PrototypeRefinement {
         let learning_rate = config.learning_rate(job.rounds, steps_per_epoch)?;
         let target_decay = config.target_decay(job.rounds, steps_per_epoch)?;
         let plan = config.plan(steps_per_epoch);
-        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
+        let views = Views::new(&images, [&config.views; 2], &input, seed);
         if run.step() == 1 {
             job.log(&json!({ "stability": labels.stability, "drawn-to-prototypes": pulls }))?;
         }
 
         while let Some(epoch) = run.next_epoch() {
-            let done = run.batches_done(); // Above 0 in an epoch that is resumed.
             let epoch = epochs_before + epoch;
             let (clusters, labels_of_rows) = (job.data.clusters, marked.pseudo_labels(&rows));
             let batches = config.order(&rows, &labels_of_rows, clusters, seed, epoch)?;
-            if pulls {
-                match config.prototypes {
-                    PrototypeUpdate::MovingAverage if run.step() > 1 => prototypes.take_up(&run)?,
-                    _ if done > 0 => prototypes.take_up(&run)?,
-                    _ => {
-                        let target = &mut learner.target;
-                        prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
-                        prototypes.keep(&mut run)?;
-                    }
-                }
+            let moves_prototypes = match config.prototypes {
+                PrototypeUpdate::Epoch => run.batches_done() == 0,
+                PrototypeUpdate::MovingAverage => run.step() == 1,
+            };
+            if pulls && moves_prototypes {
+                let target = &mut model.learner.target;
+                model.prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
             }
-            for batch in config.loader(&images, batches, done, &input, seed, epoch)? {
+            for batch in views.epoch(epoch, batches, run.batches_done())? {
                 let batch = batch?;
                 let marks = marked.marks(&batch.rows);
-                let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
+                let [view_1, view_2] = pictures(batch, &device)?;
                 let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
-                let epochs = step as f64 / steps_per_epoch as f64;
-                let (prototype_weight, scatter_weight) = config.weights(epochs, labels.stability);
-                let Learner { online, target, optimizer } = &mut learner;
+                let weights =
+                    config.weights(step as f64 / steps_per_epoch as f64, labels.stability);
+                let Model { learner: Learner { online, target }, prototypes } = &mut model;
 
                 let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
                 let target_2 = target.project(&view_2)?;
-                target.rest();
+                target.free_packed_weights();
                 run.note_projections(&target_1)?; // An error when they have collapsed.
                 let directions = [(&view_1, &target_2), (&view_2, &target_1)];
                 for (direction, (view, projection)) in directions.into_iter().enumerate() {
                     let draw = [step as u64, direction as u64];
                     let noise =
                         training::noise(config.noise, projection.dims2()?, seed, &draw, &device)?;
-                    let pass = online.forward(view, noise.as_ref())?; // Its outputs are seams: candle `Var`s.
-                    let mut loss = regression_loss(pass.prediction(), projection)?;
-                    run.note_scalar("regression-loss", &loss)?;
-                    run.note_scalar("projection-length", &mean_length(pass.projection())?)?;
-                    // A weight of 0 leaves the graph, and so every bit, as in pretraining.
-                    if prototype_weight > 0. {
-                        let (rows, temperature) =
-                            (prototypes.rows(), config.sample_to_prototype_temperature);
-                        let projection = pass.projection();
-                        let term = sample_to_prototype_loss(projection, rows, &marks, temperature)?;
-                        run.note_scalar("sample-to-prototype-loss", &term)?;
-                        loss = (loss + (term * prototype_weight)?)?;
-                    }
-                    if scatter_weight > 0. {
-                        let (reliable, temperature) =
-                            (marks.reliable(), config.scatter_temperature);
-                        let online = pass.projection();
-                        let term = scatter_loss(
-                            online,
-                            projection,
-                            &reliable,
-                            temperature,
-                            Absent::LeftOut,
-                        )?;
-                        run.note_scalar("scatter-loss", &term)?;
-                        loss = (loss + (term * scatter_weight)?)?;
-                    }
+                    let seams = online.forward(view, noise.as_ref())?; // Variables of candle's.
+                    let loss = objective(
+                        config, &seams, projection, prototypes, &marks, weights, &mut run,
+                    )?;
                     run.note_loss(&loss)?; // An error when it is not finite.
                     // Mean of both directions, not their sum.
-                    online.backward(pass, &(loss * 0.5)?.backward()?)?; // Adds to the gradients.
+                    online.backward(seams, &(loss * 0.5)?.backward()?)?; // Adds to the gradients.
                 }
-                run.check_gradients(online)?;
-                optimizer.step(online, learning_rate.at(step))?;
+                run.check_gradients(&device, || online.first_gradient_not_finite())?;
+                online.step(learning_rate.at(step))?;
                 target.follow(online, target_decay.at(step))?;
                 if pulls && config.prototypes == PrototypeUpdate::MovingAverage {
                     prototypes.follow([&target_1, &target_2], &marks)?;
-                    prototypes.keep(&mut run)?;
                 }
-                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+                run.end_step(&mut model)?; // Saves when the program is asked to stop.
             }
-            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+            run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
-        run.finish(&learner, &configuration)
+        run.finish(&mut model, &configuration)
     }
+}
+
+/// Everything that a checkpoint holds.
+struct Model {
+    learner: Learner,
+    prototypes: Prototypes,
+}
+
+impl Trained for Model {
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        self.learner.checkpoint(file)?;
+        self.prototypes.checkpoint(file)
+    }
+
+    fn exported(&self) -> &Segment {
+        self.learner.exported()
+    }
+}
+
+/// The loss of one direction: regression, and the two losses on reliable images. A weight of 0
+/// leaves a loss out of the graph, so that every bit is as in pretraining.
+///
+/// - `seams`: what the online network makes of one view.
+/// - `target`: the target's projection of the other, `(B, P)`.
+/// - `weights`: of the pull to prototypes, and of scattering.
+fn objective(
+    config: &Config,
+    [_, projection, prediction]: &[Seam; 3],
+    target: &Tensor,
+    prototypes: &Prototypes,
+    marks: &Marks,
+    (prototype_weight, scatter_weight): (f64, f64),
+    run: &mut Run,
+) -> Result<Tensor> {
+    let mut loss = regression_loss(prediction, target)?;
+    run.note_scalar("regression-loss", &loss)?;
+    run.note_scalar("projection-length", &mean_length(projection)?)?;
+    if prototype_weight > 0. {
+        let temperature = config.sample_to_prototype_temperature;
+        let term = sample_to_prototype_loss(projection, prototypes.rows(), marks, temperature)?;
+        run.note_scalar("sample-to-prototype-loss", &term)?;
+        loss = (loss + (term * prototype_weight)?)?;
+    }
+    if scatter_weight > 0. {
+        let (reliable, temperature) = (marks.reliable(), config.scatter_temperature);
+        let term = scatter_loss(projection, target, &reliable, temperature, Absent::LeftOut)?;
+        run.note_scalar("scatter-loss", &term)?;
+        loss = (loss + (term * scatter_weight)?)?;
+    }
+    Ok(loss)
 }
 
 /// The seed of the batches, views and noise of a run's refinement. Epochs count from 0 here as in

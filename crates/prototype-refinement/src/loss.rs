@@ -7,7 +7,8 @@
 //! the reliable images alone, is the paper's cluster constraint is our reading.
 
 use candle_core::{D, Result, Tensor, bail};
-use training::ops::{log_softmax, pick, unit_rows};
+use candle_nn::ops::log_softmax;
+use training::ops::{pick, unit_rows};
 
 /// The pseudo-labels of a batch of `B` images.
 #[derive(Debug, Clone)]
@@ -55,7 +56,7 @@ pub fn sample_to_prototype_loss(
     let prototypes = prototypes.detach();
     let logits = (unit_rows(projection)?.matmul(&prototypes.t()?)? / temperature)?;
     let losses = pick(
-        &log_softmax(&logits.broadcast_add(&without_absent(&prototypes)?)?)?,
+        &log_softmax(&logits.broadcast_add(&without_absent(&prototypes)?)?, 1)?,
         &Tensor::new(marks.pseudo_labels.as_slice(), projection.device())?,
     )?
     .neg()?;

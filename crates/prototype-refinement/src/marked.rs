@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
-use training::{Target, pictures};
+use training::{Target, outputs};
 
 use crate::loss::Marks;
 
@@ -64,13 +64,8 @@ impl Marked {
             .filter(|(_, weight)| **weight > 0.)
             .map(|(row, _)| row)
             .collect();
-        let mut projections = Vec::new();
-        for batch in Loader::clean(images, &rows, input)? {
-            let batch = batch?;
-            let [pictures] = pictures(batch.shape(), batch.views, device)?;
-            let (_, projection) = target.embed(&pictures)?;
-            projections.extend(projection.flatten_all()?.to_vec1::<f32>()?);
-        }
+        let loader = Loader::clean(images, &rows, input)?;
+        let [projections] = outputs(loader, device, |pictures| Ok([target.embed(pictures)?.1]))?;
         let Marks { pseudo_labels, weights } = self.marks(&rows);
         let (width, clusters) = (self.projection_width, self.clusters);
         assignment::prototypes(&projections, width, &pseudo_labels, &weights, clusters).context(

@@ -1,17 +1,15 @@
-//! Prototypes: where the clusters lie among the projections, and how they move.
+//! Prototypes: the unit-length centres of the clusters among the projections, and how they move.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{Device, Tensor};
 use data::PseudoLabels;
-use training::Run;
+use training::Checkpoint;
 use training::scatter::cluster_means;
 
 use crate::loss::Marks;
 
-/// What a moving average keeps of a prototype at each step.
+/// Share of a prototype that a moving average keeps at each step.
 const MOVING_AVERAGE_DECAY: f64 = 0.9;
-/// Their name in the state of a run.
-const NAME: &str = "prototypes";
 
 /// The prototypes of all clusters, `(K, P)`: unit rows, or zeros for a cluster without reliable
 /// images. Constants of the loss.
@@ -21,7 +19,7 @@ pub(crate) struct Prototypes {
 }
 
 impl Prototypes {
-    /// The ones that clustering left, computed with the network that is refined here.
+    /// Those that clustering wrote, computed with the network that is refined here.
     pub(crate) fn of(labels: &PseudoLabels, device: &Device) -> Result<Self> {
         let shape = (labels.clusters, labels.projection_width);
         Ok(Self { rows: Tensor::from_slice(&labels.prototypes, shape, device)? })
@@ -31,7 +29,7 @@ impl Prototypes {
         &self.rows
     }
 
-    /// Takes up `rows`, `(K, P)` row by row.
+    /// Replaces them by `rows`, `(K, P)` row by row.
     pub(crate) fn set(&mut self, rows: &[f32]) -> Result<()> {
         self.rows = Tensor::from_slice(rows, self.rows.dims2()?, self.rows.device())?;
         Ok(())
@@ -60,20 +58,9 @@ impl Prototypes {
         self.set(&rows)
     }
 
-    /// Keeps them in the state of `run`, for one that goes on in the middle of an epoch.
-    pub(crate) fn keep(&self, run: &mut Run) -> Result<()> {
-        run.keep(NAME, self.rows.dims(), self.rows.flatten_all()?.to_vec1::<f32>()?);
-        Ok(())
-    }
-
-    /// Takes up what was kept.
-    ///
-    /// # Errors
-    ///
-    /// Nothing was.
-    pub(crate) fn take_up(&mut self, run: &Run) -> Result<()> {
-        let rows = run.kept(NAME).map(<[f32]>::to_vec);
-        self.set(&rows.context("the state of this run holds no prototypes; remove its folder")?)
+    /// Saves or loads them, as `stage.prototypes`.
+    pub(crate) fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        file.tensor("prototypes", &mut self.rows)
     }
 }
 

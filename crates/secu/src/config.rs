@@ -4,14 +4,13 @@ use anyhow::{Context, Result, ensure};
 use backbone::{Architecture, Projector, perceptron, resnet};
 use data::views::{Input, Pipeline};
 use data::{Images, Loader};
-use layers::Network;
+use layers::{Network, Sgd};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
-use training::{Plan, Precision, check, sampler};
+use training::{Advice, LearningRate, Plan, Precision, Views, check, sampler};
 
 use crate::constraint::Constraint;
-use crate::heads::{Rule, Temperatures};
-use crate::schedule::LearningRate;
+use crate::heads::Temperatures;
 
 /// What SeCu can vary. The experiment file sets every field: there are no defaults in code, and an
 /// unknown or missing key is an error. The seed is an argument of the program.
@@ -117,11 +116,10 @@ impl Config {
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
-        // One batch of nothing: the loader holds the pictures' channels against the input's.
         let images = Images::open(&job.images)?;
+        Loader::check(&images, &self.input)?;
         let rows = images.rows(&job.data.train_on);
         sampler::every(&rows, self.batch_size, 0, 0)?;
-        self.loader(&images, Vec::new(), 0, 0, 0)?;
         // Two views of each image, and each scored image once for the result.
         let scored = images.rows(&job.data.score_on).len();
         Ok(Effort::of_backbone_pictures((2 * self.epochs * rows.len() + scored) as f64))
@@ -135,6 +133,10 @@ impl Config {
             batch_size: self.batch_size.min(images),
             save_every: self.save_every,
             collapse_deviation: self.collapse_deviation,
+            advice: Advice {
+                divergence: "a lower `learning-rate` or `centre-learning-rate`",
+                collapse: "a lower `learning-rate`, or milder `views-1` and `views-2`",
+            },
         }
     }
 
@@ -156,7 +158,7 @@ impl Config {
 
     pub(crate) fn schedule(&self, steps: usize) -> Result<LearningRate> {
         let (still, warmup) = (self.still_epochs, self.warmup_epochs);
-        LearningRate::new(self.learning_rate, still, warmup, self.epochs, steps)
+        LearningRate::after_still_epochs(self.learning_rate, still, warmup, self.epochs, steps)
     }
 
     pub(crate) fn temperatures(&self) -> Temperatures {
@@ -167,8 +169,8 @@ impl Config {
         }
     }
 
-    pub(crate) fn centre_rule(&self) -> Rule {
-        Rule {
+    pub(crate) fn centre_rule(&self) -> Sgd {
+        Sgd {
             learning_rate: self.centre_learning_rate,
             momentum: self.momentum,
             weight_decay: self.weight_decay,
@@ -194,21 +196,8 @@ impl Config {
         }
     }
 
-    /// Both views of every image of these batches but the first `done`.
-    ///
-    /// # Errors
-    ///
-    /// The pictures do not fit the network.
-    pub(crate) fn loader(
-        &self,
-        images: &Images,
-        batches: Vec<Vec<u32>>,
-        done: usize,
-        seed: u64,
-        epoch: usize,
-    ) -> Result<Loader> {
-        let views = vec![self.views_1.clone(), self.views_2.clone()];
-        let (epoch, threads) = (epoch as u64, Loader::threads());
-        Loader::resume(images, batches, done, views, &self.input, seed, epoch, threads)
+    /// Both views of every image.
+    pub(crate) fn views<'a>(&self, images: &'a Images, seed: u64) -> Views<'a> {
+        Views::new(images, [&self.views_1, &self.views_2], &self.input, seed)
     }
 }

@@ -1,10 +1,10 @@
-//! What keeps the clusters from becoming one: how images are assigned to centres.
+//! How images are assigned to centres, so that the clusters do not collapse into one.
 //!
-//! By size: every cluster is worth a dual variable more while it holds less than its share. By
-//! entropy: joining a large cluster costs, joining a small one pays. Both look at a batch at once:
-//! the images of one batch do not see each other's choice (Qian 2023, arXiv:2311.14310).
+//! By size: a dual variable makes a cluster more attractive while it holds less than its share. By
+//! entropy: joining a large cluster costs, joining a small one pays. Both assign a whole batch at
+//! once: its images do not see each other's choice (Qian 2023, arXiv:2311.14310).
 //!
-//! For few images take entropy (measured here, not the paper's word). Duals move by steps: a cluster
+//! For few images choose entropy (measured here, not stated in the paper). Duals move by steps: a cluster
 //! without images gains ηγ/K in each, in an epoch of n steps nηγ/K. With the published η and γ that
 //! is 3.5 on CIFAR-10 (n = 391, K = 10), more than any two similarities differ, but 0.19 on 2,014
 //! photographs in batches of 64 (n = 32, K = 15), and the network draws the images together sooner
@@ -13,7 +13,9 @@
 //! are of all images, however many steps it took to see them: 14.8 of 15.
 
 use anyhow::{Result, ensure};
+use assignment::argmax_rows;
 use serde::{Deserialize, Serialize};
+use stage::Diverged;
 
 /// The rule, as the key `constraint` of an experiment says it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -39,7 +41,7 @@ pub enum Constraint {
 }
 
 impl Constraint {
-    /// Checks what the types cannot say.
+    /// Checks the values.
     ///
     /// # Errors
     ///
@@ -94,25 +96,14 @@ impl Balance {
         Self { constraint, values: vec![0.; clusters] }
     }
 
-    /// The dual variables or counts, `K`, exact in f32: what the state of a run keeps.
+    /// The dual variables or counts, `K`, exact in f32.
     pub fn values(&self) -> &[f32] {
         &self.values
     }
 
-    /// Takes up what was kept.
-    ///
-    /// # Errors
-    ///
-    /// It is of another number of clusters.
-    pub fn set(&mut self, values: &[f32]) -> Result<()> {
-        ensure!(
-            values.len() == self.values.len(),
-            "the state of this run holds {} clusters where {} are asked for; remove its folder",
-            values.len(),
-            self.values.len()
-        );
-        self.values.copy_from_slice(values);
-        Ok(())
+    /// The same, for a checkpoint.
+    pub(crate) fn values_mut(&mut self) -> &mut Vec<f32> {
+        &mut self.values
     }
 
     /// Assigns the images of a batch, then takes the batch into account.
@@ -123,24 +114,31 @@ impl Balance {
     /// where `γ < 1`. By entropy: `y = argminₖ −sₖ + α δₖ` with `δ` the change in
     /// `Σ (nₖ/b) ln(nₖ/b)`, then `n` follows; see [`Balance::deltas`]. Ties go to the lowest
     /// cluster.
-    pub fn assign(&mut self, similarity: &[f32], before: Before) -> Vec<u32> {
+    ///
+    /// # Errors
+    ///
+    /// A similarity is NaN: [`Diverged`].
+    pub fn assign(&mut self, similarity: &[f32], before: Before) -> Result<Vec<u32>> {
         let clusters = self.values.len();
-        let rows = similarity.chunks_exact(clusters);
-        let ids: Vec<u32> = match self.constraint {
-            Constraint::Size { .. } => {
-                let gain = |row: &[f32], k: usize| f64::from(row[k]) + f64::from(self.values[k]);
-                rows.map(|row| largest(clusters, |k| gain(row, k))).collect()
-            }
-            Constraint::Entropy { weight } => rows
-                .enumerate()
-                .map(|(image, row)| {
+        let mut gains = Vec::with_capacity(similarity.len());
+        for (image, row) in similarity.chunks_exact(clusters).enumerate() {
+            let similarities = row.iter().map(|&s| f64::from(s));
+            match self.constraint {
+                Constraint::Size { .. } => {
+                    let duals = self.values.iter().map(|&dual| f64::from(dual));
+                    gains.extend(similarities.zip(duals).map(|(s, dual)| s + dual));
+                }
+                Constraint::Entropy { weight } => {
                     let deltas = self.deltas(before, image);
-                    largest(clusters, |k| f64::from(row[k]) - weight * deltas[k])
-                })
-                .collect(),
-        };
+                    gains.extend(similarities.zip(deltas).map(|(s, delta)| s - weight * delta));
+                }
+            }
+        }
+        let (ids, _) = argmax_rows(&gains, clusters).map_err(|error| {
+            Diverged(format!("similarities to centres: {error}; try a lower `learning-rate`"))
+        })?;
         self.follow(&ids, before);
-        ids
+        Ok(ids)
     }
 
     /// `δ` of an image of the batch: how `Σ h(pₖ)` with `h(p) = p ln p` changes when it joins a
@@ -194,18 +192,6 @@ impl Balance {
     }
 }
 
-/// The cluster of the largest value, the lowest of equals.
-fn largest(clusters: usize, value: impl Fn(usize) -> f64) -> u32 {
-    let mut best = (0, value(0));
-    for k in 1..clusters {
-        let value = value(k);
-        if value > best.1 {
-            best = (k, value);
-        }
-    }
-    best.0 as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,21 +235,22 @@ mod tests {
 
     /// SeCu, case T5.
     #[test]
-    fn duals_move_the_image_that_wavers_and_no_other() {
+    fn duals_move_the_image_that_wavers_and_no_other() -> Result<()> {
         let similarity = [0.50, 0.47, 0.40, 0.495, 0.9, 0.1, 0.1, 0.1];
         let mut balance = Balance::new(SIZE, 4);
-        assert_eq!(balance.clone().assign(&similarity, Before::Nothing), [0, 0]);
+        assert_eq!(balance.clone().assign(&similarity, Before::Nothing)?, [0, 0]);
         balance.values = vec![0., 0., 0.03, 0.0675];
-        assert_eq!(balance.assign(&similarity, Before::Nothing), [3, 0]);
+        assert_eq!(balance.assign(&similarity, Before::Nothing)?, [3, 0]);
         // And the batch was counted: one image each for clusters 3 and 0.
         assert_near(&wide(balance.values()), &[0., 0.0225, 0.0525, 0.04], 1e-7);
         let mut even = Balance::new(SIZE, 3);
-        assert_eq!(even.assign(&[0.5, 0.5, 0.5, 0.1, 0.5, 0.5], Before::Nothing), [0, 1]);
+        assert_eq!(even.assign(&[0.5, 0.5, 0.5, 0.1, 0.5, 0.5], Before::Nothing)?, [0, 1]);
+        Ok(())
     }
 
     /// SeCu, case T6.
     #[test]
-    fn entropy_deltas_have_the_specified_values() {
+    fn entropy_deltas_have_the_specified_values() -> Result<()> {
         let balance = entropy(1., &[6., 3., 1., 0.]);
         let first = [0.042993, -0.013505, -0.091964, -0.217990];
         assert_near(&balance.deltas(Before::Nothing, 0), &first, 1e-6);
@@ -275,8 +262,9 @@ mod tests {
         for (weight, want) in [(0.1, 0), (0.5, 0), (2., 3)] {
             let mut balance = entropy(weight, &[6., 3., 1., 0.]);
             let before = Before::Assigned { ids: &[0], images: 10 };
-            assert_eq!(balance.assign(&similarity, before), [want], "α = {weight}");
+            assert_eq!(balance.assign(&similarity, before)?, [want], "α = {weight}");
         }
+        Ok(())
     }
 
     /// SeCu, case T7.
@@ -300,12 +288,13 @@ mod tests {
 
     /// SeCu, case T15.
     #[test]
-    fn the_first_batch_of_all_is_not_constrained_by_entropy() {
+    fn the_first_batch_of_all_is_not_constrained_by_entropy() -> Result<()> {
         let mut balance = entropy(6000., &[0.; 3]);
-        assert_eq!(balance.assign(&[0.1, 0.3, 0.2, 0.9, 0.1, 0.1], Before::Nothing), [1, 0]);
+        assert_eq!(balance.assign(&[0.1, 0.3, 0.2, 0.9, 0.1, 0.1], Before::Nothing)?, [1, 0]);
         assert_eq!(balance.values(), [1., 1., 0.]);
         // The second is: the cluster without images is worth more than any similarity.
-        assert_eq!(balance.assign(&[0.9, 0.9, -0.9], Before::Nothing), [2]);
+        assert_eq!(balance.assign(&[0.9, 0.9, -0.9], Before::Nothing)?, [2]);
+        Ok(())
     }
 
     #[test]
@@ -318,6 +307,7 @@ mod tests {
         ] {
             assert!(wrong.check().is_err(), "{wrong:?}");
         }
-        assert!(Balance::new(SIZE, 3).set(&[0.; 2]).is_err());
+        let error = Balance::new(SIZE, 2).assign(&[0.1, f32::NAN], Before::Nothing);
+        assert!(error.expect_err("a NaN").is::<Diverged>());
     }
 }

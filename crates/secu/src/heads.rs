@@ -1,13 +1,13 @@
-//! The heads: several sets of centres over one network, each with the clusters it gave its images.
+//! The heads: several sets of centres over one network, each with the cluster of every image.
 
-use anyhow::{Context, Result, ensure};
-use backbone::network_file::NamedTensor;
+use anyhow::Result;
+use assignment::shares;
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
+use layers::Sgd;
 use rand_distr::{Distribution, StandardNormal};
-use stage::container::Container;
-use training::Run;
 use training::ops::unit_rows;
+use training::{Checkpoint, TrainedVariable};
 
 use crate::constraint::{Balance, Before, Constraint};
 use crate::loss::{centre_loss, representation_loss};
@@ -17,13 +17,12 @@ use crate::loss::{centre_loss, representation_loss};
 pub struct Head {
     /// Name in files: `heads.<number>`.
     name: String,
-    /// The raw centres, `(K, P)`: their lengths mean nothing, but the gradient shrinks with them.
-    centres: Var,
-    momentum: Tensor,
-    /// The unit-length centres as they were when the epoch began, `(K, P)`: constants.
+    /// The raw centres, `(K, P)`: their lengths have no meaning, but the gradient shrinks with them.
+    centres: TrainedVariable<Sgd>,
+    /// The unit-length centres at the start of the epoch, `(K, P)`: constants.
     frozen: Tensor,
     balance: Balance,
-    /// Cluster of each image that is trained on.
+    /// Cluster of each image to train on.
     ids: Vec<u32>,
 }
 
@@ -38,36 +37,25 @@ pub struct Temperatures {
     pub assigned_share: f64,
 }
 
-/// What one step of a head finds.
+/// The losses and clusters of one step of a head.
 #[derive(Debug)]
-pub struct Found {
-    /// Reaches the network alone.
+pub struct HeadStep {
+    /// Its gradient reaches the network alone.
     pub representation_loss: Tensor,
-    /// Reaches the centres alone.
+    /// Its gradient reaches the centres alone.
     pub centre_loss: Tensor,
     /// The new clusters of the batch.
     pub ids: Vec<u32>,
 }
 
-/// SGD of the centres: `b ← μ b + (g + λ w)`, `w ← w − η b`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rule {
-    /// η, constant over the run.
-    pub learning_rate: f64,
-    /// μ.
-    pub momentum: f64,
-    /// λ.
-    pub weight_decay: f64,
-}
-
 impl Head {
     /// Head `number` with centres in random directions, of unit length.
     ///
-    /// - `images`: number of images that are trained on.
+    /// - `images`: number of images to train on.
     ///
     /// # Errors
     ///
-    /// The device refuses.
+    /// The device is out of memory.
     pub fn random(
         number: usize,
         clusters: usize,
@@ -81,61 +69,56 @@ impl Head {
         let values: Vec<f32> =
             StandardNormal.sample_iter(&mut random).take(clusters * width).collect();
         let centres = unit_rows(&Tensor::from_vec(values, (clusters, width), device)?)?;
+        let name = format!("heads.{number}");
         Ok(Self {
-            name: format!("heads.{number}"),
-            momentum: centres.zeros_like()?,
-            frozen: centres.clone(),
-            centres: Var::from_tensor(&centres)?,
+            centres: TrainedVariable::new(format!("{name}.centres"), &centres)?,
+            name,
+            frozen: centres,
             balance: Balance::new(constraint, clusters),
             // Never read before they are written: the first epoch trains on its own ids.
             ids: vec![0; images],
         })
     }
 
-    /// Number of clusters `K`.
-    pub fn clusters(&self) -> usize {
-        self.balance.values().len()
-    }
-
-    /// The unit-length centres as they are now, `(K, P)`; the gradient passes.
+    /// The unit-length centres, `(K, P)`; the gradient passes.
     ///
     /// # Errors
     ///
-    /// The device refuses.
+    /// The device fails.
     pub fn directions(&self) -> candle_core::Result<Tensor> {
-        unit_rows(&self.centres)
+        unit_rows(&self.centres.variable)
     }
 
-    /// Takes the copy of the centres that the network sees during this epoch.
+    /// Copies the centres for the network's loss of this epoch.
     ///
     /// # Errors
     ///
-    /// The device refuses.
+    /// The device fails.
     pub fn freeze(&mut self) -> Result<()> {
         self.frozen = self.directions()?.detach();
         Ok(())
     }
 
-    /// One step: assigns the batch, exchanges its stored clusters, and compares.
+    /// One step: assigns the batch, stores its new clusters, and computes both losses.
     ///
     /// The images are assigned by the *current* centres. The network learns toward the clusters of
-    /// the epoch before, which are read before the new ones are stored; in the first epoch toward
-    /// the new ones.
+    /// the epoch before, which are read before the new ones are stored; in the first epoch it learns
+    /// toward the new ones.
     ///
     /// - `directions`: unit-length projections of view 1 and 2, `(B, P)`.
-    /// - `places`: of the images of the batch among those that are trained on.
+    /// - `places`: indices of the batch's images among those to train on.
     /// - `epoch`: from 0.
     ///
     /// # Errors
     ///
-    /// The shapes do not fit.
+    /// The shapes do not fit, or a similarity is NaN.
     pub fn step(
         &mut self,
         [view_1, view_2]: [&Tensor; 2],
         places: &[usize],
         epoch: usize,
         with: Temperatures,
-    ) -> Result<Found> {
+    ) -> Result<HeadStep> {
         // The centres' side: the projections are constants.
         let centres = self.directions()?.t()?;
         let similarity_1 = view_1.detach().matmul(&centres)?;
@@ -145,10 +128,10 @@ impl Head {
 
         let before: Vec<u32> = places.iter().map(|&place| self.ids[place]).collect();
         let ids = match epoch {
-            0 => self.balance.assign(&mean, Before::Nothing),
+            0 => self.balance.assign(&mean, Before::Nothing)?,
             _ => {
                 let images = self.ids.len();
-                self.balance.assign(&mean, Before::Assigned { ids: &before, images })
+                self.balance.assign(&mean, Before::Assigned { ids: &before, images })?
             }
         };
         places.iter().zip(&ids).for_each(|(&place, &id)| self.ids[place] = id);
@@ -158,12 +141,12 @@ impl Head {
         let loss_1 = centre_loss(&similarity_1, &now, with.centres)?;
         let loss_2 = centre_loss(&similarity_2, &now, with.centres)?;
 
-        // The network's side: the centres are those of the epoch's beginning.
+        // The network's side: the centres are those of the start of the epoch.
         let toward = if epoch == 0 { now } else { Tensor::new(before.as_slice(), device)? };
         let frozen = self.frozen.t()?;
         let logits_1 = (view_1.matmul(&frozen)? / with.network)?;
         let logits_2 = (view_2.matmul(&frozen)? / with.network)?;
-        Ok(Found {
+        Ok(HeadStep {
             representation_loss: representation_loss(
                 [&logits_1, &logits_2],
                 &toward,
@@ -174,114 +157,56 @@ impl Head {
         })
     }
 
-    /// Moves the centres along their gradient; without one, momentum and decay still act.
+    /// Moves the centres along their gradient.
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn descend(&mut self, gradients: &GradStore, rule: Rule) -> Result<()> {
-        let centres = self.centres.as_detached_tensor();
-        let decay = (&centres * rule.weight_decay)?;
-        let gradient = match gradients.get(&self.centres) {
-            Some(gradient) => (gradient + decay)?,
-            None => decay,
-        };
-        self.momentum = ((&self.momentum * rule.momentum)? + gradient)?.detach();
-        Ok(self.centres.set(&(centres - (&self.momentum * rule.learning_rate)?)?)?)
+    /// The device fails.
+    pub fn descend(&mut self, gradients: &GradStore, rule: Sgd) -> Result<()> {
+        Ok(self.centres.step(gradients, rule)?)
     }
 
-    /// Whether a gradient of the centres is not finite: then their name.
+    /// The name of the centres if their gradient is not finite.
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn not_finite(&self, gradients: &GradStore) -> Result<Option<String>> {
-        let Some(gradient) = gradients.get(&self.centres) else { return Ok(None) };
-        let sum = gradient.abs()?.sum_all()?.to_scalar::<f32>()?;
-        Ok((!sum.is_finite()).then(|| format!("{}.centres", self.name)))
+    /// The device fails.
+    pub fn gradient_not_finite(
+        &self,
+        gradients: &GradStore,
+    ) -> candle_core::Result<Option<String>> {
+        self.centres.gradient_not_finite(gradients)
     }
 
-    /// Images of each cluster, as the clusters are stored, the largest share over its even one.
-    pub fn largest_share(&self) -> f64 {
-        let mut sizes = vec![0usize; self.clusters()];
-        self.ids.iter().for_each(|&id| sizes[id as usize] += 1);
-        let largest = sizes.into_iter().max().unwrap_or(0);
-        largest as f64 * self.clusters() as f64 / self.ids.len().max(1) as f64
-    }
-
-    /// Keeps in the state of `run` what the network file does not hold.
+    /// Size of the largest cluster divided by `N/K`.
     ///
     /// # Errors
     ///
-    /// The device refuses.
-    pub fn keep(&self, run: &mut Run) -> Result<()> {
-        let ids = self.ids.iter().map(|&id| id as f32).collect();
-        run.keep(&format!("{}.ids", self.name), &[self.ids.len()], ids);
-        let balance = self.balance.values().to_vec();
-        run.keep(&format!("{}.balance", self.name), &[balance.len()], balance);
-        let frozen = self.frozen.flatten_all()?.to_vec1()?;
-        run.keep(&format!("{}.frozen", self.name), self.frozen.dims(), frozen);
-        Ok(())
+    /// A stored cluster is not below `K`.
+    pub fn largest_share(&self) -> Result<f64> {
+        Ok(shares(&self.ids, self.balance.values().len())?.largest)
     }
 
-    /// Takes up what an earlier part of the run has kept; nothing when this is its beginning.
+    /// Saves or loads the centres, and `stage.heads.<number>.*`: the frozen centres, the balance,
+    /// the clusters of the images.
     ///
     /// # Errors
     ///
-    /// It is of other heads or images.
-    pub fn take_up(&mut self, run: &Run) -> Result<()> {
-        let kept = |what: &str| run.kept(&format!("{}.{what}", self.name));
-        let Some(ids) = kept("ids") else { return Ok(()) };
-        let lacks = "the state of this run lacks a part of its heads; remove its folder";
-        ensure!(ids.len() == self.ids.len(), "{lacks}");
-        let (balance, frozen) = (kept("balance").context(lacks)?, kept("frozen").context(lacks)?);
-        let frozen = Tensor::from_slice(frozen, self.frozen.shape(), self.frozen.device())?;
-        let ids = ids.iter().map(|&id| id as u32).collect();
-        self.balance.set(balance)?;
-        (self.frozen, self.ids) = (frozen, ids);
-        Ok(())
+    /// The file has other heads.
+    pub fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        let Self { name, centres, frozen, balance, ids } = self;
+        centres.checkpoint(file)?;
+        file.tensor(&format!("{name}.frozen"), frozen)?;
+        file.list(&format!("{name}.balance"), balance.values_mut())?;
+        file.list(&format!("{name}.ids"), ids)
     }
-
-    /// The raw centres, for `network.safetensors`.
-    pub(crate) fn variable(&self) -> Result<NamedTensor> {
-        Self::named(format!("{}.centres", self.name), &self.centres)
-    }
-
-    /// Their momentum, for the state.
-    pub(crate) fn memory(&self) -> Result<NamedTensor> {
-        Self::named(format!("momenta.{}.centres", self.name), &self.momentum)
-    }
-
-    fn named(name: String, tensor: &Tensor) -> Result<NamedTensor> {
-        let values = tensor.flatten_all()?.to_vec1()?;
-        Ok(NamedTensor { name, shape: tensor.dims().to_vec(), values })
-    }
-
-    pub(crate) fn take_up_variable(&mut self, network: &Container) -> Result<()> {
-        let centres = read(network, &format!("{}.centres", self.name), &self.centres)?;
-        Ok(self.centres.set(&centres)?)
-    }
-
-    pub(crate) fn take_up_memory(&mut self, state: &Container) -> Result<()> {
-        self.momentum = read(state, &format!("momenta.{}.centres", self.name), &self.momentum)?;
-        Ok(())
-    }
-}
-
-fn read(file: &Container, name: &str, like: &Tensor) -> Result<Tensor> {
-    let shape = file.shape(name)?;
-    ensure!(
-        shape == like.dims(),
-        "tensor `{name}` of `{}` is {shape:?}, but the experiment's head is {:?}; remove the folder",
-        file.path().display(),
-        like.dims()
-    );
-    Ok(Tensor::from_vec(file.f32(name)?, shape, like.device())?)
 }
 
 #[cfg(test)]
 mod tests {
+    use anyhow::Context as _;
     use candle_core::Device::Cpu;
+    use candle_core::Var;
 
     use super::*;
 
@@ -302,9 +227,9 @@ mod tests {
 
     #[test]
     fn centres_begin_at_unit_length_in_directions_of_their_seed() -> Result<()> {
-        let lengths = head(6)?.centres.sqr()?.sum(1)?.to_vec1::<f32>()?;
+        let lengths = head(6)?.centres.variable.sqr()?.sum(1)?.to_vec1::<f32>()?;
         assert!(lengths.iter().all(|length| (length - 1.).abs() < 1e-6), "{lengths:?}");
-        let values = |head: Head| head.centres.flatten_all()?.to_vec1::<f32>();
+        let values = |head: Head| head.centres.variable.flatten_all()?.to_vec1::<f32>();
         assert_eq!(values(head(6)?)?, values(head(6)?)?);
         assert_ne!(values(head(6)?)?, values(Head::random(1, 3, 4, 6, SIZE, 7, &Cpu)?)?);
         assert_ne!(values(head(6)?)?, values(Head::random(0, 3, 4, 6, SIZE, 8, &Cpu)?)?);
@@ -320,10 +245,10 @@ mod tests {
             let (view_1, view_2) = (Var::from_tensor(&view(1)?)?, Var::from_tensor(&view(2)?)?);
             let found = head.step([&view_1, &view_2], &PLACES, epoch, WITH)?;
             let of_centres = found.centre_loss.backward()?;
-            assert!(of_centres.get(&head.centres).is_some());
+            assert!(of_centres.get(&head.centres.variable).is_some());
             assert!(of_centres.get(&view_1).is_none() && of_centres.get(&view_2).is_none());
             let of_network = found.representation_loss.backward()?;
-            assert!(of_network.get(&head.centres).is_none());
+            assert!(of_network.get(&head.centres.variable).is_none());
             assert!(of_network.get(&view_1).is_some() && of_network.get(&view_2).is_some());
         }
         Ok(())
@@ -339,11 +264,11 @@ mod tests {
         };
         let mut moved = head(6)?;
         let other = Head::random(3, 3, 4, 6, SIZE, 7, &Cpu)?;
-        moved.centres.set(&other.centres)?;
+        moved.centres.variable.set(&other.centres.variable)?;
         let want = loss(&mut head(6)?)?;
         assert_eq!(loss(&mut moved)?, want);
         let mut frozen_anew = head(6)?;
-        frozen_anew.centres.set(&other.centres)?;
+        frozen_anew.centres.variable.set(&other.centres.variable)?;
         frozen_anew.freeze()?;
         assert_ne!(loss(&mut frozen_anew)?, want);
         Ok(())
@@ -381,7 +306,7 @@ mod tests {
     #[test]
     fn images_are_assigned_by_the_mean_of_both_views() -> Result<()> {
         let mut head = Head::random(0, 2, 2, 1, SIZE, 7, &Cpu)?;
-        head.centres.set(&Tensor::new(&[[2f32, 0.], [0., 0.5]], &Cpu)?)?;
+        head.centres.variable.set(&Tensor::new(&[[2f32, 0.], [0., 0.5]], &Cpu)?)?;
         // Similarities (1, 0) and (0.2, 0.98): the mean is (0.6, 0.49).
         let view_1 = Tensor::new(&[[1f32, 0.]], &Cpu)?;
         let view_2 = Tensor::new(&[[0.2f32, 0.98]], &Cpu)?;
@@ -391,45 +316,11 @@ mod tests {
         Ok(())
     }
 
-    /// SeCu, case T10.
-    #[test]
-    fn a_rate_of_zero_moves_nothing_but_gathers_momentum() -> Result<()> {
-        let mut head = head(6)?;
-        let before = head.centres.to_vec2::<f32>()?;
-        let gradients = head.centres.sum_all()?.backward()?; // A gradient of 1.
-        let rule = Rule { learning_rate: 0., momentum: 0.9, weight_decay: 0. };
-        for _ in 0..391 {
-            head.descend(&gradients, rule)?;
-        }
-        assert_eq!(head.centres.to_vec2::<f32>()?, before);
-        for momentum in head.momentum.flatten_all()?.to_vec1::<f32>()? {
-            assert!((momentum - 10.).abs() < 1e-4, "{momentum}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn centres_follow_the_rule_with_and_without_a_gradient() -> Result<()> {
-        let mut head = head(6)?;
-        let at = head.centres.to_vec2::<f32>()?[0][0];
-        let rule = Rule { learning_rate: 0.5, momentum: 0.9, weight_decay: 0.1 };
-        let gradients = (head.centres.sum_all()? * 3.)?.backward()?;
-        head.descend(&gradients, rule)?;
-        let momentum = 3. + 0.1 * at;
-        let moved = at - 0.5 * momentum;
-        assert!((head.centres.to_vec2::<f32>()?[0][0] - moved).abs() < 1e-6);
-        let none = Tensor::zeros((), candle_core::DType::F32, &Cpu)?.backward()?;
-        head.descend(&none, rule)?;
-        let want = moved - 0.5 * (0.9 * momentum + 0.1 * moved);
-        assert!((head.centres.to_vec2::<f32>()?[0][0] - want).abs() < 1e-6);
-        Ok(())
-    }
-
     #[test]
     fn the_largest_share_is_over_an_even_one() -> Result<()> {
         let mut head = head(6)?;
         head.ids = vec![0, 1, 1, 1, 1, 2];
-        assert_eq!(head.largest_share(), 2.);
+        assert_eq!(head.largest_share()?, 2.);
         Ok(())
     }
 }

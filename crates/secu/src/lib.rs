@@ -28,22 +28,22 @@ pub mod heads;
 pub mod loss;
 pub mod monitor;
 pub mod network;
-pub mod schedule;
 
 use anyhow::Result;
-use assignment::{KMeans, Metric};
+use assignment::{KMeans, argmax_rows, k_means};
 use candle_core::{Device, Tensor};
+use candle_nn::ops::softmax;
 use data::head::{self, CentreMetric};
 use data::{Found, Images, Loader, PseudoLabels};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
-use training::ops::{softmax, unit_rows};
-use training::{Run, pictures, sampler};
+use training::ops::unit_rows;
+use training::{Run, outputs, pictures, sampler};
 
 pub use config::Config;
 
 use crate::heads::Head;
-use crate::monitor::{Monitor, distinct, mean_cosine};
-use crate::network::Learner;
+use crate::monitor::{distinct, mean_cosine};
+use crate::network::Networks;
 
 /// The stage: see the documentation of the crate.
 pub struct SeCu;
@@ -75,42 +75,37 @@ impl Stage for SeCu {
         let plan = config.plan(rows.len());
         let schedule = config.schedule(plan.steps_per_epoch)?;
 
-        let mut learner = Learner::random(config, rows.len(), job.seed, &device)?;
-        if let Some(folder) = job.optional_input("backbone") {
-            learner.take_backbone(folder)?;
-        }
-        let mut learner = learner.on(&device)?;
-        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
-        learner.heads.iter_mut().try_for_each(|head| head.take_up(&run))?;
-        let in_a_row = run.kept(MONITOR).map_or(0, |kept| kept[0] as usize);
-        let mut monitor = Monitor::new(config.least_distinct_ids, plan.steps_per_epoch, in_a_row);
+        let start = job.optional_input("backbone");
+        let mut networks = Networks::random(config, rows.len(), start, job.seed, &device)?;
+        let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
+        let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
             if run.batches_done() == 0 {
-                // What the network will see of the centres until the epoch ends.
-                learner.heads.iter_mut().try_for_each(Head::freeze)?;
+                // The network's loss sees these copies of the centres until the epoch ends.
+                networks.heads.iter_mut().try_for_each(Head::freeze)?;
             }
             let order = sampler::every(&rows, config.batch_size, job.seed, epoch)?;
-            for batch in config.loader(&images, order, run.batches_done(), job.seed, epoch)? {
+            for batch in views.epoch(epoch, order, run.batches_done())? {
                 let batch = batch?;
                 let places: Vec<usize> =
                     batch.rows.iter().map(|&row| places[row as usize]).collect();
-                let [view_1, view_2] = pictures(batch.shape(), batch.views, &device)?;
-                let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
-                let directions = [unit_rows(&view_1.projection)?, unit_rows(&view_2.projection)?];
+                let [view_1, view_2] = pictures(batch, &device)?;
+                let (seams_1, seams_2) = (networks.forward(&view_1)?, networks.forward(&view_2)?);
+                let directions = [unit_rows(&seams_1[1])?, unit_rows(&seams_2[1])?];
                 run.note_projections(&directions[0])?; // An error when they have collapsed.
-                run.note("mean-cosine", mean_cosine(&directions[0])?);
+                run.note_scalar("mean-cosine", &mean_cosine(&directions[0])?)?;
 
-                // Every head assigns the batch, then compares: both losses, means over heads and views.
+                // Every head assigns the batch and computes both losses: means over heads and views.
                 let (mut for_network, mut for_centres) = (Vec::new(), Vec::new());
-                for (number, head) in learner.heads.iter_mut().enumerate() {
+                for (number, head) in networks.heads.iter_mut().enumerate() {
                     let [one, other] = &directions;
                     let found = head.step([one, other], &places, epoch, config.temperatures())?;
                     if number == main {
                         // Before warm-up ends, the network cannot tell images apart yet.
                         let distinct = match epoch < config.still_epochs + config.warmup_epochs {
                             true => distinct(&found.ids),
-                            false => monitor.look(&found.ids)?, // An error at a collapse.
+                            false => networks.monitor.look(&found.ids)?, // An error at a collapse.
                         };
                         run.note("distinct-ids", distinct as f64);
                     }
@@ -124,71 +119,48 @@ impl Stage for SeCu {
                 run.note_loss(&loss)?; // An error when it is not finite.
 
                 let gradients = loss.backward()?;
-                learner.backward(view_1, &gradients)?; // Adds to the gradients.
-                learner.backward(view_2, &gradients)?;
-                run.refuse_gradient(learner.first_not_finite(&gradients)?)?;
-                learner.step(&gradients, schedule.at(run.step() - 1), config.centre_rule())?;
-
-                learner.heads.iter().try_for_each(|head| head.keep(&mut run))?;
-                run.keep(MONITOR, &[1], vec![monitor.in_a_row() as f32]);
-                run.end_step(&learner)?; // A checkpoint when the program is asked to stop.
+                networks.backward(seams_1, &gradients)?; // Adds to the gradients.
+                networks.backward(seams_2, &gradients)?;
+                run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;
+                networks.step(&gradients, schedule.at(run.step()), config.centre_rule())?;
+                run.end_step(&mut networks)?; // Saves when the program is asked to stop.
             }
-            run.note("largest-cluster", learner.heads[main].largest_share());
-            run.end_epoch(&learner)?; // One line in the log; a checkpoint when due.
+            run.note("largest-cluster", networks.heads[main].largest_share()?);
+            run.end_epoch(&mut networks)?; // Writes a log line, and a checkpoint when due.
         }
+        run.finish(&mut networks, &config.configuration())?;
 
-        let found = result(config, job, &images, &mut learner, main, &device)?;
+        let found = result(config, job, &images, &mut networks, main, &device)?;
         let by = CentreMetric::CosineSoftmax { temperature: config.temperature };
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
-        PseudoLabels::of_one_phase(job, &images, found)?
-            .write(&job.out.join(PseudoLabels::FILE))?;
-        run.finish(&learner, &config.configuration())
+        PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
     }
 }
 
-/// The name under which the state keeps the batches of too few ids.
-const MONITOR: &str = "batches-of-few-ids";
-
-/// The result: the nearest centre of the main head for the un-augmented images that are scored, by
-/// cosine. The confidence is the softmax at the network's temperature, as in training.
-///
-/// k-means on the same projections stands beside it, for comparison.
+/// The result: the nearest centre of the main head by cosine, for the un-augmented images to score.
+/// The confidence is the softmax at the network's temperature, as in training. For comparison, it
+/// has the clusters of k-means on the same projections too.
 fn result(
     config: &Config,
     job: &Job,
     images: &Images,
-    learner: &mut Learner,
+    networks: &mut Networks,
     main: usize,
     device: &Device,
 ) -> Result<Found> {
     let rows = images.rows(&job.data.score_on);
-    let centres = learner.heads[main].directions()?.detach();
+    let centres = networks.heads[main].directions()?.detach();
     let (width, clusters) = (config.projector.width, job.data.clusters);
-    let (mut projections, mut assignment, mut confidence) = (Vec::new(), Vec::new(), Vec::new());
-    for batch in Loader::clean(images, &rows, &config.input)? {
-        let batch = batch?;
-        let shape = batch.shape();
-        for view in batch.views {
-            let directions = learner.project(&Tensor::from_vec(view, shape, device)?)?;
-            let similarity = directions.matmul(&centres.t()?)?;
-            let memberships = softmax(&(similarity / config.temperature)?)?.to_vec2::<f32>()?;
-            for row in memberships {
-                let largest = (0..clusters).rev().max_by(|&a, &b| row[a].total_cmp(&row[b]));
-                let largest = largest.unwrap_or(0); // The lowest of equals.
-                assignment.push(largest as u32);
-                confidence.push(row[largest]);
-            }
-            projections.extend(directions.flatten_all()?.to_vec1::<f32>()?);
-        }
-    }
-    let k_means = KMeans {
-        clusters,
-        metric: Metric::Spherical,
-        restarts: 10,
-        iterations: 300,
-        tolerance: 1e-4,
-    };
-    let k_means = assignment::k_means(&projections, rows.len(), width, &k_means, job.seed)?;
+    let loader = Loader::clean(images, &rows, &config.input)?;
+    let [projections, memberships] = outputs(loader, device, |pictures| {
+        let directions = networks.project(pictures)?;
+        let similarity = directions.matmul(&centres.t()?)?;
+        let memberships = softmax(&(similarity / config.temperature)?, 1)?;
+        Ok([directions, memberships])
+    })?;
+    let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
+    let k_means =
+        k_means(&projections, rows.len(), width, &KMeans::spherical(clusters, 10), job.seed)?;
     Ok(Found {
         assignment,
         kmeans_assignment: k_means.assignment,
@@ -198,7 +170,7 @@ fn result(
     })
 }
 
-/// The place of each row of the images file among `rows`; the last for those that are not there.
+/// Maps each row of the images file to its index in `rows`, or `usize::MAX` if absent.
 fn places(rows: &[u32], images: usize) -> Vec<usize> {
     let mut places = vec![usize::MAX; images];
     rows.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place);
@@ -267,26 +239,24 @@ pub(crate) mod tests {
         .expect("a table")
     }
 
-    /// Some weights and centres as a short run leaves them in its last checkpoint. Whether it has
-    /// learnt to tell the images apart is not asked: where it has not, the result is an error
-    /// behind that checkpoint.
+    /// Some weights and centres of a short run. If it has not learnt to tell the images apart, its
+    /// result is an error after the networks are written.
     fn weights(config: &Config, job: &Job) -> Vec<f32> {
-        let file = match SeCu::run(config, job) {
-            Ok(()) => network_file::NAME,
-            Err(error) => {
-                assert!(error.to_string().contains("one cluster"), "{error:#}");
-                "state.safetensors"
-            }
-        };
-        let bytes = fs::read(job.out.join(file)).expect("written");
-        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).expect("sound");
-        let values = |name: &str| tensors[name].flatten_all().and_then(|all| all.to_vec1::<f32>());
-        [format!("online.backbone.{WEIGHT}").as_str(), "heads.0.centres"]
-            .map(|name| values(name).expect("there"))
-            .concat()
+        if let Err(error) = SeCu::run(config, job) {
+            assert!(error.to_string().contains("one cluster"), "{error:#}");
+        }
+        let file = network_file::open(&job.out).expect("written");
+        NAMES.map(|name| file.f32(name).expect("there")).concat()
     }
 
-    const WEIGHT: &str = "layer3.0.conv2.weight";
+    /// The same of networks.
+    fn weights_of(networks: &mut Networks) -> Vec<f32> {
+        let tensors = training::network_tensors(networks).expect("read");
+        let values = |name| tensors.iter().find(|tensor| tensor.name == name).expect("there");
+        NAMES.map(|name| values(name).values.clone()).concat()
+    }
+
+    const NAMES: [&str; 2] = ["online.backbone.layer3.0.conv2.weight", "heads.0.centres"];
 
     /// Large and long enough to tell the three kinds apart.
     fn able() -> Config {
@@ -334,36 +304,34 @@ pub(crate) mod tests {
 
         let images = Images::open(&job.images)?;
         let rows = images.rows(&job.data.train_on);
-        let mut learner = Learner::random(&config, rows.len(), job.seed, &Device::Cpu)?;
+        let mut networks = Networks::random(&config, rows.len(), None, job.seed, &Device::Cpu)?;
         let schedule = config.schedule(3)?; // Batches of 8, 8 and 3.
+        let views = config.views(&images, job.seed);
         let mut steps = 0;
         for epoch in 0..config.epochs {
-            learner.heads.iter_mut().try_for_each(Head::freeze)?;
+            networks.heads.iter_mut().try_for_each(Head::freeze)?;
             let order = sampler::every(&rows, 8, job.seed, epoch)?;
-            for batch in config.loader(&images, order, 0, job.seed, epoch)? {
+            for batch in views.epoch(epoch, order, 0)? {
                 let batch = batch?;
+                steps += 1;
                 let place = |row: &u32| rows.iter().position(|other| other == row);
                 let places = batch.rows.iter().map(place).collect::<Option<Vec<_>>>();
                 let places = places.expect("rows that are trained on");
-                let [view_1, view_2] = pictures(batch.shape(), batch.views, &Device::Cpu)?;
-                let (view_1, view_2) = (learner.forward(&view_1)?, learner.forward(&view_2)?);
-                let of_1 = unit_rows(&view_1.projection)?;
-                let of_2 = unit_rows(&view_2.projection)?;
+                let [view_1, view_2] = pictures(batch, &Device::Cpu)?;
+                let (view_1, view_2) = (networks.forward(&view_1)?, networks.forward(&view_2)?);
+                let (of_1, of_2) = (unit_rows(&view_1[1])?, unit_rows(&view_2[1])?);
                 let mut sum = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
-                for head in &mut learner.heads {
+                for head in &mut networks.heads {
                     let found = head.step([&of_2, &of_1], &places, epoch, config.temperatures())?;
                     sum = ((sum + found.representation_loss)? + found.centre_loss)?;
                 }
                 let gradients = (sum / config.heads.len() as f64)?.backward()?;
-                learner.backward(view_2, &gradients)?;
-                learner.backward(view_1, &gradients)?;
-                learner.step(&gradients, schedule.at(steps), config.centre_rule())?;
-                steps += 1;
+                networks.backward(view_2, &gradients)?;
+                networks.backward(view_1, &gradients)?;
+                networks.step(&gradients, schedule.at(steps), config.centre_rule())?;
             }
         }
-        let (_, backbone) = training::Trained::segments(&learner)[0];
-        let mut want = backbone.parameters.get(WEIGHT)?;
-        want.extend(training::Trained::variables(&learner)?[0].values.iter());
+        let want = weights_of(&mut networks);
         assert_eq!(found.len(), want.len());
         for (found, want) in found.iter().zip(&want) {
             assert!((found - want).abs() <= 1e-4 * want.abs().max(1.), "{found} {want}");
@@ -387,12 +355,11 @@ pub(crate) mod tests {
         let found = weights(&config, &job);
         let images = Images::open(&job.images)?;
         let count = images.rows(&job.data.train_on).len();
-        let fresh = Learner::random(&config, count, job.seed, &Device::Cpu)?;
-        let (_, backbone) = training::Trained::segments(&fresh)[0];
-        let before = backbone.parameters.get(WEIGHT)?;
-        assert_eq!(found[..before.len()], before);
-        let centres = fresh.heads[0].directions()?.flatten_all()?.to_vec1::<f32>()?;
-        assert_ne!(found[before.len()..], centres);
+        let mut fresh = Networks::random(&config, count, None, job.seed, &Device::Cpu)?;
+        let before = weights_of(&mut fresh);
+        let count = before.len() - 3 * 4; // Of the weight alone.
+        assert_eq!(found[..count], before[..count]);
+        assert_ne!(found[count..], before[count..]);
         Ok(())
     }
 
@@ -413,14 +380,10 @@ pub(crate) mod tests {
 
             // Assigned again by the network as it was saved.
             let images = Images::open(&job.images)?;
-            let mut learner = Learner::random(&config, 19, 99, &Device::Cpu)?;
-            let file = network_file::open(&job.out)?;
-            for (prefix, segment) in training::Trained::segments_mut(&mut learner) {
-                network_file::fill(&file, prefix, segment)?;
-            }
-            training::Trained::take_up_variables(&mut learner, &file)?;
+            let mut networks = Networks::random(&config, 19, None, 99, &Device::Cpu)?;
+            training::load_network(&job.out, &mut networks)?;
             let main = config.head(&job)?;
-            let again = result(&config, &job, &images, &mut learner, main, &Device::Cpu)?;
+            let again = result(&config, &job, &images, &mut networks, main, &Device::Cpu)?;
             assert_eq!(again.assignment, labels.assignment);
             assert_eq!(again.confidence, labels.confidence);
             let head = head::open(&job.out)?;

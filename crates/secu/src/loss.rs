@@ -1,19 +1,21 @@
-//! The two losses of a head: the network toward frozen centres, the centres toward their images.
+//! The two losses of a head: one moves the network toward frozen centres, the other the centres
+//! toward their images.
 //!
 //! They share no parameter. The first sees a copy of the centres from the beginning of the epoch
 //! and reaches the network alone; the second sees the projections as constants and reaches the
 //! centres alone, and of those only the ones that images are assigned to.
 
 use candle_core::{Result, Tensor, bail};
-use training::ops::{log_softmax, pick, softmax};
+use candle_nn::loss::cross_entropy;
+use candle_nn::ops::{log_softmax, softmax};
 
-/// How far the centres are from their images: cross-entropy whose gradient flows into the centre
-/// that an image is assigned to, and into no other.
+/// How far the centres are from their images: a cross-entropy whose gradient reaches only the centre
+/// that an image is assigned to.
 ///
 /// `L_c = −1/B Σᵢ ln softmax(sᵢ/τ)_{yᵢ}` with similarities `s`, of which only `s_{i,yᵢ}` carries
-/// gradient (stable cluster discrimination, Qian 2023, arXiv:2311.14310): an image draws its own
-/// centre by `1 − p`, so that hard ones count more, and never pushes another. The plain
-/// cross-entropy has the same value and diverges.
+/// gradient (stable cluster discrimination, Qian 2023, arXiv:2311.14310): an image pulls its own
+/// centre by `1 − p`, so that hard images count more, and never pushes another. Training by the
+/// plain cross-entropy, which has the same value, diverges.
 ///
 /// - `similarity`: `s`, products of unit-length projections, constants, and unit-length centres,
 ///   `(B, K)`.
@@ -39,20 +41,20 @@ fn masked_cross_entropy(
     let own = one_hot(ids, free)?;
     let others = own.affine(-1., 1.)?;
     let logits = (((free * own)? + (frozen * others)?)? / temperature)?;
-    pick(&log_softmax(&logits)?, ids)?.neg()?.mean_all()
+    cross_entropy(&logits, ids)
 }
 
-/// How far the images are from where they belong among the frozen centres, for both views.
+/// How far the images are from their targets among the frozen centres, for both views.
 ///
 /// With logits `L₁`, `L₂` of the views and the targets `q₁ = α e_t + (1 − α) softmax(L₂)`,
-/// `q₂ = α e_t + (1 − α) softmax(L₁)`, each a constant made of the assigned cluster and of what the
-/// network makes of the *other* view: `L_x = −1/(2B) Σᵢ Σₖ [q₁ ln softmax(L₁) + q₂ ln softmax(L₂)]`
+/// `q₂ = α e_t + (1 − α) softmax(L₁)`, each a constant made of the assigned cluster and of the
+/// prediction for the *other* view: `L_x = −1/(2B) Σᵢ Σₖ [q₁ ln softmax(L₁) + q₂ ln softmax(L₂)]`
 /// (Qian 2023, arXiv:2311.14310).
 ///
 /// - `logits`: of view 1 and 2: products with the frozen unit-length centres, divided by the
 ///   temperature, `(B, K)` each.
 /// - `ids`: `t`, `(B,)` u32: the cluster of each image in the epoch before, or in the first epoch
-///   the one that it has just been given.
+///   its new one.
 /// - `assigned_share`: α (τ in the paper), 0.2 is published.
 ///
 /// Returns a scalar in nats, at least the targets' mean entropy.
@@ -69,16 +71,16 @@ pub fn representation_loss(
     if logits_1.dims() != logits_2.dims() {
         bail!("representation_loss: {:?} and {:?}", logits_1.dims(), logits_2.dims())
     }
-    let cross_entropy = |of: &Tensor, other: &Tensor| -> Result<Tensor> {
+    let toward_other = |of: &Tensor, other: &Tensor| -> Result<Tensor> {
         let target = target(other, ids, assigned_share)?;
-        (target * log_softmax(of)?)?.sum(1)?.neg()?.mean_all()
+        (target * log_softmax(of, 1)?)?.sum(1)?.neg()?.mean_all()
     };
-    (cross_entropy(logits_1, logits_2)? + cross_entropy(logits_2, logits_1)?)? * 0.5
+    (toward_other(logits_1, logits_2)? + toward_other(logits_2, logits_1)?)? * 0.5
 }
 
 /// `α e_t + (1 − α) softmax(L)`, a constant: `(B, K)`.
 fn target(other_view: &Tensor, ids: &Tensor, assigned_share: f64) -> Result<Tensor> {
-    let predicted = softmax(&other_view.detach())?;
+    let predicted = softmax(&other_view.detach(), 1)?;
     (one_hot(ids, other_view)? * assigned_share)? + (predicted * (1. - assigned_share))?
 }
 
@@ -143,7 +145,7 @@ mod tests {
         // The plain cross-entropy, with the same value, has the gradient that must not be.
         let centres = Var::from_tensor(&matrix(CENTRES))?;
         let logits = similarity(&z, &centres)?;
-        let plain = pick(&log_softmax(&logits)?, &ids(&[0, 1]))?.neg()?.mean_all()?;
+        let plain = cross_entropy(&logits, &ids(&[0, 1]))?;
         assert_close(plain.to_scalar()?, 0.566447440, 1e-9);
         let plain = plain.backward()?.get(&centres).expect("a gradient").to_vec2::<f64>()?;
         for (got, want) in
@@ -163,7 +165,7 @@ mod tests {
         assert_close(gradient[0][0], 0., 1e-12);
         assert_close(gradient[0][1], -0.369786, 1e-6);
         assert_eq!(gradient[1..], [[0., 0.], [0., 0.]]);
-        let p = softmax(&(similarity(&z, &matrix(CENTRES))? / 0.5)?)?.to_vec2::<f64>()?;
+        let p = softmax(&(similarity(&z, &matrix(CENTRES))? / 0.5)?, 1)?.to_vec2::<f64>()?;
         let want = [[0.387215, 0.577657, 0.035127], [0.584425, 0.391752, 0.023822]];
         for (got, want) in p.iter().flatten().zip(want.iter().flatten()) {
             assert_close(*got, *want, 1e-6);
@@ -246,7 +248,7 @@ mod tests {
         let loss = representation_loss([&sharp_1, &sharp_2], &t, 0.2)?;
         assert_close(loss.to_scalar()?, 9.865185282, 1e-9);
         let one = |of: &Tensor, other: &Tensor| -> Result<f64> {
-            (target(other, &t, 0.2)? * log_softmax(of)?)?.sum_all()?.neg()?.to_scalar()
+            (target(other, &t, 0.2)? * log_softmax(of, 1)?)?.sum_all()?.neg()?.to_scalar()
         };
         assert_close(one(&logits_1, &logits_2)?, 0.985991241, 1e-9);
         assert_close(one(&logits_2, &logits_1)?, 0.972561709, 1e-9);
@@ -272,8 +274,8 @@ mod tests {
         let target_2 = target(&tensor(&at)?, &t, 0.2)?;
         let value = |at: &[f64; 6]| -> Result<f64> {
             let q_1 = target(&other, &t, 0.2)?;
-            let own = (q_1 * log_softmax(&tensor(at)?)?)?.sum(1)?.mean_all()?;
-            let held = (&target_2 * log_softmax(&other)?)?.sum(1)?.mean_all()?;
+            let own = (q_1 * log_softmax(&tensor(at)?, 1)?)?.sum(1)?.mean_all()?;
+            let held = (&target_2 * log_softmax(&other, 1)?)?.sum(1)?.mean_all()?;
             ((own + held)? * -0.5)?.to_scalar()
         };
         let logits = Var::from_tensor(&tensor(&at)?)?;

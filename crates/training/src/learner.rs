@@ -1,36 +1,36 @@
-//! The networks of a training stage, and the seams between them and candle.
-//!
-//! Backbone, projector and predictor run outside candle's autograd, forward and backward. A *seam*
-//! is an output opened to candle as a variable: the loss is candle's, and a seam's gradient is what
-//! candle finds plus what the next segment hands back.
+//! The networks of BYOL and of the methods built on it: an online network, which learns, and a
+//! target, its moving average.
 
 use std::path::Path;
 
 use anyhow::Context as _;
-use backbone::network_file::NamedTensor;
-use backbone::{Configuration, Encoder, Segment, network_file};
+use backbone::{Configuration, Encoder, Segment, backbone_file, network_file};
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Result, Tensor, Var};
-use layers::{Gradients, Mode, Modes, Network, Tape};
-use stage::container::Container;
+use candle_core::{Device, Result, Tensor};
+use layers::{Mode, Modes, Network, Sgd};
 
 use crate::Precision;
+use crate::checkpoint::{self, Checkpoint, Trained, load_network};
+use crate::groups::{Group, Groups};
 use crate::ops::unit_rows;
-use crate::sgd::{Groups, Sgd};
-use crate::trained::Trained;
+use crate::segment::{Seam, TrainedSegment, backward};
 
-/// All that learning changes: the online network, the target that follows it, the optimizer.
+/// An online network and the target that follows it.
 pub struct Learner {
     /// The network that gradients reach.
     pub online: Online,
     /// Its moving average.
     pub target: Target,
-    /// The optimizer of the online network, with its momenta.
-    pub optimizer: Sgd,
 }
+
+/// Names in files.
+const ONLINE: [&str; 3] = ["online.backbone", "online.projector", "online.predictor"];
+const TARGET: [&str; 2] = ["target.backbone", "target.projector"];
 
 impl Learner {
     /// Random first weights; the target starts as a copy.
+    ///
+    /// - `groups`: how each segment learns.
     ///
     /// # Errors
     ///
@@ -41,13 +41,18 @@ impl Learner {
         precision: Precision,
         seed: u64,
     ) -> anyhow::Result<Self> {
-        let online = Online::random(configuration, precision, seed)?;
-        let target = Target::copy_of(&online);
-        let optimizer = Sgd::new(&online, groups);
-        Ok(Self { online, target, optimizer })
+        let [backbone, projector, predictor] = plans(configuration, precision)?;
+        Ok(Self::of(
+            [
+                Segment::random("backbone", backbone, seed)?,
+                Segment::random("projector", projector, seed)?,
+                Segment::random("predictor", predictor, seed)?,
+            ],
+            groups,
+        ))
     }
 
-    /// Goes on from the `network.safetensors` in `folder`, which an earlier stage wrote; momenta
+    /// Continues from the `network.safetensors` in `folder`, which an earlier stage wrote; momenta
     /// start at zero.
     ///
     /// # Errors
@@ -59,211 +64,162 @@ impl Learner {
         groups: Groups,
         precision: Precision,
     ) -> anyhow::Result<Self> {
-        let [backbone, projector, predictor] = plans(configuration, precision)?;
-        let online = Online::of(
-            Segment::empty(backbone),
-            Segment::empty(projector),
-            Segment::empty(predictor),
-        );
-        let target = Target::copy_of(&online);
-        let optimizer = Sgd::new(&online, groups);
-        let mut learner = Self { online, target, optimizer };
-        let file = network_file::open(folder)?;
-        for (prefix, segment) in learner.segments_mut() {
-            network_file::fill(&file, prefix, segment)?;
-        }
+        let mut learner = Self::of(plans(configuration, precision)?.map(Segment::empty), groups);
+        load_network(folder, &mut learner)?;
         Ok(learner)
     }
 
-    /// The same networks and momenta, computing on `device`. Between steps: gradients that were
-    /// gathered are forgotten.
+    /// Loads the backbone in `folder` into the online network; the target starts as a copy of it.
     ///
     /// # Errors
     ///
-    /// A device fails.
+    /// The file is missing, damaged, or of another backbone.
+    pub fn load_backbone(&mut self, folder: &Path) -> anyhow::Result<()> {
+        let backbone = &mut self.online.backbone.segment;
+        backbone_file::read(&folder.join(backbone_file::NAME), backbone)?;
+        self.target = Target::copy_of(&self.online);
+        Ok(())
+    }
+
+    /// Loads the momenta from the state that a finished run left in `folder`, so that one optimizer
+    /// spans several rounds.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing, damaged, or of another network.
+    pub fn load_momenta(&mut self, folder: &Path) -> anyhow::Result<()> {
+        Checkpoint::load(None, Some(&checkpoint::open(folder)?), self)
+    }
+
+    /// The same networks and momenta on `device`, without gathered gradients.
+    ///
+    /// # Errors
+    ///
+    /// The device is out of memory.
     pub fn on(&self, device: &Device) -> Result<Self> {
         self.moved(|segment| segment.on(device))
     }
 
+    fn of([backbone, projector, predictor]: [Segment; 3], groups: Groups) -> Self {
+        let online = Online {
+            backbone: TrainedSegment::new(ONLINE[0], backbone),
+            projector: TrainedSegment::new(ONLINE[1], projector),
+            predictor: TrainedSegment::new(ONLINE[2], predictor),
+            groups,
+        };
+        Self { target: Target::copy_of(&online), online }
+    }
+
     fn moved(&self, to: impl Fn(&Segment) -> Result<Segment>) -> Result<Self> {
-        let [backbone, projector, predictor] = self.online.segments();
-        let online = Online::of(to(backbone)?, to(projector)?, to(predictor)?);
+        let Online { backbone, projector, predictor, groups } = &self.online;
+        let online = Online {
+            backbone: backbone.moved(&to)?,
+            projector: projector.moved(&to)?,
+            predictor: predictor.moved(&to)?,
+            groups: *groups,
+        };
         let Target { backbone, projector } = &self.target;
-        let target = Target { backbone: to(backbone)?, projector: to(projector)? };
-        let optimizer = self.optimizer.on(&online)?;
-        Ok(Self { online, target, optimizer })
+        Ok(Self { online, target: Target { backbone: to(backbone)?, projector: to(projector)? } })
     }
 }
 
 impl Trained for Learner {
-    fn segments(&self) -> Vec<(&'static str, &Segment)> {
-        let [backbone, projector, predictor] = SEGMENTS;
-        vec![
-            (backbone, &self.online.backbone),
-            (projector, &self.online.projector),
-            (predictor, &self.online.predictor),
-            (TARGET_BACKBONE, &self.target.backbone),
-            (TARGET_PROJECTOR, &self.target.projector),
-        ]
-    }
-
-    fn segments_mut(&mut self) -> Vec<(&'static str, &mut Segment)> {
-        let [backbone, projector, predictor] = SEGMENTS;
-        vec![
-            (backbone, &mut self.online.backbone),
-            (projector, &mut self.online.projector),
-            (predictor, &mut self.online.predictor),
-            (TARGET_BACKBONE, &mut self.target.backbone),
-            (TARGET_PROJECTOR, &mut self.target.projector),
-        ]
+    fn checkpoint(&mut self, file: &mut Checkpoint) -> anyhow::Result<()> {
+        self.online.backbone.checkpoint(file)?;
+        self.online.projector.checkpoint(file)?;
+        self.online.predictor.checkpoint(file)?;
+        file.segment(TARGET[0], &mut self.target.backbone)?;
+        file.segment(TARGET[1], &mut self.target.projector)
     }
 
     fn exported(&self) -> &Segment {
         &self.target.backbone
     }
-
-    fn memory(&self) -> anyhow::Result<Vec<NamedTensor>> {
-        let mut tensors = Vec::new();
-        for (segment, momenta) in SEGMENTS.iter().zip(&self.optimizer.momenta) {
-            for entry in momenta.entries() {
-                let name = format!("momenta.{segment}.{}", entry.name);
-                let values = momenta.get(&entry.name)?;
-                tensors.push(NamedTensor { name, shape: entry.shape.clone(), values });
-            }
-        }
-        Ok(tensors)
-    }
-
-    fn take_up_memory(&mut self, state: &Container) -> anyhow::Result<()> {
-        for (segment, momenta) in SEGMENTS.iter().zip(&mut self.optimizer.momenta) {
-            for entry in momenta.entries().to_vec() {
-                let values = state.f32(&format!("momenta.{segment}.{}", entry.name))?;
-                momenta.set(&entry.name, &values).with_context(|| {
-                    format!("`{}` holds the momenta of another network", state.path().display())
-                })?;
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Names of the online segments in files, in the order of [`Online::segments`].
-pub(crate) const SEGMENTS: [&str; 3] = ["online.backbone", "online.projector", "online.predictor"];
-const TARGET_BACKBONE: &str = "target.backbone";
-const TARGET_PROJECTOR: &str = "target.projector";
-
-/// Backbone, projector and predictor, with their gradients.
+/// Backbone, projector and predictor, which learn by SGD with momentum.
 pub struct Online {
     /// Picture to embedding.
-    pub backbone: Segment,
+    pub backbone: TrainedSegment<Sgd>,
     /// Embedding to projection.
-    pub projector: Segment,
+    pub projector: TrainedSegment<Sgd>,
     /// Projection to prediction.
-    pub predictor: Segment,
-    pub(crate) gradients: [Gradients; 3],
+    pub predictor: TrainedSegment<Sgd>,
+    pub(crate) groups: Groups,
 }
 
 impl Online {
-    /// Random first weights.
-    ///
-    /// # Errors
-    ///
-    /// A width of the configuration is zero.
-    pub fn random(configuration: &Configuration, precision: Precision, seed: u64) -> Result<Self> {
-        let [backbone, projector, predictor] = plans(configuration, precision)?;
-        Ok(Self::of(
-            Segment::random("backbone", backbone, seed)?,
-            Segment::random("projector", projector, seed)?,
-            Segment::random("predictor", predictor, seed)?,
-        ))
-    }
-
-    fn of(backbone: Segment, projector: Segment, predictor: Segment) -> Self {
-        let gradients = [&backbone, &projector, &predictor].map(|s| s.network().gradients());
-        Self { backbone, projector, predictor, gradients }
-    }
-
-    /// One view through all three segments, on batch statistics; what the backward pass needs is
-    /// kept in the [`Pass`].
+    /// One view through all three segments, on batch statistics. Returns the seams at the embedding
+    /// `(N, D)`, the projection `(N, P)`, without noise, and the prediction `(N, P)`.
     ///
     /// - `view`: `(N, H, W, C)`, normalised.
-    /// - `noise`: `(N, P)`, added to the projection on its way into the predictor alone.
+    /// - `noise`: `(N, P)`, added to the projection before the predictor.
     ///
     /// # Errors
     ///
     /// `view` or `noise` has another shape.
-    pub fn forward(&mut self, view: &Tensor, noise: Option<&Tensor>) -> Result<Pass> {
+    pub fn forward(&mut self, view: &Tensor, noise: Option<&Tensor>) -> Result<[Seam; 3]> {
         self.forward_perturbed(view, |_| Ok(noise.cloned()))
     }
 
-    /// The same with noise that may depend on the projection, which it is given; no gradient
-    /// passes through what it makes of it.
+    /// The same with noise that is a function of the projection. No gradient flows through the
+    /// function.
     ///
     /// # Errors
     ///
-    /// `view` or what `noise` returns has another shape, or `noise` fails.
+    /// `view` or the noise has another shape, or `noise` fails.
     pub fn forward_perturbed(
         &mut self,
         view: &Tensor,
         noise: impl FnOnce(&Tensor) -> Result<Option<Tensor>>,
-    ) -> Result<Pass> {
-        let mut tapes = self.segments().map(|segment| segment.network().tape());
-        let [backbone_tape, projector_tape, predictor_tape] = &mut tapes;
-        let embedding = learn(&mut self.backbone, view, backbone_tape)?;
-        let projection = learn(&mut self.projector, &embedding, projector_tape)?;
+    ) -> Result<[Seam; 3]> {
+        let embedding = self.backbone.forward(view)?;
+        let projection = self.projector.forward(&embedding)?;
         let prediction = match noise(&projection)? {
-            None => learn(&mut self.predictor, &projection, predictor_tape)?,
-            Some(noise) => {
-                let perturbed = (projection.as_tensor() + noise)?;
-                learn(&mut self.predictor, &perturbed, predictor_tape)?
-            }
+            None => self.predictor.forward(&projection)?,
+            Some(noise) => self.predictor.forward(&(&*projection + noise)?)?,
         };
-        Ok(Pass { embedding, projection, prediction, tapes })
+        Ok([embedding, projection, prediction])
     }
 
-    /// Adds the gradients of one pass to those of this step.
-    ///
-    /// - `gradients`: what candle found at the seams. A seam that the loss does not use counts as
-    ///   zero.
+    /// Adds the gradients of one pass to those of this step: see [`backward`].
     ///
     /// # Errors
     ///
     /// A gradient has another shape than its seam.
-    pub fn backward(&mut self, pass: Pass, gradients: &GradStore) -> Result<()> {
-        let Pass { embedding, projection, prediction, mut tapes } = pass;
-        let [backbone_tape, projector_tape, predictor_tape] = &mut tapes;
-        let [to_backbone, to_projector, to_predictor] = &mut self.gradients;
-        let mut gradient = gradients.get(&prediction).cloned();
-        if let Some(at_prediction) = &gradient {
-            let (s, into) = (&self.predictor, to_predictor);
-            gradient = s.backward(predictor_tape, at_prediction, into, true)?;
-        }
-        gradient = sum(gradient, gradients.get(&projection))?;
-        if let Some(at_projection) = &gradient {
-            let (s, into) = (&self.projector, to_projector);
-            gradient = s.backward(projector_tape, at_projection, into, true)?;
-        }
-        gradient = sum(gradient, gradients.get(&embedding))?;
-        if let Some(at_embedding) = &gradient {
-            self.backbone.backward(backbone_tape, at_embedding, to_backbone, false)?;
-        }
-        Ok(())
+    pub fn backward(&mut self, seams: [Seam; 3], gradients: &GradStore) -> Result<()> {
+        backward([&mut self.backbone, &mut self.projector, &mut self.predictor], seams, gradients)
     }
 
-    /// Backbone, projector, predictor.
-    pub fn segments(&self) -> [&Segment; 3] {
-        [&self.backbone, &self.projector, &self.predictor]
+    /// One step along the gradients gathered since the last one, which are then zero again.
+    ///
+    /// - `learning_rate`: η, from a [`LearningRate`](crate::LearningRate).
+    ///
+    /// # Errors
+    ///
+    /// The device fails. Gradients are not checked: see
+    /// [`Run::check_gradients`](crate::Run::check_gradients).
+    pub fn step(&mut self, learning_rate: f64) -> Result<()> {
+        let Groups { momentum, backbone, projector, predictor } = self.groups;
+        let rule = |group: Group| Sgd {
+            learning_rate: learning_rate * group.learning_rate_factor,
+            momentum,
+            weight_decay: group.weight_decay,
+        };
+        self.backbone.step(rule(backbone))?;
+        self.projector.step(rule(projector))?;
+        self.predictor.step(rule(predictor))
     }
 
     /// The first parameter whose gradient is not finite, as `online.<segment>.<parameter>`.
     ///
     /// # Errors
     ///
-    /// The device that they lie on fails.
+    /// The device fails.
     pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
-        for (segment, gradients) in SEGMENTS.iter().zip(&self.gradients) {
-            if let Some(name) = gradients.first_non_finite()? {
-                return Ok(Some(format!("{segment}.{name}")));
+        for segment in [&self.backbone, &self.projector, &self.predictor] {
+            if let Some(name) = segment.first_gradient_not_finite()? {
+                return Ok(Some(name));
             }
         }
         Ok(None)
@@ -280,64 +236,8 @@ fn plans(configuration: &Configuration, precision: Precision) -> Result<[Network
     ])
 }
 
-/// Forward on batch statistics with a tape; the output is a seam.
-fn learn(segment: &mut Segment, input: &Tensor, tape: &mut Tape) -> Result<Var> {
-    let modes = Modes::all(segment.network(), Mode::Batch);
-    Var::from_tensor(&segment.forward(input, &modes, Some(tape))?)
-}
-
-fn sum(a: Option<Tensor>, b: Option<&Tensor>) -> Result<Option<Tensor>> {
-    match (a, b) {
-        (Some(a), Some(b)) => (a + b).map(Some),
-        (a, b) => Ok(a.or_else(|| b.cloned())),
-    }
-}
-
-/// What one view left behind: the seams, and the tapes of the segments.
-pub struct Pass {
-    embedding: Var,
-    projection: Var,
-    prediction: Var,
-    tapes: [Tape; 3],
-}
-
-impl Pass {
-    /// Output of the backbone, `(N, D)`.
-    pub fn embedding(&self) -> &Var {
-        &self.embedding
-    }
-
-    /// Output of the projector, `(N, P)`: neither normalised nor with noise.
-    pub fn projection(&self) -> &Var {
-        &self.projection
-    }
-
-    /// Output of the predictor, `(N, P)`.
-    pub fn prediction(&self) -> &Var {
-        &self.prediction
-    }
-}
-
-/// Which of the networks in a file [`Target::open`] found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// The moving average.
-    Target,
-    /// The network that gradients reached.
-    Online,
-}
-
-impl std::fmt::Display for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Target => "target",
-            Self::Online => "online",
-        })
-    }
-}
-
 /// Backbone and projector whose parameters are a moving average of the online network's. Their
-/// batch-norm statistics are their own.
+/// batch-norm statistics come from their own forward passes.
 pub struct Target {
     /// Picture to embedding.
     pub backbone: Segment,
@@ -348,20 +248,21 @@ pub struct Target {
 impl Target {
     /// A target that starts as a copy, statistics included.
     pub fn copy_of(online: &Online) -> Self {
-        Self { backbone: online.backbone.clone(), projector: online.projector.clone() }
+        let Online { backbone, projector, .. } = online;
+        Self { backbone: backbone.segment.clone(), projector: projector.segment.clone() }
     }
 
-    /// The same target, computing on `device`.
+    /// The same target on `device`.
     ///
     /// # Errors
     ///
-    /// A device fails.
+    /// The device is out of memory.
     pub fn on(&self, device: &Device) -> Result<Self> {
         Ok(Self { backbone: self.backbone.on(device)?, projector: self.projector.on(device)? })
     }
 
-    /// Reads the target out of `network.safetensors` in `folder`; where the method that trained
-    /// the network has none, the online network in its place.
+    /// Reads the target network from the `network.safetensors` in `folder`, or the online network
+    /// if the method that trained it has no target. Returns which of them, `target` or `online`.
     ///
     /// # Errors
     ///
@@ -370,26 +271,24 @@ impl Target {
         folder: &Path,
         encoder: &Encoder,
         precision: Precision,
-    ) -> anyhow::Result<(Self, Source)> {
+    ) -> anyhow::Result<(Self, &'static str)> {
         let file = network_file::open(folder)?;
-        let (source, [to_backbone, to_projector]) =
-            match file.names().any(|name| name.starts_with("target.")) {
-                true => (Source::Target, [TARGET_BACKBONE, TARGET_PROJECTOR]),
-                false => (Source::Online, [SEGMENTS[0], SEGMENTS[1]]),
-            };
+        let has_target = file.names().any(|name| name.starts_with("target."));
+        let (found, [to_backbone, to_projector]) =
+            if has_target { ("target", TARGET) } else { ("online", [ONLINE[0], ONLINE[1]]) };
         let norm = format!("{to_projector}.norm.weight");
-        let with_norm = source == Source::Target || file.names().any(|name| name == norm);
+        let with_norm = has_target || file.names().any(|name| name == norm);
         let empty = |plan: Network| Segment::empty(plan.with_precision(precision.into()));
         let mut backbone = empty(encoder.backbone_plan()?);
         let mut projector = empty(encoder.projector_plan(with_norm)?);
-        let reading = || format!("reading the {source} network");
+        let reading = || format!("reading the {found} network");
         network_file::fill(&file, to_backbone, &mut backbone).with_context(reading)?;
         network_file::fill(&file, to_projector, &mut projector).with_context(reading)?;
-        Ok((Self { backbone, projector }, source))
+        Ok((Self { backbone, projector }, found))
     }
 
-    /// The projection `(N, P)` of a view, on batch statistics, not normalised. Nothing is kept for
-    /// a backward pass: it is a constant of the loss.
+    /// The projection `(N, P)` of a view, on batch statistics, not normalised. It is a constant of
+    /// the loss: nothing is kept for a backward pass.
     ///
     /// # Errors
     ///
@@ -401,9 +300,9 @@ impl Target {
         self.projector.forward(&embedding, &modes, None)
     }
 
-    /// Gives back what [`project`](Self::project) keeps of the weights for its next call, once the
-    /// last one before they change has been: the online network's passes need the memory.
-    pub fn rest(&self) {
+    /// Frees the packed weights that [`project`](Self::project) caches. Call it after the last
+    /// `project` of a step: the online network needs the memory.
+    pub fn free_packed_weights(&self) {
         self.backbone.parameters.free_packed_weights();
         self.projector.parameters.free_packed_weights();
     }
@@ -435,15 +334,16 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// The device refuses.
+    /// `online` is another network, or τ lies outside `[0, 1]`.
     pub fn follow(&mut self, online: &Online, decay: f64) -> Result<()> {
-        self.backbone.parameters.follow(&online.backbone.parameters, decay)?;
-        self.projector.parameters.follow(&online.projector.parameters, decay)
+        self.backbone.parameters.follow(&online.backbone.segment.parameters, decay)?;
+        self.projector.parameters.follow(&online.projector.segment.parameters, decay)
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use backbone::network_file::NamedTensor;
     use backbone::{Architecture, Depth, Predictor, Projector, Stem};
     use candle_core::Device::Cpu;
 
@@ -478,23 +378,29 @@ pub(crate) mod tests {
 
     fn all_gradients(online: &Online) -> Result<Vec<f32>> {
         let mut all = Vec::new();
-        for (segment, gradients) in online.segments().iter().zip(&online.gradients) {
-            for entry in segment.parameters.entries() {
-                all.extend(gradients.get(&entry.name)?);
+        for part in [&online.backbone, &online.projector, &online.predictor] {
+            for entry in part.segment.parameters.entries() {
+                all.extend(part.gradient(&entry.name)?);
             }
         }
         Ok(all)
     }
 
     /// A loss that uses all three seams, with weights that differ from row to row.
-    fn loss_at_all_seams(pass: &Pass) -> Result<Tensor> {
+    fn loss_at_all_seams([embedding, projection, prediction]: &[Seam; 3]) -> Result<Tensor> {
         let weighted = |seam: &Tensor, salt: f32| -> Result<Tensor> {
             let count = seam.elem_count();
             let weights: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7 + salt).sin()).collect();
             (seam * Tensor::from_vec(weights, seam.shape(), &Cpu)?)?.sum_all()
         };
-        let sum = (weighted(pass.embedding(), 1.)? + weighted(pass.projection(), 2.)?)?;
-        sum + weighted(pass.prediction(), 3.)?
+        let sum = (weighted(embedding, 1.)? + weighted(projection, 2.)?)?;
+        sum + weighted(prediction, 3.)?
+    }
+
+    /// Backbone, projector or predictor, from 0.
+    pub(crate) fn part(online: &mut Online, number: usize) -> &mut TrainedSegment<Sgd> {
+        let Online { backbone, projector, predictor, .. } = online;
+        [backbone, projector, predictor].into_iter().nth(number).expect("one of three")
     }
 
     #[test]
@@ -502,7 +408,7 @@ pub(crate) mod tests {
         let mut online = learner(3)?.online;
         // The published first weights of the predictor are too small for differences in f32.
         let weights: Vec<f32> = (0..32).map(|i| (i as f32).sin()).collect();
-        online.predictor.parameters.set("output.weight", &weights)?;
+        online.predictor.segment.parameters.set("output.weight", &weights)?;
         let view = pictures(1)?;
         let noise = crate::noise(0.1, (6, 4), 2, &[], &Cpu)?;
         let pass = online.forward(&view, noise.as_ref())?;
@@ -516,16 +422,15 @@ pub(crate) mod tests {
             (2, "hidden.weight"),
             (2, "output.weight"),
         ] {
-            let analytic = online.gradients[segment].get(name)?;
-            let values = online.segments()[segment].parameters.get(name)?;
+            let part = part(&mut online, segment);
+            let analytic = part.gradient(name)?;
+            let values = part.segment.parameters.get(name)?;
             let largest = f64::from(analytic.iter().fold(0f32, |a, g| a.max(g.abs())));
             for place in [0, values.len() / 2, values.len() - 1] {
                 let mut at = |change: f32| -> Result<f64> {
                     let mut changed = values.clone();
                     changed[place] += change;
-                    let [a, b, c] =
-                        [&mut online.backbone, &mut online.projector, &mut online.predictor];
-                    [a, b, c][segment].parameters.set(name, &changed)?;
+                    self::part(&mut online, segment).segment.parameters.set(name, &changed)?;
                     let pass = online.forward(&view, noise.as_ref())?;
                     loss_at_all_seams(&pass)?.to_scalar::<f32>().map(f64::from)
                 };
@@ -555,13 +460,13 @@ pub(crate) mod tests {
         for view in [&view_1, &view_2] {
             let mut fresh = learner(3)?.online;
             let pass = fresh.forward(view, None)?;
-            let gradients = regression_loss(pass.prediction(), &projection)?.backward()?;
+            let gradients = regression_loss(&pass[2], &projection)?.backward()?;
             fresh.backward(pass, &gradients)?;
             one_by_one.push(all_gradients(&fresh)?);
         }
         let (pass_1, pass_2) = (online.forward(&view_1, None)?, online.forward(&view_2, None)?);
         for pass in [pass_1, pass_2] {
-            let gradients = regression_loss(pass.prediction(), &projection)?.backward()?;
+            let gradients = regression_loss(&pass[2], &projection)?.backward()?;
             online.backward(pass, &gradients)?;
         }
         for ((sum, a), b) in all_gradients(&online)?.iter().zip(&one_by_one[0]).zip(&one_by_one[1])
@@ -575,13 +480,13 @@ pub(crate) mod tests {
     fn precision_changes_the_numbers_a_little_and_first_weights_not_at_all() -> anyhow::Result<()> {
         let steps = |precision| -> anyhow::Result<(Vec<f32>, Vec<f32>)> {
             let mut learner = learner_in(precision, 3)?;
-            let first = learner.online.backbone.parameters.to_vec()?;
-            let Learner { online, target, optimizer } = &mut learner;
+            let first = learner.online.backbone.segment.parameters.to_vec()?;
+            let Learner { online, target } = &mut learner;
             let projection = target.project(&pictures(2)?)?;
             let pass = online.forward(&pictures(1)?, None)?;
-            let gradients = regression_loss(pass.prediction(), &projection)?.backward()?;
+            let gradients = regression_loss(&pass[2], &projection)?.backward()?;
             online.backward(pass, &gradients)?;
-            optimizer.step(online, 0.05)?;
+            online.step(0.05)?;
             target.follow(online, 0.9)?;
             let projection = target.project(&pictures(2)?)?.flatten_all()?.to_vec1()?;
             Ok((first, projection))
@@ -603,28 +508,30 @@ pub(crate) mod tests {
         let plain = learner(3)?.online.forward(&view, None)?;
         let noisy = learner(3)?.online.forward(&view, noise.as_ref())?;
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        assert_eq!(values(plain.projection())?, values(noisy.projection())?);
-        assert_ne!(values(plain.prediction())?, values(noisy.prediction())?);
+        assert_eq!(values(&plain[1])?, values(&noisy[1])?);
+        assert_ne!(values(&plain[2])?, values(&noisy[2])?);
         Ok(())
     }
 
     /// BYOL steps with weights, momenta and statistics at the end, under their names in files.
     fn steps(learner: &mut Learner) -> anyhow::Result<Vec<NamedTensor>> {
         for step in 0..3 {
-            let Learner { online, target, optimizer } = &mut *learner;
+            let Learner { online, target } = &mut *learner;
             let projection = target.project(&pictures(step)?)?;
             let pass = online.forward(&pictures(10 + step)?, None)?;
-            let loss = regression_loss(pass.prediction(), &projection)?;
+            let loss = regression_loss(&pass[2], &projection)?;
             online.backward(pass, &loss.backward()?)?;
             assert_eq!(online.first_gradient_not_finite()?, None);
-            optimizer.step(online, 0.05)?;
+            online.step(0.05)?;
             target.follow(online, 0.9)?;
         }
-        let mut tensors = learner.memory()?;
-        for (prefix, segment) in learner.segments() {
-            tensors.extend(network_file::tensors(prefix, segment)?);
-        }
-        Ok(tensors)
+        let floats = Checkpoint::of(learner)?;
+        let tensor = |(name, shape, values): (&str, &[usize], &[f32])| NamedTensor {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            values: values.to_vec(),
+        };
+        Ok(floats.floats().map(tensor).collect())
     }
 
     #[test]
@@ -655,9 +562,9 @@ pub(crate) mod tests {
     /// ProPos, case 8: three updates, and the statistics of the target's own.
     #[test]
     fn target_follows_parameters_and_keeps_statistics_of_its_own() -> anyhow::Result<()> {
-        let Learner { mut online, mut target, .. } = learner(3)?;
+        let Learner { mut online, mut target } = learner(3)?;
         target.backbone.parameters.set("bn1.bias", &[0., 0.])?;
-        online.backbone.parameters.set("bn1.bias", &[1., 2.])?;
+        online.backbone.segment.parameters.set("bn1.bias", &[1., 2.])?;
         for _ in 0..3 {
             target.follow(&online, 0.996)?;
         }

@@ -1,26 +1,28 @@
 //! The operations that losses may use.
 //!
-//! Elementwise arithmetic, `exp`, `log`, `sqr`, sums and means of candle are sound. These stand in
-//! for what is not: the gradient of `sqrt` at a zero row is NaN, a maximum over ties hands each of
-//! them the whole gradient, and `relu` has slope 1 at 0. Each is tested against finite differences,
-//! in f32 and f64, and gives the same bits for any number of threads.
+//! Elementwise arithmetic, `exp`, `log`, `sqr`, sums and means of candle are sound, and so are
+//! candle-nn's `softmax`, `log_softmax` and `cross_entropy`; its custom operations, such as
+//! `softmax_last_dim`, have no gradient. The functions here replace unsound ones: the gradient of
+//! `sqrt` at a zero row is NaN, each of several equal maxima gets the whole gradient, and `relu` has
+//! slope 1 at 0. All of these are tested against finite differences, and to give the same bits for
+//! any number of threads.
 
 use candle_core::{D, Result, Tensor};
 
-/// Rows of unit length: `x / sqrt(max(Σ x², 10⁻²⁴))`, along the last axis.
+/// Scales rows to unit length: `x / sqrt(max(Σ x², 10⁻²⁴))`, along the last axis.
 ///
 /// A zero row stays zero, with a finite gradient.
 ///
 /// # Errors
 ///
-/// `x` is a scalar or not of floats.
+/// `x` is a scalar, or of integers.
 pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
     let length = x.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-24)?.sqrt()?;
     x.broadcast_div(&length)
 }
 
-/// Mean length of rows, a scalar without gradient, for a log: noise of a fixed deviation does
-/// nothing to long projections.
+/// Mean length of rows, a scalar without gradient, for a log: noise of a fixed deviation has no
+/// effect on long projections.
 ///
 /// # Errors
 ///
@@ -29,35 +31,15 @@ pub fn mean_length(rows: &Tensor) -> Result<Tensor> {
     rows.detach().sqr()?.sum(1)?.sqrt()?.mean_all()
 }
 
-/// `ln Σⱼ exp xⱼ` along the last axis, which is kept with extent 1.
-///
-/// The largest entry is taken out first, as a constant: the sum cannot overflow, and the gradient
-/// is exactly the softmax, also among ties.
+/// The sum of tensors of one shape, added in their order.
 ///
 /// # Errors
 ///
-/// `x` is a scalar or not of floats.
-pub fn log_sum_exp(x: &Tensor) -> Result<Tensor> {
-    let largest = x.detach().max_keepdim(D::Minus1)?;
-    x.broadcast_sub(&largest)?.exp()?.sum_keepdim(D::Minus1)?.log()?.broadcast_add(&largest)
-}
-
-/// `xᵢ − ln Σⱼ exp xⱼ` along the last axis.
-///
-/// # Errors
-///
-/// `x` is a scalar or not of floats.
-pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
-    x.broadcast_sub(&log_sum_exp(x)?)
-}
-
-/// `exp xᵢ / Σⱼ exp xⱼ` along the last axis.
-///
-/// # Errors
-///
-/// `x` is a scalar or not of floats.
-pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    log_softmax(x)?.exp()
+/// There is no tensor, or the shapes differ.
+pub fn sum(terms: impl IntoIterator<Item = Tensor>) -> Result<Tensor> {
+    let mut terms = terms.into_iter();
+    let Some(first) = terms.next() else { candle_core::bail!("sum: no terms") };
+    terms.try_fold(first, |sum, term| sum + term)
 }
 
 /// The entry `index[n]` of each row `n`: `(N, K)` and `(N,)` u32 to `(N,)`.
@@ -77,7 +59,7 @@ pub fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// `x` is not of floats.
+/// `x` is of integers.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     x.mul(&x.detach().gt(0f64)?.to_dtype(x.dtype())?)
 }
@@ -85,6 +67,8 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device::Cpu, Var};
+    use candle_nn::loss::cross_entropy;
+    use candle_nn::ops::{log_softmax, softmax};
 
     use super::*;
 
@@ -128,9 +112,10 @@ mod tests {
     fn gradients_match_central_differences() -> Result<()> {
         for at in [&AT, &TIES] {
             check_gradient(unit_rows, at)?;
-            check_gradient(log_sum_exp, at)?;
-            check_gradient(log_softmax, at)?;
-            check_gradient(softmax, at)?;
+            check_gradient(|x| x.log_sum_exp(1), at)?;
+            check_gradient(|x| log_softmax(x, 1), at)?;
+            check_gradient(|x| softmax(x, 1), at)?;
+            check_gradient(|x| cross_entropy(x, &Tensor::new(&[2u32, 1], &Cpu)?), at)?;
             check_gradient(relu, at)?;
             check_gradient(|x| pick(x, &Tensor::new(&[2u32, 1], &Cpu)?), at)?;
         }
@@ -142,14 +127,17 @@ mod tests {
         let x = Tensor::new(&[[3f64, 4.], [0., 0.]], &Cpu)?;
         assert_eq!(unit_rows(&x)?.to_vec2::<f64>()?, [[0.6, 0.8], [0., 0.]]);
         // ln(e³ + e⁴) = 4 + ln(1 + 1/e).
-        let sums = log_sum_exp(&x)?.flatten_all()?.to_vec1::<f64>()?;
+        let sums = x.log_sum_exp(1)?.to_vec1::<f64>()?;
         assert!((sums[0] - 4.313261687518223).abs() < 1e-12, "{sums:?}");
         assert!((sums[1] - 2f64.ln()).abs() < 1e-12, "{sums:?}");
-        let logs = log_softmax(&x)?.to_vec2::<f64>()?;
+        let logs = log_softmax(&x, 1)?.to_vec2::<f64>()?;
         assert!((logs[0][0] + 1.313261687518223).abs() < 1e-12, "{logs:?}");
-        assert!((softmax(&x)?.to_vec2::<f64>()?[1][1] - 0.5).abs() < 1e-12);
+        assert!((softmax(&x, 1)?.to_vec2::<f64>()?[1][1] - 0.5).abs() < 1e-12);
         assert_eq!(pick(&x, &Tensor::new(&[1u32, 0], &Cpu)?)?.to_vec1::<f64>()?, [4., 0.]);
         assert!(pick(&x, &Tensor::new(&[1u32], &Cpu)?).is_err());
+        let rows = [x.get(0)?, x.get(1)?, x.get(0)?];
+        assert_eq!(sum(rows)?.to_vec1::<f64>()?, [6., 8.]);
+        assert!(sum([]).is_err());
         let signs = Tensor::new(&[-1f64, 0., 2.], &Cpu)?;
         assert_eq!(relu(&signs)?.to_vec1::<f64>()?, [0., 0., 2.]);
         Ok(())
@@ -158,7 +146,7 @@ mod tests {
     #[test]
     fn extreme_values_stay_finite() -> Result<()> {
         let large = Tensor::new(&[[1e4f32, -1e4, 0.]], &Cpu)?;
-        assert_eq!(log_sum_exp(&large)?.flatten_all()?.to_vec1::<f32>()?, [1e4]);
+        assert_eq!(large.log_sum_exp(1)?.to_vec1::<f32>()?, [1e4]);
         for f in [unit_rows, relu] {
             let zero = Var::zeros((2, 3), DType::F32, &Cpu)?;
             let gradients = f(&zero)?.sum_all()?.backward()?;
@@ -192,9 +180,9 @@ mod tests {
             let inner = relu(&unit_rows(x)?.matmul(first)?.broadcast_add(bias)?)?;
             let logits = inner.matmul(second)?;
             let index = Tensor::from_iter((0..n as u32).map(|i| i % k as u32), &Cpu)?;
-            let entropy = softmax(&logits)?.mean(0)?;
+            let entropy = softmax(&logits, 1)?.mean(0)?;
             let entropy = (&entropy * entropy.log()?)?.sum_all()?;
-            let loss = (pick(&log_softmax(&logits)?, &index)?.mean_all()? + entropy)?;
+            let loss = (pick(&log_softmax(&logits, 1)?, &index)?.mean_all()? + entropy)?;
             let gradients = loss.backward()?;
             let mut all = loss.flatten_all()?.to_vec1::<f32>()?;
             for variable in &variables {

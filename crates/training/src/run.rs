@@ -1,45 +1,34 @@
-//! A run that can stop at any moment and go on to the same bytes.
+//! A run that can stop at any moment and resume to the same bytes.
 //!
-//! Its checkpoint is one file, `state.safetensors`, replaced whole: a kill leaves the old one or
-//! the new one, and nothing of two epochs can mix. It is a [container] of kind
-//! `state`, version 1:
+//! Its checkpoint is one file, `state.safetensors`, replaced whole: after a kill it is the old one
+//! or the new one. The tensors are described in [`crate::checkpoint`]; its header has
 //!
-//! - header `identity`: stage, round, seed, table and data set it belongs to; another run's state is
-//!   refused. `epochs`, `steps`: how many are done. `sums`: what the log will say of the epoch under
-//!   way. `finished`: true once the run's network is in its own files.
-//! - `<segment>.*`: the networks, as in `network.safetensors`; not once finished.
-//! - `momenta.<segment>.<parameter>`: the optimizer's, see [`Trained::memory`].
-//! - `stage.<name>`: what the stage keeps beside them, see [`Run::keep`].
+//! - `identity`: stage, round, seed, table and data set; the state of another run is refused;
+//! - `epochs`, `steps`: how many are done;
+//! - `sums`: sums and counts of the values noted in the current epoch, for its log line;
+//! - `finished`: true once the networks are in `network.safetensors`.
 //!
 //! When the run ends it writes `config.json`, `backbone.safetensors`, `network.safetensors`, and a
-//! last state without the networks, from which a later round takes the momenta.
+//! last state without the networks, from which a later round loads the momenta.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use backbone::backbone_file;
-use backbone::network_file::{self, NamedTensor};
+use backbone::{backbone_file, network_file};
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use stage::container::{self, Container, Header};
+use stage::container::Header;
 use stage::progress::Progress;
 use stage::{Diverged, Interrupted, Job};
 
-use crate::trained::Trained;
-use crate::{Learner, Online};
+use crate::check;
+use crate::checkpoint::{self, Checkpoint, Trained};
 
-/// Kind of the state file.
-const KIND: &str = "state";
-/// Its format version.
-const VERSION: u64 = 1;
 /// Steps on a GPU from one reading of loss, deviation and gradients to the next.
 const STEPS_PER_READING: usize = 10;
-/// Its name in a stage's output folder.
-const NAME: &str = "state.safetensors";
 
 /// How long a run is and when it saves or stops.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,46 +41,50 @@ pub struct Plan {
     pub batch_size: usize,
     /// Epochs between checkpoints.
     pub save_every: usize,
-    /// Stops the run when the deviation of the target's unit-length projections falls below this.
+    /// The run stops when the deviation of unit-length projections falls below this.
     pub collapse_deviation: f64,
+    /// What usually helps, in the words of the stage's table.
+    pub advice: Advice,
+}
+
+/// What usually helps when a run stops. Keys of the stage's table are in backticks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Advice {
+    /// A number is not finite.
+    pub divergence: &'static str,
+    /// All projections are alike.
+    pub collapse: &'static str,
 }
 
 impl Plan {
-    /// Pictures of all steps together, each counted as often as it comes.
+    /// Pictures of all steps, repetitions included.
     pub fn pictures(&self) -> f64 {
         (self.epochs * self.steps_per_epoch * self.batch_size) as f64
     }
 
-    /// Checks what the types cannot say.
+    /// Checks the values.
     ///
     /// # Errors
     ///
-    /// No epoch, no epoch between checkpoints, or a deviation that is not a number from 0.
+    /// One lies outside its range; the message names the key.
     pub fn check(&self) -> Result<()> {
-        ensure!(self.epochs > 0, "epochs = 0: at least 1 is needed");
-        ensure!(self.save_every > 0, "save-every = 0: at least 1 epoch lies between checkpoints");
-        ensure!(
-            self.collapse_deviation.is_finite() && self.collapse_deviation >= 0.,
-            "collapse-deviation = {}: it must be a number that is not negative",
-            self.collapse_deviation
-        );
-        Ok(())
+        check::counts(&[("epochs", self.epochs), ("save-every", self.save_every)])?;
+        check::not_negative(&[("collapse-deviation", self.collapse_deviation)])
     }
 }
 
-/// A training run: where it stands, what it logs, when it saves.
+/// A training run: its progress, its log, its checkpoints.
 pub struct Run<'a> {
     job: &'a Job,
     plan: Plan,
-    /// What the state must agree with to be this run's, as JSON with sorted keys.
+    /// What tells its state from that of another run, as JSON with sorted keys.
     identity: String,
     /// Epochs done.
     epochs: usize,
     /// Steps done, over all epochs.
     steps: usize,
-    /// Sum and count of what was noted in the epoch under way, by name.
+    /// Sum and count of the values noted in the current epoch, by name.
     sums: BTreeMap<String, (f64, u64)>,
-    kept: BTreeMap<String, NamedTensor>,
     saved_epochs: Option<usize>,
     epoch_began: Instant,
     steps_here: usize,
@@ -99,21 +92,21 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Begins at the state in the stage's output folder, or with `learner` as it is where there is
-    /// none.
+    /// Resumes from the state in the stage's output folder, which is loaded into `trained`; starts
+    /// with `trained` as it is if there is none.
     ///
     /// - `table`: the stage's table of the experiment, resolved.
     /// - `fingerprint`: of the data set.
     ///
     /// # Errors
     ///
-    /// The state there is damaged or belongs to another run; or `plan` is not usable.
+    /// The state is damaged or belongs to another run; or a value of `plan` lies outside its range.
     pub fn resume_or_start(
         job: &'a Job,
         table: &impl Serialize,
         fingerprint: &str,
         plan: Plan,
-        learner: &mut impl Trained,
+        trained: &mut impl Trained,
     ) -> Result<Self> {
         plan.check()?;
         let identity = json!({
@@ -133,51 +126,50 @@ impl<'a> Run<'a> {
             epochs: 0,
             steps: 0,
             sums: BTreeMap::new(),
-            kept: BTreeMap::new(),
             saved_epochs: None,
             epoch_began: Instant::now(),
             steps_here: 0,
             progress,
         };
-        if job.out.join(NAME).exists() {
-            run.resume(learner)?;
-            tracing::info!("going on from epoch {}, step {}", run.epochs, run.steps);
-            run.forget_later_log_lines()?;
+        if job.out.join(checkpoint::NAME).exists() {
+            run.resume(trained)?;
+            tracing::info!("resumed after epoch {}, step {}", run.epochs, run.steps);
+            run.drop_later_log_lines()?;
         } else {
             job.clear_log()?;
         }
         Ok(run)
     }
 
-    /// The epoch to do now, from 0; `None` when all are done.
+    /// The next epoch, from 0; `None` when all are done.
     pub fn next_epoch(&mut self) -> Option<usize> {
         self.epoch_began = Instant::now();
         self.steps_here = 0;
         (self.epochs < self.plan.epochs).then_some(self.epochs)
     }
 
-    /// Batches of this epoch that are done already: 0, but for a resumed epoch.
+    /// Batches of this epoch that are done: 0 unless the run was resumed in it.
     pub fn batches_done(&self) -> usize {
         self.steps - self.epochs * self.plan.steps_per_epoch
     }
 
-    /// Number of the step under way, over all epochs, from 1.
+    /// The current step, over all epochs, from 1.
     pub fn step(&self) -> usize {
         self.steps + 1
     }
 
-    /// Adds `value` to what the log says of this epoch: the mean over its notes of that name.
+    /// Notes `value` for this epoch's log line, which has the mean of all values noted under `name`.
     pub fn note(&mut self, name: &str, value: f64) {
         let (sum, count) = self.sums.entry(name.to_owned()).or_insert((0., 0));
         *sum += value;
         *count += 1;
     }
 
-    /// Notes a scalar that a device computed; on a GPU, of every tenth step.
+    /// Notes a scalar of f32 that a device computed; on a GPU only that of every tenth step.
     ///
     /// # Errors
     ///
-    /// It is no scalar of f32, or the device fails.
+    /// It is not a scalar of f32.
     pub fn note_scalar(&mut self, name: &str, scalar: &Tensor) -> Result<()> {
         if self.reads(scalar.device()) {
             self.note(name, f64::from(scalar.to_scalar::<f32>()?));
@@ -185,8 +177,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Notes the loss of this step, a scalar; or that of each direction, as the log has the mean.
-    /// On a GPU, of every tenth step.
+    /// Notes the loss of this step, or that of each direction; on a GPU only that of every tenth
+    /// step.
     ///
     /// # Errors
     ///
@@ -203,9 +195,9 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Notes the deviation of projections `(N, P)`, made unit-length here: the root of their
-    /// variance over the images, averaged over the P directions. It is at most `1/√P`, and 0 when
-    /// all images have the same projection.
+    /// Notes the deviation of projections `(N, P)` once they are scaled to unit length: the root of
+    /// their variance over the images, averaged over the P directions. It is at most `1/√P`, and 0
+    /// when all images have the same projection.
     ///
     /// # Errors
     ///
@@ -216,16 +208,16 @@ impl<'a> Run<'a> {
         }
         let deviation = deviation_of_unit_rows(projections)?;
         if deviation.is_nan() {
-            return Err(self.diverged("the target's projection is not finite"));
+            return Err(self.diverged("a projection is not finite"));
         }
         if deviation < self.plan.collapse_deviation {
             return Err(Diverged(format!(
                 "the projections collapsed at {}: their deviation is {deviation:.2e}, below \
-                 collapse-deviation = {:.2e}; {}; a higher target-decay, a lower \
-                 peak-learning-rate or milder views are the usual cures",
+                 `collapse-deviation` = {:.2e}; {}; try {}",
                 self.place(),
                 self.plan.collapse_deviation,
-                self.last_checkpoint()
+                self.last_checkpoint(),
+                self.plan.advice.collapse
             ))
             .into());
         }
@@ -233,103 +225,83 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Looks through the gradients of this step, before the optimizer takes them.
+    /// Checks the gradients of this step, before the optimizer takes them; on a GPU only those of
+    /// every tenth step.
+    ///
+    /// - `first_not_finite`: looks for the first parameter whose gradient is not finite.
     ///
     /// # Errors
     ///
-    /// One is not finite: [`Diverged`], with epoch, step and parameter.
-    pub fn check_gradients(&self, online: &Online) -> Result<()> {
-        if !self.reads(&online.backbone.network().device()) {
+    /// There is one: [`Diverged`], with epoch, step and parameter.
+    pub fn check_gradients(
+        &self,
+        device: &Device,
+        first_not_finite: impl FnOnce() -> candle_core::Result<Option<String>>,
+    ) -> Result<()> {
+        if !self.reads(device) {
             return Ok(());
         }
-        self.refuse_gradient(online.first_gradient_not_finite()?)
-    }
-
-    /// Whether this step reads back what `device` computed. A GPU stands still while the host
-    /// waits for a number, so that there every tenth step does, and the first one of each epoch;
-    /// what they let pass in between is found by the next one, and by every save.
-    fn reads(&self, device: &Device) -> bool {
-        device.is_cpu() || self.batches_done().is_multiple_of(STEPS_PER_READING)
-    }
-
-    /// Stops the run at a gradient that is not finite.
-    ///
-    /// - `not_finite`: the first such parameter, as `<segment>.<parameter>`, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// There is: [`Diverged`], with epoch, step and parameter.
-    pub fn refuse_gradient(&self, not_finite: Option<String>) -> Result<()> {
-        match not_finite {
+        match first_not_finite()? {
             None => Ok(()),
             Some(name) => Err(self.diverged(&format!("the gradient of `{name}` is not finite"))),
         }
     }
 
-    /// Keeps a tensor of the stage's own in the state, under `name`.
-    pub fn keep(&mut self, name: &str, shape: &[usize], values: Vec<f32>) {
-        let tensor = NamedTensor { name: format!("{STAGE}{name}"), shape: shape.to_vec(), values };
-        self.kept.insert(name.to_owned(), tensor);
+    /// Whether this step reads back what `device` computed. A GPU idles while the host waits for a
+    /// number, so that only every tenth step reads there, and the first one of each epoch. A number
+    /// that is not finite is then found by the next reading, and by every save.
+    fn reads(&self, device: &Device) -> bool {
+        device.is_cpu() || self.batches_done().is_multiple_of(STEPS_PER_READING)
     }
 
-    /// Keeps nothing under `name` from now on.
-    pub fn drop_kept(&mut self, name: &str) {
-        self.kept.remove(name);
-    }
-
-    /// What was kept under `name`, also by the run that this one goes on from.
-    pub fn kept(&self, name: &str) -> Option<&[f32]> {
-        self.kept.get(name).map(|tensor| tensor.values.as_slice())
-    }
-
-    /// Ends a step. When the program was asked to stop, the run is saved first.
+    /// Ends a step. Saves the run when the program has been asked to stop.
     ///
     /// # Errors
     ///
     /// [`Interrupted`], or the state cannot be written.
-    pub fn end_step(&mut self, learner: &impl Trained) -> Result<()> {
+    pub fn end_step(&mut self, trained: &mut impl Trained) -> Result<()> {
         self.steps += 1;
         self.steps_here += 1;
         let loss = self.mean("loss").map(|loss| format!("loss {loss:.4}")).unwrap_or_default();
         self.progress.at(self.steps as u64, &loss);
         if self.job.interrupt.is_raised() {
-            self.save(learner)?;
+            self.save(trained)?;
             return Err(Interrupted.into());
         }
         Ok(())
     }
 
-    /// Ends an epoch: a line in the log, and a checkpoint when one is due.
+    /// Ends an epoch: writes its log line, and a checkpoint when one is due.
     ///
     /// # Errors
     ///
-    /// Log or state cannot be written, or a parameter is not finite.
-    pub fn end_epoch(&mut self, learner: &impl Trained) -> Result<()> {
+    /// A value is not finite, or log or state cannot be written.
+    pub fn end_epoch(&mut self, trained: &mut impl Trained) -> Result<()> {
         self.epochs += 1;
         self.log_epoch()?;
         self.sums.clear();
         if self.epochs.is_multiple_of(self.plan.save_every) || self.epochs == self.plan.epochs {
-            self.save(learner)?;
+            self.save(trained)?;
         }
         Ok(())
     }
 
-    /// Writes what the run was for: `config.json`, `backbone.safetensors`, `network.safetensors`,
-    /// and the last state, with momenta and step but without the networks.
+    /// Writes `config.json`, `backbone.safetensors`, `network.safetensors`, and the last state,
+    /// without the networks.
     ///
-    /// - `configuration`: what the network is built from again, such as a
+    /// - `configuration`: everything needed to build the network again, such as a
     ///   [`Configuration`](backbone::Configuration).
     ///
     /// # Errors
     ///
-    /// A file cannot be written, or a parameter is not finite.
-    pub fn finish(&self, learner: &impl Trained, configuration: &impl Serialize) -> Result<()> {
-        self.check_parameters(learner)?;
+    /// A value is not finite, or a file cannot be written.
+    pub fn finish(&self, trained: &mut impl Trained, configuration: &impl Serialize) -> Result<()> {
+        let file = self.finite(trained)?;
         let out = &self.job.out;
         backbone::write_configuration(out, configuration)?;
-        backbone_file::write(out, learner.exported())?;
-        network_file::write_tensors(out, &networks(learner)?)?;
-        self.write_state(learner, true)
+        backbone_file::write(out, trained.exported())?;
+        network_file::write_tensors(out, file.network())?;
+        self.write(&file, true)
     }
 
     fn log_epoch(&self) -> Result<()> {
@@ -363,36 +335,30 @@ impl<'a> Run<'a> {
 
     fn diverged(&self, what: &str) -> anyhow::Error {
         Diverged(format!(
-            "{what} at {}; {}; a lower peak-learning-rate is the usual cure",
+            "{what} at {}; {}; try {}",
             self.place(),
-            self.last_checkpoint()
+            self.last_checkpoint(),
+            self.plan.advice.divergence
         ))
         .into()
     }
 
-    fn save(&mut self, learner: &impl Trained) -> Result<()> {
-        self.check_parameters(learner)?;
-        self.write_state(learner, false)?;
+    fn save(&mut self, trained: &mut impl Trained) -> Result<()> {
+        self.write(&self.finite(trained)?, false)?;
         self.saved_epochs = Some(self.epochs);
         Ok(())
     }
 
-    fn check_parameters(&self, learner: &impl Trained) -> Result<()> {
-        for (prefix, segment) in learner.segments() {
-            if let Some(name) = segment.first_non_finite()? {
-                return Err(self.diverged(&format!("`{prefix}.{name}` is not finite")));
-            }
+    /// What there is to save, all of it finite.
+    fn finite(&self, trained: &mut impl Trained) -> Result<Checkpoint<'static>> {
+        let file = Checkpoint::of(trained)?;
+        match file.first_not_finite() {
+            None => Ok(file),
+            Some(name) => Err(self.diverged(&format!("`{name}` is not finite"))),
         }
-        Ok(())
     }
 
-    fn write_state(&self, learner: &impl Trained, finished: bool) -> Result<()> {
-        let mut tensors = learner.memory()?;
-        if !finished {
-            tensors.extend(networks(learner)?);
-        }
-        let views: Vec<_> =
-            tensors.iter().chain(self.kept.values()).map(NamedTensor::as_f32).collect();
+    fn write(&self, file: &Checkpoint, finished: bool) -> Result<()> {
         let header = Header::from([
             ("identity".into(), self.identity.clone().into()),
             ("epochs".into(), self.epochs.into()),
@@ -400,12 +366,12 @@ impl<'a> Run<'a> {
             ("sums".into(), json!(self.sums.iter().map(as_bits).collect::<BTreeMap<_, _>>())),
             ("finished".into(), finished.into()),
         ]);
-        container::write(&self.job.out.join(NAME), KIND, VERSION, header, &views)
+        file.write(&self.job.out, header, !finished)
     }
 
-    fn resume(&mut self, learner: &mut impl Trained) -> Result<()> {
+    fn resume(&mut self, trained: &mut impl Trained) -> Result<()> {
         let out = &self.job.out;
-        let state = Container::open(&out.join(NAME), KIND, VERSION)?;
+        let state = checkpoint::open(out)?;
         ensure!(
             state.header_text("identity")? == self.identity,
             "`{}` belongs to another run (its table, seed, round or images differ); remove the \
@@ -421,21 +387,12 @@ impl<'a> Run<'a> {
         self.saved_epochs = Some(self.epochs);
         let finished = state.header("finished")?.as_bool() == Some(true);
         let network = if finished { &network_file::open(out)? } else { &state };
-        for (prefix, segment) in learner.segments_mut() {
-            network_file::fill(network, prefix, segment)?;
-        }
-        learner.take_up_variables(network)?;
-        learner.take_up_memory(&state)?;
-        for name in state.names().filter_map(|name| name.strip_prefix(STAGE)) {
-            let full = format!("{STAGE}{name}");
-            self.keep(name, state.shape(&full)?, state.f32(&full)?);
-        }
-        Ok(())
+        Checkpoint::load(Some(network), Some(&state), trained)
     }
 
-    /// Drops log lines of epochs behind the checkpoint that a killed run had written: they come
+    /// Drops the log lines that a killed run wrote after its last checkpoint: their epochs come
     /// again.
-    fn forget_later_log_lines(&self) -> Result<()> {
+    fn drop_later_log_lines(&self) -> Result<()> {
         let path = self.job.out.join("log.jsonl");
         let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
         let is_kept = |line: &&str| {
@@ -448,42 +405,9 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A sum as its bits: a fraction written as decimals may come back as its neighbour.
+/// A sum as its bits: decimals may not be read back to the same float.
 fn as_bits((name, (sum, count)): (&String, &(f64, u64))) -> (String, (u64, u64)) {
     (name.clone(), (sum.to_bits(), *count))
-}
-
-const STAGE: &str = "stage.";
-
-/// Everything that goes into `network.safetensors`.
-fn networks(learner: &impl Trained) -> Result<Vec<NamedTensor>> {
-    let mut tensors = Vec::new();
-    for (prefix, segment) in learner.segments() {
-        tensors.extend(network_file::tensors(prefix, segment)?);
-    }
-    tensors.extend(learner.variables()?);
-    Ok(tensors)
-}
-
-impl Learner {
-    /// Takes the momenta out of the state that a finished run left in `folder`, so that one
-    /// optimizer spans several rounds.
-    ///
-    /// # Errors
-    ///
-    /// The file is missing, damaged, or of another network.
-    pub fn take_up_momenta(&mut self, folder: &Path) -> Result<()> {
-        self.take_up_memory(&Container::open(&folder.join(NAME), KIND, VERSION)?)
-    }
-}
-
-/// What the state that a finished run left in `folder` keeps under `name` for its stage.
-///
-/// # Errors
-///
-/// The file is missing or damaged, or keeps nothing of that name.
-pub fn kept_in(folder: &Path, name: &str) -> Result<Vec<f32>> {
-    Container::open(&folder.join(NAME), KIND, VERSION)?.f32(&format!("{STAGE}{name}"))
 }
 
 /// The root of the variance of unit-length rows, averaged over the directions; NaN when a row is
@@ -509,13 +433,17 @@ fn deviation_of_unit_rows(rows: &Tensor) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use backbone::Segment;
     use candle_core::Device::Cpu;
     use stage::DataTable;
 
     use super::*;
-    use crate::Precision;
+    use crate::checkpoint::NAME;
     use crate::learner::tests::{learner, pictures, tiny};
     use crate::loss::regression_loss;
+    use crate::{Learner, Precision};
 
     const PLAN: Plan = Plan {
         epochs: 3,
@@ -523,45 +451,65 @@ mod tests {
         batch_size: 6,
         save_every: 2,
         collapse_deviation: 1e-4,
+        advice: Advice { divergence: "a lower `rate`", collapse: "a higher `decay`" },
     };
+
+    /// BYOL's networks and a list that grows with every step.
+    struct Networks {
+        learner: Learner,
+        steps: Vec<u32>,
+    }
+
+    impl Trained for Networks {
+        fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+            self.learner.checkpoint(file)?;
+            file.list("steps", &mut self.steps)
+        }
+
+        fn exported(&self) -> &Segment {
+            self.learner.exported()
+        }
+    }
 
     fn job(out: &Path) -> Job {
         let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
         Job::new("example", "i.safetensors", out, data)
     }
 
-    /// A whole run, or what is left of it; without `finish` when it is killed or stopped before
+    /// A whole run, or the rest of one; without `finish` when it is killed or stopped before
     /// this step of this call.
     fn train(out: &Path, kill_at: Option<usize>, stop_at: Option<usize>) -> Result<()> {
         let job = job(out);
-        let mut learner = learner(4)?;
-        let mut run = Run::resume_or_start(&job, &"table", "images", PLAN, &mut learner)?;
+        let mut networks = Networks { learner: learner(4)?, steps: Vec::new() };
+        let mut run = Run::resume_or_start(&job, &"table", "images", PLAN, &mut networks)?;
         let mut done = 0;
         while let Some(epoch) = run.next_epoch() {
             for batch in run.batches_done()..2 {
                 if kill_at == Some(done) {
                     return Ok(());
                 }
+                let Learner { online, target } = &mut networks.learner;
                 let number = (10 * epoch + batch) as u64;
-                let projection = learner.target.project(&pictures(2 * number)?)?;
+                let projection = target.project(&pictures(2 * number)?)?;
                 run.note_projections(&projection)?;
-                let pass = learner.online.forward(&pictures(2 * number + 1)?, None)?;
-                let loss = regression_loss(pass.prediction(), &projection)?;
+                let seams = online.forward(&pictures(2 * number + 1)?, None)?;
+                let loss = regression_loss(&seams[2], &projection)?;
                 run.note_loss(&loss)?;
-                learner.online.backward(pass, &loss.backward()?)?;
-                run.check_gradients(&learner.online)?;
-                learner.optimizer.step(&mut learner.online, 0.05)?;
-                learner.target.follow(&learner.online, 0.9)?;
-                run.keep("step", &[1], vec![run.step() as f32]);
+                online.backward(seams, &loss.backward()?)?;
+                run.check_gradients(&Cpu, || online.first_gradient_not_finite())?;
+                online.step(0.05)?;
+                target.follow(online, 0.9)?;
+                networks.steps.push(run.step() as u32);
                 done += 1;
-                run.end_step(&learner)?;
+                run.end_step(&mut networks)?;
                 if stop_at == Some(done) {
-                    return run.save(&learner);
+                    return run.save(&mut networks);
                 }
             }
-            run.end_epoch(&learner)?;
+            run.end_epoch(&mut networks)?;
         }
-        run.finish(&learner, &tiny())
+        assert_eq!(networks.steps, [1, 2, 3, 4, 5, 6]);
+        run.finish(&mut networks, &tiny())
     }
 
     fn files(folder: &Path) -> Vec<Vec<u8>> {
@@ -609,16 +557,23 @@ mod tests {
     }
 
     #[test]
-    fn the_next_round_takes_up_momenta_and_what_was_kept() -> Result<()> {
+    fn the_next_round_loads_the_momenta_alone() -> Result<()> {
         let folder = tempfile::tempdir()?;
         train(folder.path(), None, None)?;
-        assert_eq!(kept_in(folder.path(), "step")?, [6.]);
-        assert!(kept_in(folder.path(), "else").is_err());
+        let state = checkpoint::open(folder.path())?;
+        assert_eq!(state.u32("stage.steps")?, [1, 2, 3, 4, 5, 6]);
         let groups = crate::Groups::byol(0.9, 0., 1.)?;
         let mut next = Learner::open(folder.path(), &tiny(), groups, Precision::F32)?;
-        let before = next.memory()?;
-        next.take_up_momenta(folder.path())?;
-        assert!(next.memory()? != before);
+        let moments = |learner: &mut Learner| -> Result<Vec<Vec<f32>>> {
+            let file = Checkpoint::of(learner)?;
+            let momenta = file.floats().filter(|(name, ..)| name.starts_with("momentum."));
+            Ok(momenta.map(|(_, _, values)| values.to_vec()).collect())
+        };
+        assert!(moments(&mut next)?.concat().iter().all(|value| *value == 0.));
+        next.online.backbone.segment.parameters.set("bn1.bias", &[5., 6.])?;
+        next.load_momenta(folder.path())?;
+        assert!(moments(&mut next)?.iter().all(|momentum| momentum.iter().any(|v| *v != 0.)));
+        assert_eq!(next.online.backbone.segment.parameters.get("bn1.bias")?, [5., 6.]);
         Ok(())
     }
 
@@ -652,12 +607,15 @@ mod tests {
         let check = |result: Result<()>, words: &[&str]| {
             let error = result.expect_err("a stop");
             assert!(error.is::<Diverged>(), "{error}");
-            for word in words.iter().chain(&["epoch 1, step 1", "usual cure"]) {
+            for word in words.iter().chain(&["epoch 1, step 1", "; try a "]) {
                 assert!(error.to_string().contains(word), "{word} is not in: {error}");
             }
         };
-        check(run.note_loss(&Tensor::new(f32::NAN, &Cpu)?), &["the loss is NaN"]);
-        check(run.note_projections(&Tensor::new(&[[3f32, 4.], [6., 8.]], &Cpu)?), &["collapsed"]);
+        check(run.note_loss(&Tensor::new(f32::NAN, &Cpu)?), &["the loss is NaN", "lower `rate`"]);
+        check(
+            run.note_projections(&Tensor::new(&[[3f32, 4.], [6., 8.]], &Cpu)?),
+            &["collapsed", "higher `decay`"],
+        );
         check(
             run.note_projections(&Tensor::zeros((3, 2), candle_core::DType::F32, &Cpu)?),
             &["collapsed"],
@@ -667,12 +625,16 @@ mod tests {
             &["projection"],
         );
         run.note_projections(&Tensor::new(&[[3f32, 4.], [-8., 6.]], &Cpu)?)?;
-        run.check_gradients(&learner.online)?;
+        let online = &mut learner.online;
+        run.check_gradients(&Cpu, || online.first_gradient_not_finite())?;
 
-        let pass = learner.online.forward(&pictures(1)?, None)?;
-        let loss = (pass.prediction().sum_all()? * f64::NAN)?;
-        learner.online.backward(pass, &loss.backward()?)?;
-        check(run.check_gradients(&learner.online), &["gradient of `online."]);
+        let seams = online.forward(&pictures(1)?, None)?;
+        let loss = (seams[2].sum_all()? * f64::NAN)?;
+        online.backward(seams, &loss.backward()?)?;
+        let checked = run.check_gradients(&Cpu, || online.first_gradient_not_finite());
+        check(checked, &["gradient of `online."]);
+        online.step(0.1)?;
+        check(run.save(&mut learner), &["`online.backbone.conv1.weight` is not finite"]);
         Ok(())
     }
 

@@ -1,16 +1,16 @@
-//! Prototype scattering: the clusters of a batch apart from each other, each alike in both views.
+//! Prototype scattering: pushes the clusters of a batch apart, and makes each alike in both views.
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::ops::{log_sum_exp, unit_rows};
+use crate::ops::unit_rows;
 
-/// What stands in the sum of [`scatter_loss`] for clusters without an image in the batch.
+/// How the sum of [`scatter_loss`] treats clusters without an image in the batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Absent {
-    /// Nothing: the sum runs over the clusters that are there.
+    /// They are left out of the sum.
     LeftOut,
-    /// A constant for each, as the authors' program has it; with −10 and a temperature of .5 it
-    /// differs from leaving them out by about 10⁻⁵.
+    /// Each adds a constant, as in the authors' program; with −10 and a temperature of .5 the loss
+    /// differs from that without them by about 10⁻⁵.
     Constant {
         /// Number of clusters `K`, absent ones included.
         clusters: usize,
@@ -19,22 +19,22 @@ pub enum Absent {
     },
 }
 
-/// How near the clusters of a batch are to each other, for the online network, and how far each is
-/// from itself in the target network.
+/// Measures how near the clusters of a batch are to each other in the online network, and how far
+/// each is from itself in the target network.
 ///
 /// With `μₖ`, `μ'ₖ` the unit-length means of cluster `k`'s unit-length projections in the online
 /// and the target network, and `S` the clusters with at least one image in the batch:
 /// `L_ps = 1/|S| Σ_{k∈S} [−μₖ·μ'ₖ/τ + ln(exp(μₖ·μ'ₖ/τ) + Σ_{j∈S, j≠k} exp(μₖ·μⱼ/τ))]`
-/// (prototype scattering, Huang et al. 2023, arXiv:2111.11821); `absent` says what is added to the
-/// sum for the other clusters.
+/// (prototype scattering, Huang et al. 2023, arXiv:2111.11821); `absent` says what the other
+/// clusters add to the sum.
 ///
 /// - `projection`: output of the online projector for one view, `(B, P)`, before the predictor and
 ///   without noise. Its gradient passes through both sides of `μₖ·μⱼ`.
 /// - `target`: output of the target projector for the other view, `(B, P)`. A constant.
-/// - `clusters`: of each image, `B`; one without a cluster has no part.
+/// - `clusters`: of each image, `B`; images without a cluster are left out.
 /// - `temperature`: τ.
 ///
-/// Returns a scalar in nats, at least 0; 0 when fewer than two clusters are there.
+/// Returns a scalar in nats, at least 0; 0 when the batch has fewer than two clusters.
 ///
 /// # Errors
 ///
@@ -68,7 +68,7 @@ pub fn scatter_loss(
         let column = Tensor::full(constant, own.dims2()?, own.device())?.to_dtype(own.dtype())?;
         logits = Tensor::cat(&[logits, column], 1)?;
     }
-    (log_sum_exp(&logits)? - own)?.mean_all()
+    (logits.log_sum_exp(1)? - own.squeeze(1)?)?.mean_all()
 }
 
 impl Absent {
@@ -87,9 +87,9 @@ impl Absent {
 /// `μ`: unit-length means of the unit-length rows of each cluster.
 ///
 /// - `rows`: `(B, P)`. The gradient passes.
-/// - `clusters`: of each row, `B`; one without a cluster has no part.
+/// - `clusters`: of each row, `B`; rows without a cluster are left out.
 ///
-/// Returns the clusters that are there, ascending, and `(|S|, P)`; `None` where there is none.
+/// Returns the clusters of the batch, ascending, and `(|S|, P)`; `None` if it has none.
 ///
 /// # Errors
 ///

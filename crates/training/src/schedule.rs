@@ -5,35 +5,44 @@ use std::f64::consts::PI;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::check;
+
 /// How the learning rate falls after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cosine {
     /// Along half a cosine that ends at 0 with the last epoch.
     ToZero,
-    /// As ProPos publishes it: the cosine divides by all epochs, those of warm-up included, so that
-    /// it ends above 0 (at 0.62 % of the peak after 50 of 1,000 epochs of warm-up).
+    /// Published by ProPos: the cosine divides by all epochs, those of warm-up included, and so ends
+    /// above 0 (at 0.62 % of the peak after 50 of 1,000 epochs of warm-up).
     Published,
-    /// As ProPos publishes it for CIFAR-20: a cosine that began at epoch 0 and moves once an epoch,
-    /// by whole epochs done; a linear warm-up leads to its value at the end of warm-up.
+    /// Published by ProPos for CIFAR-20: a cosine that begins at epoch 0 and changes once an epoch;
+    /// the linear warm-up ends on it.
     PublishedByEpoch,
 }
 
 /// The learning rate of every step.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LearningRate {
     peak: f64,
-    warmup_epochs: f64,
     epochs: f64,
     steps_per_epoch: f64,
-    cosine: Cosine,
+    shape: Shape,
+}
+
+/// How the learning rate changes.
+#[derive(Debug, Clone, PartialEq)]
+enum Shape {
+    Constant,
+    Cosine { cosine: Cosine, warmup_epochs: f64 },
+    Still { still_steps: f64, warmup_steps: f64 },
+    Drops { warmup_steps: usize, epochs: Vec<usize>, factor: f64 },
 }
 
 impl LearningRate {
-    /// A schedule over `epochs` epochs of `steps_per_epoch` steps.
+    /// A rise from 0 to `peak` over `warmup_epochs`, then a cosine.
     ///
-    /// - `peak`: learning rate at the end of warm-up, for this batch size.
-    /// - `warmup_epochs`: the rate rises linearly from 0 over so many epochs.
+    /// - `peak`: the rate at the end of warm-up, for this batch size.
     ///
     /// # Errors
     ///
@@ -45,39 +54,111 @@ impl LearningRate {
         steps_per_epoch: usize,
         cosine: Cosine,
     ) -> Result<Self> {
+        check::above_zero(&[("peak-learning-rate", peak)])?;
         ensure!(
-            peak.is_finite() && peak > 0.,
-            "a peak-learning-rate of {peak}: it must be above 0"
-        );
-        let epochs = epochs as f64;
-        ensure!(
-            (0. ..epochs).contains(&warmup_epochs),
+            (0. ..epochs as f64).contains(&warmup_epochs),
             "warmup-epochs = {warmup_epochs}: it must be at least 0 and below the {epochs} epochs"
         );
-        Ok(Self { peak, warmup_epochs, epochs, steps_per_epoch: steps_per_epoch as f64, cosine })
+        Ok(Self::of(peak, epochs, steps_per_epoch, Shape::Cosine { cosine, warmup_epochs }))
+    }
+
+    /// The same rate in every step.
+    pub fn constant(rate: f64) -> Self {
+        Self::of(rate, 1, 1, Shape::Constant)
+    }
+
+    /// SeCu's: a rate of 0 in the first epochs, in which the centres move to the random
+    /// projections; then a rise to `peak`, then half a cosine that ends just above 0.
+    ///
+    /// - `still_epochs`: epochs at a rate of 0; 1 is published.
+    /// - `warmup_epochs`: epochs after them in which the rate rises; 10 are published.
+    ///
+    /// # Errors
+    ///
+    /// The peak is not a positive number, or no epoch is left after warm-up.
+    pub fn after_still_epochs(
+        peak: f64,
+        still_epochs: usize,
+        warmup_epochs: usize,
+        epochs: usize,
+        steps_per_epoch: usize,
+    ) -> Result<Self> {
+        check::above_zero(&[("learning-rate", peak)])?;
+        ensure!(
+            still_epochs + warmup_epochs < epochs,
+            "still-epochs = {still_epochs} and warmup-epochs = {warmup_epochs}: together they must \
+             be below the {epochs} epochs"
+        );
+        let [still_steps, warmup_steps] =
+            [still_epochs, warmup_epochs].map(|epochs| (epochs * steps_per_epoch) as f64);
+        Ok(Self::of(peak, epochs, steps_per_epoch, Shape::Still { still_steps, warmup_steps }))
+    }
+
+    /// IMC-SwAV's: a rise to `peak` over the first steps; from each epoch of `drops` on, counted
+    /// from 0, the rate is lower by `factor`.
+    ///
+    /// # Errors
+    ///
+    /// Peak or factor is not a positive number.
+    pub fn with_drops(
+        peak: f64,
+        warmup_steps: usize,
+        drops: &[usize],
+        factor: f64,
+        steps_per_epoch: usize,
+    ) -> Result<Self> {
+        check::above_zero(&[("learning-rate", peak), ("learning-rate-factor", factor)])?;
+        let shape = Shape::Drops { warmup_steps, epochs: drops.to_vec(), factor };
+        Ok(Self::of(peak, 1, steps_per_epoch, shape))
+    }
+
+    fn of(peak: f64, epochs: usize, steps_per_epoch: usize, shape: Shape) -> Self {
+        Self { peak, epochs: epochs as f64, steps_per_epoch: steps_per_epoch as f64, shape }
     }
 
     /// The rate of step `step`, counted from 1.
     pub fn at(&self, step: usize) -> f64 {
-        let epoch = step as f64 / self.steps_per_epoch;
-        let warmup = self.warmup_epochs;
         let half_cosine = |part: f64| 0.5 * self.peak * (1. + (PI * part).cos());
-        match self.cosine {
-            Cosine::PublishedByEpoch if epoch <= warmup => {
-                half_cosine(warmup / self.epochs) * epoch / warmup
+        let done = step as f64 - 1.;
+        match &self.shape {
+            Shape::Constant => self.peak,
+            Shape::Cosine { cosine, warmup_epochs } => {
+                let (epoch, warmup) = (step as f64 / self.steps_per_epoch, *warmup_epochs);
+                match cosine {
+                    Cosine::PublishedByEpoch if epoch <= warmup => {
+                        half_cosine(warmup / self.epochs) * epoch / warmup
+                    }
+                    Cosine::PublishedByEpoch => {
+                        half_cosine((done / self.steps_per_epoch).floor() / self.epochs)
+                    }
+                    _ if epoch < warmup => self.peak * epoch / warmup,
+                    Cosine::Published => half_cosine((epoch - warmup) / self.epochs),
+                    Cosine::ToZero => half_cosine((epoch - warmup) / (self.epochs - warmup)),
+                }
             }
-            Cosine::PublishedByEpoch => {
-                half_cosine(((step as f64 - 1.) / self.steps_per_epoch).floor() / self.epochs)
+            // `η max(1, n − s) / w`, then `η (1 + cos(π (n − s − w) / (T − s − w))) / 2`, with `n`
+            // steps done, `s` standing still, `w` of warm-up and `T` in all.
+            Shape::Still { still_steps, .. } if done < *still_steps => 0.,
+            Shape::Still { still_steps, warmup_steps } => {
+                let since = done - still_steps;
+                if since < *warmup_steps {
+                    return self.peak * since.max(1.) / warmup_steps;
+                }
+                let all = self.epochs * self.steps_per_epoch;
+                half_cosine((since - warmup_steps) / (all - still_steps - warmup_steps))
             }
-            _ if epoch < warmup => self.peak * epoch / warmup,
-            Cosine::Published => half_cosine((epoch - warmup) / self.epochs),
-            Cosine::ToZero => half_cosine((epoch - warmup) / (self.epochs - warmup)),
+            Shape::Drops { warmup_steps, epochs, factor } => {
+                let epoch = (done / self.steps_per_epoch).floor();
+                let passed = epochs.iter().filter(|&&drop| drop as f64 <= epoch).count();
+                let rate = self.peak * factor.powi(passed as i32);
+                if step > *warmup_steps { rate } else { rate * step as f64 / *warmup_steps as f64 }
+            }
         }
     }
 }
 
-/// The decay of the target network: `τ₁ − (τ₁ − τ) (cos(π n / T) + 1) / 2` at step `n` of `T`, from
-/// τ up to τ₁, which is 1 as a rule (Grill et al. 2020, section 3.2).
+/// The decay of the target network: `τ₁ − (τ₁ − τ) (cos(π n / T) + 1) / 2` after step `n` of `T`,
+/// from τ up to τ₁, which is usually 1 (Grill et al. 2020, section 3.2).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TargetDecay {
     base: f64,
@@ -109,7 +190,7 @@ impl TargetDecay {
         Ok(Self { base, last, steps: steps as f64 })
     }
 
-    /// The decay behind step `step`, counted from 1.
+    /// The decay after step `step`, counted from 1.
     pub fn at(&self, step: usize) -> f64 {
         let rest = (self.last - self.base) * ((PI * step as f64 / self.steps).cos() + 1.) / 2.;
         self.last - rest
@@ -120,7 +201,7 @@ impl TargetDecay {
 mod tests {
     use super::*;
 
-    fn assert_rates(schedule: LearningRate, steps: usize, expected: &[(f64, f64)], within: f64) {
+    fn assert_rates(schedule: &LearningRate, steps: usize, expected: &[(f64, f64)], within: f64) {
         for &(epoch, want) in expected {
             let got = schedule.at((epoch * steps as f64) as usize);
             assert!((got - want).abs() < within, "epoch {epoch}: got {got}, want {want}");
@@ -133,12 +214,12 @@ mod tests {
         let schedule = LearningRate::new(0.05, 50., 1000, 234, Cosine::Published)?;
         let expected =
             [(25., 0.025), (50., 0.05), (300., 0.04267767), (550., 0.025), (1000., 0.00030779)];
-        assert_rates(schedule, 234, &expected, 1e-8);
+        assert_rates(&schedule, 234, &expected, 1e-8);
         assert!((schedule.at(1) - 4.27e-6).abs() < 5e-9, "{}", schedule.at(1));
 
         let schedule = LearningRate::new(0.05, 50., 1000, 234, Cosine::PublishedByEpoch)?;
         let expected = [(25., 0.0248461), (50., 0.0496922), (300., 0.0397581)];
-        assert_rates(schedule, 234, &expected, 1e-7);
+        assert_rates(&schedule, 234, &expected, 1e-7);
         assert_eq!(schedule.at(299 * 234 + 1), schedule.at(300 * 234));
         Ok(())
     }
@@ -146,9 +227,57 @@ mod tests {
     #[test]
     fn learning_rate_of_refinement_ends_at_zero() -> Result<()> {
         let schedule = LearningRate::new(0.02, 5., 200, 76, Cosine::ToZero)?;
-        assert_rates(schedule, 76, &[(5., 0.02), (102.5, 0.01), (200., 0.)], 1e-12);
+        assert_rates(&schedule, 76, &[(5., 0.02), (102.5, 0.01), (200., 0.)], 1e-12);
         assert!(LearningRate::new(0.02, 200., 200, 76, Cosine::ToZero).is_err());
         assert!(LearningRate::new(f64::NAN, 1., 200, 76, Cosine::ToZero).is_err());
+        Ok(())
+    }
+
+    /// SeCu, case T9.
+    #[test]
+    fn the_rate_after_still_epochs_has_the_specified_values() -> Result<()> {
+        let rate = LearningRate::after_still_epochs(0.2, 1, 10, 401, 391)?;
+        for (epoch, step, want) in [
+            (0, 0, 0.),
+            (0, 390, 0.),
+            (1, 0, 0.000051151),
+            (1, 1, 0.000051151),
+            (2, 0, 0.02),
+            (6, 0, 0.1),
+            (10, 390, 0.199948849),
+            (11, 0, 0.2),
+            (206, 0, 0.1),
+            (400, 0, 0.000003244),
+        ] {
+            let got = rate.at(epoch * 391 + step + 1);
+            assert!((got - want).abs() < 1e-9, "({epoch}, {step}): got {got}, want {want}");
+        }
+        assert!(LearningRate::after_still_epochs(0.2, 1, 10, 11, 391).is_err());
+        assert!(LearningRate::after_still_epochs(0., 1, 1, 11, 391).is_err());
+        let at_once = LearningRate::after_still_epochs(0.2, 0, 0, 2, 4)?;
+        assert_eq!((at_once.at(1), at_once.at(5)), (0.2, 0.1));
+        Ok(())
+    }
+
+    /// IMC-SwAV, case T13: learning rates.
+    #[test]
+    fn the_rate_with_drops_has_the_specified_values() -> Result<()> {
+        let rate = LearningRate::with_drops(5e-4, 500, &[150, 300, 400], 0.4, 200)?;
+        for (step, want) in [(1, 1e-6), (250, 2.5e-4), (500, 5e-4), (501, 5e-4)] {
+            assert!((rate.at(step) - want).abs() < 1e-15, "step {step}");
+        }
+        for (epochs, want) in
+            [([3, 149], 5e-4), ([150, 299], 2e-4), ([300, 399], 8e-5), ([400, 499], 3.2e-5)]
+        {
+            for epoch in epochs {
+                for step in [1, 200] {
+                    let got = rate.at(epoch * 200 + step);
+                    assert!((got - want).abs() < 1e-15, "epoch {epoch}: {got}");
+                }
+            }
+        }
+        assert_eq!(LearningRate::constant(0.3).at(7), 0.3);
+        assert!(LearningRate::with_drops(5e-4, 500, &[150], 0., 200).is_err());
         Ok(())
     }
 

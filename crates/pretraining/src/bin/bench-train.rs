@@ -22,7 +22,7 @@ use pretraining::Rates;
 use serde_json::{Value, json};
 use stage::{DataTable, Job};
 use training::loss::regression_loss;
-use training::{Groups, Learner, Plan, Precision, Run};
+use training::{Advice, Groups, Learner, Plan, Precision, Run};
 
 #[derive(Parser)]
 #[command(name = "bench-train", about = "Times whole steps of BYOL")]
@@ -155,6 +155,7 @@ fn side(name: &str) -> Result<()> {
         batch_size: work.batch,
         save_every: 1,
         collapse_deviation: 0.,
+        advice: Advice { divergence: "another seed", collapse: "another seed" },
     };
     let (mut learner, views) = (work.learner()?, work.views()?);
     let mut run = Run::resume_or_start(&job, &(), "none", plan, &mut learner)?;
@@ -190,7 +191,7 @@ fn profile(arguments: &bench::Arguments) -> Result<()> {
             println!("{part:36} {:9.2} {:4.1} %", 1e3 * sum / rounds as f64, 100. * sum / all);
         }
         println!("{:36} {:9.2}", "all", 1e3 * all / rounds as f64);
-        let network = learner.online.backbone.network();
+        let network = learner.online.backbone.segment.network();
         println!("{}", profile::Table { rows: &rows, steps: rounds, network });
     }
     Ok(())
@@ -200,7 +201,7 @@ fn timed_parts(
     learner: &mut Learner,
     [view_1, view_2]: &[Tensor; 2],
 ) -> Result<[f64; PARTS.len()]> {
-    let Learner { online, target, optimizer } = learner;
+    let Learner { online, target } = learner;
     let mut parts = [0.; PARTS.len()];
     let mut start = Instant::now();
     let mut lap = |part: usize| {
@@ -208,18 +209,18 @@ fn timed_parts(
         start = Instant::now();
     };
     let projections = [target.project(view_1)?, target.project(view_2)?];
-    target.rest();
+    target.free_packed_weights();
     lap(0);
     for (view, projection) in [(view_1, &projections[1]), (view_2, &projections[0])] {
-        let pass = online.forward(view, None)?;
+        let seams = online.forward(view, None)?;
         lap(1);
-        let loss = regression_loss(pass.prediction(), projection)?;
+        let loss = regression_loss(&seams[2], projection)?;
         let gradients = (loss * 0.5)?.backward()?;
         lap(2);
-        online.backward(pass, &gradients)?;
+        online.backward(seams, &gradients)?;
         lap(3);
     }
-    optimizer.step(online, RATES.learning_rate)?;
+    online.step(RATES.learning_rate)?;
     lap(4);
     target.follow(online, RATES.target_decay)?;
     lap(5);

@@ -1,0 +1,83 @@
+//! The nearest neighbours of every picture, found once with the pretrained backbone.
+
+use anyhow::{Context, Result};
+use assignment::{nearest_neighbours, nearest_neighbours_and_self};
+use candle_core::Device;
+use data::Images;
+use rand::RngExt;
+use serde_json::json;
+use stage::Job;
+use stage::random::stream;
+use training::Checkpoint;
+
+use crate::{Config, embed};
+
+/// The nearest neighbours of every picture to train on.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Neighbours {
+    /// The pictures as rows of the images file, ascending.
+    pub(crate) rows: Vec<u32>,
+    /// Indices into `rows`, `(N, k)`, nearest first; empty before they are found.
+    pub(crate) nearest: Vec<u32>,
+    /// How many each picture has, `k`.
+    pub(crate) each: usize,
+}
+
+impl Neighbours {
+    /// Not found yet.
+    pub(crate) fn none(rows: &[u32], each: usize) -> Self {
+        Self { rows: rows.to_vec(), nearest: Vec::new(), each }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.nearest.is_empty()
+    }
+
+    /// Finds them in the embeddings of the pretrained backbone.
+    pub(crate) fn find(
+        &mut self,
+        config: &Config,
+        images: &Images,
+        job: &Job,
+        device: &Device,
+    ) -> Result<()> {
+        job.log(&json!({ "backbone": match &config.pretrained {
+            Some(pretrained) => pretrained.file.display().to_string(),
+            None => "role backbone".to_owned(),
+        }}))?;
+        let embeddings = embed(config, images, &self.rows, job, device)?;
+        let and_self = config.neighbours_include_self;
+        self.nearest = nearest(&embeddings, self.rows.len(), self.each, and_self)?;
+        Ok(())
+    }
+
+    /// For each picture of each batch, one of its neighbours, all equally likely.
+    pub(crate) fn draw(
+        &self,
+        batches: &[Vec<u32>],
+        seed: u64,
+        epoch: usize,
+    ) -> Result<Vec<Vec<u32>>> {
+        let draw = |row: &u32| -> Result<u32> {
+            let place = self.rows.binary_search(row).ok().context("a row that is trained on")?;
+            let mut random = stream(seed, "neighbours", &[epoch as u64, u64::from(*row)]);
+            let chosen = self.nearest[place * self.each + random.random_range(0..self.each)];
+            Ok(self.rows[chosen as usize])
+        };
+        batches.iter().map(|batch| batch.iter().map(draw).collect()).collect()
+    }
+
+    /// Saves or loads them, as `stage.neighbours`.
+    pub(crate) fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
+        file.list("neighbours", &mut self.nearest)
+    }
+}
+
+/// The `k` rows of highest inner product, `(N, k)`; with the row itself among them or not.
+pub(crate) fn nearest(points: &[f32], n: usize, k: usize, and_self: bool) -> Result<Vec<u32>> {
+    let width = points.len() / n;
+    match and_self {
+        true => nearest_neighbours_and_self(points, n, width, k),
+        false => nearest_neighbours(points, n, width, k),
+    }
+}

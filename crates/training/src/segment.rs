@@ -1,0 +1,191 @@
+//! Segments that learn, and the seams between them and candle.
+//!
+//! Backbone, projector and predictor run outside candle's autograd, forward and backward. A
+//! [`Seam`] is an output opened to candle as a variable: the loss is candle's, and the gradient at
+//! a seam is the one that candle finds plus the one that the next segment's backward pass returns.
+
+use std::ops::Deref;
+
+use backbone::Segment;
+use candle_core::backprop::GradStore;
+use candle_core::{Device, Result, Tensor, Var};
+use layers::{Gradients, Mode, Modes, Network, Tape};
+
+use crate::checkpoint::Checkpoint;
+use crate::optimizer::Optimizer;
+
+/// A segment that learns by the update rule `O`: its values, their gradients, and what the
+/// optimizer remembers.
+pub struct TrainedSegment<O: Optimizer> {
+    /// Its plan with its values.
+    pub segment: Segment,
+    name: &'static str,
+    modes: Modes,
+    gradients: Gradients,
+    memory: O::Memory,
+}
+
+/// What one forward pass of a segment leaves: the output, opened to candle as a variable, and the
+/// tape that the backward pass needs. It dereferences to the output.
+pub struct Seam {
+    output: Var,
+    tape: Tape,
+}
+
+impl Deref for Seam {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        &self.output
+    }
+}
+
+impl<O: Optimizer> TrainedSegment<O> {
+    /// `segment` before its first step, under its name in files. All blocks learn, on batch
+    /// statistics.
+    pub fn new(name: &'static str, segment: Segment) -> Self {
+        let modes = Modes::all(segment.network(), Mode::Batch);
+        let (gradients, memory) = (segment.network().gradients(), O::memory(segment.network()));
+        Self { segment, name, modes, gradients, memory }
+    }
+
+    /// A segment of this plan whose values are still to be set.
+    pub fn empty(name: &'static str, plan: Network) -> Self {
+        Self::new(name, Segment::empty(plan))
+    }
+
+    /// The same segment on `device`, with the optimizer's memory and without gathered gradients.
+    ///
+    /// # Errors
+    ///
+    /// The device is out of memory.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        self.moved(|segment| segment.on(device))
+    }
+
+    pub(crate) fn moved(&self, to: impl FnOnce(&Segment) -> Result<Segment>) -> Result<Self> {
+        let segment = to(&self.segment)?;
+        let memory = O::moved(&self.memory, segment.network())?;
+        let gradients = segment.network().gradients();
+        Ok(Self { segment, name: self.name, modes: self.modes.clone(), gradients, memory })
+    }
+
+    /// Freezes a block: its values stay the same to the bit. On [`Mode::Running`] its statistics do
+    /// too; on [`Mode::Batch`] its output depends on the other pictures of a batch.
+    ///
+    /// # Errors
+    ///
+    /// There is no block of that name.
+    pub fn freeze(&mut self, block: &str, statistics: Mode) -> Result<()> {
+        self.segment.parameters.set_trainable(block, false)?;
+        self.modes.set(block, statistics)
+    }
+
+    /// The output for `input` in training.
+    ///
+    /// # Errors
+    ///
+    /// `input` has another shape than the plan takes.
+    pub fn forward(&mut self, input: &Tensor) -> Result<Seam> {
+        let mut tape = self.segment.network().tape();
+        let output = self.segment.forward(input, &self.modes, Some(&mut tape))?;
+        Ok(Seam { output: Var::from_tensor(&output)?, tape })
+    }
+
+    /// The output for `input` on running statistics, which does not depend on the other rows;
+    /// nothing is kept for a backward pass.
+    ///
+    /// # Errors
+    ///
+    /// `input` has another shape than the plan takes.
+    pub fn evaluate(&mut self, input: &Tensor) -> Result<Tensor> {
+        let modes = Modes::all(self.segment.network(), Mode::Running);
+        self.segment.forward(input, &modes, None)
+    }
+
+    /// Adds the gradients of one forward pass to those of this step; returns the gradient at the
+    /// input if `input_gradient` asks for it.
+    ///
+    /// - `at_output`: gradient of the loss at the seam.
+    ///
+    /// # Errors
+    ///
+    /// `at_output` has another shape than the seam.
+    pub fn backward(
+        &mut self,
+        mut seam: Seam,
+        at_output: &Tensor,
+        input_gradient: bool,
+    ) -> Result<Option<Tensor>> {
+        self.segment.backward(&mut seam.tape, at_output, &mut self.gradients, input_gradient)
+    }
+
+    /// One step along the gradients gathered since the last one, which are then zero again.
+    ///
+    /// # Errors
+    ///
+    /// The device fails. Gradients are not checked: see
+    /// [`Run::check_gradients`](crate::Run::check_gradients).
+    pub fn step(&mut self, rule: O) -> Result<()> {
+        rule.step(&mut self.segment.parameters, &self.gradients, &mut self.memory)?;
+        self.gradients.zero();
+        Ok(())
+    }
+
+    /// The first parameter whose gradient is not finite, as `<segment>.<parameter>`.
+    ///
+    /// # Errors
+    ///
+    /// The device fails.
+    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+        let name = self.gradients.first_non_finite()?;
+        Ok(name.map(|name| format!("{}.{name}", self.name)))
+    }
+
+    /// The gathered gradient of a parameter.
+    ///
+    /// # Errors
+    ///
+    /// There is no parameter of that name.
+    pub fn gradient(&self, parameter: &str) -> Result<Vec<f32>> {
+        self.gradients.get(parameter)
+    }
+
+    /// Saves or loads values, statistics and the optimizer's memory.
+    ///
+    /// # Errors
+    ///
+    /// The file holds another network.
+    pub fn checkpoint(&mut self, file: &mut Checkpoint) -> anyhow::Result<()> {
+        file.segment(self.name, &mut self.segment)?;
+        O::checkpoint(&mut self.memory, self.name, file)
+    }
+}
+
+/// The backward pass through a chain of segments, each fed with the output of the one before: adds
+/// the gradients of one pass to those of this step.
+///
+/// - `seams`: what each segment's forward pass left.
+/// - `gradients`: what candle found at the seams. A seam that the loss does not use counts as zero.
+///
+/// # Errors
+///
+/// A gradient has another shape than its seam.
+pub fn backward<O: Optimizer, const N: usize>(
+    chain: [&mut TrainedSegment<O>; N],
+    seams: [Seam; N],
+    gradients: &GradStore,
+) -> Result<()> {
+    let mut from_next: Option<Tensor> = None;
+    for (place, (segment, seam)) in chain.into_iter().zip(seams).enumerate().rev() {
+        let at_seam = match (from_next, gradients.get(&seam)) {
+            (Some(next), Some(loss)) => Some((next + loss)?),
+            (next, loss) => next.or_else(|| loss.cloned()),
+        };
+        from_next = match at_seam {
+            Some(at_seam) => segment.backward(seam, &at_seam, place > 0)?,
+            None => None,
+        };
+    }
+    Ok(())
+}
