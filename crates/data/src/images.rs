@@ -43,9 +43,9 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
-use stage::{Interrupt, Job, Split};
 use stage::container::Contents;
 use stage::digest::hex;
+use stage::{Interrupt, Job, Split};
 
 use crate::data_set::DataSet;
 use crate::decoded::{Decoded, Wish, open_or_make};
@@ -277,7 +277,6 @@ impl Images {
         }
         Ok(())
     }
-
 
     /// The encoding, height and width of each picture.
     pub(crate) fn encodings(&self) -> impl Iterator<Item = (Encoding, [u32; 2])> {

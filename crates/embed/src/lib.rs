@@ -207,9 +207,9 @@ mod tests {
         write_configuration,
     };
     use candle_core::Device;
-    use data::{Loader, Picture};
     use data::images::{self, Source as Original};
     use data::views::Operation;
+    use data::{Loader, Picture};
     use layers::{Mode, Modes};
     use stage::{DataTable, Library, Split};
     use training::{Groups, Learner};

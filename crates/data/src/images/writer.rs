@@ -65,7 +65,10 @@ impl SortedWriter {
     ///
     /// `channels` is neither, or the folder cannot be written to.
     pub fn create(path: &Path, channels: usize, part_bytes: u64) -> Result<Self> {
-        ensure!(channels == 1 || channels == 3, "`channels` is {channels}; it must be 1 (grey) or 3 (colour)");
+        ensure!(
+            channels == 1 || channels == 3,
+            "`channels` is {channels}; it must be 1 (grey) or 3 (colour)"
+        );
         let folder = folder_of(path);
         let mut offsets = Column::create_in(folder)?;
         offsets.push(&[0])?;
