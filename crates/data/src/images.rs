@@ -559,7 +559,6 @@ impl Fingerprint {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
     use crate::picture::tests::{example, jpeg, png};
 

@@ -17,6 +17,7 @@ const EXPORT: &str =
 const AS_PARQUET: &str = "write it as Parquet, in Python with `Dataset.to_parquet` or `pyarrow`";
 const AS_MANIFEST: &str =
     "write it as CSV with a column `path` and, if the classes are known, a column `label`";
+const AS_LIST: &str = "if it lists the paths of pictures, one a line, let its name end in .csv";
 const FETCH: &str = "get the file itself, in its repository with `git lfs pull`";
 const DOWNLOAD: &str = "download the file again, if need be in a browser";
 const UNENCRYPTED: &str = "write it without encryption";
@@ -87,7 +88,7 @@ const BY_NAME: &[(&str, &str, &str)] = &[
     (".tfrecords", "a TFRecord file", EXPORT),
     (".mdb", "an LMDB database", EXPORT),
     (".tga", "a TGA picture", CONVERT),
-    (".txt", "a text", AS_MANIFEST),
+    (".txt", "a text", AS_LIST),
 ];
 
 /// Returns what a file is by its first [`START`] bytes and its name; nothing for one that a reader may

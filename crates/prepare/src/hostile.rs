@@ -345,8 +345,8 @@ fn a_manifest_that_names_devices_or_nothing_lists_them_as_broken() {
     let read = prepare(&path.join("m.csv"), &half()).expect("one is sound");
     assert_eq!(read.names, ["0.png"]);
     let broken = read.skipped("broken");
-    assert_has(&broken[0].1, &["is no plain file"]);
-    assert_has(&broken[1].1, &["is no plain file"]);
+    assert_has(&broken[0].1, &["is not a plain file"]);
+    assert_has(&broken[1].1, &["is not a plain file"]);
     assert_has(&broken[2].1, &["cannot be read"]);
 }
 

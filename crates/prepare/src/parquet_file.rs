@@ -1,11 +1,11 @@
-//! Parquet: pictures as Hugging Face keeps them, or a manifest.
+//! Parquet: pictures as Hugging Face stores them, or a manifest.
 //!
 //! Pictures are a group of `bytes` and `path`, whatever its name (`image`, `img`), or a column of bytes
 //! named `image`, `img` or `jpg`. Without either, a column of text named `path`, `file` or the like
 //! names files beside the Parquet file: a manifest. The class is in the column `label`,
-//! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`: text, or a
-//! number, which the features in the file's metadata may have a name for, or true or false. Row groups
-//! are read one after the other, and of each some rows at a time.
+//! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`. It is text,
+//! true or false, or a number, which the features in the file's metadata may name. Pages may be packed
+//! by snappy, gzip, zstd or lz4. Row groups are read one after the other, some rows at a time.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ use crate::parquet_pages::open_column;
 use crate::picture;
 use crate::{Format, guard, parquet_pages};
 
-/// How many rows are taken at a time; their pictures lie in the page that is decoded anyway.
+/// Rows that are read at a time. Their pictures are in a page that is unpacked anyway.
 const ROWS: usize = 32;
 
 /// Whether a file is a Parquet file, by its first bytes.
@@ -34,11 +34,11 @@ pub fn is_parquet(start: &[u8]) -> bool {
     start.starts_with(b"PAR1")
 }
 
-/// Reads all files, which are one set; a file belongs to the test split if its name says so.
+/// Reads all files as one set. A file belongs to the test split if its name says so.
 ///
 /// # Errors
 ///
-/// A file is damaged, packed in a way that is not read, or has no pictures.
+/// A file is damaged, packed by a codec that is not read, or has no pictures.
 pub fn read(
     files: &[PathBuf],
     format: Format,
@@ -118,17 +118,17 @@ fn read_one(
     Ok(())
 }
 
-/// Runs code of crate `parquet`, in which damaged files can raise a panic, and makes an error of that.
+/// Runs code of crate `parquet`, and turns its panics on damaged files into errors.
 fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     guard::guarded(run).map_err(|text| anyhow!("reading it failed: {text}"))?
 }
 
-/// Which columns have what, as positions among the leaves.
+/// The columns that are read, as positions among the leaves.
 struct Columns {
     bytes: Option<usize>,
     path: Option<usize>,
     label: Option<usize>,
-    /// Names of the numbers that stand for classes.
+    /// The name of each class number.
     names: Vec<String>,
 }
 
@@ -225,7 +225,7 @@ impl Columns {
         }
     }
 
-    /// A page is no larger than its column's part of the row group, and is held as a whole.
+    /// Fails if a column of a row group is too large: it bounds its pages, which are held whole.
     fn check_memory(&self, group: &RowGroupMetaData, most: usize) -> Result<()> {
         for at in [self.bytes, self.path, self.label].into_iter().flatten() {
             let column = group.column(at);
@@ -280,7 +280,7 @@ struct Rows {
 }
 
 impl Rows {
-    /// Some rows; none at the end.
+    /// Returns some rows, or none at the end.
     fn next(&mut self) -> Result<Vec<Row>> {
         let count = self.left.min(ROWS);
         self.left -= count;
@@ -327,7 +327,7 @@ impl Value {
 }
 
 impl Column {
-    /// The next `count` values; a row without one has none.
+    /// Returns the next `count` values; none for a row without one.
     fn next(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
         self.read(count).with_context(|| format!("in column `{}`", self.name))
     }

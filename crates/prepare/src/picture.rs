@@ -1,9 +1,9 @@
-//! Which files are meant as pictures, why one of them is broken, and what decoding it may take.
+//! Which files are meant as pictures, why one of them is broken, and how much memory decoding takes.
 //!
-//! What a file is, is told by its first bytes: ILSVRC-2012 itself has a PNG named `.JPEG`. What
-//! passes here, every stage can decode, because it was decoded here. Before that its header is
-//! looked at: a picture that would take more memory than there is to take is broken, and no more
-//! are decoded at a time than fit together.
+//! The first bytes of a file decide its format: ILSVRC-2012 itself has a PNG named `.JPEG`. Every
+//! picture is decoded here once, so that every stage can decode it. Its header is read first: a
+//! picture that would take too much memory counts as broken, and only as many are decoded at a time
+//! as fit together.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -17,10 +17,10 @@ use data::picture::Encoding;
 use crate::foreign::{self, Foreign};
 use crate::guard::guarded;
 
-/// How much memory preparing may take, about, unless the command line says otherwise: 512 MiB.
+/// The memory that preparing may take, roughly, unless the command line sets another: 512 MiB.
 pub const MEMORY: u64 = 1 << 29;
 
-/// What fits into the memory that preparing may take.
+/// The memory that preparing may take, and who has how much of it.
 #[derive(Debug)]
 pub struct Budget {
     memory: u64,
@@ -29,8 +29,8 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Five eighths of `memory` are for decoding, one for pictures that wait for it, one for the file
-    /// that is read meanwhile, and one for everything else.
+    /// Of `memory`, five eighths are for decoding, one for pictures that wait to be decoded, one for
+    /// the file that is read meanwhile, and one for everything else.
     pub fn of(memory: u64) -> Self {
         Self { memory, free: Mutex::new(memory / 8 * 5), freed: Condvar::new() }
     }
@@ -40,7 +40,7 @@ impl Budget {
         self.memory / 8
     }
 
-    /// How many bytes of files may wait to be decoded.
+    /// The bytes of files that may wait to be decoded.
     pub fn waiting_bytes(&self) -> u64 {
         self.memory / 8
     }
@@ -49,7 +49,7 @@ impl Budget {
         self.memory / 8 * 5
     }
 
-    /// Waits until there are `bytes` to take, at most [`Budget::decoding_bytes`].
+    /// Waits until `bytes`, at most [`Budget::decoding_bytes`], are free, and takes them.
     fn take(&self, bytes: u64) -> Taken<'_> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let mut free = self
@@ -61,7 +61,7 @@ impl Budget {
     }
 }
 
-/// Memory taken from a budget, given back when dropped.
+/// Memory taken from a budget until it is dropped.
 struct Taken<'a> {
     budget: &'a Budget,
     bytes: u64,
@@ -74,20 +74,20 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// How much of a file is looked at for the size of its picture: it comes behind profiles and
+/// The bytes of a file that are searched for the size of its picture, which follows profiles and
 /// thumbnails.
 const HEADER_BYTES: u64 = 1 << 20;
 
-/// The picture in a file, read and decoded once to make sure that it can be.
+/// Reads the picture in a file, and decodes it once as a check.
 ///
 /// # Errors
 ///
-/// Why not: a phrase that follows the picture's name.
+/// A phrase that follows the picture's name.
 pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<Source, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
-    // Looked at before it is opened: opening a pipe would wait for someone to write into it.
+    // Before it is opened: opening a pipe would wait for a program that writes into it.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err("is no plain file".into());
+        return Err("is not a plain file".into());
     }
     let mut file = File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
@@ -97,16 +97,16 @@ pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<Source, Str
     let mut bytes = Vec::new();
     file.by_ref().take(HEADER_BYTES).read_to_end(&mut bytes).map_err(failed)?;
     let _taken = budget.take((size + decoding_bytes(&bytes, budget)?).min(budget.decoding_bytes()));
-    // A file that grows while it is read is not read further than was taken for.
+    // Of a file that grows meanwhile, no more is read than memory was taken for.
     file.take(size.saturating_sub(HEADER_BYTES)).read_to_end(&mut bytes).map_err(failed)?;
     decode(bytes, channels)
 }
 
-/// The picture in these bytes, decoded once to make sure that it can be.
+/// Decodes the picture in these bytes once as a check.
 ///
 /// # Errors
 ///
-/// Why not: a phrase that follows the picture's name.
+/// A phrase that follows the picture's name.
 pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<Source, String> {
     let _taken = budget.take(decoding_bytes(&bytes, budget)?);
     decode(bytes, channels)
@@ -119,7 +119,7 @@ fn decode(bytes: Vec<u8>, channels: usize) -> Result<Source, String> {
     }
 }
 
-/// How much memory decoding a file takes at most, by its header.
+/// The most memory that decoding a file takes, by its header.
 fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
     if bytes.is_empty() {
         return Err("is empty".into());
@@ -143,24 +143,24 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
     match needed <= budget.decoding_bytes() {
         true => Ok(needed),
         false => Err(format!(
-            "is {height}×{width} pixels, which take {} MiB to decode, more than the {} MiB there \
-             are; reduce it, or allow more with --memory",
+            "is {height}×{width} pixels, which take {} MiB to decode, more than the {} MiB allowed; \
+             reduce it, or allow more with --memory",
             needed >> 20,
             budget.decoding_bytes() >> 20
         )),
     }
 }
 
-/// What a file says of its picture before it is decoded.
+/// The size of a picture, by the header of its file.
 #[derive(Debug, PartialEq, Eq)]
 struct Header {
     height: u32,
     width: u32,
-    /// What decoding takes at most: pixels as they are stored, in 8 bits, and turned.
+    /// The most memory of decoding: pixels as they are stored, in 8 bits, and rotated.
     bytes_a_pixel: u64,
 }
 
-/// The largest of the frames that are announced before the first scan.
+/// The largest frame that is announced before the first scan.
 fn jpeg_header(file: &[u8]) -> Option<Header> {
     let mut found: Option<Header> = None;
     let mut position = 2;
@@ -174,7 +174,7 @@ fn jpeg_header(file: &[u8]) -> Option<Header> {
         };
         let segment = file.get(position + 2..)?;
         match marker {
-            // A start of frame, but for the tables whose markers lie among those.
+            // A start of frame, except for the tables with markers in the same range.
             0xc0..=0xcf if ![0xc4, 0xc8, 0xcc].contains(&marker) => {
                 let &[_, _, _, a, b, c, d, components] = segment.first_chunk()?;
                 let (height, width) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
@@ -207,7 +207,7 @@ fn png_header(file: &[u8]) -> Option<Header> {
     let samples = match header[9] {
         0 => 1,
         2 => 3,
-        // A palette's colours may have transparency too.
+        // The colours of a palette may be transparent.
         3 | 6 => 4,
         _ => 2,
     };
@@ -233,13 +233,13 @@ fn webp_header(file: &[u8]) -> Option<Header> {
     Some(Header { height, width, bytes_a_pixel: 16 })
 }
 
-/// Why a file of this size is not read.
+/// The reason for not reading a file of this size.
 pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
     format!("has {bytes} bytes, more than the {limit} that are read")
 }
 
-/// Whether a file is meant as a picture: by its extension, or failing that by its first bytes. A
-/// broken file named `.jpg` counts as a broken picture; a text beside the pictures does not.
+/// Whether a file is meant as a picture: by its extension, or else by its first bytes. A broken file
+/// named `.jpg` counts as a broken picture; a text beside the pictures does not.
 pub fn is_meant(path: &Path) -> bool {
     has_extension(&path.to_string_lossy()) || {
         let mut start = Vec::new();

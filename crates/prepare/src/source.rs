@@ -532,7 +532,7 @@ mod tests {
             ("x.rar", b"Rar!\x1a\x07\x01\0".to_vec(), &["x.rar` is a RAR archive: unpack it"]),
             ("x.mat", b"MATLAB 5.0 MAT-file".to_vec(), &["a MATLAB file", "Parquet", "--source"]),
             ("x.jsonl", b"{\"path\": \"0.jpg\"}\n".to_vec(), &["a JSON document", "as CSV"]),
-            ("list.txt", b"0.jpg\n1.jpg\n".to_vec(), &["a text", "`path`"]),
+            ("list.txt", b"0.jpg\n1.jpg\n".to_vec(), &["a text", ".csv"]),
             ("page.zip", b"<html>Log in".to_vec(), &["a web page: download the file again"]),
             ("IMG.HEIC", b"\0\0\0\x18ftypheic".to_vec(), &["a HEIC picture", "convert it"]),
             ("7.tar", tar(&[("0.jpg", &jpeg(0)), ("0.cls", b"1")]), &["one class only, `1`"]),
