@@ -86,8 +86,11 @@ impl Page<'_> {
 
     /// Writes the classes of the last round, and how the clusters divide them.
     fn write_classes(&self, html: &mut String) {
-        let last = self.metrics.iter().rev().find_map(|(_, m)| Some((&m.classes, &m.confusion)));
-        let Some((Some(classes), Some(confusion))) = last else { return };
+        let Some((_, RoundMetrics { classes: Some(classes), confusion: Some(confusion), .. })) =
+            self.metrics.last()
+        else {
+            return;
+        };
         html.push_str(
             "<h2>Classes</h2>\n<p>Each class with the cluster that the best one-to-one map gives it, \
              in percent: recall is the share of the class that is in the cluster, precision the share \
