@@ -1,46 +1,46 @@
-//! What a network can vary: the tables `backbone`, `projector` and `predictor` of an experiment.
+//! The tables `backbone`, `projector` and `predictor` of an experiment.
 
 use serde::{Deserialize, Serialize};
 
-/// A residual network, as the table `backbone` of an experiment says it.
+/// A residual network: the table `backbone` of an experiment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Architecture {
-    /// How many residual blocks each of the four stages has.
+    /// Residual blocks in each of the four stages.
     pub depth: Depth,
-    /// Channels of the stem and the first stage; 64 is published. Each later stage doubles them,
-    /// and blocks with a bottleneck give out four times as many.
+    /// Channels of the stem and the first stage; 64 is published. Each later stage doubles them, and blocks
+    /// with a bottleneck output four times as many.
     pub width: usize,
-    /// What stands before the first stage.
+    /// The layers before the first stage.
     pub stem: Stem,
 }
 
 impl Architecture {
-    /// Width D of the embedding: channels of the last stage.
+    /// Width D of the embedding: the channels of the last stage.
     pub fn embedding_width(&self) -> usize {
         8 * self.width * self.depth.expansion()
     }
 }
 
-/// Residual blocks in the four stages, by the usual count of layers.
+/// Residual blocks in the four stages, named by the usual count of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Depth {
-    /// One block a stage.
+    /// One block per stage.
     #[serde(rename = "10")]
     Ten,
-    /// Two blocks a stage.
+    /// Two blocks per stage.
     #[serde(rename = "18")]
     Eighteen,
     /// Three, four, six and three blocks.
     #[serde(rename = "34")]
     ThirtyFour,
-    /// The same number of blocks, each with a bottleneck.
+    /// As many blocks as 34, with bottlenecks.
     #[serde(rename = "50")]
     Fifty,
 }
 
 impl Depth {
-    /// Blocks of each stage.
+    /// The number of blocks of each stage.
     pub fn blocks(self) -> [usize; 4] {
         match self {
             Self::Ten => [1, 1, 1, 1],
@@ -49,12 +49,12 @@ impl Depth {
         }
     }
 
-    /// Whether blocks are two 3×3 convolutions or a 3×3 one between two 1×1.
+    /// Whether a block is a 3×3 convolution between two 1×1 ones, not two 3×3 ones.
     pub fn has_bottlenecks(self) -> bool {
         self == Self::Fifty
     }
 
-    /// Channels that a block gives out for each of its 3×3 convolution.
+    /// Output channels of a block per channel of its 3×3 convolution.
     pub fn expansion(self) -> usize {
         if self.has_bottlenecks() { 4 } else { 1 }
     }
@@ -63,7 +63,7 @@ impl Depth {
 /// The layers before the first stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stem {
-    /// 3×3 convolution, stride 1: for pictures of about 32 pixels and less.
+    /// 3×3 convolution, stride 1: for images of up to about 32 pixels.
     #[serde(rename = "3x3")]
     Plain,
     /// 3×3 convolution, then a 2×2 max-pool of stride 2 without padding.
@@ -77,7 +77,7 @@ pub enum Stem {
     Large,
 }
 
-/// The projector, as the table `projector` says it: linear, batch norm, ReLU, linear.
+/// The projector: the table `projector`. Linear, batch norm, ReLU, linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Projector {
@@ -87,8 +87,8 @@ pub struct Projector {
     pub width: usize,
 }
 
-/// The predictor, as the table `predictor` says it: built like the projector, with projections
-/// going in and predictions of the same width coming out.
+/// The predictor: the table `predictor`. Built like the projector, from projections to predictions of the
+/// same width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Predictor {

@@ -1,11 +1,11 @@
-//! `backbone.safetensors`: a backbone alone, under timm's names, going out and coming in.
+//! `backbone.safetensors`: a backbone alone, under timm's names.
 //!
-//! Going out it is a [container] of kind `backbone`, version 1, whose tensors
-//! are exactly timm's state dictionary of the network without its classifier: f32 parameters and
-//! running statistics, and `num_batches_tracked` (i64 scalars, 0, which nothing here counts).
+//! [`write`] writes a [container] of kind `backbone`, version 1. Its tensors are exactly timm's state
+//! dictionary of the network without its classifier: f32 parameters and running statistics, and
+//! `num_batches_tracked` (i64 scalars, always 0, since nothing here counts batches).
 //!
-//! Coming in it may be any safetensors file with those names, from timm, torchvision or a hub, in
-//! f32, f64, f16 or bf16, with or without a classifier (`fc.*`, `head.*`).
+//! [`read`] takes any safetensors file with those names, from timm, torchvision or a hub, in f32, f64, f16
+//! or bf16, with or without a classifier (`fc.*`, `head.*`).
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,20 +21,16 @@ use crate::{Segment, network_file};
 pub const KIND: &str = "backbone";
 /// Its format version.
 pub const VERSION: u64 = 1;
-/// Its name in a stage's output folder.
+/// Its name in the output folder of a stage.
 pub const NAME: &str = "backbone.safetensors";
 
 const COUNTER: &str = ".num_batches_tracked";
 
-/// Writes `backbone.safetensors` in `folder`, whole or not at all.
-///
-/// # Errors
-///
-/// A value is not finite, or the file system refuses.
+/// Writes `backbone.safetensors` in `folder` atomically. A value that is not finite is an error.
 pub fn write(folder: &Path, backbone: &Segment) -> Result<()> {
     let mut tensors = network_file::tensors("", backbone)?;
     for tensor in &mut tensors {
-        tensor.name.remove(0); // The dot behind the empty prefix.
+        tensor.name.remove(0); // The dot after the empty prefix.
     }
     let counters: Vec<String> = tensors
         .iter()
@@ -45,12 +41,12 @@ pub fn write(folder: &Path, backbone: &Segment) -> Result<()> {
     container::write(&folder.join(NAME), KIND, VERSION, Header::new(), &views)
 }
 
-/// Fills `backbone` from the file at `path`, ours or another's.
+/// Loads `backbone` from the file at `path`, written by [`write`] or by another program.
 ///
 /// # Errors
 ///
-/// The file is missing or damaged, lacks a tensor, has one of another shape or one that belongs to
-/// another network, or holds a number that is not finite. Nothing loads "what matches".
+/// The file is missing or damaged; a tensor is missing, of another shape, or not one of this network; or a
+/// value is not finite. There is no partial loading.
 pub fn read(path: &Path, backbone: &mut Segment) -> Result<()> {
     let mut tensors = open(path)?;
     let name_of_file = path.display();
@@ -65,8 +61,8 @@ pub fn read(path: &Path, backbone: &mut Segment) -> Result<()> {
     for (name, shape) in wanted {
         let tensor = tensors.remove(&name).with_context(|| {
             format!(
-                "`{name_of_file}` has no tensor `{name}`; a backbone of this depth and stem under \
-                 timm's names is needed"
+                "`{name_of_file}` has no tensor `{name}`; it must hold a backbone of this depth and stem under \
+                 timm's names"
             )
         })?;
         ensure!(
@@ -77,7 +73,7 @@ pub fn read(path: &Path, backbone: &mut Segment) -> Result<()> {
         );
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if let Some(place) = values.iter().position(|v| !v.is_finite()) {
-            bail!("value {place} of tensor `{name}` of `{name_of_file}` is {}", values[place])
+            bail!("value {place} of tensor `{name}` in `{name_of_file}` is {}", values[place])
         }
         if name.ends_with(".running_mean") || name.ends_with(".running_var") {
             backbone.statistics.set(&name, &values)?;
@@ -94,15 +90,15 @@ pub fn read(path: &Path, backbone: &mut Segment) -> Result<()> {
     Ok(())
 }
 
-/// All tensors of the file; the checksum of one of ours is checked.
+/// All tensors of the file. If the file is a container, its checksum is checked.
 fn open(path: &Path) -> Result<HashMap<String, Tensor>> {
     let bytes =
         fs::read(path).with_context(|| format!("opening the backbone `{}`", path.display()))?;
     let tensors =
         candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).with_context(|| {
             format!(
-                "`{}` is not a whole safetensors file; fetch it again, and convert a .pth with \
-             safetensors.torch.save_file",
+                "`{}` is not a complete safetensors file; download it again, or convert a .pth file \
+                 with safetensors.torch.save_file",
                 path.display()
             )
         })?;
@@ -133,7 +129,7 @@ mod tests {
         Ok(tensors.into_iter().map(|(name, t)| (name, t.dims().to_vec())).collect())
     }
 
-    /// The state dictionary of `timm.create_model("resnet18", num_classes=0)`, told by its rules.
+    /// The state dictionary of `timm.create_model("resnet18", num_classes=0)`, constructed from its rules.
     fn names_and_shapes_of_timm() -> BTreeMap<String, Vec<usize>> {
         let mut all = BTreeMap::new();
         let norm = |all: &mut BTreeMap<_, _>, name: String, width: usize| {
@@ -169,7 +165,7 @@ mod tests {
         let path = folder.path().join(NAME);
         assert_eq!(shapes(&path)?, names_and_shapes_of_timm());
 
-        // With the 3×3 stem, the convolution that the documentation puts in its place.
+        // With the 3×3 stem, the convolution that the documentation replaces it by.
         write(folder.path(), &backbone(64, Stem::Plain, 1)?)?;
         let mut want = names_and_shapes_of_timm();
         want.insert("conv1.weight".into(), vec![64, 3, 3, 3]);
@@ -178,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_a_foreign_file_too() -> Result<()> {
+    fn written_and_foreign_files_are_read() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let written = backbone(2, Stem::Large, 1)?;
         write(folder.path(), &written)?;
@@ -204,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn other_networks_and_damaged_files_are_refused_by_name() -> Result<()> {
+    fn other_networks_and_damaged_files_are_errors_that_name_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
         write(folder.path(), &backbone(2, Stem::Large, 1)?)?;
         let path = folder.path().join(NAME);
@@ -241,7 +237,7 @@ mod tests {
         fs::write(&path, &bytes)?;
         refused(&path, segment, "damaged");
         fs::write(&path, &bytes[..bytes.len() / 2])?;
-        refused(&path, segment, "not a whole safetensors file");
+        refused(&path, segment, "not a complete safetensors file");
         Ok(())
     }
 }

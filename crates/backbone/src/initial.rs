@@ -1,23 +1,23 @@
-//! First weights.
+//! Initial weights.
 //!
-//! Convolutions: normal with variance `2 / (O·KH·KW)` (Kaiming, fan-out), but the 3×3 stem uniform
-//! within `±1/√fan_in` (Kaiming-uniform with a = √5, the default of the framework in which it
-//! replaces the published stem; a segment named `encoder` has fan-out in every convolution, as
-//! IMC-SwAV publishes it). Linear layers: weight and bias uniform within `±1/√fan_in`, but
-//! the predictor's weights normal with deviation 0.01 and its biases 0. Batch norm: weight 1,
-//! bias 0, the last one of a block included.
+//! - Convolutions: normal with variance `2 / (O·KH·KW)` (Kaiming, fan-out). The 3×3 stem is uniform within
+//!   `±1/√fan_in` (Kaiming-uniform with a = √5, the default of the framework in which it replaces the
+//!   published stem), except in a segment named `encoder`, where IMC-SwAV publishes fan-out.
+//! - Linear layers: weight and bias uniform within `±1/√fan_in`. In the predictor, the weights are normal
+//!   with deviation 0.01 and the biases 0.
+//! - Batch norm: weight 1 and bias 0, for the last one of a block too.
 //!
-//! Every tensor is drawn from a stream of its own, named after it: a layer more or less changes no
-//! other layer's weights.
+//! Every tensor has its own random stream, named after it, so that adding or removing a layer does not change
+//! the weights of others.
 
 use layers::Kind;
 use rand::RngExt;
 use rand_distr::{Distribution, Normal, Uniform};
 
-/// What a tensor's first values are drawn from.
+/// The distribution of a tensor's initial values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Draw {
-    /// Every value the same.
+    /// The same value everywhere.
     Constant(f32),
     /// Normal with mean 0 and this deviation.
     Normal(f64),
@@ -26,14 +26,14 @@ pub(crate) enum Draw {
 }
 
 impl Draw {
-    /// The rule for a parameter of segment `segment`; `weight_shape` is the shape of the weight
-    /// that a bias belongs to, or the parameter's own.
+    /// The distribution for a parameter of `segment`. `weight_shape` is the shape of the parameter, or for a
+    /// bias that of its weight.
     pub(crate) fn of(segment: &str, name: &str, kind: Kind, weight_shape: &[usize]) -> Self {
         let fan_in = weight_shape.iter().skip(1).product::<usize>() as f64;
         let fan_out =
             (weight_shape.iter().product::<usize>() / weight_shape.get(1).unwrap_or(&1)) as f64;
         match kind {
-            // Of the stems, only the 7×7 one is published with fan-out.
+            // Fan-out is published for the 7×7 stem only.
             Kind::ConvolutionWeight
                 if segment != "encoder"
                     && name == "conv1.weight"
@@ -50,7 +50,7 @@ impl Draw {
         }
     }
 
-    /// `count` values for the tensor called `segment.name` of a run with this seed.
+    /// Draws `count` values for the tensor `segment.name` of a run with this seed.
     pub(crate) fn values(self, seed: u64, segment: &str, name: &str, count: usize) -> Vec<f32> {
         let mut random = stage::random::stream(seed, &format!("weights of {segment}.{name}"), &[]);
         let sample = |draw: &mut dyn FnMut() -> f64| (0..count).map(|_| draw() as f32).collect();
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_have_the_stated_spread_and_differ_by_seed_and_name() {
+    fn draws_have_the_stated_deviation_and_differ_by_seed_and_name() {
         let spread = |values: &[f32]| {
             (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt()
         };

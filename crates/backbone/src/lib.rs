@@ -1,25 +1,45 @@
-//! Backbones: the residual networks that turn pictures into embeddings, the small networks behind
-//! them, and their files.
+//! Backbones: the residual networks that map images to embeddings, the small networks after them, and their
+//! files.
 //!
-//! A [`Segment`] is one of the three parts a picture passes through: backbone (picture to
-//! embedding), projector (embedding to projection), predictor (projection to prediction). It is a
-//! [plan](layers::Network) with its values. The plans are told in [`resnet`] and [`perceptron`],
-//! first weights in [`Segment::random`], the files in [`network_file`], [`backbone_file`] and
-//! [`Configuration`].
+//! A [`Segment`] is one of the three parts that an image passes through: backbone (image to embedding),
+//! projector (embedding to projection), predictor (projection to prediction). It is a
+//! [plan](layers::Network) with its parameters and statistics. The plans are in [`resnet`] and
+//! [`perceptron`], the initial weights in [`Segment::random`], the files in [`network_file`],
+//! [`backbone_file`] and [`Configuration`]:
 //!
-//! This crate knows no picture files, no loss and no training.
+//! ```
+//! use backbone::{Architecture, Depth, Segment, Stem, backbone_file, resnet};
+//! use candle_core::{DType, Device, Tensor};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let architecture = Architecture { depth: Depth::Ten, width: 8, stem: Stem::Plain };
+//! let mut backbone = Segment::random("backbone", resnet::plan(&architecture, 3)?, 0)?;
+//! let images = Tensor::zeros((2, 32, 32, 3), DType::F32, &Device::Cpu)?; // (N, H, W, C)
+//! let embeddings = backbone.infer(&images)?;
+//! assert_eq!(embeddings.dims(), [2, architecture.embedding_width()]);
+//!
+//! let folder = tempfile::tempdir()?;
+//! backbone_file::write(folder.path(), &backbone)?; // Under timm's names.
+//! let mut copy = Segment::empty(resnet::plan(&architecture, 3)?);
+//! backbone_file::read(&folder.path().join(backbone_file::NAME), &mut copy)?;
+//! assert_eq!(copy.infer(&images)?.to_vec2::<f32>()?, embeddings.to_vec2::<f32>()?);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! This crate knows no image files, no loss and no training.
 //!
 //! # In Python
 //!
 //! `backbone.safetensors` holds timm's names and shapes. A network with the `7x7` stem, width 64
-//! and depth 18, 34 or 50 loads as it is:
+//! and depth 18, 34 or 50 loads unchanged:
 //!
 //! ```python
 //! model = timm.create_model("resnet18", num_classes=0)
 //! model.load_state_dict(safetensors.torch.load_file("backbone.safetensors"))
 //! ```
 //!
-//! For the stems with a 3×3 convolution, stem and pool are exchanged first:
+//! For the stems with a 3×3 convolution, replace stem and pool first:
 //!
 //! ```python
 //! model = timm.create_model("resnet18", num_classes=0)
@@ -28,8 +48,8 @@
 //! ```
 //!
 //! with `torch.nn.MaxPool2d(2)` in place of `Identity()` for `3x3-pool`, and
-//! `torch.nn.MaxPool2d(2, padding=1)` for `3x3-pool-padded`. Input size, mean and standard
-//! deviation stand in `config.json` beside it.
+//! `torch.nn.MaxPool2d(2, padding=1)` for `3x3-pool-padded`. Input size, mean and standard deviation are in
+//! the `config.json` of the same folder.
 
 mod architecture;
 pub mod backbone_file;

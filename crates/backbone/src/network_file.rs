@@ -5,7 +5,7 @@
 //! `online.projector`, `online.predictor`, `target.backbone`, `target.projector`, and the names
 //! below a backbone are timm's. Convolutions are `(O, I, KH, KW)`, linear weights `(out, in)`.
 //!
-//! [`tensors`] and [`fill`] are the same for files that hold more, such as a run's state.
+//! [`tensors`] and [`load`] also serve files that hold more, such as the state of a run.
 
 use std::path::Path;
 
@@ -18,32 +18,28 @@ use crate::Segment;
 pub const KIND: &str = "network";
 /// Its format version.
 pub const VERSION: u64 = 1;
-/// Its name in a stage's output folder.
+/// Its name in the output folder of a stage.
 pub const NAME: &str = "network.safetensors";
 
-/// A tensor on its way to a file.
+/// A tensor to be written to a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedTensor {
     /// Name in the file.
     pub name: String,
-    /// Extents, outermost first.
+    /// Shape, outermost first.
     pub shape: Vec<usize>,
     /// Values, row by row.
     pub values: Vec<f32>,
 }
 
 impl NamedTensor {
-    /// As the container takes it.
+    /// The tensor in the form of the container.
     pub fn as_f32(&self) -> container::Tensor<'_> {
         container::Tensor::f32(&self.name, &self.shape, &self.values)
     }
 }
 
 /// Every parameter and statistic of `segment`, named `prefix.<name>`.
-///
-/// # Errors
-///
-/// The values cannot be read from the device.
 pub fn tensors(prefix: &str, segment: &Segment) -> Result<Vec<NamedTensor>> {
     let parameters = segment.parameters.entries().iter().map(|entry| {
         let values = segment.parameters.get(&entry.name)?;
@@ -61,13 +57,13 @@ pub fn tensors(prefix: &str, segment: &Segment) -> Result<Vec<NamedTensor>> {
     parameters.chain(statistics).collect()
 }
 
-/// Fills every parameter and statistic of `segment` from the tensors `prefix.<name>` of `file`.
+/// Loads every parameter and statistic of `segment` from the tensors `prefix.<name>` of `file`.
 ///
 /// # Errors
 ///
-/// A tensor is missing, has another shape, or holds a number that is not finite; or the file has
-/// tensors below `prefix` that the segment lacks, so that it is the file of another network.
-pub fn fill(file: &Container, prefix: &str, segment: &mut Segment) -> Result<()> {
+/// A tensor is missing, has another shape, or holds a value that is not finite; or the file has a tensor
+/// below `prefix` that the segment lacks, so it belongs to another network.
+pub fn load(file: &Container, prefix: &str, segment: &mut Segment) -> Result<()> {
     let mut known = Vec::new();
     for entry in segment.parameters.entries().to_vec() {
         let name = format!("{prefix}.{}", entry.name);
@@ -102,11 +98,7 @@ fn read(file: &Container, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     file.f32(name)
 }
 
-/// Writes `network.safetensors` in `folder`, whole or not at all.
-///
-/// # Errors
-///
-/// A value is not finite, or the file system refuses.
+/// Writes `network.safetensors` in `folder` atomically. A value that is not finite is an error.
 pub fn write(folder: &Path, segments: &[(&str, &Segment)]) -> Result<()> {
     let mut all = Vec::new();
     for (prefix, segment) in segments {
@@ -115,21 +107,15 @@ pub fn write(folder: &Path, segments: &[(&str, &Segment)]) -> Result<()> {
     write_tensors(folder, &all)
 }
 
-/// Writes `network.safetensors` in `folder` out of [`tensors`] and what else belongs to it.
-///
-/// # Errors
-///
-/// A value is not finite, or the file system refuses.
+/// Writes `network.safetensors` in `folder` from [`tensors`] and further tensors. A value that is not finite
+/// is an error.
 pub fn write_tensors(folder: &Path, tensors: &[NamedTensor]) -> Result<()> {
     let views: Vec<_> = tensors.iter().map(NamedTensor::as_f32).collect();
     container::write(&folder.join(NAME), KIND, VERSION, Header::new(), &views)
 }
 
-/// Opens and checks `network.safetensors` in `folder`, ready for [`fill`].
-///
-/// # Errors
-///
-/// The file is missing, foreign, cut short or damaged; the message says what to do.
+/// Opens and checks `network.safetensors` in `folder`, for [`load`]. An error says what to do about a missing,
+/// foreign, truncated or damaged file.
 pub fn open(folder: &Path) -> Result<Container> {
     Container::open(&folder.join(NAME), KIND, VERSION).with_context(|| {
         format!(
@@ -164,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_are_read_as_written_and_equal_ones_are_equal_bytes() -> Result<()> {
+    fn networks_are_read_as_written_and_equal_networks_are_equal_bytes() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (backbone, projector) = (random_backbone(2, 1)?, random_projector(1)?);
         let segments = [("online.backbone", &backbone), ("target.projector", &projector)];
@@ -176,7 +162,7 @@ mod tests {
         let file = open(folder.path())?;
         let mut read = random_projector(2)?;
         assert_ne!(read.parameters.to_vec()?, projector.parameters.to_vec()?);
-        fill(&file, "target.projector", &mut read)?;
+        load(&file, "target.projector", &mut read)?;
         assert_eq!(read.parameters.to_vec()?, projector.parameters.to_vec()?);
         assert_eq!(read.statistics.to_vec()?, projector.statistics.to_vec()?);
         Ok(())
@@ -189,7 +175,7 @@ mod tests {
         write(folder.path(), &[("online.backbone", &backbone)])?;
         let file = open(folder.path())?;
         let refused = |prefix, mut segment: Segment, words: &str| {
-            let message = fill(&file, prefix, &mut segment).expect_err("refused").to_string();
+            let message = load(&file, prefix, &mut segment).expect_err("refused").to_string();
             assert!(message.contains(NAME) && message.contains(words), "{message}");
         };
         refused("target.backbone", random_backbone(2, 1)?, "target.backbone");

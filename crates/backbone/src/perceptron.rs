@@ -1,19 +1,18 @@
-//! The plan of projector and predictor: linear, batch norm, ReLU, linear; or two linear layers.
+//! The plans of projector and predictor: linear, batch norm, ReLU, linear; or only two linear layers.
 //!
-//! One block, `perceptron`; parameters `hidden.weight`, `hidden.bias`, `norm.weight`, `norm.bias`,
-//! `output.weight`, `output.bias`; those of the norm in the first alone.
+//! One block, `perceptron`. Parameters `hidden.weight`, `hidden.bias`, `norm.weight`, `norm.bias`,
+//! `output.weight`, `output.bias`; the second plan has no norm.
 
 use candle_core::Result;
 use layers::{BatchNorm, Builder, Network};
 
-/// The plan from `(N, input)` through `hidden` to `(N, output)`; no batch norm at the end.
-///
-/// # Errors
-///
-/// A width is zero.
+/// The plan from `(N, input)` through `hidden` to `(N, output)`, without batch norm at the end. A width of 0
+/// is an error.
 pub fn plan(input: usize, hidden: usize, output: usize) -> Result<Network> {
     if [input, hidden, output].contains(&0) {
-        candle_core::bail!("perceptron: widths {input}, {hidden}, {output} must be positive")
+        candle_core::bail!(
+            "perceptron: the widths are {input}, {hidden} and {output}; all must be at least 1"
+        )
     }
     let mut builder = Builder::features(input);
     builder.block("perceptron");
@@ -25,12 +24,8 @@ pub fn plan(input: usize, hidden: usize, output: usize) -> Result<Network> {
     builder.finish(value)
 }
 
-/// The plan from `(N, input)` through `hidden` to `(N, output)` with nothing between the layers, as
-/// in the published program of IMC-SwAV.
-///
-/// # Errors
-///
-/// A width is zero.
+/// The plan from `(N, input)` through `hidden` to `(N, output)` with nothing between the layers, as in the
+/// published program of IMC-SwAV. A width of 0 is an error.
 pub fn linear(input: usize, hidden: usize, output: usize) -> Result<Network> {
     let mut builder = Builder::features(input);
     builder.block("perceptron");

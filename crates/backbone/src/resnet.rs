@@ -1,5 +1,5 @@
-//! The plan of a residual network (He et al. 2016, arXiv:1512.03385), with basic blocks or with
-//! bottlenecks, without its last linear layer: the output is the global average of the last stage.
+//! The plan of a residual network (He et al. 2016, arXiv:1512.03385), with basic blocks or bottlenecks. It
+//! has no classifier: the output is the global average of the last stage.
 //!
 //! Blocks, the units of mode and of freezing, are `stem`, `layer1`, `layer2`, `layer3`, `layer4`.
 //! Parameters have timm's names: `conv1.weight`, `bn1.bias`, `layer2.0.downsample.0.weight`, …
@@ -9,16 +9,12 @@ use layers::{BatchNorm, Builder, Convolution, Network, Pool, Value};
 
 use crate::{Architecture, Stem};
 
-/// The plan for pictures of `channels` channels, `(N, H, W, C)` in and `(N, D)` out, with
-/// `D = 8 · width`, or `32 · width` with bottlenecks.
-///
-/// # Errors
-///
-/// A width or the number of channels is zero.
+/// The plan from images `(N, H, W, channels)` to embeddings `(N, D)`, with `D = 8 · width`, or `32 · width`
+/// with bottlenecks. A width or channel count of 0 is an error.
 pub fn plan(architecture: &Architecture, channels: usize) -> Result<Network> {
     if architecture.width == 0 || channels == 0 {
         candle_core::bail!(
-            "resnet: width {} and {channels} input channels; both must be positive",
+            "resnet: width {} and {channels} input channels; both must be at least 1",
             architecture.width
         )
     }
@@ -61,8 +57,7 @@ fn plan_stem(builder: &mut Builder, stem: Stem, width: usize) -> Result<Value> {
     builder.max_pool(value, pool)
 }
 
-/// `ReLU(bn2(conv2(ReLU(bn1(conv1(x))))) + shortcut(x))`: the shortcut is a 1×1 convolution with
-/// batch norm where the shape changes, else `x`.
+/// `ReLU(bn2(conv2(ReLU(bn1(conv1(x))))) + shortcut(x))`.
 fn basic_block(
     builder: &mut Builder,
     name: &str,
@@ -79,9 +74,9 @@ fn basic_block(
     builder.batch_norm(&format!("{name}.bn2"), value, norm(true, Some(shortcut)))
 }
 
-/// `ReLU(bn3(conv3(ReLU(bn2(conv2(ReLU(bn1(conv1(x)))))))) + shortcut(x))`: 1×1, 3×3 and 1×1, the
-/// last with four times the channels. The stride is that of the 3×3 convolution, as torchvision and
-/// timm have it; the paper put it into the first.
+/// `ReLU(bn3(conv3(ReLU(bn2(conv2(ReLU(bn1(conv1(x)))))))) + shortcut(x))`: 1×1, 3×3 and 1×1, the last with
+/// four times the channels. The stride is in the 3×3 convolution, as in torchvision and timm; the paper has
+/// it in the first 1×1.
 fn bottleneck(
     builder: &mut Builder,
     name: &str,
@@ -101,7 +96,7 @@ fn bottleneck(
     builder.batch_norm(&format!("{name}.bn3"), value, norm(true, Some(shortcut)))
 }
 
-/// The input itself, or where its shape changes a 1×1 convolution of it with batch norm.
+/// The input, or if its shape changes, a 1×1 convolution of it with batch norm.
 fn shortcut(
     builder: &mut Builder,
     name: &str,
@@ -158,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn every_stem_takes_pictures_that_are_not_square() -> Result<()> {
+    fn every_stem_takes_images_that_are_not_square() -> Result<()> {
         for (depth, stem) in [
             (Depth::Ten, Stem::Plain),
             (Depth::Ten, Stem::Pool),
@@ -177,8 +172,8 @@ mod tests {
         Ok(())
     }
 
-    /// Values that another program makes too: `offset + scale · v`, with `v` in [−1, 1) from the
-    /// tensor's name (FNV-1a, then splitmix64).
+    /// Values that another program can reproduce: `offset + scale · v`, with `v` in [−1, 1) derived from the
+    /// name of the tensor (FNV-1a, then splitmix64).
     fn made(name: &str, count: usize, offset: f32, scale: f32) -> Vec<f32> {
         let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
@@ -294,11 +289,11 @@ mod tests {
         Ok(())
     }
 
-    /// Backward through stride, bottleneck and shortcut, against central differences of the
-    /// output summed with uneven weights.
+    /// The backward pass through stride, bottleneck and shortcut, against central differences of a weighted
+    /// sum of the output.
     #[test]
     fn gradients_through_bottlenecks_match_central_differences() -> Result<()> {
-        // A stem and two blocks: in the whole network, kinks of ReLUs outweigh any difference.
+        // A stem and two blocks: in a deeper network, the kinks of ReLUs dominate the differences.
         let mut builder = Builder::images(2);
         let value = plan_stem(&mut builder, Stem::Plain, 3)?;
         let value = bottleneck(&mut builder, "layer2.0", value, 3, 2, 2)?;
@@ -337,7 +332,7 @@ mod tests {
             "layer2.1.bn3.weight",
         ] {
             let (analytic, at) = (gradients.get(name)?, parameters.get(name)?);
-            // Along a direction through all values of the tensor: the gradient's own.
+            // Along the direction of the gradient, which involves all values of the tensor.
             let length = analytic.iter().map(|g| g * g).sum::<f32>().sqrt();
             let shifted = |h: f32| -> Result<f64> {
                 let mut moved = parameters.clone();

@@ -1,29 +1,25 @@
-//! A plan with its values.
+//! A plan with its parameters and statistics.
 
 use candle_core::{Device, Result, Tensor};
 use layers::{Entry, Gradients, Inference, Modes, Network, Parameters, Statistics, Tape};
 
 use crate::initial::Draw;
 
-/// One of the parts a picture passes through, with its values: backbone, projector or predictor.
+/// One of the parts that an image passes through: backbone, projector or predictor.
 #[derive(Clone)]
 pub struct Segment {
     network: Network,
-    /// The values that learning changes.
+    /// The numbers that training changes.
     pub parameters: Parameters,
     /// Running mean and variance of every batch norm.
     pub statistics: Statistics,
-    /// Made when it is first used, anew after changes.
+    /// Created at first use, and again after a change.
     inference: Option<Inference>,
 }
 
 impl Segment {
-    /// First weights for `plan`, drawn for the segment `name` of a run with this seed. What is
-    /// drawn from stands in the source of this crate's `initial` module, with its reasons.
-    ///
-    /// # Errors
-    ///
-    /// A layer cannot take its values: a fault of this program.
+    /// A segment with random initial weights, for the segment `name` of a run with this seed. The module
+    /// `initial` documents the distributions.
     pub fn random(name: &str, plan: Network, seed: u64) -> Result<Self> {
         let mut segment = Self::empty(plan);
         let entries = segment.parameters.entries().to_vec();
@@ -38,8 +34,7 @@ impl Segment {
         Ok(segment)
     }
 
-    /// `plan` with values that are to be read from a file: see
-    /// [`network_file::fill`](crate::network_file::fill).
+    /// A segment whose numbers are loaded next: see [`network_file::load`](crate::network_file::load).
     pub fn empty(plan: Network) -> Self {
         let (parameters, statistics) = (plan.parameters(), plan.statistics());
         Self { network: plan, parameters, statistics, inference: None }
@@ -50,11 +45,7 @@ impl Segment {
         &self.network
     }
 
-    /// The first parameter or statistic with a NaN or an infinity.
-    ///
-    /// # Errors
-    ///
-    /// The device that they lie on fails.
+    /// The name of the first parameter or statistic with a NaN or an infinity.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
         match self.parameters.first_non_finite()? {
             None => self.statistics.first_non_finite(),
@@ -62,50 +53,33 @@ impl Segment {
         }
     }
 
-    /// The same segment, computing on `device`: see [`Network::on`].
-    ///
-    /// # Errors
-    ///
-    /// A device fails.
+    /// A copy on `device`: see [`Network::on`].
     pub fn on(&self, device: &Device) -> Result<Self> {
         self.with_network(self.network.on(device))
     }
 
-    /// The same values in `network`, which has the same entries.
-    ///
-    /// # Errors
-    ///
-    /// It has others, or a device fails.
+    /// A copy for `network`, which must have the same entries.
     pub fn with_network(&self, network: Network) -> Result<Self> {
         let parameters = self.parameters.to(&network)?;
         let statistics = self.statistics.to(&network)?;
         Ok(Self { network, parameters, statistics, inference: None })
     }
 
-    /// Output of every row of `input`; batch norm as `modes` says. Running statistics are updated
-    /// where batch statistics are used. With a tape, what [`Network::backward`] needs is kept.
-    ///
-    /// # Errors
-    ///
-    /// `input` does not have the shape that the plan takes.
+    /// The output of every row of `input`, as [`Network::forward`].
     pub fn forward(
         &mut self,
         input: &Tensor,
         modes: &Modes,
         tape: Option<&mut Tape>,
     ) -> Result<Tensor> {
-        // Training has no use for it, and its memory.
+        // Training does not use it, and needs its memory.
         self.inference = None;
         self.network.forward(&self.parameters, &mut self.statistics, input, modes, tape)
     }
 
-    /// Output of every row of `input` on running statistics, each row by itself: faster than
-    /// [`forward`](Self::forward), since batch norms are folded into the weights when they have
-    /// changed. See [`Inference`].
-    ///
-    /// # Errors
-    ///
-    /// `input` does not have the shape that the plan takes.
+    /// The output of every row of `input` on running statistics; each row depends on its own input alone.
+    /// Faster than [`forward`](Self::forward), since batch norms are folded into the weights once after
+    /// each change: see [`Inference`].
     pub fn infer(&mut self, input: &Tensor) -> Result<Tensor> {
         let Self { network, parameters, statistics, inference } = self;
         match inference {
@@ -119,15 +93,12 @@ impl Segment {
         }
     }
 
-    /// Adds the gradients of one forward pass to `gradients`, and empties its tape.
+    /// Adds the gradients of one forward pass to `gradients` and empties its tape, as
+    /// [`Network::backward`].
     ///
-    /// - `at_output`: gradient of the loss at the output of that pass.
+    /// - `at_output`: gradient of the loss with respect to the output of that pass.
     ///
-    /// Returns the gradient at the input where it was asked for.
-    ///
-    /// # Errors
-    ///
-    /// The tape is empty, or `at_output` does not have the output's shape.
+    /// Returns the gradient of the input if `input_gradient` is set.
     pub fn backward(
         &self,
         tape: &mut Tape,

@@ -80,7 +80,7 @@ impl<'a> Checkpoint<'a> {
     pub fn segment(&mut self, name: &str, segment: &mut Segment) -> Result<()> {
         match &mut self.0 {
             Access::Save { network, .. } => network.extend(network_file::tensors(name, segment)?),
-            Access::Load { network: Some(file), .. } => network_file::fill(file, name, segment)?,
+            Access::Load { network: Some(file), .. } => network_file::load(file, name, segment)?,
             Access::Load { network: None, .. } => {}
         }
         Ok(())

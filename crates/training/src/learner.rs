@@ -282,8 +282,8 @@ impl Target {
         let mut backbone = empty(encoder.backbone_plan()?);
         let mut projector = empty(encoder.projector_plan(with_norm)?);
         let reading = || format!("reading the {found} network");
-        network_file::fill(&file, to_backbone, &mut backbone).with_context(reading)?;
-        network_file::fill(&file, to_projector, &mut projector).with_context(reading)?;
+        network_file::load(&file, to_backbone, &mut backbone).with_context(reading)?;
+        network_file::load(&file, to_projector, &mut projector).with_context(reading)?;
         Ok((Self { backbone, projector }, found))
     }
 
