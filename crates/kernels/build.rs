@@ -1,17 +1,17 @@
-//! Compiles the kernels for CUDA, `cuda/*.cu`, to PTX where the feature `cuda` is on; else does nothing.
+//! Compiles the CUDA kernels, `cuda/*.cu`, to PTX if the feature `cuda` is on.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Source, result, and what is defined.
+/// Source, output and definitions of each compilation.
 const KERNELS: [(&str, &str, &[&str]); 3] = [
     ("flat.cu", "flat.ptx", &[]),
     ("norm.cu", "norm-f32.ptx", &[]),
     ("norm.cu", "norm-bf16.ptx", &["-DBF16"]),
 ];
 
-/// The oldest cards that nvcc 13 compiles for: the driver makes of this PTX what its card runs.
+/// The oldest architecture of nvcc 13. The driver compiles this PTX for its card.
 const ARCHITECTURE: &str = "compute_75";
 
 fn main() {
@@ -44,8 +44,8 @@ fn compile(nvcc: &Path, source: &Path, ptx: &Path, defined: &[&str]) {
         Err(error) => error.to_string(),
     };
     panic!(
-        "compiling {} with `{}` failed: {failure}\nthe feature `cuda` needs nvcc of CUDA 13: in NVCC, \
-         in CUDA_HOME/bin or in PATH; `eval \"$(cargo xtask cuda-toolchain)\"` brings one",
+        "compiling {} with `{}` failed: {failure}\nthe feature `cuda` needs nvcc of CUDA 13 in NVCC, in \
+         CUDA_HOME/bin or in PATH; `eval \"$(cargo xtask cuda-toolchain)\"` installs one",
         source.display(),
         nvcc.display()
     );

@@ -1,13 +1,13 @@
 // One source for two compilers.
 //
-// nvcc makes PTX of it. A C compiler makes of each kernel a function that computes one block, whose
-// place in the grid stands in `block_x` and `block_y`: so the tests run it on machines without a GPU.
-// Hence nothing but what both languages have in common, no `return` before the end of a kernel, and
-// nothing kept from one EACH_THREAD to the next but in SHARED memory.
+// nvcc compiles it to PTX. A C compiler turns each kernel into a function that computes one block, whose
+// position in the grid is in `block_x` and `block_y`: so the tests run it on machines without a GPU.
+// Therefore: only what both languages have in common, no `return` before the end of a kernel, and no state
+// between two EACH_THREAD except in SHARED memory.
 
 #pragma once
 
-// Threads of a block, and how the kernels of norms arrange them: 32 neighbouring channels of 8 rows.
+// Threads per block, and their arrangement in the kernels of norms: 32 adjacent channels of 8 rows.
 #define THREADS 256
 #define CHANNELS 32
 #define LANES (THREADS / CHANNELS)
@@ -21,7 +21,7 @@ typedef unsigned long long size;
 #define SHARED __shared__
 #define block_x blockIdx.x
 #define block_y blockIdx.y
-// Once by every thread of the block; when it ends, all have written what they wrote.
+// Executed by every thread of the block; all writes are visible when it ends.
 #define EACH_THREAD for (unsigned thread = threadIdx.x, go = 1; go; go = 0, __syncthreads())
 
 #else
@@ -37,7 +37,7 @@ const unsigned threads = THREADS;
 
 #endif
 
-// What values are stored as; sums and parameters are f32 throughout.
+// The type of stored values; sums and parameters are always f32.
 #ifdef BF16
 
 typedef unsigned short number;
@@ -48,7 +48,7 @@ INSIDE float wide(number x) {
     return all.value;
 }
 
-// To the nearest, of two equally near the even one; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 INSIDE number narrow(float x) {
     union { float value; unsigned bits; } all;
     all.value = x;

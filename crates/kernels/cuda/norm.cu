@@ -1,8 +1,8 @@
-// Batch norm with the sum and the ReLU that follow it: y = relu((z - mean) inverse w + b + residual).
+// Batch norm with the residual sum and the ReLU that follow it: y = relu((z - mean) inverse w + b + residual).
 //
-// Values are (rows, channels), a row for each pixel of each image. A block takes CHANNELS channels of
-// one part of the rows; each thread goes down one channel, every LANES-th row. Sums over all rows are
-// made in two steps, first of each part and then of the parts, in an order that the shape decides.
+// Values are (rows, channels), with one row per pixel of each image. A block processes CHANNELS channels of
+// one part of the rows; each thread processes every LANES-th row of one channel. Sums over all rows are
+// computed in two steps, within parts and then over parts, in an order that depends on the shape alone.
 
 #include "grid.h"
 
@@ -20,8 +20,8 @@ INSIDE size end_row(Extent e) {
     return end < e.rows ? end : e.rows;
 }
 
-// Mean and sum of squared deviations of each part, (parts, 2, channels). The first row is taken off
-// before squares are summed, so that a mean far from zero costs no digits.
+// Mean and sum of squared deviations of each part, (parts, 2, channels). The first row is subtracted before
+// squares are summed, so that a mean far from zero costs no digits.
 KERNEL moments_of_parts(const number *z, float *parts, Extent e) {
     SHARED float sums[THREADS], squares[THREADS];
     EACH_THREAD {
@@ -46,10 +46,10 @@ KERNEL moments_of_parts(const number *z, float *parts, Extent e) {
                 sum += sums[lane * CHANNELS + thread];
                 square += squares[lane * CHANNELS + thread];
             }
-            float rest = square - sum * sum / count;
+            float centred = square - sum * sum / count;
             size at = (size)block_y * 2 * e.channels + channel;
             parts[at] = wide(z[first_row(e) * e.channels + channel]) + sum / count;
-            parts[at + e.channels] = rest > 0 ? rest : 0;
+            parts[at + e.channels] = centred > 0 ? centred : 0;
         }
     }
 }
@@ -65,7 +65,7 @@ INSIDE void join(double *count, double *mean, double *square, double n, double m
     *count = all;
 }
 
-// Of the whole batch, (4, channels): mean, 1 / sqrt(variance + epsilon), and the running mean and
+// The moments of the whole batch, (4, channels): mean, 1 / sqrt(variance + epsilon), and the running mean and
 // variance after it.
 KERNEL moments(const float *parts, const float *running_mean, const float *running_variance,
                float *result, Extent e, float epsilon, float momentum) {
@@ -104,7 +104,7 @@ KERNEL moments(const float *parts, const float *running_mean, const float *runni
     }
 }
 
-// - residual: 0 where there is none.
+// - residual: 0 if there is none.
 KERNEL apply(const number *z, const number *residual, const float *mean, const float *inverse,
              const float *weight, const float *bias, number *y, Extent e, unsigned relu) {
     EACH_THREAD {
@@ -122,13 +122,13 @@ KERNEL apply(const number *z, const number *residual, const float *mean, const f
     }
 }
 
-// What of the gradient passes the ReLU, whose output was y; all where there was none (y = 0).
+// The gradient after the backward pass of a ReLU with output y; unchanged if there is none (y = 0).
 INSIDE float passed(const number *gradient, const number *y, size at) {
     return !y || wide(y[at]) > 0 ? wide(gradient[at]) : 0;
 }
 
-// Of each part the sums of g and of g (z - mean) inverse, (parts, 2, channels): what the parts add to
-// the gradients of bias and weight.
+// The sums of g and of g (z - mean) inverse of each part, (parts, 2, channels): its contributions to the
+// gradients of bias and weight.
 KERNEL gradients_of_parts(const number *gradient, const number *y, const number *z, const float *mean,
                           const float *inverse, float *parts, Extent e) {
     SHARED float sums[THREADS], products[THREADS];
@@ -193,11 +193,11 @@ KERNEL gradients(const float *parts, float *result, Extent e) {
     }
 }
 
-// The gradient of z, and of the residual: w inverse (g - sums / rows - x products / rows), with
-// x = (z - mean) inverse, where mean and inverse are the batch's, else w inverse g.
+// The gradients of z and of the residual. That of z is w inverse (g - sums / rows - x products / rows) with
+// x = (z - mean) inverse if mean and inverse are those of the batch, else w inverse g.
 //
-// - sums: what `gradients` made, or 0 for running statistics.
-// - of_input, of_residual: 0 where it is not asked for.
+// - sums: the result of `gradients`, or 0 for running statistics.
+// - of_input, of_residual: 0 if not wanted.
 KERNEL gradients_of_values(const number *gradient, const number *y, const number *z, const float *mean,
                            const float *inverse, const float *weight, const float *sums,
                            number *of_input, number *of_residual, Extent e) {

@@ -1,5 +1,5 @@
-//! Memory for values: aligned, and reused from step to step.
-#![expect(unsafe_code, reason = "a cache-line-aligned buffer is viewed as the numbers it holds")]
+//! Buffers for values: aligned memory, reused from step to step.
+#![expect(unsafe_code, reason = "memory aligned to cache lines is viewed as numbers")]
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Precision;
 use crate::element::{Element, Half};
+use crate::pages::{self, HUGE_PAGE};
 
 /// Numbers in one cache line and in one AVX-512 register.
 const LINE: usize = 16;
@@ -18,12 +19,11 @@ const LINE: usize = 16;
 #[repr(C, align(64))]
 struct Line([f32; LINE]);
 
-/// Bytes of a huge page. From twice as many on, memory begins at one and the system is asked to use
-/// them: a step touches hundreds of megabytes, and each small page costs a fault the first time and
-/// a place in the translation cache ever after.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Memory of a fixed length, all of it initialised.
+/// Initialised memory of a fixed length.
+///
+/// From two huge pages on, it begins at one and the system is asked to use them: a step touches
+/// hundreds of megabytes, where each small page costs a fault at first use and an entry in the
+/// translation cache.
 struct Lines {
     start: NonNull<Line>,
     len: usize,
@@ -44,9 +44,9 @@ impl Lines {
         let memory = unsafe { std::alloc::alloc(layout) };
         let Some(start) = NonNull::new(memory.cast::<Line>()) else { handle_alloc_error(layout) };
         if layout.align() == HUGE_PAGE {
-            advise_huge_pages(memory, layout.size());
+            pages::advise_huge_pages(memory, layout.size());
         }
-        // SAFETY: all of it was just allocated; zero bytes are zeros of every precision.
+        // SAFETY: the memory was just allocated with this size; zero bytes are zeros of every precision.
         unsafe { memory.write_bytes(0, layout.size()) };
         Lines { start, len }
     }
@@ -61,7 +61,7 @@ impl Lines {
 impl Drop for Lines {
     fn drop(&mut self) {
         if self.len > 0 {
-            // SAFETY: allocated in `zeros` with the same layout, and nobody else's.
+            // SAFETY: allocated in `zeros` with the same layout, and owned by `self`.
             unsafe { std::alloc::dealloc(self.start.as_ptr().cast(), Lines::layout(self.len)) }
         }
     }
@@ -71,41 +71,21 @@ impl Deref for Lines {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: `len` initialised lines from `start` on; when it is 0, any aligned place will do.
+        // SAFETY: `len` initialised lines begin at `start`; for 0, any aligned address is valid.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [Line] {
-        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        // SAFETY: as above; `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
-/// Asks for huge pages; a system that has none to give says so, and small ones serve as well.
-#[cfg_attr(
-    not(all(target_os = "linux", not(miri))),
-    expect(unused_variables, reason = "Linux asks")
-)]
-fn advise_huge_pages(start: *mut u8, bytes: usize) {
-    #[cfg(all(target_os = "linux", not(miri)))]
-    {
-        use std::ffi::{c_int, c_void};
-        unsafe extern "C" {
-            /// Of the C library, which the standard library links.
-            fn madvise(start: *mut c_void, bytes: usize, advice: c_int) -> c_int;
-        }
-        const MADV_HUGEPAGE: c_int = 14;
-        // SAFETY: the range is one allocation of whole pages but for its end; this advice changes
-        // no contents.
-        unsafe { madvise(start.cast(), bytes & !(HUGE_PAGE - 1), MADV_HUGEPAGE) };
-    }
-}
-
-/// A run of numbers that starts on a cache line. It goes back to its [`BufferPool`] when dropped.
+/// Numbers that begin on a cache line. Dropping a buffer returns its memory to its [`BufferPool`].
 ///
-/// One of f32 dereferences to its numbers; what is stored otherwise only the kernels read.
+/// A buffer of f32 dereferences to its numbers; only the kernels read those of another precision.
 pub struct Buffer {
     lines: Lines,
     len: usize,
@@ -114,37 +94,37 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// `len` zeros, f32, that belong to no pool.
+    /// `len` f32 zeros, outside any pool.
     pub fn zeros(len: usize) -> Buffer {
         Buffer::zeros_of(Precision::F32, len)
     }
 
-    /// `len` zeros that belong to no pool.
+    /// `len` zeros, outside any pool.
     pub fn zeros_of(precision: Precision, len: usize) -> Buffer {
         let lines = Lines::zeros(lines_of(precision, len));
         Buffer { lines, len, precision, pool: None }
     }
 
-    /// How its numbers are stored.
+    /// How the numbers are stored.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// How many numbers it holds.
+    /// The count of numbers.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it holds none.
+    /// Whether there are no numbers.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Overwrites it with another of the same kind.
+    /// Copies the numbers of another buffer.
     ///
     /// # Panics
     ///
-    /// When length or precision differ.
+    /// If length or precision differ.
     pub fn copy_from(&mut self, other: &Buffer) {
         assert_eq!((self.len, self.precision), (other.len, other.precision));
         self.bytes_mut().copy_from_slice(other.bytes());
@@ -152,25 +132,25 @@ impl Buffer {
 
     pub(crate) fn halves(&self) -> &[Half] {
         assert_eq!(self.precision, Precision::Bf16);
-        // SAFETY: the lines hold at least `2 * len` initialised bytes, aligned to 64; `Half` is a
-        // transparent `u16`, for which any bits are valid.
+        // SAFETY: the lines hold at least `2 * len` initialised bytes, aligned to 64; any bits are valid for
+        // `Half`, a transparent `u16`.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 
     pub(crate) fn halves_mut(&mut self) -> &mut [Half] {
         assert_eq!(self.precision, Precision::Bf16);
-        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        // SAFETY: as above; `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 
-    /// The same memory as bytes.
+    /// The numbers as bytes.
     pub fn bytes(&self) -> &[u8] {
         let bytes = self.precision.bytes() * self.len;
         // SAFETY: the lines hold at least that many initialised bytes.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), bytes) }
     }
 
-    /// The same memory as bytes, to write.
+    /// The numbers as bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let bytes = self.precision.bytes() * self.len;
         // SAFETY: as above, and any bytes are valid numbers.
@@ -190,8 +170,8 @@ impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         assert_eq!(self.precision, Precision::F32);
-        // SAFETY: `Line` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines
-        // are `16 * lines.len()` initialised numbers in a row, and `len` is at most that.
+        // SAFETY: `Line` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines are
+        // `16 * lines.len()` contiguous initialised numbers, and `len` is at most that.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 }
@@ -199,7 +179,7 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         assert_eq!(self.precision, Precision::F32);
-        // SAFETY: as above; `&mut self` makes the borrow the only one.
+        // SAFETY: as above; `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
@@ -216,12 +196,12 @@ fn lines_of(precision: Precision, len: usize) -> usize {
     (len * precision.bytes()).div_ceil(size_of::<Line>())
 }
 
-/// Runs `work` on memory of this thread's own with whatever values its last use left in it. It grows
-/// with the first use that needs more and stays until the thread ends.
+/// Runs `work` on scratch memory of this thread, with arbitrary contents. The memory grows as needed and
+/// lives until the thread ends.
 ///
 /// # Panics
 ///
-/// When `work` asks for it again.
+/// If `work` calls this function again.
 pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local! {
         static SCRATCH: RefCell<Buffer> = RefCell::new(Buffer::zeros(0));
@@ -234,7 +214,7 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
     })
 }
 
-/// [`with_scratch`] for `len` numbers as values store them and `sums` of f32.
+/// [`with_scratch`] for `len` numbers of a value's type and `sums` of f32.
 pub(crate) fn with_scratch_of<T: Element, R>(
     len: usize,
     sums: usize,
@@ -247,14 +227,14 @@ pub(crate) fn with_scratch_of<T: Element, R>(
     })
 }
 
-/// Memory of 32-bit numbers as twice as many halves.
+/// Views memory of f32 as twice as many halves.
 pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
-    // SAFETY: the same initialised bytes, at a place fit for the larger type; any bits are valid for
-    // both, and the borrow goes on.
+    // SAFETY: the same initialised bytes, aligned for the larger type; any bits are valid for both, and
+    // the borrow is passed on.
     unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), 2 * memory.len()) }
 }
 
-/// Buffers that wait to be used again, so that a step after the first allocates nothing.
+/// Free buffers for reuse, so that a step after the first allocates nothing.
 #[derive(Default)]
 pub struct BufferPool {
     /// Sorted by size.
@@ -263,24 +243,24 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A pool without buffers.
+    /// An empty pool.
     pub fn new() -> Arc<BufferPool> {
         Arc::default()
     }
 
-    /// How often it had no fitting buffer and allocated one.
+    /// How often the pool had no fitting buffer and allocated one.
     pub fn allocations(&self) -> usize {
         self.allocated.load(Ordering::Relaxed)
     }
 
-    /// A buffer of `len` f32 with whatever values its last use left in it.
+    /// A buffer of `len` f32 with arbitrary contents.
     pub fn take(self: &Arc<BufferPool>, len: usize) -> Buffer {
         self.take_of(Precision::F32, len)
     }
 
-    /// A buffer of `len` numbers with whatever values its last use left in it.
+    /// A buffer of `len` numbers with arbitrary contents.
     ///
-    /// It takes the smallest waiting buffer that is large enough, if that wastes at most half.
+    /// Reuses the smallest free buffer that is large enough, if at most half of it would be wasted.
     pub fn take_of(self: &Arc<BufferPool>, precision: Precision, len: usize) -> Buffer {
         let wanted = lines_of(precision, len);
         if wanted == 0 {
@@ -313,7 +293,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_aligned_and_come_back() {
+    fn buffers_are_aligned_and_reused() {
         let pool = BufferPool::new();
         let mut buffer = pool.take(37);
         assert_eq!(buffer.len(), 37);
@@ -341,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_request_leaves_a_large_buffer_alone() {
+    fn a_small_request_does_not_take_a_large_buffer() {
         let pool = BufferPool::new();
         drop(pool.take(10_000));
         let small = pool.take(100);

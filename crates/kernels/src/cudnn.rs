@@ -1,10 +1,12 @@
-//! Convolutions by cuDNN on CUDA: channels last, in bf16 or f32, sums in f32.
+//! Convolutions by cuDNN on CUDA: channels last, in bf16 or f32, with sums in f32.
 //!
-//! Products of f32 are taken in TF32 (10 bits of mantissa) where the card has it, as PyTorch takes
-//! them in its convolutions. cuDNN predicts which of its algorithms is fastest; each shape is asked
-//! about once per thread and stream. Its workspace is kept, and grows when a shape needs more.
+//! Products of f32 use TF32 (10 bits of mantissa) on cards that have it, like PyTorch's convolutions. cuDNN
+//! predicts its fastest algorithm, once per shape, thread and stream. The workspace is kept and grows when a
+//! shape needs more.
 //!
-//! Compiled and type-checked, not yet run on a GPU.
+//! A length that does not match the geometry is an error.
+//!
+//! Compiled and type-checked, but not yet run on a GPU.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -27,16 +29,16 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr};
 use crate::Shape;
 use crate::convolution::Geometry;
 
-/// A failure of cuDNN or the driver.
+/// The result of calls to cuDNN and the driver.
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// A type of numbers that convolutions are stored in.
+/// A type of the numbers in convolutions.
 pub trait CudnnElement: DeviceRepr + CudnnDataType + Copy + sealed::Sealed {
     /// 0.
     const ZERO: Self;
     /// 1.
     const ONE: Self;
-    /// Which units multiply.
+    /// The units that multiply.
     const MATH: Math;
 }
 
@@ -61,10 +63,6 @@ mod sealed {
 /// The output (N, H', W', O) of a convolution.
 ///
 /// - `input`: (N, H, W, I); `weight`: (O, KH, KW, I).
-///
-/// # Errors
-///
-/// A length that does not fit `g`; cuDNN or the driver refuses.
 pub fn forward<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
@@ -86,9 +84,9 @@ pub fn forward<T: CudnnElement>(
             }
         };
         let workspace = context.workspace(stream, bytes)?;
-        // SAFETY: cuDNN writes every number of the output, since the old ones count 0 times.
+        // SAFETY: cuDNN writes every number of the output, since the old ones have factor 0.
         let mut output = unsafe { stream.alloc::<T>(numbers(g.output))? };
-        // SAFETY: the lengths were checked against the descriptors, all of one geometry.
+        // SAFETY: the descriptors are those of the geometry that the lengths were checked against.
         unsafe {
             work.launch(algorithm, workspace, (T::ONE, T::ZERO), input, weight, &mut output)?;
         }
@@ -99,10 +97,6 @@ pub fn forward<T: CudnnElement>(
 /// The gradient (N, H, W, I) of a convolution's input.
 ///
 /// - `gradient`: of the output, (N, H', W', O); `weight`: (O, KH, KW, I).
-///
-/// # Errors
-///
-/// A length that does not fit `g`; cuDNN or the driver refuses.
 pub fn input_gradient<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
@@ -125,9 +119,9 @@ pub fn input_gradient<T: CudnnElement>(
             }
         };
         let workspace = context.workspace(stream, bytes)?;
-        // SAFETY: cuDNN writes every number of the result, since the old ones count 0 times.
+        // SAFETY: cuDNN writes every number of the result, since the old ones have factor 0.
         let mut result = unsafe { stream.alloc::<T>(numbers(g.input))? };
-        // SAFETY: the lengths were checked against the descriptors, all of one geometry.
+        // SAFETY: the descriptors are those of the geometry that the lengths were checked against.
         unsafe {
             work.launch(algorithm, workspace, (T::ONE, T::ZERO), &mut result, weight, gradient)?;
         }
@@ -138,10 +132,6 @@ pub fn input_gradient<T: CudnnElement>(
 /// The gradient (O, KH, KW, I) of a convolution's weights.
 ///
 /// - `input`: (N, H, W, I); `gradient`: of the output, (N, H', W', O).
-///
-/// # Errors
-///
-/// A length that does not fit `g`; cuDNN or the driver refuses.
 pub fn weight_gradient<T: CudnnElement>(
     stream: &Arc<CudaStream>,
     g: &Geometry,
@@ -164,9 +154,9 @@ pub fn weight_gradient<T: CudnnElement>(
             }
         };
         let workspace = context.workspace(stream, bytes)?;
-        // SAFETY: cuDNN writes every number of the result, since the old ones count 0 times.
+        // SAFETY: cuDNN writes every number of the result, since the old ones have factor 0.
         let mut result = unsafe { stream.alloc::<T>(g.weights_len())? };
-        // SAFETY: the lengths were checked against the descriptors, all of one geometry.
+        // SAFETY: the descriptors are those of the geometry that the lengths were checked against.
         unsafe {
             work.launch(algorithm, workspace, (T::ONE, T::ZERO), input, &mut result, gradient)?;
         }
@@ -178,10 +168,11 @@ fn check(what: &str, found: usize, expected: usize) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(format!("the convolution's {what} holds {found} numbers, expected {expected}").into())
+    Err(format!("the {what} of the convolution has {found} numbers, but {expected} are expected")
+        .into())
 }
 
-/// Numbers of a value without padding.
+/// The count of numbers of a value, without padding.
 fn numbers(shape: Shape) -> usize {
     shape.count() * shape.channels
 }
@@ -193,19 +184,19 @@ fn key<T>(g: &Geometry) -> Key {
     (*g, size_of::<T>() == 2)
 }
 
-/// What one thread keeps for one stream.
-struct Context {
+/// The state of one thread for one stream.
+struct CudnnContext {
     cudnn: Arc<Cudnn>,
     workspace: Option<CudaSlice<u8>>,
-    /// By shape: the algorithm, and the bytes that it works in.
+    /// By shape: the algorithm, and the bytes of its workspace.
     forward: HashMap<Key, (ForwardAlgorithm, usize)>,
     input_gradient: HashMap<Key, (DataAlgorithm, usize)>,
     weight_gradient: HashMap<Key, (FilterAlgorithm, usize)>,
 }
 
-impl Context {
-    fn new(stream: &Arc<CudaStream>) -> Result<Context> {
-        Ok(Context {
+impl CudnnContext {
+    fn new(stream: &Arc<CudaStream>) -> Result<CudnnContext> {
+        Ok(CudnnContext {
             cudnn: Cudnn::new(Arc::clone(stream))?,
             workspace: None,
             forward: HashMap::new(),
@@ -214,15 +205,15 @@ impl Context {
         })
     }
 
-    /// At least this many bytes; what they held does not matter.
+    /// A workspace of at least this many bytes, with arbitrary contents.
     fn workspace(
         &mut self,
         stream: &Arc<CudaStream>,
         bytes: usize,
     ) -> Result<Option<&mut CudaSlice<u8>>> {
         if self.workspace.as_ref().map_or(0, CudaSlice::len) < bytes {
-            self.workspace = None; // Before the new one, so that both need not fit.
-            // SAFETY: cuDNN reads of its workspace only what it has written there.
+            self.workspace = None; // Freed first, so that both need not fit.
+            // SAFETY: cuDNN reads only what it has written to its workspace.
             self.workspace = Some(unsafe { stream.alloc::<u8>(bytes)? });
         }
         Ok(self.workspace.as_mut())
@@ -230,25 +221,25 @@ impl Context {
 }
 
 thread_local! {
-    // By the number of the card and the address of the stream, which the handle keeps alive.
-    // Handles belong to one thread.
-    static CONTEXTS: RefCell<HashMap<(usize, usize), Context>> = RefCell::default();
+    // By card index and address of the stream, which the handle keeps alive. A handle belongs to one
+    // thread.
+    static CONTEXTS: RefCell<HashMap<(usize, usize), CudnnContext>> = RefCell::default();
 }
 
 fn with_context<R>(
     stream: &Arc<CudaStream>,
-    f: impl FnOnce(&mut Context) -> Result<R>,
+    f: impl FnOnce(&mut CudnnContext) -> Result<R>,
 ) -> Result<R> {
     CONTEXTS.with_borrow_mut(|contexts| {
         let key = (stream.context().ordinal(), stream.cu_stream() as usize);
         match contexts.entry(key) {
             Entry::Occupied(known) => f(known.into_mut()),
-            Entry::Vacant(place) => f(place.insert(Context::new(stream)?)),
+            Entry::Vacant(place) => f(place.insert(CudnnContext::new(stream)?)),
         }
     })
 }
 
-/// A convolution in cuDNN's words.
+/// The cuDNN descriptors of a convolution.
 struct Descriptors<T> {
     convolution: ConvDescriptor<f32>,
     input: TensorDescriptor<T>,

@@ -1,4 +1,4 @@
-//! The numbers that values are stored as.
+//! The types in which values are stored.
 
 use crate::Buffer;
 use crate::buffer::halves_within;
@@ -7,19 +7,19 @@ use crate::tiles::{self, Product, Session};
 use crate::variant::for_each_variant;
 
 /// How values and their gradients are stored and multiplied inside a network. Parameters, their
-/// gradients, statistics and all sums are f32 or better in both.
+/// gradients, statistics and all sums are f32 or better in both cases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// 32-bit floats.
     #[default]
     F32,
-    /// bfloat16: the upper half of a 32-bit float, 8 bits of mantissa. Products of two are exact
-    /// and are added in f32.
+    /// bfloat16: the upper half of a 32-bit float, with 8 bits of mantissa. Products are exact and are
+    /// added in f32.
     Bf16,
 }
 
 impl Precision {
-    /// Bytes of a number.
+    /// Bytes per number.
     pub fn bytes(self) -> usize {
         match self {
             Precision::F32 => 4,
@@ -28,36 +28,36 @@ impl Precision {
     }
 }
 
-/// A number as it is stored.
+/// A number of a stored value.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// Tile products between loads of the sums. 16 pairs of f32 tiles on the right fill 32 KiB of
-    /// first-level cache and serve every pixel of a part before the next 16 come; a bf16 output
-    /// cannot hold sums on the way, so there all come at once.
+    /// Tile products between loads of the sums. 16 pairs of right f32 tiles fill 32 KiB of first-level
+    /// cache and serve every pixel of a part before the next 16. A bf16 output cannot hold intermediate
+    /// sums, so there all products come at once.
     const CHUNK: usize;
 
-    /// The precision that stores such numbers.
+    /// The precision with this type.
     const PRECISION: Precision;
-    /// Whether a product along images wants tiles [arranged](Self::arrange).
+    /// Whether a product along images needs [arranged](Self::arrange) tiles.
     const ARRANGED: bool;
 
-    /// Rounds a tile (inner, column) and arranges it for the right of a product.
+    /// Rounds a tile (inner, column) and arranges it for the right side of a product.
     fn arrange_right(from: &[f32; TILE], to: &mut [Self]);
     fn wide(self) -> f32;
-    /// Rounds to the nearest, ties to even.
+    /// Rounds to nearest, ties to even.
     fn narrow(value: f32) -> Self;
-    /// [`narrow`](Self::narrow) for a number made of sums of stored ones, cheaper: ties go away from
-    /// zero. A NaN among those stays one.
+    /// [`narrow`](Self::narrow) for a sum of stored numbers, cheaper: ties round away from zero. A NaN
+    /// stays a NaN.
     fn near(value: f32) -> Self;
     /// A tile of zeros.
     fn zeros() -> &'static [Self; TILE];
-    /// Scratch memory as numbers of this kind.
+    /// Scratch memory as numbers of this type.
     fn within(memory: &mut [f32]) -> &mut [Self];
     fn of(buffer: &Buffer) -> &[Self];
-    /// Copies tiles for a product along images: two images' numbers of a channel side by side,
-    /// or, for the left side where the variant wants that, transposed.
+    /// Copies tiles for a product along images: the numbers of two images side by side, channel by
+    /// channel, or transposed for the left side of variants that need that.
     fn arrange(session: &Session, from: &[Self], to: &mut [Self], left: bool);
     fn of_mut(buffer: &mut Buffer) -> &mut [Self];
-    /// `outputs (+)= Σ left · right` or, with `TRANSPOSED`, `Σ leftᵀ · right`: see [`tiles`].
+    /// `outputs (+)= Σ left · right`, or `Σ leftᵀ · right` with `TRANSPOSED`: see [`tiles`].
     fn product<const TRANSPOSED: bool>(
         session: &Session,
         left: &[Self],
@@ -65,7 +65,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
         product: &Product,
         outputs: &mut [&mut [f32]],
     );
-    /// [`product`](Self::product) of left tiles as they are, rounded into the numbers of a value.
+    /// [`product`](Self::product) without transposition, rounded to the type of the value.
     fn product_into(
         session: &Session,
         left: &[Self],
@@ -185,7 +185,7 @@ impl Element for Half {
 
     #[inline(always)]
     fn near(value: f32) -> Half {
-        // The lower half of a sum that is NaN comes from stored numbers and is zero: no carry.
+        // The lower half of a NaN comes from stored numbers and is zero, so there is no carry.
         Half((value.to_bits().wrapping_add(0x8000) >> 16) as u16)
     }
 
@@ -203,8 +203,8 @@ impl Element for Half {
     }
 
     fn arrange(session: &Session, from: &[Half], to: &mut [Half], left: bool) {
-        if left && tiles::wants_left_turned(session.variant()) {
-            turn(session.variant(), from, to);
+        if left && tiles::needs_left_transposed(session.variant()) {
+            transpose(session.variant(), from, to);
         } else {
             pair_images(session.variant(), from, to);
         }
@@ -266,7 +266,7 @@ for_each_variant! {
 }
 
 for_each_variant! {
-    fn turn(from: &[Half], to: &mut [Half]) {
+    fn transpose(from: &[Half], to: &mut [Half]) {
         for (from, to) in from.chunks_exact(TILE).zip(to.chunks_exact_mut(TILE)) {
             for row in 0..SIDE {
                 for lane in 0..SIDE {
@@ -277,7 +277,7 @@ for_each_variant! {
     }
 }
 
-/// Sums on their way, on a cache line of their own.
+/// Intermediate sums, aligned to a cache line.
 #[repr(align(64))]
 struct Sums([f32; 2 * TILE]);
 
@@ -295,7 +295,7 @@ for_each_variant! {
     }
 }
 
-/// Evaluates an expression with a type name that stands for the numbers of a precision.
+/// Evaluates an expression in which a type name stands for the element of a precision.
 macro_rules! by_precision {
     ($precision:expr, $number:ident => $body:expr) => {
         match $precision {

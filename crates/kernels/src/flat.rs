@@ -1,13 +1,13 @@
-//! Updates of flat parameter buffers, in place: optimizers and the moving average.
+//! In-place updates of flat parameters: optimizers and the moving average.
 //!
-//! All are element by element, so neither threads nor the cut into chunks can change a bit.
+//! All work element by element, so neither threads nor chunks can change a bit.
 
 use rayon::prelude::*;
 
 /// Numbers per task.
 const CHUNK: usize = 1 << 16;
 
-/// Calls `update(i)` chunk by chunk, on several threads when there is enough to do.
+/// Calls `update` chunk by chunk, on several threads if there is more than one chunk.
 fn chunks<const M: usize, const R: usize>(
     written: [&mut [f32]; M],
     read: [&[f32]; R],
@@ -36,18 +36,18 @@ fn chunks<const M: usize, const R: usize>(
 pub struct Sgd {
     /// Step length `lr`.
     pub learning_rate: f64,
-    /// Share `μ` of the last step's direction that is kept, 0 to 1.
+    /// Weight `μ` of the last step's direction, 0 to 1.
     pub momentum: f64,
-    /// Factor `λ` of the weights that is added to their gradient.
+    /// Factor `λ`; `λ` times the weight is added to its gradient.
     pub weight_decay: f64,
 }
 
-/// `b ← μ·b + (g + λ·p)`, then `p ← p − lr·b`: no Nesterov, no dampening, the first step with
-/// `b = g + λ·p` since momenta start at 0.
+/// `b ← μ·b + (g + λ·p)`, then `p ← p − lr·b`, without Nesterov or dampening. In the first step
+/// `b = g + λ·p`, since momenta start at 0.
 ///
 /// # Panics
 ///
-/// When the lengths differ.
+/// If the lengths differ.
 pub fn sgd(values: &mut [f32], gradients: &[f32], momenta: &mut [f32], with: Sgd) {
     let (rate, momentum) = (with.learning_rate as f32, with.momentum as f32);
     let decay = with.weight_decay as f32;
@@ -68,9 +68,9 @@ pub struct Adam {
     pub beta_1: f64,
     /// Decay `β₂` of the mean of squared gradients.
     pub beta_2: f64,
-    /// `ε`, added to the root.
+    /// `ε`, added to the square root.
     pub epsilon: f64,
-    /// Factor of the weights that is added to their gradient, before the means.
+    /// This factor times the weight is added to its gradient, before the means.
     pub weight_decay: f64,
 }
 
@@ -79,7 +79,7 @@ pub struct Adam {
 ///
 /// # Panics
 ///
-/// When the lengths differ.
+/// If the lengths differ.
 pub fn adam(
     values: &mut [f32],
     gradients: &[f32],
@@ -92,25 +92,25 @@ pub fn adam(
     let rate = (with.learning_rate / (1. - power(with.beta_1))) as f32;
     let root = (1. / (1. - power(with.beta_2))).sqrt() as f32;
     let (beta_1, beta_2) = (with.beta_1 as f32, with.beta_2 as f32);
-    let (rest_1, rest_2) = ((1. - with.beta_1) as f32, (1. - with.beta_2) as f32);
+    let (complement_1, complement_2) = ((1. - with.beta_1) as f32, (1. - with.beta_2) as f32);
     let (epsilon, decay) = (with.epsilon as f32, with.weight_decay as f32);
     chunks([values, first, second], [gradients], |[values, first, second], [gradients]| {
         let means = first.iter_mut().zip(second);
         for ((value, (first, second)), gradient) in values.iter_mut().zip(means).zip(gradients) {
             let gradient = gradient + decay * *value;
-            *first = beta_1 * *first + rest_1 * gradient;
-            *second = beta_2 * *second + rest_2 * gradient * gradient;
+            *first = beta_1 * *first + complement_1 * gradient;
+            *second = beta_2 * *second + complement_2 * gradient * gradient;
             *value -= rate * *first / (second.sqrt() * root + epsilon);
         }
     });
 }
 
-/// `t ← t + (1 − τ)·(o − t)`, the moving average `τ·t + (1 − τ)·o`; where `o = t`, `t` stays as
-/// it is to the bit.
+/// `t ← t + (1 − τ)·(o − t)`, the moving average `τ·t + (1 − τ)·o`. Where `o = t`, no bit of `t`
+/// changes.
 ///
 /// # Panics
 ///
-/// When the lengths differ.
+/// If the lengths differ.
 pub fn follow(target: &mut [f32], online: &[f32], decay: f64) {
     let share = (1. - decay) as f32;
     chunks([target], [online], |[target], [online]| {
@@ -124,7 +124,7 @@ pub fn follow(target: &mut [f32], online: &[f32], decay: f64) {
 ///
 /// # Panics
 ///
-/// When the lengths differ.
+/// If the lengths differ.
 pub fn add(total: &mut [f32], values: &[f32]) {
     chunks([total], [values], |[total], [values]| {
         for (total, value) in total.iter_mut().zip(values) {
@@ -133,7 +133,7 @@ pub fn add(total: &mut [f32], values: &[f32]) {
     });
 }
 
-/// The place of the first NaN or infinity.
+/// The index of the first NaN or infinity.
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
     values.iter().position(|value| !value.is_finite())
 }

@@ -1,10 +1,10 @@
-//! Pictures: what augmentation costs in time is decided here.
+//! Image operations for augmentation.
 //!
-//! Each function is plain Rust over slices, compiled once per [`Variant`]; the fastest is chosen at
-//! run time. No product is fused with an addition and every sum has one order, so all variants give
-//! the same bits.
+//! Each function is plain Rust over slices, compiled once per [`Variant`]; the fastest is chosen at run
+//! time. No product is fused with an addition and every sum has a fixed order, so all variants give the
+//! same bits.
 //!
-//! Planes are one channel each, row by row, in 32-bit floats of range `[0, 1]`.
+//! A plane is one channel, row by row, in f32 of range `[0, 1]`.
 
 use crate::Variant;
 use crate::variant::for_each_variant;
@@ -19,7 +19,7 @@ macro_rules! in_the_fastest_variant {
         }
 
         mod $name {
-            #[allow(unused_imports, reason = "some bodies need nothing from outside")]
+            #[allow(unused_imports, reason = "some bodies use nothing from outside")]
             use super::*;
 
             for_each_variant! {
@@ -29,34 +29,34 @@ macro_rules! in_the_fastest_variant {
     };
 }
 
-/// What each place along one side of a resized picture is mixed from: place `i` from `taps` values
-/// beginning at `starts[i]`, with the weights `weights[i · taps..][..taps]`.
+/// The weights of a resize along one side: pixel `i` is a weighted sum of `taps` values from index
+/// `starts[i]`, with the weights `weights[i · taps..][..taps]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Mix<'a> {
-    /// The first value that each place is mixed from.
+    /// The index of the first value of each pixel.
     pub starts: &'a [u32],
-    /// How many are mixed, the same for all; some weights may be 0.
+    /// Values per pixel, the same for all; some weights may be 0.
     pub taps: usize,
-    /// `(places, taps)`.
+    /// `(pixels, taps)`.
     pub weights: &'a [f32],
 }
 
 impl Mix<'_> {
     #[inline(always)]
-    fn at(&self, place: usize) -> (usize, &[f32]) {
-        (self.starts[place] as usize, &self.weights[place * self.taps..][..self.taps])
+    fn at(&self, pixel: usize) -> (usize, &[f32]) {
+        (self.starts[pixel] as usize, &self.weights[pixel * self.taps..][..self.taps])
     }
 }
 
 in_the_fastest_variant! {
-    /// Resizes a picture of bytes with 1 or 3 `channels` side by side: each value of the planes `out`
-    /// is mixed from `rows` of `width` pixels, then from `columns`.
+    /// Resizes an image of bytes with 1 or 3 interleaved `channels` to the planes `out`: first along the
+    /// `rows` of `width` pixels, then along the `columns`.
     ///
-    /// From row to row there are `stride` bytes. `memory` is overwritten.
+    /// `stride` is the distance between rows in bytes. `memory` is overwritten.
     ///
     /// # Panics
     ///
-    /// A slice is too short for what the mixes name.
+    /// If a slice is too short for the indices of the mixes.
     pub fn resize_bytes(
         bytes: &[u8],
         stride: usize,
@@ -69,7 +69,7 @@ in_the_fastest_variant! {
     ) {
         let (to_height, to_width) = (rows.starts.len(), columns.starts.len());
         let values = width * channels;
-        // One value more than the pixels have, for the fourth lane.
+        // One value more than the pixels need, for the fourth lane.
         memory.resize(values + 1 + 4 * to_width, 0.);
         let (mixed, lanes) = memory.split_at_mut(values + 1);
         for y in 0..to_height {
@@ -86,12 +86,12 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// [`resize_bytes`] for planes of floats, each of `plane` values with `stride` values from row to
-    /// row; the part that is resized begins `first` values into each.
+    /// [`resize_bytes`] for planes of floats, each of `plane` values with `stride` values per row. The
+    /// resized part begins at index `first` of each plane.
     ///
     /// # Panics
     ///
-    /// A slice is too short for what the mixes name.
+    /// If a slice is too short for the indices of the mixes.
     pub fn resize_planes(
         planes: &[f32],
         plane: usize,
@@ -115,10 +115,10 @@ in_the_fastest_variant! {
             }
             let line = y * to_width;
             if planes.len() == 3 * plane {
-                // Put side by side, the three channels share each weight.
+                // Interleaved, the three channels share each weight.
                 let (red, rest) = mixed.split_at(width);
                 let (green, blue) = rest.split_at(width);
-                put_side_by_side(&mut colours[..3 * width], red, green, blue, [1.; 3], [0.; 3]);
+                interleave_planes(&mut colours[..3 * width], red, green, blue, [1.; 3], [0.; 3]);
                 mix_colour_columns(out, to_height * to_width, line, colours, columns, lanes);
             } else {
                 mix_columns(&mut out[line..line + to_width], mixed, columns);
@@ -127,8 +127,8 @@ in_the_fastest_variant! {
     }
 }
 
-/// `out[i] = Σ_k weights[k] · row(k)[i]`, in blocks whose sums stay in registers. The last block
-/// overlaps the one before it where the width is no multiple.
+/// `out[i] = Σ_k weights[k] · row(k)[i]`, in blocks whose sums stay in registers. The last block overlaps
+/// the previous one where the width is not a multiple.
 #[inline(always)]
 fn mix_rows<'a, T: Copy + Into<f32> + 'a>(
     out: &mut [f32],
@@ -165,7 +165,7 @@ fn mix_block<'a, const N: usize, T: Copy + Into<f32> + 'a>(
     out.copy_from_slice(&sums);
 }
 
-/// Calls `fill` for blocks of 64, 32, 16, 4 or 1 values that cover `out`, with where each begins.
+/// Calls `fill` with the index and the slice of blocks of 64, 32, 16, 4 or 1 values that cover `out`.
 #[inline(always)]
 fn in_blocks(out: &mut [f32], fill: impl Fn(usize, &mut [f32])) {
     let width = out.len();
@@ -175,7 +175,7 @@ fn in_blocks(out: &mut [f32], fill: impl Fn(usize, &mut [f32])) {
             fill(at, &mut out[at..at + size]);
             at += size;
         }
-        // What is left is less than this block, which may overlap what is done already.
+        // The rest is shorter than this block, which may overlap finished values.
         if at < width && size <= 32 && width >= size {
             at = width - size;
             fill(at, &mut out[at..]);
@@ -220,8 +220,8 @@ fn mix_columns_of<const TAPS: usize>(out: &mut [f32], row: &[f32], columns: Mix<
     }
 }
 
-/// [`mix_columns`] for three channels side by side in `row`, taken apart into three planes of
-/// `plane` values, at `line` of each. `lanes` is memory for four values a pixel.
+/// [`mix_columns`] for three interleaved channels in `row`, written to three planes of `plane` values at
+/// index `line`. `lanes` is memory for four values per pixel.
 #[inline(always)]
 fn mix_colour_columns(
     out: &mut [f32],
@@ -265,9 +265,9 @@ fn mix_colour_columns_of<const TAPS: usize>(lanes: &mut [[f32; 4]], row: &[f32],
     }
 }
 
-/// One pixel of three channels. A vector of four lanes takes each pixel and a value of the next one,
-/// so `values` has one more than the pixels have. The fourth lane is kept, though nobody reads it:
-/// without it the compiler takes the vector apart into numbers.
+/// One pixel of three channels. A vector of four lanes takes each pixel and one value of the next, so
+/// `values` has one value more than the pixels. The fourth lane is kept although nothing reads it:
+/// without it the compiler would not use vectors.
 #[inline(always)]
 fn mix_pixel(values: &[f32], weights: &[f32]) -> [f32; 4] {
     let mut sums = [0f32; 4];
@@ -280,14 +280,15 @@ fn mix_pixel(values: &[f32], weights: &[f32]) -> [f32; 4] {
 }
 
 in_the_fastest_variant! {
-    /// Convolves a plane with a symmetric kernel down and across: `kernel[0]` weighs the middle,
-    /// `kernel[d]` the two values at distance `d`. Edges are mirrored without repeating the edge.
+    /// Convolves a plane with a symmetric kernel along columns and rows: `kernel[0]` is the weight of the
+    /// centre, `kernel[d]` that of the two values at distance `d`. Edges are mirrored without repeating
+    /// the edge.
     ///
-    /// `row` is memory for a row and twice the kernel's reach.
+    /// `row` is memory for a row and twice the reach of the kernel.
     ///
     /// # Panics
     ///
-    /// The kernel reaches as far as the plane is high or wide, or the lengths do not agree.
+    /// If the reach of the kernel is not smaller than the plane, or the lengths do not match.
     pub fn blur_plane(
         plane: &[f32],
         width: usize,
@@ -314,23 +315,23 @@ in_the_fastest_variant! {
     }
 }
 
-/// `out[i] = kernel[0] · before(0)[i] + Σ_d kernel[d] · (before(d)[i] + behind(d)[i])`.
+/// `out[i] = kernel[0] · before(0)[i] + Σ_d kernel[d] · (before(d)[i] + after(d)[i])`.
 #[inline(always)]
 fn mix_pairs<'a>(
     out: &mut [f32],
     kernel: &[f32],
     before: impl Fn(usize) -> &'a [f32] + Copy,
-    behind: impl Fn(usize) -> &'a [f32] + Copy,
+    after: impl Fn(usize) -> &'a [f32] + Copy,
 ) {
     in_blocks(
         out,
         #[inline(always)]
         |at, sums: &mut [f32]| match sums.len() {
-            64 => mix_pair_block::<64>(sums, at, kernel, before, behind),
-            32 => mix_pair_block::<32>(sums, at, kernel, before, behind),
-            16 => mix_pair_block::<16>(sums, at, kernel, before, behind),
-            4 => mix_pair_block::<4>(sums, at, kernel, before, behind),
-            _ => mix_pair_block::<1>(sums, at, kernel, before, behind),
+            64 => mix_pair_block::<64>(sums, at, kernel, before, after),
+            32 => mix_pair_block::<32>(sums, at, kernel, before, after),
+            16 => mix_pair_block::<16>(sums, at, kernel, before, after),
+            4 => mix_pair_block::<4>(sums, at, kernel, before, after),
+            _ => mix_pair_block::<1>(sums, at, kernel, before, after),
         },
     );
 }
@@ -341,7 +342,7 @@ fn mix_pair_block<'a, const N: usize>(
     at: usize,
     kernel: &[f32],
     before: impl Fn(usize) -> &'a [f32] + Copy,
-    behind: impl Fn(usize) -> &'a [f32] + Copy,
+    after: impl Fn(usize) -> &'a [f32] + Copy,
 ) {
     let mut sums = *block::<N, f32>(before(0), at);
     for sum in &mut sums {
@@ -349,16 +350,17 @@ fn mix_pair_block<'a, const N: usize>(
     }
     for (distance, &weight) in (1..).zip(&kernel[1..]) {
         let before = block::<N, f32>(before(distance), at);
-        let behind = block::<N, f32>(behind(distance), at);
-        for ((sum, &before), &behind) in sums.iter_mut().zip(before).zip(behind) {
-            *sum += weight * (before + behind);
+        let after = block::<N, f32>(after(distance), at);
+        for ((sum, &before), &after) in sums.iter_mut().zip(before).zip(after) {
+            *sum += weight * (before + after);
         }
     }
     out.copy_from_slice(&sums);
 }
 
 in_the_fastest_variant! {
-    /// One channel of bytes with `channels` side by side, scaled: `out[i] = scale · bytes[i · channels]`.
+    /// Extracts one of `channels` interleaved channels of bytes, scaled:
+    /// `out[i] = scale · bytes[i · channels]`.
     pub fn plane_of_bytes(out: &mut [f32], bytes: &[u8], channels: usize, scale: f32) {
         if channels == 1 {
             for (out, &byte) in out.iter_mut().zip(bytes) {
@@ -373,12 +375,12 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// Three planes put side by side, each scaled and shifted: `out[3i + c] = scale[c] · plane_c[i] +
-    /// shift[c]`.
+    /// Interleaves three planes, each scaled and shifted:
+    /// `out[3i + c] = scale[c] · plane_c[i] + shift[c]`.
     ///
     /// # Panics
     ///
-    /// The lengths do not agree.
+    /// If the lengths do not match.
     pub fn interleave(
         out: &mut [f32],
         red: &[f32],
@@ -387,12 +389,12 @@ in_the_fastest_variant! {
         scale: [f32; 3],
         shift: [f32; 3],
     ) {
-        put_side_by_side(out, red, green, blue, scale, shift);
+        interleave_planes(out, red, green, blue, scale, shift);
     }
 }
 
 #[inline(always)]
-fn put_side_by_side(
+fn interleave_planes(
     out: &mut [f32],
     red: &[f32],
     green: &[f32],
@@ -418,7 +420,7 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// `values[i] ← scale · values[i] + shift`, held to `[0, 1]`.
+    /// `values[i] ← scale · values[i] + shift`, clamped to `[0, 1]`.
     pub fn scale_and_shift_clamped(values: &mut [f32], scale: f32, shift: f32) {
         for value in values {
             *value = (scale * *value + shift).clamp(0., 1.);
@@ -426,7 +428,7 @@ in_the_fastest_variant! {
     }
 }
 
-/// Red, green and blue in grey: the weights of torchvision's `rgb_to_grayscale`.
+/// The weights of red, green and blue in grey, as in torchvision's `rgb_to_grayscale`.
 pub const GREY: [f32; 3] = [0.2989, 0.587, 0.114];
 
 #[inline(always)]
@@ -435,7 +437,7 @@ fn grey(red: f32, green: f32, blue: f32) -> f32 {
 }
 
 in_the_fastest_variant! {
-    /// Adds the values to `total`, in an order that depends on their number alone.
+    /// Adds the values to `total`, in an order that depends only on their count.
     pub fn add_up(values: &[f32], total: &mut f32) {
         let mut sums = [0f32; 16];
         let chunks = values.chunks_exact(16);
@@ -453,7 +455,7 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// Makes the three planes grey.
+    /// Replaces the three planes by their grey.
     pub fn to_grey(red: &mut [f32], green: &mut [f32], blue: &mut [f32]) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
             let grey = grey(*red, *green, *blue);
@@ -463,7 +465,7 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// Mixes each pixel with its own grey: `factor · colour + (1 − factor) · grey`, held to `[0, 1]`.
+    /// Blends each pixel with its own grey: `factor · colour + (1 − factor) · grey`, clamped to `[0, 1]`.
     pub fn saturate(red: &mut [f32], green: &mut [f32], blue: &mut [f32], factor: f32) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
             let grey = (1. - factor) * grey(*red, *green, *blue);
@@ -475,13 +477,13 @@ in_the_fastest_variant! {
 }
 
 in_the_fastest_variant! {
-    /// Turns the hue of each pixel by `turn` of the colour circle, keeping HSV saturation and value.
+    /// Rotates the hue of each pixel by `turn` of the colour circle, keeping HSV saturation and value.
     pub fn turn_hue(red: &mut [f32], green: &mut [f32], blue: &mut [f32], turn: f32) {
         for ((red, green), blue) in red.iter_mut().zip(green).zip(blue) {
             let (r, g, b) = (*red, *green, *blue);
             let (high, low) = (r.max(g).max(b), r.min(g).min(b));
             let chroma = high - low;
-            // The hue of grey is nothing; any finite number will do, as it is weighed by 0.
+            // Grey has no hue; any finite number is fine, since its weight is 0.
             let per_chroma = 1. / if chroma == 0. { 1. } else { chroma };
             let of_red = (g - b) * per_chroma;
             let of_green = 2. + (b - r) * per_chroma;
@@ -495,7 +497,7 @@ in_the_fastest_variant! {
     }
 }
 
-/// A channel of a colour by its angle to the hue, in sixths of the circle.
+/// A channel of a colour from its angle to the hue, in sixths of the circle.
 #[inline(always)]
 fn from_hue(angle: f32, high: f32, chroma: f32) -> f32 {
     let angle = angle - 6. * (angle * (1. / 6.)).floor();
@@ -503,7 +505,7 @@ fn from_hue(angle: f32, high: f32, chroma: f32) -> f32 {
 }
 
 in_the_fastest_variant! {
-    /// `values[i] ← values[i]^exponent` for values in `[0, 1]`, to about 10⁻⁶ of the value.
+    /// `values[i] ← values[i]^exponent` for values in `[0, 1]`, with a relative error of about 10⁻⁶.
     pub fn power(values: &mut [f32], exponent: f32) {
         for value in values {
             *value = power_of(*value, exponent);
@@ -511,15 +513,15 @@ in_the_fastest_variant! {
     }
 }
 
-/// `x^y` for `x` in `[0, 1]` and `y > 0` by `2^(y log₂ x)`, without branches, so that it is the same
-/// on every platform and can be vectorised.
+/// `x^y` for `x` in `[0, 1]` and `y > 0` as `2^(y log₂ x)`, without branches, so that it is the same on
+/// every platform and can be vectorised.
 #[inline(always)]
 fn power_of(x: f32, y: f32) -> f32 {
     let normal = x.max(f32::MIN_POSITIVE);
     // x = 2^e · m with m in [√½, √2): subtracting the bits of √½ moves the exponent's boundary.
     const ROOT_HALF: i32 = 0x3f35_04f3;
     let bits = normal.to_bits() as i32;
-    // Wrapping, which never happens here, because a check would keep this from being vectorised.
+    // It never wraps, but a check would prevent vectorisation.
     let exponent = bits.wrapping_sub(ROOT_HALF) >> 23;
     let m = f32::from_bits(bits.wrapping_sub(exponent << 23) as u32);
     // log₂ m = 2/ln 2 · artanh(s) with s = (m − 1)/(m + 1), |s| < 0.172.
@@ -550,15 +552,15 @@ in_the_fastest_variant! {
 mod tests {
     use super::*;
 
-    /// Values without pattern, of any number, in `[0, 1)`.
+    /// `n` pseudo-random values in `[0, 1)`.
     fn values(n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + 13) % 1009) as f32 / 1009.).collect()
     }
 
-    /// Starts, taps and weights of mixes of three from every other value.
-    fn mix(places: usize) -> (Vec<u32>, Vec<f32>) {
-        let starts = (0..places as u32).map(|place| 2 * place).collect();
-        (starts, values(3 * places + 5)[5..].to_vec())
+    /// Starts and weights of mixes of three values, at every other index.
+    fn mix(pixels: usize) -> (Vec<u32>, Vec<f32>) {
+        let starts = (0..pixels as u32).map(|pixel| 2 * pixel).collect();
+        (starts, values(3 * pixels + 5)[5..].to_vec())
     }
 
     #[test]
@@ -635,7 +637,7 @@ mod tests {
     }
 
     #[test]
-    fn blurring_mixes_pairs_down_and_across_and_mirrors_edges() {
+    fn blurring_mixes_pairs_in_both_directions_and_mirrors_edges() {
         // By hand: a row of 4 with kernel ½, ¼ becomes (a/2 + b/2, …, d/2 + c/2).
         let plane = [4f32, 8., 0., 2., 4., 8., 0., 2.];
         let mut out = [0.; 8];
@@ -699,7 +701,7 @@ mod tests {
     }
 
     #[test]
-    fn planes_are_taken_apart_and_put_side_by_side() {
+    fn planes_are_extracted_and_interleaved() {
         let bytes: Vec<u8> = (0..60).collect();
         let planes: Vec<Vec<f32>> = (0..3)
             .map(|channel| {
@@ -733,7 +735,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sum_has_every_value_once() {
+    fn a_sum_contains_every_value_once() {
         for n in [0u16, 1, 16, 17, 100] {
             let ones: Vec<f32> = (0..n).map(f32::from).collect();
             let mut total = 5.;

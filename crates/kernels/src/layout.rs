@@ -1,11 +1,11 @@
-//! Where the numbers of a value lie.
+//! The memory layout of values.
 
 use std::ops::Range;
 
 use crate::element::{Element, by_precision};
 use crate::{Buffer, parallel};
 
-/// Images in a group, and channels in a block: the sides of a tile.
+/// Images in a group and channels in a block: the side of a tile.
 pub(crate) const SIDE: usize = 16;
 /// Numbers in a tile.
 pub(crate) const TILE: usize = SIDE * SIDE;
@@ -13,12 +13,12 @@ pub(crate) const TILE: usize = SIDE * SIDE;
 /// The extent of a value: images, rows, columns and channels. Features are maps of one pixel.
 ///
 /// A value is stored as tiles of 16 images × 16 channels, in the order (group of 16 images, row,
-/// column, block of 16 channels, image, channel). A tile of f32 is 1 KiB in a row, one register per
-/// image with AVX-512; a product of tiles needs no packing and no bounds, and the images of a tile share
-/// a pixel, so what lies beyond the border is left out for all of them at once.
+/// column, block of 16 channels, image, channel). A tile of f32 is 1 KiB of contiguous memory, one
+/// AVX-512 register per image. A product of tiles needs no packing and no bounds checks. The images of a
+/// tile share a pixel, so padding is skipped for all of them at once.
 ///
-/// The last group and the last block are filled up with zeros. They stay zero: every kernel writes
-/// whole tiles and writes zeros there, so they never reach statistics, gradients or outputs.
+/// The last group and the last block are padded with zeros. They stay zero: every kernel writes whole
+/// tiles and writes zeros there, so the padding never reaches statistics, gradients or outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Images, `N`.
@@ -42,19 +42,19 @@ impl Shape {
         Shape::new(images, 1, 1, width)
     }
 
-    /// Numbers that a buffer for this value holds, or `None` when they pass the address space.
+    /// The length of a buffer for this value, or `None` if it exceeds the address space.
     pub fn checked_len(&self) -> Option<usize> {
         let tiles = self.images.div_ceil(SIDE).checked_mul(self.height)?.checked_mul(self.width)?;
         let len = tiles.checked_mul(self.channels.div_ceil(SIDE))?.checked_mul(TILE)?;
         (len <= isize::MAX as usize / 8).then_some(len)
     }
 
-    /// Numbers that a buffer for this value holds.
+    /// The length of a buffer for this value.
     pub fn len(&self) -> usize {
         self.groups() * self.pixels() * self.blocks() * TILE
     }
 
-    /// Whether the value holds no number.
+    /// Whether the value has no numbers.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -69,17 +69,17 @@ impl Shape {
         self.height * self.width
     }
 
-    /// Groups of 16 images; the last may be part filled.
+    /// Groups of 16 images; the last may be partly filled.
     pub(crate) fn groups(&self) -> usize {
         self.images.div_ceil(SIDE)
     }
 
-    /// Blocks of 16 channels; the last may be part filled.
+    /// Blocks of 16 channels; the last may be partly filled.
     pub(crate) fn blocks(&self) -> usize {
         self.channels.div_ceil(SIDE)
     }
 
-    /// Channels with the filling of the last block.
+    /// Channels including the padding of the last block.
     pub fn padded_channels(&self) -> usize {
         self.blocks() * SIDE
     }
@@ -89,17 +89,17 @@ impl Shape {
         self.blocks() * TILE
     }
 
-    /// Images that the group really holds.
+    /// Images in a group, without padding.
     pub(crate) fn images_in(&self, group: usize) -> usize {
         (self.images - group * SIDE).min(SIDE)
     }
 
-    /// Channels that the block really holds.
+    /// Channels in a block, without padding.
     pub(crate) fn channels_in(&self, block: usize) -> usize {
         (self.channels - block * SIDE).min(SIDE)
     }
 
-    /// Pixels of a part, the unit in which statistics are taken: at most 32, of one group.
+    /// Pixels in a part, the unit of statistics: at most 32, of one group.
     pub(crate) fn part_pixels(&self) -> usize {
         self.pixels().min(32)
     }
@@ -116,7 +116,7 @@ impl Shape {
         (group, first..(first + self.part_pixels()).min(self.pixels()))
     }
 
-    /// Where the tiles of a part lie (first number, count), and how many of their images are real.
+    /// The tiles of a part, as first index and count of numbers, and its images without padding.
     pub(crate) fn span(&self, part: usize) -> (usize, usize, usize) {
         let (group, pixels) = self.part(part);
         let from = (group * self.pixels() + pixels.start) * self.pixel_len();
@@ -131,7 +131,7 @@ impl Shape {
     ///
     /// # Panics
     ///
-    /// When a slice has another length than the shape says.
+    /// If a slice does not have the length of the shape.
     pub fn pack(&self, rows: &[f32], tiles: &mut Buffer) {
         assert_eq!(rows.len(), self.count() * self.channels);
         assert_eq!(tiles.len(), self.len());
@@ -156,11 +156,11 @@ impl Shape {
         });
     }
 
-    /// The reverse of [`pack`](Self::pack).
+    /// The inverse of [`pack`](Self::pack).
     ///
     /// # Panics
     ///
-    /// When a slice has another length than the shape says.
+    /// If a slice does not have the length of the shape.
     pub fn unpack(&self, tiles: &Buffer, rows: &mut [f32]) {
         assert_eq!(rows.len(), self.count() * self.channels);
         assert_eq!(tiles.len(), self.len());

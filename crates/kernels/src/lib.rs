@@ -1,45 +1,38 @@
-//! The machine: what a network's layers cost in time is decided here.
+//! Kernels: the loops that decide the speed of networks, augmentation and clustering.
 //!
-//! Products of tiles, convolutions, batch norm, pooling, updates of flat parameter buffers and
-//! [rows of pictures](image). What decides the time is written once in plain Rust and once more per
-//! instruction set that is worth it, chosen when the program runs ([`Variant`]). Nearly all `unsafe`
-//! of the workspace lives in this crate. It knows no network, no parameter's name and no training:
-//! `layers` puts its functions together.
+//! Tile products, convolutions, batch norm, pooling, updates of flat parameters, [image rows](image) and
+//! [row products](similarity). Each is plain Rust compiled for several instruction sets, or written with
+//! the intrinsics of one; the [`Variant`] is chosen when the program runs. `README.md` beside this crate
+//! says which there are and how fast they are.
 //!
-//! Values inside a network live in a layout of this crate's choice ([`Shape`]); its users hold them
-//! in a [`Buffer`] and never index into it.
+//! Values inside a network have a memory layout of this crate ([`Shape`]). Other crates hold them in a
+//! [`Buffer`] and never index into it:
 //!
-//! **Same bits on any number of threads.** Every sum over images or pixels is cut into parts by the
-//! shape of the data alone, each part is summed by one thread in a fixed order, and the parts are
-//! added in a fixed order. The number of threads decides who does a part, never what a part is.
+//! ```
+//! use kernels::convolution::{self, Direction, Finish, Geometry, PackedWeights};
+//! use kernels::{Buffer, BufferPool, Precision, Shape, Variant};
 //!
-//! **Where the time goes.** `cargo xtask bench train -- --profile` prints it: parts of a step of BYOL, then
-//! kind of layer × direction, with milliseconds, share of the processor's peak and bytes moved. On two
-//! cores with AVX-512 and its bfloat16 products (Zen 5), in bf16, ResNet-18 @32, ResNet-34 @96 and @224:
+//! // One image of 1 × 2 pixels and a linear map from 2 channels to 1: a convolution with kernel 1.
+//! let g = Geometry::new(Shape::new(1, 1, 2, 2), 1, 1, 1, 0).expect("an output pixel");
+//! let (variant, pool) = (Variant::fastest(), BufferPool::new());
+//! let (mut input, mut output) = (Buffer::zeros(g.input.len()), Buffer::zeros(g.output.len()));
+//! g.input.pack(&[1., 2., 3., 4.], &mut input); // In the order (N, H, W, C).
 //!
-//! | | share of the time | share of the peak of products |
-//! |---|---|---|
-//! | 3×3 stride 1, forward and input gradient | 45 to 46 % | 89 to 113 % |
-//! | 3×3 stride 1, gradient of the weights | 24 to 27 % | 54 to 70 % |
-//! | 3×3 stride 2, all | 5 to 12 % | 49 to 78 % |
-//! | batch norm | 5 to 7 % | (28 to 39 GB/s) |
-//! | weights, arranged anew | 4 to 7 % | |
-//! | stem, 3×3 or 7×7 | 1 to 6 % | 20 to 37 % |
-//! | 1×1 stride 2 | 1 to 3 % | 26 to 41 % |
+//! let packing = g.packing(variant, Precision::F32, Direction::Forward);
+//! let packed = PackedWeights::new(packing, &[10., 1.], &pool);
+//! convolution::forward(variant, &g, &input, &packed, Finish::default(), &mut output, None);
 //!
-//! More than 100 % is Winograd's form (`convolution/winograd.rs`), which 3×3 convolutions of stride 1 take
-//! on maps of at least 6 pixels a side: 16 products, counted as the 36 of the plain sum. Next would be the
-//! gradient of the weights, whose form in bf16 is the plain sum; the stem, whose three channels fill 3 of
-//! 4 places and 3 of 16 of the memory (four pixels of a square side by side would fill 12); and batch norm's
-//! sums, which could be taken where the gradient is made.
+//! let mut rows = [0.; 2];
+//! g.output.unpack(&output, &mut rows);
+//! assert_eq!(rows, [12., 34.]);
+//! ```
 //!
-//! **Memory safety.** All tests of this crate pass under AddressSanitizer, each variant of the processor
-//! and the emulation of AMX included, in about two minutes:
-//! `RUSTFLAGS=-Zsanitizer=address cargo +nightly test -p kernels --lib --target x86_64-unknown-linux-gnu`.
+//! **Bit-identical for any number of threads.** Every sum over images or pixels is split into parts by the
+//! shape of the data alone. Each part is summed by one thread in a fixed order, and the parts are added in
+//! a fixed order. The number of threads decides who computes a part, never what a part is.
 //!
-//! **AMX** ([`Variant`] `amx`, chosen where it is found) has not run on a processor yet and no time of it
-//! is known: see `tiles/amx.rs` for what was tested, and how a unit that computes something else is
-//! left alone. Its tiles are filled by half along the inner side, since blocks have 16 channels.
+//! Nearly all `unsafe` code of the workspace is in this crate. It knows no network, no parameter names and
+//! no training: `layers` combines its functions.
 
 mod buffer;
 pub mod convolution;
@@ -47,7 +40,7 @@ pub mod convolution;
 #[expect(unsafe_code, reason = "kernels on a GPU, and as C in tests")]
 pub mod cuda;
 #[cfg(feature = "cudnn")]
-#[expect(unsafe_code, reason = "memory of a GPU, and cuDNN's calls on it")]
+#[expect(unsafe_code, reason = "memory of a GPU, and calls to cuDNN")]
 pub mod cudnn;
 mod element;
 pub mod flat;

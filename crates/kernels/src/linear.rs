@@ -1,16 +1,16 @@
-//! The bias of a linear layer. Its product is a [convolution](crate::convolution) with kernel 1,
-//! which adds the bias as its last step.
+//! The bias gradient of a linear layer. The layer itself is a [convolution](crate::convolution) with
+//! kernel 1, which adds the bias as its last step.
 
 use crate::element::{Element, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
-/// Adds the sums over images and pixels to `gradient`, one per real channel.
+/// Adds the sums over images and pixels to `gradient`, one per channel without padding.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 pub fn bias_gradient(
     variant: Variant,
     shape: Shape,
@@ -31,7 +31,7 @@ pub fn bias_gradient(
 }
 
 for_each_variant! {
-    /// Rows of a tile first, then tiles: two short chains instead of one long.
+    /// Sums the rows of a tile first, then the tiles: two short chains instead of a long one.
     fn sum_rows<T: Element>(tiles: &[T], pixel_len: usize, block: usize, totals: &mut [f32; SIDE]) {
         for pixel in tiles.chunks_exact(pixel_len) {
             let mut sums = [0f32; SIDE];

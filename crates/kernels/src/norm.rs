@@ -1,10 +1,9 @@
 //! Batch norm with the residual sum and the ReLU that follow it, forward and backward.
 //!
 //! `y = relu((z − mean) · w / √(variance + ε) + b + residual)`, per channel (Ioffe & Szegedy 2015,
-//! arXiv:1502.03167, Algorithm 1). Mean and variance are made in two steps: sums over small parts
-//! of the value, taken by the convolution that makes it while it is in the cache, and [`merge`],
-//! which joins the parts. What is to decide over which images a statistic runs acts between the
-//! two.
+//! arXiv:1502.03167, Algorithm 1). Mean and variance are computed in two steps: the convolution that
+//! makes the value sums small parts of it while they are in the cache, and [`merge`] joins the parts.
+//! Code that restricts the statistics to a subset of images goes between the two steps.
 #![expect(unsafe_code, reason = "tasks write disjoint parts of one gradient")]
 
 use crate::element::{Element, by_precision};
@@ -13,24 +12,24 @@ use crate::parallel::Disjoint;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
-/// Count, mean and sum of squared deviations of every channel, over some set of values.
+/// Count, mean and sum of squared deviations per channel, over a set of values.
 #[derive(Clone, Debug, Default)]
 pub struct Moments {
     /// Values per channel.
     pub count: usize,
-    /// Mean of each channel, padded channels 0.
+    /// Mean of each channel, 0 for padding.
     pub mean: Vec<f64>,
-    /// `Σ (z − mean)²` of each channel (M2 of Chan et al.), padded channels 0.
+    /// `Σ (z − mean)²` of each channel (M2 of Chan et al.), 0 for padding.
     pub squares: Vec<f64>,
 }
 
 impl Moments {
-    /// Variance as batch norm divides by it: `M2 / count`.
+    /// The variance that batch norm divides by: `M2 / count`.
     pub fn variance(&self, channel: usize) -> f64 {
         self.squares[channel] / self.count as f64
     }
 
-    /// Variance as the running statistics keep it, without bias: `M2 / (count − 1)`.
+    /// The unbiased variance for the running statistics: `M2 / (count − 1)`.
     pub fn unbiased_variance(&self, channel: usize) -> f64 {
         self.squares[channel] / (self.count as f64 - 1.)
     }
@@ -42,20 +41,20 @@ const MOMENT_ROWS: usize = 3;
 /// Numbers for a block of channels in a part.
 pub(crate) const MOMENT_BLOCK: usize = MOMENT_ROWS * SIDE;
 
-/// Numbers in the sums of all parts: layout (part, block of channels, shift or sum or squares,
+/// The length of the sums of all parts: layout (part, block of channels, shift or sum or squares,
 /// channel).
 ///
-/// A part is at most 32 pixels of one group of images. Its sums are taken around a shift, the mean
-/// of its first pixel: so near to the mean nothing cancels, however far that is from zero.
+/// A part is at most 32 pixels of one group of images. Its sums are taken around a shift, the mean of its
+/// first pixel. So nothing cancels, however far the mean is from zero.
 pub fn moments_len(shape: Shape) -> usize {
     shape.parts() * shape.blocks() * MOMENT_BLOCK
 }
 
-/// Takes the sums of a value that no convolution made.
+/// Computes the sums of a value that was not made by a convolution.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 pub fn moments(variant: Variant, shape: Shape, values: &Buffer, parts: &mut [f32]) {
     assert_eq!(values.len(), shape.len());
     assert_eq!(parts.len(), moments_len(shape));
@@ -76,7 +75,7 @@ fn moments_of<T: Element>(variant: Variant, shape: Shape, values: &[T], parts: &
 }
 
 for_each_variant! {
-    /// Adds one tile to the sums of its part; the first tile sets the shift.
+    /// Adds a tile to the sums of its part; the first tile sets the shift.
     pub(crate) fn add_moments<T: Element>(
         tile: &[T],
         images: usize,
@@ -122,7 +121,7 @@ for_each_variant! {
 ///
 /// # Panics
 ///
-/// When `parts` has another length than the shape says.
+/// If `parts` does not have the length of the shape.
 pub fn merge(shape: Shape, parts: &[f32]) -> Moments {
     assert_eq!(parts.len(), moments_len(shape));
     let channels = shape.padded_channels();
@@ -148,33 +147,33 @@ pub fn merge(shape: Shape, parts: &[f32]) -> Moments {
     all
 }
 
-/// What the forward pass applies to each channel, padded channels 0, and the backward pass needs.
+/// Mean and deviation that the forward pass applies to each channel (0 for padding) and the backward pass
+/// needs again.
 #[derive(Clone, Debug, Default)]
 pub struct Normalisation {
-    /// Mean that is taken off.
+    /// The mean that is subtracted.
     pub mean: Vec<f64>,
     /// `1 / √(variance + ε)`.
     pub inverse_deviation: Vec<f64>,
-    /// Whether mean and deviation came from the values themselves, so that gradients flow through
-    /// them.
+    /// Whether mean and deviation are those of the batch, so that gradients flow through them.
     pub batch: bool,
 }
 
 impl Normalisation {
-    /// The mean as the kernels take it off, and what rounding left of it: with a mean of a
-    /// thousand deviations the rest is a ten-thousandth of one.
+    /// The mean rounded to f32, and its rounding error: with a mean of a thousand deviations, the error is
+    /// a ten-thousandth of one.
     fn rounded(&self, channel: usize) -> (f32, f64) {
         let mean = self.mean[channel] as f32;
         (mean, self.mean[channel] - f64::from(mean))
     }
 }
 
-/// `output = relu((input − mean) · inverse_deviation · weight + bias + residual)`; ReLU and
-/// residual as asked. `weight` and `bias` have one number per real channel.
+/// `output = relu((input − mean) · inverse_deviation · weight + bias + residual)`; ReLU and residual are
+/// optional. `weight` and `bias` have one number per channel without padding.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 #[expect(clippy::too_many_arguments, reason = "the terms of one equation")]
 pub fn forward(
     variant: Variant,
@@ -194,11 +193,11 @@ pub fn forward(
     });
 }
 
-/// [`forward`] with the output in the place of the input.
+/// [`forward`] in place.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 #[expect(clippy::too_many_arguments, reason = "the terms of one equation")]
 pub fn forward_in_place(
     variant: Variant,
@@ -217,7 +216,7 @@ pub fn forward_in_place(
     });
 }
 
-/// `input` is `None` when the output holds it.
+/// `input` is `None` if `output` holds it.
 fn apply_everywhere<T: Element>(
     variant: Variant,
     shape: Shape,
@@ -250,7 +249,7 @@ fn for_each_pixel<T: Element>(
     });
 }
 
-/// Mean, factor and shift of each padded channel: `y = (z − mean) · factor + shift`.
+/// Mean, factor and shift per channel: `y = (z − mean) · factor + shift`.
 struct Affine {
     mean: Vec<f32>,
     factor: Vec<f32>,
@@ -265,11 +264,11 @@ impl Affine {
         let zeros = || vec![0f32; channels];
         let mut affine = Affine { mean: zeros(), factor: zeros(), shift: zeros() };
         for channel in 0..shape.channels {
-            let (mean, rest) = n.rounded(channel);
+            let (mean, error) = n.rounded(channel);
             let factor = f64::from(weight[channel]) * n.inverse_deviation[channel];
             affine.mean[channel] = mean;
             affine.factor[channel] = factor as f32;
-            affine.shift[channel] = (f64::from(bias[channel]) - rest * factor) as f32;
+            affine.shift[channel] = (f64::from(bias[channel]) - error * factor) as f32;
         }
         affine
     }
@@ -306,7 +305,7 @@ for_each_variant! {
                 }
                 if relu {
                     for value in &mut values {
-                        // Not `max`: a NaN must come through.
+                        // Not `max`, which would hide a NaN.
                         *value = if *value <= 0. { 0. } else { *value };
                     }
                 }
@@ -318,11 +317,11 @@ for_each_variant! {
     }
 }
 
-/// `output = max(input, 0)`; a NaN comes through.
+/// `output = max(input, 0)`; a NaN stays a NaN.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 pub fn relu_forward(variant: Variant, shape: Shape, input: &Buffer, output: &mut Buffer) {
     assert_eq!(input.len(), shape.len());
     by_precision!(input.precision(), T => {
@@ -341,11 +340,11 @@ for_each_variant! {
     }
 }
 
-/// Sets the gradient to zero where the ReLU's output is zero: `relu'(0) = 0`, as PyTorch has it.
+/// Sets the gradient to zero where the ReLU's output is zero: `relu'(0) = 0`, as in PyTorch.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 pub fn relu_backward(variant: Variant, shape: Shape, output: &Buffer, gradient: &mut Buffer) {
     assert_eq!(output.len(), shape.len());
     by_precision!(output.precision(), T => {
@@ -364,7 +363,7 @@ for_each_variant! {
     }
 }
 
-/// `Σ g` and `Σ g · (z − mean)` of each padded channel, over all images and pixels.
+/// `Σ g` and `Σ g · (z − mean)` per channel, over all images and pixels.
 #[derive(Clone, Debug, Default)]
 pub struct GradientSums {
     /// `Σ g`.
@@ -373,40 +372,40 @@ pub struct GradientSums {
     pub centred: Vec<f64>,
 }
 
-/// Numbers of scratch that [`gradient_sums`] needs: layout (part, block of channels, plain or
+/// The length of scratch memory for [`gradient_sums`]: layout (part, block of channels, plain or
 /// centred, channel).
 pub fn gradient_sums_len(shape: Shape) -> usize {
     shape.parts() * shape.blocks() * 2 * SIDE
 }
 
-/// The ReLU behind a batch norm, through which the gradient comes: zero where the ReLU's output is.
+/// The ReLU that follows a batch norm. It blocks the gradient where its output is zero.
 #[derive(Clone, Copy)]
 pub enum Relu<'a> {
     /// There is none.
     Absent,
-    /// Its output, which tells where it is zero. [`gradient_sums`] sets the gradient to zero there, in
-    /// place, and [`input_gradient`] finds it so.
+    /// The output is at hand. Where it is zero, [`gradient_sums`] sets the gradient to zero in place, so
+    /// that [`input_gradient`] finds it blocked.
     Output(&'a Buffer),
-    /// Weight and bias of the norm, with no residual between norm and ReLU: where the output was zero
-    /// is computed once more, as the forward pass did, and the gradient stays as it is.
-    Again(&'a [f32], &'a [f32]),
+    /// The output is recomputed from the norm's input, with this weight and bias; there is no residual.
+    /// The gradient in memory is left unchanged.
+    Recomputed(&'a [f32], &'a [f32]),
 }
 
 impl Relu<'_> {
-    /// The affine map to compute again.
+    /// The affine map that recomputes the output.
     fn affine(&self, shape: Shape, n: &Normalisation) -> Option<Affine> {
         match self {
-            Relu::Again(weight, bias) => Some(Affine::new(shape, n, weight, bias)),
+            Relu::Recomputed(weight, bias) => Some(Affine::new(shape, n, weight, bias)),
             Relu::Absent | Relu::Output(_) => None,
         }
     }
 }
 
-/// Takes the sums that the backward pass needs, of the gradient behind the ReLU.
+/// Computes the sums that the backward pass needs, of the gradient of the ReLU's output.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 pub fn gradient_sums(
     variant: Variant,
     shape: Shape,
@@ -455,7 +454,7 @@ fn sums_of_parts<T: Element>(
     let (gradient, len) = (Disjoint::new(gradient), shape.blocks() * 2 * SIDE);
     parallel::for_each_chunk(scratch, len, 2 * shape.len(), |part, sums| {
         let (from, len, _) = shape.span(part);
-        // SAFETY: parts do not overlap, and each is one task's.
+        // SAFETY: parts do not overlap, and each belongs to one task.
         let gradient = unsafe { gradient.part(from, len) };
         let output = output.map(|output| &output[from..from + len]);
         let input = &input[from..from + len];
@@ -465,11 +464,11 @@ fn sums_of_parts<T: Element>(
 }
 
 for_each_variant! {
-    /// Rows beyond the last image have gradient zero and add nothing.
+    /// Padded rows have gradient zero and add nothing.
     fn part_sums<T: Element>(
         gradient: &mut [T],
         output: Option<&[T]>,
-        again: Option<&Affine>,
+        recompute: Option<&Affine>,
         input: &[T],
         pixel_len: usize,
         mean: &[f32],
@@ -483,9 +482,9 @@ for_each_variant! {
         for (block, sums) in sums.chunks_exact_mut(2 * SIDE).enumerate() {
             let mut means = [0f32; SIDE];
             means.copy_from_slice(&mean[block * SIDE..][..SIDE]);
-            // Without a ReLU to compute again, the output counts as 1.
+            // Without a ReLU to recompute, the output counts as 1.
             let (mut factors, mut shifts) = ([0f32; SIDE], [1f32; SIDE]);
-            if let Some(affine) = again {
+            if let Some(affine) = recompute {
                 factors.copy_from_slice(&affine.factor[block * SIDE..][..SIDE]);
                 shifts.copy_from_slice(&affine.shift[block * SIDE..][..SIDE]);
             }
@@ -525,15 +524,15 @@ pub fn bias_gradient(sums: &GradientSums, gradient: &mut [f32]) {
     }
 }
 
-/// The gradient of the input from that of the output (behind the ReLU, see [`gradient_sums`]).
+/// The gradient of the input from that of the ReLU's output, after [`gradient_sums`].
 ///
 /// With batch statistics over `M` values and `s = 1/deviation`:
 /// `dz = w·s · (g − Σg/M − (z − mean)·s²·Σg(z − mean)/M)`; with running ones `dz = w·s · g`.
-/// `gradient` is `None` when `result` holds it.
+/// `gradient` is `None` if `result` holds it.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shape says.
+/// If a slice does not have the length of the shape.
 #[expect(clippy::too_many_arguments, reason = "the terms of one equation")]
 pub fn input_gradient(
     variant: Variant,
@@ -546,7 +545,7 @@ pub fn input_gradient(
     gradient: Option<&Buffer>,
     result: &mut Buffer,
 ) {
-    let back = Back::new(shape, n, weight, sums, relu.affine(shape, n).as_ref());
+    let back = BackwardAffine::new(shape, n, weight, sums, relu.affine(shape, n).as_ref());
     by_precision!(input.precision(), T => {
         let (gradient, result) = (gradient.map(T::of), T::of_mut(result));
         back_apply_everywhere(variant, shape, T::of(input), &back, gradient, result);
@@ -557,7 +556,7 @@ fn back_apply_everywhere<T: Element>(
     variant: Variant,
     shape: Shape,
     input: &[T],
-    back: &Back,
+    back: &BackwardAffine,
     gradient: Option<&[T]>,
     result: &mut [T],
 ) {
@@ -571,46 +570,45 @@ fn back_apply_everywhere<T: Element>(
 }
 
 /// `dz = factor · (g − plain − (z − mean) · slope)`, where `g` counts as zero unless
-/// `(z − mean) · factor + shift > 0`.
-struct Back {
+/// `(z − mean) · relu_factor + relu_shift > 0`.
+struct BackwardAffine {
     mean: Vec<f32>,
     factor: Vec<f32>,
     plain: Vec<f32>,
     slope: Vec<f32>,
-    /// For a ReLU that is computed again: its factor is the same, but zero without one.
-    again: Vec<f32>,
-    shift: Vec<f32>,
+    /// The affine map whose ReLU is recomputed; 0 and 1 if there is none to recompute.
+    relu_factor: Vec<f32>,
+    relu_shift: Vec<f32>,
 }
 
-impl Back {
+impl BackwardAffine {
     fn new(
         shape: Shape,
         n: &Normalisation,
         weight: &[f32],
         sums: &GradientSums,
         relu: Option<&Affine>,
-    ) -> Back {
+    ) -> BackwardAffine {
         let zeros = || vec![0f32; shape.padded_channels()];
-        let mut back = Back {
+        let mut back = BackwardAffine {
             mean: zeros(),
             factor: zeros(),
             plain: zeros(),
             slope: zeros(),
-            again: relu.map_or_else(zeros, |affine| affine.factor.clone()),
-            // Without a ReLU to compute again, the output counts as 1.
-            shift: relu
+            relu_factor: relu.map_or_else(zeros, |affine| affine.factor.clone()),
+            relu_shift: relu
                 .map_or_else(|| vec![1.; shape.padded_channels()], |affine| affine.shift.clone()),
         };
         let count = shape.count() as f64;
         for (channel, weight) in weight.iter().enumerate() {
             let inverse = n.inverse_deviation[channel];
-            let (mean, rest) = n.rounded(channel);
+            let (mean, error) = n.rounded(channel);
             back.mean[channel] = mean;
             back.factor[channel] = (f64::from(*weight) * inverse) as f32;
             if n.batch {
                 let slope = sums.centred[channel] * inverse * inverse / count;
                 back.slope[channel] = slope as f32;
-                back.plain[channel] = (sums.plain[channel] / count - rest * slope) as f32;
+                back.plain[channel] = (sums.plain[channel] / count - error * slope) as f32;
             }
         }
         back
@@ -618,11 +616,11 @@ impl Back {
 }
 
 for_each_variant! {
-    /// `gradient` is `None` when the result holds it.
+    /// `gradient` is `None` if `result` holds it.
     fn back_apply<T: Element>(
         input: &[T],
         gradient: Option<&[T]>,
-        back: &Back,
+        back: &BackwardAffine,
         images: usize,
         result: &mut [T],
     ) {
@@ -632,8 +630,8 @@ for_each_variant! {
             let factor = &back.factor[block * SIDE..][..SIDE];
             let plain = &back.plain[block * SIDE..][..SIDE];
             let slope = &back.slope[block * SIDE..][..SIDE];
-            let again = &back.again[block * SIDE..][..SIDE];
-            let shift = &back.shift[block * SIDE..][..SIDE];
+            let relu_factor = &back.relu_factor[block * SIDE..][..SIDE];
+            let relu_shift = &back.relu_shift[block * SIDE..][..SIDE];
             let rows = result.chunks_exact_mut(SIDE).zip(input.chunks_exact(SIDE));
             for (image, (result, input)) in rows.enumerate() {
                 if image >= images {
@@ -646,7 +644,7 @@ for_each_variant! {
                 for lane in 0..SIDE {
                     let (gradient, input) = (gradient[lane].wide(), input[lane].wide());
                     let deviation = input - mean[lane];
-                    let output = deviation * again[lane] + shift[lane];
+                    let output = deviation * relu_factor[lane] + relu_shift[lane];
                     let gradient = if output <= 0. { 0. } else { gradient };
                     let centred = deviation * slope[lane];
                     values[lane] = factor[lane] * (gradient - plain[lane] - centred);
@@ -663,7 +661,7 @@ for_each_variant! {
 ///
 /// # Panics
 ///
-/// When the lengths differ.
+/// If the lengths differ.
 pub fn add(variant: Variant, shape: Shape, gradient: &Buffer, total: &mut Buffer) {
     assert_eq!(gradient.len(), shape.len());
     by_precision!(gradient.precision(), T => {
@@ -724,9 +722,9 @@ mod tests {
         }
     }
 
-    /// The ReLU's output, read or computed again, leads to the same gradients, bit by bit.
+    /// The ReLU's output, read or recomputed, gives the same gradients bit by bit.
     #[test]
-    fn a_relu_computed_again_is_the_one_that_was() {
+    fn a_recomputed_relu_gives_the_same_bits() {
         for precision in [Precision::F32, Precision::Bf16] {
             let (rows, _) = values(-0.5);
             let value = |rows: &[f32]| {
@@ -747,7 +745,7 @@ mod tests {
                 let mut output = value(&rows);
                 forward(variant, SHAPE, &input, &n, &weight, &bias, None, true, &mut output);
                 let mut results = Vec::new();
-                for relu in [Relu::Output(&output), Relu::Again(&weight, &bias)] {
+                for relu in [Relu::Output(&output), Relu::Recomputed(&weight, &bias)] {
                     let mut result = gradient.clone();
                     let mut parts = vec![f32::NAN; gradient_sums_len(SHAPE)];
                     let sums =
@@ -764,7 +762,7 @@ mod tests {
     }
 
     #[test]
-    fn filling_stays_zero() {
+    fn padding_stays_zero() {
         let (_, tiles) = values(0.5);
         let n = Normalisation {
             mean: vec![0.25; SHAPE.padded_channels()],
@@ -781,7 +779,7 @@ mod tests {
             let sums = GradientSums { plain: vec![3.; 32], centred: vec![2.; 32] };
             let mut result = tiles.clone();
             result.fill(f32::NAN);
-            for relu in [Relu::Absent, Relu::Again(&weight, &bias)] {
+            for relu in [Relu::Absent, Relu::Recomputed(&weight, &bias)] {
                 let gradient = Some(&output);
                 input_gradient(
                     variant,

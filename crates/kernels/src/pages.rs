@@ -1,42 +1,42 @@
-//! Large runs of numbers from pages of two megabytes, where the system has them.
+//! Huge pages for large memory, where the system has them.
+#![cfg_attr(
+    all(target_os = "linux", not(miri)),
+    expect(unsafe_code, reason = "a system call on memory that is given by its address")
+)]
 
-/// `len` zeros.
+/// Bytes of a huge page, on every processor that matters here.
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
+
+/// `len` zeros, on huge pages if possible.
 ///
-/// A batch of photographs is tens of megabytes that the system clears, and maps, when they are first
-/// written: with pages of 4 KB that takes as long as half of the work put into them. Where nothing
-/// comes of the wish for larger ones, these are ordinary zeros.
+/// A batch of photographs takes tens of megabytes. With pages of 4 KB, clearing and mapping them at
+/// first use takes half as long as the work on them. Where huge pages are not available, these are
+/// ordinary zeros.
 pub fn zeros(len: usize) -> Vec<f32> {
-    #[cfg_attr(not(target_os = "linux"), expect(unused_mut, reason = "nothing is asked for"))]
     let mut values = vec![0f32; len];
-    #[cfg(target_os = "linux")]
-    linux::ask_for_large_pages(&mut values);
+    advise_huge_pages(values.as_mut_ptr().cast(), size_of_val(&values[..]));
     values
 }
 
-#[cfg(target_os = "linux")]
-mod linux {
-    #![expect(unsafe_code, reason = "a system call on memory that is named by its address")]
-
-    /// Bytes of a large page, on every processor that matters here.
-    const LARGE: usize = 2 << 20;
-
-    /// For the large pages that lie wholly inside.
-    pub(super) fn ask_for_large_pages(values: &mut [f32]) {
-        let start = values.as_mut_ptr() as usize;
-        let (first, end) = (start.next_multiple_of(LARGE), start + size_of_val(values));
-        let length = end.saturating_sub(first) / LARGE * LARGE;
-        if length > 0 {
-            // SAFETY: the range lies inside `values`, and this advice changes no byte of it. Refused,
-            // it does nothing.
-            unsafe { libc::madvise(first as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
-        }
+/// Asks the system for huge pages, for those that lie completely inside this memory. A refusal changes
+/// nothing.
+pub(crate) fn advise_huge_pages(start: *mut u8, bytes: usize) {
+    let first = (start as usize).next_multiple_of(HUGE_PAGE);
+    let length = (start as usize + bytes).saturating_sub(first) / HUGE_PAGE * HUGE_PAGE;
+    if length == 0 {
+        return;
+    }
+    #[cfg(all(target_os = "linux", not(miri)))]
+    // SAFETY: the range lies inside memory of the caller, and this advice changes no contents.
+    unsafe {
+        libc::madvise(first as *mut libc::c_void, length, libc::MADV_HUGEPAGE);
     }
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn zeros_are_zeros_whatever_the_pages() {
+    fn zeros_are_zeros_on_any_pages() {
         for len in [0, 5, 3 << 20] {
             let mut values = super::zeros(len);
             assert!(values.len() == len && values.iter().all(|&value| value == 0.));

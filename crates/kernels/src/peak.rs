@@ -1,16 +1,16 @@
-//! What the processor can do at most, to measure products against.
-#![cfg_attr(
-    target_arch = "x86_64",
-    expect(unsafe_code, reason = "a loop of vector instructions that does nothing else")
-)]
+//! The peak rate of the processor, as a yardstick for products.
+#![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "a loop of vector instructions"))]
 
 use crate::{Precision, Variant};
 
-/// Floating-point operations a second (two for a multiplication with its addition) that one thread
-/// does when it only multiplies numbers in registers, with the instructions that `variant` has for
-/// products of `precision`: the best of several runs of a few milliseconds. `None` for the portable
-/// kernels, whose instructions the compiler chooses, and for those that emulate others.
-#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "all are portable"))]
+/// The floating-point operations per second (two for each multiply-add) of one thread that only
+/// multiplies numbers in registers, with the instructions of `variant` for products of `precision`: the
+/// best of several runs of a few milliseconds. `None` for the portable kernels, whose instructions the
+/// compiler chooses, and for emulated ones.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(unused_variables, reason = "all variants are portable")
+)]
 pub fn peak(variant: Variant, precision: Precision) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     return x86::peak(variant, precision);
@@ -28,7 +28,7 @@ mod x86 {
     use crate::variant::Instructions;
     use crate::{Precision, Variant};
 
-    /// Times round the loops below.
+    /// Iterations of the loops below.
     const TIMES: usize = 200_000;
 
     pub(super) fn peak(variant: Variant, precision: Precision) -> Option<f64> {
@@ -56,11 +56,11 @@ mod x86 {
         Some(runs.fold(0., f64::max))
     }
 
-    /// As many sums as hide the latency of two multipliers.
+    /// Enough sums to hide the latency of two multipliers.
     const SUMS: usize = 12;
 
-    /// Each multiplies `times` rounds of [`SUMS`] registers and returns how many operations that
-    /// was.
+    /// Multiplies `times` rounds of [`SUMS`] registers and returns the number of operations; so do the
+    /// two below.
     #[target_feature(enable = "avx512f")]
     fn avx512(times: usize) -> f64 {
         let factor = _mm512_set1_ps(black_box(0.5));
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_vector_unit_has_a_peak() {
+    fn every_variant_with_vectors_has_a_peak() {
         assert_eq!(peak(Variant::PORTABLE, Precision::F32), None);
         for variant in Variant::available().into_iter().skip(1) {
             for precision in [Precision::F32, Precision::Bf16] {

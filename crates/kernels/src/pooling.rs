@@ -6,24 +6,24 @@ use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
 
-/// A square window that moves over a value. What lies beyond the border counts as −∞.
+/// A square window that moves over a value. Padding counts as −∞.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// What it reads.
+    /// The shape of the value it reads.
     pub input: Shape,
-    /// What it writes.
+    /// The shape of the value it writes.
     pub output: Shape,
     /// Side of the window, in pixels.
     pub kernel: usize,
     /// Input pixels from one window to the next.
     pub stride: usize,
-    /// Pixels beyond the border on each side, at most half the window.
+    /// Padding on each side, at most half the window.
     pub padding: usize,
 }
 
 impl Window {
-    /// The windows over `input`, or `None` when none fits, when padding passes half the window (a
-    /// window would hold no pixel), or when the window has more than 256 pixels.
+    /// The windows over `input`; `None` if none fits, if the padding exceeds half the window (a window
+    /// could contain no pixel), or if the window has more than 256 pixels.
     pub fn new(input: Shape, kernel: usize, stride: usize, padding: usize) -> Option<Window> {
         if padding > kernel / 2 || kernel > 16 {
             return None;
@@ -33,7 +33,7 @@ impl Window {
         Some(Window { input, output: Shape { height, width, ..input }, kernel, stride, padding })
     }
 
-    /// The taps of a window that lie inside along one side, with the input pixel they meet.
+    /// The taps of a window inside the input along one side, each with its input pixel.
     fn taps(&self, at: usize, limit: usize) -> impl Iterator<Item = (usize, usize)> {
         let (first, padding) = (at * self.stride, self.padding);
         (0..self.kernel).filter_map(move |tap| {
@@ -41,7 +41,7 @@ impl Window {
         })
     }
 
-    /// The windows along one side that hold the input pixel `at`, with the tap that meets it.
+    /// The windows along one side that contain the input pixel `at`, each with the tap on it.
     fn windows(&self, at: usize, limit: usize) -> impl Iterator<Item = (usize, usize)> {
         let (stride, padding) = (self.stride, self.padding);
         (0..self.kernel).filter_map(move |tap| {
@@ -52,12 +52,12 @@ impl Window {
     }
 }
 
-/// The maximum of every window, and in `taps` which pixel of the window held it: the first of
-/// equal ones in reading order; the last NaN, if there is one.
+/// Computes the maximum of every window, and in `taps` the index of its pixel within the window: the
+/// first of equal ones in reading order, or the last NaN.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shapes say.
+/// If a slice does not have the length of its shape.
 pub fn max_forward(
     variant: Variant,
     w: &Window,
@@ -116,12 +116,12 @@ for_each_variant! {
     }
 }
 
-/// Gives each window's gradient to the pixel that held its maximum. With `add` it adds to what
-/// `gradient` holds, otherwise it replaces it.
+/// Sends the gradient of each window to the pixel of its maximum. With `add`, adds to `gradient`,
+/// otherwise replaces it.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shapes say.
+/// If a slice does not have the length of its shape.
 pub fn max_backward(
     variant: Variant,
     w: &Window,
@@ -177,11 +177,11 @@ for_each_variant! {
     }
 }
 
-/// The mean over all pixels: `input` to features of the same channels.
+/// Computes the mean over all pixels: features of the same channels.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shapes say.
+/// If a slice does not have the length of its shape.
 pub fn average_forward(variant: Variant, input_shape: Shape, input: &Buffer, output: &mut Buffer) {
     assert_eq!(input.len(), input_shape.len());
     assert_eq!(output.len(), input_shape.groups() * input_shape.pixel_len());
@@ -220,12 +220,12 @@ for_each_variant! {
     }
 }
 
-/// Gives each pixel its share of the mean's gradient. With `add` it adds to what `gradient` holds,
-/// otherwise it replaces it.
+/// Sends each pixel its share of the gradient of the mean. With `add`, adds to `gradient`, otherwise
+/// replaces it.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the shapes say.
+/// If a slice does not have the length of its shape.
 pub fn average_backward(
     variant: Variant,
     input_shape: Shape,

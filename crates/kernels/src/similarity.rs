@@ -1,14 +1,14 @@
 //! Products of the rows of one matrix with the rows of another, a tile at a time.
 //!
-//! Whoever looks for the largest products (k-means, nearest neighbours) needs each of them once and
-//! none of them later, so they are never written out. [`products`] makes a [`Tile`]: [`LANES`] rows
-//! of the one matrix, packed side by side in a [`Panel`], against [`GROUP`] rows of the other,
-//! packed in [`Groups`]. A tile is approximate, with a proven [bound](Bound); the few products that
-//! the bound leaves open are then computed by [`product`], whose result is the same on every
-//! processor. So the answer is exact, whatever the tile was made from:
+//! A search for the largest products (k-means, nearest neighbours) needs each product once, so the
+//! matrix of products is never stored. [`products`] computes a [`Tile`]: [`LANES`] rows of one matrix,
+//! packed in a [`Panel`], times [`GROUP`] rows of the other, packed in [`Groups`]. A tile is
+//! approximate, with a proven [bound](Bound). The few products that the bound leaves undecided are then
+//! computed by [`product`], whose result is the same on every processor. So the answer is exact for both
+//! formats:
 //!
-//! - [`Precision::Bytes`]: rows rounded to 8 bits, multiplied in integers; four times as fast as
-//!   floats where the processor has AVX-512 VNNI.
+//! - [`Precision::Bytes`]: rows rounded to 8 bits and multiplied as integers; four times as fast as
+//!   floats on a processor with AVX-512 VNNI.
 //! - [`Precision::Floats`]: the rows themselves.
 
 #[cfg(target_arch = "x86_64")]
@@ -19,40 +19,40 @@ use rayon::prelude::*;
 /// Rows of a panel: three vectors of 16.
 pub const LANES: usize = 48;
 
-/// Rows of a group, one broadcast each: with three vectors, 24 sums fill the registers.
+/// Rows of a group, one broadcast each: with three vectors, the 24 sums fill the registers.
 pub const GROUP: usize = 8;
 
-/// What products are made from.
+/// The format of rows in products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// Rows rounded to 8 bits, each with a scale of its own.
+    /// Rows rounded to 8 bits, with one scale per row.
     Bytes,
     /// `f32`.
     Floats,
 }
 
 impl Precision {
-    /// The one whose products this processor makes faster.
+    /// The format with the faster products on this processor.
     pub fn fastest() -> Self {
         if has_vnni() { Self::Bytes } else { Self::Floats }
     }
 }
 
-/// Rows of a matrix as products take them.
+/// Rows of a matrix, prepared for products.
 #[derive(Debug, Clone)]
 pub struct Rows<'a> {
     values: &'a [f32],
     d: usize,
-    /// Bytes: each row's 8-bit numbers, four to a word; empty for floats.
+    /// The 8-bit numbers of each row, four per word; empty for floats.
     codes: Vec<u32>,
-    /// Bytes: what a number stands for, in units of 1.
+    /// The scale of each row's 8-bit numbers; empty for floats.
     scales: Vec<f32>,
-    /// What is known of each row.
+    /// The length and rounding error of each row.
     pub extents: Vec<Extent>,
     precision: Precision,
 }
 
-/// How long a row is, and how far its rounded form lies from it; both from above.
+/// Upper bounds of a row's length and of its rounding error.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Extent {
     /// `‖x‖`.
@@ -62,14 +62,14 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Both of whichever row has more.
+    /// The larger length and the larger error.
     pub fn max(self, other: Self) -> Self {
         Self { length: self.length.max(other.length), error: self.error.max(other.error) }
     }
 }
 
 impl<'a> Rows<'a> {
-    /// Looks at (and, for bytes, rounds) the rows of `values` `(N, d)`, which are finite.
+    /// Measures (and for bytes, rounds) the rows of `values` `(N, d)`, which must be finite.
     pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
         let n = values.len() / d;
         let words = words(d, precision);
@@ -93,27 +93,27 @@ impl<'a> Rows<'a> {
         Self { values, d, codes, scales, extents, precision }
     }
 
-    /// Number of rows.
+    /// The number of rows.
     pub fn len(&self) -> usize {
         self.extents.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.extents.is_empty()
     }
 
-    /// What products are made from.
+    /// The format of the rows.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// The most of each extent over all rows.
+    /// The largest length and the largest error over all rows.
     pub fn extent(&self) -> Extent {
         self.extents.iter().copied().fold(Extent::default(), Extent::max)
     }
 
-    /// A row's words: its codes, or its floats.
+    /// A word of a row: four codes, or a float.
     fn word(&self, row: usize, word: usize) -> u32 {
         match self.precision {
             Precision::Bytes => self.codes[row * words(self.d, self.precision) + word],
@@ -122,7 +122,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// How far a tile's products can lie from the true ones.
+/// Bounds the error of the products in a tile.
 #[derive(Debug, Clone, Copy)]
 pub struct Bound {
     other: Extent,
@@ -131,10 +131,10 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// For products with rows of `other`, whose subtrahends are at most `largest_minus` in size.
+    /// For products with the rows of `other`, with subtrahends of at most `largest_minus` in magnitude.
     pub fn new(other: &Rows, largest_minus: f32) -> Self {
-        // Bytes: integer sums are exact; a conversion, two scalings and a difference round.
-        // Floats: one rounding for each term, and the difference.
+        // Bytes: integer sums are exact; a conversion, two scalings and a difference are rounded.
+        // Floats: one rounding per term, and the difference.
         let roundings = match other.precision {
             Precision::Bytes => 8.,
             Precision::Floats => other.d as f32 + 2.,
@@ -142,7 +142,7 @@ impl Bound {
         Self { other: other.extent(), rounding: 1.1 * roundings * f32::EPSILON, largest_minus }
     }
 
-    /// The most that a product of a row of this extent with any of the others can be off.
+    /// The largest error of a product of a row of this extent with any of the others.
     pub fn of(&self, row: Extent) -> f32 {
         let other = self.other.length + self.other.error;
         let rounded = row.length * self.other.error + row.error * other;
@@ -151,7 +151,7 @@ impl Bound {
     }
 }
 
-/// Words of a row: 8-bit numbers come in fours.
+/// Words per row: a word holds four 8-bit numbers.
 fn words(d: usize, precision: Precision) -> usize {
     match precision {
         Precision::Bytes => d.div_ceil(4),
@@ -159,7 +159,7 @@ fn words(d: usize, precision: Precision) -> usize {
     }
 }
 
-/// A number of `f32` that is not below `x`.
+/// An `f32` that is not below `x`.
 fn above(x: f64) -> f32 {
     (x * (1. + 1e-6)) as f32
 }
@@ -167,27 +167,27 @@ fn above(x: f64) -> f32 {
 /// A cache line, for aligned loads.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+struct CacheLine([u32; 16]);
 
 /// Vectors of 16 lanes.
 const VECTORS: usize = LANES / 16;
 
-/// Up to [`LANES`] rows side by side: word 0 of all, word 1 of all, and so on.
+/// Up to [`LANES`] interleaved rows: word 0 of all, word 1 of all, and so on.
 #[derive(Debug, Clone)]
 pub struct Panel {
-    lines: Vec<Line>,
+    lines: Vec<CacheLine>,
     scales: [f32; LANES],
     precision: Precision,
 }
 
 impl Panel {
-    /// Room for rows of width `d`.
+    /// An empty panel for rows of width `d`.
     pub fn new(d: usize, precision: Precision) -> Self {
-        let lines = vec![Line([0; 16]); VECTORS * words(d, precision)];
+        let lines = vec![CacheLine([0; 16]); VECTORS * words(d, precision)];
         Self { lines, scales: [0.; LANES], precision }
     }
 
-    /// Takes up to [`LANES`] of the rows, in this order; the products of other lanes are 0.
+    /// Packs up to [`LANES`] rows, in the order of the indices; products of unused lanes are 0.
     pub fn fill(&mut self, rows: &Rows, indices: impl ExactSizeIterator<Item = usize>) {
         assert!(indices.len() <= LANES && rows.precision == self.precision);
         let words = words(rows.d, self.precision);
@@ -204,7 +204,7 @@ impl Panel {
                 };
                 *scale = rows.scales.get(row).copied().unwrap_or(0.);
                 let lines = self.lines[vector..].iter_mut().step_by(VECTORS);
-                // Bytes are unsigned on this side: 128 is added, and taken off by the groups.
+                // Bytes are unsigned on this side: 128 is added here and subtracted by the groups.
                 let flip = if self.precision == Precision::Bytes { 0x8080_8080 } else { 0 };
                 if source.is_empty() {
                     lines.for_each(|line| line.0[lane] = 0);
@@ -216,21 +216,21 @@ impl Panel {
     }
 }
 
-/// All rows of a matrix in groups of [`GROUP`]: word 0 of the group, word 1, and so on.
+/// All rows of a matrix in groups of [`GROUP`], interleaved: word 0 of the group, word 1, and so on.
 #[derive(Debug, Clone)]
 pub struct Groups {
     words: Vec<u32>,
-    /// Bytes: what undoes the 128 that panels add, `−128 Σ codes`.
+    /// For bytes, what undoes the 128 that panels add: `−128 Σ codes`.
     offsets: Vec<i32>,
     scales: Vec<f32>,
-    /// What is subtracted from each product; infinite for the rows that fill the last group.
+    /// Subtracted from each product; infinite for the rows that pad the last group.
     minus: Vec<f32>,
     width: usize,
     precision: Precision,
 }
 
 impl Groups {
-    /// Packs all rows; `minus` is subtracted from the products of each, one number a row or none.
+    /// Packs all rows. `minus` is subtracted from the products: one number per row, or empty.
     pub fn new(rows: &Rows, minus: &[f32]) -> Self {
         let width = words(rows.d, rows.precision);
         let n = rows.len();
@@ -257,24 +257,24 @@ impl Groups {
         Self { words: packed, offsets, scales, minus: all_minus, width, precision: rows.precision }
     }
 
-    /// Number of groups.
+    /// The number of groups.
     pub fn len(&self) -> usize {
         self.minus.len() / GROUP
     }
 
-    /// Whether there are none.
+    /// Whether there are no groups.
     pub fn is_empty(&self) -> bool {
         self.minus.is_empty()
     }
 }
 
-/// The products of a panel with a group, less what the group subtracts.
+/// The products of a panel with a group, minus the group's subtrahends.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub struct Tile {
-    /// `(GROUP, LANES)`; `−∞` where the last group has no row.
+    /// `(GROUP, LANES)`; `−∞` for the padding of the last group.
     pub products: [f32; GROUP * LANES],
-    /// The largest of each lane.
+    /// The largest product of each lane.
     pub largest: [f32; LANES],
 }
 
@@ -285,13 +285,13 @@ impl Default for Tile {
 }
 
 impl Tile {
-    /// The products of one row of the group with all lanes.
+    /// The products of row `j` of the group with all lanes.
     pub fn row(&self, j: usize) -> &[f32; LANES] {
-        self.products[j * LANES..].first_chunk().expect("a row has this many lanes")
+        self.products[j * LANES..].first_chunk().expect("a row has LANES products")
     }
 }
 
-/// Which lanes are at least their threshold, a bit each from the lowest.
+/// The lanes that reach their threshold, as bits from the lowest.
 pub fn reached(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
@@ -302,7 +302,7 @@ pub fn reached(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
     (0..LANES).map(bit).sum()
 }
 
-/// Which rows of the tile have a lane that is at least the row's threshold, a bit each.
+/// The rows of the tile with a lane that reaches the row's threshold, as bits.
 pub fn rows_reached(tile: &Tile, thresholds: &[f32; GROUP]) -> u8 {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
@@ -348,7 +348,7 @@ fn reached_avx512(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
 /// Computes the products of all lanes of `panel` with one group of `groups`.
 pub fn products(panel: &Panel, groups: &Groups, group: usize, tile: &mut Tile) {
     assert_eq!(panel.precision, groups.precision);
-    let part = Part {
+    let input = TileInput {
         lines: &panel.lines,
         lane_scales: &panel.scales,
         words: &groups.words[group * GROUP * groups.width..][..GROUP * groups.width],
@@ -356,25 +356,25 @@ pub fn products(panel: &Panel, groups: &Groups, group: usize, tile: &mut Tile) {
         scales: groups.scales.get(group * GROUP..).and_then(<[f32]>::first_chunk),
         minus: groups.minus[group * GROUP..].first_chunk().expect("groups are full"),
     };
-    assert_eq!(part.lines.len(), VECTORS * groups.width);
+    assert_eq!(input.lines.len(), VECTORS * groups.width);
     match panel.precision {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX-512 VNNI, and the lengths were checked.
-        Precision::Bytes if has_vnni() => unsafe { bytes_vnni(&part, tile) },
+        Precision::Bytes if has_vnni() => unsafe { bytes_vnni(&input, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX-512, and the lengths were checked.
-        Precision::Floats if has_avx512() => unsafe { floats_avx512(&part, tile) },
+        Precision::Floats if has_avx512() => unsafe { floats_avx512(&input, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX2 and FMA.
-        Precision::Floats if has_avx2() => unsafe { floats_avx2(&part, tile) },
-        Precision::Bytes => bytes_portable(&part, tile),
-        Precision::Floats => floats_portable(&part, tile, |x, y, sum| x * y + sum),
+        Precision::Floats if has_avx2() => unsafe { floats_avx2(&input, tile) },
+        Precision::Bytes => bytes_portable(&input, tile),
+        Precision::Floats => floats_portable(&input, tile, |x, y, sum| x * y + sum),
     }
 }
 
-/// A panel and a group, their lengths checked.
-struct Part<'a> {
-    lines: &'a [Line],
+/// A panel and a group of checked lengths.
+struct TileInput<'a> {
+    lines: &'a [CacheLine],
     lane_scales: &'a [f32; LANES],
     words: &'a [u32],
     offsets: &'a [i32; GROUP],
@@ -384,13 +384,13 @@ struct Part<'a> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn bytes_vnni(part: &Part, tile: &mut Tile) {
+fn bytes_vnni(input: &TileInput, tile: &mut Tile) {
     let mut sums = [[_mm512_setzero_si512(); VECTORS]; GROUP];
-    for (sums, &offset) in sums.iter_mut().zip(part.offsets) {
+    for (sums, &offset) in sums.iter_mut().zip(input.offsets) {
         *sums = [_mm512_set1_epi32(offset); VECTORS];
     }
-    let (mut line, mut word) = (part.lines.as_ptr(), part.words.as_ptr());
-    for _ in 0..part.words.len() / GROUP {
+    let (mut line, mut word) = (input.lines.as_ptr(), input.words.as_ptr());
+    for _ in 0..input.words.len() / GROUP {
         // SAFETY: there are VECTORS lines and GROUP words for each step, as `products` checked.
         unsafe {
             let lanes: [__m512i; VECTORS] =
@@ -405,16 +405,16 @@ fn bytes_vnni(part: &Part, tile: &mut Tile) {
             word = word.add(GROUP);
         }
     }
-    let scales = part.scales.expect("bytes have scales");
+    let scales = input.scales.expect("bytes have scales");
     let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); VECTORS];
     for (j, sums) in sums.iter().enumerate() {
         for (vector, &sum) in sums.iter().enumerate() {
             // SAFETY: the arrays have 16 values from these offsets on.
             unsafe {
-                let lane_scales = _mm512_loadu_ps(part.lane_scales.as_ptr().add(16 * vector));
+                let lane_scales = _mm512_loadu_ps(input.lane_scales.as_ptr().add(16 * vector));
                 let scale = _mm512_mul_ps(lane_scales, _mm512_set1_ps(scales[j]));
                 let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
-                let value = _mm512_sub_ps(product, _mm512_set1_ps(part.minus[j]));
+                let value = _mm512_sub_ps(product, _mm512_set1_ps(input.minus[j]));
                 largest[vector] = _mm512_max_ps(largest[vector], value);
                 _mm512_store_ps(tile.products.as_mut_ptr().add(j * LANES + 16 * vector), value);
             }
@@ -434,10 +434,10 @@ fn store_largest(largest: &[__m512; VECTORS], tile: &mut Tile) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn floats_avx512(part: &Part, tile: &mut Tile) {
+fn floats_avx512(input: &TileInput, tile: &mut Tile) {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; GROUP];
-    let (mut line, mut word) = (part.lines.as_ptr(), part.words.as_ptr());
-    for _ in 0..part.words.len() / GROUP {
+    let (mut line, mut word) = (input.lines.as_ptr(), input.words.as_ptr());
+    for _ in 0..input.words.len() / GROUP {
         // SAFETY: there are VECTORS lines and GROUP words for each step, as `products` checked.
         unsafe {
             let lanes: [__m512; VECTORS] =
@@ -455,7 +455,7 @@ fn floats_avx512(part: &Part, tile: &mut Tile) {
     let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); VECTORS];
     for (j, sums) in sums.iter().enumerate() {
         for (vector, &sum) in sums.iter().enumerate() {
-            let value = _mm512_sub_ps(sum, _mm512_set1_ps(part.minus[j]));
+            let value = _mm512_sub_ps(sum, _mm512_set1_ps(input.minus[j]));
             largest[vector] = _mm512_max_ps(largest[vector], value);
             // SAFETY: the array has 16 values from this offset on.
             unsafe {
@@ -468,16 +468,21 @@ fn floats_avx512(part: &Part, tile: &mut Tile) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn floats_avx2(part: &Part, tile: &mut Tile) {
-    floats_portable(part, tile, f32::mul_add);
+fn floats_avx2(input: &TileInput, tile: &mut Tile) {
+    floats_portable(input, tile, f32::mul_add);
 }
 
-/// Two rows of the group at a time: with 8-wide vectors, their 12 sums fill the registers.
+/// Computes two rows of the group at a time: with vectors of 8, their 12 sums fill the registers.
 #[inline(always)]
-fn floats_portable(part: &Part, tile: &mut Tile, multiply_add: impl Fn(f32, f32, f32) -> f32) {
+fn floats_portable(
+    input: &TileInput,
+    tile: &mut Tile,
+    multiply_add: impl Fn(f32, f32, f32) -> f32,
+) {
     for j in (0..GROUP).step_by(2) {
         let mut sums = [[0f32; LANES]; 2];
-        for (lines, words) in part.lines.chunks_exact(VECTORS).zip(part.words.chunks_exact(GROUP)) {
+        for (lines, words) in input.lines.chunks_exact(VECTORS).zip(input.words.chunks_exact(GROUP))
+        {
             for (sums, &word) in sums.iter_mut().zip(&words[j..j + 2]) {
                 let broadcast = f32::from_bits(word);
                 for (sums, line) in sums.chunks_exact_mut(16).zip(lines) {
@@ -489,17 +494,18 @@ fn floats_portable(part: &Part, tile: &mut Tile, multiply_add: impl Fn(f32, f32,
         }
         for (i, sums) in sums.iter().enumerate() {
             let row = &mut tile.products[(j + i) * LANES..][..LANES];
-            row.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum - part.minus[j + i]);
+            row.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum - input.minus[j + i]);
         }
     }
     fill_largest(tile);
 }
 
-fn bytes_portable(part: &Part, tile: &mut Tile) {
-    let scales = part.scales.expect("bytes have scales");
+fn bytes_portable(input: &TileInput, tile: &mut Tile) {
+    let scales = input.scales.expect("bytes have scales");
     for j in 0..GROUP {
-        let mut sums = [part.offsets[j]; LANES];
-        for (lines, words) in part.lines.chunks_exact(VECTORS).zip(part.words.chunks_exact(GROUP)) {
+        let mut sums = [input.offsets[j]; LANES];
+        for (lines, words) in input.lines.chunks_exact(VECTORS).zip(input.words.chunks_exact(GROUP))
+        {
             let broadcast = words[j].to_le_bytes();
             for (lane, sum) in sums.iter_mut().enumerate() {
                 let bytes = lines[lane / 16].0[lane % 16].to_le_bytes();
@@ -509,8 +515,8 @@ fn bytes_portable(part: &Part, tile: &mut Tile) {
             }
         }
         for (lane, &sum) in sums.iter().enumerate() {
-            let scale = part.lane_scales[lane] * scales[j];
-            tile.products[j * LANES + lane] = sum as f32 * scale - part.minus[j];
+            let scale = input.lane_scales[lane] * scales[j];
+            tile.products[j * LANES + lane] = sum as f32 * scale - input.minus[j];
         }
     }
     fill_largest(tile);
@@ -523,7 +529,7 @@ fn fill_largest(tile: &mut Tile) {
     }
 }
 
-/// Rounds a row to 8 bits; returns its scale and extent.
+/// Rounds a row to 8 bits and returns its scale and extent.
 fn round_row(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
@@ -548,7 +554,7 @@ fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
     }
     let largest = largest.into_iter().fold(0., f32::max);
     let length = above(product(row, row).sqrt());
-    // Where a scale cannot be inverted, the row is taken as 0 and all of it as error.
+    // If the scale cannot be inverted, the row becomes 0 and its length is the error.
     let scale = largest / 127.;
     let inverse = 1. / scale;
     if !inverse.is_finite() {
@@ -561,7 +567,7 @@ fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
         for ((&x, number), square) in part.iter().zip(&mut numbers).zip(&mut squares) {
             let rounded = (x * inverse).round_ties_even();
             *number = rounded as i8;
-            // In units of the scale, so that tiny rows do not vanish when squared.
+            // In units of the scale, so that the squares of tiny rows do not underflow.
             let error = x * inverse - rounded;
             *square += error * error;
         }
@@ -570,14 +576,14 @@ fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
         }
     }
     let squares: f32 = squares.iter().sum();
-    // The second term is for the rounding of `x · inverse` itself.
+    // The second term covers the rounding of `x · inverse`.
     let error = f64::from(squares).sqrt() * f64::from(scale) * (1. + 1e-4);
     (scale, Extent { length, error: above(error + f64::from(length) * 1e-6) })
 }
 
-/// `Σ x·y` in `f64`: the same bits on every processor.
+/// `Σ x·y` in `f64`, with the same bits on every processor.
 ///
-/// Products of two `f32` are exact in `f64`; they are added to 32 sums, and these in pairs.
+/// Products of two `f32` are exact in `f64`. They are added to 32 sums, which are then added in pairs.
 pub fn product(x: &[f32], y: &[f32]) -> f64 {
     assert_eq!(x.len(), y.len());
     #[cfg(target_arch = "x86_64")]
@@ -618,7 +624,7 @@ fn product_portable(x: &[f32], y: &[f32]) -> f64 {
     sums[0]
 }
 
-/// `Σ (x − y)²` in `f32`, for whoever needs it fast and nearly right.
+/// `Σ (x − y)²` in `f32`: fast and approximate.
 pub fn squared_distance(x: &[f32], y: &[f32]) -> f32 {
     assert_eq!(x.len(), y.len());
     #[cfg(target_arch = "x86_64")]
@@ -674,7 +680,7 @@ fn add_row_portable(sums: &mut [f64], row: &[f32], factor: f64) {
 }
 
 fn as_words(values: &[f32]) -> &[u32] {
-    // SAFETY: both types have size and alignment 4, and every bit pattern is a number.
+    // SAFETY: both types have size and alignment 4, and any bits are valid.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
 }
 
@@ -701,7 +707,7 @@ fn has_avx2() -> bool {
 mod tests {
     use super::*;
 
-    /// Numbers in `[−1, 1)`, some rows much larger than others.
+    /// Pseudo-random numbers in `[−1, 1)`, with some rows scaled up or down.
     fn matrix(n: usize, d: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
@@ -726,7 +732,7 @@ mod tests {
                 let (mut tile, mut used) = (Tile::default(), 0f64);
                 for first in (0..n).step_by(LANES) {
                     let lanes = LANES.min(n - first);
-                    // Backwards, to see that lanes are where they were asked for.
+                    // In reverse order, to check the order of the lanes.
                     panel.fill(&x_rows, (0..lanes).map(|lane| first + lanes - 1 - lane));
                     for group in 0..groups.len() {
                         products(&panel, &groups, group, &mut tile);
@@ -754,14 +760,14 @@ mod tests {
                 }
                 assert!(
                     precision == Precision::Floats || used > 1e-3,
-                    "the bound says nothing: {used}"
+                    "the bound is useless: {used}"
                 );
             }
         }
     }
 
     #[test]
-    fn portable_tiles_equal_the_processor_s() {
+    fn portable_tiles_equal_those_of_the_processor() {
         let (x, y, d) = (matrix(48, 70, 3), matrix(8, 70, 4), 70);
         for precision in [Precision::Bytes, Precision::Floats] {
             let (x_rows, y_rows) = (Rows::new(&x, d, precision), Rows::new(&y, d, precision));
@@ -770,7 +776,7 @@ mod tests {
             panel.fill(&x_rows, 0..48);
             let mut fast = Tile::default();
             products(&panel, &groups, 0, &mut fast);
-            let part = Part {
+            let input = TileInput {
                 lines: &panel.lines,
                 lane_scales: &panel.scales,
                 words: &groups.words,
@@ -780,20 +786,20 @@ mod tests {
             };
             let mut plain = Tile::default();
             match precision {
-                Precision::Bytes => bytes_portable(&part, &mut plain),
-                Precision::Floats => floats_portable(&part, &mut plain, |x, y, sum| x * y + sum),
+                Precision::Bytes => bytes_portable(&input, &mut plain),
+                Precision::Floats => floats_portable(&input, &mut plain, |x, y, sum| x * y + sum),
             }
             #[cfg(target_arch = "x86_64")]
             if precision == Precision::Floats && has_avx2() && has_avx512() {
                 let mut narrow = Tile::default();
                 // SAFETY: the processor has AVX2 and FMA.
-                unsafe { floats_avx2(&part, &mut narrow) };
+                unsafe { floats_avx2(&input, &mut narrow) };
                 assert_eq!(narrow.products, fast.products);
                 assert_eq!(narrow.largest, fast.largest);
             }
             let bound = Bound::new(&y_rows, 0.);
             for (i, (fast, plain)) in fast.products.iter().zip(&plain.products).enumerate() {
-                // Bytes differ by the order of the scalings alone.
+                // Bytes differ only by the order of the scalings.
                 let allowed = match precision {
                     Precision::Bytes => plain.abs() * 1e-6,
                     Precision::Floats => bound.of(x_rows.extents[i % LANES]),
@@ -804,7 +810,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_direction_are_all_error() {
+    fn the_error_of_a_row_that_cannot_be_scaled_is_its_length() {
         let x = [0f32, 0., 1e-40, -1e-41];
         let rows = Rows::new(&x, 2, Precision::Bytes);
         assert_eq!(rows.extents[0], Extent { length: 0., error: 0. });
@@ -813,7 +819,7 @@ mod tests {
     }
 
     #[test]
-    fn products_and_sums_are_right_at_every_width() {
+    fn products_and_sums_are_correct_at_every_width() {
         for d in [1, 31, 32, 33, 100] {
             let (x, y) = (matrix(1, d, 5), matrix(1, d, 6));
             let want: f64 = x.iter().zip(&y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();

@@ -1,13 +1,13 @@
-//! Which instruction set the kernels use, found when the program runs.
+//! The instruction set of the kernels, detected at run time.
 
 use std::fmt;
 use std::sync::OnceLock;
 
-/// A way of writing the same kernels, which this processor can run. All give the same results up
-/// to rounding; one variant gives the same bits on every machine that has it.
+/// An implementation of the kernels that this processor can run. Results of variants agree up to
+/// rounding; one variant gives the same bits on every machine that has it.
 ///
-/// Only this module makes one, after it has found the instructions: a `Variant` is the proof that
-/// functions compiled for them may be called.
+/// Only this module creates one, after it has detected the instructions. So a `Variant` proves that
+/// functions compiled for these instructions may be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Variant(Instructions);
 
@@ -21,14 +21,13 @@ pub(crate) enum Instructions {
     /// AVX-512: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX-512 with products of bfloat16 pairs; the same as `Avx512` for f32.
+    /// AVX-512 with products of bfloat16 pairs; like `Avx512` for f32.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
-    /// AVX-512 and AMX, a unit for products of bfloat16 tiles.
+    /// AVX-512 and AMX, a unit that multiplies bfloat16 tiles.
     #[cfg(target_arch = "x86_64")]
     Amx,
-    /// AVX2, and the work that AMX gets done by a program in the unit's place: to test what
-    /// surrounds the unit.
+    /// AVX2, with AMX emulated in software, to test the code around the unit.
     #[cfg(target_arch = "x86_64")]
     AmxEmulated,
 }
@@ -65,8 +64,8 @@ impl Variant {
         all
     }
 
-    /// The variants worth a test: those [`available`](Self::available) and `amx-emulated`, which
-    /// computes what AMX would, slowly, on any processor with AVX2.
+    /// The variants to test: the [`available`](Self::available) ones, and `amx-emulated` on any processor
+    /// with AVX2. The emulation is slow.
     pub fn testable() -> Vec<Variant> {
         let all = Variant::available();
         #[cfg(target_arch = "x86_64")]
@@ -76,7 +75,7 @@ impl Variant {
         all
     }
 
-    /// The word that names the variant in `ASSORT_KERNEL` and in logs.
+    /// The name of the variant in `ASSORT_KERNEL` and in logs.
     pub fn name(self) -> &'static str {
         match self.0 {
             Instructions::Portable => "portable",
@@ -93,24 +92,24 @@ impl Variant {
         }
     }
 
-    /// The fastest variant that this processor has, whatever `ASSORT_KERNEL` says: for kernels whose
-    /// variants all give the same bits.
+    /// The fastest variant of this processor, regardless of `ASSORT_KERNEL`: for kernels whose variants
+    /// all give the same bits.
     pub fn fastest() -> Variant {
         static FASTEST: OnceLock<Variant> = OnceLock::new();
         *FASTEST.get_or_init(|| Variant::available().pop().unwrap_or(Variant::PORTABLE))
     }
 
-    /// The variant this process uses: the one that `ASSORT_KERNEL` names, or the fastest available.
+    /// The variant of this process: the one that `ASSORT_KERNEL` names, or the fastest.
     ///
     /// # Errors
     ///
-    /// `ASSORT_KERNEL` names no variant, or one whose instructions this processor lacks.
+    /// `ASSORT_KERNEL` names an unknown variant, or one that this processor cannot run.
     pub fn selected() -> Result<Variant, String> {
         static SELECTED: OnceLock<Result<Variant, String>> = OnceLock::new();
         SELECTED.get_or_init(|| choose(std::env::var("ASSORT_KERNEL").ok().as_deref())).clone()
     }
 
-    /// Whether products of bfloat16 are done by a unit of their own, or by a program in its place.
+    /// Whether a tile unit, real or emulated, computes products of bfloat16.
     pub(crate) fn has_tile_unit(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return matches!(self.0, Instructions::Amx | Instructions::AmxEmulated);
@@ -137,24 +136,24 @@ fn choose(wanted: Option<&str>) -> Result<Variant, String> {
     Variant::testable().iter().find(|variant| variant.name() == wanted).copied().ok_or_else(|| {
         let names: Vec<&str> = available.iter().map(|variant| variant.name()).collect();
         format!(
-            "ASSORT_KERNEL={wanted} is not usable: this processor has {}; unset it to use the fastest",
+            "this processor cannot run ASSORT_KERNEL={wanted}; choose one of {}, or unset it to use the \
+             fastest",
             names.join(", ")
         )
     })
 }
 
-/// Compiles one function body for every variant and calls the one asked for.
+/// Compiles a function body for every variant, and calls the one of the given variant.
 ///
-/// The body becomes an `#[inline(always)]` function, so that the compiler vectorises it anew inside
-/// each wrapper with the wrapper's instructions. It must call no closure that runs elsewhere (a
-/// parallel loop): those keep the baseline's instructions. Nothing here fuses a multiplication with
-/// an addition, so all variants give the same bits.
+/// The body becomes an `#[inline(always)]` function, which the compiler vectorises inside each wrapper
+/// with the wrapper's instructions. It must not start a parallel loop, whose closures would be compiled
+/// for the baseline. No multiplication is fused with an addition, so all variants give the same bits.
 macro_rules! for_each_variant {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
         #[cfg_attr(
             target_arch = "x86_64",
-            expect(unsafe_code, reason = "calls a function compiled for the instructions found")
+            expect(unsafe_code, reason = "calls a function compiled for the detected instructions")
         )]
         #[allow(clippy::too_many_arguments)]
         $vis fn $name $(<$t: $bound>)? (variant: $crate::Variant, $($arg: $ty),*) {
@@ -177,7 +176,7 @@ macro_rules! for_each_variant {
                 #[cfg(target_arch = "x86_64")]
                 $crate::variant::Instructions::Avx2
                 | $crate::variant::Instructions::AmxEmulated => {
-                    // SAFETY: a `Variant` exists only where its instructions do.
+                    // SAFETY: a `Variant` exists only if the processor has its instructions.
                     unsafe { avx2($($arg),*) }
                 }
                 #[cfg(target_arch = "x86_64")]

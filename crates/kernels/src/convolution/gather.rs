@@ -140,7 +140,7 @@ impl Taps {
 /// them.
 const NEAR: usize = 384 << 10;
 
-/// Every pixel of `to` as a sum over taps and channel blocks of `from`.
+/// Computes every pixel of `to` as a sum over taps and channel blocks of `from`.
 #[expect(clippy::too_many_arguments, reason = "source, weights and destination")]
 fn gather<T: Element>(
     variant: Variant,
@@ -192,7 +192,7 @@ struct Gather<'a, T> {
 }
 
 impl<T: Element> Gather<'_, T> {
-    /// Two blocks of channels of every pixel in `parts`.
+    /// Computes two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
         let all = self.taps.count() * self.from_shape.blocks();
         let chunk = all.div_ceil(all.div_ceil(T::CHUNK));

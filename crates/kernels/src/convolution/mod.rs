@@ -1,11 +1,10 @@
 //! Convolutions: any kernel, stride and padding, forward and both gradients.
 //!
-//! An output pixel of a group of 16 images is a sum of tile products over the taps that meet the
-//! input and the blocks of input channels. Taps beyond the border are left out, so nothing is
-//! copied or padded: on a map of one pixel a 3×3 convolution costs one tap, not nine. The input
-//! gradient is the same sum with taps and channels turned around; with a stride, each input pixel
-//! meets only the taps of its own parity. 3×3 convolutions of stride 1 take a shorter way
-//! (`winograd.rs`).
+//! An output pixel of a group of 16 images is a sum of tile products, over the taps inside the input and
+//! the blocks of input channels. Taps on padding are skipped, so nothing is copied or padded: on a map of
+//! one pixel a 3×3 convolution costs one tap, not nine. The input gradient is the same sum with input and
+//! output swapped; with a stride, each input pixel uses only the taps of its own parity. Most 3×3
+//! convolutions of stride 1 take a cheaper form (`winograd.rs`).
 
 mod finish;
 mod gather;
@@ -23,12 +22,12 @@ use packed::Form;
 use crate::layout::TILE;
 use crate::{Precision, Shape, Variant};
 
-/// A convolution between two values of known extent. A linear layer is one with kernel 1.
+/// A convolution between two values of known shape. A linear layer is one with kernel 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Geometry {
-    /// What it reads.
+    /// The shape of the value it reads.
     pub input: Shape,
-    /// What it writes.
+    /// The shape of the value it writes.
     pub output: Shape,
     /// Side of the square kernel, in pixels.
     pub kernel: usize,
@@ -39,8 +38,8 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The convolution of `input` to `channels` channels, or `None` when no output pixel is left
-    /// or kernel or stride is 0.
+    /// The convolution of `input` to `channels` channels; `None` if no output pixel is left, or if kernel or
+    /// stride is 0.
     pub fn new(
         input: Shape,
         channels: usize,
@@ -54,7 +53,7 @@ impl Geometry {
         Some(Geometry { input, output, kernel, stride, padding })
     }
 
-    /// Numbers in the weights, in the order (output channel, input channel, row, column).
+    /// The length of the weights, in the order (output channel, input channel, row, column).
     pub fn weights_len(&self) -> usize {
         self.output.channels * self.input.channels * self.taps()
     }
@@ -75,13 +74,12 @@ impl Geometry {
         if worth && fits { Form::Winograd } else { Form::Direct }
     }
 
-    /// Multiplications of the forward pass, not counting the border.
+    /// Multiplications of the forward pass, including those with padding.
     fn operations(&self) -> usize {
         self.output.count() * self.output.channels * self.input.channels * self.taps()
     }
 
-    /// Multiplications of each of the three products; those with the zeros beyond the border are
-    /// left out, here as in the kernels.
+    /// Multiplications of each of the three products, without those with padding, which the kernels skip.
     pub fn multiplications(&self) -> usize {
         let side = |from: usize, to: usize| -> usize {
             let inside = |at: &usize| (self.padding..self.padding + from).contains(at);
@@ -98,8 +96,8 @@ impl Geometry {
     }
 }
 
-/// Pixels of the output along one side: `⌊(side + 2·padding − kernel) / stride⌋ + 1`, or `None`
-/// when the kernel is larger than the padded input.
+/// Output pixels along one side: `⌊(side + 2·padding − kernel) / stride⌋ + 1`, or `None` if the kernel is
+/// larger than the padded input.
 pub(crate) fn output_side(
     side: usize,
     kernel: usize,
@@ -113,12 +111,12 @@ pub(crate) fn output_side(
     Some(padded.checked_sub(kernel)? / stride + 1)
 }
 
-/// Numbers in the packed weights of one pair of blocks that are written.
+/// The length of the packed weights for one pair of output blocks.
 fn panel_len(taps: usize, from_blocks: usize) -> usize {
     2 * taps * from_blocks * TILE
 }
 
-/// Blocks in a pair: 2, or 1 in the last pair of an odd number.
+/// Blocks in a pair: 2, or 1 in the last pair of an odd count.
 fn columns_of(blocks: usize, pair: usize) -> usize {
     (blocks - 2 * pair).min(2)
 }
@@ -129,8 +127,8 @@ mod tests {
     use crate::element::{Element, Half};
     use crate::{Buffer, BufferPool};
 
-    /// Small whole numbers: every product and sum is exact in f32, in any order.
-    fn whole(seed: usize, len: usize) -> Vec<f32> {
+    /// Small integers: every product and sum is exact in f32, in any order.
+    fn integers(seed: usize, len: usize) -> Vec<f32> {
         (0..len).map(|at| ((at * 7919 + seed * 104_729) % 1013 % 7) as f32 - 3.).collect()
     }
 
@@ -141,7 +139,8 @@ mod tests {
         }
     }
 
-    /// Calls `meet(input pixel, output pixel, tap)`, pixels over all images, for every tap inside.
+    /// Calls `meet(input pixel, output pixel, tap)` for every tap inside the input; pixels are counted over
+    /// all images.
     fn for_each_tap(g: &Geometry, mut meet: impl FnMut(usize, usize, usize)) {
         let pixels = (0..g.input.images)
             .flat_map(|n| (0..g.output.height).map(move |y| (n, y)))
@@ -161,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn all_three_products_are_exact_on_whole_numbers() {
+    fn all_three_products_are_exact_on_integers() {
         let pool = BufferPool::new();
         for (images, h, w, from, to, kernel, stride, padding) in [
             (1, 1, 1, 1, 1, 3, 1, 1),
@@ -171,7 +170,7 @@ mod tests {
             (2, 9, 7, 3, 16, 7, 2, 3),
             (5, 3, 5, 40, 7, 1, 2, 0),
             (33, 1, 1, 37, 50, 1, 1, 0),
-            // Large enough for Winograd's form: whole and part squares, bands and blocks.
+            // Large enough for Winograd's form: full and partial squares, bands and blocks.
             (3, 7, 9, 17, 33, 3, 1, 1),
             (17, 6, 8, 16, 20, 3, 1, 1),
             (2, 8, 16, 40, 16, 3, 1, 1),
@@ -179,10 +178,10 @@ mod tests {
         ] {
             let input = Shape::new(images, h, w, from);
             let g = Geometry::new(input, to, kernel, stride, padding).expect("a convolution");
-            let x = whole(1, input.count() * from);
-            let weights = whole(2, g.weights_len());
-            let dy = whole(3, g.output.count() * to);
-            let bias = whole(4, to);
+            let x = integers(1, input.count() * from);
+            let weights = integers(2, g.weights_len());
+            let dy = integers(3, g.output.count() * to);
+            let bias = integers(4, to);
             let mut y: Vec<f32> = (0..g.output.count()).flat_map(|_| bias.clone()).collect();
             let (mut dx, mut dw) = (vec![1.; x.len()], vec![2.; weights.len()]);
             for_each_tap(&g, |at, out, tap| {
@@ -216,7 +215,7 @@ mod tests {
                         g.output.unpack(&output, &mut rows);
                         for ((got, sum), residual) in rows.iter().zip(&y).zip(&dy) {
                             let want = if finish.relu { (sum + residual).max(0.) } else { *sum };
-                            // The sum is rounded before the last step and after it.
+                            // The sum is rounded before and after the last step.
                             let large = sum.abs() + residual.abs();
                             let unit = if precision == Precision::F32 { 0. } else { large / 100. };
                             assert!((got - want).abs() <= unit, "{what}: {got}, want {want}");
@@ -310,7 +309,7 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    /// Output, input gradient and weight gradient in f64, and the same of absolute values.
+    /// Output, input gradient and weight gradient in f64, and the same sums of absolute values.
     struct Reference {
         values: [Vec<f64>; 3],
         sizes: [Vec<f64>; 3],
@@ -370,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn every_variant_lies_within_its_bound() {
+    fn every_variant_stays_within_its_bound() {
         let u = (-24f64).exp2();
         for (images, h, w, from, to, kernel, stride) in [
             (1, 9, 7, 3, 17, 3, 1),
@@ -405,7 +404,7 @@ mod tests {
                             let mut bound = 2. * n * u * want.sizes[which][at];
                             let plain = precision == Precision::Bf16 && which == 2;
                             if g.form(variant, precision) == Form::Winograd && !plain {
-                                // See `winograd.rs`; all numbers are at most 1 in size.
+                                // See `winograd.rs`; all numbers are at most 1 in magnitude.
                                 bound = winograd::bound(precision, terms[which], which == 2);
                             }
                             if precision == Precision::Bf16 && which < 2 {
@@ -452,7 +451,7 @@ mod tests {
         let dy = noise(3, g.output.count() * 48);
         let want = Reference::new(&g, &x, &weights, &dy);
         let got = products(Variant::fastest(), Precision::F32, &g, [&x, &weights, &dy]);
-        // The plain sum in f32, one rounding a term.
+        // The plain sum in f32, with one rounding per term.
         let mut plain = vec![0f32; dy.len()];
         for_each_tap(&g, |at, out, tap| {
             for (i, o) in (0..64).flat_map(|i| (0..48).map(move |o| (i, o))) {

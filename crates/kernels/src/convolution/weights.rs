@@ -1,4 +1,4 @@
-//! Weight gradient: parts of the pixels are summed apart and added in order.
+//! Weight gradient: parts of the pixels are summed separately and then added in order.
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
 use std::cell::Cell;
@@ -14,24 +14,24 @@ use crate::parallel::{self, Disjoint};
 use crate::tiles::{Product, Session, TileRun};
 use crate::{Buffer, BufferPool, Precision, Variant};
 
-/// Pixels of a group summed at a time, so that both sides stay in the first-level cache for all
+/// Pixels of a group that are summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
 const SEGMENT: usize = 8;
-/// Bytes of a channel at the pixels of a strip: with all blocks of a pane, both sides and the sums
-/// stay in the second-level cache.
+/// Bytes per channel in a strip of pixels, so that both sides and the sums of a pane stay in the
+/// second-level cache.
 const STRIP: usize = 128;
 /// Squares in a strip.
 const SQUARES: usize = 4;
 /// Blocks of input channels and pairs of blocks of output channels in a pane.
 const PANE: (usize, usize) = (4, 2);
-/// Independent tasks wanted, whatever the number of threads.
+/// The number of tasks to aim for, independent of the number of threads.
 const TASKS: usize = 32;
 
-/// `gradient += inputᵀ · output_gradient`: adds the gradient of the weights `(O, I, K, K)`.
+/// Adds the gradient of the weights `(O, I, K, K)`: `gradient += inputᵀ · output_gradient`.
 ///
 /// # Panics
 ///
-/// When a slice has another length than the geometry says.
+/// If a slice does not have the length of the geometry.
 pub fn weight_gradient(
     variant: Variant,
     g: &Geometry,
@@ -61,26 +61,25 @@ pub fn weight_gradient(
     tasks.merge(&scratch, gradient);
 }
 
-/// How a weight gradient is cut: tasks are (part of the pixels, pane of the weights), by shape
-/// alone, since parts are added afterwards. A task goes through its part in strips, a few rows of
-/// pixels each, and adds a strip to all of its pane before it goes on to the next.
+/// The split of a weight gradient into tasks: (part of the pixels, pane of the weights). It depends on the
+/// shape alone, since parts are added afterwards. A task goes through its part in strips of a few rows of
+/// pixels, and adds each strip to its whole pane before the next.
 ///
-/// In [Winograd's form](winograd) a strip is a few squares of pixels and each weight has 16 sums, one
-/// a position, where otherwise it has one.
+/// In [Winograd's form](winograd) a strip is a few squares of pixels, and each kernel has 16 sums, one per
+/// position, instead of 9.
 struct WeightTasks<'a> {
     g: &'a Geometry,
     winograd: bool,
     parts: usize,
     /// Panes along the input and along the output channels.
     panes: (usize, usize),
-    /// Rows of output pixels in a strip; rows of all groups are counted through.
+    /// Rows of output pixels in a strip; rows are counted over all groups.
     rows: usize,
     strips: usize,
 }
 
-/// What a task sums: a part of the pixels, some blocks of input channels and some pairs of blocks
-/// of output channels.
-struct Task {
+/// A part of the pixels, some blocks of input channels and some pairs of blocks of output channels.
+struct WeightTask {
     part: usize,
     blocks: Range<usize>,
     pairs: Range<usize>,
@@ -89,22 +88,22 @@ struct Task {
 /// One side of the product: the tiles of some blocks of channels in some rows of pixels.
 struct StripSide<'a, T> {
     numbers: &'a [T],
-    /// The row of pixels, counted through all groups, that the numbers begin with.
+    /// The first row of pixels in the numbers, counted over all groups.
     first_row: usize,
     width: usize,
-    /// Numbers from pixel to pixel.
+    /// Distance between pixels, in numbers.
     step: usize,
 }
 
 impl<'a, T: Element> StripSide<'a, T> {
-    /// The rows where they lie, or arranged in `memory` as products want them.
+    /// The rows in place, or copied to `memory` and arranged if the products need that.
     fn new(
         session: &Session,
         numbers: &'a [T],
         shape: Shape,
         rows: Range<usize>,
         blocks: &Range<usize>,
-        turned: bool,
+        left: bool,
         memory: &'a mut [T],
     ) -> StripSide<'a, T> {
         let (width, pixel_len) = (shape.width, shape.pixel_len());
@@ -116,7 +115,7 @@ impl<'a, T: Element> StripSide<'a, T> {
         let pixels = rows.start * width..rows.end * width;
         for (pixel, to) in pixels.zip(memory.chunks_exact_mut(step)) {
             let from = &numbers[pixel * pixel_len + blocks.start * TILE..][..step];
-            T::arrange(session, from, to, turned);
+            T::arrange(session, from, to, left);
         }
         StripSide { numbers: memory, first_row: rows.start, width, step }
     }
@@ -126,15 +125,15 @@ impl<'a, T: Element> StripSide<'a, T> {
     }
 }
 
-/// The runs of a strip, in the order in which they are added.
+/// The runs of a strip, in the order of addition.
 #[derive(Default)]
 struct StripRuns {
     all: Vec<TileRun>,
-    /// To which sum of the weights some of them belong, and where those end.
+    /// Groups of runs: the sum of the weights that they belong to, and the end of the group.
     ends: Vec<(usize, usize)>,
 }
 
-/// Lends this thread's lists, so that they grow once and not in every task.
+/// Calls `work` with the lists of this thread, so that they grow only once.
 fn with_runs(work: impl FnOnce(&mut StripRuns)) {
     thread_local! {
         static RUNS: Cell<StripRuns> = const { Cell::new(StripRuns { all: Vec::new(), ends: Vec::new() }) };
@@ -146,7 +145,7 @@ fn with_runs(work: impl FnOnce(&mut StripRuns)) {
 
 impl<'a> WeightTasks<'a> {
     fn new(variant: Variant, g: &'a Geometry, precision: Precision) -> Self {
-        // In bf16 the transforms and the sums of 16 positions would cost what the products save.
+        // In bf16 the transforms and 16 sums would cost as much as the products save.
         let winograd = precision == Precision::F32 && g.form(variant, precision) == Form::Winograd;
         let rows = (STRIP / precision.bytes() / g.output.width).max(1);
         let squares = Squares::of(g.output);
@@ -161,22 +160,22 @@ impl<'a> WeightTasks<'a> {
         WeightTasks { g, winograd, parts, panes, rows, strips }
     }
 
-    /// Sums of a weight: one for each tap or position.
+    /// Sums per kernel: one for each tap or position.
     fn sums(&self) -> usize {
         if self.winograd { POSITIONS } else { self.g.taps() }
     }
 
-    /// Numbers in the sums of one part.
+    /// The length of the sums of one part.
     fn len(&self) -> usize {
         self.sums() * self.g.input.blocks() * self.g.output.blocks() * TILE
     }
 
-    /// Sums every part into its place in the scratch.
+    /// Sums every part into its range of the scratch memory.
     fn run(
         &self,
         variant: Variant,
         scratch: &mut [f32],
-        sum: impl Fn(&Session, &Task, &mut StripRuns, &Disjoint<f32>) + Sync + Send,
+        sum: impl Fn(&Session, &WeightTask, &mut StripRuns, &Disjoint<f32>) + Sync + Send,
     ) {
         let all = Disjoint::new(scratch);
         let count = self.parts * self.panes.0 * self.panes.1;
@@ -193,20 +192,20 @@ impl<'a> WeightTasks<'a> {
         });
     }
 
-    fn task(&self, task: usize) -> Task {
+    fn task(&self, task: usize) -> WeightTask {
         let panes = self.panes.0 * self.panes.1;
         let (pane, part) = (task % panes, task / panes);
         let (block, pair) = (pane / self.panes.1 * PANE.0, pane % self.panes.1 * PANE.1);
         let pairs = self.g.output.blocks().div_ceil(2);
-        Task {
+        WeightTask {
             part,
             blocks: block..(block + PANE.0).min(self.g.input.blocks()),
             pairs: pair..(pair + PANE.1).min(pairs),
         }
     }
 
-    /// Where the sums of a block of input and a pair of output channels lie in the scratch: (sum,
-    /// output block of the pair) tiles in a row.
+    /// The range in the scratch memory, as first index and length, of the sums of a block of input channels
+    /// and a pair of blocks of output channels: contiguous tiles (sum, output block of the pair).
     fn tiles(&self, part: usize, block: usize, pair: usize) -> (usize, usize) {
         let (inputs, outputs) = (self.g.input.blocks(), self.g.output.blocks());
         let len = self.sums() * TILE;
@@ -214,11 +213,11 @@ impl<'a> WeightTasks<'a> {
         (((part * inputs + block) * outputs + 2 * pair) * len, columns * len)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what is read, and what is written")]
+    #[expect(clippy::too_many_arguments, reason = "source and destination")]
     fn sum<T: Element>(
         &self,
         session: &Session,
-        task: &Task,
+        task: &WeightTask,
         runs: &mut StripRuns,
         input: &[T],
         output_gradient: &[T],
@@ -250,16 +249,16 @@ impl<'a> WeightTasks<'a> {
                 false,
                 memory,
             );
-            self.meet(rows, &left, &right, runs);
+            self.collect(rows, &left, &right, runs);
             self.sum_strip(session, task, left.numbers, right.numbers, runs, all);
         }
     }
 
-    /// The same in Winograd's form.
+    /// Sums a part in Winograd's form.
     fn sum_squares(
         &self,
         session: &Session,
-        task: &Task,
+        task: &WeightTask,
         runs: &mut StripRuns,
         input: &[f32],
         output_gradient: &[f32],
@@ -302,12 +301,12 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// The blocks of output channels of a task.
-    fn outputs(&self, task: &Task) -> Range<usize> {
+    fn outputs(&self, task: &WeightTask) -> Range<usize> {
         2 * task.pairs.start..(2 * task.pairs.end).min(self.g.output.blocks())
     }
 
     /// The strips of a task's part.
-    fn strips_of(&self, task: &Task) -> Range<usize> {
+    fn strips_of(&self, task: &WeightTask) -> Range<usize> {
         task.part * self.strips / self.parts..(task.part + 1) * self.strips / self.parts
     }
 
@@ -317,7 +316,7 @@ impl<'a> WeightTasks<'a> {
         strip * self.rows..((strip + 1) * self.rows).min(rows)
     }
 
-    /// The rows of input pixels that meet those of output pixels, with what lies between.
+    /// The rows of input pixels that some rows of output pixels need, including rows in between.
     fn rows_read(&self, rows: &Range<usize>) -> Range<usize> {
         let g = self.g;
         let top =
@@ -328,8 +327,9 @@ impl<'a> WeightTasks<'a> {
         first + begin..(last + end).max(first + begin)
     }
 
-    /// The pixels of a strip, some at a time, that meet the input at each tap.
-    fn meet<T: Element>(
+    /// Collects the runs of a strip: for some pixels at a time and each tap, the pixels whose tap lies inside
+    /// the input.
+    fn collect<T: Element>(
         &self,
         strip: Range<usize>,
         left: &StripSide<T>,
@@ -346,7 +346,7 @@ impl<'a> WeightTasks<'a> {
                 for tap in 0..g.taps() {
                     for row in rows.clone() {
                         let columns = begin..(begin + SEGMENT).min(g.output.width);
-                        self.meet_row(row, columns, tap, left, right, &mut runs.all);
+                        self.collect_row(row, columns, tap, left, right, &mut runs.all);
                     }
                     if runs.all.len() > runs.ends.last().map_or(0, |last| last.1) {
                         runs.ends.push((tap, runs.all.len()));
@@ -356,8 +356,8 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// The pixels of a row whose tap lies inside the input.
-    fn meet_row<T: Element>(
+    /// Collects the pixels of a row whose tap lies inside the input.
+    fn collect_row<T: Element>(
         &self,
         row: usize,
         columns: Range<usize>,
@@ -381,11 +381,11 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// Adds a strip to the pane, two blocks of input channels at a time.
+    /// Adds a strip to the pane, for two blocks of input channels at a time.
     fn sum_strip<T: Element>(
         &self,
         session: &Session,
-        task: &Task,
+        task: &WeightTask,
         left: &[T],
         right: &[T],
         runs: &StripRuns,
@@ -399,7 +399,7 @@ impl<'a> WeightTasks<'a> {
                 let columns = columns_of(g.output.blocks(), pair);
                 let tile = |block: usize, sum: usize| {
                     let at = self.tiles(task.part, block, pair).0 + sum * columns * TILE;
-                    // SAFETY: a task owns its part of its blocks and pairs; the two blocks differ.
+                    // SAFETY: a task owns its part of its blocks and pairs, and the two blocks differ.
                     unsafe { all.part(at, columns * TILE) }
                 };
                 let mut begin = 0;
@@ -447,7 +447,7 @@ impl<'a> WeightTasks<'a> {
         });
     }
 
-    /// Adds the sums of one weight, a tile apart each, to its gradient.
+    /// Adds the sums of one kernel, which lie a tile apart, to its gradient.
     fn add(&self, totals: &[f32], gradient: &mut [f32]) {
         let totals = totals.iter().step_by(TILE);
         if self.winograd {
@@ -460,7 +460,7 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// The sums over parts of the tiles of a block of input and of output channels.
+    /// Adds up the parts for a block of input channels and a block of output channels.
     fn total(&self, scratch: &[f32], input_block: usize, block: usize, totals: &mut [f32]) {
         let (blocks, sums) = (self.g.output.blocks(), self.sums());
         let (pair, column) = (block / 2, block % 2);

@@ -1,8 +1,8 @@
-//! 3×3 convolutions of stride 1 with 16 multiplications where the plain sum has 36: the minimal
-//! filtering F(2×2, 3×3) of Winograd as Lavin & Gray use it (2015, arXiv:1509.09308, Section 4.1).
+//! 3×3 convolutions of stride 1 with 16 multiplications instead of 36: the minimal filtering F(2×2, 3×3)
+//! of Winograd, as Lavin & Gray use it (2015, arXiv:1509.09308, Section 4.1).
 //!
-//! A square of 2 × 2 output pixels needs 4 × 4 input pixels `d`. Both the square and the kernel `g`
-//! are brought into a form in which 16 products, position by position, take the place of the sum:
+//! A square of 2 × 2 output pixels needs 4 × 4 input pixels `d`. Both the square and the kernel `g` are
+//! transformed so that 16 products, position by position, replace the sum:
 //!
 //! `y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A`, with
 //!
@@ -13,23 +13,23 @@
 //!      0  1  0 −1         0    0    1
 //! ```
 //!
-//! Summed over channels, the products of each position are a product of matrices. The transforms
-//! only add (and halve), and since all images of a tile share a pixel they work on whole tiles. The
-//! input gradient is the same with the kernel turned around; the gradient of the kernel is
+//! Summed over channels, the products of each position are a matrix product. The transforms only add (and
+//! halve). Since all images of a tile share a pixel, they work on whole tiles. The input gradient is the
+//! same with the kernel rotated by half a turn. The gradient of the kernel is
 //! `Gᵀ [Σ (Bᵀ d B) ⊙ (A dy Aᵀ)] G`.
 //!
-//! **Rounding.** With unit roundoff `u = 2⁻²⁴`, a plain sum of `n` products is off by at most
-//! `n u Σ|w x|`. Here a transformed number is the sum of up to 4 of `x` or, with weights up to 9/4
-//! in all, 9 of `w`, and a result the sum of 9 products' sums over `C` channels: it is off by at most
-//! `81 C (C + 16) u · max|w| · max|x|`, and a weight gradient over `N` pixels by at most
-//! `36 N (N + 16) u · max|x| · max|dy|`. These bounds are far off, as such bounds are; the tests hold
-//! the error in the mean to less than 4 times that of the plain sum.
+//! **Rounding.** With unit roundoff `u = 2⁻²⁴`, the error of a plain sum of `n` products is at most
+//! `n u Σ|w x|`. Here a transformed number is a sum of up to 4 of `x`, or of 9 of `w` with weights of up to
+//! 9/4 in total, and a result is a sum of 9 sums of products over `C` channels. Its error is at most
+//! `81 C (C + 16) u · max|w| · max|x|`, and that of a weight gradient over `N` pixels at most
+//! `36 N (N + 16) u · max|x| · max|dy|`. These worst-case bounds are loose; the tests hold the mean error to
+//! less than 4 times that of the plain sum.
 //!
-//! In bfloat16 the transformed numbers are rounded once more, each by at most `v = 2⁻⁸` of itself, to
-//! the nearest; products are exact and summed in f32 as ever. A result is off by at most
-//! `163 C v · max|w| · max|x|` more, of which in the mean little is left: the tests hold the error of
-//! random numbers below 0.5 % of the result, where rounding the result alone makes 0.17 % and rounding
-//! the factors, before either form, 0.24 %. The gradient of the kernel is the plain sum in bfloat16.
+//! In bfloat16 the transformed numbers are rounded once more, to nearest, by at most `v = 2⁻⁸` of
+//! themselves. Products are exact and are summed in f32 as usual. This adds at most
+//! `163 C v · max|w| · max|x|` to the error, and little on average: the tests hold the error on random
+//! numbers below 0.5 % of the result; `README.md` has the measured one. The gradient of the kernel is the
+//! plain sum in bfloat16.
 
 #![expect(unsafe_code, reason = "tasks write disjoint tiles of one buffer")]
 
@@ -50,15 +50,15 @@ use crate::variant::for_each_variant;
 
 /// Positions of a transformed square.
 pub(super) const POSITIONS: usize = 16;
-/// Bytes of transformed squares that a task holds at a time: the second-level cache holds them
-/// beside the weights they meet.
+/// Bytes of transformed squares that a task holds at a time. They and their weights fit into the
+/// second-level cache.
 const HELD: usize = 512 << 10;
-/// Numbers from position to position, for so many tiles: a few cache lines more than these, or all
-/// positions of a number would fall into the same sets of the caches.
+/// Distance between positions for this many tiles. The extra cache lines keep the positions of a number
+/// from falling into the same cache sets.
 pub(super) fn stride(tiles: usize) -> usize {
     tiles * TILE + NEAR * SIDE
 }
-/// Images whose sums, of all positions and a pair of blocks, the first-level cache holds.
+/// Images whose sums, of all positions and a pair of blocks, fit into the first-level cache.
 const NEAR: usize = 16;
 
 /// Squares of 2 × 2 pixels that cover a map, row by row.
@@ -83,11 +83,11 @@ impl Squares {
     }
 }
 
-/// Weights `(O, I, 3, 3)` in Winograd's form: tiles in the order (pair of blocks written, position,
-/// block read, block of the pair).
+/// Transforms weights `(O, I, 3, 3)` and packs them as tiles in the order (pair of blocks written,
+/// position, block read, block of the pair).
 ///
-/// `nine(from, to, kernels)` gives the nine weights between a channel that is read and each of a
-/// block of channels that are written, as far as there are any.
+/// `nine(from, to, kernels)` fills in the nine weights between a channel that is read and each channel of a
+/// block that is written.
 pub(super) fn pack<T: Element>(
     from_channels: usize,
     to_channels: usize,
@@ -124,7 +124,7 @@ pub(super) fn pack<T: Element>(
 }
 
 for_each_variant! {
-    /// `G g Gᵀ` of 16 kernels, a number of each side by side; the positions lie a tile apart.
+    /// `G g Gᵀ` of 16 interleaved kernels; the positions lie a tile apart.
     fn transform_kernels(g: &[Row; 9], to: &mut [f32]) {
         let mut half = [[0f32; SIDE]; 12];
         for x in 0..3 {
@@ -147,8 +147,8 @@ for_each_variant! {
     }
 }
 
-/// The most that a result can be off when all factors are at most 1 in size: of a sum of so many
-/// products, for an output or, with `weights`, for a weight.
+/// The largest error of a sum of this many products with factors of at most 1 in magnitude, for an output
+/// or, with `weights`, for a weight.
 #[cfg(test)]
 pub(super) fn bound(precision: Precision, terms: usize, weights: bool) -> f64 {
     let n = if weights { terms } else { terms / 9 } as f64;
@@ -157,7 +157,7 @@ pub(super) fn bound(precision: Precision, terms: usize, weights: bool) -> f64 {
     factor * n * (n + 16.) * (-24f64).exp2() + rounded
 }
 
-/// `Gᵀ m G` of the 16 sums of a weight.
+/// `Gᵀ m G` of the 16 sums of a kernel.
 pub(super) fn gradient_of_kernel(m: [f32; POSITIONS]) -> [f32; 9] {
     let three =
         |a: f32, b: f32, c: f32, d: f32| [a + 0.5 * (b + c), 0.5 * (b - c), 0.5 * (b + c) + d];
@@ -184,7 +184,7 @@ pub(super) fn convolve<T: Element>(
     let (blocks, to_blocks) = (from_shape.blocks(), to_shape.blocks());
     assert_eq!(packed.len(), POSITIONS * blocks * to_blocks * TILE);
     let (pairs, wanted) = (to_blocks.div_ceil(2), 4 * parallel::threads());
-    // How the work is cut has no influence on the result: no sum crosses a task.
+    // The split into tasks does not affect the result: no sum crosses a task.
     let bands = Bands::of(to_shape, wanted.div_ceil(to_shape.groups()));
     let squares_tasks = to_shape.groups() * bands.count;
     let pair_tasks = wanted.div_ceil(squares_tasks).min(pairs.div_ceil(2));
@@ -219,17 +219,17 @@ pub(super) fn convolve<T: Element>(
     }
 }
 
-/// Rows of a map, an even number each time.
+/// A map split into bands of an even number of rows.
 struct Bands {
     shape: Shape,
     rows: usize,
     count: usize,
-    /// Whether they are whole parts of the map.
+    /// Whether every band consists of whole parts of the map.
     whole: bool,
 }
 
 impl Bands {
-    /// Bands of whole parts where there are as many as wanted, otherwise as many as there can be.
+    /// Bands of whole parts if these are enough tasks, otherwise as many bands as possible.
     fn of(shape: Shape, wanted: usize) -> Bands {
         let whole = |rows: &usize| (rows * shape.width).is_multiple_of(shape.part_pixels());
         let rows = (2..=shape.height).step_by(2).find(whole).unwrap_or(shape.height);
@@ -266,7 +266,7 @@ struct Convolve<'a, T> {
 }
 
 impl<T: Element> Convolve<'_, T> {
-    /// Some squares of a group: transform, multiply, transform back.
+    /// Transforms some squares of a group, multiplies, and transforms back.
     fn squares(
         &self,
         group: usize,
@@ -286,8 +286,8 @@ impl<T: Element> Convolve<'_, T> {
         for pair in pairs {
             let columns = columns_of(to_blocks, pair);
             let sums_step = stride(columns);
-            // The weights of the pair stay in the second-level cache for all squares, the sums of a
-            // few images in the first-level one from their products to the end.
+            // The weights of the pair stay in the second-level cache for all squares, and the sums of a few
+            // images in the first-level cache from their products to the end.
             for (at, square) in squares.clone().enumerate() {
                 for images in (0..SIDE).step_by(NEAR).map(|first| first..first + NEAR) {
                     let left = &left[at * blocks * TILE + images.start * SIDE..];
@@ -302,7 +302,7 @@ impl<T: Element> Convolve<'_, T> {
         }
     }
 
-    /// All positions of some images of a square, in a pair of blocks.
+    /// Multiplies all positions of some images of a square, for a pair of blocks.
     fn multiply(&self, pair: usize, left: &[T], step: usize, sums: &mut [f32], sums_step: usize) {
         let (blocks, to_blocks) = (self.from_shape.blocks(), self.to_shape.blocks());
         let columns = columns_of(to_blocks, pair);
@@ -315,7 +315,8 @@ impl<T: Element> Convolve<'_, T> {
         }
     }
 
-    /// `Aᵀ m A` of some images of one square and block; `sums` holds the 16 tiles so far apart.
+    /// Writes `Aᵀ m A` of some images of a square and block; the 16 tiles lie `step` numbers apart in
+    /// `sums`.
     fn write(
         &self,
         group: usize,
@@ -327,30 +328,30 @@ impl<T: Element> Convolve<'_, T> {
     ) {
         let shape = self.to_shape;
         let numbers = images.start * SIDE..images.end * SIDE;
-        let mut nowhere = [[T::near(0.); NEAR * SIDE]; 4];
-        let mut nowhere = nowhere.each_mut().map(Some);
+        let mut unused = [[T::near(0.); NEAR * SIDE]; 4];
+        let mut unused = unused.each_mut().map(Some);
         let outputs = std::array::from_fn(|at| {
             let (y, x) = (y + at / 2, x + at % 2);
             if y >= shape.height || x >= shape.width {
-                return nowhere[at].take().expect("each is taken once");
+                return unused[at].take().expect("each is taken once");
             }
             let pixel = (group * shape.height + y) * shape.width + x;
             let from = pixel * shape.pixel_len() + block * TILE + numbers.start;
-            // SAFETY: a task owns its bands' pixels, and those of a square differ.
+            // SAFETY: a task owns the pixels of its bands, and those of a square differ.
             let rows = unsafe { self.to.part(from, numbers.len()) };
-            rows.try_into().expect("as many rows as are near")
+            rows.try_into().expect("NEAR rows")
         });
         let sums = std::array::from_fn(|position| {
             let rows = &sums[position * step..][numbers.clone()];
-            rows.try_into().expect("as many rows as are near")
+            rows.try_into().expect("NEAR rows")
         });
         transform_output(self.session.variant(), sums, outputs, self.add);
     }
 }
 
-/// `Bᵀ d B` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
-/// numbers apart in `to`.
-#[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
+/// Writes `Bᵀ d B` of a square in some blocks of channels; the tiles of the 16 positions lie `step` numbers
+/// apart in `to`.
+#[expect(clippy::too_many_arguments, reason = "source, position and destination")]
 pub(super) fn transform_input<T: Element>(
     variant: Variant,
     from: &[T],
@@ -373,19 +374,19 @@ pub(super) fn transform_input<T: Element>(
         }
     });
     for block in 0..blocks.len() {
-        // What lies beyond the border is zero.
+        // Padding is zero.
         let tiles = pixels.map(|pixel| pixel.get(block).unwrap_or(T::zeros()));
         forward_transform(variant, tiles, positions(&mut to[block * TILE..], step));
     }
 }
 
-/// The tiles of the 16 positions, which lie `step` numbers apart.
+/// The tiles of the 16 positions, `step` numbers apart.
 fn positions<T>(to: &mut [T], step: usize) -> [&mut [T; TILE]; POSITIONS] {
     let mut tiles = to.chunks_mut(step).filter_map(|tiles| tiles.first_chunk_mut());
     std::array::from_fn(|_| tiles.next().expect("room for 16 positions"))
 }
 
-/// 16 numbers that are treated alike.
+/// 16 numbers that are processed together.
 type Row = [f32; SIDE];
 
 #[inline(always)]
@@ -398,7 +399,7 @@ fn row<T: Element>(from: &[T], at: usize) -> Row {
     row
 }
 
-/// Stores a row made number by number, rounded.
+/// Computes a row number by number and stores it, rounded.
 #[inline(always)]
 fn store<T: Element>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
     let to = &mut to[at..at + SIDE];
@@ -412,7 +413,7 @@ fn store<T: Element>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
 }
 
 for_each_variant! {
-    /// `Bᵀ d B` of a tile of each of 4 × 4 pixels.
+    /// `Bᵀ d B`: from the tiles of 4 × 4 pixels to those of 16 positions.
     fn forward_transform<T: Element>(
         tiles: [&[T; TILE]; POSITIONS],
         to: [&mut [T; TILE]; POSITIONS],
@@ -442,7 +443,7 @@ for_each_variant! {
 }
 
 for_each_variant! {
-    /// `Aᵀ m A` of some rows of a tile of each of 16 positions, to those of each of 2 × 2 pixels.
+    /// `Aᵀ m A`: from rows of the tiles of 16 positions to rows of the tiles of 2 × 2 pixels.
     fn transform_output<T: Element>(
         sums: [&[f32; NEAR * SIDE]; POSITIONS],
         outputs: [&mut [T; NEAR * SIDE]; 4],
@@ -469,10 +470,10 @@ for_each_variant! {
                     odd[lane] = b[lane] - c[lane] - d[lane];
                 }
                 if add {
-                    let (before, behind) = (row(left, at), row(right, at));
+                    let (old_left, old_right) = (row(left, at), row(right, at));
                     for lane in 0..SIDE {
-                        even[lane] += before[lane];
-                        odd[lane] += behind[lane];
+                        even[lane] += old_left[lane];
+                        odd[lane] += old_right[lane];
                     }
                 }
                 let (left, right) = (&mut left[at..at + SIDE], &mut right[at..at + SIDE]);
@@ -486,7 +487,7 @@ for_each_variant! {
 }
 
 for_each_variant! {
-    /// `A dy Aᵀ` of a tile of each of 2 × 2 pixels.
+    /// `A dy Aᵀ`: from the tiles of 2 × 2 pixels to those of 16 positions.
     fn gradient_transform<T: Element>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
         for at in (0..TILE).step_by(SIDE) {
             let (mut left, mut right) = ([[0f32; SIDE]; 4], [[0f32; SIDE]; 4]);
@@ -510,9 +511,9 @@ for_each_variant! {
     }
 }
 
-/// `A dy Aᵀ` of one square in some blocks of channels; the tiles of the 16 positions lie `step`
+/// Writes `A dy Aᵀ` of a square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
-#[expect(clippy::too_many_arguments, reason = "what is read, where, and what is written")]
+#[expect(clippy::too_many_arguments, reason = "source, position and destination")]
 pub(super) fn transform_gradient<T: Element>(
     variant: Variant,
     from: &[T],

@@ -1,18 +1,14 @@
-//! Updates of flat parameter buffers on CUDA, in place: one kernel each.
+//! In-place updates of flat parameters on CUDA, one kernel each. Different lengths are an error.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, PushKernelArg};
 
 use super::arguments::{adam_factors, blocks_of};
-use super::modules::{Result, Source, check, grid, kernel};
+use super::modules::{KernelSource, Result, check, grid, kernel};
 use crate::flat::{Adam, Sgd};
 
 /// [`crate::flat::sgd`].
-///
-/// # Errors
-///
-/// The lengths differ; the driver refuses.
 pub fn sgd(
     stream: &Arc<CudaStream>,
     values: &mut CudaViewMut<f32>,
@@ -26,7 +22,7 @@ pub fn sgd(
     if count == 0 {
         return Ok(());
     }
-    let kernel = kernel(stream, Source::Flat, "sgd")?;
+    let kernel = kernel(stream, KernelSource::Flat, "sgd")?;
     let (numbers, rate) = (count as u64, with.learning_rate as f32);
     let (momentum, decay) = (with.momentum as f32, with.weight_decay as f32);
     let mut launch = stream.launch_builder(&kernel);
@@ -38,10 +34,6 @@ pub fn sgd(
 }
 
 /// [`crate::flat::adam`].
-///
-/// # Errors
-///
-/// The lengths differ; the driver refuses.
 pub fn adam(
     stream: &Arc<CudaStream>,
     values: &mut CudaViewMut<f32>,
@@ -57,7 +49,7 @@ pub fn adam(
     if count == 0 {
         return Ok(());
     }
-    let kernel = kernel(stream, Source::Flat, "adam")?;
+    let kernel = kernel(stream, KernelSource::Flat, "adam")?;
     let numbers = count as u64;
     let factors = adam_factors(step, with);
     let mut launch = stream.launch_builder(&kernel);
@@ -71,10 +63,6 @@ pub fn adam(
 }
 
 /// [`crate::flat::follow`].
-///
-/// # Errors
-///
-/// The lengths differ; the driver refuses.
 pub fn follow(
     stream: &Arc<CudaStream>,
     target: &mut CudaViewMut<f32>,
@@ -86,7 +74,7 @@ pub fn follow(
     if count == 0 {
         return Ok(());
     }
-    let kernel = kernel(stream, Source::Flat, "follow")?;
+    let kernel = kernel(stream, KernelSource::Flat, "follow")?;
     let (numbers, share) = (count as u64, (1. - decay) as f32);
     let mut launch = stream.launch_builder(&kernel);
     launch.arg(target).arg(online).arg(&numbers).arg(&share);

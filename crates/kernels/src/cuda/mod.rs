@@ -1,12 +1,12 @@
-//! Kernels of our own on CUDA, where a pass over memory per tensor operation would cost the time.
+//! Fused CUDA kernels, where one tensor operation at a time would spend the time on memory accesses.
 //!
-//! [Batch norm](norm) with the sum and the ReLU that follow it, and [updates](flat) of flat parameter
-//! buffers. The sources are CUDA C++ in this crate's folder `cuda`, compiled to PTX by the build script
-//! (nvcc; the driver compiles PTX for its card when the program starts to use it). They keep to what
-//! is C too, so that the tests run them block by block on any machine.
+//! [Batch norm](norm) with the residual sum and the ReLU that follow it, and [updates](flat) of flat
+//! parameters. The sources are CUDA C++ in the folder `cuda` of this crate. The build script compiles them
+//! to PTX with nvcc, and the driver compiles PTX for its card at first use. The sources are valid C as well,
+//! so that the tests run them block by block on any machine.
 //!
-//! Functions take a stream, start their kernels on it and do not wait; results are new memory of that
-//! stream. Compiled and, as C, tested; not yet run on a GPU.
+//! Functions launch their kernels on a stream and do not wait; results are new memory of that stream.
+//! Compiled, and tested as C, but not yet run on a GPU.
 
 mod arguments;
 #[cfg(feature = "cuda")]

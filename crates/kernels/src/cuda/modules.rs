@@ -1,4 +1,4 @@
-//! Kernels by name, loaded once for each card.
+//! Compiled kernels, loaded once per card.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -9,64 +9,64 @@ use cudarc::nvrtc::Ptx;
 
 use super::arguments::{Extent, THREADS};
 
-/// A failure of the driver.
+/// The result of driver calls.
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// A type of numbers that values are stored in.
+/// A type of the numbers in values.
 pub trait CudaElement: DeviceRepr + Copy + sealed::Sealed {}
 
 impl CudaElement for f32 {}
 impl CudaElement for half::bf16 {}
 
 pub(super) mod sealed {
-    use super::Source;
+    use super::KernelSource;
 
     pub trait Sealed {
         /// The kernels of norms for values of this type.
-        const NORM: Source;
+        const NORM: KernelSource;
     }
 
     impl Sealed for f32 {
-        const NORM: Source = Source::NormF32;
+        const NORM: KernelSource = KernelSource::NormF32;
     }
 
     impl Sealed for half::bf16 {
-        const NORM: Source = Source::NormBf16;
+        const NORM: KernelSource = KernelSource::NormBf16;
     }
 }
 
-// SAFETY: plain numbers in C's order, as `norm.cu` declares them.
+// SAFETY: plain numbers in C's layout, as `norm.cu` declares them.
 unsafe impl DeviceRepr for Extent {}
 
-/// A source of kernels, compiled.
+/// A compiled source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum KernelSource {
     Flat,
     NormF32,
     NormBf16,
 }
 
-impl Source {
+impl KernelSource {
     fn ptx(self) -> &'static str {
         match self {
-            Source::Flat => include_str!(concat!(env!("OUT_DIR"), "/flat.ptx")),
-            Source::NormF32 => include_str!(concat!(env!("OUT_DIR"), "/norm-f32.ptx")),
-            Source::NormBf16 => include_str!(concat!(env!("OUT_DIR"), "/norm-bf16.ptx")),
+            KernelSource::Flat => include_str!(concat!(env!("OUT_DIR"), "/flat.ptx")),
+            KernelSource::NormF32 => include_str!(concat!(env!("OUT_DIR"), "/norm-f32.ptx")),
+            KernelSource::NormBf16 => include_str!(concat!(env!("OUT_DIR"), "/norm-bf16.ptx")),
         }
     }
 }
 
-/// What was loaded, by the number of the card. A module keeps its card's context alive.
+/// Loaded modules and kernels, by card index. A module keeps the context of its card alive.
 #[derive(Default)]
 struct Loaded {
-    modules: HashMap<(usize, Source), Arc<CudaModule>>,
-    kernels: HashMap<(usize, Source, &'static str), CudaFunction>,
+    modules: HashMap<(usize, KernelSource), Arc<CudaModule>>,
+    kernels: HashMap<(usize, KernelSource, &'static str), CudaFunction>,
 }
 
-/// The kernel `name` on the stream's card.
+/// Returns the kernel `name` on the card of the stream, loading it at first use.
 pub(super) fn kernel(
     stream: &Arc<CudaStream>,
-    source: Source,
+    source: KernelSource,
     name: &'static str,
 ) -> Result<CudaFunction> {
     static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
@@ -91,15 +91,15 @@ pub(super) fn kernel(
     Ok(kernel)
 }
 
-/// One thread for each of `THREADS` places in each of the blocks.
+/// A launch with this grid of blocks of `THREADS` threads.
 pub(super) fn grid([x, y]: [u32; 2]) -> LaunchConfig {
     LaunchConfig { grid_dim: (x, y, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
 }
 
-/// An error that names `what` unless it holds as many numbers as expected.
+/// Fails unless the count of numbers is as expected; the error names `what`.
 pub(super) fn check(what: &str, found: usize, expected: usize) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(format!("{what}: {found} numbers, expected {expected}").into())
+    Err(format!("{what}: {found} numbers, but {expected} are expected").into())
 }

@@ -1,7 +1,8 @@
-//! The sources of the kernels as C, block after block, against the CPU's kernels and plain sums.
+//! Runs the sources of the kernels as C, block after block, and compares them with the CPU kernels and with
+//! plain sums.
 //!
-//! A C compiler is all that it takes: the one that Rust links with. What this cannot show is what a
-//! GPU adds: the launch, and that threads of a block really wait for each other.
+//! This only needs the C compiler that Rust links with. It cannot test what a GPU adds: the launch, and the
+//! synchronisation of the threads of a block.
 
 use std::ffi::{CString, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -14,14 +15,14 @@ use half::bf16;
 use super::arguments::{Extent, THREADS, adam_factors, blocks_of};
 use crate::flat::{self, Adam, Sgd};
 
-/// A source compiled as C; its kernels compute one block at a time.
+/// A source compiled as C, whose kernels compute one block at a time.
 struct Compiled {
     library: *mut c_void,
     block: [*mut u32; 2],
 }
 
 impl Compiled {
-    /// Of a file in `cuda`. Each has memory of its own, as what threads share is static in C.
+    /// Compiles a file in `cuda`. Every instance has its own memory, since shared memory is static in C.
     fn of(source: &str, options: &[&str]) -> Compiled {
         let folder = tempfile::tempdir().expect("a folder");
         let library = folder.path().join("kernels.so");
@@ -38,7 +39,7 @@ impl Compiled {
             .expect("a C compiler");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let path = CString::new(library.as_os_str().as_bytes()).expect("no NUL");
-        // SAFETY: a library made above, without constructors.
+        // SAFETY: a library compiled above, without constructors.
         let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         assert!(!library.is_null(), "the library loads");
         let mut compiled = Compiled { library, block: [ptr::null_mut(); 2] };
@@ -60,7 +61,7 @@ impl Compiled {
     fn each_block(&self, [x, y]: [u32; 2], mut block: impl FnMut()) {
         for at_y in 0..y {
             for at_x in 0..x {
-                // SAFETY: variables of the library that nothing else reads meanwhile.
+                // SAFETY: variables of the library that nothing else accesses.
                 unsafe { (*self.block[0], *self.block[1]) = (at_x, at_y) };
                 block();
             }
@@ -78,7 +79,7 @@ impl Drop for Compiled {
 /// A kernel by its name and the types of its arguments.
 macro_rules! kernel {
     ($compiled:expr, $name:literal, $($type:ty),+) => {{
-        // SAFETY: the types are those of the source; pointers and numbers alone.
+        // SAFETY: the types are those of the source, only pointers and numbers.
         let kernel = unsafe {
             std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($type),+)>(
                 $compiled.symbol($name),
@@ -88,10 +89,10 @@ macro_rules! kernel {
     }};
 }
 
-/// A number that values are stored as.
+/// A type of the numbers in values.
 trait Stored: Copy + PartialEq {
     const OPTIONS: &'static [&'static str];
-    /// A rounding's share of a number.
+    /// The relative rounding error.
     const ROUNDING: f64;
     fn of(x: f64) -> Self;
     fn wide(self) -> f64;
@@ -119,8 +120,8 @@ impl Stored for bf16 {
     }
 }
 
-/// Numbers followed by others that no kernel may touch: huge, so that a result shows where they were
-/// read, and of each buffer other ones, so that an update would change them.
+/// Numbers followed by guard numbers that no kernel may touch: they are huge, so that reading one shows in a
+/// result, and different in each buffer, so that an update would change them.
 struct Guarded<T> {
     numbers: Vec<T>,
     len: usize,
@@ -138,7 +139,7 @@ impl<T: Stored> Guarded<T> {
         Guarded { numbers, len, guard }
     }
 
-    /// To be written: NaN.
+    /// A buffer of NaN, to be written.
     fn unwritten(len: usize) -> Self {
         Guarded::new(vec![f64::NAN; len]).guarded_by(T::of(1e30))
     }
@@ -152,7 +153,7 @@ impl<T: Stored> Guarded<T> {
         self.numbers.as_mut_ptr()
     }
 
-    /// The numbers, of which all were written and nothing beyond.
+    /// The numbers, after a check that nothing was written beyond them.
     fn values(&self) -> Vec<f64> {
         assert!(self.numbers[self.len..].iter().all(|x| *x == self.guard), "beyond the end");
         self.numbers[..self.len].iter().map(|x| x.wide()).collect()
@@ -181,7 +182,7 @@ fn as_f64(values: &[f32]) -> Vec<f64> {
     values.iter().map(|x| f64::from(*x)).collect()
 }
 
-/// Lengths around those of a block.
+/// Lengths around the size of a block.
 const LENGTHS: [usize; 5] = [1, 255, 256, 257, 1003];
 
 #[test]
@@ -227,12 +228,27 @@ fn updates_are_those_of_the_cpu() {
             f32,
             f32
         );
-        let [rate, root, beta_1, rest_1, beta_2, rest_2, epsilon, decay] = adam_factors(3, adam);
+        let [rate, root, beta_1, complement_1, beta_2, complement_2, epsilon, decay] =
+            adam_factors(3, adam);
         compiled.each_block(blocks, || {
             let (p, g, m, v) = (p.pointer(), g.pointer(), m.pointer(), v.pointer());
             // SAFETY: buffers of `len` numbers.
             unsafe {
-                step(p, g, m, v, count, rate, root, beta_1, rest_1, beta_2, rest_2, epsilon, decay);
+                step(
+                    p,
+                    g,
+                    m,
+                    v,
+                    count,
+                    rate,
+                    root,
+                    beta_1,
+                    complement_1,
+                    beta_2,
+                    complement_2,
+                    epsilon,
+                    decay,
+                );
             }
         });
         let (mut want, mut first) = (plain(1), plain(3));
@@ -251,13 +267,13 @@ fn updates_are_those_of_the_cpu() {
         let mut want = plain(5);
         flat::follow(&mut want, &plain(6), 0.97);
         near(&target.values(), &as_f64(&want), 1e-6, 1e-7);
-        assert_eq!(online.values(), as_f64(&plain(6)), "what is read stays");
+        assert_eq!(online.values(), as_f64(&plain(6)), "the online network is only read");
     }
 }
 
 #[test]
 fn rounding_to_bf16_is_to_the_nearest_even() {
-    // `apply` with mean 0, factors 1 and shift 0 does nothing but store: x² in f32 by the residual.
+    // `apply` with mean 0, factors 1 and shift 0 only adds the residual in f32 and rounds.
     let compiled = Compiled::of("norm.cu", bf16::OPTIONS);
     let apply = kernel!(
         compiled,
@@ -272,7 +288,7 @@ fn rounding_to_bf16_is_to_the_nearest_even() {
         Extent,
         u32
     );
-    // 1 + 2⁻⁷ is the number after 1: halfway between them, above it, and halfway to the next.
+    // 1 + 2⁻⁷ is the next number after 1. Halfway between the two, a bit more, and halfway to the next.
     let pairs = [(1., 0.00390625), (1., 0.0039368), (1.0078125, 0.00390625), (-1., -0.00390625)];
     let (mut z, mut residual) = (
         Guarded::<bf16>::new(pairs.map(|pair| pair.0)),
@@ -290,7 +306,7 @@ fn rounding_to_bf16_is_to_the_nearest_even() {
     assert_eq!(y.values(), [1., 1.0078125, 1.015625, -1.]);
 }
 
-/// A norm's case: extent, ReLU, residual, the batch's statistics or running ones.
+/// A case of a norm.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     rows: usize,
@@ -300,7 +316,7 @@ struct Case {
     batch: bool,
 }
 
-/// Extents around those of a block, and one of more than 512 parts of 64 rows.
+/// Sizes around those of a block, and one that would need more than 512 parts of 64 rows.
 const CASES: [Case; 7] = [
     Case { rows: 2, channels: 1, relu: false, residual: false, batch: true },
     Case { rows: 7, channels: 33, relu: true, residual: false, batch: true },
@@ -314,7 +330,7 @@ const CASES: [Case; 7] = [
 const EPSILON: f64 = 1e-5;
 const MOMENTUM: f64 = 0.1;
 
-/// What a norm gives, by plain sums in f64.
+/// The results of a norm, by plain sums in f64.
 struct Plain {
     mean: Vec<f64>,
     inverse: Vec<f64>,
@@ -326,7 +342,7 @@ struct Plain {
     of_residual: Vec<f64>,
 }
 
-/// A norm's inputs, as stored.
+/// The inputs of a norm, as stored.
 struct Inputs<T> {
     z: Guarded<T>,
     residual: Guarded<T>,
@@ -337,7 +353,7 @@ struct Inputs<T> {
 }
 
 impl<T: Stored> Inputs<T> {
-    /// Channel `c` has mean `100·c/channels` or so.
+    /// Channel `c` has a mean of about `100·c/channels`.
     fn of(case: Case) -> Inputs<T> {
         let (len, channels) = (case.rows * case.channels, case.channels);
         let mean = |at: usize| 100. * (at % channels) as f64 / channels as f64;
@@ -354,7 +370,7 @@ impl<T: Stored> Inputs<T> {
         }
     }
 
-    /// - `y`: the output as stored, which decides what passes the ReLU.
+    /// - `y`: the output as stored, which decides where the ReLU blocks.
     fn plain(&self, case: Case, y: Option<&[f64]>) -> Plain {
         let Case { rows, channels, relu, residual, batch } = case;
         let (z, r, g) = (self.z.values(), self.residual.values(), self.gradient.values());
@@ -398,8 +414,8 @@ impl<T: Stored> Inputs<T> {
             let (sum, product) = (plain.of_bias[c] / count, plain.of_weight[c] / count);
             for at in places() {
                 let unit = (z[at] - mean) * inverse;
-                let rest = if batch { sum + unit * product } else { 0. };
-                plain.of_z[at] = w[c] * inverse * (plain.of_residual[at] - rest);
+                let mean_terms = if batch { sum + unit * product } else { 0. };
+                plain.of_z[at] = w[c] * inverse * (plain.of_residual[at] - mean_terms);
             }
         }
         plain
@@ -495,7 +511,7 @@ fn norms_agree<T: Stored>() {
         let stored = y.values();
         near(&stored, &want.y, T::ROUNDING, 1e-4);
 
-        // What the ReLU let pass is known by its output as stored.
+        // The ReLU blocks where its stored output is zero.
         let want = inputs.plain(case, Some(&stored));
         let y = if relu { y.pointer() } else { ptr::null_mut() };
         let mut parts = Guarded::<f32>::unwritten(extent.parts() * 2 * channels);
@@ -529,17 +545,17 @@ fn norms_agree<T: Stored>() {
 }
 
 #[test]
-fn norms_of_f32_are_those_of_the_formula() {
+fn norms_of_f32_match_the_formula() {
     norms_agree::<f32>();
 }
 
 #[test]
-fn norms_of_bf16_are_those_of_the_formula() {
+fn norms_of_bf16_match_the_formula() {
     norms_agree::<bf16>();
 }
 
 #[test]
-fn a_nan_is_not_hidden_by_the_relu() {
+fn the_relu_does_not_hide_a_nan() {
     let compiled = Compiled::of("norm.cu", &[]);
     let apply = kernel!(
         compiled,

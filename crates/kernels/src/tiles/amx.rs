@@ -1,17 +1,17 @@
-//! Products of bfloat16 tiles by AMX, Intel's tile unit: eight registers of up to 16 rows of 64
-//! bytes, and one instruction that adds a product of two to a third.
+//! Products of bfloat16 tiles with AMX, Intel's tile unit: eight registers of up to 16 rows of 64 bytes,
+//! and one instruction that adds the product of two registers to a third.
 //!
 //! The blocking is written once over a small interface ([`Unit`]) with two implementations: the
-//! instructions themselves ([`Real`]) and a program of the same meaning ([`Emulated`]), after the
-//! operation sections of TILELOADD, TILESTORED, TILEZERO and TDPBF16PS in the Intel 64 and IA-32
-//! Architectures Software Developer's Manual. So whatever surrounds the unit is tested on any
-//! x86-64 processor with AVX2. Where the unit is found, [`usable`] first holds it against the program.
+//! instructions ([`Real`]) and an emulation ([`Emulated`]), after the operation sections of TILELOADD,
+//! TILESTORED, TILEZERO and TDPBF16PS in the Intel 64 and IA-32 Architectures Software Developer's
+//! Manual. So the code around the unit is tested on any x86-64 processor with AVX2. If a processor has the
+//! unit, [`usable`] compares it with the emulation before it is used.
 //!
-//! A tile of this crate is 16 images × 16 channels, so a left tile fills 16 rows of 32 bytes and a
-//! right one 8 rows of 64: half of what the unit takes along the inner side at once.
+//! A tile of this crate is 16 images × 16 channels. A left tile fills 16 rows of 32 bytes and a right one
+//! 8 rows of 64: half of what the unit can take along the inner side.
 //!
-//! **What was run.** The processor this was written on has no AMX: the encodings were compared with
-//! a disassembler's, [`Emulated`] runs in all tests, [`Real`] has run nowhere yet and was never timed.
+//! **What has run.** This was written on a processor without AMX. The encodings were compared with a
+//! disassembler, [`Emulated`] runs in all tests, and [`Real`] has never run and was never timed.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
@@ -22,16 +22,16 @@ use super::{Product, TileRun};
 use crate::element::{Element, Half};
 use crate::layout::{SIDE, TILE};
 
-/// The operations of a tile unit on registers 0 to 7 whose extents [`CONFIGURATION`] fixes.
+/// The operations of a tile unit on registers 0 to 7, with the sizes in [`CONFIGURATION`].
 pub(super) trait Unit {
-    /// Fills a register with rows that begin `stride` bytes apart.
+    /// Loads a register from rows that begin `stride` bytes apart.
     ///
     /// # Safety
     ///
     /// All rows of the register lie in readable memory.
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize);
 
-    /// Writes a register to rows that begin `stride` bytes apart.
+    /// Stores a register to rows that begin `stride` bytes apart.
     ///
     /// # Safety
     ///
@@ -42,18 +42,18 @@ pub(super) trait Unit {
     ///
     /// # Safety
     ///
-    /// This thread's registers are set up.
+    /// The registers of this thread are set up.
     unsafe fn zero<const T: usize>(&mut self);
 
-    /// `C += A · B` of bfloat16, with pairs along the inner side next to each other in `B`'s rows.
+    /// `C += A · B` of bfloat16, where the rows of `B` hold pairs along the inner side.
     ///
     /// # Safety
     ///
-    /// This thread's registers are set up.
+    /// The registers of this thread are set up.
     unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self);
 }
 
-/// What `LDTILECFG` reads: palette 1, rows and bytes per row of each register.
+/// The operand of `LDTILECFG`: palette 1, rows and bytes per row of each register.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -63,8 +63,8 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// Registers 0 to 3 hold sums: 16 rows of 16 f32. 4 and 5 hold left tiles, 16 rows of 16 bfloat16;
-/// 6 and 7 right ones, 8 rows of 16 pairs.
+/// Registers 0 to 3 hold sums, 16 rows of 16 f32. Registers 4 and 5 hold left tiles, 16 rows of 16
+/// bfloat16; 6 and 7 hold right tiles, 8 rows of 16 pairs.
 static CONFIGURATION: Configuration = Configuration {
     palette: 1,
     start_row: 0,
@@ -73,17 +73,17 @@ static CONFIGURATION: Configuration = Configuration {
     rows: [16, 16, 16, 16, 16, 16, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// Bytes from row to row of sums and of right tiles.
+/// Bytes per row of sums and of right tiles.
 const WIDE: usize = 64;
-/// Bytes from row to row of left tiles.
+/// Bytes per row of left tiles.
 const NARROW: usize = 32;
 
-/// [`super::product_of_halves`], one or two left sides against one or two columns. The left tiles
-/// are (row, inner), in transposed products too.
+/// [`super::product_of_halves`] of one or two left sides and one or two columns. Left tiles are (row,
+/// inner), in transposed products too.
 ///
 /// # Safety
 ///
-/// Every tile lies inside its slice, and this thread's registers are set up.
+/// Every tile lies inside its slice, and the registers of this thread are set up.
 pub(super) unsafe fn product<U: Unit>(
     unit: &mut U,
     left: &[Half],
@@ -93,7 +93,7 @@ pub(super) unsafe fn product<U: Unit>(
 ) {
     let Product { runs, apart, add, .. } = *product;
     let (left, right) = (left.as_ptr(), right.as_ptr());
-    // SAFETY: the caller's promise; `sum` is told how many outputs and columns there are.
+    // SAFETY: promised by the caller; the type parameters of `sum` are the numbers of outputs and columns.
     unsafe {
         match (outputs, product.columns) {
             ([a], 1) => sum::<U, 1, 1>(unit, left, right, runs, apart, [a.as_mut_ptr(); 2], add),
@@ -106,16 +106,16 @@ pub(super) unsafe fn product<U: Unit>(
                 let outputs = [a.as_mut_ptr(), b.as_mut_ptr()];
                 sum::<U, 2, 2>(unit, left, right, runs, apart, outputs, add);
             }
-            _ => {}
+            _ => unreachable!("`Product::check` allows one or two outputs"),
         }
     }
 }
 
-/// Sums of side `s` and column `c` are in register `2 s + c`.
+/// The sums of side `s` and column `c` are in register `2 s + c`.
 ///
 /// # Safety
 ///
-/// As [`product`]; there are `SIDES` outputs of `COLUMNS` tiles.
+/// As for [`product`]; there are `SIDES` outputs of `COLUMNS` tiles.
 #[inline(always)]
 unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
     unit: &mut U,
@@ -126,9 +126,9 @@ unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
     outputs: [*mut f32; 2],
     add: bool,
 ) {
-    // SAFETY: the caller promises that the tiles lie inside their slices: a left tile is 16 rows of
-    // 32 bytes, a right one 8 rows of 64 and one of sums 16 rows of 64, each without gaps. The
-    // pointers end at most one tile behind the last one.
+    // SAFETY: the caller promises that the tiles lie inside their slices: a left tile is 16 rows of 32
+    // bytes, a right tile 8 rows of 64 and a tile of sums 16 rows of 64, each without gaps. The pointers
+    // end at most one tile past the last one.
     unsafe {
         let second = |output: *mut f32| output.add(TILE).cast::<u8>();
         if add {
@@ -182,7 +182,7 @@ unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
     }
 }
 
-/// The processor's own.
+/// The unit of the processor.
 pub(super) struct Real;
 
 impl Unit for Real {
@@ -236,16 +236,16 @@ impl Unit for Real {
 }
 
 thread_local! {
-    /// Sessions that are open on this thread.
+    /// The number of open sessions on this thread.
     static OPEN: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Sets up this thread's registers, if no session has before.
+/// Sets up the registers of this thread, for its first open session.
 pub(super) fn begin() {
     OPEN.set(OPEN.get() + 1);
     if OPEN.get() == 1 {
-        // SAFETY: only the variant `Amx` opens sessions here, which exists where the instructions
-        // do; the configuration is one of palette 1.
+        // SAFETY: only the variant `Amx` opens sessions here, and it exists only if the processor has the
+        // instructions; the configuration is valid for palette 1.
         unsafe {
             asm!(
                 "ldtilecfg [{configuration}]",
@@ -256,8 +256,7 @@ pub(super) fn begin() {
     }
 }
 
-/// Clears this thread's registers at the end of its last session, so that the system need not
-/// save them.
+/// Clears the registers of this thread after its last session, so that the system need not save them.
 pub(super) fn end() {
     OPEN.set(OPEN.get() - 1);
     if OPEN.get() == 0 {
@@ -266,12 +265,12 @@ pub(super) fn end() {
     }
 }
 
-/// Multiplies registers `times` rounds and returns how many operations that was. Only for who has
-/// the variant `Amx`.
+/// Multiplies registers `times` rounds and returns the number of operations. Only for callers with the
+/// variant `Amx`.
 pub(crate) fn operations(times: usize) -> f64 {
     begin();
     let mut unit = Real;
-    // SAFETY: `begin` has set up this thread's registers.
+    // SAFETY: `begin` has set up the registers of this thread.
     unsafe {
         unit.zero::<0>();
         unit.zero::<1>();
@@ -292,7 +291,7 @@ pub(crate) fn operations(times: usize) -> f64 {
     (times * 4 * 2 * SIDE * TILE) as f64
 }
 
-/// A unit in software: what the manual says, at about a thousandth of the speed.
+/// An emulation of the unit after the manual, at about a thousandth of the speed.
 pub(super) struct Emulated {
     registers: [[[u8; 64]; 16]; 8],
 }
@@ -322,7 +321,7 @@ impl Unit for Emulated {
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
         let (rows, bytes) = extent(T);
         for (row, from) in self.registers[T].iter().enumerate().take(rows) {
-            // SAFETY: the caller promises that these bytes are writable and nobody else's.
+            // SAFETY: the caller promises that these bytes are writable and not shared.
             let to = unsafe { std::slice::from_raw_parts_mut(to.add(row * stride), bytes) };
             to.copy_from_slice(&from[..bytes]);
         }
@@ -335,7 +334,7 @@ impl Unit for Emulated {
     unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
         let [mut sums, a, b] = [C, A, B].map(|register| self.registers[register]);
         assert!(extent(A).1 == 4 * extent(B).0 && extent(B).1 == extent(C).1);
-        // SAFETY: `AmxEmulated` exists only where AVX2 and FMA do.
+        // SAFETY: `AmxEmulated` exists only if the processor has AVX2 and FMA.
         unsafe { multiply(&mut sums, &a, &b, extent(C).0, extent(B).0) }
         self.registers[C] = sums;
     }
@@ -343,11 +342,10 @@ impl Unit for Emulated {
 
 type Register = [[u8; 64]; 16];
 
-/// TDPBF16PS: the products of the first numbers of all pairs are added in order, those of the
-/// second ones apart from them, then both sums to each other and to what was there. All additions
-/// are fused with their product and round to the nearest, ties to even; denormal numbers count as
-/// zero on the way in and become zero on the way out. Compiled for FMA, which is what the fused
-/// multiplication becomes.
+/// TDPBF16PS: the products of the first numbers of all pairs are added in order, and separately those of
+/// the second numbers; then both sums are added, and the result is added to the destination. All
+/// additions are fused with their product and round to nearest, ties to even. Denormal inputs and outputs
+/// are flushed to zero. Compiled for FMA, so that the fused multiplication is one instruction.
 #[target_feature(enable = "avx2,fma")]
 fn multiply(sums: &mut Register, a: &Register, b: &Register, rows: usize, pairs: usize) {
     let float = |row: &[u8; 64], at: usize| {
@@ -373,14 +371,14 @@ fn multiply(sums: &mut Register, a: &Register, b: &Register, rows: usize, pairs:
     }
 }
 
-/// A denormal number as zero of its sign.
+/// Flushes a denormal number to zero with its sign.
 #[inline(always)]
 fn flushed(value: f32) -> f32 {
     if value.abs() < f32::MIN_POSITIVE { 0f32.copysign(value) } else { value }
 }
 
-/// Whether this process may use the unit and the unit computes what [`Emulated`] does. Found once;
-/// a unit that computes something else is left alone with a warning.
+/// Whether this process may use the unit and its results agree with [`Emulated`]. Checked once; a unit that
+/// disagrees is not used, with a warning.
 pub(crate) fn usable() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
     *USABLE.get_or_init(|| {
@@ -393,16 +391,15 @@ pub(crate) fn usable() -> bool {
         end();
         if !agrees {
             tracing::warn!(
-                "this processor's AMX unit fails a check of its products; bfloat16 is computed \
-                 without it"
+                "the AMX unit of this processor computes wrong products; bfloat16 is computed without it"
             );
         }
         agrees
     })
 }
 
-/// Whether the processor has tiles of the extent used here and products of bfloat16, and the
-/// system keeps tile registers.
+/// Whether the processor has tiles of the size used here and products of bfloat16, and the system saves
+/// tile registers.
 fn present() -> bool {
     // Leaf 7: AMX-BF16 and AMX-TILE. Leaf 1: OSXSAVE, without which XCR0 cannot be read.
     if __cpuid(0).eax < 0x1d || __cpuid(1).ecx & 1 << 27 == 0 {
@@ -412,11 +409,11 @@ fn present() -> bool {
     if features & 1 << 22 == 0 || features & 1 << 24 == 0 {
         return false;
     }
-    // SAFETY: OSXSAVE was found.
-    let kept = unsafe { xcr0() };
+    // SAFETY: the processor reports OSXSAVE.
+    let saved = unsafe { xcr0() };
     // Palette 1: bytes of a register, then bytes of a row and registers, then rows.
     let palette = __cpuid_count(0x1d, 1);
-    kept & (3 << 17) == 3 << 17
+    saved & (3 << 17) == 3 << 17
         && palette.eax >> 16 >= 1024
         && palette.ebx & 0xffff >= 64
         && palette.ebx >> 16 >= 8
@@ -428,19 +425,19 @@ fn present() -> bool {
 /// The processor has XSAVE and the system uses it.
 #[target_feature(enable = "xsave")]
 unsafe fn xcr0() -> u64 {
-    // SAFETY: the caller's promise; register 0 always exists.
+    // SAFETY: promised by the caller; register 0 always exists.
     unsafe { _xgetbv(0) }
 }
 
-/// Asks Linux to keep tile registers for this process, `arch_prctl(ARCH_REQ_XCOMP_PERM,
-/// XFEATURE_XTILEDATA)`: since Linux 5.16 they are kept only for who asks. Elsewhere nobody has
-/// tried; the unit is not used.
+/// Requests tile registers for this process from Linux: `arch_prctl(ARCH_REQ_XCOMP_PERM,
+/// XFEATURE_XTILEDATA)`, required since Linux 5.16. On other systems this is untested and the unit is not
+/// used.
 fn permitted() -> bool {
     #[cfg(target_os = "linux")]
     {
         let answer: isize;
-        // SAFETY: the call (number 158 on x86-64) reads and writes no memory of this process; the
-        // system overwrites rcx and r11.
+        // SAFETY: the system call (158 on x86-64) accesses no memory of this process; it overwrites rcx and
+        // r11.
         unsafe {
             asm!(
                 "syscall",
@@ -458,8 +455,8 @@ fn permitted() -> bool {
     }
 }
 
-/// Holds a unit against [`Emulated`]: bit for bit on small whole numbers, where every order of
-/// additions gives the same; within `2⁻²⁰ Σ |a b|` on others.
+/// Compares a unit with [`Emulated`]: bit for bit on small integers, where the order of additions does not
+/// matter, and within `2⁻²⁰ Σ |a b|` on others.
 fn agrees<U: Unit>(unit: &mut U) -> bool {
     let runs = [
         TileRun { left: 0, right: 0, inner: 2 * SIDE },
@@ -471,8 +468,8 @@ fn agrees<U: Unit>(unit: &mut U) -> bool {
             [false, true].into_iter().all(|add| {
                 let wanted = Product { runs: &runs, apart: TILE, rows: SIDE, columns, add };
                 let [mut got, mut want] = [0; 2].map(|_| [[3f32; 2 * TILE]; 2]);
-                // SAFETY: the slices hold 5 and 6 tiles, the runs with `apart` and two columns name
-                // no more; the caller has set up the registers.
+                // SAFETY: the slices hold 5 and 8 tiles, and the runs with `apart` and two columns use no
+                // more; the caller has set up the registers.
                 unsafe {
                     let mut outputs = got.each_mut().map(|output| &mut output[..]);
                     product(unit, &left, &right, &wanted, &mut outputs[..sides]);
@@ -489,7 +486,7 @@ fn agrees<U: Unit>(unit: &mut U) -> bool {
     })
 }
 
-/// Left and right tiles, of numbers from -3 to 3 or from -1 to 1.
+/// Left and right tiles, of integers from -3 to 3 or of numbers from -1 to 1.
 fn test_values(whole: bool) -> [Vec<Half>; 2] {
     let mut state = 1u32;
     let mut value = || {
@@ -507,42 +504,42 @@ fn test_values(whole: bool) -> [Vec<Half>; 2] {
 mod tests {
     use super::*;
 
-    /// The unit as a processor with another order of additions, or a wrong one, would have it.
+    /// A faulty unit.
     struct Wrong(Emulated);
 
     impl Unit for Wrong {
         unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
-            // SAFETY: the caller's promise.
+            // SAFETY: promised by the caller.
             unsafe { self.0.load::<T>(from, stride) }
         }
         unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
-            // SAFETY: the caller's promise.
+            // SAFETY: promised by the caller.
             unsafe { self.0.store::<T>(to, stride) }
         }
         unsafe fn zero<const T: usize>(&mut self) {
-            // SAFETY: the caller's promise.
+            // SAFETY: promised by the caller.
             unsafe { self.0.zero::<T>() }
         }
         unsafe fn multiply<const C: usize, const A: usize, const B: usize>(&mut self) {
-            // One register taken for another, as a mistaken encoding would.
-            // SAFETY: the caller's promise.
+            // One register in place of another, as with a wrong encoding.
+            // SAFETY: promised by the caller.
             unsafe { self.0.multiply::<C, A, 6>() }
         }
     }
 
     #[test]
-    fn a_unit_that_computes_something_else_is_refused() {
+    fn a_unit_with_wrong_products_is_refused() {
         if is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx2") {
             assert!(agrees(&mut Emulated::new()));
             assert!(!agrees(&mut Wrong(Emulated::new())));
         }
-        // Where the unit is present, a real check.
+        // If the processor has the unit, this checks it.
         if !cfg!(miri) {
             assert_eq!(usable(), present() && permitted());
         }
     }
 
-    /// One number of a product whose left row and right column hold `terms`, added to `start`.
+    /// One output number, for a left row and a right column that hold `terms`, added to `start`.
     fn one(start: f32, terms: &[(f32, f32)]) -> f32 {
         let mut left = [Half(0); TILE];
         let mut right = [Half(0); TILE];
@@ -554,7 +551,7 @@ mod tests {
         let wanted = Product { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
         let mut output = [0f32; TILE];
         output[0] = start;
-        // SAFETY: all slices hold the one tile that is named.
+        // SAFETY: all slices hold the one tile.
         unsafe { product(&mut Emulated::new(), &left, &right, &wanted, &mut [&mut output]) };
         output[0]
     }
@@ -565,14 +562,14 @@ mod tests {
             return;
         }
         let big = (2f32).powi(24);
-        // The first of the pairs apart from the second ones: 2²⁴ swallows a 1 beside it (ties to
-        // even), but the two 1s of the other sum are 2 by then.
+        // First and second numbers of pairs are summed separately: 2²⁴ absorbs a 1 (ties to even), but the
+        // two 1s of the other sum are already 2.
         assert_eq!(one(0., &[(big, 1.), (1., 1.), (0., 0.), (1., 1.)]), big + 2.);
         assert_eq!(one(0., &[(big, 1.), (0., 0.), (1., 1.), (0., 0.), (1., 1.)]), big);
-        // What was there is added last.
+        // The destination is added last.
         assert_eq!(one(-big, &[(big, 1.), (1., 1.)]), 0.);
         assert_eq!(one(-big, &[(big, 1.), (1., 1.), (0., 0.), (1., 1.)]), 2.);
-        // Denormal numbers are zero, before and after.
+        // Denormal inputs and outputs are flushed to zero.
         let small = f32::MIN_POSITIVE;
         assert_eq!(one(small / 2., &[(1., 1.)]), 1.);
         assert_eq!(one(small / 2., &[]), 0.);

@@ -1,4 +1,4 @@
-//! Products of tiles: the innermost loops of convolutions and linear layers, one per variant.
+//! Products of tiles: the innermost loops of convolutions and linear layers, one for each variant.
 //!
 //! A tile is 16 × 16 numbers, row by row (see [`crate::Shape`]). All three products of a
 //! convolution are sums of tile products: output = Σ input · weights, input gradient =
@@ -23,14 +23,14 @@ use crate::element::{Element, Half};
 use crate::layout::{SIDE, TILE};
 use crate::variant::{Instructions, for_each_variant};
 
-/// TileRun of a sum whose tiles lie behind each other on both sides.
+/// Consecutive terms of a sum, whose tiles are contiguous on both sides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileRun {
-    /// Offset of the first left tile; the others follow it.
+    /// Offset of the first left tile; the others follow.
     pub left: usize,
-    /// Offset of the first right tile. Each term has [`Product::columns`] of them side by side.
+    /// Offset of the first right tile. Each term has [`Product::columns`] of them.
     pub right: usize,
-    /// How many products along the inner side to add, at least 1: 16 a tile, fewer in the last.
+    /// Length of the inner side, at least 1: 16 per tile, fewer in the last.
     pub inner: usize,
 }
 
@@ -40,26 +40,25 @@ impl TileRun {
     }
 }
 
-/// What to compute of `output = Σ left · right`.
+/// A sum of tile products, `output = Σ left · right`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product<'a> {
     /// The terms, added in order.
     pub runs: &'a [TileRun],
-    /// Numbers from each left tile to the one that takes its place in the second output.
+    /// Distance from each left tile to that of the second output.
     pub apart: usize,
-    /// Rows of the output tile wanted, at most 16; the kernels compute a few more where that is
-    /// cheaper than to stop.
+    /// Rows of the output tile to compute, at most 16; a kernel may compute more where that is cheaper.
     pub rows: usize,
-    /// Output tiles side by side, 1 or 2: 16 or 32 columns.
+    /// Output tiles next to each other, 1 or 2: 16 or 32 columns.
     pub columns: usize,
-    /// Add to what the outputs hold instead of replacing it.
+    /// Whether to add to the outputs instead of replacing them.
     pub add: bool,
 }
 
 impl Product<'_> {
     /// # Panics
     ///
-    /// When a tile lies outside its slice, or a count has no meaning.
+    /// If a tile lies outside its slice, or a count is out of range.
     fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
         assert!((1..=2).contains(&self.columns) && self.rows <= SIDE);
         assert!((1..=2).contains(&outputs.len()));
@@ -72,11 +71,11 @@ impl Product<'_> {
     }
 }
 
-/// The right to multiply tiles on this thread: where tiles have registers of their own, it sets
-/// them up and clears them when dropped. One per task; it does not leave its thread.
+/// Permission to multiply tiles on this thread, one per task. With AMX, it sets up the tile registers and
+/// clears them when dropped, so it cannot leave its thread.
 pub(crate) struct Session {
     variant: Variant,
-    here: PhantomData<*const ()>,
+    not_send: PhantomData<*const ()>,
 }
 
 impl Session {
@@ -85,7 +84,7 @@ impl Session {
         if variant.instructions() == Instructions::Amx {
             amx::begin();
         }
-        Session { variant, here: PhantomData }
+        Session { variant, not_send: PhantomData }
     }
 
     pub fn variant(&self) -> Variant {
@@ -102,11 +101,11 @@ impl Drop for Session {
     }
 }
 
-/// `output (+)= Σ left · right`, or with `TRANSPOSED` `Σ leftᵀ · right`, over the terms in order.
-/// With a second output, the same sum with every left tile [`apart`](Product::apart) from here.
+/// `output (+)= Σ left · right`, or `Σ leftᵀ · right` with `TRANSPOSED`, over the terms in order. A second
+/// output receives the same sum with every left tile shifted by [`apart`](Product::apart).
 ///
-/// Each number of the output is one chain of multiply-adds in the order of the terms and, inside
-/// one, of the inner side: cutting the terms into several calls with `add` changes no bit.
+/// Each output number is one chain of multiply-adds, in the order of the terms and of the inner side. So
+/// splitting the terms into several calls with `add` changes no bit.
 pub(crate) fn product<const TRANSPOSED: bool>(
     session: &Session,
     left: &[f32],
@@ -118,7 +117,7 @@ pub(crate) fn product<const TRANSPOSED: bool>(
     match session.variant.instructions() {
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => {
-            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // SAFETY: a `Variant` exists only if the processor has its instructions; every tile lies inside
             // its slice (checked above).
             unsafe { x86::avx512::<TRANSPOSED>(left, right, product, outputs) }
         }
@@ -137,9 +136,9 @@ pub(crate) fn product<const TRANSPOSED: bool>(
 
 /// [`product`] of bfloat16 tiles, summed in f32.
 ///
-/// Tiles on the right hold pairs along the inner side next to each other: (inner / 2, column,
-/// inner % 2). So do those on the left with `TRANSPOSED`, (inner / 2, row, inner % 2), unless the
-/// variant [wants them turned](wants_left_turned).
+/// Right tiles hold pairs along the inner side: (inner / 2, column, inner % 2). So do left tiles with
+/// `TRANSPOSED`, (inner / 2, row, inner % 2), unless the variant
+/// [needs them transposed](needs_left_transposed).
 pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
     session: &Session,
     left: &[Half],
@@ -162,7 +161,7 @@ pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
         }
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx512Bf16 => {
-            // SAFETY: a `Variant` exists only where its instructions do; every tile lies inside
+            // SAFETY: a `Variant` exists only if the processor has its instructions; every tile lies inside
             // its slice (checked above).
             unsafe { x86::avx512_bf16::<TRANSPOSED>(left, right, product, outputs) }
         }
@@ -175,9 +174,9 @@ pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
     }
 }
 
-/// Whether a transposed product of bfloat16 tiles takes its left tiles transposed already, (row,
+/// Whether a transposed product of bfloat16 tiles takes left tiles that are already transposed, (row,
 /// inner), instead of paired.
-pub(crate) fn wants_left_turned(variant: Variant) -> bool {
+pub(crate) fn needs_left_transposed(variant: Variant) -> bool {
     match variant.instructions() {
         #[cfg(target_arch = "x86_64")]
         Instructions::Amx | Instructions::AmxEmulated => true,
@@ -225,7 +224,7 @@ for_each_variant! {
     }
 }
 
-/// Rows whose sums the baseline's registers hold: 32 of 4 numbers on ARM, 16 elsewhere.
+/// Rows whose sums fit into the registers of the baseline: 32 of 4 numbers on ARM, 16 elsewhere.
 const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
 
 fn portable<const TRANSPOSED: bool>(
@@ -265,7 +264,7 @@ fn portable<const TRANSPOSED: bool>(
     }
 }
 
-/// `a · b + c`, fused where the target always has the instruction (a call to a library otherwise).
+/// `a · b + c`, fused only if the target always has the instruction: otherwise it would be a library call.
 #[inline(always)]
 fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -288,14 +287,14 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    /// Two runs of two terms, one of which ends early, and one of a single product.
+    /// Two runs of two tiles, one of which is not full, and a run of a single product.
     pub(super) const RUNS: [TileRun; 3] = [
         TileRun { left: 0, right: 2 * TILE, inner: 32 },
         TileRun { left: 3 * TILE, right: 0, inner: 21 },
         TileRun { left: TILE, right: 4 * TILE, inner: 1 },
     ];
 
-    /// Σ left · right in f64, or Σ leftᵀ · right, added to what is there or not.
+    /// `Σ left · right` or `Σ leftᵀ · right` in f64, as the product demands.
     fn plain(transposed: bool, data: [&[f32]; 3], product: &Product) -> Vec<f64> {
         let [left, right, output] = data;
         let mut result: Vec<f64> = output.iter().map(|x| f64::from(*x)).collect();
@@ -347,21 +346,21 @@ mod tests {
     }
 
     #[test]
-    fn cutting_a_sum_into_calls_changes_no_bit() {
+    fn splitting_a_sum_into_calls_changes_no_bit() {
         let (left, right) = (noise(4 * TILE), noise(8 * TILE));
-        let whole_runs = [TileRun { left: 0, right: 0, inner: 64 }];
-        let cut_runs =
+        let all_runs = [TileRun { left: 0, right: 0, inner: 64 }];
+        let split_runs =
             [0, 1, 2, 3].map(|i| TileRun { left: i * TILE, right: 2 * i * TILE, inner: 16 });
         for variant in Variant::testable() {
             let session = Session::begin(variant);
-            let (mut whole, mut cut) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
-            let all = Product { runs: &whole_runs, apart: 0, rows: 16, columns: 2, add: false };
+            let (mut whole, mut split) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
+            let all = Product { runs: &all_runs, apart: 0, rows: 16, columns: 2, add: false };
             product::<false>(&session, &left, &right, &all, &mut [&mut whole]);
-            let first = Product { runs: &cut_runs[..1], ..all };
-            product::<false>(&session, &left, &right, &first, &mut [&mut cut]);
-            let rest = Product { runs: &cut_runs[1..], add: true, ..all };
-            product::<false>(&session, &left, &right, &rest, &mut [&mut cut]);
-            assert!(whole.iter().zip(&cut).all(|(a, b)| a.to_bits() == b.to_bits()), "{variant}");
+            let first = Product { runs: &split_runs[..1], ..all };
+            product::<false>(&session, &left, &right, &first, &mut [&mut split]);
+            let others = Product { runs: &split_runs[1..], add: true, ..all };
+            product::<false>(&session, &left, &right, &others, &mut [&mut split]);
+            assert!(whole.iter().zip(&split).all(|(a, b)| a.to_bits() == b.to_bits()), "{variant}");
         }
     }
 

@@ -1,9 +1,9 @@
-//! AVX2, AVX-512 and AVX-512 with bfloat16 products.
+//! Tile products with AVX2, AVX-512, and AVX-512 with bfloat16 products.
 //!
-//! The sums of a block of rows and columns stay in registers over all terms; each step loads one
-//! register of every column on the right and multiplies it with one number of each row on the
-//! left. 8 rows × 2 columns keep 16 sums on their way, as many as two multipliers of 4 cycles want
-//! twice over, and load 10 times for 16 products.
+//! The sums of a block of rows and columns stay in registers over all terms. Each step loads one
+//! register per right column and multiplies it with one number of each left row. 8 rows × 2 columns keep
+//! 16 sums in flight, twice what two multipliers with a latency of 4 cycles need, with 10 loads for 16
+//! products.
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
@@ -24,12 +24,12 @@ pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
         let (r, o) = (right.as_ptr(), output.as_mut_ptr());
-        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        // SAFETY: promised by the caller; the second half begins at row 8 of 16.
         unsafe {
             let l = left.as_ptr().add(side * product.apart);
             let Product { runs, add, .. } = *product;
             match (product.columns, product.rows) {
-                // A picture has one channel or three: the weight gradient of the first layer.
+                // An image has one or three channels: the weight gradient of the first layer.
                 (2, ..=4) => avx512_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
                 (2, ..=8) => avx512_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add),
                 (2, _) => {
@@ -43,9 +43,8 @@ pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
     }
 }
 
-/// One number of each row on the left times one register of each tile on the right. A macro,
-/// since the sums must stay in registers and functions with instructions of their own are
-/// inlined only when the compiler likes to.
+/// Multiplies one number of each left row with one register of each right tile. A macro, since the sums
+/// must stay in registers and the compiler need not inline functions with target features.
 macro_rules! avx512_step {
     ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
         let mut factors = [_mm512_setzero_ps(); COLUMNS];
@@ -62,7 +61,7 @@ macro_rules! avx512_step {
     }};
 }
 
-/// `ROWS` × `COLUMNS` registers of 16 sums, from row `first` of the tiles on.
+/// Computes `ROWS` × `COLUMNS` registers of 16 sums, from row `first` of the tiles.
 #[target_feature(enable = "avx512f")]
 unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
     left: *const f32,
@@ -72,9 +71,9 @@ unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS:
     first: usize,
     add: bool,
 ) {
-    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k`
-    // and `COLUMNS` stay inside a tile's 16 rows, 16 columns and the tiles side by side. The
-    // pointers end at most one tile behind the last one.
+    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k` and
+    // `COLUMNS` stay inside the 16 rows and 16 columns of a tile and the adjacent tiles. The pointers end
+    // at most one tile past the last one.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
         if add {
@@ -87,7 +86,7 @@ unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS:
         let left = left.add(if TRANSPOSED { first } else { first * SIDE });
         for run in runs {
             let (mut left, mut right) = (left.add(run.left), right.add(run.right));
-            // Sixteen written out, so that every address is a constant from two pointers.
+            // 16 unrolled steps, so that every address has a constant offset from two pointers.
             for _ in 0..run.inner / SIDE {
                 for k in 0..SIDE {
                     avx512_step!(TRANSPOSED, sums, left, right, k);
@@ -96,14 +95,14 @@ unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS:
                 right = right.wrapping_add(COLUMNS * TILE);
             }
             match run.inner % SIDE {
-                // A picture of three channels.
+                // An image of three channels.
                 3 => {
                     for k in 0..3 {
                         avx512_step!(TRANSPOSED, sums, left, right, k);
                     }
                 }
-                rest => {
-                    for k in 0..rest {
+                count => {
+                    for k in 0..count {
                         avx512_step!(TRANSPOSED, sums, left, right, k);
                     }
                 }
@@ -129,12 +128,12 @@ pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
         let (r, o) = (right.as_ptr(), output.as_mut_ptr());
-        // SAFETY: the caller's promise; the second half begins at row 8 of a tile of 16 rows.
+        // SAFETY: promised by the caller; the second half begins at row 8 of 16.
         unsafe {
             let l = left.as_ptr().add(side * product.apart);
             let Product { runs, add, .. } = *product;
             match (product.columns, product.rows) {
-                // A picture has one channel or three: the weight gradient of the first layer.
+                // An image has one or three channels: the weight gradient of the first layer.
                 (2, ..=4) => bf16_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
                 (2, ..=8) => bf16_block::<TRANSPOSED, 8, 2>(l, r, runs, o, 0, add),
                 (2, _) => {
@@ -148,7 +147,7 @@ pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
     }
 }
 
-/// As [`avx512_step`], two products along the inner side at a time.
+/// Like [`avx512_step`], with two products along the inner side at a time.
 macro_rules! bf16_step {
     ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
         let mut factors = [_mm512_setzero_si512(); COLUMNS];
@@ -170,7 +169,7 @@ macro_rules! bf16_step {
     }};
 }
 
-/// As [`avx512_block`].
+/// Like [`avx512_block`].
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: usize>(
     left: *const Half,
@@ -180,10 +179,9 @@ unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: u
     first: usize,
     add: bool,
 ) {
-    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, the
-    // 8 pairs along the inner side and `COLUMNS` stay inside a tile's 16 rows, 16 columns and
-    // the tiles side by side. `__m512bh` is 512 bits of any content. The pointers end at most one
-    // tile behind the last one.
+    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, the 8 pairs
+    // along the inner side and `COLUMNS` stay inside the 16 rows and 16 columns of a tile and the adjacent
+    // tiles. Any 512 bits are a valid `__m512bh`. The pointers end at most one tile past the last one.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
         if add {
@@ -205,13 +203,13 @@ unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: u
                 right = right.wrapping_add(COLUMNS * TILE / 2);
             }
             match (run.inner % SIDE).div_ceil(2) {
-                // A picture of three channels.
+                // An image of three channels.
                 2 => {
                     bf16_step!(TRANSPOSED, sums, left, right, 0);
                     bf16_step!(TRANSPOSED, sums, left, right, 1);
                 }
-                rest => {
-                    for k in 0..rest {
+                count => {
+                    for k in 0..count {
                         bf16_step!(TRANSPOSED, sums, left, right, k);
                     }
                 }
@@ -238,7 +236,7 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
     for (side, output) in outputs.iter_mut().enumerate() {
         for column in 0..product.columns {
             for first in (0..product.rows).step_by(4) {
-                // SAFETY: the caller's promise; `first` is 0, 4, 8 or 12 of 16 rows.
+                // SAFETY: promised by the caller; `first` is 0, 4, 8 or 12 of 16 rows.
                 unsafe {
                     let l = left.as_ptr().add(side * product.apart);
                     let r = right.as_ptr().add(column * TILE);
@@ -250,7 +248,7 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
     }
 }
 
-/// 4 rows × 16 columns in 8 registers, from row `first` of the tiles on.
+/// Computes 4 rows × 16 columns in 8 registers, from row `first` of the tiles.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2_block<const TRANSPOSED: bool>(
     left: *const f32,
@@ -259,8 +257,8 @@ unsafe fn avx2_block<const TRANSPOSED: bool>(
     output: *mut f32,
     first: usize,
 ) {
-    // SAFETY: the caller promises that the tiles lie inside their slices; rows `first..first +
-    // 4`, `k` and both halves of 8 columns stay inside a tile.
+    // SAFETY: the caller promises that the tiles lie inside their slices; rows `first..first + 4`, `k` and
+    // both halves of 8 columns stay inside a tile.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); 2]; 4];
         if product.add {

@@ -234,7 +234,7 @@ impl Operations for Cpu {
         let weight = parameters.slice(norm.weight);
         let relu = match (norm.relu, norm.residual) {
             (false, _) => norm::Relu::Absent,
-            (true, None) => norm::Relu::Again(weight, parameters.slice(norm.bias)),
+            (true, None) => norm::Relu::Recomputed(weight, parameters.slice(norm.bias)),
             (true, Some(_)) => {
                 norm::Relu::Output(call.output.expect("with a residual, and its output too"))
             }

@@ -4,7 +4,7 @@ use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
-use kernels::cuda::norm::{self, Channels, Passed};
+use kernels::cuda::norm::{self, Channels, NormBackwardValues};
 use kernels::cuda::{CudaElement, Extent};
 
 use super::memory::{Lent, from_kernel, lend, tensor_of};
@@ -123,13 +123,14 @@ fn gradients_of<T: CudaElement + CudaDType>(
     let lent_output = relu_output.map(lend).transpose()?;
     let (gradient, z_view) = (lent_gradient.view::<T>()?, lent_z.view::<T>()?);
     let output = lent_output.as_ref().map(Lent::view::<T>).transpose()?;
-    let passed = Passed { gradient: &gradient, relu_output: output.as_ref(), z: &z_view };
+    let values =
+        NormBackwardValues { gradient: &gradient, relu_output: output.as_ref(), z: &z_view };
     let lent = LentChannels::new(moments, weight, bias)?;
     let views = lent.views()?;
-    let sums = from_kernel(norm::gradients(&stream, extent, passed, views.channels()))?;
+    let sums = from_kernel(norm::gradients(&stream, extent, values, views.channels()))?;
     let of_values = {
         let sums = batch.then(|| sums.as_view());
-        norm::gradients_of_values(&stream, extent, passed, views.channels(), sums.as_ref(), wanted)
+        norm::gradients_of_values(&stream, extent, values, views.channels(), sums.as_ref(), wanted)
     };
     let [input, residual] = from_kernel(of_values)?;
     let value = |slice: CudaSlice<T>| tensor_of(slice, z.dims(), z);

@@ -13,10 +13,13 @@ use kernels::pooling;
 /// Marks a tap beyond the border.
 const NOWHERE: u32 = u32::MAX;
 
-/// The index tables on one device, each made when it is first needed.
+/// Tables by the windows and the kind.
+type Tables = HashMap<(Windows, IndexTable), Arc<[Tensor]>>;
+
+/// The index tables on one device, each created when it is first needed.
 pub(crate) struct IndexTables {
     device: Device,
-    tables: Mutex<HashMap<(Windows, IndexTable), Arc<[Tensor]>>>,
+    tables: Mutex<Tables>,
 }
 
 impl IndexTables {
