@@ -87,7 +87,7 @@ pub struct Clustering;
 impl Stage for Clustering {
     const SPEC: Spec = Spec {
         name: "clustering",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[
             Role::new("embeddings", Origin::Embeddings),
             Role::new("previous", Origin::PreviousRound),

@@ -46,7 +46,7 @@ pub struct ImcSwav;
 impl Stage for ImcSwav {
     const SPEC: Spec = Spec {
         name: "imc-swav",
-        algorithm: 2,
+        algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };

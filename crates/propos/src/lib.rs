@@ -47,7 +47,7 @@ pub struct ProPos;
 impl Stage for ProPos {
     const SPEC: Spec = Spec {
         name: "propos",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };

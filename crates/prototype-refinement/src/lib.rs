@@ -44,7 +44,7 @@ pub struct PrototypeRefinement;
 impl Stage for PrototypeRefinement {
     const SPEC: Spec = Spec {
         name: "prototype-refinement",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[
             Role::new("network", Origin::Network),
             Role::new("pseudo-labels", Origin::PseudoLabels),

@@ -51,7 +51,7 @@ pub struct SeCu;
 impl Stage for SeCu {
     const SPEC: Spec = Spec {
         name: "secu",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };
