@@ -28,9 +28,8 @@ fn an_empty_folder_is_enough_from_the_digits_to_predictions() {
     assert_eq!(fs::read_dir(folder).expect("there").count(), 0, "neither writes anything");
 
     let mut words = vec!["reproduce", "digits", "--device", "cpu"];
-    for set in ["pretraining.epochs=1", "rounds.rounds=0", "clustering.heads=1"] {
-        words.extend(["--set", set]);
-    }
+    let short = ["pretraining.epochs=1", "pretraining.warmup-epochs=0", "rounds.rounds=0"];
+    words.extend(short.iter().flat_map(|set| ["--set", set]));
     let output = run(folder, &words);
     assert!(stdout(&output).contains("1797 images, 10 clusters"), "{}", stdout(&output));
     assert!(stderr(&output).contains("1797 images of 10 classes"), "{}", stderr(&output));

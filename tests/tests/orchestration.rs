@@ -171,7 +171,7 @@ fn a_dry_run_starts_nothing() {
     let output = bench.reproduce(&["--dry-run", "--fresh"]);
     assert_status(&output, 0);
     let stdout = text(&output.stdout);
-    assert!(stdout.contains("0-pretraining, seed 0: is done"), "{stdout}");
+    assert!(stdout.contains("0-pretraining, seed 0: runs again"), "{stdout}");
     assert!(
         stdout.contains("0-embed, seed 0: runs") && stdout.contains("--in network="),
         "{stdout}"

@@ -125,7 +125,8 @@ fn report_and_views_are_those_of_the_last_plan() {
         let output = bench.run(&["report", "example"]);
         assert_status(&output, 0);
         let line = bench.started().pop().expect("the report was started");
-        (line.split_whitespace().last().expect("a path").to_owned(), text(&output.stderr))
+        let labels = line.split(' ').find(|word| word.starts_with('/')).expect("a path").to_owned();
+        (labels, text(&output.stderr))
     };
     assert_status(&bench.reproduce(&["--set", "rounds.rounds=2"]), 0);
     assert_eq!(Path::new(&reported().0), labels_of("2-clustering"));
