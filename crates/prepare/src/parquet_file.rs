@@ -1,7 +1,8 @@
 //! Parquet: pictures as Hugging Face stores them, or a manifest.
 //!
-//! Pictures are a group of `bytes` and `path`, whatever its name (`image`, `img`), or a column of bytes
-//! named `image`, `img` or `jpg`. Without either, a column of text named `path`, `file` or the like
+//! Pictures are a group of `bytes` and `path`, whatever its name, or a column of bytes named `image`, `img`,
+//! `jpg` or the like; of several, the one with such a name is read, and the others are listed as left
+//! out. Without either, a column of text named `path`, `file` or the like
 //! names files beside the Parquet file: a manifest. The class is in the column `label`,
 //! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`. It is text,
 //! true or false, or a number, which the features in the file's metadata may name. Pages may be packed
@@ -19,12 +20,16 @@ use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, RowGroupMe
 
 use crate::collection::{Load, Sink};
 use crate::folder::SOURCE;
-use crate::labels::class_for;
+use crate::labels::{class_for, distinct};
 use crate::manifest::{self, PATHS};
-use crate::names::{file_name, split_of};
+use crate::names::{self, below_common_folder, split_of};
 use crate::parquet_pages::open_column;
 use crate::picture;
 use crate::{Format, guard, parquet_pages};
+
+/// What a column of pictures may be called. Of several such columns the first of these names is read,
+/// failing that the first column.
+const IMAGES: [&str; 8] = ["image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo"];
 
 /// Rows that are read at a time. Their pictures are in a page that is unpacked anyway.
 const ROWS: usize = 32;
@@ -45,11 +50,14 @@ pub fn read(
     classes: &[String],
     sink: &mut dyn Sink,
 ) -> Result<()> {
-    files.iter().try_for_each(|path| read_one(path, files.len() > 1, format, classes, sink))
+    files.iter().zip(below_common_folder(files)).try_for_each(|(path, shard)| {
+        read_one(path, &shard, files.len() > 1, format, classes, sink)
+    })
 }
 
 fn read_one(
     path: &Path,
+    shard: &str,
     is_one_of_many: bool,
     format: Format,
     classes: &[String],
@@ -71,8 +79,13 @@ fn read_one(
             path.display()
         )
     })?;
-    let shard = file_name(path);
-    let split = split_of(&shard);
+    let split = split_of(shard);
+    if let [first, others @ ..] = &columns.pictures[..] {
+        for other in others {
+            let reason = format!("is a further column of pictures: `{first}` is read");
+            sink.ignored(format!("{shard}: column `{other}`"), reason)?;
+        }
+    }
     let mut row = 0u64;
     for group in metadata.row_groups() {
         let most = usize::try_from(sink.file_bytes() * 2)?;
@@ -130,6 +143,8 @@ struct Columns {
     label: Option<usize>,
     /// The name of each class number.
     names: Vec<String>,
+    /// The columns that hold pictures, of which the first is read.
+    pictures: Vec<String>,
 }
 
 /// One picture.
@@ -158,15 +173,20 @@ impl Columns {
                 .iter()
                 .position(|(name, found)| name == wanted && kind.is_none_or(|kind| kind == *found))
         };
-        let group = leaves.iter().find_map(|(name, kind)| {
-            name.strip_suffix(".bytes").filter(|_| *kind == Type::BYTE_ARRAY)
-        });
-        let bytes = match group {
-            Some(group) => position(&format!("{group}.bytes"), None),
-            None => ["image", "img", "jpg"]
-                .iter()
-                .find_map(|name| position(name, Some(Type::BYTE_ARRAY))),
-        };
+        // A group with bytes is a picture whatever its name, other bytes are one by their name.
+        let rank = |name: &str| IMAGES.iter().position(|image| *image == name);
+        let mut pictures: Vec<(usize, Option<&str>)> = leaves
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, kind))| *kind == Type::BYTE_ARRAY)
+            .map(|(at, (name, _))| (at, name.strip_suffix(".bytes")))
+            .filter(|(at, group)| group.is_some() || rank(&leaves[*at].0).is_some())
+            .collect();
+        let shown = |(at, group): (usize, Option<&str>)| group.unwrap_or(&leaves[at].0).to_owned();
+        pictures.sort_by_key(|&picture| rank(&shown(picture)).unwrap_or(IMAGES.len()));
+        let group = pictures.first().and_then(|picture| picture.1);
+        let bytes = pictures.first().map(|picture| picture.0);
+        let shown: Vec<String> = pictures.iter().copied().map(shown).collect();
         let path = match group {
             Some(group) => position(&format!("{group}.path"), Some(Type::BYTE_ARRAY)),
             None => PATHS.iter().find_map(|name| position(name, Some(Type::BYTE_ARRAY))),
@@ -212,7 +232,8 @@ impl Columns {
             serde_json::from_str(field.value.as_deref()?).ok()
         });
         let names = label.and_then(|(name, _)| class_names(&features?, name)).unwrap_or_default();
-        Ok(Self { bytes, path, label: label.map(|label| label.1), names })
+        let names = distinct(names);
+        Ok(Self { bytes, path, label: label.map(|label| label.1), names, pictures: shown })
     }
 
     fn name_of(&self, label: Label) -> String {
@@ -303,7 +324,7 @@ impl Rows {
                 }
                 Value::Real(real) => Some(Label::Text(real.to_string())),
                 Value::Truth(truth) => Some(Label::Text(truth.to_string())),
-                Value::Bytes(bytes) => Some(Label::Text(text(&bytes))),
+                Value::Bytes(bytes) => Some(Label::Text(names::text(bytes.data()))),
             }),
         });
         Ok(rows.collect())
@@ -374,14 +395,16 @@ impl Column {
 mod tests {
     use parquet::basic::Compression;
     use parquet::data_type::{
-        BoolType, ByteArrayType, DataType, DoubleType, FixedLenByteArrayType, FloatType,
+        BoolType, ByteArrayType, DataType, DoubleType, FixedLenByteArrayType, FloatType, Int64Type,
     };
     use parquet::file::properties::{WriterProperties, WriterVersion};
     use parquet::file::writer::SerializedFileWriter;
 
     use super::*;
     use crate::Options;
-    use crate::example::{assert_has, config, png, prepare, prepare_with, put, refusal, scratch};
+    use crate::example::{
+        assert_has, config, pixels, png, prepare, prepare_with, put, refusal, scratch,
+    };
 
     /// Four pictures, the second without a label, the others with these labels, of a type as schemas
     /// name it.
@@ -405,6 +428,38 @@ mod tests {
         let mut column = group.next_column().expect("sound").expect("a column");
         column.typed::<T>().write_batch(labels, Some(&[1, 0, 1, 1]), None).expect("written");
         column.close().expect("closed");
+        group.close().expect("closed");
+        writer.into_inner().expect("whole")
+    }
+
+    /// A file with two rows of pictures in each of these columns, groups or not, and a label.
+    fn with_columns(columns: &[(&str, bool)]) -> Vec<u8> {
+        let column = |(name, is_group): &(&str, bool)| match is_group {
+            true => format!("required group {name} {{ required binary bytes; }}"),
+            false => format!("required binary {name};"),
+        };
+        let columns: String = columns.iter().map(column).collect();
+        let schema = format!("message schema {{ {columns} required int64 label; }}");
+        let schema = parquet::schema::parser::parse_message_type(&schema).expect("a schema");
+        let properties = WriterProperties::builder().build();
+        let mut writer =
+            SerializedFileWriter::new(Vec::new(), schema.into(), properties.into()).expect("begun");
+        let mut group = writer.next_row_group().expect("a group");
+        let mut seed = 0;
+        while let Some(mut column) = group.next_column().expect("sound") {
+            match column.untyped() {
+                parquet::column::writer::ColumnWriter::Int64ColumnWriter(_) => {
+                    column.typed::<Int64Type>().write_batch(&[0, 1], None, None).expect("written");
+                }
+                _ => {
+                    let pictures = [png(seed), png(seed + 1)].map(ByteArray::from);
+                    let typed = column.typed::<ByteArrayType>();
+                    typed.write_batch(&pictures, None, None).expect("written");
+                    seed += 2;
+                }
+            }
+            column.close().expect("closed");
+        }
         group.close().expect("closed");
         writer.into_inner().expect("whole")
     }
@@ -471,6 +526,32 @@ mod tests {
                 let read = prepare(&path, &config()).expect("sound");
                 assert!(read.bytes == want.bytes && read.classes == want.classes, "{codec}");
             }
+        }
+    }
+
+    #[test]
+    fn of_several_columns_of_pictures_the_one_of_the_best_name_is_read_and_the_others_are_listed() {
+        type Case<'a> = (&'a [(&'a str, bool)], usize, &'a [&'a str]);
+        let cases: [Case; 4] = [
+            (&[("mask", true), ("image", true)], 1, &["mask"]),
+            (&[("image_a", true), ("image_b", true)], 0, &["image_b"]),
+            (&[("thumb", true), ("jpg", false), ("img", true)], 2, &["jpg", "thumb"]),
+            (&[("embedding", false), ("image", false)], 1, &[]),
+        ];
+        for (columns, position, others) in cases {
+            let (_folder, path) = scratch();
+            put(&path.join("x.parquet"), &with_columns(columns));
+            let read = prepare(&path.join("x.parquet"), &config()).expect("sound");
+            assert_eq!(read.picture("1").pixels, pixels(4, 6, 3, 2 * position + 1), "{columns:?}");
+            let name = columns[position].0;
+            let listed: Vec<_> = others
+                .iter()
+                .map(|other| {
+                    let reason = format!("is a further column of pictures: `{name}` is read");
+                    (format!("x.parquet: column `{other}`"), reason)
+                })
+                .collect();
+            assert_eq!(read.skipped("ignored"), listed);
         }
     }
 }
