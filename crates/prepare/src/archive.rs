@@ -12,9 +12,9 @@ use flate2::read::MultiGzDecoder;
 use lzma_rust2::XzReader;
 
 use crate::folder::SOURCE;
-use crate::names::safe_name;
+use crate::names::{left_out_part, safe_name, split_name};
 use crate::tar_file::{self, Input, Stream};
-use crate::{picture, zip_file};
+use crate::{foreign, picture, zip_file};
 
 /// The most memory that unpacking xz may take, in KiB: twice what `xz -9` needs.
 const XZ_KIBIBYTES: u32 = 1 << 17;
@@ -66,11 +66,14 @@ fn open_input(path: &Path) -> Result<Box<dyn Input>> {
     }
 }
 
+/// The path of a file below the folder that counts, with `/` between its parts; or, for a file that
+/// is left out, its name and the reason, a phrase that follows the name.
+pub type Name = Result<String, (String, &'static str)>;
+
 /// A file of an archive.
 pub trait Member {
-    /// Its path below the archive's root with `/` between its parts, or its name as it stands there
-    /// and why it is passed over.
-    fn name(&self) -> &Result<String, (String, String)>;
+    /// Where it lies.
+    fn name(&self) -> &Name;
 
     /// How many bytes it has.
     fn size(&self) -> u64;
@@ -93,17 +96,92 @@ pub trait Member {
     fn stream(&mut self) -> Option<&mut dyn Input>;
 }
 
-/// Calls `visit` with every file of an archive until it says `false`. Folders are no files.
+/// Calls `visit` with every file below the folder `within` of an archive, or with every file if
+/// `within` is empty, until `visit` returns `false`. Folders are not visited.
 ///
 /// # Errors
 ///
-/// The archive cannot be read, is none, is damaged or cut short; or `visit` fails.
-pub fn each(path: &Path, mut visit: impl FnMut(&mut dyn Member) -> Result<bool>) -> Result<()> {
+/// The archive cannot be read, is damaged or cut short, or has no folder `within`; or `visit` fails.
+pub fn each(
+    path: &Path,
+    within: &str,
+    mut visit: impl FnMut(&mut dyn Member) -> Result<bool>,
+) -> Result<()> {
+    let folder = within.trim_matches('/');
+    let mut within = Within { folder, is_there: folder.is_empty(), others: Vec::new() };
     if is_zip(path)? {
-        return each_of_zip(path, &mut visit);
+        each_of_zip(path, &mut within, &mut visit)?;
+    } else {
+        let mut input = open_input(path)?;
+        walk_tar(&mut input, &path.display().to_string(), &mut within, &mut visit)?;
     }
-    let mut input = open_input(path)?;
-    each_of_tar(&mut input, &path.display().to_string(), &mut visit)
+    within.check(path)
+}
+
+/// Calls `visit` with every file of the tar archive `shown` until it returns `false`.
+///
+/// # Errors
+///
+/// As [`each`].
+pub fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<()> {
+    let mut all = Within { folder: "", is_there: true, others: Vec::new() };
+    walk_tar(input, shown, &mut all, visit)
+}
+
+/// The folder of an archive that counts.
+struct Within<'a> {
+    folder: &'a str,
+    is_there: bool,
+    /// Some of the folders beside it, for a message.
+    others: Vec<String>,
+}
+
+/// How many folders of an archive a message names.
+const SOME_FOLDERS: usize = 5;
+
+impl Within<'_> {
+    /// The name of an entry that is called `stated`, or nothing if it lies outside of the folder.
+    /// `other` says why it is left out if it is not a plain file.
+    fn name(&mut self, stated: &str, other: Option<&'static str>) -> Option<Name> {
+        let name = match safe_name(stated) {
+            Ok(name) => name,
+            Err(reason) if self.folder.is_empty() => return Some(Err((stated.to_owned(), reason))),
+            Err(_) => return None,
+        };
+        let below = match self.folder {
+            "" => Some(&*name),
+            folder => name.strip_prefix(folder).and_then(|name| name.strip_prefix('/')),
+        };
+        let Some(below) = below else {
+            let folder = split_name(&name).0;
+            let is_known = self.others.iter().any(|known| known == folder);
+            let is_shown = !folder.is_empty() && !is_known && left_out_part(folder).is_none();
+            if is_shown && self.others.len() < SOME_FOLDERS {
+                self.others.push(folder.to_owned());
+            }
+            return None;
+        };
+        self.is_there = true;
+        let reason = left_out_part(below).or(other.map(|reason| (below, reason)));
+        Some(match reason {
+            Some((part, reason)) => Err((part.to_owned(), reason)),
+            None => Ok(below.to_owned()),
+        })
+    }
+
+    fn check(self, path: &Path) -> Result<()> {
+        ensure!(
+            self.is_there,
+            "`{}` has no folder `{}`; {}",
+            path.display(),
+            self.folder,
+            match self.others.is_empty() {
+                true => "it has no folders at all".to_owned(),
+                false => format!("some of its folders are `{}`", self.others.join("`, `")),
+            }
+        );
+        Ok(())
+    }
 }
 
 /// Whether a file is a zip file, by its first bytes.
@@ -118,17 +196,17 @@ pub fn is_zip(path: &Path) -> Result<bool> {
     Ok([b"PK\x03\x04", b"PK\x05\x06"].iter().any(|magic| start == *magic))
 }
 
-type Visit<'a> = &'a mut dyn FnMut(&mut dyn Member) -> Result<bool>;
+/// What is called with each file.
+pub type Visit<'a> = &'a mut dyn FnMut(&mut dyn Member) -> Result<bool>;
 
 struct TarMember<'a, 'b> {
-    name: Result<String, (String, String)>,
+    name: Name,
     size: u64,
     peeked: Vec<u8>,
     reader: &'a mut tar_file::Reader<&'b mut dyn Input>,
 }
 
-/// Calls `visit` with every file of the tar archive `shown` until it says `false`.
-pub fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<()> {
+fn walk_tar(input: &mut dyn Input, shown: &str, within: &mut Within, visit: Visit) -> Result<()> {
     let mut last = String::new();
     let damaged = |last: &str| {
         let place = if last.is_empty() { String::new() } else { format!(" around `{last}`") };
@@ -143,10 +221,7 @@ pub fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<(
         if entry.is_folder {
             continue;
         }
-        let name = match entry.other {
-            Some(reason) => Err((last.clone(), reason.to_owned())),
-            None => safe_name(&last).map_err(|reason| (last.clone(), reason.to_owned())),
-        };
+        let Some(name) = within.name(&last, entry.other) else { continue };
         let mut member =
             TarMember { name, size: entry.size, peeked: Vec::new(), reader: &mut reader };
         if !visit(&mut member).with_context(|| format!("in `{shown}`"))? {
@@ -156,7 +231,7 @@ pub fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<(
 }
 
 impl Member for TarMember<'_, '_> {
-    fn name(&self) -> &Result<String, (String, String)> {
+    fn name(&self) -> &Name {
         &self.name
     }
 
@@ -166,7 +241,7 @@ impl Member for TarMember<'_, '_> {
 
     fn start(&mut self) -> Result<Vec<u8>> {
         if self.peeked.is_empty() {
-            let length = self.size.min(16);
+            let length = self.size.min(foreign::START as u64);
             self.reader.by_ref().take(length).read_to_end(&mut self.peeked)?;
         }
         Ok(self.peeked.clone())
@@ -192,12 +267,12 @@ impl Member for TarMember<'_, '_> {
 }
 
 struct ZipMember<'a> {
-    name: Result<String, (String, String)>,
+    name: Name,
     entry: zip_file::Entry,
     reader: &'a mut zip_file::Reader,
 }
 
-fn each_of_zip(path: &Path, visit: Visit) -> Result<()> {
+fn each_of_zip(path: &Path, within: &mut Within, visit: Visit) -> Result<()> {
     let damaged =
         || format!("`{}` is damaged or cut short as a zip file; get it again", path.display());
     let mut reader = zip_file::Reader::open(path).with_context(damaged)?;
@@ -205,10 +280,7 @@ fn each_of_zip(path: &Path, visit: Visit) -> Result<()> {
         if entry.is_folder {
             continue;
         }
-        let name = match entry.other {
-            Some(reason) => Err((entry.name.clone(), reason.to_owned())),
-            None => safe_name(&entry.name).map_err(|r| (entry.name.clone(), r.to_owned())),
-        };
+        let Some(name) = within.name(&entry.name, entry.other) else { continue };
         let mut member = ZipMember { name, entry, reader: &mut reader };
         if !visit(&mut member).with_context(|| format!("in `{}`", path.display()))? {
             break;
@@ -218,7 +290,7 @@ fn each_of_zip(path: &Path, visit: Visit) -> Result<()> {
 }
 
 impl Member for ZipMember<'_> {
-    fn name(&self) -> &Result<String, (String, String)> {
+    fn name(&self) -> &Name {
         &self.name
     }
 
@@ -228,7 +300,7 @@ impl Member for ZipMember<'_> {
 
     fn start(&mut self) -> Result<Vec<u8>> {
         let mut bytes = self.read(1 << 26)?.unwrap_or_default();
-        bytes.truncate(16);
+        bytes.truncate(foreign::START);
         Ok(bytes)
     }
 

@@ -43,6 +43,9 @@ const BROKEN: u8 = 0;
 const IGNORED: u8 = 1;
 const IDENTICAL: u8 = 2;
 
+/// Why an entry of an archive that has the name of a later one is left out.
+const TWICE: &str = "is there again: the last one counts";
+
 /// A name in the source and a phrase that follows it, as they stand in `skipped.json`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Reason<'a> {
@@ -132,8 +135,8 @@ impl Assembler<'_> {
         if (self.options.interrupted)() { Err(Interrupted.into()) } else { Ok(()) }
     }
 
-    /// Which records have the name of an earlier one: of two entries of an archive with one name the
-    /// first counts.
+    /// Which records have the name of a later one: of two entries of an archive with one name the
+    /// last counts, as it does when the archive is unpacked.
     fn find_names_twice(&self) -> Result<Bits> {
         let mut sorter = Sorter::new(self.journal.folder());
         let mut records = self.journal.read()?;
@@ -146,11 +149,11 @@ impl Assembler<'_> {
             number += 1;
         }
         let mut twice = Bits::new(number);
-        let mut last = Vec::new();
+        let mut last: Vec<u8> = Vec::new();
         for record in sorter.sorted()? {
             let record = record?;
             if last.get(..16) == Some(&record[..16]) {
-                twice.set(u64::from_be_bytes(record[16..24].try_into()?));
+                twice.set(u64::from_be_bytes(last[16..24].try_into()?));
             }
             last = record;
         }
@@ -179,8 +182,7 @@ impl Assembler<'_> {
             };
             match record.what {
                 _ if is_twice => {
-                    let reason = "is there twice: the first counts".as_bytes();
-                    counted.skipped.push(&[&[IGNORED], name, &[0], reason])?;
+                    counted.skipped.push(&[&[IGNORED], name, &[0], TWICE.as_bytes()])?;
                 }
                 What::Picture { id, split, encoding, size, length, class } => {
                     let class = match &class {
@@ -272,7 +274,7 @@ impl Assembler<'_> {
         names.finish(&data_set, &self.out.join(NAMES))?;
         let (numbers, classes) = sorted(classes, &used);
         labels.finish(&data_set, &self.out.join(LABELS), &numbers, &classes)?;
-        write_skipped(&self.out.join(SKIPPED), skipped)?;
+        write_skipped(&self.out.join(SKIPPED), skipped)?.report(self.config.identical);
         Ok(Assembled { images: data_set.images, classes: classes.len() })
     }
 
@@ -329,8 +331,10 @@ fn sorted(classes: Vec<String>, used: &[bool]) -> (Vec<u32>, Vec<String>) {
     (numbers, order.into_iter().map(|class| classes[class].clone()).collect())
 }
 
-/// `skipped.json`, list by list.
-fn write_skipped(path: &Path, skipped: Sorter) -> Result<()> {
+/// Writes `skipped.json`, list by list. A folder of an archive that is left out is in `skipped` as
+/// often as it has files, and is written once.
+fn write_skipped(path: &Path, skipped: Sorter) -> Result<Skipped> {
+    let mut counts = Skipped::default();
     files::replace(path, |file| {
         let mut out = BufWriter::new(file);
         let (mut list, mut is_first) = (0, true);
@@ -339,8 +343,13 @@ fn write_skipped(path: &Path, skipped: Sorter) -> Result<()> {
             let end = if is_first { "" } else { "\n  " };
             write!(out, "{end}],\n  \"{name}\": [")
         };
+        let mut last = Vec::new();
         for record in skipped.sorted()? {
             let record = record?;
+            if record == last && record[0] == IGNORED && !record.ends_with(TWICE.as_bytes()) {
+                continue;
+            }
+            last.clone_from(&record);
             while list < usize::from(record[0]) {
                 list += 1;
                 next_list(&mut out, LISTS[list], is_first)?;
@@ -350,6 +359,7 @@ fn write_skipped(path: &Path, skipped: Sorter) -> Result<()> {
             // Reasons are ours and have no zero byte.
             let end = text.iter().rposition(|&byte| byte == 0).context("a name and a reason")?;
             let [name, reason] = [&text[..end], &text[end + 1..]].map(String::from_utf8_lossy);
+            counts.count(record[0], &reason);
             write!(out, "{}\n    ", if is_first { "" } else { "," })?;
             serde_json::to_writer(&mut out, &Reason { name: &name, reason: &reason })?;
             is_first = false;
@@ -360,7 +370,54 @@ fn write_skipped(path: &Path, skipped: Sorter) -> Result<()> {
         }
         writeln!(out, "{}]\n}}", if is_first { "" } else { "\n  " })?;
         Ok(out.flush()?)
-    })
+    })?;
+    Ok(counts)
+}
+
+/// How much was skipped, for each list by reason.
+#[derive(Default)]
+struct Skipped([BTreeMap<String, usize>; LISTS.len()]);
+
+impl Skipped {
+    /// Counts a reason, without what differs from file to file: numbers, names, and what a decoder
+    /// says.
+    fn count(&mut self, list: u8, reason: &str) {
+        let common = reason.split([':', '`']).next().unwrap_or_default().trim_end();
+        let words =
+            common.split(' ').map(|word| match word.contains(|c: char| c.is_ascii_digit()) {
+                true => "…",
+                false => word,
+            });
+        let common = words.collect::<Vec<_>>().join(" ");
+        *self.0[usize::from(list)].entry(common).or_default() += 1;
+    }
+
+    /// Tells the user.
+    fn report(&self, identical: Identical) {
+        let by_reason = |list: u8| {
+            let counts = &self.0[usize::from(list)];
+            let mut counts: Vec<_> =
+                counts.iter().map(|(reason, count)| (*count, reason)).collect();
+            counts.sort_by_key(|&(count, _)| std::cmp::Reverse(count));
+            let texts = counts.iter().map(|(count, reason)| format!("{count} × {reason}"));
+            texts.collect::<Vec<_>>().join(", ")
+        };
+        let count = |list: u8| self.0[usize::from(list)].values().sum::<usize>();
+        if count(BROKEN) > 0 {
+            tracing::warn!("cannot read {} pictures: {}", count(BROKEN), by_reason(BROKEN));
+        }
+        if count(IGNORED) > 0 {
+            tracing::warn!("left out {} files or folders: {}", count(IGNORED), by_reason(IGNORED));
+        }
+        if count(IDENTICAL) > 0 {
+            let fate = if identical == Identical::Drop { "dropped" } else { "kept" };
+            let count = count(IDENTICAL);
+            tracing::info!("{count} pictures have the bytes of another one and are {fate}");
+        }
+        if self.0.iter().any(|counts| !counts.is_empty()) {
+            tracing::info!("`{SKIPPED}` lists them by name");
+        }
+    }
 }
 
 /// One bit for each record.

@@ -38,6 +38,9 @@ pub trait Sink {
     /// The largest file that is read as one picture.
     fn file_bytes(&self) -> u64;
 
+    /// A folder for temporary files.
+    fn folder(&self) -> &Path;
+
     /// A picture, of a class that is wanted or of none.
     ///
     /// # Errors
@@ -243,6 +246,10 @@ impl Sink for Collection<'_> {
 
     fn file_bytes(&self) -> u64 {
         self.budget.file_bytes()
+    }
+
+    fn folder(&self) -> &Path {
+        self.journal.folder()
     }
 
     fn picture(

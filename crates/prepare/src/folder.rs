@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use stage::Split;
 
 use crate::collection::{Load, Sink};
-use crate::names::{below, file_name};
+use crate::names::{below, file_name, left_out};
 use crate::{Config, picture};
 
 /// What a folder holds, sorted by name.
@@ -21,11 +21,24 @@ pub struct Contents {
     pub folders: Vec<PathBuf>,
     /// Files, and links to files.
     pub files: Vec<PathBuf>,
-    /// Names that are passed over, with the reason.
-    ignored: Vec<(PathBuf, &'static str)>,
+    /// What is left out, with the reason.
+    pub ignored: Vec<(PathBuf, &'static str)>,
 }
 
-/// Lists a folder. Hidden names are passed over, and links that lead nowhere.
+impl Contents {
+    fn is_empty(&self) -> bool {
+        self.folders.is_empty() && self.files.is_empty() && self.ignored.is_empty()
+    }
+
+    fn append(&mut self, mut other: Self) {
+        self.folders.append(&mut other.folders);
+        self.files.append(&mut other.files);
+        self.ignored.append(&mut other.ignored);
+    }
+}
+
+/// Lists a folder. It leaves out the names that [`left_out`] has, links that lead nowhere, and links
+/// to a folder that the link lies in.
 ///
 /// # Errors
 ///
@@ -36,16 +49,21 @@ pub fn contents(folder: &Path) -> Result<Contents> {
     for entry in fs::read_dir(folder).with_context(context)? {
         let entry = entry.with_context(context)?;
         let path = entry.path();
-        if file_name(&path).starts_with('.') {
-            contents.ignored.push((path, "is hidden"));
+        if let Some(reason) = left_out(&file_name(&path)) {
+            contents.ignored.push((path, reason));
             continue;
         }
         // Only links need a second look at the disk: ILSVRC-2012 has 1.3 million files.
-        let kind = match entry.file_type().with_context(context)? {
-            kind if kind.is_symlink() => fs::metadata(&path).map(|metadata| metadata.file_type()),
-            kind => Ok(kind),
+        let kind = entry.file_type().with_context(context)?;
+        let is_link = kind.is_symlink();
+        let kind = match is_link {
+            true => fs::metadata(&path).map(|metadata| metadata.file_type()),
+            false => Ok(kind),
         };
         match kind {
+            Ok(kind) if kind.is_dir() && is_link && leads_back(folder, &path) => {
+                contents.ignored.push((path, "is a link to a folder that it lies in"));
+            }
             Ok(kind) if kind.is_dir() => contents.folders.push(path),
             Ok(kind) if kind.is_file() => contents.files.push(path),
             Ok(_) => contents.ignored.push((path, "is neither a file nor a folder")),
@@ -57,6 +75,14 @@ pub fn contents(folder: &Path) -> Result<Contents> {
     Ok(contents)
 }
 
+/// Whether the link `link` in `folder` leads to that folder or to one above it.
+fn leads_back(folder: &Path, link: &Path) -> bool {
+    match (folder.canonicalize(), link.canonicalize()) {
+        (Ok(folder), Ok(target)) => folder.starts_with(target),
+        _ => false,
+    }
+}
+
 /// The pictures of a source that is a folder: listed, not yet read.
 #[derive(Debug)]
 pub struct Listing {
@@ -64,31 +90,34 @@ pub struct Listing {
     /// Classes with their pictures, by name; one without a name where the folder is flat.
     classes: Vec<(Option<String>, Vec<PathBuf>)>,
     ignored: Vec<(PathBuf, &'static str)>,
+    /// The first folder with pictures within the folder of a class.
+    deeper: Option<PathBuf>,
 }
 
 /// Lists the pictures in `root`: of the classes that the experiment names, or of all.
 ///
 /// # Errors
 ///
-/// No folder of that layout; the message says what there is instead, and what to do.
+/// The folder has another layout; the message says what it has, and what to do.
 pub fn list(root: &Path, config: &Config) -> Result<Listing> {
-    let top = contents(root)?;
-    let mut listing = Listing { root: root.to_owned(), classes: Vec::new(), ignored: Vec::new() };
-    let folders = match config.classes.is_empty() {
-        false => chosen(root, &top, &config.classes)?,
-        true => top.folders.clone(),
+    let mut top = contents(root)?;
+    let mut listing = Listing::of(root);
+    let has_chosen = !config.classes.is_empty();
+    let folders = match has_chosen {
+        true => chosen(root, &top, &config.classes)?,
+        false => std::mem::take(&mut top.folders),
     };
-    let mut deeper = Vec::new();
     for folder in &folders {
-        let inside = contents(folder)?;
-        deeper.extend(first_with_pictures(&inside)?);
-        let pictures = listing.pictures_among(inside);
-        listing.classes.push((Some(file_name(folder)), pictures));
+        listing.add_class(folder, has_chosen)?;
     }
-    listing.check_depth(&deeper)?;
-    if config.classes.is_empty() {
-        let loose = listing.pictures_among(top);
-        listing.add_loose(loose)?;
+    listing.check_depth()?;
+    let loose = listing.pictures_among(top);
+    match has_chosen {
+        true => {
+            let reason = "lies in no folder of a class";
+            listing.ignored.extend(loose.into_iter().map(|path| (path, reason)));
+        }
+        false => listing.add_loose(loose)?,
     }
     listing.check_classes()?;
     let counts: Vec<(&str, usize)> = listing
@@ -101,6 +130,16 @@ pub fn list(root: &Path, config: &Config) -> Result<Listing> {
 }
 
 impl Listing {
+    fn of(root: &Path) -> Self {
+        Self { root: root.to_owned(), classes: Vec::new(), ignored: Vec::new(), deeper: None }
+    }
+
+    /// A single picture as a source.
+    pub fn of_one(picture: &Path) -> Self {
+        let classes = vec![(None, vec![picture.to_owned()])];
+        Self { classes, ..Self::of(picture.parent().unwrap_or(Path::new(""))) }
+    }
+
     /// How many pictures there are.
     pub fn count(&self) -> usize {
         self.classes.iter().map(|(_, pictures)| pictures.len()).sum()
@@ -120,7 +159,7 @@ impl Listing {
     ///
     /// # Errors
     ///
-    /// The disk refuses.
+    /// As [`Sink::picture`].
     pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         for (path, reason) in &self.ignored {
             sink.ignored(below(&self.root, path), (*reason).to_owned())?;
@@ -137,6 +176,44 @@ impl Listing {
         Ok(())
     }
 
+    /// Adds the pictures of the class `folder`. A folder with files of which none is a picture is no
+    /// class, unless the experiment names it, but an empty one is a class that lacks its pictures.
+    fn add_class(&mut self, folder: &Path, is_chosen: bool) -> Result<()> {
+        let mut inside = contents(folder)?;
+        // Tiny-ImageNet has a folder `images` within that of each class.
+        if let Some(at) = inside.folders.iter().position(|folder| file_name(folder) == "images") {
+            let images = inside.folders.remove(at);
+            inside.append(contents(&images)?);
+        }
+        let is_class = is_chosen || inside.is_empty();
+        for deeper in &inside.folders {
+            self.look_deeper(deeper)?;
+        }
+        let pictures = self.pictures_among(inside);
+        if is_class || !pictures.is_empty() {
+            self.classes.push((Some(file_name(folder)), pictures));
+        }
+        Ok(())
+    }
+
+    /// Looks for pictures in a folder within that of a class, and lists all other files.
+    fn look_deeper(&mut self, folder: &Path) -> Result<()> {
+        if folder.is_symlink() {
+            self.ignored.push((folder.to_owned(), "is a link to a folder"));
+            return Ok(());
+        }
+        let mut inside = contents(folder)?;
+        for deeper in std::mem::take(&mut inside.folders) {
+            self.look_deeper(&deeper)?;
+        }
+        let pictures = self.pictures_among(inside);
+        if self.deeper.is_none() && !pictures.is_empty() {
+            self.deeper = Some(folder.to_owned());
+        }
+        Ok(())
+    }
+
+    /// The pictures among some files; the other files are listed.
     fn pictures_among(&mut self, contents: Contents) -> Vec<PathBuf> {
         self.ignored.extend(contents.ignored);
         let (pictures, others): (Vec<_>, Vec<_>) =
@@ -145,9 +222,8 @@ impl Listing {
         pictures
     }
 
-    /// Fails if there are folders with pictures, `deeper`, within the class folders.
-    fn check_depth(&self, deeper: &[PathBuf]) -> Result<()> {
-        let Some(first) = deeper.first() else { return Ok(()) };
+    fn check_depth(&self) -> Result<()> {
+        let Some(first) = &self.deeper else { return Ok(()) };
         let above = first.parent().unwrap_or(&self.root);
         bail!(
             "pictures of `{}` lie one level too deep, such as those in `{}`: they must lie directly \
@@ -267,34 +343,48 @@ fn diagnosis(root: &Path, top: &Contents, missing: &str, classes: &[String]) -> 
     })
 }
 
-/// The first folder within `contents` that holds pictures, or folders in their turn.
-fn first_with_pictures(inside: &Contents) -> Result<Option<PathBuf>> {
-    for folder in &inside.folders {
-        let contents = contents(folder)?;
-        if !contents.folders.is_empty() || contents.files.iter().any(|file| picture::is_meant(file))
-        {
-            return Ok(Some(folder.clone()));
-        }
+/// For a folder without pictures: the archive or other files in it, or in the folders below it, that
+/// could be meant.
+fn hint_at_archives(root: &Path) -> Result<String> {
+    let is_packed = |file: &&PathBuf| {
+        let name = file_name(file).to_ascii_lowercase();
+        [".tar", ".tgz", ".gz", ".xz", ".zip", ".parquet"].iter().any(|end| name.ends_with(end))
+    };
+    let top = contents(root)?;
+    if let Some(file) = top.files.iter().find(is_packed) {
+        return Ok(format!(
+            "; it holds `{}`: name that file, {SOURCE} {}",
+            file_name(file),
+            file.display()
+        ));
     }
-    Ok(None)
+    let is_part_of_set = |file: &&PathBuf| {
+        let name = file_name(file);
+        is_packed(file) || name.contains("idx3") || name.ends_with(".bin")
+    };
+    let mut folders = top.folders;
+    for _ in 0..LEVELS {
+        let mut below = Vec::new();
+        for folder in &folders {
+            let inside = contents(folder)?;
+            if let Some(file) = inside.files.iter().find(is_part_of_set) {
+                return Ok(format!(
+                    "; `{}` holds `{}`: name that folder, {SOURCE} {}",
+                    folder.display(),
+                    file_name(file),
+                    folder.display()
+                ));
+            }
+            below.extend(inside.folders.into_iter().take(FOLDERS - below.len().min(FOLDERS)));
+        }
+        folders = below;
+    }
+    Ok(format!("; name another source with {SOURCE}"))
 }
 
-/// For a folder without pictures: whether they are still packed.
-fn hint_at_archives(root: &Path) -> Result<String> {
-    let packed = contents(root)?.files.into_iter().find(|file| {
-        let name = file_name(file);
-        [".tar", ".tgz", ".gz", ".xz", ".zip", ".parquet", ".h5", ".mat"]
-            .iter()
-            .any(|ending| name.ends_with(ending))
-    });
-    Ok(match packed {
-        None => format!("; name another source with {SOURCE}"),
-        Some(file) if file_name(&file).contains(".tar") || file_name(&file).ends_with(".tgz") => {
-            format!("; it holds an archive: name that, {SOURCE} {}", file.display())
-        }
-        Some(file) => format!("; unpack `{}` and name its folder with {SOURCE}", file.display()),
-    })
-}
+/// How deep, and into how many folders of a level, a message looks for a data set.
+const LEVELS: usize = 3;
+const FOLDERS: usize = 100;
 
 #[cfg(test)]
 mod tests {
@@ -375,14 +465,15 @@ mod tests {
 
     #[test]
     fn a_wrong_layout_is_named_with_its_remedy() {
-        let cases: [(&[&str], &[&str]); 7] = [
+        let cases: [(&[&str], &[&str]); 8] = [
             (&["train/n1/a.png", "val/n1/b.png"], &["too deep", "`train/n1`", "perhaps", "train`"]),
-            (&["n1/images/a.png", "n2/images/b.png"], &["too deep", "`n1/images`"]),
+            (&["n1/more/a.png", "n2/more/b.png"], &["too deep", "`n1/more`"]),
+            (&["n1/images/a.png", "n2/x/y/b.png"], &["too deep", "`n2/x/y`"]),
             (&["n1/a.png", "n2/b.png", "n2/more/c.png"], &["too deep", "`n2/more`"]),
             (&["all/a.png", "all/b.png"], &["one class only, `all`, with 2 pictures", "--source"]),
             (&["a.png", "n1/b.png"], &["`a.png`", "`n1`", "ground truth"]),
             (&[], &["holds no JPEG, PNG or WebP pictures"]),
-            (&["n1.tar"], &["an archive", "n1.tar"]),
+            (&["n1.tar"], &["name that file", "n1.tar"]),
         ];
         for (names, parts) in cases {
             let (_folder, path) = scratch();

@@ -36,7 +36,16 @@ pub type Reader = fn(&[u8]) -> Result<()>;
 const MEMORY: u64 = 1 << 25;
 
 /// Decodes what it is given and forgets it.
-struct Decoder(Budget);
+struct Decoder {
+    budget: Budget,
+    folder: PathBuf,
+}
+
+impl Decoder {
+    fn new(folder: &Path) -> Self {
+        Self { budget: Budget::of(MEMORY), folder: folder.to_owned() }
+    }
+}
 
 impl Sink for Decoder {
     fn wants(&mut self, class: &str) -> Result<bool> {
@@ -48,14 +57,18 @@ impl Sink for Decoder {
     }
 
     fn file_bytes(&self) -> u64 {
-        self.0.file_bytes()
+        self.budget.file_bytes()
+    }
+
+    fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn picture(&mut self, _: String, _: Option<&str>, _: Split, load: Load) -> Result<()> {
         // Pictures that cannot be decoded are listed, and not an error of the source. What a
         // manifest names is not looked for: it could be any file of this machine.
         if let Load::Bytes(bytes) = load {
-            let _ = picture::check(bytes, 3, &self.0);
+            let _ = picture::check(bytes, 3, &self.budget);
         }
         Ok(())
     }
@@ -81,7 +94,7 @@ fn fed(
     read: impl FnOnce(PathBuf, &mut Decoder) -> Result<()>,
 ) -> Result<()> {
     let folder = folder(&[(name, bytes)])?;
-    read(folder.path().join(name), &mut Decoder(Budget::of(MEMORY)))
+    read(folder.path().join(name), &mut Decoder::new(folder.path()))
 }
 
 /// Two files in one: the length of the first as a little-endian 16-bit number, then both.
@@ -97,10 +110,10 @@ fn two(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
 /// The reader's.
 pub fn tar(bytes: &[u8]) -> Result<()> {
     fed("x.tar", bytes, |path, sink| {
-        let holds = packed::recognise(&path);
-        packed::read_pictures(&path, "", sink)?;
-        packed::read_cifar(&path, Format::Auto, sink)?;
-        packed::read_stl(&path, sink)?;
+        let holds = packed::recognise(&path, "");
+        packed::read_pictures(&path, "", &[], sink)?;
+        packed::read_cifar(&path, "", Format::Auto, sink)?;
+        packed::read_stl(&path, "", sink)?;
         holds.map(|_| ())
     })
 }
@@ -112,8 +125,8 @@ pub fn tar(bytes: &[u8]) -> Result<()> {
 /// The reader's.
 pub fn zip(bytes: &[u8]) -> Result<()> {
     fed("x.zip", bytes, |path, sink| {
-        let holds = packed::recognise(&path);
-        packed::read_pictures(&path, "", sink)?;
+        let holds = packed::recognise(&path, "");
+        packed::read_pictures(&path, "", &[], sink)?;
         holds.map(|_| ())
     })
 }
@@ -124,7 +137,7 @@ pub fn zip(bytes: &[u8]) -> Result<()> {
 ///
 /// The reader's.
 pub fn webdataset(bytes: &[u8]) -> Result<()> {
-    fed("x.tar", bytes, |path, sink| webdataset::read(&[path], &[], sink))
+    fed("x.tar", bytes, |path, sink| webdataset::read(&[path], "", &[], sink))
 }
 
 /// A Parquet file.
@@ -154,7 +167,7 @@ pub fn cifar(bytes: &[u8]) -> Result<()> {
     let (names, records) = two(bytes)?;
     let folder = folder(&[("batches.meta.txt", names), ("data_batch_1.bin", records)])?;
     let files = cifar::find(folder.path())?;
-    cifar::read(&files, Format::Auto, &mut Decoder(Budget::of(MEMORY)))
+    cifar::read(&files, Format::Auto, &mut Decoder::new(folder.path()))
 }
 
 /// Labels and pictures of STL-10.
@@ -165,7 +178,7 @@ pub fn cifar(bytes: &[u8]) -> Result<()> {
 pub fn stl(bytes: &[u8]) -> Result<()> {
     let (labels, pictures) = two(bytes)?;
     let folder = folder(&[("train_y.bin", labels), ("train_X.bin", pictures)])?;
-    stl::read(&stl::find(folder.path())?, &mut Decoder(Budget::of(MEMORY)))
+    stl::read(&stl::find(folder.path())?, &mut Decoder::new(folder.path()))
 }
 
 /// Labels and pictures in IDX files.
@@ -178,7 +191,7 @@ pub fn idx(bytes: &[u8]) -> Result<()> {
     let files = [("train-labels-idx1-ubyte", labels), ("train-images-idx3-ubyte", pictures)];
     let folder = folder(&files)?;
     let pairs = idx::find(folder.path())?;
-    pairs.iter().try_for_each(|pair| pair.read(&mut Decoder(Budget::of(MEMORY))))
+    pairs.iter().try_for_each(|pair| pair.read(&mut Decoder::new(folder.path())))
 }
 
 /// A picture.

@@ -61,6 +61,7 @@ pub use program::program;
 
 use crate::collection::Collection;
 use crate::journal::Journal;
+use crate::location::Local;
 use crate::source::Source;
 
 /// Raised by hand when the same source and table give other files.
@@ -264,6 +265,9 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     let done = out.join(DONE);
     if done.exists() {
         tracing::info!("`{}` is finished; remove it to prepare again", out.display());
+        // A kill just before the end leaves these.
+        files::remove_unfinished(out)?;
+        Journal::remove(out);
         return Ok(());
     }
     if !location::is_address(source) {
@@ -273,7 +277,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     let local = location::find(source, options.interrupted)?;
     let found = Source::recognise(&local, config)?;
     tracing::info!("`{}` is {}", source.display(), found.description());
-    let result = gather(config, options, &found, source, out);
+    let result = gather(config, options, &local, &found, source, out);
     if result.as_ref().is_err_and(|error| !can_go_on(error)) {
         Journal::remove(out);
     }
@@ -289,6 +293,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
 fn gather(
     config: &Config,
     options: &Options,
+    local: &Local,
     found: &Source,
     source: &Path,
     out: &Path,
@@ -307,7 +312,7 @@ fn gather(
     let mut collection = Collection::open(config, options, out, &identity, found.expected())?;
     files::remove_unfinished(out)?;
     if !collection.is_whole() {
-        found.read(config, &mut collection)?;
+        found.read(local, config, &mut collection)?;
     }
     collection.finish()
 }

@@ -6,9 +6,10 @@
 //! plain file below the archive's own root is passed over and listed: links, devices, absolute names
 //! and names with `..`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use stage::Split;
 
 use crate::archive::{Member, each, each_of_tar};
@@ -30,60 +31,125 @@ pub enum Holds {
     Pictures,
 }
 
-/// How many files behind the first picture are looked at for what WebDataset puts beside it.
-const LOOKED_AT: usize = 16;
-
-/// Looks at an archive up to its first entries of use.
+/// Looks at the first files of an archive, below its folder `within`, until it is clear what they are.
 ///
 /// # Errors
 ///
-/// It is no archive, is damaged, or holds nothing that is read.
-pub fn recognise(path: &Path) -> Result<Holds> {
-    let mut holds = None;
-    let (mut keys, mut behind) = (Vec::new(), 0);
-    each(path, |member| {
-        let Ok(name) = member.name().clone() else { return Ok(true) };
-        let file = split_name(&name).1;
-        if holds.is_none() && cifar::recognise(file).is_some() {
-            holds = Some(Holds::Cifar);
-            return Ok(false);
-        }
-        if holds.is_none() && stl::recognise(file).is_some() {
-            holds = Some(Holds::Stl);
-            return Ok(false);
-        }
-        let (key, extension) = webdataset::key_and_extension(&name);
-        let is_picture = picture::has_extension(&name);
-        if webdataset::is_sidecar(extension) || is_picture {
-            let other =
-                |(known, was_picture): &(String, bool)| known == key && *was_picture != is_picture;
-            if keys.iter().any(other) {
-                holds = Some(Holds::WebDataset);
+/// The archive cannot be read or is damaged, or holds nothing that this crate reads.
+pub fn recognise(path: &Path, within: &str) -> Result<Holds> {
+    let mut glance = Glance::default();
+    each(path, within, |member| glance.look_at(member))?;
+    glance.conclude(path)
+}
+
+/// How many files are looked at for what tells class folders from samples of WebDataset: enough to
+/// find a picture and its label in an archive whose files lie in any order.
+const MOST_LOOKED_AT: usize = 4096;
+
+/// How many files are looked at once there are pictures in two folders.
+const LOOKED_AT_IN_CLASSES: usize = 64;
+
+/// What was seen of an archive.
+#[derive(Default)]
+struct Glance {
+    /// What it certainly is.
+    holds: Option<Holds>,
+    looked_at: usize,
+    /// The first folder with pictures, and whether there is another one.
+    folder: Option<String>,
+    has_more_folders: bool,
+    /// Paths of pictures and of `.cls` and labelled `.json` files, up to their last point.
+    pictures: BTreeSet<String>,
+    cls: BTreeSet<String>,
+    json: BTreeSet<String>,
+    /// The first file that is left out, and why.
+    left_out: Option<(String, &'static str)>,
+}
+
+impl Glance {
+    /// Returns whether to look at the next file too.
+    fn look_at(&mut self, member: &mut dyn Member) -> Result<bool> {
+        let name = match member.name().clone() {
+            Ok(name) => name,
+            Err((name, reason)) => {
+                self.left_out.get_or_insert((name, reason));
+                return Ok(true);
+            }
+        };
+        let (folder, file) = split_name(&name);
+        if self.folder.is_none() {
+            self.holds = match file {
+                file if cifar::recognise(file).is_some() => Some(Holds::Cifar),
+                file if stl::recognise(file).is_some() => Some(Holds::Stl),
+                // Archives of classes. To look further would take long in a packed archive.
+                file if file.ends_with(".tar") && member.stream().is_some() => {
+                    Some(Holds::Pictures)
+                }
+                _ => None,
+            };
+            if self.holds.is_some() {
                 return Ok(false);
             }
-            keys.push((key.to_owned(), is_picture));
         }
-        if holds.is_none() {
-            if file.ends_with(".tar") && member.stream().is_some() {
-                // Nothing more is to be learnt, and to skip archives in a packed one takes long.
-                holds = Some(Holds::Pictures);
-                return Ok(false);
-            }
-            if is_picture || picture::is_start(&member.start()?) {
-                holds = Some(Holds::Pictures);
+        let (stem, extension) = webdataset::stem_and_extension(&name);
+        let is_first = self.folder.is_none();
+        if picture::has_extension(file) || is_first && picture::is_start(&member.start()?) {
+            self.has_more_folders |= self.folder.as_deref().is_some_and(|first| first != folder);
+            self.folder.get_or_insert_with(|| folder.to_owned());
+            self.pictures.insert(stem.to_owned());
+        } else if extension.eq_ignore_ascii_case("cls") {
+            self.cls.insert(stem.to_owned());
+        } else if extension.eq_ignore_ascii_case("json")
+            && webdataset::Sidecar::read(member)?.label.is_some()
+        {
+            self.json.insert(stem.to_owned());
+        }
+        if self.is_labelled(stem, &self.cls) {
+            self.holds = Some(Holds::WebDataset);
+            return Ok(false);
+        }
+        self.looked_at += usize::from(self.folder.is_some());
+        let are_classes = self.has_more_folders && self.cls.is_empty();
+        let most = if are_classes { LOOKED_AT_IN_CLASSES } else { MOST_LOOKED_AT };
+        Ok(self.looked_at < most)
+    }
+
+    /// Whether one of `labels` is that of a picture; `stem` is the path that came last.
+    fn is_labelled(&self, stem: &str, labels: &BTreeSet<String>) -> bool {
+        let mut keys = webdataset::keys(stem);
+        let is_label_of_any = || {
+            let with_point = format!("{stem}.");
+            let next = self.pictures.range(with_point.clone()..).next();
+            self.pictures.contains(stem) || next.is_some_and(|next| next.starts_with(&with_point))
+        };
+        self.pictures.contains(stem) && keys.any(|key| labels.contains(key))
+            || labels.contains(stem) && is_label_of_any()
+    }
+
+    fn conclude(self, path: &Path) -> Result<Holds> {
+        if let Some(holds) = self.holds {
+            return Ok(holds);
+        }
+        if self.folder.is_none() {
+            let shown = path.display();
+            match self.left_out {
+                Some((name, reason)) => bail!(
+                    "`{shown}` holds nothing that is read: `{name}` {reason}; unpack the archive and \
+                     name the folder of its pictures with {SOURCE}"
+                ),
+                None => bail!(
+                    "`{shown}` holds neither JPEG, PNG or WebP pictures nor the binary files of CIFAR \
+                     or STL-10; name another source with {SOURCE}"
+                ),
             }
         }
-        behind += usize::from(holds.is_some());
-        keys.truncate(LOOKED_AT);
-        Ok(behind < LOOKED_AT)
-    })?;
-    holds.with_context(|| {
-        format!(
-            "`{}` holds neither JPEG, PNG or WebP pictures nor the binary files of CIFAR or STL-10; \
-             name another source with {SOURCE}",
-            path.display()
-        )
-    })
+        // In class folders, files of annotations lie beside pictures; a label in them is not the class.
+        let has_labels = self.json.iter().any(|stem| self.is_labelled(stem, &self.json));
+        Ok(match has_labels && !self.has_more_folders {
+            true => Holds::WebDataset,
+            false => Holds::Pictures,
+        })
+    }
 }
 
 /// Reads the binary files of CIFAR. The archive is walked through twice, because the list of
@@ -92,12 +158,12 @@ pub fn recognise(path: &Path) -> Result<Holds> {
 /// # Errors
 ///
 /// The archive is damaged, or see [`cifar::Layout`].
-pub fn read_cifar(path: &Path, format: Format, sink: &mut dyn Sink) -> Result<()> {
+pub fn read_cifar(path: &Path, within: &str, format: Format, sink: &mut dyn Sink) -> Result<()> {
     let mut layout = cifar::Layout::new(format);
     let file_of = |member: &mut dyn Member| {
         member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
     };
-    each(path, |member| {
+    each(path, within, |member| {
         let Some(file) = file_of(member) else { return Ok(true) };
         if cifar::lists_classes(&file) {
             layout.list(&file, member.read(1 << 16)?.map_err(anyhow::Error::msg)?);
@@ -105,7 +171,7 @@ pub fn read_cifar(path: &Path, format: Format, sink: &mut dyn Sink) -> Result<()
         layout.found(&file)?;
         Ok(true)
     })?;
-    each(path, |member| {
+    each(path, within, |member| {
         let Some(file) = file_of(member) else { return Ok(true) };
         if cifar::recognise(&file).is_some() {
             let size = member.size();
@@ -121,18 +187,18 @@ pub fn read_cifar(path: &Path, format: Format, sink: &mut dyn Sink) -> Result<()
 /// # Errors
 ///
 /// The archive is damaged, or see [`stl::Labels`].
-pub fn read_stl(path: &Path, sink: &mut dyn Sink) -> Result<()> {
+pub fn read_stl(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
     let mut labels = stl::Labels::default();
     let file_of = |member: &mut dyn Member| {
         member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
     };
-    each(path, |member| {
+    each(path, within, |member| {
         if let Some(file) = file_of(member).filter(|file| stl::is_small(file)) {
             labels.add(&file, member.read(1 << 20)?.map_err(anyhow::Error::msg)?);
         }
         Ok(true)
     })?;
-    each(path, |member| {
+    each(path, within, |member| {
         let Some(file) = file_of(member) else { return Ok(true) };
         if stl::recognise(&file).is_some() {
             let size = member.size();
@@ -143,27 +209,22 @@ pub fn read_stl(path: &Path, sink: &mut dyn Sink) -> Result<()> {
     })
 }
 
-/// Reads pictures, named by their path in the archive; each one's class is the folder it lies in.
-/// Only what lies below the folder `within` counts, and its path is left out of the names.
+/// Reads the pictures below the folder `within`, named by their path from there; the class of each is
+/// the folder that it lies in. `classes` are those that the experiment keeps, or none to keep all.
 ///
 /// # Errors
 ///
 /// The archive is damaged, or its folders are not one layer of classes.
-pub fn read_pictures(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
-    let mut walk = Walk { shown: path.display().to_string(), first: None, sink };
-    let within = within.trim_matches('/');
-    each(path, |member| {
-        let below = match member.name() {
-            Ok(name) if !within.is_empty() => {
-                let below = name.strip_prefix(within).and_then(|name| name.strip_prefix('/'));
-                let Some(below) = below else { return Ok(true) };
-                Some(below.to_owned())
-            }
-            _ => None,
-        };
-        walk.visit(member, below, None)
-    })?;
-    walk.check_any()
+pub fn read_pictures(
+    path: &Path,
+    within: &str,
+    classes: &[String],
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let shown = path.display().to_string();
+    let mut walk = Walk { shown, within, classes, first: None, label_file: None, sink };
+    each(path, within, |member| walk.visit(member, None))?;
+    walk.check()
 }
 
 /// Reads the archives of a folder, one a class, as ILSVRC-2012's train archive unpacks to.
@@ -171,78 +232,91 @@ pub fn read_pictures(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<(
 /// # Errors
 ///
 /// An archive is damaged.
-pub fn read_class_archives(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
-    let mut walk = Walk { shown: String::new(), first: None, sink };
+pub fn read_class_archives(
+    paths: &[PathBuf],
+    classes: &[String],
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let shown = String::new();
+    let mut walk = Walk { shown, within: "", classes, first: None, label_file: None, sink };
     for path in paths {
         walk.shown = path.display().to_string();
         let class = file_name(path);
         let class = class.strip_suffix(".tar").unwrap_or(&class);
         if walk.sink.wants(class)? {
-            each(path, |member| walk.visit(member, None, Some(class)))?;
+            each(path, "", |member| walk.visit(member, Some(class)))?;
         }
     }
-    walk.check_any()
+    walk.check()
 }
 
 /// A walk through an archive of pictures.
 struct Walk<'a> {
     shown: String,
-    /// The first folder with pictures: all others must lie beside it.
-    first: Option<String>,
+    within: &'a str,
+    classes: &'a [String],
+    /// The first picture and the folder of its class: those of all others must lie beside that.
+    first: Option<(String, String)>,
+    /// The first `.cls` file in the folder of a picture without a class.
+    label_file: Option<String>,
     sink: &'a mut dyn Sink,
 }
 
 impl Walk<'_> {
-    /// Takes a file: `below` is its name if that is another than its own, `class` that of the
-    /// archive of one class which it lies in.
-    fn visit(
-        &mut self,
-        member: &mut dyn Member,
-        below: Option<String>,
-        class: Option<&str>,
-    ) -> Result<bool> {
-        let name = match (member.name(), below) {
-            (Ok(_), Some(below)) => below,
-            (Ok(name), None) => name.clone(),
-            (Err((name, reason)), _) => {
-                self.sink.ignored(name.clone(), reason.clone())?;
+    /// Reads a file, which lies in the archive of one class if `archive_class` is given.
+    fn visit(&mut self, member: &mut dyn Member, archive_class: Option<&str>) -> Result<bool> {
+        let shown = |name: &str| match archive_class {
+            Some(class) => format!("{class}/{name}"),
+            None => name.to_owned(),
+        };
+        let name = match member.name() {
+            Ok(name) => name.clone(),
+            Err((name, reason)) => {
+                let folder = split_name(split_name(name).0).1;
+                if archive_class.is_some() || folder.is_empty() || self.chooses(folder) {
+                    self.sink.ignored(shown(name), (*reason).to_owned())?;
+                }
                 return Ok(true);
             }
         };
         let (folder, file) = split_name(&name);
-        let shown_name = match class {
-            Some(class) => format!("{class}/{file}"),
-            None => name.clone(),
-        };
-        if file.starts_with('.') {
-            self.sink.ignored(shown_name, "is hidden".into())?;
-            return Ok(true);
-        }
-        if class.is_none() && file.ends_with(".tar") && member.stream().is_some() {
+        if archive_class.is_none() && file.ends_with(".tar") && member.stream().is_some() {
             return self.visit_archive(member, file);
         }
         // Tiny-ImageNet has a folder `images` within that of each class.
         let folder = match folder.strip_suffix("/images") {
-            Some(above) if class.is_none() => above,
+            Some(above) if archive_class.is_none() => above,
             _ => folder,
         };
-        let class = class.or((!folder.is_empty()).then(|| split_name(folder).1));
-        let is_wanted = match class {
-            Some(class) => self.sink.wants(class)?,
-            None => true,
-        };
+        let class = archive_class.or((!folder.is_empty()).then(|| split_name(folder).1));
         let has_extension = picture::has_extension(file);
-        if !is_wanted && has_extension {
+        if let Some(class) = class
+            && !self.chooses(class)
+        {
+            // Counted, so that a message can say which classes there are.
+            if has_extension {
+                self.sink.wants(class)?;
+            }
             return Ok(true);
         }
         if !has_extension && !picture::is_start(&member.start()?) {
-            self.sink.ignored(shown_name, "is not a picture".into())?;
+            if class.is_none() && webdataset::stem_and_extension(file).1 == "cls" {
+                self.label_file.get_or_insert_with(|| name.clone());
+            }
+            self.sink.ignored(shown(&name), "is not a picture".into())?;
             return Ok(true);
         }
-        if !is_wanted {
-            return Ok(true);
+        match class {
+            Some(class) => drop(self.sink.wants(class)?),
+            None if self.classes.is_empty() => {}
+            None => {
+                self.sink.ignored(shown(&name), "lies in no folder of a class".into())?;
+                return Ok(true);
+            }
         }
-        self.check_layout(folder)?;
+        let folder = archive_class.unwrap_or(folder);
+        self.check_layout(folder, &shown(&name))?;
+        self.first.get_or_insert_with(|| (shown(&name), folder.to_owned()));
         let load = match self.sink.is_known() {
             true => Load::Known,
             false => match member.read(self.sink.file_bytes())? {
@@ -250,42 +324,76 @@ impl Walk<'_> {
                 Err(reason) => Load::Broken(reason),
             },
         };
-        self.sink.picture(shown_name, class, Split::Train, load)?;
+        self.sink.picture(shown(&name), class, Split::Train, load)?;
         Ok(true)
     }
 
-    /// Takes the archive of one class, if that is wanted.
+    fn chooses(&self, class: &str) -> bool {
+        self.classes.is_empty() || self.classes.iter().any(|chosen| chosen == class)
+    }
+
+    /// Reads the archive of one class, if that is wanted.
     fn visit_archive(&mut self, member: &mut dyn Member, file: &str) -> Result<bool> {
         let class = file.strip_suffix(".tar").unwrap_or(file);
         if self.sink.wants(class)? {
             let shown = format!("{file} of {}", self.shown);
             let stream = member.stream().context("an archive in a zip file")?;
-            each_of_tar(stream, &shown, &mut |inner| self.visit(inner, None, Some(class)))?;
+            each_of_tar(stream, &shown, &mut |inner| self.visit(inner, Some(class)))?;
         }
         Ok(true)
     }
 
-    /// All pictures lie in folders side by side, or none in a folder.
-    fn check_layout(&mut self, folder: &str) -> Result<()> {
-        let first = self.first.get_or_insert_with(|| folder.to_owned());
-        let is_flat = |folder: &str| folder.is_empty();
-        ensure!(
-            is_flat(first) == is_flat(folder) && split_name(first).0 == split_name(folder).0,
-            "the folders of `{0}` do not lie side by side: it has pictures in `{first}` and in \
-             `{folder}`; class folders must share one folder: name that behind the archive, as in \
-             `{0}#{1}`",
-            self.shown,
-            split_name(first).0
-        );
-        Ok(())
+    /// Checks that all pictures lie in folders side by side, or none in a folder; `folder` is that of
+    /// the picture `name`.
+    fn check_layout(&self, folder: &str, name: &str) -> Result<()> {
+        let Some((first_name, first)) = &self.first else { return Ok(()) };
+        let above = |folder| split_name(folder).0;
+        if first.is_empty() == folder.is_empty() && above(first) == above(folder) {
+            return Ok(());
+        }
+        let within = self.within.trim_matches('/');
+        // A folder that holds one of the two pictures in a class folder, and not the other one.
+        let hint =
+            [(above(first), folder), (above(folder), first)].into_iter().find(|(above, other)| {
+                !above.is_empty() && !format!("{other}/").starts_with(&format!("{above}/"))
+            });
+        let advice = match hint {
+            Some((above, _)) => format!(
+                "name the folder above the class folders behind the archive, as in `{}#{}`",
+                self.shown,
+                if within.is_empty() { above.to_owned() } else { format!("{within}/{above}") }
+            ),
+            None => {
+                "with ground truth every picture lies directly in the folder of its class, without \
+                     it none lies in a folder: pack the archive anew"
+                    .into()
+            }
+        };
+        let place = |name: &str, folder: &str| match folder.is_empty() {
+            true => format!("`{name}` in no folder"),
+            false => format!("`{name}` in `{folder}`"),
+        };
+        bail!(
+            "the pictures do not lie in folders side by side: {} and {}; {advice}",
+            place(first_name, first),
+            place(name, folder)
+        )
     }
 
-    fn check_any(&self) -> Result<()> {
+    fn check(&self) -> Result<()> {
         ensure!(
             self.first.is_some() || self.sink.is_known(),
-            "`{}` holds no pictures of the classes that are wanted; name another source with {SOURCE}",
-            self.shown
+            "`{}` holds no pictures{}; name another source with {SOURCE}",
+            self.shown,
+            if self.classes.is_empty() { "" } else { " of the classes that the experiment names" }
         );
+        if let Some(label_file) = &self.label_file {
+            bail!(
+                "`{}` holds labels of WebDataset, such as `{label_file}`, far from their pictures; pack \
+                 it anew with `tar --sort=name`, or set `format = \"webdataset\"`",
+                self.shown
+            );
+        }
         Ok(())
     }
 }

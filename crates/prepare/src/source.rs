@@ -1,11 +1,13 @@
 //! What kind of source a path is.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail, ensure};
+use data::picture::Encoding;
 use sha2::{Digest, Sha256};
 use stage::digest::hex;
 
@@ -14,7 +16,7 @@ use crate::folder::{Listing, SOURCE, contents};
 use crate::foreign::Foreign;
 use crate::idx::Pair;
 use crate::location::Local;
-use crate::names::file_name;
+use crate::names::{below, file_name, path_text};
 use crate::packed::Holds;
 use crate::{
     Config, Format, cifar, folder, foreign, idx, manifest, packed, parquet_file, picture, stl,
@@ -34,14 +36,14 @@ pub enum Source {
     Folder(Listing),
     /// A folder with an archive for each class.
     ClassArchives(Vec<PathBuf>),
-    /// An archive with the binary files of CIFAR.
-    CifarArchive(PathBuf, Format),
-    /// An archive with the binary files of STL-10.
-    StlArchive(PathBuf),
-    /// An archive of pictures, of which those in this folder count.
+    /// An archive with the binary files of CIFAR, below this folder.
+    CifarArchive(PathBuf, String, Format),
+    /// An archive with the binary files of STL-10, below this folder.
+    StlArchive(PathBuf, String),
+    /// An archive of pictures, of which those below this folder count.
     PictureArchive(PathBuf, String),
-    /// Shards of WebDataset.
-    WebDataset(Vec<PathBuf>),
+    /// Shards of WebDataset; of a single one, what lies below this folder.
+    WebDataset(Vec<PathBuf>, String),
     /// Parquet files.
     Parquet(Vec<PathBuf>, Format),
     /// A manifest in CSV.
@@ -56,15 +58,24 @@ impl Source {
     ///
     /// There is nothing of that format; the message says what there is instead, and what to do.
     pub fn recognise(local: &Local, config: &Config) -> Result<Self> {
+        // Opening a pipe would wait for a program that writes into it.
+        let is_neither = |path: &&PathBuf| !path.is_dir() && path.exists() && !path.is_file();
+        if let Some(path) = local.paths.iter().find(is_neither) {
+            bail!(
+                "`{}` is neither a file nor a folder, but a pipe, socket or device; save its content in \
+                 a file and name that with {SOURCE}",
+                path.display()
+            );
+        }
         match &local.paths[..] {
             [] => bail!("the source has no files; name another one with {SOURCE}"),
-            [path] if path.is_dir() => Self::folder(path, config),
-            [path] => Self::file(path, &local.within, config.format),
-            paths => Self::files(paths, config.format),
+            [path] if path.is_dir() => Self::of_folder(path, config),
+            [path] => Self::of_file(path, &local.within, config.format),
+            paths => Self::of_files(paths, config.format),
         }
     }
 
-    fn folder(path: &Path, config: &Config) -> Result<Self> {
+    fn of_folder(path: &Path, config: &Config) -> Result<Self> {
         let format = config.format;
         if let Format::Auto | Format::Idx = format {
             let pairs = idx::find(path)?;
@@ -85,9 +96,11 @@ impl Source {
             }
         }
         if let Format::Auto | Format::Tar | Format::WebDataset | Format::Parquet = format {
-            let files = packed_files(path)?;
-            if files.len() > 1 || format != Format::Auto && !files.is_empty() {
-                return Self::files(&files, format);
+            let files = packed_files(path, format)?;
+            let is_parquet =
+                files.first().is_some_and(|file| file_name(file).ends_with(".parquet"));
+            if files.len() > 1 || !files.is_empty() && (is_parquet || format != Format::Auto) {
+                return Self::of_files(&files, format);
             }
         }
         if let Format::Auto | Format::Folder = format {
@@ -111,7 +124,7 @@ impl Source {
         )
     }
 
-    fn file(path: &Path, within: &str, format: Format) -> Result<Self> {
+    fn of_file(path: &Path, within: &str, format: Format) -> Result<Self> {
         let name = file_name(path);
         ensure!(
             !name.contains("idx1") && !name.contains("idx3") && !name.ends_with(".bin"),
@@ -125,12 +138,22 @@ impl Source {
             path.display()
         );
         let start = start_of(path)?;
-        if parquet_file::is_parquet(&start) {
-            return Ok(Self::Parquet(vec![path.to_owned()], format));
-        }
         let is_auto = format == Format::Auto;
-        if format == Format::Manifest || is_auto && manifest::is_manifest(&name) {
-            return Ok(Self::Manifest(path.to_owned()));
+        let mut found = None;
+        if is_auto && Encoding::of(&start).is_some() {
+            found = Some(Self::Folder(Listing::of_one(path)));
+        } else if parquet_file::is_parquet(&start) {
+            found = Some(Self::Parquet(vec![path.to_owned()], format));
+        } else if format == Format::Manifest || is_auto && manifest::is_manifest(&name) {
+            found = Some(Self::Manifest(path.to_owned()));
+        }
+        if let Some(found) = found {
+            ensure!(
+                within.is_empty(),
+                "`{}` is not an archive and has no folder `{within}`; name the file alone with {SOURCE}",
+                path.display()
+            );
+            return Ok(found);
         }
         refuse_foreign(path, &start)?;
         ensure!(
@@ -139,16 +162,21 @@ impl Source {
             path.display()
         );
         let path = path.to_owned();
-        match (packed::recognise(&path)?, format) {
+        let holds = packed::recognise(&path, within)?;
+        let within = within.to_owned();
+        match (holds, format) {
             (Holds::Cifar, Format::Auto | Format::Tar | Format::Cifar | Format::Cifar20) => {
-                Ok(Self::CifarArchive(path, format))
+                Ok(Self::CifarArchive(path, within, format))
             }
-            (Holds::Stl, Format::Auto | Format::Tar | Format::Stl10) => Ok(Self::StlArchive(path)),
-            (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
-                Ok(Self::WebDataset(vec![path]))
+            (Holds::Stl, Format::Auto | Format::Tar | Format::Stl10) => {
+                Ok(Self::StlArchive(path, within))
+            }
+            (Holds::WebDataset, Format::Auto) => Ok(Self::WebDataset(vec![path], within)),
+            (Holds::WebDataset | Holds::Pictures, Format::WebDataset) => {
+                Ok(Self::WebDataset(vec![path], within))
             }
             (Holds::Pictures | Holds::WebDataset, Format::Auto | Format::Tar | Format::Zip) => {
-                Ok(Self::PictureArchive(path, within.to_owned()))
+                Ok(Self::PictureArchive(path, within))
             }
             (holds, _) => bail!(
                 "`{}` holds {}, not what `format` asks for; set `format = \"auto\"`",
@@ -164,16 +192,16 @@ impl Source {
     }
 
     /// Several files, which are parts of one set.
-    fn files(paths: &[PathBuf], format: Format) -> Result<Self> {
+    fn of_files(paths: &[PathBuf], format: Format) -> Result<Self> {
         let first = &paths[0];
         let start = start_of(first)?;
         if parquet_file::is_parquet(&start) {
             return Ok(Self::Parquet(paths.to_vec(), format));
         }
         refuse_foreign(first, &start)?;
-        match (packed::recognise(first)?, format) {
-            (Holds::WebDataset, Format::Auto | Format::WebDataset) => {
-                Ok(Self::WebDataset(paths.to_vec()))
+        match (packed::recognise(first, "")?, format) {
+            (Holds::WebDataset, Format::Auto) | (_, Format::WebDataset) => {
+                Ok(Self::WebDataset(paths.to_vec(), String::new()))
             }
             (Holds::Pictures, Format::Auto | Format::Tar) => {
                 Ok(Self::ClassArchives(paths.to_vec()))
@@ -200,6 +228,9 @@ impl Source {
     pub fn description(&self) -> String {
         match self {
             Self::Idx(_) => format!("a folder of IDX files, {} pictures", self.expected()),
+            Self::Folder(listing) if listing.classes() == 0 && listing.count() == 1 => {
+                "one picture".into()
+            }
             Self::Folder(listing) if listing.classes() == 0 => {
                 format!("a flat folder of {} pictures", listing.count())
             }
@@ -209,31 +240,44 @@ impl Source {
             Self::Cifar(..) => "a folder of CIFAR's binary files".into(),
             Self::CifarArchive(..) => "an archive of CIFAR's binary files".into(),
             Self::Stl(_) => "a folder of STL-10's binary files".into(),
-            Self::StlArchive(_) => "an archive of STL-10's binary files".into(),
+            Self::StlArchive(..) => "an archive of STL-10's binary files".into(),
             Self::ClassArchives(paths) => format!("{} archives, one a class", paths.len()),
             Self::PictureArchive(..) => "an archive of pictures".into(),
-            Self::WebDataset(paths) => format!("a WebDataset of {} shards", paths.len()),
+            Self::WebDataset(paths, _) => format!("a WebDataset of {} shards", paths.len()),
             Self::Parquet(paths, _) => format!("{} Parquet files", paths.len()),
             Self::Manifest(_) => "a manifest of pictures".into(),
         }
     }
 
-    /// Hands all pictures over, in an order that is the same each time.
+    /// Hands over all pictures of this source, which was found at `local`, in an order that is the same
+    /// each time.
     ///
     /// # Errors
     ///
     /// The source is damaged.
-    pub fn read(&self, config: &Config, sink: &mut dyn Sink) -> Result<()> {
+    pub fn read(&self, local: &Local, config: &Config, sink: &mut dyn Sink) -> Result<()> {
+        if let [root] = &local.paths[..]
+            && root.is_dir()
+            && !matches!(self, Self::Folder(_))
+        {
+            self.list_others(root, sink)?;
+        }
         match self {
             Self::Idx(pairs) => pairs.iter().try_for_each(|pair| pair.read(sink)),
             Self::Cifar(files, format) => cifar::read(files, *format, sink),
             Self::Stl(files) => stl::read(files, sink),
             Self::Folder(listing) => listing.read(sink),
-            Self::ClassArchives(paths) => packed::read_class_archives(paths, sink),
-            Self::CifarArchive(path, format) => packed::read_cifar(path, *format, sink),
-            Self::StlArchive(path) => packed::read_stl(path, sink),
-            Self::PictureArchive(path, within) => packed::read_pictures(path, within, sink),
-            Self::WebDataset(paths) => webdataset::read(paths, &config.classes, sink),
+            Self::ClassArchives(paths) => packed::read_class_archives(paths, &config.classes, sink),
+            Self::CifarArchive(path, within, format) => {
+                packed::read_cifar(path, within, *format, sink)
+            }
+            Self::StlArchive(path, within) => packed::read_stl(path, within, sink),
+            Self::PictureArchive(path, within) => {
+                packed::read_pictures(path, within, &config.classes, sink)
+            }
+            Self::WebDataset(paths, within) => {
+                webdataset::read(paths, within, &config.classes, sink)
+            }
             Self::Parquet(paths, format) => {
                 parquet_file::read(paths, *format, &config.classes, sink)
             }
@@ -241,29 +285,51 @@ impl Source {
         }
     }
 
-    /// A digest of the names, lengths and times of change of its files: what was read of it before
-    /// an interruption counts only if it is still the same.
-    pub fn state(&self) -> String {
-        let files: Box<dyn Iterator<Item = PathBuf>> = match self {
+    /// The files that are read, of a manifest the manifest alone.
+    fn files(&self) -> Box<dyn Iterator<Item = PathBuf> + '_> {
+        match self {
             Self::Idx(pairs) => Box::new(pairs.iter().flat_map(Pair::files)),
             Self::Folder(listing) => Box::new(listing.files()),
             Self::Cifar(paths, _)
             | Self::Stl(paths)
             | Self::ClassArchives(paths)
-            | Self::WebDataset(paths)
+            | Self::WebDataset(paths, _)
             | Self::Parquet(paths, _) => Box::new(paths.iter().cloned()),
-            Self::CifarArchive(path, _)
-            | Self::StlArchive(path)
+            Self::CifarArchive(path, ..)
+            | Self::StlArchive(path, _)
             | Self::PictureArchive(path, _)
             | Self::Manifest(path) => Box::new([path.clone()].into_iter()),
+        }
+    }
+
+    /// Lists what lies in the folder `root` beside the files of the data set, which are not all of it.
+    fn list_others(&self, root: &Path, sink: &mut dyn Sink) -> Result<()> {
+        let used: BTreeSet<PathBuf> = self.files().collect();
+        let inside = contents(root)?;
+        for (path, reason) in inside.ignored {
+            sink.ignored(below(root, &path), reason.to_owned())?;
+        }
+        // Parquet files may name pictures in folders beside them.
+        let may_be_used = |folder: &&PathBuf| {
+            matches!(self, Self::Parquet(..)) || used.iter().any(|used| used.starts_with(folder))
         };
+        let folders = inside.folders.iter().filter(|folder| !may_be_used(folder));
+        let files = inside.files.iter().filter(|file| !used.contains(*file));
+        folders.chain(files).try_for_each(|path| {
+            sink.ignored(below(root, path), "is not part of the data set".into())
+        })
+    }
+
+    /// A digest of the names, lengths and times of change of its files: what was read of it before
+    /// an interruption counts only if it is still the same.
+    pub fn state(&self) -> String {
         let mut hash = Sha256::new();
-        for path in files {
+        for path in self.files() {
             let metadata = fs::metadata(&path).ok();
             let length = metadata.as_ref().map(fs::Metadata::len);
             let changed = metadata.and_then(|metadata| metadata.modified().ok());
             let changed = changed.and_then(|changed| changed.duration_since(UNIX_EPOCH).ok());
-            hash.update(format!("{} {length:?} {changed:?}\n", path.display()));
+            hash.update(format!("{} {length:?} {changed:?}\n", path_text(&path)));
         }
         hex(&hash.finalize())
     }
@@ -292,23 +358,33 @@ fn refuse_foreign(path: &Path, start: &[u8]) -> Result<()> {
     }
 }
 
-/// The Parquet files or tar archives of a folder that holds no pictures, neither directly nor in
-/// folders.
-fn packed_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The Parquet files of a folder, or failing that its tar archives if it has no folders.
+///
+/// # Errors
+///
+/// `format` leaves open whether these files are meant or pictures beside them.
+fn packed_files(folder: &Path, format: Format) -> Result<Vec<PathBuf>> {
     let inside = contents(folder)?;
     let with_ending = |ending: &str| -> Vec<PathBuf> {
         inside.files.iter().filter(|file| file_name(file).ends_with(ending)).cloned().collect()
     };
-    let parquet = with_ending(".parquet");
-    if !parquet.is_empty() {
-        return Ok(parquet);
+    let mut files = with_ending(".parquet");
+    if files.is_empty() && inside.folders.is_empty() {
+        files = with_ending(".tar");
     }
-    let is_picture = |file: &PathBuf| picture::has_extension(&file_name(file));
-    let tar = with_ending(".tar");
-    match inside.folders.is_empty() && !inside.files.iter().any(is_picture) {
-        true => Ok(tar),
-        false => Ok(Vec::new()),
+    let is_picture = |file: &&PathBuf| picture::has_extension(&file_name(file));
+    if format == Format::Auto
+        && let (Some(file), Some(picture)) = (files.first(), inside.files.iter().find(is_picture))
+    {
+        bail!(
+            "`{}` holds `{}` and pictures such as `{}`: name the one file, or say with `format` what \
+             is meant: \"folder\", \"parquet\" or \"tar\"",
+            folder.display(),
+            file_name(file),
+            file_name(picture)
+        );
     }
+    Ok(files)
 }
 
 #[cfg(test)]

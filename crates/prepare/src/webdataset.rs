@@ -1,141 +1,288 @@
-//! WebDataset: tar archives in which the files of one sample lie side by side under one key.
+//! WebDataset: tar archives in which the files of one sample have one name up to a point.
 //!
-//! Of `000/17.jpg`, `000/17.cls` and `000/17.json` the key is `000/17`: the path up to the first point
-//! of its last part. The class is what `.cls` says, else `label`, `cls`, `class` or `class_name` of
-//! the `.json`. Several shards are one set; a shard belongs to the test split if its name says so.
+//! Of `000/17.jpg`, `000/17.cls` and `000/17.json` the key is `000/17`. The class is the text of `.cls`, or
+//! else `label`, `cls`, `class` or `class_name` of the `.json`. Several shards are one set; a shard
+//! belongs to the test split if its name says so.
+//!
+//! Keys may have points, and the files of a sample may lie anywhere in their shard: the labels of a
+//! picture are in the files whose whole name before `.cls` or `.json` is the longest beginning of the
+//! picture's name, up to a point. So each shard is walked through twice, first for the labels and then
+//! for the pictures. Of the pictures that share a label one is read, the one with the shortest
+//! extension (`17.jpg` before `17.depth.png`), and the others are listed as left out.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 use stage::Split;
 
 use crate::archive::{self, Member};
 use crate::collection::{Load, Sink};
 use crate::folder::SOURCE;
 use crate::labels::class_for;
-use crate::names::{file_name, split_name, split_of};
+use crate::names::{self, split_name, split_of};
 use crate::picture;
+use crate::sorter::{Sorted, Sorter};
 
-/// The key of a file's sample, and what is left of its name.
-pub fn key_and_extension(name: &str) -> (&str, &str) {
+/// A path up to the last point of its last part, and what follows that.
+pub fn stem_and_extension(name: &str) -> (&str, &str) {
     let file = name.len() - split_name(name).1.len();
-    match name[file..].find('.') {
+    match name[file..].rfind('.') {
         Some(point) => (&name[..file + point], &name[file + point + 1..]),
         None => (name, ""),
     }
 }
 
-/// Whether a file beside a picture tells its class.
-pub fn is_sidecar(extension: &str) -> bool {
-    ["cls", "json"].contains(&extension.to_ascii_lowercase().as_str())
+/// The keys that a path may have: itself, and up to each point of its last part, the longest first.
+pub fn keys(name: &str) -> impl Iterator<Item = &str> {
+    let file = name.len() - split_name(name).1.len();
+    let points = name[file..].rmatch_indices('.').map(move |(at, _)| file + at);
+    std::iter::once(name.len()).chain(points).map(|end| &name[..end])
 }
 
 /// The longest `.cls` and `.json`.
 const MOST_TEXT_BYTES: u64 = 1 << 20;
 
-/// Reads the samples of all shards.
-///
-/// # Errors
-///
-/// A shard is damaged, or there are no samples.
-pub fn read(shards: &[PathBuf], classes: &[String], sink: &mut dyn Sink) -> Result<()> {
-    let mut samples = 0;
-    for shard in shards {
-        let name = file_name(shard);
-        let prefix = if shards.len() > 1 { format!("{name}/") } else { String::new() };
-        let mut sample = Sample::default();
-        let mut hand_over = |sample: &mut Sample, sink: &mut dyn Sink| {
-            samples += usize::from(sample.picture.is_some());
-            sample.hand_over(&prefix, split_of(&name), classes, sink)
-        };
-        archive::each(shard, |member| {
-            let inner = match member.name() {
-                Ok(inner) => inner.clone(),
-                Err((name, reason)) => {
-                    hand_over(&mut sample, sink)?;
-                    sink.ignored(format!("{prefix}{name}"), reason.clone())?;
-                    return Ok(true);
-                }
-            };
-            let (key, extension) = key_and_extension(&inner);
-            if sample.key != key {
-                hand_over(&mut sample, sink)?;
-                sample.key = key.to_owned();
-            }
-            sample.take(member, &inner, extension, sink)?;
-            Ok(true)
-        })?;
-        hand_over(&mut sample, sink)?;
-    }
-    ensure!(
-        samples > 0,
-        "the shards hold no pictures with `.cls` or `.json` beside them; name another source with \
-         {SOURCE}"
-    );
-    Ok(())
+/// What a file beside a picture says of it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Sidecar {
+    /// Its class.
+    pub label: Option<String>,
+    /// The name of its file in the set that the shards were made of.
+    filename: Option<String>,
+    is_cls: bool,
 }
 
-/// The files of one key, as far as they were met.
-#[derive(Default)]
-struct Sample {
-    key: String,
-    picture: Option<(String, Load)>,
-    cls: Option<String>,
-    json: Option<serde_json::Value>,
-}
-
-impl Sample {
-    fn take(
-        &mut self,
-        member: &mut dyn Member,
-        name: &str,
-        extension: &str,
-        sink: &mut dyn Sink,
-    ) -> Result<()> {
-        if is_sidecar(extension) {
-            // A class in a file that is too long to name one is not known.
-            let bytes = member.read(MOST_TEXT_BYTES)?.unwrap_or_default();
-            match extension.eq_ignore_ascii_case("cls") {
-                true => self.cls = Some(String::from_utf8_lossy(&bytes).trim().to_owned()),
-                false => self.json = serde_json::from_slice(&bytes).ok(),
-            }
-        } else if picture::has_extension(name) && self.picture.is_none() {
-            let load = match sink.is_known() {
-                true => Load::Known,
-                false => match member.read(sink.file_bytes())? {
-                    Ok(bytes) => Load::Bytes(bytes),
-                    Err(reason) => Load::Broken(reason),
-                },
-            };
-            self.picture = Some((name.to_owned(), load));
+impl Sidecar {
+    /// Reads a `.cls` or `.json` file. One that is too long or not JSON says nothing.
+    ///
+    /// # Errors
+    ///
+    /// The archive is damaged.
+    pub fn read(member: &mut dyn Member) -> Result<Self> {
+        let is_cls = member.name().as_ref().is_ok_and(|name| !is_json(name));
+        let bytes = member.read(MOST_TEXT_BYTES)?.unwrap_or_default();
+        if is_cls {
+            let label = Some(names::text(bytes.trim_ascii())).filter(|label| !label.is_empty());
+            return Ok(Self { label, filename: None, is_cls });
         }
-        Ok(())
-    }
-
-    fn hand_over(
-        &mut self,
-        prefix: &str,
-        split: Split,
-        classes: &[String],
-        sink: &mut dyn Sink,
-    ) -> Result<()> {
-        let Self { picture, cls, json, .. } = std::mem::take(self);
-        let Some((name, load)) = picture else { return Ok(()) };
+        let json: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
         let field = |key: &str| match json.as_ref()?.get(key)? {
             serde_json::Value::String(text) => Some(text.clone()),
             serde_json::Value::Number(number) => Some(number.to_string()),
             _ => None,
         };
-        let label = cls
-            .filter(|cls| !cls.is_empty())
-            .or_else(|| ["label", "cls", "class", "class_name"].into_iter().find_map(field));
-        let file = field("filename");
-        let class = class_for(label, &[&name, file.as_deref().unwrap_or("")], classes);
-        if let Some(class) = &class
-            && !sink.wants(class)?
-        {
-            return Ok(());
+        let label = ["label", "cls", "class", "class_name"].into_iter().find_map(field);
+        Ok(Self { label, filename: field("filename"), is_cls })
+    }
+}
+
+fn is_json(name: &str) -> bool {
+    stem_and_extension(name).1.eq_ignore_ascii_case("json")
+}
+
+fn is_sidecar(name: &str) -> bool {
+    is_json(name) || stem_and_extension(name).1.eq_ignore_ascii_case("cls")
+}
+
+/// Reads the samples of all shards, which are parts of one set; of a single shard, those below its
+/// folder `within`.
+///
+/// # Errors
+///
+/// A shard is damaged, or there are no pictures.
+pub fn read(
+    shards: &[PathBuf],
+    within: &str,
+    classes: &[String],
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let mut samples = 0;
+    for (shard, name) in shards.iter().zip(names::below_common_folder(shards)) {
+        let mut labels = Labels::of(shard, within, sink)?;
+        let prefix = if shards.len() > 1 { format!("{name}/") } else { String::new() };
+        let split = split_of(&name);
+        archive::each(shard, within, |member| {
+            let inner = match member.name() {
+                Ok(inner) => inner.clone(),
+                Err((name, reason)) => {
+                    sink.ignored(format!("{prefix}{name}"), (*reason).to_owned())?;
+                    return Ok(true);
+                }
+            };
+            let name = format!("{prefix}{inner}");
+            if !is_sidecar(&inner) && !is_picture(member, &inner)? {
+                sink.ignored(name, "is not a picture".into())?;
+                return Ok(true);
+            }
+            match labels.next()? {
+                Verdict::Nothing => {}
+                Verdict::LeftOut(reason) => sink.ignored(name, reason)?,
+                Verdict::Picture { label, filename } => {
+                    samples += 1;
+                    let file = filename.as_deref().unwrap_or("");
+                    let class = class_for(label, &[&inner, file], classes);
+                    hand_over(member, name, class, split, sink)?;
+                }
+            }
+            Ok(true)
+        })?;
+    }
+    ensure!(samples > 0, "the shards hold no pictures; name another source with {SOURCE}");
+    Ok(())
+}
+
+fn is_picture(member: &mut dyn Member, name: &str) -> Result<bool> {
+    Ok(picture::has_extension(name) || picture::is_start(&member.start()?))
+}
+
+fn hand_over(
+    member: &mut dyn Member,
+    name: String,
+    class: Option<String>,
+    split: Split,
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    if let Some(class) = &class
+        && !sink.wants(class)?
+    {
+        return Ok(());
+    }
+    let load = match sink.is_known() {
+        true => Load::Known,
+        false => match member.read(sink.file_bytes())? {
+            Ok(bytes) => Load::Bytes(bytes),
+            Err(reason) => Load::Broken(reason),
+        },
+    };
+    sink.picture(name, class.as_deref(), split, load)
+}
+
+/// A picture of a shard, or what a file beside it says.
+#[derive(Serialize, Deserialize)]
+struct Part {
+    /// How many pictures and sidecars come before it in the shard.
+    place: u64,
+    name: String,
+    sidecar: Option<Sidecar>,
+}
+
+/// What becomes of a picture or a sidecar.
+#[derive(Serialize, Deserialize)]
+enum Verdict {
+    /// It is read, with this label.
+    Picture { label: Option<String>, filename: Option<String> },
+    /// It is a label that was read.
+    Nothing,
+    /// It is left out, for this reason.
+    LeftOut(String),
+}
+
+/// The verdicts on the pictures and sidecars of a shard, in the order in which they lie there. They
+/// are sorted on disk: memory does not grow with their number.
+struct Labels {
+    verdicts: Sorted,
+}
+
+impl Labels {
+    /// Walks through a shard and decides.
+    fn of(shard: &Path, within: &str, sink: &dyn Sink) -> Result<Self> {
+        let mut parts = Sorter::new(sink.folder());
+        let mut place = 0u64;
+        archive::each(shard, within, |member| {
+            let Ok(name) = member.name().clone() else { return Ok(true) };
+            let sidecar = match is_sidecar(&name) {
+                true => Some(Sidecar::read(member)?),
+                false if is_picture(member, &name)? => None,
+                false => return Ok(true),
+            };
+            let part = serde_json::to_vec(&Part { place, name: name.clone(), sidecar })?;
+            // The shortest key that parts with one label can have in common; names have no zero byte.
+            let key = keys(&name).last().unwrap_or(&name);
+            parts.push(&[key.as_bytes(), &[0], &place.to_be_bytes(), &part])?;
+            place += 1;
+            Ok(true)
+        })?;
+        let mut verdicts = Sorter::new(sink.folder());
+        let mut group: Vec<Part> = Vec::new();
+        let mut last_key = Vec::new();
+        for record in parts.sorted()? {
+            let record = record?;
+            let end = record.iter().position(|&byte| byte == 0).context("a key")?;
+            if last_key != record[..end] {
+                decide(&group, &mut verdicts)?;
+                group.clear();
+                last_key = record[..end].to_owned();
+            }
+            group.push(serde_json::from_slice(&record[end + 9..])?);
         }
-        sink.picture(format!("{prefix}{name}"), class.as_deref(), split, load)
+        decide(&group, &mut verdicts)?;
+        Ok(Self { verdicts: verdicts.sorted()? })
+    }
+
+    /// The verdict on the next picture or sidecar.
+    fn next(&mut self) -> Result<Verdict> {
+        let record = self.verdicts.next().context("the shard changed while it was read")??;
+        Ok(serde_json::from_slice(&record[8..])?)
+    }
+}
+
+/// What is known of a key that has labels.
+#[derive(Default)]
+struct Sample<'a> {
+    sidecars: Vec<&'a Part>,
+    pictures: Vec<&'a Part>,
+}
+
+/// Decides on the parts whose names are the same up to their first point.
+fn decide(group: &[Part], verdicts: &mut Sorter) -> Result<()> {
+    let mut add = |part: &Part, verdict: Verdict| {
+        verdicts.push(&[&part.place.to_be_bytes(), &serde_json::to_vec(&verdict)?])
+    };
+    let mut samples: BTreeMap<&str, Sample> = BTreeMap::new();
+    for part in group.iter().filter(|part| part.sidecar.is_some()) {
+        samples.entry(stem_and_extension(&part.name).0).or_default().sidecars.push(part);
+    }
+    for part in group.iter().filter(|part| part.sidecar.is_none()) {
+        match keys(&part.name).find(|key| samples.contains_key(key)) {
+            Some(key) => samples.entry(key).or_default().pictures.push(part),
+            None => add(part, Verdict::Picture { label: None, filename: None })?,
+        }
+    }
+    for (key, mut sample) in samples {
+        sample
+            .pictures
+            .sort_by_key(|part| (part.name[key.len()..].matches('.').count(), part.place));
+        for (number, part) in sample.pictures.iter().enumerate() {
+            add(
+                part,
+                match number {
+                    0 => sample.verdict(),
+                    _ => Verdict::LeftOut(format!("is a further picture of the sample `{key}`")),
+                },
+            )?;
+        }
+        for part in &sample.sidecars {
+            add(
+                part,
+                match sample.pictures.is_empty() {
+                    false => Verdict::Nothing,
+                    true => Verdict::LeftOut("is a label without a picture".into()),
+                },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+impl Sample<'_> {
+    /// The label of its picture: that of `.cls` if there is one.
+    fn verdict(&self) -> Verdict {
+        let mut sidecars: Vec<&Sidecar> =
+            self.sidecars.iter().filter_map(|part| part.sidecar.as_ref()).collect();
+        sidecars.sort_by_key(|sidecar| !sidecar.is_cls);
+        let label = sidecars.iter().find_map(|sidecar| sidecar.label.clone());
+        Verdict::Picture { label, filename: sidecars.iter().find_map(|s| s.filename.clone()) }
     }
 }

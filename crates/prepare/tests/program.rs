@@ -115,6 +115,33 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
     assert_eq!(output.status.code(), Some(2));
 }
 
+#[test]
+fn what_is_skipped_is_counted_by_reason_on_stderr() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let set = folder.path().join("set");
+    fs::create_dir(&set).expect("created");
+    let picture: image::DynamicImage = image::GrayImage::new(3, 2).into();
+    for name in ["0.png", "1.png"] {
+        picture.save(set.join(name)).expect("written");
+    }
+    for (name, bytes) in [("2.png", &b""[..]), ("3.png", b"\x89PNG\r\n\x1a\nx"), ("a.txt", b"x")] {
+        fs::write(set.join(name), bytes).expect("written");
+    }
+    fs::write(set.join(".DS_Store"), b"x").expect("written");
+    let table = TABLE.replace("SOURCE", &set.display().to_string());
+    let output = call(folder.path(), &table.replace("0.01", "0.6"), &[]);
+    let message = message(&output);
+    assert_eq!(output.status.code(), Some(0), "{message}");
+    for part in [
+        "cannot read 2 pictures: 1 × is broken, 1 × is empty",
+        "left out 2 files or folders: 1 × is hidden, 1 × is not a picture",
+        "1 pictures have the bytes of another one and are kept",
+        "`skipped.json` lists them by name",
+    ] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn pictures_that_only_just_may_be_decoded_stay_within_the_memory() {
