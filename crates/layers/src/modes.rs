@@ -1,4 +1,4 @@
-//! Which statistics the batch norms of each block use.
+//! The statistics that the batch norms of each block use.
 
 use candle_core::{Result, bail};
 

@@ -29,7 +29,7 @@ pub(crate) struct Operation {
     pub work: Work,
 }
 
-/// What an operation does; numbers are indices of entries in the layouts, or of values.
+/// The kind of an operation. Numbers are indices of entries in the layouts, or of values.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Work {
     Product(Product),

@@ -1,4 +1,4 @@
-//! Where the time of a step goes: a table of kind of layer × pass, on the CPU kernels.
+//! Profile of the CPU kernels: the time of a step by kind of layer × pass.
 //!
 //! [`record`] switches the clocks on for the whole process; otherwise an operation only reads a flag.
 //! Operations run one after the other, each on all threads, so their times add up.
@@ -85,7 +85,7 @@ impl fmt::Display for Table<'_> {
     }
 }
 
-/// Which pass an operation belongs to.
+/// The pass of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pass {
     /// From input to output.

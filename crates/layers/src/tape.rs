@@ -1,4 +1,4 @@
-//! What one forward pass keeps for its backward pass.
+//! Tapes: forward passes recorded for their backward passes.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::backend::Cuda;
 use crate::backend::{Cpu, Operations, Tensors};
 use crate::plan::Plan;
 
-/// What one forward pass keeps, for one input shape, until its backward pass consumes it.
+/// A recorded forward pass, for one input shape, until its backward pass consumes it.
 ///
 /// A step holds as many as it needs: two views, crops of two sizes, a last small batch. The memory
 /// comes from the network's pool and goes back there when the tape is consumed, cleared or dropped.
@@ -27,7 +27,7 @@ pub(crate) struct Record {
     pub kept: Kept,
 }
 
-/// What the backward pass reads, of each backend.
+/// The data that the backward pass reads, by backend.
 pub(crate) enum Kept {
     Cpu(Activations<Cpu>),
     Tensors(Activations<Tensors>),
@@ -38,7 +38,7 @@ pub(crate) enum Kept {
 pub(crate) struct Activations<B: Operations> {
     /// The values that the backward pass reads; the others are `None`.
     pub values: Vec<Option<B::Value>>,
-    /// What each operation keeps besides values.
+    /// Further data of each operation.
     pub notes: Vec<Note<B>>,
 }
 

@@ -10,7 +10,7 @@ use crate::tiles::Session;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape};
 
-/// What ends a convolution: `relu(sum + bias + residual)`, each part optional.
+/// The last step of a convolution: `relu(sum + bias + residual)`, each part optional.
 #[derive(Clone, Copy, Default)]
 pub struct Finish<'a> {
     /// A number for each output channel, padded to whole blocks.

@@ -100,7 +100,7 @@ fn backward_taps(g: &Geometry) -> Taps {
     Taps::new(rows, columns, g.kernel, g.stride, 1)
 }
 
-/// Which taps of the kernel lie inside the source, for each row and column of the destination.
+/// The taps of the kernel inside the source, for each row and column of the destination.
 struct Taps {
     /// Per row of the destination: (tap, row of the source).
     rows: Vec<Vec<(usize, usize)>>,

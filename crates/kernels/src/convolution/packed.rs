@@ -9,7 +9,7 @@ use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant, parallel};
 
-/// Which product of a convolution reads packed weights. The weight gradient reads none.
+/// The product of a convolution that reads packed weights. The weight gradient reads none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// The output from the input.
@@ -18,7 +18,7 @@ pub enum Direction {
     Backward,
 }
 
-/// How a convolution is computed.
+/// The algorithm of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Form {
     /// The plain sum over taps and input channels.
@@ -42,8 +42,8 @@ pub struct Packing {
 }
 
 impl Geometry {
-    /// How the weights must be packed for one product of this convolution, with the kernels of this
-    /// variant on values of this precision.
+    /// The packing of the weights for one product of this convolution, with the kernels of this variant
+    /// on values of this precision.
     pub fn packing(&self, variant: Variant, precision: Precision, direction: Direction) -> Packing {
         Packing {
             direction,

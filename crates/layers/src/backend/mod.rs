@@ -1,4 +1,4 @@
-//! Backends: what computes the operations of a network.
+//! Backends: implementations of the operations of a network.
 //!
 //! | backend | computes with | a value is |
 //! |---|---|---|
@@ -33,7 +33,7 @@ use crate::Parameters;
 use crate::flat::Changes;
 use crate::plan::{Norm, Product};
 
-/// What computes a network.
+/// The implementation that computes a network.
 #[derive(Clone)]
 pub(crate) enum Backend {
     Cpu(Cpu),
@@ -136,12 +136,12 @@ pub(crate) trait Operations: Sized {
     type Value;
     /// Sums over a value that a product takes for the batch norm that follows it.
     type Sums;
-    /// What a batch norm keeps for its backward pass.
+    /// The data that a batch norm keeps for its backward pass.
     type Normalised;
-    /// Which pixel of each window held the maximum.
+    /// The pixel of each window with its maximum.
     type Argmax;
 
-    /// Which of a batch norm's values its backward pass reads: the input, the output.
+    /// Whether the backward pass of a batch norm reads its input, and its output.
     fn norm_reads(norm: &Norm) -> [bool; 2];
 
     /// Reads a caller's f32 tensor; an error names `what` when it is of another type or device.
@@ -239,7 +239,7 @@ pub(crate) struct NormCall<'a, B: Operations> {
     pub batch: bool,
     pub parameters: &'a Parameters,
     pub residual: Option<&'a B::Value>,
-    /// What the product before it has summed already.
+    /// Sums that the preceding product has computed.
     pub sums: Option<B::Sums>,
 }
 

@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Sha
 use kernels::convolution::Geometry;
 use kernels::cudnn;
 
-/// Which of a convolution's three products.
+/// One of the three products of a convolution.
 #[derive(Clone, Copy, Debug)]
 enum CudnnProduct {
     Forward,

@@ -11,7 +11,7 @@ use super::memory::{Lent, from_kernel, lend, tensor_of};
 use crate::backend::tensors;
 use crate::plan::Norm;
 
-/// What a norm keeps for its backward pass.
+/// The data that a norm keeps for its backward pass.
 pub(crate) struct NormInput {
     z: Tensor,
     /// Mean and `1 / √(variance + ε)`, (2, C).
