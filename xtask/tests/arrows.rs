@@ -52,7 +52,8 @@ fn manifest(path: &Path) -> Table {
 fn manifests() -> Vec<(String, Table)> {
     let mut folders = vec![root().join("xtask"), root().join("tests")];
     for entry in fs::read_dir(root().join("crates")).expect("crates") {
-        folders.push(entry.expect("readable").path());
+        let path = entry.expect("readable").path();
+        folders.extend(path.is_dir().then_some(path)); // Not the README.
     }
     let named = |folder: PathBuf| {
         let manifest = manifest(&folder.join("Cargo.toml"));
