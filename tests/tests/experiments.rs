@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use tests::bench::{assort, stderr};
-use tests::pictures::{self, PLAIN};
+use tests::pictures::{self, Layout, PLAIN};
 
 /// `assort` on an experiment that ships, but on the tiny pictures and in `folder`.
 fn on_tiny_pictures(words: &[&str], folder: &Path) -> Output {
@@ -29,7 +29,12 @@ fn shown(name: &str) -> toml::Table {
 #[test]
 fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
     let folder = tempfile::tempdir().expect("a folder");
-    pictures::write(&folder.path().join("pictures"), PLAIN, 0).expect("written");
+    // As many pictures as the largest number of clusters asks for, all different.
+    for (seed, classes) in [PLAIN.classes, ["a", "b", "c"], ["d", "e", "f"]].into_iter().enumerate()
+    {
+        let layout = Layout { classes, ..PLAIN };
+        pictures::write(&folder.path().join("pictures"), layout, seed as u64).expect("written");
+    }
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let mut count = 0;
     for entry in fs::read_dir(&configs).expect("experiments") {

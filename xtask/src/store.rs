@@ -102,7 +102,13 @@ impl Store {
                 self.path(key).display()
             )
         };
-        let file = File::open(self.beside(key, "json")).with_context(missing)?;
+        if self.state(key) != State::Done {
+            bail!(missing())
+        }
+        // A step that was started by hand has no record yet; the next claim writes it.
+        let path = self.beside(key, "json");
+        let open = File::options().create(true).append(true).read(true).open(&path);
+        let file = open.with_context(|| format!("opening `{}`", path.display()))?;
         lock(&file, File::try_lock_shared, key, interrupt)?;
         if self.state(key) != State::Done {
             bail!(missing())

@@ -118,7 +118,7 @@ fn wrong_arrows_are_found_and_a_new_stage_needs_no_line() {
         ("a-new-stage", "pretraining"),
         ("a-new-stage", "xtask"),
         ("a-new-stage", "kernels"),
-        ("training", "data"),
+        ("data", "training"),
         ("kernels", "stage"),
         ("report", "layers"),
         ("clustering", "backbone"),
