@@ -3,11 +3,11 @@
 //! It links no stage. The program that links this library and the stages, `assort`, gives it a
 //! [`Registry`]; a step is a process of that same program, or a foreign executable.
 //!
-//! From the [`commands`] to the table: the experiment says everything but the seed; the [`plan`]
-//! says which steps that makes and what each is given; a [`setup`] has the [`programs`], the device
-//! and the [`prepared`] pictures; every step has a [`key`], under which the [`store`] keeps its
-//! result; the [`run`] checks all steps and starts a [`process`] for each that is not done; the
-//! [`results`] are the table at the end. The run leaves a [`record`] of its steps, from which
+//! From the `commands` to the table: the experiment says everything but the seed; the `plan`
+//! says which steps that makes and what each is given; a `setup` has the `programs`, the device
+//! and the `prepared` pictures; every step has a `key`, under which the `store` keeps its
+//! result; the `run` checks all steps and starts a `process` for each that is not done; the
+//! `results` are the table at the end. The run leaves a `record` of its steps, from which
 //! `report`, `predict` and `clusters` know what to read.
 
 mod clusters;

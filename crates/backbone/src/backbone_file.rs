@@ -1,6 +1,6 @@
 //! `backbone.safetensors`: a backbone alone, under timm's names.
 //!
-//! [`write`] writes a [container] of kind `backbone`, version 1. Its tensors are exactly timm's state
+//! [`write()`] writes a [container] of kind `backbone`, version 1. Its tensors are exactly timm's state
 //! dictionary of the network without its classifier: f32 parameters and running statistics, and
 //! `num_batches_tracked` (i64 scalars, always 0, since nothing here counts batches).
 //!
@@ -41,7 +41,7 @@ pub fn write(folder: &Path, backbone: &Segment) -> Result<()> {
     container::write(&folder.join(NAME), KIND, VERSION, Header::new(), &views)
 }
 
-/// Loads `backbone` from the file at `path`, written by [`write`] or by another program.
+/// Loads `backbone` from the file at `path`, written by [`write()`] or by another program.
 ///
 /// # Errors
 ///

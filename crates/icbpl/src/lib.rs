@@ -20,7 +20,7 @@
 //! `pseudo-labels.safetensors`, whose k-means is on the embeddings of the backbone as it came: the
 //! baseline that fine-tuning must beat.
 //!
-//! The losses are in [`loss`], the centroids in [`Centroids`]; the order of a step is [`run`].
+//! The losses are in [`loss`], the centroids in [`Centroids`]; the order of a step is `run` of [`Icbpl`].
 
 mod centroids;
 mod config;

@@ -17,7 +17,7 @@
 //! `head.safetensors` have the statistics of training. The pseudo-labels' k-means is on the embeddings, their prototypes are
 //! the mean projections of the clusters.
 //!
-//! The losses are in [`loss`]; the order of a step is [`run`]; what varies, [`Config`].
+//! The losses are in [`loss`]; the order of a step is [`ImcSwav`]'s `run`; what varies, [`Config`].
 
 pub mod bank;
 mod config;

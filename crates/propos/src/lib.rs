@@ -20,7 +20,7 @@
 //!   `pseudo-labels.safetensors`, `head.safetensors` (the centres of the last k-means), and
 //!   `log.jsonl`, one object per epoch.
 //!
-//! Start at [`run`]; the loss is in [`objective`], the E-step in [`clusters`], what varies in
+//! Start at `run` of [`ProPos`]; the loss is in [`objective`], the E-step in [`clusters`], what varies in
 //! [`Config`].
 
 pub mod clusters;

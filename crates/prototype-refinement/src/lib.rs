@@ -14,7 +14,7 @@
 //!   clustering), and from the second round on `previous` (this stage's last round: momenta).
 //! - Writes `network.safetensors`, `backbone.safetensors`, `config.json`, `state.safetensors`.
 //!
-//! Start at [`run`]; the objective is in [`loss`], what varies in [`Config`].
+//! Start at [`PrototypeRefinement`]'s `run`; the objective is in [`loss`], what varies in [`Config`].
 
 mod config;
 pub mod loss;

@@ -19,7 +19,7 @@
 //!   `state.safetensors`, `pseudo-labels.safetensors`, `head.safetensors` (the unit-length centres
 //!   of the head that gives the result), and `log.jsonl`, one object per epoch.
 //!
-//! Start at [`run`]; a step of a head is [`heads::Head::step`], its losses are in [`loss`], the
+//! Start at `run` of [`SeCu`]; a step of a head is [`heads::Head::step`], its losses are in [`loss`], the
 //! assignment in [`constraint`], what varies in [`Config`].
 
 mod config;
