@@ -551,8 +551,8 @@ fn archives_without_class_folders_side_by_side_are_refused_with_a_folder_that_he
         (&["a/1.jpg", "a/more/2.jpg"], &["`a/more/2.jpg` in `a/more`", "pack the archive anew"]),
         (&["top/flat/1.jpg", "top/set/a/1.jpg", "top/set/b/1.jpg"], &["x.tar#top/set`"]),
         (
-            &["/home/me/cat/0.jpg", "/home/me/dog/0.jpg"],
-            &["`/home/me/cat/0.jpg` has a name that leads out", "unpack the archive"],
+            &["/photos/cat/0.jpg", "/photos/dog/0.jpg"],
+            &["`/photos/cat/0.jpg` has a name that leads out", "unpack the archive"],
         ),
         (&[".trash/1.jpg"], &["`.trash` is hidden"]),
     ];
