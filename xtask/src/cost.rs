@@ -3,15 +3,15 @@
 //! A step that is stopped and goes on adds up. Results do not know their cost: it is written here
 //! after the program has ended, never by the program.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use stage::files;
 
-/// Name of the file in a step's folder.
-const NAME: &str = "cost.json";
+/// Name of the file in a step's folder: one line for each time the step was started.
+const NAME: &str = "cost.jsonl";
 
 /// Time and memory of a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -32,15 +32,24 @@ impl Cost {
         }
     }
 
-    /// What is known of the step in `folder`; nothing where it was never told.
+    /// What the step in `folder` has cost over all its starts; nothing where no start is on record.
     pub fn read(folder: &Path) -> Option<Self> {
-        serde_json::from_str(&fs::read_to_string(folder.join(NAME)).ok()?).ok()
+        let text = fs::read_to_string(folder.join(NAME)).ok()?;
+        // A full disk or a kill can leave half a line.
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).reduce(Self::and)
     }
 
     /// Adds this to what the step in `folder` has cost before.
+    ///
+    /// The folder may be finished, and then nobody clears it any more: the line is appended,
+    /// because a replaced file would leave its temporary one behind when this process is killed.
     pub fn add_to(self, folder: &Path) -> Result<()> {
-        let sum = Self::read(folder).unwrap_or_default().and(self);
-        files::write(&folder.join(NAME), format!("{}\n", serde_json::to_string(&sum)?).as_bytes())
+        let path = folder.join(NAME);
+        let write = || -> Result<()> {
+            let mut file = File::options().create(true).append(true).open(&path)?;
+            Ok(file.write_all(format!("{}\n", serde_json::to_string(&self)?).as_bytes())?)
+        };
+        write().with_context(|| format!("writing `{}`", path.display()))
     }
 }
 
@@ -68,6 +77,8 @@ mod tests {
         Cost { seconds: 1.5, peak_bytes: None }.add_to(folder.path()).expect("written");
         let sum = Cost { seconds: 3.5, peak_bytes: Some(100) };
         assert_eq!(Cost::read(folder.path()), Some(sum));
+        let names = fs::read_dir(folder.path()).expect("there").count();
+        assert_eq!(names, 1, "only the one file");
         assert_eq!(first.and(Cost { seconds: 1., peak_bytes: Some(300) }).peak_bytes, Some(300));
     }
 

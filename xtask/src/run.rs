@@ -159,6 +159,10 @@ impl<'a> Run<'a> {
         }
         let _inputs = self.hold_inputs(step)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
+        if !self.setup.programs.get(&step.program).is_own() {
+            // Our own programs clear what a killed one left; these do not know of the mark.
+            files::remove_unfinished(&folder)?;
+        }
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
