@@ -140,7 +140,8 @@ fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
 fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
     let mut found = Vec::new();
     for stage in stages.iter().filter(|stage| stage.trains()) {
-        let of_stage = experiment.value(stage.name).and_then(|table| table.get("backbone"));
+        let network = experiment.value(stage.name).and_then(|table| table.get("network"));
+        let of_stage = network.and_then(|table| table.get("backbone"));
         found.extend(of_stage.filter(|backbone| !found.contains(backbone)));
     }
     found.into_iter().cloned().collect()
@@ -374,9 +375,9 @@ mod tests {
         clusters = 3
         [prepare]
         source = "a"
-        [pretraining.backbone]
+        [pretraining.network.backbone]
         width = 4
-        [secu.backbone]
+        [secu.network.backbone]
         width = 4
     "#;
 

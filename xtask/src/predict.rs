@@ -228,8 +228,10 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
         })
     };
     let program = known("stages", place)?;
-    let precision = known(program.as_str().unwrap_or(place), "precision")
-        .unwrap_or_else(|_| Value::from("f32"));
+    let precision = known(program.as_str().unwrap_or(place), "run")
+        .ok()
+        .and_then(|run| run.get("precision").cloned())
+        .unwrap_or_else(|| Value::from("f32"));
     let mut tables = toml! {
         system = "predictions"
         [data]
@@ -300,7 +302,7 @@ mod tests {
             "photos",
             "title = 'Photos'\nsystem = 'PLDC'\n[data]\nclusters = 7\ntrain-on = ['train']\n\
              [prepare]\nsource = 'a'\nchannels = 1\nbroken-share = 0.2\nclasses = ['x']\n\
-             [stages]\npretraining = 'propos'\nother = '/a/b'\n[propos]\nprecision = 'bf16'",
+             [stages]\npretraining = 'propos'\nother = '/a/b'\n[propos.run]\nprecision = 'bf16'",
         )?;
         let asked = experiment(&learnt, "pretraining", Path::new("/new/ones"))?;
         let value =

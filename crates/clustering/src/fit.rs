@@ -55,8 +55,8 @@ pub fn lowest_loss<'a>(
 
 /// Trains the networks side by side and measures each on the un-augmented images.
 ///
-/// The first half, rounded up, start from k-means' clusters. The last one goes on from the last
-/// round's network, if there is one and it does not stand alone. The others start by chance.
+/// The first half, rounded up, start from k-means' clusters. The last one continues the last round's
+/// network, if there is one and more than one network is trained. The others start at random.
 ///
 /// - `features`: of `N` images; given away, for the views may fill much of the memory.
 /// - `kmeans_assignment`: `(N,)`.
@@ -231,7 +231,7 @@ impl<'a> Steps<'a> {
         }
     }
 
-    /// Trains `heads` for `epochs` passes, each with an Adam of its own from its first step.
+    /// Trains `heads` for `epochs` passes, each by Adam from its first step.
     ///
     /// `prepare` gives the embeddings of a step, the same for all networks, and the loss of their
     /// logits. The networks are computed side by side: threads decide which of them goes first,

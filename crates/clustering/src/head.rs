@@ -41,7 +41,7 @@ pub struct Shape {
 }
 
 impl Head {
-    /// A network by chance: every weight and bias uniform in `±1/√(inputs of its layer)`.
+    /// A random network: every weight and bias uniform in `±1/√(inputs of its layer)`.
     ///
     /// `seed` and `counters` name the draw; see [`stage::random`].
     pub fn random(shape: Shape, seed: u64, counters: &[u64]) -> Self {

@@ -24,10 +24,6 @@ pub fn learner(head: &Head, device: &Device) -> Result<TrainedSegment<Adam>> {
 }
 
 /// One step of Adam along the gradient that candle found at `seam`.
-///
-/// # Errors
-///
-/// The device fails.
 pub fn step(
     learner: &mut TrainedSegment<Adam>,
     seam: Seam,
@@ -39,10 +35,6 @@ pub fn step(
 }
 
 /// The weights of a [`learner`] of this shape.
-///
-/// # Errors
-///
-/// The device fails.
 pub fn weights(learner: &TrainedSegment<Adam>, shape: Shape) -> Result<Head> {
     let values = |name| learner.segment.parameters.get(name);
     Ok(Head {

@@ -1,18 +1,19 @@
-//! Stage: from embeddings to clusters, and which of them to trust. Knows no network but its own
-//! small one, and no picture.
+//! Stage: from embeddings to clusters, and which assignments to trust. It knows no pictures, and no
+//! network but its own small ones.
 //!
 //! k-means on the projections gives a first set of clusters. Then small networks are trained on
-//! the frozen embeddings, so that an image and its neighbours land in one cluster and all clusters
-//! are used (SCAN, Van Gansbeke et al. 2020); half of them start from k-means, half by chance. The
-//! one with the lowest loss is kept. Its assignments are the pseudo-labels; the ones with
-//! confident outputs and agreeing neighbours are marked as reliable.
+//! the frozen embeddings, so that an image and its neighbours fall into one cluster and all clusters
+//! are used (SCAN, Van Gansbeke et al. 2020); half of them start from k-means, half at random. The
+//! one with the lowest loss is kept. Its assignments are the pseudo-labels; those with confident
+//! outputs and agreeing neighbours are marked as reliable.
 //!
 //! This is the second stage of PLDC. The paper's abstract says that a clustering network yields
-//! reliable assignments which serve as pseudo-labels; everything beyond that sentence is our
-//! reading, and a check on real digits that restarts, steps and the half by chance rest on.
+//! reliable assignments which serve as pseudo-labels. Everything beyond that sentence is our
+//! interpretation. The number of restarts, the step count and starting half the heads at random were
+//! chosen on the digits.
 //!
-//! - Reads `embeddings` (one folder), `previous`: this stage's last round, if any, and of the
-//!   images nothing but which ones they are.
+//! - Reads `embeddings` (one folder), `previous`: this stage's last round, if any, and of
+//!   `images.safetensors` the ids and splits alone.
 //! - Writes `pseudo-labels.safetensors` and [`head.safetensors`](head).
 //!
 //! Start at [`cluster`]: the method in order.
@@ -265,8 +266,8 @@ pub struct Clusters {
     pub head: Option<Head>,
     /// Share of images whose cluster is that of the last round; none in the first.
     pub stability: Option<f64>,
-    /// The same for the best network that was started afresh: a network that goes on from the last
-    /// round agrees with it whether it is right or not.
+    /// The same for the best network that was started afresh: a network that continues the last
+    /// round agrees with it, right or wrong.
     pub restarted_stability: Option<f64>,
 }
 
@@ -354,7 +355,7 @@ pub fn cluster(
         return Err(Diverged(message.into()).into());
     }
 
-    // Clusters have no order of their own: they take the last round's, so that numbers stay.
+    // The order of clusters has no meaning: they are numbered as in the last round.
     let mut head = best.head.clone();
     let (assignment, stability) = match previous {
         Some(last) => {
@@ -500,7 +501,7 @@ pub(crate) fn scale_to_length(rows: &mut [f32], width: usize, length: f32) {
     }
 }
 
-/// Networks that did not go on from the last round.
+/// Networks that do not continue the last round.
 fn fresh(candidates: &[Candidate]) -> impl Iterator<Item = &Candidate> {
     candidates.iter().filter(|candidate| !candidate.continued)
 }

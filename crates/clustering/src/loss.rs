@@ -1,4 +1,4 @@
-//! What the clustering network learns from: agreement between neighbours, and use of all clusters.
+//! The loss of a clustering network: agreement between neighbours, and use of all clusters.
 //!
 //! Memberships are `(B, K)` for `B` images and `K` clusters: rows of a softmax.
 
@@ -8,7 +8,7 @@ use candle_core::{D, Result, Tensor, bail};
 /// without a common cluster give a large loss and not an infinite one.
 pub const FLOOR: f64 = 1e-8;
 
-/// How little two images that should lie in one cluster agree.
+/// How little two images that should be in one cluster agree.
 ///
 /// `L_con = −1/B Σᵢ ln max(pᵢ·p̃ᵢ, 10⁻⁸)`: Van Gansbeke et al. 2020 (SCAN), Eq. 2, first term.
 ///
@@ -20,7 +20,7 @@ pub const FLOOR: f64 = 1e-8;
 ///
 /// # Errors
 ///
-/// The two have other shapes than each other, or are no matrices.
+/// The shapes differ, or are not those of matrices.
 pub fn consistency(anchor: &Tensor, neighbour: &Tensor) -> Result<Tensor> {
     anchor.dims2()?;
     if anchor.dims() != neighbour.dims() {
@@ -40,14 +40,14 @@ pub fn consistency(anchor: &Tensor, neighbour: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// `memberships` is no matrix.
+/// `memberships` is not a matrix.
 pub fn entropy(memberships: &Tensor) -> Result<Tensor> {
     memberships.dims2()?;
     let shares = memberships.mean(0)?;
     (&shares * shares.maximum(FLOOR)?.log()?)?.sum_all()?.neg()
 }
 
-/// What a clustering network minimises: `L₂ = L_con − λ H`, see [`consistency`] and [`entropy`].
+/// The loss of a clustering network: `L₂ = L_con − λ H`, see [`consistency`] and [`entropy`].
 ///
 /// - `anchor`, `neighbour`: memberships as in [`consistency`]; the entropy is the anchors'.
 /// - `entropy_weight`: λ.
@@ -71,7 +71,7 @@ pub fn clustering_loss(anchor: &Tensor, neighbour: &Tensor, entropy_weight: f64)
 ///
 /// # Panics
 ///
-/// A neighbour does not lie in the set.
+/// A neighbour is not below `N`.
 pub fn expected_clustering_loss(
     memberships: &[f32],
     clusters: usize,

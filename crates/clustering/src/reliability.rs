@@ -1,9 +1,9 @@
-//! Which pseudo-labels to trust: confidence, agreement among neighbours, and the best of each
+//! Which pseudo-labels to trust: by confidence, by agreement of neighbours, and the best of each
 //! cluster.
 //!
-//! The whole module is our reading: the paper says that assignments are reliable, not how.
+//! All of it is our interpretation: the paper says that assignments are reliable, not how.
 
-/// Share of each image's neighbours that lie in its cluster, `(N,)` in `[0, 1]`.
+/// Share of each image's neighbours that are in its cluster, `(N,)` in `[0, 1]`.
 ///
 /// - `neighbours`: `N × m` rows without the image itself. With `m = 0` every agreement is 1.
 pub fn agreement(assignment: &[u32], neighbours: &[u32]) -> Vec<f32> {

@@ -1,13 +1,13 @@
-//! Embed: what the trained target network makes of every picture that is scored; or the online
-//! network, where the method that trained it has no target.
+//! Embed: the embedding and the projection of every picture to score, by the trained target network;
+//! or by the online network, if the method that trained it has no target.
 //!
-//! The network runs on its running statistics, so that a picture's embedding depends on nothing but
-//! the picture. Its projection is made unit-length; embeddings of a few augmented views come beside
-//! that of the clean picture, for a clustering network that knows no pictures.
+//! The network uses its running statistics, so that an embedding depends on its own picture alone.
+//! The projection is scaled to unit length. Embeddings of a few augmented views are stored too, for a
+//! clustering network that sees no pictures.
 //!
 //! Reads `images.safetensors`, and `network.safetensors` with `config.json` from the role
 //! `network`. Writes `embeddings.safetensors`. With `pixels = true` it reads no network: small
-//! thumbnails of the pictures stand for embedding and projection, the baseline of every table.
+//! thumbnails of the pictures replace embedding and projection, the baseline of every table.
 //!
 //! This stage trains nothing and knows no clusters.
 
@@ -45,7 +45,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, the device is not there, or the network's configuration,
+    /// A value lies outside its range, the device does not exist, or the network's configuration,
     /// where it exists already, is not usable.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         ensure!(self.batch_size > 0, "`batch-size` in `[embed]` is 0; it must be at least 1");
@@ -83,11 +83,6 @@ impl Stage for Embed {
         config.check(job)
     }
 
-    /// Files in, files out.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign, or the program was interrupted.
     fn run(config: &Config, job: &Job) -> Result<()> {
         job.clear_log()?; // It starts from scratch after an interruption.
         let images = Images::of_job(job)?;
@@ -212,7 +207,7 @@ mod tests {
     use data::{Loader, Picture};
     use layers::{Mode, Modes};
     use stage::{DataTable, Library, Split};
-    use training::{Groups, Learner};
+    use training::{Learner, SgdTable};
 
     use super::*;
 
@@ -245,8 +240,13 @@ mod tests {
             channels: 1,
             input: serde_json::to_value(input)?,
         };
-        let mut learner =
-            Learner::random(&configuration, Groups::byol(0.9, 0., 1.)?, Precision::F32, 1)?;
+        let optimizer = SgdTable {
+            peak_learning_rate: 0.05,
+            predictor_learning_rate_factor: 1.,
+            momentum: 0.9,
+            weight_decay: 0.,
+        };
+        let mut learner = Learner::random(&configuration, optimizer, Precision::F32, 1)?;
         network_file::write_tensors(folder, &training::network_tensors(&mut learner)?)?;
         configuration.write(folder)?;
         let data =

@@ -4,42 +4,22 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use backbone::Architecture;
+use data::Images;
 use data::views::{Input, Pipeline};
-use data::{Images, Loader};
-use layers::Mode;
+use layers::{Adam, Mode};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job};
-use training::{Advice, Cosine, LearningRate, Plan, Precision, Views, check, sampler};
+use training::{Advice, Cosine, LearningRate, Plan, RunTable, Views, check, sampler};
 
 use crate::Centroids;
 use crate::loss::PairWeights;
 
-/// What an ICBPL run can vary. The experiment file sets every field. In parentheses: the value of
-/// the released code, of its predecessor (ICBPC), or *ours* where nothing released settles it.
+/// What an ICBPL run can vary. The experiment sets every field. In parentheses: the value of the
+/// released code, of its predecessor (ICBPC), or *ours* where nothing released settles it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Passes over the images (401 released; 50 to 100 ours).
-    pub epochs: usize,
-    /// Images per step, of which each gives an anchor, an augmented view and a neighbour (20 for
-    /// STL-10, 512 for CIFAR; a multiple of the clusters ours, so that targets are balanced).
-    pub batch_size: usize,
-    /// Learning rate of the stages that are trained (1e-3; 1e-4 ours).
-    pub backbone_learning_rate: f64,
-    /// Learning rate of the head, both layers (1e-3; the released optimiser leaves the second out
-    /// by mistake).
-    pub head_learning_rate: f64,
-    /// How both go over the run (constant; cosine ours).
-    pub schedule: Schedule,
-    /// Decay of the mean of gradients (0.9).
-    pub beta_1: f64,
-    /// Decay of the mean of squared gradients (0.999).
-    pub beta_2: f64,
-    /// Added to the root (1e-8).
-    pub epsilon: f64,
-    /// Weight decay, added to the gradient (0; 1e-4 ours).
-    pub weight_decay: f64,
     /// Weight of the discrepancy between features and centroids (2, ICBPC).
     pub discrepancy_weight: f64,
     /// Weight of the distance between a picture and its augmented view (1, ours).
@@ -48,9 +28,6 @@ pub struct Config {
     pub neighbour_weight: f64,
     /// Weight of the distance to the nearest centroid (1, ours).
     pub least_distance_weight: f64,
-    /// Epochs before that term acts: it confirms itself, so that clusters must have settled (5,
-    /// ours).
-    pub least_distance_delay: usize,
     /// Of a pair's distance, the weight of its cosine part (3, ICBPC).
     pub pair_cosine_weight: f64,
     /// And of the mean absolute difference (8, ICBPC).
@@ -67,20 +44,20 @@ pub struct Config {
     pub centroids: Centroids,
     /// Starts of k-means on the pretrained backbone's embeddings, the baseline.
     pub kmeans_restarts: usize,
-    /// Number type of activations and products.
-    pub precision: Precision,
-    /// Epochs between checkpoints.
-    pub save_every: usize,
-    /// The run stops when the deviation of unit-length features falls below this.
-    pub collapse_deviation: f64,
     /// The file with the pretrained backbone; without it, the role `backbone`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pretrained: Option<Pretrained>,
-    /// The residual network that the file holds.
-    pub backbone: Architecture,
-    /// Behind it.
-    pub head: HeadWidths,
-    /// What the network is fed with, for neighbours and evaluation too.
+    /// Length (401 epochs released; 50 to 100 ours), batches (20 for STL-10, 512 for CIFAR; a
+    /// multiple of the clusters ours, so that targets are balanced), checkpoints. Each image of a
+    /// batch gives an anchor, an augmented view and a neighbour.
+    pub run: RunTable,
+    /// Adam.
+    pub optimizer: OptimizerTable,
+    /// Learning rates, and the delay of a term.
+    pub schedule: ScheduleTable,
+    /// Backbone and head.
+    pub network: NetworkTable,
+    /// Size and normalisation of the network's input, for neighbours and evaluation too.
     pub input: Input,
     /// From a picture to an anchor, and from its neighbour (the evaluation's operations in the
     /// released script).
@@ -89,7 +66,47 @@ pub struct Config {
     pub augmented: Pipeline,
 }
 
-/// A backbone from elsewhere, under timm's or torchvision's names.
+/// `[icbpl.optimizer]`: Adam, with a learning rate for each part.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct OptimizerTable {
+    /// Learning rate of the blocks that are trained (1e-3; 1e-4 ours).
+    pub backbone_learning_rate: f64,
+    /// Learning rate of the head, both layers (1e-3; the released optimizer leaves the second out
+    /// by mistake).
+    pub head_learning_rate: f64,
+    /// Decay of the mean of gradients (0.9).
+    pub beta_1: f64,
+    /// Decay of the mean of squared gradients (0.999).
+    pub beta_2: f64,
+    /// Added to the root (1e-8).
+    pub epsilon: f64,
+    /// Weight decay, added to the gradient (0; 1e-4 ours).
+    pub weight_decay: f64,
+}
+
+/// `[icbpl.schedule]`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ScheduleTable {
+    /// How both learning rates change over the run (constant; cosine ours).
+    pub learning_rate: Schedule,
+    /// Epochs before the distance to the nearest centroid acts: it confirms itself, so that clusters
+    /// must have settled (5, ours).
+    pub least_distance_delay: usize,
+}
+
+/// `[icbpl.network]`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetworkTable {
+    /// The residual network in the pretrained file.
+    pub backbone: Architecture,
+    /// Embedding to feature.
+    pub head: HeadWidths,
+}
+
+/// A published backbone, under timm's or torchvision's names.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Pretrained {
@@ -114,7 +131,7 @@ pub struct HeadWidths {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
-    /// As they are.
+    /// The same in every step.
     Constant,
     /// Along half a cosine that ends at 0.
     Cosine,
@@ -140,119 +157,119 @@ impl Statistics {
 }
 
 impl Config {
-    /// Finds what is wrong before anything runs.
+    /// Checks values, device, pictures and the pretrained file before anything runs.
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, or the device is not there.
+    /// A value lies outside its range, the device or the file does not exist, or the pictures do
+    /// not fit.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
-        self.plan(self.batch_size).check()?;
+        let table = |name: &str| format!("{}.{name}", job.name);
+        self.run.check(job.name)?;
         ensure!(
-            self.batch_size >= job.data.clusters.max(2),
-            "batch-size = {}: the discrepancy is estimated in a batch, which must hold each of the \
-             {} centroids; several times as many images are advised",
-            self.batch_size,
+            self.run.batch_size >= job.data.clusters,
+            "`batch-size` in `[{}]` is {}; the discrepancy is estimated in a batch, which must hold \
+             each of the {} centroids, and several times as many images are advised",
+            table("run"),
+            self.run.batch_size,
             job.data.clusters
         );
-        check::above_zero(&[
-            ("backbone-learning-rate", self.backbone_learning_rate),
-            ("head-learning-rate", self.head_learning_rate),
-            ("epsilon", self.epsilon),
-        ])?;
-        check::not_negative(&[
-            ("weight-decay", self.weight_decay),
+        let counts = [("neighbours", self.neighbours), ("kmeans-restarts", self.kmeans_restarts)];
+        check::at_least(job.name, 1, &counts)?;
+        let weights = [
             ("discrepancy-weight", self.discrepancy_weight),
             ("view-weight", self.view_weight),
             ("neighbour-weight", self.neighbour_weight),
             ("least-distance-weight", self.least_distance_weight),
             ("pair-cosine-weight", self.pair_cosine_weight),
             ("pair-absolute-weight", self.pair_absolute_weight),
-        ])?;
+        ];
+        check::not_negative(job.name, &weights)?;
         ensure!(
-            self.discrepancy_weight + self.view_weight + self.neighbour_weight > 0.,
-            "discrepancy-weight, view-weight and neighbour-weight are all 0: nothing would be learnt \
-             before epoch {}",
-            self.least_distance_delay
+            weights[..3].iter().any(|(_, weight)| *weight > 0.),
+            "`discrepancy-weight`, `view-weight` and `neighbour-weight` in `[{}]` are all 0; nothing \
+             would be learnt before `least-distance-delay`",
+            job.name
         );
-        check::below_one(&[("beta-1", self.beta_1), ("beta-2", self.beta_2)])?;
-        check::counts(&[
-            ("neighbours", self.neighbours),
-            ("kmeans-restarts", self.kmeans_restarts),
-            ("backbone.width", self.backbone.width),
-            ("head.hidden", self.head.hidden),
-            ("head.width", self.head.width),
-        ])?;
         for block in &self.frozen {
             ensure!(
                 BLOCKS.contains(&block.as_str()),
-                "frozen names `{block}`; the blocks of a backbone are {}",
+                "`frozen` in `[{}]` names `{block}`; the blocks of a backbone are {}",
+                job.name,
                 BLOCKS.join(", ")
             );
         }
-        self.centroids.check(job.data.clusters, self.head.width)?;
-        self.input.check("icbpl.input")?;
-        self.anchor.check("icbpl.anchor")?;
-        self.augmented.check("icbpl.augmented")?;
-        if !job.images.exists() {
-            return Ok(Effort::NONE);
-        }
-        // Where a run is about to begin.
+
+        let OptimizerTable { beta_1, beta_2, epsilon, weight_decay, .. } = self.optimizer;
+        let positive = [
+            ("backbone-learning-rate", self.optimizer.backbone_learning_rate),
+            ("head-learning-rate", self.optimizer.head_learning_rate),
+            ("epsilon", epsilon),
+        ];
+        let optimizer = table("optimizer");
+        check::above_zero(&optimizer, &positive)?;
+        check::below_one(&optimizer, &[("beta-1", beta_1), ("beta-2", beta_2)])?;
+        check::not_negative(&optimizer, &[("weight-decay", weight_decay)])?;
+        let NetworkTable { backbone, head } = self.network;
+        let widths = [
+            ("backbone.width", backbone.width),
+            ("head.hidden", head.hidden),
+            ("head.width", head.width),
+        ];
+        check::at_least(&table("network"), 1, &widths)?;
+        self.centroids.check(job.data.clusters, head.width)?;
+        self.input.check(&table("input"))?;
+        self.anchor.check(&table("anchor"))?;
+        self.augmented.check(&table("augmented"))?;
+        let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        // A run is about to begin.
         if let Some(Pretrained { file, .. }) = &self.pretrained {
             ensure!(
                 file.is_file(),
-                "the pretrained backbone `{}` is not there; the experiment file says what it is. \
-                 Put it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
+                "the pretrained backbone `{}` does not exist; the experiment says what it is. Put \
+                 it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
                 file.display()
             );
         }
-        let images = Images::open(&job.images)?;
-        Loader::check(&images, &self.input)?;
-        let rows = images.rows(&job.data.train_on);
-        sampler::uniform(&rows, self.batch_size, 0, 0)?;
         ensure!(
-            self.neighbours < rows.len(),
-            "neighbours = {}, but there are {} images to train on",
+            self.neighbours < pictures.trained,
+            "`neighbours` in `[{}]` is {}, but there are {} images to train on",
+            job.name,
             self.neighbours,
-            rows.len()
+            pictures.trained
         );
-        let plan = self.plan(rows.len());
-        let scored = images.rows(&job.data.score_on).len();
         // Anchor, view and neighbour; the search for neighbours; the result and its baseline.
-        Ok(Effort::of_backbone_pictures(3. * plan.pictures() + (rows.len() + 2 * scored) as f64))
+        let trained = 3. * self.plan(pictures.trained).pictures();
+        let embedded = (pictures.trained + 2 * pictures.scored) as f64;
+        Ok(Effort::of_backbone_pictures(trained + embedded))
     }
 
     pub(crate) fn plan(&self, images: usize) -> Plan {
-        Plan {
-            epochs: self.epochs,
-            steps_per_epoch: sampler::steps(images, self.batch_size),
-            batch_size: self.batch_size.min(images),
-            save_every: self.save_every,
-            collapse_deviation: self.collapse_deviation,
-            advice: Advice {
-                divergence: "a lower `backbone-learning-rate` or `head-learning-rate`",
-                collapse: "a higher `discrepancy-weight` or a lower `backbone-learning-rate`",
-            },
-        }
+        let advice = Advice {
+            divergence: "a lower `backbone-learning-rate` or `head-learning-rate`",
+            collapse: "a higher `discrepancy-weight` or a lower `backbone-learning-rate`",
+        };
+        self.run.plan(images, sampler::steps(images, self.run.batch_size), advice)
     }
 
     /// Learning rates of backbone and head; steps count from 0.
-    pub(crate) fn learning_rates(&self, steps_per_epoch: usize) -> Result<[LearningRate; 2]> {
-        let of = |rate| match self.schedule {
-            Schedule::Constant => Ok(LearningRate::constant(rate)),
+    pub(crate) fn learning_rates(&self, steps_per_epoch: usize) -> [LearningRate; 2] {
+        let OptimizerTable { backbone_learning_rate, head_learning_rate, .. } = self.optimizer;
+        [backbone_learning_rate, head_learning_rate].map(|rate| match self.schedule.learning_rate {
+            Schedule::Constant => LearningRate::constant(rate),
             Schedule::Cosine => {
-                LearningRate::new(rate, 0., self.epochs, steps_per_epoch, Cosine::ToZero)
+                LearningRate::cosine(rate, 0., self.run.epochs, steps_per_epoch, Cosine::ToZero)
             }
-        };
-        Ok([of(self.backbone_learning_rate)?, of(self.head_learning_rate)?])
+        })
     }
 
-    pub(crate) fn adam(&self, learning_rate: f64) -> layers::Adam {
-        let Self { beta_1, beta_2, epsilon, weight_decay, .. } = *self;
-        layers::Adam { learning_rate, beta_1, beta_2, epsilon, weight_decay }
+    pub(crate) fn adam(&self, learning_rate: f64) -> Adam {
+        let OptimizerTable { beta_1, beta_2, epsilon, weight_decay, .. } = self.optimizer;
+        Adam { learning_rate, beta_1, beta_2, epsilon, weight_decay }
     }
 
-    /// How a pair's distance is put together.
+    /// The weights of the parts of a pair's distance.
     pub fn pair(&self) -> PairWeights {
         PairWeights { cosine: self.pair_cosine_weight, absolute: self.pair_absolute_weight }
     }
@@ -268,13 +285,13 @@ impl Config {
         Views::new(images, [&self.anchor], &self.input, seed)
     }
 
-    /// What `config.json` will say.
+    /// The contents of `config.json`.
     pub(crate) fn configuration(&self) -> Result<serde_json::Value> {
         Ok(json!({
-            "backbone": self.backbone,
-            "head": self.head,
+            "backbone": self.network.backbone,
+            "head": self.network.head,
             "channels": self.input.channels,
-            "input": serde_json::to_value(&self.input).context("`input` of the experiment")?,
+            "input": serde_json::to_value(&self.input).context("the input of the network")?,
         }))
     }
 }

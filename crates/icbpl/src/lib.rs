@@ -1,26 +1,26 @@
 //! Stage: ICBPL, a pretrained backbone fine-tuned towards evenly spread centroids.
 //!
-//! `K` points are spread evenly over the sphere before anything is learnt, one for each cluster.
-//! Training draws the distribution of features to the even mixture of these centroids (maximum mean
+//! Before training, `K` centroids are spread evenly over the sphere, one for each cluster. Training
+//! pulls the distribution of features to the even mixture of these centroids (maximum mean
 //! discrepancy), each picture to its augmented view, each picture to one of its nearest neighbours,
-//! found once with the pretrained backbone, and, after a few epochs, each feature to the centroid
-//! that is nearest already. The cluster of a picture is the centroid of largest cosine (Zhu, Hu,
-//! Wang 2024, arXiv:2408.01920).
+//! found once with the pretrained backbone, and, after a few epochs, each feature to its nearest
+//! centroid. The cluster of a picture is the centroid of largest cosine (Zhu, Hu, Wang 2024,
+//! arXiv:2408.01920).
 //!
-//! The released code is not complete, and the paper's equations were not to be had: its abstract
-//! names the terms, the predecessor's code (ICBPC, Entropy 2022, 24(11):1533) settles the
-//! discrepancy and the distance of a pair. How they go together, their weights, the delay, which
-//! pictures are neighbours and how long to train are our reading; each is a value of the
-//! experiment and marked as *ours* in [`Config`].
+//! The released code is incomplete, and we could not read the paper's equations: its abstract names
+//! the terms, the predecessor's code (ICBPC, Entropy 2022, 24(11):1533) settles the discrepancy and
+//! the distance of a pair. Their combination and weights, the delay, the choice of neighbours and
+//! the length of training are our interpretation; each is a value of the experiment and marked as
+//! *ours* in [`Config`].
 //!
-//! Reads `images.safetensors`, and the pretrained backbone: from the file that the table names, or
-//! the `backbone.safetensors` in the role `backbone`. Writes `network.safetensors` (backbone, head,
-//! centroids), `backbone.safetensors`, `config.json`, `state.safetensors`, `log.jsonl`,
-//! `head.safetensors` (the centroids) and
-//! `pseudo-labels.safetensors`, whose k-means is on the embeddings of the backbone as it came: the
-//! baseline that fine-tuning must beat.
+//! - Reads `images.safetensors`, and the pretrained backbone: the file that the table names, or the
+//!   `backbone.safetensors` in the role `backbone`.
+//! - Writes `network.safetensors` (backbone, head, centroids), `backbone.safetensors`, `config.json`,
+//!   `state.safetensors`, `log.jsonl`, `head.safetensors` (the centroids) and
+//!   `pseudo-labels.safetensors`, whose k-means is on the embeddings of the pretrained backbone: the
+//!   baseline that fine-tuning must beat.
 //!
-//! The losses are in [`loss`], the centroids in [`Centroids`]; the order of a step is `run` of [`Icbpl`].
+//! Start at the `run` of [`Icbpl`]; the losses are in [`loss`], the centroids in [`Centroids`].
 
 mod centroids;
 mod config;
@@ -62,11 +62,6 @@ impl Stage for Icbpl {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
@@ -79,12 +74,12 @@ impl Stage for Icbpl {
         if model.neighbours.is_empty() {
             model.neighbours.find(config, &images, job, &device)?;
         }
-        let rates = config.learning_rates(plan.steps_per_epoch)?;
+        let rates = config.learning_rates(plan.steps_per_epoch);
         let views = config.views(&images, job.seed);
         let neighbours = config.neighbour_views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
-            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            let order = sampler::uniform(&rows, config.run.batch_size, job.seed, epoch)?;
             let drawn = model.neighbours.draw(&order, job.seed, epoch)?;
             let batches = views.epoch(epoch, order, run.batches_done())?;
             let neighbours = neighbours.epoch(epoch, drawn, run.batches_done())?;
@@ -155,7 +150,7 @@ fn objective(
     let targets = target_rows(centroids, z.dim(0)?)?;
     let pair = config.pair();
     // The last term confirms itself: it waits until the clusters have settled.
-    let is_settled = epoch >= config.least_distance_delay;
+    let is_settled = epoch >= config.schedule.least_distance_delay;
     let least_weight = if is_settled { config.least_distance_weight } else { 0. };
     type Term<'a> = &'a dyn Fn() -> candle_core::Result<Tensor>;
     let terms: [(&str, f64, Term); 4] = [
@@ -220,13 +215,13 @@ pub fn predict(
     let (assignment, cosines) = argmax_rows(&cosines, job.data.clusters)?;
     let embeddings = embed(config, images, &rows, job, device)?;
     let k_means = KMeans::spherical(job.data.clusters, config.kmeans_restarts);
-    let width = config.backbone.embedding_width();
+    let width = config.network.backbone.embedding_width();
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     Ok(Found {
         assignment,
         kmeans_assignment: kmeans.assignment,
         confidence: cosines.iter().map(|cosine| ((1. + cosine) / 2.).clamp(0., 1.)).collect(),
-        projection_width: config.head.width,
+        projection_width: config.network.head.width,
         prototypes: networks.centroids.flatten_all()?.to_vec1()?,
     })
 }

@@ -1,4 +1,4 @@
-//! The four terms, and the target they pull towards.
+//! The four terms of the loss, and the targets of the first.
 //!
 //! `B` features `z` of unit length, `(B, D)`; `K` centroids, constants. The predecessor's code
 //! (ICBPC) settles the discrepancy and the distance of a pair; how the terms go together and the
@@ -7,8 +7,7 @@
 use candle_core::{D, Result, Tensor};
 use training::ops::{pick, sum};
 
-/// Which centroid each of `count` targets is: all of them in turn, as often as they fit, then the
-/// first of them.
+/// The centroid of each of `count` targets: all centroids in turn, again and again.
 pub fn targets(clusters: usize, count: usize) -> Vec<u32> {
     (0..count).map(|place| (place % clusters) as u32).collect()
 }
@@ -17,14 +16,14 @@ pub fn targets(clusters: usize, count: usize) -> Vec<u32> {
 ///
 /// # Errors
 ///
-/// The device refuses.
+/// `centroids` is not a matrix.
 pub fn target_rows(centroids: &Tensor, count: usize) -> Result<Tensor> {
     let (clusters, _) = centroids.dims2()?;
     centroids.index_select(&Tensor::new(targets(clusters, count), centroids.device())?, 0)
 }
 
-/// Maximum mean discrepancy between features and targets: how far the distribution of one is from
-/// that of the other, whatever the order.
+/// Maximum mean discrepancy between features and targets: how far their distributions are apart,
+/// whatever the order of the rows.
 ///
 /// With `X = [S; T]`, squared distances `d` of all pairs of rows and their mean
 /// `w₀ = Σ d / ((2B)² − 2B)`, a constant:
@@ -99,7 +98,7 @@ fn kernel(distances: &Tensor, bandwidth: &Tensor) -> Result<Tensor> {
     sum(terms)
 }
 
-/// How a pair's distance is put together; published with 3, 2.1 and 8.
+/// Weights of the parts of a pair's distance; 3 and 8 are published.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairWeights {
     /// Of the cosine part.
@@ -108,7 +107,7 @@ pub struct PairWeights {
     pub absolute: f64,
 }
 
-/// The distance of two features that should be one ("composite cosine distance"):
+/// The distance of two features that should be equal ("composite cosine distance"):
 /// `c · mean(2.1 − 2 cos(a, b)) + l · mean |a − b|`, over images, and over images and dimensions.
 /// Both sides learn.
 ///

@@ -1,4 +1,4 @@
-//! The pretrained backbone, partly frozen, and the small head behind it, with Adam for both.
+//! The pretrained backbone, partly frozen, and the small head after it, with Adam for both.
 
 use std::path::PathBuf;
 
@@ -31,14 +31,15 @@ impl Networks {
     /// The pretrained file is missing or of another network, a block to be frozen does not exist,
     /// or the centroids do not fit.
     pub fn new(config: &Config, job: &Job, device: &Device) -> Result<Self> {
-        let width = config.backbone.embedding_width();
-        let plan = head(width, config.head.hidden, config.head.width)?;
-        let head = Segment::random("head", plan.with_precision(config.precision.into()), job.seed)?;
+        let width = config.network.backbone.embedding_width();
+        let plan = head(width, config.network.head.hidden, config.network.head.width)?;
+        let head =
+            Segment::random("head", plan.with_precision(config.run.precision.into()), job.seed)?;
         let mut backbone = TrainedSegment::new("online.backbone", pretrained(config, job)?);
         for block in &config.frozen {
             backbone.freeze(block, config.frozen_statistics.mode())?;
         }
-        let (clusters, width) = (job.data.clusters, config.head.width);
+        let (clusters, width) = (job.data.clusters, config.network.head.width);
         let places = config.centroids.place(clusters, width, job.seed)?;
         let places = places.into_iter().map(|x| x as f32).collect::<Vec<_>>();
         let centroids = Var::from_tensor(&Tensor::from_vec(places, (clusters, width), device)?)?;
@@ -75,10 +76,6 @@ impl Networks {
     }
 
     /// The first parameter whose gradient is not finite.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
         match self.backbone.first_gradient_not_finite()? {
             Some(name) => Ok(Some(name)),
@@ -105,8 +102,8 @@ impl Trained for Networks {
 ///
 /// There is neither, the file is missing, has another checksum, or is of another network.
 pub fn pretrained(config: &Config, job: &Job) -> Result<Segment> {
-    let plan = resnet::plan(&config.backbone, config.input.channels)?;
-    let mut segment = Segment::empty(plan.with_precision(config.precision.into()));
+    let plan = resnet::plan(&config.network.backbone, config.input.channels)?;
+    let mut segment = Segment::empty(plan.with_precision(config.run.precision.into()));
     backbone_file::read(&pretrained_file(config, job)?, &mut segment)?;
     Ok(segment)
 }

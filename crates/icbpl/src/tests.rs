@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use backbone::{Segment, backbone_file, network_file, resnet};
 use fixture::Pictures;
-use stage::{Library, Split};
+use stage::Split;
 use training::Seam;
 
 use super::*;
@@ -16,7 +16,7 @@ use crate::neighbours::nearest;
 /// stage that reads them.
 fn job(folder: &Path, out: &str) -> Job {
     if !folder.join("images.safetensors").exists() {
-        let plan = resnet::plan(&config().backbone, 1).expect("a plan");
+        let plan = resnet::plan(&config().network.backbone, 1).expect("a plan");
         let backbone = Segment::random("backbone", plan, 7).expect("weights");
         backbone_file::write(folder, &backbone).expect("written");
     }
@@ -31,20 +31,10 @@ fn job(folder: &Path, out: &str) -> Job {
 fn config() -> Config {
     toml::from_str(
         r#"
-        epochs = 5
-        batch-size = 9
-        backbone-learning-rate = 1e-3
-        head-learning-rate = 5e-3
-        schedule = "cosine"
-        beta-1 = 0.9
-        beta-2 = 0.999
-        epsilon = 1e-8
-        weight-decay = 1e-4
         discrepancy-weight = 2.0
         view-weight = 1.0
         neighbour-weight = 1.0
         least-distance-weight = 1.0
-        least-distance-delay = 2
         pair-cosine-weight = 3.0
         pair-absolute-weight = 8.0
         neighbours = 4
@@ -53,13 +43,27 @@ fn config() -> Config {
         frozen-statistics = "running"
         centroids = { method = "closed-form" }
         kmeans-restarts = 2
+        anchor = { operations = [] }
+        augmented = { operations = [{ operation = "noise", deviation = 0.1 }] }
+        [run]
+        epochs = 5
+        batch-size = 9
         precision = "f32"
         save-every = 2
         collapse-deviation = 1e-6
+        [optimizer]
+        backbone-learning-rate = 1e-3
+        head-learning-rate = 5e-3
+        beta-1 = 0.9
+        beta-2 = 0.999
+        epsilon = 1e-8
+        weight-decay = 1e-4
+        [schedule]
+        learning-rate = "cosine"
+        least-distance-delay = 2
+        [network]
         backbone = { depth = "10", width = 2, stem = "3x3" }
         head = { hidden = 8, width = 6 }
-        anchor = { operations = [] }
-        augmented = { operations = [{ operation = "noise", deviation = 0.1 }] }
         [input]
         height = 6
         width = 7
@@ -70,6 +74,13 @@ fn config() -> Config {
         "#,
     )
     .expect("a table")
+}
+
+/// The same with some other values.
+fn with(change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = config();
+    change(&mut config);
+    config
 }
 
 fn bytes(job: &Job, name: &str) -> Vec<u8> {
@@ -86,11 +97,11 @@ fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
         assert!(bytes(&first, name) == bytes(&again, name), "{name}");
     }
     for (what, other) in [
-        ("delay", Config { least_distance_delay: 9, ..config() }),
+        ("delay", with(|c| c.schedule.least_distance_delay = 9)),
         ("neighbour", Config { neighbour_weight: 0., ..config() }),
         ("view", Config { view_weight: 0., ..config() }),
         ("discrepancy", Config { discrepancy_weight: 1., ..config() }),
-        ("schedule", Config { schedule: Schedule::Constant, ..config() }),
+        ("schedule", with(|c| c.schedule.learning_rate = Schedule::Constant)),
     ] {
         let changed = job(folder.path(), what);
         // With a term less, all pictures may fall into one cluster; the network is written before.
@@ -352,15 +363,15 @@ fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
     let without_terms =
         Config { discrepancy_weight: 0., view_weight: 0., neighbour_weight: 0., ..config() };
     for (wrong, word) in [
-        (Config { batch_size: 2, ..config() }, "batch-size"),
-        (Config { epochs: 0, ..config() }, "epochs"),
-        (Config { head_learning_rate: 0., ..config() }, "head-learning-rate"),
+        (with(|c| c.run.batch_size = 2), "batch-size"),
+        (with(|c| c.run.epochs = 0), "epochs"),
+        (with(|c| c.optimizer.head_learning_rate = 0.), "head-learning-rate"),
         (Config { view_weight: -1., ..config() }, "view-weight"),
         (without_terms, "nothing would be learnt"),
         (Config { neighbours: 0, ..config() }, "neighbours"),
         (Config { neighbours: 30, ..config() }, "neighbours"),
         (Config { frozen: vec!["layer5".into()], ..config() }, "layer5"),
-        (Config { head: HeadWidths { hidden: 8, width: 2 }, ..config() }, "closed form"),
+        (with(|c| c.network.head = HeadWidths { hidden: 8, width: 2 }), "closed form"),
     ] {
         let message = format!("{:#}", wrong.check(&job).expect_err(word));
         assert!(message.contains(word), "{word} is not in: {message}");
@@ -370,28 +381,27 @@ fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
 
 #[test]
 fn rates_are_constant_or_fall_to_nothing() -> Result<()> {
-    let rates = |config: &Config, step: usize| -> Result<[f64; 2]> {
-        Ok(config.learning_rates(2)?.map(|rate| rate.at(step - 1)))
+    let rates = |config: &Config, step: usize| -> [f64; 2] {
+        config.learning_rates(2).map(|rate| rate.at(step - 1))
     };
-    let constant = Config { schedule: Schedule::Constant, ..config() };
-    assert_eq!(rates(&constant, 9)?, [1e-3, 5e-3]);
+    let constant = with(|c| c.schedule.learning_rate = Schedule::Constant);
+    assert_eq!(rates(&constant, 9), [1e-3, 5e-3]);
     let near = |got: [f64; 2], want: [f64; 2]| {
         got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-12)
     };
-    assert!(near(rates(&config(), 1)?, [1e-3, 5e-3]));
-    assert!(near(rates(&config(), 6)?, [5e-4, 2.5e-3]));
+    assert!(near(rates(&config(), 1), [1e-3, 5e-3]));
+    assert!(near(rates(&config(), 6), [5e-4, 2.5e-3]));
     Ok(())
 }
 
 #[test]
-fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let mut job = job(folder.path(), "out");
-    job.images = "none".into();
-    for experiment in Library::in_folder("../../configs").experiments()? {
-        if experiment.has_table("icbpl") {
-            experiment.table::<Config>("icbpl")?.check(&job)?;
-        }
-    }
-    Ok(())
+fn advice_names_keys_of_the_table() {
+    let training::Advice { divergence, collapse } = config().plan(20).advice;
+    fixture::assert_names_keys(divergence, &config());
+    fixture::assert_names_keys(collapse, &config());
+}
+
+#[test]
+fn every_experiment_of_the_project_has_a_usable_table() {
+    fixture::assert_experiments_are_usable::<Icbpl>();
 }

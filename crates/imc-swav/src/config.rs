@@ -2,26 +2,63 @@
 
 use anyhow::{Context, Result, ensure};
 use backbone::Architecture;
+use data::Images;
 use data::views::{Input, Operation, Pipeline};
-use data::{Images, Loader};
+use layers::Adam;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job, Split};
-use training::{Advice, LearningRate, Plan, Precision, Views, check, sampler};
+use training::{Advice, LearningRate, Plan, RunTable, Views, check, sampler};
 
-/// What an IMC-SwAV run can vary. The experiment file sets every field; published values stand in
+/// What an IMC-SwAV run can vary. The experiment sets every field; published values stand in
 /// parentheses.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Passes over the images (500).
-    pub epochs: usize,
-    /// Images per step (256; 512 for a hundred clusters and more).
-    pub batch_size: usize,
     /// Splits whose images the classifier learns from; those of `[data] train-on`, but for sets
     /// like STL-10, whose unlabelled part holds other classes.
     pub classify_on: Vec<Split>,
-    /// Learning rate of Adam, for everything that learns (5e-4).
+    /// Prototypes K' (1000).
+    pub prototypes: usize,
+    /// Temperature τ of predictions (0.1).
+    pub temperature: f64,
+    /// Entropy ε of the codes (0.05).
+    pub code_epsilon: f64,
+    /// Rounds of Sinkhorn's algorithm (3).
+    pub code_rounds: usize,
+    /// Weight β of the clusters' entropy against their information on the prototypes (4).
+    pub entropy_weight: f64,
+    /// Logits beyond this size are penalised (5).
+    pub logit_limit: f64,
+    /// Weight of that penalty (0.01).
+    pub logit_penalty: f64,
+    /// Which batch-norm statistics the result is predicted with; the other is written beside it.
+    pub evaluation: Evaluation,
+    /// Most batches of scored pictures that refresh the statistics (50).
+    pub refresh_batches: usize,
+    /// Starts of k-means on the embeddings, which is reported beside the classifier.
+    pub kmeans_restarts: usize,
+    /// Length (500 epochs), batches (256; 512 for a hundred clusters and more), checkpoints.
+    pub run: RunTable,
+    /// Adam.
+    pub optimizer: OptimizerTable,
+    /// Learning rate.
+    pub schedule: ScheduleTable,
+    /// Backbone, projector, classifier.
+    pub network: NetworkTable,
+    /// Size and normalisation of the network's input when it is evaluated.
+    pub input: Input,
+    /// Crops whose codes the others predict (2).
+    pub large: Crops,
+    /// The other crops (4).
+    pub small: Crops,
+}
+
+/// `[imc-swav.optimizer]`: Adam, for everything that learns.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct OptimizerTable {
+    /// Learning rate after warm-up (5e-4).
     pub learning_rate: f64,
     /// Decay of the mean of gradients (0.8).
     pub beta_1: f64,
@@ -31,50 +68,30 @@ pub struct Config {
     pub epsilon: f64,
     /// Weight decay, added to the gradient (1e-5).
     pub weight_decay: f64,
-    /// Steps over which the learning rate rises, and the prototypes stand still (500).
+}
+
+/// `[imc-swav.schedule]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ScheduleTable {
+    /// Steps over which the learning rate rises, and in which the prototypes stand still (500).
     pub warmup_steps: usize,
     /// Epochs from which the learning rate is lower by the factor (150, 300, 400).
     pub learning_rate_drops: Vec<usize>,
     /// The factor of each of them (0.4).
     pub learning_rate_factor: f64,
-    /// Prototypes K' (1000).
-    pub prototypes: usize,
-    /// Temperature τ of predictions (0.1).
-    pub temperature: f64,
-    /// Entropy ε of the codes (0.05).
-    pub code_epsilon: f64,
-    /// Rounds of Sinkhorn's algorithm (3).
-    pub code_rounds: usize,
-    /// Weight β of the clusters' entropy against what they know of the prototypes (4).
-    pub entropy_weight: f64,
-    /// Size of a logit from which it is penalised (5).
-    pub logit_limit: f64,
-    /// Weight of that penalty (0.01).
-    pub logit_penalty: f64,
-    /// Which batch-norm statistics the result is predicted with; the other is written beside it.
-    pub evaluation: Evaluation,
-    /// Batches of scored pictures, at most, that refresh the statistics (50).
-    pub refresh_batches: usize,
-    /// Starts of k-means on the embeddings, which is reported beside the classifier.
-    pub kmeans_restarts: usize,
-    /// Number type of activations and products.
-    pub precision: Precision,
-    /// Epochs between checkpoints.
-    pub save_every: usize,
-    /// The run stops when the deviation of unit-length projections falls below this.
-    pub collapse_deviation: f64,
-    /// The residual network.
+}
+
+/// `[imc-swav.network]`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NetworkTable {
+    /// The residual network: picture to embedding.
     pub backbone: Architecture,
-    /// Behind it.
+    /// Embedding to projection.
     pub projector: ProjectorWidths,
-    /// Beside the projector.
+    /// Embedding to logits over the clusters.
     pub classifier: ClassifierWidths,
-    /// What the network is evaluated on.
-    pub input: Input,
-    /// Crops whose codes the others predict (2).
-    pub large: Crops,
-    /// The other crops (4).
-    pub small: Crops,
 }
 
 /// Widths of the two linear layers between embedding and projection.
@@ -134,77 +151,89 @@ impl Evaluation {
 }
 
 impl Config {
-    /// Finds what is wrong before anything runs.
+    /// Checks values, device and pictures before anything runs.
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, or the device is not there.
+    /// A value lies outside its range, the device does not exist, or the pictures do not fit.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
-        self.plan(self.batch_size).check()?;
-        check::batch_size(self.batch_size)?;
-        self.learning_rate(1)?;
-        check::above_zero(&[
-            ("epsilon", self.epsilon),
-            ("temperature", self.temperature),
-            ("code-epsilon", self.code_epsilon),
-        ])?;
-        check::not_negative(&[
-            ("weight-decay", self.weight_decay),
-            ("entropy-weight", self.entropy_weight),
-            ("logit-limit", self.logit_limit),
-            ("logit-penalty", self.logit_penalty),
-        ])?;
-        check::below_one(&[("beta-1", self.beta_1), ("beta-2", self.beta_2)])?;
-        check::counts(&[
+        let table = |name: &str| format!("{}.{name}", job.name);
+        self.run.check(job.name)?;
+        let counts = [
             ("prototypes", self.prototypes),
             ("large.count", self.large.count),
             ("kmeans-restarts", self.kmeans_restarts),
-            ("backbone.width", self.backbone.width),
-            ("projector.hidden", self.projector.hidden),
-            ("projector.width", self.projector.width),
-            ("classifier.hidden", self.classifier.hidden),
-        ])?;
-        ensure!(self.crops() > 1, "large.count = 1 and small.count = 0: one crop has no pair");
+        ];
+        check::at_least(job.name, 1, &counts)?;
+        let positive = [("temperature", self.temperature), ("code-epsilon", self.code_epsilon)];
+        check::above_zero(job.name, &positive)?;
+        let weights = [
+            ("entropy-weight", self.entropy_weight),
+            ("logit-limit", self.logit_limit),
+            ("logit-penalty", self.logit_penalty),
+        ];
+        check::not_negative(job.name, &weights)?;
+
+        let OptimizerTable { learning_rate, beta_1, beta_2, epsilon, weight_decay } =
+            self.optimizer;
+        let optimizer = table("optimizer");
+        check::above_zero(&optimizer, &[("learning-rate", learning_rate), ("epsilon", epsilon)])?;
+        check::below_one(&optimizer, &[("beta-1", beta_1), ("beta-2", beta_2)])?;
+        check::not_negative(&optimizer, &[("weight-decay", weight_decay)])?;
+        let factor = self.schedule.learning_rate_factor;
+        check::above_zero(&table("schedule"), &[("learning-rate-factor", factor)])?;
+        let NetworkTable { backbone, projector, classifier } = self.network;
+        let widths = [
+            ("backbone.width", backbone.width),
+            ("projector.hidden", projector.hidden),
+            ("projector.width", projector.width),
+            ("classifier.hidden", classifier.hidden),
+        ];
+        check::at_least(&table("network"), 1, &widths)?;
+        ensure!(
+            self.crops() > 1,
+            "`large.count` and `small.count` in `[{}]` are 1 and 0; a crop needs another one to \
+             predict",
+            job.name
+        );
         ensure!(
             self.evaluation == Evaluation::RunningStatistics || self.refresh_batches > 0,
-            "refresh-batches = 0, but evaluation = \"refreshed-statistics\""
+            "`refresh-batches` in `[{}]` is 0; `evaluation = \"refreshed-statistics\"` needs at \
+             least 1",
+            job.name
         );
-        self.input.check("imc-swav.input")?;
+        self.input.check(&table("input"))?;
         for (name, crops) in [("large", &self.large), ("small", &self.small)] {
-            self.crop_input(crops).check(&format!("imc-swav.{name}"))?;
-            crops.pipeline().check(&format!("imc-swav.{name}"))?;
+            self.crop_input(crops).check(&table(name))?;
+            crops.pipeline().check(&table(name))?;
         }
         for split in &self.classify_on {
             ensure!(
                 job.data.train_on.contains(split),
-                "classify-on names {split:?}, which `train-on` in table `[data]` does not"
+                "`classify-on` in `[{}]` names {split:?}, which `train-on` in `[data]` does not",
+                job.name
             );
         }
-        if !job.images.exists() {
-            return Ok(Effort::NONE);
-        }
-        let images = Images::open(&job.images)?;
-        Loader::check(&images, &self.input)?;
-        let rows = images.rows(&job.data.train_on);
-        sampler::uniform(&rows, self.batch_size, 0, 0)?;
-        let plan = self.plan(rows.len());
-        let classified = images.rows(&self.classify_on).len();
+        let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        let plan = self.plan(pictures.trained);
+        let classified = pictures.images.rows(&self.classify_on).len();
         ensure!(
             classified >= plan.batch_size,
-            "the splits {:?} of classify-on have {classified} images, but the classifier \
-             learns from {} at once; lower batch-size",
+            "the splits {:?} of `classify-on` have {classified} images, but the classifier learns \
+             from {} at once; lower `batch-size` in `[{}]`",
             self.classify_on,
-            plan.batch_size
+            plan.batch_size,
+            table("run")
         );
-        let scored = images.rows(&job.data.score_on).len();
-        let refreshed = scored.min(self.refresh_batches * self.batch_size);
+        let refreshed = pictures.scored.min(self.refresh_batches * self.run.batch_size);
         let of_crops = self.pixels_of_crops() * plan.pictures();
         // Both evaluations, and the pictures that refresh the second.
-        Ok(Effort::of_backbone_pictures(of_crops + (2 * scored + refreshed) as f64))
+        let evaluated = (2 * pictures.scored + refreshed) as f64;
+        Ok(Effort::of_backbone_pictures(of_crops + evaluated))
     }
 
-    /// Pixels of all crops of a picture, in pictures of the input's size.
+    /// Pixels of all crops of a picture, divided by those of a picture of the input's size.
     pub fn pixels_of_crops(&self) -> f64 {
         let pixels = |crops: &Crops| (crops.count * crops.height * crops.width) as f64;
         let whole = (self.input.height * self.input.width) as f64;
@@ -217,32 +246,28 @@ impl Config {
     }
 
     pub(crate) fn plan(&self, images: usize) -> Plan {
-        Plan {
-            epochs: self.epochs,
-            steps_per_epoch: sampler::steps(images, self.batch_size),
-            batch_size: self.batch_size.min(images),
-            save_every: self.save_every,
-            collapse_deviation: self.collapse_deviation,
-            advice: Advice {
-                divergence: "a lower `learning-rate`",
-                collapse: "a lower `learning-rate` or a higher `code-epsilon`",
-            },
-        }
+        let advice = Advice {
+            divergence: "a lower `learning-rate`",
+            collapse: "a lower `learning-rate` or a higher `code-epsilon`",
+        };
+        self.run.plan(images, sampler::steps(images, self.run.batch_size), advice)
     }
 
-    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> Result<LearningRate> {
+    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> LearningRate {
+        let ScheduleTable { warmup_steps, learning_rate_drops, learning_rate_factor } =
+            &self.schedule;
         LearningRate::with_drops(
-            self.learning_rate,
-            self.warmup_steps,
-            &self.learning_rate_drops,
-            self.learning_rate_factor,
+            self.optimizer.learning_rate,
+            *warmup_steps,
+            learning_rate_drops,
+            *learning_rate_factor,
             steps_per_epoch,
         )
     }
 
-    pub(crate) fn adam(&self, learning_rate: f64) -> layers::Adam {
-        let Self { beta_1, beta_2, epsilon, weight_decay, .. } = *self;
-        layers::Adam { learning_rate, beta_1, beta_2, epsilon, weight_decay }
+    pub(crate) fn adam(&self, learning_rate: f64) -> Adam {
+        let OptimizerTable { beta_1, beta_2, epsilon, weight_decay, .. } = self.optimizer;
+        Adam { learning_rate, beta_1, beta_2, epsilon, weight_decay }
     }
 
     fn crop_input(&self, crops: &Crops) -> Input {
@@ -255,15 +280,15 @@ impl Config {
         Views::of_sizes(images, [of(&self.large), of(&self.small)].concat(), seed)
     }
 
-    /// What `config.json` will say.
+    /// The contents of `config.json`.
     pub(crate) fn configuration(&self) -> Result<serde_json::Value> {
         Ok(json!({
-            "backbone": self.backbone,
-            "projector": self.projector,
-            "classifier": self.classifier,
+            "backbone": self.network.backbone,
+            "projector": self.network.projector,
+            "classifier": self.network.classifier,
             "prototypes": self.prototypes,
             "channels": self.input.channels,
-            "input": serde_json::to_value(&self.input).context("`input` of the experiment")?,
+            "input": serde_json::to_value(&self.input).context("the input of the network")?,
         }))
     }
 }
@@ -277,7 +302,7 @@ impl Crops {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::{config, job};
+    use crate::tests::{config, job, with};
 
     #[test]
     fn what_cannot_work_is_refused_before_anything_runs() -> Result<()> {
@@ -287,15 +312,15 @@ mod tests {
         let alone = Crops { count: 1, ..config().large };
         let none = Crops { count: 0, ..config().small };
         for (wrong, word) in [
-            (Config { batch_size: 1, ..config() }, "batch-size"),
-            (Config { epochs: 0, ..config() }, "epochs"),
-            (Config { learning_rate: 0., ..config() }, "learning-rate"),
-            (Config { beta_1: 1., ..config() }, "beta-1"),
+            (with(|c| c.run.batch_size = 1), "batch-size"),
+            (with(|c| c.run.epochs = 0), "epochs"),
+            (with(|c| c.optimizer.learning_rate = 0.), "learning-rate"),
+            (with(|c| c.optimizer.beta_1 = 1.), "beta-1"),
             (Config { code_epsilon: 0., ..config() }, "code-epsilon"),
             (Config { entropy_weight: -1., ..config() }, "entropy-weight"),
             (Config { prototypes: 0, ..config() }, "prototypes"),
             (Config { refresh_batches: 0, ..config() }, "refresh-batches"),
-            (Config { large: alone, small: none, ..config() }, "no pair"),
+            (Config { large: alone, small: none, ..config() }, "needs another one"),
             (Config { classify_on: vec![Split::Test], ..config() }, "classify-on"),
             (Config { classify_on: vec![], ..config() }, "classify-on"),
         ] {

@@ -34,7 +34,7 @@ pub fn predict(
     if evaluation == Evaluation::RefreshedStatistics {
         refresh(config, images, &rows, networks, device)?;
     }
-    let (clusters, width) = (job.data.clusters, config.backbone.embedding_width());
+    let (clusters, width) = (job.data.clusters, config.network.backbone.embedding_width());
     let loader = Loader::clean(images, &rows, &config.input)?;
     let [embeddings, projections, memberships] = outputs(loader, device, |pictures| {
         job.interrupt.check()?;
@@ -46,7 +46,7 @@ pub fn predict(
     let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
     let k_means = KMeans::spherical(clusters, config.kmeans_restarts);
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
-    let projection_width = config.projector.width;
+    let projection_width = config.network.projector.width;
     let weights = vec![1.; rows.len()];
     let prototypes =
         assignment::prototypes(&projections, projection_width, &assignment, &weights, clusters)?;
@@ -69,7 +69,7 @@ fn refresh(
     device: &Device,
 ) -> Result<()> {
     let batches: Vec<Vec<u32>> = rows
-        .chunks(config.batch_size)
+        .chunks(config.run.batch_size)
         .filter(|batch| batch.len() > 1 || rows.len() == 1)
         .take(config.refresh_batches)
         .map(<[u32]>::to_vec)

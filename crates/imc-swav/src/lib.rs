@@ -1,23 +1,25 @@
 //! Stage: IMC-SwAV, clustering by swapped prediction and information, in one phase.
 //!
-//! Of every picture two large and four small crops are taken. Encoder, projector and prototypes
-//! learn to predict from each crop how the large ones lie among a thousand prototypes: the codes,
-//! made by Sinkhorn's algorithm so that all prototypes are used (SwAV, Caron et al. 2020,
-//! arXiv:2006.09882). Beside them a classifier with one output for each cluster maximises mutual
+//! Every picture gives two large and four small crops. Encoder, projector and prototypes learn to
+//! predict from each crop the codes of the large ones: soft assignments to a thousand prototypes, made
+//! by Sinkhorn's algorithm so that all prototypes are used (SwAV, Caron et al. 2020,
+//! arXiv:2006.09882). At the same time a classifier with one output for each cluster maximises mutual
 //! information with the prototypes while it keeps the clusters balanced; it sees the encoder's
-//! output as a constant. Its largest output is the cluster; there is no k-means, no second stage and no target
-//! network (IMC-SwAV, Ntelemis, Jin, Thomas 2022, arXiv:2103.07368).
+//! output as a constant. The cluster of a picture is the classifier's largest output. There is no
+//! k-means, no second stage and no target network (IMC-SwAV, Ntelemis, Jin, Thomas 2022,
+//! arXiv:2103.07368).
 //!
-//! Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
-//! start from. Writes `network.safetensors` (encoder, projector, classifier, prototypes),
-//! `backbone.safetensors`, `config.json`, `state.safetensors`, `head.safetensors` (the classifier),
-//! `log.jsonl`, and twice the result:
-//! `pseudo-labels.safetensors`, predicted with the batch-norm statistics that `evaluation` names,
-//! and `pseudo-labels-<name>.safetensors` with the other ones. `network.safetensors` and
-//! `head.safetensors` have the statistics of training. The pseudo-labels' k-means is on the embeddings, their prototypes are
-//! the mean projections of the clusters.
+//! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
+//!   start from.
+//! - Writes `network.safetensors` (encoder, projector, classifier, prototypes),
+//!   `backbone.safetensors`, `config.json`, `state.safetensors`, `head.safetensors` (the classifier),
+//!   `log.jsonl`, and the result twice: `pseudo-labels.safetensors` with the batch-norm statistics
+//!   that `evaluation` names, `pseudo-labels-<name>.safetensors` with the other ones. Network and
+//!   head have the statistics of training. The k-means of the pseudo-labels is on the embeddings,
+//!   their prototypes are the mean projections of the clusters.
 //!
-//! The losses are in [`loss`]; the order of a step is [`ImcSwav`]'s `run`; what varies, [`Config`].
+//! Start at the `run` of [`ImcSwav`]; the losses are in [`loss`], the values of an experiment in
+//! [`Config`].
 
 pub mod bank;
 mod config;
@@ -56,11 +58,6 @@ impl Stage for ImcSwav {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
@@ -68,7 +65,7 @@ impl Stage for ImcSwav {
         let classified: BTreeSet<u32> = images.rows(&config.classify_on).into_iter().collect();
         let plan = config.plan(rows.len());
 
-        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
+        let learning_rate = config.learning_rate(plan.steps_per_epoch);
 
         let start = job.optional_input("backbone");
         let (clusters, seed) = (job.data.clusters, job.seed);
@@ -80,7 +77,7 @@ impl Stage for ImcSwav {
             if run.batches_done() == 0 {
                 networks.bank = Bank::new(&device);
             }
-            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            let order = sampler::uniform(&rows, config.run.batch_size, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, run.batches_done())? {
                 let batch = batch?;
                 let takes_part = places(&batch.rows, &classified);
@@ -117,7 +114,7 @@ impl Stage for ImcSwav {
                 networks.backward(crops, &gradients)?; // Adds to the gradients, crop by crop.
                 run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;
                 let adam = config.adam(learning_rate.at(run.step()));
-                let moves_prototypes = run.step() > config.warmup_steps;
+                let moves_prototypes = run.step() > config.schedule.warmup_steps;
                 networks.step(&gradients, adam, moves_prototypes, gathered.is_some())?;
                 run.end_step(&mut networks)?; // Saves when the program is asked to stop.
             }

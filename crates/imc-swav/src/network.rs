@@ -50,11 +50,12 @@ impl Networks {
         start: Option<&Path>,
         device: &Device,
     ) -> Result<Self> {
-        let precision = config.precision.into();
-        let encoder = resnet::plan(&config.backbone, config.input.channels)?;
-        let width = config.backbone.embedding_width();
-        let projector = linear(width, config.projector.hidden, config.projector.width)?;
-        let classifier = classifier(width, config.classifier.hidden, clusters)?;
+        let precision = config.run.precision.into();
+        let encoder = resnet::plan(&config.network.backbone, config.input.channels)?;
+        let width = config.network.backbone.embedding_width();
+        let projector =
+            linear(width, config.network.projector.hidden, config.network.projector.width)?;
+        let classifier = classifier(width, config.network.classifier.hidden, clusters)?;
         let segment = |name: &str, plan: Network| -> Result<Segment> {
             Ok(Segment::random(name, plan.with_precision(precision), seed)?)
         };
@@ -127,10 +128,6 @@ impl Networks {
     /// - `gradients`: of the swapped prediction, for the prototypes.
     /// - `moves_prototypes`: false in the first steps; then their moments stay as they are too.
     /// - `classifies`: false in a step after which images are still gathered.
-    ///
-    /// # Errors
-    ///
-    /// The device refuses.
     pub fn step(
         &mut self,
         gradients: &GradStore,
@@ -154,7 +151,7 @@ impl Networks {
     ///
     /// # Errors
     ///
-    /// The device refuses, or the file system.
+    /// The file cannot be written.
     pub fn write_head(&self, folder: &Path, clusters: usize) -> Result<()> {
         let mut tensors = network_file::tensors("classifier", &self.classifier.segment)?;
         for tensor in &mut tensors {
@@ -165,10 +162,6 @@ impl Networks {
     }
 
     /// The first gradient that is not finite, by its name in files.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn first_gradient_not_finite(
         &self,
         gradients: &GradStore,
@@ -198,7 +191,7 @@ impl Trained for Networks {
 
 /// Uniform within `±1/√P`, like the first weights of a linear layer without bias.
 fn first_prototypes(config: &Config, seed: u64, device: &Device) -> Result<TrainedVariable<Adam>> {
-    let (count, width) = (config.prototypes, config.projector.width);
+    let (count, width) = (config.prototypes, config.network.projector.width);
     let bound = 1. / (width as f64).sqrt();
     let uniform = Uniform::new(-bound, bound)?;
     let mut random = stream(seed, "weights of prototypes", &[]);
@@ -240,7 +233,7 @@ mod tests {
     #[test]
     fn prototypes_begin_as_a_linear_layer_and_are_made_unit_length() -> Result<()> {
         let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
-        let bound = 1. / (config().projector.width as f32).sqrt();
+        let bound = 1. / (config().network.projector.width as f32).sqrt();
         let first = networks.prototypes.variable.flatten_all()?.to_vec1::<f32>()?;
         assert!(first.iter().all(|v| v.abs() <= bound));
         networks.normalise_prototypes()?;

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use backbone::network_file;
 use candle_core::Device;
 use fixture::Pictures;
-use stage::{Library, Split};
+use stage::Split;
 use training::{Seam, TrainedSegment};
 
 use super::*;
@@ -32,17 +32,7 @@ pub(crate) fn job(folder: &Path, out: &str) -> Job {
 pub(crate) fn config() -> Config {
     toml::from_str(
         r#"
-        epochs = 3
-        batch-size = 8
         classify-on = ["train"]
-        learning-rate = 5e-3
-        beta-1 = 0.8
-        beta-2 = 0.999
-        epsilon = 1e-8
-        weight-decay = 1e-5
-        warmup-steps = 3
-        learning-rate-drops = [2]
-        learning-rate-factor = 0.4
         prototypes = 12
         temperature = 0.1
         code-epsilon = 0.05
@@ -53,9 +43,23 @@ pub(crate) fn config() -> Config {
         evaluation = "refreshed-statistics"
         refresh-batches = 2
         kmeans-restarts = 2
+        [run]
+        epochs = 3
+        batch-size = 8
         precision = "f32"
         save-every = 1
         collapse-deviation = 1e-6
+        [optimizer]
+        learning-rate = 5e-3
+        beta-1 = 0.8
+        beta-2 = 0.999
+        epsilon = 1e-8
+        weight-decay = 1e-5
+        [schedule]
+        warmup-steps = 3
+        learning-rate-drops = [2]
+        learning-rate-factor = 0.4
+        [network]
         backbone = { depth = "10", width = 2, stem = "3x3" }
         projector = { hidden = 8, width = 4 }
         classifier = { hidden = 8 }
@@ -79,6 +83,13 @@ pub(crate) fn config() -> Config {
         "#,
     )
     .expect("a table")
+}
+
+/// The same with some other values.
+pub(crate) fn with(change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = config();
+    change(&mut config);
+    config
 }
 
 fn bytes(job: &Job, name: &str) -> Vec<u8> {
@@ -292,13 +303,13 @@ fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
         ImcSwav::run(config, &job)?;
         network_file::open(&job.out)?.f32("prototypes")
     };
-    let still = prototypes(&Config { warmup_steps: 6, ..config() }, "still")?;
+    let still = prototypes(&with(|c| c.schedule.warmup_steps = 6), "still")?;
     let mut first = Networks::random(&config(), 3, 3, None, &Device::Cpu)?;
     for _ in 0..6 {
         first.normalise_prototypes()?;
     }
     assert_eq!(still, first.prototypes.variable.flatten_all()?.to_vec1::<f32>()?);
-    assert_ne!(still, prototypes(&Config { warmup_steps: 5, ..config() }, "moved")?);
+    assert_ne!(still, prototypes(&with(|c| c.schedule.warmup_steps = 5), "moved")?);
     Ok(())
 }
 
@@ -329,7 +340,10 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     // The classifier learns from the test split alone, so that its images gather over steps and
     // a checkpoint in mid-epoch holds some.
-    let partly = Config { classify_on: vec![Split::Test], batch_size: 4, ..config() };
+    let partly = with(|c| {
+        c.run.batch_size = 4;
+        c.classify_on = vec![Split::Test];
+    });
     let on_both = |out: &str| {
         let mut job = job(folder.path(), out);
         job.data.train_on = vec![Split::Train, Split::Test];
@@ -376,7 +390,7 @@ fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
     ImcSwav::run(&config(), &given)?;
     let mut from = job(folder.path(), "from");
     from.inputs.insert("backbone".into(), given.out.clone());
-    ImcSwav::run(&Config { learning_rate: 1e-30, ..config() }, &from)?;
+    ImcSwav::run(&with(|c| c.optimizer.learning_rate = 1e-30), &from)?;
     let weights =
         |job: &Job| network_file::open(&job.out)?.f32("online.backbone.layer3.0.conv2.weight");
     assert_eq!(weights(&given)?, weights(&from)?);
@@ -388,15 +402,13 @@ fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
 }
 
 #[test]
-fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let mut job = job(folder.path(), "out");
-    job.images = "none".into();
-    job.data.train_on = vec![Split::Train, Split::Test, Split::Unlabelled];
-    for experiment in Library::in_folder("../../configs").experiments()? {
-        if experiment.has_table("imc-swav") {
-            experiment.table::<Config>("imc-swav")?.check(&job)?;
-        }
-    }
-    Ok(())
+fn advice_names_keys_of_the_table() {
+    let training::Advice { divergence, collapse } = config().plan(20).advice;
+    fixture::assert_names_keys(divergence, &config());
+    fixture::assert_names_keys(collapse, &config());
+}
+
+#[test]
+fn every_experiment_of_the_project_has_a_usable_table() {
+    fixture::assert_experiments_are_usable::<ImcSwav>();
 }

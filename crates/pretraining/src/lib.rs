@@ -1,16 +1,16 @@
 //! Pretraining: teaches a backbone, without labels, that two views of one image are the same.
 //!
-//! An online network predicts what a target network makes of the other view; the target is the
-//! moving average of the online network (BYOL, Grill et al. 2020, arXiv:2006.07733). No pair of
+//! An online network predicts the projection that a target network computes from the other view;
+//! the target is the moving average of the online network (BYOL, Grill et al. 2020, arXiv:2006.07733). No pair of
 //! different images is ever pushed apart, so that no two images of one cluster can be.
 //!
 //! Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
 //! start from. Writes `network.safetensors` (online and target, with projector and predictor: the
-//! next stage goes on from there), `backbone.safetensors` (the target backbone alone),
+//! next stage continues from it), `backbone.safetensors` (the target backbone alone),
 //! `config.json`, `state.safetensors`, and `log.jsonl`, one object per epoch.
 //!
-//! To change the objective, see [`training::loss`]; the order of a step, [`step`];
-//! what varies, [`Config`].
+//! Start at the `run` of [`Pretraining`]; a step is [`step`], the loss is in [`training::loss`], the
+//! values of an experiment in [`Config`].
 
 mod config;
 
@@ -35,22 +35,17 @@ impl Stage for Pretraining {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
-        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
-        let target_decay = config.target_decay(plan.steps_per_epoch)?;
-        let configuration = config.configuration()?;
+        let learning_rate = config.learning_rate(plan.steps_per_epoch);
+        let target_decay = config.target_decay(plan.steps_per_epoch);
+        let configuration = config.network.configuration(&config.input)?;
 
         let mut learner =
-            Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
+            Learner::random(&configuration, config.optimizer, config.run.precision, job.seed)?;
         if let Some(folder) = job.optional_input("backbone") {
             learner.load_backbone(folder)?;
         }
@@ -59,7 +54,7 @@ impl Stage for Pretraining {
         let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
-            let order = sampler::uniform(&rows, config.batch_size, job.seed, epoch)?;
+            let order = sampler::uniform(&rows, config.run.batch_size, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, run.batches_done())? {
                 let rates = Rates {
                     learning_rate: learning_rate.at(run.step()),
@@ -76,7 +71,7 @@ impl Stage for Pretraining {
     }
 }
 
-/// What a [`step`] needs beside networks and views.
+/// The rates of one [`step`], and its noise.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Of the optimizer, η.
@@ -89,8 +84,8 @@ pub struct Rates {
     pub seed: u64,
 }
 
-/// One step of BYOL on two views `(N, H, W, C)` of the same images: each predicts what the target
-/// makes of the other.
+/// One step of BYOL on two views `(N, H, W, C)` of the same images: each predicts the target's
+/// projection of the other.
 ///
 /// # Errors
 ///
@@ -132,7 +127,7 @@ mod tests {
     use backbone::{Configuration, backbone_file, network_file};
     use candle_core::Device;
     use fixture::Pictures;
-    use stage::{DeviceChoice, Library, Split};
+    use stage::{DeviceChoice, Split};
 
     use super::*;
 
@@ -146,24 +141,29 @@ mod tests {
     fn config() -> Config {
         toml::from_str(
             r#"
+            noise = 0.0
+            sampling = "uniform"
+            views = { operations = [{ operation = "noise", deviation = 0.2 }] }
+            [run]
             epochs = 3
             batch-size = 8
+            precision = "f32"
+            save-every = 1
+            collapse-deviation = 1e-6
+            [optimizer]
             peak-learning-rate = 0.5
             predictor-learning-rate-factor = 10.0
             momentum = 0.9
             weight-decay = 5e-4
+            [schedule]
             warmup-epochs = 1.0
             cosine = "to-zero"
             target-decay = 0.9
-            noise = 0.0
-            precision = "f32"
-            save-every = 1
-            collapse-deviation = 1e-6
-            sampling = "uniform"
+            last-target-decay = 1.0
+            [network]
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
             predictor = { hidden = 8 }
-            views = { operations = [{ operation = "noise", deviation = 0.2 }] }
             [input]
             height = 6
             width = 7
@@ -174,6 +174,13 @@ mod tests {
             "#,
         )
         .expect("a table")
+    }
+
+    /// The same with some other values.
+    fn with(change: impl FnOnce(&mut Config)) -> Config {
+        let mut config = config();
+        change(&mut config);
+        config
     }
 
     fn network(config: &Config, job: &Job) -> Vec<u8> {
@@ -190,7 +197,7 @@ mod tests {
         assert!(first != network(&config(), &other_seed));
         let with_noise = Config { noise: 0.1, ..config() };
         assert!(first != network(&with_noise, &job(folder.path(), "noise")));
-        let rounded = Config { precision: training::Precision::Bf16, ..config() };
+        let rounded = with(|c| c.run.precision = training::Precision::Bf16);
         assert!(first != network(&rounded, &job(folder.path(), "bf16")));
 
         let out = folder.path().join("first");
@@ -202,7 +209,7 @@ mod tests {
         assert!((0.2..4.).contains(&loss), "{loss}");
         let written = Configuration::read(&out)?;
         assert_eq!(written.input::<data::views::Input>()?, config().input);
-        assert_eq!(written.backbone, config().backbone);
+        assert_eq!(written.backbone, config().network.backbone);
         Ok(())
     }
 
@@ -216,8 +223,12 @@ mod tests {
 
         let images = Images::open(&job.images)?;
         let rows = images.rows(&[Split::Train]);
-        let mut learner =
-            Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
+        let mut learner = Learner::random(
+            &config.network.configuration(&config.input)?,
+            config.optimizer,
+            config.run.precision,
+            3,
+        )?;
         let views = config.views(&images, 3);
         let Learner { online, target } = &mut learner;
         let mut step = 0;
@@ -256,8 +267,11 @@ mod tests {
         from.inputs.insert("backbone".into(), folder.path().join("given"));
         // At a learning rate of nearly nothing and a target that stands still, what comes in goes
         // out.
-        let still =
-            Config { peak_learning_rate: 1e-30, target_decay: 1., weight_decay: 0., ..config() };
+        let still = with(|c| {
+            c.optimizer.peak_learning_rate = 1e-30;
+            c.schedule.target_decay = 1.;
+            c.optimizer.weight_decay = 0.;
+        });
         assert!(network(&still, &from) != given);
         let bytes = |out: &str| fs::read(folder.path().join(out).join(backbone_file::NAME));
         let parameters = |bytes: Vec<u8>| -> Result<Vec<f32>> {
@@ -281,14 +295,14 @@ mod tests {
         colour.input.mean = vec![0.5; 3];
         colour.input.std = vec![0.5; 3];
         for (wrong, word) in [
-            (Config { batch_size: 1, ..config() }, "batch-size"),
-            (Config { epochs: 0, ..config() }, "epochs"),
-            (Config { save_every: 0, ..config() }, "save-every"),
-            (Config { warmup_epochs: 3., ..config() }, "warmup-epochs"),
-            (Config { momentum: 1., ..config() }, "momentum"),
-            (Config { target_decay: 1.1, ..config() }, "target-decay"),
+            (with(|c| c.run.batch_size = 1), "batch-size"),
+            (with(|c| c.run.epochs = 0), "epochs"),
+            (with(|c| c.run.save_every = 0), "save-every"),
+            (with(|c| c.schedule.warmup_epochs = 3.), "warmup-epochs"),
+            (with(|c| c.optimizer.momentum = 1.), "momentum"),
+            (with(|c| c.schedule.target_decay = 1.1), "target-decay"),
             (Config { noise: -1., ..config() }, "noise"),
-            (Config { peak_learning_rate: 0., ..config() }, "peak-learning-rate"),
+            (with(|c| c.optimizer.peak_learning_rate = 0.), "peak-learning-rate"),
             (colour, "channels"),
         ] {
             let message = format!("{:#}", wrong.check(&job).expect_err(word));
@@ -302,7 +316,7 @@ mod tests {
     #[test]
     fn a_run_whose_projections_collapse_stops() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let strict = Config { collapse_deviation: 0.6, ..config() };
+        let strict = with(|c| c.run.collapse_deviation = 0.6);
         let error =
             Pretraining::run(&strict, &job(folder.path(), "out")).expect_err("at most 1/√4");
         assert!(error.is::<stage::Diverged>(), "{error}");
@@ -310,18 +324,14 @@ mod tests {
     }
 
     #[test]
-    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let mut job = job(folder.path(), "out");
-        job.images = "none".into();
-        let mut found = 0;
-        for experiment in Library::in_folder("../../configs").experiments()? {
-            if experiment.has_table("pretraining") {
-                experiment.table::<Config>("pretraining")?.check(&job)?;
-                found += 1;
-            }
-        }
-        assert!(found > 0);
-        Ok(())
+    fn advice_names_keys_of_the_table() {
+        let training::Advice { divergence, collapse } = config().plan(20).advice;
+        fixture::assert_names_keys(divergence, &config());
+        fixture::assert_names_keys(collapse, &config());
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() {
+        fixture::assert_experiments_are_usable::<Pretraining>();
     }
 }

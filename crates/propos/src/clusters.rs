@@ -105,7 +105,7 @@ pub fn result(
     let rows = images.rows(&job.data.score_on);
     let projections = project(config, images, &rows, target, device)?;
     let found = e_step(config, job, &projections, rows.len())?;
-    let width = config.projector.width;
+    let width = config.network.projector.width;
     let confidence = projections
         .chunks_exact(width)
         .zip(&found.assignment)
@@ -135,7 +135,7 @@ fn project(
 
 fn e_step(config: &Config, job: &Job, projections: &[f32], images: usize) -> Result<Clustering> {
     let k_means_config = config.k_means(job.data.clusters);
-    k_means(projections, images, config.projector.width, &k_means_config, job.seed)
+    k_means(projections, images, config.network.projector.width, &k_means_config, job.seed)
 }
 
 /// The share of images whose cluster changed, under the best renumbering.

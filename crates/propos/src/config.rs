@@ -1,45 +1,23 @@
 //! The table `[propos]`, and what follows from it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use assignment::KMeans;
-use backbone::{Architecture, Configuration, Predictor, Projector};
+use data::Images;
 use data::views::{Input, Pipeline};
-use data::{Images, Loader};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::scatter::Absent;
 use training::{
-    Advice, Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, Views, check, sampler,
+    Advice, LearningRate, NetworkTable, Plan, RunTable, ScheduleTable, SgdTable, TargetDecay,
+    Views, check, sampler,
 };
 
 use crate::objective::{Extras, NoiseSpace};
 
-/// What ProPos can vary. The experiment file sets every field: there are no defaults in code, and
-/// an unknown or missing key is an error. The seed is an argument of the program.
+/// What ProPos can vary. The experiment sets every field; the seed is an argument of the program.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Passes over the images.
-    pub epochs: usize,
-    /// Images per step; each gives two views. 256 is published.
-    pub batch_size: usize,
-    /// Learning rate after warm-up, for 256 images; scales linearly with `batch_size`.
-    pub peak_learning_rate: f64,
-    /// The predictor learns faster by this factor; 10 is published.
-    pub predictor_learning_rate_factor: f64,
-    /// Share of the last step's direction that a step keeps.
-    pub momentum: f64,
-    /// Weight decay of every parameter, batch norm and biases included.
-    pub weight_decay: f64,
-    /// Epochs over which the learning rate rises from 0.
-    pub warmup_epochs: f64,
-    /// How the learning rate falls after them.
-    pub cosine: Cosine,
-    /// Decay τ of the target network at first.
-    pub target_decay: f64,
-    /// And at last, at the end of half a cosine: 1 is published, but for CIFAR-10, where it stays
-    /// at 0.996.
-    pub last_target_decay: f64,
     /// First epochs of BYOL alone: without noise and without scattering. Published are those of
     /// warm-up.
     pub byol_epochs: usize,
@@ -48,41 +26,37 @@ pub struct Config {
     /// Starts of k-means in an E-step; the one of lowest inertia is kept. 10 on each of 4 devices
     /// are published.
     pub kmeans_restarts: usize,
-    /// Steps of one start at most.
+    /// Most iterations of one start.
     pub kmeans_iterations: usize,
     /// Deviation σ of positive sampling: noise on the projection before the predictor.
     pub noise: f64,
-    /// Where it is added.
+    /// The space in which it is added.
     pub noise_space: NoiseSpace,
     /// Weight λ of prototype scattering.
     pub scatter_weight: f64,
-    /// The weight acts as it does in the authors' program on so many devices, which divides its
-    /// gradient by their number: 4 with a weight of 0.1 is 0.025 here.
+    /// The weight acts as in the authors' program on this many devices, which divides its gradient
+    /// by their number: 4 with a weight of 0.1 is 0.025 here.
     pub emulate_world_size: usize,
     /// Temperature τ of scattering.
     pub scatter_temperature: f64,
-    /// Logit of a cluster that is not in the batch; −10 is published, `-inf` leaves it out.
+    /// Logit of a cluster without an image in the batch; −10 is published, `-inf` leaves it out.
     pub absent_logit: f64,
     /// Both views through the network as one batch, so that they share their statistics: published
     /// for CIFAR-20 and ImageNet-Dogs. With `false`, statistics are per view, as in BYOL.
     pub concatenate_views: bool,
     /// Order of the images.
     pub sampling: Sampling,
-    /// Number type of activations and products.
-    pub precision: Precision,
-    /// Epochs between checkpoints.
-    pub save_every: usize,
-    /// The run stops when the deviation of unit-length projections falls below this.
-    pub collapse_deviation: f64,
-    /// The residual network.
-    pub backbone: Architecture,
-    /// Behind it.
-    pub projector: Projector,
-    /// Behind the projector, in the online network alone.
-    pub predictor: Predictor,
-    /// What the network is fed with.
+    /// Length, batches (256 published), checkpoints.
+    pub run: RunTable,
+    /// SGD.
+    pub optimizer: SgdTable,
+    /// Learning rate and target decay.
+    pub schedule: ScheduleTable,
+    /// Backbone, projector, predictor.
+    pub network: NetworkTable,
+    /// Size and normalisation of the network's input.
     pub input: Input,
-    /// From a picture to a view.
+    /// The operations that make a view of a picture; each gives two.
     pub views: Pipeline,
 }
 
@@ -98,89 +72,57 @@ pub enum Sampling {
 }
 
 impl Config {
-    /// Finds what is wrong before anything runs.
+    /// Checks values, device and pictures before anything runs.
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, or the device is not there; the message names the key.
+    /// A value lies outside its range, the device does not exist, or the pictures do not fit.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
-        self.plan(self.batch_size).check()?;
-        self.groups()?;
-        self.learning_rate(1)?;
-        self.target_decay(1)?;
-        check::batch_size(self.batch_size)?;
-        check::counts(&[
+        self.run.check(job.name)?;
+        self.optimizer.check(job.name)?;
+        self.schedule.check(job.name, self.run.epochs)?;
+        self.network.check(job.name)?;
+        let counts = [
             ("reassign", self.reassign),
             ("kmeans-restarts", self.kmeans_restarts),
             ("kmeans-iterations", self.kmeans_iterations),
             ("emulate-world-size", self.emulate_world_size),
-        ])?;
-        check::not_negative(&[("noise", self.noise), ("scatter-weight", self.scatter_weight)])?;
-        check::above_zero(&[("scatter-temperature", self.scatter_temperature)])?;
+        ];
+        check::at_least(job.name, 1, &counts)?;
+        let weights = [("noise", self.noise), ("scatter-weight", self.scatter_weight)];
+        check::not_negative(job.name, &weights)?;
+        check::above_zero(job.name, &[("scatter-temperature", self.scatter_temperature)])?;
         ensure!(
             self.absent_logit < f64::INFINITY,
-            "absent-logit = {}: it must be a number or -inf",
+            "`absent-logit` in `[{}]` is {}; it must be a number or -inf",
+            job.name,
             self.absent_logit
         );
-        self.input.check("propos.input")?;
-        self.views.check("propos.views")?;
-        if !job.images.exists() {
-            return Ok(Effort::NONE);
-        }
-        let images = Images::open(&job.images)?;
-        Loader::check(&images, &self.input)?;
-        let rows = images.rows(&job.data.train_on);
-        sampler::uniform(&rows, self.batch_size, 0, 0)?;
-        let scored = images.rows(&job.data.score_on).len();
-        Ok(Effort::of_backbone_pictures(self.effort(rows.len(), scored)))
+        self.input.check(&format!("{}.input", job.name))?;
+        self.views.check(&format!("{}.views", job.name))?;
+        let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        Ok(Effort::of_backbone_pictures(self.effort(pictures.trained, pictures.scored)))
     }
 
-    /// Length of the run and its checkpoints.
     pub(crate) fn plan(&self, images: usize) -> Plan {
-        Plan {
-            epochs: self.epochs,
-            steps_per_epoch: sampler::steps(images, self.batch_size),
-            batch_size: self.batch_size.min(images),
-            save_every: self.save_every,
-            collapse_deviation: self.collapse_deviation,
-            advice: Advice {
-                divergence: "a lower `peak-learning-rate`",
-                collapse: "a higher `target-decay`, a lower `peak-learning-rate` or milder `views`",
-            },
-        }
+        self.run.plan(images, sampler::steps(images, self.run.batch_size), Advice::BYOL)
     }
 
     /// Pictures through a backbone: of each of two views once by the online and once by the target
-    /// network, and of each image once by the target in every E-step, and for the result.
+    /// network, and of each image once by the target in every E-step and for the result.
     pub(crate) fn effort(&self, images: usize, scored: usize) -> f64 {
-        let e_steps = self.epochs.div_ceil(self.reassign) * images;
+        let e_steps = self.run.epochs.div_ceil(self.reassign) * images;
         4. * self.plan(images).pictures() + (e_steps + scored) as f64
     }
 
-    pub(crate) fn groups(&self) -> Result<Groups> {
-        Groups::byol(self.momentum, self.weight_decay, self.predictor_learning_rate_factor)
+    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> LearningRate {
+        let RunTable { epochs, batch_size, .. } = self.run;
+        self.schedule.learning_rate(&self.optimizer, batch_size, epochs, steps_per_epoch)
     }
 
-    pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> Result<LearningRate> {
-        let peak = self.peak_learning_rate * self.batch_size as f64 / 256.;
-        LearningRate::new(peak, self.warmup_epochs, self.epochs, steps_per_epoch, self.cosine)
-    }
-
-    pub(crate) fn target_decay(&self, steps_per_epoch: usize) -> Result<TargetDecay> {
-        let steps = self.epochs * steps_per_epoch;
-        TargetDecay::between(self.target_decay, self.last_target_decay, steps)
-    }
-
-    /// What `config.json` will say.
-    pub(crate) fn configuration(&self) -> Result<Configuration> {
-        Ok(Configuration {
-            backbone: self.backbone,
-            projector: self.projector,
-            predictor: self.predictor,
-            channels: self.input.channels,
-            input: serde_json::to_value(&self.input).context("`input` of the experiment")?,
-        })
+    pub(crate) fn target_decay(&self, steps_per_epoch: usize) -> TargetDecay {
+        self.schedule.target_decay(self.run.epochs * steps_per_epoch)
     }
 
     /// The k-means of an E-step and of the result.
@@ -191,7 +133,7 @@ impl Config {
         }
     }
 
-    /// What is added to BYOL in an epoch, counted from 0.
+    /// Noise and scattering in an epoch, counted from 0.
     pub(crate) fn extras(&self, epoch: usize, clusters: usize) -> Extras {
         let is_on = epoch >= self.byol_epochs;
         let weight = self.scatter_weight / self.emulate_world_size as f64;
@@ -221,9 +163,9 @@ impl Config {
         epoch: usize,
     ) -> Result<Vec<Vec<u32>>> {
         match self.sampling {
-            Sampling::Uniform => sampler::uniform(rows, self.batch_size, seed, epoch),
+            Sampling::Uniform => sampler::uniform(rows, self.run.batch_size, seed, epoch),
             Sampling::Balanced => {
-                sampler::balanced(rows, assignment, clusters, self.batch_size, seed, epoch)
+                sampler::balanced(rows, assignment, clusters, self.run.batch_size, seed, epoch)
             }
         }
     }
@@ -241,16 +183,6 @@ pub(crate) mod tests {
     /// The published table for ImageNet-Dogs, with a network and pictures for a test.
     pub(crate) fn published() -> Config {
         let text = r#"
-            epochs = 1000
-            batch-size = 256
-            peak-learning-rate = 0.05
-            predictor-learning-rate-factor = 10.0
-            momentum = 0.9
-            weight-decay = 5e-4
-            warmup-epochs = 50.0
-            cosine = "published"
-            target-decay = 0.996
-            last-target-decay = 1.0
             byol-epochs = 50
             reassign = 1
             kmeans-restarts = 40
@@ -263,13 +195,27 @@ pub(crate) mod tests {
             absent-logit = -10.0
             concatenate-views = false
             sampling = "balanced"
+            views = { operations = [{ operation = "noise", deviation = 0.2 }] }
+            [run]
+            epochs = 1000
+            batch-size = 256
             precision = "f32"
             save-every = 10
             collapse-deviation = 1e-4
+            [optimizer]
+            peak-learning-rate = 0.05
+            predictor-learning-rate-factor = 10.0
+            momentum = 0.9
+            weight-decay = 5e-4
+            [schedule]
+            warmup-epochs = 50.0
+            cosine = "published"
+            target-decay = 0.996
+            last-target-decay = 1.0
+            [network]
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
             predictor = { hidden = 8 }
-            views = { operations = [{ operation = "noise", deviation = 0.2 }] }
             [input]
             height = 6
             width = 7
@@ -298,29 +244,32 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn schedules_are_the_published_ones() -> Result<()> {
-        let rate = published().learning_rate(76)?;
+    fn schedules_are_the_published_ones() {
+        let rate = published().learning_rate(76);
         assert!((rate.at(50 * 76) - 0.05).abs() < 1e-12);
         assert!((rate.at(1000 * 76) - 0.00030779).abs() < 1e-8, "the tail is not 0");
-        let decay = published().target_decay(76)?;
+        let decay = published().target_decay(76);
         assert!((decay.at(0) - 0.996).abs() < 1e-12 && decay.at(76_000) == 1.);
-        let constant = Config { last_target_decay: 0.996, ..published() }.target_decay(76)?;
+        let mut constant = published();
+        constant.schedule.last_target_decay = 0.996;
+        let constant = constant.target_decay(76);
         for step in [0, 10_000, 76_000] {
             assert!((constant.at(step) - 0.996).abs() < 1e-15);
         }
-        Ok(())
     }
 
     #[test]
     fn effort_counts_both_networks_and_every_e_step() {
-        let config = Config { epochs: 5, reassign: 2, batch_size: 8, ..published() };
+        let mut config = Config { reassign: 2, ..published() };
+        (config.run.epochs, config.run.batch_size) = (5, 8);
         // Five epochs of two batches, four passes each; three E-steps on 20, the result on 24.
         assert_eq!(config.effort(20, 24), 4. * 5. * 16. + 3. * 20. + 24.);
     }
 
     #[test]
     fn order_is_balanced_over_the_clusters_where_asked_for() -> Result<()> {
-        let config = Config { batch_size: 50, ..published() };
+        let mut config = published();
+        config.run.batch_size = 50;
         let rows: Vec<u32> = (0..100).collect();
         let assignment: Vec<u32> = (0..100).map(|i| u32::from(i < 10)).collect();
         let small = |config: &Config| -> Result<usize> {

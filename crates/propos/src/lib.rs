@@ -1,18 +1,17 @@
 //! ProPos: from pictures to clusters in one stage, by turns of clustering and learning.
 //!
-//! The network is BYOL's: an online network predicts what its moving average, the target, makes of
-//! another view of the same image. To that come, after some epochs of BYOL alone, *positive
-//! sampling*: the prediction starts from a sample near the online projection; and *prototype
-//! scattering*: the means of the clusters in a batch are held apart, each near its own in the
-//! target network. No two images are ever pushed apart, only clusters. Before every epoch, k-means
-//! on the target's projections of all un-augmented images says which image is in which cluster
-//! (Huang et al. 2023, arXiv:2111.11821: k-means is the E-step, learning the M-step). The clusters
-//! that k-means finds after the last epoch are the result.
+//! The network is BYOL's: an online network predicts the projection that its moving average, the
+//! target, computes from another view of the same image. After some epochs of BYOL alone two parts
+//! are added. *Positive sampling*: the prediction starts from a sample near the online projection.
+//! *Prototype scattering*: the means of the clusters in a batch are pushed apart, and each is kept
+//! near its own in the target network. No two images are ever pushed apart, only clusters. Before
+//! every epoch, k-means on the target's projections of all un-augmented images assigns the images to
+//! clusters (Huang et al. 2023, arXiv:2111.11821: k-means is the E-step, learning the M-step). The
+//! clusters that k-means finds after the last epoch are the result.
 //!
-//! Read from the authors' program where the text was not at hand. Of what that program does only on
-//! several devices, the weight of scattering is a value here (`emulate-world-size`); that it pairs
-//! most views with the labels of other images there, once both views pass as one batch, is not
-//! copied.
+//! Where the paper is silent, this follows the authors' program. On several devices that program
+//! weakens scattering, which is a value here (`emulate-world-size`); once both views pass as one
+//! batch, it also pairs most views with the labels of other images, which is not copied.
 //!
 //! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
 //!   start from.
@@ -20,8 +19,8 @@
 //!   `pseudo-labels.safetensors`, `head.safetensors` (the centres of the last k-means), and
 //!   `log.jsonl`, one object per epoch.
 //!
-//! Start at `run` of [`ProPos`]; the loss is in [`objective`], the E-step in [`clusters`], what varies in
-//! [`Config`].
+//! Start at the `run` of [`ProPos`]; the loss is in [`objective`], the E-step in [`clusters`], the
+//! values of an experiment in [`Config`].
 
 pub mod clusters;
 mod config;
@@ -57,22 +56,17 @@ impl Stage for ProPos {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
-        let learning_rate = config.learning_rate(plan.steps_per_epoch)?;
-        let target_decay = config.target_decay(plan.steps_per_epoch)?;
-        let configuration = config.configuration()?;
+        let learning_rate = config.learning_rate(plan.steps_per_epoch);
+        let target_decay = config.target_decay(plan.steps_per_epoch);
+        let configuration = config.network.configuration(&config.input)?;
 
         let mut learner =
-            Learner::random(&configuration, config.groups()?, config.precision, job.seed)?;
+            Learner::random(&configuration, config.optimizer, config.run.precision, job.seed)?;
         if let Some(folder) = job.optional_input("backbone") {
             learner.load_backbone(folder)?;
         }
@@ -217,7 +211,7 @@ pub(crate) mod tests {
     use data::Loader;
     use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DeviceChoice, Library, Split};
+    use stage::{DeviceChoice, Split};
     use training::loss::regression_loss;
     use training::sampler;
     use training::scatter::{Absent, scatter_loss};
@@ -235,20 +229,19 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn config() -> Config {
-        Config {
-            epochs: 3,
-            batch_size: 8,
-            peak_learning_rate: 0.5,
-            warmup_epochs: 1.,
-            target_decay: 0.9,
-            byol_epochs: 1,
-            kmeans_restarts: 2,
-            noise: 0.3,
-            emulate_world_size: 1,
-            save_every: 1,
-            collapse_deviation: 1e-6,
-            ..published()
-        }
+        let mut config = published();
+        (config.run.epochs, config.run.batch_size, config.run.save_every) = (3, 8, 1);
+        config.run.collapse_deviation = 1e-6;
+        config.optimizer.peak_learning_rate = 0.5;
+        (config.schedule.warmup_epochs, config.schedule.target_decay) = (1., 0.9);
+        Config { byol_epochs: 1, kmeans_restarts: 2, noise: 0.3, emulate_world_size: 1, ..config }
+    }
+
+    /// The same with some other values.
+    fn with(change: impl FnOnce(&mut Config)) -> Config {
+        let mut config = config();
+        change(&mut config);
+        config
     }
 
     fn network(config: &Config, job: &Job) -> Vec<u8> {
@@ -276,7 +269,7 @@ pub(crate) mod tests {
             ("world", Config { emulate_world_size: 2, ..config() }),
             ("temperature", Config { scatter_temperature: 0.4, ..config() }),
             ("joined", Config { concatenate_views: true, ..config() }),
-            ("decay", Config { last_target_decay: 0.9, ..config() }),
+            ("decay", with(|c| c.schedule.last_target_decay = 0.9)),
             ("sampling", Config { sampling: Sampling::Uniform, ..config() }),
         ] {
             assert!(bytes != network(&other, &job(folder.path(), name)), "{name}");
@@ -319,9 +312,13 @@ pub(crate) mod tests {
 
         let images = Images::open(&job.images)?;
         let rows = images.rows(&[Split::Train]);
-        let mut learner =
-            Learner::random(&config.configuration()?, config.groups()?, config.precision, 3)?;
-        let (rate, decay) = (config.learning_rate(2)?, config.target_decay(2)?);
+        let mut learner = Learner::random(
+            &config.network.configuration(&config.input)?,
+            config.optimizer,
+            config.run.precision,
+            3,
+        )?;
+        let (rate, decay) = (config.learning_rate(2), config.target_decay(2));
         let views = config.views(&images, 3);
         let Learner { online, target } = &mut learner;
         let mut step = 0;
@@ -387,8 +384,9 @@ pub(crate) mod tests {
         assert!(labels.confidence.iter().all(|confidence| (1. / 3. ..=1.).contains(confidence)));
         // Written again by the network as it was saved: nothing was trained behind it.
         let images = Images::open(&job.images)?;
-        let configuration = config.configuration()?;
-        let (mut target, _) = Target::open(&job.out, &configuration.encoder(), config.precision)?;
+        let configuration = config.network.configuration(&config.input)?;
+        let (mut target, _) =
+            Target::open(&job.out, &configuration.encoder(), config.run.precision)?;
         let again = clusters::result(&config, &job, &images, &mut target, &Cpu)?;
         assert_eq!(again.assignment, labels.assignment);
         assert_eq!(again.prototypes, labels.prototypes);
@@ -396,7 +394,7 @@ pub(crate) mod tests {
         assert_eq!(head.header_text("form")?, "centres");
         // `predict` computes the confidence of the run: the softmax at .1.
         assert_eq!(CentreMetric::of(&head)?, CentreMetric::CosineSoftmax { temperature: 0.1 });
-        assert_eq!(head.shape("centres")?, [3, config.projector.width]);
+        assert_eq!(head.shape("centres")?, [3, config.network.projector.width]);
         assert_eq!(head.f32("centres")?, labels.prototypes);
         Ok(())
     }
@@ -405,8 +403,12 @@ pub(crate) mod tests {
     fn loss(config: &Config, views: [Tensor; 2], clusters: &[Option<u32>]) -> Result<f64> {
         let folder = tempfile::tempdir()?;
         let job = job(folder.path(), "out");
-        let mut learner =
-            Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
+        let mut learner = Learner::random(
+            &config.network.configuration(&config.input)?,
+            config.optimizer,
+            config.run.precision,
+            5,
+        )?;
         let mut run = Run::resume_or_start(&job, config, "f", config.plan(8), &mut learner)?;
         let Learner { mut online, mut target } = learner;
         // A target that is not the online network, or both directions would be alike.
@@ -454,8 +456,12 @@ pub(crate) mod tests {
     fn joined_views_are_paired_with_the_clusters_of_their_images() -> Result<()> {
         let config = Config { concatenate_views: true, scatter_weight: 1., ..config() };
         let [view_1, view_2] = views_of_eight()?;
-        let Learner { mut online, mut target } =
-            Learner::random(&config.configuration()?, config.groups()?, config.precision, 5)?;
+        let Learner { mut online, mut target } = Learner::random(
+            &config.network.configuration(&config.input)?,
+            config.optimizer,
+            config.run.precision,
+            5,
+        )?;
         target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
         let joined = Tensor::cat(&[&view_1, &view_2], 0)?;
         let pass = online.forward(&joined, None)?;
@@ -479,8 +485,11 @@ pub(crate) mod tests {
         let given = network(&config(), &job(folder.path(), "given"));
         let mut from = job(folder.path(), "from");
         from.inputs.insert("backbone".into(), folder.path().join("given"));
-        let still =
-            Config { peak_learning_rate: 1e-30, target_decay: 1., weight_decay: 0., ..config() };
+        let still = with(|c| {
+            c.optimizer.peak_learning_rate = 1e-30;
+            c.schedule.target_decay = 1.;
+            c.optimizer.weight_decay = 0.;
+        });
         assert!(network(&still, &from) != given);
         let weights = |out: &str| -> Result<Vec<f32>> {
             let bytes = fs::read(folder.path().join(out).join(backbone_file::NAME))?;
@@ -500,8 +509,8 @@ pub(crate) mod tests {
         let job = job(folder.path(), "out");
         config().check(&job)?;
         for (wrong, word) in [
-            (Config { batch_size: 1, ..config() }, "batch-size"),
-            (Config { epochs: 0, ..config() }, "epochs"),
+            (with(|c| c.run.batch_size = 1), "batch-size"),
+            (with(|c| c.run.epochs = 0), "epochs"),
             (Config { reassign: 0, ..config() }, "reassign"),
             (Config { kmeans_restarts: 0, ..config() }, "kmeans-restarts"),
             (Config { kmeans_iterations: 0, ..config() }, "kmeans-iterations"),
@@ -510,8 +519,8 @@ pub(crate) mod tests {
             (Config { scatter_weight: f64::NAN, ..config() }, "scatter-weight"),
             (Config { scatter_temperature: 0., ..config() }, "scatter-temperature"),
             (Config { absent_logit: f64::NAN, ..config() }, "absent-logit"),
-            (Config { last_target_decay: 0.5, ..config() }, "last-target-decay"),
-            (Config { warmup_epochs: 3., ..config() }, "warmup-epochs"),
+            (with(|c| c.schedule.last_target_decay = 0.5), "last-target-decay"),
+            (with(|c| c.schedule.warmup_epochs = 3.), "warmup-epochs"),
         ] {
             let message = format!("{:#}", wrong.check(&job).expect_err(word));
             assert!(message.contains(word), "{word} is not in: {message}");
@@ -521,18 +530,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let mut job = job(folder.path(), "out");
-        job.images = "none".into();
-        let mut found = 0;
-        for experiment in Library::in_folder("../../configs").experiments()? {
-            if experiment.has_table("propos") {
-                experiment.table::<Config>("propos")?.check(&job)?;
-                found += 1;
-            }
-        }
-        assert!(found > 0);
-        Ok(())
+    fn advice_names_keys_of_the_table() {
+        let training::Advice { divergence, collapse } = config().plan(20).advice;
+        fixture::assert_names_keys(divergence, &config());
+        fixture::assert_names_keys(collapse, &config());
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() {
+        fixture::assert_experiments_are_usable::<ProPos>();
     }
 }

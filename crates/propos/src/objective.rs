@@ -1,4 +1,4 @@
-//! What a step minimises: views of one image alike, clusters apart.
+//! The loss of a step: views of one image alike, clusters apart.
 //!
 //! A *direction* is one view in the online network against the other in the target network. Its
 //! loss is the alignment of the prediction, which is BYOL's, and the weighted scattering of the
@@ -10,15 +10,15 @@ use serde::{Deserialize, Serialize};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
 
-/// Where the noise of positive sampling is added.
+/// The space in which the noise of positive sampling is added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NoiseSpace {
-    /// To the projection as it is, as the authors' program has it: to projections of length 5 a
-    /// deviation of 0.001 is next to nothing.
+    /// That of projections, as in the authors' program: on projections of length 5 a deviation of
+    /// 0.001 has nearly no effect.
     Raw,
-    /// To the direction of the projection, whose length is kept: `v = q + ‖q‖ σ ε`. Our reading of
-    /// sampling on the unit sphere; the length is a constant of the gradient.
+    /// That of their directions: `v = q + ‖q‖ σ ε`. Our interpretation of sampling on the unit
+    /// sphere; the length is a constant of the gradient.
     Unit,
 }
 
@@ -53,16 +53,12 @@ pub struct Extras {
     pub scatter_weight: f64,
     /// Its temperature τ.
     pub temperature: f64,
-    /// What stands for clusters that are not in the batch.
+    /// How clusters without an image in the batch are treated.
     pub absent: Absent,
 }
 
 impl Extras {
     /// `σ ε` of one pass, `(N, P)`; `None` in epochs without noise.
-    ///
-    /// # Errors
-    ///
-    /// The device refuses.
     pub fn noise(
         &self,
         shape: (usize, usize),
@@ -74,15 +70,15 @@ impl Extras {
     }
 }
 
-/// What the two losses of a direction are, beside their sum.
+/// The loss of a direction and its two parts.
 #[derive(Debug)]
 pub struct Direction {
     /// Alignment plus weighted scattering: what is minimised.
     pub loss: Tensor,
     /// `2 − 2 cos` of predictions and target projections.
     pub alignment: Tensor,
-    /// Scattering without its weight; `None` where the weight is 0, so that nothing enters the
-    /// graph and every bit is BYOL's.
+    /// Scattering without its weight; `None` if the weight is 0, so that nothing enters the graph
+    /// and every bit is BYOL's.
     pub scatter: Option<Tensor>,
 }
 

@@ -7,34 +7,14 @@ use data::views::Pipeline;
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::{
-    Advice, Cosine, Groups, LearningRate, Plan, Precision, TargetDecay, check, sampler,
+    Advice, LearningRate, Plan, RunTable, ScheduleTable, SgdTable, TargetDecay, check, sampler,
 };
 
-/// What a refinement can vary. The experiment file sets every field: there are no defaults in
-/// code, and an unknown or missing key is an error. The networks' shape and the pictures' size come
-/// with the network that is refined.
+/// What a refinement can vary. The experiment sets every field. The shape of the networks and the
+/// size of their input are those of the network that is refined.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Passes over the images in each round.
-    pub epochs: usize,
-    /// Images per step; each gives two views.
-    pub batch_size: usize,
-    /// Learning rate after warm-up, for 256 images; scales linearly with `batch_size`.
-    pub peak_learning_rate: f64,
-    /// The predictor learns faster by this factor; 10 is published for BYOL.
-    pub predictor_learning_rate_factor: f64,
-    /// Share of the last step's direction that a step keeps. The first round starts without any,
-    /// the later ones take it over.
-    pub momentum: f64,
-    /// Weight decay of every parameter, batch norm and biases included.
-    pub weight_decay: f64,
-    /// Epochs of the first round over which the learning rate rises from 0. From there it falls
-    /// along one cosine over all rounds, to 0.
-    pub warmup_epochs: f64,
-    /// Decay τ of the target network at the first step of the first round; rises to 1 along a
-    /// cosine over all rounds.
-    pub target_decay: f64,
     /// Deviation σ of the noise on the projection before the predictor.
     pub noise: f64,
     /// Weight of [`sample_to_prototype_loss`](crate::loss::sample_to_prototype_loss), once the gate
@@ -56,13 +36,14 @@ pub struct Config {
     pub prototypes: PrototypeUpdate,
     /// Order of the images.
     pub sampling: Sampling,
-    /// Number type of activations and products.
-    pub precision: Precision,
-    /// Epochs between checkpoints.
-    pub save_every: usize,
-    /// The run stops when the deviation of unit-length projections falls below this.
-    pub collapse_deviation: f64,
-    /// From a picture to a view.
+    /// Length of a round, batches, checkpoints.
+    pub run: RunTable,
+    /// SGD. The first round starts without momentum, the later ones continue that of the round
+    /// before.
+    pub optimizer: SgdTable,
+    /// Learning rate and target decay, over all rounds: warm-up is in the first one.
+    pub schedule: ScheduleTable,
+    /// The operations that make a view of a picture; each gives two.
     pub views: Pipeline,
 }
 
@@ -93,58 +74,48 @@ pub enum Sampling {
 const LEAST_SHARE_FOR_BALANCE: f64 = 0.3;
 
 impl Config {
-    /// Finds what is wrong before anything runs.
+    /// Checks values, device and pictures before anything runs.
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, or the device is not there; the message names the key.
+    /// A value lies outside its range, or the device does not exist.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
-        self.plan(1).check()?;
-        check::batch_size(self.batch_size)?;
-        self.groups()?;
-        self.learning_rate(job.rounds.max(1), 1)?;
-        self.target_decay(job.rounds.max(1), 1)?;
-        self.views.check("prototype-refinement.views")?;
-        check::not_negative(&[
+        self.run.check(job.name)?;
+        self.optimizer.check(job.name)?;
+        self.schedule.check(job.name, job.rounds.max(1) * self.run.epochs)?;
+        self.views.check(&format!("{}.views", job.name))?;
+        let weights = [
             ("noise", self.noise),
             ("sample-to-prototype-weight", self.sample_to_prototype_weight),
             ("scatter-weight", self.scatter_weight),
             ("ramp-epochs", self.ramp_epochs),
-        ])?;
-        check::above_zero(&[
+        ];
+        check::not_negative(job.name, &weights)?;
+        let temperatures = [
             ("sample-to-prototype-temperature", self.sample_to_prototype_temperature),
             ("scatter-temperature", self.scatter_temperature),
-        ])?;
+        ];
+        check::above_zero(job.name, &temperatures)?;
         ensure!(
             self.sample_to_prototype_gate <= 1.,
-            "sample-to-prototype-gate = {}: a stability is at most 1; set \
-             sample-to-prototype-weight = 0.0 to leave the loss out",
+            "`sample-to-prototype-gate` in `[{}]` is {}; a stability is at most 1: set \
+             `sample-to-prototype-weight` to 0.0 to leave the loss out",
+            job.name,
             self.sample_to_prototype_gate
         );
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
         let images = Images::open(&job.images)?;
-        let rows = images.rows(&job.data.train_on);
-        let steps = sampler::steps(rows.len(), self.batch_size);
-        let scored = images.rows(&job.data.score_on).len();
+        let count = |splits| images.rows(splits).len();
+        let steps = sampler::steps(count(&job.data.train_on), self.run.batch_size);
+        let scored = count(&job.data.score_on);
         Ok(Effort::of_backbone_pictures(self.effort(steps, scored, job.round)))
     }
 
-    /// Length of one round and its checkpoints.
     pub(crate) fn plan(&self, steps_per_epoch: usize) -> Plan {
-        Plan {
-            epochs: self.epochs,
-            steps_per_epoch,
-            batch_size: self.batch_size,
-            save_every: self.save_every,
-            collapse_deviation: self.collapse_deviation,
-            advice: Advice {
-                divergence: "a lower `peak-learning-rate`",
-                collapse: "a higher `target-decay`, a lower `peak-learning-rate` or milder `views`",
-            },
-        }
+        self.run.plan(self.run.batch_size, steps_per_epoch, Advice::BYOL)
     }
 
     /// Pictures through a backbone in a round: of each of two views once by the online and once by
@@ -158,25 +129,21 @@ impl Config {
         let highest_stability = (round > 1).then_some(1.);
         let passes = match self.prototypes {
             _ if !self.pulls(highest_stability) => 0,
-            PrototypeUpdate::Epoch => self.epochs,
+            PrototypeUpdate::Epoch => self.run.epochs,
             PrototypeUpdate::MovingAverage => 1,
         };
         4. * self.plan(steps_per_epoch).pictures() + (passes * scored) as f64
     }
 
-    pub(crate) fn groups(&self) -> Result<Groups> {
-        Groups::byol(self.momentum, self.weight_decay, self.predictor_learning_rate_factor)
-    }
-
     /// Over all rounds; its steps count from the first step of the first round.
-    pub(crate) fn learning_rate(&self, rounds: usize, steps: usize) -> Result<LearningRate> {
-        let peak = self.peak_learning_rate * self.batch_size as f64 / 256.;
-        LearningRate::new(peak, self.warmup_epochs, rounds * self.epochs, steps, Cosine::ToZero)
+    pub(crate) fn learning_rate(&self, rounds: usize, steps_per_epoch: usize) -> LearningRate {
+        let (epochs, batch_size) = (rounds * self.run.epochs, self.run.batch_size);
+        self.schedule.learning_rate(&self.optimizer, batch_size, epochs, steps_per_epoch)
     }
 
     /// Over all rounds, as [`Config::learning_rate`].
-    pub(crate) fn target_decay(&self, rounds: usize, steps: usize) -> Result<TargetDecay> {
-        TargetDecay::new(self.target_decay, rounds * self.epochs * steps)
+    pub(crate) fn target_decay(&self, rounds: usize, steps_per_epoch: usize) -> TargetDecay {
+        self.schedule.target_decay(rounds * self.run.epochs * steps_per_epoch)
     }
 
     /// Weights of the two losses of this stage at a step, `(sample to prototype, scatter)`.
@@ -215,7 +182,7 @@ impl Config {
         seed: u64,
         epoch: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        let uniform = || sampler::uniform(rows, self.batch_size, seed, epoch);
+        let uniform = || sampler::uniform(rows, self.run.batch_size, seed, epoch);
         if self.sampling == Sampling::Uniform {
             return uniform();
         }
@@ -226,7 +193,7 @@ impl Config {
         if shares(&labels, clusters)?.smallest < LEAST_SHARE_FOR_BALANCE {
             return uniform();
         }
-        sampler::balanced(rows, &labels, clusters, self.batch_size, seed, epoch)
+        sampler::balanced(rows, &labels, clusters, self.run.batch_size, seed, epoch)
     }
 }
 
@@ -237,14 +204,6 @@ pub(crate) mod tests {
     /// The published-size table of the specification.
     pub(crate) fn published() -> Config {
         let text = r#"
-            epochs = 40
-            batch-size = 256
-            peak-learning-rate = 0.02
-            predictor-learning-rate-factor = 10.0
-            momentum = 0.9
-            weight-decay = 5e-4
-            warmup-epochs = 5.0
-            target-decay = 0.996
             noise = 0.001
             sample-to-prototype-weight = 0.1
             sample-to-prototype-gate = 0.99
@@ -254,17 +213,31 @@ pub(crate) mod tests {
             ramp-epochs = 5.0
             prototypes = "epoch"
             sampling = "balanced"
+            views = { operations = [{ operation = "flip", probability = 0.5 }] }
+            [run]
+            epochs = 40
+            batch-size = 256
             precision = "f32"
             save-every = 10
             collapse-deviation = 1e-4
-            views = { operations = [{ operation = "flip", probability = 0.5 }] }
+            [optimizer]
+            peak-learning-rate = 0.02
+            predictor-learning-rate-factor = 10.0
+            momentum = 0.9
+            weight-decay = 5e-4
+            [schedule]
+            warmup-epochs = 5.0
+            cosine = "to-zero"
+            target-decay = 0.996
+            last-target-decay = 1.0
         "#;
         toml::from_str(text).expect("a table")
     }
 
     #[test]
     fn effort_counts_prototypes_in_rounds_whose_gate_may_open() {
-        let config = Config { epochs: 5, batch_size: 8, ..published() };
+        let mut config = published();
+        (config.run.epochs, config.run.batch_size) = (5, 8);
         let views = 4. * 5. * 3. * 8.; // Five epochs of three batches.
         assert_eq!(config.effort(3, 20, 1), views, "no stability, no prototypes");
         assert_eq!(config.effort(3, 20, 2), views + 5. * 20.);
@@ -281,16 +254,26 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_schedule_spans_all_rounds() -> Result<()> {
-        let rate = published().learning_rate(5, 100)?;
+    fn every_experiment_of_the_project_has_a_usable_table() {
+        fixture::assert_experiments_are_usable::<crate::PrototypeRefinement>();
+    }
+
+    #[test]
+    fn advice_names_keys_of_the_table() {
+        let training::Advice { divergence, collapse } = published().plan(20).advice;
+        fixture::assert_names_keys(divergence, &published());
+        fixture::assert_names_keys(collapse, &published());
+    }
+
+    #[test]
+    fn one_schedule_spans_all_rounds() {
+        let rate = published().learning_rate(5, 100);
         for (epoch, want) in [(2.5, 0.01), (5., 0.02), (102.5, 0.01), (200., 0.)] {
             let got = rate.at((epoch * 100.) as usize);
             assert!((got - want).abs() < 1e-9, "epoch {epoch}: got {got}, want {want}");
         }
-        assert_eq!(published().groups()?.predictor.learning_rate_factor, 10.);
-        let decay = published().target_decay(5, 100)?;
+        let decay = published().target_decay(5, 100);
         assert!((decay.at(0) - 0.996).abs() < 1e-12 && (decay.at(20_000) - 1.).abs() < 1e-12);
-        Ok(())
     }
 
     #[test]
@@ -318,7 +301,8 @@ pub(crate) mod tests {
             (0..100).map(|i| Some(u32::from(i < small))).collect()
         };
         let rows: Vec<u32> = (0..100).collect();
-        let config = Config { batch_size: 50, ..published() };
+        let mut config = published();
+        config.run.batch_size = 50;
         // .3 of the even share of 50 is 15.
         let uniform = sampler::uniform(&rows, 50, 1, 3)?;
         assert_eq!(config.order(&rows, &labels(14), 2, 1, 3)?, uniform);

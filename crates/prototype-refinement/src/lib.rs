@@ -1,20 +1,21 @@
-//! Stage: refines a network by the clusters that were found with it, prototype by prototype.
+//! Stage: refines a network with the clusters that were found with it.
 //!
-//! The online, target and predictor networks of BYOL (Grill et al. 2020, arXiv:2006.07733) go on
-//! learning that two views of one image are the same. To that come two losses on the images whose
-//! pseudo-labels are reliable: each image is drawn to the prototype of its cluster and held off the
-//! others, and the clusters' means are held apart and alike between views. No pair of images is
-//! ever pushed apart, so that two of one cluster cannot be.
+//! The online and target networks of BYOL (Grill et al. 2020, arXiv:2006.07733) continue to learn
+//! that two views of one image are the same. Two losses are added for the images whose pseudo-labels
+//! are reliable: one pulls each image to the prototype of its cluster and away from the others, one
+//! pushes the clusters' means apart and keeps each alike between views. No pair of images is ever
+//! pushed apart, so that no two images of one cluster can be.
 //!
 //! This is the third stage of PLDC, prototype-based representation learning. The paper's abstract
-//! gives its idea; losses, weights and schedules are our reading. That the first loss waits for
-//! stable pseudo-labels comes from a check on real digits, in which it hurt before that.
+//! gives its idea; losses, weights and schedules are our interpretation. The first loss waits for
+//! stable pseudo-labels, because it did harm before on the digits.
 //!
 //! - Reads `images.safetensors`, `network` (the last training stage), `pseudo-labels` (the last
 //!   clustering), and from the second round on `previous` (this stage's last round: momenta).
 //! - Writes `network.safetensors`, `backbone.safetensors`, `config.json`, `state.safetensors`.
 //!
-//! Start at [`PrototypeRefinement`]'s `run`; the objective is in [`loss`], what varies in [`Config`].
+//! Start at the `run` of [`PrototypeRefinement`]; the losses are in [`loss`], the values of an
+//! experiment in [`Config`].
 
 mod config;
 pub mod loss;
@@ -58,11 +59,6 @@ impl Stage for PrototypeRefinement {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
         let images = Images::of_job(job)?;
@@ -85,7 +81,7 @@ impl Stage for PrototypeRefinement {
         let configuration = Configuration::read(network)?;
         let input: data::views::Input = configuration.input()?;
         let mut learner =
-            Learner::open(network, &configuration, config.groups()?, config.precision)?;
+            Learner::open(network, &configuration, config.optimizer, config.run.precision)?;
         if job.round > 1 {
             learner.load_momenta(job.input("previous")?)?;
         }
@@ -95,10 +91,10 @@ impl Stage for PrototypeRefinement {
 
         let seed = draws(job.seed);
         // One schedule spans all rounds: this one begins where the last one ended.
-        let steps_per_epoch = sampler::steps(rows.len(), config.batch_size);
-        let epochs_before = (job.round - 1) * config.epochs;
-        let learning_rate = config.learning_rate(job.rounds, steps_per_epoch)?;
-        let target_decay = config.target_decay(job.rounds, steps_per_epoch)?;
+        let steps_per_epoch = sampler::steps(rows.len(), config.run.batch_size);
+        let epochs_before = (job.round - 1) * config.run.epochs;
+        let learning_rate = config.learning_rate(job.rounds, steps_per_epoch);
+        let target_decay = config.target_decay(job.rounds, steps_per_epoch);
         let plan = config.plan(steps_per_epoch);
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         let views = Views::new(&images, [&config.views; 2], &input, seed);
@@ -178,8 +174,8 @@ impl Trained for Model {
 /// The loss of one direction: regression, and the two losses on reliable images. A weight of 0
 /// leaves a loss out of the graph, so that every bit is as in pretraining.
 ///
-/// - `seams`: what the online network makes of one view.
-/// - `target`: the target's projection of the other, `(B, P)`.
+/// - `seams`: the online network's embedding, projection and prediction of one view.
+/// - `target`: the target's projection of the other view, `(B, P)`.
 /// - `weights`: of the pull to prototypes, and of scattering.
 fn objective(
     config: &Config,

@@ -1,5 +1,5 @@
-//! What refinement adds to the regression loss: each image toward the prototype of its cluster,
-//! and the clusters apart from each other, which is [`training::scatter`].
+//! The losses that refinement adds to regression: one pulls each image to the prototype of its
+//! cluster; the other pushes the clusters apart and is [`training::scatter`].
 //!
 //! Both losses see an online projection before the predictor and without noise, and take it to
 //! unit length themselves. Both act on the reliable images of a batch alone, which are those of

@@ -15,11 +15,18 @@ use prototype_refinement::{Config, PrototypeRefinement, draws};
 use stage::{DataTable, Job, Split, Stage};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
-use training::{Groups, Learner, Precision, sampler};
+use training::{Cosine, Learner, LearningRate, Precision, SgdTable, TargetDecay, sampler};
 
 const IMAGES: usize = 24;
 const CLUSTERS: usize = 3;
 const WIDTH: usize = 8;
+
+const SGD: SgdTable = SgdTable {
+    peak_learning_rate: 0.5,
+    predictor_learning_rate_factor: 10.,
+    momentum: 0.9,
+    weight_decay: 5e-4,
+};
 
 /// A folder with pictures, a network of random weights, and pseudo-labels.
 struct Experiment {
@@ -48,8 +55,7 @@ impl Experiment {
         for name in ["network", "pseudo-labels"] {
             fs::create_dir(experiment.at(name))?;
         }
-        let groups = Groups::byol(0.9, 5e-4, 10.)?;
-        let mut learner = Learner::random(&configuration, groups, Precision::F32, 7)?;
+        let mut learner = Learner::random(&configuration, SGD, Precision::F32, 7)?;
         configuration.write(&experiment.at("network"))?;
         let tensors = training::network_tensors(&mut learner)?;
         network_file::write_tensors(&experiment.at("network"), &tensors)?;
@@ -64,8 +70,7 @@ impl Experiment {
     /// The network as refinement takes it up.
     fn learner(&self) -> Result<Learner> {
         let configuration = Configuration::read(&self.at("network"))?;
-        let groups = Groups::byol(0.9, 5e-4, 10.)?;
-        Learner::open(&self.at("network"), &configuration, groups, Precision::F32)
+        Learner::open(&self.at("network"), &configuration, SGD, Precision::F32)
     }
 
     /// Pseudo-labels in which every image of even number is reliable, with this score.
@@ -126,14 +131,6 @@ impl Experiment {
 
 fn config() -> Config {
     let text = r#"
-        epochs = 2
-        batch-size = 8
-        peak-learning-rate = 0.5
-        predictor-learning-rate-factor = 10.0
-        momentum = 0.9
-        weight-decay = 5e-4
-        warmup-epochs = 1.0
-        target-decay = 0.9
         noise = 0.0
         sample-to-prototype-weight = 0.0
         sample-to-prototype-gate = 0.99
@@ -143,11 +140,24 @@ fn config() -> Config {
         ramp-epochs = 1.0
         prototypes = "epoch"
         sampling = "uniform"
+        views = { operations = [{ operation = "flip", probability = 0.5 },
+                                { operation = "noise", deviation = 0.1 }] }
+        [run]
+        epochs = 2
+        batch-size = 8
         precision = "f32"
         save-every = 1
         collapse-deviation = 0.0
-        views = { operations = [{ operation = "flip", probability = 0.5 },
-                                { operation = "noise", deviation = 0.1 }] }
+        [optimizer]
+        peak-learning-rate = 0.5
+        predictor-learning-rate-factor = 10.0
+        momentum = 0.9
+        weight-decay = 5e-4
+        [schedule]
+        warmup-epochs = 1.0
+        cosine = "to-zero"
+        target-decay = 0.9
+        last-target-decay = 1.0
     "#;
     toml::from_str(text).expect("a table")
 }
@@ -170,9 +180,8 @@ fn by_hand(
     let input: Input = Configuration::read(&experiment.at("network"))?.input()?;
     let Learner { online, target } = &mut learner;
     let steps = sampler::steps(IMAGES, 8);
-    let rate =
-        training::LearningRate::new(0.5 * 8. / 256., 1., 4, steps, training::Cosine::ToZero)?;
-    let decay = training::TargetDecay::new(0.9, 4 * steps)?;
+    let rate = LearningRate::cosine(0.5 * 8. / 256., 1., 4, steps, Cosine::ToZero);
+    let decay = TargetDecay::new(0.9, 1., 4 * steps);
     let rows: Vec<u32> = (0..IMAGES as u32).collect();
     let mut step = 0;
     for epoch in 0..epochs {

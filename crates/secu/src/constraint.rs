@@ -12,10 +12,11 @@
 //! throws the whole batch from cluster to cluster: one a batch at η = 1.2. The counts of the entropy
 //! are of all images, however many steps it took to see them: 14.8 of 15.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use assignment::argmax_rows;
 use serde::{Deserialize, Serialize};
 use stage::Diverged;
+use training::check;
 
 /// The rule, as the key `constraint` of an experiment says it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -43,27 +44,19 @@ pub enum Constraint {
 impl Constraint {
     /// Checks the values.
     ///
+    /// - `table`: name of this table in the experiment, for messages.
+    ///
     /// # Errors
     ///
     /// A value lies outside its range; the message names the key.
-    pub fn check(self) -> Result<()> {
+    pub fn check(self, table: &str) -> Result<()> {
         match self {
             Self::Size { lower_bound, rate } => {
-                ensure!(
-                    (0. ..=1.).contains(&lower_bound),
-                    "lower-bound = {lower_bound} of the constraint: it must lie in [0, 1]"
-                );
-                ensure!(
-                    rate.is_finite() && rate >= 0.,
-                    "rate = {rate} of the constraint: it must be a number that is not negative"
-                );
+                check::within(table, "lower-bound", lower_bound, 0. ..=1.)?;
+                check::not_negative(table, &[("rate", rate)])
             }
-            Self::Entropy { weight } => ensure!(
-                weight.is_finite() && weight >= 0.,
-                "weight = {weight} of the constraint: it must be a number that is not negative"
-            ),
+            Self::Entropy { weight } => check::not_negative(table, &[("weight", weight)]),
         }
-        Ok(())
     }
 }
 
@@ -299,13 +292,13 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_refused() {
-        assert!(SIZE.check().is_ok() && Constraint::Entropy { weight: 0. }.check().is_ok());
+        assert!(SIZE.check("c").is_ok() && Constraint::Entropy { weight: 0. }.check("c").is_ok());
         for wrong in [
             Constraint::Size { lower_bound: 1.1, rate: 0.1 },
             Constraint::Size { lower_bound: 0.9, rate: -0.1 },
             Constraint::Entropy { weight: f64::NAN },
         ] {
-            assert!(wrong.check().is_err(), "{wrong:?}");
+            assert!(wrong.check("c").is_err(), "{wrong:?}");
         }
         let error = Balance::new(SIZE, 2).assign(&[0.1, f32::NAN], Before::Nothing);
         assert!(error.expect_err("a NaN").is::<Diverged>());

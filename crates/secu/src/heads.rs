@@ -52,10 +52,6 @@ impl Head {
     /// Head `number` with centres in random directions, of unit length.
     ///
     /// - `images`: number of images to train on.
-    ///
-    /// # Errors
-    ///
-    /// The device is out of memory.
     pub fn random(
         number: usize,
         clusters: usize,
@@ -81,19 +77,11 @@ impl Head {
     }
 
     /// The unit-length centres, `(K, P)`; the gradient passes.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn directions(&self) -> candle_core::Result<Tensor> {
         unit_rows(&self.centres.variable)
     }
 
     /// Copies the centres for the network's loss of this epoch.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn freeze(&mut self) -> Result<()> {
         self.frozen = self.directions()?.detach();
         Ok(())
@@ -158,19 +146,11 @@ impl Head {
     }
 
     /// Moves the centres along their gradient.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn descend(&mut self, gradients: &GradStore, rule: Sgd) -> Result<()> {
         Ok(self.centres.step(gradients, rule)?)
     }
 
     /// The name of the centres if their gradient is not finite.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn gradient_not_finite(
         &self,
         gradients: &GradStore,

@@ -1,15 +1,16 @@
-//! SeCu: from pictures to clusters in one phase, by centres that no other image pushes.
+//! SeCu: from pictures to clusters in one phase, with centres that only their own images move.
 //!
-//! One network, several heads, each a set of centres on the unit sphere and a cluster for every
-//! image. The network learns toward the clusters of the epoch before and toward what it makes of
-//! the other view, among a copy of the centres that stands still for an epoch. The centres learn
-//! from the images assigned to them alone, the hard ones more; plain cross-entropy would let every
-//! image push every other centre, and diverges. A constraint on the assignment keeps the clusters
-//! in use, by size or by entropy (stable cluster discrimination, Qian 2023, arXiv:2311.14310). The
-//! head with as many clusters as are asked for gives the result; no k-means runs in training.
+//! One network has several heads; each is a set of centres on the unit sphere and a cluster for
+//! every image. The network learns toward the clusters of the epoch before and toward its prediction
+//! for the other view, among a copy of the centres that is frozen for an epoch. A centre learns from
+//! the images assigned to it alone, most from the hard ones; plain cross-entropy would let every
+//! image push every other centre, and diverges. A constraint on the assignment keeps all clusters in
+//! use, by size or by entropy (stable cluster discrimination, Qian 2023, arXiv:2311.14310). The head
+//! with the number of clusters that the experiment asks for gives the result; training runs no
+//! k-means.
 //!
-//! What is here is the authors' program for small pictures. Their variant for ImageNet, with a
-//! predictor and LARS, is not, nor is the self-labelling that some published figures include. Their
+//! This is the authors' program for small pictures. Their variant for ImageNet, with a predictor and
+//! LARS, is not implemented, nor is the self-labelling that some published figures include. Their
 //! blur approximates a Gaussian by three box filters, ours is a Gaussian.
 //!
 //! - Reads `images.safetensors`, and from the optional role `backbone` a `backbone.safetensors` to
@@ -19,8 +20,8 @@
 //!   `state.safetensors`, `pseudo-labels.safetensors`, `head.safetensors` (the unit-length centres
 //!   of the head that gives the result), and `log.jsonl`, one object per epoch.
 //!
-//! Start at `run` of [`SeCu`]; a step of a head is [`heads::Head::step`], its losses are in [`loss`], the
-//! assignment in [`constraint`], what varies in [`Config`].
+//! Start at the `run` of [`SeCu`]; a step of a head is [`heads::Head::step`], its losses are in
+//! [`loss`], the assignment in [`constraint`], the values of an experiment in [`Config`].
 
 mod config;
 pub mod constraint;
@@ -61,19 +62,15 @@ impl Stage for SeCu {
         config.check(job)
     }
 
-    /// Files in, files out; goes on where an interrupted run stopped.
-    ///
-    /// # Errors
-    ///
-    /// An input is missing, damaged or foreign; the run was interrupted, diverged or collapsed.
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let rows = images.rows(&job.data.train_on);
         let places = places(&rows, images.len());
         let main = config.head(job)?;
+        let warm_epochs = config.schedule.still_epochs + config.schedule.warmup_epochs;
         let plan = config.plan(rows.len());
-        let schedule = config.schedule(plan.steps_per_epoch)?;
+        let learning_rate = config.learning_rate(plan.steps_per_epoch);
 
         let start = job.optional_input("backbone");
         let mut networks = Networks::random(config, rows.len(), start, job.seed, &device)?;
@@ -85,7 +82,7 @@ impl Stage for SeCu {
                 // The network's loss sees these copies of the centres until the epoch ends.
                 networks.heads.iter_mut().try_for_each(Head::freeze)?;
             }
-            let order = sampler::every(&rows, config.batch_size, job.seed, epoch)?;
+            let order = sampler::every(&rows, config.run.batch_size, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, run.batches_done())? {
                 let batch = batch?;
                 let places: Vec<usize> =
@@ -103,7 +100,7 @@ impl Stage for SeCu {
                     let found = head.step([one, other], &places, epoch, config.temperatures())?;
                     if number == main {
                         // Before warm-up ends, the network cannot tell images apart yet.
-                        let distinct = match epoch < config.still_epochs + config.warmup_epochs {
+                        let distinct = match epoch < warm_epochs {
                             true => distinct(&found.ids),
                             false => networks.monitor.look(&found.ids)?, // An error at a collapse.
                         };
@@ -122,7 +119,7 @@ impl Stage for SeCu {
                 networks.backward(seams_1, &gradients)?; // Adds to the gradients.
                 networks.backward(seams_2, &gradients)?;
                 run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;
-                networks.step(&gradients, schedule.at(run.step()), config.centre_rule())?;
+                networks.step(&gradients, learning_rate.at(run.step()), config.centre_rule())?;
                 run.end_step(&mut networks)?; // Saves when the program is asked to stop.
             }
             run.note("largest-cluster", networks.heads[main].largest_share()?);
@@ -150,7 +147,7 @@ fn result(
 ) -> Result<Found> {
     let rows = images.rows(&job.data.score_on);
     let centres = networks.heads[main].directions()?.detach();
-    let (width, clusters) = (config.projector.width, job.data.clusters);
+    let (width, clusters) = (config.network.projector.width, job.data.clusters);
     let loader = Loader::clean(images, &rows, &config.input)?;
     let [projections, memberships] = outputs(loader, device, |pictures| {
         let directions = networks.project(pictures)?;
@@ -190,7 +187,7 @@ pub(crate) mod tests {
     use backbone::network_file;
     use fixture::Pictures;
     use serde_json::Value;
-    use stage::{DeviceChoice, Library, Split};
+    use stage::{DeviceChoice, Split};
 
     use super::*;
     use crate::constraint::Constraint;
@@ -206,27 +203,31 @@ pub(crate) mod tests {
     pub(crate) fn config() -> Config {
         toml::from_str(
             r#"
-            epochs = 4
-            batch-size = 8
-            learning-rate = 0.2
-            centre-learning-rate = 0.8
-            still-epochs = 1
-            warmup-epochs = 1
-            momentum = 0.9
-            weight-decay = 1e-4
             heads = [3, 5]
             temperature = 0.05
             centre-temperature = 0.1
             assigned-share = 0.2
             constraint = { rule = "size", lower-bound = 0.9, rate = 0.1 }
+            least-distinct-ids = 1
+            views-1 = { operations = [{ operation = "noise", deviation = 0.2 }] }
+            views-2 = { operations = [{ operation = "flip", probability = 0.5 }] }
+            [run]
+            epochs = 4
+            batch-size = 8
             precision = "f32"
             save-every = 1
             collapse-deviation = 1e-6
-            least-distinct-ids = 1
+            [optimizer]
+            learning-rate = 0.2
+            centre-learning-rate = 0.8
+            momentum = 0.9
+            weight-decay = 1e-4
+            [schedule]
+            still-epochs = 1
+            warmup-epochs = 1
+            [network]
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
-            views-1 = { operations = [{ operation = "noise", deviation = 0.2 }] }
-            views-2 = { operations = [{ operation = "flip", probability = 0.5 }] }
             [input]
             height = 6
             width = 7
@@ -237,6 +238,13 @@ pub(crate) mod tests {
             "#,
         )
         .expect("a table")
+    }
+
+    /// The same with some other values.
+    fn with(change: impl FnOnce(&mut Config)) -> Config {
+        let mut config = config();
+        change(&mut config);
+        config
     }
 
     /// Some weights and centres of a short run. If it has not learnt to tell the images apart, its
@@ -261,8 +269,8 @@ pub(crate) mod tests {
     /// Large and long enough to tell the three kinds apart.
     fn able() -> Config {
         let mut able = config();
-        (able.epochs, able.learning_rate, able.backbone.width) = (40, 0.1, 8);
-        (able.projector.hidden, able.projector.width) = (32, 16);
+        (able.run.epochs, able.optimizer.learning_rate, able.network.backbone.width) = (40, 0.1, 8);
+        (able.network.projector.hidden, able.network.projector.width) = (32, 16);
         able
     }
 
@@ -280,8 +288,8 @@ pub(crate) mod tests {
         assert_ne!(first, weights(&config(), &seed));
         let size = |lower_bound, rate| Constraint::Size { lower_bound, rate };
         for (name, other) in [
-            ("centres", Config { centre_learning_rate: 0.4, ..config() }),
-            ("still", Config { still_epochs: 0, ..config() }),
+            ("centres", with(|c| c.optimizer.centre_learning_rate = 0.4)),
+            ("still", with(|c| c.schedule.still_epochs = 0)),
             ("heads", Config { heads: vec![3], ..config() }),
             ("temperature", Config { temperature: 0.1, ..config() }),
             ("centre temperature", Config { centre_temperature: 0.05, ..config() }),
@@ -305,10 +313,10 @@ pub(crate) mod tests {
         let images = Images::open(&job.images)?;
         let rows = images.rows(&job.data.train_on);
         let mut networks = Networks::random(&config, rows.len(), None, job.seed, &Device::Cpu)?;
-        let schedule = config.schedule(3)?; // Batches of 8, 8 and 3.
+        let learning_rate = config.learning_rate(3); // Batches of 8, 8 and 3.
         let views = config.views(&images, job.seed);
         let mut steps = 0;
-        for epoch in 0..config.epochs {
+        for epoch in 0..config.run.epochs {
             networks.heads.iter_mut().try_for_each(Head::freeze)?;
             let order = sampler::every(&rows, 8, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, 0)? {
@@ -328,7 +336,7 @@ pub(crate) mod tests {
                 let gradients = (sum / config.heads.len() as f64)?.backward()?;
                 networks.backward(view_2, &gradients)?;
                 networks.backward(view_1, &gradients)?;
-                networks.step(&gradients, schedule.at(steps), config.centre_rule())?;
+                networks.step(&gradients, learning_rate.at(steps), config.centre_rule())?;
             }
         }
         let want = weights_of(&mut networks);
@@ -344,13 +352,12 @@ pub(crate) mod tests {
     fn the_network_stands_still_while_the_centres_find_their_places() -> Result<()> {
         let folder = tempfile::tempdir()?;
         // The second epoch begins with a momentum, at a rate of next to nothing.
-        let config = Config {
-            epochs: 2,
-            still_epochs: 1,
-            warmup_epochs: 0,
-            learning_rate: 1e-30,
-            ..config()
-        };
+        let config = with(|c| {
+            c.run.epochs = 2;
+            c.schedule.still_epochs = 1;
+            c.schedule.warmup_epochs = 0;
+            c.optimizer.learning_rate = 1e-30;
+        });
         let job = job(folder.path(), "out");
         let found = weights(&config, &job);
         let images = Images::open(&job.images)?;
@@ -398,7 +405,10 @@ pub(crate) mod tests {
     #[test]
     fn a_run_whose_batches_hold_one_cluster_stops() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let strict = Config { least_distinct_ids: 4, warmup_epochs: 0, ..config() };
+        let strict = with(|c| {
+            c.schedule.warmup_epochs = 0;
+            c.least_distinct_ids = 4;
+        });
         let error = SeCu::run(&strict, &job(folder.path(), "out")).expect_err("at most 3 of 3");
         assert!(error.is::<stage::Diverged>(), "{error}");
         Ok(())
@@ -411,7 +421,8 @@ pub(crate) mod tests {
         let mut from = job(folder.path(), "from");
         from.inputs.insert("backbone".into(), folder.path().join("given"));
         // At a rate of nearly nothing, what comes in goes out.
-        let still = Config { learning_rate: 1e-30, epochs: 3, ..able() };
+        let mut still = able();
+        (still.optimizer.learning_rate, still.run.epochs) = (1e-30, 3);
         let found = weights(&still, &from);
         let count = 32 * 32 * 9; // Of the weight alone; the centres have moved.
         assert_eq!(found[..count], given[..count]);
@@ -428,13 +439,13 @@ pub(crate) mod tests {
         let job = job(folder.path(), "out");
         config().check(&job)?;
         for (wrong, word) in [
-            (Config { batch_size: 1, ..config() }, "batch-size"),
-            (Config { epochs: 0, ..config() }, "epochs"),
-            (Config { warmup_epochs: 3, ..config() }, "warmup-epochs"),
-            (Config { learning_rate: 0., ..config() }, "learning-rate"),
-            (Config { centre_learning_rate: -1., ..config() }, "centre-learning-rate"),
-            (Config { momentum: 1., ..config() }, "momentum"),
-            (Config { weight_decay: -1., ..config() }, "weight-decay"),
+            (with(|c| c.run.batch_size = 1), "batch-size"),
+            (with(|c| c.run.epochs = 0), "epochs"),
+            (with(|c| c.schedule.warmup_epochs = 3), "warmup-epochs"),
+            (with(|c| c.optimizer.learning_rate = 0.), "learning-rate"),
+            (with(|c| c.optimizer.centre_learning_rate = -1.), "centre-learning-rate"),
+            (with(|c| c.optimizer.momentum = 1.), "momentum"),
+            (with(|c| c.optimizer.weight_decay = -1.), "weight-decay"),
             (Config { heads: vec![4, 5], ..config() }, "heads"),
             (Config { heads: vec![3, 1], ..config() }, "heads"),
             (Config { temperature: 0., ..config() }, "temperature"),
@@ -450,19 +461,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn every_experiment_of_the_project_has_a_usable_table() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let mut found = 0;
-        for experiment in Library::in_folder("../../configs").experiments()? {
-            if experiment.has_table("secu") {
-                let mut job = job(folder.path(), "out");
-                job.images = "none".into();
-                job.data = experiment.table("data")?;
-                experiment.table::<Config>("secu")?.check(&job)?;
-                found += 1;
-            }
-        }
-        assert!(found > 0);
-        Ok(())
+    fn advice_names_keys_of_the_table() {
+        let training::Advice { divergence, collapse } = config().plan(20).advice;
+        fixture::assert_names_keys(divergence, &config());
+        fixture::assert_names_keys(collapse, &config());
+    }
+
+    #[test]
+    fn every_experiment_of_the_project_has_a_usable_table() {
+        fixture::assert_experiments_are_usable::<SeCu>();
     }
 }

@@ -46,7 +46,7 @@ impl Networks {
             backbone_file::read(&folder.join(backbone_file::NAME), &mut backbone)?;
         }
         let projector = Segment::random("projector", projector, seed)?;
-        let width = config.projector.width;
+        let width = config.network.projector.width;
         let head = |(number, &clusters): (usize, &usize)| {
             Head::random(number, clusters, width, images, config.constraint, seed, device)
         };
@@ -81,10 +81,6 @@ impl Networks {
     }
 
     /// The first gradient that is not finite, by its name in files.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn first_gradient_not_finite(
         &self,
         gradients: &GradStore,
@@ -104,10 +100,6 @@ impl Networks {
 
     /// One step of network and centres, each at its own rate. At a rate of 0 the network stays as
     /// it is, but its momentum is updated.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64, centres: Sgd) -> Result<()> {
         let rule = Sgd { learning_rate, ..centres };
         self.backbone.step(rule)?;

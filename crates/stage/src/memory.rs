@@ -22,12 +22,15 @@ pub(crate) fn advise(error: Error, name: &str, table: &impl Serialize) -> Error 
     if !FULL.iter().any(|words| text.contains(words)) {
         return error;
     }
-    let size = serde_json::to_value(table).ok();
-    let size = size.as_ref().and_then(|table| table.get("batch-size")).and_then(Value::as_u64);
-    let advice = match size {
-        Some(size @ 2..) => format!(
-            "the device ran out of memory with {name}.batch-size = {size}; try \
-             --set {name}.batch-size={}, or close what else uses the device",
+    let size = |table: &Value| table.get("batch-size").and_then(Value::as_u64);
+    let found = serde_json::to_value(table).ok().and_then(|table| {
+        let of_run = table.get("run").and_then(size).map(|size| (format!("{name}.run"), size));
+        of_run.or_else(|| size(&table).map(|size| (name.to_owned(), size)))
+    });
+    let advice = match found {
+        Some((table, size @ 2..)) => format!(
+            "the device ran out of memory with {table}.batch-size = {size}; try \
+             --set {table}.batch-size={}, or close what else uses the device",
             size / 2
         ),
         _ => "the device ran out of memory; close what else uses it".to_owned(),
@@ -45,9 +48,12 @@ mod tests {
     fn a_full_device_names_the_batch_size_to_try() {
         let full = || anyhow::anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
         let said = |size: u64| {
-            format!("{:#}", advise(full(), "pretraining", &json!({ "batch-size": size })))
+            format!(
+                "{:#}",
+                advise(full(), "pretraining", &json!({ "run": { "batch-size": size } }))
+            )
         };
-        assert!(said(256).contains("batch-size = 256; try --set pretraining.batch-size=128,"));
+        assert!(said(256).contains("batch-size = 256; try --set pretraining.run.batch-size=128,"));
         assert!(said(3).contains("batch-size=1,"), "{}", said(3));
         assert!(said(256).contains("CUDA_ERROR_OUT_OF_MEMORY"), "the cause is still there");
         assert!(!said(1).contains("batch-size"), "nothing is below 1");

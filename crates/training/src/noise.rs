@@ -1,16 +1,12 @@
-//! Gaussian noise at a seam.
+//! Gaussian noise.
 
 use candle_core::{Device, Result, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 
-/// `σ ε` with `ε ~ N(0, I)` of this shape; `None` where σ is 0, so that nothing enters the graph.
+/// `σ ε` with `ε ~ N(0, I)` of this shape; `None` if σ is 0, so that nothing enters the graph.
 ///
-/// - `deviation`: σ, in the unit of what it is added to.
-/// - `counters`: what the draw is for: step and direction. Equal counters give equal noise.
-///
-/// # Errors
-///
-/// The device refuses.
+/// - `deviation`: σ.
+/// - `counters`: such as step and direction. Equal counters give equal noise.
 pub fn noise(
     deviation: f64,
     shape: (usize, usize),

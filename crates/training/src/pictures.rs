@@ -45,10 +45,6 @@ impl<'a> Views<'a> {
 }
 
 /// The views of a batch on `device`, `(B, H, W, C)` each, which may differ in size.
-///
-/// # Errors
-///
-/// The device is out of memory.
 pub fn tensors(batch: Batch, device: &Device) -> Result<Vec<Tensor>> {
     let Batch { rows, views, sizes, channels, .. } = batch;
     let tensor = |(values, [height, width]): (Vec<f32>, [usize; 2])| {

@@ -24,7 +24,6 @@ use stage::container::Header;
 use stage::progress::Progress;
 use stage::{Diverged, Interrupted, Job};
 
-use crate::check;
 use crate::checkpoint::{self, Checkpoint, Trained};
 
 /// Steps on a GPU from one reading of loss, deviation and gradients to the next.
@@ -61,23 +60,13 @@ impl Plan {
     pub fn pictures(&self) -> f64 {
         (self.epochs * self.steps_per_epoch * self.batch_size) as f64
     }
-
-    /// Checks the values.
-    ///
-    /// # Errors
-    ///
-    /// One lies outside its range; the message names the key.
-    pub fn check(&self) -> Result<()> {
-        check::counts(&[("epochs", self.epochs), ("save-every", self.save_every)])?;
-        check::not_negative(&[("collapse-deviation", self.collapse_deviation)])
-    }
 }
 
 /// A training run: its progress, its log, its checkpoints.
 pub struct Run<'a> {
     job: &'a Job,
     plan: Plan,
-    /// What tells its state from that of another run, as JSON with sorted keys.
+    /// Identifies the run in its state, as JSON with sorted keys.
     identity: String,
     /// Epochs done.
     epochs: usize,
@@ -100,7 +89,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     ///
-    /// The state is damaged or belongs to another run; or a value of `plan` lies outside its range.
+    /// The state is damaged or belongs to another run.
     pub fn resume_or_start(
         job: &'a Job,
         table: &impl Serialize,
@@ -108,7 +97,6 @@ impl<'a> Run<'a> {
         plan: Plan,
         trained: &mut impl Trained,
     ) -> Result<Self> {
-        plan.check()?;
         let identity = json!({
             "fingerprint": fingerprint,
             "round": job.round,
@@ -441,7 +429,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::NAME;
-    use crate::learner::tests::{learner, pictures, tiny};
+    use crate::learner::tests::{SGD, learner, pictures, tiny};
     use crate::loss::regression_loss;
     use crate::{Learner, Precision};
 
@@ -562,8 +550,7 @@ mod tests {
         train(folder.path(), None, None)?;
         let state = checkpoint::open(folder.path())?;
         assert_eq!(state.u32("stage.steps")?, [1, 2, 3, 4, 5, 6]);
-        let groups = crate::Groups::byol(0.9, 0., 1.)?;
-        let mut next = Learner::open(folder.path(), &tiny(), groups, Precision::F32)?;
+        let mut next = Learner::open(folder.path(), &tiny(), SGD, Precision::F32)?;
         let moments = |learner: &mut Learner| -> Result<Vec<Vec<f32>>> {
             let file = Checkpoint::of(learner)?;
             let momenta = file.floats().filter(|(name, ..)| name.starts_with("momentum."));

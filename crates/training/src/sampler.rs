@@ -101,7 +101,7 @@ fn check(count: usize, batch_size: usize) -> Result<()> {
         count >= 2,
         "{count} images to train on: at least 2 are needed; see `train-on` in table `[data]`"
     );
-    ensure!(batch_size >= 2, "batch-size = {batch_size}: batch statistics need at least 2 images");
+    ensure!(batch_size >= 2, "a batch of {batch_size}: batch statistics need at least 2 images");
     Ok(())
 }
 

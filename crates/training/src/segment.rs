@@ -55,10 +55,6 @@ impl<O: Optimizer> TrainedSegment<O> {
     }
 
     /// The same segment on `device`, with the optimizer's memory and without gathered gradients.
-    ///
-    /// # Errors
-    ///
-    /// The device is out of memory.
     pub fn on(&self, device: &Device) -> Result<Self> {
         self.moved(|segment| segment.on(device))
     }
@@ -122,10 +118,7 @@ impl<O: Optimizer> TrainedSegment<O> {
 
     /// One step along the gradients gathered since the last one, which are then zero again.
     ///
-    /// # Errors
-    ///
-    /// The device fails. Gradients are not checked: see
-    /// [`Run::check_gradients`](crate::Run::check_gradients).
+    /// It does not check gradients: see [`Run::check_gradients`](crate::Run::check_gradients).
     pub fn step(&mut self, rule: O) -> Result<()> {
         rule.step(&mut self.segment.parameters, &self.gradients, &mut self.memory)?;
         self.gradients.zero();
@@ -133,10 +126,6 @@ impl<O: Optimizer> TrainedSegment<O> {
     }
 
     /// The first parameter whose gradient is not finite, as `<segment>.<parameter>`.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
         let name = self.gradients.first_non_finite()?;
         Ok(name.map(|name| format!("{}.{name}", self.name)))

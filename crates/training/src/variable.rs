@@ -21,10 +21,6 @@ pub struct TrainedVariable<O> {
 
 impl<O: Optimizer> TrainedVariable<O> {
     /// A variable before its first step, under its name in files.
-    ///
-    /// # Errors
-    ///
-    /// The device is out of memory.
     pub fn new(name: impl Into<String>, value: &Tensor) -> Result<Self> {
         let variable = Var::from_tensor(value)?;
         let moments = O::MOMENTS.iter().map(|_| value.zeros_like()).collect::<Result<_>>()?;
@@ -33,10 +29,6 @@ impl<O: Optimizer> TrainedVariable<O> {
 
     /// One step. The gradient is zero if the loss does not reach the variable; momentum and weight
     /// decay act all the same.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn step(&mut self, gradients: &GradStore, rule: O) -> Result<()> {
         self.steps += 1;
         // Detached, or the moments would keep the graphs of all earlier steps.
@@ -54,10 +46,6 @@ impl<O: Optimizer> TrainedVariable<O> {
     }
 
     /// The variable's name if its gradient is not finite.
-    ///
-    /// # Errors
-    ///
-    /// The device fails.
     pub fn gradient_not_finite(&self, gradients: &GradStore) -> Result<Option<String>> {
         let Some(gradient) = gradients.get(&self.variable) else { return Ok(None) };
         let sum = gradient.abs()?.sum_all()?.to_scalar::<f32>()?;

@@ -15,7 +15,7 @@ use bench::{Peers, Side, Table, Unit};
 use candle_core::Device::Cpu;
 use clap::Parser;
 use serde_json::{Value, json};
-use training::{Groups, Learner, Precision};
+use training::{Learner, Precision, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-embed", about = "Times the embedding of pictures")]
@@ -109,9 +109,14 @@ fn side(name: &str) -> Result<()> {
     let work = WORKS.iter().find(|work| work.name() == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
     let &Work { pixels, batch, .. } = work;
-    let groups = Groups::byol(0.9, 0., 1.)?;
+    let optimizer = SgdTable {
+        peak_learning_rate: 0.05,
+        predictor_learning_rate_factor: 1.,
+        momentum: 0.9,
+        weight_decay: 0.,
+    };
     let Learner { mut target, .. } =
-        Learner::random(&work.configuration(), groups, Precision::Bf16, 0)?;
+        Learner::random(&work.configuration(), optimizer, Precision::Bf16, 0)?;
     let noise = training::noise(1., (batch, pixels * pixels * 3), 1, &[], &Cpu)?;
     let pictures = noise.context("noise")?.reshape((batch, pixels, pixels, 3))?;
     bench::serve(|| {

@@ -22,7 +22,7 @@ use pretraining::Rates;
 use serde_json::{Value, json};
 use stage::{DataTable, Job};
 use training::loss::regression_loss;
-use training::{Advice, Groups, Learner, Plan, Precision, Run};
+use training::{Advice, Learner, Plan, Precision, Run, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-train", about = "Times whole steps of BYOL")]
@@ -125,8 +125,13 @@ impl Work {
     }
 
     fn learner(&self) -> Result<Learner> {
-        let groups = Groups::byol(0.9, 5e-4, 10.)?;
-        Learner::random(&self.configuration(), groups, self.precision, 0)
+        let optimizer = SgdTable {
+            peak_learning_rate: 0.05,
+            predictor_learning_rate_factor: 10.,
+            momentum: 0.9,
+            weight_decay: 5e-4,
+        };
+        Learner::random(&self.configuration(), optimizer, self.precision, 0)
     }
 
     /// Two views of noise.
@@ -155,7 +160,7 @@ fn side(name: &str) -> Result<()> {
         batch_size: work.batch,
         save_every: 1,
         collapse_deviation: 0.,
-        advice: Advice { divergence: "another seed", collapse: "another seed" },
+        advice: Advice::BYOL,
     };
     let (mut learner, views) = (work.learner()?, work.views()?);
     let mut run = Run::resume_or_start(&job, &(), "none", plan, &mut learner)?;
