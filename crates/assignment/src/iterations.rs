@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use kernels::similarity::{Precision, add_row, product};
+use kernels::similarity::{RowFormat, add_row, product};
 use rayon::prelude::*;
 
 use crate::clustering::{Clustering, KMeans, Metric};
@@ -103,7 +103,7 @@ fn step(
     centres: &[f32],
     drift: &[f32],
 ) -> Result<usize> {
-    let packed = Centres::new(centres, facts.d, Precision::fastest());
+    let packed = Centres::new(centres, facts.d, RowFormat::fastest());
     let mut changed = 0;
     source.each(&mut |first, points| {
         let range = first..first + points.len();

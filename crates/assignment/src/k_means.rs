@@ -5,7 +5,7 @@
 //! unit rows (the E-step of Huang et al. 2023, arXiv:2111.11821).
 
 use anyhow::{Result, ensure};
-use kernels::similarity::{Precision, product};
+use kernels::similarity::{RowFormat, product};
 
 use crate::clustering::{Clustering, KMeans, Metric};
 use crate::iterations::{Facts, iterate};
@@ -100,7 +100,7 @@ fn restarts(rows: &CheckedPoints, config: &KMeans, seed: u64) -> Result<Clusteri
     let mut best: Option<Clustering> = None;
     let mut reseeded = 0;
     let packed = rows.packed();
-    let seeding = Points::new(values, *d, seeding::precision(config.clusters));
+    let seeding = Points::new(values, *d, seeding::format(config.clusters));
     let restarts: Vec<usize> = (0..config.restarts).collect();
     for together in restarts.chunks(seeding::together(facts.n, config.clusters)) {
         let stream = |&restart: &usize| stage::random::stream(seed, "k-means++", &[restart as u64]);
@@ -177,7 +177,7 @@ impl<'a> CheckedPoints<'a> {
     }
 
     fn packed(&self) -> Points<'_> {
-        Points::new(&self.values, self.d, Precision::fastest())
+        Points::new(&self.values, self.d, RowFormat::fastest())
     }
 }
 

@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use kernels::similarity::{
-    Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
+    Bound, GROUP, LANES, Panel, RowFormat, RowGroups, Rows, Tile, product, products, reached,
 };
 use rayon::prelude::*;
 
@@ -81,9 +81,9 @@ pub struct Points<'a> {
 
 impl<'a> Points<'a> {
     /// Packs the rows of `values` `(N, d)`, which must be finite.
-    pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
+    pub fn new(values: &'a [f32], d: usize, format: RowFormat) -> Self {
         let squares = values.par_chunks(d).map(|row| product(row, row)).collect();
-        Self { values, d, squares, rows: Rows::new(values, d, precision) }
+        Self { values, d, squares, rows: Rows::new(values, d, format) }
     }
 
     /// Number of points.
@@ -101,12 +101,12 @@ impl<'a> Points<'a> {
     /// - `nearest`: the result of the last step; updated.
     /// - `drift`: upper bound on how far each centre moved since the last step; empty at the first.
     pub fn assign(&self, nearest: NearestPart, centres: &Centres, drift: &[f32]) {
-        let precision = self.rows.precision();
+        let format = self.rows.format();
         let fast = self.fast_centres(&nearest, drift, centres);
         let parts = (nearest.assignment.par_chunks_mut(PART))
             .zip(nearest.upper.par_chunks_mut(PART).zip(nearest.lower.par_chunks_mut(PART)));
         parts.enumerate().for_each_init(
-            || Scratch::new(self.d, precision),
+            || Scratch::new(self.d, format),
             |scratch, (part, (assignment, (upper, lower)))| {
                 let mut task = Task { points: self, first: part * PART, assignment, upper, lower };
                 let undecided = task.undecided(centres, drift, fast.as_ref(), scratch);
@@ -165,19 +165,19 @@ pub struct Centres<'a> {
     d: usize,
     /// `‖c‖² / 2`.
     halves: Vec<f64>,
-    groups: Groups,
+    groups: RowGroups,
     bound: Bound,
-    precision: Precision,
+    format: RowFormat,
 }
 
 impl<'a> Centres<'a> {
-    /// Packs the rows of `values` `(K, d)`; `precision` is that of the points.
-    pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
+    /// Packs the rows of `values` `(K, d)`; `format` is that of the points.
+    pub fn new(values: &'a [f32], d: usize, format: RowFormat) -> Self {
         let halves: Vec<f64> = values.chunks(d).map(|c| product(c, c) / 2.).collect();
-        let rows = Rows::new(values, d, precision);
+        let rows = Rows::new(values, d, format);
         let minus: Vec<f32> = halves.iter().map(|&h| h as f32).collect();
         let bound = Bound::new(&rows, minus.iter().copied().fold(0., f32::max));
-        Self { values, d, halves, groups: Groups::new(&rows, &minus), bound, precision }
+        Self { values, d, halves, groups: RowGroups::new(&rows, &minus), bound, format }
     }
 
     fn row(&self, k: usize) -> &'a [f32] {
@@ -193,7 +193,7 @@ impl<'a> Centres<'a> {
 /// The centres that moved most, packed for a comparison with every point.
 struct FastCentres {
     is_fast: Vec<bool>,
-    groups: Groups,
+    groups: RowGroups,
     /// Upper bound on the drift of all other centres.
     slow_drift: f32,
 }
@@ -205,8 +205,8 @@ impl FastCentres {
         let values: Vec<f32> =
             fast.iter().flat_map(|&k| centres.row(k as usize)).copied().collect();
         let minus: Vec<f32> = fast.iter().map(|&k| centres.halves[k as usize] as f32).collect();
-        let rows = Rows::new(&values, centres.d, centres.precision);
-        Self { is_fast, groups: Groups::new(&rows, &minus), slow_drift }
+        let rows = Rows::new(&values, centres.d, centres.format);
+        Self { is_fast, groups: RowGroups::new(&rows, &minus), slow_drift }
     }
 }
 
@@ -217,8 +217,8 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(d: usize, precision: Precision) -> Self {
-        Self { panel: Panel::new(d, precision), tiles: vec![Tile::default()] }
+    fn new(d: usize, format: RowFormat) -> Self {
+        Self { panel: Panel::new(d, format), tiles: vec![Tile::default()] }
     }
 }
 
@@ -453,20 +453,20 @@ mod tests {
 
     #[test]
     fn assignments_are_those_of_the_plain_comparison_at_every_step() {
-        for precision in [Precision::Bytes, Precision::Floats] {
+        for format in [RowFormat::Bytes, RowFormat::Floats] {
             for (n, d, k) in [(2000, 16, 70), (1000, 5, 3), (900, 40, 200), (60, 1, 8)] {
                 let values = random_rows(n, d, 1);
                 // Two equal centres: the lower index wins.
                 let mut centres = values[..k * d].to_vec();
                 centres.copy_within(0..d, (k - 1) * d);
-                let points = Points::new(&values, d, precision);
+                let points = Points::new(&values, d, format);
                 let mut nearest = Nearest::unassigned(n);
                 let mut drifts = vec![];
                 for step in 0..12 {
-                    let packed = Centres::new(&centres, d, precision);
+                    let packed = Centres::new(&centres, d, format);
                     points.assign(nearest.part(0..n), &packed, &drifts);
                     let want = plain(&values, &centres, d);
-                    assert_eq!(nearest.assignment, want, "{precision:?} {n} {d} {k} {step}");
+                    assert_eq!(nearest.assignment, want, "{format:?} {n} {d} {k} {step}");
                     for i in 0..n {
                         let own = nearest.assignment[i] as usize;
                         let distance =

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
 use kernels::similarity::{
-    Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
+    Bound, GROUP, LANES, Panel, RowFormat, RowGroups, Rows, Tile, product, products, reached,
     rows_reached,
 };
 use rayon::prelude::*;
@@ -53,7 +53,7 @@ fn search(
     d: usize,
     k: usize,
     and_self: bool,
-    precision: Option<Precision>,
+    format: Option<RowFormat>,
 ) -> Result<Vec<u32>> {
     points::check(points, n, d, "nearest_neighbours")?;
     let most = if and_self { n } else { n.saturating_sub(1) };
@@ -68,9 +68,9 @@ fn search(
     if k == 0 {
         return Ok(vec![]);
     }
-    let precision = precision.unwrap_or_else(|| cheapest(points, n, d, k));
-    let rows = Rows::new(points, d, precision);
-    let groups = Groups::new(&rows, &[]);
+    let format = format.unwrap_or_else(|| cheapest(points, n, d, k));
+    let rows = Rows::new(points, d, format);
+    let groups = RowGroups::new(&rows, &[]);
     let bound = Bound::new(&rows, 0.);
     let search = Search { points, d, k, and_self, rows, groups, bound };
     // Both blocks of a pair fit into the cache, and all threads have work. The result does not depend
@@ -81,7 +81,7 @@ fn search(
         .collect();
     for pairs in rounds(blocks.len()) {
         pairs.par_iter().for_each_init(
-            || (Panel::new(d, precision), Tile::default()),
+            || (Panel::new(d, format), Tile::default()),
             |(panel, tile), &(a, b)| {
                 let mut lanes = lock(&blocks[a]);
                 if a == b {
@@ -123,11 +123,11 @@ fn rounds(blocks: usize) -> Vec<Vec<(usize, usize)>> {
     rounds
 }
 
-/// Estimates which precision is faster. Rounding to bytes is fast, but if many rows are almost as
+/// Estimates which format is faster. Rounding to bytes is fast, but if many rows are almost as
 /// near as the `k`-th, too many of them remain to be compared exactly.
-fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
-    if Precision::fastest() == Precision::Floats || n < 4 * LANES {
-        return Precision::Floats;
+fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> RowFormat {
+    if RowFormat::fastest() == RowFormat::Floats || n < 4 * LANES {
+        return RowFormat::Floats;
     }
     // Compares a sample of rows with a larger one, both spread over all rows.
     let sample = |count: usize| -> Vec<f32> {
@@ -136,12 +136,12 @@ fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
     };
     let (queries, others) = (sample(2 * LANES), sample(4096));
     let (queries, others) =
-        (Rows::new(&queries, d, Precision::Bytes), Rows::new(&others, d, Precision::Bytes));
-    let groups = Groups::new(&others, &[]);
+        (Rows::new(&queries, d, RowFormat::Bytes), Rows::new(&others, d, RowFormat::Bytes));
+    let groups = RowGroups::new(&others, &[]);
     let bound = Bound::new(&others, 0.);
     let share = others.len() as f64 / n as f64;
     let nth = ((k as f64 * share) as usize).min(others.len() - 1);
-    let (mut panel, mut tile) = (Panel::new(d, Precision::Bytes), Tile::default());
+    let (mut panel, mut tile) = (Panel::new(d, RowFormat::Bytes), Tile::default());
     let mut left = 0usize;
     for first in (0..queries.len()).step_by(LANES) {
         let lanes = LANES.min(queries.len() - first);
@@ -162,7 +162,7 @@ fn cheapest(points: &[f32], n: usize, d: usize, k: usize) -> Precision {
     let exact = left as f64 / queries.len() as f64 / share;
     // Screening by bytes saves three quarters of half the products. An exact product of rows at
     // random addresses costs about as much as 30 screened ones.
-    if 30. * exact < 0.75 * n as f64 / 2. * 4. { Precision::Bytes } else { Precision::Floats }
+    if 30. * exact < 0.75 * n as f64 / 2. * 4. { RowFormat::Bytes } else { RowFormat::Floats }
 }
 
 /// The input that all tasks share.
@@ -172,7 +172,7 @@ struct Search<'a> {
     k: usize,
     and_self: bool,
     rows: Rows<'a>,
-    groups: Groups,
+    groups: RowGroups,
     bound: Bound,
 }
 
@@ -370,15 +370,15 @@ mod tests {
 
     #[test]
     fn neighbours_are_those_of_all_pairs() -> Result<()> {
-        for precision in [Precision::Bytes, Precision::Floats] {
+        for format in [RowFormat::Bytes, RowFormat::Floats] {
             for (n, d, k) in [(1000, 24, 20), (777, 5, 3), (50, 3, 49), (2, 1, 1), (130, 70, 1)] {
                 // Spread out; then so close together that rounding to bytes decides nothing.
                 for spread in [2., 1e-3] {
                     let points = random_rows(n, d, spread);
                     for and_self in [false, true] {
-                        let found = search(&points, n, d, k, and_self, Some(precision))?;
+                        let found = search(&points, n, d, k, and_self, Some(format))?;
                         let want = plain(&points, d, k, and_self);
-                        assert_eq!(found, want, "{precision:?} {n} {d} {k} {spread}");
+                        assert_eq!(found, want, "{format:?} {n} {d} {k} {spread}");
                     }
                 }
             }
@@ -410,10 +410,10 @@ mod tests {
             }
             points.extend(near);
         }
-        for precision in [Precision::Bytes, Precision::Floats] {
+        for format in [RowFormat::Bytes, RowFormat::Floats] {
             for (k, and_self) in [(1, false), (20, false), (20, true), (n - 1, false)] {
-                let found = search(&points, n, d, k, and_self, Some(precision))?;
-                assert_eq!(found, plain(&points, d, k, and_self), "{precision:?} {k}");
+                let found = search(&points, n, d, k, and_self, Some(format))?;
+                assert_eq!(found, plain(&points, d, k, and_self), "{format:?} {k}");
             }
         }
         Ok(())

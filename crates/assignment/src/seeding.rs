@@ -6,7 +6,7 @@
 //! nearer to.
 
 use kernels::similarity::{
-    Bound, GROUP, Groups, LANES, Panel, Precision, Rows, Tile, product, products, reached,
+    Bound, GROUP, LANES, Panel, RowFormat, RowGroups, Rows, Tile, product, products, reached,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
@@ -27,10 +27,10 @@ pub fn together(n: usize, clusters: usize) -> usize {
     ((1 << 25) / (n * candidates(clusters))).max(1)
 }
 
-/// Returns the faster precision. With few clusters a candidate is nearer to so many points that its
+/// Returns the faster format. With few clusters a candidate is nearer to so many points that its
 /// distance from all of them is needed anyway, which floats give directly.
-pub fn precision(clusters: usize) -> Precision {
-    if clusters <= 16 { Precision::Floats } else { Precision::fastest() }
+pub fn format(clusters: usize) -> RowFormat {
+    if clusters <= 16 { RowFormat::Floats } else { RowFormat::fastest() }
 }
 
 /// Chooses `K` points as centres for each generator: Arthur and Vassilvitskii 2007, greedy variant.
@@ -121,17 +121,17 @@ struct Offer {
 
 /// Computes the offer of every candidate, `count` per restart, to every part.
 fn offer(points: &Points, restarts: &[Restart], drawn: &[usize], count: usize) -> Vec<Vec<Offer>> {
-    let (n, d, precision) = (points.squares.len(), points.d, points.rows.precision());
+    let (n, d, format) = (points.squares.len(), points.d, points.rows.format());
     let values: Vec<f32> = drawn.iter().flat_map(|&i| points.row(i)).copied().collect();
     let halves: Vec<f32> = drawn.iter().map(|&i| (points.squares[i] / 2.) as f32).collect();
-    let rows = Rows::new(&values, d, precision);
-    let groups = Groups::new(&rows, &halves);
+    let rows = Rows::new(&values, d, format);
+    let groups = RowGroups::new(&rows, &halves);
     let bound = Bound::new(&rows, halves.iter().copied().fold(0., f32::max));
     let candidates = Candidates { points, drawn, count, groups, bound };
     (0..n.div_ceil(PART))
         .into_par_iter()
         .map_init(
-            || (Panel::new(d, precision), Tile::default()),
+            || (Panel::new(d, format), Tile::default()),
             |(panel, tile), part| {
                 let mut offers = vec![Offer::default(); drawn.len()];
                 let end = n.min((part + 1) * PART);
@@ -152,7 +152,7 @@ struct Candidates<'a, 'b> {
     drawn: &'b [usize],
     /// Candidates of each restart.
     count: usize,
-    groups: Groups,
+    groups: RowGroups,
     bound: Bound,
 }
 
@@ -204,9 +204,9 @@ impl Candidates<'_, '_> {
     fn distance(&self, i: usize, candidate: usize, score: f32) -> f32 {
         let other = self.drawn[candidate];
         let squares = self.points.squares[i];
-        let distance = match self.points.rows.precision() {
-            Precision::Floats => squares - 2. * f64::from(score),
-            Precision::Bytes => {
+        let distance = match self.points.rows.format() {
+            RowFormat::Floats => squares - 2. * f64::from(score),
+            RowFormat::Bytes => {
                 let product = product(self.points.row(i), self.points.row(other));
                 squares + self.points.squares[other] - 2. * product
             }
@@ -306,8 +306,8 @@ mod tests {
         // Three far groups: greedy seeding takes one of each, whatever the seed.
         let values: Vec<f32> =
             (0..2000).map(|i| (i % 3) as f32 * 100. + (i / 3) as f32 * 0.001).collect();
-        for precision in [Precision::Floats, Precision::Bytes] {
-            let points = Points::new(&values, 1, precision);
+        for format in [RowFormat::Floats, RowFormat::Bytes] {
+            let points = Points::new(&values, 1, format);
             let mut randoms: Vec<_> =
                 (0..20).map(|seed| stage::random::stream(seed, "test", &[])).collect();
             for centres in greedy_k_means_plus_plus(&points, None, 3, &mut randoms) {
@@ -323,15 +323,15 @@ mod tests {
         let mut random = stage::random::stream(5, "values", &[]);
         let values: Vec<f32> = (0..1000 * 6).map(|_| uniform(&mut random) as f32).collect();
         let stream = |seed| stage::random::stream(seed, "test", &[]);
-        let seed = |precision, seeds: &[u64]| {
+        let seed = |format, seeds: &[u64]| {
             let mut randoms: Vec<_> = seeds.iter().map(|&seed| stream(seed)).collect();
-            greedy_k_means_plus_plus(&Points::new(&values, 6, precision), None, 25, &mut randoms)
+            greedy_k_means_plus_plus(&Points::new(&values, 6, format), None, 25, &mut randoms)
         };
-        let all = seed(Precision::Bytes, &[0, 1, 2]);
+        let all = seed(RowFormat::Bytes, &[0, 1, 2]);
         for (r, centres) in all.iter().enumerate() {
-            assert_eq!(*centres, seed(Precision::Bytes, &[r as u64])[0]);
+            assert_eq!(*centres, seed(RowFormat::Bytes, &[r as u64])[0]);
         }
         // Floats round, but these draws lie far enough apart.
-        assert_eq!(all, seed(Precision::Floats, &[0, 1, 2]));
+        assert_eq!(all, seed(RowFormat::Floats, &[0, 1, 2]));
     }
 }

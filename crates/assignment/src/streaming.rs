@@ -14,7 +14,7 @@
 use std::fmt;
 
 use anyhow::{Context, Result, ensure};
-use kernels::similarity::{Precision, product};
+use kernels::similarity::{RowFormat, product};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
@@ -249,7 +249,7 @@ impl PointSource for ShardSource<'_> {
         let mut first = 0;
         for (shard, &length) in self.shards.lengths.iter().enumerate() {
             let rows = self.read(shard)?;
-            visit(first, &Points::new(&rows, self.shards.width, Precision::fastest()))?;
+            visit(first, &Points::new(&rows, self.shards.width, RowFormat::fastest()))?;
             first += length;
         }
         Ok(())
@@ -270,7 +270,7 @@ impl Running {
     fn new(start: &Start, source: &ShardSource, config: &KMeans) -> Result<Self> {
         let d = source.shards.width;
         let rows = source.prepare(start.sample.clone())?;
-        let sample = Points::new(&rows, d, Precision::fastest());
+        let sample = Points::new(&rows, d, RowFormat::fastest());
         let mut sums = ClusterSums::new(config.clusters, d);
         sums.add(&sample, &start.on_sample.assignment);
         let mut centres = start.on_sample.centres.clone();
@@ -298,7 +298,7 @@ impl Running {
             order.shuffle(&mut stage::random::stream(seed, "mini-batch rows", &counters));
             for batch in order.chunks(batch) {
                 last = batch.iter().flat_map(|&i| &rows[i * d..][..d]).copied().collect();
-                self.update(&Points::new(&last, d, Precision::fastest()));
+                self.update(&Points::new(&last, d, RowFormat::fastest()));
             }
         }
         let empty = (0..before.len()).filter(|&k| self.sums.counts[k] == before[k]).collect();
@@ -308,7 +308,7 @@ impl Running {
     /// Assigns a batch and moves its centres.
     fn update(&mut self, batch: &Points) {
         let mut nearest = Nearest::unassigned(batch.len());
-        let centres = Centres::new(&self.centres, batch.d, Precision::fastest());
+        let centres = Centres::new(&self.centres, batch.d, RowFormat::fastest());
         batch.assign(nearest.part(0..batch.len()), &centres, &[]);
         self.sums.add(batch, &nearest.assignment);
         self.centres = self.sums.means(&self.centres, self.metric);

@@ -10,13 +10,13 @@
 //! Every tensor has its own random stream, named after it, so that adding or removing a layer does not change
 //! the weights of others.
 
-use layers::Kind;
+use layers::EntryKind;
 use rand::RngExt;
 use rand_distr::{Distribution, Normal, Uniform};
 
 /// The distribution of a tensor's initial values.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Draw {
+pub(crate) enum InitialDistribution {
     /// The same value everywhere.
     Constant(f32),
     /// Normal with mean 0 and this deviation.
@@ -25,28 +25,28 @@ pub(crate) enum Draw {
     Uniform(f64),
 }
 
-impl Draw {
+impl InitialDistribution {
     /// The distribution for a parameter of `segment`. `weight_shape` is the shape of the parameter, or for a
     /// bias that of its weight.
-    pub(crate) fn of(segment: &str, name: &str, kind: Kind, weight_shape: &[usize]) -> Self {
+    pub(crate) fn of(segment: &str, name: &str, kind: EntryKind, weight_shape: &[usize]) -> Self {
         let fan_in = weight_shape.iter().skip(1).product::<usize>() as f64;
         let fan_out =
             (weight_shape.iter().product::<usize>() / weight_shape.get(1).unwrap_or(&1)) as f64;
         match kind {
             // Fan-out is published for the 7×7 stem only.
-            Kind::ConvolutionWeight
+            EntryKind::ConvolutionWeight
                 if segment != "encoder"
                     && name == "conv1.weight"
                     && weight_shape[2..] == [3, 3] =>
             {
                 Self::Uniform(1. / fan_in.sqrt())
             }
-            Kind::ConvolutionWeight => Self::Normal((2. / fan_out).sqrt()),
-            Kind::LinearWeight if segment == "predictor" => Self::Normal(0.01),
-            Kind::LinearBias if segment == "predictor" => Self::Constant(0.),
-            Kind::LinearWeight | Kind::LinearBias => Self::Uniform(1. / fan_in.sqrt()),
-            Kind::NormWeight | Kind::RunningVariance => Self::Constant(1.),
-            Kind::NormBias | Kind::RunningMean => Self::Constant(0.),
+            EntryKind::ConvolutionWeight => Self::Normal((2. / fan_out).sqrt()),
+            EntryKind::LinearWeight if segment == "predictor" => Self::Normal(0.01),
+            EntryKind::LinearBias if segment == "predictor" => Self::Constant(0.),
+            EntryKind::LinearWeight | EntryKind::LinearBias => Self::Uniform(1. / fan_in.sqrt()),
+            EntryKind::NormWeight | EntryKind::RunningVariance => Self::Constant(1.),
+            EntryKind::NormBias | EntryKind::RunningMean => Self::Constant(0.),
         }
     }
 
@@ -74,24 +74,31 @@ mod tests {
 
     #[test]
     fn each_kind_of_layer_has_its_published_distribution() {
-        use Draw::{Constant, Normal, Uniform};
-        let conv =
-            |name, shape: &[usize]| Draw::of("backbone", name, Kind::ConvolutionWeight, shape);
+        use InitialDistribution::{Constant, Normal, Uniform};
+        let conv = |name, shape: &[usize]| {
+            InitialDistribution::of("backbone", name, EntryKind::ConvolutionWeight, shape)
+        };
         assert_eq!(conv("conv1.weight", &[64, 3, 7, 7]), Normal((2f64 / 3136.).sqrt()));
         assert_eq!(conv("conv1.weight", &[64, 3, 3, 3]), Uniform(1. / 27f64.sqrt()));
-        let encoder = Draw::of("encoder", "conv1.weight", Kind::ConvolutionWeight, &[64, 3, 3, 3]);
+        let encoder = InitialDistribution::of(
+            "encoder",
+            "conv1.weight",
+            EntryKind::ConvolutionWeight,
+            &[64, 3, 3, 3],
+        );
         assert_eq!(encoder, Normal((2f64 / 576.).sqrt()));
         assert_eq!(conv("layer1.0.conv1.weight", &[16, 8, 3, 3]), Normal((2f64 / 144.).sqrt()));
-        let norm = |kind| Draw::of("backbone", "layer1.0.bn2.weight", kind, &[16]);
-        assert_eq!(norm(Kind::NormWeight), Constant(1.));
-        assert_eq!(norm(Kind::NormBias), Constant(0.));
-        for kind in [Kind::LinearWeight, Kind::LinearBias] {
-            let draw = Draw::of("projector", "hidden.weight", kind, &[512, 128]);
+        let norm = |kind| InitialDistribution::of("backbone", "layer1.0.bn2.weight", kind, &[16]);
+        assert_eq!(norm(EntryKind::NormWeight), Constant(1.));
+        assert_eq!(norm(EntryKind::NormBias), Constant(0.));
+        for kind in [EntryKind::LinearWeight, EntryKind::LinearBias] {
+            let draw = InitialDistribution::of("projector", "hidden.weight", kind, &[512, 128]);
             assert_eq!(draw, Uniform(1. / 128f64.sqrt()));
         }
-        let predictor = |kind| Draw::of("predictor", "hidden.weight", kind, &[512, 128]);
-        assert_eq!(predictor(Kind::LinearWeight), Normal(0.01));
-        assert_eq!(predictor(Kind::LinearBias), Constant(0.));
+        let predictor =
+            |kind| InitialDistribution::of("predictor", "hidden.weight", kind, &[512, 128]);
+        assert_eq!(predictor(EntryKind::LinearWeight), Normal(0.01));
+        assert_eq!(predictor(EntryKind::LinearBias), Constant(0.));
     }
 
     #[test]
@@ -99,12 +106,20 @@ mod tests {
         let spread = |values: &[f32]| {
             (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt()
         };
-        let normal = Draw::Normal(0.01).values(1, "predictor", "hidden.weight", 20_000);
+        let normal =
+            InitialDistribution::Normal(0.01).values(1, "predictor", "hidden.weight", 20_000);
         assert!((spread(&normal) / 0.01 - 1.).abs() < 0.02, "{}", spread(&normal));
-        let uniform = Draw::Uniform(0.3).values(1, "projector", "hidden.weight", 20_000);
+        let uniform =
+            InitialDistribution::Uniform(0.3).values(1, "projector", "hidden.weight", 20_000);
         assert!((spread(&uniform) * 3f32.sqrt() / 0.3 - 1.).abs() < 0.02);
         assert!(uniform.iter().all(|v| v.abs() <= 0.3));
-        assert_ne!(uniform, Draw::Uniform(0.3).values(2, "projector", "hidden.weight", 20_000));
-        assert_ne!(uniform, Draw::Uniform(0.3).values(1, "projector", "output.weight", 20_000));
+        assert_ne!(
+            uniform,
+            InitialDistribution::Uniform(0.3).values(2, "projector", "hidden.weight", 20_000)
+        );
+        assert_ne!(
+            uniform,
+            InitialDistribution::Uniform(0.3).values(1, "projector", "output.weight", 20_000)
+        );
     }
 }

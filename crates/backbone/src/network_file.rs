@@ -14,7 +14,7 @@ use stage::container::{self, Container, Header};
 
 use crate::Segment;
 
-/// Kind of the file.
+/// EntryKind of the file.
 pub const KIND: &str = "network";
 /// Its format version.
 pub const VERSION: u64 = 1;

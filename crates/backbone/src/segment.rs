@@ -1,9 +1,9 @@
 //! A plan with its parameters and statistics.
 
 use candle_core::{Device, Result, Tensor};
-use layers::{Entry, Gradients, Inference, Modes, Network, Parameters, Statistics, Tape};
+use layers::{Gradients, Inference, Modes, Network, Parameters, Statistics, Tape, TensorEntry};
 
-use crate::initial::Draw;
+use crate::initial::InitialDistribution;
 
 /// One of the parts that an image passes through: backbone, projector or predictor.
 #[derive(Clone)]
@@ -23,12 +23,12 @@ impl Segment {
     pub fn random(name: &str, plan: Network, seed: u64) -> Result<Self> {
         let mut segment = Self::empty(plan);
         let entries = segment.parameters.entries().to_vec();
-        for Entry { name: parameter, shape, kind, range, .. } in &entries {
+        for TensorEntry { name: parameter, shape, kind, range, .. } in &entries {
             let weight = parameter.strip_suffix(".bias").map(|layer| format!("{layer}.weight"));
             let weight_shape = weight
                 .and_then(|weight| entries.iter().find(|entry| entry.name == weight))
                 .map_or(shape, |entry| &entry.shape);
-            let draw = Draw::of(name, parameter, *kind, weight_shape);
+            let draw = InitialDistribution::of(name, parameter, *kind, weight_shape);
             segment.parameters.set(parameter, &draw.values(seed, name, parameter, range.len()))?;
         }
         Ok(segment)

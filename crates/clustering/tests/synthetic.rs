@@ -7,7 +7,7 @@ use assignment::{KMeans, Metric, argmax_rows};
 use clustering::learner::learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
 use data::head::CentreMetric;
-use data::images::{self, Source};
+use data::images::{self, StoredPicture};
 use data::{DataSet, Embeddings, Picture, PseudoLabels};
 use rand::RngExt;
 use rand_distr::{Distribution, StandardNormal};
@@ -290,7 +290,7 @@ fn fewer_images_than_clusters_are_refused() {
 fn write_images(path: &Path, count: u32) -> Result<DataSet> {
     let source = |i: u32| {
         let picture = Picture::new(2, 2, 1, i.to_le_bytes().to_vec())?;
-        Ok((Source::raw(picture, 1)?, Split::Train))
+        Ok((StoredPicture::raw(picture, 1)?, Split::Train))
     };
     images::write(path, 1, (0..count).map(source).collect::<Result<_>>()?)
 }

@@ -88,7 +88,7 @@ pub fn path_beside(images: &Path) -> PathBuf {
 
 /// Opens the copy of these pictures, or makes it if that is wished for and it fits.
 ///
-/// A failure is logged, and there is no copy then: the pictures can be decoded each time.
+/// A failure is logged. There is no copy then, and the pictures are decoded each time.
 ///
 /// # Errors
 ///
@@ -263,7 +263,7 @@ mod tests {
     use stage::{DataTable, Job, Split};
 
     use super::*;
-    use crate::images::{Memory, Source, write};
+    use crate::images::{DecodeBuffer, StoredPicture, write};
     use crate::picture::tests::{example, jpeg, png};
 
     /// Twelve pictures in a file: JPEG, PNG and raw ones.
@@ -272,9 +272,9 @@ mod tests {
         let source = |i: usize| {
             let picture = example(9 + i % 5, 8 + i, 3);
             let source = match i % 3 {
-                0 => Source::file(jpeg(&picture), 3),
-                1 => Source::file(png(&picture), 3),
-                _ => Source::raw(picture, 3),
+                0 => StoredPicture::file(jpeg(&picture), 3),
+                1 => StoredPicture::file(png(&picture), 3),
+                _ => StoredPicture::raw(picture, 3),
             };
             (source.expect("sound"), Split::Train)
         };
@@ -316,7 +316,7 @@ mod tests {
         make(&without, &path, 2, &Interrupt::default()).expect("made");
         let with = Images::open(&without.data_set().path).expect("sound");
         with.use_decoded_copy(Wish::IfItFits, 2).expect("opened");
-        let (mut a, mut b) = (Memory::default(), Memory::default());
+        let (mut a, mut b) = (DecodeBuffer::default(), DecodeBuffer::default());
         for row in 0..12 {
             let mapped = with.pixels(row, &mut a).expect("sound");
             assert_eq!(mapped, without.pixels(row, &mut b).expect("sound"));

@@ -96,17 +96,17 @@ impl Embeddings {
     }
 }
 
-/// One of the matrices of an embeddings file, for whoever cannot hold the file.
+/// A matrix of an embeddings file that may be larger than memory.
 #[derive(Debug)]
 pub struct EmbeddingRows {
     map: Mmap,
-    /// Where its values begin in the file.
+    /// The offset of its values in the file.
     start: usize,
     rows: usize,
     width: usize,
 }
 
-/// Which matrix: what an un-augmented picture becomes.
+/// A matrix of an embeddings file, of the un-augmented pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Space {
     /// Embeddings of the backbone.
@@ -116,7 +116,7 @@ pub enum Space {
 }
 
 impl EmbeddingRows {
-    /// Maps and checks the file; its values are read when they are asked for.
+    /// Maps and checks the file. Values are read on demand.
     ///
     /// # Errors
     ///
@@ -156,11 +156,11 @@ impl EmbeddingRows {
         self.width
     }
 
-    /// These rows, one after the other.
+    /// Reads some rows, concatenated.
     ///
     /// # Panics
     ///
-    /// There are not so many.
+    /// The range exceeds the number of rows.
     pub fn rows(&self, rows: Range<usize>) -> Vec<f32> {
         assert!(rows.end <= self.rows, "row {} of {}", rows.end, self.rows);
         let bytes =
@@ -170,7 +170,7 @@ impl EmbeddingRows {
     }
 }
 
-/// The last extent of a matrix or more.
+/// The last extent of a tensor with at least two.
 fn last_extent(file: &Container, name: &str) -> Result<usize> {
     let shape = file.shape(name)?;
     ensure!(

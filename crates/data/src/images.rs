@@ -31,7 +31,7 @@
 //! everything but the pictures, in time that does not depend on their size. Each picture is checked
 //! once, when a program first reads it, in about a tenth of the time of decoding a JPEG file.
 
-mod source;
+mod stored;
 mod writer;
 
 use std::fs::File;
@@ -51,7 +51,7 @@ use crate::data_set::DataSet;
 use crate::decoded::{Decoded, Wish, open_or_make};
 use crate::picture::{Encoding, Picture, Pixels, decode_into};
 
-pub use source::{Row, Source};
+pub use stored::{PictureRow, StoredPicture};
 pub use writer::{SortedWriter, write};
 
 const KIND: &str = "images";
@@ -86,7 +86,7 @@ struct Shared {
     data_set: DataSet,
     channels: usize,
     /// The pictures' bytes: one part within the file itself, or several beside it.
-    parts: Vec<Part>,
+    parts: Vec<MappedPart>,
     ids: Vec<Id>,
     splits: Vec<Split>,
     encodings: Vec<Encoding>,
@@ -103,7 +103,7 @@ struct Shared {
 
 /// A mapped file with pictures.
 #[derive(Debug)]
-struct Part {
+struct MappedPart {
     map: Mmap,
     /// The range of the tensor `bytes` in the file.
     bytes: Range<usize>,
@@ -143,7 +143,7 @@ impl Images {
         self.shared.data_set.images
     }
 
-    /// Whether there is no picture at all.
+    /// Whether there are no pictures.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -226,7 +226,11 @@ impl Images {
 
     /// [`Images::picture`] without a copy or an allocation: raw pixels are borrowed from the mapped
     /// file, others from the decoded pictures in memory or on disk, or decoded into `memory`.
-    pub(crate) fn pixels<'a>(&'a self, row: u32, memory: &'a mut Memory) -> Result<Pixels<'a>> {
+    pub(crate) fn pixels<'a>(
+        &'a self,
+        row: u32,
+        memory: &'a mut DecodeBuffer,
+    ) -> Result<Pixels<'a>> {
         let position = self.position(row)?;
         let shared = &*self.shared;
         if let Some(picture) = shared.decoded[position].get() {
@@ -354,10 +358,10 @@ impl Images {
 
 /// The buffer that [`Images::pixels`] decodes into.
 #[derive(Debug, Default)]
-pub(crate) struct Memory(Option<Picture>);
+pub(crate) struct DecodeBuffer(Option<Picture>);
 
 #[cfg(test)]
-impl Memory {
+impl DecodeBuffer {
     /// Whether nothing was decoded.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_none()
@@ -463,8 +467,10 @@ impl Shared {
         let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
         ensure!(stated == Some(&fingerprint), "the fingerprint is not that of its pictures");
         shared.parts = match (bytes, starts) {
-            (Some(bytes), _) => vec![Part { map, bytes, first: 0 }],
-            (None, starts) => Part::open_all(path, &starts.unwrap_or_default(), &fingerprint)?,
+            (Some(bytes), _) => vec![MappedPart { map, bytes, first: 0 }],
+            (None, starts) => {
+                MappedPart::open_all(path, &starts.unwrap_or_default(), &fingerprint)?
+            }
         };
         shared.data_set.fingerprint = fingerprint;
         shared.check_offsets()?;
@@ -474,12 +480,12 @@ impl Shared {
     /// Fails unless every picture is within one part.
     fn check_offsets(&self) -> Result<()> {
         let rising = self.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-        let end = self.parts.last().map(Part::end);
+        let end = self.parts.last().map(MappedPart::end);
         ensure!(
             rising && self.offsets.first() == Some(&0) && self.offsets.last().copied() == end,
             "its offsets do not cover the bytes"
         );
-        let whole = |part: &Part| self.offsets.binary_search(&part.first).is_ok();
+        let whole = |part: &MappedPart| self.offsets.binary_search(&part.first).is_ok();
         ensure!(self.parts.iter().all(whole), "a picture is split across two parts");
         Ok(())
     }
@@ -497,7 +503,7 @@ impl Shared {
     }
 }
 
-impl Part {
+impl MappedPart {
     fn end(&self) -> u64 {
         self.first + self.bytes.len() as u64
     }
@@ -562,23 +568,23 @@ mod tests {
     use super::*;
     use crate::picture::tests::{example, jpeg, png};
 
-    fn sources() -> Vec<(Source, Split)> {
-        let raw = Source::raw(example(5, 7, 3), 3).expect("sound");
-        let grey = Source::raw(example(6, 4, 1), 3).expect("sound");
-        let jpeg = Source::file(jpeg(&example(9, 13, 3)), 3).expect("sound");
-        let png = Source::file(png(&example(8, 3, 1)), 3).expect("sound");
+    fn sources() -> Vec<(StoredPicture, Split)> {
+        let raw = StoredPicture::raw(example(5, 7, 3), 3).expect("sound");
+        let grey = StoredPicture::raw(example(6, 4, 1), 3).expect("sound");
+        let jpeg = StoredPicture::file(jpeg(&example(9, 13, 3)), 3).expect("sound");
+        let png = StoredPicture::file(png(&example(8, 3, 1)), 3).expect("sound");
         [raw, grey, jpeg, png]
             .into_iter()
             .zip([Split::Train, Split::Test, Split::Unlabelled, Split::Train])
             .collect()
     }
 
-    fn write_all(path: &Path, sources: &[(Source, Split)]) -> DataSet {
+    fn write_all(path: &Path, sources: &[(StoredPicture, Split)]) -> DataSet {
         write(path, 3, sources.to_vec()).expect("written")
     }
 
     /// The row of a picture.
-    fn row_of(images: &Images, source: &Source) -> u32 {
+    fn row_of(images: &Images, source: &StoredPicture) -> u32 {
         let mut rows = 0..images.len() as u32;
         rows.find(|&row| images.id(row).expect("there") == source.id()).expect("stored")
     }
@@ -619,7 +625,11 @@ mod tests {
     }
 
     /// Writes in parts of at most this many bytes.
-    fn write_parts(path: &Path, sources: &[(Source, Split)], part_bytes: u64) -> Result<DataSet> {
+    fn write_parts(
+        path: &Path,
+        sources: &[(StoredPicture, Split)],
+        part_bytes: u64,
+    ) -> Result<DataSet> {
         let mut writer = SortedWriter::create(path, 3, part_bytes)?;
         sources.iter().try_for_each(|(source, split)| writer.push(&source.row(*split)))?;
         let mut rest = sources.iter();
@@ -689,7 +699,7 @@ mod tests {
         let (_folder, path) = scratch();
         let error = write(&path, 3, Vec::new()).expect_err("empty").to_string();
         assert!(error.contains("no picture"), "{error}");
-        let grey = Source::raw(example(2, 2, 1), 1).expect("sound");
+        let grey = StoredPicture::raw(example(2, 2, 1), 1).expect("sound");
         let error = write(&path, 3, vec![(grey, Split::Train)]).expect_err("grey").to_string();
         assert!(error.contains("1 channels"), "{error}");
     }

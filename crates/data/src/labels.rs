@@ -90,12 +90,12 @@ impl Labels {
 /// Writes `labels.safetensors` from labels that come in the order of rows. Its memory does not grow with
 /// their number.
 #[derive(Debug)]
-pub struct Writer {
+pub struct LabelsWriter {
     given: Column<u32>,
     label: Column<u32>,
 }
 
-impl Writer {
+impl LabelsWriter {
     /// Begins a file. Values wait in unnamed temporary files in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         Ok(Self { given: Column::create_in(folder)?, label: Column::create_in(folder)? })
@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(read.classes, written.classes);
 
         let gathered = |labels: &[Option<u32>]| {
-            let mut writer = Writer::create_in(folder.path()).expect("created");
+            let mut writer = LabelsWriter::create_in(folder.path()).expect("created");
             labels.iter().try_for_each(|&label| writer.push(label)).expect("added");
             writer.finish(&written.data_set, &path, &[1, 0], &written.classes)
         };

@@ -16,7 +16,7 @@ use stage::random::stream;
 
 use crate::Images;
 use crate::decoded::Wish;
-use crate::images::Memory;
+use crate::images::DecodeBuffer;
 use crate::views::{Input, Pipeline, Workspace};
 
 /// Finished batches that may wait, besides the one that each thread makes.
@@ -239,7 +239,7 @@ fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
 
 /// Makes batches until none is left or the threads are to stop.
 fn work(ring: &Ring, maker: &Maker, limit: usize) {
-    let (mut memory, mut workspace) = (Memory::default(), Workspace::default());
+    let (mut memory, mut workspace) = (DecodeBuffer::default(), Workspace::default());
     while let Some(number) = ring.claim(maker.batches.len(), limit) {
         // A thread that ended without a result would leave the loader waiting forever.
         let batch =
@@ -289,7 +289,12 @@ impl Ring {
 }
 
 impl Maker {
-    fn make(&self, number: usize, memory: &mut Memory, workspace: &mut Workspace) -> Result<Batch> {
+    fn make(
+        &self,
+        number: usize,
+        memory: &mut DecodeBuffer,
+        workspace: &mut Workspace,
+    ) -> Result<Batch> {
         let rows = &self.batches[number];
         let empty = |(_, input): &(Pipeline, Input)| kernels::zeros(rows.len() * input.values());
         let mut views: Vec<Vec<f32>> = self.views.iter().map(empty).collect();
@@ -344,7 +349,7 @@ mod tests {
     use stage::{DataTable, Job, Split};
 
     use super::*;
-    use crate::images::{Source, write};
+    use crate::images::{StoredPicture, write};
     use crate::picture::tests::example;
     use crate::views::{Filter, Operation};
 
@@ -354,7 +359,7 @@ mod tests {
     fn images(folder: &std::path::Path) -> Images {
         let path = folder.join("images.safetensors");
         let source = |i: usize| {
-            let source = Source::raw(example(6 + i % 3, 9 + i, 3), 3).expect("sound");
+            let source = StoredPicture::raw(example(6 + i % 3, 9 + i, 3), 3).expect("sound");
             (source, Split::Train)
         };
         write(&path, 3, (0..ROWS as usize).map(source).collect()).expect("written");
@@ -508,7 +513,7 @@ mod tests {
         let path = folder.path().join("images.safetensors");
         let source = |i: usize| {
             let file = crate::picture::tests::png(&example(6, 9 + i, 3));
-            (Source::file(file, 3).expect("sound"), Split::Train)
+            (StoredPicture::file(file, 3).expect("sound"), Split::Train)
         };
         write(&path, 3, (0..4).map(source).collect()).expect("written");
         let copy = crate::decoded::path_beside(&path);

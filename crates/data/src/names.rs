@@ -62,12 +62,12 @@ impl Names {
 /// Writes `names.safetensors` from names that come in the order of rows. Its memory does not grow with
 /// their number.
 #[derive(Debug)]
-pub struct Writer {
+pub struct NamesWriter {
     bytes: Column<u8>,
     offset: Column<u64>,
 }
 
-impl Writer {
+impl NamesWriter {
     /// Begins a file. Values wait in unnamed temporary files in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         let mut offset = Column::create_in(folder)?;
@@ -136,7 +136,7 @@ mod tests {
         let read = Names::open(&path).expect("sound");
         assert_eq!(read.names, written.names);
         read.data_set.require(&written.data_set, "").expect("the same");
-        let mut writer = Writer::create_in(folder.path()).expect("created");
+        let mut writer = NamesWriter::create_in(folder.path()).expect("created");
         written.names.iter().try_for_each(|name| writer.push(name)).expect("added");
         writer.finish(&written.data_set, &path).expect("written");
         assert_eq!(Names::open(&path).expect("sound").names, written.names);

@@ -190,7 +190,7 @@ fn has_end(file: &[u8]) -> bool {
 }
 
 /// Where the pixel data of a JPEG file begin, after all segments. A segment may hold a thumbnail
-/// with an end marker of its own.
+/// with its own end marker.
 fn data_start(file: &[u8]) -> usize {
     const START_OF_SCAN: u8 = 0xda;
     let mut position = 2;

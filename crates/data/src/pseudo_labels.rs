@@ -233,7 +233,7 @@ mod tests {
 
     use super::*;
     use crate::Picture;
-    use crate::images::{Source, write};
+    use crate::images::{StoredPicture, write};
 
     fn example(path: &Path) -> PseudoLabels {
         PseudoLabels {
@@ -284,7 +284,7 @@ mod tests {
         let source = |number: u8| {
             let picture = Picture::new(2, 3, 1, (0..6).map(|i| i * number).collect())?;
             let split = if number.is_multiple_of(2) { Split::Train } else { Split::Test };
-            Ok((Source::raw(picture, 1)?, split))
+            Ok((StoredPicture::raw(picture, 1)?, split))
         };
         write(&images, 1, (0..6).map(source).collect::<Result<_>>()?)?;
         let images = Images::open(&images)?;

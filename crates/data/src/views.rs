@@ -151,9 +151,9 @@ pub struct Pipeline {
 pub struct Workspace {
     canvas: Canvas,
     spare: Canvas,
-    resize: resize::Buffers,
-    blur: blur::Buffers,
-    warp: warp::Buffers,
+    resize: resize::ResizeBuffers,
+    blur: blur::BlurBuffers,
+    warp: warp::WarpBuffers,
 }
 
 impl Pipeline {
@@ -473,7 +473,7 @@ mod tests {
         assert!(text.contains("resize-shorter"), "{text}");
         let blur = Operation::Blur { probability: 1., kernel: 15, deviation: [1., 1.] };
         let text = error(&example(7, 11, 3), vec![blur]);
-        assert!(text.contains("kernel = 15"), "{text}");
+        assert!(text.contains("`kernel` of a blur is 15"), "{text}");
     }
 
     #[test]

@@ -202,7 +202,7 @@ mod tests {
         write_configuration,
     };
     use candle_core::Device;
-    use data::images::{self, Source as Original};
+    use data::images::{self, StoredPicture};
     use data::views::Operation;
     use data::{Loader, Picture};
     use layers::{Mode, Modes};
@@ -222,7 +222,7 @@ mod tests {
         let source = |number: u32| {
             let width = widths[number as usize % widths.len()];
             let split = if number % 3 == 2 { Split::Test } else { Split::Train };
-            Ok((Original::raw(picture(number, width), 1)?, split))
+            Ok((StoredPicture::raw(picture(number, width), 1)?, split))
         };
         images::write(&images, 1, (0..10).map(source).collect::<Result<_>>()?)?;
         let input = Input {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Precision;
-use crate::element::{Element, Half};
+use crate::element::{Half, ValueElement};
 use crate::pages::{self, HUGE_PAGE};
 
 /// Numbers in one cache line and in one AVX-512 register.
@@ -17,7 +17,7 @@ const LINE: usize = 16;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([f32; LINE]);
+struct BufferLine([f32; LINE]);
 
 /// Initialised memory of a fixed length.
 ///
@@ -25,7 +25,7 @@ struct Line([f32; LINE]);
 /// hundreds of megabytes, where each small page costs a fault at first use and an entry in the
 /// translation cache.
 struct Lines {
-    start: NonNull<Line>,
+    start: NonNull<BufferLine>,
     len: usize,
 }
 
@@ -42,7 +42,9 @@ impl Lines {
         let layout = Lines::layout(len);
         // SAFETY: the layout is not empty.
         let memory = unsafe { std::alloc::alloc(layout) };
-        let Some(start) = NonNull::new(memory.cast::<Line>()) else { handle_alloc_error(layout) };
+        let Some(start) = NonNull::new(memory.cast::<BufferLine>()) else {
+            handle_alloc_error(layout)
+        };
         if layout.align() == HUGE_PAGE {
             pages::advise_huge_pages(memory, layout.size());
         }
@@ -52,7 +54,7 @@ impl Lines {
     }
 
     fn layout(len: usize) -> Layout {
-        let layout = Layout::array::<Line>(len).expect("shapes fit into the address space");
+        let layout = Layout::array::<BufferLine>(len).expect("shapes fit into the address space");
         let huge = layout.size() >= 2 * HUGE_PAGE;
         if huge { layout.align_to(HUGE_PAGE).expect("a power of two") } else { layout }
     }
@@ -68,16 +70,16 @@ impl Drop for Lines {
 }
 
 impl Deref for Lines {
-    type Target = [Line];
+    type Target = [BufferLine];
 
-    fn deref(&self) -> &[Line] {
+    fn deref(&self) -> &[BufferLine] {
         // SAFETY: `len` initialised lines begin at `start`; for 0, any aligned address is valid.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Lines {
-    fn deref_mut(&mut self) -> &mut [Line] {
+    fn deref_mut(&mut self) -> &mut [BufferLine] {
         // SAFETY: as above; `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
@@ -170,7 +172,7 @@ impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         assert_eq!(self.precision, Precision::F32);
-        // SAFETY: `Line` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines are
+        // SAFETY: `BufferLine` is `repr(C)` and exactly 16 `f32` (64 bytes, aligned to 64), so the lines are
         // `16 * lines.len()` contiguous initialised numbers, and `len` is at most that.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
@@ -193,7 +195,7 @@ impl Drop for Buffer {
 }
 
 fn lines_of(precision: Precision, len: usize) -> usize {
-    (len * precision.bytes()).div_ceil(size_of::<Line>())
+    (len * precision.bytes()).div_ceil(size_of::<BufferLine>())
 }
 
 /// Runs `work` on scratch memory of this thread, with arbitrary contents. The memory grows as needed and
@@ -215,7 +217,7 @@ pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
 }
 
 /// [`with_scratch`] for `len` numbers of a value's type and `sums` of f32.
-pub(crate) fn with_scratch_of<T: Element, R>(
+pub(crate) fn with_scratch_of<T: ValueElement, R>(
     len: usize,
     sums: usize,
     work: impl FnOnce(&mut [T], &mut [f32]) -> R,

@@ -11,7 +11,6 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::error::Error;
 use std::sync::Arc;
 
 use cudarc::cudnn::sys::{
@@ -24,16 +23,14 @@ use cudarc::cudnn::{
     ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, CudnnDataType,
     FilterDescriptor, TensorDescriptor,
 };
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView};
 
 use crate::Shape;
 use crate::convolution::Geometry;
-
-/// The result of calls to cuDNN and the driver.
-pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+use crate::cuda::{CudaElement, Result};
 
 /// A type of the numbers in convolutions.
-pub trait CudnnElement: DeviceRepr + CudnnDataType + Copy + sealed::Sealed {
+pub trait CudnnElement: CudaElement + CudnnDataType {
     /// 0.
     const ZERO: Self;
     /// 1.
@@ -52,12 +49,6 @@ impl CudnnElement for half::bf16 {
     const ZERO: half::bf16 = half::bf16::ZERO;
     const ONE: half::bf16 = half::bf16::ONE;
     const MATH: Math = Math::CUDNN_TENSOR_OP_MATH;
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::bf16 {}
 }
 
 /// The output (N, H', W', O) of a convolution.
@@ -178,9 +169,9 @@ fn numbers(shape: Shape) -> usize {
 }
 
 /// A geometry, and whether its numbers are bf16.
-type Key = (Geometry, bool);
+type CudnnKey = (Geometry, bool);
 
-fn key<T>(g: &Geometry) -> Key {
+fn key<T>(g: &Geometry) -> CudnnKey {
     (*g, size_of::<T>() == 2)
 }
 
@@ -189,9 +180,9 @@ struct CudnnContext {
     cudnn: Arc<Cudnn>,
     workspace: Option<CudaSlice<u8>>,
     /// By shape: the algorithm, and the bytes of its workspace.
-    forward: HashMap<Key, (ForwardAlgorithm, usize)>,
-    input_gradient: HashMap<Key, (DataAlgorithm, usize)>,
-    weight_gradient: HashMap<Key, (FilterAlgorithm, usize)>,
+    forward: HashMap<CudnnKey, (ForwardAlgorithm, usize)>,
+    input_gradient: HashMap<CudnnKey, (DataAlgorithm, usize)>,
+    weight_gradient: HashMap<CudnnKey, (FilterAlgorithm, usize)>,
 }
 
 impl CudnnContext {

@@ -3,7 +3,7 @@
 use crate::Buffer;
 use crate::buffer::halves_within;
 use crate::layout::{SIDE, TILE};
-use crate::tiles::{self, Product, Session};
+use crate::tiles::{self, TileProduct, TileSession};
 use crate::variant::for_each_variant;
 
 /// How values and their gradients are stored and multiplied inside a network. Parameters, their
@@ -29,7 +29,7 @@ impl Precision {
 }
 
 /// A number of a stored value.
-pub(crate) trait Element: Copy + Send + Sync + 'static {
+pub(crate) trait ValueElement: Copy + Send + Sync + 'static {
     /// Tile products between loads of the sums. 16 pairs of right f32 tiles fill 32 KiB of first-level
     /// cache and serve every pixel of a part before the next 16. A bf16 output cannot hold intermediate
     /// sums, so there all products come at once.
@@ -55,28 +55,28 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     fn of(buffer: &Buffer) -> &[Self];
     /// Copies tiles for a product along images: the numbers of two images side by side, channel by
     /// channel, or transposed for the left side of variants that need that.
-    fn arrange(session: &Session, from: &[Self], to: &mut [Self], left: bool);
+    fn arrange(session: &TileSession, from: &[Self], to: &mut [Self], left: bool);
     fn of_mut(buffer: &mut Buffer) -> &mut [Self];
     /// `outputs (+)= Σ left · right`, or `Σ leftᵀ · right` with `TRANSPOSED`: see [`tiles`].
     fn product<const TRANSPOSED: bool>(
-        session: &Session,
+        session: &TileSession,
         left: &[Self],
         right: &[Self],
-        product: &Product,
+        product: &TileProduct,
         outputs: &mut [&mut [f32]],
     );
     /// [`product`](Self::product) without transposition, rounded to the type of the value.
     fn product_into(
-        session: &Session,
+        session: &TileSession,
         left: &[Self],
         right: &[Self],
-        product: &Product,
+        product: &TileProduct,
         output: &mut [Self],
         other: Option<&mut [Self]>,
     );
 }
 
-impl Element for f32 {
+impl ValueElement for f32 {
     const CHUNK: usize = 16;
     const PRECISION: Precision = Precision::F32;
     const ARRANGED: bool = false;
@@ -114,7 +114,7 @@ impl Element for f32 {
         buffer
     }
 
-    fn arrange(_: &Session, from: &[f32], to: &mut [f32], _: bool) {
+    fn arrange(_: &TileSession, from: &[f32], to: &mut [f32], _: bool) {
         to.copy_from_slice(from);
     }
 
@@ -123,20 +123,20 @@ impl Element for f32 {
     }
 
     fn product<const TRANSPOSED: bool>(
-        session: &Session,
+        session: &TileSession,
         left: &[f32],
         right: &[f32],
-        product: &Product,
+        product: &TileProduct,
         outputs: &mut [&mut [f32]],
     ) {
         tiles::product::<TRANSPOSED>(session, left, right, product, outputs);
     }
 
     fn product_into(
-        session: &Session,
+        session: &TileSession,
         left: &[f32],
         right: &[f32],
-        product: &Product,
+        product: &TileProduct,
         output: &mut [f32],
         other: Option<&mut [f32]>,
     ) {
@@ -154,7 +154,7 @@ impl Element for f32 {
 #[repr(transparent)]
 pub(crate) struct Half(pub u16);
 
-impl Element for Half {
+impl ValueElement for Half {
     const CHUNK: usize = usize::MAX;
     const PRECISION: Precision = Precision::Bf16;
     const ARRANGED: bool = true;
@@ -202,7 +202,7 @@ impl Element for Half {
         buffer.halves()
     }
 
-    fn arrange(session: &Session, from: &[Half], to: &mut [Half], left: bool) {
+    fn arrange(session: &TileSession, from: &[Half], to: &mut [Half], left: bool) {
         if left && tiles::needs_left_transposed(session.variant()) {
             transpose(session.variant(), from, to);
         } else {
@@ -215,20 +215,20 @@ impl Element for Half {
     }
 
     fn product<const TRANSPOSED: bool>(
-        session: &Session,
+        session: &TileSession,
         left: &[Half],
         right: &[Half],
-        product: &Product,
+        product: &TileProduct,
         outputs: &mut [&mut [f32]],
     ) {
         tiles::product_of_halves::<TRANSPOSED>(session, left, right, product, outputs);
     }
 
     fn product_into(
-        session: &Session,
+        session: &TileSession,
         left: &[Half],
         right: &[Half],
-        product: &Product,
+        product: &TileProduct,
         output: &mut [Half],
         other: Option<&mut [Half]>,
     ) {

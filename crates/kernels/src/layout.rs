@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::{Buffer, parallel};
 
 /// Images in a group and channels in a block: the side of a tile.
@@ -138,7 +138,7 @@ impl Shape {
         by_precision!(tiles.precision(), T => self.pack_of(rows, T::of_mut(tiles)));
     }
 
-    fn pack_of<T: Element>(&self, rows: &[f32], tiles: &mut [T]) {
+    fn pack_of<T: ValueElement>(&self, rows: &[f32], tiles: &mut [T]) {
         let (pixels, channels) = (self.pixels(), self.channels);
         parallel::for_each_chunk(tiles, self.pixel_len(), self.len(), |at, tile| {
             let (group, pixel) = (at / pixels, at % pixels);
@@ -167,7 +167,7 @@ impl Shape {
         by_precision!(tiles.precision(), T => self.unpack_of(T::of(tiles), rows));
     }
 
-    fn unpack_of<T: Element>(&self, tiles: &[T], rows: &mut [f32]) {
+    fn unpack_of<T: ValueElement>(&self, tiles: &[T], rows: &mut [f32]) {
         let (pixels, channels) = (self.pixels(), self.channels);
         parallel::for_each_chunk(rows, pixels * channels, self.len(), |at, row| {
             let (group, image) = (at / SIDE, at % SIDE);

@@ -9,7 +9,7 @@
 //! [`Buffer`] and never index into it:
 //!
 //! ```
-//! use kernels::convolution::{self, Direction, Finish, Geometry, PackedWeights};
+//! use kernels::convolution::{self, PackedFor, Finish, Geometry, PackedWeights};
 //! use kernels::{Buffer, BufferPool, Precision, Shape, Variant};
 //!
 //! // One image of 1 × 2 pixels and a linear map from 2 channels to 1: a convolution with kernel 1.
@@ -18,7 +18,7 @@
 //! let (mut input, mut output) = (Buffer::zeros(g.input.len()), Buffer::zeros(g.output.len()));
 //! g.input.pack(&[1., 2., 3., 4.], &mut input); // In the order (N, H, W, C).
 //!
-//! let packing = g.packing(variant, Precision::F32, Direction::Forward);
+//! let packing = g.packing(variant, Precision::F32, PackedFor::Forward);
 //! let packed = PackedWeights::new(packing, &[10., 1.], &pool);
 //! convolution::forward(variant, &g, &input, &packed, Finish::default(), &mut output, None);
 //!

@@ -1,7 +1,7 @@
 //! The bias gradient of a linear layer. The layer itself is a [convolution](crate::convolution) with
 //! kernel 1, which adds the bias as its last step.
 
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
@@ -32,7 +32,7 @@ pub fn bias_gradient(
 
 for_each_variant! {
     /// Sums the rows of a tile first, then the tiles: two short chains instead of a long one.
-    fn sum_rows<T: Element>(tiles: &[T], pixel_len: usize, block: usize, totals: &mut [f32; SIDE]) {
+    fn sum_rows<T: ValueElement>(tiles: &[T], pixel_len: usize, block: usize, totals: &mut [f32; SIDE]) {
         for pixel in tiles.chunks_exact(pixel_len) {
             let mut sums = [0f32; SIDE];
             for row in pixel[block * TILE..][..TILE].chunks_exact(SIDE) {

@@ -6,7 +6,7 @@
 //! Code that restricts the statistics to a subset of images goes between the two steps.
 #![expect(unsafe_code, reason = "tasks write disjoint parts of one gradient")]
 
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::parallel::Disjoint;
 use crate::variant::for_each_variant;
@@ -61,7 +61,7 @@ pub fn moments(variant: Variant, shape: Shape, values: &Buffer, parts: &mut [f32
     by_precision!(values.precision(), T => moments_of(variant, shape, T::of(values), parts));
 }
 
-fn moments_of<T: Element>(variant: Variant, shape: Shape, values: &[T], parts: &mut [f32]) {
+fn moments_of<T: ValueElement>(variant: Variant, shape: Shape, values: &[T], parts: &mut [f32]) {
     let len = shape.blocks() * MOMENT_BLOCK;
     parallel::for_each_chunk(parts, len, 2 * shape.len(), |part, sums| {
         let (from, len, images) = shape.span(part);
@@ -76,7 +76,7 @@ fn moments_of<T: Element>(variant: Variant, shape: Shape, values: &[T], parts: &
 
 for_each_variant! {
     /// Adds a tile to the sums of its part; the first tile sets the shift.
-    pub(crate) fn add_moments<T: Element>(
+    pub(crate) fn add_moments<T: ValueElement>(
         tile: &[T],
         images: usize,
         first: bool,
@@ -217,7 +217,7 @@ pub fn forward_in_place(
 }
 
 /// `input` is `None` if `output` holds it.
-fn apply_everywhere<T: Element>(
+fn apply_everywhere<T: ValueElement>(
     variant: Variant,
     shape: Shape,
     input: Option<&[T]>,
@@ -236,7 +236,7 @@ fn apply_everywhere<T: Element>(
 }
 
 /// Calls `task(offset, images, tiles)` for every pixel of every group.
-fn for_each_pixel<T: Element>(
+fn for_each_pixel<T: ValueElement>(
     shape: Shape,
     values: &mut [T],
     task: impl Fn(usize, usize, &mut [T]) + Sync + Send,
@@ -275,7 +275,7 @@ impl Affine {
 }
 
 for_each_variant! {
-    fn apply<T: Element>(
+    fn apply<T: ValueElement>(
         input: Option<&[T]>,
         affine: &Affine,
         residual: Option<&[T]>,
@@ -333,7 +333,7 @@ pub fn relu_forward(variant: Variant, shape: Shape, input: &Buffer, output: &mut
 }
 
 for_each_variant! {
-    fn rectify<T: Element>(input: &[T], output: &mut [T]) {
+    fn rectify<T: ValueElement>(input: &[T], output: &mut [T]) {
         for (output, input) in output.iter_mut().zip(input) {
             *output = if input.wide() <= 0. { T::narrow(0.) } else { *input };
         }
@@ -356,7 +356,7 @@ pub fn relu_backward(variant: Variant, shape: Shape, output: &Buffer, gradient: 
 }
 
 for_each_variant! {
-    fn mask<T: Element>(output: &[T], gradient: &mut [T]) {
+    fn mask<T: ValueElement>(output: &[T], gradient: &mut [T]) {
         for (gradient, output) in gradient.iter_mut().zip(output) {
             *gradient = if output.wide() <= 0. { T::narrow(0.) } else { *gradient };
         }
@@ -434,7 +434,7 @@ pub fn gradient_sums(
     sums
 }
 
-fn sums_of_parts<T: Element>(
+fn sums_of_parts<T: ValueElement>(
     variant: Variant,
     shape: Shape,
     gradient: &mut [T],
@@ -465,7 +465,7 @@ fn sums_of_parts<T: Element>(
 
 for_each_variant! {
     /// Padded rows have gradient zero and add nothing.
-    fn part_sums<T: Element>(
+    fn part_sums<T: ValueElement>(
         gradient: &mut [T],
         output: Option<&[T]>,
         recompute: Option<&Affine>,
@@ -552,7 +552,7 @@ pub fn input_gradient(
     });
 }
 
-fn back_apply_everywhere<T: Element>(
+fn back_apply_everywhere<T: ValueElement>(
     variant: Variant,
     shape: Shape,
     input: &[T],
@@ -617,7 +617,7 @@ impl BackwardAffine {
 
 for_each_variant! {
     /// `gradient` is `None` if `result` holds it.
-    fn back_apply<T: Element>(
+    fn back_apply<T: ValueElement>(
         input: &[T],
         gradient: Option<&[T]>,
         back: &BackwardAffine,
@@ -673,7 +673,7 @@ pub fn add(variant: Variant, shape: Shape, gradient: &Buffer, total: &mut Buffer
 }
 
 for_each_variant! {
-    fn add_tiles<T: Element>(values: &[T], total: &mut [T]) {
+    fn add_tiles<T: ValueElement>(values: &[T], total: &mut [T]) {
         for (total, value) in total.iter_mut().zip(values) {
             *total = T::narrow(total.wide() + value.wide());
         }

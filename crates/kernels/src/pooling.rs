@@ -1,7 +1,7 @@
 //! Max-pool and global average pool, forward and backward.
 
 use crate::convolution::output_side;
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant, parallel};
@@ -73,7 +73,7 @@ pub fn max_forward(
     });
 }
 
-fn max_forward_of<T: Element>(
+fn max_forward_of<T: ValueElement>(
     variant: Variant,
     w: &Window,
     input: &[T],
@@ -103,7 +103,7 @@ fn max_forward_of<T: Element>(
 }
 
 for_each_variant! {
-    fn larger<T: Element>(input: &[T], tap: u8, output: &mut [T], taps: &mut [u8]) {
+    fn larger<T: ValueElement>(input: &[T], tap: u8, output: &mut [T], taps: &mut [u8]) {
         let rows = output.chunks_exact_mut(SIDE).zip(taps.chunks_exact_mut(SIDE));
         for ((output, taps), input) in rows.zip(input.chunks_exact(SIDE)) {
             for lane in 0..SIDE {
@@ -138,7 +138,7 @@ pub fn max_backward(
     });
 }
 
-fn max_backward_of<T: Element>(
+fn max_backward_of<T: ValueElement>(
     variant: Variant,
     w: &Window,
     output_gradient: &[T],
@@ -166,7 +166,7 @@ fn max_backward_of<T: Element>(
 }
 
 for_each_variant! {
-    fn add_where<T: Element>(from: &[T], taps: &[u8], tap: u8, gradient: &mut [T]) {
+    fn add_where<T: ValueElement>(from: &[T], taps: &[u8], tap: u8, gradient: &mut [T]) {
         let rows = gradient.chunks_exact_mut(SIDE).zip(taps.chunks_exact(SIDE));
         for ((gradient, taps), from) in rows.zip(from.chunks_exact(SIDE)) {
             for lane in 0..SIDE {
@@ -190,7 +190,7 @@ pub fn average_forward(variant: Variant, input_shape: Shape, input: &Buffer, out
     });
 }
 
-fn average_forward_of<T: Element>(
+fn average_forward_of<T: ValueElement>(
     variant: Variant,
     input_shape: Shape,
     input: &[T],
@@ -206,7 +206,7 @@ fn average_forward_of<T: Element>(
 }
 
 for_each_variant! {
-    fn mean_of_pixels<T: Element>(input: &[T], pixel_len: usize, block: usize, output: &mut [T]) {
+    fn mean_of_pixels<T: ValueElement>(input: &[T], pixel_len: usize, block: usize, output: &mut [T]) {
         let mut sums = [0f32; TILE];
         for pixel in input.chunks_exact(pixel_len) {
             for (sum, value) in sums.iter_mut().zip(&pixel[block * TILE..][..TILE]) {
@@ -241,7 +241,7 @@ pub fn average_backward(
     });
 }
 
-fn average_backward_of<T: Element>(
+fn average_backward_of<T: ValueElement>(
     variant: Variant,
     input_shape: Shape,
     output_gradient: &[T],
@@ -258,7 +258,7 @@ fn average_backward_of<T: Element>(
 }
 
 for_each_variant! {
-    fn spread<T: Element>(from: &[T], share: f32, add: bool, gradient: &mut [T]) {
+    fn spread<T: ValueElement>(from: &[T], share: f32, add: bool, gradient: &mut [T]) {
         if !add {
             gradient.fill(T::narrow(0.));
         }

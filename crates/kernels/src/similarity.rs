@@ -2,14 +2,14 @@
 //!
 //! A search for the largest products (k-means, nearest neighbours) needs each product once, so the
 //! matrix of products is never stored. [`products`] computes a [`Tile`]: [`LANES`] rows of one matrix,
-//! packed in a [`Panel`], times [`GROUP`] rows of the other, packed in [`Groups`]. A tile is
+//! packed in a [`Panel`], times [`GROUP`] rows of the other, packed in [`RowGroups`]. A tile is
 //! approximate, with a proven [bound](Bound). The few products that the bound leaves undecided are then
 //! computed by [`product`], whose result is the same on every processor. So the answer is exact for both
 //! formats:
 //!
-//! - [`Precision::Bytes`]: rows rounded to 8 bits and multiplied as integers; four times as fast as
+//! - [`RowFormat::Bytes`]: rows rounded to 8 bits and multiplied as integers; four times as fast as
 //!   floats on a processor with AVX-512 VNNI.
-//! - [`Precision::Floats`]: the rows themselves.
+//! - [`RowFormat::Floats`]: the rows themselves.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -24,14 +24,14 @@ pub const GROUP: usize = 8;
 
 /// The format of rows in products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Precision {
+pub enum RowFormat {
     /// Rows rounded to 8 bits, with one scale per row.
     Bytes,
     /// `f32`.
     Floats,
 }
 
-impl Precision {
+impl RowFormat {
     /// The format with the faster products on this processor.
     pub fn fastest() -> Self {
         if has_vnni() { Self::Bytes } else { Self::Floats }
@@ -48,20 +48,20 @@ pub struct Rows<'a> {
     /// The scale of each row's 8-bit numbers; empty for floats.
     scales: Vec<f32>,
     /// The length and rounding error of each row.
-    pub extents: Vec<Extent>,
-    precision: Precision,
+    pub extents: Vec<RowExtent>,
+    format: RowFormat,
 }
 
 /// Upper bounds of a row's length and of its rounding error.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Extent {
+pub struct RowExtent {
     /// `‖x‖`.
     pub length: f32,
     /// `‖x − x̂‖`; 0 for floats.
     pub error: f32,
 }
 
-impl Extent {
+impl RowExtent {
     /// The larger length and the larger error.
     pub fn max(self, other: Self) -> Self {
         Self { length: self.length.max(other.length), error: self.error.max(other.error) }
@@ -70,27 +70,27 @@ impl Extent {
 
 impl<'a> Rows<'a> {
     /// Measures (and for bytes, rounds) the rows of `values` `(N, d)`, which must be finite.
-    pub fn new(values: &'a [f32], d: usize, precision: Precision) -> Self {
+    pub fn new(values: &'a [f32], d: usize, format: RowFormat) -> Self {
         let n = values.len() / d;
-        let words = words(d, precision);
-        let (mut codes, mut scales) = match precision {
-            Precision::Bytes => (vec![0u32; n * words], vec![0f32; n]),
-            Precision::Floats => (vec![], vec![]),
+        let words = words(d, format);
+        let (mut codes, mut scales) = match format {
+            RowFormat::Bytes => (vec![0u32; n * words], vec![0f32; n]),
+            RowFormat::Floats => (vec![], vec![]),
         };
-        let mut extents = vec![Extent::default(); n];
-        match precision {
-            Precision::Bytes => (values.par_chunks(d).zip(codes.par_chunks_mut(words)))
+        let mut extents = vec![RowExtent::default(); n];
+        match format {
+            RowFormat::Bytes => (values.par_chunks(d).zip(codes.par_chunks_mut(words)))
                 .zip(scales.par_iter_mut().zip(&mut extents))
                 .for_each(|((row, codes), (scale, extent))| {
                     (*scale, *extent) = round_row(row, codes);
                 }),
-            Precision::Floats => {
+            RowFormat::Floats => {
                 (values.par_chunks(d).zip(&mut extents)).for_each(|(row, extent)| {
-                    *extent = Extent { length: above(product(row, row).sqrt()), error: 0. };
+                    *extent = RowExtent { length: above(product(row, row).sqrt()), error: 0. };
                 })
             }
         }
-        Self { values, d, codes, scales, extents, precision }
+        Self { values, d, codes, scales, extents, format }
     }
 
     /// The number of rows.
@@ -104,20 +104,20 @@ impl<'a> Rows<'a> {
     }
 
     /// The format of the rows.
-    pub fn precision(&self) -> Precision {
-        self.precision
+    pub fn format(&self) -> RowFormat {
+        self.format
     }
 
     /// The largest length and the largest error over all rows.
-    pub fn extent(&self) -> Extent {
-        self.extents.iter().copied().fold(Extent::default(), Extent::max)
+    pub fn extent(&self) -> RowExtent {
+        self.extents.iter().copied().fold(RowExtent::default(), RowExtent::max)
     }
 
     /// A word of a row: four codes, or a float.
     fn word(&self, row: usize, word: usize) -> u32 {
-        match self.precision {
-            Precision::Bytes => self.codes[row * words(self.d, self.precision) + word],
-            Precision::Floats => self.values[row * self.d + word].to_bits(),
+        match self.format {
+            RowFormat::Bytes => self.codes[row * words(self.d, self.format) + word],
+            RowFormat::Floats => self.values[row * self.d + word].to_bits(),
         }
     }
 }
@@ -125,7 +125,7 @@ impl<'a> Rows<'a> {
 /// Bounds the error of the products in a tile.
 #[derive(Debug, Clone, Copy)]
 pub struct Bound {
-    other: Extent,
+    other: RowExtent,
     rounding: f32,
     largest_minus: f32,
 }
@@ -135,15 +135,15 @@ impl Bound {
     pub fn new(other: &Rows, largest_minus: f32) -> Self {
         // Bytes: integer sums are exact; a conversion, two scalings and a difference are rounded.
         // Floats: one rounding per term, and the difference.
-        let roundings = match other.precision {
-            Precision::Bytes => 8.,
-            Precision::Floats => other.d as f32 + 2.,
+        let roundings = match other.format {
+            RowFormat::Bytes => 8.,
+            RowFormat::Floats => other.d as f32 + 2.,
         };
         Self { other: other.extent(), rounding: 1.1 * roundings * f32::EPSILON, largest_minus }
     }
 
     /// The largest error of a product of a row of this extent with any of the others.
-    pub fn of(&self, row: Extent) -> f32 {
+    pub fn of(&self, row: RowExtent) -> f32 {
         let other = self.other.length + self.other.error;
         let rounded = row.length * self.other.error + row.error * other;
         let size = (row.length + row.error) * other + self.largest_minus;
@@ -152,10 +152,10 @@ impl Bound {
 }
 
 /// Words per row: a word holds four 8-bit numbers.
-fn words(d: usize, precision: Precision) -> usize {
-    match precision {
-        Precision::Bytes => d.div_ceil(4),
-        Precision::Floats => d,
+fn words(d: usize, format: RowFormat) -> usize {
+    match format {
+        RowFormat::Bytes => d.div_ceil(4),
+        RowFormat::Floats => d,
     }
 }
 
@@ -177,35 +177,35 @@ const VECTORS: usize = LANES / 16;
 pub struct Panel {
     lines: Vec<CacheLine>,
     scales: [f32; LANES],
-    precision: Precision,
+    format: RowFormat,
 }
 
 impl Panel {
     /// An empty panel for rows of width `d`.
-    pub fn new(d: usize, precision: Precision) -> Self {
-        let lines = vec![CacheLine([0; 16]); VECTORS * words(d, precision)];
-        Self { lines, scales: [0.; LANES], precision }
+    pub fn new(d: usize, format: RowFormat) -> Self {
+        let lines = vec![CacheLine([0; 16]); VECTORS * words(d, format)];
+        Self { lines, scales: [0.; LANES], format }
     }
 
     /// Packs up to [`LANES`] rows, in the order of the indices; products of unused lanes are 0.
     pub fn fill(&mut self, rows: &Rows, indices: impl ExactSizeIterator<Item = usize>) {
-        assert!(indices.len() <= LANES && rows.precision == self.precision);
-        let words = words(rows.d, self.precision);
+        assert!(indices.len() <= LANES && rows.format == self.format);
+        let words = words(rows.d, self.format);
         assert_eq!(self.lines.len(), VECTORS * words);
         let mut taken = [usize::MAX; LANES];
         taken.iter_mut().zip(indices).for_each(|(to, index)| *to = index);
         for (vector, taken) in taken.chunks(16).enumerate() {
             for (lane, &row) in taken.iter().enumerate() {
                 let scale = &mut self.scales[16 * vector + lane];
-                let source: &[u32] = match self.precision {
+                let source: &[u32] = match self.format {
                     _ if row == usize::MAX => &[],
-                    Precision::Bytes => &rows.codes[row * words..][..words],
-                    Precision::Floats => as_words(&rows.values[row * words..][..words]),
+                    RowFormat::Bytes => &rows.codes[row * words..][..words],
+                    RowFormat::Floats => as_words(&rows.values[row * words..][..words]),
                 };
                 *scale = rows.scales.get(row).copied().unwrap_or(0.);
                 let lines = self.lines[vector..].iter_mut().step_by(VECTORS);
                 // Bytes are unsigned on this side: 128 is added here and subtracted by the groups.
-                let flip = if self.precision == Precision::Bytes { 0x8080_8080 } else { 0 };
+                let flip = if self.format == RowFormat::Bytes { 0x8080_8080 } else { 0 };
                 if source.is_empty() {
                     lines.for_each(|line| line.0[lane] = 0);
                 } else {
@@ -218,7 +218,7 @@ impl Panel {
 
 /// All rows of a matrix in groups of [`GROUP`], interleaved: word 0 of the group, word 1, and so on.
 #[derive(Debug, Clone)]
-pub struct Groups {
+pub struct RowGroups {
     words: Vec<u32>,
     /// For bytes, what undoes the 128 that panels add: `−128 Σ codes`.
     offsets: Vec<i32>,
@@ -226,13 +226,13 @@ pub struct Groups {
     /// Subtracted from each product; infinite for the rows that pad the last group.
     minus: Vec<f32>,
     width: usize,
-    precision: Precision,
+    format: RowFormat,
 }
 
-impl Groups {
+impl RowGroups {
     /// Packs all rows. `minus` is subtracted from the products: one number per row, or empty.
     pub fn new(rows: &Rows, minus: &[f32]) -> Self {
-        let width = words(rows.d, rows.precision);
+        let width = words(rows.d, rows.format);
         let n = rows.len();
         assert!(minus.is_empty() || minus.len() == n);
         let padded = n.div_ceil(GROUP) * GROUP;
@@ -254,7 +254,7 @@ impl Groups {
         scales.resize(padded, 0.);
         let mut all_minus = if minus.is_empty() { vec![0.; n] } else { minus.to_vec() };
         all_minus.resize(padded, f32::INFINITY);
-        Self { words: packed, offsets, scales, minus: all_minus, width, precision: rows.precision }
+        Self { words: packed, offsets, scales, minus: all_minus, width, format: rows.format }
     }
 
     /// The number of groups.
@@ -346,8 +346,8 @@ fn reached_avx512(values: &[f32; LANES], thresholds: &[f32; LANES]) -> u64 {
 }
 
 /// Computes the products of all lanes of `panel` with one group of `groups`.
-pub fn products(panel: &Panel, groups: &Groups, group: usize, tile: &mut Tile) {
-    assert_eq!(panel.precision, groups.precision);
+pub fn products(panel: &Panel, groups: &RowGroups, group: usize, tile: &mut Tile) {
+    assert_eq!(panel.format, groups.format);
     let input = TileInput {
         lines: &panel.lines,
         lane_scales: &panel.scales,
@@ -357,18 +357,18 @@ pub fn products(panel: &Panel, groups: &Groups, group: usize, tile: &mut Tile) {
         minus: groups.minus[group * GROUP..].first_chunk().expect("groups are full"),
     };
     assert_eq!(input.lines.len(), VECTORS * groups.width);
-    match panel.precision {
+    match panel.format {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX-512 VNNI, and the lengths were checked.
-        Precision::Bytes if has_vnni() => unsafe { bytes_vnni(&input, tile) },
+        RowFormat::Bytes if has_vnni() => unsafe { bytes_vnni(&input, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX-512, and the lengths were checked.
-        Precision::Floats if has_avx512() => unsafe { floats_avx512(&input, tile) },
+        RowFormat::Floats if has_avx512() => unsafe { floats_avx512(&input, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX2 and FMA.
-        Precision::Floats if has_avx2() => unsafe { floats_avx2(&input, tile) },
-        Precision::Bytes => bytes_portable(&input, tile),
-        Precision::Floats => floats_portable(&input, tile, |x, y, sum| x * y + sum),
+        RowFormat::Floats if has_avx2() => unsafe { floats_avx2(&input, tile) },
+        RowFormat::Bytes => bytes_portable(&input, tile),
+        RowFormat::Floats => floats_portable(&input, tile, |x, y, sum| x * y + sum),
     }
 }
 
@@ -530,7 +530,7 @@ fn fill_largest(tile: &mut Tile) {
 }
 
 /// Rounds a row to 8 bits and returns its scale and extent.
-fn round_row(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+fn round_row(row: &[f32], codes: &mut [u32]) -> (f32, RowExtent) {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the processor has AVX-512.
@@ -541,12 +541,12 @@ fn round_row(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn round_row_avx512(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+fn round_row_avx512(row: &[f32], codes: &mut [u32]) -> (f32, RowExtent) {
     round_row_portable(row, codes)
 }
 
 #[inline(always)]
-fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
+fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, RowExtent) {
     const WIDE: usize = 16;
     let mut largest = [0f32; WIDE];
     for part in row.chunks(WIDE) {
@@ -559,7 +559,7 @@ fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
     let inverse = 1. / scale;
     if !inverse.is_finite() {
         codes.fill(0);
-        return (0., Extent { length, error: length });
+        return (0., RowExtent { length, error: length });
     }
     let mut squares = [0f32; WIDE];
     for (part, codes) in row.chunks(WIDE).zip(codes.chunks_mut(WIDE / 4)) {
@@ -578,7 +578,7 @@ fn round_row_portable(row: &[f32], codes: &mut [u32]) -> (f32, Extent) {
     let squares: f32 = squares.iter().sum();
     // The second term covers the rounding of `x · inverse`.
     let error = f64::from(squares).sqrt() * f64::from(scale) * (1. + 1e-4);
-    (scale, Extent { length, error: above(error + f64::from(length) * 1e-6) })
+    (scale, RowExtent { length, error: above(error + f64::from(length) * 1e-6) })
 }
 
 /// `Σ x·y` in `f64`, with the same bits on every processor.
@@ -721,14 +721,14 @@ mod tests {
 
     #[test]
     fn every_tile_lies_within_its_bound() {
-        for precision in [Precision::Bytes, Precision::Floats] {
+        for format in [RowFormat::Bytes, RowFormat::Floats] {
             for (n, m, d) in [(48, 8, 512), (50, 13, 37), (1, 1, 1), (100, 9, 4)] {
                 let (x, y) = (matrix(n, d, 1), matrix(m, d, 2));
-                let (x_rows, y_rows) = (Rows::new(&x, d, precision), Rows::new(&y, d, precision));
+                let (x_rows, y_rows) = (Rows::new(&x, d, format), Rows::new(&y, d, format));
                 let minus: Vec<f32> = (0..m).map(|j| j as f32 * 0.5).collect();
-                let groups = Groups::new(&y_rows, &minus);
+                let groups = RowGroups::new(&y_rows, &minus);
                 let bound = Bound::new(&y_rows, minus.iter().copied().fold(0., f32::max));
-                let mut panel = Panel::new(d, precision);
+                let mut panel = Panel::new(d, format);
                 let (mut tile, mut used) = (Tile::default(), 0f64);
                 for first in (0..n).step_by(LANES) {
                     let lanes = LANES.min(n - first);
@@ -751,17 +751,14 @@ mod tests {
                                     - f64::from(minus[k]);
                                 let allowed = f64::from(bound.of(x_rows.extents[i]));
                                 let off = (f64::from(got) - want).abs();
-                                assert!(off <= allowed, "{precision:?} {i} {k}: {off} > {allowed}");
+                                assert!(off <= allowed, "{format:?} {i} {k}: {off} > {allowed}");
                                 used = used.max(off / allowed);
                             }
                             assert_eq!(tile.largest[lane], largest);
                         }
                     }
                 }
-                assert!(
-                    precision == Precision::Floats || used > 1e-3,
-                    "the bound is useless: {used}"
-                );
+                assert!(format == RowFormat::Floats || used > 1e-3, "the bound is useless: {used}");
             }
         }
     }
@@ -769,10 +766,10 @@ mod tests {
     #[test]
     fn portable_tiles_equal_those_of_the_processor() {
         let (x, y, d) = (matrix(48, 70, 3), matrix(8, 70, 4), 70);
-        for precision in [Precision::Bytes, Precision::Floats] {
-            let (x_rows, y_rows) = (Rows::new(&x, d, precision), Rows::new(&y, d, precision));
-            let groups = Groups::new(&y_rows, &[]);
-            let mut panel = Panel::new(d, precision);
+        for format in [RowFormat::Bytes, RowFormat::Floats] {
+            let (x_rows, y_rows) = (Rows::new(&x, d, format), Rows::new(&y, d, format));
+            let groups = RowGroups::new(&y_rows, &[]);
+            let mut panel = Panel::new(d, format);
             panel.fill(&x_rows, 0..48);
             let mut fast = Tile::default();
             products(&panel, &groups, 0, &mut fast);
@@ -785,12 +782,12 @@ mod tests {
                 minus: groups.minus.first_chunk().expect("one group"),
             };
             let mut plain = Tile::default();
-            match precision {
-                Precision::Bytes => bytes_portable(&input, &mut plain),
-                Precision::Floats => floats_portable(&input, &mut plain, |x, y, sum| x * y + sum),
+            match format {
+                RowFormat::Bytes => bytes_portable(&input, &mut plain),
+                RowFormat::Floats => floats_portable(&input, &mut plain, |x, y, sum| x * y + sum),
             }
             #[cfg(target_arch = "x86_64")]
-            if precision == Precision::Floats && has_avx2() && has_avx512() {
+            if format == RowFormat::Floats && has_avx2() && has_avx512() {
                 let mut narrow = Tile::default();
                 // SAFETY: the processor has AVX2 and FMA.
                 unsafe { floats_avx2(&input, &mut narrow) };
@@ -800,11 +797,11 @@ mod tests {
             let bound = Bound::new(&y_rows, 0.);
             for (i, (fast, plain)) in fast.products.iter().zip(&plain.products).enumerate() {
                 // Bytes differ only by the order of the scalings.
-                let allowed = match precision {
-                    Precision::Bytes => plain.abs() * 1e-6,
-                    Precision::Floats => bound.of(x_rows.extents[i % LANES]),
+                let allowed = match format {
+                    RowFormat::Bytes => plain.abs() * 1e-6,
+                    RowFormat::Floats => bound.of(x_rows.extents[i % LANES]),
                 };
-                assert!((fast - plain).abs() <= allowed, "{precision:?} {fast} {plain}");
+                assert!((fast - plain).abs() <= allowed, "{format:?} {fast} {plain}");
             }
         }
     }
@@ -812,8 +809,8 @@ mod tests {
     #[test]
     fn the_error_of_a_row_that_cannot_be_scaled_is_its_length() {
         let x = [0f32, 0., 1e-40, -1e-41];
-        let rows = Rows::new(&x, 2, Precision::Bytes);
-        assert_eq!(rows.extents[0], Extent { length: 0., error: 0. });
+        let rows = Rows::new(&x, 2, RowFormat::Bytes);
+        assert_eq!(rows.extents[0], RowExtent { length: 0., error: 0. });
         assert!(rows.extents[1].error >= 1e-40);
         assert_eq!(rows.len(), 2);
     }

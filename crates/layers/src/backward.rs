@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use crate::backend::{Backend, NormGradientCall, Operations};
 use crate::flat::{Changes, Flat};
-use crate::plan::{Norm, Operation, Plan, Product, Work};
-use crate::tape::{Activations, Kept, Note, Record};
+use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
+use crate::tape::{Activations, Kept, Note, TapeRecord};
 use crate::{Gradients, Network, Parameters, Tape};
 
 impl Network {
@@ -34,7 +34,7 @@ impl Network {
         let plan = &self.0;
         parameters.check_plan(plan)?;
         gradients.flat.check_layout(&plan.parameters, "the gradients")?;
-        gradients.flat.check_place(plan.backend.place(), "the gradients")?;
+        gradients.flat.check_backend(plan.backend.id(), "the gradients")?;
         let Some(record) = &tape.record else {
             bail!("the tape is empty; run `forward` with it first")
         };
@@ -48,7 +48,8 @@ impl Network {
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
         }
         let (needed, flat) = (needed(plan, parameters, input_gradient), &mut gradients.flat);
-        let pass = Arguments { plan, parameters, record, gradient, gradients: flat, needed };
+        let pass =
+            BackwardArguments { plan, parameters, record, gradient, gradients: flat, needed };
         let at_input = match (&plan.backend, &record.kept) {
             (Backend::Cpu(cpu), Kept::Cpu(kept)) => kernels::on_workers(|| pass.run(cpu, kept)),
             (Backend::Tensors(tensors), Kept::Tensors(kept)) => pass.run(tensors, kept),
@@ -62,9 +63,9 @@ impl Network {
 }
 
 /// Fails unless a forward pass of this plan, on this backend, made the record.
-fn check_record(plan: &Plan, record: &Record) -> Result<()> {
-    let (here, there) = (plan.backend.place(), record.plan.backend.place());
-    if !here.is(there) {
+fn check_record(plan: &NetworkPlan, record: &TapeRecord) -> Result<()> {
+    let (here, there) = (plan.backend.id(), record.plan.backend.id());
+    if !here.same(there) {
         bail!("the tape was recorded with {there}, but the network computes with {here}")
     }
     if !plan.is_same(&record.plan) {
@@ -75,14 +76,16 @@ fn check_record(plan: &Plan, record: &Record) -> Result<()> {
 
 /// For each value, whether its gradient is needed: for a trained parameter at or below it, or for the
 /// input.
-fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<bool> {
+fn needed(plan: &NetworkPlan, parameters: &Parameters, input_gradient: bool) -> Vec<bool> {
     let mut needed = vec![false; plan.channels.len()];
     needed[0] = input_gradient;
     for operation in &plan.operations {
         let (own, residual) = match &operation.work {
-            Work::Product(_) => (true, None),
-            Work::BatchNorm(norm) => (true, norm.residual),
-            Work::Relu | Work::MaxPool { .. } | Work::AveragePool => (false, None),
+            OperationWork::Product(_) => (true, None),
+            OperationWork::BatchNorm(norm) => (true, norm.residual),
+            OperationWork::Relu | OperationWork::MaxPool { .. } | OperationWork::AveragePool => {
+                (false, None)
+            }
         };
         needed[operation.output] = needed[operation.input]
             || residual.is_some_and(|r| needed[r])
@@ -92,19 +95,19 @@ fn needed(plan: &Plan, parameters: &Parameters, input_gradient: bool) -> Vec<boo
 }
 
 /// The checked arguments of a backward pass.
-struct Arguments<'a> {
-    plan: &'a Plan,
+struct BackwardArguments<'a> {
+    plan: &'a NetworkPlan,
     parameters: &'a Parameters,
-    record: &'a Record,
+    record: &'a TapeRecord,
     gradient: &'a Tensor,
     gradients: &'a mut Flat,
     needed: Vec<bool>,
 }
 
-impl Arguments<'_> {
+impl BackwardArguments<'_> {
     /// Returns the input's gradient if it is needed.
     fn run<B: Operations>(self, backend: &B, kept: &Activations<B>) -> Result<Option<Tensor>> {
-        let Arguments { plan, parameters, record, gradient, gradients, needed } = self;
+        let BackwardArguments { plan, parameters, record, gradient, gradients, needed } = self;
         let gradient = backend.load(gradient, record.shapes[plan.output], "the gradient")?;
         let mut pass = BackwardPass {
             backend,
@@ -127,9 +130,9 @@ impl Arguments<'_> {
 /// A backward pass under way.
 struct BackwardPass<'a, B: Operations> {
     backend: &'a B,
-    plan: &'a Plan,
+    plan: &'a NetworkPlan,
     parameters: &'a Parameters,
-    record: &'a Record,
+    record: &'a TapeRecord,
     kept: &'a Activations<B>,
     gradients: Changes<'a>,
     /// Gradients of values: the sum of what their readers have sent back so far.
@@ -149,29 +152,29 @@ impl<B: Operations> BackwardPass<'_, B> {
         }
         let (backend, shape) = (self.backend, shapes[operation.input]);
         match (&operation.work, &kept.notes[at]) {
-            (Work::Product(product), _) => self.product(operation, product, &gradient),
-            (Work::BatchNorm(norm), Note::Normalised(normalised)) => {
+            (OperationWork::Product(product), _) => self.product(operation, product, &gradient),
+            (OperationWork::BatchNorm(norm), Note::Normalised(normalised)) => {
                 self.batch_norm(operation, norm, normalised, gradient)
             }
-            (Work::Relu, _) => {
+            (OperationWork::Relu, _) => {
                 let output = kept.values[operation.output].as_ref().expect(KEPT);
                 let gradient = backend.relu_gradient(shape, output, gradient)?;
                 self.send(operation.input, gradient)
             }
-            (Work::MaxPool { .. }, Note::Argmax(argmax)) => {
+            (OperationWork::MaxPool { .. }, Note::Argmax(argmax)) => {
                 let w = plan.window(operation, shapes).expect("as in the forward pass");
                 let total = self.values[operation.input].take();
                 let total = backend.max_pool_gradient(&w, argmax, &gradient, total)?;
                 self.values[operation.input] = Some(total);
                 Ok(())
             }
-            (Work::AveragePool, _) => {
+            (OperationWork::AveragePool, _) => {
                 let total = self.values[operation.input].take();
                 let total = backend.average_pool_gradient(shape, &gradient, total)?;
                 self.values[operation.input] = Some(total);
                 Ok(())
             }
-            (Work::BatchNorm(_) | Work::MaxPool { .. }, _) => {
+            (OperationWork::BatchNorm(_) | OperationWork::MaxPool { .. }, _) => {
                 unreachable!("the forward pass of the same plan made the notes")
             }
         }
@@ -179,7 +182,7 @@ impl<B: Operations> BackwardPass<'_, B> {
 
     fn product(
         &mut self,
-        operation: &Operation,
+        operation: &NetworkOperation,
         product: &Product,
         gradient: &B::Value,
     ) -> Result<()> {
@@ -201,7 +204,7 @@ impl<B: Operations> BackwardPass<'_, B> {
 
     fn batch_norm(
         &mut self,
-        operation: &Operation,
+        operation: &NetworkOperation,
         norm: &Norm,
         normalised: &B::Normalised,
         gradient: B::Value,
@@ -249,7 +252,7 @@ impl<B: Operations> BackwardPass<'_, B> {
             Some(gradient) => self.backend.unload(&gradient, shape, &dimensions).map(Some),
             // The output does not depend on the input.
             None => {
-                let device = self.plan.backend.place().device();
+                let device = self.plan.backend.id().device();
                 Tensor::zeros(dimensions, DType::F32, &device).map(Some)
             }
         }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::backend::{Place, Storage};
+use crate::backend::{BackendId, Storage};
 
 /// The role of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum EntryKind {
     /// Weights of a convolution, (O, I, KH, KW).
     ConvolutionWeight,
     /// Weights of a linear layer, (O, I).
@@ -29,7 +29,7 @@ pub enum Kind {
 
 /// A named tensor inside a flat buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct TensorEntry {
     /// The name given to the builder and `.weight`, `.bias`, `.running_mean` or `.running_var`.
     pub name: String,
     /// Shape, in PyTorch's order.
@@ -37,26 +37,26 @@ pub struct Entry {
     /// Range of its numbers in the flat storage, in the order of `shape`.
     pub range: Range<usize>,
     /// Its role.
-    pub kind: Kind,
+    pub kind: EntryKind,
     /// Index of its block in [`crate::Network::blocks`].
     pub block: usize,
 }
 
 /// The entries of flat storage.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Layout {
-    pub entries: Vec<Entry>,
+pub(crate) struct FlatLayout {
+    pub entries: Vec<TensorEntry>,
     pub len: usize,
     by_name: HashMap<String, usize>,
 }
 
-impl Layout {
+impl FlatLayout {
     /// Appends an entry and returns its index.
     pub fn push(
         &mut self,
         name: String,
         shape: Vec<usize>,
-        kind: Kind,
+        kind: EntryKind,
         block: usize,
     ) -> Result<usize> {
         let mut len = 1usize;
@@ -71,11 +71,11 @@ impl Layout {
         }
         let range = self.len..self.len + len;
         self.len += len;
-        self.entries.push(Entry { name, shape, range, kind, block });
+        self.entries.push(TensorEntry { name, shape, range, kind, block });
         Ok(self.entries.len() - 1)
     }
 
-    pub fn find(&self, name: &str) -> Result<&Entry> {
+    pub fn find(&self, name: &str) -> Result<&TensorEntry> {
         match self.by_name.get(name) {
             Some(at) => Ok(&self.entries[*at]),
             None => bail!(
@@ -91,34 +91,39 @@ impl Layout {
 /// A layout with its numbers.
 #[derive(Clone)]
 pub(crate) struct Flat {
-    pub layout: Arc<Layout>,
+    pub layout: Arc<FlatLayout>,
     pub storage: Storage,
 }
 
 impl Flat {
-    pub fn zeros(layout: &Arc<Layout>, place: Place) -> Flat {
-        let storage = Storage::new(place, layout.len, None);
+    pub fn zeros(layout: &Arc<FlatLayout>, backend: BackendId) -> Flat {
+        let storage = Storage::new(backend, layout.len, None);
         Flat { layout: Arc::clone(layout), storage }
     }
 
     /// With this value in every entry of a kind, and zeros in the others.
-    pub fn filled(layout: &Arc<Layout>, place: Place, kind: Kind, value: f32) -> Flat {
+    pub fn filled(
+        layout: &Arc<FlatLayout>,
+        backend: BackendId,
+        kind: EntryKind,
+        value: f32,
+    ) -> Flat {
         let mut numbers = vec![0.; layout.len];
         for entry in layout.entries.iter().filter(|entry| entry.kind == kind) {
             numbers[entry.range.clone()].fill(value);
         }
-        Flat::with(layout, place, numbers)
+        Flat::with(layout, backend, numbers)
     }
 
-    pub fn with(layout: &Arc<Layout>, place: Place, numbers: Vec<f32>) -> Flat {
-        let storage = Storage::new(place, layout.len, Some(numbers));
+    pub fn with(layout: &Arc<FlatLayout>, backend: BackendId, numbers: Vec<f32>) -> Flat {
+        let storage = Storage::new(backend, layout.len, Some(numbers));
         Flat { layout: Arc::clone(layout), storage }
     }
 
-    /// The same numbers in another place, for a network with the same entries.
-    pub fn to(&self, layout: &Arc<Layout>, place: Place) -> Result<Flat> {
+    /// A copy for another backend and a network with the same entries.
+    pub fn to(&self, layout: &Arc<FlatLayout>, backend: BackendId) -> Result<Flat> {
         self.check_layout(layout, "the numbers")?;
-        Ok(Flat::with(layout, place, self.to_vec()?))
+        Ok(Flat::with(layout, backend, self.to_vec()?))
     }
 
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
@@ -160,20 +165,20 @@ impl Flat {
         self.storage.vector().of(&entry.range)?.reshape(entry.shape.as_slice())
     }
 
-    /// Fails unless both have the same entries and are stored in the same place.
+    /// Fails unless both have the same entries and are stored for the same backend.
     pub fn check_like(&self, other: &Flat, what: &str, of: &str) -> Result<()> {
         self.check_layout(&other.layout, what)?;
-        let (here, there) = (self.storage.place(), other.storage.place());
-        if !here.is(there) {
+        let (here, there) = (self.storage.backend(), other.storage.backend());
+        if !here.same(there) {
             bail!("{what} are stored for {here}, but {of} for {there}; move both to one backend")
         }
         Ok(())
     }
 
-    /// Fails unless the numbers are stored where a network computes.
-    pub fn check_place(&self, network: Place, what: &str) -> Result<()> {
-        let here = self.storage.place();
-        if !here.is(network) {
+    /// Fails unless the numbers are stored for the backend of a network.
+    pub fn check_backend(&self, network: BackendId, what: &str) -> Result<()> {
+        let here = self.storage.backend();
+        if !here.same(network) {
             bail!(
                 "{what} are stored for {here}, but the network computes with {network}; move both \
                  to one backend"
@@ -183,7 +188,7 @@ impl Flat {
     }
 
     /// Fails unless the entries are the same.
-    pub fn check_layout(&self, other: &Arc<Layout>, what: &str) -> Result<()> {
+    pub fn check_layout(&self, other: &Arc<FlatLayout>, what: &str) -> Result<()> {
         if !Arc::ptr_eq(&self.layout, other) && self.layout != *other {
             bail!(
                 "{what} belong to another network: {} entries with {} numbers, expected {} with {}",

@@ -7,8 +7,8 @@ use kernels::Shape;
 
 use crate::backend::{Backend, NormCall, Operand, Operations, ProductCall};
 use crate::flat::{Changes, Flat};
-use crate::plan::{Norm, Operation, Plan, Product, Work};
-use crate::tape::{Activations, Kept, Note, Record};
+use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
+use crate::tape::{Activations, Kept, Note, TapeRecord};
 use crate::{Mode, Modes, Network, Parameters, Statistics, Tape};
 
 impl Network {
@@ -45,8 +45,15 @@ impl Network {
         let shapes = plan.shapes(input.dims())?;
         check_counts(plan, &shapes, modes)?;
         let (keep, flat) = (tape.is_some(), &mut statistics.flat);
-        let pass =
-            Arguments { plan, parameters, statistics: flat, input, modes, shapes: &shapes, keep };
+        let pass = ForwardArguments {
+            plan,
+            parameters,
+            statistics: flat,
+            input,
+            modes,
+            shapes: &shapes,
+            keep,
+        };
         let (output, kept) = match &plan.backend {
             Backend::Cpu(cpu) => {
                 let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
@@ -67,16 +74,16 @@ impl Network {
         }
         if let Some(tape) = tape {
             let (plan, version) = (Arc::clone(plan), parameters.version());
-            tape.record = Some(Record { plan, version, shapes, kept });
+            tape.record = Some(TapeRecord { plan, version, shapes, kept });
         }
         Ok(output)
     }
 }
 
 /// Batch statistics need two values, as in PyTorch: the unbiased variance of one is 0/0.
-fn check_counts(plan: &Plan, shapes: &[Shape], modes: &Modes) -> Result<()> {
+fn check_counts(plan: &NetworkPlan, shapes: &[Shape], modes: &Modes) -> Result<()> {
     for operation in &plan.operations {
-        let norm = matches!(operation.work, Work::BatchNorm(_));
+        let norm = matches!(operation.work, OperationWork::BatchNorm(_));
         let single = shapes[operation.input].count() < 2;
         if norm && single && modes.of(operation.block) == Mode::Batch {
             bail!(
@@ -89,15 +96,16 @@ fn check_counts(plan: &Plan, shapes: &[Shape], modes: &Modes) -> Result<()> {
     Ok(())
 }
 
-fn uses_batch_statistics(plan: &Plan, modes: &Modes) -> bool {
+fn uses_batch_statistics(plan: &NetworkPlan, modes: &Modes) -> bool {
     plan.operations.iter().any(|operation| {
-        matches!(operation.work, Work::BatchNorm(_)) && modes.of(operation.block) == Mode::Batch
+        matches!(operation.work, OperationWork::BatchNorm(_))
+            && modes.of(operation.block) == Mode::Batch
     })
 }
 
 /// The checked arguments of a forward pass.
-struct Arguments<'a> {
-    plan: &'a Plan,
+struct ForwardArguments<'a> {
+    plan: &'a NetworkPlan,
     parameters: &'a Parameters,
     statistics: &'a mut Flat,
     input: &'a Tensor,
@@ -106,9 +114,9 @@ struct Arguments<'a> {
     keep: bool,
 }
 
-impl Arguments<'_> {
+impl ForwardArguments<'_> {
     fn run<B: Operations>(self, backend: &B) -> Result<(Tensor, Activations<B>)> {
-        let Arguments { plan, parameters, statistics, input, modes, shapes, keep } = self;
+        let ForwardArguments { plan, parameters, statistics, input, modes, shapes, keep } = self;
         let input = backend.load(input, shapes[0], "the input")?;
         let mut pass = ForwardPass {
             backend,
@@ -134,7 +142,7 @@ impl Arguments<'_> {
 /// A forward pass under way.
 struct ForwardPass<'a, B: Operations> {
     backend: &'a B,
-    plan: &'a Plan,
+    plan: &'a NetworkPlan,
     parameters: &'a Parameters,
     statistics: Changes<'a>,
     modes: &'a Modes,
@@ -152,15 +160,17 @@ impl<B: Operations> ForwardPass<'_, B> {
         let operation = &self.plan.operations[at];
         let (backend, shape) = (self.backend, self.shapes[operation.input]);
         let (output, note) = match &operation.work {
-            Work::Product(product) => (self.product(operation, product)?, Note::Nothing),
-            Work::BatchNorm(norm) => self.batch_norm(at, norm)?,
-            Work::Relu => (backend.relu(shape, self.value(operation.input))?, Note::Nothing),
-            Work::MaxPool { .. } => {
+            OperationWork::Product(product) => (self.product(operation, product)?, Note::Nothing),
+            OperationWork::BatchNorm(norm) => self.batch_norm(at, norm)?,
+            OperationWork::Relu => {
+                (backend.relu(shape, self.value(operation.input))?, Note::Nothing)
+            }
+            OperationWork::MaxPool { .. } => {
                 let w = self.plan.window(operation, self.shapes).expect("shapes were checked");
                 let (output, argmax) = backend.max_pool(&w, self.value(operation.input))?;
                 (output, Note::Argmax(argmax))
             }
-            Work::AveragePool => {
+            OperationWork::AveragePool => {
                 (backend.average_pool(shape, self.value(operation.input))?, Note::Nothing)
             }
         };
@@ -169,7 +179,7 @@ impl<B: Operations> ForwardPass<'_, B> {
         Ok(())
     }
 
-    fn product(&mut self, operation: &Operation, product: &Product) -> Result<B::Value> {
+    fn product(&mut self, operation: &NetworkOperation, product: &Product) -> Result<B::Value> {
         let sums = self.plan.feeds_norm[operation.output]
             .is_some_and(|block| self.modes.of(block) == Mode::Batch);
         let (output, sums) = self.backend.product(ProductCall {

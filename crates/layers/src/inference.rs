@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
-use crate::backend::{Backend, Cpu, Place};
-use crate::flat::{Entry, Flat, Kind, Layout};
+use crate::backend::{Backend, BackendId, Cpu};
+use crate::flat::{EntryKind, Flat, FlatLayout, TensorEntry};
 use crate::network::Network;
-use crate::plan::{Norm, Operation, Plan, Product, Uses, Work};
+use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product, Uses};
 use crate::{Mode, Modes, Parameters, Statistics};
 
 /// A network with its numbers, for inference: on running statistics and without a tape.
@@ -69,7 +69,7 @@ impl Inference {
 /// Entries under construction, with their numbers.
 #[derive(Default)]
 struct FlatBuilder {
-    layout: Layout,
+    layout: FlatLayout,
     numbers: Vec<f32>,
 }
 
@@ -78,7 +78,7 @@ impl FlatBuilder {
         &mut self,
         name: String,
         shape: Vec<usize>,
-        kind: Kind,
+        kind: EntryKind,
         block: usize,
         numbers: &[f32],
     ) -> Result<usize> {
@@ -89,17 +89,17 @@ impl FlatBuilder {
     /// Copies an entry.
     fn copy(&mut self, flat: &Flat, entry: usize) -> Result<usize> {
         let numbers = flat.slice(entry);
-        let Entry { name, shape, kind, block, .. } = flat.layout.entries[entry].clone();
+        let TensorEntry { name, shape, kind, block, .. } = flat.layout.entries[entry].clone();
         self.push(name, shape, kind, block, numbers)
     }
 
     fn finish(self) -> Flat {
-        Flat::with(&Arc::new(self.layout), Place::Cpu, self.numbers)
+        Flat::with(&Arc::new(self.layout), BackendId::Cpu, self.numbers)
     }
 }
 
 fn fold(
-    plan: &Plan,
+    plan: &NetworkPlan,
     cpu: &Cpu,
     parameters: &Parameters,
     statistics: &Statistics,
@@ -108,38 +108,38 @@ fn fold(
         (Vec::new(), FlatBuilder::default(), FlatBuilder::default());
     for operation in &plan.operations {
         match &operation.work {
-            Work::Product(_) if following_norm(plan, operation).is_some() => {}
-            Work::Product(product) => {
+            OperationWork::Product(_) if following_norm(plan, operation).is_some() => {}
+            OperationWork::Product(product) => {
                 let work = folded(operation, product, None, parameters, statistics, &mut weights)?;
-                operations.push(Operation { work, ..operation.clone() });
+                operations.push(NetworkOperation { work, ..operation.clone() });
             }
-            Work::BatchNorm(norm) => match folding_product(plan, operation) {
-                // In the place of the norm: its residual may be computed after the product.
+            OperationWork::BatchNorm(norm) => match folding_product(plan, operation) {
+                // At the position of the norm: its residual may be computed after the product.
                 Some((before, product)) => {
                     let work =
                         folded(before, product, Some(norm), parameters, statistics, &mut weights)?;
                     let (name, input) = (before.name.clone(), before.input);
-                    operations.push(Operation { name, input, work, ..operation.clone() });
+                    operations.push(NetworkOperation { name, input, work, ..operation.clone() });
                 }
                 None => {
-                    let work = Work::BatchNorm(Norm {
+                    let work = OperationWork::BatchNorm(Norm {
                         weight: weights.copy(parameters.flat(), norm.weight)?,
                         bias: weights.copy(parameters.flat(), norm.bias)?,
                         running_mean: running.copy(&statistics.flat, norm.running_mean)?,
                         running_variance: running.copy(&statistics.flat, norm.running_variance)?,
                         ..norm.clone()
                     });
-                    operations.push(Operation { work, ..operation.clone() });
+                    operations.push(NetworkOperation { work, ..operation.clone() });
                 }
             },
-            Work::Relu | Work::MaxPool { .. } | Work::AveragePool => {
+            OperationWork::Relu | OperationWork::MaxPool { .. } | OperationWork::AveragePool => {
                 operations.push(operation.clone());
             }
         }
     }
     let Uses { last_use, feeds_norm } = Uses::of(&operations, plan.channels.len(), plan.output);
     let (weights, running) = (weights.finish(), running.finish());
-    let plan = Arc::new(Plan {
+    let plan = Arc::new(NetworkPlan {
         operations,
         parameters: Arc::clone(&weights.layout),
         statistics: Arc::clone(&running.layout),
@@ -153,10 +153,13 @@ fn fold(
 }
 
 /// The batch norm that a product is folded with: the only reader of its output.
-fn following_norm<'a>(plan: &'a Plan, product: &Operation) -> Option<&'a Operation> {
-    let reads = |operation: &&Operation| {
+fn following_norm<'a>(
+    plan: &'a NetworkPlan,
+    product: &NetworkOperation,
+) -> Option<&'a NetworkOperation> {
+    let reads = |operation: &&NetworkOperation| {
         let residual = match &operation.work {
-            Work::BatchNorm(norm) => norm.residual,
+            OperationWork::BatchNorm(norm) => norm.residual,
             _ => None,
         };
         operation.input == product.output || residual == Some(product.output)
@@ -164,28 +167,31 @@ fn following_norm<'a>(plan: &'a Plan, product: &Operation) -> Option<&'a Operati
     let mut readers = plan.operations.iter().filter(reads);
     let (first, second) = (readers.next()?, readers.next());
     let residual_is_another = match &first.work {
-        Work::BatchNorm(norm) => norm.residual != Some(product.output),
+        OperationWork::BatchNorm(norm) => norm.residual != Some(product.output),
         _ => false,
     };
     (residual_is_another && second.is_none() && plan.output != product.output).then_some(first)
 }
 
 /// The product that a batch norm is folded into.
-fn folding_product<'a>(plan: &'a Plan, norm: &Operation) -> Option<(&'a Operation, &'a Product)> {
+fn folding_product<'a>(
+    plan: &'a NetworkPlan,
+    norm: &NetworkOperation,
+) -> Option<(&'a NetworkOperation, &'a Product)> {
     let before = plan.operations.iter().find(|operation| operation.output == norm.input)?;
-    let Work::Product(product) = &before.work else { return None };
+    let OperationWork::Product(product) = &before.work else { return None };
     following_norm(plan, before).map(|_| (before, product))
 }
 
 /// A product with the norm that follows it folded in, if there is one.
 fn folded(
-    operation: &Operation,
+    operation: &NetworkOperation,
     product: &Product,
     norm: Option<&Norm>,
     parameters: &Parameters,
     statistics: &Statistics,
     flat: &mut FlatBuilder,
-) -> Result<Work> {
+) -> Result<OperationWork> {
     let entry = &parameters.entries()[product.weight];
     let outputs = entry.shape[0];
     let mut weights = parameters.slice(product.weight).to_vec();
@@ -211,11 +217,11 @@ fn folded(
     let weight =
         flat.push(format!("{name}.weight"), entry.shape.clone(), entry.kind, block, &weights)?;
     let mut push_bias = |biases: Vec<f32>| {
-        flat.push(format!("{name}.bias"), vec![outputs], Kind::LinearBias, block, &biases)
+        flat.push(format!("{name}.bias"), vec![outputs], EntryKind::LinearBias, block, &biases)
     };
     let bias = biases.map(&mut push_bias).transpose()?;
     let (relu, residual) = norm.map_or((false, None), |norm| (norm.relu, norm.residual));
-    Ok(Work::Product(Product { weight, bias, relu, residual, ..product.clone() }))
+    Ok(OperationWork::Product(Product { weight, bias, relu, residual, ..product.clone() }))
 }
 
 #[cfg(test)]
@@ -256,7 +262,7 @@ mod tests {
 
     fn numbers(network: &Network) -> Result<(Parameters, Statistics)> {
         let (mut parameters, mut statistics) = (network.parameters(), network.statistics());
-        let wave = |entry: &Entry, centre: f32, spread: f32| -> Vec<f32> {
+        let wave = |entry: &TensorEntry, centre: f32, spread: f32| -> Vec<f32> {
             let salt = entry.range.start as f32;
             let value = |i: usize| centre + spread * (0.7 * i as f32 + salt).sin();
             (0..entry.range.len()).map(value).collect()
@@ -264,14 +270,14 @@ mod tests {
         for entry in parameters.entries().to_vec() {
             let fan_in = entry.shape[1..].iter().product::<usize>() as f32;
             let (centre, spread) = match entry.kind {
-                Kind::NormWeight => (1., 0.5),
-                Kind::NormBias | Kind::LinearBias => (0., 0.4),
+                EntryKind::NormWeight => (1., 0.5),
+                EntryKind::NormBias | EntryKind::LinearBias => (0., 0.4),
                 _ => (0., (3. / fan_in).sqrt()),
             };
             parameters.set(&entry.name, &wave(&entry, centre, spread))?;
         }
         for entry in statistics.entries().to_vec() {
-            let mean = entry.kind == Kind::RunningMean;
+            let mean = entry.kind == EntryKind::RunningMean;
             let values = if mean { wave(&entry, 0.2, 0.5) } else { wave(&entry, 1.2, 0.9) };
             statistics.set(&entry.name, &values)?;
         }
@@ -281,7 +287,7 @@ mod tests {
     fn allocations(inference: &Inference) -> usize {
         match &inference.network.0.backend {
             Backend::Cpu(cpu) => cpu.pool.allocations(),
-            other => panic!("a network on the CPU, not {}", other.place()),
+            other => panic!("a network on the CPU, not {}", other.id()),
         }
     }
 

@@ -58,7 +58,7 @@ pub mod profile;
 mod statistics;
 mod tape;
 
-pub use flat::{Entry, Kind};
+pub use flat::{EntryKind, TensorEntry};
 pub use inference::Inference;
 pub use kernels::Precision;
 pub use kernels::flat::{Adam, Sgd};

@@ -7,9 +7,11 @@ use candle_core::{Device, Result, bail};
 use kernels::{Precision, Variant};
 
 use crate::backend::{Backend, Cpu, Tensors};
-use crate::flat::{Kind, Layout};
+use crate::flat::{EntryKind, FlatLayout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
-use crate::plan::{Input, Norm, Operation, Plan, Product, Uses, Work};
+use crate::plan::{
+    NetworkInput, NetworkOperation, NetworkPlan, Norm, OperationWork, Product, Uses,
+};
 use crate::{Statistics, Tape};
 
 /// A convolution without bias; its weights are `<name>.weight`, (O, I, KH, KW).
@@ -19,7 +21,7 @@ pub struct Convolution {
     pub out_channels: usize,
     /// Side of the square kernel, in pixels; 1 to 255.
     pub kernel: usize,
-    /// Input pixels from one output pixel to the next, at least 1.
+    /// NetworkInput pixels from one output pixel to the next, at least 1.
     pub stride: usize,
     /// Zero pixels added on each side, fewer than `kernel`.
     pub padding: usize,
@@ -44,7 +46,7 @@ pub struct BatchNorm {
 pub struct Pool {
     /// Side of the square window, in pixels; 1 to 16.
     pub kernel: usize,
-    /// Input pixels from one window to the next, at least 1.
+    /// NetworkInput pixels from one window to the next, at least 1.
     pub stride: usize,
     /// Pixels added on each side, at most half the window.
     pub padding: usize,
@@ -60,29 +62,29 @@ pub struct Value {
 /// Assembles a [`Network`], operation by operation.
 pub struct Builder {
     id: u64,
-    input: Input,
+    input: NetworkInput,
     blocks: Vec<String>,
     block: Option<usize>,
-    operations: Vec<Operation>,
+    operations: Vec<NetworkOperation>,
     channels: Vec<usize>,
     /// Whether a value is a map of pixels, not features.
     maps: Vec<bool>,
-    parameters: Layout,
-    statistics: Layout,
+    parameters: FlatLayout,
+    statistics: FlatLayout,
 }
 
 impl Builder {
     /// Begins a network that takes images (N, H, W, `channels`).
     pub fn images(channels: usize) -> Builder {
-        Builder::new(Input::Images(channels), channels, true)
+        Builder::new(NetworkInput::Images(channels), channels, true)
     }
 
     /// Begins a network that takes features (N, `width`).
     pub fn features(width: usize) -> Builder {
-        Builder::new(Input::Features(width), width, false)
+        Builder::new(NetworkInput::Features(width), width, false)
     }
 
-    fn new(input: Input, channels: usize, map: bool) -> Builder {
+    fn new(input: NetworkInput, channels: usize, map: bool) -> Builder {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Builder {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -92,8 +94,8 @@ impl Builder {
             operations: Vec::new(),
             channels: vec![channels],
             maps: vec![map],
-            parameters: Layout::default(),
-            statistics: Layout::default(),
+            parameters: FlatLayout::default(),
+            statistics: FlatLayout::default(),
         }
     }
 
@@ -128,10 +130,14 @@ impl Builder {
         }
         let block = self.current_block(name)?;
         let shape = vec![out_channels, channels, kernel, kernel];
-        let kind = Kind::ConvolutionWeight;
+        let kind = EntryKind::ConvolutionWeight;
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
-        let work =
-            Work::Product(Product { kernel, stride, padding, ..Product::linear(weight, None) });
+        let work = OperationWork::Product(Product {
+            kernel,
+            stride,
+            padding,
+            ..Product::linear(weight, None)
+        });
         self.push(name, input, work, out_channels, true)
     }
 
@@ -161,27 +167,31 @@ impl Builder {
             bail!("`{name}`: the residual has {other} channels but the input {channels}")
         }
         let block = self.current_block(name)?;
-        let mut push = |layout: fn(&mut Builder) -> &mut Layout, part: &str, kind| {
+        let mut push = |layout: fn(&mut Builder) -> &mut FlatLayout, part: &str, kind| {
             layout(self).push(format!("{name}.{part}"), vec![channels], kind, block)
         };
         let norm = Norm {
-            weight: push(|b| &mut b.parameters, "weight", Kind::NormWeight)?,
-            bias: push(|b| &mut b.parameters, "bias", Kind::NormBias)?,
-            running_mean: push(|b| &mut b.statistics, "running_mean", Kind::RunningMean)?,
-            running_variance: push(|b| &mut b.statistics, "running_var", Kind::RunningVariance)?,
+            weight: push(|b| &mut b.parameters, "weight", EntryKind::NormWeight)?,
+            bias: push(|b| &mut b.parameters, "bias", EntryKind::NormBias)?,
+            running_mean: push(|b| &mut b.statistics, "running_mean", EntryKind::RunningMean)?,
+            running_variance: push(
+                |b| &mut b.statistics,
+                "running_var",
+                EntryKind::RunningVariance,
+            )?,
             epsilon: b.epsilon,
             momentum: b.momentum,
             relu: b.relu,
             residual,
         };
-        self.push(name, input, Work::BatchNorm(norm), channels, map)
+        self.push(name, input, OperationWork::BatchNorm(norm), channels, map)
     }
 
     /// Adds `max(x, 0)`, with slope 0 at 0. After a batch norm, set [`BatchNorm::relu`] instead, which is
     /// cheaper.
     pub fn relu(&mut self, input: Value) -> Result<Value> {
         let index = self.index_of("relu", input)?;
-        self.push("relu", input, Work::Relu, self.channels[index], self.maps[index])
+        self.push("relu", input, OperationWork::Relu, self.channels[index], self.maps[index])
     }
 
     /// Adds a max-pool.
@@ -198,7 +208,13 @@ impl Builder {
                  padding of at most half the window"
             )
         }
-        self.push("max-pool", input, Work::MaxPool { kernel, stride, padding }, channels, true)
+        self.push(
+            "max-pool",
+            input,
+            OperationWork::MaxPool { kernel, stride, padding },
+            channels,
+            true,
+        )
     }
 
     /// Adds the mean over all pixels, which turns a map into features.
@@ -208,7 +224,7 @@ impl Builder {
     /// The input is not a map, or no block was begun.
     pub fn global_average_pool(&mut self, input: Value) -> Result<Value> {
         let channels = self.map_of("global average pool", input)?;
-        self.push("global average pool", input, Work::AveragePool, channels, false)
+        self.push("global average pool", input, OperationWork::AveragePool, channels, false)
     }
 
     /// Adds a linear layer with bias: `x · weightᵀ + bias`. Parameters `<name>.weight` (O, I) and
@@ -227,12 +243,12 @@ impl Builder {
             bail!("the linear layer `{name}` has width 0; it must be at least 1")
         }
         let block = self.current_block(name)?;
-        let kind = Kind::LinearWeight;
+        let kind = EntryKind::LinearWeight;
         let shape = vec![width, inputs];
         let weight = self.parameters.push(format!("{name}.weight"), shape, kind, block)?;
-        let kind = Kind::LinearBias;
+        let kind = EntryKind::LinearBias;
         let bias = self.parameters.push(format!("{name}.bias"), vec![width], kind, block)?;
-        let work = Work::Product(Product::linear(weight, Some(bias)));
+        let work = OperationWork::Product(Product::linear(weight, Some(bias)));
         self.push(name, input, work, width, false)
     }
 
@@ -263,7 +279,7 @@ impl Builder {
             bail!("the input has no channel")
         }
         let Uses { last_use, feeds_norm } = Uses::of(&self.operations, self.channels.len(), output);
-        Ok(Network(Arc::new(Plan {
+        Ok(Network(Arc::new(NetworkPlan {
             input: self.input,
             blocks: self.blocks,
             operations: self.operations,
@@ -282,7 +298,7 @@ impl Builder {
         &mut self,
         name: &str,
         input: Value,
-        work: Work,
+        work: OperationWork,
         channels: usize,
         map: bool,
     ) -> Result<Value> {
@@ -291,7 +307,13 @@ impl Builder {
         let output = self.channels.len();
         self.channels.push(channels);
         self.maps.push(map);
-        self.operations.push(Operation { name: name.to_owned(), block, input, output, work });
+        self.operations.push(NetworkOperation {
+            name: name.to_owned(),
+            block,
+            input,
+            output,
+            work,
+        });
         Ok(Value { builder: self.id, index: output })
     }
 
@@ -322,7 +344,7 @@ impl Builder {
 /// An immutable plan: blocks of operations, no numbers. Cheap to clone; clones share the memory
 /// pool of their tapes.
 #[derive(Clone)]
-pub struct Network(pub(crate) Arc<Plan>);
+pub struct Network(pub(crate) Arc<NetworkPlan>);
 
 impl Network {
     /// The same network with values and their gradients stored and multiplied in `precision`; a new
@@ -346,7 +368,7 @@ impl Network {
     pub fn on(&self, device: &Device) -> Network {
         let backend = Backend::of(device, self.0.variant, self.precision());
         // Networks that stay where they are go on sharing memory.
-        if backend.place().is(self.0.backend.place()) {
+        if backend.id().same(self.0.backend.id()) {
             return self.clone();
         }
         self.with_backend(backend)
@@ -359,12 +381,12 @@ impl Network {
     }
 
     fn with_backend(&self, backend: Backend) -> Network {
-        Network(Arc::new(Plan { backend, ..Plan::clone(&self.0) }))
+        Network(Arc::new(NetworkPlan { backend, ..NetworkPlan::clone(&self.0) }))
     }
 
     /// The device of inputs, outputs and parameters.
     pub fn device(&self) -> Device {
-        self.0.backend.place().device()
+        self.0.backend.id().device()
     }
 
     /// New parameters: 0, but 1 for the weights of batch norms.

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
-use kernels::convolution::{Direction, Geometry, PackedWeights, Packing};
+use kernels::convolution::{Geometry, PackedFor, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
 
 use crate::Network;
 use crate::backend::Cpu;
-use crate::flat::{Entry, Flat, Kind};
-use crate::plan::Plan;
+use crate::flat::{EntryKind, Flat, TensorEntry};
+use crate::plan::NetworkPlan;
 use crate::profile::{self, Pass};
 
 /// Weights and biases of a network, flat and in f32.
@@ -20,7 +20,7 @@ use crate::profile::{self, Pass};
 /// New ones are 0, but 1 for the weights of batch norms; the architecture initialises them. Frozen
 /// blocks ([`set_trainable`](Self::set_trainable)) get no gradient and no update.
 pub struct Parameters {
-    plan: Arc<Plan>,
+    plan: Arc<NetworkPlan>,
     flat: Flat,
     trainable: Vec<bool>,
     /// Changes whenever the numbers do; no two contents within a process share one.
@@ -47,13 +47,13 @@ impl Clone for Parameters {
 }
 
 impl Parameters {
-    pub(crate) fn new(plan: &Arc<Plan>) -> Parameters {
-        let place = plan.backend.place();
-        let flat = Flat::filled(&plan.parameters, place, Kind::NormWeight, 1.);
+    pub(crate) fn new(plan: &Arc<NetworkPlan>) -> Parameters {
+        let backend = plan.backend.id();
+        let flat = Flat::filled(&plan.parameters, backend, EntryKind::NormWeight, 1.);
         Parameters::of_flat(plan, flat, vec![true; plan.blocks.len()])
     }
 
-    pub(crate) fn of_flat(plan: &Arc<Plan>, flat: Flat, trainable: Vec<bool>) -> Parameters {
+    pub(crate) fn of_flat(plan: &Arc<NetworkPlan>, flat: Flat, trainable: Vec<bool>) -> Parameters {
         let (plan, version) = (Arc::clone(plan), next_version());
         Parameters { plan, flat, trainable, version, packed: Mutex::default() }
     }
@@ -61,12 +61,12 @@ impl Parameters {
     /// A copy for `network`, which has the same entries and may compute on another backend: see
     /// [`Network::on`]. Frozen blocks stay frozen.
     pub fn to(&self, network: &Network) -> Result<Parameters> {
-        let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
+        let flat = self.flat.to(&network.0.parameters, network.0.backend.id())?;
         Ok(Parameters::of_flat(&network.0, flat, self.trainable.clone()))
     }
 
     /// The entries, in the order in which the builder added them.
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[TensorEntry] {
         &self.flat.layout.entries
     }
 
@@ -156,9 +156,9 @@ impl Parameters {
         self.flat.storage.follow(&online.flat.storage, decay)
     }
 
-    pub(crate) fn check_plan(&self, plan: &Arc<Plan>) -> Result<()> {
+    pub(crate) fn check_plan(&self, plan: &Arc<NetworkPlan>) -> Result<()> {
         self.flat.check_layout(&plan.parameters, "the parameters")?;
-        self.flat.check_place(plan.backend.place(), "the parameters")
+        self.flat.check_backend(plan.backend.id(), "the parameters")
     }
 
     pub(crate) fn flat(&self) -> &Flat {
@@ -189,20 +189,20 @@ impl Parameters {
     pub(crate) fn packed(
         &self,
         entry: usize,
-        direction: Direction,
+        packed_for: PackedFor,
         geometry: &Geometry,
         cpu: &Cpu,
     ) -> Arc<PackedWeights> {
-        let packing = geometry.packing(cpu.variant, cpu.precision, direction);
+        let packing = geometry.packing(cpu.variant, cpu.precision, packed_for);
         let lock = || self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(packed) = lock().get(&(entry, packing)) {
             return Arc::clone(packed);
         }
         let clock = profile::start();
         let packed = Arc::new(PackedWeights::new(packing, self.slice(entry), &cpu.pool));
-        let pass = match direction {
-            Direction::Forward => Pass::Forward,
-            Direction::Backward => Pass::Backward,
+        let pass = match packed_for {
+            PackedFor::Forward => Pass::Forward,
+            PackedFor::InputGradient => Pass::Backward,
         };
         profile::stop(clock, pass, || profile::packing(&packing, cpu.precision));
         lock().insert((entry, packing), Arc::clone(&packed));
@@ -240,12 +240,12 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    pub(crate) fn new(plan: &Plan) -> Gradients {
-        Gradients { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
+    pub(crate) fn new(plan: &NetworkPlan) -> Gradients {
+        Gradients { flat: Flat::zeros(&plan.parameters, plan.backend.id()) }
     }
 
     /// The entries, the same as those of [`Parameters`].
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[TensorEntry] {
         &self.flat.layout.entries
     }
 
@@ -288,18 +288,18 @@ pub struct Momenta {
 }
 
 impl Momenta {
-    pub(crate) fn new(plan: &Plan) -> Momenta {
-        Momenta { flat: Flat::zeros(&plan.parameters, plan.backend.place()) }
+    pub(crate) fn new(plan: &NetworkPlan) -> Momenta {
+        Momenta { flat: Flat::zeros(&plan.parameters, plan.backend.id()) }
     }
 
     /// A copy for `network`, as [`Parameters::to`].
     pub fn to(&self, network: &Network) -> Result<Momenta> {
-        let flat = self.flat.to(&network.0.parameters, network.0.backend.place())?;
+        let flat = self.flat.to(&network.0.parameters, network.0.backend.id())?;
         Ok(Momenta { flat })
     }
 
     /// The entries, the same as those of [`Parameters`].
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[TensorEntry] {
         &self.flat.layout.entries
     }
 
@@ -327,20 +327,20 @@ pub struct AdamMoments {
 }
 
 impl AdamMoments {
-    pub(crate) fn new(plan: &Plan) -> AdamMoments {
-        let zeros = || Flat::zeros(&plan.parameters, plan.backend.place());
+    pub(crate) fn new(plan: &NetworkPlan) -> AdamMoments {
+        let zeros = || Flat::zeros(&plan.parameters, plan.backend.id());
         AdamMoments { first: zeros(), second: zeros(), steps: 0 }
     }
 
     /// A copy for `network`, as [`Parameters::to`].
     pub fn to(&self, network: &Network) -> Result<AdamMoments> {
-        let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.backend.place());
+        let to = |flat: &Flat| flat.to(&network.0.parameters, network.0.backend.id());
         let (first, second) = (to(&self.first)?, to(&self.second)?);
         Ok(AdamMoments { first, second, steps: self.steps })
     }
 
     /// The entries, the same as those of [`Parameters`].
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[TensorEntry] {
         &self.first.layout.entries
     }
 

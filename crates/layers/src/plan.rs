@@ -8,11 +8,11 @@ use kernels::pooling::Window;
 use kernels::{Shape, Variant};
 
 use crate::backend::{Backend, Operations};
-use crate::flat::Layout;
+use crate::flat::FlatLayout;
 
 /// The input of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Input {
+pub(crate) enum NetworkInput {
     /// (N, H, W, C) with this many channels.
     Images(usize),
     /// (N, D) with this width.
@@ -21,17 +21,17 @@ pub(crate) enum Input {
 
 /// One operation: reads `input` (and perhaps a residual), writes `output`.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Operation {
+pub(crate) struct NetworkOperation {
     pub name: String,
     pub block: usize,
     pub input: usize,
     pub output: usize,
-    pub work: Work,
+    pub work: OperationWork,
 }
 
 /// The kind of an operation. Numbers are indices of entries in the layouts, or of values.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Work {
+pub(crate) enum OperationWork {
     Product(Product),
     BatchNorm(Norm),
     Relu,
@@ -74,15 +74,15 @@ pub(crate) struct Norm {
 
 /// A network without its numbers.
 #[derive(Clone)]
-pub(crate) struct Plan {
-    pub input: Input,
+pub(crate) struct NetworkPlan {
+    pub input: NetworkInput,
     pub blocks: Vec<String>,
-    pub operations: Vec<Operation>,
+    pub operations: Vec<NetworkOperation>,
     /// Channels of each value; value 0 is the input.
     pub channels: Vec<usize>,
     pub output: usize,
-    pub parameters: Arc<Layout>,
-    pub statistics: Arc<Layout>,
+    pub parameters: Arc<FlatLayout>,
+    pub statistics: Arc<FlatLayout>,
     /// The CPU kernels of this network, kept while it computes on another backend.
     pub variant: Variant,
     pub backend: Backend,
@@ -94,26 +94,28 @@ pub(crate) struct Plan {
 
 /// The readers of each value.
 pub(crate) struct Uses {
-    /// As [`Plan::last_use`].
+    /// As [`NetworkPlan::last_use`].
     pub last_use: Vec<usize>,
-    /// As [`Plan::feeds_norm`].
+    /// As [`NetworkPlan::feeds_norm`].
     pub feeds_norm: Vec<Option<usize>>,
 }
 
 impl Uses {
-    pub fn of(operations: &[Operation], values: usize, output: usize) -> Uses {
+    pub fn of(operations: &[NetworkOperation], values: usize, output: usize) -> Uses {
         let (mut last_use, mut feeds_norm) = (vec![0; values], vec![None; values]);
         for (at, operation) in operations.iter().enumerate() {
             last_use[operation.input] = at;
             // A value that nothing reads can be freed at once.
             last_use[operation.output] = at;
             let residual = match &operation.work {
-                Work::Product(product) => product.residual,
-                Work::BatchNorm(norm) => {
+                OperationWork::Product(product) => product.residual,
+                OperationWork::BatchNorm(norm) => {
                     feeds_norm[operation.input] = Some(operation.block);
                     norm.residual
                 }
-                Work::Relu | Work::MaxPool { .. } | Work::AveragePool => None,
+                OperationWork::Relu
+                | OperationWork::MaxPool { .. }
+                | OperationWork::AveragePool => None,
             };
             if let Some(residual) = residual {
                 last_use[residual] = at;
@@ -124,7 +126,7 @@ impl Uses {
     }
 }
 
-impl Plan {
+impl NetworkPlan {
     pub fn find_block(&self, block: &str) -> Result<usize> {
         match self.blocks.iter().position(|name| name == block) {
             Some(at) => Ok(at),
@@ -135,14 +137,16 @@ impl Plan {
     /// The shape of every value for an input of these dimensions.
     pub fn shapes(&self, dimensions: &[usize]) -> Result<Vec<Shape>> {
         let input = match (self.input, dimensions) {
-            (Input::Images(channels), &[n, h, w, c]) if c == channels => Shape::new(n, h, w, c),
-            (Input::Features(width), &[n, d]) if d == width => Shape::features(n, d),
-            (Input::Images(channels), _) => {
+            (NetworkInput::Images(channels), &[n, h, w, c]) if c == channels => {
+                Shape::new(n, h, w, c)
+            }
+            (NetworkInput::Features(width), &[n, d]) if d == width => Shape::features(n, d),
+            (NetworkInput::Images(channels), _) => {
                 bail!(
                     "the network takes images (N, H, W, {channels}) but the input is {dimensions:?}"
                 )
             }
-            (Input::Features(width), _) => {
+            (NetworkInput::Features(width), _) => {
                 bail!("the network takes features (N, {width}) but the input is {dimensions:?}")
             }
         };
@@ -160,26 +164,26 @@ impl Plan {
         Ok(shapes)
     }
 
-    fn output_shape(&self, operation: &Operation, shapes: &[Shape]) -> Result<Shape> {
+    fn output_shape(&self, operation: &NetworkOperation, shapes: &[Shape]) -> Result<Shape> {
         let input = shapes[operation.input];
         let (name, h, w) = (&operation.name, input.height, input.width);
         match &operation.work {
-            Work::Product(_) => match self.geometry(operation, shapes) {
+            OperationWork::Product(_) => match self.geometry(operation, shapes) {
                 Some(geometry) => Ok(geometry.output),
                 None => bail!("`{name}` leaves no output pixel of {h} × {w} pixels"),
             },
-            Work::BatchNorm(norm) => match norm.residual.map(|r| shapes[r]) {
+            OperationWork::BatchNorm(norm) => match norm.residual.map(|r| shapes[r]) {
                 Some(residual) if residual != input => {
                     bail!("`{name}`: the residual is {residual:?} but the input is {input:?}")
                 }
                 _ => Ok(input),
             },
-            Work::MaxPool { .. } => match self.window(operation, shapes) {
+            OperationWork::MaxPool { .. } => match self.window(operation, shapes) {
                 Some(window) => Ok(window.output),
                 None => bail!("no window of a max-pool fits into {h} × {w} pixels"),
             },
-            Work::Relu => Ok(input),
-            Work::AveragePool => Ok(Shape::features(input.images, input.channels)),
+            OperationWork::Relu => Ok(input),
+            OperationWork::AveragePool => Ok(Shape::features(input.images, input.channels)),
         }
     }
 
@@ -188,10 +192,10 @@ impl Plan {
         let mut kept = vec![false; self.channels.len()];
         for operation in &self.operations {
             let [input, output] = match &operation.work {
-                Work::Product(_) => [true, false],
-                Work::BatchNorm(norm) => B::norm_reads(norm),
-                Work::Relu => [false, true],
-                Work::MaxPool { .. } | Work::AveragePool => [false, false],
+                OperationWork::Product(_) => [true, false],
+                OperationWork::BatchNorm(norm) => B::norm_reads(norm),
+                OperationWork::Relu => [false, true],
+                OperationWork::MaxPool { .. } | OperationWork::AveragePool => [false, false],
             };
             kept[operation.input] |= input;
             kept[operation.output] |= output;
@@ -201,7 +205,7 @@ impl Plan {
 
     /// Whether a record of the other plan is one of this plan: the same operations on values of the
     /// same precision.
-    pub fn is_same(&self, other: &Plan) -> bool {
+    pub fn is_same(&self, other: &NetworkPlan) -> bool {
         self.input == other.input
             && self.channels == other.channels
             && self.operations == other.operations
@@ -214,23 +218,25 @@ impl Plan {
     pub fn input_dimensions(&self, shape: Shape) -> Vec<usize> {
         let Shape { images, height, width, channels } = shape;
         match self.input {
-            Input::Images(_) => vec![images, height, width, channels],
-            Input::Features(_) => vec![images, channels],
+            NetworkInput::Images(_) => vec![images, height, width, channels],
+            NetworkInput::Features(_) => vec![images, channels],
         }
     }
 
-    /// The convolution of a [`Work::Product`] on these shapes, if an output pixel is left.
-    pub fn geometry(&self, operation: &Operation, shapes: &[Shape]) -> Option<Geometry> {
-        let Work::Product(Product { kernel, stride, padding, .. }) = operation.work else {
+    /// The convolution of a [`OperationWork::Product`] on these shapes, if an output pixel is left.
+    pub fn geometry(&self, operation: &NetworkOperation, shapes: &[Shape]) -> Option<Geometry> {
+        let OperationWork::Product(Product { kernel, stride, padding, .. }) = operation.work else {
             return None;
         };
         let channels = self.channels[operation.output];
         Geometry::new(shapes[operation.input], channels, kernel, stride, padding)
     }
 
-    /// The windows of a [`Work::MaxPool`] on these shapes, if one fits.
-    pub fn window(&self, operation: &Operation, shapes: &[Shape]) -> Option<Window> {
-        let Work::MaxPool { kernel, stride, padding } = operation.work else { return None };
+    /// The windows of a [`OperationWork::MaxPool`] on these shapes, if one fits.
+    pub fn window(&self, operation: &NetworkOperation, shapes: &[Shape]) -> Option<Window> {
+        let OperationWork::MaxPool { kernel, stride, padding } = operation.work else {
+            return None;
+        };
         Window::new(shapes[operation.input], kernel, stride, padding)
     }
 }

@@ -16,7 +16,7 @@ use crate::Network;
 
 /// The cost of all operations of one kind and pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cost {
+pub struct OperationCost {
     /// How often they ran.
     pub count: usize,
     /// Seconds.
@@ -31,13 +31,13 @@ pub struct Cost {
 }
 
 /// The result of [`record`]: a row for each kind of operation and pass.
-pub type Rows = Vec<(String, Pass, Cost)>;
+pub type CostRows = Vec<(String, Pass, OperationCost)>;
 
-/// [`Rows`] as text: milliseconds per step, share of the total, rate and share of the processor's peak of
+/// [`CostRows`] as text: milliseconds per step, share of the total, rate and share of the processor's peak of
 /// products, bytes moved.
 pub struct Table<'a> {
     /// The recorded rows.
-    pub rows: &'a Rows,
+    pub rows: &'a CostRows,
     /// Number of recorded steps.
     pub steps: usize,
     /// A network with the recorded kernels and precision.
@@ -61,7 +61,7 @@ impl fmt::Display for Table<'_> {
         )?;
         let all: f64 = rows.iter().map(|(_, _, cost)| cost.seconds).sum();
         for (kind, pass, cost) in rows {
-            let Cost { count, seconds, operations, bytes } = *cost;
+            let OperationCost { count, seconds, operations, bytes } = *cost;
             let (rate, steps) = (operations / seconds, steps as f64);
             let (mut product, mut of_peak) = (String::new(), String::new());
             if operations > 0. {
@@ -96,14 +96,14 @@ pub enum Pass {
     Weights,
 }
 
-type Totals = BTreeMap<(String, Pass), Cost>;
+type Totals = BTreeMap<(String, Pass), OperationCost>;
 
 static ON: AtomicBool = AtomicBool::new(false);
 static TABLE: Mutex<Totals> = Mutex::new(Totals::new());
 
 /// Runs `work` with the clocks on and returns its cost. Operations that run on other threads in the
 /// meantime are counted too.
-pub fn record(work: impl FnOnce()) -> Rows {
+pub fn record(work: impl FnOnce()) -> CostRows {
     *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Totals::new();
     ON.store(true, Ordering::Relaxed);
     work();
@@ -118,7 +118,11 @@ pub(crate) fn start() -> Option<Instant> {
 }
 
 /// Stops the clock of one operation; `cost` returns its kind and its cost without the time.
-pub(crate) fn stop(clock: Option<Instant>, pass: Pass, cost: impl FnOnce() -> (String, Cost)) {
+pub(crate) fn stop(
+    clock: Option<Instant>,
+    pass: Pass,
+    cost: impl FnOnce() -> (String, OperationCost),
+) {
     let Some(start) = clock else { return };
     let seconds = start.elapsed().as_secs_f64();
     let (kind, cost) = cost();
@@ -131,7 +135,7 @@ pub(crate) fn stop(clock: Option<Instant>, pass: Pass, cost: impl FnOnce() -> (S
 }
 
 /// The cost of a product: both values and the weights.
-pub(crate) fn product(g: &Geometry, precision: Precision) -> (String, Cost) {
+pub(crate) fn product(g: &Geometry, precision: Precision) -> (String, OperationCost) {
     let kind = if g.input.pixels() == 1 && g.kernel == 1 {
         "linear".to_owned()
     } else {
@@ -141,7 +145,14 @@ pub(crate) fn product(g: &Geometry, precision: Precision) -> (String, Cost) {
     };
     let values = g.input.len() + g.output.len() + g.weights_len();
     let operations = 2. * g.multiplications() as f64;
-    (kind, Cost { operations, bytes: (values * precision.bytes()) as f64, ..Cost::default() })
+    (
+        kind,
+        OperationCost {
+            operations,
+            bytes: (values * precision.bytes()) as f64,
+            ..OperationCost::default()
+        },
+    )
 }
 
 /// The cost of an operation that passes over a value of this shape so many times.
@@ -150,14 +161,14 @@ pub(crate) fn passes(
     shape: Shape,
     precision: Precision,
     times: usize,
-) -> (String, Cost) {
+) -> (String, OperationCost) {
     let bytes = (times * shape.len() * precision.bytes()) as f64;
-    (kind.to_owned(), Cost { bytes, ..Cost::default() })
+    (kind.to_owned(), OperationCost { bytes, ..OperationCost::default() })
 }
 
 /// The cost of packing weights.
-pub(crate) fn packing(packing: &Packing, precision: Precision) -> (String, Cost) {
+pub(crate) fn packing(packing: &Packing, precision: Precision) -> (String, OperationCost) {
     let packed = packing.packed_len() * precision.bytes();
     let bytes = (packing.weights_len() * size_of::<f32>() + packed) as f64;
-    ("weights, packed".to_owned(), Cost { bytes, ..Cost::default() })
+    ("weights, packed".to_owned(), OperationCost { bytes, ..OperationCost::default() })
 }

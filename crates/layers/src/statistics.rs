@@ -2,10 +2,10 @@
 
 use candle_core::Result;
 
-use crate::flat::{Flat, Kind};
+use crate::flat::{EntryKind, Flat};
 use crate::parameters::next_version;
-use crate::plan::Plan;
-use crate::{Entry, Network};
+use crate::plan::NetworkPlan;
+use crate::{Network, TensorEntry};
 
 /// Running mean and variance of every batch norm, initially 0 and 1.
 #[derive(Clone)]
@@ -16,9 +16,9 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    pub(crate) fn new(plan: &Plan) -> Statistics {
-        let place = plan.backend.place();
-        Statistics::of_flat(Flat::filled(&plan.statistics, place, Kind::RunningVariance, 1.))
+    pub(crate) fn new(plan: &NetworkPlan) -> Statistics {
+        let backend = plan.backend.id();
+        Statistics::of_flat(Flat::filled(&plan.statistics, backend, EntryKind::RunningVariance, 1.))
     }
 
     pub(crate) fn of_flat(flat: Flat) -> Statistics {
@@ -27,12 +27,12 @@ impl Statistics {
 
     /// A copy for `network`, as [`Parameters::to`](crate::Parameters::to).
     pub fn to(&self, network: &Network) -> Result<Statistics> {
-        let flat = self.flat.to(&network.0.statistics, network.0.backend.place())?;
+        let flat = self.flat.to(&network.0.statistics, network.0.backend.id())?;
         Ok(Statistics::of_flat(flat))
     }
 
     /// The entries, `<name>.running_mean` and `<name>.running_var` for each batch norm in turn.
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[TensorEntry] {
         &self.flat.layout.entries
     }
 
@@ -61,9 +61,9 @@ impl Statistics {
         self.flat.first_non_finite()
     }
 
-    pub(crate) fn check_plan(&self, plan: &Plan) -> Result<()> {
+    pub(crate) fn check_plan(&self, plan: &NetworkPlan) -> Result<()> {
         self.flat.check_layout(&plan.statistics, "the statistics")?;
-        self.flat.check_place(plan.backend.place(), "the statistics")
+        self.flat.check_backend(plan.backend.id(), "the statistics")
     }
 
     pub(crate) fn version(&self) -> u64 {

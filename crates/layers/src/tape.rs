@@ -7,7 +7,7 @@ use kernels::Shape;
 #[cfg(feature = "cuda")]
 use crate::backend::Cuda;
 use crate::backend::{Cpu, Operations, Tensors};
-use crate::plan::Plan;
+use crate::plan::NetworkPlan;
 
 /// A recorded forward pass, for one input shape, until its backward pass consumes it.
 ///
@@ -15,12 +15,12 @@ use crate::plan::Plan;
 /// comes from the network's pool and goes back there when the tape is consumed, cleared or dropped.
 #[derive(Default)]
 pub struct Tape {
-    pub(crate) record: Option<Record>,
+    pub(crate) record: Option<TapeRecord>,
 }
 
 /// A recorded forward pass.
-pub(crate) struct Record {
-    pub plan: Arc<Plan>,
+pub(crate) struct TapeRecord {
+    pub plan: Arc<NetworkPlan>,
     /// Version of the parameters that the forward pass used.
     pub version: u64,
     pub shapes: Vec<Shape>,
@@ -70,7 +70,7 @@ mod tests {
     fn allocations(network: &Network) -> usize {
         match &network.0.backend {
             Backend::Cpu(cpu) => cpu.pool.allocations(),
-            other => panic!("a network on the CPU, not {}", other.place()),
+            other => panic!("a network on the CPU, not {}", other.id()),
         }
     }
 

@@ -5,7 +5,9 @@ mod reference;
 
 use candle_core::{DType, Device, Result, Tensor};
 use kernels::Variant;
-use layers::{Adam, Gradients, Kind, Mode, Modes, Network, Parameters, Precision, Sgd, Statistics};
+use layers::{
+    Adam, EntryKind, Gradients, Mode, Modes, Network, Parameters, Precision, Sgd, Statistics,
+};
 use reference::{Case, Op, batch, distance, fill, named, narrow_resnet, noise, wide};
 
 /// A network with everything that a step needs.
@@ -388,7 +390,7 @@ fn bf16_gives_the_f32_result_up_to_its_rounding() -> Result<()> {
     };
     let (f32s, halves) = (run(Precision::F32)?, run(Precision::Bf16)?);
     // Gradients of biases before another norm are near zero, so relative errors mean nothing.
-    for entry in f32s.gradients.entries().iter().filter(|e| e.kind != Kind::NormBias) {
+    for entry in f32s.gradients.entries().iter().filter(|e| e.kind != EntryKind::NormBias) {
         let (want, got) = (f32s.gradients.get(&entry.name)?, halves.gradients.get(&entry.name)?);
         let length = |values: &mut dyn Iterator<Item = f32>| -> f32 {
             values.map(|value| value * value).sum::<f32>().sqrt()

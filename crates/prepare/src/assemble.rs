@@ -14,7 +14,7 @@ use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use data::images::{Id, Row, SortedWriter};
+use data::images::{Id, PictureRow, SortedWriter};
 use data::picture::Encoding;
 use data::{labels, names};
 use serde::Serialize;
@@ -99,7 +99,7 @@ struct Counted {
 
 /// A record of [`Counted::pictures`], taken apart.
 struct Sorted {
-    row: Row,
+    row: PictureRow,
     start: u64,
     class: Option<u32>,
     name: String,
@@ -117,7 +117,7 @@ impl Sorted {
         let long = |at: usize| array(at).map(u64::from_be_bytes).context(short);
         let (size, class) = (long(42)?, long(66)?);
         let id: Id = record.get(..32).context(short)?.try_into()?;
-        let row = Row {
+        let row = PictureRow {
             id,
             split: Split::from_code(record[32]).context("a split")?,
             encoding: Encoding::from_code(record[41]).context("an encoding")?,
@@ -227,8 +227,8 @@ impl Assembler<'_> {
         let (config, folder) = (self.config, self.journal.folder());
         let mut images =
             SortedWriter::create(&self.out.join(IMAGES), config.channels, self.options.part_bytes)?;
-        let mut names = names::Writer::create_in(folder)?;
-        let mut labels = labels::Writer::create_in(folder)?;
+        let mut names = names::NamesWriter::create_in(folder)?;
+        let mut labels = labels::LabelsWriter::create_in(folder)?;
         let mut places = BufWriter::new(tempfile::tempfile_in(folder)?);
         let mut used = vec![false; classes.len()];
         let at_most = if config.images_at_most == 0 { usize::MAX } else { config.images_at_most };

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use data::Picture;
-use data::images::Source;
+use data::images::StoredPicture;
 use rayon::prelude::*;
 use stage::progress::Progress;
 use stage::{Interrupted, Split};
@@ -281,7 +281,7 @@ impl Pending {
             Load::File(path) => picture::read(&path, channels, budget),
             Load::Bytes(bytes) => picture::check(bytes, channels, budget),
             Load::Pixels(picture) => {
-                Source::raw(picture, channels).map_err(|error| format!("{error:#}"))
+                StoredPicture::raw(picture, channels).map_err(|error| format!("{error:#}"))
             }
             Load::Broken(reason) => Err(reason),
             Load::Known => Err("was expected in the journal".into()),

@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use data::images::Source;
+use data::images::StoredPicture;
 use data::picture::Encoding;
 
 use crate::foreign::{self, Foreign};
@@ -83,7 +83,7 @@ const HEADER_BYTES: u64 = 1 << 20;
 /// # Errors
 ///
 /// A phrase that follows the picture's name.
-pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<Source, String> {
+pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPicture, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
     // Before it is opened: opening a pipe would wait for a program that writes into it.
     if !fs::metadata(path).map_err(failed)?.is_file() {
@@ -107,13 +107,13 @@ pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<Source, Str
 /// # Errors
 ///
 /// A phrase that follows the picture's name.
-pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<Source, String> {
+pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<StoredPicture, String> {
     let _taken = budget.take(decoding_bytes(&bytes, budget)?);
     decode(bytes, channels)
 }
 
-fn decode(bytes: Vec<u8>, channels: usize) -> Result<Source, String> {
-    match guarded(|| Source::file(bytes, channels)) {
+fn decode(bytes: Vec<u8>, channels: usize) -> Result<StoredPicture, String> {
+    match guarded(|| StoredPicture::file(bytes, channels)) {
         Ok(read) => read.map_err(|error| format!("is broken: {error:#}")),
         Err(panic) => Err(format!("is broken: decoding it failed: {panic}")),
     }

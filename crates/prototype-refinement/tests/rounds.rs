@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use backbone::{Configuration, network_file};
 use candle_core::{Device, Tensor};
-use data::images::{self, Source};
+use data::images::{self, StoredPicture};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
 use prototype_refinement::loss::Marks;
@@ -39,7 +39,7 @@ impl Experiment {
         let source = |i| {
             // Taller than wide, and a pattern that no mirror image repeats.
             let pixels = (0..12 * 8).map(|p| ((p * p + 31 * i * (p % 7)) % 251) as u8).collect();
-            Ok((Source::raw(Picture::new(12, 8, 1, pixels)?, 1)?, Split::Train))
+            Ok((StoredPicture::raw(Picture::new(12, 8, 1, pixels)?, 1)?, Split::Train))
         };
         let sources = (0..IMAGES).map(source).collect::<Result<_>>()?;
         images::write(&experiment.at("images.safetensors"), 1, sources)?;

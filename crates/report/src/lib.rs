@@ -166,7 +166,7 @@ fn charts_of(log: &Path) -> Result<Vec<Chart>> {
 pub(crate) mod tests {
     use std::collections::BTreeMap;
 
-    use data::images::{self, Source};
+    use data::images::{self, StoredPicture};
     use data::metrics::{Reliable, Scores};
     use data::{DataSet, Picture};
     use image::ImageFormat;
@@ -211,11 +211,11 @@ pub(crate) mod tests {
             let pixels = (0..6 * 7).map(|i| (i * i * (3 + number) % 251) as u8).collect();
             let picture = Picture::new(6, 7, 1, pixels)?;
             let source = match number % 2 {
-                0 => Source::raw(picture, 1)?,
+                0 => StoredPicture::raw(picture, 1)?,
                 _ => {
                     let mut file = std::io::Cursor::new(Vec::new());
                     thumbnail::to_image(&picture)?.write_to(&mut file, ImageFormat::Png)?;
-                    Source::file(file.into_inner(), 1)?
+                    StoredPicture::file(file.into_inner(), 1)?
                 }
             };
             sources.push((source, Split::Train));

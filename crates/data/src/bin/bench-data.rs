@@ -20,7 +20,7 @@ use anyhow::{Context, Result};
 use bench::{Peers, Side, Table, Unit};
 use clap::Parser;
 use data::decoded::Wish;
-use data::images::{self, Images, Source};
+use data::images::{self, Images, StoredPicture};
 use data::views::{Input, Operation, Pipeline};
 use data::{Loader, Picture};
 use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
@@ -251,14 +251,14 @@ fn make_pictures(folder: &Path) -> Result<()> {
         encoder.set_sampling_factor(SamplingFactor::R_4_2_0);
         encoder.encode(&picture.pixels, width as u16, height as u16, ColorType::Rgb)?;
         fs::write(folder.join(format!("{number:05}.jpg")), &file)?;
-        sources.push((Source::file(file, 3)?, Split::Train));
+        sources.push((StoredPicture::file(file, 3)?, Split::Train));
     }
     images::write(&folder.join(ENCODED), 3, sources)?;
     let (mut sources, mut arrays) = (Vec::new(), Vec::new());
     for number in 0..ARRAYS {
         let picture = draw(32, 32, &mut stage::random::stream(0, "bench", &[1, number]))?;
         arrays.extend_from_slice(&picture.pixels);
-        sources.push((Source::raw(picture, 3)?, Split::Train));
+        sources.push((StoredPicture::raw(picture, 3)?, Split::Train));
     }
     images::write(&folder.join(RAW), 3, sources)?;
     Ok(fs::write(folder.join("arrays"), arrays)?)

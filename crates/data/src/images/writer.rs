@@ -9,8 +9,8 @@ use stage::container::{self, Column, Header, Streamed};
 
 use crate::data_set::DataSet;
 use crate::images::{
-    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, Row, Source, VERSION, folder_of,
-    part_path,
+    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, PictureRow, StoredPicture, VERSION,
+    folder_of, part_path,
 };
 
 /// Writes pictures that are in memory, in any order, as grey (1) or colour (3).
@@ -18,7 +18,11 @@ use crate::images::{
 /// # Errors
 ///
 /// There is no picture, or one has other channels.
-pub fn write(path: &Path, channels: usize, mut sources: Vec<(Source, Split)>) -> Result<DataSet> {
+pub fn write(
+    path: &Path,
+    channels: usize,
+    mut sources: Vec<(StoredPicture, Split)>,
+) -> Result<DataSet> {
     // Stable: pictures with equal bytes and splits keep their order.
     sources.sort_by_key(|(source, split)| (source.id(), *split));
     let mut writer = SortedWriter::create(path, channels, PART_BYTES)?;
@@ -93,7 +97,7 @@ impl SortedWriter {
     /// # Errors
     ///
     /// It is not in order.
-    pub fn push(&mut self, row: &Row) -> Result<()> {
+    pub fn push(&mut self, row: &PictureRow) -> Result<()> {
         let place = Some((row.id, row.split));
         ensure!(self.last <= place, "rows must ascend by id, those of one id by split");
         self.last = place;

@@ -50,14 +50,14 @@ fn each_operation_agrees_with_torchvision() {
     let jittered = |change: Change| changed(&|canvas| change.apply(canvas));
     let blurred = |extent, deviation| {
         changed(&|canvas| {
-            let (plain, mut buffers) = (canvas.clone(), blur::Buffers::default());
+            let (plain, mut buffers) = (canvas.clone(), blur::BlurBuffers::default());
             blur::apply(&plain, canvas, extent, deviation, &mut buffers).expect("large enough");
         })
     };
     let resized = |part, to, filter| {
         let area = Area::new(part, to, filter);
         changed(&|canvas| {
-            resize::from_picture(&small, &area, canvas, &mut resize::Buffers::default());
+            resize::from_picture(&small, &area, canvas, &mut resize::ResizeBuffers::default());
         })
     };
     let (bilinear, bicubic) = (Filter::Bilinear, Filter::Bicubic);

@@ -1,19 +1,19 @@
-//! Gaussian blur, rows and columns apart.
+//! Gaussian blur, as two passes: over rows and over columns.
 
 use anyhow::{Result, ensure};
 use kernels::image;
 
 use crate::views::canvas::Canvas;
 
-/// Memory that is used again for the next picture.
+/// Buffers that are reused from picture to picture.
 #[derive(Debug, Default)]
-pub(super) struct Buffers {
+pub(super) struct BlurBuffers {
     kernel: Vec<f32>,
     row: Vec<f32>,
 }
 
-/// Weights below this share of the middle one are left out: together they would move a value by
-/// less than a hundredth of a step between bytes.
+/// Weights below this share of the middle one are dropped. Together they would change a value by less
+/// than a hundredth of a step between bytes.
 const NEGLIGIBLE: f64 = 1e-6;
 
 /// Writes the blurred `canvas` to `out`: torchvision's `gaussian_blur` with a kernel of `extent`
@@ -27,12 +27,12 @@ pub(super) fn apply(
     out: &mut Canvas,
     extent: usize,
     deviation: f64,
-    b: &mut Buffers,
+    b: &mut BlurBuffers,
 ) -> Result<()> {
     let (height, width) = (canvas.height, canvas.width);
     ensure!(
         extent / 2 < height.min(width),
-        "blur with `kernel = {extent}` needs pictures of more than {} pixels, but this one has \
+        "`kernel` of a blur is {extent}, which needs more than {} pixels a side, but this picture has \
          {height}×{width}; choose a smaller kernel",
         extent / 2
     );
@@ -45,7 +45,7 @@ pub(super) fn apply(
     Ok(())
 }
 
-/// The weights of the middle and of each distance from it; all `extent` of them would have sum 1.
+/// Computes the weights of the middle and of each distance from it. All `extent` weights sum to 1.
 fn half_kernel(extent: usize, deviation: f64, kernel: &mut Vec<f32>) {
     let weight = |distance: usize| (-0.5 * (distance as f64 / deviation).powi(2)).exp();
     let sum = 1. + 2. * (1..=extent / 2).map(weight).sum::<f64>();
@@ -89,7 +89,7 @@ mod tests {
         let mut canvas = Canvas::default();
         canvas.load(&example(13, 17, 3));
         let mut out = Canvas::default();
-        let mut buffers = Buffers::default();
+        let mut buffers = BlurBuffers::default();
         for (extent, deviation) in [(1, 1.), (3, 0.5), (9, 0.1), (9, 1.3), (23, 2.), (25, 5.)] {
             apply(&canvas, &mut out, extent, deviation, &mut buffers).expect("large enough");
             let want = by_definition(&canvas, extent, deviation);
@@ -104,9 +104,10 @@ mod tests {
     fn a_picture_too_small_to_be_mirrored_is_refused() {
         let mut canvas = Canvas::default();
         canvas.load(&example(4, 9, 1));
-        let error = apply(&canvas, &mut Canvas::default(), 9, 1., &mut Buffers::default());
+        let error = apply(&canvas, &mut Canvas::default(), 9, 1., &mut BlurBuffers::default());
         let error = error.expect_err("4 rows").to_string();
         assert!(error.contains("kernel = 9") && error.contains("4×9"), "{error}");
-        apply(&canvas, &mut Canvas::default(), 7, 1., &mut Buffers::default()).expect("4 rows do");
+        apply(&canvas, &mut Canvas::default(), 7, 1., &mut BlurBuffers::default())
+            .expect("4 rows do");
     }
 }

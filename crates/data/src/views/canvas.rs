@@ -1,4 +1,4 @@
-//! The picture while it is worked on: one plane of floats for each channel.
+//! The picture between two operations: one plane of floats for each channel.
 
 use anyhow::{Result, ensure};
 use kernels::image;
@@ -16,13 +16,13 @@ pub(super) struct Canvas {
 }
 
 impl Canvas {
-    /// Takes this size; what it holds afterwards is to be overwritten.
+    /// Changes the size. The values afterwards are arbitrary.
     pub(super) fn reshape(&mut self, height: usize, width: usize, channels: usize) {
         (self.height, self.width, self.channels) = (height, width, channels);
         self.values.resize(height * width * channels, 0.);
     }
 
-    /// Takes over a picture as it is.
+    /// Copies a picture.
     pub(super) fn load<'a>(&mut self, picture: impl Into<Pixels<'a>>) {
         let picture = picture.into();
         self.reshape(picture.height, picture.width, picture.channels);
@@ -46,7 +46,7 @@ impl Canvas {
         self.values.chunks_exact_mut(pixels)
     }
 
-    /// Red, green and blue, where there are three channels.
+    /// The planes of red, green and blue; none of a grey picture.
     pub(super) fn colours(&mut self) -> Option<[&mut [f32]; 3]> {
         if self.channels != 3 {
             return None;

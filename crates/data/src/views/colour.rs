@@ -1,4 +1,4 @@
-//! Operations on the values of pixels, wherever these lie.
+//! Operations on the values of pixels.
 
 use kernels::image;
 use rand_chacha::ChaCha8Rng;
@@ -7,7 +7,7 @@ use rand_distr::{Distribution, StandardNormal};
 use crate::views::canvas::Canvas;
 use crate::views::draw::{below, uniform};
 
-/// How far jitter may go; see [`crate::views::Operation::Jitter`].
+/// The limits of jitter; see [`crate::views::Operation::Jitter`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Strength {
     pub(super) brightness: f64,
@@ -25,7 +25,7 @@ pub(super) enum Change {
     Hue(f64),
 }
 
-/// Four changes in the order they are to be made.
+/// Four changes in their order.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Jitter([Change; 4]);
 
@@ -55,7 +55,7 @@ impl Jitter {
 }
 
 impl Change {
-    /// Makes the change; a factor of 1 or a turn of 0 is none.
+    /// Applies the change. A factor of 1 or a rotation of 0 changes nothing.
     pub(super) fn apply(&self, canvas: &mut Canvas) {
         match *self {
             Self::Brightness(factor) if factor != 1. => {
@@ -94,7 +94,7 @@ fn mean_grey(canvas: &Canvas) -> f64 {
     sum / canvas.pixels() as f64
 }
 
-/// Gives every channel the grey of its pixel.
+/// Sets every channel to the grey of its pixel.
 pub(super) fn grey(canvas: &mut Canvas) {
     if let Some([red, green, blue]) = canvas.colours() {
         image::to_grey(red, green, blue);
@@ -106,7 +106,7 @@ pub(super) fn solarise(canvas: &mut Canvas, threshold: f64) {
     image::solarise(&mut canvas.values, (threshold / 255.) as f32);
 }
 
-/// `value^exponent`; values outside `[0, 1]`, which only noise and scaling make, are held to it.
+/// `value^exponent`, after clamping to `[0, 1]`, which only noise and scaling leave.
 pub(super) fn gamma(canvas: &mut Canvas, exponent: f64) {
     image::scale_and_shift_clamped(&mut canvas.values, 1., 0.);
     image::power(&mut canvas.values, exponent as f32);

@@ -1,4 +1,4 @@
-//! Draws that augmentation needs, each from a fixed number of random bits.
+//! Random draws for augmentation, each from a fixed number of random bits.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -8,7 +8,7 @@ fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 * (1. / (1u64 << 53) as f64)
 }
 
-/// A number between `low` and `high`, all equally likely.
+/// A uniform number between `low` and `high`.
 pub(super) fn uniform(rng: &mut ChaCha8Rng, low: f64, high: f64) -> f64 {
     low + (high - low) * unit(rng)
 }
@@ -18,7 +18,7 @@ pub(super) fn chance(rng: &mut ChaCha8Rng, probability: f64) -> bool {
     unit(rng) < probability
 }
 
-/// A whole number below `end`, all equally likely.
+/// A uniform whole number below `end`.
 pub(super) fn below(rng: &mut ChaCha8Rng, end: usize) -> usize {
     ((unit(rng) * end as f64) as usize).min(end - 1)
 }

@@ -1,9 +1,9 @@
-//! Cutting out and resizing in one pass.
+//! Cropping and resizing in one pass.
 //!
 //! Each value of the result is a weighted sum over a few rows and a few columns. Rows are mixed
-//! first, because they lie in memory as the processor likes them; the one mixed row is still in the
-//! nearest cache when its columns are mixed. Pillow mixes columns first and rounds to bytes in
-//! between; without rounding the order makes no difference.
+//! first, because they are contiguous in memory, and the mixed row is still in the nearest cache when its
+//! columns are mixed. Pillow mixes columns first and rounds to bytes in between; without rounding the
+//! order makes no difference.
 
 use std::ops::Range;
 
@@ -14,25 +14,25 @@ use crate::picture::Pixels;
 use crate::views::Filter;
 use crate::views::canvas::Canvas;
 
-/// A part of a picture, the size it is to have, and which part of that is wanted.
+/// A part of a picture, the size that it is resized to, and the part of the result that is kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Area {
     /// Top, left, height and width of the part.
     part: [usize; 4],
-    /// Height and width it is resized to.
+    /// Height and width after resizing.
     to: [usize; 2],
-    /// Top, left, height and width of what is wanted of the result.
+    /// Top, left, height and width of the part of the result that is kept.
     cut: [usize; 4],
     filter: Filter,
 }
 
 impl Area {
-    /// A part (top, left, height, width) resized to a size (height, width), all of which is wanted.
+    /// A part (top, left, height, width), resized to a size (height, width), all of which is kept.
     pub(super) fn new(part: [usize; 4], to: [usize; 2], filter: Filter) -> Self {
         Self { part, to, cut: [0, 0, to[0], to[1]], filter }
     }
 
-    /// The same of which only the middle square is wanted, placed as torchvision's `CenterCrop`.
+    /// The same area, of which only the middle square is kept, placed as by torchvision's `CenterCrop`.
     ///
     /// # Errors
     ///
@@ -41,15 +41,15 @@ impl Area {
         let [height, width] = self.to;
         ensure!(
             height.min(width) >= pixels,
-            "centre-crop takes {pixels}×{pixels} pixels out of {height}×{width}; let resize-shorter \
-             come first"
+            "centre-crop needs {pixels}×{pixels} pixels, but the picture has {height}×{width}; put \
+             resize-shorter before it"
         );
         let [top, left] = self.to.map(|side| ((side - pixels) as f64 / 2.).round_ties_even());
         Ok(Self { cut: [top as usize, left as usize, pixels, pixels], ..self })
     }
 
-    /// How rows and columns of the result are mixed, rows times `scale`.
-    fn set(&self, b: &mut Buffers, scale: f64) {
+    /// Sets the weights of rows, times `scale`, and of columns.
+    fn set(&self, b: &mut ResizeBuffers, scale: f64) {
         let [_, _, height, width] = self.part;
         let [top, left, to_height, to_width] = self.cut;
         b.rows.set(height, self.to[0], top..top + to_height, self.filter, scale);
@@ -57,9 +57,9 @@ impl Area {
     }
 }
 
-/// Memory that is used again for the next picture.
+/// Buffers that are reused from picture to picture.
 #[derive(Debug, Default)]
-pub(super) struct Buffers {
+pub(super) struct ResizeBuffers {
     row: Vec<f32>,
     rows: Axis,
     columns: Axis,
@@ -70,7 +70,7 @@ pub(super) fn from_picture<'a>(
     picture: impl Into<Pixels<'a>>,
     area: &Area,
     out: &mut Canvas,
-    b: &mut Buffers,
+    b: &mut ResizeBuffers,
 ) {
     let picture = picture.into();
     area.set(b, 1. / 255.);
@@ -85,7 +85,7 @@ pub(super) fn from_picture<'a>(
 }
 
 /// Resizes an area of a picture in floats.
-pub(super) fn from_canvas(canvas: &Canvas, area: &Area, out: &mut Canvas, b: &mut Buffers) {
+pub(super) fn from_canvas(canvas: &Canvas, area: &Area, out: &mut Canvas, b: &mut ResizeBuffers) {
     area.set(b, 1.);
     out.reshape(area.cut[2], area.cut[3], canvas.channels);
     let ([top, left, _, width], stride) = (area.part, canvas.width);
@@ -103,19 +103,19 @@ fn hold_to_range(out: &mut Canvas, filter: Filter) {
     }
 }
 
-/// What each place along one side of the result is mixed from, as Pillow's `precompute_coeffs`.
+/// The weights of each place along one side of the result, as Pillow's `precompute_coeffs`.
 #[derive(Debug, Default)]
 struct Axis {
-    /// The first place each is mixed from.
+    /// The first place with a weight.
     starts: Vec<u32>,
-    /// How many are mixed, the same for all; some weights may be 0.
+    /// The number of weights, the same for all places; some may be 0.
     taps: usize,
-    /// `(places, taps)`, each row of sum `scale`.
+    /// `(places, taps)`; each row sums to `scale`.
     weights: Vec<f32>,
 }
 
 impl Axis {
-    /// The weights of the wanted places among `to` that `from` values become.
+    /// Sets the weights for resizing `from` values to `to`, of the places in `wanted`.
     fn set(&mut self, from: usize, to: usize, wanted: Range<usize>, filter: Filter, scale: f64) {
         match filter {
             Filter::Bilinear => self.set_by(from, to, wanted, 1., triangle, scale),
@@ -135,8 +135,8 @@ impl Axis {
         let ratio = from as f64 / to as f64;
         let stretch = ratio.max(1.);
         let (support, shrink) = (radius * stretch, 1. / stretch);
-        // The range below begins and ends `2 · support` apart, so it holds no more whole numbers than
-        // this, but for one that rounding may let in, whose weight is 0 up to rounding.
+        // The range below is `2 · support` long, so it has at most this many whole numbers. Rounding may
+        // add one, whose weight is 0 up to rounding.
         self.taps = ((2. * support).ceil() as usize).min(from);
         self.starts.clear();
         self.weights.clear();
@@ -145,7 +145,7 @@ impl Axis {
             let centre = (place as f64 + 0.5) * ratio;
             let first = ((centre - support + 0.5) as usize).min(from - 1);
             let end = ((centre + support + 0.5) as usize).min(from).max(first + 1);
-            // Near the end the row of weights begins earlier, so that it does not stick out.
+            // Near the end, the row of weights begins earlier, so that it stays inside.
             let start = first.min(from - self.taps);
             self.starts.push(start as u32);
             let mut sum = 0.;
@@ -212,7 +212,7 @@ mod tests {
         for (filter, want) in [(Filter::Bilinear, bilinear), (Filter::Bicubic, bicubic)] {
             let mut out = Canvas::default();
             let area = Area::new([2, 1, 6, 5], [16, 16], filter);
-            from_canvas(&canvas, &area, &mut out, &mut Buffers::default());
+            from_canvas(&canvas, &area, &mut out, &mut ResizeBuffers::default());
             for ((y, x), want) in places.into_iter().zip(want) {
                 let got = out.values[y * 16 + x];
                 assert!((got - want).abs() < 1e-6, "{filter:?} at {y}, {x}: {got}, not {want}");
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn both_ways_agree_with_the_definition_at_every_scale() {
-        let mut buffers = Buffers::default();
+        let mut buffers = ResizeBuffers::default();
         for channels in [1, 3] {
             let picture = example(19, 26, channels);
             let mut canvas = Canvas::default();
@@ -289,7 +289,7 @@ mod tests {
         let picture = example(21, 34, 3);
         let whole = Area::new([0, 0, 21, 34], [12, 19], Filter::Bicubic);
         let (mut resized, mut cut, mut at_once) = Default::default();
-        let mut buffers = Buffers::default();
+        let mut buffers = ResizeBuffers::default();
         from_picture(&picture, &whole, &mut resized, &mut buffers);
         let middle = Area::new([0, 0, 12, 19], [12, 19], Filter::Bilinear);
         let middle = middle.cut_to_centre(8).expect("fits");
@@ -307,7 +307,7 @@ mod tests {
         let picture = Picture::new(1, 4, 1, vec![70, 140, 210, 0]).expect("sound");
         let mut out = Canvas::default();
         let area = Area::new([0, 0, 1, 4], [1, 2], Filter::Bilinear);
-        from_picture(&picture, &area, &mut out, &mut Buffers::default());
+        from_picture(&picture, &area, &mut out, &mut ResizeBuffers::default());
         let want = [(3. * 70. + 3. * 140. + 210.) / 7., (140. + 3. * 210.) / 7.];
         for (got, want) in out.values.iter().zip(want) {
             assert!((got * 255. - want).abs() < 1e-4, "{got}, {want}");

@@ -1,4 +1,4 @@
-//! Moving pixels: affine maps and smooth displacements, sampled once.
+//! Warps: affine maps and smooth displacements, sampled once.
 
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -7,21 +7,21 @@ use crate::views::Operation;
 use crate::views::canvas::Canvas;
 use crate::views::draw::uniform;
 
-/// Memory that is used again for the next picture.
+/// Buffers that are reused from picture to picture.
 #[derive(Debug, Default)]
-pub(super) struct Buffers {
+pub(super) struct WarpBuffers {
     warps: Vec<Warp>,
-    /// The places of rows and columns of pixels, in half-heights and half-widths.
+    /// The positions of rows and columns of pixels, in half-heights and half-widths.
     rows: Vec<f32>,
     columns: Vec<f32>,
-    /// Where each pixel of the result comes from, in pixels.
+    /// The position that each pixel of the result is sampled at, in pixels.
     places: Vec<[f32; 2]>,
     /// The plane that is sampled, with a border of zeros.
     bordered: Vec<f32>,
 }
 
-/// A map from the places of a result to the places of what it is made from, both in half-widths and
-/// half-heights from the middle, as `(across, down)`.
+/// A map from positions in the result to positions in the source, both in half-widths and half-heights
+/// from the middle, as `(across, down)`.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Warp {
     /// `place ↦ matrix · place + shift`.
@@ -31,16 +31,16 @@ pub(super) enum Warp {
     Elastic { grid: usize, displacements: Vec<[f32; 2]> },
 }
 
-/// Draws what the operations need, in their order, and writes the warped `canvas` to `out`.
+/// Draws the parameters of the operations, in their order, and writes the warped `canvas` to `out`.
 ///
-/// The result at a place is the first operation's input at the place that the last operation, then
-/// the one before it, and so on to the first, send it to. Between pixels values are bilinear, and 0
-/// outside: `grid_sample` of PyTorch with zeros and without aligned corners.
+/// A position of the result passes through the maps of all operations, from the last to the first; the
+/// canvas is sampled where it ends. Sampling is bilinear, and 0 outside: PyTorch's `grid_sample` with
+/// zeros and without aligned corners.
 pub(super) fn apply<'a>(
     operations: impl Iterator<Item = &'a Operation>,
     canvas: &Canvas,
     out: &mut Canvas,
-    buffers: &mut Buffers,
+    buffers: &mut WarpBuffers,
     rng: &mut ChaCha8Rng,
 ) {
     let (height, width) = (canvas.height, canvas.width);
@@ -59,8 +59,8 @@ fn draw(operation: &Operation, height: usize, width: usize, rng: &mut ChaCha8Rng
             let (across, down) = ((scale + aspect).exp(), (scale - aspect).exp());
             let shear = either_way(shear);
             let shift = [either_way(shift), either_way(shift)];
-            // Rotation · shear · scale in pixels; half-widths and half-heights turn into each other
-            // by the picture's aspect, so that a circle in a long picture stays one.
+            // Rotation · shear · scale in pixels. The aspect of the picture converts between half-widths
+            // and half-heights, so that a circle in a long picture stays a circle.
             let (h, w) = (height as f64, width as f64);
             let matrix = [
                 [cos * across, (cos * shear - sin) * down * h / w],
@@ -81,9 +81,9 @@ fn draw(operation: &Operation, height: usize, width: usize, rng: &mut ChaCha8Rng
 }
 
 /// Writes the canvas, warped by `buffers.warps`, to `out`.
-pub(super) fn warp(canvas: &Canvas, out: &mut Canvas, buffers: &mut Buffers) {
+pub(super) fn warp(canvas: &Canvas, out: &mut Canvas, buffers: &mut WarpBuffers) {
     let (height, width) = (canvas.height, canvas.width);
-    let Buffers { warps, rows, columns, places, bordered } = buffers;
+    let WarpBuffers { warps, rows, columns, places, bordered } = buffers;
     let half = |pixel: usize, side: usize| (2 * pixel + 1) as f32 / side as f32 - 1.;
     columns.clear();
     columns.extend((0..width).map(|x| half(x, width)));
@@ -130,15 +130,15 @@ impl Warp {
     }
 }
 
-/// The bicubic surface over the grid at a place, with the outermost points repeated beyond the edge:
-/// what PyTorch's `interpolate(mode="bicubic")` gives at the places of pixels.
+/// Evaluates the bicubic surface over the grid at a position, with the outermost points repeated beyond
+/// the edge: PyTorch's `interpolate(mode="bicubic")`.
 fn surface(grid: usize, displacements: &[[f32; 2]], [x, y]: [f32; 2]) -> [f32; 2] {
     let ((columns, across), (rows, down)) = (points(grid, x), points(grid, y));
     mix(rows.map(|row| mix(columns.map(|column| displacements[row * grid + column]), across)), down)
 }
 
-/// Adds to `places`, those of all pixels, the surface there. Pixels of a column share their weights,
-/// and those of a row the points between the rows of the grid.
+/// Adds the surface to the positions of all pixels. Pixels of a column share their weights, and those of
+/// a row the points between the rows of the grid.
 fn displace_pixels(
     grid: usize,
     displacements: &[[f32; 2]],
@@ -160,7 +160,7 @@ fn displace_pixels(
     }
 }
 
-/// The four points of a grid around a place along one side, and their weights.
+/// The four points of a grid around a position along one side, and their weights.
 fn points(grid: usize, place: f32) -> ([usize; 4], [f32; 4]) {
     let last = grid as isize - 1;
     let position = ((place + 1.) * grid as f32 - 1.) / 2.;
@@ -177,7 +177,7 @@ fn mix(displacements: [[f32; 2]; 4], weights: [f32; 4]) -> [f32; 2] {
     sum
 }
 
-/// Weights of the four points around, `t` behind the second: cubic convolution with a = −0.75.
+/// Weights of the four points around a position `t` after the second: cubic convolution with a = −0.75.
 fn cubic(t: f32) -> [f32; 4] {
     const A: f32 = -0.75;
     let near = |x: f32| ((A + 2.) * x - (A + 3.)) * x * x + 1.;
@@ -185,7 +185,7 @@ fn cubic(t: f32) -> [f32; 4] {
     [far(t + 1.), near(t), near(1. - t), far(2. - t)]
 }
 
-/// Copies a plane into the middle of zeros: one row and column before, two behind.
+/// Copies a plane into a border of zeros: one row and column before it, two after.
 fn add_border(plane: &[f32], height: usize, width: usize, bordered: &mut Vec<f32>) {
     bordered.clear();
     bordered.resize((height + 3) * (width + 3), 0.);
@@ -194,11 +194,11 @@ fn add_border(plane: &[f32], height: usize, width: usize, bordered: &mut Vec<f32
     }
 }
 
-/// Bilinear values of a bordered plane at places in pixels.
+/// Samples a bordered plane bilinearly at positions in pixels.
 fn sample(bordered: &[f32], height: usize, width: usize, places: &[[f32; 2]], out: &mut [f32]) {
     let stride = width + 3;
     for (out, &[x, y]) in out.iter_mut().zip(places) {
-        // From −1 and from the side on there are only zeros to mix.
+        // Beyond −1 and beyond the side, all values are 0.
         let (x, y) = (x.clamp(-1., width as f32) + 1., y.clamp(-1., height as f32) + 1.);
         let (column, row) = (x as usize, y as usize);
         let (right, below) = (x - column as f32, y - row as f32);
@@ -227,7 +227,7 @@ mod tests {
 
     fn warped(warps: Vec<Warp>) -> Canvas {
         let mut out = Canvas::default();
-        warp(&canvas(), &mut out, &mut Buffers { warps, ..Buffers::default() });
+        warp(&canvas(), &mut out, &mut WarpBuffers { warps, ..WarpBuffers::default() });
         out
     }
 

@@ -2,11 +2,11 @@
 #![expect(unsafe_code, reason = "tasks write disjoint pixels and channels of one buffer")]
 
 use super::columns_of;
-use crate::element::Element;
+use crate::element::ValueElement;
 use crate::layout::{SIDE, TILE};
 use crate::norm::{MOMENT_BLOCK, add_moments};
 use crate::parallel::Disjoint;
-use crate::tiles::Session;
+use crate::tiles::TileSession;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape};
 
@@ -29,7 +29,7 @@ pub(super) struct FinishOf<'a, T> {
     moments: Option<Disjoint<'a, f32>>,
 }
 
-impl<'a, T: Element> FinishOf<'a, T> {
+impl<'a, T: ValueElement> FinishOf<'a, T> {
     pub fn new(finish: Finish<'a>, moments: Option<Disjoint<'a, f32>>) -> Self {
         let Finish { bias, residual, relu } = finish;
         FinishOf { bias, residual: residual.map(T::of), relu, moments }
@@ -47,7 +47,7 @@ impl<'a, T: Element> FinishOf<'a, T> {
     /// Finishes one part of a value, in a pair of blocks of channels; the caller's task owns both.
     pub fn part(
         &self,
-        session: &Session,
+        session: &TileSession,
         to: &Disjoint<T>,
         shape: Shape,
         part: usize,
@@ -84,7 +84,7 @@ impl<'a, T: Element> FinishOf<'a, T> {
 
 for_each_variant! {
     /// `relu(x + bias + residual)` for the real images of a tile.
-    fn finish_tile<T: Element>(
+    fn finish_tile<T: ValueElement>(
         tile: &mut [T],
         images: usize,
         bias: Option<&[f32]>,

@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use super::finish::FinishOf;
-use super::{Direction, Finish, Form, Geometry, PackedWeights, columns_of, panel_len, winograd};
-use crate::element::{Element, by_precision};
+use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len, winograd};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::norm::moments_len;
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Session, TileRun};
+use crate::tiles::{TileProduct, TileRun, TileSession};
 use crate::{Buffer, Shape, Variant};
 
 /// `output = finish(weights ∗ input)`.
@@ -34,7 +34,7 @@ pub fn forward(
     assert!(finish.residual.is_none_or(|residual| residual.len() == g.output.len()));
     assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
     let (precision, moments) = (output.precision(), moments.map(Disjoint::new));
-    let packed = packed.numbers(g.packing(variant, precision, Direction::Forward));
+    let packed = packed.numbers(g.packing(variant, precision, PackedFor::Forward));
     by_precision!(precision, T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
         let (packed, finish) = (T::of(packed), FinishOf::new(finish, moments));
@@ -61,7 +61,7 @@ pub fn input_gradient(
     add: bool,
 ) {
     let precision = input_gradient.precision();
-    let packed = packed.numbers(g.packing(variant, precision, Direction::Backward));
+    let packed = packed.numbers(g.packing(variant, precision, PackedFor::InputGradient));
     by_precision!(precision, T => {
         let from = (T::of(output_gradient), g.output);
         let to = (T::of_mut(input_gradient), g.input);
@@ -142,7 +142,7 @@ const NEAR: usize = 384 << 10;
 
 /// Computes every pixel of `to` as a sum over taps and channel blocks of `from`.
 #[expect(clippy::too_many_arguments, reason = "source, weights and destination")]
-fn gather<T: Element>(
+fn gather<T: ValueElement>(
     variant: Variant,
     g: &Geometry,
     (from, from_shape): (&[T], Shape),
@@ -168,7 +168,7 @@ fn gather<T: Element>(
         let (part_task, pair_task) = (task / pair_tasks, task % pair_tasks);
         let parts = part_task * per_task..((part_task + 1) * per_task).min(parts);
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
-        let session = Session::begin(variant);
+        let session = TileSession::begin(variant);
         let (to, session) = (&to, &session);
         let gather = Gather { session, from, from_shape, packed, taps, to, to_shape, add, finish };
         for first in parts.clone().step_by(near) {
@@ -180,7 +180,7 @@ fn gather<T: Element>(
 }
 
 struct Gather<'a, T> {
-    session: &'a Session,
+    session: &'a TileSession,
     from: &'a [T],
     from_shape: Shape,
     packed: &'a [T],
@@ -191,7 +191,7 @@ struct Gather<'a, T> {
     finish: &'a FinishOf<'a, T>,
 }
 
-impl<T: Element> Gather<'_, T> {
+impl<T: ValueElement> Gather<'_, T> {
     /// Computes two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
         let all = self.taps.count() * self.from_shape.blocks();
@@ -292,7 +292,7 @@ impl<T: Element> Gather<'_, T> {
             unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) }
         };
         let apart = self.taps.apart * self.from_shape.pixel_len();
-        let product = Product { runs, apart, rows: SIDE, columns, add };
+        let product = TileProduct { runs, apart, rows: SIDE, columns, add };
         let (output, other) = (place(pixel), other.map(place));
         T::product_into(self.session, self.from, self.packed, &product, output, other);
     }

@@ -14,7 +14,7 @@ mod winograd;
 
 pub use finish::Finish;
 pub use gather::{forward, input_gradient};
-pub use packed::{Direction, PackedWeights, Packing};
+pub use packed::{PackedFor, PackedWeights, Packing};
 pub use weights::weight_gradient;
 
 use packed::Form;
@@ -124,7 +124,7 @@ fn columns_of(blocks: usize, pair: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::element::{Element, Half};
+    use crate::element::{Half, ValueElement};
     use crate::{Buffer, BufferPool};
 
     /// Small integers: every product and sum is exact in f32, in any order.
@@ -196,13 +196,13 @@ mod tests {
                 for variant in Variant::testable() {
                     let what = format!("{variant} {precision:?} {g:?}");
                     let buffer = |len| Buffer::zeros_of(precision, len);
-                    let pack = |direction| {
-                        let packing = g.packing(variant, precision, direction);
+                    let pack = |packed_for| {
+                        let packing = g.packing(variant, precision, packed_for);
                         PackedWeights::new(packing, &weights, &pool)
                     };
                     let (mut tiles, mut output) = (buffer(input.len()), buffer(g.output.len()));
                     input.pack(&x, &mut tiles);
-                    let packed = pack(Direction::Forward);
+                    let packed = pack(PackedFor::Forward);
                     let mut padded = vec![0.; g.output.padded_channels()];
                     padded[..to].copy_from_slice(&bias);
                     let mut residual = buffer(g.output.len());
@@ -227,7 +227,7 @@ mod tests {
                     weight_gradient(variant, &g, &tiles, &output, &pool, &mut gradient);
                     assert_eq!(gradient, dw, "{what}");
 
-                    let packed = pack(Direction::Backward);
+                    let packed = pack(PackedFor::InputGradient);
                     input.pack(&vec![1.; x.len()], &mut tiles);
                     input_gradient(variant, &g, &output, &packed, &mut tiles, true);
                     let mut rows = vec![0.; x.len()];
@@ -246,37 +246,37 @@ mod tests {
 
     #[test]
     fn a_packing_is_shared_by_maps_of_one_form_and_by_nothing_else() {
-        let packing = |side, variant, precision, direction| {
-            square(side).packing(variant, precision, direction)
+        let packing = |side, variant, precision, packed_for| {
+            square(side).packing(variant, precision, packed_for)
         };
         let (variant, f32) = (Variant::PORTABLE, Precision::F32);
-        let large = packing(9, variant, f32, Direction::Forward);
-        assert_eq!(large, packing(6, variant, f32, Direction::Forward));
+        let large = packing(9, variant, f32, PackedFor::Forward);
+        assert_eq!(large, packing(6, variant, f32, PackedFor::Forward));
         // A map too small for Winograd's form.
-        assert_ne!(large, packing(5, variant, f32, Direction::Forward));
-        assert_ne!(large, packing(9, variant, f32, Direction::Backward));
-        assert_ne!(large, packing(9, variant, Precision::Bf16, Direction::Forward));
+        assert_ne!(large, packing(5, variant, f32, PackedFor::Forward));
+        assert_ne!(large, packing(9, variant, f32, PackedFor::InputGradient));
+        assert_ne!(large, packing(9, variant, Precision::Bf16, PackedFor::Forward));
         // As long as the others, but of another kernel: 1 × 1 on 9 times the channels.
         let other = Geometry::new(Shape::new(2, 5, 5, 288), 32, 1, 1, 0).expect("a convolution");
-        let small = packing(5, variant, f32, Direction::Forward);
-        let other = other.packing(variant, f32, Direction::Forward);
+        let small = packing(5, variant, f32, PackedFor::Forward);
+        let other = other.packing(variant, f32, PackedFor::Forward);
         assert_eq!(small.packed_len(), other.packed_len());
         assert_ne!(small, other);
     }
 
     /// Runs a product on maps of one side with weights that were packed for maps of another.
-    fn use_packed_for(side: usize, packed: (usize, Direction), needed: Direction) {
+    fn use_packed_for(side: usize, packed: (usize, PackedFor), needed: PackedFor) {
         let (g, other) = (square(side), square(packed.0));
         let packing = other.packing(Variant::PORTABLE, Precision::F32, packed.1);
         let weights = PackedWeights::new(packing, &noise(1, g.weights_len()), &BufferPool::new());
         let input = Buffer::zeros(g.input.len());
         let mut output = Buffer::zeros(g.output.len());
         match needed {
-            Direction::Forward => {
+            PackedFor::Forward => {
                 let finish = Finish::default();
                 forward(Variant::PORTABLE, &g, &input, &weights, finish, &mut output, None);
             }
-            Direction::Backward => {
+            PackedFor::InputGradient => {
                 input_gradient(Variant::PORTABLE, &g, &input, &weights, &mut output, false);
             }
         }
@@ -284,20 +284,20 @@ mod tests {
 
     #[test]
     fn weights_packed_on_a_map_of_the_same_form_are_used() {
-        use_packed_for(9, (6, Direction::Forward), Direction::Forward);
-        use_packed_for(4, (5, Direction::Backward), Direction::Backward);
+        use_packed_for(9, (6, PackedFor::Forward), PackedFor::Forward);
+        use_packed_for(4, (5, PackedFor::InputGradient), PackedFor::InputGradient);
     }
 
     #[test]
     #[should_panic(expected = "form: Winograd, precision: F32")]
     fn weights_packed_for_another_form_are_refused() {
-        use_packed_for(5, (6, Direction::Forward), Direction::Forward);
+        use_packed_for(5, (6, PackedFor::Forward), PackedFor::Forward);
     }
 
     #[test]
-    #[should_panic(expected = "direction: Forward, form: Direct")]
+    #[should_panic(expected = "packed_for: Forward, form: Direct")]
     fn weights_packed_for_another_direction_are_refused() {
-        use_packed_for(5, (5, Direction::Forward), Direction::Backward);
+        use_packed_for(5, (5, PackedFor::Forward), PackedFor::InputGradient);
     }
 
     fn noise(seed: u32, len: usize) -> Vec<f32> {
@@ -310,16 +310,16 @@ mod tests {
     }
 
     /// Output, input gradient and weight gradient in f64, and the same sums of absolute values.
-    struct Reference {
+    struct ReferenceProducts {
         values: [Vec<f64>; 3],
         sizes: [Vec<f64>; 3],
     }
 
-    impl Reference {
-        fn new(g: &Geometry, x: &[f32], weights: &[f32], dy: &[f32]) -> Reference {
+    impl ReferenceProducts {
+        fn new(g: &Geometry, x: &[f32], weights: &[f32], dy: &[f32]) -> ReferenceProducts {
             let (from, to) = (g.input.channels, g.output.channels);
             let zeros = || [dy.len(), x.len(), weights.len()].map(|len| vec![0f64; len]);
-            let mut all = Reference { values: zeros(), sizes: zeros() };
+            let mut all = ReferenceProducts { values: zeros(), sizes: zeros() };
             for_each_tap(g, |at, out, tap| {
                 for (i, o) in (0..from).flat_map(|i| (0..to).map(move |o| (i, o))) {
                     let weight = (o * from + i) * g.taps() + tap;
@@ -355,14 +355,14 @@ mod tests {
             rows
         };
         let pool = BufferPool::new();
-        let pack = |direction| {
-            PackedWeights::new(g.packing(variant, precision, direction), weights, &pool)
+        let pack = |packed_for| {
+            PackedWeights::new(g.packing(variant, precision, packed_for), weights, &pool)
         };
         let (x, dy) = (value(g.input, x), value(g.output, dy));
         let (mut y, mut dx) = (dy.clone(), x.clone());
-        let packed = pack(Direction::Forward);
+        let packed = pack(PackedFor::Forward);
         forward(variant, g, &x, &packed, Finish::default(), &mut y, None);
-        input_gradient(variant, g, &dy, &pack(Direction::Backward), &mut dx, false);
+        input_gradient(variant, g, &dy, &pack(PackedFor::InputGradient), &mut dx, false);
         let mut dw = vec![0.; weights.len()];
         weight_gradient(variant, g, &x, &dy, &pool, &mut dw);
         [rows(g.output, &y), rows(g.input, &dx), dw]
@@ -392,7 +392,7 @@ mod tests {
                 let x = stored(1, input.count() * from);
                 let weights = stored(2, g.weights_len());
                 let dy = stored(3, g.output.count() * to);
-                let want = Reference::new(&g, &x, &weights, &dy);
+                let want = ReferenceProducts::new(&g, &x, &weights, &dy);
                 let terms = [from * g.taps(), to * g.taps(), g.output.count()];
                 for variant in Variant::testable() {
                     let got = products(variant, precision, &g, [&x, &weights, &dy]);
@@ -449,7 +449,7 @@ mod tests {
         let x = noise(1, g.input.count() * 64);
         let weights = noise(2, g.weights_len());
         let dy = noise(3, g.output.count() * 48);
-        let want = Reference::new(&g, &x, &weights, &dy);
+        let want = ReferenceProducts::new(&g, &x, &weights, &dy);
         let got = products(Variant::fastest(), Precision::F32, &g, [&x, &weights, &dy]);
         // The plain sum in f32, with one rounding per term.
         let mut plain = vec![0f32; dy.len()];
@@ -472,7 +472,7 @@ mod tests {
         assert_eq!(g.form(Variant::PORTABLE, half), Form::Winograd);
         let rounded = |all: &[f32]| -> Vec<f32> { all.iter().map(|x| stored(half, *x)).collect() };
         let [x, weights, dy] = [rounded(&x), rounded(&weights), rounded(&dy)];
-        let want = Reference::new(&g, &x, &weights, &dy);
+        let want = ReferenceProducts::new(&g, &x, &weights, &dy);
         let got = products(Variant::fastest(), half, &g, [&x, &weights, &dy]);
         let all: Vec<f64> = (0..3).map(|which| off(&got[which], &want.values[which])).collect();
         assert!(all[0] < 5e-3 && all[1] < 5e-3 && all[2] < 1e-5, "{all:?}");

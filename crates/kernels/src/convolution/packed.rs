@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use super::{Geometry, columns_of, panel_len, winograd};
 use crate::buffer::with_scratch;
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant, parallel};
 
 /// The product of a convolution that reads packed weights. The weight gradient reads none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// The output from the input.
+pub enum PackedFor {
+    /// The output, from the input.
     Forward,
-    /// The input gradient from the output gradient.
-    Backward,
+    /// The input gradient, from the output gradient.
+    InputGradient,
 }
 
 /// The algorithm of a convolution.
@@ -33,7 +33,7 @@ pub(super) enum Form {
 /// decides the form, so that one layer may need two packings for crops of two sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Packing {
-    direction: Direction,
+    packed_for: PackedFor,
     form: Form,
     precision: Precision,
     in_channels: usize,
@@ -44,9 +44,14 @@ pub struct Packing {
 impl Geometry {
     /// The packing of the weights for one product of this convolution, with the kernels of this variant
     /// on values of this precision.
-    pub fn packing(&self, variant: Variant, precision: Precision, direction: Direction) -> Packing {
+    pub fn packing(
+        &self,
+        variant: Variant,
+        precision: Precision,
+        packed_for: PackedFor,
+    ) -> Packing {
         Packing {
-            direction,
+            packed_for,
             form: self.form(variant, precision),
             precision,
             in_channels: self.input.channels,
@@ -77,9 +82,9 @@ impl Packing {
 
     /// Channels that the product reads and channels that it writes.
     fn channels(&self) -> (usize, usize) {
-        match self.direction {
-            Direction::Forward => (self.in_channels, self.out_channels),
-            Direction::Backward => (self.out_channels, self.in_channels),
+        match self.packed_for {
+            PackedFor::Forward => (self.in_channels, self.out_channels),
+            PackedFor::InputGradient => (self.out_channels, self.in_channels),
         }
     }
 }
@@ -126,12 +131,12 @@ impl PackedWeights {
     }
 }
 
-fn pack_direct<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) {
+fn pack_direct<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mut [T]) {
     let (inputs, taps) = (packing.in_channels, packing.taps());
     let (read, written) = packing.channels();
     let channels_in = |channels: usize, block: usize| (channels - block * SIDE).min(SIDE);
-    match packing.direction {
-        Direction::Forward => fill_tiles(packing, packed, |from, to, tiles| {
+    match packing.packed_for {
+        PackedFor::Forward => fill_tiles(packing, packed, |from, to, tiles| {
             for lane in 0..channels_in(written, to) {
                 let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
                 let weights = &weights[first..][..channels_in(read, from) * taps];
@@ -140,7 +145,7 @@ fn pack_direct<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) 
                 }
             }
         }),
-        Direction::Backward => fill_tiles(packing, packed, |from, to, tiles| {
+        PackedFor::InputGradient => fill_tiles(packing, packed, |from, to, tiles| {
             for row in 0..channels_in(read, from) {
                 let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
                 let weights = &weights[first..][..channels_in(written, to) * taps];
@@ -153,11 +158,11 @@ fn pack_direct<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) 
 }
 
 /// Backward, the kernels are rotated by half a turn as well.
-fn pack_winograd<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]) {
+fn pack_winograd<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mut [T]) {
     let inputs = packing.in_channels;
     let (read, written) = packing.channels();
-    match packing.direction {
-        Direction::Forward => winograd::pack(read, written, packed, |from, to, kernels| {
+    match packing.packed_for {
+        PackedFor::Forward => winograd::pack(read, written, packed, |from, to, kernels| {
             for (lane, to) in to.enumerate() {
                 let weights = &weights[(to * inputs + from) * 9..][..9];
                 for (kernel, weight) in kernels.iter_mut().zip(weights) {
@@ -165,7 +170,7 @@ fn pack_winograd<T: Element>(packing: Packing, weights: &[f32], packed: &mut [T]
                 }
             }
         }),
-        Direction::Backward => winograd::pack(read, written, packed, |from, to, kernels| {
+        PackedFor::InputGradient => winograd::pack(read, written, packed, |from, to, kernels| {
             let weights = &weights[(from * inputs + to.start) * 9..][..to.len() * 9];
             for (lane, weights) in weights.chunks_exact(9).enumerate() {
                 for (kernel, weight) in kernels.iter_mut().rev().zip(weights) {
@@ -186,7 +191,7 @@ fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
 
 /// Calls `fill(block read, block written, a tile for each tap)` for every pair of blocks. The tiles
 /// start as zeros and are small enough to be filled in any order; they are then stored row by row.
-fn fill_tiles<T: Element>(
+fn fill_tiles<T: ValueElement>(
     packing: Packing,
     packed: &mut [T],
     fill: impl Fn(usize, usize, &mut [[f32; TILE]]) + Sync + Send,
@@ -213,7 +218,7 @@ fn fill_tiles<T: Element>(
 }
 
 for_each_variant! {
-    pub(super) fn arrange_right<T: Element>(from: &[f32; TILE], to: &mut [T]) {
+    pub(super) fn arrange_right<T: ValueElement>(from: &[f32; TILE], to: &mut [T]) {
         T::arrange_right(from, to);
     }
 }

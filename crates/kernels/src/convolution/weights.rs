@@ -8,10 +8,10 @@ use std::sync::Arc;
 use super::winograd::{self, POSITIONS, Squares, stride, transform_gradient, transform_input};
 use super::{Form, Geometry, columns_of};
 use crate::buffer::with_scratch;
-use crate::element::{Element, by_precision};
+use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Session, TileRun};
+use crate::tiles::{TileProduct, TileRun, TileSession};
 use crate::{Buffer, BufferPool, Precision, Variant};
 
 /// Pixels of a group that are summed at a time, so that both sides stay in the first-level cache for all
@@ -95,10 +95,10 @@ struct StripSide<'a, T> {
     step: usize,
 }
 
-impl<'a, T: Element> StripSide<'a, T> {
+impl<'a, T: ValueElement> StripSide<'a, T> {
     /// The rows in place, or copied to `memory` and arranged if the products need that.
     fn new(
-        session: &Session,
+        session: &TileSession,
         numbers: &'a [T],
         shape: Shape,
         rows: Range<usize>,
@@ -175,12 +175,12 @@ impl<'a> WeightTasks<'a> {
         &self,
         variant: Variant,
         scratch: &mut [f32],
-        sum: impl Fn(&Session, &WeightTask, &mut StripRuns, &Disjoint<f32>) + Sync + Send,
+        sum: impl Fn(&TileSession, &WeightTask, &mut StripRuns, &Disjoint<f32>) + Sync + Send,
     ) {
         let all = Disjoint::new(scratch);
         let count = self.parts * self.panes.0 * self.panes.1;
         parallel::for_each(count, self.g.operations(), |task| {
-            let (session, task) = (Session::begin(variant), self.task(task));
+            let (session, task) = (TileSession::begin(variant), self.task(task));
             for block in task.blocks.clone() {
                 for pair in task.pairs.clone() {
                     let (at, len) = self.tiles(task.part, block, pair);
@@ -214,9 +214,9 @@ impl<'a> WeightTasks<'a> {
     }
 
     #[expect(clippy::too_many_arguments, reason = "source and destination")]
-    fn sum<T: Element>(
+    fn sum<T: ValueElement>(
         &self,
-        session: &Session,
+        session: &TileSession,
         task: &WeightTask,
         runs: &mut StripRuns,
         input: &[T],
@@ -257,7 +257,7 @@ impl<'a> WeightTasks<'a> {
     /// Sums a part in Winograd's form.
     fn sum_squares(
         &self,
-        session: &Session,
+        session: &TileSession,
         task: &WeightTask,
         runs: &mut StripRuns,
         input: &[f32],
@@ -329,7 +329,7 @@ impl<'a> WeightTasks<'a> {
 
     /// Collects the runs of a strip: for some pixels at a time and each tap, the pixels whose tap lies inside
     /// the input.
-    fn collect<T: Element>(
+    fn collect<T: ValueElement>(
         &self,
         strip: Range<usize>,
         left: &StripSide<T>,
@@ -357,7 +357,7 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// Collects the pixels of a row whose tap lies inside the input.
-    fn collect_row<T: Element>(
+    fn collect_row<T: ValueElement>(
         &self,
         row: usize,
         columns: Range<usize>,
@@ -382,9 +382,9 @@ impl<'a> WeightTasks<'a> {
     }
 
     /// Adds a strip to the pane, for two blocks of input channels at a time.
-    fn sum_strip<T: Element>(
+    fn sum_strip<T: ValueElement>(
         &self,
-        session: &Session,
+        session: &TileSession,
         task: &WeightTask,
         left: &[T],
         right: &[T],
@@ -406,7 +406,7 @@ impl<'a> WeightTasks<'a> {
                 for &(sum, end) in &runs.ends {
                     let rows = g.input.channels_in(block);
                     let runs = &runs.all[begin..end];
-                    let product = Product { runs, apart: TILE, rows, columns, add: true };
+                    let product = TileProduct { runs, apart: TILE, rows, columns, add: true };
                     if block + 1 < task.blocks.end {
                         let outputs = &mut [tile(block, sum), tile(block + 1, sum)];
                         T::product::<true>(session, left, right, &product, outputs);

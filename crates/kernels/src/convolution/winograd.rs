@@ -42,10 +42,10 @@ use super::{Geometry, columns_of};
 use crate::Precision;
 use crate::Variant;
 use crate::buffer::{with_scratch, with_scratch_of};
-use crate::element::Element;
+use crate::element::ValueElement;
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{Product, Session, TileRun};
+use crate::tiles::{TileProduct, TileRun, TileSession};
 use crate::variant::for_each_variant;
 
 /// Positions of a transformed square.
@@ -88,11 +88,11 @@ impl Squares {
 ///
 /// `nine(from, to, kernels)` fills in the nine weights between a channel that is read and each channel of a
 /// block that is written.
-pub(super) fn pack<T: Element>(
+pub(super) fn pack<T: ValueElement>(
     from_channels: usize,
     to_channels: usize,
     packed: &mut [T],
-    nine: impl Fn(usize, Range<usize>, &mut [Row; 9]) + Sync + Send,
+    nine: impl Fn(usize, Range<usize>, &mut [Lanes; 9]) + Sync + Send,
 ) {
     let (from_blocks, to_blocks) = (from_channels.div_ceil(SIDE), to_channels.div_ceil(SIDE));
     let all = POSITIONS * from_blocks * TILE;
@@ -125,7 +125,7 @@ pub(super) fn pack<T: Element>(
 
 for_each_variant! {
     /// `G g Gᵀ` of 16 interleaved kernels; the positions lie a tile apart.
-    fn transform_kernels(g: &[Row; 9], to: &mut [f32]) {
+    fn transform_kernels(g: &[Lanes; 9], to: &mut [f32]) {
         let mut half = [[0f32; SIDE]; 12];
         for x in 0..3 {
             for lane in 0..SIDE {
@@ -170,7 +170,7 @@ pub(super) fn gradient_of_kernel(m: [f32; POSITIONS]) -> [f32; 9] {
 }
 
 /// `to (+)= packed ∗ from`, both maps of the same size.
-pub(super) fn convolve<T: Element>(
+pub(super) fn convolve<T: ValueElement>(
     variant: Variant,
     g: &Geometry,
     (from, from_shape): (&[T], Shape),
@@ -196,7 +196,7 @@ pub(super) fn convolve<T: Element>(
         let (task, pair_task) = (task / pair_tasks, task % pair_tasks);
         let (group, band) = (task / bands.count, task % bands.count);
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
-        let session = Session::begin(variant);
+        let session = TileSession::begin(variant);
         let squares = bands.squares(band);
         let work = Convolve { session: &session, from, from_shape, packed, to: &to, to_shape, add };
         with_scratch_of::<T, _>(left_len, sums_len, |left, sums| {
@@ -213,7 +213,7 @@ pub(super) fn convolve<T: Element>(
     });
     if !bands.whole && !finish.is_empty() {
         parallel::for_each(to_shape.parts() * pairs, to_shape.len(), |task| {
-            let session = Session::begin(variant);
+            let session = TileSession::begin(variant);
             finish.part(&session, &to, to_shape, task / pairs, task % pairs);
         });
     }
@@ -256,7 +256,7 @@ impl Bands {
 }
 
 struct Convolve<'a, T> {
-    session: &'a Session,
+    session: &'a TileSession,
     from: &'a [T],
     from_shape: Shape,
     packed: &'a [T],
@@ -265,7 +265,7 @@ struct Convolve<'a, T> {
     add: bool,
 }
 
-impl<T: Element> Convolve<'_, T> {
+impl<T: ValueElement> Convolve<'_, T> {
     /// Transforms some squares of a group, multiplies, and transforms back.
     fn squares(
         &self,
@@ -309,7 +309,7 @@ impl<T: Element> Convolve<'_, T> {
         for position in 0..POSITIONS {
             let right = (POSITIONS * 2 * pair + position * columns) * blocks * TILE;
             let runs = &[TileRun { left: 0, right, inner: self.from_shape.channels }];
-            let product = Product { runs, apart: 0, rows: NEAR, columns, add: false };
+            let product = TileProduct { runs, apart: 0, rows: NEAR, columns, add: false };
             let (left, sums) = (&left[position * step..], &mut sums[position * sums_step..]);
             T::product::<false>(self.session, left, self.packed, &product, &mut [sums]);
         }
@@ -352,7 +352,7 @@ impl<T: Element> Convolve<'_, T> {
 /// Writes `Bᵀ d B` of a square in some blocks of channels; the tiles of the 16 positions lie `step` numbers
 /// apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "source, position and destination")]
-pub(super) fn transform_input<T: Element>(
+pub(super) fn transform_input<T: ValueElement>(
     variant: Variant,
     from: &[T],
     shape: Shape,
@@ -387,10 +387,10 @@ fn positions<T>(to: &mut [T], step: usize) -> [&mut [T; TILE]; POSITIONS] {
 }
 
 /// 16 numbers that are processed together.
-type Row = [f32; SIDE];
+type Lanes = [f32; SIDE];
 
 #[inline(always)]
-fn row<T: Element>(from: &[T], at: usize) -> Row {
+fn row<T: ValueElement>(from: &[T], at: usize) -> Lanes {
     let from = &from[at..at + SIDE];
     let mut row = [0f32; SIDE];
     for (lane, value) in row.iter_mut().enumerate() {
@@ -401,7 +401,7 @@ fn row<T: Element>(from: &[T], at: usize) -> Row {
 
 /// Computes a row number by number and stores it, rounded.
 #[inline(always)]
-fn store<T: Element>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
+fn store<T: ValueElement>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
     let to = &mut to[at..at + SIDE];
     let mut row = [0f32; SIDE];
     for (lane, value) in row.iter_mut().enumerate() {
@@ -414,7 +414,7 @@ fn store<T: Element>(to: &mut [T], at: usize, number: impl Fn(usize) -> f32) {
 
 for_each_variant! {
     /// `Bᵀ d B`: from the tiles of 4 × 4 pixels to those of 16 positions.
-    fn forward_transform<T: Element>(
+    fn forward_transform<T: ValueElement>(
         tiles: [&[T; TILE]; POSITIONS],
         to: [&mut [T; TILE]; POSITIONS],
     ) {
@@ -444,7 +444,7 @@ for_each_variant! {
 
 for_each_variant! {
     /// `Aᵀ m A`: from rows of the tiles of 16 positions to rows of the tiles of 2 × 2 pixels.
-    fn transform_output<T: Element>(
+    fn transform_output<T: ValueElement>(
         sums: [&[f32; NEAR * SIDE]; POSITIONS],
         outputs: [&mut [T; NEAR * SIDE]; 4],
         add: bool,
@@ -488,7 +488,7 @@ for_each_variant! {
 
 for_each_variant! {
     /// `A dy Aᵀ`: from the tiles of 2 × 2 pixels to those of 16 positions.
-    fn gradient_transform<T: Element>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
+    fn gradient_transform<T: ValueElement>(tiles: [&[T; TILE]; 4], to: [&mut [T; TILE]; POSITIONS]) {
         for at in (0..TILE).step_by(SIDE) {
             let (mut left, mut right) = ([[0f32; SIDE]; 4], [[0f32; SIDE]; 4]);
             for (half, x) in [(&mut left, 0), (&mut right, 1)] {
@@ -514,7 +514,7 @@ for_each_variant! {
 /// Writes `A dy Aᵀ` of a square in some blocks of channels; the tiles of the 16 positions lie `step`
 /// numbers apart in `to`.
 #[expect(clippy::too_many_arguments, reason = "source, position and destination")]
-pub(super) fn transform_gradient<T: Element>(
+pub(super) fn transform_gradient<T: ValueElement>(
     variant: Variant,
     from: &[T],
     shape: Shape,

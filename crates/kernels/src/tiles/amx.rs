@@ -1,7 +1,7 @@
 //! Products of bfloat16 tiles with AMX, Intel's tile unit: eight registers of up to 16 rows of 64 bytes,
 //! and one instruction that adds the product of two registers to a third.
 //!
-//! The blocking is written once over a small interface ([`Unit`]) with two implementations: the
+//! The blocking is written once over a small interface ([`TileUnit`]) with two implementations: the
 //! instructions ([`Real`]) and an emulation ([`Emulated`]), after the operation sections of TILELOADD,
 //! TILESTORED, TILEZERO and TDPBF16PS in the Intel 64 and IA-32 Architectures Software Developer's
 //! Manual. So the code around the unit is tested on any x86-64 processor with AVX2. If a processor has the
@@ -18,12 +18,12 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use super::{Product, TileRun};
-use crate::element::{Element, Half};
+use super::{TileProduct, TileRun};
+use crate::element::{Half, ValueElement};
 use crate::layout::{SIDE, TILE};
 
 /// The operations of a tile unit on registers 0 to 7, with the sizes in [`CONFIGURATION`].
-pub(super) trait Unit {
+pub(super) trait TileUnit {
     /// Loads a register from rows that begin `stride` bytes apart.
     ///
     /// # Safety
@@ -55,7 +55,7 @@ pub(super) trait Unit {
 
 /// The operand of `LDTILECFG`: palette 1, rows and bytes per row of each register.
 #[repr(C, align(64))]
-struct Configuration {
+struct TileConfiguration {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -65,7 +65,7 @@ struct Configuration {
 
 /// Registers 0 to 3 hold sums, 16 rows of 16 f32. Registers 4 and 5 hold left tiles, 16 rows of 16
 /// bfloat16; 6 and 7 hold right tiles, 8 rows of 16 pairs.
-static CONFIGURATION: Configuration = Configuration {
+static CONFIGURATION: TileConfiguration = TileConfiguration {
     palette: 1,
     start_row: 0,
     reserved: [0; 14],
@@ -84,14 +84,14 @@ const NARROW: usize = 32;
 /// # Safety
 ///
 /// Every tile lies inside its slice, and the registers of this thread are set up.
-pub(super) unsafe fn product<U: Unit>(
+pub(super) unsafe fn product<U: TileUnit>(
     unit: &mut U,
     left: &[Half],
     right: &[Half],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    let Product { runs, apart, add, .. } = *product;
+    let TileProduct { runs, apart, add, .. } = *product;
     let (left, right) = (left.as_ptr(), right.as_ptr());
     // SAFETY: promised by the caller; the type parameters of `sum` are the numbers of outputs and columns.
     unsafe {
@@ -106,7 +106,7 @@ pub(super) unsafe fn product<U: Unit>(
                 let outputs = [a.as_mut_ptr(), b.as_mut_ptr()];
                 sum::<U, 2, 2>(unit, left, right, runs, apart, outputs, add);
             }
-            _ => unreachable!("`Product::check` allows one or two outputs"),
+            _ => unreachable!("`TileProduct::check` allows one or two outputs"),
         }
     }
 }
@@ -117,7 +117,7 @@ pub(super) unsafe fn product<U: Unit>(
 ///
 /// As for [`product`]; there are `SIDES` outputs of `COLUMNS` tiles.
 #[inline(always)]
-unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
+unsafe fn sum<U: TileUnit, const SIDES: usize, const COLUMNS: usize>(
     unit: &mut U,
     left: *const Half,
     right: *const Half,
@@ -185,7 +185,7 @@ unsafe fn sum<U: Unit, const SIDES: usize, const COLUMNS: usize>(
 /// The unit of the processor.
 pub(super) struct Real;
 
-impl Unit for Real {
+impl TileUnit for Real {
     #[inline(always)]
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
         // SAFETY: the caller promises that the registers are set up and the rows readable.
@@ -307,7 +307,7 @@ fn extent(register: usize) -> (usize, usize) {
     (usize::from(CONFIGURATION.rows[register]), usize::from(CONFIGURATION.bytes[register]))
 }
 
-impl Unit for Emulated {
+impl TileUnit for Emulated {
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
         let (rows, bytes) = extent(T);
         self.registers[T] = [[0; 64]; 16];
@@ -457,7 +457,7 @@ fn permitted() -> bool {
 
 /// Compares a unit with [`Emulated`]: bit for bit on small integers, where the order of additions does not
 /// matter, and within `2⁻²⁰ Σ |a b|` on others.
-fn agrees<U: Unit>(unit: &mut U) -> bool {
+fn agrees<U: TileUnit>(unit: &mut U) -> bool {
     let runs = [
         TileRun { left: 0, right: 0, inner: 2 * SIDE },
         TileRun { left: 3 * TILE, right: 4 * TILE, inner: SIDE },
@@ -466,7 +466,7 @@ fn agrees<U: Unit>(unit: &mut U) -> bool {
         let [left, right] = test_values(whole);
         [(1, 1), (1, 2), (2, 1), (2, 2)].into_iter().all(|(sides, columns)| {
             [false, true].into_iter().all(|add| {
-                let wanted = Product { runs: &runs, apart: TILE, rows: SIDE, columns, add };
+                let wanted = TileProduct { runs: &runs, apart: TILE, rows: SIDE, columns, add };
                 let [mut got, mut want] = [0; 2].map(|_| [[3f32; 2 * TILE]; 2]);
                 // SAFETY: the slices hold 5 and 8 tiles, and the runs with `apart` and two columns use no
                 // more; the caller has set up the registers.
@@ -507,7 +507,7 @@ mod tests {
     /// A faulty unit.
     struct Wrong(Emulated);
 
-    impl Unit for Wrong {
+    impl TileUnit for Wrong {
         unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
             // SAFETY: promised by the caller.
             unsafe { self.0.load::<T>(from, stride) }
@@ -548,7 +548,7 @@ mod tests {
             right[k / 2 * 2 * SIDE + k % 2] = Half::narrow(*b);
         }
         let runs = [TileRun { left: 0, right: 0, inner: SIDE }];
-        let wanted = Product { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
+        let wanted = TileProduct { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
         let mut output = [0f32; TILE];
         output[0] = start;
         // SAFETY: all slices hold the one tile.

@@ -19,7 +19,7 @@ pub(crate) use amx::{operations as amx_operations, usable as amx_is_usable};
 use std::marker::PhantomData;
 
 use crate::Variant;
-use crate::element::{Element, Half};
+use crate::element::{Half, ValueElement};
 use crate::layout::{SIDE, TILE};
 use crate::variant::{Instructions, for_each_variant};
 
@@ -28,7 +28,7 @@ use crate::variant::{Instructions, for_each_variant};
 pub(crate) struct TileRun {
     /// Offset of the first left tile; the others follow.
     pub left: usize,
-    /// Offset of the first right tile. Each term has [`Product::columns`] of them.
+    /// Offset of the first right tile. Each term has [`TileProduct::columns`] of them.
     pub right: usize,
     /// Length of the inner side, at least 1: 16 per tile, fewer in the last.
     pub inner: usize,
@@ -42,7 +42,7 @@ impl TileRun {
 
 /// A sum of tile products, `output = Σ left · right`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Product<'a> {
+pub(crate) struct TileProduct<'a> {
     /// The terms, added in order.
     pub runs: &'a [TileRun],
     /// Distance from each left tile to that of the second output.
@@ -55,7 +55,7 @@ pub(crate) struct Product<'a> {
     pub add: bool,
 }
 
-impl Product<'_> {
+impl TileProduct<'_> {
     /// # Panics
     ///
     /// If a tile lies outside its slice, or a count is out of range.
@@ -73,18 +73,18 @@ impl Product<'_> {
 
 /// Permission to multiply tiles on this thread, one per task. With AMX, it sets up the tile registers and
 /// clears them when dropped, so it cannot leave its thread.
-pub(crate) struct Session {
+pub(crate) struct TileSession {
     variant: Variant,
     not_send: PhantomData<*const ()>,
 }
 
-impl Session {
-    pub fn begin(variant: Variant) -> Session {
+impl TileSession {
+    pub fn begin(variant: Variant) -> TileSession {
         #[cfg(target_arch = "x86_64")]
         if variant.instructions() == Instructions::Amx {
             amx::begin();
         }
-        Session { variant, not_send: PhantomData }
+        TileSession { variant, not_send: PhantomData }
     }
 
     pub fn variant(&self) -> Variant {
@@ -92,7 +92,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for TileSession {
     fn drop(&mut self) {
         #[cfg(target_arch = "x86_64")]
         if self.variant.instructions() == Instructions::Amx {
@@ -102,15 +102,15 @@ impl Drop for Session {
 }
 
 /// `output (+)= Σ left · right`, or `Σ leftᵀ · right` with `TRANSPOSED`, over the terms in order. A second
-/// output receives the same sum with every left tile shifted by [`apart`](Product::apart).
+/// output receives the same sum with every left tile shifted by [`apart`](TileProduct::apart).
 ///
 /// Each output number is one chain of multiply-adds, in the order of the terms and of the inner side. So
 /// splitting the terms into several calls with `add` changes no bit.
 pub(crate) fn product<const TRANSPOSED: bool>(
-    session: &Session,
+    session: &TileSession,
     left: &[f32],
     right: &[f32],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
     product.check(left.len(), right.len(), outputs);
@@ -140,10 +140,10 @@ pub(crate) fn product<const TRANSPOSED: bool>(
 /// `TRANSPOSED`, (inner / 2, row, inner % 2), unless the variant
 /// [needs them transposed](needs_left_transposed).
 pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
-    session: &Session,
+    session: &TileSession,
     left: &[Half],
     right: &[Half],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
     product.check(left.len(), right.len(), outputs);
@@ -189,7 +189,7 @@ for_each_variant! {
         transposed: bool,
         left: &[Half],
         right: &[Half],
-        product: &Product,
+        product: &TileProduct,
         from: usize,
         output: &mut [f32],
     ) {
@@ -230,7 +230,7 @@ const PORTABLE_ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
 fn portable<const TRANSPOSED: bool>(
     left: &[f32],
     right: &[f32],
-    product: &Product,
+    product: &TileProduct,
     from: usize,
     output: &mut [f32],
 ) {
@@ -295,7 +295,7 @@ mod tests {
     ];
 
     /// `Σ left · right` or `Σ leftᵀ · right` in f64, as the product demands.
-    fn plain(transposed: bool, data: [&[f32]; 3], product: &Product) -> Vec<f64> {
+    fn plain(transposed: bool, data: [&[f32]; 3], product: &TileProduct) -> Vec<f64> {
         let [left, right, output] = data;
         let mut result: Vec<f64> = output.iter().map(|x| f64::from(*x)).collect();
         for (at, result) in result.iter_mut().enumerate().take(product.columns * TILE) {
@@ -319,11 +319,11 @@ mod tests {
     fn every_variant_computes_the_sum_of_products() {
         let (left, right, before) = (noise(6 * TILE), noise(6 * TILE), noise(2 * TILE));
         for variant in Variant::testable() {
-            let session = Session::begin(variant);
+            let session = TileSession::begin(variant);
             for (rows, columns, add) in
                 [(16, 2, false), (16, 2, true), (16, 1, false), (3, 2, true), (8, 1, true)]
             {
-                let wanted = Product { runs: &RUNS, apart: TILE, rows, columns, add };
+                let wanted = TileProduct { runs: &RUNS, apart: TILE, rows, columns, add };
                 let mut direct = [before.clone(), before.clone()];
                 let mut turned = direct.clone();
                 let [a, b] = &mut direct;
@@ -352,13 +352,13 @@ mod tests {
         let split_runs =
             [0, 1, 2, 3].map(|i| TileRun { left: i * TILE, right: 2 * i * TILE, inner: 16 });
         for variant in Variant::testable() {
-            let session = Session::begin(variant);
+            let session = TileSession::begin(variant);
             let (mut whole, mut split) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
-            let all = Product { runs: &all_runs, apart: 0, rows: 16, columns: 2, add: false };
+            let all = TileProduct { runs: &all_runs, apart: 0, rows: 16, columns: 2, add: false };
             product::<false>(&session, &left, &right, &all, &mut [&mut whole]);
-            let first = Product { runs: &split_runs[..1], ..all };
+            let first = TileProduct { runs: &split_runs[..1], ..all };
             product::<false>(&session, &left, &right, &first, &mut [&mut split]);
-            let others = Product { runs: &split_runs[1..], add: true, ..all };
+            let others = TileProduct { runs: &split_runs[1..], add: true, ..all };
             product::<false>(&session, &left, &right, &others, &mut [&mut split]);
             assert!(whole.iter().zip(&split).all(|(a, b)| a.to_bits() == b.to_bits()), "{variant}");
         }
@@ -369,8 +369,8 @@ mod tests {
     fn a_tile_outside_its_slice_is_refused() {
         let (left, right) = (noise(2 * TILE), noise(4 * TILE));
         let runs = [TileRun { left: TILE, right: 0, inner: 17 }];
-        let wanted = Product { runs: &runs, apart: 0, rows: 16, columns: 2, add: false };
-        let session = Session::begin(Variant::PORTABLE);
+        let wanted = TileProduct { runs: &runs, apart: 0, rows: 16, columns: 2, add: false };
+        let session = TileSession::begin(Variant::PORTABLE);
         product::<false>(&session, &left, &right, &wanted, &mut [&mut [0.; 2 * TILE]]);
     }
 }

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{Product, TileRun};
+use super::{TileProduct, TileRun};
 use crate::element::Half;
 use crate::layout::{SIDE, TILE};
 
@@ -19,7 +19,7 @@ use crate::layout::{SIDE, TILE};
 pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
     left: &[f32],
     right: &[f32],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
@@ -27,7 +27,7 @@ pub(super) unsafe fn avx512<const TRANSPOSED: bool>(
         // SAFETY: promised by the caller; the second half begins at row 8 of 16.
         unsafe {
             let l = left.as_ptr().add(side * product.apart);
-            let Product { runs, add, .. } = *product;
+            let TileProduct { runs, add, .. } = *product;
             match (product.columns, product.rows) {
                 // An image has one or three channels: the weight gradient of the first layer.
                 (2, ..=4) => avx512_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
@@ -123,7 +123,7 @@ unsafe fn avx512_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS:
 pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
     left: &[Half],
     right: &[Half],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
@@ -131,7 +131,7 @@ pub(super) unsafe fn avx512_bf16<const TRANSPOSED: bool>(
         // SAFETY: promised by the caller; the second half begins at row 8 of 16.
         unsafe {
             let l = left.as_ptr().add(side * product.apart);
-            let Product { runs, add, .. } = *product;
+            let TileProduct { runs, add, .. } = *product;
             match (product.columns, product.rows) {
                 // An image has one or three channels: the weight gradient of the first layer.
                 (2, ..=4) => bf16_block::<TRANSPOSED, 4, 2>(l, r, runs, o, 0, add),
@@ -230,7 +230,7 @@ unsafe fn bf16_block<const TRANSPOSED: bool, const ROWS: usize, const COLUMNS: u
 pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
     left: &[f32],
     right: &[f32],
-    product: &Product,
+    product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
@@ -253,7 +253,7 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
 unsafe fn avx2_block<const TRANSPOSED: bool>(
     left: *const f32,
     right: *const f32,
-    product: &Product,
+    product: &TileProduct,
     output: *mut f32,
     first: usize,
 ) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
-use kernels::convolution::{self, Direction, Finish, Geometry};
+use kernels::convolution::{self, Finish, Geometry, PackedFor};
 use kernels::norm::{self, Normalisation};
 use kernels::pooling::{self, Window};
 use kernels::{Buffer, BufferPool, Precision, Shape, Variant, linear};
@@ -137,7 +137,7 @@ impl Operations for Cpu {
 
     fn product(&self, call: ProductCall<Self>) -> Result<(Buffer, Option<Buffer>)> {
         let ProductCall { product, g, parameters, input, residual, sums } = call;
-        let packed = parameters.packed(product.weight, Direction::Forward, &g, self);
+        let packed = parameters.packed(product.weight, PackedFor::Forward, &g, self);
         let bias = product.bias.map(|bias| {
             let mut padded = vec![0.; g.output.padded_channels()];
             padded[..g.output.channels].copy_from_slice(parameters.slice(bias));
@@ -179,7 +179,7 @@ impl Operations for Cpu {
         gradient: &Buffer,
         total: Option<Buffer>,
     ) -> Result<Buffer> {
-        let packed = parameters.packed(product.weight, Direction::Backward, g, self);
+        let packed = parameters.packed(product.weight, PackedFor::InputGradient, g, self);
         let clock = profile::start();
         let (mut total, add) = self.total(total, g.input.len());
         convolution::input_gradient(self.variant, g, gradient, &packed, &mut total, add);

@@ -76,53 +76,53 @@ impl Backend {
         }
     }
 
-    pub fn place(&self) -> Place<'_> {
+    pub fn id(&self) -> BackendId<'_> {
         match self {
-            Backend::Cpu(_) => Place::Cpu,
-            Backend::Tensors(tensors) => Place::Tensors(&tensors.device),
+            Backend::Cpu(_) => BackendId::Cpu,
+            Backend::Tensors(tensors) => BackendId::Tensors(&tensors.device),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => Place::Cuda(&cuda.tensors.device),
+            Backend::Cuda(cuda) => BackendId::Cuda(&cuda.tensors.device),
         }
     }
 }
 
-/// A backend and its device: the place of a network's computation, and of stored numbers.
+/// The identity of a backend: its kind and its device. Numbers of different backends never mix.
 #[derive(Clone, Copy)]
-pub(crate) enum Place<'a> {
+pub(crate) enum BackendId<'a> {
     Cpu,
     Tensors(&'a Device),
     #[cfg(feature = "cuda")]
     Cuda(&'a Device),
 }
 
-impl Place<'_> {
-    pub fn is(self, other: Place) -> bool {
+impl BackendId<'_> {
+    pub fn same(self, other: BackendId) -> bool {
         match (self, other) {
-            (Place::Cpu, Place::Cpu) => true,
-            (Place::Tensors(a), Place::Tensors(b)) => a.same_device(b),
+            (BackendId::Cpu, BackendId::Cpu) => true,
+            (BackendId::Tensors(a), BackendId::Tensors(b)) => a.same_device(b),
             #[cfg(feature = "cuda")]
-            (Place::Cuda(a), Place::Cuda(b)) => a.same_device(b),
+            (BackendId::Cuda(a), BackendId::Cuda(b)) => a.same_device(b),
             _ => false,
         }
     }
 
     pub fn device(self) -> Device {
         match self {
-            Place::Cpu => Device::Cpu,
-            Place::Tensors(device) => device.clone(),
+            BackendId::Cpu => Device::Cpu,
+            BackendId::Tensors(device) => device.clone(),
             #[cfg(feature = "cuda")]
-            Place::Cuda(device) => device.clone(),
+            BackendId::Cuda(device) => device.clone(),
         }
     }
 }
 
-impl fmt::Display for Place<'_> {
+impl fmt::Display for BackendId<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Cpu => write!(f, "CPU kernels"),
-            Place::Tensors(device) => write!(f, "tensor operations on {:?}", device.location()),
+            BackendId::Cpu => write!(f, "CPU kernels"),
+            BackendId::Tensors(device) => write!(f, "tensor operations on {:?}", device.location()),
             #[cfg(feature = "cuda")]
-            Place::Cuda(device) => write!(f, "CUDA kernels on {:?}", device.location()),
+            BackendId::Cuda(device) => write!(f, "CUDA kernels on {:?}", device.location()),
         }
     }
 }
@@ -243,7 +243,7 @@ pub(crate) struct NormCall<'a, B: Operations> {
     pub sums: Option<B::Sums>,
 }
 
-/// A value that an operation reads: its last reader may write the output in its place.
+/// A value that an operation reads. Its last reader owns it and may write the output over it.
 pub(crate) enum Operand<'a, V> {
     Borrowed(&'a V),
     Owned(V),

@@ -6,15 +6,15 @@ use candle_core::Result;
 use kernels::Buffer;
 use kernels::flat::{Adam, Sgd};
 
-use super::Place;
+use super::BackendId;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::tensors::DeviceVector;
 
 /// Parameters, gradients, optimizer memory or statistics of a whole network.
 ///
-/// Updates combine storages of one place only; [`Flat::check_like`](crate::flat::Flat::check_like)
-/// compares the places first and reports both.
+/// Updates combine storages of one backend only; [`Flat::check_like`](crate::flat::Flat::check_like)
+/// compares the backends first and reports both.
 #[derive(Clone)]
 pub(crate) enum Storage {
     Cpu(Buffer),
@@ -24,31 +24,31 @@ pub(crate) enum Storage {
 }
 
 /// Why numbers of two backends cannot meet in an update or a pass.
-const CHECKED: &str = "the places were compared before";
+const CHECKED: &str = "the backends were compared before";
 
 impl Storage {
     /// These numbers, or zeros.
-    pub fn new(place: Place, len: usize, numbers: Option<Vec<f32>>) -> Storage {
-        match place {
-            Place::Cpu => {
+    pub fn new(backend: BackendId, len: usize, numbers: Option<Vec<f32>>) -> Storage {
+        match backend {
+            BackendId::Cpu => {
                 let mut buffer = Buffer::zeros(len);
                 if let Some(numbers) = numbers {
                     buffer.copy_from_slice(&numbers);
                 }
                 Storage::Cpu(buffer)
             }
-            Place::Tensors(device) => Storage::Tensors(DeviceVector::new(device, len, numbers)),
+            BackendId::Tensors(device) => Storage::Tensors(DeviceVector::new(device, len, numbers)),
             #[cfg(feature = "cuda")]
-            Place::Cuda(device) => Storage::Cuda(DeviceVector::new(device, len, numbers)),
+            BackendId::Cuda(device) => Storage::Cuda(DeviceVector::new(device, len, numbers)),
         }
     }
 
-    pub fn place(&self) -> Place<'_> {
+    pub fn backend(&self) -> BackendId<'_> {
         match self {
-            Storage::Cpu(_) => Place::Cpu,
-            Storage::Tensors(vector) => Place::Tensors(vector.device()),
+            Storage::Cpu(_) => BackendId::Cpu,
+            Storage::Tensors(vector) => BackendId::Tensors(vector.device()),
             #[cfg(feature = "cuda")]
-            Storage::Cuda(vector) => Place::Cuda(vector.device()),
+            Storage::Cuda(vector) => BackendId::Cuda(vector.device()),
         }
     }
 

@@ -261,7 +261,7 @@ pub fn fill(parameters: &mut Parameters, seed: u64) -> Result<()> {
     for (at, entry) in parameters.entries().to_vec().into_iter().enumerate() {
         let fan: usize = entry.shape.iter().skip(1).product();
         let scale = if entry.shape.len() > 1 { (3. / fan as f32).sqrt() } else { 0.3 };
-        let shift = if entry.kind == layers::Kind::NormWeight { 1. } else { 0. };
+        let shift = if entry.kind == layers::EntryKind::NormWeight { 1. } else { 0. };
         let values = noise(seed + at as u64 * 7919, entry.range.len());
         let values: Vec<f32> = values.iter().map(|x| x * scale + shift).collect();
         parameters.set(&entry.name, &values)?;

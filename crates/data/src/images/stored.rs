@@ -9,7 +9,7 @@ use crate::picture::{Encoding, Picture, decode};
 
 /// A picture to be stored, which is known to decode.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct StoredPicture {
     id: Id,
     encoding: Encoding,
     channels: usize,
@@ -17,7 +17,7 @@ pub struct Source {
     bytes: Vec<u8>,
 }
 
-impl Source {
+impl StoredPicture {
     /// A JPEG, PNG or WebP file, which is stored unchanged. It is decoded once, to grey (1) or colour
     /// (3), as a check.
     ///
@@ -73,15 +73,15 @@ impl Source {
     }
 
     /// Its row in the file, without its bytes.
-    pub fn row(&self, split: Split) -> Row {
+    pub fn row(&self, split: Split) -> PictureRow {
         let Self { id, encoding, size, .. } = *self;
-        Row { id, split, encoding, size, length: self.bytes.len() as u64 }
+        PictureRow { id, split, encoding, size, length: self.bytes.len() as u64 }
     }
 }
 
 /// A row of `images.safetensors`, without the bytes of the picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
+pub struct PictureRow {
     /// SHA-256 of the stored bytes.
     pub id: Id,
     /// The part of the data set that it belongs to.
