@@ -108,7 +108,8 @@ impl<'a> Points<'a> {
         parts.enumerate().for_each_init(
             || Scratch::new(self.d, format),
             |scratch, (part, (assignment, (upper, lower)))| {
-                let mut task = Task { points: self, first: part * PART, assignment, upper, lower };
+                let mut task =
+                    PointsTask { points: self, first: part * PART, assignment, upper, lower };
                 let undecided = task.undecided(centres, drift, fast.as_ref(), scratch);
                 for lanes in undecided.chunks(LANES) {
                     task.search(centres, lanes, scratch);
@@ -223,7 +224,7 @@ impl Scratch {
 }
 
 /// The points of one task: the first is point `first` of all.
-struct Task<'a, 'b> {
+struct PointsTask<'a, 'b> {
     points: &'b Points<'a>,
     first: usize,
     assignment: &'b mut [u32],
@@ -231,7 +232,7 @@ struct Task<'a, 'b> {
     lower: &'b mut [f32],
 }
 
-impl Task<'_, '_> {
+impl PointsTask<'_, '_> {
     /// Updates the bounds, and returns the points of the task that they leave undecided.
     fn undecided(
         &mut self,

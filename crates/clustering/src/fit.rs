@@ -14,7 +14,7 @@ use stage::random::stream;
 use stage::{Diverged, Job};
 use training::TrainedSegment;
 
-use crate::head::{Head, Shape};
+use crate::head::{Head, HeadShape};
 use crate::{Config, Features, Previous, learner, loss};
 
 /// A way to cluster the images, and how well it does by its own measure.
@@ -77,8 +77,8 @@ pub fn train(
     let shape = config.shape(&features, job);
     let device = training::network_device(job.device)?;
     let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
-    let steps = Steps::new(config, &embeddings, neighbours, job);
-    let Networks { mut heads, continued } = first_networks(config, shape, previous, job);
+    let steps = FitSteps::new(config, &embeddings, neighbours, job);
+    let FirstHeads { mut heads, continued } = first_heads(config, shape, previous, job);
 
     // The first half learns the clusters of k-means.
     let labels = Tensor::new(kmeans_assignment, &device)?;
@@ -114,18 +114,18 @@ pub fn train(
         .collect()
 }
 
-/// Networks before training, and which of them is the last round's.
-struct Networks {
+/// The heads before training, and which of them is the last round's.
+struct FirstHeads {
     heads: Vec<Head>,
     continued: Option<usize>,
 }
 
-fn first_networks(
+fn first_heads(
     config: &Config,
-    shape: Shape,
+    shape: HeadShape,
     previous: Option<&Previous>,
     job: &Job,
-) -> Networks {
+) -> FirstHeads {
     let mut heads: Vec<Head> = (0..config.heads as u64)
         .map(|number| Head::random(shape, job.seed, &[job.round as u64, number]))
         .collect();
@@ -133,9 +133,9 @@ fn first_networks(
     match previous.and_then(|previous| previous.head.as_ref()) {
         Some(head) if last > 0 => {
             heads[last] = head.clone();
-            Networks { heads, continued: Some(last) }
+            FirstHeads { heads, continued: Some(last) }
         }
-        _ => Networks { heads, continued: None },
+        _ => FirstHeads { heads, continued: None },
     }
 }
 
@@ -198,7 +198,7 @@ struct Draw {
 }
 
 /// The steps of a phase: what is drawn, the update, the log.
-struct Steps<'a> {
+struct FitSteps<'a> {
     config: &'a Config,
     job: &'a Job,
     device: &'a Device,
@@ -209,7 +209,7 @@ struct Steps<'a> {
     per_epoch: usize,
 }
 
-impl<'a> Steps<'a> {
+impl<'a> FitSteps<'a> {
     fn new(
         config: &'a Config,
         embeddings: &'a UnitEmbeddings,

@@ -18,7 +18,7 @@ use stage::container::Tensor;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Head {
     /// Extents: embedding, hidden layer, clusters.
-    pub shape: Shape,
+    pub shape: HeadShape,
     /// `W₁`, `(H, D)` row by row.
     pub hidden_weight: Vec<f32>,
     /// `b₁`, `(H,)`.
@@ -31,7 +31,7 @@ pub struct Head {
 
 /// Extents of a clustering network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct HeadShape {
     /// Width `D` of the embedding.
     pub width: usize,
     /// Width `H` of the hidden layer.
@@ -44,13 +44,13 @@ impl Head {
     /// A random network: every weight and bias uniform in `±1/√(inputs of its layer)`.
     ///
     /// `seed` and `counters` name the draw; see [`stage::random`].
-    pub fn random(shape: Shape, seed: u64, counters: &[u64]) -> Self {
+    pub fn random(shape: HeadShape, seed: u64, counters: &[u64]) -> Self {
         let mut rng = stage::random::stream(seed, "clustering head", counters);
         let mut uniform = |count: usize, inputs: usize| -> Vec<f32> {
             let bound = 1.0 / (inputs as f32).sqrt();
             (0..count).map(|_| rng.random_range(-bound..bound)).collect()
         };
-        let Shape { width, hidden, clusters } = shape;
+        let HeadShape { width, hidden, clusters } = shape;
         Self {
             shape,
             hidden_weight: uniform(hidden * width, width),
@@ -78,7 +78,7 @@ impl Head {
     ///
     /// The file is missing or broken, holds centres in place of a network, or a network of other
     /// extents than `shape`.
-    pub fn read(folder: &Path, shape: Shape) -> Result<Self> {
+    pub fn read(folder: &Path, shape: HeadShape) -> Result<Self> {
         let file = head::open(folder)?;
         let form = file.header_text("form")?;
         ensure!(
@@ -87,7 +87,7 @@ impl Head {
              `heads` above 0",
             file.path().display()
         );
-        let Shape { width, hidden, clusters } = shape;
+        let HeadShape { width, hidden, clusters } = shape;
         for (name, want) in [
             ("hidden.weight", vec![hidden, width]),
             ("hidden.bias", vec![hidden]),
@@ -118,7 +118,7 @@ impl Head {
     ///
     /// A weight is not finite, or the file system refuses.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let Shape { width, hidden, clusters } = self.shape;
+        let HeadShape { width, hidden, clusters } = self.shape;
         head::write(
             folder,
             clusters,
@@ -137,7 +137,7 @@ impl Head {
 mod tests {
     use super::*;
 
-    const SHAPE: Shape = Shape { width: 5, hidden: 4, clusters: 3 };
+    const SHAPE: HeadShape = HeadShape { width: 5, hidden: 4, clusters: 3 };
 
     #[test]
     fn a_head_is_read_as_it_was_written() -> Result<()> {
@@ -146,7 +146,7 @@ mod tests {
         head.write(folder.path())?;
         assert_eq!(Head::read(folder.path(), SHAPE)?, head);
 
-        let other = Shape { hidden: 6, ..SHAPE };
+        let other = HeadShape { hidden: 6, ..SHAPE };
         let error = format!("{:#}", Head::read(folder.path(), other).expect_err("other extents"));
         assert!(error.contains("hidden.weight") && error.contains("[6, 5]"), "{error}");
 

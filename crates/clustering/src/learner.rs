@@ -8,7 +8,7 @@ use candle_core::{Device, Result};
 use layers::{Adam, Builder, Network};
 use training::{Seam, TrainedSegment, backward};
 
-use crate::head::{Head, Shape};
+use crate::head::{Head, HeadShape};
 
 /// Adam's usual decays and `ε`; no weight decay.
 const ADAM: Adam =
@@ -35,7 +35,7 @@ pub fn step(
 }
 
 /// The weights of a [`learner`] of this shape.
-pub fn weights(learner: &TrainedSegment<Adam>, shape: Shape) -> Result<Head> {
+pub fn weights(learner: &TrainedSegment<Adam>, shape: HeadShape) -> Result<Head> {
     let values = |name| learner.segment.parameters.get(name);
     Ok(Head {
         shape,
@@ -57,7 +57,7 @@ fn with_weights(plan: Network, head: &Head) -> Result<TrainedSegment<Adam>> {
 }
 
 /// `W₂ relu(W₁ x + b₁) + b₂`.
-fn plan(Shape { width, hidden, clusters }: Shape) -> Result<Network> {
+fn plan(HeadShape { width, hidden, clusters }: HeadShape) -> Result<Network> {
     let mut builder = Builder::features(width);
     builder.block("head");
     let input = builder.input();
@@ -74,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    const SHAPE: Shape = Shape { width: 5, hidden: 4, clusters: 3 };
+    const SHAPE: HeadShape = HeadShape { width: 5, hidden: 4, clusters: 3 };
 
     /// `W₂ relu(W₁ x + b₁) + b₂`, written out.
     fn plain(head: &Head, x: &[f32]) -> Vec<f32> {

@@ -33,7 +33,7 @@ use serde_json::json;
 use stage::{Diverged, Effort, Job, Origin, Output, Role, Spec, Stage};
 
 use crate::fit::{Candidate, lowest_loss};
-use crate::head::{Head, Shape};
+use crate::head::{Head, HeadShape};
 
 /// The table `[clustering]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -301,8 +301,8 @@ impl Config {
         }
     }
 
-    fn shape(&self, features: &Features, job: &Job) -> Shape {
-        Shape {
+    fn shape(&self, features: &Features, job: &Job) -> HeadShape {
+        HeadShape {
             width: features.backbone.len() / features.count.max(1),
             hidden: self.hidden,
             clusters: job.data.clusters,

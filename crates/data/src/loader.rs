@@ -68,13 +68,13 @@ pub struct Loader {
 /// What the threads share with the loader.
 #[derive(Debug)]
 struct Ring {
-    state: Mutex<State>,
+    state: Mutex<LoaderState>,
     /// Notified when a batch was finished or taken, or the threads are to stop.
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct LoaderState {
     /// The batch that the next free thread makes.
     claimed: usize,
     /// How many were taken.
@@ -205,7 +205,7 @@ impl Loader {
         let occurrences = occurrences(&batches);
         let images = images.clone();
         let maker = Arc::new(Maker { images, batches, occurrences, views, seed, epoch });
-        let state = State { claimed: done, taken: done, ..State::default() };
+        let state = LoaderState { claimed: done, taken: done, ..LoaderState::default() };
         let ring = Arc::new(Ring { state: Mutex::new(state), changed: Condvar::new() });
         Ok(Self { ring, maker, count: threads.max(1), threads: Vec::new(), next: done, wish })
     }
@@ -251,12 +251,12 @@ fn work(ring: &Ring, maker: &Maker, limit: usize) {
 }
 
 impl Ring {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LoaderState> {
         // The state is sound after every statement, so a panic elsewhere does not spoil it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    fn wait<'a>(&self, state: MutexGuard<'a, LoaderState>) -> MutexGuard<'a, LoaderState> {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 

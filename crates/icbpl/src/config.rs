@@ -10,7 +10,7 @@ use layers::{Adam, Mode};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job};
-use training::{Advice, Cosine, LearningRate, Plan, RunTable, Views, check, sampler};
+use training::{Advice, Cosine, LearningRate, RunPlan, RunTable, Views, check, sampler};
 
 use crate::Centroids;
 use crate::loss::PairWeights;
@@ -39,7 +39,7 @@ pub struct Config {
     /// Blocks that keep their values: `stem`, `layer1` to `layer4` (stem, layer1, layer2).
     pub frozen: Vec<String>,
     /// Batch-norm statistics that frozen blocks use (batch; running ours).
-    pub frozen_statistics: Statistics,
+    pub frozen_statistics: BatchNormStatistics,
     /// How the centroids are found.
     pub centroids: Centroids,
     /// Starts of k-means on the pretrained backbone's embeddings, the baseline.
@@ -140,14 +140,14 @@ pub enum Schedule {
 /// Batch-norm statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Statistics {
+pub enum BatchNormStatistics {
     /// Those of the batch, which move the running ones.
     Batch,
     /// The running ones, which stay.
     Running,
 }
 
-impl Statistics {
+impl BatchNormStatistics {
     pub(crate) fn mode(self) -> Mode {
         match self {
             Self::Batch => Mode::Batch,
@@ -245,7 +245,7 @@ impl Config {
         Ok(Effort::of_backbone_pictures(trained + embedded))
     }
 
-    pub(crate) fn plan(&self, images: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> RunPlan {
         let advice = Advice {
             divergence: "a lower `backbone-learning-rate` or `head-learning-rate`",
             collapse: "a higher `discrepancy-weight` or a lower `backbone-learning-rate`",

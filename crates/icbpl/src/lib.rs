@@ -40,11 +40,11 @@ use training::ops::{sum, unit_rows};
 use training::{Checkpoint, Run, Trained, outputs, pictures, sampler};
 
 pub use centroids::Centroids;
-pub use config::{Config, HeadWidths, Pretrained, Schedule, Statistics};
+pub use config::{BatchNormStatistics, Config, HeadWidths, Pretrained, Schedule};
 
 use crate::loss::{discrepancy, least_distance, pair_distance, target_rows};
 use crate::neighbours::Neighbours;
-use crate::network::{Networks, pretrained};
+use crate::network::{IcbplNetworks, pretrained};
 
 /// The stage: see the documentation of the crate.
 pub struct Icbpl;
@@ -68,8 +68,9 @@ impl Stage for Icbpl {
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
 
-        let networks = Networks::new(config, job, &device)?;
-        let mut model = Model { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
+        let networks = IcbplNetworks::new(config, job, &device)?;
+        let mut model =
+            IcbplModel { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         if model.neighbours.is_empty() {
             model.neighbours.find(config, &images, job, &device)?;
@@ -121,12 +122,12 @@ impl Stage for Icbpl {
 }
 
 /// Everything that a checkpoint holds.
-struct Model {
-    networks: Networks,
+struct IcbplModel {
+    networks: IcbplNetworks,
     neighbours: Neighbours,
 }
 
-impl Trained for Model {
+impl Trained for IcbplModel {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.networks.checkpoint(file)?;
         self.neighbours.checkpoint(file)
@@ -200,7 +201,7 @@ fn embed(
 pub fn predict(
     config: &Config,
     images: &Images,
-    networks: &mut Networks,
+    networks: &mut IcbplNetworks,
     job: &Job,
     device: &Device,
 ) -> Result<Found> {

@@ -13,7 +13,7 @@ use training::{Checkpoint, Seam, Trained, TrainedSegment};
 use crate::Config;
 
 /// All that learns, and the centroids, which do not.
-pub struct Networks {
+pub struct IcbplNetworks {
     /// Picture to embedding, `(B, D)`.
     pub backbone: TrainedSegment<Adam>,
     /// Embedding to feature, `(B, P)`, before it is made unit-length.
@@ -22,7 +22,7 @@ pub struct Networks {
     pub centroids: Var,
 }
 
-impl Networks {
+impl IcbplNetworks {
     /// The pretrained backbone with a head of random first weights and its centroids, computing on
     /// `device`.
     ///
@@ -84,7 +84,7 @@ impl Networks {
     }
 }
 
-impl Trained for Networks {
+impl Trained for IcbplNetworks {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.backbone.checkpoint(file)?;
         self.head.checkpoint(file)?;

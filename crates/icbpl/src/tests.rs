@@ -138,7 +138,7 @@ fn a_run_is_icbpl() -> Result<()> {
     };
     let views = config.views(&images, 3);
     let neighbour_views = config.neighbour_views(&images, 3);
-    let mut networks = Networks::new(&config, &job, &Device::Cpu)?;
+    let mut networks = IcbplNetworks::new(&config, &job, &Device::Cpu)?;
     let mut step = 0;
     for epoch in 0..5 {
         let order = sampler::uniform(&rows, 9, 3, epoch)?;
@@ -184,9 +184,9 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
         Ok(noise.context("a deviation above 0")?.reshape((8, 6, 7, 1))?)
     };
     let pictures = [view(1)?, view(2)?];
-    let mut networks = Networks::new(&config(), &job, &Device::Cpu)?;
+    let mut networks = IcbplNetworks::new(&config(), &job, &Device::Cpu)?;
     let cosine = loss::PairWeights { cosine: 1., absolute: 0. };
-    let loss = |networks: &mut Networks| -> Result<(Tensor, [[Seam; 2]; 2])> {
+    let loss = |networks: &mut IcbplNetworks| -> Result<(Tensor, [[Seam; 2]; 2])> {
         let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
         let (a, b) = (unit_rows(&views[0][1])?, unit_rows(&views[1][1])?);
         Ok((pair_distance(&a, &b, cosine)?, views))
@@ -211,7 +211,7 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
 fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "out");
-    let mut before = Networks::new(&config(), &job, &Device::Cpu)?;
+    let mut before = IcbplNetworks::new(&config(), &job, &Device::Cpu)?;
     Icbpl::run(&config(), &job)?;
     let after = network_file::open(&job.out)?;
     let is_frozen = |name: &str| {
@@ -231,7 +231,7 @@ fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<(
 
     // On batch statistics the values stay, and the running statistics move.
     let moving = self::job(folder.path(), "moving");
-    Icbpl::run(&Config { frozen_statistics: Statistics::Batch, ..config() }, &moving)?;
+    Icbpl::run(&Config { frozen_statistics: BatchNormStatistics::Batch, ..config() }, &moving)?;
     let file = network_file::open(&moving.out)?;
     for (name, stays) in [("layer1.0.conv1.weight", true), ("layer1.0.bn1.running_mean", false)] {
         let name = format!("online.backbone.{name}");
@@ -307,9 +307,9 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
     let plan = config().plan(rows.len());
-    let model = || -> Result<Model> {
-        let networks = Networks::new(&config(), &job, &Device::Cpu)?;
-        Ok(Model { networks, neighbours: Neighbours::none(&rows, config().neighbours) })
+    let model = || -> Result<IcbplModel> {
+        let networks = IcbplNetworks::new(&config(), &job, &Device::Cpu)?;
+        Ok(IcbplModel { networks, neighbours: Neighbours::none(&rows, config().neighbours) })
     };
     let fingerprint = images.fingerprint();
     let mut first = model()?;

@@ -8,7 +8,7 @@ use layers::Adam;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use stage::{Effort, Job, Split};
-use training::{Advice, LearningRate, Plan, RunTable, Views, check, sampler};
+use training::{Advice, LearningRate, RunPlan, RunTable, Views, check, sampler};
 
 /// What an IMC-SwAV run can vary. The experiment sets every field; published values stand in
 /// parentheses.
@@ -245,7 +245,7 @@ impl Config {
         self.large.count + self.small.count
     }
 
-    pub(crate) fn plan(&self, images: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> RunPlan {
         let advice = Advice {
             divergence: "a lower `learning-rate`",
             collapse: "a lower `learning-rate` or a higher `code-epsilon`",

@@ -10,7 +10,7 @@ use stage::Job;
 use training::ops::unit_rows;
 use training::{Views, outputs};
 
-use crate::network::Networks;
+use crate::network::ImcSwavNetworks;
 use crate::{Config, Evaluation};
 
 /// Predicts the clusters of all scored pictures.
@@ -25,7 +25,7 @@ use crate::{Config, Evaluation};
 pub fn predict(
     config: &Config,
     images: &Images,
-    networks: &mut Networks,
+    networks: &mut ImcSwavNetworks,
     evaluation: Evaluation,
     job: &Job,
     device: &Device,
@@ -65,7 +65,7 @@ fn refresh(
     config: &Config,
     images: &Images,
     rows: &[u32],
-    networks: &mut Networks,
+    networks: &mut ImcSwavNetworks,
     device: &Device,
 ) -> Result<()> {
     let batches: Vec<Vec<u32>> = rows

@@ -40,7 +40,7 @@ pub use evaluation::predict;
 
 use crate::bank::Bank;
 use crate::loss::{codes, information_loss, logit_penalty, swapped_prediction_loss};
-use crate::network::Networks;
+use crate::network::ImcSwavNetworks;
 
 /// The stage: see the documentation of the crate.
 pub struct ImcSwav;
@@ -69,7 +69,7 @@ impl Stage for ImcSwav {
 
         let start = job.optional_input("backbone");
         let (clusters, seed) = (job.data.clusters, job.seed);
-        let mut networks = Networks::random(config, clusters, seed, start, &device)?;
+        let mut networks = ImcSwavNetworks::random(config, clusters, seed, start, &device)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
         let views = config.views(&images, job.seed);
 
@@ -143,7 +143,7 @@ impl Stage for ImcSwav {
 /// information over all ordered pairs of crops, and the limit on its logits.
 fn classify(
     config: &Config,
-    networks: &mut Networks,
+    networks: &mut ImcSwavNetworks,
     gathered: &Bank,
     run: &mut Run,
 ) -> Result<Tensor> {

@@ -23,7 +23,7 @@ use crate::loss::unit_rows_in_place;
 ///
 /// The classifier sees the encoder's output as a constant: nothing of its loss reaches encoder,
 /// projector or prototypes.
-pub struct Networks {
+pub struct ImcSwavNetworks {
     /// Picture to embedding, `(B, D)`.
     pub encoder: TrainedSegment<Adam>,
     /// Embedding to projection, `(B, P)`: two linear layers with nothing between them.
@@ -36,7 +36,7 @@ pub struct Networks {
     pub bank: Bank,
 }
 
-impl Networks {
+impl ImcSwavNetworks {
     /// Random first weights, computing on `device`; the encoder's are those of the
     /// `backbone.safetensors` in the folder `start`, if one is given.
     ///
@@ -175,7 +175,7 @@ impl Networks {
     }
 }
 
-impl Trained for Networks {
+impl Trained for ImcSwavNetworks {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.encoder.checkpoint(file)?;
         self.projector.checkpoint(file)?;
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn prototypes_begin_as_a_linear_layer_and_are_made_unit_length() -> Result<()> {
-        let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+        let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
         let bound = 1. / (config().network.projector.width as f32).sqrt();
         let first = networks.prototypes.variable.flatten_all()?.to_vec1::<f32>()?;
         assert!(first.iter().all(|v| v.abs() <= bound));

@@ -136,7 +136,10 @@ fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names
 }
 
 /// Crops through the networks: seams and scores.
-fn through(networks: &mut Networks, crops: &[Tensor]) -> Result<(Vec<[Seam; 2]>, Vec<Tensor>)> {
+fn through(
+    networks: &mut ImcSwavNetworks,
+    crops: &[Tensor],
+) -> Result<(Vec<[Seam; 2]>, Vec<Tensor>)> {
     let (mut seams, mut scores) = (Vec::new(), Vec::new());
     for pictures in crops {
         let of_crop = networks.forward(pictures)?;
@@ -148,7 +151,7 @@ fn through(networks: &mut Networks, crops: &[Tensor]) -> Result<(Vec<[Seam; 2]>,
 
 /// A first batch through the networks, its scores, and the gradients of the encoder's loss.
 fn one_step(
-    networks: &mut Networks,
+    networks: &mut ImcSwavNetworks,
 ) -> Result<(Vec<[Seam; 2]>, Vec<Tensor>, candle_core::backprop::GradStore)> {
     let folder = tempfile::tempdir()?;
     let job = job(folder.path(), "out");
@@ -175,7 +178,7 @@ fn a_run_is_imc_swav() -> Result<()> {
 
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
-    let mut networks = Networks::random(&config, 3, 3, None, &Device::Cpu)?;
+    let mut networks = ImcSwavNetworks::random(&config, 3, 3, None, &Device::Cpu)?;
     let views = config.views(&images, 3);
     let mut update = 0;
     for epoch in 0..3 {
@@ -240,8 +243,8 @@ fn the_encoders_gradient_matches_central_differences() -> Result<()> {
     };
     let pictures = [crop(1, 6, 7)?, crop(2, 4, 5)?];
     let weights = training::noise(1., (8, 12), 3, &[], &Device::Cpu)?.context("above 0")?;
-    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
-    let loss = |networks: &mut Networks| -> Result<(Tensor, Vec<[Seam; 2]>)> {
+    let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let loss = |networks: &mut ImcSwavNetworks| -> Result<(Tensor, Vec<[Seam; 2]>)> {
         let (crops, scores) = through(networks, &pictures)?;
         let sum = (&scores[0] + (&scores[1] * 2.)?)?;
         Ok(((sum * &weights)?.sum_all()?, crops))
@@ -269,7 +272,7 @@ fn is_zero(part: &TrainedSegment<layers::Adam>) -> Result<bool> {
 /// IMC-SwAV, case T12.
 #[test]
 fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
-    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
     let (crops, scores, _) = one_step(&mut networks)?;
     let mut bank = Bank::new(&Device::Cpu);
     let embeddings: Vec<Tensor> = crops.iter().map(|[embedding, _]| embedding.detach()).collect();
@@ -284,7 +287,7 @@ fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
     assert!(is_zero(&networks.encoder)? && is_zero(&networks.projector)?);
 
     // Swapped prediction: into all but the classifier.
-    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
     let (crops, _, gradients) = one_step(&mut networks)?;
     let at_prototypes = gradients.get(&networks.prototypes.variable).expect("a gradient");
     assert!(at_prototypes.abs()?.sum_all()?.to_scalar::<f32>()? > 0.);
@@ -304,7 +307,7 @@ fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
         network_file::open(&job.out)?.f32("prototypes")
     };
     let still = prototypes(&with(|c| c.schedule.warmup_steps = 6), "still")?;
-    let mut first = Networks::random(&config(), 3, 3, None, &Device::Cpu)?;
+    let mut first = ImcSwavNetworks::random(&config(), 3, 3, None, &Device::Cpu)?;
     for _ in 0..6 {
         first.normalise_prototypes()?;
     }
@@ -315,7 +318,7 @@ fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {
 
 #[test]
 fn the_first_step_of_prototypes_is_adams_first() -> Result<()> {
-    let mut networks = Networks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
     let adam = layers::Adam { weight_decay: 0., ..config().adam(0.01) };
     for moves in [false, false, true] {
         let (crops, _, gradients) = one_step(&mut networks)?;
@@ -360,7 +363,7 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
 
     // A bank as it is between two steps comes back from the state.
     let stopped = on_both("stopped");
-    let mut networks = Networks::random(&partly, 3, 3, None, &Device::Cpu)?;
+    let mut networks = ImcSwavNetworks::random(&partly, 3, 3, None, &Device::Cpu)?;
     let plan = partly.plan(rows.len());
     let fingerprint = images.fingerprint();
     let mut run = Run::resume_or_start(&stopped, &partly, fingerprint, plan, &mut networks)?;

@@ -35,7 +35,7 @@ pub type CostRows = Vec<(String, Pass, OperationCost)>;
 
 /// [`CostRows`] as text: milliseconds per step, share of the total, rate and share of the processor's peak of
 /// products, bytes moved.
-pub struct Table<'a> {
+pub struct ProfileTable<'a> {
     /// The recorded rows.
     pub rows: &'a CostRows,
     /// Number of recorded steps.
@@ -44,9 +44,9 @@ pub struct Table<'a> {
     pub network: &'a Network,
 }
 
-impl fmt::Display for Table<'_> {
+impl fmt::Display for ProfileTable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Table { rows, steps, network } = *self;
+        let ProfileTable { rows, steps, network } = *self;
         let (variant, threads) = (network.0.variant, kernels::threads());
         let peak = kernels::peak(variant, network.precision()).map(|peak| peak * threads as f64);
         write!(f, "{variant} kernels, {threads} threads")?;

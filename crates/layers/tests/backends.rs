@@ -46,7 +46,7 @@ fn others() -> Result<Vec<Other>> {
 }
 
 /// A network with its numbers.
-struct Bench {
+struct Subject {
     case: Case,
     network: Network,
     parameters: Parameters,
@@ -56,16 +56,16 @@ struct Bench {
 }
 
 /// The results of one pass, on the host.
-struct Found {
+struct Outcome {
     output: Vec<f32>,
     gradients: Vec<f32>,
     at_input: Vec<f32>,
     statistics: Vec<f32>,
 }
 
-impl Bench {
+impl Subject {
     /// On the CPU kernels, with some blocks in running mode and running statistics that are not 0 and 1.
-    fn new(case: &Case, precision: Precision, running: &[&str]) -> Result<Bench> {
+    fn new(case: &Case, precision: Precision, running: &[&str]) -> Result<Subject> {
         let network = case.network(None)?.with_precision(precision);
         let mut parameters = network.parameters();
         fill(&mut parameters, 1)?;
@@ -81,13 +81,13 @@ impl Bench {
             modes.set(block, Mode::Running)?;
         }
         let gradients = network.gradients();
-        Ok(Bench { case: case.clone(), network, parameters, statistics, gradients, modes })
+        Ok(Subject { case: case.clone(), network, parameters, statistics, gradients, modes })
     }
 
     /// The same on another backend.
-    fn on(&self, other: &Other) -> Result<Bench> {
+    fn on(&self, other: &Other) -> Result<Subject> {
         let network = other.network(&self.network);
-        Ok(Bench {
+        Ok(Subject {
             case: self.case.clone(),
             parameters: self.parameters.to(&network)?,
             statistics: self.statistics.to(&network)?,
@@ -113,14 +113,14 @@ impl Bench {
     }
 
     /// Forward and backward; gradients add.
-    fn pass(&mut self, n: usize, seed: u64) -> Result<Found> {
+    fn pass(&mut self, n: usize, seed: u64) -> Result<Outcome> {
         let mut tape = self.network.tape();
         let output = self.forward(n, seed, Some(&mut tape))?;
         let (at_output, p, g) =
             (self.gradient(n, seed + 1)?, &self.parameters, &mut self.gradients);
         let at_input = self.network.backward(p, &mut tape, &at_output, g, true)?;
         assert!(tape.is_empty());
-        Ok(Found {
+        Ok(Outcome {
             output,
             gradients: self.gradients.to_vec()?,
             at_input: at_input.expect("asked for").flatten_all()?.to_vec1()?,
@@ -132,7 +132,7 @@ impl Bench {
 /// Compares one pass on every backend with that of the CPU kernels.
 fn check(case: &Case, n: usize, running: &[&str]) -> Result<()> {
     for backend in others()? {
-        let mut kernels = Bench::new(case, Precision::F32, running)?;
+        let mut kernels = Subject::new(case, Precision::F32, running)?;
         let mut other = kernels.on(&backend)?;
         let (want, got) = (kernels.pass(n, 3)?, other.pass(n, 3)?);
         // Products of up to 171 terms, then sums over up to 1,000 values, in another order. Other tests
@@ -209,7 +209,7 @@ fn of_equal_maxima_the_first_gets_the_gradient() -> Result<()> {
     // All negative: padding must count as even less.
     let values = [-5f32, -1., -1., -1., -1., -5., -5., -1., -1., -1., -1., -1.];
     for backend in others()? {
-        let kernels = Bench::new(&case, Precision::F32, &[])?;
+        let kernels = Subject::new(&case, Precision::F32, &[])?;
         let other = kernels.on(&backend)?;
         let mut at_inputs = Vec::new();
         for mut bench in [kernels, other] {
@@ -256,7 +256,7 @@ fn a_mean_far_from_zero_costs_no_digits() -> Result<()> {
     let case = Case { input: (9, 8, 3), ops };
     let values: Vec<f32> = noise(50, case.input_len(40)).iter().map(|x| x + 1000.).collect();
     for backend in others()? {
-        let mut kernels = Bench::new(&case, Precision::F32, &[])?;
+        let mut kernels = Subject::new(&case, Precision::F32, &[])?;
         let mut other = kernels.on(&backend)?;
         let mut outputs = Vec::new();
         for bench in [&mut kernels, &mut other] {
@@ -295,7 +295,7 @@ fn whole_networks_of_odd_sizes_in_both_modes() -> Result<()> {
 #[test]
 fn a_pass_that_keeps_nothing_gives_the_same_output() -> Result<()> {
     for backend in others()? {
-        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
+        let mut b = Subject::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
         let mut tape = b.network.tape();
         let with = b.forward(6, 1, Some(&mut tape))?;
         assert_eq!(with, b.forward(6, 1, None)?);
@@ -309,14 +309,14 @@ fn a_pass_that_keeps_nothing_gives_the_same_output() -> Result<()> {
 #[test]
 fn inference_is_a_pass_on_running_statistics_and_knows_when_they_changed() -> Result<()> {
     for backend in others()? {
-        let mut b = Bench::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
+        let mut b = Subject::new(&narrow_resnet(5, 7), Precision::F32, &[])?.on(&backend)?;
         let mut inference = b.network.inference(&b.parameters, &b.statistics)?;
         let found = inference.forward(&b.input(6, 1)?)?.flatten_all()?.to_vec1::<f32>()?;
         assert!(inference.is_current(&b.parameters, &b.statistics));
         b.forward(6, 2, None)?;
         assert!(!inference.is_current(&b.parameters, &b.statistics), "they follow the batch");
         let mut b =
-            Bench::new(&narrow_resnet(5, 7), Precision::F32, &["stem", "layer1", "layer2"])?;
+            Subject::new(&narrow_resnet(5, 7), Precision::F32, &["stem", "layer1", "layer2"])?;
         let want = b.forward(6, 1, None)?;
         assert!(distance(&found, &wide(&want)) < 4e-6);
     }
@@ -329,7 +329,7 @@ fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
     let sgd = Sgd { learning_rate: 0.05, momentum: 0.9, weight_decay: 5e-4 };
     let adam =
         Adam { learning_rate: 0.01, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-3, weight_decay: 0.1 };
-    let run = |b: &mut Bench| -> Result<[Vec<f32>; 4]> {
+    let run = |b: &mut Subject| -> Result<[Vec<f32>; 4]> {
         let mut momenta = b.network.momenta();
         let mut moments = b.network.adam_moments();
         let mut target = b.parameters.clone();
@@ -354,7 +354,7 @@ fn updates_follow_the_kernels_and_frozen_blocks_stay() -> Result<()> {
         Ok([b.parameters.to_vec()?, target.to_vec()?, momentum, second])
     };
     for backend in others()? {
-        let mut kernels = Bench::new(&narrow_resnet(9, 7), Precision::F32, &[])?;
+        let mut kernels = Subject::new(&narrow_resnet(9, 7), Precision::F32, &[])?;
         let mut other = kernels.on(&backend)?;
         let before = kernels.parameters.clone();
         let (want, got) = (run(&mut kernels)?, run(&mut other)?);
@@ -387,7 +387,7 @@ fn bf16_gives_what_the_kernels_give_up_to_its_rounding() -> Result<()> {
     ];
     for (case, smooth) in [(Case { input: (7, 6, 5), ops }, true), (narrow_resnet(9, 7), false)] {
         for backend in others()? {
-            let mut kernels = Bench::new(&case, Precision::Bf16, &[])?;
+            let mut kernels = Subject::new(&case, Precision::Bf16, &[])?;
             let mut other = kernels.on(&backend)?;
             let (want, got) = (kernels.pass(6, 3)?, other.pass(6, 3)?);
             let off = distance(&got.output, &wide(&want.output));
@@ -412,7 +412,7 @@ fn numbers_of_two_backends_do_not_mix_and_the_error_names_both() -> Result<()> {
     const KERNELS: &str = "CPU kernels";
     const TENSORS: &str = "tensor operations on Cpu";
     let cpu = Other { device: Device::Cpu, by_tensor_operations: true };
-    let mut a = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
+    let mut a = Subject::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
     let mut b = a.on(&cpu)?;
     let (x, g, modes) = (a.input(3, 1)?, a.gradient(3, 1)?, a.modes.clone());
 
@@ -471,7 +471,7 @@ fn numbers_of_two_backends_do_not_mix_and_the_error_names_both() -> Result<()> {
 
 #[test]
 fn inputs_are_f32_of_any_strides() -> Result<()> {
-    let kernels = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
+    let kernels = Subject::new(&narrow_resnet(5, 4), Precision::F32, &[])?;
     let cpu = Other { device: Device::Cpu, by_tensor_operations: true };
     for mut bench in [kernels.on(&cpu)?, kernels] {
         let x = bench.input(3, 1)?;
@@ -540,7 +540,7 @@ fn a_tape_of_a_network_with_other_operations_is_refused() -> Result<()> {
 #[test]
 fn numbers_that_are_not_finite_are_found_by_name() -> Result<()> {
     for backend in others()? {
-        let mut b = Bench::new(&narrow_resnet(5, 4), Precision::F32, &[])?.on(&backend)?;
+        let mut b = Subject::new(&narrow_resnet(5, 4), Precision::F32, &[])?.on(&backend)?;
         b.pass(3, 1)?;
         assert_eq!(b.gradients.first_non_finite()?, None);
         assert_eq!(b.parameters.first_non_finite()?, None);

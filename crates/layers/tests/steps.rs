@@ -11,7 +11,7 @@ use layers::{
 use reference::{Case, Op, batch, distance, fill, named, narrow_resnet, noise, wide};
 
 /// A network with everything that a step needs.
-struct Bench {
+struct Subject {
     case: Case,
     network: Network,
     parameters: Parameters,
@@ -20,18 +20,22 @@ struct Bench {
     modes: Modes,
 }
 
-impl Bench {
-    fn new(case: Case, variant: Option<Variant>) -> Result<Bench> {
-        Bench::with_precision(case, variant, Precision::F32)
+impl Subject {
+    fn new(case: Case, variant: Option<Variant>) -> Result<Subject> {
+        Subject::with_precision(case, variant, Precision::F32)
     }
 
-    fn with_precision(case: Case, variant: Option<Variant>, precision: Precision) -> Result<Bench> {
+    fn with_precision(
+        case: Case,
+        variant: Option<Variant>,
+        precision: Precision,
+    ) -> Result<Subject> {
         let network = case.network(variant)?.with_precision(precision);
         let mut parameters = network.parameters();
         fill(&mut parameters, 1)?;
         let (statistics, gradients) = (network.statistics(), network.gradients());
         let modes = batch(&network);
-        Ok(Bench { case, network, parameters, statistics, gradients, modes })
+        Ok(Subject { case, network, parameters, statistics, gradients, modes })
     }
 
     fn input(&self, seed: u64, n: usize) -> Result<Tensor> {
@@ -59,7 +63,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn two_tapes_equal_two_separate_steps_added() -> Result<()> {
-    let mut b = Bench::new(narrow_resnet(8, 7), None)?;
+    let mut b = Subject::new(narrow_resnet(8, 7), None)?;
     let (x1, x2) = (b.input(10, 5)?, b.input(11, 20)?);
     let (g1, g2) = (b.gradient(12, 5)?, b.gradient(13, 20)?);
 
@@ -71,8 +75,8 @@ fn two_tapes_equal_two_separate_steps_added() -> Result<()> {
     b.network.backward(p, &mut tape_2, &g2, &mut b.gradients, false)?;
     let together = b.gradients.to_vec()?;
 
-    let mut c = Bench::new(narrow_resnet(8, 7), None)?;
-    let mut d = Bench::new(narrow_resnet(8, 7), None)?;
+    let mut c = Subject::new(narrow_resnet(8, 7), None)?;
+    let mut d = Subject::new(narrow_resnet(8, 7), None)?;
     let z1 = c.pass(&x1, &g1)?;
     let z2 = d.pass(&x2, &g2)?;
     c.gradients.add(&d.gradients)?;
@@ -111,7 +115,7 @@ fn two_convolutions(height: usize, width: usize) -> Case {
 }
 
 fn crops_in_one_step(large: Case, small: Case, precision: Precision) -> Result<()> {
-    let bench = |case: &Case| Bench::with_precision(case.clone(), None, precision);
+    let bench = |case: &Case| Subject::with_precision(case.clone(), None, precision);
     let mut b = bench(&large)?;
     let (x1, x2) = (b.input(20, 4)?, small.tensor(8, &noise(21, small.input_len(8)))?);
     let (g1, g2) = (b.gradient(22, 4)?, b.gradient(23, 8)?);
@@ -133,7 +137,7 @@ fn crops_in_one_step(large: Case, small: Case, precision: Precision) -> Result<(
 #[test]
 fn a_last_batch_of_37_is_the_first_37_of_a_larger_one() -> Result<()> {
     // On running statistics images are independent. 37 images leave a group of 16 partly filled.
-    let mut b = Bench::new(narrow_resnet(6, 5), None)?;
+    let mut b = Subject::new(narrow_resnet(6, 5), None)?;
     b.modes = Modes::all(&b.network, Mode::Running);
     let (x, g) = (b.input(30, 48)?, b.gradient(31, 48)?);
     let all = b.pass(&x, &g)?;
@@ -153,7 +157,7 @@ fn a_last_batch_of_37_is_the_first_37_of_a_larger_one() -> Result<()> {
 
 #[test]
 fn batch_statistics_without_a_tape_equal_those_with_one() -> Result<()> {
-    let mut b = Bench::new(narrow_resnet(9, 7), None)?;
+    let mut b = Subject::new(narrow_resnet(9, 7), None)?;
     let x = b.input(40, 21)?;
     let mut tape = b.network.tape();
     let (p, s) = (&b.parameters, &mut b.statistics);
@@ -173,7 +177,7 @@ fn running_statistics_follow_the_calls_in_order() -> Result<()> {
         Op::Norm { name: "n", from: 0, relu: false, residual: None },
         Op::Linear { name: "l", from: 1, to: 1 },
     ];
-    let mut b = Bench::new(Case { input: (1, 1, 1), ops }, None)?;
+    let mut b = Subject::new(Case { input: (1, 1, 1), ops }, None)?;
     let tensor = |values: &[f32]| Tensor::from_slice(values, (values.len(), 1), &Device::Cpu);
     // Means 2 and 10; variances without bias 4 and 2.
     let (first, second) = (tensor(&[0., 2., 4.])?, tensor(&[9., 11.])?);
@@ -194,7 +198,7 @@ fn running_statistics_follow_the_calls_in_order() -> Result<()> {
 #[test]
 fn batch_norm_has_the_values_of_pytorch() -> Result<()> {
     let ops = vec![Op::Block("norm"), Op::Norm { name: "n", from: 0, relu: false, residual: None }];
-    let mut b = Bench::new(Case { input: (1, 1, 4), ops }, None)?;
+    let mut b = Subject::new(Case { input: (1, 1, 4), ops }, None)?;
     let tensor = |values: &[f32; 8]| Tensor::from_slice(values, (2, 4), &Device::Cpu);
     b.parameters.set("n.weight", &[1.1097001, 1.1646664, 1.0697173, 0.5557224])?;
     b.parameters.set("n.bias", &[1.5391682, -1.3183199, 2.0018475, 1.4401886])?;
@@ -239,7 +243,7 @@ fn batch_norm_survives_a_mean_far_from_zero() -> Result<()> {
         Op::Norm { name: "n", from: 0, relu: false, residual: None },
         Op::Average { from: 1 },
     ];
-    let mut b = Bench::new(Case { input: (9, 8, 3), ops }, None)?;
+    let mut b = Subject::new(Case { input: (9, 8, 3), ops }, None)?;
     b.parameters.set("n.weight", &[1.; 3])?;
     b.parameters.set("n.bias", &[0.; 3])?;
     let input: Vec<f32> = noise(50, b.case.input_len(40)).iter().map(|x| x + 1000.).collect();
@@ -259,7 +263,7 @@ fn batch_norm_survives_a_mean_far_from_zero() -> Result<()> {
 
 #[test]
 fn frozen_blocks_stay_as_they_are_and_get_no_gradient() -> Result<()> {
-    let mut b = Bench::new(narrow_resnet(8, 6), None)?;
+    let mut b = Subject::new(narrow_resnet(8, 6), None)?;
     let (x, g) = (b.input(60, 6)?, b.gradient(61, 6)?);
     b.pass(&x, &g)?;
     let free = b.gradients.clone();
@@ -311,7 +315,7 @@ fn steps_on(
     images: usize,
 ) -> Result<[Vec<u32>; 3]> {
     let run = || {
-        let mut b = Bench::with_precision(narrow_resnet(16, 12), Some(variant), precision)?;
+        let mut b = Subject::with_precision(narrow_resnet(16, 12), Some(variant), precision)?;
         let (x, g) = (b.input(70, images)?, b.gradient(71, images)?);
         let mut momenta = b.network.momenta();
         let mut output = Vec::new();
@@ -344,7 +348,7 @@ fn the_same_bits_on_any_number_of_threads_and_from_run_to_run() -> Result<()> {
 
 /// Output and gradients of one pass through a narrow ResNet.
 fn pass_with(variant: Option<Variant>, precision: Precision) -> Result<(Vec<f32>, Vec<f32>)> {
-    let mut b = Bench::with_precision(narrow_resnet(9, 10), variant, precision)?;
+    let mut b = Subject::with_precision(narrow_resnet(9, 10), variant, precision)?;
     let (x, g) = (b.input(80, 19)?, b.gradient(81, 19)?);
     let output = b.pass(&x, &g)?;
     Ok((output, b.gradients.to_vec()?))
@@ -382,8 +386,8 @@ fn bf16_gives_the_f32_result_up_to_its_rounding() -> Result<()> {
             _ => {}
         }
     }
-    let run = |precision| -> Result<Bench> {
-        let mut b = Bench::with_precision(case.clone(), None, precision)?;
+    let run = |precision| -> Result<Subject> {
+        let mut b = Subject::with_precision(case.clone(), None, precision)?;
         let (x, g) = (b.input(80, 19)?, b.gradient(81, 19)?);
         b.pass(&x, &g)?;
         Ok(b)
@@ -404,7 +408,7 @@ fn bf16_gives_the_f32_result_up_to_its_rounding() -> Result<()> {
 
 #[test]
 fn parameters_fit_networks_of_both_precisions() -> Result<()> {
-    let b = Bench::new(narrow_resnet(6, 6), None)?;
+    let b = Subject::new(narrow_resnet(6, 6), None)?;
     let half = b.network.with_precision(Precision::Bf16);
     assert_eq!((half.precision(), b.network.precision()), (Precision::Bf16, Precision::F32));
     let (x, mut s) = (b.input(85, 4)?, b.network.statistics());
@@ -425,7 +429,7 @@ fn parameters_fit_networks_of_both_precisions() -> Result<()> {
 #[test]
 fn sgd_matches_the_published_numbers() -> Result<()> {
     let ops = vec![Op::Block("all"), Op::Linear { name: "l", from: 0, to: 1 }];
-    let mut b = Bench::new(Case { input: (1, 1, 1), ops }, None)?;
+    let mut b = Subject::new(Case { input: (1, 1, 1), ops }, None)?;
     b.parameters.set("l.weight", &[1.])?;
     // The gradient of the weight is input · gradient = 0.1.
     let (x, g) = (
@@ -459,7 +463,7 @@ fn sgd_matches_the_published_numbers() -> Result<()> {
 #[test]
 fn adam_matches_hand_computation() -> Result<()> {
     let ops = vec![Op::Block("all"), Op::Linear { name: "l", from: 0, to: 1 }];
-    let mut b = Bench::new(Case { input: (1, 1, 1), ops }, None)?;
+    let mut b = Subject::new(Case { input: (1, 1, 1), ops }, None)?;
     b.parameters.set("l.weight", &[1.])?;
     let (x, g) = (
         Tensor::from_slice(&[0.5f32], (1, 1), &Device::Cpu)?,
@@ -519,7 +523,7 @@ fn layers_match_hand_computation() -> Result<()> {
         Op::Average { from: 1 },
         Op::Linear { name: "l", from: 2, to: 2 },
     ];
-    let mut b = Bench::new(Case { input: (2, 3, 1), ops }, None)?;
+    let mut b = Subject::new(Case { input: (2, 3, 1), ops }, None)?;
     b.parameters.set("c.weight", &[1., 2., 3., 4., 5., 6., 7., 8., 9.])?;
     b.parameters.set("l.weight", &[1., -2.])?;
     b.parameters.set("l.bias", &[0.5, 0.25])?;
@@ -542,7 +546,7 @@ fn max_pool_takes_the_first_of_equal_values_and_ignores_the_border() -> Result<(
         Op::Max { from: 0, kernel: 2, stride: 2, pad: 1 },
         Op::Average { from: 1 },
     ];
-    let b = Bench::new(Case { input: (2, 3, 1), ops }, None)?;
+    let b = Subject::new(Case { input: (2, 3, 1), ops }, None)?;
     // Windows: {−5}, {−1, −1}, {−3}, {−1, −2}: zeros at the border would win.
     let x = Tensor::from_slice(&[-5f32, -1., -1., -3., -1., -2.], (1, 2, 3, 1), &Device::Cpu)?;
     let mut tape = b.network.tape();
@@ -560,7 +564,7 @@ fn max_pool_takes_the_first_of_equal_values_and_ignores_the_border() -> Result<(
 
 #[test]
 fn invalid_arguments_are_errors_that_name_them() -> Result<()> {
-    let mut b = Bench::new(narrow_resnet(8, 8), None)?;
+    let mut b = Subject::new(narrow_resnet(8, 8), None)?;
     let says = |result: Result<Tensor>, words: &[&str]| {
         let error = result.expect_err("an error").to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
@@ -583,7 +587,7 @@ fn invalid_arguments_are_errors_that_name_them() -> Result<()> {
     let wrong = zeros(&[3, 5], DType::F32)?;
     let g = &mut b.gradients;
     assert!(b.network.backward(p, &mut tape, &wrong, g, false).is_err());
-    let other = Bench::new(narrow_resnet(8, 8), None)?;
+    let other = Subject::new(narrow_resnet(8, 8), None)?;
     let changed = b.network.backward(&other.parameters, &mut tape, &y, g, false);
     assert!(changed.expect_err("other parameters").to_string().contains("changed"));
     b.network.backward(p, &mut tape, &y, g, false)?;
@@ -591,7 +595,7 @@ fn invalid_arguments_are_errors_that_name_them() -> Result<()> {
 
     // Arguments of another network.
     let ops = vec![Op::Block("all"), Op::Linear { name: "l", from: 0, to: 2 }];
-    let mut foreign = Bench::new(Case { input: (1, 1, 3), ops }, None)?;
+    let mut foreign = Subject::new(Case { input: (1, 1, 3), ops }, None)?;
     assert!(b.network.forward(&foreign.parameters, s, &x, &b.modes, None).is_err());
     assert!(b.network.forward(p, &mut foreign.statistics, &x, &b.modes, None).is_err());
     assert!(b.network.forward(p, s, &x, &foreign.modes, None).is_err());
@@ -660,7 +664,7 @@ fn invalid_plans_are_errors() {
 
 #[test]
 fn a_diverged_gradient_is_named() -> Result<()> {
-    let mut b = Bench::new(narrow_resnet(5, 5), None)?;
+    let mut b = Subject::new(narrow_resnet(5, 5), None)?;
     let (x, g) = (b.input(90, 3)?, b.gradient(91, 3)?);
     b.pass(&x, &g)?;
     assert!(b.gradients.is_finite()?);

@@ -6,7 +6,7 @@ use data::views::{Input, Pipeline};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::{
-    Advice, LearningRate, NetworkTable, Plan, RunTable, ScheduleTable, SgdTable, TargetDecay,
+    Advice, LearningRate, NetworkTable, RunPlan, RunTable, ScheduleTable, SgdTable, TargetDecay,
     Views, check, sampler,
 };
 
@@ -62,7 +62,7 @@ impl Config {
         Ok(Effort::of_backbone_pictures(4. * self.plan(pictures.trained).pictures()))
     }
 
-    pub(crate) fn plan(&self, images: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> RunPlan {
         self.run.plan(images, sampler::steps(images, self.run.batch_size), Advice::BYOL)
     }
 

@@ -15,7 +15,7 @@ use crate::Config;
 
 /// The clusters that the last E-step found among the images to train on.
 #[derive(Debug)]
-pub struct Clusters<'a> {
+pub struct EStepClusters<'a> {
     config: &'a Config,
     job: &'a Job,
     images: &'a Images,
@@ -27,7 +27,7 @@ pub struct Clusters<'a> {
     places: Vec<Option<usize>>,
 }
 
-impl<'a> Clusters<'a> {
+impl<'a> EStepClusters<'a> {
     /// No clusters yet, of the images `rows`.
     pub fn new(
         config: &'a Config,
@@ -180,7 +180,7 @@ mod tests {
         let job = crate::tests::job(folder.path(), "out");
         let (config, images) = (crate::tests::config(), Images::open(&job.images)?);
         let rows = vec![2, 5, 7, 20];
-        let mut clusters = Clusters::new(&config, &job, &images, rows, &Device::Cpu);
+        let mut clusters = EStepClusters::new(&config, &job, &images, rows, &Device::Cpu);
         clusters.assignment = vec![1, 0, 2, 0];
         let found = clusters.of(&[20, 7, 3, 2, 5, 23]);
         assert_eq!(found, [Some(0), Some(2), None, Some(1), Some(0), None]);

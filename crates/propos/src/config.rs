@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::scatter::Absent;
 use training::{
-    Advice, LearningRate, NetworkTable, Plan, RunTable, ScheduleTable, SgdTable, TargetDecay,
+    Advice, LearningRate, NetworkTable, RunPlan, RunTable, ScheduleTable, SgdTable, TargetDecay,
     Views, check, sampler,
 };
 
@@ -105,7 +105,7 @@ impl Config {
         Ok(Effort::of_backbone_pictures(self.effort(pictures.trained, pictures.scored)))
     }
 
-    pub(crate) fn plan(&self, images: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> RunPlan {
         self.run.plan(images, sampler::steps(images, self.run.batch_size), Advice::BYOL)
     }
 

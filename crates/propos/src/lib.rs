@@ -37,7 +37,7 @@ use training::{Checkpoint, Learner, Run, Seam, Target, Trained, pictures};
 
 pub use config::{Config, Sampling};
 
-use crate::clusters::Clusters;
+use crate::clusters::EStepClusters;
 use crate::objective::{Direction, Extras, direction};
 
 /// The stage: see the documentation of the crate.
@@ -70,8 +70,8 @@ impl Stage for ProPos {
         if let Some(folder) = job.optional_input("backbone") {
             learner.load_backbone(folder)?;
         }
-        let clusters = Clusters::new(config, job, &images, rows, &device);
-        let mut model = Model { learner: learner.on(&device)?, clusters };
+        let clusters = EStepClusters::new(config, job, &images, rows, &device);
+        let mut model = ProPosModel { learner: learner.on(&device)?, clusters };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         let views = config.views(&images, job.seed);
 
@@ -118,12 +118,12 @@ impl Stage for ProPos {
 }
 
 /// Everything that a checkpoint holds.
-struct Model<'a> {
+struct ProPosModel<'a> {
     learner: Learner,
-    clusters: Clusters<'a>,
+    clusters: EStepClusters<'a>,
 }
 
-impl Trained for Model<'_> {
+impl Trained for ProPosModel<'_> {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.learner.checkpoint(file)?;
         self.clusters.checkpoint(file)

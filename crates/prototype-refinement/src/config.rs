@@ -7,7 +7,7 @@ use data::views::Pipeline;
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
 use training::{
-    Advice, LearningRate, Plan, RunTable, ScheduleTable, SgdTable, TargetDecay, check, sampler,
+    Advice, LearningRate, RunPlan, RunTable, ScheduleTable, SgdTable, TargetDecay, check, sampler,
 };
 
 /// What a refinement can vary. The experiment sets every field. The shape of the networks and the
@@ -114,7 +114,7 @@ impl Config {
         Ok(Effort::of_backbone_pictures(self.effort(steps, scored, job.round)))
     }
 
-    pub(crate) fn plan(&self, steps_per_epoch: usize) -> Plan {
+    pub(crate) fn plan(&self, steps_per_epoch: usize) -> RunPlan {
         self.run.plan(self.run.batch_size, steps_per_epoch, Advice::BYOL)
     }
 

@@ -86,7 +86,7 @@ impl Stage for PrototypeRefinement {
             learner.load_momenta(job.input("previous")?)?;
         }
         let prototypes = Prototypes::of(&labels, &device)?;
-        let mut model = Model { learner: learner.on(&device)?, prototypes };
+        let mut model = RefinementModel { learner: learner.on(&device)?, prototypes };
         let pulls = config.pulls(labels.stability);
 
         let seed = draws(job.seed);
@@ -121,7 +121,8 @@ impl Stage for PrototypeRefinement {
                 let step = epochs_before * steps_per_epoch + run.step(); // Over all rounds, from 1.
                 let weights =
                     config.weights(step as f64 / steps_per_epoch as f64, labels.stability);
-                let Model { learner: Learner { online, target }, prototypes } = &mut model;
+                let RefinementModel { learner: Learner { online, target }, prototypes } =
+                    &mut model;
 
                 let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
                 let target_2 = target.project(&view_2)?;
@@ -155,12 +156,12 @@ impl Stage for PrototypeRefinement {
 }
 
 /// Everything that a checkpoint holds.
-struct Model {
+struct RefinementModel {
     learner: Learner,
     prototypes: Prototypes,
 }
 
-impl Trained for Model {
+impl Trained for RefinementModel {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.learner.checkpoint(file)?;
         self.prototypes.checkpoint(file)

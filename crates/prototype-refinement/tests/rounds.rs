@@ -29,11 +29,11 @@ const SGD: SgdTable = SgdTable {
 };
 
 /// A folder with pictures, a network of random weights, and pseudo-labels.
-struct Experiment {
+struct RefinementTest {
     folder: tempfile::TempDir,
 }
 
-impl Experiment {
+impl RefinementTest {
     fn new() -> Result<Self> {
         let experiment = Self { folder: tempfile::tempdir()? };
         let source = |i| {
@@ -168,7 +168,7 @@ fn config() -> Config {
 /// - `epochs`: of the first round.
 /// - `order`: which of the two views comes first.
 fn by_hand(
-    experiment: &Experiment,
+    experiment: &RefinementTest,
     config: &Config,
     epochs: usize,
     order: [usize; 2],
@@ -221,7 +221,7 @@ fn by_hand(
     Ok(learner)
 }
 
-fn bytes(experiment: &Experiment, mut learner: Learner) -> Result<Vec<u8>> {
+fn bytes(experiment: &RefinementTest, mut learner: Learner) -> Result<Vec<u8>> {
     let out = experiment.at("by-hand");
     fs::create_dir_all(&out)?;
     network_file::write_tensors(&out, &training::network_tensors(&mut learner)?)?;
@@ -235,7 +235,7 @@ fn log_of(folder: &Path) -> Result<Vec<serde_json::Value>> {
 
 #[test]
 fn without_its_losses_refinement_is_byol_bit_for_bit() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let want = bytes(&experiment, by_hand(&experiment, &config(), 2, [0, 1])?)?;
     assert!(experiment.first_round(&config(), "plain")? == want, "weights of 0");
 
@@ -255,7 +255,7 @@ fn parameters(mut learner: Learner) -> Result<Vec<f32>> {
 
 #[test]
 fn which_view_comes_first_has_no_meaning() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let config = Config { scatter_weight: 0.5, ramp_epochs: 0., ..config() };
     let job = experiment.first_round(&config, "out")?;
     let both_epochs = by_hand(&experiment, &config, 2, [0, 1])?;
@@ -274,7 +274,7 @@ fn which_view_comes_first_has_no_meaning() -> Result<()> {
 
 #[test]
 fn each_loss_acts_and_the_gate_holds_one_back() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let plain = experiment.first_round(&config(), "plain")?;
     let scatter = Config { scatter_weight: 0.1, ..config() };
     assert!(experiment.first_round(&scatter, "scatter")? != plain);
@@ -300,7 +300,7 @@ fn each_loss_acts_and_the_gate_holds_one_back() -> Result<()> {
 
 #[test]
 fn inputs_are_left_as_they_are() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let inputs = [
         "network/network.safetensors",
         "pseudo-labels/head.safetensors",
@@ -316,7 +316,7 @@ fn inputs_are_left_as_they_are() -> Result<()> {
 
 #[test]
 fn a_second_round_takes_over_momenta_and_schedule() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let config = Config { scatter_weight: 0.1, ..config() };
     experiment.first_round(&config, "1")?;
     let inputs = [("network", "1"), ("pseudo-labels", "pseudo-labels"), ("previous", "1")];
@@ -337,7 +337,7 @@ fn a_second_round_takes_over_momenta_and_schedule() -> Result<()> {
 
 #[test]
 fn foreign_pseudo_labels_are_refused() -> Result<()> {
-    let experiment = Experiment::new()?;
+    let experiment = RefinementTest::new()?;
     let path = experiment.at("pseudo-labels").join("pseudo-labels.safetensors");
     let good = PseudoLabels::open(&path)?;
 

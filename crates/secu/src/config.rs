@@ -7,7 +7,7 @@ use data::views::{Input, Pipeline};
 use layers::{Network, Sgd};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job};
-use training::{Advice, LearningRate, Plan, RunTable, Views, check, sampler};
+use training::{Advice, LearningRate, RunPlan, RunTable, Views, check, sampler};
 
 use crate::constraint::Constraint;
 use crate::heads::Temperatures;
@@ -84,7 +84,7 @@ pub struct NetworkTable {
 /// `config.json` beside the network: everything needed to build it again.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct Configuration<'a> {
+pub(crate) struct SavedConfiguration<'a> {
     backbone: Architecture,
     projector: Projector,
     heads: &'a [usize],
@@ -147,7 +147,7 @@ impl Config {
         Ok(Effort::of_backbone_pictures((views + pictures.scored) as f64))
     }
 
-    pub(crate) fn plan(&self, images: usize) -> Plan {
+    pub(crate) fn plan(&self, images: usize) -> RunPlan {
         let advice = Advice {
             divergence: "a lower `learning-rate` or `centre-learning-rate`",
             collapse: "a lower `learning-rate`, or milder `views-1` and `views-2`",
@@ -204,8 +204,8 @@ impl Config {
     }
 
     /// The contents of `config.json`.
-    pub(crate) fn configuration(&self) -> Configuration<'_> {
-        Configuration {
+    pub(crate) fn configuration(&self) -> SavedConfiguration<'_> {
+        SavedConfiguration {
             backbone: self.network.backbone,
             projector: self.network.projector,
             heads: &self.heads,

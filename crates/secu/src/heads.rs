@@ -14,7 +14,7 @@ use crate::loss::{centre_loss, representation_loss};
 
 /// One head of `K` clusters.
 #[derive(Debug)]
-pub struct Head {
+pub struct SeCuHead {
     /// Name in files: `heads.<number>`.
     name: String,
     /// The raw centres, `(K, P)`: their lengths have no meaning, but the gradient shrinks with them.
@@ -48,7 +48,7 @@ pub struct HeadStep {
     pub ids: Vec<u32>,
 }
 
-impl Head {
+impl SeCuHead {
     /// Head `number` with centres in random directions, of unit length.
     ///
     /// - `images`: number of images to train on.
@@ -193,8 +193,8 @@ mod tests {
     const SIZE: Constraint = Constraint::Size { lower_bound: 0.9, rate: 0.1 };
     const WITH: Temperatures = Temperatures { network: 0.05, centres: 0.05, assigned_share: 0.2 };
 
-    fn head(images: usize) -> Result<Head> {
-        Head::random(0, 3, 4, images, SIZE, 7, &Cpu)
+    fn head(images: usize) -> Result<SeCuHead> {
+        SeCuHead::random(0, 3, 4, images, SIZE, 7, &Cpu)
     }
 
     /// Unit-length projections of a view, by number.
@@ -209,10 +209,10 @@ mod tests {
     fn centres_begin_at_unit_length_in_directions_of_their_seed() -> Result<()> {
         let lengths = head(6)?.centres.variable.sqr()?.sum(1)?.to_vec1::<f32>()?;
         assert!(lengths.iter().all(|length| (length - 1.).abs() < 1e-6), "{lengths:?}");
-        let values = |head: Head| head.centres.variable.flatten_all()?.to_vec1::<f32>();
+        let values = |head: SeCuHead| head.centres.variable.flatten_all()?.to_vec1::<f32>();
         assert_eq!(values(head(6)?)?, values(head(6)?)?);
-        assert_ne!(values(head(6)?)?, values(Head::random(1, 3, 4, 6, SIZE, 7, &Cpu)?)?);
-        assert_ne!(values(head(6)?)?, values(Head::random(0, 3, 4, 6, SIZE, 8, &Cpu)?)?);
+        assert_ne!(values(head(6)?)?, values(SeCuHead::random(1, 3, 4, 6, SIZE, 7, &Cpu)?)?);
+        assert_ne!(values(head(6)?)?, values(SeCuHead::random(0, 3, 4, 6, SIZE, 8, &Cpu)?)?);
         Ok(())
     }
 
@@ -238,12 +238,12 @@ mod tests {
     #[test]
     fn the_network_sees_the_centres_of_the_epochs_beginning() -> Result<()> {
         let views = [view(1)?, view(2)?];
-        let loss = |head: &mut Head| -> Result<f32> {
+        let loss = |head: &mut SeCuHead| -> Result<f32> {
             let found = head.step([&views[0], &views[1]], &PLACES, 1, WITH)?;
             Ok(found.representation_loss.to_scalar()?)
         };
         let mut moved = head(6)?;
-        let other = Head::random(3, 3, 4, 6, SIZE, 7, &Cpu)?;
+        let other = SeCuHead::random(3, 3, 4, 6, SIZE, 7, &Cpu)?;
         moved.centres.variable.set(&other.centres.variable)?;
         let want = loss(&mut head(6)?)?;
         assert_eq!(loss(&mut moved)?, want);
@@ -259,7 +259,7 @@ mod tests {
     fn the_first_epoch_trains_on_its_own_ids_and_later_ones_on_those_before() -> Result<()> {
         let views = [view(1)?, view(2)?];
         let views = [&views[0], &views[1]];
-        let loss = |ids: &[u32], head: &Head| -> Result<f32> {
+        let loss = |ids: &[u32], head: &SeCuHead| -> Result<f32> {
             let logits = |view: &Tensor| view.matmul(&head.frozen.t()?)? / WITH.network;
             let (logits_1, logits_2) = (logits(views[0])?, logits(views[1])?);
             let ids = Tensor::new(ids, &Cpu)?;
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn images_are_assigned_by_the_mean_of_both_views() -> Result<()> {
-        let mut head = Head::random(0, 2, 2, 1, SIZE, 7, &Cpu)?;
+        let mut head = SeCuHead::random(0, 2, 2, 1, SIZE, 7, &Cpu)?;
         head.centres.variable.set(&Tensor::new(&[[2f32, 0.], [0., 0.5]], &Cpu)?)?;
         // Similarities (1, 0) and (0.2, 0.98): the mean is (0.6, 0.49).
         let view_1 = Tensor::new(&[[1f32, 0.]], &Cpu)?;

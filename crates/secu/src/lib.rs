@@ -20,7 +20,7 @@
 //!   `state.safetensors`, `pseudo-labels.safetensors`, `head.safetensors` (the unit-length centres
 //!   of the head that gives the result), and `log.jsonl`, one object per epoch.
 //!
-//! Start at the `run` of [`SeCu`]; a step of a head is [`heads::Head::step`], its losses are in
+//! Start at the `run` of [`SeCu`]; a step of a head is [`heads::SeCuHead::step`], its losses are in
 //! [`loss`], the assignment in [`constraint`], the values of an experiment in [`Config`].
 
 mod config;
@@ -42,9 +42,9 @@ use training::{Run, outputs, pictures, sampler};
 
 pub use config::Config;
 
-use crate::heads::Head;
+use crate::heads::SeCuHead;
 use crate::monitor::{distinct, mean_cosine};
-use crate::network::Networks;
+use crate::network::SeCuNetworks;
 
 /// The stage: see the documentation of the crate.
 pub struct SeCu;
@@ -73,14 +73,14 @@ impl Stage for SeCu {
         let learning_rate = config.learning_rate(plan.steps_per_epoch);
 
         let start = job.optional_input("backbone");
-        let mut networks = Networks::random(config, rows.len(), start, job.seed, &device)?;
+        let mut networks = SeCuNetworks::random(config, rows.len(), start, job.seed, &device)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
         let views = config.views(&images, job.seed);
 
         while let Some(epoch) = run.next_epoch() {
             if run.batches_done() == 0 {
                 // The network's loss sees these copies of the centres until the epoch ends.
-                networks.heads.iter_mut().try_for_each(Head::freeze)?;
+                networks.heads.iter_mut().try_for_each(SeCuHead::freeze)?;
             }
             let order = sampler::every(&rows, config.run.batch_size, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, run.batches_done())? {
@@ -141,7 +141,7 @@ fn result(
     config: &Config,
     job: &Job,
     images: &Images,
-    networks: &mut Networks,
+    networks: &mut SeCuNetworks,
     main: usize,
     device: &Device,
 ) -> Result<Found> {
@@ -258,7 +258,7 @@ pub(crate) mod tests {
     }
 
     /// The same of networks.
-    fn weights_of(networks: &mut Networks) -> Vec<f32> {
+    fn weights_of(networks: &mut SeCuNetworks) -> Vec<f32> {
         let tensors = training::network_tensors(networks).expect("read");
         let values = |name| tensors.iter().find(|tensor| tensor.name == name).expect("there");
         NAMES.map(|name| values(name).values.clone()).concat()
@@ -312,12 +312,12 @@ pub(crate) mod tests {
 
         let images = Images::open(&job.images)?;
         let rows = images.rows(&job.data.train_on);
-        let mut networks = Networks::random(&config, rows.len(), None, job.seed, &Device::Cpu)?;
+        let mut networks = SeCuNetworks::random(&config, rows.len(), None, job.seed, &Device::Cpu)?;
         let learning_rate = config.learning_rate(3); // Batches of 8, 8 and 3.
         let views = config.views(&images, job.seed);
         let mut steps = 0;
         for epoch in 0..config.run.epochs {
-            networks.heads.iter_mut().try_for_each(Head::freeze)?;
+            networks.heads.iter_mut().try_for_each(SeCuHead::freeze)?;
             let order = sampler::every(&rows, 8, job.seed, epoch)?;
             for batch in views.epoch(epoch, order, 0)? {
                 let batch = batch?;
@@ -362,7 +362,7 @@ pub(crate) mod tests {
         let found = weights(&config, &job);
         let images = Images::open(&job.images)?;
         let count = images.rows(&job.data.train_on).len();
-        let mut fresh = Networks::random(&config, count, None, job.seed, &Device::Cpu)?;
+        let mut fresh = SeCuNetworks::random(&config, count, None, job.seed, &Device::Cpu)?;
         let before = weights_of(&mut fresh);
         let count = before.len() - 3 * 4; // Of the weight alone.
         assert_eq!(found[..count], before[..count]);
@@ -387,7 +387,7 @@ pub(crate) mod tests {
 
             // Assigned again by the network as it was saved.
             let images = Images::open(&job.images)?;
-            let mut networks = Networks::random(&config, 19, None, 99, &Device::Cpu)?;
+            let mut networks = SeCuNetworks::random(&config, 19, None, 99, &Device::Cpu)?;
             training::load_network(&job.out, &mut networks)?;
             let main = config.head(&job)?;
             let again = result(&config, &job, &images, &mut networks, main, &Device::Cpu)?;

@@ -11,20 +11,20 @@ use training::ops::unit_rows;
 use training::{Checkpoint, Seam, Trained, TrainedSegment};
 
 use crate::Config;
-use crate::heads::Head;
+use crate::heads::SeCuHead;
 use crate::monitor::Monitor;
 
 /// Backbone, projector and heads. There is no target network and no predictor.
-pub struct Networks {
+pub struct SeCuNetworks {
     backbone: TrainedSegment<Sgd>,
     projector: TrainedSegment<Sgd>,
     /// The heads.
-    pub heads: Vec<Head>,
+    pub heads: Vec<SeCuHead>,
     /// Watches the clusters of each batch.
     pub monitor: Monitor,
 }
 
-impl Networks {
+impl SeCuNetworks {
     /// Random first weights, computing on `device`; the backbone's are those of the
     /// `backbone.safetensors` in the folder `start`, if one is given.
     ///
@@ -48,7 +48,7 @@ impl Networks {
         let projector = Segment::random("projector", projector, seed)?;
         let width = config.network.projector.width;
         let head = |(number, &clusters): (usize, &usize)| {
-            Head::random(number, clusters, width, images, config.constraint, seed, device)
+            SeCuHead::random(number, clusters, width, images, config.constraint, seed, device)
         };
         let steps_per_epoch = config.plan(images).steps_per_epoch;
         Ok(Self {
@@ -119,7 +119,7 @@ impl Networks {
     }
 }
 
-impl Trained for Networks {
+impl Trained for SeCuNetworks {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
         self.backbone.checkpoint(file)?;
         self.projector.checkpoint(file)?;
@@ -149,8 +149,8 @@ mod tests {
         };
         let pictures = [noise(1, 42)?.reshape((8, 6, 7, 1))?, noise(2, 42)?.reshape((8, 6, 7, 1))?];
         let weights = [noise(3, 4)?, noise(4, 4)?];
-        let mut networks = Networks::random(&config, 8, None, 1, &Device::Cpu)?;
-        let loss = |networks: &mut Networks| -> Result<(Tensor, [[Seam; 2]; 2])> {
+        let mut networks = SeCuNetworks::random(&config, 8, None, 1, &Device::Cpu)?;
+        let loss = |networks: &mut SeCuNetworks| -> Result<(Tensor, [[Seam; 2]; 2])> {
             let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
             let sum = |view: usize| (&*views[view][1] * &weights[view])?.sum_all();
             Ok(((sum(0)? + sum(1)?)?, views))

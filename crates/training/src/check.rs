@@ -78,7 +78,7 @@ pub fn within(table: &str, key: &str, value: f64, range: impl RangeBounds<f64>) 
 
 /// The pictures of a job, as far as a check looks at them.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct CheckedPictures {
     /// The images file.
     pub images: Images,
     /// How many are trained on.
@@ -94,7 +94,7 @@ pub struct Prepared {
 ///
 /// The file is damaged, its pictures have other channels than `input`, or there are fewer than two
 /// to train on.
-pub fn pictures(job: &Job, input: &Input) -> Result<Option<Prepared>> {
+pub fn pictures(job: &Job, input: &Input) -> Result<Option<CheckedPictures>> {
     if !job.images.exists() {
         return Ok(None);
     }
@@ -106,7 +106,7 @@ pub fn pictures(job: &Job, input: &Input) -> Result<Option<Prepared>> {
         trained >= 2,
         "{trained} images to train on: at least 2 are needed; see `train-on` in table `[data]`"
     );
-    Ok(Some(Prepared { images, trained, scored }))
+    Ok(Some(CheckedPictures { images, trained, scored }))
 }
 
 #[cfg(test)]

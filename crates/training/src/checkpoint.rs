@@ -192,8 +192,8 @@ impl<'a> Checkpoint<'a> {
             (name.as_str(), shape.as_slice(), values.as_slice())
         });
         let state = state.iter().filter_map(|StateTensor { name, shape, values }| match values {
-            Values::F32(values) => Some((name.as_str(), shape.as_slice(), values.as_slice())),
-            Values::U32(_) | Values::U64(_) => None,
+            StateValues::F32(values) => Some((name.as_str(), shape.as_slice(), values.as_slice())),
+            StateValues::U32(_) | StateValues::U64(_) => None,
         });
         network.chain(state)
     }
@@ -246,11 +246,11 @@ pub fn network_tensors(trained: &mut impl Trained) -> Result<Vec<NamedTensor>> {
 struct StateTensor {
     name: String,
     shape: Vec<usize>,
-    values: Values,
+    values: StateValues,
 }
 
 /// Values of one of the types that a state file has; see [`Element`].
-pub enum Values {
+pub enum StateValues {
     /// 32-bit floats.
     F32(Vec<f32>),
     /// Unsigned 32-bit integers.
@@ -263,9 +263,9 @@ impl StateTensor {
     fn as_container(&self) -> container::Tensor<'_> {
         let Self { name, shape, values } = self;
         match values {
-            Values::F32(values) => container::Tensor::f32(name, shape, values),
-            Values::U32(values) => container::Tensor::u32(name, shape, values),
-            Values::U64(values) => container::Tensor::u64(name, shape, values),
+            StateValues::F32(values) => container::Tensor::f32(name, shape, values),
+            StateValues::U32(values) => container::Tensor::u32(name, shape, values),
+            StateValues::U64(values) => container::Tensor::u64(name, shape, values),
         }
     }
 }
@@ -273,7 +273,7 @@ impl StateTensor {
 /// A type that the tensors of a state file can have.
 pub trait Element: Copy {
     /// These values, whose type is known at run time.
-    fn erased(values: Vec<Self>) -> Values;
+    fn erased(values: Vec<Self>) -> StateValues;
 
     /// The tensor `name` of `file`.
     ///
@@ -286,8 +286,8 @@ pub trait Element: Copy {
 macro_rules! element {
     ($type:ident, $variant:ident) => {
         impl Element for $type {
-            fn erased(values: Vec<Self>) -> Values {
-                Values::$variant(values)
+            fn erased(values: Vec<Self>) -> StateValues {
+                StateValues::$variant(values)
             }
 
             fn read(file: &Container, name: &str) -> Result<Vec<Self>> {

@@ -35,7 +35,7 @@ pub use noise::noise;
 pub use optimizer::Optimizer;
 pub use pictures::{Views, outputs, pictures, tensors};
 pub use precision::Precision;
-pub use run::{Advice, Plan, Run};
+pub use run::{Advice, Run, RunPlan};
 pub use schedule::{Cosine, LearningRate, TargetDecay};
 pub use segment::{Seam, TrainedSegment, backward};
 pub use tables::{NetworkTable, RunTable, ScheduleTable, SgdTable};

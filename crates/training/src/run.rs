@@ -31,7 +31,7 @@ const STEPS_PER_READING: usize = 10;
 
 /// How long a run is and when it saves or stops.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Plan {
+pub struct RunPlan {
     /// Passes over the images.
     pub epochs: usize,
     /// Steps of one pass, from [`sampler::steps`](crate::sampler::steps).
@@ -55,7 +55,7 @@ pub struct Advice {
     pub collapse: &'static str,
 }
 
-impl Plan {
+impl RunPlan {
     /// Pictures of all steps, repetitions included.
     pub fn pictures(&self) -> f64 {
         (self.epochs * self.steps_per_epoch * self.batch_size) as f64
@@ -65,7 +65,7 @@ impl Plan {
 /// A training run: its progress, its log, its checkpoints.
 pub struct Run<'a> {
     job: &'a Job,
-    plan: Plan,
+    plan: RunPlan,
     /// Identifies the run in its state, as JSON with sorted keys.
     identity: String,
     /// Epochs done.
@@ -94,7 +94,7 @@ impl<'a> Run<'a> {
         job: &'a Job,
         table: &impl Serialize,
         fingerprint: &str,
-        plan: Plan,
+        plan: RunPlan,
         trained: &mut impl Trained,
     ) -> Result<Self> {
         let identity = json!({
@@ -433,7 +433,7 @@ mod tests {
     use crate::loss::regression_loss;
     use crate::{Learner, Precision};
 
-    const PLAN: Plan = Plan {
+    const PLAN: RunPlan = RunPlan {
         epochs: 3,
         steps_per_epoch: 2,
         batch_size: 6,
@@ -443,12 +443,12 @@ mod tests {
     };
 
     /// BYOL's networks and a list that grows with every step.
-    struct Networks {
+    struct TestNetworks {
         learner: Learner,
         steps: Vec<u32>,
     }
 
-    impl Trained for Networks {
+    impl Trained for TestNetworks {
         fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
             self.learner.checkpoint(file)?;
             file.list("steps", &mut self.steps)
@@ -468,7 +468,7 @@ mod tests {
     /// this step of this call.
     fn train(out: &Path, kill_at: Option<usize>, stop_at: Option<usize>) -> Result<()> {
         let job = job(out);
-        let mut networks = Networks { learner: learner(4)?, steps: Vec::new() };
+        let mut networks = TestNetworks { learner: learner(4)?, steps: Vec::new() };
         let mut run = Run::resume_or_start(&job, &"table", "images", PLAN, &mut networks)?;
         let mut done = 0;
         while let Some(epoch) = run.next_epoch() {

@@ -24,12 +24,12 @@ pub struct LearningRate {
     peak: f64,
     epochs: f64,
     steps_per_epoch: f64,
-    shape: Shape,
+    shape: Curve,
 }
 
 /// How the learning rate changes.
 #[derive(Debug, Clone, PartialEq)]
-enum Shape {
+enum Curve {
     Constant,
     Cosine { cosine: Cosine, warmup_epochs: f64 },
     Still { still_steps: f64, warmup_steps: f64 },
@@ -48,12 +48,12 @@ impl LearningRate {
         steps_per_epoch: usize,
         cosine: Cosine,
     ) -> Self {
-        Self::of(peak, epochs, steps_per_epoch, Shape::Cosine { cosine, warmup_epochs })
+        Self::of(peak, epochs, steps_per_epoch, Curve::Cosine { cosine, warmup_epochs })
     }
 
     /// The same rate in every step.
     pub fn constant(rate: f64) -> Self {
-        Self::of(rate, 1, 1, Shape::Constant)
+        Self::of(rate, 1, 1, Curve::Constant)
     }
 
     /// SeCu's: a rate of 0 in the first epochs, in which the centres move to the random
@@ -70,7 +70,7 @@ impl LearningRate {
     ) -> Self {
         let [still_steps, warmup_steps] =
             [still_epochs, warmup_epochs].map(|epochs| (epochs * steps_per_epoch) as f64);
-        Self::of(peak, epochs, steps_per_epoch, Shape::Still { still_steps, warmup_steps })
+        Self::of(peak, epochs, steps_per_epoch, Curve::Still { still_steps, warmup_steps })
     }
 
     /// IMC-SwAV's: a rise to `peak` over the first steps; from each epoch of `drops` on, counted
@@ -82,11 +82,11 @@ impl LearningRate {
         factor: f64,
         steps_per_epoch: usize,
     ) -> Self {
-        let shape = Shape::Drops { warmup_steps, epochs: drops.to_vec(), factor };
+        let shape = Curve::Drops { warmup_steps, epochs: drops.to_vec(), factor };
         Self::of(peak, 1, steps_per_epoch, shape)
     }
 
-    fn of(peak: f64, epochs: usize, steps_per_epoch: usize, shape: Shape) -> Self {
+    fn of(peak: f64, epochs: usize, steps_per_epoch: usize, shape: Curve) -> Self {
         Self { peak, epochs: epochs as f64, steps_per_epoch: steps_per_epoch as f64, shape }
     }
 
@@ -95,8 +95,8 @@ impl LearningRate {
         let half_cosine = |part: f64| 0.5 * self.peak * (1. + (PI * part).cos());
         let done = step as f64 - 1.;
         match &self.shape {
-            Shape::Constant => self.peak,
-            Shape::Cosine { cosine, warmup_epochs } => {
+            Curve::Constant => self.peak,
+            Curve::Cosine { cosine, warmup_epochs } => {
                 let (epoch, warmup) = (step as f64 / self.steps_per_epoch, *warmup_epochs);
                 match cosine {
                     Cosine::PublishedByEpoch if epoch <= warmup => {
@@ -112,8 +112,8 @@ impl LearningRate {
             }
             // `η max(1, n − s) / w`, then `η (1 + cos(π (n − s − w) / (T − s − w))) / 2`, with `n`
             // steps done, `s` standing still, `w` of warm-up and `T` in all.
-            Shape::Still { still_steps, .. } if done < *still_steps => 0.,
-            Shape::Still { still_steps, warmup_steps } => {
+            Curve::Still { still_steps, .. } if done < *still_steps => 0.,
+            Curve::Still { still_steps, warmup_steps } => {
                 let since = done - still_steps;
                 if since < *warmup_steps {
                     return self.peak * since.max(1.) / warmup_steps;
@@ -121,7 +121,7 @@ impl LearningRate {
                 let all = self.epochs * self.steps_per_epoch;
                 half_cosine((since - warmup_steps) / (all - still_steps - warmup_steps))
             }
-            Shape::Drops { warmup_steps, epochs, factor } => {
+            Curve::Drops { warmup_steps, epochs, factor } => {
                 let epoch = (done / self.steps_per_epoch).floor();
                 let passed = epochs.iter().filter(|&&drop| drop as f64 <= epoch).count();
                 let rate = self.peak * factor.powi(passed as i32);

@@ -14,7 +14,7 @@ use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::Input;
 use serde::{Deserialize, Serialize};
 
-use crate::run::{Advice, Plan};
+use crate::run::{Advice, RunPlan};
 use crate::schedule::{Cosine, LearningRate, TargetDecay};
 use crate::{Precision, check};
 
@@ -53,8 +53,8 @@ impl RunTable {
     ///
     /// - `steps_per_epoch`: from [`steps`](crate::sampler::steps) or
     ///   [`steps_of_every`](crate::sampler::steps_of_every).
-    pub fn plan(&self, images: usize, steps_per_epoch: usize, advice: Advice) -> Plan {
-        Plan {
+    pub fn plan(&self, images: usize, steps_per_epoch: usize, advice: Advice) -> RunPlan {
+        RunPlan {
             epochs: self.epochs,
             steps_per_epoch,
             batch_size: self.batch_size.min(images),

@@ -31,7 +31,7 @@ use stage::Split;
 
 #[derive(Parser)]
 #[command(name = "bench-data", about = "Times the making of views")]
-struct CommandLine {
+struct DataBench {
     #[command(flatten)]
     shared: bench::Arguments,
     /// Do this work turn by turn; how the program calls itself.
@@ -43,7 +43,7 @@ struct CommandLine {
 }
 
 /// Pictures, and what is made of them.
-struct Work {
+struct ViewsRow {
     name: &'static str,
     source: Kind,
     pixels: usize,
@@ -64,43 +64,43 @@ enum Kind {
 
 const PEERS: [&str; 3] = ["torchvision", "torchvision-v2", "lightly"];
 
-const WORKS: [Work; 6] = [
-    Work {
+const ROWS: [ViewsRow; 6] = [
+    ViewsRow {
         name: "views @32 of arrays",
         source: Kind::Arrays,
         pixels: 32,
         blur: false,
         images: [65_536, 2_048, 1_024, 2_048],
     },
-    Work {
+    ViewsRow {
         name: "views @32 with blur, of arrays",
         source: Kind::Arrays,
         pixels: 32,
         blur: true,
         images: [65_536, 1_024, 1_024, 1_024],
     },
-    Work {
+    ViewsRow {
         name: "views @96 with blur, of JPEG 500x375",
         source: Kind::Jpeg,
         pixels: 96,
         blur: true,
         images: [2_048, 512, 512, 512],
     },
-    Work {
+    ViewsRow {
         name: "views @224 with blur, of JPEG 500x375",
         source: Kind::Jpeg,
         pixels: 224,
         blur: true,
         images: [1_024, 128, 128, 256],
     },
-    Work {
+    ViewsRow {
         name: "views @96 with blur, decoded copy",
         source: Kind::Copy,
         pixels: 96,
         blur: true,
         images: [4_096, 512, 512, 512],
     },
-    Work {
+    ViewsRow {
         name: "views @224 with blur, decoded copy",
         source: Kind::Copy,
         pixels: 224,
@@ -115,7 +115,7 @@ const ARRAYS: u64 = 4_096;
 const BATCH: usize = 64;
 
 fn main() -> ExitCode {
-    let arguments = CommandLine::parse();
+    let arguments = DataBench::parse();
     let result = match &arguments.side {
         Some(name) => side(name, &arguments.folder.unwrap_or_default(), arguments.shared.threads()),
         None => compare(&arguments.shared),
@@ -133,7 +133,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let place = folder.path().to_str().context("the temporary folder has a name in UTF-8")?;
     let (threads, mut table) = (arguments.threads(), Table::new(arguments.json));
     let words = threads.to_string();
-    for work in WORKS.iter().filter(|work| arguments.wants(work.name)) {
+    for work in ROWS.iter().filter(|work| arguments.wants(work.name)) {
         let ours = ["--side", work.name, "--folder", place, "--threads", &words];
         let ours = Side::ours(&ours, threads)?;
         let start = |peers: &Peers| -> Result<Vec<Side>> {
@@ -150,7 +150,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     table.finish()
 }
 
-impl Work {
+impl ViewsRow {
     fn keys(&self) -> Value {
         json!({ "pixels": self.pixels, "blur": self.blur })
     }
@@ -210,7 +210,7 @@ impl Work {
 
 /// Our side.
 fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
-    let work = WORKS.iter().find(|work| work.name == name);
+    let work = ROWS.iter().find(|work| work.name == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
     let file = if work.source == Kind::Arrays { RAW } else { ENCODED };
     let images = Images::open(&folder.join(file))?;

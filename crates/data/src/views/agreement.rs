@@ -6,7 +6,7 @@ use stage::random::stream;
 use super::*;
 use crate::Picture;
 use crate::views::blur;
-use crate::views::colour::Change;
+use crate::views::colour::ColourChange;
 use crate::views::resize::{self, Area};
 
 /// What the script wrote.
@@ -47,7 +47,7 @@ fn each_operation_agrees_with_torchvision() {
         change(&mut canvas);
         canvas
     };
-    let jittered = |change: Change| changed(&|canvas| change.apply(canvas));
+    let jittered = |change: ColourChange| changed(&|canvas| change.apply(canvas));
     let blurred = |extent, deviation| {
         changed(&|canvas| {
             let (plain, mut buffers) = (canvas.clone(), blur::BlurBuffers::default());
@@ -62,14 +62,14 @@ fn each_operation_agrees_with_torchvision() {
     };
     let (bilinear, bicubic) = (Filter::Bilinear, Filter::Bicubic);
     let ours = [
-        ("brightness 0.6", jittered(Change::Brightness(0.6))),
-        ("brightness 1.4", jittered(Change::Brightness(1.4))),
-        ("contrast 0.6", jittered(Change::Contrast(0.6))),
-        ("contrast 1.4", jittered(Change::Contrast(1.4))),
-        ("saturation 0.6", jittered(Change::Saturation(0.6))),
-        ("saturation 1.4", jittered(Change::Saturation(1.4))),
-        ("hue 0.1", jittered(Change::Hue(0.1))),
-        ("hue -0.3", jittered(Change::Hue(-0.3))),
+        ("brightness 0.6", jittered(ColourChange::Brightness(0.6))),
+        ("brightness 1.4", jittered(ColourChange::Brightness(1.4))),
+        ("contrast 0.6", jittered(ColourChange::Contrast(0.6))),
+        ("contrast 1.4", jittered(ColourChange::Contrast(1.4))),
+        ("saturation 0.6", jittered(ColourChange::Saturation(0.6))),
+        ("saturation 1.4", jittered(ColourChange::Saturation(1.4))),
+        ("hue 0.1", jittered(ColourChange::Hue(0.1))),
+        ("hue -0.3", jittered(ColourChange::Hue(-0.3))),
         ("grey", changed(&colour::grey)),
         ("solarise", changed(&|canvas| colour::solarise(canvas, 128.))),
         ("flip", changed(&Canvas::flip)),

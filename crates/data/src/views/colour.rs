@@ -18,7 +18,7 @@ pub(super) struct Strength {
 
 /// One change of colour.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Change {
+pub(super) enum ColourChange {
     Brightness(f64),
     Contrast(f64),
     Saturation(f64),
@@ -27,17 +27,17 @@ pub(super) enum Change {
 
 /// Four changes in their order.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Jitter([Change; 4]);
+pub(super) struct Jitter([ColourChange; 4]);
 
 impl Strength {
     /// Draws the four factors, then their order.
     pub(super) fn draw(&self, rng: &mut ChaCha8Rng) -> Jitter {
         let mut factor = |strength: f64| uniform(rng, (1. - strength).max(0.), 1. + strength);
         let mut changes = [
-            Change::Brightness(factor(self.brightness)),
-            Change::Contrast(factor(self.contrast)),
-            Change::Saturation(factor(self.saturation)),
-            Change::Hue(uniform(rng, -self.hue, self.hue)),
+            ColourChange::Brightness(factor(self.brightness)),
+            ColourChange::Contrast(factor(self.contrast)),
+            ColourChange::Saturation(factor(self.saturation)),
+            ColourChange::Hue(uniform(rng, -self.hue, self.hue)),
         ];
         for last in (1..changes.len()).rev() {
             changes.swap(last, below(rng, last + 1));
@@ -54,7 +54,7 @@ impl Jitter {
     }
 }
 
-impl Change {
+impl ColourChange {
     /// Applies the change. A factor of 1 or a rotation of 0 changes nothing.
     pub(super) fn apply(&self, canvas: &mut Canvas) {
         match *self {
@@ -157,7 +157,7 @@ mod tests {
         // What its `adjust_…` functions give in float64.
         for (change, want) in [
             (
-                Change::Brightness(1.4),
+                ColourChange::Brightness(1.4),
                 [
                     [1.0, 0.6889913, 1.0],
                     [0.2009321, 0.2962879, 1.0],
@@ -167,7 +167,7 @@ mod tests {
                 ],
             ),
             (
-                Change::Saturation(1.4),
+                ColourChange::Saturation(1.4),
                 [
                     [0.7958518, 0.4526248, 0.7663965],
                     [0.0965144, 0.1918702, 1.0],
@@ -177,7 +177,7 @@ mod tests {
                 ],
             ),
             (
-                Change::Hue(-0.1),
+                ColourChange::Hue(-0.1),
                 [
                     [0.6112411, 0.4921367, 0.7372988],
                     [0.1435229, 0.6198152, 0.8238248],
@@ -187,7 +187,7 @@ mod tests {
                 ],
             ),
             (
-                Change::Hue(0.5),
+                ColourChange::Hue(0.5),
                 [
                     [0.4921367, 0.7372988, 0.5131762],
                     [0.8238248, 0.7557137, 0.1435229],
@@ -210,26 +210,26 @@ mod tests {
     #[test]
     fn contrast_mixes_with_the_mean_grey_and_hue_keeps_grey_pixels() {
         let mut got = canvas(&PIXELS);
-        Change::Contrast(0.5).apply(&mut got);
+        ColourChange::Contrast(0.5).apply(&mut got);
         // The mean of the five greys above.
         let mean = (0.5909164 + 0.2610443 + 0.3746127 + 0.5494949 + 0.5007552) / 5.;
         assert_close(&got, &PIXELS.map(|pixel| pixel.map(|v| 0.5 * v + 0.5 * mean)), "contrast");
 
         let greys = [[0.; 3], [0.5; 3], [1.; 3]];
         let mut got = canvas(&greys);
-        Change::Hue(0.3).apply(&mut got);
+        ColourChange::Hue(0.3).apply(&mut got);
         assert_close(&got, &greys, "grey pixels");
     }
 
     #[test]
     fn one_channel_takes_brightness_and_contrast_alone() {
         let mut got = Canvas { height: 1, width: 2, channels: 1, values: vec![0.2, 0.6] };
-        for change in [Change::Saturation(0.1), Change::Hue(0.4)] {
+        for change in [ColourChange::Saturation(0.1), ColourChange::Hue(0.4)] {
             change.apply(&mut got);
         }
         grey(&mut got);
         assert_eq!(got.values, [0.2, 0.6]);
-        Change::Contrast(0.5).apply(&mut got);
+        ColourChange::Contrast(0.5).apply(&mut got);
         assert!((got.values[0] - 0.3).abs() < 1e-6 && (got.values[1] - 0.5).abs() < 1e-6);
     }
 
@@ -241,19 +241,19 @@ mod tests {
         for _ in 0..1000 {
             let Jitter(changes) = strength.draw(&mut rng);
             let order = changes.map(|change| match change {
-                Change::Brightness(factor) => {
+                ColourChange::Brightness(factor) => {
                     assert!((0.6..1.4).contains(&factor));
                     0
                 }
-                Change::Contrast(factor) => {
+                ColourChange::Contrast(factor) => {
                     assert!((0. ..2.5).contains(&factor));
                     1
                 }
-                Change::Saturation(factor) => {
+                ColourChange::Saturation(factor) => {
                     assert_eq!(factor, 1.);
                     2
                 }
-                Change::Hue(turn) => {
+                ColourChange::Hue(turn) => {
                     assert!((-0.1..0.1).contains(&turn));
                     3
                 }

@@ -288,12 +288,13 @@ mod tests {
     use super::*;
 
     #[derive(Debug, Deserialize)]
-    struct Table {
+    struct OperationsTable {
         operations: Vec<Operation>,
     }
 
     fn parse(operation: &str) -> Result<Operation, toml::de::Error> {
-        toml::from_str::<Table>(&format!("operations = [{operation}]")).map(|t| t.operations[0])
+        toml::from_str::<OperationsTable>(&format!("operations = [{operation}]"))
+            .map(|t| t.operations[0])
     }
 
     #[test]

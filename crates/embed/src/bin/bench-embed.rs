@@ -19,7 +19,7 @@ use training::{Learner, Precision, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-embed", about = "Times the embedding of pictures")]
-struct CommandLine {
+struct EmbedBench {
     #[command(flatten)]
     shared: bench::Arguments,
     /// Do this work turn by turn; how the program calls itself.
@@ -28,23 +28,23 @@ struct CommandLine {
 }
 
 /// A network, and the pictures it is fed with.
-struct Work {
+struct EmbedRow {
     depth: Depth,
     pixels: usize,
     batch: usize,
 }
 
-const WORKS: [Work; 3] = [
-    Work { depth: Depth::Eighteen, pixels: 32, batch: 128 },
-    Work { depth: Depth::ThirtyFour, pixels: 96, batch: 64 },
-    Work { depth: Depth::ThirtyFour, pixels: 224, batch: 16 },
+const ROWS: [EmbedRow; 3] = [
+    EmbedRow { depth: Depth::Eighteen, pixels: 32, batch: 128 },
+    EmbedRow { depth: Depth::ThirtyFour, pixels: 96, batch: 64 },
+    EmbedRow { depth: Depth::ThirtyFour, pixels: 224, batch: 16 },
 ];
 
 /// Batches of one turn, so that a turn is not over in a moment.
 const BATCHES: usize = 4;
 
 fn main() -> ExitCode {
-    let arguments = CommandLine::parse();
+    let arguments = EmbedBench::parse();
     let result = match &arguments.side {
         Some(name) => side(name),
         None => compare(&arguments.shared),
@@ -58,7 +58,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
     let mut table = Table::new(arguments.json);
-    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
+    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
         let peer = peers.as_ref().map(|peers| {
@@ -71,7 +71,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     table.finish()
 }
 
-impl Work {
+impl EmbedRow {
     fn name(&self) -> String {
         let Self { pixels, batch, .. } = self;
         format!("{} @{pixels} batch {batch} bf16", self.backbone())
@@ -106,9 +106,9 @@ impl Work {
 
 /// Our side.
 fn side(name: &str) -> Result<()> {
-    let work = WORKS.iter().find(|work| work.name() == name);
+    let work = ROWS.iter().find(|work| work.name() == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
-    let &Work { pixels, batch, .. } = work;
+    let &EmbedRow { pixels, batch, .. } = work;
     let optimizer = SgdTable {
         peak_learning_rate: 0.05,
         predictor_learning_rate_factor: 1.,

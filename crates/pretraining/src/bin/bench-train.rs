@@ -22,11 +22,11 @@ use pretraining::Rates;
 use serde_json::{Value, json};
 use stage::{DataTable, Job};
 use training::loss::regression_loss;
-use training::{Advice, Learner, Plan, Precision, Run, SgdTable};
+use training::{Advice, Learner, Precision, Run, RunPlan, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-train", about = "Times whole steps of BYOL")]
-struct CommandLine {
+struct TrainBench {
     #[command(flatten)]
     shared: bench::Arguments,
     /// Say where the time of our steps goes, instead of comparing them.
@@ -38,22 +38,22 @@ struct CommandLine {
 }
 
 /// A network, the pictures it is fed with, and the number type.
-struct Work {
+struct TrainRow {
     depth: Depth,
     pixels: usize,
     batch: usize,
     precision: Precision,
 }
 
-const WORKS: [Work; 4] = [
-    Work { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
-    Work { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
-    Work { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
-    Work { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
+const ROWS: [TrainRow; 4] = [
+    TrainRow { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
+    TrainRow { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
+    TrainRow { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
+    TrainRow { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
 ];
 
 fn main() -> ExitCode {
-    let arguments = CommandLine::parse();
+    let arguments = TrainBench::parse();
     let result = match &arguments.side {
         Some(name) => side(name),
         None if arguments.profile => profile(&arguments.shared),
@@ -68,7 +68,7 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
     let mut table = Table::new(arguments.json);
-    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
+    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
         let peer = peers.as_ref().map(|peers| {
@@ -81,9 +81,9 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     table.finish()
 }
 
-impl Work {
+impl TrainRow {
     fn named(name: &str) -> Result<&'static Self> {
-        WORKS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
+        ROWS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
     }
 
     fn name(&self) -> String {
@@ -150,11 +150,11 @@ const RATES: Rates = Rates { learning_rate: 0.05, target_decay: 0.996, noise: 0.
 
 /// Our side: steps as a run of the stage takes them.
 fn side(name: &str) -> Result<()> {
-    let work = Work::named(name)?;
+    let work = TrainRow::named(name)?;
     let folder = tempfile::tempdir()?;
     let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
     let job = Job::new("pretraining", "none", folder.path(), data);
-    let plan = Plan {
+    let plan = RunPlan {
         epochs: 1,
         steps_per_epoch: 1,
         batch_size: work.batch,
@@ -176,7 +176,7 @@ const PARTS: [&str; 6] =
 
 /// Prints, over the rounds, the mean time of each part and of each kind of layer.
 fn profile(arguments: &bench::Arguments) -> Result<()> {
-    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
+    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
         let (mut learner, views) = (work.learner()?, work.views()?);
         timed_parts(&mut learner, &views)?; // Memory is taken, weights are arranged.
         let rounds = arguments.rounds as usize;
@@ -197,7 +197,7 @@ fn profile(arguments: &bench::Arguments) -> Result<()> {
         }
         println!("{:36} {:9.2}", "all", 1e3 * all / rounds as f64);
         let network = learner.online.backbone.segment.network();
-        println!("{}", profile::Table { rows: &rows, steps: rounds, network });
+        println!("{}", profile::ProfileTable { rows: &rows, steps: rounds, network });
     }
     Ok(())
 }
