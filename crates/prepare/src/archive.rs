@@ -13,7 +13,7 @@ use lzma_rust2::XzReader;
 
 use crate::folder::SOURCE;
 use crate::names::{left_out_part, safe_name, split_name};
-use crate::tar_file::{self, Input, Stream};
+use crate::tar_file::{self, SkipRead, Stream};
 use crate::{foreign, picture, zip_file};
 
 /// The most memory that unpacking xz may take, in KiB: twice what `xz -9` needs.
@@ -53,7 +53,7 @@ impl<R: Read> Read for WithoutEmptyReads<R> {
 }
 
 /// A file whose bytes can be passed over: by seeking, unless it is compressed.
-fn open_input(path: &Path) -> Result<Box<dyn Input>> {
+fn open_input(path: &Path) -> Result<Box<dyn SkipRead>> {
     let open = || File::open(path).with_context(|| format!("opening `{}`", path.display()));
     let mut start = Vec::new();
     open()?.take(6).read_to_end(&mut start)?;
@@ -93,7 +93,7 @@ pub trait Member {
     fn read(&mut self, limit: u64) -> Result<Result<Vec<u8>, String>>;
 
     /// Its bytes, not yet read; none in a zip file.
-    fn stream(&mut self) -> Option<&mut dyn Input>;
+    fn stream(&mut self) -> Option<&mut dyn SkipRead>;
 }
 
 /// Calls `visit` with every file below the folder `within` of an archive, or with every file if
@@ -123,7 +123,7 @@ pub fn each(
 /// # Errors
 ///
 /// As [`each`].
-pub fn each_of_tar(input: &mut dyn Input, shown: &str, visit: Visit) -> Result<()> {
+pub fn each_of_tar(input: &mut dyn SkipRead, shown: &str, visit: Visit) -> Result<()> {
     let mut all = Within { folder: "", is_there: true, others: Vec::new() };
     walk_tar(input, shown, &mut all, visit)
 }
@@ -203,16 +203,21 @@ struct TarMember<'a, 'b> {
     name: Name,
     size: u64,
     peeked: Vec<u8>,
-    reader: &'a mut tar_file::Reader<&'b mut dyn Input>,
+    reader: &'a mut tar_file::TarReader<&'b mut dyn SkipRead>,
 }
 
-fn walk_tar(input: &mut dyn Input, shown: &str, within: &mut Within, visit: Visit) -> Result<()> {
+fn walk_tar(
+    input: &mut dyn SkipRead,
+    shown: &str,
+    within: &mut Within,
+    visit: Visit,
+) -> Result<()> {
     let mut last = String::new();
     let damaged = |last: &str| {
         let place = if last.is_empty() { String::new() } else { format!(" around `{last}`") };
         format!("`{shown}` is not a tar archive, or is damaged or cut short{place}; get it again")
     };
-    let mut reader = tar_file::Reader::new(input);
+    let mut reader = tar_file::TarReader::new(input);
     loop {
         let Some(entry) = reader.next_entry().with_context(|| damaged(&last))? else {
             return Ok(());
@@ -261,21 +266,21 @@ impl Member for TarMember<'_, '_> {
         Ok(Ok(bytes))
     }
 
-    fn stream(&mut self) -> Option<&mut dyn Input> {
+    fn stream(&mut self) -> Option<&mut dyn SkipRead> {
         Some(self.reader)
     }
 }
 
 struct ZipMember<'a> {
     name: Name,
-    entry: zip_file::Entry,
-    reader: &'a mut zip_file::Reader,
+    entry: zip_file::ZipEntry,
+    reader: &'a mut zip_file::ZipReader,
 }
 
 fn each_of_zip(path: &Path, within: &mut Within, visit: Visit) -> Result<()> {
     let damaged =
         || format!("`{}` is damaged or cut short as a zip file; get it again", path.display());
-    let mut reader = zip_file::Reader::open(path).with_context(damaged)?;
+    let mut reader = zip_file::ZipReader::open(path).with_context(damaged)?;
     while let Some(entry) = reader.next_entry().with_context(damaged)? {
         if entry.is_folder {
             continue;
@@ -308,7 +313,7 @@ impl Member for ZipMember<'_> {
         self.reader.read(&self.entry, limit).context("the zip file is damaged; get it again")
     }
 
-    fn stream(&mut self) -> Option<&mut dyn Input> {
+    fn stream(&mut self) -> Option<&mut dyn SkipRead> {
         None
     }
 }

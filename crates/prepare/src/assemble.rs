@@ -88,8 +88,8 @@ struct Assembler<'a> {
 }
 
 /// What one pass over the journal finds.
-struct Counted {
-    /// Pictures by id, split and arrival; see [`Sorted::of`].
+struct JournalCount {
+    /// Pictures by id, split and arrival; see [`SortedPicture::of`].
     pictures: Sorter,
     /// List, name and reason of what was skipped.
     skipped: Sorter,
@@ -97,8 +97,8 @@ struct Counted {
     classes: Vec<String>,
 }
 
-/// A record of [`Counted::pictures`], taken apart.
-struct Sorted {
+/// A record of [`JournalCount::pictures`], taken apart.
+struct SortedPicture {
     row: PictureRow,
     start: u64,
     class: Option<u32>,
@@ -108,7 +108,7 @@ struct Sorted {
 /// Stands for a picture without a class.
 const NO_CLASS: u32 = u32::MAX;
 
-impl Sorted {
+impl SortedPicture {
     /// Id 32, split 1, arrival 8, encoding 1, height 4, width 4, length 8, start 8, class 4, four
     /// zeros, and the name: the first three decide the order.
     fn of(record: &[u8]) -> Result<Self> {
@@ -161,9 +161,9 @@ impl Assembler<'_> {
     }
 
     /// Counts classes and broken pictures and checks them against the experiment.
-    fn count(&self, twice: &Bits) -> Result<Counted> {
+    fn count(&self, twice: &Bits) -> Result<JournalCount> {
         let folder = self.journal.folder();
-        let mut counted = Counted {
+        let mut counted = JournalCount {
             pictures: Sorter::new(folder),
             skipped: Sorter::new(folder),
             classes: Vec::new(),
@@ -222,8 +222,8 @@ impl Assembler<'_> {
         Ok(counted)
     }
 
-    fn write(&self, counted: Counted) -> Result<Assembled> {
-        let Counted { pictures, mut skipped, classes } = counted;
+    fn write(&self, counted: JournalCount) -> Result<Assembled> {
+        let JournalCount { pictures, mut skipped, classes } = counted;
         let (config, folder) = (self.config, self.journal.folder());
         let mut images =
             SortedWriter::create(&self.out.join(IMAGES), config.channels, self.options.part_bytes)?;
@@ -235,7 +235,7 @@ impl Assembler<'_> {
         let mut count = 0;
         let mut first: Option<(Id, String)> = None;
         for record in pictures.sorted()? {
-            let Sorted { row, start, class, name } = Sorted::of(&record?)?;
+            let SortedPicture { row, start, class, name } = SortedPicture::of(&record?)?;
             let same = first.as_ref().filter(|(id, _)| *id == row.id);
             if let Some((_, first)) = same {
                 let reason = format!("has the same bytes as `{first}`");

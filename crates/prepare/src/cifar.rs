@@ -22,13 +22,13 @@ const PLANE: usize = SIDE * SIDE;
 
 /// Which ground truth the records are read with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Truth {
+enum CifarLabels {
     Ten,
     Hundred,
     Superclasses,
 }
 
-impl Truth {
+impl CifarLabels {
     fn classes(self) -> u8 {
         match self {
             Self::Ten => 10,
@@ -79,7 +79,9 @@ pub fn recognise(file_name: &str) -> Option<(bool, Split)> {
 
 /// Whether a file's name is one that lists classes.
 pub fn lists_classes(file_name: &str) -> bool {
-    [Truth::Ten, Truth::Hundred, Truth::Superclasses].iter().any(|truth| truth.names() == file_name)
+    [CifarLabels::Ten, CifarLabels::Hundred, CifarLabels::Superclasses]
+        .iter()
+        .any(|truth| truth.names() == file_name)
 }
 
 /// The files of the binary form in a folder, or in the one folder within it that the published
@@ -117,10 +119,10 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 ///
-/// A file cannot be read, or see [`Layout`].
+/// A file cannot be read, or see [`CifarLayout`].
 pub fn read(paths: &[PathBuf], format: Format, sink: &mut dyn Sink) -> Result<()> {
     let context = |path: &PathBuf| format!("reading `{}`", path.display());
-    let mut layout = Layout::new(format);
+    let mut layout = CifarLayout::new(format);
     for path in paths {
         let name = file_name(path);
         layout.found(&name)?;
@@ -141,13 +143,13 @@ pub fn read(paths: &[PathBuf], format: Format, sink: &mut dyn Sink) -> Result<()
 
 /// What must be known of all files before the first is read.
 #[derive(Debug)]
-pub struct Layout {
+pub struct CifarLayout {
     format: Format,
     hundred: Option<bool>,
     lists: Vec<(String, Vec<u8>)>,
 }
 
-impl Layout {
+impl CifarLayout {
     /// Nothing is known yet.
     pub fn new(format: Format) -> Self {
         Self { format, hundred: None, lists: Vec::new() }
@@ -173,19 +175,19 @@ impl Layout {
         self.lists.push((file_name.to_owned(), bytes));
     }
 
-    fn truth(&self) -> Result<Truth> {
+    fn truth(&self) -> Result<CifarLabels> {
         match (self.hundred.unwrap_or_default(), self.format) {
-            (true, Format::Cifar20) => Ok(Truth::Superclasses),
-            (true, _) => Ok(Truth::Hundred),
+            (true, Format::Cifar20) => Ok(CifarLabels::Superclasses),
+            (true, _) => Ok(CifarLabels::Hundred),
             (false, Format::Cifar20) => bail!(
                 "`format = \"cifar-20\"` asks for the superclasses of CIFAR-100, but this is CIFAR-10"
             ),
-            (false, _) => Ok(Truth::Ten),
+            (false, _) => Ok(CifarLabels::Ten),
         }
     }
 
     /// Names of the classes; their numbers where the list is missing or has another length.
-    fn classes(&self, truth: Truth) -> Vec<String> {
+    fn classes(&self, truth: CifarLabels) -> Vec<String> {
         let count = usize::from(truth.classes());
         self.lists
             .iter()
@@ -217,7 +219,7 @@ impl Layout {
             size > 0 && size.is_multiple_of(length as u64),
             "`{file}` has {size} bytes, not a whole number of records of {length}: it is cut short or \
              not CIFAR-{}; get it again",
-            if truth == Truth::Ten { 10 } else { 100 }
+            if truth == CifarLabels::Ten { 10 } else { 100 }
         );
         let mut record = vec![0; length];
         for position in 0..size / length as u64 {

@@ -17,7 +17,7 @@ use stage::progress::Progress;
 use stage::{Interrupted, Split};
 
 use crate::assemble::{self, Assembled};
-use crate::journal::{Journal, Record, What};
+use crate::journal::{Journal, JournalEntry, What};
 use crate::labels::MOST_CLASSES;
 use crate::picture::{self, Budget};
 use crate::{Config, Options};
@@ -187,7 +187,7 @@ impl<'a> Collection<'a> {
         let (channels, budget) = (self.config.channels, &self.budget);
         let pending = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
-        let checked: Vec<(Record, Vec<u8>)> =
+        let checked: Vec<(JournalEntry, Vec<u8>)> =
             pending.into_par_iter().map(|pending| pending.check(channels, budget)).collect();
         for (record, bytes) in checked {
             self.broken += u64::from(matches!(record.what, What::Broken { .. }));
@@ -219,7 +219,7 @@ impl<'a> Collection<'a> {
                 );
             }
             let what = What::End { classes: self.classes.into_iter().collect() };
-            self.journal.add(&Record { name: String::new(), what }, &[])?;
+            self.journal.add(&JournalEntry { name: String::new(), what }, &[])?;
             self.journal.flush()?;
         }
         drop(self.progress);
@@ -269,11 +269,11 @@ impl Sink for Collection<'_> {
 }
 
 impl Pending {
-    fn check(self, channels: usize, budget: &Budget) -> (Record, Vec<u8>) {
+    fn check(self, channels: usize, budget: &Budget) -> (JournalEntry, Vec<u8>) {
         let Self { name, what } = self;
         let (class, split, load) = match what {
             Waiting::Ignored(reason) => {
-                return (Record { name, what: What::Ignored { reason } }, Vec::new());
+                return (JournalEntry { name, what: What::Ignored { reason } }, Vec::new());
             }
             Waiting::Picture { class, split, load } => (class, split, load),
         };
@@ -297,9 +297,11 @@ impl Pending {
                     length: row.length,
                     class,
                 };
-                (Record { name, what }, source.into_bytes())
+                (JournalEntry { name, what }, source.into_bytes())
             }
-            Err(reason) => (Record { name, what: What::Broken { reason, class } }, Vec::new()),
+            Err(reason) => {
+                (JournalEntry { name, what: What::Broken { reason, class } }, Vec::new())
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::example::{
-    Prepared, assert_has, config, encoded, gzip, jpeg, parquet, png, prepare, put, refusal,
+    PreparedFiles, assert_has, config, encoded, gzip, jpeg, parquet, png, prepare, put, refusal,
     scratch, tar, tar_of, zip, zip_from,
 };
 use crate::{Config, Format, names};
@@ -135,7 +135,7 @@ struct Content {
     identical: usize,
 }
 
-fn content(read: &Prepared) -> Content {
+fn content(read: &PreparedFiles) -> Content {
     let ids = (0..read.names.len() as u32).map(|row| read.images.id(row).expect("a row"));
     let mut classes: Vec<_> = ids.zip(read.classes.iter().cloned()).collect();
     classes.sort();
@@ -249,7 +249,7 @@ fn borrowed(files: &[(String, Vec<u8>)]) -> Vec<(&str, &[u8])> {
 }
 
 /// Prepares these files in a tar archive.
-fn in_tar(names: &[&str], config: &Config) -> Prepared {
+fn in_tar(names: &[&str], config: &Config) -> PreparedFiles {
     let (_folder, at) = scratch();
     put(&at.join("x.tar"), &tar(&borrowed(&files(names))));
     prepare(&at.join("x.tar"), config).unwrap_or_else(|error| panic!("{names:?}: {error:#}"))
@@ -510,7 +510,7 @@ fn files_of_one_name_in_several_folders_are_told_apart() {
         let paths = ["train", "test"].map(|split| at.join(folder).join(split).join(file));
         let local = crate::location::Local { paths: paths.to_vec(), within: String::new() };
         let out = at.join("out").join(folder);
-        let source = crate::source::Source::recognise(&local, &config()).expect("sound");
+        let source = crate::source::PictureSource::recognise(&local, &config()).expect("sound");
         let options = crate::Options::default();
         let (config, out) = (config(), &*out);
         let mut collection =

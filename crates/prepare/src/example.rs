@@ -194,7 +194,7 @@ pub fn parquet(rows: &[(&str, &[u8], i64)], names: &[&str]) -> Vec<u8> {
 }
 
 /// What a run wrote.
-pub struct Prepared {
+pub struct PreparedFiles {
     /// The images file, byte for byte.
     pub bytes: Vec<u8>,
     /// The same, open.
@@ -210,12 +210,12 @@ pub struct Prepared {
 }
 
 /// Prepares a source in a folder of its own.
-pub fn prepare(source: &Path, config: &Config) -> Result<Prepared> {
+pub fn prepare(source: &Path, config: &Config) -> Result<PreparedFiles> {
     prepare_with(source, config, &Options::default())
 }
 
 /// The same with other options.
-pub fn prepare_with(source: &Path, config: &Config, options: &Options) -> Result<Prepared> {
+pub fn prepare_with(source: &Path, config: &Config, options: &Options) -> Result<PreparedFiles> {
     let (_folder, out) = scratch();
     if let Err(error) = crate::run(config, source, &out, options) {
         let left = fs::read_dir(&out).expect("readable").count();
@@ -226,11 +226,11 @@ pub fn prepare_with(source: &Path, config: &Config, options: &Options) -> Result
 }
 
 /// Opens what a run wrote into `out`.
-pub fn open(out: &Path) -> Prepared {
+pub fn open(out: &Path) -> PreparedFiles {
     open_files(out).expect("whole files")
 }
 
-fn open_files(out: &Path) -> Result<Prepared> {
+fn open_files(out: &Path) -> Result<PreparedFiles> {
     let path = out.join(crate::IMAGES);
     let bytes = fs::read(&path)?;
     let images = Images::open(&path)?;
@@ -239,7 +239,7 @@ fn open_files(out: &Path) -> Result<Prepared> {
     images.data_set().require(&names.data_set, "")?;
     images.data_set().require(&labels.data_set, "")?;
     let class = |label: &Option<u32>| label.map(|label| labels.classes[label as usize].clone());
-    Ok(Prepared {
+    Ok(PreparedFiles {
         bytes,
         classes: labels.labels.iter().map(class).collect(),
         class_names: labels.classes.clone(),
@@ -264,7 +264,7 @@ pub fn assert_has(message: &str, parts: &[&str]) {
     }
 }
 
-impl Prepared {
+impl PreparedFiles {
     /// The row of a name.
     pub fn row(&self, name: &str) -> u32 {
         let row = self.names.iter().position(|other| other == name);

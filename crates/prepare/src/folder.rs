@@ -16,7 +16,7 @@ use crate::{Config, picture};
 
 /// What a folder holds, sorted by name.
 #[derive(Debug, Default)]
-pub struct Contents {
+pub struct FolderContents {
     /// Folders, and links to folders.
     pub folders: Vec<PathBuf>,
     /// Files, and links to files.
@@ -25,7 +25,7 @@ pub struct Contents {
     pub ignored: Vec<(PathBuf, &'static str)>,
 }
 
-impl Contents {
+impl FolderContents {
     fn is_empty(&self) -> bool {
         self.folders.is_empty() && self.files.is_empty() && self.ignored.is_empty()
     }
@@ -43,8 +43,8 @@ impl Contents {
 /// # Errors
 ///
 /// The folder cannot be read.
-pub fn contents(folder: &Path) -> Result<Contents> {
-    let mut contents = Contents::default();
+pub fn contents(folder: &Path) -> Result<FolderContents> {
+    let mut contents = FolderContents::default();
     let context = || format!("reading the folder `{}`", folder.display());
     for entry in fs::read_dir(folder).with_context(context)? {
         let entry = entry.with_context(context)?;
@@ -214,7 +214,7 @@ impl Listing {
     }
 
     /// The pictures among some files; the other files are listed.
-    fn pictures_among(&mut self, contents: Contents) -> Vec<PathBuf> {
+    fn pictures_among(&mut self, contents: FolderContents) -> Vec<PathBuf> {
         self.ignored.extend(contents.ignored);
         let (pictures, others): (Vec<_>, Vec<_>) =
             contents.files.into_iter().partition(|file| picture::is_meant(file));
@@ -281,7 +281,7 @@ impl Listing {
 pub const SOURCE: &str = "--source (`--images` of `cargo xtask`)";
 
 /// The class folders that the experiment names.
-fn chosen(root: &Path, top: &Contents, classes: &[String]) -> Result<Vec<PathBuf>> {
+fn chosen(root: &Path, top: &FolderContents, classes: &[String]) -> Result<Vec<PathBuf>> {
     let missing: Vec<&String> = classes
         .iter()
         .filter(|class| !top.folders.iter().any(|folder| file_name(folder) == **class))
@@ -302,7 +302,12 @@ fn chosen(root: &Path, top: &Contents, classes: &[String]) -> Result<Vec<PathBuf
 }
 
 /// What is probably wrong with a folder that lacks the class `missing`, and what to do.
-fn diagnosis(root: &Path, top: &Contents, missing: &str, classes: &[String]) -> Result<String> {
+fn diagnosis(
+    root: &Path,
+    top: &FolderContents,
+    missing: &str,
+    classes: &[String],
+) -> Result<String> {
     let stanford = |folder: &&PathBuf| {
         file_name(folder).strip_prefix(missing).is_some_and(|rest| rest.starts_with(['-', '_']))
     };

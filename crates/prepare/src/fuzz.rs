@@ -17,7 +17,7 @@ use crate::picture::{self, Budget};
 use crate::{Format, cifar, idx, manifest, packed, parquet_file, stl, webdataset};
 
 /// The readers, each with the name of its target and of the folder of its corpus.
-pub const READERS: [(&str, Reader); 9] = [
+pub const READERS: [(&str, FuzzReader); 9] = [
     ("cifar", cifar),
     ("idx", idx),
     ("manifest", manifest),
@@ -30,7 +30,7 @@ pub const READERS: [(&str, Reader); 9] = [
 ];
 
 /// Feeds bytes to a reader, whose error is of no interest.
-pub type Reader = fn(&[u8]) -> Result<()>;
+pub type FuzzReader = fn(&[u8]) -> Result<()>;
 
 /// How much memory a reader may take: 32 MiB.
 const MEMORY: u64 = 1 << 25;
@@ -228,9 +228,9 @@ mod tests {
     use crate::example;
 
     /// Numbers without pattern, the same each time: SplitMix64.
-    struct Numbers(u64);
+    struct SplitMix(u64);
 
-    impl Numbers {
+    impl SplitMix {
         fn next(&mut self, below: usize) -> usize {
             self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = self.0;
@@ -244,7 +244,7 @@ mod tests {
         [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, i64::MAX as u64, u64::MAX];
 
     /// Changes some of the bytes, or how many there are.
-    fn change(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut Numbers) {
+    fn change(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut SplitMix) {
         for _ in 0..=numbers.next(4) {
             let at = numbers.next(bytes.len());
             let length = 1 + numbers.next(64);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     /// Feeds the corpus and changes of it for so long, or so many.
-    fn run(name: &str, reader: Reader, seconds: Option<u64>) -> usize {
+    fn run(name: &str, reader: FuzzReader, seconds: Option<u64>) -> usize {
         let corpus: Vec<Vec<u8>> = corpus(name)
             .expect("a corpus")
             .iter()
@@ -294,7 +294,7 @@ mod tests {
             .collect();
         assert!(!corpus.is_empty(), "the corpus of {name} is empty");
         let begin = Instant::now();
-        let mut numbers = Numbers(name.bytes().map(u64::from).sum());
+        let mut numbers = SplitMix(name.bytes().map(u64::from).sum());
         let (most, time) = match seconds {
             Some(seconds) => (usize::MAX, Duration::from_secs(seconds)),
             None => (250, Duration::MAX),

@@ -367,7 +367,7 @@ fn more_classes_than_any_ground_truth_has_are_refused() {
 }
 
 /// Prepares `source` with an interruption behind every `step` things, and again until it is whole.
-fn in_steps(source: &Path, config: &Config, step: usize) -> (crate::example::Prepared, usize) {
+fn in_steps(source: &Path, config: &Config, step: usize) -> (crate::example::PreparedFiles, usize) {
     let (_folder, out) = scratch();
     for interruptions in 0.. {
         let asked = AtomicUsize::new(0);

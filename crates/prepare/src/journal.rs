@@ -21,7 +21,7 @@ pub const FOLDER: &str = "unfinished";
 
 /// One thing that the source handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct JournalEntry {
     /// Its place in the source.
     pub name: String,
     /// What became of it.
@@ -163,7 +163,7 @@ impl Journal {
     /// # Errors
     ///
     /// The disk refuses.
-    pub fn next_known(&mut self) -> Result<Option<Record>> {
+    pub fn next_known(&mut self) -> Result<Option<JournalEntry>> {
         let Some(known) = &mut self.known else { return Ok(None) };
         let record = match known.next == self.known_records {
             true => None,
@@ -180,7 +180,7 @@ impl Journal {
     /// # Errors
     ///
     /// The disk refuses.
-    pub fn add(&mut self, record: &Record, bytes: &[u8]) -> Result<()> {
+    pub fn add(&mut self, record: &JournalEntry, bytes: &[u8]) -> Result<()> {
         let context = || format!("writing into `{}`", self.folder.display());
         self.pictures.write_all(bytes).with_context(context)?;
         self.write(record).with_context(|| format!("writing into `{}`", self.folder.display()))?;
@@ -326,7 +326,7 @@ impl Records {
     /// # Errors
     ///
     /// The disk refuses.
-    pub fn next_record(&mut self) -> Result<Option<Record>> {
+    pub fn next_record(&mut self) -> Result<Option<JournalEntry>> {
         let payload = self.payload().context("reading the journal")?;
         let record = payload.and_then(|payload| serde_json::from_slice(&payload).ok());
         self.next += u64::from(record.is_some());
@@ -366,7 +366,7 @@ fn whole(read: io::Result<()>) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    fn picture(name: &str, bytes: &[u8]) -> Record {
+    fn picture(name: &str, bytes: &[u8]) -> JournalEntry {
         let what = What::Picture {
             id: [bytes.len() as u8; 32],
             split: Split::Test,
@@ -375,7 +375,7 @@ mod tests {
             length: bytes.len() as u64,
             class: Some("cat".into()),
         };
-        Record { name: name.into(), what }
+        JournalEntry { name: name.into(), what }
     }
 
     fn add(journal: &mut Journal, names: &[&str]) {

@@ -62,7 +62,7 @@ pub use program::program;
 use crate::collection::Collection;
 use crate::journal::Journal;
 use crate::location::Local;
-use crate::source::Source;
+use crate::source::PictureSource;
 
 /// Raised by hand when the same source and table give other files.
 pub const ALGORITHM: u32 = 3;
@@ -250,7 +250,7 @@ pub fn check(config: &Config, source: &Path) -> Result<()> {
     );
     match location::is_address(source) {
         true => location::check_address(source),
-        false => Source::recognise(&location::find(source, &|| false)?, config).map(|_| ()),
+        false => PictureSource::recognise(&location::find(source, &|| false)?, config).map(|_| ()),
     }
 }
 
@@ -275,7 +275,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     }
     config.check()?;
     let local = location::find(source, options.interrupted)?;
-    let found = Source::recognise(&local, config)?;
+    let found = PictureSource::recognise(&local, config)?;
     tracing::info!("`{}` is {}", source.display(), found.description());
     let result = gather(config, options, &local, &found, source, out);
     if result.as_ref().is_err_and(|error| !can_go_on(error)) {
@@ -294,7 +294,7 @@ fn gather(
     config: &Config,
     options: &Options,
     local: &Local,
-    found: &Source,
+    found: &PictureSource,
     source: &Path,
     out: &Path,
 ) -> Result<assemble::Assembled> {

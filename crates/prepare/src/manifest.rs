@@ -204,7 +204,7 @@ impl<R: Read> Read for Limited<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::example::{Prepared, assert_has, config, png, prepare, put, refusal, scratch};
+    use crate::example::{PreparedFiles, assert_has, config, png, prepare, put, refusal, scratch};
 
     /// Four pictures in two folders, and a manifest of this name with this content.
     fn with_manifest(name: &str, content: &[u8]) -> (tempfile::TempDir, PathBuf) {
@@ -217,7 +217,7 @@ mod tests {
         (folder, path.join(name))
     }
 
-    fn read(name: &str, content: &[u8]) -> Prepared {
+    fn read(name: &str, content: &[u8]) -> PreparedFiles {
         let (_folder, path) = with_manifest(name, content);
         prepare(&path, &config()).unwrap_or_else(|error| panic!("{name}: {error:#}"))
     }

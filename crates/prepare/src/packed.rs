@@ -157,9 +157,9 @@ impl Glance {
 ///
 /// # Errors
 ///
-/// The archive is damaged, or see [`cifar::Layout`].
+/// The archive is damaged, or see [`cifar::CifarLayout`].
 pub fn read_cifar(path: &Path, within: &str, format: Format, sink: &mut dyn Sink) -> Result<()> {
-    let mut layout = cifar::Layout::new(format);
+    let mut layout = cifar::CifarLayout::new(format);
     let file_of = |member: &mut dyn Member| {
         member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
     };
@@ -186,9 +186,9 @@ pub fn read_cifar(path: &Path, within: &str, format: Format, sink: &mut dyn Sink
 ///
 /// # Errors
 ///
-/// The archive is damaged, or see [`stl::Labels`].
+/// The archive is damaged, or see [`stl::StlLabels`].
 pub fn read_stl(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
-    let mut labels = stl::Labels::default();
+    let mut labels = stl::StlLabels::default();
     let file_of = |member: &mut dyn Member| {
         member.name().as_ref().ok().map(|name| split_name(name).1.to_owned())
     };

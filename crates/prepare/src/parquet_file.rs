@@ -98,7 +98,7 @@ fn read_one(
             if some.is_empty() {
                 break;
             }
-            for Row { bytes, path: inner, label } in some {
+            for ParquetRow { bytes, path: inner, label } in some {
                 let located = inner.as_deref().filter(|_| bytes.is_none());
                 let located = located.map(|inner| manifest::locate(path, inner));
                 let name = match (&located, columns.bytes) {
@@ -148,7 +148,7 @@ struct Columns {
 }
 
 /// One picture.
-struct Row {
+struct ParquetRow {
     bytes: Option<ByteArray>,
     path: Option<String>,
     label: Option<Label>,
@@ -263,15 +263,20 @@ impl Columns {
         Ok(())
     }
 
-    fn open(&self, file: &Arc<File>, group: &RowGroupMetaData, most: usize) -> Result<Rows> {
-        let open = |at: Option<usize>| -> Result<Option<Column>> {
+    fn open(
+        &self,
+        file: &Arc<File>,
+        group: &RowGroupMetaData,
+        most: usize,
+    ) -> Result<RowGroupReader> {
+        let open = |at: Option<usize>| -> Result<Option<OpenColumn>> {
             let Some(at) = at else { return Ok(None) };
             let description = group.column(at).column_descr();
             let (name, levels) = (description.path().string(), description.max_def_level());
-            Ok(Some(Column { name, reader: open_column(file, group, at, most)?, levels }))
+            Ok(Some(OpenColumn { name, reader: open_column(file, group, at, most)?, levels }))
         };
         let left = usize::try_from(group.num_rows()).unwrap_or(0);
-        Ok(Rows {
+        Ok(RowGroupReader {
             bytes: open(self.bytes)?,
             path: open(self.path)?,
             label: open(self.label)?,
@@ -286,59 +291,60 @@ fn class_names(features: &serde_json::Value, column: &str) -> Option<Vec<String>
     names.iter().map(|name| Some(name.as_str()?.to_owned())).collect()
 }
 
-struct Column {
+struct OpenColumn {
     name: String,
     reader: ColumnReader,
     levels: i16,
 }
 
 /// The rows of a row group.
-struct Rows {
-    bytes: Option<Column>,
-    path: Option<Column>,
-    label: Option<Column>,
+struct RowGroupReader {
+    bytes: Option<OpenColumn>,
+    path: Option<OpenColumn>,
+    label: Option<OpenColumn>,
     left: usize,
 }
 
-impl Rows {
+impl RowGroupReader {
     /// Returns some rows, or none at the end.
-    fn next(&mut self) -> Result<Vec<Row>> {
+    fn next(&mut self) -> Result<Vec<ParquetRow>> {
         let count = self.left.min(ROWS);
         self.left -= count;
-        let column = |column: &mut Option<Column>| match column {
+        let column = |column: &mut Option<OpenColumn>| match column {
             Some(column) => column.next(count),
             None => Ok((0..count).map(|_| None).collect()),
         };
         let (bytes, path) = (column(&mut self.bytes)?, column(&mut self.path)?);
         let label = column(&mut self.label)?;
         let text = |bytes: &ByteArray| String::from_utf8_lossy(bytes.data()).into_owned();
-        let rows = bytes.into_iter().zip(path).zip(label).map(|((bytes, path), label)| Row {
-            bytes: bytes.and_then(Value::bytes),
-            path: path.and_then(Value::bytes).as_ref().map(text),
-            label: label.and_then(|label| match label {
-                Value::Number(number) => Some(Label::Number(number)),
-                // pandas makes numbers with gaps real ones, and the gaps NaN.
-                Value::Real(real) if real.is_nan() => None,
-                Value::Real(real) if real == real.trunc() && real.abs() < 1e15 => {
-                    Some(Label::Number(real as i64))
-                }
-                Value::Real(real) => Some(Label::Text(real.to_string())),
-                Value::Truth(truth) => Some(Label::Text(truth.to_string())),
-                Value::Bytes(bytes) => Some(Label::Text(names::text(bytes.data()))),
-            }),
-        });
+        let rows =
+            bytes.into_iter().zip(path).zip(label).map(|((bytes, path), label)| ParquetRow {
+                bytes: bytes.and_then(ColumnValue::bytes),
+                path: path.and_then(ColumnValue::bytes).as_ref().map(text),
+                label: label.and_then(|label| match label {
+                    ColumnValue::Number(number) => Some(Label::Number(number)),
+                    // pandas makes numbers with gaps real ones, and the gaps NaN.
+                    ColumnValue::Real(real) if real.is_nan() => None,
+                    ColumnValue::Real(real) if real == real.trunc() && real.abs() < 1e15 => {
+                        Some(Label::Number(real as i64))
+                    }
+                    ColumnValue::Real(real) => Some(Label::Text(real.to_string())),
+                    ColumnValue::Truth(truth) => Some(Label::Text(truth.to_string())),
+                    ColumnValue::Bytes(bytes) => Some(Label::Text(names::text(bytes.data()))),
+                }),
+            });
         Ok(rows.collect())
     }
 }
 
-enum Value {
+enum ColumnValue {
     Number(i64),
     Real(f64),
     Truth(bool),
     Bytes(ByteArray),
 }
 
-impl Value {
+impl ColumnValue {
     fn bytes(self) -> Option<ByteArray> {
         match self {
             Self::Bytes(bytes) => Some(bytes),
@@ -347,13 +353,13 @@ impl Value {
     }
 }
 
-impl Column {
+impl OpenColumn {
     /// Returns the next `count` values; none for a row without one.
-    fn next(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
+    fn next(&mut self, count: usize) -> Result<Vec<Option<ColumnValue>>> {
         self.read(count).with_context(|| format!("in column `{}`", self.name))
     }
 
-    fn read(&mut self, count: usize) -> Result<Vec<Option<Value>>> {
+    fn read(&mut self, count: usize) -> Result<Vec<Option<ColumnValue>>> {
         macro_rules! values {
             ($reader:expr, $make:expr) => {{
                 let (mut levels, mut values) = (Vec::new(), Vec::new());
@@ -364,20 +370,20 @@ impl Column {
                     ensure!(read > 0, "it ends after {records} of {count} rows");
                     (records, wanted) = (records + read, wanted - read);
                 }
-                (levels, values.into_iter().map($make).collect::<Vec<Value>>())
+                (levels, values.into_iter().map($make).collect::<Vec<ColumnValue>>())
             }};
         }
         let (levels, values) = match &mut self.reader {
-            ColumnReader::ByteArrayColumnReader(reader) => values!(reader, Value::Bytes),
+            ColumnReader::ByteArrayColumnReader(reader) => values!(reader, ColumnValue::Bytes),
             ColumnReader::Int32ColumnReader(reader) => {
-                values!(reader, |number: i32| Value::Number(number.into()))
+                values!(reader, |number: i32| ColumnValue::Number(number.into()))
             }
-            ColumnReader::Int64ColumnReader(reader) => values!(reader, Value::Number),
+            ColumnReader::Int64ColumnReader(reader) => values!(reader, ColumnValue::Number),
             ColumnReader::FloatColumnReader(reader) => {
-                values!(reader, |real: f32| Value::Real(real.into()))
+                values!(reader, |real: f32| ColumnValue::Real(real.into()))
             }
-            ColumnReader::DoubleColumnReader(reader) => values!(reader, Value::Real),
-            ColumnReader::BoolColumnReader(reader) => values!(reader, Value::Truth),
+            ColumnReader::DoubleColumnReader(reader) => values!(reader, ColumnValue::Real),
+            ColumnReader::BoolColumnReader(reader) => values!(reader, ColumnValue::Truth),
             ColumnReader::Int96ColumnReader(_) | ColumnReader::FixedLenByteArrayColumnReader(_) => {
                 bail!("neither numbers nor text nor bytes")
             }

@@ -137,7 +137,7 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
             });
         }
     };
-    let Header { height, width, bytes_a_pixel } =
+    let PictureHeader { height, width, bytes_a_pixel } =
         header.ok_or("is broken: its header has no size, or is cut short")?;
     let needed = (u64::from(height) * u64::from(width)).saturating_mul(bytes_a_pixel);
     match needed <= budget.decoding_bytes() {
@@ -153,7 +153,7 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
 
 /// The size of a picture, by the header of its file.
 #[derive(Debug, PartialEq, Eq)]
-struct Header {
+struct PictureHeader {
     height: u32,
     width: u32,
     /// The most memory of decoding: pixels as they are stored, in 8 bits, and rotated.
@@ -161,8 +161,8 @@ struct Header {
 }
 
 /// The largest frame that is announced before the first scan.
-fn jpeg_header(file: &[u8]) -> Option<Header> {
-    let mut found: Option<Header> = None;
+fn jpeg_header(file: &[u8]) -> Option<PictureHeader> {
+    let mut found: Option<PictureHeader> = None;
     let mut position = 2;
     loop {
         while file.get(position) == Some(&0xff) && file.get(position + 1) == Some(&0xff) {
@@ -181,8 +181,9 @@ fn jpeg_header(file: &[u8]) -> Option<Header> {
                 // All coefficients of a progressive file are held until its end.
                 let kept = if marker == 0xc0 || marker == 0xc1 { 0 } else { 2 };
                 let bytes_a_pixel = 7 + kept * u64::from(components.max(1));
-                let header = Header { height: height.into(), width: width.into(), bytes_a_pixel };
-                let pixels = |h: &Header| u64::from(h.height) * u64::from(h.width);
+                let header =
+                    PictureHeader { height: height.into(), width: width.into(), bytes_a_pixel };
+                let pixels = |h: &PictureHeader| u64::from(h.height) * u64::from(h.width);
                 if found.as_ref().is_none_or(|found| pixels(found) < pixels(&header)) {
                     found = Some(header);
                 }
@@ -199,7 +200,7 @@ fn jpeg_header(file: &[u8]) -> Option<Header> {
     }
 }
 
-fn png_header(file: &[u8]) -> Option<Header> {
+fn png_header(file: &[u8]) -> Option<PictureHeader> {
     let header = file.get(16..26)?;
     let word = |at: usize| {
         u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
@@ -212,10 +213,10 @@ fn png_header(file: &[u8]) -> Option<Header> {
         _ => 2,
     };
     let bytes_a_pixel = samples * if header[8] == 16 { 2 } else { 1 } + 6;
-    Some(Header { height: word(4), width: word(0), bytes_a_pixel })
+    Some(PictureHeader { height: word(4), width: word(0), bytes_a_pixel })
 }
 
-fn webp_header(file: &[u8]) -> Option<Header> {
+fn webp_header(file: &[u8]) -> Option<PictureHeader> {
     let chunk = file.get(12..30)?;
     let low = |bytes: &[u8]| u32::from(bytes[0]) | u32::from(bytes[1]) << 8;
     let (height, width) = match &chunk[..4] {
@@ -230,7 +231,7 @@ fn webp_header(file: &[u8]) -> Option<Header> {
         }
         _ => return None,
     };
-    Some(Header { height, width, bytes_a_pixel: 16 })
+    Some(PictureHeader { height, width, bytes_a_pixel: 16 })
 }
 
 /// The reason for not reading a file of this size.
@@ -291,7 +292,8 @@ mod tests {
         for (height, width) in [(1, 1), (3, 7), (40, 300), (257, 16)] {
             let picture = picture(height, width);
             let file = |format| encoded(&picture, format);
-            let size = |header: Option<Header>| header.map(|header| (header.height, header.width));
+            let size =
+                |header: Option<PictureHeader>| header.map(|header| (header.height, header.width));
             let expected = Some((height, width));
             assert_eq!(size(jpeg_header(&file(ImageFormat::Jpeg))), expected);
             assert_eq!(size(png_header(&file(ImageFormat::Png))), expected);
@@ -307,7 +309,7 @@ mod tests {
         let frame = [0xff, 0xc0, 0, 8, 8, 0, 9, 0, 2, 3];
         let larger = [0xff, 0xff, 0xff, 0xc2, 0, 8, 8, 1, 0, 0, 2, 3];
         let file = [&[0xff, 0xd8][..], &frame, &larger, &frame].concat();
-        let header = Header { height: 256, width: 2, bytes_a_pixel: 13 };
+        let header = PictureHeader { height: 256, width: 2, bytes_a_pixel: 13 };
         assert_eq!(jpeg_header(&file), Some(header));
     }
 

@@ -13,7 +13,7 @@ use crate::{ALGORITHM, Config, Options, location, names, picture};
 
 /// Turns pictures into the files that every stage reads.
 #[derive(Debug, Parser)]
-struct Arguments {
+struct PrepareArguments {
     /// Experiment file; the program reads its table `[prepare]`.
     #[arg(long, value_name = "FILE", required_unless_present = "fetch")]
     experiment: Option<PathBuf>,
@@ -39,15 +39,16 @@ struct Arguments {
 /// The program: the command line `words` in, the exit status out.
 pub fn program(words: Vec<OsString>) -> ExitCode {
     console::start_logging();
-    let command = Arguments::command().name("prepare").version(format!("algorithm {ALGORITHM}"));
-    let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
+    let command =
+        PrepareArguments::command().name("prepare").version(format!("algorithm {ALGORITHM}"));
+    let arguments = match PrepareArguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
     stage::finish("prepare", &check_or_run(&arguments))
 }
 
-fn check_or_run(arguments: &Arguments) -> Result<()> {
+fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
     // What was read is safe at any moment.
     let _ = INTERRUPT.set(Interrupt::listen()?);
     if let Some(address) = &arguments.fetch {

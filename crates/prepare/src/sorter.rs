@@ -75,11 +75,11 @@ impl Sorter {
     /// # Errors
     ///
     /// The disk refuses.
-    pub fn sorted(mut self) -> Result<Sorted> {
+    pub fn sorted(mut self) -> Result<SortedRecords> {
         if !self.records.is_empty() {
             self.write_run()?;
         }
-        let mut sorted = Sorted { runs: Vec::new(), next: BinaryHeap::new() };
+        let mut sorted = SortedRecords { runs: Vec::new(), next: BinaryHeap::new() };
         for (number, run) in self.runs.into_iter().enumerate() {
             sorted.runs.push(BufReader::with_capacity(BUFFER, run));
             sorted.advance(number)?;
@@ -90,13 +90,13 @@ impl Sorter {
 
 /// The records of a [`Sorter`] in order.
 #[derive(Debug)]
-pub struct Sorted {
+pub struct SortedRecords {
     runs: Vec<BufReader<File>>,
     /// The first record of each run that has one left.
     next: BinaryHeap<Reverse<(Vec<u8>, usize)>>,
 }
 
-impl Sorted {
+impl SortedRecords {
     fn advance(&mut self, run: usize) -> Result<()> {
         let reader = &mut self.runs[run];
         let mut length = [0; 4];
@@ -111,7 +111,7 @@ impl Sorted {
     }
 }
 
-impl Iterator for Sorted {
+impl Iterator for SortedRecords {
     type Item = Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {

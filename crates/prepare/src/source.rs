@@ -25,7 +25,7 @@ use crate::{
 
 /// A source, looked at but not yet read.
 #[derive(Debug)]
-pub enum Source {
+pub enum PictureSource {
     /// IDX files, a pair for each split.
     Idx(Vec<Pair>),
     /// A folder with the binary files of CIFAR.
@@ -50,7 +50,7 @@ pub enum Source {
     Manifest(PathBuf),
 }
 
-impl Source {
+impl PictureSource {
     /// Looks at what lies there: the format that the experiment names, or whichever it turns out to
     /// be.
     ///
@@ -392,8 +392,8 @@ mod tests {
     use super::*;
     use crate::Options;
     use crate::example::{
-        Prepared, assert_has, config, encoded, gzip, jpeg, parquet, png, prepare, prepare_with,
-        put, refusal, scratch, tar, zip,
+        PreparedFiles, assert_has, config, encoded, gzip, jpeg, parquet, png, prepare,
+        prepare_with, put, refusal, scratch, tar, zip,
     };
 
     /// Pictures of two classes: class, name, bytes.
@@ -418,7 +418,7 @@ mod tests {
     }
 
     /// The classes in order of the rows, which do not depend on names.
-    fn classes(read: &Prepared) -> Vec<Option<String>> {
+    fn classes(read: &PreparedFiles) -> Vec<Option<String>> {
         read.classes.clone()
     }
 

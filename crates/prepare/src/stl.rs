@@ -58,9 +58,9 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 ///
-/// A file cannot be read, or see [`Labels`].
+/// A file cannot be read, or see [`StlLabels`].
 pub fn read(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
-    let mut labels = Labels::default();
+    let mut labels = StlLabels::default();
     let name = |path: &&PathBuf| file_name(path);
     for path in paths.iter().filter(|path| is_small(&name(path))) {
         let bytes = std::fs::read(path).with_context(|| format!("reading `{}`", path.display()))?;
@@ -76,9 +76,9 @@ pub fn read(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
 
 /// The small files, which must be read before the pictures.
 #[derive(Debug, Default)]
-pub struct Labels(Vec<(String, Vec<u8>)>);
+pub struct StlLabels(Vec<(String, Vec<u8>)>);
 
-impl Labels {
+impl StlLabels {
     /// Adds a file.
     pub fn add(&mut self, file_name: &str, bytes: Vec<u8>) {
         self.0.push((file_name.to_owned(), bytes));

@@ -14,7 +14,7 @@ use tar::{EntryType, Header};
 use crate::names;
 
 /// Bytes that can be passed over.
-pub trait Input: Read {
+pub trait SkipRead: Read {
     /// Passes over so many bytes. The end may be found only by the next read.
     ///
     /// # Errors
@@ -23,7 +23,7 @@ pub trait Input: Read {
     fn skip(&mut self, bytes: u64) -> io::Result<()>;
 }
 
-impl Input for BufReader<File> {
+impl SkipRead for BufReader<File> {
     fn skip(&mut self, bytes: u64) -> io::Result<()> {
         self.seek_relative(i64::try_from(bytes).map_err(|_| io::ErrorKind::UnexpectedEof)?)
     }
@@ -38,7 +38,7 @@ impl<R: Read> Read for Stream<R> {
     }
 }
 
-impl<R: Read> Input for Stream<R> {
+impl<R: Read> SkipRead for Stream<R> {
     fn skip(&mut self, bytes: u64) -> io::Result<()> {
         match io::copy(&mut self.0.by_ref().take(bytes), &mut io::sink())? == bytes {
             true => Ok(()),
@@ -47,13 +47,13 @@ impl<R: Read> Input for Stream<R> {
     }
 }
 
-impl<I: Input + ?Sized> Input for Box<I> {
+impl<I: SkipRead + ?Sized> SkipRead for Box<I> {
     fn skip(&mut self, bytes: u64) -> io::Result<()> {
         (**self).skip(bytes)
     }
 }
 
-impl<I: Input + ?Sized> Input for &mut I {
+impl<I: SkipRead + ?Sized> SkipRead for &mut I {
     fn skip(&mut self, bytes: u64) -> io::Result<()> {
         (**self).skip(bytes)
     }
@@ -66,7 +66,7 @@ pub const BLOCK: usize = 512;
 const MOST_NAME_BYTES: u64 = 1 << 20;
 
 /// A tar file, at the beginning of a header or within an entry.
-pub struct Reader<I> {
+pub struct TarReader<I> {
     input: I,
     /// How much of the entry is not read yet, and the filling behind it.
     left: u64,
@@ -75,7 +75,7 @@ pub struct Reader<I> {
 
 /// What a header says.
 #[derive(Debug)]
-pub struct Entry {
+pub struct TarEntry {
     /// The name as it stands there, as [`names::text`] renders it.
     pub name: String,
     /// What it is, if it is no plain file: a phrase that follows the name.
@@ -86,7 +86,7 @@ pub struct Entry {
     pub size: u64,
 }
 
-impl<I: Input> Reader<I> {
+impl<I: SkipRead> TarReader<I> {
     /// Begins at the first header.
     pub fn new(input: I) -> Self {
         Self { input, left: 0, filling: 0 }
@@ -97,7 +97,7 @@ impl<I: Input> Reader<I> {
     /// # Errors
     ///
     /// A header is damaged, or the archive ends without the blocks of zeros that end one.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> Result<Option<TarEntry>> {
         let (mut name, mut size) = (None, None);
         loop {
             self.input.skip(self.left + self.filling)?;
@@ -143,7 +143,7 @@ impl<I: Input> Reader<I> {
                     let name = names::text(&name);
                     let other = what_else(kind);
                     let is_folder = kind.is_dir() || other.is_none() && name.ends_with('/');
-                    return Ok(Some(Entry { name, other, is_folder, size: self.left }));
+                    return Ok(Some(TarEntry { name, other, is_folder, size: self.left }));
                 }
             }
         }
@@ -171,7 +171,7 @@ impl<I: Input> Reader<I> {
 }
 
 /// The rest of the entry's bytes.
-impl<I: Input> Read for Reader<I> {
+impl<I: SkipRead> Read for TarReader<I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.input.read(&mut buffer[..most])?;
@@ -180,7 +180,7 @@ impl<I: Input> Read for Reader<I> {
     }
 }
 
-impl<I: Input> Input for Reader<I> {
+impl<I: SkipRead> SkipRead for TarReader<I> {
     fn skip(&mut self, bytes: u64) -> io::Result<()> {
         if bytes > self.left {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -247,7 +247,7 @@ mod tests {
     }
 
     fn entries(archive: &[u8]) -> Result<Vec<(String, String)>> {
-        let mut reader = Reader::new(Stream(archive));
+        let mut reader = TarReader::new(Stream(archive));
         let mut found = Vec::new();
         while let Some(entry) = reader.next_entry()? {
             let mut text = String::new();

@@ -23,7 +23,7 @@ use crate::folder::SOURCE;
 use crate::labels::class_for;
 use crate::names::{self, split_name, split_of};
 use crate::picture;
-use crate::sorter::{Sorted, Sorter};
+use crate::sorter::{SortedRecords, Sorter};
 
 /// A path up to the last point of its last part, and what follows that.
 pub fn stem_and_extension(name: &str) -> (&str, &str) {
@@ -100,7 +100,7 @@ pub fn read(
 ) -> Result<()> {
     let mut samples = 0;
     for (shard, name) in shards.iter().zip(names::below_common_folder(shards)) {
-        let mut labels = Labels::of(shard, within, sink)?;
+        let mut labels = ShardLabels::of(shard, within, sink)?;
         let prefix = if shards.len() > 1 { format!("{name}/") } else { String::new() };
         let split = split_of(&name);
         archive::each(shard, within, |member| {
@@ -161,7 +161,7 @@ fn hand_over(
 
 /// A picture of a shard, or what a file beside it says.
 #[derive(Serialize, Deserialize)]
-struct Part {
+struct ShardPart {
     /// How many pictures and sidecars come before it in the shard.
     place: u64,
     name: String,
@@ -181,11 +181,11 @@ enum Verdict {
 
 /// The verdicts on the pictures and sidecars of a shard, in the order in which they lie there. They
 /// are sorted on disk: memory does not grow with their number.
-struct Labels {
-    verdicts: Sorted,
+struct ShardLabels {
+    verdicts: SortedRecords,
 }
 
-impl Labels {
+impl ShardLabels {
     /// Walks through a shard and decides.
     fn of(shard: &Path, within: &str, sink: &dyn Sink) -> Result<Self> {
         let mut parts = Sorter::new(sink.folder());
@@ -197,7 +197,7 @@ impl Labels {
                 false if is_picture(member, &name)? => None,
                 false => return Ok(true),
             };
-            let part = serde_json::to_vec(&Part { place, name: name.clone(), sidecar })?;
+            let part = serde_json::to_vec(&ShardPart { place, name: name.clone(), sidecar })?;
             // The shortest key that parts with one label can have in common; names have no zero byte.
             let key = keys(&name).last().unwrap_or(&name);
             parts.push(&[key.as_bytes(), &[0], &place.to_be_bytes(), &part])?;
@@ -205,7 +205,7 @@ impl Labels {
             Ok(true)
         })?;
         let mut verdicts = Sorter::new(sink.folder());
-        let mut group: Vec<Part> = Vec::new();
+        let mut group: Vec<ShardPart> = Vec::new();
         let mut last_key = Vec::new();
         for record in parts.sorted()? {
             let record = record?;
@@ -231,13 +231,13 @@ impl Labels {
 /// What is known of a key that has labels.
 #[derive(Default)]
 struct Sample<'a> {
-    sidecars: Vec<&'a Part>,
-    pictures: Vec<&'a Part>,
+    sidecars: Vec<&'a ShardPart>,
+    pictures: Vec<&'a ShardPart>,
 }
 
 /// Decides on the parts whose names are the same up to their first point.
-fn decide(group: &[Part], verdicts: &mut Sorter) -> Result<()> {
-    let mut add = |part: &Part, verdict: Verdict| {
+fn decide(group: &[ShardPart], verdicts: &mut Sorter) -> Result<()> {
+    let mut add = |part: &ShardPart, verdict: Verdict| {
         verdicts.push(&[&part.place.to_be_bytes(), &serde_json::to_vec(&verdict)?])
     };
     let mut samples: BTreeMap<&str, Sample> = BTreeMap::new();

@@ -15,7 +15,7 @@ use flate2::read::DeflateDecoder;
 use crate::names;
 
 /// An open archive.
-pub struct Reader {
+pub struct ZipReader {
     directory: BufReader<File>,
     entries: BufReader<File>,
     /// How much of the directory is left, and where it begins.
@@ -27,7 +27,7 @@ pub struct Reader {
 
 /// What the directory says of an entry.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct ZipEntry {
     /// The name, as [`names::text`] renders it, with `/` between its parts.
     pub name: String,
     /// What it is, if it is no plain file: a phrase that follows the name.
@@ -62,7 +62,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
-impl Reader {
+impl ZipReader {
     /// Opens a file and finds its directory.
     ///
     /// # Errors
@@ -105,7 +105,7 @@ impl Reader {
     /// # Errors
     ///
     /// The directory is damaged.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> Result<Option<ZipEntry>> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -123,7 +123,7 @@ impl Reader {
         let name = name_of(&raw_name, head[5], u16_at(&head, 8));
         // The upper half of the attributes is a file's mode where the archive was made on Unix.
         let is_link = u32_at(&head, 38) >> 28 == 0o12 && head[5] == 3;
-        Ok(Some(Entry {
+        Ok(Some(ZipEntry {
             other: is_link.then_some("is a link"),
             is_folder: name.ends_with('/'),
             name,
@@ -149,7 +149,7 @@ impl Reader {
     /// # Errors
     ///
     /// The entry is not where the directory says: the archive is damaged.
-    pub fn read(&mut self, entry: &Entry, limit: u64) -> Result<Result<Vec<u8>, String>> {
+    pub fn read(&mut self, entry: &ZipEntry, limit: u64) -> Result<Result<Vec<u8>, String>> {
         if entry.size > limit {
             return Ok(Err(crate::picture::too_many_bytes(entry.size, limit)));
         }
@@ -172,7 +172,7 @@ impl Reader {
     }
 
     /// Goes to the data of an entry.
-    fn find(&mut self, entry: &Entry) -> Result<()> {
+    fn find(&mut self, entry: &ZipEntry) -> Result<()> {
         let place = entry.place.checked_add(self.shift).context("out of the file")?;
         ensure!(place < self.start, "behind the directory");
         // A short way ahead lies in the buffer already.

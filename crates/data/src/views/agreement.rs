@@ -11,7 +11,7 @@ use crate::views::resize::{self, Area};
 
 /// What the script wrote.
 #[derive(Deserialize)]
-struct Reference {
+struct ReferenceDraws {
     draws: u64,
     /// Mean and standard deviation over the draws, as below.
     crops: Vec<[f64; 2]>,
@@ -24,7 +24,7 @@ struct Reference {
     operations: std::collections::BTreeMap<String, Vec<i64>>,
 }
 
-fn reference() -> Reference {
+fn reference() -> ReferenceDraws {
     serde_json::from_str(include_str!("../../tests/torchvision.json")).expect("as written")
 }
 
