@@ -4,18 +4,18 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::{Arguments, Measurement, Side};
+use crate::{BenchArguments, Measurement, Side};
 
 /// The unit of `ours` and `peer` of a [`Comparison`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
+pub enum BenchUnit {
     /// Amount per second, such as `images/s`: more is faster.
     PerSecond(&'static str),
     /// Seconds for the whole work: less is faster.
     Seconds,
 }
 
-impl Unit {
+impl BenchUnit {
     /// Returns the value of one turn.
     fn of(self, turn: &Measurement) -> f64 {
         match self {
@@ -72,7 +72,7 @@ impl Comparison {
     pub fn new(
         work: &str,
         keys: Value,
-        unit: Unit,
+        unit: BenchUnit,
         ours: &[Measurement],
         peers: &[(String, Option<String>, Vec<Measurement>)],
     ) -> Self {
@@ -169,10 +169,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 ///
 /// A side fails; the message ends with its stderr.
 pub fn compare(
-    arguments: &Arguments,
+    arguments: &BenchArguments,
     work: &str,
     keys: Value,
-    unit: Unit,
+    unit: BenchUnit,
     mut ours: Side,
     mut peers: Vec<Side>,
 ) -> Result<Comparison> {
@@ -195,13 +195,13 @@ pub fn compare(
 
 /// Prints comparisons one by one, and with JSON all of them at the end.
 #[derive(Debug)]
-pub struct Table {
+pub struct ComparisonTable {
     rows: Vec<Comparison>,
     json: bool,
 }
 
-impl Table {
-    /// A table without rows; `json` from the [`Arguments`].
+impl ComparisonTable {
+    /// A table without rows; `json` from the [`BenchArguments`].
     pub fn new(json: bool) -> Self {
         Self { rows: Vec::new(), json }
     }
@@ -251,14 +251,14 @@ mod tests {
         let row = |unit| {
             Comparison::new("w", json!({ "batch": 7 }), unit, &ours, &[slow.clone(), fast.clone()])
         };
-        let rate = row(Unit::PerSecond("images"));
+        let rate = row(BenchUnit::PerSecond("images"));
         // Ratios of the rounds: 3, 1.5, 4.
         assert_eq!((rate.ratio, rate.ratio_min, rate.ratio_max), (Some(3.), Some(1.5), Some(4.)));
         assert_eq!(rate.processor_ratio, Some(3.));
         assert_eq!((rate.ours, rate.peer), (4., Some(8. / 3.)));
         assert_eq!((rate.peak_mb, rate.peer_peak_mb), (102., Some(102.)));
         assert_eq!(rate.peer_name.as_deref(), Some("fast"));
-        let seconds = row(Unit::Seconds);
+        let seconds = row(BenchUnit::Seconds);
         assert_eq!((seconds.ours, seconds.peer, seconds.ratio), (2., Some(3.), Some(3.)));
 
         let text = serde_json::to_value(&rate).expect("JSON");
@@ -285,16 +285,21 @@ mod tests {
     #[test]
     fn sides_that_do_unequal_amounts_are_compared_by_amount() {
         let peer = ("peer".to_owned(), None, turns(&[1.], 5.));
-        let row =
-            Comparison::new("w", json!({}), Unit::PerSecond("images"), &turns(&[1.], 10.), &[peer]);
+        let row = Comparison::new(
+            "w",
+            json!({}),
+            BenchUnit::PerSecond("images"),
+            &turns(&[1.], 10.),
+            &[peer],
+        );
         assert_eq!(row.ratio, Some(2.));
     }
 
     #[test]
     fn without_a_peer_there_is_no_ratio() {
-        let row = Comparison::new("w", json!({}), Unit::Seconds, &turns(&[2., 1.], 1.), &[]);
+        let row = Comparison::new("w", json!({}), BenchUnit::Seconds, &turns(&[2., 1.], 1.), &[]);
         assert_eq!((row.ours, row.ratio, row.peer_name.as_deref()), (1.5, None, None));
         assert!(serde_json::to_value(&row).expect("JSON")["ratio"].is_null());
-        assert!(Table::new(true).finish().is_err());
+        assert!(ComparisonTable::new(true).finish().is_err());
     }
 }

@@ -7,7 +7,7 @@
 //! machine affects all of them. Peak memory is measured per process, so per side.
 //!
 //! A [`Comparison`] holds the medians over the rounds, and the median, smallest and largest of the
-//! rounds' ratios. A ratio above 1 means that ours is faster, whatever the unit. [`Table`] prints the
+//! rounds' ratios. A ratio above 1 means that ours is faster, whatever the unit. [`ComparisonTable`] prints the
 //! comparisons one by one, and with `--json` one object at the end:
 //!
 //! ```json
@@ -30,12 +30,12 @@ use std::thread::available_parallelism;
 
 use anyhow::Result;
 
-pub use comparison::{Comparison, Table, Unit, compare};
+pub use comparison::{BenchUnit, Comparison, ComparisonTable, compare};
 pub use side::{Measurement, Peers, Side, peak_megabytes, serve};
 
 /// The arguments that every bench program takes.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Arguments {
+pub struct BenchArguments {
     /// Python to compare with. The program names the packages that it lacks.
     #[arg(long, value_name = "PATH")]
     pub peer_python: Option<PathBuf>,
@@ -53,7 +53,7 @@ pub struct Arguments {
     pub threads: Option<NonZero<usize>>,
 }
 
-impl Arguments {
+impl BenchArguments {
     /// Returns the number of threads of each side.
     pub fn threads(&self) -> usize {
         self.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZero::get)

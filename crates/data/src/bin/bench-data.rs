@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use bench::{Peers, Side, Table, Unit};
+use bench::{BenchUnit, ComparisonTable, Peers, Side};
 use clap::Parser;
 use data::decoded::Wish;
 use data::images::{self, Images, StoredPicture};
@@ -31,9 +31,9 @@ use stage::Split;
 
 #[derive(Parser)]
 #[command(name = "bench-data", about = "Times the making of views")]
-struct DataBench {
+struct BenchDataCli {
     #[command(flatten)]
-    shared: bench::Arguments,
+    shared: bench::BenchArguments,
     /// Do this work turn by turn; how the program calls itself.
     #[arg(long, hide = true, value_name = "WORK")]
     side: Option<String>,
@@ -43,9 +43,9 @@ struct DataBench {
 }
 
 /// Pictures, and what is made of them.
-struct ViewsRow {
+struct DataWork {
     name: &'static str,
-    source: Kind,
+    source: DataWorkKind,
     pixels: usize,
     blur: bool,
     /// Pictures of one turn: ours, then of each of [`PEERS`]; about a second or two of work.
@@ -53,7 +53,7 @@ struct ViewsRow {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum DataWorkKind {
     /// Decoded each time, as by the peers.
     Jpeg,
     /// From a decoded copy on disk, made before the first turn; the peers still decode.
@@ -64,45 +64,45 @@ enum Kind {
 
 const PEERS: [&str; 3] = ["torchvision", "torchvision-v2", "lightly"];
 
-const ROWS: [ViewsRow; 6] = [
-    ViewsRow {
+const WORKS: [DataWork; 6] = [
+    DataWork {
         name: "views @32 of arrays",
-        source: Kind::Arrays,
+        source: DataWorkKind::Arrays,
         pixels: 32,
         blur: false,
         images: [65_536, 2_048, 1_024, 2_048],
     },
-    ViewsRow {
+    DataWork {
         name: "views @32 with blur, of arrays",
-        source: Kind::Arrays,
+        source: DataWorkKind::Arrays,
         pixels: 32,
         blur: true,
         images: [65_536, 1_024, 1_024, 1_024],
     },
-    ViewsRow {
+    DataWork {
         name: "views @96 with blur, of JPEG 500x375",
-        source: Kind::Jpeg,
+        source: DataWorkKind::Jpeg,
         pixels: 96,
         blur: true,
         images: [2_048, 512, 512, 512],
     },
-    ViewsRow {
+    DataWork {
         name: "views @224 with blur, of JPEG 500x375",
-        source: Kind::Jpeg,
+        source: DataWorkKind::Jpeg,
         pixels: 224,
         blur: true,
         images: [1_024, 128, 128, 256],
     },
-    ViewsRow {
+    DataWork {
         name: "views @96 with blur, decoded copy",
-        source: Kind::Copy,
+        source: DataWorkKind::Copy,
         pixels: 96,
         blur: true,
         images: [4_096, 512, 512, 512],
     },
-    ViewsRow {
+    DataWork {
         name: "views @224 with blur, decoded copy",
-        source: Kind::Copy,
+        source: DataWorkKind::Copy,
         pixels: 224,
         blur: true,
         images: [1_024, 128, 128, 256],
@@ -115,7 +115,7 @@ const ARRAYS: u64 = 4_096;
 const BATCH: usize = 64;
 
 fn main() -> ExitCode {
-    let arguments = DataBench::parse();
+    let arguments = BenchDataCli::parse();
     let result = match &arguments.side {
         Some(name) => side(name, &arguments.folder.unwrap_or_default(), arguments.shared.threads()),
         None => compare(&arguments.shared),
@@ -123,7 +123,7 @@ fn main() -> ExitCode {
     bench::exit("bench-data", result)
 }
 
-fn compare(arguments: &bench::Arguments) -> Result<()> {
+fn compare(arguments: &bench::BenchArguments) -> Result<()> {
     let program = include_str!("../../bench/peer.py");
     let packages = ["torch", "torchvision", "lightly", "numpy", "PIL"];
     let python = arguments.peer_python.as_deref();
@@ -131,9 +131,9 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
     let folder = tempfile::tempdir().context("making a temporary folder")?;
     make_pictures(folder.path())?;
     let place = folder.path().to_str().context("the temporary folder has a name in UTF-8")?;
-    let (threads, mut table) = (arguments.threads(), Table::new(arguments.json));
+    let (threads, mut table) = (arguments.threads(), ComparisonTable::new(arguments.json));
     let words = threads.to_string();
-    for work in ROWS.iter().filter(|work| arguments.wants(work.name)) {
+    for work in WORKS.iter().filter(|work| arguments.wants(work.name)) {
         let ours = ["--side", work.name, "--folder", place, "--threads", &words];
         let ours = Side::ours(&ours, threads)?;
         let start = |peers: &Peers| -> Result<Vec<Side>> {
@@ -144,19 +144,19 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
             PEERS.iter().zip(&work.images[1..]).map(one).collect()
         };
         let sides = peers.as_ref().map(start).transpose()?.unwrap_or_default();
-        let unit = Unit::PerSecond("images");
+        let unit = BenchUnit::PerSecond("images");
         table.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?);
     }
     table.finish()
 }
 
-impl ViewsRow {
+impl DataWork {
     fn keys(&self) -> Value {
         json!({ "pixels": self.pixels, "blur": self.blur })
     }
 
     fn asked_of(&self, peer: &str, images: usize) -> Value {
-        let source = if self.source == Kind::Arrays { "arrays" } else { "jpeg" };
+        let source = if self.source == DataWorkKind::Arrays { "arrays" } else { "jpeg" };
         json!({
             "peer": peer,
             "source": source,
@@ -210,13 +210,13 @@ impl ViewsRow {
 
 /// Our side.
 fn side(name: &str, folder: &Path, threads: usize) -> Result<()> {
-    let work = ROWS.iter().find(|work| work.name == name);
+    let work = WORKS.iter().find(|work| work.name == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
-    let file = if work.source == Kind::Arrays { RAW } else { ENCODED };
+    let file = if work.source == DataWorkKind::Arrays { RAW } else { ENCODED };
     let images = Images::open(&folder.join(file))?;
     images.keep_decoded(0);
     images.use_decoded_copy(
-        if work.source == Kind::Copy { Wish::Always } else { Wish::Never },
+        if work.source == DataWorkKind::Copy { Wish::Always } else { Wish::Never },
         threads,
     )?;
     let rows: Vec<u32> =

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
-use bench::{Peers, Side, Table, Unit};
+use bench::{BenchUnit, ComparisonTable, Peers, Side};
 use candle_core::Device::Cpu;
 use clap::Parser;
 use serde_json::{Value, json};
@@ -19,32 +19,32 @@ use training::{Learner, Precision, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-embed", about = "Times the embedding of pictures")]
-struct EmbedBench {
+struct BenchEmbedCli {
     #[command(flatten)]
-    shared: bench::Arguments,
+    shared: bench::BenchArguments,
     /// Do this work turn by turn; how the program calls itself.
     #[arg(long, hide = true, value_name = "WORK")]
     side: Option<String>,
 }
 
 /// A network, and the pictures it is fed with.
-struct EmbedRow {
+struct EmbedWork {
     depth: Depth,
     pixels: usize,
     batch: usize,
 }
 
-const ROWS: [EmbedRow; 3] = [
-    EmbedRow { depth: Depth::Eighteen, pixels: 32, batch: 128 },
-    EmbedRow { depth: Depth::ThirtyFour, pixels: 96, batch: 64 },
-    EmbedRow { depth: Depth::ThirtyFour, pixels: 224, batch: 16 },
+const WORKS: [EmbedWork; 3] = [
+    EmbedWork { depth: Depth::Eighteen, pixels: 32, batch: 128 },
+    EmbedWork { depth: Depth::ThirtyFour, pixels: 96, batch: 64 },
+    EmbedWork { depth: Depth::ThirtyFour, pixels: 224, batch: 16 },
 ];
 
 /// Batches of one turn, so that a turn is not over in a moment.
 const BATCHES: usize = 4;
 
 fn main() -> ExitCode {
-    let arguments = EmbedBench::parse();
+    let arguments = BenchEmbedCli::parse();
     let result = match &arguments.side {
         Some(name) => side(name),
         None => compare(&arguments.shared),
@@ -52,13 +52,13 @@ fn main() -> ExitCode {
     bench::exit("bench-embed", result)
 }
 
-fn compare(arguments: &bench::Arguments) -> Result<()> {
+fn compare(arguments: &bench::BenchArguments) -> Result<()> {
     let python = arguments.peer_python.as_deref();
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
-    let mut table = Table::new(arguments.json);
-    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
+    let mut table = ComparisonTable::new(arguments.json);
+    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
         let peer = peers.as_ref().map(|peers| {
@@ -66,12 +66,19 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
             peers.start("PyTorch", &words.map(String::as_str), threads)
         });
         let peers = peer.transpose()?.into_iter().collect();
-        table.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
+        table.add(bench::compare(
+            arguments,
+            &name,
+            keys,
+            BenchUnit::PerSecond("images"),
+            ours,
+            peers,
+        )?);
     }
     table.finish()
 }
 
-impl EmbedRow {
+impl EmbedWork {
     fn name(&self) -> String {
         let Self { pixels, batch, .. } = self;
         format!("{} @{pixels} batch {batch} bf16", self.backbone())
@@ -106,9 +113,9 @@ impl EmbedRow {
 
 /// Our side.
 fn side(name: &str) -> Result<()> {
-    let work = ROWS.iter().find(|work| work.name() == name);
+    let work = WORKS.iter().find(|work| work.name() == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
-    let &EmbedRow { pixels, batch, .. } = work;
+    let &EmbedWork { pixels, batch, .. } = work;
     let optimizer = SgdTable {
         peak_learning_rate: 0.05,
         predictor_learning_rate_factor: 1.,

@@ -20,7 +20,7 @@ use assignment::{
     KMeans, Metric, Shards, Streaming, contingency, k_means, k_means_from, k_means_mini_batch,
     k_means_streaming, nearest_neighbours,
 };
-use bench::{Comparison, Peers, Side, Table, Unit};
+use bench::{BenchUnit, Comparison, ComparisonTable, Peers, Side};
 use clap::Parser;
 use metrics::agreement::{Mean, accuracy, adjusted_rand_index, normalized_mutual_information};
 use rand::RngExt;
@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 #[command(name = "bench-assignment", about = "Times k-means, neighbours and scores")]
 struct AssignmentBench {
     #[command(flatten)]
-    shared: bench::Arguments,
+    shared: bench::BenchArguments,
     /// Use a hundredth of the size, to test the bench.
     #[arg(long)]
     small: bool,
@@ -128,7 +128,7 @@ fn compare(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &PACKAGES, program)).transpose()?;
     let threads = shared.threads();
-    let mut table = Table::new(shared.json);
+    let mut table = ComparisonTable::new(shared.json);
     for work in works(*small, threads).iter().filter(|work| shared.wants(work.name)) {
         let folder = tempfile::tempdir().context("making a temporary folder")?;
         write_data(work, folder.path())?;
@@ -139,7 +139,7 @@ fn compare(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()
             work.peers.iter().map(start).collect::<Result<Vec<Side>>>()
         })?;
         let keys = serde_json::to_value(&work.shape)?;
-        let mut row = bench::compare(shared, work.name, keys, Unit::Seconds, ours, started)?;
+        let mut row = bench::compare(shared, work.name, keys, BenchUnit::Seconds, ours, started)?;
         let names = if peers.is_some() { work.peers } else { &[] };
         // A hundredth of the points has other local optima.
         let tolerance = if *small { 1e-2 } else { 1e-4 };

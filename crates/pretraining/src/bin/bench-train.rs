@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
-use bench::{Peers, Side, Table, Unit};
+use bench::{BenchUnit, ComparisonTable, Peers, Side};
 use candle_core::{Device::Cpu, Tensor};
 use clap::Parser;
 use layers::profile;
@@ -26,9 +26,9 @@ use training::{Advice, Learner, Precision, Run, RunPlan, SgdTable};
 
 #[derive(Parser)]
 #[command(name = "bench-train", about = "Times whole steps of BYOL")]
-struct TrainBench {
+struct BenchTrainCli {
     #[command(flatten)]
-    shared: bench::Arguments,
+    shared: bench::BenchArguments,
     /// Say where the time of our steps goes, instead of comparing them.
     #[arg(long, conflicts_with = "peer_python")]
     profile: bool,
@@ -38,22 +38,22 @@ struct TrainBench {
 }
 
 /// A network, the pictures it is fed with, and the number type.
-struct TrainRow {
+struct TrainWork {
     depth: Depth,
     pixels: usize,
     batch: usize,
     precision: Precision,
 }
 
-const ROWS: [TrainRow; 4] = [
-    TrainRow { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
-    TrainRow { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
-    TrainRow { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
-    TrainRow { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
+const WORKS: [TrainWork; 4] = [
+    TrainWork { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
+    TrainWork { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
+    TrainWork { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
+    TrainWork { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
 ];
 
 fn main() -> ExitCode {
-    let arguments = TrainBench::parse();
+    let arguments = BenchTrainCli::parse();
     let result = match &arguments.side {
         Some(name) => side(name),
         None if arguments.profile => profile(&arguments.shared),
@@ -62,13 +62,13 @@ fn main() -> ExitCode {
     bench::exit("bench-train", result)
 }
 
-fn compare(arguments: &bench::Arguments) -> Result<()> {
+fn compare(arguments: &bench::BenchArguments) -> Result<()> {
     let python = arguments.peer_python.as_deref();
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
-    let mut table = Table::new(arguments.json);
-    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
+    let mut table = ComparisonTable::new(arguments.json);
+    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
         let peer = peers.as_ref().map(|peers| {
@@ -76,14 +76,21 @@ fn compare(arguments: &bench::Arguments) -> Result<()> {
             peers.start("PyTorch", &[&keys.to_string(), &threads_word], threads)
         });
         let peers = peer.transpose()?.into_iter().collect();
-        table.add(bench::compare(arguments, &name, keys, Unit::PerSecond("images"), ours, peers)?);
+        table.add(bench::compare(
+            arguments,
+            &name,
+            keys,
+            BenchUnit::PerSecond("images"),
+            ours,
+            peers,
+        )?);
     }
     table.finish()
 }
 
-impl TrainRow {
+impl TrainWork {
     fn named(name: &str) -> Result<&'static Self> {
-        ROWS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
+        WORKS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
     }
 
     fn name(&self) -> String {
@@ -150,7 +157,7 @@ const RATES: Rates = Rates { learning_rate: 0.05, target_decay: 0.996, noise: 0.
 
 /// Our side: steps as a run of the stage takes them.
 fn side(name: &str) -> Result<()> {
-    let work = TrainRow::named(name)?;
+    let work = TrainWork::named(name)?;
     let folder = tempfile::tempdir()?;
     let data = DataTable { clusters: 2, train_on: vec![], score_on: vec![] };
     let job = Job::new("pretraining", "none", folder.path(), data);
@@ -175,8 +182,8 @@ const PARTS: [&str; 6] =
     ["target", "online", "loss and its gradient", "backward", "optimizer", "moving average"];
 
 /// Prints, over the rounds, the mean time of each part and of each kind of layer.
-fn profile(arguments: &bench::Arguments) -> Result<()> {
-    for work in ROWS.iter().filter(|work| arguments.wants(&work.name())) {
+fn profile(arguments: &bench::BenchArguments) -> Result<()> {
+    for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (mut learner, views) = (work.learner()?, work.views()?);
         timed_parts(&mut learner, &views)?; // Memory is taken, weights are arranged.
         let rounds = arguments.rounds as usize;
