@@ -16,7 +16,7 @@ use crate::{become_program, cargo};
 
 /// What is asked for on the command line.
 #[derive(Debug, clap::Args)]
-pub struct Options {
+pub struct BenchOptions {
     /// What to time: train, embed, data, assignment, as far as there are programs for them.
     what: String,
     /// A Python that has the libraries to compare with.
@@ -31,7 +31,7 @@ pub struct Options {
 }
 
 /// Builds the program and becomes it.
-pub fn run(mut options: Options) -> Result<ExitCode> {
+pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
     options.resolve_python()?;
     let root = cargo::root()?;
     let found = bench_programs(&root.join("crates"))?;
@@ -50,7 +50,7 @@ pub fn run(mut options: Options) -> Result<ExitCode> {
     become_program(command.args(&options.rest).current_dir(root))
 }
 
-impl Options {
+impl BenchOptions {
     /// Makes the Python's path absolute. A mere name is looked up where commands are; a link is not
     /// followed, since a virtual environment is one.
     fn resolve_python(&mut self) -> Result<()> {
@@ -96,9 +96,9 @@ fn bench_programs(crates: &Path) -> Result<BTreeMap<String, String>> {
 mod tests {
     use super::*;
 
-    fn options(what: &str, peer_python: Option<&str>) -> Options {
+    fn options(what: &str, peer_python: Option<&str>) -> BenchOptions {
         let peer_python = peer_python.map(PathBuf::from);
-        Options { what: what.into(), peer_python, json: false, rest: vec![] }
+        BenchOptions { what: what.into(), peer_python, json: false, rest: vec![] }
     }
 
     #[test]

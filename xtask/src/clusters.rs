@@ -8,15 +8,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use stage::{Output, Spec};
 
-use crate::Session;
+use crate::CommandContext;
 use crate::process::Process;
-use crate::programs::Program;
+use crate::programs::Executable;
 use crate::record::Which;
 use crate::store::Hold;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
-pub struct Options {
+pub struct ClustersOptions {
     #[command(flatten)]
     which: Which,
     /// Fewest clusters.
@@ -39,9 +39,9 @@ pub const CLUSTERS: &str = "clusters";
 const FILE: &str = "embeddings.safetensors";
 
 /// Finds the embeddings and starts the helper on them.
-pub fn run(session: &Session, options: &Options) -> Result<()> {
+pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     let (embeddings, _held) = embeddings_of(session, &options.which)?;
-    let program = Program::own(CLUSTERS, &session.registry)?;
+    let program = Executable::own(CLUSTERS, &session.registry)?;
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
     for (flag, value) in [
         ("--from", options.from as u64),
@@ -60,7 +60,7 @@ pub fn run(session: &Session, options: &Options) -> Result<()> {
 
 /// The file that is meant: the one named, the one in the folder named, or that of the run's last
 /// finished step that embeds.
-fn embeddings_of(session: &Session, which: &Which) -> Result<(PathBuf, Vec<Hold>)> {
+fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Vec<Hold>)> {
     let named = PathBuf::from(&which.run);
     for file in [named.clone(), named.join(FILE)] {
         if file.is_file() && file.extension().is_some_and(|extension| extension == "safetensors") {

@@ -11,12 +11,12 @@ use stage::{DeviceChoice, Interrupt, Status};
 
 use crate::programs::HELPER;
 use crate::reproduce::resolved;
-use crate::{Registry, Session, clusters, compare, predict, prepare, report, reproduce};
+use crate::{CommandContext, Registry, clusters, compare, predict, prepare, report, reproduce};
 
 /// Sorts unlabelled images into groups: deep image clustering.
 #[derive(Debug, Parser)]
 #[command(name = "assort", bin_name = "assort", disable_version_flag = true)]
-struct CommandLine {
+struct AssortCli {
     #[command(subcommand)]
     command: Command,
 }
@@ -26,7 +26,7 @@ enum Command {
     /// Run an experiment from pictures to scores; what is done already is not done again.
     Reproduce {
         #[command(flatten)]
-        options: reproduce::Options,
+        options: reproduce::ReproduceOptions,
         /// Run the seeds 0 to N - 1.
         #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
@@ -37,14 +37,14 @@ enum Command {
     /// Bring pictures into the form that every stage reads, and print the folder that holds them.
     Prepare {
         #[command(flatten)]
-        options: prepare::Options,
+        options: prepare::PrepareOptions,
     },
     /// Run one step of an experiment, on what the steps before it left.
     Stage {
         /// What the step is for: prepare, a place of the experiment's `[rounds]`, or metrics.
         place: String,
         #[command(flatten)]
-        options: reproduce::Options,
+        options: reproduce::ReproduceOptions,
         /// Which round; the first that has this step when not given.
         #[arg(long, value_name = "T")]
         round: Option<usize>,
@@ -52,24 +52,24 @@ enum Command {
     /// Run all systems on one data set, with equal backbone and effort, and print one table.
     Compare {
         #[command(flatten)]
-        options: compare::Options,
+        options: compare::CompareOptions,
     },
     /// Write a run as a page to look at, a table, and folders of pictures.
     Report {
         #[command(flatten)]
-        options: report::Options,
+        options: report::ReportOptions,
     },
     /// Tell which clusters other pictures belong to, by what a run has learnt.
     Predict {
         #[command(flatten)]
-        options: predict::Options,
+        options: predict::PredictOptions,
     },
     /// Guess how many clusters a run's embeddings hold: a curve of scores without ground truth.
     ///
     /// RUN may also be the folder of an embed step, or the file of its embeddings.
     Clusters {
         #[command(flatten)]
-        options: clusters::Options,
+        options: clusters::ClustersOptions,
     },
     /// Name the experiments.
     List,
@@ -135,11 +135,11 @@ fn parsed_and_followed(registry: Registry, words: Vec<OsString>) -> Result<ExitC
         Ok(matches) => matches,
         Err(error) => return explained(&error),
     };
-    let parsed = match CommandLine::from_arg_matches(&matches) {
+    let parsed = match AssortCli::from_arg_matches(&matches) {
         Ok(parsed) => parsed,
         Err(error) => return explained(&error),
     };
-    let session = Session { registry, interrupt: Interrupt::listen_without_exit()? };
+    let session = CommandContext { registry, interrupt: Interrupt::listen_without_exit()? };
     follow(&session, parsed.command)
 }
 
@@ -156,13 +156,13 @@ fn explained(error: &clap::Error) -> Result<ExitCode> {
 /// The command line with the stages, for parsing, help, completions and manual pages.
 fn command(registry: &Registry) -> clap::Command {
     let stages = registry.stages.iter().map(|stage| {
-        stage::Arguments::command()
+        stage::StageArguments::command()
             .name(stage.spec.name)
             .about("A stage by itself: files in, files out")
             .hide(true)
     });
     let names: Vec<&str> = registry.stages.iter().map(|stage| stage.spec.name).collect();
-    CommandLine::command()
+    AssortCli::command()
         .subcommands(stages)
         .help_template(HELP.replace("{stages}", &names.join(" ")))
 }
@@ -201,7 +201,7 @@ Exit status: 0 done, 2 bad input, 3 interrupted (the same command resumes),
 4 diverged or collapsed, 5 the machine failed.
 ";
 
-fn follow(session: &Session, command: Command) -> Result<ExitCode> {
+fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
     match command {
         Command::Reproduce { options, seeds, json } => {
             let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
@@ -227,7 +227,7 @@ fn follow(session: &Session, command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn list(session: &Session) -> Result<()> {
+fn list(session: &CommandContext) -> Result<()> {
     let library = &session.registry.library;
     let names = library.names()?;
     let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        CommandLine::command().debug_assert();
+        AssortCli::command().debug_assert();
     }
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
         let help = HELP;
         assert!(help.lines().count() <= 40, "{} lines", help.lines().count());
         assert!(help.lines().all(|line| line.chars().count() <= 80));
-        for command in CommandLine::command().get_subcommands() {
+        for command in AssortCli::command().get_subcommands() {
             let name = command.get_name();
             assert!(help.contains(&format!("\n  {name} ")), "{name} is missing");
         }

@@ -15,12 +15,12 @@ use stage::console::{print, print_line};
 use stage::{Experiment, Spec};
 use toml::Value as Toml;
 
-use crate::Session;
-use crate::cost::Cost;
-use crate::plan::{Arm, Plan};
+use crate::CommandContext;
+use crate::cost::StepCost;
+use crate::plan::{Arm, RunPlan};
 use crate::reproduce::resolved;
-use crate::results::{Metrics, Scores, Statistic, aligned, statistic_json};
-use crate::run::Run;
+use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, statistic_json};
+use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
 use crate::store::Hold;
 
@@ -31,7 +31,7 @@ const TOLERANCE: f64 = 0.05;
 /// or with `reproduce --set`.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
-pub struct Options {
+pub struct CompareOptions {
     /// The data set: its experiment is PLDC, `<data set>-<system>` another system.
     data_set: String,
     /// Run the seeds 0 to N - 1.
@@ -44,11 +44,11 @@ pub struct Options {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    setup: setup::Options,
+    setup: setup::SetupOptions,
 }
 
 /// Runs what is not done and prints the table.
-pub fn run(session: &Session, options: &Options) -> Result<()> {
+pub fn run(session: &CommandContext, options: &CompareOptions) -> Result<()> {
     let systems = systems(session, &options.data_set)?;
     let setups = systems
         .iter()
@@ -62,10 +62,10 @@ pub fn run(session: &Session, options: &Options) -> Result<()> {
     let _data = setups.iter().map(Setup::prepare).collect::<Result<Vec<Hold>>>()?;
     let mut entries = Vec::new();
     for (system, setup) in systems.iter().zip(&setups) {
-        let runs = (0..options.seeds).map(|seed| Run::new(seed, setup));
-        entries.push(Entry::new(system, runs.collect::<Result<_>>()?)?);
+        let runs = (0..options.seeds).map(|seed| ExperimentRun::new(seed, setup));
+        entries.push(ComparedSystem::new(system, runs.collect::<Result<_>>()?)?);
     }
-    let comparison = Comparison::of(entries, &session.registry.specs())?;
+    let comparison = SystemComparison::of(entries, &session.registry.specs())?;
     if !comparison.problems.is_empty() && !options.unequal {
         bail!(
             "the systems are not comparable: {}; --unequal compares them anyway",
@@ -85,7 +85,7 @@ pub fn run(session: &Session, options: &Options) -> Result<()> {
         &comparison.problems,
     )?)?;
     if options.json {
-        let rows: Vec<Value> = rows.iter().map(Row::json).collect();
+        let rows: Vec<Value> = rows.iter().map(CompareRow::json).collect();
         let problems = &comparison.problems;
         print_line(json!({ "rows": rows, "seeds": options.seeds, "problems": problems }))?;
     }
@@ -95,15 +95,15 @@ pub fn run(session: &Session, options: &Options) -> Result<()> {
 /// A system's experiment on the data set.
 struct System {
     experiment: Experiment,
-    plan: Plan,
+    plan: RunPlan,
 }
 
 /// The systems on a data set: PLDC first, then those that are one stage.
-fn systems(session: &Session, data_set: &str) -> Result<Vec<System>> {
+fn systems(session: &CommandContext, data_set: &str) -> Result<Vec<System>> {
     let stages = session.registry.specs();
     let open = |word: &str| -> Result<System> {
         let experiment = resolved(session, word, &[])?;
-        let plan = Plan::of(&experiment, &stages)?;
+        let plan = RunPlan::of(&experiment, &stages)?;
         Ok(System { experiment, plan })
     };
     let known = session.registry.library.names()?;
@@ -148,15 +148,15 @@ fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
 }
 
 /// A system with its runs, one for each seed, and its declared effort.
-struct Entry<'a> {
+struct ComparedSystem<'a> {
     system: &'a System,
-    runs: Vec<Run<'a>>,
+    runs: Vec<ExperimentRun<'a>>,
     /// Pictures through the backbone; `None` where a program does not say.
     effort: Option<f64>,
 }
 
-impl<'a> Entry<'a> {
-    fn new(system: &'a System, runs: Vec<Run<'a>>) -> Result<Self> {
+impl<'a> ComparedSystem<'a> {
+    fn new(system: &'a System, runs: Vec<ExperimentRun<'a>>) -> Result<Self> {
         let mut entry = Self { system, runs, effort: None };
         entry.effort = entry.effort_of(Arm::Main)?;
         Ok(entry)
@@ -180,20 +180,26 @@ impl<'a> Entry<'a> {
     }
 
     /// A row of these scores of the last step of `arm` that writes any.
-    fn row(&self, name: String, arm: Arm, of: fn(&Metrics) -> Option<Scores>) -> Result<Row> {
+    fn row(
+        &self,
+        name: String,
+        arm: Arm,
+        of: fn(&MetricsFile) -> Option<ClassAgreement>,
+    ) -> Result<CompareRow> {
         let last = self.system.plan.scores(arm).last();
         let last = last.context("nothing that the experiment runs is scored")?;
         let found = self
             .runs
             .iter()
-            .map(|run| Ok(of(&Metrics::read(&run.folder(last))?)))
+            .map(|run| Ok(of(&MetricsFile::read(&run.folder(last))?)))
             .collect::<Result<Vec<_>>>()?;
-        let score = |part: fn(Scores) -> Option<f64>| {
+        let score = |part: fn(ClassAgreement) -> Option<f64>| {
             Statistic::of(found.iter().map(|scores| scores.and_then(part)))
         };
-        let costs: Vec<Option<Cost>> = self.runs.iter().map(|run| self.cost(run, arm)).collect();
+        let costs: Vec<Option<StepCost>> =
+            self.runs.iter().map(|run| self.cost(run, arm)).collect();
         let seconds = costs.iter().map(|cost| cost.map(|cost| cost.seconds));
-        Ok(Row {
+        Ok(CompareRow {
             system: name,
             experiment: self.name().to_owned(),
             scores: [score(|s| s.acc), score(|s| s.nmi), score(|s| s.ari)],
@@ -205,20 +211,20 @@ impl<'a> Entry<'a> {
     }
 
     /// Cost of all steps of an arm; `None` where one ran before costs were kept.
-    fn cost(&self, run: &Run, arm: Arm) -> Option<Cost> {
-        let costs = self.system.plan.of_arm(arm).map(|step| Cost::read(&run.folder(step)));
-        costs.into_iter().try_fold(Cost::default(), |sum, cost| Some(sum.and(cost?)))
+    fn cost(&self, run: &ExperimentRun, arm: Arm) -> Option<StepCost> {
+        let costs = self.system.plan.of_arm(arm).map(|step| StepCost::read(&run.folder(step)));
+        costs.into_iter().try_fold(StepCost::default(), |sum, cost| Some(sum.and(cost?)))
     }
 }
 
 /// All systems, PLDC first, and what keeps them from being comparable.
-struct Comparison<'a> {
-    entries: Vec<Entry<'a>>,
+struct SystemComparison<'a> {
+    entries: Vec<ComparedSystem<'a>>,
     problems: Vec<String>,
 }
 
-impl<'a> Comparison<'a> {
-    fn of(entries: Vec<Entry<'a>>, stages: &[Spec]) -> Result<Self> {
+impl<'a> SystemComparison<'a> {
+    fn of(entries: Vec<ComparedSystem<'a>>, stages: &[Spec]) -> Result<Self> {
         let first = entries.first().context("no experiment to compare")?;
         let mut problems = Vec::new();
         let its_backbone = backbone(&first.system.experiment, stages);
@@ -245,7 +251,7 @@ impl<'a> Comparison<'a> {
         Ok(Self { entries, problems })
     }
 
-    fn first(&self) -> &Entry<'a> {
+    fn first(&self) -> &ComparedSystem<'a> {
         &self.entries[0]
     }
 
@@ -259,7 +265,7 @@ impl<'a> Comparison<'a> {
 
     /// Runs all systems, and the control of the first, which is the line to beat.
     fn execute(&self) -> Result<()> {
-        let steps = |position: usize, entry: &Entry| -> Vec<usize> {
+        let steps = |position: usize, entry: &ComparedSystem| -> Vec<usize> {
             let plan = &entry.system.plan;
             let control = plan.of_arm(Arm::Control).filter(|_| position == 0);
             plan.of_arm(Arm::Main).chain(control).collect()
@@ -276,11 +282,15 @@ impl<'a> Comparison<'a> {
     }
 
     /// The line to beat, then a row for each system.
-    fn rows(&self) -> Result<Vec<Row>> {
+    fn rows(&self) -> Result<Vec<CompareRow>> {
         let first = self.first();
         let mut rows = Vec::new();
-        let mut add = |row: Row, effort: Option<f64>| {
-            rows.push(Row { effort: relative(effort, first.effort), pictures: effort, ..row });
+        let mut add = |row: CompareRow, effort: Option<f64>| {
+            rows.push(CompareRow {
+                effort: relative(effort, first.effort),
+                pictures: effort,
+                ..row
+            });
         };
         if first.system.plan.scores(Arm::Control).next().is_some() {
             let name = "k-means on BYOL".to_owned();
@@ -301,7 +311,7 @@ fn relative(effort: Option<f64>, to: Option<f64>) -> Option<f64> {
 
 /// One line of the table.
 #[derive(Debug, Clone)]
-struct Row {
+struct CompareRow {
     system: String,
     experiment: String,
     /// ACC, NMI, ARI.
@@ -314,7 +324,7 @@ struct Row {
     effort: Option<f64>,
 }
 
-impl Row {
+impl CompareRow {
     fn json(&self) -> Value {
         let [acc, nmi, ari] = &self.scores;
         json!({
@@ -336,7 +346,12 @@ impl Row {
 const COLUMNS: [&str; 7] = ["", "ACC", "NMI", "ARI", "seconds", "peak MB", "effort"];
 
 /// The table, scores in per cent, seconds of one seed.
-fn table(experiment: &Experiment, rows: &[Row], seeds: u64, problems: &[String]) -> Result<String> {
+fn table(
+    experiment: &Experiment,
+    rows: &[CompareRow],
+    seeds: u64,
+    problems: &[String],
+) -> Result<String> {
     let mut text = format!("{}, seeds 0 to {}\n\n", experiment.title()?, seeds - 1);
     let absent = || "-".to_owned();
     let mut lines = vec![COLUMNS.map(str::to_owned).to_vec()];
@@ -409,7 +424,7 @@ mod tests {
     #[test]
     fn the_table_has_a_row_for_each_system_and_says_what_is_not_equal() {
         let scores = |value: f64| Statistic::of([Some(value), Some(value)].into_iter());
-        let row = Row {
+        let row = CompareRow {
             system: "SeCu".into(),
             experiment: "digits-secu".into(),
             scores: [scores(0.9), scores(0.8), None],

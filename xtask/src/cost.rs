@@ -16,14 +16,14 @@ const NAME: &str = "cost.jsonl";
 /// Time and memory of a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Cost {
+pub struct StepCost {
     /// From start to end, over all times it was started.
     pub seconds: f64,
     /// Most memory that was in use at once, in bytes; absent where the system does not tell.
     pub peak_bytes: Option<u64>,
 }
 
-impl Cost {
+impl StepCost {
     /// Both together, one after the other.
     pub fn and(self, other: Self) -> Self {
         Self {
@@ -71,15 +71,18 @@ mod tests {
     #[test]
     fn costs_of_a_step_that_went_on_add_up() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert_eq!(Cost::read(folder.path()), None);
-        let first = Cost { seconds: 2., peak_bytes: Some(100) };
+        assert_eq!(StepCost::read(folder.path()), None);
+        let first = StepCost { seconds: 2., peak_bytes: Some(100) };
         first.add_to(folder.path()).expect("written");
-        Cost { seconds: 1.5, peak_bytes: None }.add_to(folder.path()).expect("written");
-        let sum = Cost { seconds: 3.5, peak_bytes: Some(100) };
-        assert_eq!(Cost::read(folder.path()), Some(sum));
+        StepCost { seconds: 1.5, peak_bytes: None }.add_to(folder.path()).expect("written");
+        let sum = StepCost { seconds: 3.5, peak_bytes: Some(100) };
+        assert_eq!(StepCost::read(folder.path()), Some(sum));
         let names = fs::read_dir(folder.path()).expect("there").count();
         assert_eq!(names, 1, "only the one file");
-        assert_eq!(first.and(Cost { seconds: 1., peak_bytes: Some(300) }).peak_bytes, Some(300));
+        assert_eq!(
+            first.and(StepCost { seconds: 1., peak_bytes: Some(300) }).peak_bytes,
+            Some(300)
+        );
     }
 
     #[test]

@@ -15,23 +15,23 @@ use stage::digest::sha256;
 use stage::{DeviceChoice, Experiment};
 
 use crate::plan::Step;
-use crate::programs::{Program, table_of};
+use crate::programs::{Executable, table_of};
 
 /// The name of a result: what it is, and a digest of everything it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Key {
+pub struct StoreKey {
     name: String,
     /// The value that the digest was taken of, for people who wonder why two keys differ.
     pub record: Value,
 }
 
-impl fmt::Display for Key {
+impl fmt::Display for StoreKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
 }
 
-impl Key {
+impl StoreKey {
     /// The key of a record; `what` goes in front of the digest, so that a path can be read.
     pub fn of(what: &str, record: Value) -> Self {
         // 64 bits of the digest: a collision is not to be expected in a lifetime of runs.
@@ -48,7 +48,7 @@ impl Key {
     pub fn of_step(
         step: &Step,
         experiment: &Experiment,
-        program: &Program,
+        program: &Executable,
         surroundings: &Surroundings,
         inputs: BTreeMap<&str, String>,
     ) -> Self {
@@ -155,8 +155,8 @@ mod tests {
         }
     }
 
-    fn program() -> Program {
-        Program {
+    fn program() -> Executable {
+        Executable {
             path: "bin/assort".into(),
             identity: json!({ "name": "embed", "algorithm": 1 }),
             words: Some(vec!["embed"]),
@@ -168,9 +168,9 @@ mod tests {
         Surroundings { seed: 0, machine, images: "some".into() }
     }
 
-    fn key(step: &Step, text: &str, program: &Program, surroundings: &Surroundings) -> String {
+    fn key(step: &Step, text: &str, program: &Executable, surroundings: &Surroundings) -> String {
         let inputs = BTreeMap::from([("network", "pretraining-1".to_owned())]);
-        Key::of_step(step, &experiment(text), program, surroundings, inputs).to_string()
+        StoreKey::of_step(step, &experiment(text), program, surroundings, inputs).to_string()
     }
 
     #[test]
@@ -180,12 +180,12 @@ mod tests {
 
         let of_step = |step: Step| key(&step, TEXT, &program(), &surroundings());
         let of_text = |text: &str| key(&step(), text, &program(), &surroundings());
-        let of_program = |program: Program| key(&step(), TEXT, &program, &surroundings());
+        let of_program = |program: Executable| key(&step(), TEXT, &program, &surroundings());
         let in_these = |surroundings: Surroundings| key(&step(), TEXT, &program(), &surroundings);
         let same = [
             of_text(&TEXT.replace("heads = 6", "heads = 7")),
             of_step(Step { arm: Arm::Control, ..step() }),
-            of_program(Program { path: "other/assort".into(), ..program() }),
+            of_program(Executable { path: "other/assort".into(), ..program() }),
             in_these(Surroundings {
                 machine: machine(DeviceChoice::Cpu, &["cuda"]),
                 ..surroundings()
@@ -199,7 +199,7 @@ mod tests {
             of_text(&TEXT.replace("clusters = 3", "clusters = 4")),
             of_step(Step { round: 2, ..step() }),
             of_step(Step { rounds: 3, ..step() }),
-            of_program(Program {
+            of_program(Executable {
                 identity: json!({ "name": "embed", "algorithm": 2 }),
                 ..program()
             }),
@@ -209,8 +209,14 @@ mod tests {
                 ..surroundings()
             }),
             in_these(Surroundings { images: "other".into(), ..surroundings() }),
-            Key::of_step(&step(), &experiment(TEXT), &program(), &surroundings(), BTreeMap::new())
-                .to_string(),
+            StoreKey::of_step(
+                &step(),
+                &experiment(TEXT),
+                &program(),
+                &surroundings(),
+                BTreeMap::new(),
+            )
+            .to_string(),
         ];
         for other in different {
             assert_ne!(other, first);

@@ -100,7 +100,7 @@ impl Registry {
 
 /// What every command needs: what the program brings along, and whether it is to stop.
 #[derive(Debug)]
-struct Session {
+struct CommandContext {
     registry: Registry,
     /// Raised when the user or the system asks to stop.
     interrupt: Interrupt,

@@ -23,16 +23,16 @@ use stage::console::{print, print_error, start_logging};
 /// the commands. Relative paths start at the root of the workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
-struct CommandLine {
+struct XtaskCli {
     /// Build `assort` with these features of cargo: cuda, cudnn, metal.
     #[arg(long, value_name = "LIST", global = true)]
     features: Option<String>,
     #[command(subcommand)]
-    command: Task,
+    command: XtaskCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Task {
+enum XtaskCommand {
     /// Sets up what building with `--features cuda,cudnn` needs, and prints the variables to set:
     /// eval "$(cargo xtask cuda-toolchain)".
     CudaToolchain {
@@ -49,7 +49,7 @@ enum Task {
     /// Times our programs, and other libraries beside them.
     Bench {
         #[command(flatten)]
-        options: bench::Options,
+        options: bench::BenchOptions,
     },
     /// A command of `assort`.
     #[command(external_subcommand)]
@@ -58,13 +58,13 @@ enum Task {
 
 fn main() -> ExitCode {
     start_logging();
-    let CommandLine { features, command } = CommandLine::parse();
+    let XtaskCli { features, command } = XtaskCli::parse();
     let result = match command {
-        Task::CudaToolchain { folder, python, capability } => {
+        XtaskCommand::CudaToolchain { folder, python, capability } => {
             set_up_cuda(&folder, &python, capability)
         }
-        Task::Bench { options } => bench::run(options),
-        Task::Assort(words) => assort(words, features),
+        XtaskCommand::Bench { options } => bench::run(options),
+        XtaskCommand::Assort(words) => assort(words, features),
     };
     result.unwrap_or_else(|error| stage::finish("xtask", &Err(error)))
 }

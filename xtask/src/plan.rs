@@ -33,7 +33,7 @@ impl fmt::Display for Arm {
 
 /// Where an input comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Input {
+pub enum StepInput {
     /// An earlier step of the plan, by its position.
     Step(usize),
     /// The prepared folder.
@@ -54,7 +54,7 @@ pub struct Step {
     /// The crate or executable that fills the place.
     pub program: String,
     /// Inputs by role.
-    pub inputs: Vec<(&'static str, Input)>,
+    pub inputs: Vec<(&'static str, StepInput)>,
 }
 
 impl Step {
@@ -69,14 +69,14 @@ impl Step {
 
 /// The experiment of each arm, and all steps in the order in which they run.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct RunPlan {
     /// The experiment of each arm.
     pub arms: Vec<(Arm, Experiment)>,
     /// The steps; an input lies before the step it is given to.
     pub steps: Vec<Step>,
 }
 
-impl Plan {
+impl RunPlan {
     /// The steps of an experiment with its baseline and its control.
     ///
     /// - `stages`: all that can fill a place.
@@ -84,7 +84,7 @@ impl Plan {
         let mut arms = vec![(Arm::Main, experiment.clone())];
         arms.extend(experiment.pixels().map(|pixels| (Arm::Pixels, pixels)));
         arms.extend(experiment.control()?.map(|control| (Arm::Control, control)));
-        let mut steps = Steps { stages, steps: Vec::new() };
+        let mut steps = PlanBuilder { stages, steps: Vec::new() };
         for (arm, experiment) in &arms {
             let added = match arm {
                 Arm::Pixels => steps.add_pixels(),
@@ -134,7 +134,7 @@ impl Plan {
         let step = &self.steps[scores];
         let role = step.place.inputs.iter().find(|role| role.origin == Origin::PseudoLabels)?;
         step.inputs.iter().find_map(|(other, input)| match input {
-            Input::Step(position) if *other == role.name => Some(*position),
+            StepInput::Step(position) if *other == role.name => Some(*position),
             _ => None,
         })
     }
@@ -161,12 +161,12 @@ fn is_scorer(place: &Spec) -> bool {
 }
 
 /// Steps as they are put in order.
-struct Steps<'a> {
+struct PlanBuilder<'a> {
     stages: &'a [Spec],
     steps: Vec<Step>,
 }
 
-impl Steps<'_> {
+impl PlanBuilder<'_> {
     /// Adds the steps of all rounds, with one that scores after every step that clusters.
     fn add_rounds(&mut self, arm: Arm, experiment: &Experiment) -> Result<()> {
         let order = experiment.rounds()?;
@@ -250,12 +250,12 @@ impl Steps<'_> {
                 Origin::PreviousRound => last(&|other| other.name == place.name, 0),
                 Origin::EarlierPseudoLabels => last(&Spec::clusters, 1),
                 Origin::Labels => {
-                    inputs.push((input.name, Input::Labels));
+                    inputs.push((input.name, StepInput::Labels));
                     continue;
                 }
             };
             match found {
-                Some(position) => inputs.push((input.name, Input::Step(position))),
+                Some(position) => inputs.push((input.name, StepInput::Step(position))),
                 None if input.origin.is_optional() => {}
                 None => bail!(
                     "`{}` of round {round} needs the input {}, but no place before it in \
@@ -303,8 +303,8 @@ mod tests {
     "#;
 
     /// The plan of an experiment, with the stages of `assort`.
-    fn planned(text: &str) -> Result<Plan> {
-        Plan::of(&Experiment::of_text("example", text).expect("TOML"), &STAGES)
+    fn planned(text: &str) -> Result<RunPlan> {
+        RunPlan::of(&Experiment::of_text("example", text).expect("TOML"), &STAGES)
     }
 
     const fn stage(
@@ -347,16 +347,16 @@ mod tests {
         stage("propos", &[Role::BACKBONE], &[Output::Network, Output::PseudoLabels]),
     ];
 
-    fn names(plan: &Plan, arm: Arm) -> Vec<String> {
+    fn names(plan: &RunPlan, arm: Arm) -> Vec<String> {
         plan.steps.iter().filter(|step| step.arm == arm).map(Step::name).collect()
     }
 
     /// `role=name` of the inputs of the step `name`.
-    fn given(plan: &Plan, name: &str) -> Vec<String> {
+    fn given(plan: &RunPlan, name: &str) -> Vec<String> {
         let step = plan.steps.iter().find(|step| step.name() == name).expect(name);
-        let given = |(role, input): &(&str, Input)| match input {
-            Input::Step(position) => format!("{role}={}", plan.steps[*position].name()),
-            Input::Labels => (*role).to_owned(),
+        let given = |(role, input): &(&str, StepInput)| match input {
+            StepInput::Step(position) => format!("{role}={}", plan.steps[*position].name()),
+            StepInput::Labels => (*role).to_owned(),
         };
         step.inputs.iter().map(given).collect()
     }

@@ -14,21 +14,21 @@ use stage::console::print_line;
 use stage::{DONE, DeviceChoice, Experiment, Spec, container, files};
 use toml::{Table, Value, toml};
 
-use crate::Session;
-use crate::key::{self, Key};
-use crate::prepared::Prepared;
+use crate::CommandContext;
+use crate::key::{self, StoreKey};
+use crate::prepared::PreparedData;
 use crate::process::Process;
-use crate::programs::{Program, Programs};
+use crate::programs::{Executable, Programs};
 use crate::record::{Recorded, RecordedStep, Which};
 use crate::report::REPORT;
-use crate::results::Metrics;
+use crate::results::MetricsFile;
 use crate::run::Call;
 use crate::source::{absolute_source, text_of};
-use crate::store::{self, Hold, State, Store};
+use crate::store::{self, Hold, StepState, Store};
 
 /// The command line.
 #[derive(Debug, clap::Args)]
-pub struct Options {
+pub struct PredictOptions {
     #[command(flatten)]
     which: Which,
     /// Where the other pictures are: one of them, a folder, an archive, a manifest, an address.
@@ -49,12 +49,12 @@ pub const PREDICT: &str = "predict";
 const STEPS: [&str; 3] = ["embed", PREDICT, "metrics"];
 
 /// Prepares, embeds, predicts, scores and reports; prints where the result is.
-pub fn run(session: &Session, options: &Options) -> Result<()> {
+pub fn run(session: &CommandContext, options: &PredictOptions) -> Result<()> {
     let run = options.which.find()?;
     let learnt = Learnt::of(session, &run)?;
     let source = absolute_source(&options.images)?;
     let experiment = experiment(&learnt.experiment, &learnt.network_step.place, &source)?;
-    let pictures = Prepared::of(session, &experiment, Some(&source), &run.runs)?;
+    let pictures = PreparedData::of(session, &experiment, Some(&source), &run.runs)?;
     let _pictures = pictures.make(None, false)?;
 
     let prediction = Prediction {
@@ -86,7 +86,7 @@ struct Learnt<'a> {
 
 impl<'a> Learnt<'a> {
     /// The last network and the last head of one finished plan.
-    fn of(session: &Session, run: &'a Recorded) -> Result<Self> {
+    fn of(session: &CommandContext, run: &'a Recorded) -> Result<Self> {
         if let Some(step) = run.unfinished() {
             bail!(
                 "{} is not finished, {} is missing: its last network and its last head may not \
@@ -120,13 +120,13 @@ impl<'a> Learnt<'a> {
 
 /// The clusters of other pictures, as a run sees them.
 struct Prediction<'a> {
-    session: &'a Session,
+    session: &'a CommandContext,
     run: &'a Recorded,
     learnt: Learnt<'a>,
     programs: Programs,
     device: DeviceChoice,
     seed: u64,
-    pictures: Prepared<'a>,
+    pictures: PreparedData<'a>,
     experiment: Experiment,
     store: Store,
 }
@@ -139,7 +139,7 @@ impl Prediction<'_> {
         let _claim = self.store.claim(&key, interrupt)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
         store::show(&self.view(), &folder)?;
-        if self.store.state(key.name()) != State::Done {
+        if self.store.state(key.name()) != StepState::Done {
             let experiment_file = self.store.beside(key.name(), "toml");
             files::write(&experiment_file, self.experiment.to_toml().as_bytes())?;
             self.start_steps(&experiment_file, &folder)?;
@@ -153,7 +153,7 @@ impl Prediction<'_> {
         self.run.folder.join("predictions").join(self.pictures.key.name())
     }
 
-    fn key(&self) -> Result<Key> {
+    fn key(&self) -> Result<StoreKey> {
         let programs: Vec<_> = STEPS.iter().map(|name| &self.programs.get(name).identity).collect();
         let record = json!({
             "experiment": self.experiment.to_toml(),
@@ -164,7 +164,7 @@ impl Prediction<'_> {
             "labels": self.pictures.labels_identity()?,
             "machine": key::machine(self.device, self.session.registry.devices.features),
         });
-        Ok(Key::of("predictions", record))
+        Ok(StoreKey::of("predictions", record))
     }
 
     fn start_steps(&self, experiment: &Path, folder: &Path) -> Result<()> {
@@ -202,14 +202,14 @@ impl Prediction<'_> {
         ] {
             arguments.extend([flag.into(), value]);
         }
-        let program = Program::own(REPORT, &self.session.registry)?;
+        let program = Executable::own(REPORT, &self.session.registry)?;
         self.process(REPORT, &program, &arguments).run(None)
     }
 
     fn process<'b>(
         &'b self,
         name: &'b str,
-        program: &'b Program,
+        program: &'b Executable,
         arguments: &'b [OsString],
     ) -> Process<'b> {
         Process { name, program, arguments, interrupt: &self.session.interrupt }
@@ -267,7 +267,7 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
 
 /// Prints the scores, if any, the sizes of the clusters, and where to look.
 fn tell(folder: &Path) -> Result<()> {
-    let found = Metrics::read(&folder.join("metrics"))?;
+    let found = MetricsFile::read(&folder.join("metrics"))?;
     let sizes: Vec<String> = found.sizes.iter().map(usize::to_string).collect();
     let scores = match found.head {
         Some(scores) if scores.acc.is_some() => {

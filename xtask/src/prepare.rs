@@ -8,15 +8,15 @@ use clap::Args;
 use stage::Experiment;
 use stage::console::{print, print_line};
 
-use crate::Session;
-use crate::prepared::{PREPARE, Prepared};
+use crate::CommandContext;
+use crate::prepared::{PREPARE, PreparedData};
 use crate::process::Process;
-use crate::programs::Program;
+use crate::programs::Executable;
 use crate::source::absolute_source;
 
 /// The command line.
 #[derive(Debug, Args)]
-pub struct Options {
+pub struct PrepareOptions {
     /// An experiment, by name or file; or where pictures lie: a folder, an archive, a manifest,
     /// `hf://datasets/owner/name`, `named://cifar-10`.
     what: OsString,
@@ -53,9 +53,9 @@ broken-share = 0.01
 identical = "keep"
 "#;
 
-impl Options {
+impl PrepareOptions {
     /// The experiment, and the source if it is another than the experiment's own.
-    fn experiment(&self, session: &Session) -> Result<(Experiment, Option<PathBuf>)> {
+    fn experiment(&self, session: &CommandContext) -> Result<(Experiment, Option<PathBuf>)> {
         let library = &session.registry.library;
         let what = self.what.to_string_lossy();
         if what.ends_with(".toml") || library.names()?.iter().any(|name| *name == what) {
@@ -74,21 +74,21 @@ impl Options {
 }
 
 /// Prepares the pictures, and prints the folder that holds them then.
-pub fn run(session: &Session, options: &Options) -> Result<()> {
+pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
     let (mut experiment, source) = options.experiment(session)?;
     options.set.iter().try_for_each(|assignment| experiment.set(assignment))?;
     let source = source.as_deref().map(absolute_source).transpose()?;
     if let Some(address) = source.as_ref().and_then(|source| model_address(source)) {
         return fetch(session, address);
     }
-    let prepared = Prepared::of(session, &experiment, source.as_deref(), &options.runs)?;
+    let prepared = PreparedData::of(session, &experiment, source.as_deref(), &options.runs)?;
     prepared.make(options.memory, options.fresh)?;
     print_line(prepared.folder.display())
 }
 
 /// Fetches the files of a model, and prints where they are kept.
-fn fetch(session: &Session, address: String) -> Result<()> {
-    let program = Program::own(PREPARE, &session.registry)?;
+fn fetch(session: &CommandContext, address: String) -> Result<()> {
+    let program = Executable::own(PREPARE, &session.registry)?;
     let arguments = ["--fetch".into(), address.into()];
     let process = Process {
         name: PREPARE,

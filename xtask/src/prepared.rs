@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stage::{Experiment, container, digest, files};
 
-use crate::key::Key;
+use crate::key::StoreKey;
 use crate::process::Process;
-use crate::programs::Program;
+use crate::programs::Executable;
 use crate::source::{state_of, text_of};
-use crate::store::{Hold, State, Store};
-use crate::{EmbeddedData, Session};
+use crate::store::{Hold, StepState, Store};
+use crate::{CommandContext, EmbeddedData};
 
 /// The helper that makes the data set.
 pub const PREPARE: &str = "prepare";
@@ -24,20 +24,20 @@ const SOURCE: &str = "source.json";
 
 /// A data set that is prepared, or will be.
 #[derive(Debug)]
-pub struct Prepared<'a> {
+pub struct PreparedData<'a> {
     /// Its folder, with pictures, names and ground truth.
     pub folder: PathBuf,
     /// Names it in the store.
-    pub key: Key,
-    session: &'a Session,
+    pub key: StoreKey,
+    session: &'a CommandContext,
     experiment: Experiment,
     source: PathBuf,
     state: String,
-    program: Program,
+    program: Executable,
     store: Store,
 }
 
-impl<'a> Prepared<'a> {
+impl<'a> PreparedData<'a> {
     /// The data set of this experiment, below the folder `runs`.
     ///
     /// - `source`: what the command line names instead of the experiment's own.
@@ -46,12 +46,12 @@ impl<'a> Prepared<'a> {
     ///
     /// There is no such source.
     pub fn of(
-        session: &'a Session,
+        session: &'a CommandContext,
         experiment: &Experiment,
         source: Option<&Path>,
         runs: &Path,
     ) -> Result<Self> {
-        let program = Program::own(PREPARE, &session.registry)?;
+        let program = Executable::own(PREPARE, &session.registry)?;
         let source = match source {
             Some(source) => source.to_owned(),
             None => own_source(session, experiment, runs)?,
@@ -65,7 +65,7 @@ impl<'a> Prepared<'a> {
         });
         let name = source.file_stem().unwrap_or("data".as_ref()).to_string_lossy();
         let is_plain = |sign: char| sign.is_alphanumeric() || "-_.".contains(sign);
-        let key = Key::of(&name.replace(|sign| !is_plain(sign), "-"), record);
+        let key = StoreKey::of(&name.replace(|sign| !is_plain(sign), "-"), record);
         let store = Store::of_data(runs);
         let (folder, experiment) = (store.path(key.name()), experiment.clone());
         Ok(Self { folder, key, session, experiment, source, state, program, store })
@@ -73,7 +73,7 @@ impl<'a> Prepared<'a> {
 
     /// True when nothing is left to do.
     pub fn is_done(&self) -> bool {
-        self.store.state(self.key.name()) == State::Done && self.folder.join(SOURCE).exists()
+        self.store.state(self.key.name()) == StepState::Done && self.folder.join(SOURCE).exists()
     }
 
     /// Prepares the data, unless they are; and keeps them from being removed while it is held.
@@ -88,7 +88,8 @@ impl<'a> Prepared<'a> {
         let interrupt = &self.session.interrupt;
         if fresh || !self.is_done() {
             let claim = self.store.claim(&self.key, interrupt)?;
-            let is_half_known = self.store.state(self.key.name()) == State::Done && !self.is_done();
+            let is_half_known =
+                self.store.state(self.key.name()) == StepState::Done && !self.is_done();
             if fresh || is_half_known {
                 self.store.forget(&self.key, &claim, interrupt)?;
             }
@@ -182,7 +183,7 @@ impl<'a> Prepared<'a> {
 
 /// The source that the experiment names; where that folder is missing and the program holds its
 /// files, they are written once below `runs`.
-fn own_source(session: &Session, experiment: &Experiment, runs: &Path) -> Result<PathBuf> {
+fn own_source(session: &CommandContext, experiment: &Experiment, runs: &Path) -> Result<PathBuf> {
     let source = experiment.source()?;
     let embedded = session.registry.data.iter().find(|data| data.folder == source);
     match embedded {

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, bail};
 use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status};
 
-use crate::cost::{self, Cost};
-use crate::programs::Program;
+use crate::cost::{self, StepCost};
+use crate::programs::Executable;
 
 /// One start of a program.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Process<'a> {
     /// What it does, for messages: `0-embed, seed 0`.
     pub name: &'a str,
     /// What is started.
-    pub program: &'a Program,
+    pub program: &'a Executable,
     /// Its arguments.
     pub arguments: &'a [OsString],
     /// Asks it to stop.
@@ -35,7 +35,7 @@ pub struct Process<'a> {
 
 /// Where what a program prints goes.
 #[derive(Debug, Clone, Copy)]
-enum Output {
+enum OutputTo {
     /// To our stderr: stdout is for results.
     Stderr,
     /// To our stdout, as it is.
@@ -49,31 +49,35 @@ impl Process<'_> {
     ///
     /// - `claim`: of the folder it writes to.
     pub fn run(&self, claim: Option<&File>) -> Result<()> {
-        let (status, ..) = self.wait(Output::Stderr, claim)?;
+        let (status, ..) = self.wait(OutputTo::Stderr, claim)?;
         self.ended(status)
     }
 
     /// Like [`Process::run`], for a step that writes to `folder`; its cost is added to what is kept
     /// there.
     pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
-        let (status, _, cost) = self.wait(Output::Stderr, Some(claim))?;
+        let (status, _, cost) = self.wait(OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;
         self.ended(status)
     }
 
     /// Like [`Process::run`]; what the program prints goes to stdout.
     pub fn show(&self) -> Result<()> {
-        let (status, ..) = self.wait(Output::Stdout, None)?;
+        let (status, ..) = self.wait(OutputTo::Stdout, None)?;
         self.ended(status)
     }
 
     /// Runs the program to its end and returns what it printed.
     pub fn printed(&self) -> Result<String> {
-        let (status, printed, _) = self.wait(Output::Caller, None)?;
+        let (status, printed, _) = self.wait(OutputTo::Caller, None)?;
         self.ended(status).map(|()| printed)
     }
 
-    fn wait(&self, output: Output, claim: Option<&File>) -> Result<(ExitStatus, String, Cost)> {
+    fn wait(
+        &self,
+        output: OutputTo,
+        claim: Option<&File>,
+    ) -> Result<(ExitStatus, String, StepCost)> {
         let began = Instant::now();
         let run = || -> io::Result<_> {
             let mut child = self.command(output, claim)?.spawn()?;
@@ -88,7 +92,7 @@ impl Process<'_> {
                 Some(Ok(bytes)) => bytes?,
                 _ => Vec::new(),
             };
-            let cost = Cost { seconds: began.elapsed().as_secs_f64(), peak_bytes };
+            let cost = StepCost { seconds: began.elapsed().as_secs_f64(), peak_bytes };
             Ok((status, String::from_utf8_lossy(&printed).into_owned(), cost))
         };
         run().with_context(|| {
@@ -96,13 +100,13 @@ impl Process<'_> {
         })
     }
 
-    fn command(&self, output: Output, claim: Option<&File>) -> io::Result<Command> {
+    fn command(&self, output: OutputTo, claim: Option<&File>) -> io::Result<Command> {
         let mut command = self.program.command();
         command.args(self.arguments);
         command.stdout(match output {
-            Output::Stderr => Stdio::from(io::stderr()),
-            Output::Stdout => Stdio::inherit(),
-            Output::Caller => Stdio::piped(),
+            OutputTo::Stderr => Stdio::from(io::stderr()),
+            OutputTo::Stdout => Stdio::inherit(),
+            OutputTo::Caller => Stdio::piped(),
         });
         command.stdin(match (self.program.is_own(), claim) {
             (true, _) => Stdio::piped(),

@@ -16,7 +16,7 @@ pub const HELPER: &str = "program";
 
 /// A program that can be started.
 #[derive(Debug, Clone)]
-pub struct Program {
+pub struct Executable {
     /// Its file.
     pub path: PathBuf,
     /// What tells its results from those of another program.
@@ -27,7 +27,7 @@ pub struct Program {
     pub words: Option<Vec<&'static str>>,
 }
 
-impl Program {
+impl Executable {
     /// The stage or helper of this name, which is this same program.
     pub fn own(name: &str, registry: &Registry) -> Result<Self> {
         let helper = registry.helpers.iter().find(|helper| helper.name == name);
@@ -83,15 +83,15 @@ impl Program {
 
 /// The programs of a run, by the word that names them in `[stages]`.
 #[derive(Debug, Clone)]
-pub struct Programs(BTreeMap<String, Program>);
+pub struct Programs(BTreeMap<String, Executable>);
 
 impl Programs {
     /// Finds these programs: a word with a slash is the path of a foreign executable.
     pub fn find(words: &[&str], registry: &Registry) -> Result<Self> {
         let found = words.iter().map(|&word| {
             let program = match is_path(word) {
-                true => Program::foreign(Path::new(word))?,
-                false => Program::own(word, registry)?,
+                true => Executable::foreign(Path::new(word))?,
+                false => Executable::own(word, registry)?,
             };
             Ok((word.to_owned(), program))
         });
@@ -99,12 +99,12 @@ impl Programs {
     }
 
     /// The program that `word` names.
-    pub fn get(&self, word: &str) -> &Program {
+    pub fn get(&self, word: &str) -> &Executable {
         self.0.get(word).expect("every program of the plan was found")
     }
 
     /// The foreign executables among them.
-    pub fn foreign(&self) -> impl Iterator<Item = &Program> {
+    pub fn foreign(&self) -> impl Iterator<Item = &Executable> {
         self.0.values().filter(|program| !program.is_own())
     }
 }

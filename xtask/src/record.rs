@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use stage::{Claim, Interrupt, Spec, files};
 
-use crate::store::{self, Hold, State, Store};
+use crate::store::{self, Hold, StepState, Store};
 
 /// Name of the record in the folder of a run.
 const FILE: &str = "run.json";
@@ -27,7 +27,7 @@ const VERSION: u32 = 1;
 /// One plan: what a run was asked to do, and the keys under which its results are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Record {
+pub struct RunRecord {
     /// Version of this format.
     format_version: u32,
     /// The resolved experiment: a file in the folder of the experiment.
@@ -56,7 +56,7 @@ pub struct RecordedStep {
     pub key: String,
 }
 
-impl Record {
+impl RunRecord {
     /// The record of a plan.
     pub fn new(experiment: String, seed: u64, data: String, steps: Vec<RecordedStep>) -> Self {
         Self { format_version: VERSION, experiment, seed, data, steps }
@@ -76,7 +76,7 @@ impl Record {
         let text = serde_json::to_string_pretty(self)?;
         files::write(&folder.join(FILE), format!("{text}\n").as_bytes())?;
         let steps = Store::of_steps(runs);
-        let is_begun = |step: &&RecordedStep| steps.state(&step.key) != State::New;
+        let is_begun = |step: &&RecordedStep| steps.state(&step.key) != StepState::New;
         let begun: Vec<&RecordedStep> = self.steps.iter().filter(is_begun).collect();
         remove_views_but(folder, &begun.iter().map(|step| step.name.as_str()).collect())?;
         for step in begun {
@@ -140,7 +140,7 @@ pub struct Recorded {
     /// The folder of all runs.
     pub runs: PathBuf,
     /// The plan.
-    pub record: Record,
+    pub record: RunRecord,
 }
 
 impl Which {
@@ -177,7 +177,7 @@ impl Recorded {
             ),
             read => read.with_context(|| format!("opening `{}`", path.display()))?,
         };
-        let record: Record = serde_json::from_str(&text).with_context(|| {
+        let record: RunRecord = serde_json::from_str(&text).with_context(|| {
             format!(
                 "`{}` is damaged or of another version; `assort reproduce` writes it again",
                 path.display()
@@ -219,14 +219,16 @@ impl Recorded {
     /// The steps of the experiment itself that are finished, in order.
     pub fn finished(&self) -> Vec<&RecordedStep> {
         let store = Store::of_steps(&self.runs);
-        let is_done = |step: &&RecordedStep| step.is_main && store.state(&step.key) == State::Done;
+        let is_done =
+            |step: &&RecordedStep| step.is_main && store.state(&step.key) == StepState::Done;
         self.record.steps.iter().filter(is_done).collect()
     }
 
     /// The first step of the experiment itself that is not finished.
     pub fn unfinished(&self) -> Option<&RecordedStep> {
         let store = Store::of_steps(&self.runs);
-        let is_open = |step: &&RecordedStep| step.is_main && store.state(&step.key) != State::Done;
+        let is_open =
+            |step: &&RecordedStep| step.is_main && store.state(&step.key) != StepState::Done;
         self.record.steps.iter().find(is_open)
     }
 
@@ -254,7 +256,7 @@ mod tests {
     use super::*;
 
     /// A record of these steps, all of whose results are begun and those of `done` finished.
-    fn record(runs: &Path, names: &[&str], done: &[&str]) -> Record {
+    fn record(runs: &Path, names: &[&str], done: &[&str]) -> RunRecord {
         let store = Store::of_steps(runs);
         let step = |name: &&str| {
             let (round, place) =
@@ -270,7 +272,7 @@ mod tests {
         };
         fs::create_dir_all(Store::of_data(runs).path("data-1")).expect("created");
         let steps = names.iter().map(step).collect();
-        Record::new("experiment-1.toml".into(), 3, "data-1".into(), steps)
+        RunRecord::new("experiment-1.toml".into(), 3, "data-1".into(), steps)
     }
 
     fn views(folder: &Path) -> Vec<String> {

@@ -9,14 +9,14 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use stage::Spec;
 
-use crate::Session;
+use crate::CommandContext;
 use crate::process::Process;
-use crate::programs::Program;
+use crate::programs::Executable;
 use crate::record::{Recorded, RecordedStep, Which};
 
 /// The command line.
 #[derive(Debug, clap::Args)]
-pub struct Options {
+pub struct ReportOptions {
     #[command(flatten)]
     which: Which,
     /// Pictures of each cluster to show: the surest, and a third as many of the least sure.
@@ -41,7 +41,7 @@ const LABELS: &str = "pseudo-labels.safetensors";
 /// # Errors
 ///
 /// The run has no clusters yet.
-pub fn run(session: &Session, options: &Options) -> Result<()> {
+pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
     let run = options.which.find()?;
     let steps = run.finished();
     let last = run.last(&session.registry.specs(), Spec::clusters).with_context(|| {
@@ -60,7 +60,7 @@ pub fn run(session: &Session, options: &Options) -> Result<()> {
         );
     }
     let _held = run.hold(&steps, &session.interrupt)?;
-    let program = Program::own(REPORT, &session.registry)?;
+    let program = Executable::own(REPORT, &session.registry)?;
     let arguments = arguments(&run, &steps, last, options);
     let interrupt = &session.interrupt;
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
@@ -70,7 +70,7 @@ fn arguments(
     run: &Recorded,
     steps: &[&RecordedStep],
     last: &RecordedStep,
-    options: &Options,
+    options: &ReportOptions,
 ) -> Vec<OsString> {
     let pictures = run.data();
     let out = options.out.clone().unwrap_or_else(|| run.folder.join("report"));

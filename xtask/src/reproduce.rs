@@ -6,17 +6,17 @@ use anyhow::{Context, Result, bail};
 use stage::Experiment;
 use stage::console::{print, print_line};
 
-use crate::Session;
-use crate::plan::{Arm, Plan};
+use crate::CommandContext;
+use crate::plan::{Arm, RunPlan};
 use crate::prepared::PREPARE;
-use crate::results::{Metrics, Outcome, Results};
-use crate::run::Run;
+use crate::results::{ExperimentResults, MetricsFile, Outcome};
+use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
 
 /// Which experiment, with which values.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
-pub struct Options {
+pub struct ReproduceOptions {
     /// Name of the experiment, or path of its file.
     pub experiment: String,
     /// Seed of every random draw.
@@ -29,21 +29,26 @@ pub struct Options {
     #[arg(long)]
     pub fresh: bool,
     #[command(flatten)]
-    pub setup: setup::Options,
+    pub setup: setup::SetupOptions,
 }
 
 /// The experiment with the values that the command line changes.
-pub fn resolved(session: &Session, experiment: &str, set: &[String]) -> Result<Experiment> {
+pub fn resolved(session: &CommandContext, experiment: &str, set: &[String]) -> Result<Experiment> {
     let mut experiment = session.registry.library.open(experiment)?;
     set.iter().try_for_each(|assignment| experiment.set(assignment))?;
     Ok(experiment)
 }
 
 /// Runs an experiment with these seeds, as far as it is not done, and prints the table.
-pub fn reproduce(session: &Session, options: &Options, seeds: &[u64], json: bool) -> Result<()> {
+pub fn reproduce(
+    session: &CommandContext,
+    options: &ReproduceOptions,
+    seeds: &[u64],
+    json: bool,
+) -> Result<()> {
     let begin = Instant::now();
     let experiment = resolved(session, &options.experiment, &options.set)?;
-    let plan = Plan::of(&experiment, &session.registry.specs())?;
+    let plan = RunPlan::of(&experiment, &session.registry.specs())?;
     let all: Vec<usize> = (0..plan.steps.len()).collect();
     let setup = Setup::new(session, &plan, &options.setup)?;
     let (is_dry, fresh) = (options.setup.dry_run, options.fresh);
@@ -51,14 +56,15 @@ pub fn reproduce(session: &Session, options: &Options, seeds: &[u64], json: bool
         return setup.dry_run_unprepared();
     }
     let _data = setup.prepare()?;
-    let runs = seeds.iter().map(|&seed| Run::new(seed, &setup)).collect::<Result<Vec<_>>>()?;
+    let runs =
+        seeds.iter().map(|&seed| ExperimentRun::new(seed, &setup)).collect::<Result<Vec<_>>>()?;
     runs.iter().try_for_each(|run| run.check(&all, fresh))?;
     if is_dry {
         return runs.iter().try_for_each(|run| setup.say_what_would_run(run, &all, fresh));
     }
     runs.iter().try_for_each(|run| run.execute(&all, fresh))?;
 
-    let results = Results {
+    let results = ExperimentResults {
         experiment: experiment.name.clone(),
         title: experiment.title()?,
         system: experiment.system()?,
@@ -76,13 +82,13 @@ pub fn reproduce(session: &Session, options: &Options, seeds: &[u64], json: bool
 ///
 /// - `place`: what the step is for; `prepare` stands for the data.
 pub fn stage(
-    session: &Session,
-    options: &Options,
+    session: &CommandContext,
+    options: &ReproduceOptions,
     place: &str,
     round: Option<usize>,
 ) -> Result<()> {
     let experiment = resolved(session, &options.experiment, &options.set)?;
-    let plan = Plan::of(&experiment, &session.registry.specs())?;
+    let plan = RunPlan::of(&experiment, &session.registry.specs())?;
     let fits = |position: &usize| round.is_none_or(|round| plan.steps[*position].round == round);
     let position = plan.at(Arm::Main, place).find(fits);
     if position.is_none() && place != PREPARE {
@@ -95,7 +101,7 @@ pub fn stage(
         return setup.dry_run_unprepared();
     }
     let _data = setup.prepare()?;
-    let run = Run::new(options.seed, &setup)?;
+    let run = ExperimentRun::new(options.seed, &setup)?;
     let Some(position) = position else {
         run.publish()?;
         return print_line(setup.prepared.folder.display());
@@ -121,8 +127,8 @@ pub fn stage(
 }
 
 /// Reads what the steps of one seed found.
-fn outcome(plan: &Plan, run: &Run) -> Result<Outcome> {
-    let read = |position: usize| Metrics::read(&run.folder(position));
+fn outcome(plan: &RunPlan, run: &ExperimentRun) -> Result<Outcome> {
+    let read = |position: usize| MetricsFile::read(&run.folder(position));
     let main: Vec<usize> = plan.scores(Arm::Main).collect();
     let differs = |control: &usize| !main.iter().any(|&main| run.is_shared(main, *control));
     let scored: Vec<usize> = main.iter().filter_map(|&scores| plan.scored_by(scores)).collect();

@@ -12,17 +12,17 @@ use serde_json::{Value, json};
 /// `metrics.json`, as the stage `metrics` writes it; scores are fractions, and absent where there
 /// is no ground truth.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Metrics {
+pub struct MetricsFile {
     /// Number of pictures that were clustered.
     pub images: usize,
     /// Number of clusters K.
     pub clusters: usize,
     /// Scores of the clustering network's assignments.
-    pub head: Option<Scores>,
+    pub head: Option<ClassAgreement>,
     /// Scores of k-means on the same embeddings.
-    pub kmeans: Option<Scores>,
+    pub kmeans: Option<ClassAgreement>,
     /// The pseudo-labels that are held to be reliable.
-    pub reliable: Option<Reliable>,
+    pub reliable: Option<ReliableScore>,
     /// Share of pictures that kept their cluster since the round before.
     pub stability: Option<f64>,
     /// Pictures of each cluster, the largest first.
@@ -30,12 +30,12 @@ pub struct Metrics {
     pub sizes: Vec<usize>,
     /// Other results of the same training, by name.
     #[serde(default)]
-    pub others: BTreeMap<String, Option<Scores>>,
+    pub others: BTreeMap<String, Option<ClassAgreement>>,
 }
 
 /// Agreement with the ground truth.
 #[derive(Debug, Clone, Copy, Deserialize)]
-pub struct Scores {
+pub struct ClassAgreement {
     /// Accuracy under the best one-to-one map of clusters to classes.
     pub acc: Option<f64>,
     /// Normalised mutual information.
@@ -46,14 +46,14 @@ pub struct Scores {
 
 /// Size and quality of the reliable set.
 #[derive(Debug, Clone, Copy, Deserialize)]
-pub struct Reliable {
+pub struct ReliableScore {
     /// Share of all pictures.
     pub share: Option<f64>,
     /// Accuracy inside the set.
     pub acc: Option<f64>,
 }
 
-impl Metrics {
+impl MetricsFile {
     /// Reads `metrics.json` in `folder`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("metrics.json");
@@ -70,20 +70,20 @@ pub struct Outcome {
     /// The seed.
     pub seed: u64,
     /// The experiment, by round.
-    pub rounds: Vec<Metrics>,
+    pub rounds: Vec<MetricsFile>,
     /// k-means on the pixels.
-    pub pixels: Option<Metrics>,
+    pub pixels: Option<MetricsFile>,
     /// Metrics of the embedding as pretraining left it; nothing for a system of one phase.
-    pub embedding: Option<Metrics>,
+    pub embedding: Option<MetricsFile>,
     /// The control by round; rounds that it shares with the experiment are absent.
-    pub control: Vec<(usize, Metrics)>,
+    pub control: Vec<(usize, MetricsFile)>,
     /// Where the last assignments are.
     pub assignments: PathBuf,
 }
 
 /// What an experiment found over all seeds.
 #[derive(Debug, Clone)]
-pub struct Results {
+pub struct ExperimentResults {
     /// Name of the experiment.
     pub experiment: String,
     /// What people call it.
@@ -126,34 +126,34 @@ impl Statistic {
 }
 
 /// One set of metrics per seed: a row of the table.
-struct Row<'a> {
+struct ScoreRow<'a> {
     label: String,
-    metrics: Vec<&'a Metrics>,
+    metrics: Vec<&'a MetricsFile>,
 }
 
-impl Row<'_> {
-    fn over(&self, value: impl Fn(&Metrics) -> Option<f64>) -> Option<Statistic> {
+impl ScoreRow<'_> {
+    fn over(&self, value: impl Fn(&MetricsFile) -> Option<f64>) -> Option<Statistic> {
         Statistic::of(self.metrics.iter().map(|metrics| value(metrics)))
     }
 
-    fn scores(&self, of: fn(&Metrics) -> Option<Scores>) -> [Option<Statistic>; 3] {
-        [|s: Scores| s.acc, |s: Scores| s.nmi, |s: Scores| s.ari]
+    fn scores(&self, of: fn(&MetricsFile) -> Option<ClassAgreement>) -> [Option<Statistic>; 3] {
+        [|s: ClassAgreement| s.acc, |s: ClassAgreement| s.nmi, |s: ClassAgreement| s.ari]
             .map(|part| self.over(|metrics| of(metrics).and_then(part)))
     }
 }
 
-fn head(metrics: &Metrics) -> Option<Scores> {
+fn head(metrics: &MetricsFile) -> Option<ClassAgreement> {
     metrics.head
 }
 
-fn kmeans(metrics: &Metrics) -> Option<Scores> {
+fn kmeans(metrics: &MetricsFile) -> Option<ClassAgreement> {
     metrics.kmeans
 }
 
 const COLUMNS: [&str; 8] =
     ["", "ACC", "NMI", "ARI", "k-means ACC", "reliable share", "reliable ACC", "stability"];
 
-impl Results {
+impl ExperimentResults {
     /// The table, in per cent, and where the assignments are.
     pub fn table(&self) -> String {
         let seeds: Vec<_> = self.outcomes.iter().map(|outcome| outcome.seed.to_string()).collect();
@@ -222,7 +222,7 @@ impl Results {
     pub fn json(&self) -> Value {
         let rounds: Vec<_> = self.rounds().iter().enumerate().map(round_json).collect();
         let scores = self.rounds().last().map(|row| scores_json(&row.scores(head)));
-        let baseline = |row: Option<Row>| row.map(|row| scores_json(&row.scores(kmeans)));
+        let baseline = |row: Option<ScoreRow>| row.map(|row| scores_json(&row.scores(kmeans)));
         let control = self.control();
         let first = self.outcomes.first();
         let numbers = first.map(|outcome| outcome.control.iter().map(|(round, _)| *round));
@@ -252,9 +252,9 @@ impl Results {
     }
 
     /// The experiment, a row for each round.
-    fn rounds(&self) -> Vec<Row<'_>> {
+    fn rounds(&self) -> Vec<ScoreRow<'_>> {
         let count = self.outcomes.iter().map(|outcome| outcome.rounds.len()).min().unwrap_or(0);
-        let row = |round: usize| Row {
+        let row = |round: usize| ScoreRow {
             label: format!("round {round}"),
             metrics: self.outcomes.iter().map(|outcome| &outcome.rounds[round]).collect(),
         };
@@ -262,9 +262,9 @@ impl Results {
     }
 
     /// The control, a row for each round in which it differs.
-    fn control(&self) -> Vec<Row<'_>> {
+    fn control(&self) -> Vec<ScoreRow<'_>> {
         let count = self.outcomes.iter().map(|outcome| outcome.control.len()).min().unwrap_or(0);
-        let row = |position: usize| Row {
+        let row = |position: usize| ScoreRow {
             label: format!("control, round {}", self.outcomes[0].control[position].0),
             metrics: self.outcomes.iter().map(|outcome| &outcome.control[position].1).collect(),
         };
@@ -277,7 +277,7 @@ impl Results {
         let Some(last) = rounds.last() else { return Vec::new() };
         let names = last.metrics.first().map(|metrics| metrics.others.keys().cloned());
         let scores = |name: String| {
-            let part = |of: fn(Scores) -> Option<f64>| {
+            let part = |of: fn(ClassAgreement) -> Option<f64>| {
                 last.over(|metrics| metrics.others.get(&name).copied().flatten().and_then(of))
             };
             let scores = [part(|s| s.acc), part(|s| s.nmi), part(|s| s.ari)];
@@ -287,17 +287,17 @@ impl Results {
     }
 
     /// The baseline that knows no network.
-    fn pixels(&self) -> Option<Row<'_>> {
+    fn pixels(&self) -> Option<ScoreRow<'_>> {
         let metrics: Option<Vec<_>> =
             self.outcomes.iter().map(|outcome| outcome.pixels.as_ref()).collect();
-        Some(Row { label: "k-means on pixels".into(), metrics: metrics? })
+        Some(ScoreRow { label: "k-means on pixels".into(), metrics: metrics? })
     }
 
     /// The baseline that knows the network as pretraining left it.
-    fn embedding(&self) -> Option<Row<'_>> {
+    fn embedding(&self) -> Option<ScoreRow<'_>> {
         let metrics: Option<Vec<_>> =
             self.outcomes.iter().map(|outcome| outcome.embedding.as_ref()).collect();
-        Some(Row { label: "k-means on the pretrained embedding".into(), metrics: metrics? })
+        Some(ScoreRow { label: "k-means on the pretrained embedding".into(), metrics: metrics? })
     }
 }
 
@@ -326,7 +326,7 @@ pub fn aligned(lines: &[Vec<String>]) -> String {
     text
 }
 
-fn round_json((round, row): (usize, &Row)) -> Value {
+fn round_json((round, row): (usize, &ScoreRow)) -> Value {
     json!({
         "round": round,
         "head": scores_json(&row.scores(head)),
@@ -362,7 +362,7 @@ pub fn statistic_json(statistic: &Option<Statistic>) -> Value {
 mod tests {
     use super::*;
 
-    fn metrics(acc: f64, labelled: bool) -> Metrics {
+    fn metrics(acc: f64, labelled: bool) -> MetricsFile {
         let scores = |acc: f64| json!({"acc": acc, "nmi": acc - 0.1, "ari": acc - 0.2});
         let text = json!({
             "images": 30,
@@ -376,7 +376,7 @@ mod tests {
         serde_json::from_value(text).expect("as metrics writes it")
     }
 
-    fn report(labelled: bool, accuracies: &[f64]) -> Results {
+    fn report(labelled: bool, accuracies: &[f64]) -> ExperimentResults {
         let outcome = |(seed, acc): (usize, &f64)| Outcome {
             seed: seed as u64,
             rounds: vec![metrics(acc - 0.1, labelled), metrics(*acc, labelled)],
@@ -386,7 +386,7 @@ mod tests {
             assignments: format!("runs/example/{seed}/1-clustering/pseudo-labels.safetensors")
                 .into(),
         };
-        Results {
+        ExperimentResults {
             experiment: "example".into(),
             title: "Example".into(),
             system: "PLDC".into(),

@@ -9,26 +9,26 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use stage::{DONE, DeviceChoice, Effort, Interrupt, files};
 
-use crate::key::{self, Key, Surroundings};
-use crate::plan::{Input, Step};
+use crate::key::{self, StoreKey, Surroundings};
+use crate::plan::{Step, StepInput};
 use crate::process::Process;
-use crate::record::{Record, RecordedStep};
+use crate::record::{RecordedStep, RunRecord};
 use crate::setup::Setup;
-use crate::store::{self, State, Store};
+use crate::store::{self, StepState, Store};
 
 /// All steps of one seed, with the key of each.
 #[derive(Debug)]
-pub struct Run<'a> {
+pub struct ExperimentRun<'a> {
     /// Seed of every random draw.
     pub seed: u64,
     setup: &'a Setup<'a>,
-    keys: Vec<Key>,
+    keys: Vec<StoreKey>,
     store: Store,
     /// `runs/<experiment>/<seed>`, where the views are.
     folder: PathBuf,
 }
 
-impl<'a> Run<'a> {
+impl<'a> ExperimentRun<'a> {
     /// The run of a plan whose data are prepared.
     pub fn new(seed: u64, setup: &'a Setup) -> Result<Self> {
         let labels = setup.prepared.labels_identity()?;
@@ -37,17 +37,17 @@ impl<'a> Run<'a> {
             machine: key::machine(setup.device, setup.session.registry.devices.features),
             images: setup.prepared.images_identity()?,
         };
-        let mut keys: Vec<Key> = Vec::with_capacity(setup.plan.steps.len());
+        let mut keys: Vec<StoreKey> = Vec::with_capacity(setup.plan.steps.len());
         for step in &setup.plan.steps {
             setup.session.interrupt.check()?;
-            let identity = |input: &Input| match input {
-                Input::Step(position) => keys[*position].to_string(),
-                Input::Labels => labels.clone(),
+            let identity = |input: &StepInput| match input {
+                StepInput::Step(position) => keys[*position].to_string(),
+                StepInput::Labels => labels.clone(),
             };
             let inputs = step.inputs.iter().map(|(role, input)| (*role, identity(input))).collect();
             let program = setup.programs.get(&step.program);
             let experiment = setup.plan.experiment(step.arm);
-            keys.push(Key::of_step(step, experiment, program, &surroundings, inputs));
+            keys.push(StoreKey::of_step(step, experiment, program, &surroundings, inputs));
         }
         let store = Store::of_steps(&setup.runs);
         let folder = setup.experiment_folder().join(seed.to_string());
@@ -55,7 +55,7 @@ impl<'a> Run<'a> {
     }
 
     /// How far the step at `position` has come.
-    pub fn state(&self, position: usize) -> State {
+    pub fn state(&self, position: usize) -> StepState {
         self.store.state(self.keys[position].name())
     }
 
@@ -68,7 +68,7 @@ impl<'a> Run<'a> {
         let mut failed = Vec::new();
         for &position in positions {
             let step = &self.setup.plan.steps[position];
-            let is_done = self.state(position) == State::Done;
+            let is_done = self.state(position) == StepState::Done;
             if is_done && !fresh || !checked.insert((step.arm, &step.program)) {
                 continue;
             }
@@ -103,7 +103,7 @@ impl<'a> Run<'a> {
 
     /// Starts the step's program with `--check` and returns what it printed.
     fn start_check(&self, position: usize) -> Result<String> {
-        let is_done = |position| self.state(position) == State::Done;
+        let is_done = |position| self.state(position) == StepState::Done;
         let mut arguments = self.arguments(position, is_done);
         arguments.push("--check".into());
         let name = format!("the check of {}", self.setup.plan.steps[position].name());
@@ -136,7 +136,7 @@ impl<'a> Run<'a> {
         let key = &self.keys[position];
         let folder = self.folder(position);
         let is_done = || -> Result<bool> {
-            let is_done = self.state(position) == State::Done;
+            let is_done = self.state(position) == StepState::Done;
             if is_done {
                 store::show(&self.view(position), &folder)?;
                 tracing::info!("{name}: done already, `{}`", folder.display());
@@ -154,7 +154,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         match self.state(position) {
-            State::New => tracing::info!("{name}: starts, `{}`", folder.display()),
+            StepState::New => tracing::info!("{name}: starts, `{}`", folder.display()),
             _ => tracing::info!("{name}: resumes, `{}`", folder.display()),
         }
         let _inputs = self.hold_inputs(step)?;
@@ -179,8 +179,8 @@ impl<'a> Run<'a> {
     /// Keeps the step's inputs from being removed while it runs.
     fn hold_inputs(&self, step: &Step) -> Result<Vec<store::Hold>> {
         let steps = step.inputs.iter().filter_map(|(_, input)| match input {
-            Input::Step(position) => Some(self.keys[*position].name()),
-            Input::Labels => None,
+            StepInput::Step(position) => Some(self.keys[*position].name()),
+            StepInput::Labels => None,
         });
         steps.map(|key| self.store.hold(key, self.interrupt())).collect()
     }
@@ -196,7 +196,7 @@ impl<'a> Run<'a> {
     }
 
     /// What `report`, `predict` and `clusters` will know of the run.
-    fn record(&self) -> Record {
+    fn record(&self) -> RunRecord {
         let steps = self.setup.plan.steps.iter().zip(&self.keys).map(|(step, key)| RecordedStep {
             name: step.name(),
             place: step.place.name.to_owned(),
@@ -206,7 +206,7 @@ impl<'a> Run<'a> {
         });
         let file = self.setup.main_file().file_name().unwrap_or_default();
         let data = self.setup.prepared.key.to_string();
-        Record::new(file.to_string_lossy().into_owned(), self.seed, data, steps.collect())
+        RunRecord::new(file.to_string_lossy().into_owned(), self.seed, data, steps.collect())
     }
 
     fn interrupt(&self) -> &Interrupt {
@@ -232,7 +232,9 @@ impl<'a> Run<'a> {
     pub fn missing_input(&self, position: usize) -> Option<&'a Step> {
         let plan = self.setup.plan;
         plan.steps[position].inputs.iter().find_map(|(_, input)| match input {
-            Input::Step(input) if self.state(*input) != State::Done => Some(&plan.steps[*input]),
+            StepInput::Step(input) if self.state(*input) != StepState::Done => {
+                Some(&plan.steps[*input])
+            }
             _ => None,
         })
     }
@@ -248,10 +250,10 @@ impl<'a> Run<'a> {
     /// The arguments of a step, with those inputs that pass `wanted`.
     fn arguments(&self, position: usize, wanted: impl Fn(usize) -> bool) -> Vec<OsString> {
         let step = &self.setup.plan.steps[position];
-        let folder = |input: &Input| match input {
-            Input::Step(position) if !wanted(*position) => None,
-            Input::Step(position) => Some(self.folder(*position)),
-            Input::Labels => Some(self.setup.prepared.folder.clone()),
+        let folder = |input: &StepInput| match input {
+            StepInput::Step(position) if !wanted(*position) => None,
+            StepInput::Step(position) => Some(self.folder(*position)),
+            StepInput::Labels => Some(self.setup.prepared.folder.clone()),
         };
         let inputs = step.inputs.iter().filter_map(|(role, input)| Some((*role, folder(input)?)));
         let call = Call {

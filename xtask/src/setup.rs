@@ -7,17 +7,17 @@ use anyhow::Result;
 use stage::console::print_line;
 use stage::{DeviceChoice, Experiment, digest, files};
 
-use crate::Session;
-use crate::plan::{Arm, Plan};
-use crate::prepared::Prepared;
+use crate::CommandContext;
+use crate::plan::{Arm, RunPlan};
+use crate::prepared::PreparedData;
 use crate::programs::Programs;
-use crate::run::Run;
-use crate::store::{Hold, State};
+use crate::run::ExperimentRun;
+use crate::store::{Hold, StepState};
 
 /// Where to compute, on which pictures, and where results are kept.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
-pub struct Options {
+pub struct SetupOptions {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
@@ -37,21 +37,25 @@ pub struct Options {
 /// What is ready before the first step of a plan.
 #[derive(Debug)]
 pub struct Setup<'a> {
-    pub session: &'a Session,
-    pub plan: &'a Plan,
+    pub session: &'a CommandContext,
+    pub plan: &'a RunPlan,
     pub programs: Programs,
     /// Where to compute: not `auto`, but what it stands for here.
     pub device: DeviceChoice,
     /// The resolved experiment of each arm, as its steps read it.
     pub experiment_files: BTreeMap<Arm, PathBuf>,
-    pub prepared: Prepared<'a>,
+    pub prepared: PreparedData<'a>,
     /// The folder of all results.
     pub runs: PathBuf,
 }
 
 impl<'a> Setup<'a> {
     /// Finds the programs and the device, writes the experiments, and looks at the source.
-    pub fn new(session: &'a Session, plan: &'a Plan, options: &Options) -> Result<Self> {
+    pub fn new(
+        session: &'a CommandContext,
+        plan: &'a RunPlan,
+        options: &SetupOptions,
+    ) -> Result<Self> {
         let experiment = plan.experiment(Arm::Main);
         let source = options.images.as_deref().map(crate::source::absolute_source).transpose()?;
         Ok(Self {
@@ -59,7 +63,7 @@ impl<'a> Setup<'a> {
             plan,
             programs: Programs::find(&plan.programs(), &session.registry)?,
             device: (session.registry.devices.resolve)(options.device)?,
-            prepared: Prepared::of(session, experiment, source.as_deref(), &options.runs)?,
+            prepared: PreparedData::of(session, experiment, source.as_deref(), &options.runs)?,
             experiment_files: write_experiments(plan, &options.runs)?,
             runs: options.runs.clone(),
         })
@@ -105,15 +109,20 @@ impl<'a> Setup<'a> {
     }
 
     /// Says what each of these steps of a run would do.
-    pub fn say_what_would_run(&self, run: &Run, positions: &[usize], fresh: bool) -> Result<()> {
+    pub fn say_what_would_run(
+        &self,
+        run: &ExperimentRun,
+        positions: &[usize],
+        fresh: bool,
+    ) -> Result<()> {
         for &position in positions {
             self.session.interrupt.check()?;
             let what = match run.state(position) {
-                State::Done if fresh => "runs again",
-                State::Done => "is done",
-                State::Started if fresh => "starts again",
-                State::Started => "resumes",
-                State::New => "runs",
+                StepState::Done if fresh => "runs again",
+                StepState::Done => "is done",
+                StepState::Started if fresh => "starts again",
+                StepState::Started => "resumes",
+                StepState::New => "runs",
             };
             let name = self.plan.steps[position].name();
             print_line(format_args!("{name}, seed {}: {what}", run.seed))?;
@@ -131,7 +140,7 @@ impl<'a> Setup<'a> {
 
 /// Writes the resolved experiment of each arm below `runs`, under a name that changes with its
 /// contents: an edit of the file does not change a run that began from it.
-fn write_experiments(plan: &Plan, runs: &Path) -> Result<BTreeMap<Arm, PathBuf>> {
+fn write_experiments(plan: &RunPlan, runs: &Path) -> Result<BTreeMap<Arm, PathBuf>> {
     let mut experiment_files = BTreeMap::new();
     for (arm, experiment) in &plan.arms {
         let text =

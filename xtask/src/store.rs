@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use stage::{Claim, DONE, Interrupt};
 
-use crate::key::Key;
+use crate::key::StoreKey;
 
 /// Results by key, below one folder.
 #[derive(Debug, Clone)]
@@ -24,7 +24,7 @@ pub struct Store {
 
 /// How far a step has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum StepState {
     /// Nothing is there.
     New,
     /// It was started, and resumes when it is started again.
@@ -66,19 +66,19 @@ impl Store {
     }
 
     /// How far the step of `key` has come.
-    pub fn state(&self, key: &str) -> State {
+    pub fn state(&self, key: &str) -> StepState {
         let folder = self.path(key);
         if folder.join(DONE).exists() {
-            State::Done
+            StepState::Done
         } else if folder.exists() {
-            State::Started
+            StepState::Started
         } else {
-            State::New
+            StepState::New
         }
     }
 
     /// Claims `key` for this process alone; waits while another command works on it or reads it.
-    pub fn claim(&self, key: &Key, interrupt: &Interrupt) -> Result<Hold> {
+    pub fn claim(&self, key: &StoreKey, interrupt: &Interrupt) -> Result<Hold> {
         fs::create_dir_all(&self.folder)
             .with_context(|| format!("creating `{}`", self.folder.display()))?;
         let path = self.beside(key.name(), "json");
@@ -102,7 +102,7 @@ impl Store {
                 self.path(key).display()
             )
         };
-        if self.state(key) != State::Done {
+        if self.state(key) != StepState::Done {
             bail!(missing())
         }
         // A step that was started by hand has no record yet; the next claim writes it.
@@ -110,14 +110,14 @@ impl Store {
         let open = File::options().create(true).append(true).read(true).open(&path);
         let file = open.with_context(|| format!("opening `{}`", path.display()))?;
         lock(&file, File::try_lock_shared, key, interrupt)?;
-        if self.state(key) != State::Done {
+        if self.state(key) != StepState::Done {
             bail!(missing())
         }
         Ok(Hold(file))
     }
 
     /// Removes the result of `key`, finished or not. The caller has claimed it.
-    pub fn forget(&self, key: &Key, _: &Hold, interrupt: &Interrupt) -> Result<()> {
+    pub fn forget(&self, key: &StoreKey, _: &Hold, interrupt: &Interrupt) -> Result<()> {
         let folder = self.path(key.name());
         if !folder.exists() {
             return Ok(());
@@ -225,8 +225,8 @@ fn relative(target: &Path, folder: &Path) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    fn key() -> Key {
-        Key::of("embed", serde_json::json!({"views": 8}))
+    fn key() -> StoreKey {
+        StoreKey::of("embed", serde_json::json!({"views": 8}))
     }
 
     #[test]
@@ -235,14 +235,14 @@ mod tests {
         let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
         let key = key();
         let claim = store.claim(&key, &interrupt).expect("free");
-        assert_eq!(store.state(key.name()), State::New);
+        assert_eq!(store.state(key.name()), StepState::New);
         store.forget(&key, &claim, &interrupt).expect("nothing to forget");
         fs::create_dir_all(store.path(key.name())).expect("created");
-        assert_eq!(store.state(key.name()), State::Started);
+        assert_eq!(store.state(key.name()), StepState::Started);
         fs::write(store.path(key.name()).join(DONE), "{}").expect("written");
-        assert_eq!(store.state(key.name()), State::Done);
+        assert_eq!(store.state(key.name()), StepState::Done);
         store.forget(&key, &claim, &interrupt).expect("forgotten");
-        assert_eq!(store.state(key.name()), State::New);
+        assert_eq!(store.state(key.name()), StepState::New);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use clap::Parser;
 
 /// Arguments of a stage program, the same for all of them.
 #[derive(Debug, Clone, Parser)]
-pub struct Arguments {
+pub struct StageArguments {
     /// Experiment file; the program reads `[data]` and the table that bears its own name.
     #[arg(long, value_name = "FILE")]
     pub experiment: PathBuf,
@@ -97,9 +97,9 @@ impl fmt::Display for DeviceChoice {
 mod tests {
     use super::*;
 
-    fn parse(words: &[&str]) -> Result<Arguments, clap::Error> {
+    fn parse(words: &[&str]) -> Result<StageArguments, clap::Error> {
         let fixed = ["stage", "--experiment", "e.toml", "--images", "i.safetensors", "--out", "o"];
-        Arguments::try_parse_from(fixed.iter().chain(words))
+        StageArguments::try_parse_from(fixed.iter().chain(words))
     }
 
     #[test]

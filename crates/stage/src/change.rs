@@ -14,11 +14,11 @@ use crate::shared::is_reference;
 /// A table under a header `[a.b]` merges key by key into the old one. An inline table `{ … }` is a
 /// value and replaces the old one whole: a constraint of another rule has other keys.
 #[derive(Debug, Clone)]
-pub enum Change {
+pub enum TableChange {
     /// Replaces what was there.
     Value(Value),
     /// Changes the entries of a table.
-    Table(BTreeMap<String, Change>),
+    Table(BTreeMap<String, TableChange>),
 }
 
 /// Which keys a change may name.
@@ -30,7 +30,7 @@ pub enum Keys {
     Known,
 }
 
-impl Change {
+impl TableChange {
     /// Parses a TOML document.
     pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
         let values: Table = text.parse()?;
@@ -96,7 +96,7 @@ impl Change {
     }
 }
 
-impl From<Value> for Change {
+impl From<Value> for TableChange {
     /// A table merges; what it holds replaces.
     fn from(value: Value) -> Self {
         match value {
@@ -109,7 +109,7 @@ impl From<Value> for Change {
 }
 
 fn apply_all(
-    changes: BTreeMap<String, Change>,
+    changes: BTreeMap<String, TableChange>,
     tables: &mut Table,
     keys: Keys,
     prefix: &str,
@@ -128,14 +128,14 @@ fn apply_all(
                 }
             }
             // Only the shared value has a type.
-            (Some(old), Change::Value(new)) if is_reference(old) || is_reference(&new) => {
+            (Some(old), TableChange::Value(new)) if is_reference(old) || is_reference(&new) => {
                 *old = new;
             }
-            (Some(Value::Table(old)), Change::Table(changes)) => {
+            (Some(Value::Table(old)), TableChange::Table(changes)) => {
                 apply_all(changes, old, keys, &path.to_string())?;
             }
-            (Some(old @ Value::Table(_)), Change::Value(new @ Value::Table(_))) => *old = new,
-            (Some(Value::Table(old)), Change::Value(_)) => {
+            (Some(old @ Value::Table(_)), TableChange::Value(new @ Value::Table(_))) => *old = new,
+            (Some(Value::Table(old)), TableChange::Value(_)) => {
                 let known = old.keys().cloned().collect::<Vec<_>>().join(", ");
                 bail!("`{path}` is a table; name one of its keys: {known}")
             }
@@ -185,11 +185,11 @@ pub fn kind(value: &Value) -> &'static str {
 }
 
 /// Parses `table.key=value` as TOML writes it; a word may stand without quotes.
-pub fn assignment(text: &str) -> Result<Change> {
-    Change::parse(text)
+pub fn assignment(text: &str) -> Result<TableChange> {
+    TableChange::parse(text)
         .or_else(|error| {
             let (key, word) = text.split_once('=').ok_or_else(|| error.clone())?;
-            Change::parse(&format!("{key} = {}", Value::from(word.trim()))).map_err(|_| error)
+            TableChange::parse(&format!("{key} = {}", Value::from(word.trim()))).map_err(|_| error)
         })
         .context("it is not of the form table.key=value, as in TOML")
 }
@@ -204,7 +204,7 @@ mod tests {
 
     fn changed(keys: Keys, old: &str, change: &str) -> Result<Table> {
         let mut tables = table(old);
-        Change::parse(change).expect("TOML").apply(&mut tables, keys)?;
+        TableChange::parse(change).expect("TOML").apply(&mut tables, keys)?;
         Ok(tables)
     }
 

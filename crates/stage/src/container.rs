@@ -39,18 +39,18 @@ pub struct Tensor<'a> {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
-    values: Values<'a>,
+    values: TensorBytes<'a>,
 }
 
 /// Where the bytes of a tensor are.
 #[derive(Debug, Clone, Copy)]
-enum Values<'a> {
+enum TensorBytes<'a> {
     Held(&'a [u8]),
     /// In a temporary file, this many.
     Gathered(&'a File, u64),
 }
 
-impl Values<'_> {
+impl TensorBytes<'_> {
     fn len(self) -> u64 {
         match self {
             Self::Held(bytes) => bytes.len() as u64,
@@ -132,8 +132,10 @@ impl<T: Integer> Column<T> {
     /// Returns the column as a tensor of this name and shape, to be written.
     pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize]) -> Result<Tensor<'_>> {
         self.file.flush().context("writing a temporary file")?;
-        let values =
-            Values::Gathered(self.file.get_ref(), self.values * std::mem::size_of::<T>() as u64);
+        let values = TensorBytes::Gathered(
+            self.file.get_ref(),
+            self.values * std::mem::size_of::<T>() as u64,
+        );
         Ok(Tensor { name: name.into(), dtype: T::DTYPE, shape: shape.to_vec(), values })
     }
 
@@ -153,7 +155,7 @@ macro_rules! constructor {
     ($(#[$doc:meta])* $name:ident, $type:ty, $dtype:ident) => {
         $(#[$doc])*
         pub fn $name(name: impl Into<String>, shape: &[usize], values: &'a [$type]) -> Self {
-            let values = Values::Held(bytemuck::cast_slice(values));
+            let values = TensorBytes::Held(bytemuck::cast_slice(values));
             Self { name: name.into(), dtype: Dtype::$dtype, shape: shape.to_vec(), values }
         }
     };
@@ -199,7 +201,12 @@ pub fn write(
 }
 
 /// Puts kind, version and digest into the header and returns its text.
-fn seal(kind: &str, version: u64, header: &mut Header, mut parts: Vec<Part>) -> Result<String> {
+fn seal(
+    kind: &str,
+    version: u64,
+    header: &mut Header,
+    mut parts: Vec<DigestPart>,
+) -> Result<String> {
     header.insert("kind".into(), kind.into());
     header.insert("format-version".into(), version.into());
     parts.sort_by_key(|part| part.name);
@@ -239,16 +246,16 @@ pub fn write_streamed(
             .and_then(|()| check_shape(tensor))
             .with_context(|| format!("tensor `{}` for `{}`", tensor.name, path.display()))?;
     }
-    let mut parts: Vec<Part> = tensors.iter().map(Part::of).collect();
+    let mut parts: Vec<DigestPart> = tensors.iter().map(DigestPart::of).collect();
     let length = streamed.as_ref().map_or(Ok(0), |streamed| streamed.length.try_into())?;
     let streamed_shape = [length];
     if let Some(Streamed { name, .. }) = streamed {
-        let values = Values::Held(&[]);
-        parts.push(Part { name, dtype: Dtype::U8, shape: &streamed_shape, values });
+        let values = TensorBytes::Held(&[]);
+        parts.push(DigestPart { name, dtype: Dtype::U8, shape: &streamed_shape, values });
     }
     let text = seal(kind, version, &mut header, parts)?;
 
-    let layout = Layout::of(tensors, streamed.is_some());
+    let layout = TensorOrder::of(tensors, streamed.is_some());
     let tensors = layout.ordered(tensors);
     let mut end = 0;
     let mut entry = |name: &str, dtype, shape, length: usize| {
@@ -265,7 +272,7 @@ pub fn write_streamed(
     let text = layout.text(&metadata)?;
 
     files::replace(path, |file| {
-        let mut out = Counted { inner: BufWriter::with_capacity(1 << 20, file), bytes: 0 };
+        let mut out = ByteCounter { inner: BufWriter::with_capacity(1 << 20, file), bytes: 0 };
         out.write_all(&(text.len() as u64).to_le_bytes())?;
         out.write_all(&text)?;
         for tensor in &tensors {
@@ -289,7 +296,7 @@ pub fn write_streamed(
 /// The order of the tensors in a file and in its contents list. Both keep every tensor aligned; two
 /// exist because files written by earlier versions must stay reproducible byte by byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+enum TensorOrder {
     /// As `safetensors` orders: by type, then by name; the list too.
     ByType,
     /// Of files with gathered or streamed tensors: the widest types first, then by name; the list
@@ -297,9 +304,9 @@ enum Layout {
     ByWidth,
 }
 
-impl Layout {
+impl TensorOrder {
     fn of(tensors: &[Tensor], is_streamed: bool) -> Self {
-        let is_gathered = |tensor: &Tensor| matches!(tensor.values, Values::Gathered(..));
+        let is_gathered = |tensor: &Tensor| matches!(tensor.values, TensorBytes::Gathered(..));
         if is_streamed || tensors.iter().any(is_gathered) { Self::ByWidth } else { Self::ByType }
     }
 
@@ -328,12 +335,12 @@ impl Layout {
 }
 
 /// Counts the bytes that pass through.
-struct Counted<W> {
+struct ByteCounter<W> {
     inner: W,
     bytes: u64,
 }
 
-impl<W: Write> Write for Counted<W> {
+impl<W: Write> Write for ByteCounter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
         self.bytes += written as u64;
@@ -435,7 +442,7 @@ impl Contents {
             let covered = streamed != Some(name.as_str());
             let bytes = if covered { &bytes[place.bytes.clone()] } else { &[] };
             let (dtype, shape) = (place.dtype, place.shape.as_slice());
-            Part { name, dtype, shape, values: Values::Held(bytes) }
+            DigestPart { name, dtype, shape, values: TensorBytes::Held(bytes) }
         });
         let found = digest(&header, tensors)?;
         ensure!(
@@ -596,7 +603,7 @@ impl Container {
 /// Gathered values are whole numbers.
 fn check_finite(tensor: &Tensor) -> Result<()> {
     match tensor.values {
-        Values::Held(bytes) if tensor.dtype == Dtype::F32 => check_finite_bytes(bytes),
+        TensorBytes::Held(bytes) if tensor.dtype == Dtype::F32 => check_finite_bytes(bytes),
         _ => Ok(()),
     }
 }
@@ -610,14 +617,14 @@ fn check_finite_bytes(bytes: &[u8]) -> Result<()> {
 }
 
 /// What the digest covers of a tensor.
-struct Part<'a> {
+struct DigestPart<'a> {
     name: &'a str,
     dtype: Dtype,
     shape: &'a [usize],
-    values: Values<'a>,
+    values: TensorBytes<'a>,
 }
 
-impl<'a> Part<'a> {
+impl<'a> DigestPart<'a> {
     fn of(tensor: &'a Tensor) -> Self {
         let Tensor { name, dtype, shape, values } = tensor;
         Self { name, dtype: *dtype, shape, values: *values }
@@ -625,10 +632,10 @@ impl<'a> Part<'a> {
 }
 
 /// Hex SHA-256 over header and tensors; tensors come sorted by name.
-fn digest<'a>(header: &str, tensors: impl Iterator<Item = Part<'a>>) -> Result<String> {
+fn digest<'a>(header: &str, tensors: impl Iterator<Item = DigestPart<'a>>) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(header);
-    for Part { name, dtype, shape, values } in tensors {
+    for DigestPart { name, dtype, shape, values } in tensors {
         hash.update(format!("{name} {dtype:?} {shape:?}\n"));
         values.each(|bytes| {
             hash.update(bytes);

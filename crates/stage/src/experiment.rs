@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use crate::change::{self, Change, Keys};
+use crate::change::{self, Keys, TableChange};
 use crate::shared::{self, SHARED};
 use crate::{Library, digest};
 
@@ -28,7 +28,7 @@ pub struct Experiment {
     /// The same with the table `[shared]`, and references to it in place of values.
     unresolved: Table,
     /// What [`Experiment::set`] changed, but for shared values.
-    changes: Vec<Change>,
+    changes: Vec<TableChange>,
 }
 
 /// The table `[rounds]`: the order of the steps.
@@ -75,7 +75,7 @@ impl Experiment {
             .with_context(|| format!("--set {assignment}, in `{}`", self.path.display()))
     }
 
-    fn apply(&mut self, change: Change) -> Result<()> {
+    fn apply(&mut self, change: TableChange) -> Result<()> {
         if change.paths().iter().any(|path| path.first() == Some(&SHARED)) {
             let mut unresolved = self.unresolved.clone();
             change.clone().apply(&mut unresolved, Keys::Known)?;
@@ -105,8 +105,8 @@ impl Experiment {
         for (key, value) in overrides {
             // As with `--set`, a table at a dotted path replaces the old one.
             let change = match key.contains('.') {
-                true => Change::at(&key, value),
-                false => Change::Table(BTreeMap::from([(key, value.into())])),
+                true => TableChange::at(&key, value),
+                false => TableChange::Table(BTreeMap::from([(key, value.into())])),
             };
             change
                 .apply(&mut control.tables, Keys::Known)
@@ -124,7 +124,7 @@ impl Experiment {
             ("clustering.neighbours", Value::from(0)),
             ("clustering.kmeans-metric", Value::from("euclidean")),
         ] {
-            Change::at(key, value).apply(&mut pixels.tables, Keys::Known).ok()?;
+            TableChange::at(key, value).apply(&mut pixels.tables, Keys::Known).ok()?;
         }
         Some(pixels)
     }

@@ -69,7 +69,7 @@ pub mod random;
 mod shared;
 mod status;
 
-pub use arguments::{Arguments, DeviceChoice};
+pub use arguments::{DeviceChoice, StageArguments};
 pub use claim::Claim;
 pub use contract::{Effort, Origin, Output, Role, Spec, Stage};
 pub use data_table::{DataTable, Split};

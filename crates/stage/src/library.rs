@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use toml::{Table, Value};
 
-use crate::change::{Change, Keys, kind};
+use crate::change::{Keys, TableChange, kind};
 use crate::{Experiment, shared};
 
 /// The experiments in a folder, and those that a program brings along.
@@ -44,12 +44,12 @@ impl Default for Library {
 
 /// A text that holds an experiment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Source {
+enum ExperimentText {
     File(PathBuf),
     Embedded(&'static str),
 }
 
-impl Source {
+impl ExperimentText {
     /// For messages, and as the path of the experiment.
     fn path(&self) -> PathBuf {
         match self {
@@ -93,7 +93,7 @@ impl Library {
 
     /// Reads the experiment in a file.
     pub fn read(&self, path: &Path) -> Result<Experiment> {
-        self.resolve(Source::File(path.to_owned()))
+        self.resolve(ExperimentText::File(path.to_owned()))
     }
 
     /// Names of the experiments, sorted. Bases are not among them: they lie in folders below.
@@ -114,7 +114,7 @@ impl Library {
         Ok(names.into_iter().collect())
     }
 
-    fn resolve(&self, source: Source) -> Result<Experiment> {
+    fn resolve(&self, source: ExperimentText) -> Result<Experiment> {
         let mut tables = Table::new();
         let own = self.merge(&source, &mut tables, &mut Vec::new())?;
         let path = source.path();
@@ -128,12 +128,12 @@ impl Library {
     /// - `above`: the experiments that led here, each a base of the one before it.
     fn merge(
         &self,
-        source: &Source,
+        source: &ExperimentText,
         tables: &mut Table,
-        above: &mut Vec<Source>,
-    ) -> Result<Change> {
+        above: &mut Vec<ExperimentText>,
+    ) -> Result<TableChange> {
         let path = source.path();
-        let mut change = Change::parse(&self.text(source)?)
+        let mut change = TableChange::parse(&self.text(source)?)
             .with_context(|| format!("the experiment `{}` is not TOML", path.display()))?;
         above.push(source.clone());
         for base in take_bases(&mut change).with_context(|| format!("`{}`", path.display()))? {
@@ -151,40 +151,40 @@ impl Library {
         Ok(own)
     }
 
-    fn text(&self, source: &Source) -> Result<String> {
+    fn text(&self, source: &ExperimentText) -> Result<String> {
         match source {
-            Source::Embedded(name) => {
+            ExperimentText::Embedded(name) => {
                 let found = self.embedded.iter().find(|(other, _)| other == name);
                 Ok(found.map(|(_, text)| (*text).to_owned()).unwrap_or_default())
             }
-            Source::File(path) => fs::read_to_string(path)
+            ExperimentText::File(path) => fs::read_to_string(path)
                 .with_context(|| format!("opening the experiment `{}`", path.display())),
         }
     }
 
     /// The experiment `name` in the folder, or else the embedded one.
-    fn named(&self, name: &str) -> Option<Source> {
-        let file = Source::File(self.folder.join(format!("{name}.toml")));
+    fn named(&self, name: &str) -> Option<ExperimentText> {
+        let file = ExperimentText::File(self.folder.join(format!("{name}.toml")));
         exists(&file).then_some(file).or_else(|| self.embedded(name))
     }
 
-    fn embedded(&self, name: &str) -> Option<Source> {
+    fn embedded(&self, name: &str) -> Option<ExperimentText> {
         let found = self.embedded.iter().find(|(other, _)| *other == name);
-        found.map(|(name, _)| Source::Embedded(name))
+        found.map(|(name, _)| ExperimentText::Embedded(name))
     }
 
     /// The base that the last of `above` names. It is not that experiment, so that one can extend
     /// another of its name from elsewhere.
-    fn base(&self, name: &str, above: &[Source]) -> Result<Source> {
-        let file = |folder: &Path| Source::File(folder.join(format!("{name}.toml")));
-        let beside = |source: &Source| match source {
-            Source::File(path) => path.parent().map(file),
-            Source::Embedded(own) => own
+    fn base(&self, name: &str, above: &[ExperimentText]) -> Result<ExperimentText> {
+        let file = |folder: &Path| ExperimentText::File(folder.join(format!("{name}.toml")));
+        let beside = |source: &ExperimentText| match source {
+            ExperimentText::File(path) => path.parent().map(file),
+            ExperimentText::Embedded(own) => own
                 .rsplit_once('/')
                 .and_then(|(folder, _)| self.embedded(&format!("{folder}/{name}"))),
         };
         let elsewhere = [Some(file(&self.folder)), self.embedded(name)];
-        let mut candidates: Vec<Source> =
+        let mut candidates: Vec<ExperimentText> =
             above.iter().rev().filter_map(beside).chain(elsewhere.into_iter().flatten()).collect();
         candidates.dedup();
         let source = above.last().context("a base has an experiment that extends it")?;
@@ -203,23 +203,23 @@ impl Library {
     }
 }
 
-fn exists(source: &Source) -> bool {
+fn exists(source: &ExperimentText) -> bool {
     match source {
-        Source::File(path) => path.is_file(),
-        Source::Embedded(_) => true,
+        ExperimentText::File(path) => path.is_file(),
+        ExperimentText::Embedded(_) => true,
     }
 }
 
 /// Takes the key `extends` out of an experiment.
-fn take_bases(change: &mut Change) -> Result<Vec<String>> {
-    let Change::Table(keys) = change else { return Ok(vec![]) };
+fn take_bases(change: &mut TableChange) -> Result<Vec<String>> {
+    let TableChange::Table(keys) = change else { return Ok(vec![]) };
     let bases = match keys.remove("extends") {
         None => return Ok(vec![]),
-        Some(Change::Value(Value::Array(bases))) => bases,
-        Some(Change::Value(other)) => {
+        Some(TableChange::Value(Value::Array(bases))) => bases,
+        Some(TableChange::Value(other)) => {
             bail!("`extends` is {}; it must be a list of names, as in [\"digits\"]", kind(&other))
         }
-        Some(Change::Table(_)) => bail!("`extends` is a table; it must be a list of names"),
+        Some(TableChange::Table(_)) => bail!("`extends` is a table; it must be a list of names"),
     };
     let name = |base: Value| match base {
         Value::String(name) => {

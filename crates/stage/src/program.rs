@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::arguments::Arguments;
+use crate::arguments::StageArguments;
 use crate::{
     Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, console, files, memory, status,
 };
@@ -62,8 +62,8 @@ pub fn main<S: Stage>() -> ExitCode {
 fn check_or_run<S: Stage>(words: Vec<OsString>) -> Result<()> {
     let spec = S::SPEC;
     let version = format!("algorithm {}", spec.algorithm);
-    let command = Arguments::command().name(spec.name).version(version);
-    let arguments = match Arguments::from_arg_matches(&command.get_matches_from(words)) {
+    let command = StageArguments::command().name(spec.name).version(version);
+    let arguments = match StageArguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
@@ -82,11 +82,11 @@ fn check_or_run<S: Stage>(words: Vec<OsString>) -> Result<()> {
 
 fn job(
     spec: &Spec,
-    arguments: Arguments,
+    arguments: StageArguments,
     experiment: &Experiment,
     interrupt: Interrupt,
 ) -> Result<Job> {
-    let Arguments { images, out, round, rounds, seed, device, .. } = arguments;
+    let StageArguments { images, out, round, rounds, seed, device, .. } = arguments;
     ensure!(round <= rounds, "--round {round} is after the last round, --rounds {rounds}");
     let data: DataTable = experiment.table("data")?;
     data.check()?;

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use toml::{Table, Value};
 
-use crate::change::{Change, Keys, kind};
+use crate::change::{Keys, TableChange, kind};
 
 /// The table of the shared values.
 pub const SHARED: &str = "shared";
@@ -38,7 +38,7 @@ pub fn resolve(mut tables: Table) -> Result<Table> {
 /// experiment.
 ///
 /// - `tables`: the experiment with this change, not resolved.
-pub fn refuse_unused(change: &Change, tables: &Table) -> Result<()> {
+pub fn refuse_unused(change: &TableChange, tables: &Table) -> Result<()> {
     let resolved = resolve(tables.clone())?;
     for path in change.paths() {
         let mut without = tables.clone();
@@ -96,7 +96,7 @@ fn resolve_value(value: Value, shared: &Table, above: &[&str]) -> Result<Value> 
     );
     match resolve_value(look_up(&path, shared)?, shared, &above)? {
         Value::Table(mut taken) => {
-            Change::from(Value::Table(beside))
+            TableChange::from(Value::Table(beside))
                 .apply(&mut taken, Keys::New)
                 .with_context(|| format!("beside `{FROM} = \"{path}\"`"))?;
             Ok(Value::Table(taken))
@@ -182,7 +182,8 @@ mod tests {
         let experiment = "[embed]\nviews = { from = 'mild' }\n\
                           backbone = { from = 'backbone', depth = '34' }";
         let tables = table(&format!("{experiment}\n{SHARED_VALUES}"));
-        let refused = |change: &str| refuse_unused(&Change::parse(change).expect("TOML"), &tables);
+        let refused =
+            |change: &str| refuse_unused(&TableChange::parse(change).expect("TOML"), &tables);
         refused("shared.views.operations = []\n[embed]\nviews = 3").expect("taken through `mild`");
         refused("[shared.backbone]\nwidth = 64").expect("taken");
         for unused in ["shared.precision = 'f32'", "[shared.backbone]\ndepth = '10'"] {
