@@ -18,7 +18,7 @@ pub const PICTURES: usize = 90;
 
 /// How a data set is laid out: the same pictures can bear any names, in any order.
 #[derive(Debug, Clone, Copy)]
-pub struct Layout {
+pub struct PictureNames {
     /// Name of the folder of each class.
     pub classes: [&'static str; CLASSES],
     /// Whether the last picture of a class comes first by name.
@@ -26,14 +26,15 @@ pub struct Layout {
 }
 
 /// The layout that tests use unless they are about layouts.
-pub const PLAIN: Layout = Layout { classes: ["bars", "corners", "steps"], backwards: false };
+pub const PLAIN: PictureNames =
+    PictureNames { classes: ["bars", "corners", "steps"], backwards: false };
 
 /// Writes the data set drawn from `seed` as one folder for each class.
 ///
 /// # Errors
 ///
 /// A file cannot be written.
-pub fn write(folder: &Path, layout: Layout, seed: u64) -> Result<()> {
+pub fn write(folder: &Path, layout: PictureNames, seed: u64) -> Result<()> {
     for number in 0..PICTURES {
         let class = number % CLASSES;
         let folder = folder.join(layout.classes[class]);

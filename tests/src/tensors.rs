@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 /// A tensor: type, extents, little-endian bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tensor {
+pub struct RawTensor {
     /// Element type.
     pub dtype: Dtype,
     /// Extents, outermost first.
@@ -24,7 +24,7 @@ pub struct Tensor {
     pub bytes: Vec<u8>,
 }
 
-impl Tensor {
+impl RawTensor {
     /// 32-bit floats.
     pub fn f32(shape: &[usize], values: &[f32]) -> Self {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -61,7 +61,7 @@ pub struct File {
     /// Header fields without the digest.
     pub header: BTreeMap<String, Value>,
     /// Tensors by name.
-    pub tensors: BTreeMap<String, Tensor>,
+    pub tensors: BTreeMap<String, RawTensor>,
 }
 
 impl File {
@@ -80,7 +80,7 @@ impl File {
         let tensors = SafeTensors::deserialize(&bytes)?;
         let owned = |(name, view): (String, TensorView)| {
             let (dtype, shape) = (view.dtype(), view.shape().to_vec());
-            (name, Tensor { dtype, shape, bytes: view.data().to_vec() })
+            (name, RawTensor { dtype, shape, bytes: view.data().to_vec() })
         };
         let file = Self { header, tensors: tensors.tensors().into_iter().map(owned).collect() };
         let without = text.replacen(&format!(",\"sha256\":{digest}"), "", 1);
@@ -113,7 +113,7 @@ impl File {
     fn digest(&self, header: &str) -> String {
         let mut hash = Sha256::new();
         hash.update(header);
-        for (name, Tensor { dtype, shape, bytes }) in &self.tensors {
+        for (name, RawTensor { dtype, shape, bytes }) in &self.tensors {
             hash.update(format!("{name} {dtype:?} {shape:?}\n"));
             hash.update(bytes);
         }

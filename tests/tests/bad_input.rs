@@ -29,7 +29,7 @@ fn finished() -> Arc<(Bench, Bench)> {
 }
 
 /// A file that a stage is given, and a way in which it is wrong.
-struct Case {
+struct SpoiltFile {
     name: &'static str,
     /// The program, its round, and the steps it is given by role.
     program: &'static str,
@@ -56,15 +56,15 @@ const fn case(
     (role, file): (&'static str, &'static str),
     spoil: fn(&Path),
     says: &'static [&'static str],
-) -> Case {
-    Case { name, program, round, inputs, role, file, spoil, says }
+) -> SpoiltFile {
+    SpoiltFile { name, program, round, inputs, role, file, spoil, says }
 }
 
 const NETWORK: (&str, &str) = ("network", "network.safetensors");
 const EMBEDDINGS: (&str, &str) = ("embeddings", "embeddings.safetensors");
 const LABELS: (&str, &str) = ("pseudo-labels", "pseudo-labels.safetensors");
 
-const CASES: &[Case] = &[
+const CASES: &[SpoiltFile] = &[
     case("missing network", EMBED, NETWORK, remove, &["network.safetensors"]),
     case("truncated network", EMBED, NETWORK, truncate, &["network.safetensors", "run"]),
     case("flipped bit", EMBED, NETWORK, flip, &["network.safetensors", "damaged"]),

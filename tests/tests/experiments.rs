@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use tests::bench::{assort, stderr};
-use tests::pictures::{self, Layout, PLAIN};
+use tests::pictures::{self, PLAIN, PictureNames};
 
 /// `assort` on an experiment that ships, but on the tiny pictures and in `folder`.
 fn on_tiny_pictures(words: &[&str], folder: &Path) -> Output {
@@ -32,7 +32,7 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
     // As many pictures as the largest number of clusters asks for, all different.
     for (seed, classes) in [PLAIN.classes, ["a", "b", "c"], ["d", "e", "f"]].into_iter().enumerate()
     {
-        let layout = Layout { classes, ..PLAIN };
+        let layout = PictureNames { classes, ..PLAIN };
         pictures::write(&folder.path().join("pictures"), layout, seed as u64).expect("written");
     }
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");

@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 
 use tests::Bench;
 use tests::bench::systems;
-use tests::pictures::{self, Layout};
+use tests::pictures::{self, PictureNames};
 use tests::tensors::File;
 
-fn assert_same(one: &Results, other: &Results, what: &str) {
+fn assert_same(one: &ResultFiles, other: &ResultFiles, what: &str) {
     assert_eq!(one.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>(), "{what}");
     for (name, bytes) in one {
         assert!(*bytes == other[name], "{what} changed {name}");
     }
 }
 
-type Results = BTreeMap<String, Vec<u8>>;
+type ResultFiles = BTreeMap<String, Vec<u8>>;
 
 #[test]
 fn one_two_and_three_threads_give_the_same_bytes() {
@@ -50,7 +50,7 @@ fn another_seed_gives_other_bytes() {
 #[test]
 fn a_data_set_renamed_and_sorted_anew_gives_the_same_bytes() {
     // Classes in another order, pictures backwards within each.
-    let layout = Layout { classes: ["zebra", "mole", "ant"], backwards: true };
+    let layout = PictureNames { classes: ["zebra", "mole", "ant"], backwards: true };
     for system in systems() {
         let plain = Bench::of(&system);
         plain.reproduce(&[]).expect("runs through");

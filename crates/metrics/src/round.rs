@@ -26,7 +26,8 @@ pub fn metrics(
     previous: Option<&PseudoLabels>,
 ) -> Result<RoundMetrics> {
     let (images, clusters) = (scored.index.len(), scored.clusters);
-    let truth = labels.map(|labels| Truth::new(scored, labels)).filter(|t| !t.class.is_empty());
+    let truth =
+        labels.map(|labels| KnownClasses::new(scored, labels)).filter(|t| !t.class.is_empty());
     match &truth {
         None => {
             tracing::info!("no image has a known class: only scores without classes are written")
@@ -74,14 +75,14 @@ fn scores(table: &Contingency) -> Scores {
 }
 
 /// The images whose class is known.
-struct Truth<'a> {
+struct KnownClasses<'a> {
     /// Their positions among the grouped images.
     positions: Vec<usize>,
     class: Vec<u32>,
     classes: &'a [String],
 }
 
-impl<'a> Truth<'a> {
+impl<'a> KnownClasses<'a> {
     fn new(scored: &PseudoLabels, labels: &'a Labels) -> Self {
         let known = scored.index.iter().enumerate();
         let (positions, class) =
@@ -99,7 +100,7 @@ impl<'a> Truth<'a> {
             .filter(|&(&i, _)| scored.reliable[i])
             .map(|(&i, &class)| (i, class))
             .unzip();
-        let reliable = Truth { positions, class, classes: self.classes };
+        let reliable = KnownClasses { positions, class, classes: self.classes };
         let inside = reliable.table(&scored.assignment, scored.clusters)?;
         let n = reliable.class.len();
         Ok((n > 0).then(|| hits(&inside, map) as f64 / n as f64))

@@ -18,7 +18,7 @@ use stage::container::Container;
 
 /// A head that is read and checked.
 #[derive(Debug)]
-pub struct Head {
+pub struct LoadedHead {
     /// Width of the rows that it takes.
     pub width: usize,
     space: Space,
@@ -46,7 +46,7 @@ pub struct Predictions {
     pub confidence: Vec<f32>,
 }
 
-impl Head {
+impl LoadedHead {
     /// Reads the head in `folder`.
     ///
     /// # Errors
@@ -246,7 +246,7 @@ mod tests {
                 Named::f32("output.bias", &[3], &[0., 0., 0.5]),
             ],
         )?;
-        let head = Head::open(folder.path())?;
+        let head = LoadedHead::open(folder.path())?;
         assert_eq!((head.width, head.space_name()), (2, "embeddings"));
         let found = head.predict(&[5., 0., 0., -0.1])?;
         assert_eq!(found.assignment, [0, 1]);
@@ -268,7 +268,7 @@ mod tests {
         let centres = [3., 3., 1.2, 0.];
         let predict = |by| -> Result<Predictions> {
             head::write_centres(folder.path(), &centres, 2, by)?;
-            let head = Head::open(folder.path())?;
+            let head = LoadedHead::open(folder.path())?;
             assert_eq!((head.width, head.space_name()), (2, "projections"));
             head.predict(&[1., 0.45])
         };
@@ -318,7 +318,7 @@ mod tests {
                 Named::f32("output.bias", &[2], &[-1., 1.]),
             ],
         )?;
-        let head = Head::open(folder.path())?;
+        let head = LoadedHead::open(folder.path())?;
         // 2 → 5 → 5 → 5 → 2.5 → logits 1.5, −1.5. 9 → 19 → 33 → −23 → 0 → −1, 1. −9 → … 0 → 10 → 5 → 4, −4.
         let found = head.predict(&[2., 9., -9.])?;
         assert_eq!(found.assignment, [0, 1, 0]);
@@ -330,7 +330,7 @@ mod tests {
     #[test]
     fn an_unusable_head_is_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let message = || format!("{:#}", Head::open(folder.path()).expect_err("unusable"));
+        let message = || format!("{:#}", LoadedHead::open(folder.path()).expect_err("unusable"));
         head::write(folder.path(), 2, "tree", &[])?;
         assert!(message().contains("form `tree`"), "{}", message());
         let network = |hidden: usize, clusters: usize| {
@@ -360,7 +360,7 @@ mod tests {
             );
         }
         network(4, 3)?;
-        Head::open(folder.path())?;
+        LoadedHead::open(folder.path())?;
         Ok(())
     }
 }

@@ -22,7 +22,7 @@ use data::{Embeddings, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::{Effort, Job, Origin, Role, Spec, Stage};
 
-use crate::head::{Head, Predictions};
+use crate::head::{LoadedHead, Predictions};
 
 /// The table `[predict]`. It has no values: the head determines everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -52,14 +52,14 @@ impl Stage for Predict {
         if let Some(folder) = job.optional_input("head")
             && folder.join(data::head::FILE).exists()
         {
-            Head::open(folder)?.require_clusters(job.data.clusters)?;
+            LoadedHead::open(folder)?.require_clusters(job.data.clusters)?;
         }
         Ok(Effort::NONE)
     }
 
     /// Applies the head to the embeddings and writes the pseudo-labels.
     fn run(_: &Config, job: &Job) -> Result<()> {
-        let head = Head::open(job.input("head")?)?;
+        let head = LoadedHead::open(job.input("head")?)?;
         head.require_clusters(job.data.clusters)?;
         let file: PathBuf = job.input("embeddings")?.join("embeddings.safetensors");
         let embeddings = Embeddings::open(&file)?;

@@ -4,7 +4,7 @@ use data::PseudoLabels;
 
 /// A picture in its cluster.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Member {
+pub struct ClusterMember {
     /// Its row of `images.safetensors`.
     pub row: u32,
     /// How sure the method is of its cluster, in `[0, 1]`; [`data::pseudo_labels`] says what it means.
@@ -22,7 +22,7 @@ pub struct Cluster {
     /// Its number in the pseudo-labels.
     pub number: usize,
     /// Its pictures, by falling score; equal scores by row.
-    pub members: Vec<Member>,
+    pub members: Vec<ClusterMember>,
 }
 
 impl Cluster {
@@ -31,7 +31,7 @@ impl Cluster {
         let empty = |number| Self { number, members: Vec::new() };
         let mut clusters: Vec<Self> = (0..labels.clusters).map(empty).collect();
         for (place, &row) in labels.index.iter().enumerate() {
-            clusters[labels.assignment[place] as usize].members.push(Member {
+            clusters[labels.assignment[place] as usize].members.push(ClusterMember {
                 row,
                 confidence: labels.confidence[place],
                 score: labels.score[place],
@@ -52,7 +52,7 @@ impl Cluster {
 
     /// Returns the pictures to show: the `most` of highest score, and of the others the ones of lowest
     /// score, a third as many, in falling order.
-    pub fn shown(&self, most: usize) -> (&[Member], &[Member]) {
+    pub fn shown(&self, most: usize) -> (&[ClusterMember], &[ClusterMember]) {
         let (highest, others) = self.members.split_at(most.min(self.members.len()));
         (highest, &others[others.len().saturating_sub(most.div_ceil(3))..])
     }
@@ -90,8 +90,9 @@ pub(crate) mod tests {
             (9, vec![5, 1, 6, 0], vec![]),
         ] {
             let (first, last) = cluster.shown(most);
-            let rows =
-                |members: &[Member]| members.iter().map(|member| member.row).collect::<Vec<_>>();
+            let rows = |members: &[ClusterMember]| {
+                members.iter().map(|member| member.row).collect::<Vec<_>>()
+            };
             assert_eq!((rows(first), rows(last)), (surest, least), "{most}");
         }
     }

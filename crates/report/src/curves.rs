@@ -31,7 +31,7 @@ const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-se
 ///
 /// A line is damaged; the message names it.
 pub fn charts(log: &str) -> Result<Vec<Chart>> {
-    let mut phases: Vec<(String, Vec<Line>)> = Vec::new();
+    let mut phases: Vec<(String, Vec<LogLine>)> = Vec::new();
     for (number, text) in (1..).zip(log.split_inclusive('\n')) {
         let whole = text.strip_suffix('\n').unwrap_or(text);
         let line = match json::of_line(whole) {
@@ -69,13 +69,13 @@ fn is_cut_off(text: &str) -> bool {
 }
 
 /// A line of a log.
-type Line = Map<String, Value>;
+type LogLine = Map<String, Value>;
 
-fn epoch(line: &Line) -> Option<u64> {
+fn epoch(line: &LogLine) -> Option<u64> {
     line.get("epoch")?.as_u64()
 }
 
-fn charts_of(phase: &str, rows: &[Line]) -> Vec<Chart> {
+fn charts_of(phase: &str, rows: &[LogLine]) -> Vec<Chart> {
     let mut numbers: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
     for (epoch, row) in rows.iter().enumerate() {
         for (key, value) in row.iter().filter(|(key, _)| !NO_CHART.contains(&key.as_str())) {

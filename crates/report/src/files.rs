@@ -11,7 +11,7 @@ use data::{Images, Names};
 use image::ImageFormat;
 use stage::Interrupt;
 
-use crate::clusters::{Cluster, Member};
+use crate::clusters::{Cluster, ClusterMember};
 use crate::thumbnail;
 
 /// Name of the table in the folder of a report.
@@ -159,7 +159,7 @@ impl Copies<'_> {
     }
 
     /// Returns the bytes of a picture's file, and the extensions that it may have.
-    fn file(&self, member: &Member) -> Result<(Vec<u8>, &'static [&'static str])> {
+    fn file(&self, member: &ClusterMember) -> Result<(Vec<u8>, &'static [&'static str])> {
         if let Some((encoding, bytes)) = self.images.file(member.row)? {
             return Ok((bytes.to_vec(), extensions(encoding)));
         }

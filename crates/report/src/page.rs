@@ -7,7 +7,7 @@ use data::metrics::Scores;
 use data::{Images, Names, RoundMetrics};
 use rayon::prelude::*;
 
-use crate::clusters::{Cluster, Member};
+use crate::clusters::{Cluster, ClusterMember};
 use crate::curves::Chart;
 use crate::html::escaped;
 use crate::thumbnail;
@@ -173,7 +173,7 @@ impl Page<'_> {
     }
 }
 
-fn image(member: &Member, images: &Images, names: &Names) -> Result<String> {
+fn image(member: &ClusterMember, images: &Images, names: &Names) -> Result<String> {
     let name = escaped(&names.names[member.row as usize]);
     let url = thumbnail::data_url(&*images.picture(member.row)?)?;
     let score = member.score;

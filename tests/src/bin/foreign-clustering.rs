@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use tests::tensors::{File, Tensor};
+use tests::tensors::{File, RawTensor};
 
 fn main() -> Result<()> {
     let mut roles = BTreeMap::new();
@@ -52,18 +52,18 @@ fn pseudo_labels(embeddings: &File, clusters: usize) -> Result<File> {
         centres = means(&rows, &assignment, &centres);
         assignment = nearest(&rows, &centres);
     }
-    let ones = Tensor::f32(&[m], &vec![1.; m]);
+    let ones = RawTensor::f32(&[m], &vec![1.; m]);
     let mut header = embeddings.header.clone();
     header.insert("kind".into(), "pseudo-labels".into());
     header.insert("clusters".into(), Value::from(clusters));
     let tensors = [
         ("index", embeddings.tensors["index"].clone()),
-        ("assignment", Tensor::u32(&[m], &assignment)),
-        ("kmeans-assignment", Tensor::u32(&[m], &assignment)),
+        ("assignment", RawTensor::u32(&[m], &assignment)),
+        ("kmeans-assignment", RawTensor::u32(&[m], &assignment)),
         ("confidence", ones.clone()),
         ("score", ones),
-        ("reliable", Tensor::u8(&[m], &vec![1; m])),
-        ("prototypes", Tensor::f32(&[clusters, width], &centres.concat())),
+        ("reliable", RawTensor::u8(&[m], &vec![1; m])),
+        ("prototypes", RawTensor::f32(&[clusters, width], &centres.concat())),
     ];
     let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor));
     Ok(File { header, tensors: BTreeMap::from(tensors) })
