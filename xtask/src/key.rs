@@ -1,7 +1,7 @@
 //! Keys: a step's result is known by everything that it depends on.
 //!
-//! The key of a step is the SHA-256 of its program's identity, its table and `[data]` as resolved,
-//! seed, round, device and processor, and of the keys of its inputs. So one pretraining serves all
+//! The key of a step is the SHA-256 of its program's identity, its table and `[data]` as resolved
+//! (without the number of clusters where the stage does not depend on it), seed, round, device and processor, and of the keys of its inputs. So one pretraining serves all
 //! experiments that agree on it, and no changed value reuses an old result.
 
 #[cfg(target_arch = "x86_64")]
@@ -53,7 +53,11 @@ impl StoreKey {
         inputs: BTreeMap<&str, String>,
     ) -> Self {
         let table = |name: &str| serde_json::to_value(experiment.value(name)).unwrap_or_default();
-        let mut tables = BTreeMap::from([("data", table("data"))]);
+        let mut data = table("data");
+        if !program.depends_on_clusters {
+            data.as_object_mut().and_then(|data| data.remove("clusters"));
+        }
+        let mut tables = BTreeMap::from([("data", data)]);
         let name = table_of(&step.program);
         tables.insert(name, table(name));
         if experiment.value(name).is_none() {
@@ -160,6 +164,7 @@ mod tests {
             path: "bin/assort".into(),
             identity: json!({ "name": "embed", "algorithm": 1 }),
             words: Some(vec!["embed"]),
+            depends_on_clusters: false,
         }
     }
 
@@ -184,6 +189,7 @@ mod tests {
         let in_these = |surroundings: Surroundings| key(&step(), TEXT, &program(), &surroundings);
         let same = [
             of_text(&TEXT.replace("heads = 6", "heads = 7")),
+            of_text(&TEXT.replace("clusters = 3", "clusters = 4")),
             of_step(Step { arm: Arm::Control, ..step() }),
             of_program(Executable { path: "other/assort".into(), ..program() }),
             in_these(Surroundings {
@@ -196,7 +202,7 @@ mod tests {
         }
         let different = [
             of_text(&TEXT.replace("views = 8", "views = 9")),
-            of_text(&TEXT.replace("clusters = 3", "clusters = 4")),
+            of_text(&TEXT.replace("[data]", "[data]\ntrain-on = ['test']")),
             of_step(Step { round: 2, ..step() }),
             of_step(Step { rounds: 3, ..step() }),
             of_program(Executable {
@@ -221,6 +227,13 @@ mod tests {
         for other in different {
             assert_ne!(other, first);
         }
+    }
+
+    #[test]
+    fn the_number_of_clusters_counts_where_a_program_depends_on_it() {
+        let program = Executable { depends_on_clusters: true, ..program() };
+        let key = |text: &str| key(&step(), text, &program, &surroundings());
+        assert_ne!(key(TEXT), key(&TEXT.replace("clusters = 3", "clusters = 4")));
     }
 
     #[test]

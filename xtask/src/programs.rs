@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use stage::Spec;
 use stage::digest::sha256_of_file;
 
 use crate::Registry;
@@ -25,13 +26,16 @@ pub struct Executable {
     pub identity: Value,
     /// The words before the arguments that make this program a stage; none for a foreign one.
     pub words: Option<Vec<&'static str>>,
+    /// Whether its results may depend on the number of clusters.
+    pub depends_on_clusters: bool,
 }
 
 impl Executable {
     /// The stage or helper of this name, which is this same program.
     pub fn own(name: &str, registry: &Registry) -> Result<Self> {
         let helper = registry.helpers.iter().find(|helper| helper.name == name);
-        let (name, algorithm, words) = match (registry.spec(name), helper) {
+        let spec = registry.spec(name);
+        let (name, algorithm, words) = match (spec, helper) {
             (Some(spec), _) => (spec.name, spec.algorithm, vec![spec.name]),
             (None, Some(helper)) => (helper.name, helper.algorithm, vec![HELPER, helper.name]),
             (None, None) => bail!(
@@ -42,7 +46,8 @@ impl Executable {
         };
         let path = env::current_exe().context("finding the file of this program")?;
         let identity = json!({ "name": name, "algorithm": algorithm });
-        Ok(Self { path, identity, words: Some(words) })
+        let depends_on_clusters = spec.is_none_or(Spec::depends_on_clusters);
+        Ok(Self { path, identity, words: Some(words), depends_on_clusters })
     }
 
     /// A foreign executable.
@@ -54,7 +59,7 @@ impl Executable {
         );
         let name = table_of(&path.to_string_lossy()).to_owned();
         let identity = json!({ "name": name, "sha256": sha256_of_file(path)? });
-        Ok(Self { path: path.to_owned(), identity, words: None })
+        Ok(Self { path: path.to_owned(), identity, words: None, depends_on_clusters: true })
     }
 
     /// True for a stage of this program, false for a foreign executable.

@@ -62,6 +62,21 @@ impl Spec {
         self.outputs.contains(&Output::PseudoLabels)
     }
 
+    /// True for a stage whose results may depend on the number of clusters: one that writes clusters
+    /// or reads them.
+    ///
+    /// The other stages are given 0 as [`DataTable::clusters`](crate::DataTable), so that one
+    /// training serves every number of clusters.
+    pub fn depends_on_clusters(&self) -> bool {
+        let reads = |role: &Role| {
+            matches!(
+                role.origin,
+                Origin::PseudoLabels | Origin::EarlierPseudoLabels | Origin::Labels
+            )
+        };
+        self.clusters() || self.inputs.iter().any(reads)
+    }
+
     /// True for a system in one stage, which trains and clusters.
     pub fn is_one_phase(&self) -> bool {
         self.trains() && self.clusters()
@@ -179,6 +194,16 @@ mod tests {
             let spec = Spec { name: "example", algorithm: 1, inputs: &[], outputs };
             assert_eq!([spec.trains(), spec.clusters(), spec.is_one_phase()], expected);
         }
+    }
+
+    #[test]
+    fn a_stage_that_neither_reads_nor_writes_clusters_does_not_depend_on_their_number() {
+        let spec = |inputs, outputs| Spec { name: "example", algorithm: 1, inputs, outputs };
+        const NETWORK: &[Role] = &[Role::new("network", Origin::Network)];
+        const LABELS: &[Role] = &[Role::new("labels", Origin::PseudoLabels)];
+        assert!(!spec(NETWORK, &[Output::Embeddings]).depends_on_clusters());
+        assert!(spec(LABELS, &[Output::Network]).depends_on_clusters());
+        assert!(spec(NETWORK, &[Output::PseudoLabels]).depends_on_clusters());
     }
 
     #[test]

@@ -7,7 +7,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DataTable {
-    /// Number of clusters K: a choice of the experiment, never counted from labels.
+    /// Number of clusters K: a choice of the experiment, never counted from labels. 0 in the job of
+    /// a stage whose results must not depend on it, see [`Spec::depends_on_clusters`].
+    ///
+    /// [`Spec::depends_on_clusters`]: crate::Spec::depends_on_clusters
     pub clusters: usize,
     /// Splits whose pictures the networks learn from.
     pub train_on: Vec<Split>,

@@ -88,8 +88,11 @@ fn job(
 ) -> Result<Job> {
     let StageArguments { images, out, round, rounds, seed, device, .. } = arguments;
     ensure!(round <= rounds, "--round {round} is after the last round, --rounds {rounds}");
-    let data: DataTable = experiment.table("data")?;
+    let mut data: DataTable = experiment.table("data")?;
     data.check()?;
+    if !spec.depends_on_clusters() {
+        data.clusters = 0;
+    }
     let inputs = inputs_by_role(spec, arguments.inputs)?;
     Ok(Job {
         inputs,
