@@ -2,10 +2,10 @@
 
 use std::borrow::Cow;
 use std::fs;
-use std::io::{Cursor, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::io::{self, Cursor, ErrorKind};
+use std::path::{Path, PathBuf, absolute};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use data::picture::Encoding;
 use data::{Images, Names};
 use image::ImageFormat;
@@ -50,65 +50,111 @@ fn without_formula(name: &str) -> Cow<'_, str> {
     if name.starts_with(special) { format!("'{name}").into() } else { name.into() }
 }
 
-/// Copies every picture to `<folder>/<cluster>/<rank>-<name>`: the file as it was found, or a PNG
-/// file if it came as pixels. Rank 1 has the highest score.
+/// Writes a folder of pictures for each cluster: `<folder>/<cluster>/<rank>-<name>`. Rank 1 has the
+/// highest score.
 ///
-/// The copies are made in a folder beside, which is renamed when it is complete: `folder` is whole or
-/// absent. If `folder` holds the same pictures already, nothing is done. The caller holds the claim
-/// on the report, so that no other process makes the same folder.
+/// The folders are made in a folder beside, which is renamed when it is complete: `folder` is whole
+/// or absent. If `folder` holds the same pictures already, nothing is done. The caller holds the
+/// claim on the report, so that no other process makes the same folder.
 ///
 /// # Errors
 ///
-/// `folder` exists and holds something else, a picture is damaged, a file cannot be written, or the
-/// program is interrupted.
-pub fn copy_pictures(
+/// `folder` exists and holds something else, a picture is damaged or missing, a file cannot be
+/// written, or the program is interrupted.
+pub fn write_pictures(
     folder: &Path,
+    form: Form,
     clusters: &[Cluster],
-    images: &Images,
     names: &Names,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let copies = Copies { clusters, images, names, interrupt };
+    let sorted = SortedPictures { form, clusters, names, interrupt };
     if folder.exists() {
-        if copies.are_in(folder)? {
+        if sorted.are_in(folder)? {
             return Ok(());
         }
         bail!(
             "`{}` exists and holds other pictures, perhaps sorted by hand; move it away, or name \
-             another folder with --out",
+             another folder",
             folder.display()
         );
     }
     // A killed process leaves an incomplete folder, which the next one removes.
-    let incomplete = folder.with_extension("incomplete");
+    let mut incomplete = folder.as_os_str().to_owned();
+    incomplete.push(".incomplete");
+    let incomplete = PathBuf::from(incomplete);
     if incomplete.exists() {
         fs::remove_dir_all(&incomplete)
             .with_context(|| format!("removing `{}`", incomplete.display()))?;
     }
-    copies.write(&incomplete)?;
+    sorted.write(&incomplete)?;
     fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
 }
 
-/// The pictures to copy.
-struct Copies<'a> {
+/// What stands for a picture in the folder of its cluster.
+#[derive(Debug, Clone, Copy)]
+pub enum Form<'a> {
+    /// A copy: the file as it was found, or a PNG file if it came as pixels.
+    Copy(&'a Images),
+    /// A symbolic link to the file below this folder, which the pictures were read from.
+    LinkTo(&'a Path),
+}
+
+/// A file of a cluster's folder.
+enum Placed {
+    Bytes(Vec<u8>),
+    Link(PathBuf),
+}
+
+impl Placed {
+    fn write(&self, path: &Path) -> Result<()> {
+        match self {
+            Self::Bytes(bytes) => fs::write(path, bytes),
+            Self::Link(target) => link(target, path),
+        }
+        .with_context(|| format!("writing `{}`", path.display()))
+    }
+
+    fn is_at(&self, path: &Path) -> Result<bool> {
+        let found = match self {
+            Self::Bytes(bytes) => fs::read(path).map(|found| found == *bytes),
+            Self::Link(target) => fs::read_link(path).map(|found| found == *target),
+        };
+        match found {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => {
+                Ok(false)
+            }
+            found => found.with_context(|| format!("reading `{}`", path.display())),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn link(target: &Path, path: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(target, path)
+}
+
+#[cfg(windows)]
+fn link(target: &Path, path: &Path) -> io::Result<()> {
+    std::os::windows::fs::symlink_file(target, path)
+}
+
+/// The pictures of all clusters and the form in which they are written.
+struct SortedPictures<'a> {
+    form: Form<'a>,
     clusters: &'a [Cluster],
-    images: &'a Images,
     names: &'a Names,
     interrupt: &'a Interrupt,
 }
 
-impl Copies<'_> {
+impl SortedPictures<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
         for cluster in self.clusters {
             let folder = folder.join(self.folder_name(cluster));
             fs::create_dir_all(&folder)
                 .with_context(|| format!("creating `{}`", folder.display()))?;
         }
-        self.each(|path, bytes| {
-            let path = folder.join(path);
-            fs::write(&path, bytes).with_context(|| format!("writing `{}`", path.display()))?;
-            Ok(true)
-        })?;
+        self.each(|path, placed| placed.write(&folder.join(path)).map(|()| true))?;
         Ok(())
     }
 
@@ -124,28 +170,28 @@ impl Copies<'_> {
             }
             found += entries(&path)?.count();
         }
-        Ok(found == count
-            && self.each(|path, bytes| match fs::read(folder.join(path)) {
-                Ok(copy) => Ok(copy == bytes),
-                Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-                Err(error) => Err(error).with_context(|| format!("reading `{}`", path.display())),
-            })?)
+        Ok(found == count && self.each(|path, placed| placed.is_at(&folder.join(path)))?)
     }
 
-    /// Calls `visit` with the path of each copy, relative to the folder, and its bytes, until it
-    /// returns `false`. Returns whether it never did.
-    fn each(&self, mut visit: impl FnMut(&Path, &[u8]) -> Result<bool>) -> Result<bool> {
+    /// Calls `visit` with the path of each picture, relative to the folder, and what is placed there,
+    /// until it returns `false`. Returns whether it never did.
+    fn each(&self, mut visit: impl FnMut(&Path, &Placed) -> Result<bool>) -> Result<bool> {
         let largest = self.clusters.iter().map(|cluster| cluster.members.len()).max();
         let digits = digits(largest.unwrap_or(0));
         for cluster in self.clusters {
             let folder = PathBuf::from(self.folder_name(cluster));
             for (rank, member) in (1..).zip(&cluster.members) {
                 self.interrupt.check()?;
-                let name = file_name(&self.names.names[member.row as usize]);
-                let (bytes, extensions) = self.file(member)?;
-                let path =
-                    with_extension(folder.join(format!("{rank:0digits$}-{name}")), extensions);
-                if !visit(&path, &bytes)? {
+                let name = &self.names.names[member.row as usize];
+                let path = folder.join(format!("{rank:0digits$}-{}", file_name(name)));
+                let (path, placed) = match self.form {
+                    Form::Copy(images) => {
+                        let (bytes, extensions) = file(images, member)?;
+                        (with_extension(path, extensions), Placed::Bytes(bytes))
+                    }
+                    Form::LinkTo(source) => (path, Placed::Link(original(source, name)?)),
+                };
+                if !visit(&path, &placed)? {
                     return Ok(false);
                 }
             }
@@ -157,17 +203,30 @@ impl Copies<'_> {
         let digits = digits(self.clusters.len().saturating_sub(1));
         format!("{:0digits$}", cluster.number)
     }
+}
 
-    /// Returns the bytes of a picture's file, and the extensions that it may have.
-    fn file(&self, member: &ClusterMember) -> Result<(Vec<u8>, &'static [&'static str])> {
-        if let Some((encoding, bytes)) = self.images.file(member.row)? {
-            return Ok((bytes.to_vec(), extensions(encoding)));
-        }
-        let picture = thumbnail::to_image(&*self.images.picture(member.row)?)?;
-        let mut bytes = Cursor::new(Vec::new());
-        picture.write_to(&mut bytes, ImageFormat::Png)?;
-        Ok((bytes.into_inner(), extensions(Encoding::Raw)))
+/// Returns the bytes of a picture's file, and the extensions that it may have.
+fn file(images: &Images, member: &ClusterMember) -> Result<(Vec<u8>, &'static [&'static str])> {
+    if let Some((encoding, bytes)) = images.file(member.row)? {
+        return Ok((bytes.to_vec(), extensions(encoding)));
     }
+    let picture = thumbnail::to_image(&*images.picture(member.row)?)?;
+    let mut bytes = Cursor::new(Vec::new());
+    picture.write_to(&mut bytes, ImageFormat::Png)?;
+    Ok((bytes.into_inner(), extensions(Encoding::Raw)))
+}
+
+/// The file that a picture was read from.
+fn original(source: &Path, name: &str) -> Result<PathBuf> {
+    let path =
+        absolute(source).with_context(|| format!("finding `{}`", source.display()))?.join(name);
+    ensure!(
+        path.is_file(),
+        "cannot link to the picture `{name}`: there is no file `{}`, because it came from an \
+         archive, was moved, or its name is not UTF-8; copy the pictures with --copy-to instead",
+        path.display()
+    );
+    Ok(path)
 }
 
 fn entries(folder: &Path) -> Result<fs::ReadDir> {
@@ -234,12 +293,18 @@ mod tests {
         Ok(())
     }
 
+    /// Writes copies of all pictures.
+    fn write(out: &Path, images: &Images, names: &Names) -> Result<()> {
+        let clusters = Cluster::all(&labels());
+        write_pictures(out, Form::Copy(images), &clusters, names, &Interrupt::default())
+    }
+
     #[test]
     fn pictures_are_copied_as_they_were_found_and_pixels_as_png() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let out = folder.path().join(PICTURES);
-        copy_pictures(&out, &Cluster::all(&labels()), &images, &names, &Interrupt::default())?;
+        write(&out, &images, &names)?;
         let mut found: Vec<String> = Vec::new();
         for cluster in ["0", "1", "2"] {
             for entry in fs::read_dir(out.join(cluster))? {
@@ -265,16 +330,16 @@ mod tests {
     fn an_incomplete_copy_is_replaced_and_a_complete_one_is_left_alone() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
-        let (out, clusters) = (folder.path().join(PICTURES), Cluster::all(&labels()));
+        let out = folder.path().join(PICTURES);
         // As a killed process leaves it.
-        let incomplete = out.with_extension("incomplete");
+        let incomplete = folder.path().join("pictures.incomplete");
         fs::create_dir_all(incomplete.join("0"))?;
         fs::write(incomplete.join("0/9-9.png"), "half")?;
-        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
+        write(&out, &images, &names)?;
         assert!(!out.join("0/9-9.png").exists() && !incomplete.exists());
         let written = |path: &str| fs::metadata(out.join(path)).and_then(|file| file.modified());
         let before = written("0/4-0.png")?;
-        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
+        write(&out, &images, &names)?;
         assert_eq!(written("0/4-0.png")?, before);
         Ok(())
     }
@@ -283,13 +348,11 @@ mod tests {
     fn a_folder_of_other_pictures_is_not_touched() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
-        let (out, clusters) = (folder.path().join(PICTURES), Cluster::all(&labels()));
-        copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())?;
+        let out = folder.path().join(PICTURES);
+        write(&out, &images, &names)?;
         let refused = || {
-            let error = copy_pictures(&out, &clusters, &images, &names, &Interrupt::default())
-                .expect_err("other pictures");
-            let error = error.to_string();
-            assert!(error.contains("sorted by hand") && error.contains("--out"), "{error}");
+            let error = write(&out, &images, &names).expect_err("other pictures").to_string();
+            assert!(error.contains("sorted by hand") && error.contains("another"), "{error}");
         };
         let (from, to) = (out.join("0/4-0.png"), out.join("2/4-0.png"));
         fs::rename(&from, &to)?; // Sorted by hand.
@@ -303,6 +366,31 @@ mod tests {
         fs::write(&from, "changed")?;
         refused();
         assert_eq!(fs::read(&from)?, b"changed");
+        Ok(())
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_lead_to_the_files_that_were_read_and_a_missing_file_is_an_error() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (source, out) = (folder.path().join("source"), folder.path().join("links"));
+        let (clusters, names) = (Cluster::all(&labels()), names());
+        let interrupt = Interrupt::default();
+        let write = || write_pictures(&out, Form::LinkTo(&source), &clusters, &names, &interrupt);
+        for name in &names.names {
+            let path = source.join(name);
+            fs::create_dir_all(path.parent().expect("below the source"))?;
+            fs::write(path, name)?;
+        }
+        write()?;
+        assert_eq!(fs::read_to_string(out.join("0/2-1.png"))?, "photos/1.png");
+        assert!(out.join("0/2-1.png").is_symlink());
+        write()?; // The same links: nothing to do.
+        fs::remove_dir_all(&out)?;
+        fs::remove_file(source.join("photos/1.png"))?;
+        let error = write().expect_err("a file is missing").to_string();
+        assert!(error.contains("photos/1.png") && error.contains("--copy-to"), "{error}");
+        assert!(!out.exists());
         Ok(())
     }
 

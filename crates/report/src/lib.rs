@@ -5,7 +5,7 @@
 //! - `report.html`, a page with the pictures of highest and lowest score of each cluster, the
 //!   metrics, and the training curves;
 //! - `clusters.csv`, a line per picture with its name, cluster and confidence;
-//! - with `--pictures`, a folder of pictures for each cluster.
+//! - with `--pictures`, `--copy-to` or `--link-to`, a folder of pictures for each cluster.
 //!
 //! Page and table are written first. One process at a time writes a report; another one waits for
 //! it. Each file, and the folder of pictures, is whole or absent, whenever the program is killed.
@@ -35,6 +35,7 @@ use stage::{Claim, Interrupt, console};
 
 use crate::clusters::Cluster;
 use crate::curves::Chart;
+use crate::files::Form;
 use crate::page::Page;
 
 /// Shows the result of a run as a page, a table and folders of pictures.
@@ -58,9 +59,18 @@ pub struct ReportArguments {
     /// Pictures of each cluster to show: those of highest score, and a third as many of lowest score.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub shown: usize,
-    /// Also copy every picture to a folder of its cluster.
+    /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
     #[arg(long)]
     pub pictures: bool,
+    /// Also copy every picture to a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR")]
+    pub copy_to: Option<PathBuf>,
+    /// Also link to every picture from a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR", requires = "source")]
+    pub link_to: Option<PathBuf>,
+    /// The folder that the pictures were read from; links lead to it.
+    #[arg(long, value_name = "DIR")]
+    pub source: Option<PathBuf>,
     /// Folder to write into; created if missing.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -133,10 +143,14 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let mut written = vec![out.join(PAGE), out.join(files::TABLE)];
     stage::files::write(&written[0], html.as_bytes())?;
     files::write_table(&written[1], &clusters, &names)?;
-    if arguments.pictures {
-        let pictures = out.join(files::PICTURES);
-        files::copy_pictures(&pictures, &clusters, &images, &names, interrupt)?;
-        written.push(pictures);
+    let beside = arguments.pictures.then(|| out.join(files::PICTURES));
+    let copies =
+        beside.iter().chain(&arguments.copy_to).map(|folder| (folder, Form::Copy(&images)));
+    let source = arguments.source.as_deref().map(Form::LinkTo);
+    let links = arguments.link_to.iter().zip(source);
+    for (folder, form) in copies.chain(links) {
+        files::write_pictures(folder, form, &clusters, &names, interrupt)?;
+        written.push(folder.clone());
     }
     Ok(written)
 }
@@ -257,6 +271,9 @@ pub(crate) mod tests {
             title: "Photos".into(),
             shown: 24,
             pictures: false,
+            copy_to: None,
+            link_to: None,
+            source: None,
             out: folder.join("out/report"),
         };
         names.write(&arguments.names)?;
