@@ -36,7 +36,8 @@ pub struct ClustersOptions {
 /// The helper that computes.
 pub const CLUSTERS: &str = "clusters";
 
-const FILE: &str = "embeddings.safetensors";
+/// The file of a step that embeds.
+pub const EMBEDDINGS: &str = "embeddings.safetensors";
 
 /// Finds the embeddings and starts the helper on them.
 pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
@@ -62,7 +63,7 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
 /// finished step that embeds.
 fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Vec<Hold>)> {
     let named = PathBuf::from(&which.run);
-    for file in [named.clone(), named.join(FILE)] {
+    for file in [named.clone(), named.join(EMBEDDINGS)] {
         if file.is_file() && file.extension().is_some_and(|extension| extension == "safetensors") {
             return Ok((file, Vec::new()));
         }
@@ -71,11 +72,11 @@ fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Ve
     let embeds: fn(&Spec) -> bool = |stage| stage.outputs.contains(&Output::Embeddings);
     let step = run.last(&session.registry.specs(), embeds).with_context(|| {
         format!(
-            "`{}` holds no embeddings: neither `{FILE}` nor a finished step `<round>-embed`; \
+            "`{}` holds no embeddings: neither `{EMBEDDINGS}` nor a finished step `<round>-embed`; \
              `assort reproduce` resumes the run",
             run.folder.display()
         )
     })?;
     let held = run.hold(&[step], &session.interrupt)?;
-    Ok((run.path(step).join(FILE), held))
+    Ok((run.path(step).join(EMBEDDINGS), held))
 }

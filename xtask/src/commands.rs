@@ -11,7 +11,9 @@ use stage::{DeviceChoice, Interrupt, Status};
 
 use crate::programs::HELPER;
 use crate::reproduce::resolved;
-use crate::{CommandContext, Registry, clusters, compare, predict, prepare, report, reproduce};
+use crate::{
+    CommandContext, Registry, cluster, clusters, compare, predict, prepare, report, reproduce,
+};
 
 /// Sorts unlabelled images into groups: deep image clustering.
 #[derive(Debug, Parser)]
@@ -23,6 +25,14 @@ struct AssortCli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Group a folder of photographs, by what a published backbone sees in them.
+    ///
+    /// Run it again after adding pictures or with another number of clusters: what is done already is
+    /// not done again.
+    Cluster {
+        #[command(flatten)]
+        options: cluster::ClusterOptions,
+    },
     /// Run an experiment from pictures to scores; what is done already is not done again.
     Reproduce {
         #[command(flatten)]
@@ -173,6 +183,8 @@ const HELP: &str = "\
 
 Usage: assort COMMAND …, assort COMMAND --help
 
+Group photographs
+  cluster PATH            a folder of them: a page, a table, folders of pictures
 Run an experiment
   reproduce EXPERIMENT    from pictures to scores; what is done is not repeated
   stage PLACE EXPERIMENT  one step of it
@@ -192,6 +204,7 @@ Stages by themselves (assort STAGE --help)
   {stages}
 
 Examples
+  assort cluster photos/ --clusters 12 --copy-to sorted/
   assort reproduce digits --seeds 3
   assort report digits
   assort reproduce imagenette-small --images photos/ --set data.clusters=12
@@ -203,6 +216,7 @@ Exit status: 0 done, 2 bad input, 3 interrupted (the same command resumes),
 
 fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
     match command {
+        Command::Cluster { options } => cluster::run(session, &options),
         Command::Reproduce { options, seeds, json } => {
             let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
             reproduce::reproduce(session, &options, &seeds, json)

@@ -10,6 +10,7 @@
 //! `results` are the table at the end. The run leaves a `record` of its steps, from which
 //! `report`, `predict` and `clusters` know what to read.
 
+mod cluster;
 mod clusters;
 mod commands;
 mod compare;

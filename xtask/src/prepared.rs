@@ -164,14 +164,23 @@ impl<'a> PreparedData<'a> {
         container::header_text(&self.folder.join("labels.safetensors"))
     }
 
+    /// How many pictures there are.
+    pub fn count(&self) -> Result<usize> {
+        let header: Value = serde_json::from_str(&self.images_identity()?)?;
+        let count = header["images"].as_u64();
+        let count = count
+            .with_context(|| format!("`{}` says no number `images`", self.images().display()))?;
+        Ok(count as usize)
+    }
+
     /// Fails where the experiment asks for more clusters than there are pictures.
     pub fn require_enough_pictures(&self) -> Result<()> {
-        let header: Value = serde_json::from_str(&self.images_identity()?)?;
+        let images = self.count()?;
         let clusters =
             self.experiment.value("data").and_then(|data| data.get("clusters")?.as_integer());
-        if let (Some(images), Some(clusters)) = (header["images"].as_i64(), clusters) {
+        if let Some(clusters) = clusters {
             ensure!(
-                clusters <= images,
+                clusters <= images as i64,
                 "`clusters` in table `[data]` is {clusters}, but there are only {images} pictures \
                  in `{}`; ask for fewer with --set data.clusters=K",
                 self.source.display()

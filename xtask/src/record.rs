@@ -144,6 +144,11 @@ pub struct Recorded {
 }
 
 impl Which {
+    /// The run in a folder.
+    pub fn of_folder(folder: &Path) -> Self {
+        Self { run: folder.to_string_lossy().into_owned(), seed: 0, runs: PathBuf::new() }
+    }
+
     /// The run that is meant.
     ///
     /// # Errors

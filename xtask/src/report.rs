@@ -4,7 +4,7 @@
 //! like.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use stage::Spec;
@@ -20,14 +20,53 @@ pub struct ReportOptions {
     #[command(flatten)]
     which: Which,
     /// Pictures of each cluster to show: the surest, and a third as many of the least sure.
-    #[arg(long, value_name = "N", default_value_t = 24)]
+    #[arg(long, value_name = "N", default_value_t = SHOWN)]
     shown: usize,
-    /// Also copy every picture to a folder of its cluster.
+    /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
     #[arg(long)]
     pictures: bool,
+    /// Also copy every picture to a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR")]
+    copy_to: Option<PathBuf>,
+    /// Also link to every picture from a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR", requires = "source")]
+    link_to: Option<PathBuf>,
+    /// The folder that the pictures were read from; links lead to it.
+    #[arg(long, value_name = "DIR")]
+    source: Option<PathBuf>,
     /// Folder to write into; `report` in the run's folder when not given.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+}
+
+/// Pictures of each cluster that the page shows, unless the command line says otherwise.
+const SHOWN: usize = 24;
+
+impl ReportOptions {
+    /// Page and table of the run in the folder `run`, and no folders of pictures.
+    ///
+    /// - `out`: where they are written, `report` in the run's folder where it is absent.
+    pub fn of_run(run: &Path, out: Option<PathBuf>) -> Self {
+        Self {
+            which: Which::of_folder(run),
+            shown: SHOWN,
+            pictures: false,
+            copy_to: None,
+            link_to: None,
+            source: None,
+            out,
+        }
+    }
+
+    /// The same with folders of pictures: copies, or links to those in `source`.
+    pub fn with_folders(
+        self,
+        copy_to: Option<PathBuf>,
+        link_to: Option<PathBuf>,
+        source: PathBuf,
+    ) -> Self {
+        Self { copy_to, link_to, source: Some(source), ..self }
+    }
 }
 
 /// The helper that writes it.
@@ -92,6 +131,14 @@ fn arguments(
     }
     if options.pictures {
         arguments.push("--pictures".into());
+    }
+    let folders = [
+        ("--copy-to", &options.copy_to),
+        ("--link-to", &options.link_to),
+        ("--source", &options.source),
+    ];
+    for (flag, folder) in folders {
+        arguments.extend(folder.iter().flat_map(|folder| [flag.into(), folder.into()]));
     }
     arguments
 }

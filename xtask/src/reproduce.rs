@@ -46,36 +46,51 @@ pub fn reproduce(
     seeds: &[u64],
     json: bool,
 ) -> Result<()> {
-    let begin = Instant::now();
     let experiment = resolved(session, &options.experiment, &options.set)?;
+    let results = run_seeds(session, experiment, &options.setup, seeds, options.fresh)?;
+    if let Some(results) = results {
+        print(results.table())?;
+        if json {
+            print_line(results.json())?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs an experiment with these seeds, as far as it is not done; no results from a dry run.
+///
+/// - `fresh`: forget what the steps found before.
+pub fn run_seeds(
+    session: &CommandContext,
+    experiment: Experiment,
+    options: &setup::SetupOptions,
+    seeds: &[u64],
+    fresh: bool,
+) -> Result<Option<ExperimentResults>> {
+    let begin = Instant::now();
     let plan = RunPlan::of(&experiment, &session.registry.specs())?;
     let all: Vec<usize> = (0..plan.steps.len()).collect();
-    let setup = Setup::new(session, &plan, &options.setup)?;
-    let (is_dry, fresh) = (options.setup.dry_run, options.fresh);
-    if is_dry && !setup.prepared.is_done() {
-        return setup.dry_run_unprepared();
+    let setup = Setup::new(session, &plan, options)?;
+    if options.dry_run && !setup.prepared.is_done() {
+        return setup.dry_run_unprepared().map(|()| None);
     }
     let _data = setup.prepare()?;
     let runs =
         seeds.iter().map(|&seed| ExperimentRun::new(seed, &setup)).collect::<Result<Vec<_>>>()?;
     runs.iter().try_for_each(|run| run.check(&all, fresh))?;
-    if is_dry {
-        return runs.iter().try_for_each(|run| setup.say_what_would_run(run, &all, fresh));
+    if options.dry_run {
+        runs.iter().try_for_each(|run| setup.say_what_would_run(run, &all, fresh))?;
+        return Ok(None);
     }
     runs.iter().try_for_each(|run| run.execute(&all, fresh))?;
 
-    let results = ExperimentResults {
-        experiment: experiment.name.clone(),
+    Ok(Some(ExperimentResults {
         title: experiment.title()?,
         system: experiment.system()?,
+        experiment: experiment.name,
         outcomes: runs.iter().map(|run| outcome(&plan, run)).collect::<Result<_>>()?,
         seconds: begin.elapsed().as_secs_f64(),
-    };
-    print(results.table())?;
-    if json {
-        print_line(results.json())?;
-    }
-    Ok(())
+    }))
 }
 
 /// Runs one step on what the steps before it left, and prints its folder.

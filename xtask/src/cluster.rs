@@ -1,0 +1,207 @@
+//! `assort cluster`: groups a folder of photographs.
+//!
+//! It is the experiment `photos`, or `photos-scratch`, run like any other: prepared, embedded by a
+//! published backbone, clustered, reported. Where the number of clusters is not given, the steps up
+//! to the embeddings run first, and the helper `clusters` estimates it from those.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use stage::console::{print, print_line};
+use stage::{DeviceChoice, Experiment, Output};
+
+use crate::CommandContext;
+use crate::clusters::{CLUSTERS, EMBEDDINGS};
+use crate::plan::{Arm, RunPlan};
+use crate::process::Process;
+use crate::programs::Executable;
+use crate::report::{self, ReportOptions};
+use crate::reproduce::run_seeds;
+use crate::run::ExperimentRun;
+use crate::setup::{Setup, SetupOptions};
+
+/// The command line.
+#[derive(Debug, clap::Args)]
+pub struct ClusterOptions {
+    /// The pictures: a folder, an archive, or any other source that `assort prepare` reads.
+    pub path: PathBuf,
+    /// How many clusters: a number, or auto for an estimate.
+    #[arg(long, value_name = "K", default_value = "auto")]
+    pub clusters: ClusterCount,
+    /// What sees the pictures: the name of a published backbone, hf://OWNER/NAME@COMMIT, a file or
+    /// folder, or scratch to train on the pictures alone.
+    #[arg(long, value_name = "NAME", default_value = "dinov2-small")]
+    pub backbone: String,
+    /// Folder for the page and the table; `report` in the run's folder when not given.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Copy every picture to a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR")]
+    pub copy_to: Option<PathBuf>,
+    /// Link to every picture from a folder of its cluster, in DIR.
+    #[arg(long, value_name = "DIR")]
+    pub link_to: Option<PathBuf>,
+    /// Where to compute: auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+    /// Keep results in this folder.
+    #[arg(long, value_name = "DIR", default_value = "runs")]
+    pub runs: PathBuf,
+    /// Print, last, the results as one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The number of clusters as a person gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClusterCount {
+    /// So many.
+    Given(usize),
+    /// Estimated from the embeddings.
+    Auto,
+}
+
+impl FromStr for ClusterCount {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word.parse() {
+            _ if word == "auto" => Ok(Self::Auto),
+            Ok(clusters) if clusters >= 2 => Ok(Self::Given(clusters)),
+            _ => Err("give a number from 2, or auto".to_owned()),
+        }
+    }
+}
+
+/// The backbone's name that means none: the pictures alone teach it.
+const SCRATCH: &str = "scratch";
+
+/// Seed of every random draw.
+const SEED: u64 = 0;
+
+/// The most clusters that an estimate considers.
+const MOST: usize = 50;
+
+/// Groups the pictures, prints the table, and says where the page, the table and the folders are.
+pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
+    if options.link_to.is_some() {
+        ensure!(
+            options.path.is_dir(),
+            "--link-to: `{}` is not a folder, so there are no files to link to; use --copy-to",
+            options.path.display()
+        );
+    }
+    let setup = setup_options(options);
+    let mut experiment = experiment(session, options)?;
+    let run = options.runs.join(&experiment.name).join(SEED.to_string());
+    let clusters = match options.clusters {
+        ClusterCount::Given(clusters) => clusters,
+        ClusterCount::Auto => estimated(session, &experiment, &setup)?,
+    };
+    experiment.set(&format!("data.clusters={clusters}"))?;
+    let results = run_seeds(session, experiment, &setup, &[SEED], false)?;
+    let results = results.context("a run that is not dry has results")?;
+    print(results.table())?;
+    print_line("")?;
+    let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
+    let page = ReportOptions::of_run(&run, options.out.clone());
+    report::run(session, &page.with_folders(copy_to, link_to, options.path.clone()))?;
+    if options.json {
+        print_line(results.json())?;
+    }
+    Ok(())
+}
+
+/// The experiment under a name of the pictures' own, so that two folders do not share a run.
+fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Experiment> {
+    let is_scratch = options.backbone == SCRATCH;
+    let name = if is_scratch { "photos-scratch" } else { "photos" };
+    let mut experiment = session.registry.library.open(name)?;
+    if !is_scratch {
+        let backbone = toml::Value::from(options.backbone.as_str());
+        experiment.set(&format!("pretrained.backbone={backbone}"))?;
+    }
+    let absolute = crate::source::absolute_source(&options.path)?;
+    let stem = absolute.file_stem().unwrap_or_default().to_string_lossy();
+    let is_plain = |sign: char| sign.is_alphanumeric() || "-_.".contains(sign);
+    experiment.name = format!("{name}-{}", stem.replace(|sign| !is_plain(sign), "-"));
+    Ok(experiment)
+}
+
+fn setup_options(options: &ClusterOptions) -> SetupOptions {
+    SetupOptions {
+        device: options.device,
+        images: Some(options.path.clone()),
+        dry_run: false,
+        runs: options.runs.clone(),
+    }
+}
+
+/// Runs the steps up to the first embeddings and estimates the number of clusters from them.
+fn estimated(
+    session: &CommandContext,
+    experiment: &Experiment,
+    options: &SetupOptions,
+) -> Result<usize> {
+    let plan = RunPlan::of(experiment, &session.registry.specs())?;
+    let embeds =
+        |&position: &usize| plan.steps[position].place.outputs.contains(&Output::Embeddings);
+    let embed = plan.of_arm(Arm::Main).find(embeds);
+    let embed = embed.with_context(|| format!("`{}` has no step that embeds", experiment.name))?;
+    let positions: Vec<usize> = (0..=embed).collect();
+    let setup = Setup::new(session, &plan, options)?;
+    let _data = setup.prepare()?;
+    let run = ExperimentRun::new(SEED, &setup)?;
+    run.check(&positions, false)?;
+    run.execute(&positions, false)?;
+    estimate(session, &run.folder(embed).join(EMBEDDINGS), setup.prepared.count()?)
+}
+
+/// The last line that the helper `clusters` prints with `--json`.
+#[derive(Deserialize)]
+struct Estimate {
+    recommended: Option<usize>,
+}
+
+fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result<usize> {
+    let program = Executable::own(CLUSTERS, &session.registry)?;
+    let most = MOST.min(count / 4).max(2).to_string();
+    let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
+    arguments.extend(["--from", "2", "--to", &most, "--json"].map(OsString::from));
+    let interrupt = &session.interrupt;
+    let process = Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt };
+    let printed = process.printed()?;
+    let last = printed.lines().last().unwrap_or_default();
+    let estimate: Estimate = serde_json::from_str(last)
+        .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))?;
+    match estimate.recommended {
+        Some(clusters) => {
+            tracing::info!(
+                "{clusters} clusters is an estimate; `assort clusters` shows how it was made, and \
+                 --clusters K sets another number"
+            );
+            Ok(clusters)
+        }
+        None => bail!(
+            "no number of clusters fits these {count} pictures better than chance; say how many \
+             groups you want with --clusters K"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_clusters_is_a_number_or_auto() {
+        assert_eq!("auto".parse(), Ok(ClusterCount::Auto));
+        assert_eq!("12".parse(), Ok(ClusterCount::Given(12)));
+        for word in ["1", "0", "-3", "many", ""] {
+            assert!(word.parse::<ClusterCount>().expect_err(word).contains("auto"));
+        }
+    }
+}
