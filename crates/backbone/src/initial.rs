@@ -2,7 +2,7 @@
 //!
 //! - Convolutions: normal with variance `2 / (O·KH·KW)` (Kaiming, fan-out). The 3×3 stem is uniform within
 //!   `±1/√fan_in` (Kaiming-uniform with a = √5, the default of the framework in which it replaces the
-//!   published stem), except in a segment named `encoder`, where IMC-SwAV publishes fan-out.
+//!   published stem), except in a segment named `encoder`, as IMC-SwAV and SeCu publish fan-out.
 //! - Linear layers: weight and bias uniform within `±1/√fan_in`. In the predictor, the weights are normal
 //!   with deviation 0.01 and the biases 0.
 //! - Batch norm: weight 1 and bias 0, for the last one of a block too.

@@ -52,7 +52,7 @@ pub struct SeCu;
 impl Stage for SeCu {
     const SPEC: Spec = Spec {
         name: "secu",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };

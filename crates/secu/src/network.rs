@@ -41,7 +41,8 @@ impl SeCuNetworks {
         device: &Device,
     ) -> Result<Self> {
         let [backbone, projector] = config.plans()?;
-        let mut backbone = Segment::random("backbone", backbone, seed)?;
+        // As `encoder` its 3×3 stem starts by Kaiming's fan-out, as published.
+        let mut backbone = Segment::random("encoder", backbone, seed)?;
         if let Some(folder) = start {
             backbone_file::read(&folder.join(backbone_file::NAME), &mut backbone)?;
         }
@@ -135,8 +136,25 @@ impl Trained for SeCuNetworks {
 #[cfg(test)]
 mod tests {
     use anyhow::Context as _;
+    use backbone::Stem;
 
     use super::*;
+
+    /// The authors' `_make_stem` draws by Kaiming's fan-out: √(2 / (64 · 9)) = 0.0589 for 64
+    /// channels, where PyTorch's default would give 0.111.
+    #[test]
+    fn the_stem_starts_with_the_published_deviation() -> Result<()> {
+        let mut config = crate::tests::config();
+        config.network.backbone.width = 64;
+        config.input.channels = 3;
+        assert_eq!(config.network.backbone.stem, Stem::Plain);
+        let networks = Networks::random(&config, 8, None, 1, &Device::Cpu)?;
+        let stem = networks.backbone.segment.parameters.get("conv1.weight")?;
+        assert_eq!(stem.len(), 64 * 3 * 9);
+        let deviation = (stem.iter().map(|w| w * w).sum::<f32>() / stem.len() as f32).sqrt();
+        assert!((deviation - 0.0589).abs() < 0.003, "{deviation}"); // 3 standard errors are 0.003.
+        Ok(())
+    }
 
     /// What reaches the backbone through both views is the slope of the loss along it.
     #[test]
