@@ -12,12 +12,12 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stage::console::{print, print_line};
-use stage::{Experiment, Spec};
+use stage::{Effort, Experiment, PictureCost, Spec};
 use toml::Value as Toml;
 
 use crate::CommandContext;
 use crate::cost::StepCost;
-use crate::plan::{Arm, RunPlan};
+use crate::plan::{Arm, RunPlan, StepInput};
 use crate::reproduce::resolved;
 use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, statistic_json};
 use crate::run::ExperimentRun;
@@ -151,14 +151,19 @@ fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
 struct ComparedSystem<'a> {
     system: &'a System,
     runs: Vec<ExperimentRun<'a>>,
-    /// Pictures through the backbone; `None` where a program does not say.
+    /// Multiply-adds of each step of the plan; `None` where a program does not say.
+    multiply_adds: Vec<Option<f64>>,
+    /// Those of the experiment itself together.
     effort: Option<f64>,
 }
 
 impl<'a> ComparedSystem<'a> {
     fn new(system: &'a System, runs: Vec<ExperimentRun<'a>>) -> Result<Self> {
-        let mut entry = Self { system, runs, effort: None };
-        entry.effort = entry.effort_of(Arm::Main)?;
+        let run = runs.first().context("no seed to compare")?;
+        let declared = (0..system.plan.steps.len()).map(|position| run.declared_effort(position));
+        let multiply_adds = multiply_adds(&system.plan, &declared.collect::<Result<Vec<_>>>()?);
+        let mut entry = Self { system, runs, multiply_adds, effort: None };
+        entry.effort = entry.effort_of(Arm::Main);
         Ok(entry)
     }
 
@@ -166,17 +171,9 @@ impl<'a> ComparedSystem<'a> {
         &self.system.experiment.name
     }
 
-    /// What all steps of an arm declare together; `None` where a program that trains does not say.
-    fn effort_of(&self, arm: Arm) -> Result<Option<f64>> {
-        let run = self.runs.first().context("no seed to compare")?;
-        let mut sum = 0.;
-        for position in self.system.plan.of_arm(arm) {
-            match run.declared_effort(position)? {
-                Some(effort) => sum += effort.backbone_pictures(),
-                None => return Ok(None),
-            }
-        }
-        Ok(Some(sum))
+    /// The multiply-adds of all steps of an arm; `None` where a program does not say.
+    fn effort_of(&self, arm: Arm) -> Option<f64> {
+        self.system.plan.of_arm(arm).map(|position| self.multiply_adds[position]).sum()
     }
 
     /// A row of these scores of the last step of `arm` that writes any.
@@ -205,7 +202,7 @@ impl<'a> ComparedSystem<'a> {
             scores: [score(|s| s.acc), score(|s| s.nmi), score(|s| s.ari)],
             seconds: Statistic::of(seconds),
             peak_bytes: costs.iter().flatten().filter_map(|cost| cost.peak_bytes).max(),
-            pictures: None,
+            multiply_adds: None,
             effort: None,
         })
     }
@@ -236,15 +233,15 @@ impl<'a> SystemComparison<'a> {
             match relative(entry.effort, first.effort) {
                 Some(share) if (share - 1.).abs() <= TOLERANCE => {}
                 Some(share) => problems.push(format!(
-                    "`{name}` passes {:.0} pictures through its backbone, {share:.3} of the {:.0} \
-                     of `{}`; change its epochs",
+                    "`{name}` takes {:.3e} multiply-adds, {share:.3} of the {:.3e} of `{}`; change its \
+                     epochs",
                     entry.effort.unwrap_or_default(),
                     first.effort.unwrap_or_default(),
                     first.name()
                 )),
                 None => problems.push(format!(
                     "`{name}` has a program that does not declare its effort \
-                     (`backbone-pictures` under --check)"
+                     (`multiply-adds` under --check)"
                 )),
             }
         }
@@ -257,8 +254,8 @@ impl<'a> SystemComparison<'a> {
 
     fn print_efforts(&self) -> Result<()> {
         for entry in &self.entries {
-            let pictures = entry.effort.map_or("?".to_owned(), |effort| format!("{effort:.0}"));
-            print_line(format_args!("{}: {pictures} pictures through the backbone", entry.name()))?;
+            let effort = entry.effort.map_or("?".to_owned(), |effort| format!("{effort:.4e}"));
+            print_line(format_args!("{}: {effort} multiply-adds", entry.name()))?;
         }
         Ok(())
     }
@@ -288,14 +285,14 @@ impl<'a> SystemComparison<'a> {
         let mut add = |row: CompareRow, effort: Option<f64>| {
             rows.push(CompareRow {
                 effort: relative(effort, first.effort),
-                pictures: effort,
+                multiply_adds: effort,
                 ..row
             });
         };
         if first.system.plan.scores(Arm::Control).next().is_some() {
             let name = "k-means on BYOL".to_owned();
             let row = first.row(name, Arm::Control, |metrics| metrics.kmeans)?;
-            add(row, first.effort_of(Arm::Control)?);
+            add(row, first.effort_of(Arm::Control));
         }
         for entry in &self.entries {
             let name = entry.system.experiment.system()?;
@@ -303,6 +300,22 @@ impl<'a> SystemComparison<'a> {
         }
         Ok(rows)
     }
+}
+
+/// The multiply-adds of each step, from what its program declares. A step that passes pictures through
+/// the network of an earlier one costs what a picture costs there.
+fn multiply_adds(plan: &RunPlan, declared: &[Option<Effort>]) -> Vec<Option<f64>> {
+    let mut networks: Vec<Option<PictureCost>> = Vec::new();
+    let mut costs = Vec::new();
+    for (step, effort) in plan.steps.iter().zip(declared) {
+        let read = step.inputs.iter().find_map(|(role, input)| match input {
+            StepInput::Step(position) if *role == "network" => networks[*position],
+            _ => None,
+        });
+        costs.push(effort.and_then(|effort| effort.multiply_adds(read)));
+        networks.push(effort.and_then(|effort| effort.network()).or(read));
+    }
+    costs
 }
 
 fn relative(effort: Option<f64>, to: Option<f64>) -> Option<f64> {
@@ -319,8 +332,8 @@ struct CompareRow {
     /// Of one seed.
     seconds: Option<Statistic>,
     peak_bytes: Option<u64>,
-    /// Pictures through the backbone, and their share of the first system's.
-    pictures: Option<f64>,
+    /// Multiply-adds, and their share of the first system's.
+    multiply_adds: Option<f64>,
     effort: Option<f64>,
 }
 
@@ -337,7 +350,7 @@ impl CompareRow {
             },
             "seconds": self.seconds.as_ref().map(|seconds| seconds.mean),
             "peak-memory-bytes": self.peak_bytes,
-            "backbone-pictures": self.pictures,
+            "multiply-adds": self.multiply_adds,
             "relative-effort": self.effort,
         })
     }
@@ -367,7 +380,8 @@ fn table(
     }
     text.push_str(&aligned(&lines));
     text.push_str(
-        "\neffort: pictures through the backbone, by pixels, as a share of the first system's\n",
+        "\neffort: multiply-adds of the networks, forward and backward, as a share of the first \
+         system's\n",
     );
     for problem in problems {
         let _ = writeln!(text, "not equal: {problem}");
@@ -377,7 +391,7 @@ fn table(
 
 #[cfg(test)]
 mod tests {
-    use stage::Output;
+    use stage::{Origin, Output, Role};
 
     use super::*;
 
@@ -422,6 +436,45 @@ mod tests {
     }
 
     #[test]
+    fn a_step_costs_what_a_picture_costs_in_the_network_that_it_reads() -> Result<()> {
+        const NETWORK: &[Role] = &[Role::new("network", Origin::Network)];
+        let stage = |name, inputs, outputs| Spec { name, algorithm: 1, inputs, outputs };
+        let stages = [
+            stage("pretraining", &[], &[Output::Network]),
+            stage("embed", NETWORK, &[Output::Embeddings]),
+            stage("clustering", &[], &[Output::PseudoLabels]),
+            stage("refinement", NETWORK, &[Output::Network]),
+            stage("metrics", &[], &[Output::Scores]),
+        ];
+        let experiment = experiment(
+            "[rounds]\nrounds = 1\nfirst = ['pretraining', 'embed', 'clustering']\n\
+             then = ['refinement', 'embed', 'clustering']\n[stages]\npretraining = 'pretraining'\n\
+             embed = 'embed'\nclustering = 'clustering'\nrefinement = 'refinement'\n\
+             metrics = 'metrics'\n[control]\n[pretraining]\n[refinement]\n[metrics]\n\
+             [embed]\npixels = false\nviews = 2\n\
+             [clustering]\nneighbours = 3\nkmeans-metric = 'spherical'",
+        );
+        let plan = RunPlan::of(&experiment, &stages)?;
+        let cost = PictureCost { embedding: 1., projection: 10., learning: 100. };
+        let declared = |step: &crate::plan::Step| match step.place.name {
+            "pretraining" => Effort::of_multiply_adds(5e3, cost),
+            "refinement" => Effort::of_pictures(0., 0., 7.),
+            "embed" => Effort::of_pictures(3., 2., 0.),
+            _ => Effort::NONE,
+        };
+        let efforts: Vec<_> = plan.steps.iter().map(|step| Some(declared(step))).collect();
+        let priced = multiply_adds(&plan, &efforts);
+        let main = plan.of_arm(Arm::Main).map(|at| (plan.steps[at].name(), priced[at]));
+        let main: Vec<_> = main.filter(|(_, cost)| *cost != Some(0.)).collect();
+        let want = [("0-pretraining", 5e3), ("0-embed", 23.), ("1-refinement", 700.)];
+        let want = want.into_iter().chain([("1-embed", 23.)]);
+        assert!(main.into_iter().eq(want.map(|(name, cost)| (name.to_owned(), Some(cost)))));
+        let silent: Vec<_> = plan.steps.iter().map(|_| None).collect();
+        assert!(multiply_adds(&plan, &silent).iter().all(Option::is_none));
+        Ok(())
+    }
+
+    #[test]
     fn the_table_has_a_row_for_each_system_and_says_what_is_not_equal() {
         let scores = |value: f64| Statistic::of([Some(value), Some(value)].into_iter());
         let row = CompareRow {
@@ -430,7 +483,7 @@ mod tests {
             scores: [scores(0.9), scores(0.8), None],
             seconds: scores(61.),
             peak_bytes: Some(120_000_000),
-            pictures: Some(1000.),
+            multiply_adds: Some(1000.),
             effort: relative(Some(1000.), Some(980.)),
         };
         let named = experiment("title = \"Example\"");

@@ -62,8 +62,8 @@ impl Config {
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
-        let rows = Images::open(&job.images)?.rows(&job.data.score_on);
-        Ok(Effort::of_backbone_pictures((rows.len() * (1 + self.views)) as f64))
+        let rows = Images::open(&job.images)?.rows(&job.data.score_on).len();
+        Ok(Effort::of_pictures((rows * self.views) as f64, rows as f64, 0.))
     }
 }
 

@@ -222,6 +222,9 @@ impl Config {
         self.input.check(&table("input"))?;
         self.anchor.check(&table("anchor"))?;
         self.augmented.check(&table("augmented"))?;
+        let [backbone_plan, head_plan] = crate::network::plans(self)?;
+        let plans = [&backbone_plan, &head_plan];
+        let cost = training::picture_cost(plans, None, &self.frozen, &self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         // A run is about to begin.
         if let Some(Pretrained { file, .. }) = &self.pretrained {
@@ -239,10 +242,14 @@ impl Config {
             self.neighbours,
             pictures.trained
         );
-        // Anchor, view and neighbour; the search for neighbours; the result and its baseline.
-        let trained = 3. * self.plan(pictures.trained).pictures();
-        let embedded = (pictures.trained + 2 * pictures.scored) as f64;
-        Ok(Effort::of_backbone_pictures(trained + embedded))
+        // Anchor, view and neighbour, of which the loss uses those whose terms have a weight.
+        let unused = [self.view_weight, self.neighbour_weight].iter().filter(|w| **w == 0.).count();
+        let of_image = (3 - unused) as f64 * cost.learning + unused as f64 * cost.projection;
+        // The search for neighbours; the result and its baseline.
+        let embedded = (pictures.trained + pictures.scored) as f64 * cost.embedding;
+        let projected = pictures.scored as f64 * cost.projection;
+        let trained = self.plan(pictures.trained).pictures() * of_image;
+        Ok(Effort::of_multiply_adds(trained + embedded + projected, cost))
     }
 
     pub(crate) fn plan(&self, images: usize) -> RunPlan {

@@ -103,7 +103,11 @@ impl Stage for Icbpl {
                 run.note_loss(&loss)?; // An error when it is not finite.
 
                 let gradients = loss.backward()?;
-                networks.backward([anchor, view, neighbour], &gradients)?;
+                // The loss does not use a view whose term has weight 0.
+                let view = (config.view_weight > 0.).then_some(view);
+                let neighbour = (config.neighbour_weight > 0.).then_some(neighbour);
+                let passes = [Some(anchor), view, neighbour].into_iter().flatten();
+                networks.backward(passes, &gradients)?;
                 run.check_gradients(&device, || networks.first_gradient_not_finite())?;
                 let [of_backbone, of_head] = rates.each_ref().map(|rate| rate.at(run.step() - 1));
                 networks.backbone.step(config.adam(of_backbone))?;

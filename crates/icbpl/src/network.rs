@@ -11,6 +11,7 @@ use stage::Job;
 use training::{Checkpoint, Seam, Trained, TrainedSegment};
 
 use crate::Config;
+use crate::config::NetworkTable;
 
 /// All that learns, and the centroids, which do not.
 pub struct IcbplNetworks {
@@ -31,10 +32,8 @@ impl IcbplNetworks {
     /// The pretrained file is missing or of another network, a block to be frozen does not exist,
     /// or the centroids do not fit.
     pub fn new(config: &Config, job: &Job, device: &Device) -> Result<Self> {
-        let width = config.network.backbone.embedding_width();
-        let plan = head(width, config.network.head.hidden, config.network.head.width)?;
-        let head =
-            Segment::random("head", plan.with_precision(config.run.precision.into()), job.seed)?;
+        let [_, plan] = plans(config)?;
+        let head = Segment::random("head", plan, job.seed)?;
         let mut backbone = TrainedSegment::new("online.backbone", pretrained(config, job)?);
         for block in &config.frozen {
             backbone.freeze(block, config.frozen_statistics.mode())?;
@@ -63,10 +62,10 @@ impl IcbplNetworks {
     ///
     /// # Errors
     ///
-    /// A gradient has another shape than its seam.
-    pub fn backward<const N: usize>(
+    /// The loss does not use a pass, or a gradient has another shape than its seam.
+    pub fn backward(
         &mut self,
-        passes: [[Seam; 2]; N],
+        passes: impl IntoIterator<Item = [Seam; 2]>,
         gradients: &GradStore,
     ) -> Result<()> {
         for seams in passes {
@@ -96,14 +95,28 @@ impl Trained for IcbplNetworks {
     }
 }
 
+/// The plans of backbone and head.
+///
+/// # Errors
+///
+/// A width is 0.
+pub(crate) fn plans(config: &Config) -> Result<[Network; 2]> {
+    let NetworkTable { backbone, head: table } = config.network;
+    let plans = [
+        resnet::plan(&backbone, config.input.channels)?,
+        head(backbone.embedding_width(), table.hidden, table.width)?,
+    ];
+    Ok(plans.map(|plan| plan.with_precision(config.run.precision.into())))
+}
+
 /// The pretrained backbone: from the file that the table names, or else from the role `backbone`.
 ///
 /// # Errors
 ///
 /// There is neither, the file is missing, has another checksum, or is of another network.
 pub fn pretrained(config: &Config, job: &Job) -> Result<Segment> {
-    let plan = resnet::plan(&config.network.backbone, config.input.channels)?;
-    let mut segment = Segment::empty(plan.with_precision(config.run.precision.into()));
+    let [plan, _] = plans(config)?;
+    let mut segment = Segment::empty(plan);
     backbone_file::read(&pretrained_file(config, job)?, &mut segment)?;
     Ok(segment)
 }

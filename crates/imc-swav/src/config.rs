@@ -7,7 +7,7 @@ use data::views::{Input, Operation, Pipeline};
 use layers::Adam;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use stage::{Effort, Job, Split};
+use stage::{Effort, Job, PictureCost, Split};
 use training::{Advice, LearningRate, RunPlan, RunTable, Views, check, sampler};
 
 /// What an IMC-SwAV run can vary. The experiment sets every field; published values stand in
@@ -215,6 +215,7 @@ impl Config {
                 job.name
             );
         }
+        let (whole, of_crops) = self.costs()?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         let plan = self.plan(pictures.trained);
         let classified = pictures.images.rows(&self.classify_on).len();
@@ -227,17 +228,22 @@ impl Config {
             table("run")
         );
         let refreshed = pictures.scored.min(self.refresh_batches * self.run.batch_size);
-        let of_crops = self.pixels_of_crops() * plan.pictures();
         // Both evaluations, and the pictures that refresh the second.
         let evaluated = (2 * pictures.scored + refreshed) as f64;
-        Ok(Effort::of_backbone_pictures(of_crops + evaluated))
+        let multiply_adds = plan.pictures() * of_crops + evaluated * whole.embedding;
+        Ok(Effort::of_multiply_adds(multiply_adds, whole))
     }
 
-    /// Pixels of all crops of a picture, divided by those of a picture of the input's size.
-    pub fn pixels_of_crops(&self) -> f64 {
-        let pixels = |crops: &Crops| (crops.count * crops.height * crops.width) as f64;
-        let whole = (self.input.height * self.input.width) as f64;
-        (pixels(&self.large) + pixels(&self.small)) / whole
+    /// What a picture costs that is whole, and what all its crops cost together when the network
+    /// learns from them.
+    fn costs(&self) -> Result<(PictureCost, f64)> {
+        let [encoder, projector] = crate::network::plans(self)?;
+        let cost = |input: &Input| training::picture_cost([&encoder, &projector], None, &[], input);
+        let mut of_crops = 0.;
+        for crops in [&self.large, &self.small].into_iter().filter(|crops| crops.count > 0) {
+            of_crops += crops.count as f64 * cost(&self.crop_input(crops))?.learning;
+        }
+        Ok((cost(&self.input)?, of_crops))
     }
 
     /// Crops V of each picture.
@@ -331,8 +337,14 @@ mod tests {
     }
 
     #[test]
-    fn crops_are_counted_by_their_pixels() {
-        // Two of 6 × 7 and two of 4 × 5, against 6 × 7.
-        assert!((config().pixels_of_crops() - (2. + 2. * 20. / 42.)).abs() < 1e-12);
+    fn crops_cost_what_a_picture_of_their_size_costs() -> Result<()> {
+        // Two of 6 × 7, the input's size, and two of 4 × 5.
+        let (whole, of_crops) = config().costs()?;
+        let mut small = config();
+        (small.input.height, small.input.width) = (4, 5);
+        let small = small.costs()?.0;
+        assert!(small.learning < whole.learning && small.embedding > 0.);
+        assert_eq!(of_crops, 2. * whole.learning + 2. * small.learning);
+        Ok(())
     }
 }

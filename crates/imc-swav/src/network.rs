@@ -17,6 +17,7 @@ use training::{Checkpoint, Seam, Trained, TrainedSegment, TrainedVariable};
 
 use crate::Config;
 use crate::bank::Bank;
+use crate::config::{NetworkTable, ProjectorWidths};
 use crate::loss::unit_rows_in_place;
 
 /// All that learns.
@@ -51,10 +52,8 @@ impl ImcSwavNetworks {
         device: &Device,
     ) -> Result<Self> {
         let precision = config.run.precision.into();
-        let encoder = resnet::plan(&config.network.backbone, config.input.channels)?;
+        let [encoder, projector] = plans(config)?;
         let width = config.network.backbone.embedding_width();
-        let projector =
-            linear(width, config.network.projector.hidden, config.network.projector.width)?;
         let classifier = classifier(width, config.network.classifier.hidden, clusters)?;
         let segment = |name: &str, plan: Network| -> Result<Segment> {
             Ok(Segment::random(name, plan.with_precision(precision), seed)?)
@@ -212,6 +211,18 @@ fn classifier(input: usize, hidden: usize, clusters: usize) -> candle_core::Resu
     }
     let value = builder.linear("output", value, clusters)?;
     builder.finish(value)
+}
+
+/// The plans of encoder and projector.
+///
+/// # Errors
+///
+/// A width is 0.
+pub(crate) fn plans(config: &Config) -> Result<[Network; 2]> {
+    let NetworkTable { backbone, projector: ProjectorWidths { hidden, width }, .. } =
+        config.network;
+    let projector = linear(backbone.embedding_width(), hidden, width)?;
+    Ok([resnet::plan(&backbone, config.input.channels)?, projector])
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use crate::backend::{Backend, NormGradientCall, Operations};
 use crate::flat::{Changes, Flat};
+use crate::multiply_adds::needed;
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
 use crate::tape::{Activations, Kept, Note, TapeRecord};
 use crate::{Gradients, Network, Parameters, Tape};
@@ -47,7 +48,8 @@ impl Network {
             let wanted = (output.images, output.channels);
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
         }
-        let (needed, flat) = (needed(plan, parameters, input_gradient), &mut gradients.flat);
+        let needed = needed(plan, |block| parameters.is_trained(block), input_gradient);
+        let flat = &mut gradients.flat;
         let pass =
             BackwardArguments { plan, parameters, record, gradient, gradients: flat, needed };
         let at_input = match (&plan.backend, &record.kept) {
@@ -72,26 +74,6 @@ fn check_record(plan: &NetworkPlan, record: &TapeRecord) -> Result<()> {
         bail!("the tape belongs to another network")
     }
     Ok(())
-}
-
-/// For each value, whether its gradient is needed: for a trained parameter at or below it, or for the
-/// input.
-fn needed(plan: &NetworkPlan, parameters: &Parameters, input_gradient: bool) -> Vec<bool> {
-    let mut needed = vec![false; plan.channels.len()];
-    needed[0] = input_gradient;
-    for operation in &plan.operations {
-        let (own, residual) = match &operation.work {
-            OperationWork::Product(_) => (true, None),
-            OperationWork::BatchNorm(norm) => (true, norm.residual),
-            OperationWork::Relu | OperationWork::MaxPool { .. } | OperationWork::AveragePool => {
-                (false, None)
-            }
-        };
-        needed[operation.output] = needed[operation.input]
-            || residual.is_some_and(|r| needed[r])
-            || own && parameters.is_trained(operation.block);
-    }
-    needed
 }
 
 /// The checked arguments of a backward pass.
@@ -288,7 +270,9 @@ mod tests {
     fn gradients_are_computed_down_to_the_lowest_trained_block_only() -> Result<()> {
         let network = network()?;
         let mut parameters = network.parameters();
-        let with = |parameters: &Parameters, input| needed(&network.0, parameters, input);
+        let with = |parameters: &Parameters, input| {
+            needed(&network.0, |block| parameters.is_trained(block), input)
+        };
         assert_eq!(with(&parameters, false), [false, true, true, true, true, true]);
         assert_eq!(with(&parameters, true), [true; 6]);
         parameters.set_trainable("stem", false)?;

@@ -57,9 +57,11 @@ impl Config {
         check::not_negative(job.name, &[("noise", self.noise)])?;
         self.input.check(&format!("{}.input", job.name))?;
         self.views.check(&format!("{}.views", job.name))?;
+        let cost = self.network.picture_cost(&self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         // Two views through the online network, two through the target.
-        Ok(Effort::of_backbone_pictures(4. * self.plan(pictures.trained).pictures()))
+        let views = 2. * self.plan(pictures.trained).pictures();
+        Ok(Effort::of_multiply_adds(views * (cost.learning + cost.projection), cost))
     }
 
     pub(crate) fn plan(&self, images: usize) -> RunPlan {

@@ -5,7 +5,7 @@ use assignment::KMeans;
 use data::Images;
 use data::views::{Input, Pipeline};
 use serde::{Deserialize, Serialize};
-use stage::{Effort, Job};
+use stage::{Effort, Job, PictureCost};
 use training::scatter::Absent;
 use training::{
     Advice, LearningRate, NetworkTable, RunPlan, RunTable, ScheduleTable, SgdTable, TargetDecay,
@@ -101,19 +101,22 @@ impl Config {
         );
         self.input.check(&format!("{}.input", job.name))?;
         self.views.check(&format!("{}.views", job.name))?;
+        let cost = self.network.picture_cost(&self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
-        Ok(Effort::of_backbone_pictures(self.effort(pictures.trained, pictures.scored)))
+        let multiply_adds = self.multiply_adds(pictures.trained, pictures.scored, &cost);
+        Ok(Effort::of_multiply_adds(multiply_adds, cost))
     }
 
     pub(crate) fn plan(&self, images: usize) -> RunPlan {
         self.run.plan(images, sampler::steps(images, self.run.batch_size), Advice::BYOL)
     }
 
-    /// Pictures through a backbone: of each of two views once by the online and once by the target
-    /// network, and of each image once by the target in every E-step and for the result.
-    pub(crate) fn effort(&self, images: usize, scored: usize) -> f64 {
+    /// Of each of two views once by the online and once by the target network, and of each image once
+    /// by the target in every E-step and for the result.
+    fn multiply_adds(&self, images: usize, scored: usize, cost: &PictureCost) -> f64 {
         let e_steps = self.run.epochs.div_ceil(self.reassign) * images;
-        4. * self.plan(images).pictures() + (e_steps + scored) as f64
+        let views = 2. * self.plan(images).pictures();
+        views * (cost.learning + cost.projection) + (e_steps + scored) as f64 * cost.projection
     }
 
     pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> LearningRate {
@@ -263,7 +266,8 @@ pub(crate) mod tests {
         let mut config = Config { reassign: 2, ..published() };
         (config.run.epochs, config.run.batch_size) = (5, 8);
         // Five epochs of two batches, four passes each; three E-steps on 20, the result on 24.
-        assert_eq!(config.effort(20, 24), 4. * 5. * 16. + 3. * 20. + 24.);
+        let cost = PictureCost { embedding: f64::NAN, projection: 1., learning: 100. };
+        assert_eq!(config.multiply_adds(20, 24, &cost), 2. * 5. * 16. * 101. + 3. * 20. + 24.);
     }
 
     #[test]

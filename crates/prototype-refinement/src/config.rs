@@ -111,28 +111,29 @@ impl Config {
         let count = |splits| images.rows(splits).len();
         let steps = sampler::steps(count(&job.data.train_on), self.run.batch_size);
         let scored = count(&job.data.score_on);
-        Ok(Effort::of_backbone_pictures(self.effort(steps, scored, job.round)))
+        Ok(self.effort(steps, scored, job.round))
     }
 
     pub(crate) fn plan(&self, steps_per_epoch: usize) -> RunPlan {
         self.run.plan(self.run.batch_size, steps_per_epoch, Advice::BYOL)
     }
 
-    /// Pictures through a backbone in a round: of each of two views once by the online and once by
-    /// the target network, and for the prototypes, where images may be drawn to them, each reliable
+    /// Pictures through the networks in a round: of each of two views once through the online and once
+    /// through the target network, and for the prototypes, where images may be drawn to them, each reliable
     /// image once by the target.
     ///
     /// An upper bound: before the clusterings are there, neither the round in which the gate opens
     /// nor the reliable among the `scored` images are known. In the first round, which has no
     /// stability, and wherever the gate cannot open it is exact.
-    pub(crate) fn effort(&self, steps_per_epoch: usize, scored: usize, round: usize) -> f64 {
+    pub(crate) fn effort(&self, steps_per_epoch: usize, scored: usize, round: usize) -> Effort {
         let highest_stability = (round > 1).then_some(1.);
         let passes = match self.prototypes {
             _ if !self.pulls(highest_stability) => 0,
             PrototypeUpdate::Epoch => self.run.epochs,
             PrototypeUpdate::MovingAverage => 1,
         };
-        4. * self.plan(steps_per_epoch).pictures() + (passes * scored) as f64
+        let views = 2. * self.plan(steps_per_epoch).pictures();
+        Effort::of_pictures(0., views + (passes * scored) as f64, views)
     }
 
     /// Over all rounds; its steps count from the first step of the first round.
@@ -238,18 +239,19 @@ pub(crate) mod tests {
     fn effort_counts_prototypes_in_rounds_whose_gate_may_open() {
         let mut config = published();
         (config.run.epochs, config.run.batch_size) = (5, 8);
-        let views = 4. * 5. * 3. * 8.; // Five epochs of three batches.
-        assert_eq!(config.effort(3, 20, 1), views, "no stability, no prototypes");
-        assert_eq!(config.effort(3, 20, 2), views + 5. * 20.);
+        let views = 2. * 5. * 3. * 8.; // Five epochs of three batches.
+        let effort = |prototypes: f64| Effort::of_pictures(0., views + prototypes, views);
+        assert_eq!(config.effort(3, 20, 1), effort(0.), "no stability, no prototypes");
+        assert_eq!(config.effort(3, 20, 2), effort(5. * 20.));
         let moving = Config { prototypes: PrototypeUpdate::MovingAverage, ..config.clone() };
-        assert_eq!(moving.effort(3, 20, 2), views + 20.);
+        assert_eq!(moving.effort(3, 20, 2), effort(20.));
         let open = Config { sample_to_prototype_gate: -1., ..config.clone() };
-        assert_eq!(open.effort(3, 20, 1), views + 5. * 20.);
+        assert_eq!(open.effort(3, 20, 1), effort(5. * 20.));
         for (what, never) in [
             ("gate", Config { sample_to_prototype_gate: 1., ..config.clone() }),
             ("weight", Config { sample_to_prototype_weight: 0., ..config.clone() }),
         ] {
-            assert_eq!(never.effort(3, 20, 2), views, "{what}");
+            assert_eq!(never.effort(3, 20, 2), effort(0.), "{what}");
         }
     }
 

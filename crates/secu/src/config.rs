@@ -141,10 +141,13 @@ impl Config {
         self.input.check(&table("input"))?;
         self.views_1.check(&table("views-1"))?;
         self.views_2.check(&table("views-2"))?;
+        let [backbone, projector] = self.plans()?;
+        let cost = training::picture_cost([&backbone, &projector], None, &[], &self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         // Two views of each image, and each scored image once for the result.
-        let views = 2 * self.run.epochs * pictures.trained;
-        Ok(Effort::of_backbone_pictures((views + pictures.scored) as f64))
+        let views = (2 * self.run.epochs * pictures.trained) as f64;
+        let multiply_adds = views * cost.learning + pictures.scored as f64 * cost.projection;
+        Ok(Effort::of_multiply_adds(multiply_adds, cost))
     }
 
     pub(crate) fn plan(&self, images: usize) -> RunPlan {

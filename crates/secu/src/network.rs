@@ -148,7 +148,7 @@ mod tests {
         config.network.backbone.width = 64;
         config.input.channels = 3;
         assert_eq!(config.network.backbone.stem, Stem::Plain);
-        let networks = Networks::random(&config, 8, None, 1, &Device::Cpu)?;
+        let networks = SeCuNetworks::random(&config, 8, None, 1, &Device::Cpu)?;
         let stem = networks.backbone.segment.parameters.get("conv1.weight")?;
         assert_eq!(stem.len(), 64 * 3 * 9);
         let deviation = (stem.iter().map(|w| w * w).sum::<f32>() / stem.len() as f32).sqrt();

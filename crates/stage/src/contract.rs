@@ -142,30 +142,101 @@ pub enum Output {
     Scores,
 }
 
-/// What a step costs, as its stage's check declares it.
+/// What a step costs, as its stage's check declares it, in multiply-adds of its networks' products,
+/// forward and backward as they run. A comparison holds systems to equal efforts.
 ///
-/// A comparison holds systems to equal efforts. A stage without a backbone has none.
+/// Losses, centres and k-means are not counted; a stage without a network has no effort.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Effort {
-    /// Pictures that pass through a backbone: one for each forward pass, with gradient or without,
-    /// weighted by pixels where a crop is smaller than the network's input.
-    backbone_pictures: f64,
+    /// In networks whose plan the stage's table gives.
+    multiply_adds: f64,
+    /// Pictures through a network that an earlier step leaves, whose plan the stage does not know: as
+    /// far as the embedding.
+    embedded_pictures: f64,
+    /// The same, as far as the projection.
+    projected_pictures: f64,
+    /// The same, forward and backward.
+    learnt_pictures: f64,
+    /// What a picture costs in the network that the stage leaves; absent where an earlier step's
+    /// plan goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embedding_cost: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    projection_cost: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    learning_cost: Option<f64>,
+}
+
+/// The multiply-adds of one picture in a network.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PictureCost {
+    /// From picture to embedding.
+    pub embedding: f64,
+    /// From picture to projection.
+    pub projection: f64,
+    /// Forward and backward through everything that learns.
+    pub learning: f64,
 }
 
 impl Effort {
-    /// Of a stage without a backbone, or of one whose pictures do not exist yet.
-    pub const NONE: Self = Self { backbone_pictures: 0. };
+    /// Of a stage without a network, or of one whose pictures do not exist yet.
+    pub const NONE: Self = Self {
+        multiply_adds: 0.,
+        embedded_pictures: 0.,
+        projected_pictures: 0.,
+        learnt_pictures: 0.,
+        embedding_cost: None,
+        projection_cost: None,
+        learning_cost: None,
+    };
 
-    /// So many pictures pass through a backbone, see [`Effort::backbone_pictures`].
-    pub const fn of_backbone_pictures(backbone_pictures: f64) -> Self {
-        Self { backbone_pictures }
+    /// Of a stage that leaves a network of its own, in which a picture costs `network`.
+    pub const fn of_multiply_adds(multiply_adds: f64, network: PictureCost) -> Self {
+        Self {
+            multiply_adds,
+            embedding_cost: Some(network.embedding),
+            projection_cost: Some(network.projection),
+            learning_cost: Some(network.learning),
+            ..Self::NONE
+        }
     }
 
-    /// Pictures that pass through a backbone: one for each forward pass, with gradient or without,
-    /// weighted by pixels where a crop is smaller than the network's input.
-    pub fn backbone_pictures(&self) -> f64 {
-        self.backbone_pictures
+    /// Of a stage that passes pictures through a network that an earlier step leaves.
+    ///
+    /// - `embedded`, `projected`, `learnt`: how many, and how far: see [`PictureCost`].
+    pub const fn of_pictures(embedded: f64, projected: f64, learnt: f64) -> Self {
+        Self {
+            embedded_pictures: embedded,
+            projected_pictures: projected,
+            learnt_pictures: learnt,
+            ..Self::NONE
+        }
+    }
+
+    /// What a picture costs in the network that the stage leaves.
+    pub fn network(&self) -> Option<PictureCost> {
+        Some(PictureCost {
+            embedding: self.embedding_cost?,
+            projection: self.projection_cost?,
+            learning: self.learning_cost?,
+        })
+    }
+
+    /// The multiply-adds of the step; `None` if it needs the cost of a network that is not known.
+    ///
+    /// - `read`: the cost of a picture in the network that the step reads.
+    pub fn multiply_adds(&self, read: Option<PictureCost>) -> Option<f64> {
+        if self.embedded_pictures + self.projected_pictures + self.learnt_pictures == 0. {
+            return Some(self.multiply_adds);
+        }
+        let PictureCost { embedding, projection, learning } = read?;
+        Some(
+            self.multiply_adds
+                + self.embedded_pictures * embedding
+                + self.projected_pictures * projection
+                + self.learnt_pictures * learning,
+        )
     }
 
     /// Reads the effort from what a program printed under `--check`; `None` for a foreign program
@@ -208,9 +279,17 @@ mod tests {
 
     #[test]
     fn the_effort_is_read_from_a_check_s_output() {
-        let effort = Effort::of_backbone_pictures(1.5e9);
-        let printed = format!("{}\n[embed]\nviews = 8\n", toml::to_string(&effort).expect("TOML"));
-        assert_eq!(Effort::of_check(&printed), Some(effort));
+        let network = PictureCost { embedding: 2., projection: 3., learning: 9. };
+        for effort in [Effort::of_multiply_adds(1.5e19, network), Effort::of_pictures(1., 2., 3.)] {
+            let printed = toml::to_string(&effort).expect("TOML");
+            let printed = format!("{printed}\n[embed]\nviews = 8\n");
+            assert_eq!(Effort::of_check(&printed), Some(effort));
+        }
+        assert_eq!(Effort::of_multiply_adds(7., network).multiply_adds(None), Some(7.));
+        assert_eq!(Effort::of_multiply_adds(7., network).network(), Some(network));
+        let passes = Effort::of_pictures(100., 10., 1.);
+        assert_eq!(passes.multiply_adds(Some(network)), Some(200. + 30. + 9.));
+        assert_eq!((passes.multiply_adds(None), passes.network()), (None, None));
         assert_eq!(Effort::of_check("[clusters]\nheads = 8\n"), None);
         assert_eq!(Effort::of_check("all is well"), None);
     }

@@ -71,7 +71,7 @@ mod status;
 
 pub use arguments::{DeviceChoice, StageArguments};
 pub use claim::Claim;
-pub use contract::{Effort, Origin, Output, Role, Spec, Stage};
+pub use contract::{Effort, Origin, Output, PictureCost, Role, Spec, Stage};
 pub use data_table::{DataTable, Split};
 pub use experiment::{Experiment, Rounds};
 pub use interrupt::{HELD_BY_STDIN, Interrupt};

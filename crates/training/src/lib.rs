@@ -13,6 +13,7 @@ pub mod agreement;
 pub mod check;
 pub mod checkpoint;
 mod device;
+mod effort;
 mod learner;
 pub mod loss;
 mod noise;
@@ -30,6 +31,7 @@ mod variable;
 
 pub use checkpoint::{Checkpoint, Trained, load_network, network_tensors};
 pub use device::network_device;
+pub use effort::picture_cost;
 pub use learner::{Learner, Online, Target};
 pub use noise::noise;
 pub use optimizer::Optimizer;

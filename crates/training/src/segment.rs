@@ -155,11 +155,13 @@ impl<O: Optimizer> TrainedSegment<O> {
 /// the gradients of one pass to those of this step.
 ///
 /// - `seams`: what each segment's forward pass left.
-/// - `gradients`: what candle found at the seams. A seam that the loss does not use counts as zero.
+/// - `gradients`: what candle found at the seams. The loss may leave out a seam that a later segment
+///   was fed with.
 ///
 /// # Errors
 ///
-/// A gradient has another shape than its seam.
+/// The loss does not use the output of the last segment, so that nothing would reach the chain; or a
+/// gradient has another shape than its seam.
 pub fn backward<O: Optimizer, const N: usize>(
     chain: [&mut TrainedSegment<O>; N],
     seams: [Seam; N],
@@ -168,13 +170,39 @@ pub fn backward<O: Optimizer, const N: usize>(
     let mut from_next: Option<Tensor> = None;
     for (place, (segment, seam)) in chain.into_iter().zip(seams).enumerate().rev() {
         let at_seam = match (from_next, gradients.get(&seam)) {
-            (Some(next), Some(loss)) => Some((next + loss)?),
-            (next, loss) => next.or_else(|| loss.cloned()),
+            (Some(next), Some(loss)) => (next + loss)?,
+            (Some(only), None) => only,
+            (None, Some(only)) => only.clone(),
+            (None, None) => candle_core::bail!(
+                "backward: the loss does not depend on the output of segment `{}`; leave the \
+                 segment out of the chain, or do not detach its output",
+                segment.name
+            ),
         };
-        from_next = match at_seam {
-            Some(at_seam) => segment.backward(seam, &at_seam, place > 0)?,
-            None => None,
-        };
+        from_next = segment.backward(seam, &at_seam, place > 0)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::learner::tests::{learner, pictures};
+
+    #[test]
+    fn a_loss_that_does_not_reach_the_chain_is_an_error_that_names_its_last_segment()
+    -> anyhow::Result<()> {
+        let mut online = learner(1)?.online;
+        let seams = online.forward(&pictures(1)?, None)?;
+        let of_projection = seams[1].sqr()?.mean_all()?.backward()?;
+        let error = online.backward(seams, &of_projection).expect_err("no prediction").to_string();
+        assert!(
+            error.contains("`online.predictor`") && error.contains("does not depend"),
+            "{error}"
+        );
+        let seams = online.forward(&pictures(1)?, None)?;
+        let of_prediction = seams[2].sqr()?.mean_all()?.backward()?;
+        online.backward(seams, &of_prediction)?;
+        assert!(online.backbone.gradient("conv1.weight")?.iter().any(|&value| value != 0.));
+        Ok(())
+    }
 }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::Input;
 use serde::{Deserialize, Serialize};
+use stage::PictureCost;
 
 use crate::run::{Advice, RunPlan};
 use crate::schedule::{Cosine, LearningRate, TargetDecay};
@@ -180,6 +181,19 @@ impl NetworkTable {
             ("predictor.hidden", self.predictor.hidden),
         ];
         check::at_least(&format!("{stage}.network"), 1, &widths)
+    }
+
+    /// What a picture costs in networks of this table.
+    ///
+    /// # Errors
+    ///
+    /// A width is 0, or the input is too small for the backbone.
+    pub fn picture_cost(&self, input: &Input) -> Result<PictureCost> {
+        let configuration = self.configuration(input)?;
+        let [backbone, projector] =
+            [configuration.backbone_plan()?, configuration.projector_plan()?];
+        let predictor = configuration.predictor_plan()?;
+        crate::picture_cost([&backbone, &projector], Some(&predictor), &[], input)
     }
 
     /// The contents of `config.json` for a network with this input.
