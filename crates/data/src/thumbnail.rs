@@ -8,9 +8,9 @@ pub const SIDE: usize = 32;
 /// A picture small enough for comparing pixels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thumbnail {
-    /// Rows: those of the picture, at most [`SIDE`].
+    /// Rows.
     pub height: usize,
-    /// Pixels in a row: those of the picture, at most [`SIDE`].
+    /// Pixels in a row.
     pub width: usize,
     /// As the picture has.
     pub channels: usize,
@@ -18,11 +18,20 @@ pub struct Thumbnail {
     pub values: Vec<f32>,
 }
 
-/// Returns the mean of each of at most 32×32 equal areas of the picture. A pixel on a border counts
-/// for each area by its share. Sides of at most 32 pixels are not reduced.
-pub fn thumbnail(picture: &Picture) -> Thumbnail {
+/// Returns the height and width that thumbnails of pictures of these sizes share: the largest side
+/// that occurs, at most [`SIDE`]. Pictures of one size of at most 32×32 pixels keep it.
+pub fn common_size(sizes: impl IntoIterator<Item = (usize, usize)>) -> (usize, usize) {
+    let largest = |(height, width): (usize, usize), size: (usize, usize)| {
+        (height.max(size.0.min(SIDE)), width.max(size.1.min(SIDE)))
+    };
+    sizes.into_iter().fold((0, 0), largest)
+}
+
+/// Returns the mean of each of `height` × `width` equal areas of the picture. A pixel on a border
+/// counts for each area by its share; an area smaller than a pixel has the pixel's value.
+pub fn thumbnail(picture: &Picture, (height, width): (usize, usize)) -> Thumbnail {
     let channels = picture.channels;
-    let (rows, columns) = (shares(picture.height), shares(picture.width));
+    let (rows, columns) = (shares(picture.height, height), shares(picture.width, width));
     let mut values = Vec::with_capacity(rows.len() * columns.len() * channels);
     let mut mixed = vec![0f32; picture.width * channels];
     for (first, weights) in &rows {
@@ -44,10 +53,9 @@ pub fn thumbnail(picture: &Picture) -> Thumbnail {
     Thumbnail { height: rows.len(), width: columns.len(), channels, values }
 }
 
-/// Returns, for each of at most [`SIDE`] equal parts of a side, the first pixel that it covers, and the
-/// share of the part that each covered pixel has.
-fn shares(side: usize) -> Vec<(usize, Vec<f32>)> {
-    let parts = side.min(SIDE);
+/// Returns, for each of so many equal parts of a side, the first pixel that it covers, and the share
+/// of the part that each covered pixel has.
+fn shares(side: usize, parts: usize) -> Vec<(usize, Vec<f32>)> {
     let part = |number: usize| {
         // In units of a pixel's `parts`-th, so that all borders are whole numbers.
         let (begin, end) = (number * side, (number + 1) * side);
@@ -64,10 +72,28 @@ mod tests {
     use super::*;
     use crate::picture::tests::example;
 
+    fn own_thumbnail(picture: &Picture) -> Thumbnail {
+        thumbnail(picture, common_size([(picture.height, picture.width)]))
+    }
+
+    #[test]
+    fn pictures_of_several_sizes_share_the_largest_and_small_ones_are_enlarged() {
+        assert_eq!(common_size([(8, 8), (8, 8)]), (8, 8));
+        assert_eq!(common_size([(16, 16), (64, 9)]), (32, 16));
+        let picture = Picture::new(2, 2, 1, vec![0, 51, 102, 204]).expect("sound");
+        let got = thumbnail(&picture, (3, 4));
+        assert_eq!((got.height, got.width), (3, 4));
+        // Columns: each pixel twice. Rows: the first, the mean, the second.
+        let want = [0., 0., 0.2, 0.2, 0.2, 0.2, 0.5, 0.5, 0.4, 0.4, 0.8, 0.8];
+        for (value, want) in got.values.iter().zip(want) {
+            assert!((value - want).abs() < 1e-6, "{:?}", got.values);
+        }
+    }
+
     #[test]
     fn a_small_picture_is_its_own_thumbnail() {
         let picture = example(5, 32, 3);
-        let got = thumbnail(&picture);
+        let got = own_thumbnail(&picture);
         assert_eq!((got.height, got.width, got.channels), (5, 32, 3));
         for (value, &byte) in got.values.iter().zip(&picture.pixels) {
             assert!((value - f32::from(byte) / 255.).abs() < 1e-6);
@@ -79,7 +105,7 @@ mod tests {
         // 48 pixels in 32 parts: each part is a pixel and a half, 2/3 and 1/3 of the mean.
         let pixels = (0..48 * 3).map(|i| (i / 3 + 50 * (i % 3)) as u8).collect();
         let picture = Picture::new(48, 3, 1, pixels).expect("sound");
-        let got = thumbnail(&picture);
+        let got = own_thumbnail(&picture);
         assert_eq!((got.height, got.width), (32, 3));
         for (row, base) in [(0, 0.), (2, 3.), (30, 45.)] {
             for column in 0..3 {
@@ -89,7 +115,7 @@ mod tests {
             }
         }
         let turned = (0..3 * 48).map(|i| (i % 48 + 50 * (i / 48)) as u8).collect();
-        let turned = thumbnail(&Picture::new(3, 48, 1, turned).expect("sound"));
+        let turned = own_thumbnail(&Picture::new(3, 48, 1, turned).expect("sound"));
         assert_eq!((turned.height, turned.width), (3, 32));
         assert!((turned.values[2 * 32 + 1] - got.values[3 + 2]).abs() < 1e-6);
     }

@@ -161,22 +161,14 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     })
 }
 
-/// Thumbnails as both embedding and projection, without augmented views.
+/// Thumbnails as both embedding and projection, without augmented views. Where pictures differ in
+/// size, small ones are enlarged, as the input of a network is.
 fn pixels(images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
+    let sizes = rows.iter().map(|&row| images.size(row)).collect::<Result<Vec<_>>>()?;
+    let size = data::thumbnail::common_size(sizes);
     let mut values: Vec<f32> = Vec::new();
-    let mut shape = None;
     for &row in &rows {
-        let thumbnail = data::thumbnail(&*images.picture(row)?);
-        let (height, width) = (thumbnail.height, thumbnail.width);
-        let (first_height, first_width) = *shape.get_or_insert((height, width));
-        ensure!(
-            (height, width) == (first_height, first_width),
-            "picture {row} of `{}` has a thumbnail of {height} x {width} pixels, but the first one \
-             has {first_height} x {first_width}; the pixel baseline needs pictures of one size, or \
-             of at least 32 x 32 pixels",
-            job.images.display()
-        );
-        values.extend(thumbnail.values);
+        values.extend(data::thumbnail(&*images.picture(row)?, size).values);
         job.interrupt.check()?;
     }
     let width = values.len() / rows.len();
@@ -387,8 +379,8 @@ mod tests {
 
         let folder = tempfile::tempdir()?;
         let mixed = self::job(folder.path(), &[7, 9])?;
-        let message = Embed::run(&config, &mixed).expect_err("two sizes").to_string();
-        assert!(message.contains("of one size"), "{message}");
+        let found = embedded(&config, &mixed)?;
+        assert_eq!((found.width, found.index.len()), (6 * 9, 7), "the narrow ones are enlarged");
         Ok(())
     }
 
