@@ -188,7 +188,7 @@ impl<'a> ComparedSystem<'a> {
         let found = self
             .runs
             .iter()
-            .map(|run| Ok(of(&MetricsFile::read(&run.folder(last))?)))
+            .map(|run| Ok(of(&run.removing_damaged(MetricsFile::read(&run.folder(last)))?)))
             .collect::<Result<Vec<_>>>()?;
         let score = |part: fn(ClassAgreement) -> Option<f64>| {
             Statistic::of(found.iter().map(|scores| scores.and_then(part)))

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use stage::console::print_line;
-use stage::{DONE, DeviceChoice, Experiment, Spec, container, files};
+use stage::finished::{self, Digests};
+use stage::{DeviceChoice, Experiment, Spec, container, files};
 use toml::{Table, Value, toml};
 
 use crate::CommandContext;
@@ -51,7 +52,11 @@ const STEPS: [&str; 3] = ["embed", PREDICT, "metrics"];
 /// Prepares, embeds, predicts, scores and reports; prints where the result is.
 pub fn run(session: &CommandContext, options: &PredictOptions) -> Result<()> {
     let run = options.which.find()?;
-    let learnt = Learnt::of(session, &run)?;
+    run.removing_damaged(predict(session, &run, options), &session.interrupt)
+}
+
+fn predict(session: &CommandContext, run: &Recorded, options: &PredictOptions) -> Result<()> {
+    let learnt = Learnt::of(session, run)?;
     let source = absolute_source(&options.images)?;
     let experiment = experiment(&learnt.experiment, &learnt.network_step.place, &source)?;
     let pictures = PreparedData::of(session, &experiment, Some(&source), &run.runs)?;
@@ -59,7 +64,7 @@ pub fn run(session: &CommandContext, options: &PredictOptions) -> Result<()> {
 
     let prediction = Prediction {
         session,
-        run: &run,
+        run,
         learnt,
         programs: Programs::find(&STEPS, &session.registry)?,
         device: (session.registry.devices.resolve)(options.device)?,
@@ -143,7 +148,7 @@ impl Prediction<'_> {
             let experiment_file = self.store.beside(key.name(), "toml");
             files::write(&experiment_file, self.experiment.to_toml().as_bytes())?;
             self.start_steps(&experiment_file, &folder)?;
-            files::write(&folder.join(DONE), b"{}\n")?;
+            finished::mark(&folder, PREDICT, None, Digests::Listed)?;
         }
         Ok(folder)
     }
@@ -177,7 +182,7 @@ impl Prediction<'_> {
         let of_metrics = vec![("pseudo-labels", &predict), ("labels", &self.pictures.folder)];
         let steps = [(of_embed, &embed), (of_predict, &predict), (of_metrics, &metrics)];
         for (name, (inputs, out)) in STEPS.into_iter().zip(steps) {
-            if out.join(DONE).exists() {
+            if finished::is_finished(out) {
                 continue;
             }
             let inputs = inputs.into_iter().map(|(role, folder)| (role, folder.clone()));
@@ -228,10 +233,7 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
         })
     };
     let program = known("stages", place)?;
-    let precision = known(program.as_str().unwrap_or(place), "run")
-        .ok()
-        .and_then(|run| run.get("precision").cloned())
-        .unwrap_or_else(|| Value::from("f32"));
+    let precision = precision(learnt, program.as_str().unwrap_or(place))?;
     let mut tables = toml! {
         system = "predictions"
         [data]
@@ -263,6 +265,22 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     set("prepare", "broken-share", known("prepare", "broken-share")?);
     set("embed", "precision", precision);
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
+}
+
+/// The precision that the network was trained in: `run.precision` of its program's table. A foreign
+/// program may have no table: then that of the run's own `[embed]`.
+fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
+    let found = match learnt.value(program) {
+        Some(table) => table.get("run").and_then(|run| run.get("precision")),
+        None => learnt.value("embed").and_then(|table| table.get("precision")),
+    };
+    found.cloned().with_context(|| {
+        format!(
+            "`{}` does not say in which precision `{program}` trained the network: it has neither \
+             `run.precision` in `[{program}]` nor, for a foreign program, `precision` in `[embed]`",
+            learnt.path.display()
+        )
+    })
 }
 
 /// Prints the scores, if any, the sizes of the clusters, and where to look.
@@ -316,9 +334,33 @@ mod tests {
             Some("bf16".into()),
             "that of the crate in its place"
         );
-        let asked = experiment(&learnt, "other", Path::new("x"))?;
-        let precision = asked.value("embed").and_then(|table| table.get("precision")).cloned();
-        assert_eq!(precision, Some("f32".into()), "a foreign program has no table");
+        Ok(())
+    }
+
+    #[test]
+    fn a_precision_that_is_not_found_is_an_error_not_f32() -> Result<()> {
+        let of = |text: &str| precision(&Experiment::of_text("x", text)?, "propos");
+        assert_eq!(
+            of("[propos.run]\nprecision = 'bf16'\n[embed]\nprecision = 'f32'")?,
+            "bf16".into()
+        );
+        assert_eq!(
+            of("[embed]\nprecision = 'bf16'")?,
+            "bf16".into(),
+            "a foreign program has no table"
+        );
+        for text in
+            ["[propos]\nprecision = 'bf16'\n[embed]\nprecision = 'f32'", "[embed]\nviews = 0"]
+        {
+            let error = of(text).expect_err("no precision").to_string();
+            assert!(error.contains("run.precision") && error.contains("propos"), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_place_that_no_program_fills_is_an_error() -> Result<()> {
+        let learnt = Experiment::of_text("x", "[stages]\npretraining = 'propos'")?;
         assert!(experiment(&learnt, "none", Path::new("x")).is_err());
         Ok(())
     }

@@ -22,6 +22,9 @@ pub const PREPARE: &str = "prepare";
 /// The file that says which source the pictures came from; without it they were not looked over.
 const SOURCE: &str = "source.json";
 
+/// The folder where `prepare` keeps what it has read until it is done.
+const JOURNAL: &str = "unfinished";
+
 /// A data set that is prepared, or will be.
 #[derive(Debug)]
 pub struct PreparedData<'a> {
@@ -76,6 +79,11 @@ impl<'a> PreparedData<'a> {
         self.store.state(self.key.name()) == StepState::Done && self.folder.join(SOURCE).exists()
     }
 
+    /// True where a program that was killed at its very end left its journal; the next one removes it.
+    fn is_littered(&self) -> bool {
+        self.folder.join(JOURNAL).exists()
+    }
+
     /// Prepares the data, unless they are; and keeps them from being removed while it is held.
     ///
     /// - `memory`: how much preparing may take, in MiB.
@@ -86,14 +94,14 @@ impl<'a> PreparedData<'a> {
     /// The program says why; or the source changed meanwhile, so that nobody knows what was read.
     pub fn make(&self, memory: Option<u64>, fresh: bool) -> Result<Hold> {
         let interrupt = &self.session.interrupt;
-        if fresh || !self.is_done() {
+        if fresh || !self.is_done() || self.is_littered() {
             let claim = self.store.claim(&self.key, interrupt)?;
             let is_half_known =
                 self.store.state(self.key.name()) == StepState::Done && !self.is_done();
             if fresh || is_half_known {
                 self.store.forget(&self.key, &claim, interrupt)?;
             }
-            if !self.is_done() {
+            if !self.is_done() || self.is_littered() {
                 self.prepare(memory, &claim)?;
             }
         }

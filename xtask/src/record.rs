@@ -245,6 +245,12 @@ impl Recorded {
         self.finished().into_iter().rev().find(is_fit)
     }
 
+    /// See [`Store::removing_damaged`], for all steps of the run. The caller holds none of them.
+    pub fn removing_damaged<T>(&self, result: Result<T>, interrupt: &Interrupt) -> Result<T> {
+        let keys = self.record.steps.iter().map(|step| &*step.key);
+        Store::of_steps(&self.runs).removing_damaged(result, keys, interrupt)
+    }
+
     /// Keeps the results of these steps and the data from being removed while they are read.
     pub fn hold(&self, steps: &[&RecordedStep], interrupt: &Interrupt) -> Result<Vec<Hold>> {
         let data = Store::of_data(&self.runs).hold(&self.record.data, interrupt);
@@ -256,7 +262,7 @@ impl Recorded {
 
 #[cfg(test)]
 mod tests {
-    use stage::DONE;
+    use stage::finished::{self, Digests};
 
     use super::*;
 
@@ -269,7 +275,7 @@ mod tests {
             let key = format!("{place}-{round}");
             fs::create_dir_all(store.path(&key)).expect("created");
             if done.contains(name) {
-                fs::write(store.path(&key).join(DONE), "{}").expect("written");
+                finished::mark(&store.path(&key), name, None, Digests::Listed).expect("marked");
             }
             let is_main = !name.contains('/');
             let round = round.parse().expect("a number");
@@ -330,7 +336,7 @@ mod tests {
         let clustering = Spec { name: "clustering", algorithm: 1, inputs: &[], outputs };
         let last = found.last(&[clustering], Spec::clusters).expect("one is finished");
         assert_eq!(last.name, "0-clustering");
-        assert!(found.path(last).join(DONE).exists());
+        assert!(finished::is_finished(&found.path(last)));
 
         let error = find("photos").expect_err("no run").to_string();
         assert!(error.contains("assort reproduce photos"), "{error}");

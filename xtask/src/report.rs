@@ -82,6 +82,10 @@ const LABELS: &str = "pseudo-labels.safetensors";
 /// The run has no clusters yet.
 pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
     let run = options.which.find()?;
+    run.removing_damaged(write(session, &run, options), &session.interrupt)
+}
+
+fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> Result<()> {
     let steps = run.finished();
     let last = run.last(&session.registry.specs(), Spec::clusters).with_context(|| {
         format!(
@@ -100,7 +104,7 @@ pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
     }
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
-    let arguments = arguments(&run, &steps, last, options);
+    let arguments = arguments(run, &steps, last, options);
     let interrupt = &session.interrupt;
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
 }

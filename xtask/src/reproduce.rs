@@ -88,7 +88,10 @@ pub fn run_seeds(
         title: experiment.title()?,
         system: experiment.system()?,
         experiment: experiment.name,
-        outcomes: runs.iter().map(|run| outcome(&plan, run)).collect::<Result<_>>()?,
+        outcomes: runs
+            .iter()
+            .map(|run| run.removing_damaged(outcome(&plan, run)))
+            .collect::<Result<_>>()?,
         seconds: begin.elapsed().as_secs_f64(),
     }))
 }

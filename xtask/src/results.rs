@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -54,13 +53,9 @@ pub struct ReliableScore {
 }
 
 impl MetricsFile {
-    /// Reads `metrics.json` in `folder`.
+    /// Reads `metrics.json` in `folder` and checks its digest.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join("metrics.json");
-        let text = fs::read_to_string(&path)
-            .with_context(|| format!("opening the scores `{}`", path.display()))?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("the scores `{}` are not usable", path.display()))
+        stage::json::read(&folder.join("metrics.json"))
     }
 }
 

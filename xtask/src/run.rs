@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use stage::{DONE, DeviceChoice, Effort, Interrupt, files};
+use stage::finished::{self, Digests};
+use stage::{DeviceChoice, Effort, Interrupt, files};
 
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Step, StepInput};
@@ -119,9 +120,15 @@ impl<'a> ExperimentRun<'a> {
         for &position in positions {
             // A step of another row may share the result that was made anew a moment ago.
             let is_first = seen.insert(self.keys[position].name());
-            self.execute_one(position, fresh && is_first)?;
+            self.removing_damaged(self.execute_one(position, fresh && is_first))?;
         }
         self.publish()
+    }
+
+    /// See [`Store::removing_damaged`], for all steps of the run.
+    pub fn removing_damaged<T>(&self, result: Result<T>) -> Result<T> {
+        let keys = self.keys.iter().map(StoreKey::name);
+        self.store.removing_damaged(result, keys, self.interrupt())
     }
 
     /// Makes this the plan that the run's folder shows and that other commands read.
@@ -162,15 +169,15 @@ impl<'a> ExperimentRun<'a> {
         if !self.setup.programs.get(&step.program).is_own() {
             // Our own programs clear what a killed one left; these do not know of the mark.
             files::remove_unfinished(&folder)?;
+            finished::clear(&folder)?;
         }
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
         self.process(position, &name, &arguments).run_in(&folder, claim.file())?;
-        if !folder.join(DONE).exists() {
+        if !finished::is_finished(&folder) {
             // Exit status 0 says so; a foreign program need not know the mark.
-            let mark = serde_json::json!({ "stage": step.place.name });
-            files::write(&folder.join(DONE), format!("{mark}\n").as_bytes())?;
+            finished::mark(&folder, step.place.name, None, Digests::Listed)?;
         }
         tracing::info!("{name}: done in {:.1} s", begin.elapsed().as_secs_f64());
         Ok(())

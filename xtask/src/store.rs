@@ -5,6 +5,7 @@
 //! or read its result. `runs/<experiment>/<seed>/<round>-<place>` is a link to the folder.
 //! Experiments share the results that they have in common.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use stage::{Claim, DONE, Interrupt};
+use stage::{Claim, Interrupt, Status, finished};
 
 use crate::key::StoreKey;
 
@@ -68,7 +69,7 @@ impl Store {
     /// How far the step of `key` has come.
     pub fn state(&self, key: &str) -> StepState {
         let folder = self.path(key);
-        if folder.join(DONE).exists() {
+        if finished::is_finished(&folder) {
             StepState::Done
         } else if folder.exists() {
             StepState::Started
@@ -114,6 +115,45 @@ impl Store {
             bail!(missing())
         }
         Ok(Hold(file))
+    }
+
+    /// Passes `result` on. Where it failed by its input, this looks for damaged files among the
+    /// finished results `keys` and removes them, so that the same command makes them again; the error
+    /// then says so.
+    pub fn removing_damaged<'a, T>(
+        &self,
+        result: Result<T>,
+        keys: impl IntoIterator<Item = &'a str>,
+        interrupt: &Interrupt,
+    ) -> Result<T> {
+        let Err(error) = result else { return result };
+        if Status::of_error(&error) != Status::BadInput {
+            return Err(error);
+        }
+        let mut removed = BTreeSet::new();
+        for key in keys.into_iter().collect::<BTreeSet<_>>() {
+            removed.extend(self.remove_damaged(key, interrupt)?);
+        }
+        if removed.is_empty() {
+            return Err(error);
+        }
+        Err(error.context(format!(
+            "{} was changed after it was written, and is removed; `assort reproduce` with the same \
+             values makes it again",
+            removed.into_iter().collect::<Vec<_>>().join(", ")
+        )))
+    }
+
+    fn remove_damaged(&self, key: &str, interrupt: &Interrupt) -> Result<Vec<String>> {
+        let damaged = || finished::damaged(&self.path(key));
+        if self.state(key) != StepState::Done || damaged()?.is_empty() {
+            return Ok(vec![]);
+        }
+        let file = File::options().create(true).append(true).open(self.beside(key, "json"))?;
+        lock(&file, File::try_lock, key, interrupt)?;
+        let removed = damaged()?; // Another command may have made them again meanwhile.
+        removed.iter().try_for_each(fs::remove_file)?;
+        Ok(removed.iter().map(|path| format!("`{}`", path.display())).collect())
     }
 
     /// Removes the result of `key`, finished or not. The caller has claimed it.
@@ -239,7 +279,8 @@ mod tests {
         store.forget(&key, &claim, &interrupt).expect("nothing to forget");
         fs::create_dir_all(store.path(key.name())).expect("created");
         assert_eq!(store.state(key.name()), StepState::Started);
-        fs::write(store.path(key.name()).join(DONE), "{}").expect("written");
+        let folder = store.path(key.name());
+        finished::mark(&folder, "embed", None, finished::Digests::Listed).expect("marked");
         assert_eq!(store.state(key.name()), StepState::Done);
         store.forget(&key, &claim, &interrupt).expect("forgotten");
         assert_eq!(store.state(key.name()), StepState::New);
@@ -273,7 +314,8 @@ mod tests {
         drop(store.claim(&key, &interrupt).expect("free"));
         store.hold(key.name(), &interrupt).expect_err("not finished");
         fs::create_dir_all(store.path(key.name())).expect("created");
-        fs::write(store.path(key.name()).join(DONE), "{}").expect("written");
+        let folder = store.path(key.name());
+        finished::mark(&folder, "embed", None, finished::Digests::Listed).expect("marked");
 
         let one = store.hold(key.name(), &interrupt).expect("finished");
         let other = store.hold(key.name(), &interrupt).expect("shared");
@@ -282,6 +324,28 @@ mod tests {
         assert!(error.is::<stage::Interrupted>(), "it waits until it is interrupted: {error:#}");
         drop((one, other));
         store.claim(&key, &interrupt).expect("free");
+    }
+
+    #[test]
+    fn a_damaged_result_is_removed_after_an_error_and_a_sound_one_is_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
+        for key in ["a", "b"] {
+            fs::create_dir_all(store.path(key)).expect("created");
+            fs::write(store.path(key).join("file"), key).expect("written");
+            finished::mark(&store.path(key), key, None, finished::Digests::Listed).expect("marked");
+        }
+        let removing = |result| store.removing_damaged(result, ["a", "b", "a"], &interrupt);
+        let failed = || Err::<(), _>(anyhow::anyhow!("a reader says why"));
+        let error = format!("{:#}", removing(failed()).expect_err("failed"));
+        assert_eq!(error, "a reader says why", "nothing is damaged");
+        fs::write(store.path("b").join("file"), "c").expect("written");
+        removing(Err(stage::Diverged("NaN".into()).into())).expect_err("not the input's fault");
+        assert_eq!(store.state("b"), StepState::Done);
+        let error = format!("{:#}", removing(failed()).expect_err("failed"));
+        assert!(error.contains("b/file") && error.contains("a reader says why"), "{error}");
+        assert_eq!((store.state("a"), store.state("b")), (StepState::Done, StepState::Started));
+        removing(Ok(())).expect("passed on");
     }
 
     #[test]

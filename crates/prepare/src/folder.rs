@@ -278,7 +278,7 @@ impl Listing {
 }
 
 /// How a person names the source, for messages: here, and when `xtask` runs this program.
-pub const SOURCE: &str = "--source (`--images` of `cargo xtask`)";
+pub const SOURCE: &str = "--source (`--images` of `assort`)";
 
 /// The class folders that the experiment names.
 fn chosen(root: &Path, top: &FolderContents, classes: &[String]) -> Result<Vec<PathBuf>> {

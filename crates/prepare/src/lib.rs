@@ -55,7 +55,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use stage::{DONE, Interrupted, files};
+use stage::{DONE, Interrupted, files, finished};
 
 pub use program::program;
 
@@ -262,13 +262,16 @@ pub fn check(config: &Config, source: &Path) -> Result<()> {
 /// See [`check`] and [`Collection::finish`]. Then nothing is written; what was read is kept if
 /// going on makes sense.
 pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Result<()> {
-    let done = out.join(DONE);
-    if done.exists() {
+    if finished::is_finished(out) {
         tracing::info!("`{}` is finished; remove it to prepare again", out.display());
         // A kill just before the end leaves these.
         files::remove_unfinished(out)?;
         Journal::remove(out);
         return Ok(());
+    }
+    if out.join(DONE).exists() {
+        tracing::warn!("`{}` lacks a file that was written; prepared again", out.display());
+        finished::clear(out)?;
     }
     if !location::is_address(source) {
         check(config, source)?;
@@ -284,8 +287,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     let assembled = result?;
     let assemble::Assembled { images, classes } = assembled;
     tracing::info!("wrote {images} images of {classes} classes to `{}`", out.display());
-    let mark = serde_json::json!({ "algorithm": ALGORITHM, "stage": "prepare" });
-    files::write(&done, format!("{mark}\n").as_bytes())?;
+    finished::mark(out, "prepare", Some(ALGORITHM), finished::Digests::InFiles)?;
     Journal::remove(out);
     Ok(())
 }

@@ -45,9 +45,9 @@ fn the_digits_are_prepared_once_with_all_their_pictures_and_labels() {
     let first = call(folder.path(), &table, &["--source", &digits()]);
     assert_eq!(first.status.code(), Some(0), "{}", message(&first));
     let out = folder.path().join("out");
-    let done = fs::read_to_string(out.join("done.json")).expect("finished");
-    let mark = serde_json::json!({ "algorithm": prepare::ALGORITHM, "stage": "prepare" });
-    assert_eq!(done, format!("{mark}\n"));
+    let mark: stage::finished::FinishedMark =
+        stage::json::read(&out.join("done.json")).expect("finished");
+    assert_eq!((&*mark.stage, mark.algorithm), ("prepare", Some(prepare::ALGORITHM)));
 
     let images = data::Images::open(&out.join(prepare::IMAGES)).expect("sound");
     let labels = data::Labels::open(&out.join(prepare::LABELS)).expect("sound");

@@ -11,11 +11,9 @@ use clap::{CommandFactory, FromArgMatches};
 
 use crate::arguments::StageArguments;
 use crate::{
-    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, console, files, memory, status,
+    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, console, files, finished, memory,
+    status,
 };
-
-/// The file a stage writes last: a folder that holds it is finished.
-pub const DONE: &str = "done.json";
 
 /// A stage with its type erased: an entry of a registry.
 #[derive(Debug, Clone, Copy)]
@@ -127,8 +125,7 @@ fn inputs_by_role(
 /// Runs a stage whose folder is not finished, and marks the folder when it is.
 fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<()> {
     // Before the claim is taken a finished folder may lie where nothing can be written.
-    let done = job.out.join(DONE);
-    let is_finished = || done.exists();
+    let is_finished = || finished::is_finished(&job.out);
     let say_finished = || {
         tracing::info!("`{}` is finished; remove it to run again", job.out.display());
         Ok(())
@@ -143,9 +140,15 @@ fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<
     fs::create_dir_all(&job.out)
         .with_context(|| format!("creating the output folder `{}`", job.out.display()))?;
     files::remove_unfinished(&job.out)?;
+    if job.out.join(finished::DONE).exists() {
+        tracing::warn!(
+            "`{}` was finished, but a file is missing or damaged now; its step runs again",
+            job.out.display()
+        );
+        finished::clear(&job.out)?;
+    }
     run()?;
-    let mark = serde_json::json!({ "algorithm": spec.algorithm, "stage": spec.name });
-    files::write(&done, format!("{mark}\n").as_bytes())
+    finished::mark(&job.out, spec.name, Some(spec.algorithm), finished::Digests::Listed)
 }
 
 #[cfg(test)]
@@ -155,7 +158,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{Origin, Role};
+    use crate::{DONE, Origin, Role, json};
 
     const SPEC: Spec = Spec {
         name: "example",
@@ -184,9 +187,25 @@ mod tests {
         run_once(&SPEC, &job, &mut once).expect("runs");
         run_once(&SPEC, &job, &mut once).expect("is finished");
         assert_eq!(runs, 1);
-        let mark = fs::read_to_string(job.out.join(DONE)).expect("there");
-        assert_eq!(mark, "{\"algorithm\":1,\"stage\":\"example\"}\n");
+        let mark: finished::FinishedMark = json::read(&job.out.join(DONE)).expect("there");
+        assert_eq!((mark.algorithm, &*mark.stage), (Some(1), "example"));
         assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1, "no lock is left");
+    }
+
+    #[test]
+    fn a_folder_that_lost_an_output_runs_again_from_scratch() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let job = job(&folder.path().join("out"));
+        let run = || {
+            assert!(!job.out.join("state").exists(), "an old state without its results");
+            files::write(&job.out.join("state"), b"all done")?;
+            files::write(&job.out.join("result"), b"42")
+        };
+        run_once(&SPEC, &job, run).expect("runs");
+        fs::remove_file(job.out.join("result")).expect("removed");
+        run_once(&SPEC, &job, run).expect("runs again");
+        assert_eq!(fs::read(job.out.join("result")).expect("there"), b"42");
+        run_once(&SPEC, &job, || bail!("ran a third time")).expect("is finished");
     }
 
     #[test]
@@ -197,7 +216,8 @@ mod tests {
             let claim = Claim::wait(&job.out, &job.interrupt).expect("free");
             let second = scope.spawn(|| run_once(&SPEC, &job, || bail!("ran a second time")));
             thread::sleep(Duration::from_millis(50));
-            files::write(&job.out.join(DONE), b"{}\n").expect("written");
+            fs::create_dir_all(&job.out).expect("created");
+            finished::mark(&job.out, "first", None, finished::Digests::Listed).expect("marked");
             drop(claim);
             second.join().expect("no panic").expect("nothing to do");
         });
