@@ -3,11 +3,13 @@
 //! It links no stage. [`Bench`] is a folder with pictures, an experiment and the runs on it;
 //! [`pictures`] draws three classes of small pictures; [`tensors`] reads and writes tensor files
 //! from their description alone, also wrong ones. [`fake`] is a folder for commands on stages that
-//! compute nothing.
+//! compute nothing; [`trial`] disturbs the program and counts what goes wrong.
 
 pub mod bench;
 pub mod fake;
 pub mod pictures;
 pub mod tensors;
+#[cfg(unix)]
+pub mod trial;
 
 pub use bench::Bench;

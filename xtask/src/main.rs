@@ -51,6 +51,18 @@ enum XtaskCommand {
         #[command(flatten)]
         options: bench::BenchOptions,
     },
+    /// Disturbs `assort` and counts what goes wrong: kills, damaged files, full disks, commands at
+    /// once, changed bytes.
+    Trial {
+        /// crash, hostile or fuzz.
+        what: String,
+        /// How long.
+        #[arg(long, value_name = "M", default_value_t = 1.)]
+        minutes: f64,
+        /// Seed of the random moments, files and bits.
+        #[arg(long, value_name = "S", default_value_t = 0)]
+        seed: u64,
+    },
     /// A command of `assort`.
     #[command(external_subcommand)]
     Assort(Vec<OsString>),
@@ -64,6 +76,7 @@ fn main() -> ExitCode {
             set_up_cuda(&folder, &python, capability)
         }
         XtaskCommand::Bench { options } => bench::run(options),
+        XtaskCommand::Trial { what, minutes, seed } => trial(&what, minutes, seed),
         XtaskCommand::Assort(words) => assort(words, features),
     };
     result.unwrap_or_else(|error| stage::finish("xtask", &Err(error)))
@@ -79,6 +92,22 @@ fn set_up_cuda(folder: &Path, python: &Path, capability: u32) -> Result<ExitCode
 #[cfg(not(unix))]
 fn set_up_cuda(_: &Path, _: &Path, _: u32) -> Result<ExitCode> {
     anyhow::bail!("cuda-toolchain lays out libraries for Linux; install CUDA 13 here")
+}
+
+/// Builds `assort` and the program that disturbs it. `fuzz` goes through the readers of sources first,
+/// which are a test of `prepare`.
+fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
+    if what == "fuzz" {
+        let seconds = (60. * minutes / 10.).ceil().to_string(); // Each of nine readers, and ours.
+        let mut command = Command::new(cargo::program());
+        command.args(["test", "--package", "prepare", "--lib", "fuzz", "--", "--nocapture"]);
+        let status = command.env("FUZZ_SECONDS", seconds).current_dir(cargo::root()?).status()?;
+        anyhow::ensure!(status.success(), "a reader of sources fails; its message is above");
+    }
+    let assort = cargo::build("assort", "assort", None)?;
+    let mut command = Command::new(cargo::build("tests", "trial", None)?);
+    command.args([what, "--minutes", &minutes.to_string(), "--seed", &seed.to_string()]);
+    become_program(command.arg("--assort").arg(assort))
 }
 
 /// Builds `assort` and becomes it.
