@@ -58,6 +58,7 @@ mod plan;
 pub mod profile;
 mod statistics;
 mod tape;
+mod transformer;
 
 pub use flat::{EntryKind, TensorEntry};
 pub use inference::Inference;
@@ -69,3 +70,7 @@ pub use network::{BatchNorm, Builder, Convolution, Network, Pool, Value};
 pub use parameters::{AdamMoments, Gradients, Momenta, Parameters};
 pub use statistics::Statistics;
 pub use tape::Tape;
+pub use transformer::{
+    Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan, TransformerTensor,
+    TransformerWeights,
+};
