@@ -55,6 +55,7 @@ pub mod pooling;
 #[expect(unsafe_code, reason = "the vector instructions of a processor")]
 pub mod similarity;
 mod tiles;
+pub mod transformer;
 mod variant;
 
 pub use buffer::{Buffer, BufferPool};

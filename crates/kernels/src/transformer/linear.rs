@@ -1,0 +1,554 @@
+//! Linear layers: blocked products with packed weights, and the step that ends them.
+
+use std::ops::Range;
+
+use super::activation::{gelu_erf, gelu_quick, gelu_tanh, silu};
+use super::{Factors, Gelu};
+use crate::element::{ValueElement, by_precision};
+use crate::layout::{SIDE, TILE};
+use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::variant::for_each_variant;
+use crate::{Buffer, Precision, Variant};
+
+/// Tiles along the inner side whose right factors, for two blocks of columns, serve all rows at hand before
+/// the next ones are read: 32 KiB of f32, half of that in bf16.
+const INNER: usize = 16;
+
+/// Groups of 16 rows whose sums are kept at a time: with two blocks of columns 16 KiB.
+const GROUPS: usize = 8;
+
+/// The weights and the bias of a linear layer, packed for products: tiles of 16 inputs × 16 outputs in the
+/// order (pair of output blocks, input block, block of the pair).
+pub struct PackedLinear {
+    inputs: usize,
+    outputs: usize,
+    /// Outputs of each of the two parts of a gated layer; the blocks of a pair are one of each.
+    gated: Option<usize>,
+    weights: Buffer,
+    /// For each packed output, padding included.
+    bias: Vec<f32>,
+}
+
+impl PackedLinear {
+    /// Packs weights (outputs, inputs). Without a bias, it is 0.
+    ///
+    /// # Panics
+    ///
+    /// If the lengths do not fit each other.
+    pub fn new(
+        precision: Precision,
+        inputs: usize,
+        weights: &[f32],
+        bias: Option<&[f32]>,
+    ) -> PackedLinear {
+        let outputs = weights.len() / inputs;
+        let all: Vec<Range<usize>> = blocks(0..outputs).collect();
+        PackedLinear::pack(precision, [inputs, outputs], None, weights, bias, &all)
+    }
+
+    /// Packs the weights of a gate, followed by as many of what it gates; both (outputs, inputs).
+    ///
+    /// # Panics
+    ///
+    /// If the lengths do not fit each other.
+    pub fn gated(
+        precision: Precision,
+        inputs: usize,
+        weights: &[f32],
+        bias: Option<&[f32]>,
+    ) -> PackedLinear {
+        let outputs = weights.len() / inputs;
+        assert!(outputs.is_multiple_of(2), "gate and up have as many rows");
+        let half = outputs / 2;
+        let pairs = blocks(0..half).zip(blocks(half..outputs));
+        let all: Vec<Range<usize>> = pairs.flat_map(|(gate, up)| [gate, up]).collect();
+        PackedLinear::pack(precision, [inputs, outputs], Some(half), weights, bias, &all)
+    }
+
+    /// The width of the rows that it reads.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// The width of the rows of weights: for a gated layer, gate and up together.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn pack(
+        precision: Precision,
+        [inputs, outputs]: [usize; 2],
+        gated: Option<usize>,
+        weights: &[f32],
+        bias: Option<&[f32]>,
+        blocks: &[Range<usize>],
+    ) -> PackedLinear {
+        assert!(inputs > 0 && weights.len() == outputs * inputs);
+        assert!(bias.is_none_or(|bias| bias.len() == outputs));
+        let inner = inputs.div_ceil(SIDE);
+        let mut packed = Buffer::zeros_of(precision, blocks.len() * inner * TILE);
+        let mut biases = vec![0f32; blocks.len() * SIDE];
+        for (at, rows) in blocks.iter().enumerate() {
+            let columns = columns(blocks.len(), at / 2);
+            let first = (at / 2 * 2 * inner + at % 2) * TILE;
+            by_precision!(precision, T => {
+                let packed = &mut T::of_mut(&mut packed)[first..];
+                pack_block(weights, inputs, rows.clone(), columns, packed);
+            });
+            if let Some(bias) = bias {
+                biases[at * SIDE..][..rows.len()].copy_from_slice(&bias[rows.clone()]);
+            }
+        }
+        PackedLinear { inputs, outputs, gated, weights: packed, bias: biases }
+    }
+}
+
+/// A range in parts of 16.
+fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(SIDE).map(move |from| from..(from + SIDE).min(end))
+}
+
+/// Blocks in a pair; the last pair may have one.
+pub(super) fn columns(blocks: usize, pair: usize) -> usize {
+    (blocks - 2 * pair).min(2)
+}
+
+/// Packs the weights of up to 16 outputs; their tiles are `columns` tiles apart.
+fn pack_block<T: ValueElement>(
+    weights: &[f32],
+    inputs: usize,
+    rows: Range<usize>,
+    columns: usize,
+    packed: &mut [T],
+) {
+    for (block, inner) in blocks(0..inputs).enumerate() {
+        let mut tile = [0f32; TILE];
+        for (lane, row) in rows.clone().enumerate() {
+            for (k, weight) in weights[row * inputs..][inner.clone()].iter().enumerate() {
+                tile[k * SIDE + lane] = *weight;
+            }
+        }
+        T::arrange_right(&tile, &mut packed[block * columns * TILE..][..TILE]);
+    }
+}
+
+/// Where the outputs of a linear layer go. Rows of `to` begin with the first row that is read.
+pub enum LinearOutput<'a> {
+    /// Rounded to the precision of `to`, whose rows are as wide as the outputs.
+    Rows {
+        /// Receives the rows.
+        to: &'a mut Buffer,
+        /// Index of the first row in `to`.
+        first: usize,
+    },
+    /// Added to f32 rows, as wide as the outputs.
+    Add {
+        /// Receives the sum.
+        to: &'a mut [f32],
+        /// The row of `to` for each output row.
+        spread: Spread,
+    },
+    /// Through a GELU, as factors of the next layer.
+    Gelu {
+        /// Receives the factors.
+        to: &'a mut Factors,
+        /// Which GELU.
+        gelu: Gelu,
+    },
+    /// `silu(gate) · up`, as factors of the next layer; for a [gated](PackedLinear::gated) layer.
+    Gated {
+        /// Receives the factors.
+        to: &'a mut Factors,
+    },
+}
+
+/// Maps output rows to rows of a larger array: each `run` rows of outputs begin `stride` rows apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spread {
+    /// Consecutive rows.
+    pub run: usize,
+    /// Rows from the beginning of a run to that of the next.
+    pub stride: usize,
+    /// Row of the first output row.
+    pub first: usize,
+    /// Output rows before the first one of this call.
+    pub skip: usize,
+}
+
+impl Spread {
+    /// Every row to the row of the same index.
+    pub const NONE: Spread = Spread { run: usize::MAX, stride: 0, first: 0, skip: 0 };
+
+    fn row(self, row: usize) -> usize {
+        let row = self.skip + row;
+        row / self.run * self.stride + self.first + row % self.run
+    }
+}
+
+/// `x Wᵀ + b` for some rows of `input`, written as `to` says.
+///
+/// # Panics
+///
+/// If the rows do not begin at a multiple of 16, or widths, precisions or lengths do not fit.
+pub fn linear(
+    variant: Variant,
+    layer: &PackedLinear,
+    input: &Factors,
+    rows: Range<usize>,
+    mut to: LinearOutput,
+) {
+    assert!(input.columns() == layer.inputs && rows.end <= input.rows());
+    assert!(rows.start.is_multiple_of(SIDE));
+    assert_eq!(matches!(to, LinearOutput::Gated { .. }), layer.gated.is_some());
+    by_precision!(layer.weights.precision(), T => multiply::<T>(variant, layer, input, rows, &mut to));
+}
+
+/// Sums of some groups of rows and two blocks of columns.
+#[repr(align(64))]
+struct Sums([f32; GROUPS * 2 * TILE]);
+
+fn multiply<T: ValueElement>(
+    variant: Variant,
+    layer: &PackedLinear,
+    input: &Factors,
+    rows: Range<usize>,
+    store: &mut LinearOutput,
+) {
+    let session = TileSession::begin(variant);
+    let (left, right) = (T::of(&input.numbers), T::of(&layer.weights));
+    let inner = layer.inputs.div_ceil(SIDE);
+    let blocks = layer.bias.len() / SIDE;
+    let mut sums = Sums([0.; GROUPS * 2 * TILE]);
+    for from in rows.clone().step_by(GROUPS * SIDE) {
+        let count = (rows.end - from).min(GROUPS * SIDE);
+        for pair in 0..blocks.div_ceil(2) {
+            let columns = columns(blocks, pair);
+            let sums = &mut sums.0[..count.div_ceil(SIDE) * columns * TILE];
+            for first in (0..inner).step_by(INNER) {
+                let at = (2 * pair * inner + first * columns) * TILE;
+                let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
+                for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
+                    let group = from / SIDE + 2 * two;
+                    let left_at = (group * inner + first) * TILE;
+                    let runs = [TileRun { left: left_at, right: at, inner: length }];
+                    let rows = (count - two * 2 * SIDE).min(SIDE);
+                    let product = TileProduct {
+                        runs: &runs,
+                        apart: inner * TILE,
+                        rows,
+                        columns,
+                        add: first > 0,
+                    };
+                    let (a, b) = outputs.split_at_mut(columns * TILE);
+                    if b.is_empty() {
+                        T::product::<false>(&session, left, right, &product, &mut [a]);
+                    } else {
+                        T::product::<false>(&session, left, right, &product, &mut [a, b]);
+                    }
+                }
+            }
+            let done = Done { layer, row: from - rows.start, rows: count, pair, columns };
+            done.store(variant, sums, store);
+        }
+    }
+}
+
+/// Complete sums of some rows and one pair of output blocks.
+struct Done<'a> {
+    layer: &'a PackedLinear,
+    /// Index of the first row among those of the call.
+    row: usize,
+    rows: usize,
+    pair: usize,
+    columns: usize,
+}
+
+impl Done<'_> {
+    fn store(&self, variant: Variant, sums: &[f32], store: &mut LinearOutput) {
+        for (group, sums) in sums.chunks(self.columns * TILE).enumerate() {
+            let row = self.row + group * SIDE;
+            let rows = (self.rows - group * SIDE).min(SIDE);
+            if let LinearOutput::Gated { to } = store {
+                let (gate, up) = sums.split_at(TILE);
+                let biases = [0, 1].map(|column| self.bias(column));
+                let shape = to.shape;
+                assert!(row + rows <= to.rows() && 2 * to.columns() == self.layer.outputs);
+                let at = row / SIDE * shape.pixel_len() + self.pair * TILE;
+                by_precision!(to.numbers.precision(), T => {
+                    let to = &mut T::of_mut(&mut to.numbers)[at..][..TILE];
+                    store_gated(variant, gate, up, biases, to);
+                });
+                continue;
+            }
+            for (column, tile) in sums.chunks(TILE).enumerate() {
+                self.store_tile(variant, tile, column, row..row + rows, store);
+            }
+        }
+    }
+
+    fn store_tile(
+        &self,
+        variant: Variant,
+        tile: &[f32],
+        column: usize,
+        rows: Range<usize>,
+        store: &mut LinearOutput,
+    ) {
+        let (width, bias, block) = (self.layer.outputs, self.bias(column), 2 * self.pair + column);
+        let columns = block * SIDE..((block + 1) * SIDE).min(width);
+        match store {
+            LinearOutput::Rows { to, first } => {
+                let rows = *first + rows.start..*first + rows.end;
+                by_precision!(to.precision(), T => {
+                    store_rows(variant, tile, bias, T::of_mut(to), width, rows, columns);
+                });
+            }
+            LinearOutput::Add { to, spread } => {
+                for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
+                    let to = &mut to[spread.row(row) * width..][columns.clone()];
+                    for (to, (sum, bias)) in to.iter_mut().zip(sums.iter().zip(bias)) {
+                        *to += sum + bias;
+                    }
+                }
+            }
+            LinearOutput::Gelu { to, gelu } => {
+                assert!(rows.end <= to.rows() && to.columns() == width);
+                let at = rows.start / SIDE * to.shape.pixel_len() + block * TILE;
+                by_precision!(to.numbers.precision(), T => {
+                    let to = &mut T::of_mut(&mut to.numbers)[at..][..TILE];
+                    store_gelu(variant, tile, bias, *gelu, to);
+                });
+            }
+            LinearOutput::Gated { .. } => unreachable!("stored in pairs"),
+        }
+    }
+
+    fn bias(&self, column: usize) -> &[f32; SIDE] {
+        let bias = self.layer.bias[(2 * self.pair + column) * SIDE..].first_chunk();
+        bias.expect("one for each packed output")
+    }
+}
+
+for_each_variant! {
+    fn store_rows<T: ValueElement>(
+        tile: &[f32],
+        bias: &[f32; SIDE],
+        to: &mut [T],
+        width: usize,
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) {
+        for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
+            let to = &mut to[row * width..][columns.start..columns.end];
+            for (to, (sum, bias)) in to.iter_mut().zip(sums.iter().zip(bias)) {
+                *to = T::narrow(sum + bias);
+            }
+        }
+    }
+}
+
+for_each_variant! {
+    fn store_gelu<T: ValueElement>(tile: &[f32], bias: &[f32; SIDE], gelu: Gelu, to: &mut [T]) {
+        match gelu {
+            Gelu::Erf => store_through(tile, bias, to, gelu_erf),
+            Gelu::Tanh => store_through(tile, bias, to, gelu_tanh),
+            Gelu::Quick => store_through(tile, bias, to, gelu_quick),
+        }
+    }
+}
+
+#[inline(always)]
+fn store_through<T: ValueElement>(
+    tile: &[f32],
+    bias: &[f32; SIDE],
+    to: &mut [T],
+    through: impl Fn(f32) -> f32,
+) {
+    for (to, sums) in to.chunks_exact_mut(SIDE).zip(tile.chunks_exact(SIDE)) {
+        for lane in 0..SIDE {
+            to[lane] = T::narrow(through(sums[lane] + bias[lane]));
+        }
+    }
+}
+
+for_each_variant! {
+    fn store_gated<T: ValueElement>(gate: &[f32], up: &[f32], biases: [&[f32; SIDE]; 2], to: &mut [T]) {
+        let rows = gate.chunks_exact(SIDE).zip(up.chunks_exact(SIDE));
+        for (to, (gate, up)) in to.chunks_exact_mut(SIDE).zip(rows) {
+            for lane in 0..SIDE {
+                let value = silu(gate[lane] + biases[0][lane]) * (up[lane] + biases[1][lane]);
+                to[lane] = T::narrow(value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transformer::tests::{noise, rounded, ways};
+
+    /// Sizes that are no multiple of a tile, of two blocks of columns, or of what is kept at a time.
+    const ROWS: usize = GROUPS * SIDE + 37;
+    const INPUTS: usize = INNER * SIDE + 21;
+    const OUTPUTS: usize = 2 * SIDE + 5;
+
+    struct Case {
+        weights: Vec<f32>,
+        bias: Vec<f32>,
+        input: Vec<f32>,
+    }
+
+    impl Case {
+        fn new(outputs: usize) -> Case {
+            let weights = noise(1, outputs * INPUTS);
+            Case { weights, bias: noise(2, outputs), input: noise(3, ROWS * INPUTS) }
+        }
+
+        fn factors(&self, precision: Precision) -> Factors {
+            let mut factors = Factors::zeros(precision, ROWS, INPUTS);
+            factors.shape.pack(&self.input, &mut factors.numbers);
+            factors
+        }
+
+        /// One output in f64, of factors as the precision holds them.
+        fn plain(&self, precision: Precision, row: usize, output: usize) -> f64 {
+            let (x, w) = (&self.input[row * INPUTS..], &self.weights[output * INPUTS..]);
+            let product = |(x, w): (&f32, &f32)| rounded(precision, *x) * rounded(precision, *w);
+            let sum: f64 = x[..INPUTS].iter().zip(&w[..INPUTS]).map(product).sum();
+            sum + f64::from(self.bias[output])
+        }
+    }
+
+    /// A chain of 277 sums of up to about 30 in size, each rounded by half of 2⁻²³ of it.
+    const BOUND: f64 = 277. * 30. * 6e-8;
+
+    fn unpacked(factors: &Factors) -> Vec<f32> {
+        let mut rows = vec![0.; factors.rows() * factors.columns()];
+        factors.shape.unpack(&factors.numbers, &mut rows);
+        rows
+    }
+
+    #[test]
+    fn outputs_are_sums_of_products_and_bias() {
+        let case = Case::new(OUTPUTS);
+        for (variant, precision) in ways() {
+            let (input, bias) = (case.factors(precision), Some(&case.bias[..]));
+            let layer = PackedLinear::new(precision, INPUTS, &case.weights, bias);
+            let mut added = vec![1f32; ROWS * OUTPUTS];
+            let store = LinearOutput::Add { to: &mut added, spread: Spread::NONE };
+            linear(variant, &layer, &input, 0..ROWS, store);
+            for (at, got) in added.iter().enumerate() {
+                let want = 1. + case.plain(precision, at / OUTPUTS, at % OUTPUTS);
+                assert!((f64::from(*got) - want).abs() < BOUND, "{variant} {at}: {got}, {want}");
+            }
+
+            let mut written = Buffer::zeros_of(precision, (ROWS + 3) * OUTPUTS);
+            linear(
+                variant,
+                &layer,
+                &input,
+                0..ROWS,
+                LinearOutput::Rows { to: &mut written, first: 3 },
+            );
+            by_precision!(precision, T => {
+                let rows = T::of(&written);
+                assert!(rows[..3 * OUTPUTS].iter().all(|x| x.wide() == 0.));
+                for (at, got) in rows[3 * OUTPUTS..].iter().enumerate() {
+                    let want = case.plain(precision, at / OUTPUTS, at % OUTPUTS);
+                    let bound = BOUND + if precision == Precision::Bf16 { want.abs() / 256. } else { 0. };
+                    assert!((f64::from(got.wide()) - want).abs() < bound, "{variant} {at}");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_among_any_others() {
+        let case = Case::new(OUTPUTS);
+        for (variant, precision) in ways() {
+            let input = case.factors(precision);
+            let layer = PackedLinear::new(precision, INPUTS, &case.weights, None);
+            let mut all = vec![0f32; ROWS * OUTPUTS];
+            let store = LinearOutput::Add { to: &mut all, spread: Spread::NONE };
+            linear(variant, &layer, &input, 0..ROWS, store);
+            for row in [0, 15, 16, 100, ROWS - 1] {
+                let mut alone = Factors::zeros(precision, 1, INPUTS);
+                alone.put(0, 0, &case.input[row * INPUTS..][..INPUTS]);
+                let mut one = vec![0f32; OUTPUTS];
+                let store = LinearOutput::Add { to: &mut one, spread: Spread::NONE };
+                linear(variant, &layer, &alone, 0..1, store);
+                assert_eq!(one, all[row * OUTPUTS..][..OUTPUTS], "{variant} {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn later_rows_are_spread_over_a_larger_array() {
+        let case = Case::new(OUTPUTS);
+        let (variant, precision) = (Variant::fastest(), Precision::F32);
+        let layer = PackedLinear::new(precision, INPUTS, &case.weights, Some(&case.bias));
+        // Runs of 10 rows begin 12 rows apart, from row 2 on; the first 32 rows are left out.
+        let spread = Spread { run: 10, stride: 12, first: 2, skip: 32 };
+        let rows = ROWS.div_ceil(10) * 12;
+        let mut to = vec![0f32; rows * OUTPUTS];
+        let store = LinearOutput::Add { to: &mut to, spread };
+        linear(variant, &layer, &case.factors(precision), 32..ROWS, store);
+        for (at, got) in to.iter().enumerate() {
+            let (row, output) = (at / OUTPUTS, at % OUTPUTS);
+            let source = (row % 12).checked_sub(2).map(|at| row / 12 * 10 + at);
+            let source = source.filter(|source| (32..ROWS).contains(source));
+            let want = source.map_or(0., |source| case.plain(precision, source, output));
+            assert!((f64::from(*got) - want).abs() < BOUND, "{row}, {output}");
+        }
+    }
+
+    #[test]
+    fn activations_end_a_layer_and_padding_stays_zero() {
+        let case = Case::new(OUTPUTS);
+        let forms = [
+            (Gelu::Erf, gelu_erf as fn(f32) -> f32),
+            (Gelu::Tanh, gelu_tanh),
+            (Gelu::Quick, gelu_quick),
+        ];
+        for (variant, precision) in ways() {
+            let input = case.factors(precision);
+            let layer = PackedLinear::new(precision, INPUTS, &case.weights, Some(&case.bias));
+            for (gelu, plain) in forms {
+                let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
+                linear(variant, &layer, &input, 0..ROWS, LinearOutput::Gelu { to: &mut to, gelu });
+                for (at, got) in unpacked(&to).into_iter().enumerate() {
+                    let sum = case.plain(precision, at / OUTPUTS, at % OUTPUTS) as f32;
+                    check_rounded(precision, got, plain(sum));
+                }
+                // Column 37 of 48, of the first row.
+                by_precision!(precision, T => assert_eq!(T::of(&to.numbers)[2 * TILE + 5].wide(), 0.));
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_half_of_a_gated_layer_is_the_gate() {
+        let case = Case::new(2 * OUTPUTS);
+        for (variant, precision) in ways() {
+            let layer = PackedLinear::gated(precision, INPUTS, &case.weights, Some(&case.bias));
+            assert_eq!((layer.inputs(), layer.outputs()), (INPUTS, 2 * OUTPUTS));
+            let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
+            let input = case.factors(precision);
+            linear(variant, &layer, &input, 0..ROWS, LinearOutput::Gated { to: &mut to });
+            for (at, got) in unpacked(&to).into_iter().enumerate() {
+                let (row, output) = (at / OUTPUTS, at % OUTPUTS);
+                let gate = case.plain(precision, row, output) as f32;
+                let up = case.plain(precision, row, OUTPUTS + output) as f32;
+                check_rounded(precision, got, silu(gate) * up);
+            }
+        }
+    }
+
+    fn check_rounded(precision: Precision, got: f32, want: f32) {
+        let rounding = if precision == Precision::Bf16 { want.abs() / 256. } else { 0. };
+        let bound = 30. * BOUND as f32 + rounding;
+        assert!((got - want).abs() < bound, "{got}, {want}");
+    }
+}
