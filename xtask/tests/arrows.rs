@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The libraries, from the machine up: each may build on those above it here, and nothing else.
-const LIBRARIES: [(&str, &[&str]); 9] = [
+const LIBRARIES: [(&str, &[&str]); 10] = [
     ("kernels", &[]),
     ("stage", &[]),
     ("bench", &[]),
+    ("hub", &["stage"]),
     ("layers", &["bench", "kernels"]),
     ("assignment", &["stage", "kernels"]),
     ("data", &["stage", "bench", "kernels"]),

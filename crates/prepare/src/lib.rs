@@ -29,8 +29,6 @@ pub mod fuzz;
 mod guard;
 #[cfg(test)]
 mod hostile;
-pub mod http;
-pub mod hub;
 pub mod idx;
 pub mod journal;
 pub mod labels;
@@ -43,6 +41,7 @@ pub mod parquet_file;
 mod parquet_pages;
 pub mod picture;
 mod program;
+pub mod repository;
 pub mod sorter;
 pub mod source;
 pub mod stl;

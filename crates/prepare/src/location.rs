@@ -2,7 +2,7 @@
 //!
 //! - `shards/{000..012}.tar` and `data/train-*.parquet` stand for several files of one folder;
 //! - `train.zip#ILSVRC/Data/CLS-LOC/train` for a folder within an archive;
-//! - `hf://datasets/owner/name@revision/data/train-*.parquet` for files of a repository ([`hub`]);
+//! - `hf://datasets/owner/name@revision/data/train-*.parquet` for files of a repository ([`mod@repository`]);
 //! - `named://cifar-10` for a published set that is fetched from where it is published ([`named`]).
 //!
 //! A file whose whole name is there is that file, whatever signs are in it.
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::folder::SOURCE;
 use crate::names::{file_name, is_like, path_text, range_of, text};
-use crate::{Interrupt, hub, named};
+use crate::{Interrupt, named, repository};
 
 /// A source that lies on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub fn check_address(source: &Path) -> Result<()> {
 pub fn find(source: &Path, interrupt: Interrupt) -> Result<Local> {
     let stated = path_text(source);
     if let Some(address) = stated.strip_prefix("hf://") {
-        return Ok(Local { paths: hub::fetch(address, interrupt)?, within: String::new() });
+        return Ok(Local { paths: repository::fetch(address, interrupt)?, within: String::new() });
     }
     if let Some(name) = stated.strip_prefix("named://") {
         let (path, within) = named::fetch(name, interrupt)?;

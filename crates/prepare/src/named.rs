@@ -5,13 +5,13 @@
 //! this project's results were made with. Files are kept in the folder `assort` of the user's cache
 //! folder, and checked whenever they are used. The terms of each set are in `data/README.md`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
-use stage::Interrupted;
+use anyhow::{Context, Result};
+use hub::http::{self, Checksum, Client, Expected};
 
 use crate::Interrupt;
-use crate::http::{self, Checksum, Client, Expected};
+use crate::folder::SOURCE;
 
 /// A published data set.
 #[derive(Debug)]
@@ -161,9 +161,10 @@ pub fn fetch(name: &str, interrupt: Interrupt) -> Result<(PathBuf, String)> {
     let set = find(name)?;
     let folder = http::cache_folder()?.join("assort").join(name);
     let client = Client::new(interrupt);
+    let advice = format!("download it yourself and pass it with {SOURCE}");
     for file in set.files {
         let urls = file.places.iter().map(|place| format!("{place}{}", file.name));
-        fetch_file(&client, urls, &expected(file), &folder.join(file.name))?;
+        http::fetch_file(&client, urls, &expected(file), &folder.join(file.name), &advice)?;
     }
     let path = match set.files {
         [file] => folder.join(file.name),
@@ -178,47 +179,6 @@ fn expected(file: &Published) -> Expected {
         Digest::Sha256(digest) => Checksum::Sha256(digest.to_owned()),
     };
     Expected { bytes: file.bytes, digest }
-}
-
-/// Downloads a file from the first address that has it as expected, unless it is there.
-///
-/// The partial file of a failed download is kept: the next attempt resumes it, also from another
-/// address, because the digest is the same.
-///
-/// # Errors
-///
-/// No address has it, the disk fails, or the user interrupts.
-pub fn fetch_file(
-    client: &Client,
-    urls: impl Iterator<Item = String>,
-    expected: &Expected,
-    path: &Path,
-) -> Result<()> {
-    if path.exists() {
-        match http::check(path, expected) {
-            Ok(()) => return Ok(()),
-            Err(error) => tracing::info!("downloading `{}` again: {error:#}", path.display()),
-        }
-    }
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!("{name}.incomplete"));
-    let mut reasons = Vec::new();
-    for url in urls {
-        match client.fetch(&url, None, expected, &partial, path) {
-            Ok(()) => return Ok(()),
-            // Another address mends neither an interrupt nor a full disk.
-            Err(error) if error.is::<Interrupted>() || http::is_of_disk(&error) => {
-                return Err(error);
-            }
-            Err(error) => reasons.push(format!("{error:#}")),
-        }
-    }
-    bail!(
-        "could not download `{name}`: {}; try again later, or download it yourself and pass it \
-         with {}",
-        reasons.join("; "),
-        crate::folder::SOURCE
-    )
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Files from the Hugging Face Hub: `hf://datasets/owner/name` and `hf://owner/model`.
+//! Downloads, and files from the Hugging Face Hub: `hf://datasets/owner/name` and `hf://owner/model`.
 //!
 //! A revision and a path may follow the name, in which `*` matches any characters, as in
 //! `hf://datasets/owner/name@main/data/train-*.parquet`. All files come from one commit, which the hub
@@ -12,6 +12,8 @@
 //!
 //! Environment variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
 
+pub mod http;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,9 +23,7 @@ use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 use ureq::http::StatusCode;
 
-use crate::http::{self, Checksum, Client, Expected, Refused};
-use crate::names::{file_name, is_like, safe_name};
-use crate::{Interrupt, picture};
+use crate::http::{Checksum, Client, Expected, Refused};
 
 /// A repository of the hub and some of its files: the text after `hf://`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +68,6 @@ impl Address {
                 && word.chars().all(|sign| sign.is_ascii_alphanumeric() || "-_.".contains(sign))
         };
         let revision = revision.replace("%2F", "/");
-        let is_path = |path: &str| safe_name(path).is_ok_and(|safe| safe == path);
         ensure!(is_word(owner) && is_word(name) && is_path(&revision), context());
         let name = format!("{owner}/{name}");
         Ok(Self { is_dataset, name, revision, pattern: pattern.to_owned() })
@@ -165,32 +164,41 @@ struct Lfs {
     size: Option<u64>,
 }
 
-/// Downloads the files of an address that are missing from the cache. Of a data set, these are its
-/// Parquet files, or else its archives, or else its pictures, as a folder; of a model, the folder of all
-/// files.
+/// The files of an address at one commit, on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The folder of the commit in the cache.
+    pub folder: PathBuf,
+    /// Paths of the chosen files below it, in order.
+    pub names: Vec<String>,
+}
+
+/// Downloads the files of an address that are missing from the cache.
+///
+/// - `choose`: from the paths of all files, in order, to those that are wanted.
 ///
 /// # Errors
 ///
 /// The hub cannot be reached, refuses, or has no such files.
-pub fn fetch(address: &str, interrupt: Interrupt) -> Result<Vec<PathBuf>> {
-    let settings = Settings::read(|name| std::env::var(name).ok())?;
-    fetch_with(&Address::parse(address)?, &settings, &Client::new(interrupt))
-}
-
-/// [`fetch`] with other settings.
-///
-/// # Errors
-///
-/// As [`fetch`].
-pub fn fetch_with(address: &Address, settings: &Settings, client: &Client) -> Result<Vec<PathBuf>> {
+pub fn fetch(
+    address: &Address,
+    settings: &Settings,
+    client: &Client,
+    choose: impl Fn(Vec<String>) -> Result<Vec<String>>,
+) -> Result<Snapshot> {
+    let choose = |mut names: Vec<String>| {
+        names.retain(|name| is_path(name));
+        names.sort();
+        choose(names)
+    };
     let repo = address.repo();
     let kept = Cache::new(settings.cache.clone()).repo(repo.clone());
     let root = settings.cache.join(repo.folder_name());
     if settings.is_offline {
-        let snapshot = kept_snapshot(address, &kept, &root)?;
+        let folder = kept_snapshot(address, &kept, &root)?;
         let mut names = Vec::new();
-        list_files(&snapshot, "", &mut names)?;
-        return wanted(address, &snapshot, names);
+        list_files(&folder, "", &mut names)?;
+        return Ok(Snapshot { names: choose(names)?, folder });
     }
     let url = address.api_url(&settings.endpoint);
     let text = client.text(&url, settings.token.as_deref()).map_err(explain_refusal);
@@ -211,18 +219,24 @@ pub fn fetch_with(address: &Address, settings: &Settings, client: &Client) -> Re
         address.revision
     );
     tracing::info!("{} is at commit {}", address.name, info.sha);
-    let snapshot = kept.pointer_path(&info.sha);
+    let folder = kept.pointer_path(&info.sha);
     let siblings: BTreeMap<String, Sibling> =
         info.siblings.into_iter().map(|sibling| (sibling.rfilename.clone(), sibling)).collect();
-    for name in chosen(address, siblings.keys().cloned().collect())? {
-        let sibling = &siblings[&name];
-        let url = address.file_url(&settings.endpoint, &info.sha, &name);
-        fetch_one(client, &url, settings, sibling, &root, &snapshot)?;
+    let names = choose(siblings.keys().cloned().collect())?;
+    for name in &names {
+        let url = address.file_url(&settings.endpoint, &info.sha, name);
+        fetch_one(client, &url, settings, &siblings[name], &root, &folder)?;
     }
     if !is_commit(&address.revision) {
         kept.create_ref(&info.sha).context("writing into the cache of the hub")?;
     }
-    wanted(address, &snapshot, siblings.into_keys().collect())
+    Ok(Snapshot { folder, names })
+}
+
+/// Whether a path of a repository stays below the folder it is put into.
+fn is_path(path: &str) -> bool {
+    let is_part = |part: &str| !["", ".", ".."].contains(&part);
+    !path.contains(['\0', ':', '\\']) && path.split('/').all(is_part)
 }
 
 fn is_commit(text: &str) -> bool {
@@ -260,58 +274,14 @@ fn kept_snapshot(address: &Address, kept: &CacheRepo, root: &Path) -> Result<Pat
 fn list_files(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let name = format!("{prefix}{}", file_name(&path));
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{prefix}{file}");
         match path.is_dir() {
             true => list_files(&path, &format!("{name}/"), names)?,
             false => names.push(name),
         }
     }
     Ok(())
-}
-
-/// Returns which of a repository's files to download.
-fn chosen(address: &Address, mut names: Vec<String>) -> Result<Vec<String>> {
-    names.retain(|name| safe_name(name).is_ok_and(|safe| safe == *name));
-    names.sort();
-    let pattern = &address.pattern;
-    if !pattern.is_empty() {
-        let below = format!("{}/", pattern.trim_end_matches('/'));
-        names.retain(|name| is_like(name, pattern) || name.starts_with(&below));
-    } else if address.is_dataset {
-        let is_picture = |name: &String| picture::has_extension(name);
-        let ends = |endings: &'static [&str]| {
-            move |name: &String| endings.iter().any(|ending| name.ends_with(ending))
-        };
-        let parquet = ends(&[".parquet"]);
-        let archives = ends(&[".tar", ".tar.gz", ".tgz", ".zip"]);
-        if names.iter().any(parquet) {
-            names.retain(parquet);
-        } else if names.iter().any(archives) {
-            names.retain(archives);
-        } else {
-            names.retain(is_picture);
-        }
-    }
-    ensure!(
-        !names.is_empty(),
-        "{} at {} has no files{}; look at {} on the hub, and append a path, as in \
-         hf://datasets/owner/name@revision/data/train-*.parquet",
-        address.name,
-        address.revision,
-        if pattern.is_empty() { " of pictures".into() } else { format!(" like `{pattern}`") },
-        address.name
-    );
-    Ok(names)
-}
-
-/// Returns the files as a source: files of one kind, or the folder that they are in.
-fn wanted(address: &Address, snapshot: &Path, names: Vec<String>) -> Result<Vec<PathBuf>> {
-    let names = chosen(address, names)?;
-    let are_loose = names.iter().any(|name| picture::has_extension(name));
-    if !address.is_dataset || are_loose {
-        return Ok(vec![snapshot.join(address.pattern.split('*').next().unwrap_or_default())]);
-    }
-    Ok(names.into_iter().map(|name| snapshot.join(name)).collect())
 }
 
 /// Downloads a file into `blobs` and links it from the snapshot.
@@ -445,20 +415,5 @@ mod tests {
         let other = folder.path().join("other").display().to_string();
         let settings = read(&[("HF_HOME", &home), ("HF_TOKEN_PATH", &other)]);
         assert_eq!(settings.token.as_deref(), Some("of another file"));
-    }
-
-    #[test]
-    fn of_a_data_set_its_parquet_files_come_first() {
-        let all = ["README.md", "a.tar", "data/train-0.parquet", "x.png", "../out.parquet"];
-        let names = |pattern: &str, names: &[&str]| {
-            let text = format!("datasets/a/b@main/{pattern}");
-            let address = Address::parse(text.trim_end_matches('/')).expect("an address");
-            chosen(&address, names.iter().map(|name| (*name).to_owned()).collect())
-        };
-        assert_eq!(names("", &all).expect("some"), ["data/train-0.parquet"]);
-        assert_eq!(names("", &all[..2]).expect("some"), ["a.tar"]);
-        assert_eq!(names("x.*", &all).expect("some"), ["x.png"]);
-        assert_eq!(names("data", &all).expect("some"), ["data/train-0.parquet"]);
-        assert!(names("", &all[..1]).is_err() && names("y", &all).is_err());
     }
 }

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prepare::http::{Checksum, Client, Expected};
-use prepare::hub::{self, Address, Settings};
+use hub::http::{self, Checksum, Client, Expected};
+use hub::{Address, Settings, Snapshot};
 use sha2::{Digest, Sha256};
 
 /// A request as a server sees it: path, and headers by name in lower case.
@@ -299,8 +299,7 @@ fn mirrors_are_asked_in_order() {
     let good = Server::new(|request, _, out| part(request, out, &bytes()));
     let urls = || [&gone, &wrong, &good].map(|server| format!("{}/f", server.address)).into_iter();
     let path = folder.path().join("deep/f");
-    let get =
-        |path: &Path| prepare::named::fetch_file(&client(), urls(), &expected(&bytes()), path);
+    let get = |path: &Path| http::fetch_file(&client(), urls(), &expected(&bytes()), path, "");
     get(&path).expect("the last one has it");
     assert_eq!(fs::read(&path).expect("there"), bytes());
     get(&path).expect("it is there");
@@ -310,7 +309,7 @@ fn mirrors_are_asked_in_order() {
     assert_eq!(fs::read(&path).expect("there"), bytes());
     let none = [format!("{}/f", gone.address)].into_iter();
     let other = folder.path().join("g");
-    let error = prepare::named::fetch_file(&client(), none, &expected(&bytes()), &other);
+    let error = http::fetch_file(&client(), none, &expected(&bytes()), &other, "");
     assert!(format!("{:#}", error.expect_err("none has it")).contains("404"));
 }
 
@@ -398,7 +397,7 @@ fn a_full_disk_is_an_error_of_the_disk_and_no_other_address_is_asked() {
     let [first, second] =
         [(); 2].map(|()| Server::new(|request, _, out| part(request, out, &bytes())));
     let urls = [&first, &second].map(|server| format!("{}/f", server.address)).into_iter();
-    let error = prepare::named::fetch_file(&client(), urls, &expected(&bytes()), &path);
+    let error = http::fetch_file(&client(), urls, &expected(&bytes()), &path, "");
     let error = error.expect_err("no room");
     let of_disk = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     assert_eq!(of_disk.expect("of the disk").kind(), std::io::ErrorKind::StorageFull);
@@ -441,14 +440,15 @@ fn an_outage_of_all_mirrors_loses_nothing() {
     let servers = [down(), down()];
     let urls = servers.each_ref().map(|server| format!("{}/f", server.address));
     let expected = of_unknown_length(&bytes());
-    let error = prepare::named::fetch_file(&client(), urls.into_iter(), &expected, &path);
-    assert!(format!("{:#}", error.expect_err("an outage")).contains("503"));
+    let error = http::fetch_file(&client(), urls.into_iter(), &expected, &path, "ask a friend");
+    let error = format!("{:#}", error.expect_err("an outage"));
+    assert!(error.contains("503") && error.ends_with("ask a friend"), "{error}");
     let kept = fs::read(folder.path().join("f.incomplete")).expect("kept");
     assert_eq!(kept, bytes()[..200_000]);
     // Later, another mirror sends the rest.
     let up = Server::new(|request, _, out| part(request, out, &bytes()));
     let urls = [format!("{}/f", up.address)].into_iter();
-    prepare::named::fetch_file(&client(), urls, &expected, &path).expect("downloaded");
+    http::fetch_file(&client(), urls, &expected, &path, "").expect("downloaded");
     assert_eq!(fs::read(&path).expect("there"), bytes());
     assert_eq!(up.requests()[0].1["range"], "bytes=200000-");
 }
@@ -485,6 +485,21 @@ fn a_hub(data: &'static [u8]) -> Server {
     })
 }
 
+/// The archives of a repository, as paths.
+fn archives(
+    address: &Address,
+    settings: &Settings,
+    client: &Client,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let choose = |mut names: Vec<String>| {
+        names.retain(|name| name.ends_with(".tar") && name.starts_with(&address.pattern));
+        anyhow::ensure!(!names.is_empty(), "no files");
+        Ok(names)
+    };
+    let Snapshot { folder, names } = hub::fetch(address, settings, client, choose)?;
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
 fn settings(server: &Server, cache: PathBuf) -> Settings {
     let token = Some("secret".to_owned());
     Settings { endpoint: server.address.clone(), cache, token, is_offline: false }
@@ -497,7 +512,7 @@ fn a_data_set_of_the_hub_is_kept_as_python_keeps_it() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut settings = settings(&server, folder.path().join("hub"));
     let address = Address::parse("datasets/owner/name").expect("an address");
-    let paths = hub::fetch_with(&address, &settings, &client()).expect("fetched");
+    let paths = archives(&address, &settings, &client()).expect("fetched");
     let root = folder.path().join("hub/datasets--owner--name");
     let snapshot = root.join("snapshots").join(COMMIT);
     assert_eq!(paths, [snapshot.join("README.tar"), snapshot.join("data/train 0.tar")]);
@@ -509,15 +524,15 @@ fn a_data_set_of_the_hub_is_kept_as_python_keeps_it() {
     assert!(!folder.path().join("hub/datasets--owner--name/snapshots/outside.tar").exists());
 
     let asked = server.requests().len();
-    assert_eq!(hub::fetch_with(&address, &settings, &client()).expect("kept"), paths);
+    assert_eq!(archives(&address, &settings, &client()).expect("kept"), paths);
     assert_eq!(server.requests().len(), asked + 1, "only the commit is asked for");
     settings.is_offline = true;
     settings.endpoint = "http://127.0.0.1:1".into();
-    assert_eq!(hub::fetch_with(&address, &settings, &client()).expect("kept"), paths);
+    assert_eq!(archives(&address, &settings, &client()).expect("kept"), paths);
     let pinned = Address::parse(&format!("datasets/owner/name@{COMMIT}/data")).expect("an address");
-    assert_eq!(hub::fetch_with(&pinned, &settings, &client()).expect("kept"), paths[1..]);
+    assert_eq!(archives(&pinned, &settings, &client()).expect("kept"), paths[1..]);
     let other = Address::parse("datasets/owner/name@v2").expect("an address");
-    let error = hub::fetch_with(&other, &settings, &client()).expect_err("not kept");
+    let error = archives(&other, &settings, &client()).expect_err("not kept");
     assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error:#}");
 }
 
@@ -539,7 +554,7 @@ fn a_hub_that_states_other_files_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let settings = settings(&server, folder.path().join("hub"));
         let address = Address::parse("datasets/owner/name").expect("an address");
-        let error = hub::fetch_with(&address, &settings, &client()).expect_err(part);
+        let error = archives(&address, &settings, &client()).expect_err(part);
         assert!(format!("{error:#}").contains(part), "{part}: {error:#}");
     }
     // A repository that is not public, or that is not there: the hub answers alike.
@@ -547,7 +562,7 @@ fn a_hub_that_states_other_files_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let denied = settings(&server, folder.path().join("hub"));
     let address = Address::parse("datasets/owner/name").expect("an address");
-    let error = hub::fetch_with(&address, &denied, &client()).expect_err("not public");
+    let error = archives(&address, &denied, &client()).expect_err("not public");
     let error = format!("{error:#}");
     assert!(error.contains("HF_TOKEN") && error.contains("check its name"), "{error}");
     // The blob is not what its digest says.
@@ -562,6 +577,6 @@ fn a_hub_that_states_other_files_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let settings = settings(&server, folder.path().join("hub"));
     let address = Address::parse("datasets/owner/name").expect("an address");
-    let error = hub::fetch_with(&address, &settings, &client()).expect_err("another blob");
+    let error = archives(&address, &settings, &client()).expect_err("another blob");
     assert!(format!("{error:#}").contains("checksum"), "{error:#}");
 }

@@ -27,7 +27,8 @@ use ureq::http::uri::Scheme;
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body, ResponseExt};
 
-use crate::Interrupt;
+/// Says whether the user wants to stop.
+pub type IsInterrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// What a file must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +66,7 @@ impl std::error::Error for Refused {}
 #[derive(Clone)]
 pub struct Client<'a> {
     agent: Agent,
-    interrupt: Interrupt<'a>,
+    interrupt: IsInterrupted<'a>,
     /// The wait before the second attempt; it doubles before each further one.
     first_wait: Duration,
 }
@@ -95,7 +96,7 @@ enum Failure {
 
 impl<'a> Client<'a> {
     /// A client that waits for a second before it asks again, then longer.
-    pub fn new(interrupt: Interrupt<'a>) -> Self {
+    pub fn new(interrupt: IsInterrupted<'a>) -> Self {
         Self::with_waits(Duration::from_secs(1), LONGEST_SILENCE, interrupt)
     }
 
@@ -103,7 +104,7 @@ impl<'a> Client<'a> {
     pub fn with_waits(
         first_wait: Duration,
         longest_silence: Duration,
-        interrupt: Interrupt<'a>,
+        interrupt: IsInterrupted<'a>,
     ) -> Self {
         let agent = Agent::config_builder()
             .http_status_as_error(false)
@@ -487,6 +488,45 @@ fn is_web_page(file: &mut File) -> bool {
     let start = start.trim_ascii_start().to_ascii_lowercase();
     read.is_ok()
         && [b"<!doctype html".as_slice(), b"<html"].iter().any(|tag| start.starts_with(tag))
+}
+
+/// Downloads a file from the first address that has it as expected, unless it is there.
+///
+/// The partial file of a failed download is kept: the next attempt resumes it, also from another
+/// address, because the digest is the same.
+///
+/// - `advice`: what to do instead when no address has it.
+///
+/// # Errors
+///
+/// No address has it, the disk fails, or the user interrupts.
+pub fn fetch_file(
+    client: &Client,
+    urls: impl Iterator<Item = String>,
+    expected: &Expected,
+    path: &Path,
+    advice: &str,
+) -> Result<()> {
+    if path.exists() {
+        match check(path, expected) {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::info!("downloading `{}` again: {error:#}", path.display()),
+        }
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!("{name}.incomplete"));
+    let mut reasons = Vec::new();
+    for url in urls {
+        match client.fetch(&url, None, expected, &partial, path) {
+            Ok(()) => return Ok(()),
+            // Another address mends neither an interrupt nor a full disk.
+            Err(error) if error.is::<Interrupted>() || is_of_disk(&error) => {
+                return Err(error);
+            }
+            Err(error) => reasons.push(format!("{error:#}")),
+        }
+    }
+    bail!("could not download `{name}`: {}; try again later, or {advice}", reasons.join("; "))
 }
 
 /// Fails unless a file has the length and the digest that are expected.
