@@ -50,13 +50,33 @@ pub enum Checksum {
     Git(String),
 }
 
+impl Checksum {
+    /// The digits of the digest.
+    pub fn digits(&self) -> &str {
+        match self {
+            Self::Sha256(digits) | Self::Md5(digits) | Self::Git(digits) => digits,
+        }
+    }
+}
+
 /// The error of a server that refuses to send a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused(pub StatusCode);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The status of its answer.
+    pub status: StatusCode,
+    /// The hub's name for the reason: the header `X-Error-Code`.
+    pub code: Option<String>,
+    /// The hub's words for it: the header `X-Error-Message`.
+    pub message: Option<String>,
+}
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the server answers {}", self.0)
+        write!(f, "the server answers {}", self.status)?;
+        match &self.message {
+            Some(message) => write!(f, ": {message}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -123,8 +143,12 @@ impl<'a> Client<'a> {
     /// The server cannot be reached, refuses, or sends something else.
     pub fn text(&self, url: &str, token: Option<&str>) -> Result<String> {
         self.repeat(|| {
+            let response = self.get(url, token, 0)?;
+            if is_html(&response) {
+                return Err(Failure::Final(web_page()));
+            }
             let mut text = Vec::new();
-            self.receive(self.get(url, token, 0)?, |piece| {
+            self.receive(response, |piece| {
                 text.extend_from_slice(piece);
                 match text.len() <= MOST_ANSWER_BYTES {
                     true => Ok(true),
@@ -277,7 +301,7 @@ impl<'a> Client<'a> {
             }
             return Ok(resumed);
         }
-        if header(&response, "content-type").is_some_and(|kind| kind.starts_with("text/html")) {
+        if is_html(&response) {
             return Err(Failure::Final(web_page()));
         }
         if let (Some(bytes), Some(announced)) = (expected.bytes, whole_length(&response))
@@ -433,9 +457,13 @@ fn is_final(error: &ureq::Error) -> bool {
 
 /// An answer with what was asked for, or one that says that there is nothing from byte `from` on.
 fn answered(response: Response<Body>, from: u64) -> Result<Response<Body>, Failure> {
-    let refused = Refused(response.status());
+    let refused = Refused {
+        status: response.status(),
+        code: header(&response, "x-error-code"),
+        message: header(&response, "x-error-message"),
+    };
     let asked = header(&response, "retry-after").and_then(|text| text.parse().ok());
-    match refused.0.as_u16() {
+    match refused.status.as_u16() {
         200 | 206 => Ok(response),
         416 if from > 0 => Ok(response),
         408 | 425 | 429 | 500 | 502..=504 => {
@@ -447,6 +475,10 @@ fn answered(response: Response<Body>, from: u64) -> Result<Response<Body>, Failu
 
 fn header(response: &Response<Body>, name: &str) -> Option<String> {
     Some(response.headers().get(name)?.to_str().ok()?.to_owned())
+}
+
+fn is_html(response: &Response<Body>) -> bool {
+    header(response, "content-type").is_some_and(|kind| kind.starts_with("text/html"))
 }
 
 /// The length of the whole file, if an answer announces it.
