@@ -201,8 +201,10 @@ impl Pipeline {
             operations = rest;
             if let Some(mut area) = operation.area(picture_size(source, canvas), input, rng)? {
                 // Only the middle is resized if the next operation crops it.
-                if let Some((&Operation::CentreCrop { pixels }, further)) = rest.split_first() {
-                    area = area.cut_to_centre(pixels)?;
+                if let Some((next, further)) = rest.split_first()
+                    && let Some((pixels, round)) = next.crop()
+                {
+                    area = area.cut_to_centre(pixels, round)?;
                     operations = further;
                 }
                 match source.take() {
@@ -264,6 +266,7 @@ impl Pipeline {
                 Operation::ResizedCrop { .. }
                 | Operation::ResizeShorter { .. }
                 | Operation::CentreCrop { .. }
+                | Operation::CentreCropRoundedDown { .. }
                 | Operation::Resize { .. } => {
                     anyhow::bail!("{operation:?} names no area of the picture")
                 }

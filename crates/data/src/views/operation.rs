@@ -113,8 +113,13 @@ pub enum Operation {
         /// The filter of the interpolation.
         filter: Filter,
     },
-    /// Crops the middle square.
+    /// Crops the middle square, its margins rounded half to even: torchvision's `CenterCrop`.
     CentreCrop {
+        /// Its side.
+        pixels: usize,
+    },
+    /// Crops the middle square, the margins on top and at the left rounded down: transformers'.
+    CentreCropRoundedDown {
         /// Its side.
         pixels: usize,
     },
@@ -205,13 +210,23 @@ impl Operation {
             }
             Self::ResizeShorter { pixels, .. }
             | Self::CentreCrop { pixels }
+            | Self::CentreCropRoundedDown { pixels }
             | Self::Resize { pixels, .. } => positive("pixels", pixels),
         }
     }
 
     /// Whether the result is random.
     pub(super) fn is_random(&self) -> bool {
-        !matches!(self, Self::ResizeShorter { .. } | Self::CentreCrop { .. } | Self::Resize { .. })
+        !matches!(self, Self::ResizeShorter { .. } | Self::Resize { .. }) && self.crop().is_none()
+    }
+
+    /// The side of the middle square that it crops, and how it rounds the margins.
+    pub(super) fn crop(&self) -> Option<(usize, fn(f64) -> f64)> {
+        match *self {
+            Self::CentreCrop { pixels } => Some((pixels, f64::round_ties_even)),
+            Self::CentreCropRoundedDown { pixels } => Some((pixels, f64::floor)),
+            _ => None,
+        }
     }
 
     /// Whether it moves pixels to places between pixels.
@@ -226,6 +241,10 @@ impl Operation {
         input: &Input,
         rng: &mut ChaCha8Rng,
     ) -> Result<Option<Area>> {
+        if let Some((pixels, round)) = self.crop() {
+            let whole = Area::new([0, 0, height, width], [height, width], Filter::Bilinear);
+            return whole.cut_to_centre(pixels, round).map(Some);
+        }
         Ok(Some(match *self {
             Self::ResizedCrop { scale, aspect } => {
                 let part = random_crop(height, width, scale, aspect, rng);
@@ -235,10 +254,6 @@ impl Operation {
                 let to = [height, width]
                     .map(|side| (pixels as f64 * side as f64 / height.min(width) as f64) as usize);
                 Area::new([0, 0, height, width], to, filter)
-            }
-            Self::CentreCrop { pixels } => {
-                Area::new([0, 0, height, width], [height, width], Filter::Bilinear)
-                    .cut_to_centre(pixels)?
             }
             Self::Resize { pixels, filter } => {
                 Area::new([0, 0, height, width], [pixels; 2], filter)
