@@ -27,6 +27,8 @@
 //! # }
 //! ```
 //!
+//! [`published`] reads networks that others have trained, such as DINOv2.
+//!
 //! This crate knows no image files, no loss and no training.
 //!
 //! # In Python
@@ -57,6 +59,7 @@ mod configuration;
 mod initial;
 pub mod network_file;
 pub mod perceptron;
+pub mod published;
 pub mod resnet;
 mod segment;
 
