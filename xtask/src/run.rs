@@ -1,6 +1,6 @@
 //! A run: the steps of a plan for one seed, checked, then started one after another.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,9 +45,16 @@ impl<'a> ExperimentRun<'a> {
                 StepInput::Step(position) => keys[*position].to_string(),
                 StepInput::Labels => labels.clone(),
             };
-            let inputs = step.inputs.iter().map(|(role, input)| (*role, identity(input))).collect();
+            let mut inputs: BTreeMap<&str, String> =
+                step.inputs.iter().map(|(role, input)| (*role, identity(input))).collect();
             let program = setup.programs.get(&step.program);
             let experiment = setup.plan.experiment(step.arm);
+            let stages = &setup.session.registry.stages;
+            if let Some(stage) = stages.iter().find(|stage| stage.spec.name == step.program)
+                && let Some(outside) = stage.identity(experiment, &setup.session.interrupt)?
+            {
+                inputs.insert("outside", outside);
+            }
             keys.push(StoreKey::of_step(step, experiment, program, &surroundings, inputs));
         }
         let store = Store::of_steps(&setup.runs);

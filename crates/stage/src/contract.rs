@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::Job;
+use crate::{Interrupt, Job};
 
 /// A step of the loop from pictures to clusters: files in, files out.
 ///
@@ -25,6 +25,16 @@ pub trait Stage {
     /// It writes nothing and decodes no picture. Inputs of steps that did not run yet are absent;
     /// it looks at those that exist.
     fn check(config: &Self::Config, job: &Job) -> Result<Effort>;
+
+    /// Names what the stage reads from outside the run, such as the commit and the digest of a
+    /// published network; never a branch, which moves. A result is cached by it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be found out: there is no such thing, or no network.
+    fn identity(_config: &Self::Config, _interrupt: &Interrupt) -> Result<Option<String>> {
+        Ok(None)
+    }
 
     /// Reads the inputs of `job` and writes its outputs to `job.out`; resumes there, or starts from
     /// scratch, what an earlier run left unfinished.

@@ -22,18 +22,35 @@ pub struct Program {
     pub spec: Spec,
     run: fn(Vec<OsString>) -> Result<()>,
     check_table: fn(&Experiment) -> Result<()>,
+    identity: fn(&Experiment, &Interrupt) -> Result<Option<String>>,
 }
 
 impl Program {
     /// The program of a stage.
     pub const fn of<S: Stage>() -> Self {
-        Self { spec: S::SPEC, run: check_or_run::<S>, check_table: check_table::<S> }
+        Self {
+            spec: S::SPEC,
+            run: check_or_run::<S>,
+            check_table: check_table::<S>,
+            identity: |experiment, interrupt| {
+                S::identity(&experiment.table(S::SPEC.name)?, interrupt)
+            },
+        }
     }
 
     /// Fails where the stage's table of the experiment, or `[data]`, has unknown, missing or
     /// mistyped keys. It needs no pictures.
     pub fn check_table(&self, experiment: &Experiment) -> Result<()> {
         (self.check_table)(experiment)
+    }
+
+    /// Names what the stage reads from outside the run: see [`Stage::identity`].
+    pub fn identity(
+        &self,
+        experiment: &Experiment,
+        interrupt: &Interrupt,
+    ) -> Result<Option<String>> {
+        (self.identity)(experiment, interrupt)
     }
 
     /// Reads arguments and table, checks or runs the stage, says what happened, and returns the
