@@ -1,6 +1,9 @@
 //! Embed: the embedding and the projection of every picture to score, by the trained target network;
 //! or by the online network, if the method that trained it has no target.
 //!
+//! A [published network](backbone::published) has no projector: its projection is its embedding, scaled
+//! to unit length.
+//!
 //! The network uses its running statistics, so that an embedding depends on its own picture alone.
 //! The projection is scaled to unit length. Embeddings of a few augmented views are stored too, for a
 //! clustering network that sees no pictures.
@@ -11,10 +14,13 @@
 //!
 //! This stage trains nothing and knows no clusters.
 
+mod network;
+
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use backbone::Encoder;
+use backbone::published::PublishedConfiguration;
 use candle_core::Tensor;
 use data::views::{Input, Pipeline};
 use data::{Embeddings, Images};
@@ -22,7 +28,9 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::progress::Progress;
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
-use training::{Precision, Target, Views, outputs};
+use training::{Precision, Views, outputs};
+
+use network::Network;
 
 /// What embedding can vary. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,7 +65,10 @@ impl Config {
         if let Some(folder) = job.optional_input("network")
             && folder.join(backbone::CONFIGURATION).exists()
         {
-            Encoder::read(folder)?.input::<Input>()?.check("input")?;
+            match PublishedConfiguration::find(folder)? {
+                Some(published) => published.input::<Input>()?.check("input")?,
+                None => Encoder::read(folder)?.input::<Input>()?.check("input")?,
+            }
         }
         if !job.images.exists() {
             return Ok(Effort::NONE);
@@ -73,7 +84,7 @@ pub struct Embed;
 impl Stage for Embed {
     const SPEC: Spec = Spec {
         name: "embed",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[Role::new("network", Origin::Network)],
         outputs: &[Output::Embeddings],
     };
@@ -111,16 +122,13 @@ impl Stage for Embed {
     }
 }
 
-/// Embeddings by the target network, or by the online network if there is no target.
+/// Embeddings by the network of the role `network`.
 fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
     let device = training::network_device(job.device)?;
-    let folder = job.input("network")?;
-    let encoder = Encoder::read(folder)?;
-    let input: Input = encoder.input()?;
+    let mut network = Network::open(job.input("network")?, config.precision, &device)?;
+    let input = network.input.clone();
     input.check("input")?;
-    let (target, network) = Target::open(folder, &encoder, config.precision)?;
-    job.log(&serde_json::json!({ "network": network }))?;
-    let mut target = target.on(&device)?;
+    job.log(&serde_json::json!({ "network": network.found }))?;
 
     // Draws for this purpose alone: those of training's epochs are other views.
     let seed = stage::random::stream(job.seed, "embed", &[job.round as u64]).next_u64();
@@ -136,7 +144,7 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     let clean = clean.epoch(0, batches.clone(), 0)?;
     let [backbone, projection] = outputs(clean, &device, |pictures| {
         count(pictures)?;
-        let (embedding, unit_projection) = target.embed(pictures)?;
+        let (embedding, unit_projection) = network.embed(pictures)?;
         Ok([embedding, unit_projection])
     })?;
     let augmented = Views::new(images, [&config.augmentation], &input, seed);
@@ -145,15 +153,15 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
         let pictures = augmented.epoch(view, batches.clone(), 0)?;
         let [embeddings] = outputs(pictures, &device, |pictures| {
             count(pictures)?;
-            Ok([target.embedding(pictures)?])
+            Ok([network.embedding(pictures)?])
         })?;
         backbone_views.extend(embeddings);
     }
     Ok(Embeddings {
         data_set: images.data_set().clone(),
         index: rows,
-        width: encoder.backbone.embedding_width(),
-        projection_width: encoder.projector.width,
+        width: network.width,
+        projection_width: network.projection_width,
         views: config.views,
         backbone,
         projection,
@@ -189,17 +197,21 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
+    use backbone::published::{self, Provenance, PublishedArchitecture, PublishedNetwork};
     use backbone::{
         Architecture, Configuration, Depth, Predictor, Projector, Segment, Stem, network_file,
-        write_configuration,
+        resnet, write_configuration,
     };
     use candle_core::Device;
     use data::images::{self, StoredPicture};
-    use data::views::Operation;
+    use data::views::{Filter, Operation};
     use data::{Loader, Picture};
-    use layers::{Mode, Modes};
+    use layers::{
+        Activation, FinalNorm, Mlp, Mode, Modes, Positions, Resampling, Transformer,
+        TransformerPlan, TransformerWeights,
+    };
     use stage::{DataTable, Library, Split};
-    use training::{Learner, SgdTable};
+    use training::{Learner, SgdTable, Target};
 
     use super::*;
 
@@ -339,6 +351,127 @@ mod tests {
                     assert!((got - want).abs() <= 1e-5 * want.abs().max(1.), "{got} {want}");
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// A narrow Vision Transformer whose numbers are a function of their places.
+    fn transformer() -> Result<TransformerWeights> {
+        let plan = TransformerPlan {
+            patch_pixels: 2,
+            patch_bias: true,
+            width: 8,
+            depth: 2,
+            heads: 2,
+            key_bias: true,
+            mlp: Mlp::Plain { hidden: 12, activation: Activation::GeluErf },
+            layer_scale: true,
+            class_token: true,
+            registers: 1,
+            positions: Positions::Absolute { grid: 3, resampling: Resampling::Antialias },
+            pre_norm: false,
+            final_norm: FinalNorm::AllTokens,
+            epsilon: 1e-6,
+            attention_pooling: false,
+            projection: None,
+        };
+        let numbers = |shape: &[usize]| {
+            (0..shape.iter().product())
+                .map(|i: usize| ((i * i + 3) as f32 * 0.7).sin() / 2.)
+                .collect()
+        };
+        let given =
+            plan.tensors().into_iter().map(|t| (t.name, (t.shape.clone(), numbers(&t.shape))));
+        Ok(TransformerWeights::new(&plan, given.collect())?)
+    }
+
+    #[test]
+    fn a_published_transformer_embeds_and_its_unit_embedding_is_the_projection() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let images = folder.path().join("images.safetensors");
+        let source = |number: usize| {
+            let pixels = (0..3 * 7 * 9).map(|i| (i * i * (3 + number) % 251) as u8).collect();
+            Ok((StoredPicture::raw(Picture::new(7, 9, 3, pixels)?, 3)?, Split::Train))
+        };
+        images::write(&images, 3, (0..5).map(source).collect::<Result<_>>()?)?;
+        let input = Input {
+            height: 6,
+            width: 6,
+            channels: 3,
+            mean: vec![0.4, 0.5, 0.6],
+            std: vec![0.25; 3],
+            clean: vec![Operation::Resize { pixels: 6, filter: Filter::Bicubic }],
+        };
+        let weights = transformer()?;
+        let network = PublishedNetwork::Transformer(Box::new(weights.clone()));
+        published::write(folder.path(), &network, &input, Provenance::default())?;
+        let data =
+            DataTable { clusters: 2, train_on: vec![Split::Train], score_on: vec![Split::Train] };
+        let job = Job {
+            inputs: BTreeMap::from([("network".to_owned(), folder.path().to_owned())]),
+            ..Job::new("embed", images, folder.path(), data)
+        };
+        config().check(&job)?;
+        let augmentation = Pipeline {
+            operations: [&input.clean[..], &[Operation::Flip { probability: 1. }]].concat(),
+        };
+        let config = Config { views: 1, augmentation, ..config() };
+        let found = embedded(&config, &job)?;
+        assert_eq!((found.index.len(), found.width, found.projection_width), (5, 8, 8));
+
+        let transformer = Transformer::new(&weights, &Device::Cpu, layers::Precision::F32)?;
+        let images = Images::open(&job.images)?;
+        let batch = Loader::clean(&images, &found.index, &input)?.next().expect("a batch")?;
+        let shape = batch.shape();
+        let pictures = batch.views.into_iter().next().expect("a view");
+        let pictures = Tensor::from_vec(pictures, shape, &Device::Cpu)?;
+        let want = transformer.forward(&pictures)?.feature().to_vec2::<f32>()?;
+        let mirrored = transformer.forward(&pictures.flip(&[2])?)?.feature().to_vec2::<f32>()?;
+        assert_eq!(found.backbone, want.concat());
+        for (found, want) in found.backbone_views.iter().zip(mirrored.concat()) {
+            assert!((found - want).abs() < 1e-5, "{found} {want}");
+        }
+        for (row, want) in found.projection.chunks(8).zip(&want) {
+            let length = want.iter().map(|value| value * value).sum::<f32>().sqrt();
+            for (found, want) in row.iter().zip(want) {
+                assert!((found - want / length).abs() < 1e-6, "{found} {want}");
+            }
+        }
+        // bf16 is close, and the size of a batch changes nothing.
+        let narrow = embedded(&Config { precision: Precision::Bf16, ..config }, &job)?;
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        for (one, other) in narrow.projection.chunks(8).zip(found.projection.chunks(8)) {
+            assert!(dot(one, other) > 0.9995, "{}", dot(one, other));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_published_residual_network_embeds_without_a_projector() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let job = job(folder.path(), &[7])?;
+        let architecture = Architecture { depth: Depth::Ten, width: 2, stem: Stem::Plain };
+        let segment = Segment::random("backbone", resnet::plan(&architecture, 1)?, 5)?;
+        network_file::write(folder.path(), &[("online.backbone", &segment)])?;
+        let input = Encoder::read(folder.path())?.input;
+        let configuration = PublishedConfiguration {
+            published: PublishedArchitecture::Residual(architecture),
+            channels: 1,
+            input,
+            provenance: Provenance::default(),
+        };
+        write_configuration(folder.path(), &configuration)?;
+        let found = embedded(&config(), &job)?;
+        assert_eq!((found.width, found.projection_width, found.views), (16, 16, 2));
+        let mut segment = segment;
+        let images = Images::open(&job.images)?;
+        let batch = Loader::clean(&images, &found.index, &configuration.input()?)?;
+        let batch = batch.into_iter().next().expect("a batch")?;
+        let shape = batch.shape();
+        let pictures = batch.views.into_iter().next().expect("a view");
+        let want = segment.infer(&Tensor::from_vec(pictures, shape, &Device::Cpu)?)?;
+        for (found, want) in found.backbone.iter().zip(want.flatten_all()?.to_vec1::<f32>()?) {
+            assert!((found - want).abs() <= 1e-5 * want.abs().max(1.), "{found} {want}");
         }
         Ok(())
     }
