@@ -43,7 +43,35 @@
 //! A network computes on the CPU with the kernels of the crate `kernels`, and with [`Network::on`] on
 //! any other candle device. To see where the time goes, use [`profile`].
 //!
-//! This crate knows no architecture, no loss and no schedule.
+//! A [`Transformer`] is a Vision Transformer for inference, with the numbers of a published checkpoint. Its
+//! [`TransformerPlan`] has a switch for all that differs between the published families:
+//!
+//! ```
+//! use layers::{Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan};
+//!
+//! let dinov2_small = TransformerPlan {
+//!     patch_pixels: 14,
+//!     patch_bias: true,
+//!     width: 384,
+//!     depth: 12,
+//!     heads: 6,
+//!     key_bias: true,
+//!     mlp: Mlp::Plain { hidden: 1536, activation: Activation::GeluErf },
+//!     layer_scale: true,
+//!     class_token: true,
+//!     registers: 0,
+//!     positions: Positions::Absolute { grid: 37, resampling: Resampling::Size },
+//!     pre_norm: false,
+//!     final_norm: FinalNorm::AllTokens,
+//!     epsilon: 1e-6,
+//!     attention_pooling: false,
+//!     projection: None,
+//! };
+//! dinov2_small.check().expect("values that fit together");
+//! assert_eq!(dinov2_small.tensors()[0].name, "cls");
+//! ```
+//!
+//! This crate knows no other architecture, no file, no loss and no schedule.
 
 mod backend;
 mod backward;
@@ -71,6 +99,6 @@ pub use parameters::{AdamMoments, Gradients, Momenta, Parameters};
 pub use statistics::Statistics;
 pub use tape::Tape;
 pub use transformer::{
-    Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan, TransformerTensor,
-    TransformerWeights,
+    Activation, FinalNorm, Mlp, Positions, Resampling, TokensAfter, Transformer, TransformerOutput,
+    TransformerPlan, TransformerTensor, TransformerWeights,
 };

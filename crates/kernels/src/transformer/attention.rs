@@ -66,12 +66,12 @@ pub fn attention(variant: Variant, call: &Attention, to: &mut Factors, first_row
     assert_eq!(call.heads * call.head_width, to.columns());
     let shape = to.shape;
     by_precision!(to.numbers.precision(), T => {
-        let to = Target { shape, numbers: T::of_mut(&mut to.numbers), first_row };
+        let to = Destination { shape, numbers: T::of_mut(&mut to.numbers), first_row };
         of_picture::<T>(variant, call, to);
     });
 }
 
-struct Target<'a, T> {
+struct Destination<'a, T> {
     shape: Shape,
     numbers: &'a mut [T],
     first_row: usize,
@@ -79,7 +79,7 @@ struct Target<'a, T> {
 
 /// The extents of one head in numbers and in blocks of 16.
 #[derive(Clone, Copy)]
-struct Head {
+struct HeadExtent {
     width: usize,
     queries: usize,
     keys: usize,
@@ -88,16 +88,16 @@ struct Head {
     key_blocks: usize,
 }
 
-impl Head {
-    fn of(call: &Attention) -> Head {
+impl HeadExtent {
+    fn of(call: &Attention) -> HeadExtent {
         let [width, queries, keys] = [call.head_width, call.queries.rows, call.keys.rows];
         let [blocks, query_blocks, key_blocks] = [width, queries, keys].map(|n| n.div_ceil(SIDE));
-        Head { width, queries, keys, blocks, query_blocks, key_blocks }
+        HeadExtent { width, queries, keys, blocks, query_blocks, key_blocks }
     }
 }
 
-fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Target<T>) {
-    let head = Head::of(call);
+fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Destination<T>) {
+    let head = HeadExtent::of(call);
     let session = TileSession::begin(variant);
     let lens =
         [head.query_blocks, head.key_blocks, head.key_blocks].map(|n| n * head.blocks * TILE);
@@ -126,7 +126,7 @@ fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Targe
             pack_columns(variant, plain, head.width, head.keys, keys);
             load(variant, T::of(call.values.numbers), &call.values, at, head.width, None, plain);
             pack_inner(variant, plain, head.width, head.keys, values);
-            let packed = Packed { queries, keys, values };
+            let packed = PackedHead { queries, keys, values };
             for first in (0..head.query_blocks).step_by(2) {
                 let sums = attend(&session, head, &packed, first, scores, weights, output);
                 write(head, at, first, output, &sums, &mut to);
@@ -136,7 +136,7 @@ fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Targe
 }
 
 /// The factors of one head.
-struct Packed<'a, T> {
+struct PackedHead<'a, T> {
     queries: &'a [T],
     keys: &'a [T],
     values: &'a [T],
@@ -146,8 +146,8 @@ struct Packed<'a, T> {
 /// `output`, in tiles (group, block), and returns what each row is still to be divided by.
 fn attend<T: ValueElement>(
     session: &TileSession,
-    head: Head,
-    packed: &Packed<T>,
+    head: HeadExtent,
+    packed: &PackedHead<T>,
     first: usize,
     scores: &mut [f32],
     weights: &mut [T],
@@ -203,12 +203,12 @@ impl Multiplication {
 
 /// Writes the rows of the groups from `first` on, divided by their sums, from column `at` on.
 fn write<T: ValueElement>(
-    head: Head,
+    head: HeadExtent,
     at: usize,
     first: usize,
     output: &[f32],
     sums: &[f32; 2 * SIDE],
-    to: &mut Target<T>,
+    to: &mut Destination<T>,
 ) {
     let rows = (head.queries - first * SIDE).min(2 * SIDE);
     for (row, sum) in sums.iter().enumerate().take(rows) {
@@ -349,18 +349,18 @@ mod tests {
     const HEADS: usize = 2;
 
     /// A picture's queries, keys and values side by side, after three numbers of something else.
-    struct Case {
+    struct PictureCase {
         tokens: usize,
         width: usize,
         numbers: Vec<f32>,
         angles: Vec<f32>,
     }
 
-    impl Case {
-        fn new(tokens: usize, width: usize) -> Case {
+    impl PictureCase {
+        fn new(tokens: usize, width: usize) -> PictureCase {
             let numbers = noise(tokens as u32, 3 + tokens * 3 * HEADS * width);
             let numbers = numbers.iter().map(|x| 2. * x).collect();
-            Case { tokens, width, numbers, angles: noise(4, tokens * (width / 2)) }
+            PictureCase { tokens, width, numbers, angles: noise(4, tokens * (width / 2)) }
         }
 
         fn buffer(&self, precision: Precision) -> Buffer {
@@ -418,7 +418,7 @@ mod tests {
 
     /// The call on a whole picture of this case, with its queries from row `from` on.
     fn call<'a>(
-        case: &Case,
+        case: &PictureCase,
         numbers: &'a Buffer,
         from: usize,
         rotation: Option<Rotation<'a>>,
@@ -445,7 +445,7 @@ mod tests {
         let before = 5;
         // Token counts and widths around one tile, two, and no multiple of either.
         for (tokens, e, prefix) in [(1, 4, 0), (16, 16, 0), (37, 20, 0), (37, 20, 5), (70, 36, 1)] {
-            let case = Case::new(tokens, e);
+            let case = PictureCase::new(tokens, e);
             let [cosines, sines] =
                 [f32::cos, f32::sin].map(|f| case.angles.iter().map(|a| f(*a)).collect::<Vec<_>>());
             let rotation = Rotation { prefix, cosines: &cosines, sines: &sines };
@@ -477,7 +477,7 @@ mod tests {
 
     #[test]
     fn a_query_has_the_same_bits_among_any_others() {
-        let case = Case::new(50, 24);
+        let case = PictureCase::new(50, 24);
         for (variant, precision) in ways() {
             let numbers = case.buffer(precision);
             let mut all = Factors::zeros(precision, 50, HEADS * 24);

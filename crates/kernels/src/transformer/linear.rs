@@ -204,9 +204,9 @@ pub fn linear(
     by_precision!(layer.weights.precision(), T => multiply::<T>(variant, layer, input, rows, &mut to));
 }
 
-/// Sums of some groups of rows and two blocks of columns.
+/// PairSums of some groups of rows and two blocks of columns.
 #[repr(align(64))]
-struct Sums([f32; GROUPS * 2 * TILE]);
+struct PairSums([f32; GROUPS * 2 * TILE]);
 
 fn multiply<T: ValueElement>(
     variant: Variant,
@@ -219,7 +219,7 @@ fn multiply<T: ValueElement>(
     let (left, right) = (T::of(&input.numbers), T::of(&layer.weights));
     let inner = layer.inputs.div_ceil(SIDE);
     let blocks = layer.bias.len() / SIDE;
-    let mut sums = Sums([0.; GROUPS * 2 * TILE]);
+    let mut sums = PairSums([0.; GROUPS * 2 * TILE]);
     for from in rows.clone().step_by(GROUPS * SIDE) {
         let count = (rows.end - from).min(GROUPS * SIDE);
         for pair in 0..blocks.div_ceil(2) {
@@ -248,14 +248,14 @@ fn multiply<T: ValueElement>(
                     }
                 }
             }
-            let done = Done { layer, row: from - rows.start, rows: count, pair, columns };
+            let done = FinishedPair { layer, row: from - rows.start, rows: count, pair, columns };
             done.store(variant, sums, store);
         }
     }
 }
 
 /// Complete sums of some rows and one pair of output blocks.
-struct Done<'a> {
+struct FinishedPair<'a> {
     layer: &'a PackedLinear,
     /// Index of the first row among those of the call.
     row: usize,
@@ -264,7 +264,7 @@ struct Done<'a> {
     columns: usize,
 }
 
-impl Done<'_> {
+impl FinishedPair<'_> {
     fn store(&self, variant: Variant, sums: &[f32], store: &mut LinearOutput) {
         for (group, sums) in sums.chunks(self.columns * TILE).enumerate() {
             let row = self.row + group * SIDE;
@@ -394,16 +394,16 @@ mod tests {
     const INPUTS: usize = INNER * SIDE + 21;
     const OUTPUTS: usize = 2 * SIDE + 5;
 
-    struct Case {
+    struct LayerCase {
         weights: Vec<f32>,
         bias: Vec<f32>,
         input: Vec<f32>,
     }
 
-    impl Case {
-        fn new(outputs: usize) -> Case {
+    impl LayerCase {
+        fn new(outputs: usize) -> LayerCase {
             let weights = noise(1, outputs * INPUTS);
-            Case { weights, bias: noise(2, outputs), input: noise(3, ROWS * INPUTS) }
+            LayerCase { weights, bias: noise(2, outputs), input: noise(3, ROWS * INPUTS) }
         }
 
         fn factors(&self, precision: Precision) -> Factors {
@@ -432,7 +432,7 @@ mod tests {
 
     #[test]
     fn outputs_are_sums_of_products_and_bias() {
-        let case = Case::new(OUTPUTS);
+        let case = LayerCase::new(OUTPUTS);
         for (variant, precision) in ways() {
             let (input, bias) = (case.factors(precision), Some(&case.bias[..]));
             let layer = PackedLinear::new(precision, INPUTS, &case.weights, bias);
@@ -466,7 +466,7 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_among_any_others() {
-        let case = Case::new(OUTPUTS);
+        let case = LayerCase::new(OUTPUTS);
         for (variant, precision) in ways() {
             let input = case.factors(precision);
             let layer = PackedLinear::new(precision, INPUTS, &case.weights, None);
@@ -486,7 +486,7 @@ mod tests {
 
     #[test]
     fn later_rows_are_spread_over_a_larger_array() {
-        let case = Case::new(OUTPUTS);
+        let case = LayerCase::new(OUTPUTS);
         let (variant, precision) = (Variant::fastest(), Precision::F32);
         let layer = PackedLinear::new(precision, INPUTS, &case.weights, Some(&case.bias));
         // Runs of 10 rows begin 12 rows apart, from row 2 on; the first 32 rows are left out.
@@ -506,7 +506,7 @@ mod tests {
 
     #[test]
     fn activations_end_a_layer_and_padding_stays_zero() {
-        let case = Case::new(OUTPUTS);
+        let case = LayerCase::new(OUTPUTS);
         let forms = [
             (Gelu::Erf, gelu_erf as fn(f32) -> f32),
             (Gelu::Tanh, gelu_tanh),
@@ -530,7 +530,7 @@ mod tests {
 
     #[test]
     fn the_first_half_of_a_gated_layer_is_the_gate() {
-        let case = Case::new(2 * OUTPUTS);
+        let case = LayerCase::new(2 * OUTPUTS);
         for (variant, precision) in ways() {
             let layer = PackedLinear::gated(precision, INPUTS, &case.weights, Some(&case.bias));
             assert_eq!((layer.inputs(), layer.outputs()), (INPUTS, 2 * OUTPUTS));

@@ -157,7 +157,7 @@ impl TransformerPlan {
         usize::from(self.class_token) + self.registers
     }
 
-    /// The width of the [feature](Self::feature_width).
+    /// The width of the [feature](crate::TransformerOutput::feature).
     pub fn feature_width(&self) -> usize {
         self.projection.unwrap_or(self.width)
     }
@@ -169,7 +169,8 @@ impl TransformerPlan {
     /// A side is no multiple of the patch: pixels would be dropped.
     pub fn patch_grid(&self, height: usize, width: usize) -> Result<(usize, usize)> {
         let p = self.patch_pixels;
-        if height == 0 || width == 0 || height % p != 0 || width % p != 0 {
+        let divides = |side: usize| side > 0 && side.is_multiple_of(p);
+        if !divides(height) || !divides(width) {
             bail!(
                 "a picture of {height} × {width} pixels does not divide into patches of {p} × {p}; \
                  resize it to multiples of {p}"
@@ -260,7 +261,7 @@ impl TransformerPlan {
     /// | `projection.weight` | (P, d) | projection, without bias |
     pub fn tensors(&self) -> Vec<TransformerTensor> {
         let (d, p) = (self.width, self.patch_pixels);
-        let mut list = Tensors(vec![]);
+        let mut list = TensorList(vec![]);
         if self.class_token {
             list.push("cls", &[d]);
         }
@@ -296,7 +297,7 @@ impl TransformerPlan {
         list.0
     }
 
-    fn block(&self, list: &mut Tensors, at: &str) {
+    fn block(&self, list: &mut TensorList, at: &str) {
         let (d, hidden) = (self.width, self.mlp.hidden());
         list.norm(&format!("{at}norm1"), d);
         for (name, bias) in [("q", true), ("k", self.key_bias), ("v", true), ("out", true)] {
@@ -317,9 +318,9 @@ impl TransformerPlan {
     }
 }
 
-struct Tensors(Vec<TransformerTensor>);
+struct TensorList(Vec<TransformerTensor>);
 
-impl Tensors {
+impl TensorList {
     fn push(&mut self, name: &str, shape: &[usize]) {
         self.0.push(TransformerTensor { name: name.to_owned(), shape: shape.to_vec() });
     }
