@@ -249,6 +249,7 @@ impl PlanBuilder<'_> {
                 Origin::PseudoLabels => last(&Spec::clusters, 0),
                 Origin::PreviousRound => last(&|other| other.name == place.name, 0),
                 Origin::EarlierPseudoLabels => last(&Spec::clusters, 1),
+                Origin::EarlierRun => None, // Known when the run starts.
                 Origin::Labels => {
                     inputs.push((input.name, StepInput::Labels));
                     continue;

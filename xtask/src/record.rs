@@ -62,6 +62,34 @@ impl RunRecord {
         Self { format_version: VERSION, experiment, seed, data, steps }
     }
 
+    /// The record in the folder of a run.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is damaged or of another version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+                "`{}` is not the folder of a run: it has no `{FILE}`, which `assort reproduce` and \
+                 `assort stage` write",
+                folder.display()
+            ),
+            read => read.with_context(|| format!("opening `{}`", path.display()))?,
+        };
+        serde_json::from_str(&text).with_context(|| {
+            format!(
+                "`{}` is damaged or of another version; `assort reproduce` writes it again",
+                path.display()
+            )
+        })
+    }
+
+    /// The key of the step of this name.
+    pub fn key_of(&self, name: &str) -> Option<&str> {
+        self.steps.iter().find(|step| step.name == name).map(|step| step.key.as_str())
+    }
+
     /// Fails where a view of this plan would replace something that is no view.
     pub fn require_replaceable(&self, folder: &Path) -> Result<()> {
         let names = self.steps.iter().map(|step| step.name.as_str()).chain([DATA]);
@@ -173,21 +201,7 @@ impl Which {
 
 impl Recorded {
     fn open(folder: PathBuf) -> Result<Self> {
-        let path = folder.join(FILE);
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
-                "`{}` is not the folder of a run: it has no `{FILE}`, which `assort reproduce` and \
-                 `assort stage` write",
-                folder.display()
-            ),
-            read => read.with_context(|| format!("opening `{}`", path.display()))?,
-        };
-        let record: RunRecord = serde_json::from_str(&text).with_context(|| {
-            format!(
-                "`{}` is damaged or of another version; `assort reproduce` writes it again",
-                path.display()
-            )
-        })?;
+        let record = RunRecord::read(&folder)?;
         let absolute = fs::canonicalize(&folder)?;
         let runs = absolute.parent().and_then(Path::parent);
         let runs = runs.with_context(|| format!("`{}` has no folder above", folder.display()))?;

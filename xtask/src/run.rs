@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use stage::finished::{self, Digests};
-use stage::{DeviceChoice, Effort, Interrupt, files};
+use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files};
 
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Step, StepInput};
@@ -27,6 +27,8 @@ pub struct ExperimentRun<'a> {
     store: Store,
     /// `runs/<experiment>/<seed>`, where the views are.
     folder: PathBuf,
+    /// The run that this one replaces.
+    earlier: Option<RunRecord>,
 }
 
 impl<'a> ExperimentRun<'a> {
@@ -59,7 +61,8 @@ impl<'a> ExperimentRun<'a> {
         }
         let store = Store::of_steps(&setup.runs);
         let folder = setup.experiment_folder().join(seed.to_string());
-        Ok(Self { seed, setup, keys, store, folder })
+        let earlier = RunRecord::read(&folder).ok();
+        Ok(Self { seed, setup, keys, store, folder, earlier })
     }
 
     /// How far the step at `position` has come.
@@ -190,6 +193,20 @@ impl<'a> ExperimentRun<'a> {
         Ok(())
     }
 
+    /// The role and the folder of the same step of the run that this one replaces, where the stage
+    /// makes use of it.
+    fn earlier_result(&self, step: &Step) -> Option<(&'static str, PathBuf)> {
+        // Another program in that place need not know the role.
+        if step.program != step.place.name {
+            return None;
+        }
+        let reads = |role: &&Role| role.origin == Origin::EarlierRun;
+        let role = step.place.inputs.iter().find(reads)?;
+        let key = self.earlier.as_ref()?.key_of(&step.name())?;
+        let folder = self.store.path(key);
+        folder.exists().then_some((role.name, folder))
+    }
+
     /// Keeps the step's inputs from being removed while it runs.
     fn hold_inputs(&self, step: &Step) -> Result<Vec<store::Hold>> {
         let steps = step.inputs.iter().filter_map(|(_, input)| match input {
@@ -270,6 +287,7 @@ impl<'a> ExperimentRun<'a> {
             StepInput::Labels => Some(self.setup.prepared.folder.clone()),
         };
         let inputs = step.inputs.iter().filter_map(|(role, input)| Some((*role, folder(input)?)));
+        let inputs = inputs.chain(self.earlier_result(step));
         let call = Call {
             experiment: &self.setup.experiment_files[&step.arm],
             images: &self.setup.prepared.images(),

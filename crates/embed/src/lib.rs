@@ -9,27 +9,31 @@
 //! clustering network that sees no pictures.
 //!
 //! Reads `images.safetensors`, and `network.safetensors` with `config.json` from the role
-//! `network`. Writes `embeddings.safetensors`. With `pixels = true` it reads no network: small
+//! `network`; from the optional role `earlier` what an earlier run has embedded by the same published
+//! network. Writes `embeddings.safetensors`, and [`state.safetensors`](known) for a published network. With `pixels = true` it reads no network: small
 //! thumbnails of the pictures replace embedding and projection, the baseline of every table.
 //!
 //! This stage trains nothing and knows no clusters.
 
+mod known;
 mod network;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use backbone::Encoder;
 use backbone::published::PublishedConfiguration;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use data::views::{Input, Pipeline};
 use data::{Embeddings, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::progress::Progress;
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use training::ops::unit_rows;
 use training::{Precision, Views, outputs};
 
+use known::KnownEmbeddings;
 use network::Network;
 
 /// What embedding can vary. The experiment file sets every field.
@@ -85,7 +89,7 @@ impl Stage for Embed {
     const SPEC: Spec = Spec {
         name: "embed",
         algorithm: 4,
-        inputs: &[Role::new("network", Origin::Network)],
+        inputs: &[Role::new("network", Origin::Network), Role::new("earlier", Origin::EarlierRun)],
         outputs: &[Output::Embeddings],
     };
     type Config = Config;
@@ -95,7 +99,7 @@ impl Stage for Embed {
     }
 
     fn run(config: &Config, job: &Job) -> Result<()> {
-        job.clear_log()?; // It starts from scratch after an interruption.
+        job.clear_log()?;
         let images = Images::of_job(job)?;
         let rows = images.rows(&job.data.score_on);
         ensure!(
@@ -130,6 +134,9 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     input.check("input")?;
     job.log(&serde_json::json!({ "network": network.found }))?;
 
+    if config.views == 0 && network.is_published() {
+        return published(config, images, rows, job, &mut network);
+    }
     // Draws for this purpose alone: those of training's epochs are other views.
     let seed = stage::random::stream(job.seed, "embed", &[job.round as u64]).next_u64();
     let batches: Vec<Vec<u32>> = rows.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
@@ -166,6 +173,72 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
         backbone,
         projection,
         backbone_views,
+    })
+}
+
+/// Longest work that an interruption or a crash may lose.
+const BETWEEN_SAVES: Duration = Duration::from_secs(30);
+
+/// Embeddings by a published network, without augmented views: only of the pictures that neither an
+/// interrupted run nor an earlier one has embedded.
+fn published(
+    config: &Config,
+    images: &Images,
+    rows: Vec<u32>,
+    job: &Job,
+    network: &mut Network,
+) -> Result<Embeddings> {
+    let device = training::network_device(job.device)?;
+    let identity =
+        known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
+    let mut known = KnownEmbeddings::of_job(job, identity, network.width);
+    let ids = rows.iter().map(|&row| images.id(row)).collect::<Result<Vec<_>>>()?;
+    let missing: Vec<u32> = rows
+        .iter()
+        .zip(&ids)
+        .filter(|(_, id)| known.get(id).is_none())
+        .map(|(&row, _)| row)
+        .collect();
+    job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
+    let input = network.input.clone();
+    let mut progress = Progress::new("embed", missing.len() as u64);
+    let mut saved = Instant::now();
+    let batches = missing.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
+    let pictures = Views::new(images, [&input.clean()], &input, job.seed).epoch(0, batches, 0)?;
+    let mut done = 0;
+    for batch in pictures {
+        let batch = batch?;
+        let batch_rows = batch.rows.clone();
+        let [batch] = training::pictures(batch, &device)?;
+        let embeddings = network.embedding(&batch)?.flatten_all()?.to_vec1::<f32>()?;
+        for (row, embedding) in batch_rows.iter().zip(embeddings.chunks_exact(network.width)) {
+            known.insert(images.id(*row)?, embedding);
+        }
+        done += batch_rows.len() as u64;
+        progress.at(done, "");
+        let interrupted = job.interrupt.check();
+        if interrupted.is_err() || saved.elapsed() > BETWEEN_SAVES {
+            known.save(job)?;
+            saved = Instant::now();
+        }
+        interrupted?;
+    }
+    known.save(job)?;
+    let mut backbone = Vec::with_capacity(rows.len() * network.width);
+    for id in &ids {
+        backbone.extend_from_slice(known.get(id).context("every picture is embedded")?);
+    }
+    let embedding = Tensor::from_slice(&backbone, (rows.len(), network.width), &Device::Cpu)?;
+    let projection = unit_rows(&embedding)?.flatten_all()?.to_vec1()?;
+    Ok(Embeddings {
+        data_set: images.data_set().clone(),
+        index: rows,
+        width: network.width,
+        projection_width: network.width,
+        views: 0,
+        backbone,
+        projection,
+        backbone_views: Vec::new(),
     })
 }
 
@@ -446,21 +519,72 @@ mod tests {
         Ok(())
     }
 
-    #[test]
-    fn a_published_residual_network_embeds_without_a_projector() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let job = job(folder.path(), &[7])?;
+    /// Replaces the network in `folder` by a published residual one, whose width is 16.
+    fn publish(folder: &Path, seed: u64) -> Result<(Segment, PublishedConfiguration)> {
         let architecture = Architecture { depth: Depth::Ten, width: 2, stem: Stem::Plain };
-        let segment = Segment::random("backbone", resnet::plan(&architecture, 1)?, 5)?;
-        network_file::write(folder.path(), &[("online.backbone", &segment)])?;
-        let input = Encoder::read(folder.path())?.input;
+        let segment = Segment::random("backbone", resnet::plan(&architecture, 1)?, seed)?;
+        network_file::write(folder, &[("online.backbone", &segment)])?;
+        let input = match PublishedConfiguration::find(folder)? {
+            Some(published) => published.input,
+            None => Encoder::read(folder)?.input,
+        };
         let configuration = PublishedConfiguration {
             published: PublishedArchitecture::Residual(architecture),
             channels: 1,
             input,
             provenance: Provenance::default(),
         };
-        write_configuration(folder.path(), &configuration)?;
+        write_configuration(folder, &configuration)?;
+        Ok((segment, configuration))
+    }
+
+    #[test]
+    fn pictures_that_an_earlier_run_embedded_by_the_same_network_are_not_embedded_again()
+    -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let job = job(folder.path(), &[7])?;
+        publish(folder.path(), 5)?;
+        let config = Config { views: 0, ..config() };
+        let whole = embedded(&config, &job)?;
+
+        // An earlier run of the first two pictures; one of its values is changed, so that it shows.
+        let identity = || known::identity(folder.path(), config.precision, "cpu");
+        let earlier = Job { out: folder.path().join("earlier"), ..job.clone() };
+        std::fs::create_dir(&earlier.out)?;
+        let images = Images::open(&job.images)?;
+        let mut known = KnownEmbeddings::of_job(&earlier, identity()?, 16);
+        known.insert(images.id(whole.index[0])?, &[0.5; 16]);
+        known.insert(images.id(whole.index[1])?, &whole.backbone[16..32]);
+        known.save(&earlier)?;
+
+        let inputs = BTreeMap::from([
+            ("network".to_owned(), folder.path().to_owned()),
+            ("earlier".to_owned(), earlier.out.clone()),
+        ]);
+        let again = Job { inputs, out: folder.path().join("again"), ..job.clone() };
+        std::fs::create_dir(&again.out)?;
+        let found = embedded(&config, &again)?;
+        assert_eq!(found.backbone[..16], [0.5; 16]);
+        assert_eq!(found.backbone[16..], whole.backbone[16..]);
+        let unit = found.projection[..16].iter().map(|value| value * value).sum::<f32>();
+        assert!((unit - 1.).abs() < 1e-6, "{unit}");
+
+        // An interrupted run finds its own, and those of another network count for nothing.
+        let resumed = Job { inputs: job.inputs.clone(), ..again.clone() };
+        assert_eq!(embedded(&config, &resumed)?.backbone[..16], [0.5; 16]);
+        publish(folder.path(), 6)?;
+        let other = embedded(&config, &again)?;
+        std::fs::remove_file(again.out.join("state.safetensors"))?;
+        assert_eq!(other.backbone, embedded(&config, &resumed)?.backbone);
+        assert_ne!(other.backbone[..16], [0.5; 16]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_published_residual_network_embeds_without_a_projector() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let job = job(folder.path(), &[7])?;
+        let (segment, configuration) = publish(folder.path(), 5)?;
         let found = embedded(&config(), &job)?;
         assert_eq!((found.width, found.projection_width, found.views), (16, 16, 2));
         let mut segment = segment;

@@ -74,6 +74,11 @@ impl Network {
         Ok(Self { kind, found: "published", input, width, projection_width: width })
     }
 
+    /// True for a published network, whose projection is its embedding at unit length.
+    pub fn is_published(&self) -> bool {
+        !matches!(self.kind, Kind::Trained(_))
+    }
+
     /// The embedding `(N, D)` and the unit-length projection `(N, P)` of pictures `(N, H, W, C)`.
     pub fn embed(&mut self, pictures: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         if let Kind::Trained(target) = &mut self.kind {

@@ -90,8 +90,8 @@ mod transformer;
 
 pub use flat::{EntryKind, TensorEntry};
 pub use inference::Inference;
-pub use kernels::Precision;
 pub use kernels::flat::{Adam, Sgd};
+pub use kernels::{Precision, Variant};
 pub use modes::{Mode, Modes};
 pub use multiply_adds::MultiplyAdds;
 pub use network::{BatchNorm, Builder, Convolution, Network, Pool, Value};

@@ -128,6 +128,9 @@ pub enum Origin {
     PreviousRound,
     /// The step that wrote pseudo-labels before the last one did. Optional.
     EarlierPseudoLabels,
+    /// The same step of the run that this one replaces, which saw other pictures. Optional; results
+    /// must not depend on it, so that it is no part of a step's key.
+    EarlierRun,
     /// The prepared folder with the ground truth.
     Labels,
 }
@@ -135,7 +138,10 @@ pub enum Origin {
 impl Origin {
     /// True where a step without this input is sound, such as `PreviousRound` in round 0.
     pub const fn is_optional(self) -> bool {
-        matches!(self, Self::Backbone | Self::PreviousRound | Self::EarlierPseudoLabels)
+        matches!(
+            self,
+            Self::Backbone | Self::PreviousRound | Self::EarlierPseudoLabels | Self::EarlierRun
+        )
     }
 }
 

@@ -106,7 +106,7 @@ mod tests {
         canvas.load(&example(4, 9, 1));
         let error = apply(&canvas, &mut Canvas::default(), 9, 1., &mut BlurBuffers::default());
         let error = error.expect_err("4 rows").to_string();
-        assert!(error.contains("kernel = 9") && error.contains("4×9"), "{error}");
+        assert!(error.contains("`kernel` of a blur is 9") && error.contains("4×9"), "{error}");
         apply(&canvas, &mut Canvas::default(), 7, 1., &mut BlurBuffers::default())
             .expect("4 rows do");
     }
