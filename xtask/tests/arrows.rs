@@ -20,6 +20,7 @@ const LIBRARIES: [(&str, &[&str]); 10] = [
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "data", "layers", "backbone"]),
+    ("frozen", &["stage", "data", "assignment"]),
     ("fixture", &["stage", "data", "backbone"]),
 ];
 

@@ -36,6 +36,7 @@
 mod approximate;
 mod argmax;
 mod clustering;
+mod consensus;
 mod iterations;
 mod k_means;
 mod lloyd;
@@ -43,20 +44,27 @@ mod matching;
 mod neighbours;
 mod points;
 mod prototypes;
+mod rand_index;
 mod sample;
 mod seeding;
 mod shares;
+mod silhouette;
 mod sinkhorn;
 mod streaming;
 
 pub use approximate::{Approximate, approximate_neighbours};
 pub use argmax::argmax_rows;
 pub use clustering::{Clustering, KMeans, Metric};
+pub use consensus::{Consensus, consensus, merged_clusters};
 pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
 pub use matching::{Contingency, contingency, optimal_map};
-pub use neighbours::{nearest_neighbours, nearest_neighbours_and_self};
+pub use neighbours::{
+    nearest_neighbours, nearest_neighbours_and_self, share_of_agreeing_neighbours,
+};
 pub use prototypes::prototypes;
+pub use rand_index::adjusted_rand_index;
 pub use sample::sample;
 pub use shares::{Shares, shares};
+pub use silhouette::Distances;
 pub use sinkhorn::sinkhorn;
 pub use streaming::{Shards, Streaming, k_means_mini_batch, k_means_streaming};

@@ -47,6 +47,21 @@ pub fn nearest_neighbours_and_self(
     search(points, n, d, k, true, None)
 }
 
+/// Returns the share of each point's neighbours that are in its cluster, `(N,)` in `[0, 1]`.
+///
+/// - `neighbours`: `(N, m)` without the point itself. With `m = 0` every share is 1.
+pub fn share_of_agreeing_neighbours(assignment: &[u32], neighbours: &[u32]) -> Vec<f32> {
+    let each = neighbours.len() / assignment.len().max(1);
+    if each == 0 {
+        return vec![1.; assignment.len()];
+    }
+    let same = |(own, row): (&u32, &[u32])| {
+        let count = row.iter().filter(|&&j| assignment[j as usize] == *own).count();
+        count as f32 / each as f32
+    };
+    assignment.iter().zip(neighbours.chunks_exact(each)).map(same).collect()
+}
+
 fn search(
     points: &[f32],
     n: usize,
@@ -476,5 +491,23 @@ mod tests {
         let error = nearest_neighbours(&[1., f32::NAN], 2, 1, 1).expect_err("NaN").to_string();
         assert!(error.contains("row 1"), "{error}");
         assert!(nearest_neighbours(&[1., 2.], 2, 1, 0).expect("none").is_empty());
+    }
+
+    #[test]
+    fn the_share_of_agreeing_neighbours_does_not_count_the_point_itself() {
+        let shares = share_of_agreeing_neighbours(&[0, 0, 1, 1], &[1, 2, 0, 2, 1, 3, 2, 1]);
+        assert_eq!(shares, [0.5; 4]);
+        assert_eq!(share_of_agreeing_neighbours(&[0, 1], &[]), [1., 1.]);
+    }
+
+    /// Heads on frozen embeddings, case T9.
+    #[test]
+    fn neighbours_on_the_circle_leave_out_the_row_itself() -> Result<()> {
+        let points = [1., 0., 0.96, 0.28, 0.6, 0.8, 0., 1., -0.8, 0.6];
+        let found = nearest_neighbours(&points, 5, 2, 2)?;
+        assert_eq!([&found[..4], &found[6..]].concat(), [1, 2, 0, 2, 2, 4, 3, 2]);
+        // Products of .8 twice, which round apart.
+        assert!(found[4..6] == [1, 3] || found[4..6] == [3, 1], "{found:?}");
+        Ok(())
     }
 }

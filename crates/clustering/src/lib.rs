@@ -380,7 +380,7 @@ pub fn cluster(
     };
 
     // Whom to trust, and what they look like in the middle.
-    let agreement = reliability::agreement(&assignment, &neighbours);
+    let agreement = assignment::share_of_agreeing_neighbours(&assignment, &neighbours);
     let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
     let (reliable, share) = match config.reliability()? {
         Reliability::Share(shares) => {

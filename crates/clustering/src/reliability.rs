@@ -1,22 +1,6 @@
-//! Which pseudo-labels to trust: by confidence, by agreement of neighbours, and the best of each
-//! cluster.
+//! Which pseudo-labels to trust: by score, the best of each cluster, or by confidence.
 //!
 //! All of it is our interpretation: the paper says that assignments are reliable, not how.
-
-/// Share of each image's neighbours that are in its cluster, `(N,)` in `[0, 1]`.
-///
-/// - `neighbours`: `N × m` rows without the image itself. With `m = 0` every agreement is 1.
-pub fn agreement(assignment: &[u32], neighbours: &[u32]) -> Vec<f32> {
-    let each = neighbours.len() / assignment.len().max(1);
-    if each == 0 {
-        return vec![1.0; assignment.len()];
-    }
-    let same = |(own, row): (&u32, &[u32])| {
-        let count = row.iter().filter(|&&j| assignment[j as usize] == *own).count();
-        count as f32 / each as f32
-    };
-    assignment.iter().zip(neighbours.chunks_exact(each)).map(same).collect()
-}
 
 /// Marks in each cluster the best `⌈η N_k⌉` of its `N_k` images by score, at least one.
 ///
@@ -108,13 +92,6 @@ mod tests {
         assert_eq!(reliable(&[0, 0], &[0.1, 0.2], 3, 0.5), [false, true]);
         let ten = reliable(&[0; 10], &[0.5; 10], 1, 0.7);
         assert_eq!(ten.iter().filter(|&&reliable| reliable).count(), 7);
-    }
-
-    #[test]
-    fn agreement_does_not_count_the_image_itself() {
-        let got = agreement(&[0, 0, 1, 1], &[1, 2, 0, 2, 1, 3, 2, 1]);
-        assert_eq!(got, [0.5; 4]);
-        assert_eq!(agreement(&[0, 1], &[]), [1.0, 1.0]);
     }
 
     #[test]

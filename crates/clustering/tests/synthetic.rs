@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use assignment::{KMeans, Metric, argmax_rows};
 use clustering::learner::learner;
-use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
+use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit};
 use data::head::CentreMetric;
 use data::images::{self, StoredPicture};
 use data::{DataSet, Embeddings, Picture, PseudoLabels};
@@ -115,7 +115,7 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
         let job = Job { seed, ..job(folder.path(), 0) };
         let trained = fit::train(&config, features, &kmeans, &neighbours, None, &job)?;
         let (network, confidence) = argmax_rows(&trained[0].memberships, CLUSTERS)?;
-        let agreement = reliability::agreement(&network, &neighbours);
+        let agreement = assignment::share_of_agreeing_neighbours(&network, &neighbours);
         let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
         let reliable = reliability::reliable(&network, &score, CLUSTERS, 0.5);
 

@@ -6,12 +6,11 @@
 //! - [`round`]: the scores of one round; [`data::metrics`] is the form of `metrics.json`.
 //! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI, AMI.
 //! - [`calibration`]: whether a confidence is the probability of being right.
-//! - [`silhouette`]: how compact and far apart clusters are, without any truth.
 //! - [`number`]: estimates the number of clusters, for the program [`clusters`].
 //!
 //! ```
-//! use assignment::contingency;
-//! use metrics::agreement::{accuracy, adjusted_rand_index};
+//! use assignment::{adjusted_rand_index, contingency};
+//! use metrics::agreement::accuracy;
 //!
 //! // The clusters are the classes, renumbered, but for one point.
 //! let (clusters, classes) = ([2, 2, 0, 0, 1, 0], [0, 0, 1, 1, 2, 2]);
@@ -26,7 +25,6 @@ pub mod calibration;
 pub mod clusters;
 pub mod number;
 pub mod round;
-pub mod silhouette;
 
 use std::fs;
 use std::path::{Path, PathBuf};

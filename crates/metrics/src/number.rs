@@ -1,6 +1,6 @@
 //! Estimates the number of clusters: scores candidates on embeddings, without any truth.
 //!
-//! Each number of clusters is judged by two scores. The [`silhouette`](crate::silhouette) measures
+//! Each number of clusters is judged by two scores. The [`silhouette`](Distances::silhouette) measures
 //! whether its clusters are compact and far apart. [Stability](NumberScore::stability) measures
 //! whether k-means finds the same clusters in other images of the same kind: two disjoint halves of
 //! the images are clustered independently, all images are assigned to the nearest centres of each
@@ -14,13 +14,12 @@
 //! the true 10.)
 
 use anyhow::{Result, ensure};
-use assignment::{Clustering, KMeans, Metric, contingency, k_means, k_means_from, sample};
+use assignment::{
+    Clustering, Distances, KMeans, Metric, adjusted_rand_index, contingency, k_means, k_means_from, sample};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use stage::random;
 
-use crate::agreement::adjusted_rand_index;
-use crate::silhouette::Distances;
 
 /// The parameters of an estimate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
-use assignment::{Contingency, contingency, optimal_map};
+use assignment::{Contingency, adjusted_rand_index, contingency, optimal_map};
 use data::metrics::{ClassScores, Reliable, Scores};
 use data::{Labels, PseudoLabels, RoundMetrics};
 
 use crate::agreement::{
-    Mean, accuracy, adjusted_mutual_information, adjusted_rand_index, class_scores, hits,
+    Mean, accuracy, adjusted_mutual_information, class_scores, hits,
     normalized_mutual_information,
 };
 use crate::calibration::calibration_error;

@@ -17,12 +17,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use assignment::{
-    KMeans, Metric, Shards, Streaming, contingency, k_means, k_means_from, k_means_mini_batch,
-    k_means_streaming, nearest_neighbours,
+    KMeans, Metric, Shards, Streaming, adjusted_rand_index, contingency, k_means, k_means_from,
+    k_means_mini_batch, k_means_streaming, nearest_neighbours,
 };
 use bench::{BenchUnit, Comparison, ComparisonTable, Peers, Side};
 use clap::Parser;
-use metrics::agreement::{Mean, accuracy, adjusted_rand_index, normalized_mutual_information};
+use metrics::agreement::{Mean, accuracy, normalized_mutual_information};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
