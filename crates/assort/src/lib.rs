@@ -32,6 +32,7 @@ pub fn registry() -> Registry {
             Program::of::<secu::SeCu>(),
             Program::of::<imc_swav::ImcSwav>(),
             Program::of::<icbpl::Icbpl>(),
+            Program::of::<temi::Temi>(),
         ],
         helpers: vec![
             Helper { name: "prepare", algorithm: prepare::ALGORITHM, main: prepare::program },

@@ -13,6 +13,15 @@
 //!   confidence is computed. Written by ProPos, SeCu and ICBPL, whose projection is the output of
 //!   their head, and by clustering if it trains no network.
 //!
+//! - `ensemble`: TEMI's heads, aligned to each other, the one of the lowest loss first. Tensors `mean (D,)`
+//!   and `deviation (D,)`; for `H` heads with `C` directions each `hidden.weight (H, E, D)`,
+//!   `hidden.bias (H, E)`, `bottleneck.weight (H, F, E)`, `bottleneck.bias (H, F)`,
+//!   `directions (H, C, F)`; `clusters.weight (K, C)`, which adds directions up to clusters; all f32.
+//!   Takes `backbone` rows, standardised; linear, GELU, linear, unit length, product with the directions,
+//!   softmax; the mean over the heads; product with `clusters.weight`. That is the confidence.
+//! - `linear`: TURTLE's. Tensors `mean (D,)`, `deviation (D,)`, `output.weight (K, D)`, `output.bias
+//!   (K,)`, all f32. Takes `backbone` rows, standardised; linear.
+//!
 //! The confidence of the other forms is the softmax of the output. Output `k` is cluster `k` of the
 //! `pseudo-labels.safetensors` in the same folder.
 
@@ -27,7 +36,7 @@ const VERSION: u64 = 1;
 /// File name of a head inside its stage's folder.
 pub const FILE: &str = "head.safetensors";
 
-/// Writes a head of form `network` or `classifier` into `folder`.
+/// Writes a head of any form but `centres` into `folder`.
 ///
 /// # Errors
 ///

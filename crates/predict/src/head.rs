@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use assignment::argmax_rows;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::func::Func;
+use candle_nn::ops::softmax;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, batch_norm, func, linear};
 use data::head::CentreMetric;
 use data::{Embeddings, Space};
@@ -35,6 +36,8 @@ enum Confidence {
     Softmax(f64),
     /// `(1 + v) / 2` of the largest value, a cosine.
     Cosine,
+    /// The largest value, a membership.
+    Membership,
 }
 
 /// The clusters of some pictures.
@@ -67,6 +70,14 @@ impl LoadedHead {
             }
             "classifier" => {
                 let (width, network) = classifier(file, clusters)?;
+                (width, Space::Backbone, network, Confidence::Softmax(1.))
+            }
+            "ensemble" => {
+                let (width, network) = ensemble(file, clusters)?;
+                (width, Space::Backbone, network, Confidence::Membership)
+            }
+            "linear" => {
+                let (width, network) = linear_head(file, clusters)?;
                 (width, Space::Backbone, network, Confidence::Softmax(1.))
             }
             "centres" => {
@@ -134,6 +145,7 @@ impl LoadedHead {
                     1. / row.iter().map(relative).sum::<f64>()
                 }
                 Confidence::Cosine => (1. + largest) / 2.,
+                Confidence::Membership => largest,
             };
             confidence.clamp(0., 1.) as f32
         };
@@ -169,6 +181,51 @@ fn classifier(file: &Container, clusters: usize) -> Result<(usize, Func<'static>
         output.forward(&norm_2.forward_t(&linear_2.forward(&rows)?, false)?.relu()?)
     };
     Ok((width, func(network)))
+}
+
+/// TEMI's heads: standardised rows; of each head linear, GELU, linear, unit length, directions, softmax;
+/// the mean over the heads; directions added up to clusters.
+fn ensemble(file: &Container, clusters: usize) -> Result<(usize, Func<'static>)> {
+    let weights = weights(file)?;
+    let &[heads, hidden, width] = file.shape("hidden.weight")? else {
+        bail!("tensor `hidden.weight` must have three extents; run its stage again");
+    };
+    let [_, directions] = matrix(file, "clusters.weight")?;
+    let &[_, bottleneck] = file.shape("bottleneck.bias")? else {
+        bail!("tensor `bottleneck.bias` must be a matrix; run its stage again");
+    };
+    let standardise = standardisation(&weights, width)?;
+    // The first layers of all heads are one product.
+    let hidden_weight = weights.get((heads, hidden, width), "hidden.weight")?;
+    let hidden_bias = weights.get((heads, hidden), "hidden.bias")?.flatten_all()?;
+    let first = Linear::new(hidden_weight.reshape((heads * hidden, width))?, Some(hidden_bias));
+    let second = weights.get((heads, bottleneck, hidden), "bottleneck.weight")?.transpose(1, 2)?;
+    let bias = weights.get((heads, bottleneck), "bottleneck.bias")?.unsqueeze(1)?;
+    let last = weights.get((heads, directions, bottleneck), "directions")?.transpose(1, 2)?;
+    let sums = weights.get((clusters, directions), "clusters.weight")?.t()?;
+    let network = move |rows: &Tensor| {
+        let hidden = first.forward(&standardise.forward(rows)?)?.gelu_erf()?;
+        let hidden = hidden.reshape(((), heads, hidden.dim(1)? / heads))?.transpose(0, 1)?;
+        let rows = hidden.contiguous()?.matmul(&second)?.broadcast_add(&bias)?;
+        let memberships = softmax(&unit_rows(&rows)?.matmul(&last)?, D::Minus1)?;
+        memberships.mean(0)?.matmul(&sums)
+    };
+    Ok((width, func(network)))
+}
+
+/// TURTLE's head: standardised rows, linear.
+fn linear_head(file: &Container, clusters: usize) -> Result<(usize, Func<'static>)> {
+    let weights = weights(file)?;
+    let [_, width] = matrix(file, "output.weight")?;
+    let standardise = standardisation(&weights, width)?;
+    let output = linear(width, clusters, weights.pp("output"))?;
+    Ok((width, func(move |rows: &Tensor| output.forward(&standardise.forward(rows)?))))
+}
+
+/// `(x − mean) / deviation`, of the rows that a head was trained on.
+fn standardisation(weights: &VarBuilder, width: usize) -> Result<Func<'static>> {
+    let (mean, deviation) = (weights.get(width, "mean")?, weights.get(width, "deviation")?);
+    Ok(func(move |rows: &Tensor| rows.broadcast_sub(&mean)?.broadcast_div(&deviation)))
 }
 
 /// The ε of batch norm in the networks that were trained.
@@ -324,6 +381,64 @@ mod tests {
         assert_eq!(found.assignment, [0, 1, 0]);
         let sigmoid = |x: f32| 1. / (1. + (-x).exp());
         assert_near(&found.confidence, &[sigmoid(3.), sigmoid(2.), sigmoid(8.)]);
+        Ok(())
+    }
+
+    /// By hand. Two heads of width 1 everywhere but for two directions of width 2; rows have mean 1 and
+    /// deviation 2. A large bias makes GELU the identity: `z` is (3, 4)/5 in both heads.
+    #[test]
+    fn an_ensemble_averages_memberships_and_adds_directions_up() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let bottleneck = [0.075, 0.1, 0.075, 0.1];
+        let directions = [1., 0., 0., 1., 0., 0., 1., 0., 0., 0., 0., 0.];
+        head::write(
+            folder.path(),
+            2,
+            "ensemble",
+            &[
+                Named::f32("mean", &[1], &[1.]),
+                Named::f32("deviation", &[1], &[2.]),
+                Named::f32("hidden.weight", &[2, 1, 1], &[0.5, -0.5]),
+                Named::f32("hidden.bias", &[2, 1], &[40., 40.]),
+                Named::f32("bottleneck.weight", &[2, 2, 1], &bottleneck),
+                Named::f32("bottleneck.bias", &[2, 2], &[0.; 4]),
+                Named::f32("directions", &[2, 3, 2], &directions),
+                Named::f32("clusters.weight", &[2, 3], &[0., 1., 0., 1., 0., 1.]),
+            ],
+        )?;
+        let head = Head::open(folder.path())?;
+        assert_eq!((head.width, head.space_name()), (1, "embeddings"));
+        // Logits (.6, .8, 0) and (.6, 0, 0); cluster 0 is direction 1, cluster 1 the two others.
+        let softmax = |logits: [f64; 3], k: usize| {
+            logits[k].exp() / logits.iter().map(|logit| logit.exp()).sum::<f64>()
+        };
+        let second = (softmax([0.6, 0.8, 0.], 1) + softmax([0.6, 0., 0.], 1)) / 2.;
+        let found = head.predict(&[1., 3.])?;
+        assert_eq!(found.assignment, [1, 1]);
+        assert_near(&found.confidence, &[(1. - second) as f32; 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_linear_head_takes_standardised_rows() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        head::write(
+            folder.path(),
+            2,
+            "linear",
+            &[
+                Named::f32("mean", &[2], &[1., -1.]),
+                Named::f32("deviation", &[2], &[2., 0.5]),
+                Named::f32("output.weight", &[2, 2], &[1., 0., 0., 1.]),
+                Named::f32("output.bias", &[2], &[0., 0.25]),
+            ],
+        )?;
+        let head = Head::open(folder.path())?;
+        // (5, −1) is (2, 0): logits 2 and 0.25; (1, 0) is (0, 2): 0 and 2.25.
+        let found = head.predict(&[5., -1., 1., 0.])?;
+        assert_eq!((head.width, found.assignment), (2, vec![0, 1]));
+        let sigmoid = |x: f32| 1. / (1. + (-x).exp());
+        assert_near(&found.confidence, &[sigmoid(1.75), sigmoid(2.25)]);
         Ok(())
     }
 

@@ -1,0 +1,219 @@
+//! Stage: TEMI, many small heads on frozen embeddings, and what they agree on.
+//!
+//! Adaloglou, Michels, Kalisch, Kollmann 2023 (arXiv:2303.17896). Each step takes images and one of the
+//! nearest neighbours of each. The online head of the one is pulled to the target head of the other by a
+//! pointwise mutual information, which the running marginal keeps balanced; pairs on which the target
+//! heads disagree weigh less. The paper keeps the head of the lowest loss. Here the result is the
+//! consensus of the heads ([`assignment::consensus`]), which was better in six of seven measured runs.
+//!
+//! - Reads `embeddings`, of which the `backbone` rows, and `previous`, this stage's last round, if any.
+//! - Writes `pseudo-labels.safetensors` and `head.safetensors`, form `ensemble`. A picture is reliable if
+//!   nearly all heads and its neighbours agree on its cluster.
+//!
+//! k-means on the same rows is always run; its clusters stand in the file and its agreement with the
+//! heads in the log. Everything is computed on the CPU, whatever `--device` says: the heads are small.
+//! All clusters lean to equal size; [`Objective::balance`](loss::Objective) below 1 weakens that.
+//!
+//! Start at [`cluster`]: the method in order. [`learner::step`] is one step, [`loss`] the objective.
+
+pub mod config;
+pub mod fit;
+pub mod head;
+pub mod learner;
+pub mod loss;
+pub mod network;
+pub mod schedule;
+pub mod state;
+
+use anyhow::Result;
+use assignment::{
+    Consensus, adjusted_rand_index, argmax_rows, consensus, contingency, merged_clusters,
+};
+use data::PseudoLabels;
+use frozen::result::{HeadResult, cluster_sizes};
+use frozen::rows::{FrozenEmbeddings, Standardisation, cosine_neighbours};
+use serde_json::json;
+use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+
+use crate::config::{Config, HeadPlan};
+use crate::head::Ensemble;
+use crate::state::HeadRun;
+
+/// The stage: see the documentation of the crate.
+pub struct Temi;
+
+impl Stage for Temi {
+    const SPEC: Spec = Spec {
+        name: "temi",
+        algorithm: 1,
+        inputs: &[
+            Role::new("embeddings", Origin::Embeddings),
+            Role::new("previous", Origin::PreviousRound),
+        ],
+        outputs: &[Output::PseudoLabels],
+    };
+    type Config = Config;
+
+    /// Finds what is wrong in the table.
+    fn check(config: &Config, _: &Job) -> Result<Effort> {
+        config.check()?;
+        Ok(Effort::NONE)
+    }
+
+    /// Files in, files out.
+    fn run(config: &Config, job: &Job) -> Result<()> {
+        let embeddings = FrozenEmbeddings::open(job)?;
+        cluster(config, embeddings, job)?.write(&job.out.join(PseudoLabels::FILE))?;
+        state::remove(job)
+    }
+}
+
+/// The method: neighbours, k-means, the heads, their consensus. Writes the head and returns the
+/// pseudo-labels.
+///
+/// # Errors
+///
+/// The heads diverge or collapse ([`stage::Diverged`]), the user interrupts ([`stage::Interrupted`]), a
+/// row has no direction, or a file cannot be written.
+pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Result<PseudoLabels> {
+    let (width, clusters) = (embeddings.width, job.data.clusters);
+    let plan = config.plan(embeddings.count(), width, clusters);
+    let identity = json!({
+        "fingerprint": embeddings.data_set.fingerprint,
+        "round": job.round,
+        "seed": job.seed,
+        "stage": job.name,
+        "table": serde_json::to_value(config)?,
+    });
+    let first = || fit::first_heads(config, &plan, job);
+    let (mut run, starts) =
+        HeadRun::resume_or_start(job, plan, identity.to_string(), first, config.heads)?;
+
+    // Who is near whom, on the rows as they are; the heads see standardised ones.
+    let (neighbours, similarity) = cosine_neighbours(&embeddings.rows, width, plan.neighbours)?;
+    let standardisation = Standardisation::of(&embeddings.rows, width);
+    let rows = standardisation.apply(&embeddings.rows);
+    if starts {
+        job.log(&json!({
+            "phase": "neighbours",
+            "neighbours": plan.neighbours,
+            "similarity-of-last": similarity,
+            "batch": plan.batch,
+            "steps": plan.steps,
+        }))?;
+    }
+    fit::train(config, &plan, &rows, &neighbours, &mut run, job)?;
+
+    // What the heads agree on; the best one, by loss, numbers the clusters.
+    let all = fit::memberships(&run.heads, &plan, config.objective.temperature, &rows)?;
+    let losses = run.losses();
+    let order = by_loss(&losses);
+    let taken = &order[..((config.consensus.share * order.len() as f64).ceil() as usize).max(1)];
+    let chosen: Vec<Vec<f32>> = taken.iter().map(|&head| all[head].clone()).collect();
+    let found = consensus(&chosen, plan.shape.clusters, 0, config.consensus.rounds)?;
+    let groups = merged_clusters(&found.memberships, plan.shape.clusters, clusters)?;
+    let memberships = added_up(&found.memberships, &groups, clusters);
+    let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
+    let map = HeadResult::numbering(&assignment, &embeddings, clusters)?;
+    let groups: Vec<u32> = groups.iter().map(|&group| map[group as usize]).collect();
+    let assignment: Vec<u32> = assignment.iter().map(|&cluster| map[cluster as usize]).collect();
+    let agreement = agreement(&chosen, &found, &groups, &assignment, plan.shape.clusters)?;
+
+    let k_means = config.k_means.assign(&embeddings.rows, width, clusters, job.seed)?;
+    let result = HeadResult {
+        kmeans_assignment: k_means,
+        confidence,
+        trusted: agreement.iter().map(|&share| share >= config.reliable.heads as f32).collect(),
+        neighbours,
+        agreeing_neighbours: config.reliable.neighbours,
+        assignment,
+    };
+    log_result(config, &plan, &all, &losses, &agreement, &result, job)?;
+    Ensemble {
+        shape: plan.shape,
+        heads: taken.iter().map(|&head| &run.heads[head]).collect(),
+        maps: found.maps,
+        clusters: groups,
+        temperature: config.objective.temperature,
+        standardisation: &standardisation,
+    }
+    .write(&job.out, clusters)?;
+    result.pseudo_labels(embeddings, job)
+}
+
+/// The heads by rising loss; of equals the first.
+fn by_loss(losses: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..losses.len()).collect();
+    order.sort_by(|&a, &b| losses[a].total_cmp(&losses[b]));
+    order
+}
+
+/// Adds the memberships of directions up to those of their clusters, `(N, K)`.
+fn added_up(memberships: &[f32], groups: &[u32], clusters: usize) -> Vec<f32> {
+    let mut sums = vec![0f32; memberships.len() / groups.len() * clusters];
+    for (row, sums) in memberships.chunks_exact(groups.len()).zip(sums.chunks_exact_mut(clusters)) {
+        row.iter().zip(groups).for_each(|(x, &group)| sums[group as usize] += x);
+    }
+    sums
+}
+
+/// Share of the heads that put each picture into its cluster once directions are merged, `(N,)`.
+fn agreement(
+    heads: &[Vec<f32>],
+    found: &Consensus,
+    groups: &[u32],
+    assignment: &[u32],
+    directions: usize,
+) -> Result<Vec<f32>> {
+    let mut agreeing = vec![0f32; assignment.len()];
+    for (head, map) in heads.iter().zip(&found.maps) {
+        let (own, _) = argmax_rows(head, directions)?;
+        for ((agreeing, own), &cluster) in agreeing.iter_mut().zip(own).zip(assignment) {
+            *agreeing += f32::from(groups[map[own as usize] as usize] == cluster);
+        }
+    }
+    agreeing.iter_mut().for_each(|agreeing| *agreeing /= heads.len() as f32);
+    Ok(agreeing)
+}
+
+/// Writes the last line of the log, and warns where the heads disagree.
+fn log_result(
+    config: &Config,
+    plan: &HeadPlan,
+    heads: &[Vec<f32>],
+    losses: &[f64],
+    agreement: &[f32],
+    result: &HeadResult,
+    job: &Job,
+) -> Result<()> {
+    let (clusters, directions) = (job.data.clusters, plan.shape.clusters);
+    let own = heads.iter().map(|head| Ok(argmax_rows(head, directions)?.0));
+    let own = own.collect::<Result<Vec<Vec<u32>>>>()?;
+    let pairs = (0..own.len()).flat_map(|a| (a + 1..own.len()).map(move |b| (a, b)));
+    let index = |(a, b): (usize, usize)| {
+        Ok(adjusted_rand_index(&contingency(&own[a], &own[b], directions, directions)?))
+    };
+    let pairs = pairs.map(index).collect::<Result<Vec<f64>>>()?;
+    let mean = (!pairs.is_empty()).then(|| pairs.iter().sum::<f64>() / pairs.len() as f64);
+    let with_k_means = contingency(&result.assignment, &result.kmeans_assignment, clusters, clusters)?;
+    let best = by_loss(losses)[0];
+    let with_best = contingency(&result.assignment, &own[best], clusters, directions)?;
+    job.log(&json!({
+        "phase": "result",
+        "losses": losses,
+        "best-head": best,
+        "sizes": cluster_sizes(&result.assignment, clusters),
+        "agreement": agreement.iter().map(|&x| f64::from(x)).sum::<f64>() / agreement.len() as f64,
+        "rand-index-between-heads": mean,
+        "lowest-rand-index-between-heads": pairs.iter().copied().reduce(f64::min),
+        "rand-index-with-best-head": adjusted_rand_index(&with_best),
+        "rand-index-with-k-means": adjusted_rand_index(&with_k_means),
+    }))?;
+    if let Some(mean) = mean.filter(|&mean| mean < config.consensus.warn_below) {
+        tracing::warn!(
+            "the heads disagree (adjusted Rand index {mean:.2} between pairs): the number of clusters or the \
+             backbone may not fit these images"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! A run of heads that can stop after any step and resume to the same bits.
+//!
+//! `state.safetensors` is of kind `temi-state`, version 1, and is removed once the result is written.
+//! Header: `identity`, so that the state of another run is refused, and `steps` done. For `H` heads of
+//! `P` parameters and `K` directions: `online`, `target`, `first-moments`, `second-moments` `(H, P)` and
+//! `marginals` `(H, K)`, f32; `sums (2, H)` u64: the bits of f64, the losses of the current log line and
+//! those that choose the best head.
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stage::container::{self, Container, Header, Tensor};
+use stage::{Diverged, Job, files};
+
+use crate::config::HeadPlan;
+use crate::learner::LearningHead;
+
+const KIND: &str = "temi-state";
+const VERSION: u64 = 1;
+const FILE: &str = "state.safetensors";
+
+/// The heads, how far they are, and their losses.
+pub struct HeadRun<'a> {
+    /// The heads.
+    pub heads: Vec<LearningHead<f32>>,
+    /// Steps done.
+    pub steps: usize,
+    job: &'a Job,
+    plan: HeadPlan,
+    identity: String,
+    /// Sums of each head's losses since the last line of the log.
+    recent: Vec<f64>,
+    /// Sums of each head's losses over the last `loss_steps` steps of the run.
+    last: Vec<f64>,
+    line_began: Instant,
+    line_steps: usize,
+}
+
+impl<'a> HeadRun<'a> {
+    /// Resumes from the state in the job's folder, or starts with `heads`. Returns whether it started.
+    ///
+    /// - `identity`: names the run: its table, seed, data and place.
+    ///
+    /// # Errors
+    ///
+    /// The state is damaged or belongs to another run.
+    pub fn resume_or_start(
+        job: &'a Job,
+        plan: HeadPlan,
+        identity: String,
+        heads: impl FnOnce() -> Vec<LearningHead<f32>>,
+        count: usize,
+    ) -> Result<(Self, bool)> {
+        let mut run = Self {
+            heads: vec![],
+            steps: 0,
+            job,
+            plan,
+            identity,
+            recent: vec![0.; count],
+            last: vec![0.; count],
+            line_began: Instant::now(),
+            line_steps: 0,
+        };
+        let starts = !job.out.join(FILE).exists();
+        if starts {
+            run.heads = heads();
+            job.clear_log()?;
+        } else {
+            run.load(count)?;
+            tracing::info!("resumed after step {} of {}", run.steps, run.plan.steps);
+            run.drop_later_log_lines()?;
+        }
+        Ok((run, starts))
+    }
+
+    /// Counts a step and its losses.
+    ///
+    /// # Errors
+    ///
+    /// A loss is not finite: [`Diverged`].
+    pub fn note(&mut self, losses: &[f64]) -> Result<()> {
+        if let Some(head) = losses.iter().position(|loss| !loss.is_finite()) {
+            let message = format!(
+                "the loss of head {head} is {} at step {}; try a lower `learning-rate` in \
+                 `[temi.optimizer]`",
+                losses[head],
+                self.steps + 1
+            );
+            return Err(Diverged(message).into());
+        }
+        let is_last = self.steps + self.plan.loss_steps >= self.plan.steps;
+        for ((recent, last), loss) in self.recent.iter_mut().zip(&mut self.last).zip(losses) {
+            *recent += loss;
+            *last += if is_last { *loss } else { 0. };
+        }
+        self.steps += 1;
+        self.line_steps += 1;
+        Ok(())
+    }
+
+    /// Mean loss of each head over the last steps of the run, which have been taken.
+    pub fn losses(&self) -> Vec<f64> {
+        let steps = self.plan.loss_steps.min(self.plan.steps) as f64;
+        self.last.iter().map(|sum| sum / steps).collect()
+    }
+
+    /// Writes a line of the log: the mean loss since the last one.
+    pub fn log(&mut self, every: usize) -> Result<()> {
+        let steps = match self.steps % every {
+            0 => every.min(self.steps),
+            since => since,
+        };
+        let mean = |sum: f64| sum / steps as f64;
+        let seconds = self.line_began.elapsed().as_secs_f64();
+        self.job.log(&json!({
+            "phase": "train",
+            "step": self.steps,
+            "loss": mean(self.recent.iter().sum::<f64>() / self.recent.len() as f64),
+            "lowest-loss": mean(self.recent.iter().copied().fold(f64::INFINITY, f64::min)),
+            "learning-rate": self.plan.learning_rate.at(self.steps - 1),
+            "steps-per-second": self.line_steps as f64 / seconds.max(1e-9),
+        }))?;
+        self.recent.fill(0.);
+        (self.line_began, self.line_steps) = (Instant::now(), 0);
+        Ok(())
+    }
+
+    /// Writes the state.
+    pub fn save(&self) -> Result<()> {
+        let (heads, shape) = (self.heads.len(), self.plan.shape);
+        let joined = |of: fn(&LearningHead<f32>) -> &Vec<f32>| -> Vec<f32> {
+            self.heads.iter().flat_map(|head| of(head)).copied().collect()
+        };
+        let sums: Vec<u64> = self.recent.iter().chain(&self.last).map(|x| x.to_bits()).collect();
+        let parts: Vec<Vec<f32>> = PARTS.iter().map(|(_, of)| joined(*of)).collect();
+        let mut tensors = vec![Tensor::u64("sums", &[2, heads], &sums)];
+        for ((name, _), values) in PARTS.iter().zip(&parts) {
+            tensors.push(Tensor::f32(*name, &[heads, shape.parameters()], values));
+        }
+        let marginals = joined(|head| &head.marginal);
+        tensors.push(Tensor::f32("marginals", &[heads, shape.clusters], &marginals));
+        let header = Header::from([
+            ("identity".to_owned(), self.identity.clone().into()),
+            ("steps".to_owned(), self.steps.into()),
+        ]);
+        container::write(&self.job.out.join(FILE), KIND, VERSION, header, &tensors)
+    }
+
+    fn load(&mut self, heads: usize) -> Result<()> {
+        let file = Container::open(&self.job.out.join(FILE), KIND, VERSION)?;
+        ensure!(
+            file.header_text("identity")? == self.identity,
+            "`{}` belongs to another run (its table, seed, round or images differ); remove the folder, \
+             or name another with --out",
+            file.path().display()
+        );
+        self.steps = file.header_number("steps")? as usize;
+        let rows = |name: &str, columns: usize| -> Result<Vec<Vec<f32>>> {
+            let values = file.f32(name)?;
+            ensure!(
+                values.len() == heads * columns,
+                "`{name}` of `{}` has {} values in place of {heads} × {columns}; remove the folder",
+                file.path().display(),
+                values.len()
+            );
+            Ok(values.chunks_exact(columns).map(<[f32]>::to_vec).collect())
+        };
+        let parameters = self.plan.shape.parameters();
+        let parts = PARTS.iter().map(|(name, _)| rows(name, parameters));
+        let mut parts = parts.collect::<Result<Vec<_>>>()?.into_iter().map(Vec::into_iter);
+        let marginals = rows("marginals", self.plan.shape.clusters)?;
+        let (online, target) = (parts.next(), parts.next());
+        let (first, second) = (parts.next(), parts.next());
+        let all = online.zip(target).zip(first.zip(second)).context("four parts")?;
+        let ((online, target), (first, second)) = all;
+        self.heads = (online.zip(target).zip(first.zip(second)).zip(marginals))
+            .map(|(((online, target), (first_moments, second_moments)), marginal)| LearningHead {
+                online,
+                target,
+                first_moments,
+                second_moments,
+                marginal,
+            })
+            .collect();
+        let sums: Vec<f64> = file.u64("sums")?.into_iter().map(f64::from_bits).collect();
+        ensure!(sums.len() == 2 * heads, "`{}` has no sums of losses", file.path().display());
+        self.recent = sums[..heads].to_vec();
+        self.last = sums[heads..].to_vec();
+        Ok(())
+    }
+
+    /// Drops the lines that a killed run wrote after its last state: their steps come again.
+    fn drop_later_log_lines(&self) -> Result<()> {
+        let path = self.job.out.join("log.jsonl");
+        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+        let is_kept = |line: &&str| {
+            serde_json::from_str::<Value>(line).is_ok_and(|value| match value.get("step") {
+                Some(step) => step.as_u64().is_some_and(|step| step <= self.steps as u64),
+                None => value.get("phase").and_then(Value::as_str) != Some("result"),
+            })
+        };
+        let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
+        if kept == text { Ok(()) } else { files::write(&path, kept.as_bytes()) }
+    }
+}
+
+/// Removes the state of a job, if there is one: its result is written.
+///
+/// # Errors
+///
+/// The file system refuses.
+pub fn remove(job: &Job) -> Result<()> {
+    let path = job.out.join(FILE);
+    match path.exists() {
+        true => fs::remove_file(&path).with_context(|| format!("removing `{}`", path.display())),
+        false => Ok(()),
+    }
+}
+
+/// The parts of a head that have a value for each parameter.
+type PartOf = fn(&LearningHead<f32>) -> &Vec<f32>;
+const PARTS: [(&str, PartOf); 4] = [
+    ("online", |head| &head.online),
+    ("target", |head| &head.target),
+    ("first-moments", |head| &head.first_moments),
+    ("second-moments", |head| &head.second_moments),
+];
