@@ -2,7 +2,8 @@
 //!
 //! Every round of every method groups embeddings ([`k_means`]), searches for neighbours
 //! ([`nearest_neighbours`]) and compares two groupings whose cluster numbers are arbitrary
-//! ([`optimal_map`]). This crate holds these algorithms and nothing else: it reads no file and knows
+//! ([`optimal_map`]). [`consensus`] makes one grouping of several, [`number`] guesses how many clusters
+//! there are. This crate holds these algorithms and nothing else: it reads no file and knows
 //! no picture, no network and no label.
 //!
 //! Points are rows of a flat `f32` slice, `(N, D)` row-major. Sums are accumulated in `f64`, split
@@ -40,8 +41,10 @@ mod consensus;
 mod iterations;
 mod k_means;
 mod lloyd;
+mod logistic;
 mod matching;
 mod neighbours;
+pub mod number;
 mod points;
 mod prototypes;
 mod rand_index;
@@ -50,6 +53,7 @@ mod seeding;
 mod shares;
 mod silhouette;
 mod sinkhorn;
+mod spectral;
 mod streaming;
 
 pub use approximate::{Approximate, approximate_neighbours};
@@ -57,6 +61,7 @@ pub use argmax::argmax_rows;
 pub use clustering::{Clustering, KMeans, Metric};
 pub use consensus::{Consensus, consensus, merged_clusters};
 pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
+pub use logistic::Generalisation;
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{
     nearest_neighbours, nearest_neighbours_and_self, share_of_agreeing_neighbours,
@@ -67,4 +72,5 @@ pub use sample::sample;
 pub use shares::{Shares, shares};
 pub use silhouette::Distances;
 pub use sinkhorn::sinkhorn;
+pub use spectral::neighbour_graph_eigenvalues;
 pub use streaming::{Shards, Streaming, k_means_mini_batch, k_means_streaming};

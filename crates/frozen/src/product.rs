@@ -54,8 +54,8 @@ fn exponential(x: f32) -> f32 {
     let scaled = (x * std::f32::consts::LOG2_E).max(-126.);
     let whole = (scaled - 0.5) as i32;
     let f = (scaled - whole as f32) * std::f32::consts::LN_2;
-    let series = 1.
-        + f * (1. + f * (0.5 + f * (1. / 6. + f * (1. / 24. + f * (1. / 120. + f / 720.)))));
+    let series =
+        1. + f * (1. + f * (0.5 + f * (1. / 6. + f * (1. / 24. + f * (1. / 120. + f / 720.)))));
     f32::from_bits((whole.wrapping_add(127) as u32) << 23) * series
 }
 

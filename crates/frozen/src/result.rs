@@ -61,8 +61,12 @@ impl HeadResult {
         let agreeing = share_of_agreeing_neighbours(&self.assignment, &self.neighbours);
         let score: Vec<f32> = self.confidence.iter().zip(&agreeing).map(|(c, a)| c * a).collect();
         let least = self.agreeing_neighbours as f32;
-        let reliable: Vec<bool> =
-            self.trusted.iter().zip(&agreeing).map(|(&sure, &share)| sure && share >= least).collect();
+        let reliable: Vec<bool> = self
+            .trusted
+            .iter()
+            .zip(&agreeing)
+            .map(|(&sure, &share)| sure && share >= least)
+            .collect();
         let weights: Vec<f32> =
             score.iter().zip(&reliable).map(|(&s, &sure)| if sure { s } else { 0. }).collect();
         let map = optimal_map(&self.kmeans_assignment, &self.assignment, clusters)?;

@@ -191,7 +191,13 @@ impl KMeansTable {
     /// # Errors
     ///
     /// Those of [`k_means`].
-    pub fn assign(&self, rows: &[f32], width: usize, clusters: usize, seed: u64) -> Result<Vec<u32>> {
+    pub fn assign(
+        &self,
+        rows: &[f32],
+        width: usize,
+        clusters: usize,
+        seed: u64,
+    ) -> Result<Vec<u32>> {
         let KMeansTable { restarts, iterations, standardise } = *self;
         let metric = Metric::Spherical;
         let config = KMeans { clusters, metric, restarts, iterations, tolerance: 1e-4 };

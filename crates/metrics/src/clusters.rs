@@ -1,19 +1,19 @@
 //! The program `clusters`: estimates the number of clusters in embeddings.
 //!
 //! `assort clusters RUN [--from 2] [--to 50] [--json]` starts it on a run's embeddings.
-//! [`crate::number`] explains the scores.
+//! [`assignment::number`] explains the scores.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use assignment::Generalisation;
+use assignment::number::{Estimator, EstimatorSettings, NumberScore, Suggestion, suggested};
 use clap::Parser;
 use data::{EmbeddingRows, Space};
 use serde_json::json;
 use stage::console::{print_line, start_logging};
-
-use crate::number::{self, Estimator, EstimatorSettings, NumberScore};
 
 /// Scores numbers of clusters on embeddings, and recommends one: a guess.
 #[derive(Debug, Parser)]
@@ -40,6 +40,12 @@ struct EstimateArguments {
     /// Starts of each k-means.
     #[arg(long, value_name = "N", default_value_t = 5)]
     restarts: usize,
+    /// Sets without structure to compare with for the gap.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    references: usize,
+    /// Neighbours of each image in the graph of the eigengap.
+    #[arg(long, value_name = "N", default_value_t = 15)]
+    neighbours: usize,
     /// Seed of every random draw.
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
@@ -56,8 +62,11 @@ fn space(word: &str) -> Result<Space, String> {
     }
 }
 
-/// Most images to use for the silhouette, whose cost is quadratic.
-const SILHOUETTE_IMAGES: usize = 3000;
+/// Most images to use for the indices of quadratic cost.
+const MEASURED_IMAGES: usize = 3000;
+
+/// Few folds and iterations: the score of many numbers is compared, not published.
+const GENERALISATION: Generalisation = Generalisation { folds: 3, weight: 1., iterations: 30 };
 
 /// The program: the command line `words` in, the exit status out.
 pub fn program(words: Vec<OsString>) -> ExitCode {
@@ -67,12 +76,21 @@ pub fn program(words: Vec<OsString>) -> ExitCode {
 
 fn run(arguments: &EstimateArguments) -> Result<()> {
     let EstimateArguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
+    let EstimateArguments { references, neighbours, .. } = *arguments;
     ensure!(from >= 2, "--from {from}: a single cluster has no scores; begin with 2");
     ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
     let file = EmbeddingRows::open(&arguments.embeddings, arguments.space)?;
-    let settings =
-        EstimatorSettings { images, silhouette_images: SILHOUETTE_IMAGES, restarts, pairs };
+    let settings = EstimatorSettings {
+        images,
+        measured_images: MEASURED_IMAGES,
+        restarts,
+        pairs,
+        references,
+        neighbours,
+        most_clusters: to,
+        generalisation: GENERALISATION,
+    };
     let estimator = Estimator::new(&file.rows(0..file.len()), file.width(), &settings, seed)
         .with_context(|| format!("`{path}`"))?;
     let used = estimator.images();
@@ -82,20 +100,25 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
         used / 2
     );
     print_line(format_args!("{used} of {} images of `{path}`\n", file.len()))?;
-    print_line(format_args!("{:>8} {:>10} {:>9}    error", "clusters", "silhouette", "stability"))?;
+    print_line(format_args!(
+        "{:>8} {:>10} {:>9} {:>8} {:>7} {:>8} {:>9}",
+        "clusters", "silhouette", "stability", "strength", "gap", "eigengap", "generalis."
+    ))?;
     let mut candidates = vec![];
     for clusters in from..=to {
         let candidate = estimator.score(clusters)?;
         print_line(line(&candidate))?;
         candidates.push(candidate);
     }
-    let recommended = number::recommended(&candidates).map(|candidate| candidate.clusters);
-    print_line(format_args!("\n{}", advice(recommended)))?;
+    let suggestion = suggested(&candidates);
+    print_line(format_args!("\n{}", advice(suggestion.as_ref())))?;
     if arguments.json {
         let object = json!({
             "images": used,
             "candidates": candidates,
-            "recommended": recommended,
+            "recommended": suggestion.as_ref().map(|suggestion| suggestion.clusters),
+            "range": suggestion.as_ref().map(|suggestion| suggestion.range),
+            "reasons": suggestion.map(|suggestion| suggestion.reasons),
             "is-a-guess": true,
         });
         print_line(object)?;
@@ -104,20 +127,27 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
 }
 
 fn line(candidate: &NumberScore) -> String {
-    let NumberScore { clusters, silhouette, stability, stability_error } = *candidate;
-    let bar = "#".repeat((stability.max(0.) * 40.).round() as usize);
-    format!("{clusters:8} {silhouette:10.3} {stability:9.3}    {stability_error:.3} {bar}")
+    let NumberScore { clusters, silhouette, stability, prediction_strength, gap, .. } = candidate;
+    let NumberScore { eigengap, generalisation, .. } = candidate;
+    format!(
+        "{clusters:8} {silhouette:10.3} {stability:9.3} {prediction_strength:8.3} {gap:7.3} {eigengap:8.3} \
+         {generalisation:9.3}"
+    )
 }
 
-fn advice(recommended: Option<usize>) -> String {
-    let guess = "This is a guess: both scores measure how well k-means separates these embeddings, \
-                 not what the images show, and both can favour a coarser grouping than the one you \
-                 seek. Look at the scores above, and at pictures of the clusters.";
-    match recommended {
-        Some(clusters) => format!(
-            "{clusters} clusters: the highest silhouette among the numbers that are most stable under \
-             resampling. {guess}"
+fn advice(suggestion: Option<&Suggestion>) -> String {
+    let Some(Suggestion { clusters, range: [from, to], reasons }) = suggestion else {
+        return "No number of clusters is better than chance here.".to_owned();
+    };
+    let mut text = match from == to {
+        true => format!("{clusters} clusters. Each index alone says:\n"),
+        false => format!(
+            "{clusters} clusters; {from} to {to} are nearly as good. Each index alone says:\n"
         ),
-        None => format!("No number of clusters is better than chance here. {guess}"),
+    };
+    for vote in reasons {
+        text.push_str(&format!("  {:20} {:4}  {}\n", vote.index, vote.clusters, vote.rule));
     }
+    text + "This is a guess: all of them measure how embeddings lie, not what the images show. Look at \
+            pictures of the clusters; ask for more clusters and merge, or for fewer."
 }

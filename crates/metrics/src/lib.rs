@@ -6,7 +6,7 @@
 //! - [`round`]: the scores of one round; [`data::metrics`] is the form of `metrics.json`.
 //! - [`agreement`]: scores of a grouping against another one or the truth: ACC, NMI, ARI, AMI.
 //! - [`calibration`]: whether a confidence is the probability of being right.
-//! - [`number`]: estimates the number of clusters, for the program [`clusters`].
+//! - [`clusters`]: the program that estimates the number of clusters.
 //!
 //! ```
 //! use assignment::{adjusted_rand_index, contingency};
@@ -23,7 +23,6 @@
 pub mod agreement;
 pub mod calibration;
 pub mod clusters;
-pub mod number;
 pub mod round;
 
 use std::fs;

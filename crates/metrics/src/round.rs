@@ -8,8 +8,7 @@ use data::metrics::{ClassScores, Reliable, Scores};
 use data::{Labels, PseudoLabels, RoundMetrics};
 
 use crate::agreement::{
-    Mean, accuracy, adjusted_mutual_information, class_scores, hits,
-    normalized_mutual_information,
+    Mean, accuracy, adjusted_mutual_information, class_scores, hits, normalized_mutual_information,
 };
 use crate::calibration::calibration_error;
 

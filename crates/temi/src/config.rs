@@ -191,8 +191,7 @@ impl Config {
         )?;
         within("temi.objective", "beta", objective.beta, 0.5..=1.)?;
         within("temi.objective", "balance", objective.balance, 0. ..=1.)?;
-        let decays =
-            [("decay", marginal.decay), ("small-batch-decay", marginal.small_batch_decay)];
+        let decays = [("decay", marginal.decay), ("small-batch-decay", marginal.small_batch_decay)];
         below_one("temi.marginal", &decays)?;
         within("temi", "overclustering", self.overclustering, 1. ..=100.)?;
         self.check_run()

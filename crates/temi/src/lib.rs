@@ -195,7 +195,8 @@ fn log_result(
     };
     let pairs = pairs.map(index).collect::<Result<Vec<f64>>>()?;
     let mean = (!pairs.is_empty()).then(|| pairs.iter().sum::<f64>() / pairs.len() as f64);
-    let with_k_means = contingency(&result.assignment, &result.kmeans_assignment, clusters, clusters)?;
+    let with_k_means =
+        contingency(&result.assignment, &result.kmeans_assignment, clusters, clusters)?;
     let best = by_loss(losses)[0];
     let with_best = contingency(&result.assignment, &own[best], clusters, directions)?;
     job.log(&json!({

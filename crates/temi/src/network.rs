@@ -134,10 +134,8 @@ pub fn forward<T: HeadFloat>(
         row.iter_mut().zip(&parameters[bottleneck_bias.clone()]).for_each(|(x, &b)| *x = *x + b);
     }
     let length = to_unit_length(&mut unit, shape.bottleneck);
-    let unit_directions = FlatMatrix::new(
-        &unit_directions(shape, &parameters[directions]).0,
-        shape.bottleneck,
-    )?;
+    let unit_directions =
+        FlatMatrix::new(&unit_directions(shape, &parameters[directions]).0, shape.bottleneck)?;
     let cosines: Vec<T> =
         FlatMatrix::new(&unit, shape.bottleneck)?.times(&unit_directions.transposed()?)?;
     let scales = &parameters[scales];

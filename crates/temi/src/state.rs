@@ -176,15 +176,12 @@ impl<'a> HeadRun<'a> {
         let (first, second) = (parts.next(), parts.next());
         let all = online.zip(target).zip(first.zip(second)).context("four parts")?;
         let ((online, target), (first, second)) = all;
-        self.heads = (online.zip(target).zip(first.zip(second)).zip(marginals))
-            .map(|(((online, target), (first_moments, second_moments)), marginal)| LearningHead {
-                online,
-                target,
-                first_moments,
-                second_moments,
-                marginal,
-            })
-            .collect();
+        self.heads =
+            (online.zip(target).zip(first.zip(second)).zip(marginals))
+                .map(|(((online, target), (first_moments, second_moments)), marginal)| {
+                    LearningHead { online, target, first_moments, second_moments, marginal }
+                })
+                .collect();
         let sums: Vec<f64> = file.u64("sums")?.into_iter().map(f64::from_bits).collect();
         ensure!(sums.len() == 2 * heads, "`{}` has no sums of losses", file.path().display());
         self.recent = sums[..heads].to_vec();
