@@ -33,6 +33,7 @@ pub fn registry() -> Registry {
             Program::of::<imc_swav::ImcSwav>(),
             Program::of::<icbpl::Icbpl>(),
             Program::of::<temi::Temi>(),
+            Program::of::<turtle::Turtle>(),
         ],
         helpers: vec![
             Helper { name: "prepare", algorithm: prepare::ALGORITHM, main: prepare::program },

@@ -1,0 +1,266 @@
+//! The whole stage on made-up features: what it finds, and that stopping and threads change nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+use assignment::contingency;
+use data::{DataSet, Embeddings, Images, PseudoLabels};
+use fixture::features::{MadeFeatures, nuisance};
+use frozen::rows::{FrozenEmbeddings, KMeansTable};
+use stage::{Interrupted, Job, Split, Stage};
+use temi::Temi;
+use temi::config::{Config, HeadWidths, NeighbourRule, StepRule};
+
+/// The table of `configs/stage/temi.toml`.
+fn published() -> Config {
+    let tables: toml::Table =
+        include_str!("../../../configs/stage/temi.toml").parse().expect("TOML");
+    tables["temi"].clone().try_into().expect("the table")
+}
+
+/// The setting of the reference run that T15's numbers are of, for so many steps.
+fn reference(steps: usize) -> Config {
+    let mut config = published();
+    config.heads = 6;
+    config.network = HeadWidths { hidden: 128, ..config.network };
+    config.small_network.images = 0;
+    config.neighbours = NeighbourRule { share: 1., least: 25, most: 25 };
+    config.run = StepRule { passes: 0., least_steps: steps, ..config.run };
+    config.optimizer.learning_rate = 5e-4;
+    config.schedule.fall_from = 1.;
+    config.schedule.last_rate = 1.;
+    config
+}
+
+/// A run that takes a moment.
+fn tiny() -> Config {
+    let mut config = reference(7);
+    config.heads = 3;
+    config.network = HeadWidths { hidden: 24, bottleneck: 16, ..config.network };
+    config.neighbours = NeighbourRule { share: 1., least: 5, most: 5 };
+    config.run = StepRule { batch_size: 64, save_every: 3, ..config.run };
+    config.overclustering = 1.5;
+    config
+}
+
+fn embeddings(made: &MadeFeatures) -> FrozenEmbeddings {
+    let count = made.classes.len();
+    FrozenEmbeddings {
+        data_set: DataSet { path: "made up".into(), images: count, fingerprint: "f".into() },
+        index: (0..count as u32).collect(),
+        width: made.width,
+        rows: made.rows.clone(),
+        projection_width: made.width,
+        projections: made.rows.clone(),
+        previous: None,
+    }
+}
+
+fn job(folder: &Path, clusters: usize) -> Job {
+    Job { seed: 1, ..Job::new("temi", "none", folder, fixture::data(clusters, &[])) }
+}
+
+/// ACC: the share of rows whose cluster is their class under the best map.
+fn accuracy(assignment: &[u32], made: &MadeFeatures) -> Result<f64> {
+    let clusters = assignment.iter().max().map_or(0, |&k| k as usize + 1).max(made.class_count);
+    let table = contingency(assignment, &made.classes, clusters, made.class_count)?;
+    let hits =
+        table.best_map().into_iter().enumerate().filter_map(|(row, column)| {
+            column.map(|column| f64::from(table.at(row, column as usize)))
+        });
+    Ok(hits.sum::<f64>() / assignment.len() as f64)
+}
+
+fn result_line(folder: &Path) -> Result<serde_json::Value> {
+    let log = fs::read_to_string(folder.join("log.jsonl"))?;
+    Ok(serde_json::from_str(log.lines().last().expect("a line"))?)
+}
+
+/// Accuracies of k-means, standardised k-means and the consensus.
+fn accuracies(seed: u64, steps: usize) -> Result<[f64; 3]> {
+    let made = nuisance(2000, 10, 6, 0.55, seed);
+    let folder = tempfile::tempdir()?;
+    let labels = temi::cluster(&reference(steps), embeddings(&made), &job(folder.path(), 10))?;
+    let table = KMeansTable { restarts: 10, iterations: 300, standardise: true };
+    let standard = table.assign(&made.rows, made.width, 10, 0)?;
+    println!("seed {seed}: {}", result_line(folder.path())?);
+    Ok([
+        accuracy(&labels.kmeans_assignment, &made)?,
+        accuracy(&standard, &made)?,
+        accuracy(&labels.assignment, &made)?,
+    ])
+}
+
+/// T15, shortened to 300 of 1,000 steps and one seed.
+#[test]
+fn the_consensus_finds_classes_that_k_means_misses() -> Result<()> {
+    let [k_means, standard, consensus] = accuracies(1, 300)?;
+    println!("k-means {k_means}, standardised {standard}, consensus {consensus}");
+    assert!(consensus > 0.85 && k_means < 0.75, "{k_means}, {consensus}");
+    Ok(())
+}
+
+/// T15: `cargo test -p temi --test synthetic --release -- --ignored --nocapture`
+#[test]
+#[ignore = "a minute: three runs of 1,000 steps"]
+fn the_consensus_finds_the_classes_on_three_seeds() -> Result<()> {
+    for seed in 0..3 {
+        let [k_means, standard, consensus] = accuracies(seed, 1000)?;
+        println!("k-means {k_means}, standardised {standard}, consensus {consensus}");
+        assert!(consensus >= 0.96, "seed {seed}: {consensus}");
+        assert!(k_means < 0.8, "seed {seed}: {k_means}");
+    }
+    Ok(())
+}
+
+fn outputs(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name != "log.jsonl" {
+            files.insert(name, fs::read(path)?);
+        }
+    }
+    Ok(files)
+}
+
+fn write_embeddings(folder: &Path, made: &MadeFeatures, job: &Job) -> Result<()> {
+    let images = Images::open(&job.images)?;
+    Embeddings {
+        data_set: images.data_set().clone(),
+        index: images.rows(&job.data.score_on),
+        width: made.width,
+        projection_width: made.width,
+        views: 0,
+        backbone: made.rows.clone(),
+        projection: made.rows.clone(),
+        backbone_views: vec![],
+    }
+    .write(&folder.join("embeddings.safetensors"))
+}
+
+/// A job on 200 pictures whose embeddings are made up.
+fn stage_job(folder: &Path, out: &str) -> Result<Job> {
+    let pictures =
+        fixture::Pictures { count: 200, pixel: fixture::scattered, split: |_| Split::Train };
+    let mut job = fixture::job("temi", folder, out, pictures, fixture::data(4, &[Split::Train]));
+    job.inputs.insert("embeddings".into(), folder.to_owned());
+    let images = Images::open(&job.images)?.rows(&job.data.score_on).len();
+    let made = nuisance(images, 4, 2, 0.2, 5);
+    if !folder.join("embeddings.safetensors").exists() {
+        write_embeddings(folder, &made, &job)?;
+    }
+    Ok(job)
+}
+
+/// T12: interrupted after every single step, the run writes the same bytes.
+#[test]
+fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let whole = stage_job(folder.path(), "whole")?;
+    Temi::run(&tiny(), &whole)?;
+    let parts = stage_job(folder.path(), "parts")?;
+    parts.interrupt.raise();
+    let mut stops = 0;
+    while let Err(error) = Temi::run(&tiny(), &parts) {
+        assert!(error.is::<Interrupted>(), "{error:#}");
+        stops += 1;
+        assert!(stops <= 7, "a step is taken each time");
+    }
+    assert_eq!(stops, 7);
+    let (want, got) = (outputs(&whole.out)?, outputs(&parts.out)?);
+    let names: Vec<&String> = want.keys().collect();
+    assert_eq!(names, ["head.safetensors", "pseudo-labels.safetensors"], "no state is left");
+    assert!(want == got, "other bytes");
+    let steps = |folder: &Path| -> Result<Vec<u64>> {
+        let log = fs::read_to_string(folder.join("log.jsonl"))?;
+        let lines = log.lines().map(serde_json::from_str::<serde_json::Value>);
+        let lines = lines.collect::<Result<Vec<_>, _>>()?;
+        Ok(lines.iter().filter_map(|line| line["step"].as_u64()).collect())
+    };
+    assert_eq!(steps(&parts.out)?, [3, 6, 7]);
+    assert_eq!(steps(&whole.out)?, [3, 6, 7]);
+    Ok(())
+}
+
+#[test]
+fn the_state_of_another_run_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = stage_job(folder.path(), "out")?;
+    job.interrupt.raise();
+    assert!(Temi::run(&tiny(), &job).is_err());
+    let other = Job { seed: job.seed + 1, ..job.clone() };
+    let error = Temi::run(&tiny(), &other).expect_err("another seed").to_string();
+    assert!(error.contains("another run") && error.contains("state.safetensors"), "{error}");
+    Ok(())
+}
+
+/// T12, threads: candle reads their number once a process, so that each number needs its own.
+#[test]
+fn any_number_of_threads_gives_the_same_bytes() -> Result<()> {
+    const ASKED: &str = "TEMI_TEST_WRITES_TO";
+    let name = "any_number_of_threads_gives_the_same_bytes";
+    if let Some(folder) = std::env::var_os(ASKED) {
+        return Temi::run(&tiny(), &stage_job(Path::new(&folder), "out")?);
+    }
+    let run = |threads: &str| -> Result<BTreeMap<String, Vec<u8>>> {
+        let folder = tempfile::tempdir()?;
+        let done = Command::new(std::env::current_exe()?)
+            .args([name, "--exact"])
+            .env(ASKED, folder.path())
+            .env("RAYON_NUM_THREADS", threads)
+            .output()?;
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        outputs(&folder.path().join("out"))
+    };
+    let one = run("1")?;
+    assert_eq!(one.len(), 2);
+    for threads in ["2", "3", "8"] {
+        assert!(run(threads)? == one, "{threads} threads");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_result_covers_the_pictures_and_states_what_was_merged() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = stage_job(folder.path(), "out")?;
+    Temi::run(&tiny(), &job)?;
+    let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
+    assert_eq!(labels.clusters, 4);
+    assert!(labels.assignment.iter().all(|&cluster| cluster < 4));
+    assert!(labels.score.iter().zip(&labels.confidence).all(|(score, sure)| score <= sure));
+    let head = data::head::open(&job.out)?;
+    assert_eq!(head.header_text("form")?, "ensemble");
+    assert_eq!(head.shape("directions")?, [3, 6, 16], "half as many again as clusters");
+    let sums = head.f32("clusters.weight")?;
+    for column in 0..6 {
+        assert_eq!((0..4).map(|row| sums[row * 6 + column]).sum::<f32>(), 1.);
+    }
+    let line = result_line(&job.out)?;
+    assert_eq!(line["losses"].as_array().map(Vec::len), Some(3));
+    assert_eq!(line["sizes"].as_array().map(Vec::len), Some(4));
+    assert!(line["rand-index-between-heads"].as_f64().is_some_and(|index| index <= 1.), "{line}");
+
+    // The next round numbers its clusters after the last one.
+    let mut next = stage_job(folder.path(), "next")?;
+    next.round = 1;
+    next.inputs.insert("previous".into(), job.out.clone());
+    Temi::run(&tiny(), &next)?;
+    let next = PseudoLabels::open(&next.out.join(PseudoLabels::FILE))?;
+    let table = contingency(&next.assignment, &labels.assignment, 4, 4)?;
+    let diagonal: u32 = (0..4).map(|k| table.at(k, k)).sum();
+    let best: u32 = table
+        .best_map()
+        .iter()
+        .enumerate()
+        .filter_map(|(row, &column)| column.map(|column| table.at(row, column as usize)))
+        .sum();
+    assert_eq!(diagonal, best);
+    assert_eq!(next.stability, Some(f64::from(diagonal) / labels.assignment.len() as f64));
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! The whole stage on made-up features: what it finds, and that stopping changes nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use assignment::contingency;
+use data::{DataSet, Embeddings, Images, PseudoLabels};
+use fixture::features::{MadeFeatures, nuisance};
+use frozen::rows::FrozenEmbeddings;
+use stage::{Interrupted, Job, Split, Stage};
+use turtle::Turtle;
+use turtle::config::{Config, RatePair};
+
+/// The table of `configs/stage/turtle.toml`, with few steps.
+fn table(steps: usize, batch_size: usize) -> Config {
+    let tables: toml::Table =
+        include_str!("../../../configs/stage/turtle.toml").parse().expect("TOML");
+    let mut config: Config = tables["turtle"].clone().try_into().expect("the table");
+    (config.steps, config.batch_size, config.save_every) = (steps, batch_size, 3);
+    config.generalisation.folds = 5;
+    config.generalisation.iterations = 100;
+    config
+}
+
+fn accuracy(assignment: &[u32], made: &MadeFeatures) -> Result<f64> {
+    let count = made.class_count;
+    let table = contingency(assignment, &made.classes, count, count)?;
+    let hits =
+        table.best_map().into_iter().enumerate().filter_map(|(row, column)| {
+            column.map(|column| f64::from(table.at(row, column as usize)))
+        });
+    Ok(hits.sum::<f64>() / assignment.len() as f64)
+}
+
+/// Standardised k-means is near it here, raw k-means far: what the head needs are large enough steps.
+/// With rates of 1e-3 the encoder hardly leaves its start, and the score tells.
+#[test]
+fn the_generalisation_score_chooses_the_rates_that_find_the_classes() -> Result<()> {
+    let made = nuisance(1000, 10, 6, 0.55, 1);
+    let count = made.classes.len();
+    let folder = tempfile::tempdir()?;
+    let job = Job { seed: 1, ..Job::new("turtle", "none", folder.path(), fixture::data(10, &[])) };
+    let embeddings = FrozenEmbeddings {
+        data_set: DataSet { path: "made up".into(), images: count, fingerprint: "f".into() },
+        index: (0..count as u32).collect(),
+        width: made.width,
+        rows: made.rows.clone(),
+        projection_width: made.width,
+        projections: made.rows.clone(),
+        previous: None,
+    };
+    let mut config = table(200, 10_000);
+    config.save_every = 100;
+    config.rates =
+        vec![RatePair { inner: 1e-3, outer: 1e-3 }, RatePair { inner: 1e-2, outer: 1e-2 }];
+    let labels = turtle::cluster(&config, embeddings, &job)?;
+    let log = fs::read_to_string(folder.path().join("log.jsonl"))?;
+    let line: serde_json::Value = serde_json::from_str(log.lines().last().expect("a line"))?;
+    let scores = &line["generalisation-scores"];
+    let (found, k_means) =
+        (accuracy(&labels.assignment, &made)?, accuracy(&labels.kmeans_assignment, &made)?);
+    println!("turtle {found}, k-means {k_means}, scores {scores}");
+    assert!(scores[1].as_f64() > scores[0].as_f64(), "{scores}");
+    assert!(found > 0.8 && k_means < 0.75, "{found}, {k_means}");
+    Ok(())
+}
+
+fn stage_job(folder: &Path, out: &str) -> Result<Job> {
+    let pictures =
+        fixture::Pictures { count: 120, pixel: fixture::scattered, split: |_| Split::Train };
+    let mut job = fixture::job("turtle", folder, out, pictures, fixture::data(4, &[Split::Train]));
+    job.inputs.insert("embeddings".into(), folder.to_owned());
+    let images = Images::open(&job.images)?;
+    let index = images.rows(&job.data.score_on);
+    let made = nuisance(index.len(), 4, 2, 0.2, 5);
+    let file = folder.join("embeddings.safetensors");
+    if !file.exists() {
+        Embeddings {
+            data_set: images.data_set().clone(),
+            index,
+            width: made.width,
+            projection_width: made.width,
+            views: 0,
+            backbone: made.rows.clone(),
+            projection: made.rows,
+            backbone_views: vec![],
+        }
+        .write(&file)?;
+    }
+    Ok(job)
+}
+
+fn outputs(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.insert(name, fs::read(path)?);
+    }
+    Ok(files)
+}
+
+/// Interrupted after every single step, with batches smaller than the set.
+#[test]
+fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let whole = stage_job(folder.path(), "whole")?;
+    Turtle::run(&table(5, 50), &whole)?;
+    let parts = stage_job(folder.path(), "parts")?;
+    parts.interrupt.raise();
+    let mut stops = 0;
+    while let Err(error) = Turtle::run(&table(5, 50), &parts) {
+        assert!(error.is::<Interrupted>(), "{error:#}");
+        stops += 1;
+        assert!(stops <= 15, "a step is taken each time");
+    }
+    assert_eq!(stops, 15);
+    let (want, got) = (outputs(&whole.out)?, outputs(&parts.out)?);
+    let names: Vec<&String> = want.keys().collect();
+    assert_eq!(names, ["head.safetensors", "log.jsonl", "pseudo-labels.safetensors"]);
+    assert!(want == got, "other bytes");
+    let other = Job { seed: 9, ..stage_job(folder.path(), "other")? };
+    other.interrupt.raise();
+    assert!(Turtle::run(&table(5, 50), &other).is_err());
+    let again = Job { seed: 8, ..other };
+    let error = Turtle::run(&table(5, 50), &again).expect_err("another seed").to_string();
+    assert!(error.contains("another run"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_head_gives_the_assignments_of_the_file() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let job = stage_job(folder.path(), "out")?;
+    Turtle::run(&table(5, 50), &job)?;
+    let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
+    let head = data::head::open(&job.out)?;
+    assert_eq!((head.header_text("form")?, head.header_number("clusters")?), ("linear", 4));
+    let [mean, deviation, weight, bias] = [
+        head.f32("mean")?,
+        head.f32("deviation")?,
+        head.f32("output.weight")?,
+        head.f32("output.bias")?,
+    ];
+    let rows = Embeddings::open(&folder.path().join("embeddings.safetensors"))?.backbone;
+    let width = mean.len();
+    for (row, &cluster) in rows.chunks(width).zip(&labels.assignment) {
+        let logit = |k: usize| -> f32 {
+            let x = row.iter().zip(&mean).zip(&deviation).map(|((x, m), s)| (x - m) / s);
+            x.zip(&weight[k * width..]).map(|(x, w)| x * w).sum::<f32>() + bias[k]
+        };
+        let own = logit(cluster as usize);
+        assert!((0..4).all(|k| logit(k) <= own + 1e-5));
+    }
+    Ok(())
+}
