@@ -334,13 +334,13 @@ pub struct IndexVote {
     pub rule: &'static str,
 }
 
-/// Weighs the indices: each is scaled to `[0, 1]` over the candidates, and the number of the highest mean
-/// is suggested, of equals the fewest clusters. The range are the numbers from the first to the last
-/// whose mean is within [`NEARLY`] of it.
+/// Weighs the indices: the number of the highest mean is suggested, of equals the fewest clusters. The
+/// range is from the first to the last number whose mean is within [`NEARLY`] of it.
 ///
-/// The mean is robust where single indices fail: those that favour few clusters fall slowly towards
-/// them, the eigengap and the silhouette peak. The gap counts up to where it stops rising by more than its
-/// error, as by its own rule.
+/// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: where one
+/// is as good as the same everywhere, it decides nothing. Silhouette and gap have no common unit, so they
+/// count as shares of their largest value, the gap up to where it stops rising by more than its error. A
+/// number that is merely stable, such as 2, so needs a silhouette too. The weights are ours.
 ///
 /// `None` if no candidate has stability and silhouette above 0, or there is none.
 pub fn suggested(candidates: &[NumberScore]) -> Option<Suggestion> {
@@ -356,31 +356,25 @@ pub fn suggested(candidates: &[NumberScore]) -> Option<Suggestion> {
     })
 }
 
-/// Numbers whose mean of the scaled indices is within this of the best are nearly as good.
-pub const NEARLY: f64 = 0.1;
+/// Numbers whose mean index is within this of the best are nearly as good.
+pub const NEARLY: f64 = 0.07;
 
-/// The mean over the indices, each scaled to `[0, 1]` over the candidates, `(candidates,)`.
+/// The mean over the indices of each candidate, `(candidates,)`.
 fn mean_indices(candidates: &[NumberScore]) -> Vec<f64> {
-    let indices: [fn(&NumberScore) -> f64; 5] = [
-        |c| c.silhouette,
-        |c| c.stability,
-        |c| c.prediction_strength,
-        |c| c.eigengap,
-        |c| c.generalisation,
-    ];
-    let mut curves: Vec<Vec<f64>> =
-        indices.iter().map(|index| candidates.iter().map(index).collect()).collect();
-    curves.push(risen_gap(candidates));
-    let mut means = vec![0.; candidates.len()];
-    for curve in &curves {
-        let least = curve.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = curve.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        if most > least {
-            let share = 1. / (most - least) / curves.len() as f64;
-            means.iter_mut().zip(curve).for_each(|(mean, x)| *mean += (x - least) * share);
-        }
-    }
-    means
+    let silhouettes = of_largest(candidates.iter().map(|c| c.silhouette).collect());
+    let gaps = of_largest(risen_gap(candidates));
+    let sum = |((c, silhouette), gap): ((&NumberScore, f64), f64)| {
+        let known = c.stability + c.prediction_strength + c.eigengap + c.generalisation;
+        (known + silhouette + gap) / 6.
+    };
+    candidates.iter().zip(silhouettes).zip(gaps).map(sum).collect()
+}
+
+/// Values as shares of the largest, those below 0 as 0; all 0 if none is above.
+fn of_largest(values: Vec<f64>) -> Vec<f64> {
+    let largest = values.iter().copied().fold(0., f64::max);
+    let share = |x: f64| if largest > 0. { x.max(0.) / largest } else { 0. };
+    values.into_iter().map(share).collect()
 }
 
 /// The gap up to where it stops rising, level from there on.
@@ -523,14 +517,16 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_of_the_scaled_indices_decides() {
+    fn the_mean_of_the_indices_decides() {
         let numbers =
             |candidates: &[NumberScore]| suggested(candidates).map(|s| (s.clusters, s.range));
-        // Scaled silhouettes 0, 1, .5; stability and strength 1, .9, 0.
+        // Shares of the largest silhouette 1/3, 1, 2/3; six times the means 2.33, 2.9, 1.67.
         let found = [candidate(2, 0.1, 1.), candidate(3, 0.3, 0.95), candidate(4, 0.2, 0.5)];
         assert_eq!(numbers(&found), Some((3, [3, 3])));
-        let eigengap = NumberScore { eigengap: 0.4, ..found[0] };
-        assert_eq!(numbers(&[eigengap, found[1], found[2]]), Some((2, [2, 3])));
+        for (eigengap, clusters) in [(0.4, 3), (0.6, 2)] {
+            let first = NumberScore { eigengap, ..found[0] };
+            assert_eq!(numbers(&[first, found[1], found[2]]), Some((clusters, [2, 3])));
+        }
         assert_eq!(numbers(&[candidate(3, -0.1, 0.9), candidate(4, 0.1, 0.)]), None);
         assert_eq!(numbers(&[]), None);
     }

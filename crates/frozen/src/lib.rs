@@ -6,6 +6,19 @@
 //! - [`product`]: matrix products in f32, and in f64 for tests.
 //!
 //! This crate knows no method.
+//!
+//! ```
+//! use frozen::rows::{KMeansTable, Standardisation};
+//!
+//! // Two groups, by the small second column; the first is large and means nothing.
+//! let rows = [900., -1., -800., -1., 700., -1., -600., 1., 500., 1., -400., 1.];
+//! let standard = Standardisation::of(&rows, 2);
+//! assert_eq!(standard.apply(&rows)[1], standard.apply(&rows)[3]);
+//!
+//! let k_means = KMeansTable { restarts: 5, iterations: 100, standardise: true };
+//! assert_eq!(k_means.assign(&rows, 2, 2, 0)?.len(), 6);
+//! # anyhow::Ok(())
+//! ```
 
 pub mod product;
 pub mod result;

@@ -81,6 +81,12 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
     ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
     let file = EmbeddingRows::open(&arguments.embeddings, arguments.space)?;
+    let used = images.min(file.len());
+    ensure!(
+        to <= used / 2,
+        "--to {to}: halves of {used} images are compared, so at most {} clusters are possible",
+        used / 2
+    );
     let settings = EstimatorSettings {
         images,
         measured_images: MEASURED_IMAGES,
@@ -93,12 +99,6 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
     };
     let estimator = Estimator::new(&file.rows(0..file.len()), file.width(), &settings, seed)
         .with_context(|| format!("`{path}`"))?;
-    let used = estimator.images();
-    ensure!(
-        to <= used / 2,
-        "--to {to}: halves of {used} images are compared, so at most {} clusters are possible",
-        used / 2
-    );
     print_line(format_args!("{used} of {} images of `{path}`\n", file.len()))?;
     print_line(format_args!(
         "{:>8} {:>10} {:>9} {:>8} {:>7} {:>8} {:>9}",
