@@ -1,7 +1,7 @@
-//! The files of an archive, tar or zip: nothing is unpacked to disk.
+//! Iterates over the files of a tar or zip archive without unpacking it to disk.
 //!
-//! A tar archive may be compressed by gzip or xz; a plain one, and a zip file, are read by seeking.
-//! What the files are is for [`packed`](crate::packed) and [`webdataset`](crate::webdataset).
+//! A tar archive may be compressed with gzip or xz. Uncompressed tar and zip are read by seeking.
+//! [`packed`](crate::packed) and [`webdataset`](crate::webdataset) interpret the files.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -16,14 +16,14 @@ use crate::names::{left_out_part, safe_name, split_name};
 use crate::tar_file::{self, SkipRead, Stream};
 use crate::{foreign, picture, zip_file};
 
-/// The most memory that unpacking xz may take, in KiB: twice what `xz -9` needs.
+/// Memory limit for decompressing xz, in KiB: twice what `xz -9` needs.
 const XZ_KIBIBYTES: u32 = 1 << 17;
 
-/// The bytes of a file, unpacked if it is compressed: told by its first bytes, not by its name.
+/// Decompresses gzip and xz, recognised by the first bytes, and returns other bytes unchanged.
 ///
 /// # Errors
 ///
-/// The file cannot be read or is compressed in another way.
+/// The file is compressed with bzip2 or zstd.
 pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<Box<dyn Read>> {
     let start = reader.fill_buf().with_context(|| format!("reading `{}`", path.display()))?;
     let other = match start {
@@ -37,13 +37,13 @@ pub fn decompressed(mut reader: impl BufRead + 'static, path: &Path) -> Result<B
         _ => return Ok(Box::new(reader)),
     };
     bail!(
-        "`{}` is packed by {other}, and only gzip and xz are read; unpack it and name its folder \
-         with {SOURCE}",
+        "`{}` is compressed with {other}, but only gzip and xz are supported; unpack it and pass \
+         its folder with {SOURCE}",
         path.display()
     )
 }
 
-/// A reader that takes "nothing was read" for its end, also where nothing was asked for.
+/// Wraps a reader that treats an empty read as end of file.
 struct WithoutEmptyReads<R>(R);
 
 impl<R: Read> Read for WithoutEmptyReads<R> {
@@ -52,7 +52,7 @@ impl<R: Read> Read for WithoutEmptyReads<R> {
     }
 }
 
-/// A file whose bytes can be passed over: by seeking, unless it is compressed.
+/// Opens a file whose bytes can be skipped: by seeking, unless it is compressed.
 fn open_input(path: &Path) -> Result<Box<dyn SkipRead>> {
     let open = || File::open(path).with_context(|| format!("opening `{}`", path.display()));
     let mut start = Vec::new();
@@ -66,42 +66,42 @@ fn open_input(path: &Path) -> Result<Box<dyn SkipRead>> {
     }
 }
 
-/// The path of a file below the folder that counts, with `/` between its parts; or, for a file that
-/// is left out, its name and the reason, a phrase that follows the name.
+/// The path of a file below the folder that is read, separated by `/`. For a skipped file, its name
+/// and the reason, a phrase that follows the name.
 pub type Name = Result<String, (String, &'static str)>;
 
 /// A file of an archive.
 pub trait Member {
-    /// Where it lies.
+    /// Its path, or why it is skipped.
     fn name(&self) -> &Name;
 
-    /// How many bytes it has.
+    /// Its size in bytes.
     fn size(&self) -> u64;
 
-    /// Its first bytes; they are read again.
+    /// Peeks at its first bytes.
     ///
     /// # Errors
     ///
     /// The archive is damaged.
     fn start(&mut self) -> Result<Vec<u8>>;
 
-    /// Its bytes, or why there are none to be had.
+    /// Reads its bytes, or returns why this one file cannot be read.
     ///
     /// # Errors
     ///
     /// The archive is damaged.
     fn read(&mut self, limit: u64) -> Result<Result<Vec<u8>, String>>;
 
-    /// Its bytes, not yet read; none in a zip file.
+    /// Its bytes as a stream; `None` in a zip file.
     fn stream(&mut self) -> Option<&mut dyn SkipRead>;
 }
 
-/// Calls `visit` with every file below the folder `within` of an archive, or with every file if
+/// Calls `visit` with every file of an archive below the folder `within`, or with every file if
 /// `within` is empty, until `visit` returns `false`. Folders are not visited.
 ///
 /// # Errors
 ///
-/// The archive cannot be read, is damaged or cut short, or has no folder `within`; or `visit` fails.
+/// The archive is damaged or truncated, or has no folder `within`; or `visit` fails.
 pub fn each(
     path: &Path,
     within: &str,
@@ -118,7 +118,8 @@ pub fn each(
     within.check(path)
 }
 
-/// Calls `visit` with every file of the tar archive `shown` until it returns `false`.
+/// Calls `visit` with every file of a tar archive until it returns `false`. Messages call the
+/// archive `shown`.
 ///
 /// # Errors
 ///
@@ -128,20 +129,20 @@ pub fn each_of_tar(input: &mut dyn SkipRead, shown: &str, visit: Visit) -> Resul
     walk_tar(input, shown, &mut all, visit)
 }
 
-/// The folder of an archive that counts.
+/// The folder of an archive that is read.
 struct Within<'a> {
     folder: &'a str,
     is_there: bool,
-    /// Some of the folders beside it, for a message.
+    /// Some folders outside of it, for an error message.
     others: Vec<String>,
 }
 
-/// How many folders of an archive a message names.
+/// Most folders of an archive that an error message names.
 const SOME_FOLDERS: usize = 5;
 
 impl Within<'_> {
-    /// The name of an entry that is called `stated`, or nothing if it lies outside of the folder.
-    /// `other` says why it is left out if it is not a plain file.
+    /// The name below the folder of the entry `stated`; `None` if it is outside of the folder.
+    /// `other` is the reason to skip an entry that is not a regular file.
     fn name(&mut self, stated: &str, other: Option<&'static str>) -> Option<Name> {
         let name = match safe_name(stated) {
             Ok(name) => name,
@@ -185,10 +186,6 @@ impl Within<'_> {
 }
 
 /// Whether a file is a zip file, by its first bytes.
-///
-/// # Errors
-///
-/// It cannot be read.
 pub fn is_zip(path: &Path) -> Result<bool> {
     let mut start = Vec::new();
     let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
@@ -196,7 +193,7 @@ pub fn is_zip(path: &Path) -> Result<bool> {
     Ok([b"PK\x03\x04", b"PK\x05\x06"].iter().any(|magic| start == *magic))
 }
 
-/// What is called with each file.
+/// The callback for each file.
 pub type Visit<'a> = &'a mut dyn FnMut(&mut dyn Member) -> Result<bool>;
 
 struct TarMember<'a, 'b> {
@@ -324,7 +321,7 @@ mod tests {
     use crate::example::assert_has;
 
     #[test]
-    fn xz_is_unpacked() {
+    fn xz_is_decompressed() {
         // `printf 'sorted by what is seen\n' | xz --format=xz`
         static PACKED: [u8; 80] = [
             253, 55, 122, 88, 90, 0, 0, 4, 230, 214, 180, 70, 2, 0, 33, 1, 22, 0, 0, 0, 116, 47,
@@ -345,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn other_packings_are_named() {
+    fn unsupported_compression_is_named() {
         for (start, name) in [(&b"BZh91"[..], "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd")] {
             let error = decompressed(start, Path::new("x")).map(|_| ()).expect_err("unknown");
             assert_has(&error.to_string(), &[name, "unpack it", "--source"]);

@@ -1,12 +1,12 @@
-//! Puts what a source handed over in order of content, and writes the files.
+//! Sorts the collected pictures by content and writes the output files.
 //!
-//! Order is where ground truth leaks: sources are sorted by class, and file names tell classes. So
-//! a picture's row depends on its bytes alone. Pictures with equal bytes lie side by side, and
-//! which of them is which moves only names and labels: a data set renamed and sorted anew gives
-//! the same images file, byte for byte.
+//! Row order can leak ground truth: sources are sorted by class, and file names contain classes. So
+//! a picture's row depends on its bytes alone. Identical pictures are adjacent, and their order
+//! affects only names and labels. A data set whose files are renamed and reordered gives a
+//! byte-identical images file.
 //!
-//! Nothing here grows with the number of pictures but one bit for each: the journal is read record
-//! by record, and sorted in files ([`sorter`](crate::sorter)).
+//! Memory grows by one bit per picture only: the journal is streamed record by record and sorted on
+//! disk ([`sorter`](crate::sorter)).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -26,7 +26,7 @@ use crate::labels::MOST_CLASSES;
 use crate::sorter::Sorter;
 use crate::{Config, IMAGES, Identical, LABELS, NAMES, Options, SKIPPED};
 
-/// What was written.
+/// The size of the data set that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assembled {
     /// Pictures in the images file.
@@ -35,18 +35,18 @@ pub struct Assembled {
     pub classes: usize,
 }
 
-/// The lists of `skipped.json`, in the order in which they stand there: pictures that do not
-/// decode; files that are no pictures, and entries that are not looked at; pictures with the bytes
-/// of an earlier one, kept or dropped as the experiment says.
+/// The lists of `skipped.json`, in file order: pictures that cannot be decoded; files that are not
+/// pictures, and ignored entries; pictures with the same bytes as an earlier one, kept or dropped
+/// as the experiment says.
 const LISTS: [&str; 3] = ["broken", "ignored", "identical"];
 const BROKEN: u8 = 0;
 const IGNORED: u8 = 1;
 const IDENTICAL: u8 = 2;
 
-/// Why an entry of an archive that has the name of a later one is left out.
-const TWICE: &str = "is there again: the last one counts";
+/// Why an archive entry is skipped if a later one has the same name.
+const TWICE: &str = "occurs more than once: the last one counts";
 
-/// A name in the source and a phrase that follows it, as they stand in `skipped.json`.
+/// An entry of `skipped.json`: a name in the source and a phrase that follows it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 struct Reason<'a> {
     name: &'a str,
@@ -69,7 +69,7 @@ pub fn assemble(
     let counted = assembler.count(&twice)?;
     let written = assembler.write(counted);
     if written.is_err() {
-        // Not one of the files is of use without the others.
+        // Each file is useless without the others.
         for entry in fs::read_dir(out).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if [NAMES, LABELS, SKIPPED].contains(&&*name) || name.starts_with("images") {
@@ -87,17 +87,17 @@ struct Assembler<'a> {
     out: &'a Path,
 }
 
-/// What one pass over the journal finds.
+/// The result of one pass over the journal.
 struct JournalCount {
-    /// Pictures by id, split and arrival; see [`SortedPicture::of`].
+    /// Pictures sorted by id, split and arrival; see [`SortedPicture::of`].
     pictures: Sorter,
-    /// List, name and reason of what was skipped.
+    /// List, name and reason of each skipped entry.
     skipped: Sorter,
-    /// The classes of the pictures, in the order in which they came.
+    /// The classes of the pictures, in order of first occurrence.
     classes: Vec<String>,
 }
 
-/// A record of [`JournalCount::pictures`], taken apart.
+/// A parsed record of [`JournalCount::pictures`].
 struct SortedPicture {
     row: PictureRow,
     start: u64,
@@ -105,12 +105,12 @@ struct SortedPicture {
     name: String,
 }
 
-/// Stands for a picture without a class.
+/// Marks a picture without a class.
 const NO_CLASS: u32 = u32::MAX;
 
 impl SortedPicture {
-    /// Id 32, split 1, arrival 8, encoding 1, height 4, width 4, length 8, start 8, class 4, four
-    /// zeros, and the name: the first three decide the order.
+    /// Parses a record of id 32, split 1, arrival 8, encoding 1, height 4, width 4, length 8,
+    /// start 8, class 4 and padding 4 bytes, then the name. The first three decide the order.
     fn of(record: &[u8]) -> Result<Self> {
         let short = "a record of pictures is cut short";
         let array = |at: usize| record.get(at..at + 8).and_then(|b| <[u8; 8]>::try_from(b).ok());
@@ -135,7 +135,7 @@ impl Assembler<'_> {
         if (self.options.interrupted)() { Err(Interrupted.into()) } else { Ok(()) }
     }
 
-    /// Which records have the name of a later one: of two entries of an archive with one name the
+    /// Finds the records whose name occurs again later. Of archive entries with the same name the
     /// last counts, as it does when the archive is unpacked.
     fn find_names_twice(&self) -> Result<Bits> {
         let mut sorter = Sorter::new(self.journal.folder());
@@ -200,7 +200,7 @@ impl Assembler<'_> {
                         &length.to_be_bytes(),
                         &start.to_be_bytes(),
                         &class.to_be_bytes(),
-                        // Eight bytes from any place of the record are there.
+                        // Padding: eight bytes can be read from the start of every field.
                         &[0; 4],
                         name,
                     ])?;
@@ -278,7 +278,7 @@ impl Assembler<'_> {
         Ok(Assembled { images: data_set.images, classes: classes.len() })
     }
 
-    /// Copies the picture that the next of `places` names.
+    /// Copies the picture that the next record of `places` points to.
     fn copy_next(
         &self,
         places: &mut impl Read,
@@ -291,17 +291,17 @@ impl Assembler<'_> {
         let mut bytes = Vec::new();
         stored.seek(SeekFrom::Start(start?))?;
         stored.take(length?).read_to_end(&mut bytes)?;
-        // A power failure may have left a file as long as it was, but of zeros.
+        // A power failure may leave a file of the right length that holds zeros.
         ensure!(
             Sha256::digest(&bytes)[..] == place[16..],
-            "what was read before an interruption is damaged; remove `{}` and prepare again",
+            "the pictures saved before an interruption are damaged; remove `{}` and prepare again",
             self.journal.folder().display()
         );
         Ok(out.write_all(&bytes)?)
     }
 }
 
-/// The number of a class, a new one if it is new.
+/// Returns the number of a class, assigning the next one to a new class.
 fn number_of(
     class: &str,
     numbers: &mut BTreeMap<String, u32>,
@@ -317,8 +317,8 @@ fn number_of(
     Ok(number)
 }
 
-/// The classes that occur, as a person sorts them, 2 before 10; and by its place in `classes` the
-/// number of each.
+/// Sorts the classes that occur, numbers by value (2 before 10). Also returns, for each index into
+/// `classes`, the index after sorting.
 fn sorted(classes: Vec<String>, used: &[bool]) -> (Vec<u32>, Vec<String>) {
     let mut order: Vec<usize> = (0..classes.len()).filter(|&class| used[class]).collect();
     order.sort_by_cached_key(|&class| {
@@ -331,8 +331,8 @@ fn sorted(classes: Vec<String>, used: &[bool]) -> (Vec<u32>, Vec<String>) {
     (numbers, order.into_iter().map(|class| classes[class].clone()).collect())
 }
 
-/// Writes `skipped.json`, list by list. A folder of an archive that is left out is in `skipped` as
-/// often as it has files, and is written once.
+/// Writes `skipped.json`, list by list. A skipped folder of an archive is in `skipped` once per
+/// file, but is written only once.
 fn write_skipped(path: &Path, skipped: Sorter) -> Result<Skipped> {
     let mut counts = Skipped::default();
     files::replace(path, |file| {
@@ -356,7 +356,7 @@ fn write_skipped(path: &Path, skipped: Sorter) -> Result<Skipped> {
                 is_first = true;
             }
             let text = &record[1..];
-            // Reasons are ours and have no zero byte.
+            // This crate writes the reasons; they have no zero byte.
             let end = text.iter().rposition(|&byte| byte == 0).context("a name and a reason")?;
             let [name, reason] = [&text[..end], &text[end + 1..]].map(String::from_utf8_lossy);
             counts.count(record[0], &reason);
@@ -374,13 +374,12 @@ fn write_skipped(path: &Path, skipped: Sorter) -> Result<Skipped> {
     Ok(counts)
 }
 
-/// How much was skipped, for each list by reason.
+/// Counts of skipped entries, by list and reason.
 #[derive(Default)]
 struct Skipped([BTreeMap<String, usize>; LISTS.len()]);
 
 impl Skipped {
-    /// Counts a reason, without what differs from file to file: numbers, names, and what a decoder
-    /// says.
+    /// Counts a reason without its file-specific parts: numbers, names and the decoder's message.
     fn count(&mut self, list: u8, reason: &str) {
         let common = reason.split([':', '`']).next().unwrap_or_default().trim_end();
         let words =
@@ -392,7 +391,7 @@ impl Skipped {
         *self.0[usize::from(list)].entry(common).or_default() += 1;
     }
 
-    /// Tells the user.
+    /// Logs the counts.
     fn report(&self, identical: Identical) {
         let by_reason = |list: u8| {
             let counts = &self.0[usize::from(list)];
@@ -407,12 +406,12 @@ impl Skipped {
             tracing::warn!("cannot read {} pictures: {}", count(BROKEN), by_reason(BROKEN));
         }
         if count(IGNORED) > 0 {
-            tracing::warn!("left out {} files or folders: {}", count(IGNORED), by_reason(IGNORED));
+            tracing::warn!("skipped {} files or folders: {}", count(IGNORED), by_reason(IGNORED));
         }
         if count(IDENTICAL) > 0 {
             let fate = if identical == Identical::Drop { "dropped" } else { "kept" };
             let count = count(IDENTICAL);
-            tracing::info!("{count} pictures have the bytes of another one and are {fate}");
+            tracing::info!("{count} pictures are identical to an earlier one and are {fate}");
         }
         if self.0.iter().any(|counts| !counts.is_empty()) {
             tracing::info!("`{SKIPPED}` lists them by name");
@@ -437,18 +436,18 @@ impl Bits {
     }
 }
 
-/// How many pictures there are, of which classes, and how many of them are broken.
+/// Counts of pictures: all, broken, and by class.
 #[derive(Default)]
 struct Tally {
     all: usize,
     broken: usize,
-    /// The first of the broken ones by name, with the reason.
+    /// The first few broken pictures by name, with the reasons.
     examples: BTreeSet<(String, String)>,
-    /// Every class the source has, with the number of its pictures.
+    /// Every class of the source, with its number of pictures.
     classes: BTreeMap<String, usize>,
 }
 
-/// How many broken pictures a message names.
+/// Most broken pictures that an error message names.
 const EXAMPLES: usize = 5;
 
 impl Tally {
@@ -483,7 +482,7 @@ impl Tally {
             ensure!(
                 self.classes.contains_key(class),
                 "the source has no class `{class}`; some of its {} classes are `{}`: correct \
-                 `classes`, or name another source",
+                 `classes`, or use another source",
                 self.classes.len(),
                 some.join("`, `")
             );
@@ -496,8 +495,8 @@ impl Tally {
             .collect();
         if let [(class, _)] = kept[..] {
             bail!(
-                "the source has one class only, `{class}`; pictures without ground truth lie in no \
-                 folder at all"
+                "the source has one class only, `{class}`; if there is no ground truth, put the \
+                 pictures into no folder"
             );
         }
         config.check_images_per_class(&kept)
@@ -505,19 +504,19 @@ impl Tally {
 
     fn check_broken(&self, config: &Config) -> Result<()> {
         let Self { all, broken, .. } = *self;
-        ensure!(all > 0, "the source holds no pictures; name another one");
+        ensure!(all > 0, "the source holds no pictures; use another one");
         if broken as f64 > config.broken_share * all as f64 {
             let first: Vec<String> =
                 self.examples.iter().map(|(name, reason)| format!("`{name}` {reason}")).collect();
             bail!(
-                "{broken} of {all} pictures cannot be read, a larger share than `broken-share = {}`; \
-                 mend or remove them, or raise the share: {}{}",
+                "{broken} of {all} pictures cannot be read, more than `broken-share = {}` allows; \
+                 repair or remove them, or raise the share: {}{}",
                 config.broken_share,
                 first.join("; "),
                 if broken > first.len() { "; ..." } else { "" }
             );
         }
-        ensure!(all > broken, "none of the {all} pictures can be read; name another source");
+        ensure!(all > broken, "none of the {all} pictures can be read; use another source");
         Ok(())
     }
 }

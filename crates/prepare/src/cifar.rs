@@ -1,8 +1,8 @@
 //! CIFAR-10 and CIFAR-100 in their binary form.
 //!
-//! A file is a row of records. CIFAR-10: a label byte, then 1,024 red, 1,024 green and 1,024 blue
-//! bytes of a 32 x 32 picture, row by row. CIFAR-100 has two label bytes: the superclass of 20,
-//! then the class of 100. So the 20 superclasses are read from the file, not from a table.
+//! A file is a sequence of records. CIFAR-10: a label byte, then 1,024 red, 1,024 green and 1,024
+//! blue bytes of a 32 x 32 picture, row by row. CIFAR-100 has two label bytes: the superclass of
+//! 20, then the class of 100. So the 20 superclasses are read from the file, not from a table.
 
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
@@ -20,7 +20,7 @@ use crate::{Format, folder};
 const SIDE: usize = 32;
 const PLANE: usize = SIDE * SIDE;
 
-/// Which ground truth the records are read with.
+/// Which labels of the records are the ground truth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CifarLabels {
     Ten,
@@ -45,7 +45,7 @@ impl CifarLabels {
         }
     }
 
-    /// Where among them the label is.
+    /// The index of the label among them.
     fn position(self) -> usize {
         match self {
             Self::Ten | Self::Superclasses => 0,
@@ -53,7 +53,7 @@ impl CifarLabels {
         }
     }
 
-    /// The file that names the classes, one a line.
+    /// The file that lists the class names, one per line.
     fn names(self) -> &'static str {
         match self {
             Self::Ten => "batches.meta.txt",
@@ -63,8 +63,8 @@ impl CifarLabels {
     }
 }
 
-/// Whether a file's name is one of those of the binary form; of CIFAR-100 if it says so, and of
-/// which split.
+/// Recognises a file of the binary form by its name. Returns whether it is CIFAR-100, and its
+/// split.
 pub fn recognise(file_name: &str) -> Option<(bool, Split)> {
     match file_name {
         "train.bin" => Some((true, Split::Train)),
@@ -77,19 +77,19 @@ pub fn recognise(file_name: &str) -> Option<(bool, Split)> {
     }
 }
 
-/// Whether a file's name is one that lists classes.
+/// Whether a file of this name lists the class names.
 pub fn lists_classes(file_name: &str) -> bool {
     [CifarLabels::Ten, CifarLabels::Hundred, CifarLabels::Superclasses]
         .iter()
         .any(|truth| truth.names() == file_name)
 }
 
-/// The files of the binary form in a folder, or in the one folder within it that the published
-/// archives unpack to; none where there is none.
+/// Finds the files of the binary form in a folder, or in the subfolder that the published archives
+/// unpack to. Returns an empty list if there are none.
 ///
 /// # Errors
 ///
-/// The folder holds the Python form, or cannot be read.
+/// The folder holds the Python form.
 pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
     let contents = folder::contents(root)?;
     let unpacked = contents.folders.iter().filter(|folder| {
@@ -107,7 +107,7 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
         {
             bail!(
                 "`{}` holds the Python form of CIFAR; get the binary one (cifar-10-binary.tar.gz or \
-                 cifar-100-binary.tar.gz) and name its archive or folder",
+                 cifar-100-binary.tar.gz) and pass its archive or folder",
                 folder.display()
             );
         }
@@ -119,7 +119,7 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 ///
-/// A file cannot be read, or see [`CifarLayout`].
+/// See [`CifarLayout`].
 pub fn read(paths: &[PathBuf], format: Format, sink: &mut dyn Sink) -> Result<()> {
     let context = |path: &PathBuf| format!("reading `{}`", path.display());
     let mut layout = CifarLayout::new(format);
@@ -141,7 +141,7 @@ pub fn read(paths: &[PathBuf], format: Format, sink: &mut dyn Sink) -> Result<()
     Ok(())
 }
 
-/// What must be known of all files before the first is read.
+/// What must be known about all files before the first is read.
 #[derive(Debug)]
 pub struct CifarLayout {
     format: Format,
@@ -150,27 +150,27 @@ pub struct CifarLayout {
 }
 
 impl CifarLayout {
-    /// Nothing is known yet.
+    /// Starts without any files.
     pub fn new(format: Format) -> Self {
         Self { format, hundred: None, lists: Vec::new() }
     }
 
-    /// There is a file of this name.
+    /// Records that a file of this name exists.
     ///
     /// # Errors
     ///
-    /// CIFAR-10 and CIFAR-100 lie together.
+    /// There are files of both CIFAR-10 and CIFAR-100.
     pub fn found(&mut self, file_name: &str) -> Result<()> {
         if let Some((hundred, _)) = recognise(file_name) {
             ensure!(
                 *self.hundred.get_or_insert(hundred) == hundred,
-                "files of CIFAR-10 and of CIFAR-100 lie together; keep each in a folder of its own"
+                "files of CIFAR-10 and of CIFAR-100 are mixed; put each set into its own folder"
             );
         }
         Ok(())
     }
 
-    /// Adds a list of classes.
+    /// Adds a file of class names.
     pub fn list(&mut self, file_name: &str, bytes: Vec<u8>) {
         self.lists.push((file_name.to_owned(), bytes));
     }
@@ -186,7 +186,7 @@ impl CifarLayout {
         }
     }
 
-    /// Names of the classes; their numbers where the list is missing or has another length.
+    /// The class names, or their numbers if the list is missing or has a wrong length.
     fn classes(&self, truth: CifarLabels) -> Vec<String> {
         let count = usize::from(truth.classes());
         self.lists
@@ -200,11 +200,11 @@ impl CifarLayout {
             .unwrap_or_else(|| (0..count).map(|class| class.to_string()).collect())
     }
 
-    /// Hands the pictures of a file over, named by file and position.
+    /// Passes the pictures of a file to `sink`, named by file and position.
     ///
     /// # Errors
     ///
-    /// It is cut short, a label is out of range, or superclasses are asked of CIFAR-10.
+    /// The file is truncated, a label is out of range, or CIFAR-10 is read with superclasses.
     pub fn read(
         &self,
         file: &str,
@@ -242,7 +242,7 @@ impl CifarLayout {
     }
 }
 
-/// Red, green and blue planes to one red, green, blue triple a pixel.
+/// Converts red, green and blue planes to one RGB triple per pixel.
 fn interleaved(planes: &[u8]) -> Vec<u8> {
     let plane = planes.len() / 3;
     (0..plane)

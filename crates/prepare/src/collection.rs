@@ -1,10 +1,10 @@
-//! The pictures of a source, gathered in whatever order it gives them.
+//! Collects the pictures of a source in the order in which its reader finds them.
 //!
-//! A reader hands everything it finds to a [`Sink`]. The [`Collection`] is the one that counts: it
-//! decodes each picture once, keeps its bytes and what is known of it in the [journal](crate::journal), and at
-//! the end has [`assemble`] put them in order. It holds a batch of pictures at a time and nothing that
-//! grows with their number. After an interruption the source is walked through again, but what is
-//! in the journal already is neither read nor decoded.
+//! A reader passes everything it finds to a [`Sink`]. The [`Collection`] is the sink of a real run:
+//! it decodes each picture once, writes its bytes and metadata to the [journal](crate::journal),
+//! and finally calls [`assemble`] to sort them. It holds one batch of pictures at a time and
+//! nothing that grows with their number. A resumed run iterates over the source again, but does not
+//! read or decode what is already in the journal.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::labels::MOST_CLASSES;
 use crate::picture::{self, Budget};
 use crate::{Config, Options};
 
-/// Where readers of sources hand over what they find, in an order that is the same each time.
+/// Receives what the reader of a source finds. A reader must use the same order each time.
 pub trait Sink {
     /// Whether the experiment keeps this class of the source.
     ///
@@ -31,21 +31,21 @@ pub trait Sink {
     /// There are too many classes.
     fn wants(&mut self, class: &str) -> Result<bool>;
 
-    /// Whether the next thing was read before an interruption: then its bytes need not be loaded,
-    /// and [`Load::Known`] stands for them.
+    /// Whether the next item was read before an interruption. Then its bytes need not be loaded:
+    /// pass [`Load::Known`].
     fn is_known(&self) -> bool;
 
-    /// The largest file that is read as one picture.
+    /// The size limit for the file of one picture, in bytes.
     fn file_bytes(&self) -> u64;
 
     /// A folder for temporary files.
     fn folder(&self) -> &Path;
 
-    /// A picture, of a class that is wanted or of none.
+    /// Adds a picture, of a class that is wanted or of none.
     ///
     /// # Errors
     ///
-    /// The disk refuses, the source changed since the interruption, or the user interrupts.
+    /// The source changed since the interruption, the user interrupts, or writing fails.
     fn picture(
         &mut self,
         name: String,
@@ -54,7 +54,7 @@ pub trait Sink {
         load: Load,
     ) -> Result<()>;
 
-    /// Something in the source that is not looked at.
+    /// Records something in the source that is ignored.
     ///
     /// # Errors
     ///
@@ -67,17 +67,17 @@ pub trait Sink {
 pub enum Load {
     /// In a file.
     File(PathBuf),
-    /// Here, as a file would have them.
+    /// Here, encoded as in a file.
     Bytes(Vec<u8>),
     /// Here, decoded.
     Pixels(Picture),
-    /// Nowhere, for this reason.
+    /// They cannot be read, for this reason.
     Broken(String),
-    /// In the journal.
+    /// Already in the journal.
     Known,
 }
 
-/// What a source has handed over so far.
+/// What a reader has passed on so far.
 #[derive(Debug)]
 pub struct Collection<'a> {
     config: &'a Config,
@@ -85,10 +85,10 @@ pub struct Collection<'a> {
     out: &'a Path,
     budget: Budget,
     journal: Journal,
-    /// How many things were handed over.
+    /// How many items were passed on.
     handed: u64,
     broken: u64,
-    /// Every class the source asked about.
+    /// Every class that the reader asked about.
     classes: BTreeSet<String>,
     pending: Vec<Pending>,
     pending_bytes: u64,
@@ -107,17 +107,12 @@ enum Waiting {
     Ignored(String),
 }
 
-/// How many pictures are checked at a time, over all threads.
+/// How many pictures are checked in one batch, by all threads.
 const AT_A_TIME: usize = 64;
 
 impl<'a> Collection<'a> {
-    /// A collection for the folder `out`, which goes on where an earlier one of the same `identity`
-    /// was interrupted; `expected` is how many pictures the source says it has, for the person who
-    /// waits.
-    ///
-    /// # Errors
-    ///
-    /// The folder cannot be written to.
+    /// Opens a collection in the folder `out`, resuming an interrupted one of the same `identity`.
+    /// `expected` is the number of pictures that the source states, for the progress display.
     pub fn open(
         config: &'a Config,
         options: &'a Options<'a>,
@@ -127,7 +122,7 @@ impl<'a> Collection<'a> {
     ) -> Result<Self> {
         let journal = Journal::open(out, identity)?;
         if journal.known_records() > 0 {
-            tracing::info!("going on behind {} pictures and files", journal.known_records());
+            tracing::info!("resuming after {} pictures and files", journal.known_records());
         }
         Ok(Self {
             config,
@@ -144,8 +139,8 @@ impl<'a> Collection<'a> {
         })
     }
 
-    /// Whether the source was read to its end before an interruption, so that it need not be
-    /// looked at again.
+    /// Whether the whole source was read before an interruption, so that it need not be read
+    /// again.
     pub fn is_whole(&self) -> bool {
         self.journal.has_ended()
     }
@@ -158,7 +153,7 @@ impl<'a> Collection<'a> {
         if let Some(known) = self.journal.next_known()? {
             ensure!(
                 known.name == name,
-                "the source changed since it was interrupted: where `{}` was there is now `{name}`; \
+                "the source changed since the interruption: where `{}` was there is now `{name}`; \
                  remove `{}` and prepare again",
                 known.name,
                 self.journal.folder().display()
@@ -182,7 +177,7 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// Decodes what waits, on all threads, and writes it down in the order in which it came.
+    /// Decodes the pending pictures on all threads and writes them to the journal in arrival order.
     fn check_pending(&mut self) -> Result<()> {
         let (channels, budget) = (self.config.channels, &self.budget);
         let pending = std::mem::take(&mut self.pending);
@@ -199,20 +194,20 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// Writes what was handed over, in order of content: images, names, labels, and what was
-    /// skipped. Returns the number of images and of classes among them.
+    /// Writes the output files in content order: images, names, labels, and the skipped list.
+    /// Returns the number of images and of classes among them.
     ///
     /// # Errors
     ///
-    /// A class that the experiment names is not there, a class has another number of pictures than
-    /// the experiment says, there is one class only, too many pictures are broken, or none is left;
-    /// then nothing is written. Or the disk refuses, or the user interrupts.
+    /// A class of the experiment is missing or has a wrong number of pictures, there is only one
+    /// class, too many pictures are broken, or none is left. The user interrupts, or writing fails.
+    /// Then no file is written.
     pub fn finish(mut self) -> Result<Assembled> {
         if !self.is_whole() {
             self.check_pending()?;
             if let Some(known) = self.journal.next_known()? {
                 bail!(
-                    "the source changed since it was interrupted: `{}` is no longer there; remove \
+                    "the source changed since the interruption: `{}` is no longer there; remove \
                      `{}` and prepare again",
                     known.name,
                     self.journal.folder().display()
@@ -233,8 +228,8 @@ impl Sink for Collection<'_> {
             self.classes.insert(class.to_owned());
             ensure!(
                 self.classes.len() <= MOST_CLASSES,
-                "the source has more than {MOST_CLASSES} classes, one of them `{class}`: what was \
-                 taken for its ground truth is none"
+                "the source has more than {MOST_CLASSES} classes, one of them `{class}`: its labels \
+                 are probably not the ground truth"
             );
         }
         Ok(self.config.keeps(class))
@@ -284,7 +279,7 @@ impl Pending {
                 StoredPicture::raw(picture, channels).map_err(|error| format!("{error:#}"))
             }
             Load::Broken(reason) => Err(reason),
-            Load::Known => Err("was expected in the journal".into()),
+            Load::Known => Err("is missing from the journal".into()),
         };
         match source {
             Ok(source) => {
@@ -319,14 +314,14 @@ mod tests {
     };
 
     #[test]
-    fn a_data_set_renamed_and_sorted_anew_gives_the_same_images_byte_for_byte() {
+    fn renamed_and_reordered_files_give_the_same_images_byte_for_byte() {
         let (_folder, path) = scratch();
         for seed in 0..24 {
             let file = if seed % 3 == 0 { jpeg(seed) } else { png(seed) };
             put(&path.join(format!("first/{}/{seed:02}.png", ["cat", "dog"][seed % 2])), &file);
             put(&path.join(format!("second/{}/{}.jpg", ["z", "a"][seed % 2], 99 - seed)), &file);
         }
-        // The same picture in both classes: which is which must not show either.
+        // The same picture in both classes: their order must not depend on names either.
         for (name, class) in [("first/cat/x", "first/dog/y"), ("second/z/x", "second/a/y")] {
             put(&path.join(name).with_extension("png"), &png(77));
             put(&path.join(class).with_extension("png"), &png(77));
@@ -368,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn of_more_pictures_than_asked_for_the_first_by_content_are_kept() {
+    fn images_at_most_keeps_the_first_by_content() {
         let (_folder, path) = scratch();
         for seed in 0..9 {
             put(&path.join(format!("{}/{seed}.png", seed % 3)), &png(seed));
@@ -381,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_pictures_are_skipped_and_listed_up_to_the_share_that_is_stated() {
+    fn broken_pictures_are_skipped_and_listed_up_to_the_broken_share() {
         let (_folder, path) = scratch();
         for seed in 0..7 {
             put(&path.join(format!("{}/{seed}.jpg", seed % 2)), &jpeg(seed));
@@ -406,7 +401,7 @@ mod tests {
 
         let fewer = Config { broken_share: 0.4, ..config() };
         let message = refusal(&path, &fewer);
-        assert_has(&message, &["5 of 12", "broken-share = 0.4", "`0/cut.jpg` is broken", "mend"]);
+        assert_has(&message, &["5 of 12", "broken-share = 0.4", "`0/cut.jpg` is broken", "repair"]);
         let all = Config { broken_share: 0.99, classes: vec![], ..config() };
         put(&path.join("none/a.jpg"), b"");
         put(&path.join("none/b.jpg"), b"");
@@ -414,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_of_every_kind_become_the_channels_that_are_asked_for() {
+    fn pictures_of_every_kind_are_converted_to_the_configured_channels() {
         let (_folder, path) = scratch();
         let kinds: [(&str, DynamicImage); 6] = [
             ("grey.png", grey(0)),

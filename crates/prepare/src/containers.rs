@@ -1,4 +1,4 @@
-//! The same pictures in every container: one set of pictures, labels and files left out.
+//! Tests that every container gives the same pictures, labels and skipped files.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -20,7 +20,7 @@ fn lenient() -> Config {
     Config { broken_share: 0.9, ..config() }
 }
 
-/// Numbers without pattern, the same for each seed: SplitMix64.
+/// Pseudo-random numbers from a seed: SplitMix64.
 struct Numbers(u64);
 
 impl Numbers {
@@ -50,8 +50,8 @@ struct Leaf {
     bytes: Vec<u8>,
 }
 
-/// A tree of class folders: odd names, pictures of each format, one too deep to be a class's own,
-/// broken ones, duplicates, annotations, and what systems leave behind.
+/// A tree of class folders: odd names, pictures of each format, one nested too deep,
+/// broken ones, duplicates, annotations, and files that operating systems create.
 fn tree(numbers: &mut Numbers) -> Vec<Leaf> {
     let mut classes: Vec<&[u8]> = vec![
         b"cat",
@@ -124,8 +124,8 @@ fn tree(numbers: &mut Numbers) -> Vec<Leaf> {
     leaves
 }
 
-/// What must be the same whatever the pictures come in. Of pictures with the same bytes, which one has
-/// which class is open.
+/// The content that must not depend on the container. The classes of identical pictures may be
+/// swapped.
 #[derive(Debug, PartialEq)]
 struct Content {
     images: Vec<u8>,
@@ -150,7 +150,7 @@ fn content(read: &PreparedFiles) -> Content {
     }
 }
 
-/// Shards of WebDataset: for each picture one under a key of its own, and its class beside it.
+/// WebDataset shards: each picture has its own key, with a file of its class beside it.
 fn shards(leaves: &[Leaf], numbers: &mut Numbers) -> [Vec<u8>; 2] {
     let mut shards = [Vec::new(), Vec::new()];
     for (number, leaf) in leaves.iter().enumerate() {
@@ -204,7 +204,7 @@ fn a_random_tree_is_one_data_set_in_every_container() {
             }
         }
 
-        // The others give a name of their own to each picture.
+        // The other containers give each picture a new name.
         let labelled = || leaves.iter().filter_map(|l| Some((names::text(l.class.as_ref()?), l)));
         let [first, second] = shards(&leaves, numbers);
         put(&at.join("shards/0.tar"), &first);
@@ -234,8 +234,8 @@ fn a_random_tree_is_one_data_set_in_every_container() {
     }
 }
 
-/// Files at these names, each another picture, but those that end in `.cls` or `.json`: their text is
-/// what follows a `=`.
+/// Files of these names: a different picture each, but names that end in `.cls` or `.json` get the
+/// text after a `=`.
 fn files(names: &[&str]) -> Vec<(String, Vec<u8>)> {
     let file = |(number, name): (usize, &&str)| match name.split_once('=') {
         Some((name, text)) => (name.to_owned(), text.as_bytes().to_vec()),
@@ -255,7 +255,7 @@ fn in_tar(names: &[&str], config: &Config) -> PreparedFiles {
     prepare(&at.join("x.tar"), config).unwrap_or_else(|error| panic!("{names:?}: {error:#}"))
 }
 
-/// The message that refuses these files in a tar archive.
+/// The error message for these files in a tar archive.
 fn refused_in_tar(names: &[&str]) -> String {
     let (_folder, at) = scratch();
     put(&at.join("x.tar"), &tar(&borrowed(&files(names))));
@@ -263,7 +263,7 @@ fn refused_in_tar(names: &[&str]) -> String {
 }
 
 #[test]
-fn names_in_any_code_page_lose_no_picture_and_no_class() {
+fn no_picture_or_class_is_lost_to_names_in_any_code_page() {
     let (_folder, at) = scratch();
     // Vögel in code page 437, 图 in GBK, 表 in Shift-JIS, whose second byte is that of `\`.
     let windows: [&[u8]; 6] = [
@@ -309,7 +309,7 @@ fn names_in_any_code_page_lose_no_picture_and_no_class() {
         let read = prepare(&at.join(source), &config()).expect("sound");
         assert_eq!((read.names, read.classes), (folder.names.clone(), folder.classes.clone()));
     }
-    // A class can be chosen by its rendered name, and a folder of an archive by its bytes or that.
+    // A class is chosen by its rendered name, a folder of an archive by its bytes or rendered name.
     let some = [r"V\xE4gel", r"V\xF6gel"].map(String::from).to_vec();
     let chosen = prepare(&at.join("latin.tar"), &Config { classes: some, ..config() });
     assert_eq!(chosen.expect("sound").names.len(), 3);
@@ -402,7 +402,7 @@ fn files_of_a_sample_may_lie_apart() {
     let read = in_tar(&["0.jpg", "0.cls=a", "1.jpg", "1.cls=b", "9.cls=a"], &config());
     assert_eq!(read.skipped("ignored"), [("9.cls".into(), "is a label without a picture".into())]);
 
-    // Too far apart to be recognised: refused, or read where the experiment says what it is.
+    // Too far apart to be recognised: an error, unless the experiment states the format.
     let pictures: Vec<String> = (0..5000).map(|n| format!("{n}.jpg=x")).collect();
     let mut names: Vec<&str> = pictures.iter().map(String::as_str).collect();
     names.extend(["0.cls=a", "1.cls=b"]);
@@ -422,7 +422,7 @@ fn files_of_a_sample_may_lie_apart() {
 }
 
 #[test]
-fn annotations_beside_pictures_leave_class_folders_what_they_are() {
+fn annotations_beside_pictures_do_not_change_class_folders() {
     let labelme =
         ["cat/0.jpg", "cat/0.json={}", "cat/1.jpg", "dog/0.jpg", "dog/1.jpg", "dog/1.json={}"];
     let with_label =
@@ -459,7 +459,7 @@ fn annotations_beside_pictures_leave_class_folders_what_they_are() {
 }
 
 #[test]
-fn minus_one_is_no_ground_truth_in_any_container() {
+fn label_minus_one_means_unknown_in_every_container() {
     let (_folder, at) = scratch();
     let pictures: Vec<Vec<u8>> = (0..4).map(png).collect();
     let labels = [0, 1, -1, -1];
@@ -494,7 +494,7 @@ fn minus_one_is_no_ground_truth_in_any_container() {
 }
 
 #[test]
-fn files_of_one_name_in_several_folders_are_told_apart() {
+fn files_of_one_name_in_several_folders_are_kept_apart() {
     let (_folder, at) = scratch();
     for (number, split) in ["train", "test"].iter().enumerate() {
         let (one, two) = (png(2 * number), png(2 * number + 1));
@@ -534,7 +534,7 @@ fn files_of_one_name_in_several_folders_are_told_apart() {
 }
 
 #[test]
-fn archives_without_class_folders_side_by_side_are_refused_with_a_folder_that_helps() {
+fn archives_with_class_folders_at_several_levels_are_refused_with_a_folder_to_use() {
     let cases: [(&[&str], &[&str]); 7] = [
         (
             &["preview.png", "data/cat/1.jpg", "data/dog/2.jpg"],
@@ -546,9 +546,9 @@ fn archives_without_class_folders_side_by_side_are_refused_with_a_folder_that_he
         ),
         (
             &["cover.jpg", "cat/1.jpg", "dog/2.jpg"],
-            &["`cover.jpg` in no folder", "`cat/1.jpg` in `cat`", "pack the archive anew"],
+            &["`cover.jpg` in no folder", "`cat/1.jpg` in `cat`", "pack the archive again"],
         ),
-        (&["a/1.jpg", "a/more/2.jpg"], &["`a/more/2.jpg` in `a/more`", "pack the archive anew"]),
+        (&["a/1.jpg", "a/more/2.jpg"], &["`a/more/2.jpg` in `a/more`", "pack the archive again"]),
         (&["top/flat/1.jpg", "top/set/a/1.jpg", "top/set/b/1.jpg"], &["x.tar#top/set`"]),
         (
             &["/photos/cat/0.jpg", "/photos/dog/0.jpg"],
@@ -569,7 +569,7 @@ fn archives_without_class_folders_side_by_side_are_refused_with_a_folder_that_he
         put(&at.join("x.tar"), &archive.into_inner().expect("whole"));
         assert_has(&refusal(&at.join("x.tar"), &config()), parts);
     }
-    // The folder that is named helps.
+    // The suggested folder works.
     let (_folder, at) = scratch();
     let names = ["top/flat/1.jpg", "top/set/a/1.jpg", "top/set/b/1.jpg"];
     put(&at.join("x.tar"), &tar(&borrowed(&files(&names))));
@@ -580,7 +580,7 @@ fn archives_without_class_folders_side_by_side_are_refused_with_a_folder_that_he
 }
 
 #[test]
-fn hidden_folders_and_those_of_systems_are_no_classes_in_any_container() {
+fn hidden_and_system_folders_are_not_classes_in_any_container() {
     let names = [
         "cat/1.jpg",
         "dog/2.jpg",
@@ -615,7 +615,7 @@ fn hidden_folders_and_those_of_systems_are_no_classes_in_any_container() {
 }
 
 #[test]
-fn what_lies_beside_the_files_of_a_data_set_is_listed() {
+fn files_that_are_not_part_of_a_data_set_are_listed() {
     let (_folder, at) = scratch();
     let (one, two) = (png(1), png(2));
     put(&at.join("p/train-0.parquet"), &parquet(&[("x", &one, 0), ("x", &two, 1)], &["a", "b"]));
@@ -624,7 +624,7 @@ fn what_lies_beside_the_files_of_a_data_set_is_listed() {
     let read = prepare(&at.join("p"), &config()).expect("one Parquet file is enough");
     let listed = [(".cache", "is hidden"), ("README.md", "is not part of the data set")];
     assert_eq!(read.skipped("ignored"), listed.map(|(name, why)| (name.into(), why.into())));
-    // Which of the two is meant nobody knows.
+    // It is ambiguous which of the two is the data set.
     put(&at.join("p/photo.jpg"), &one);
     assert_has(&refusal(&at.join("p"), &config()), &["train-0.parquet", "photo.jpg", "`format`"]);
     let only = Config { format: Format::Parquet, ..config() };
@@ -645,7 +645,7 @@ fn one_picture_is_a_source_of_one_picture() {
 }
 
 #[test]
-fn a_data_set_in_a_folder_below_is_named() {
+fn a_data_set_in_a_subfolder_is_suggested() {
     let (_folder, at) = scratch();
     put(&at.join("hub/data/train-0.parquet"), &parquet(&[("x", &png(1), 0)], &["a"]));
     put(&at.join("hub/README.md"), b"about");
@@ -654,7 +654,7 @@ fn a_data_set_in_a_folder_below_is_named() {
     for (folder, parts) in [
         ("hub", &["hub/data` holds `train-0.parquet`", "--source"][..]),
         ("root", &["root/MNIST/raw` holds `train-images-idx3-ubyte`"]),
-        ("zips", &["it holds `a.zip`: name that file"]),
+        ("zips", &["it holds `a.zip`: pass that file"]),
     ] {
         assert_has(&refusal(&at.join(folder), &config()), parts);
     }
@@ -670,7 +670,7 @@ fn links_in_a_circle_and_pipes_end_at_once() {
         std::os::unix::fs::symlink(".", photos.join(name)).expect("linked");
     }
     let read = prepare(&photos, &config()).expect("two pictures");
-    let reason = "is a link to a folder that it lies in".to_owned();
+    let reason = "is a link to a folder that contains it".to_owned();
     assert_eq!(read.names.len(), 2);
     assert_eq!(
         read.skipped("ignored"),
@@ -706,7 +706,7 @@ fn links_in_a_circle_and_pipes_end_at_once() {
 }
 
 #[test]
-fn what_a_kill_at_the_end_leaves_is_removed_the_next_time() {
+fn leftovers_of_a_kill_at_the_end_are_removed_by_the_next_run() {
     let (_folder, at) = scratch();
     put(&at.join("set/a/1.jpg"), &jpeg(1));
     put(&at.join("set/b/1.jpg"), &jpeg(2));

@@ -1,4 +1,4 @@
-//! Small sources for the tests, made where they are needed.
+//! Generates small sources for the tests.
 
 use std::fs;
 use std::io::{Cursor, Write};
@@ -26,20 +26,20 @@ pub fn config() -> Config {
     }
 }
 
-/// A folder that is gone after the test.
+/// A temporary folder, removed on drop.
 pub fn scratch() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().to_owned();
     (folder, path)
 }
 
-/// Writes a file, and the folders it lies in.
+/// Writes a file and creates its parent folders.
 pub fn put(path: &Path, bytes: &[u8]) {
     fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
     fs::write(path, bytes).expect("written");
 }
 
-/// Pixels without symmetry, other ones for each `seed`.
+/// Pixels without symmetry, different for each `seed`.
 pub fn pixels(height: usize, width: usize, channels: usize, seed: usize) -> Vec<u8> {
     let value = |i: usize| (i * i * 7 + i * (seed + 3) * 13 + seed * 101) % 251;
     (0..height * width * channels).map(|i| value(i) as u8).collect()
@@ -55,24 +55,24 @@ pub fn grey(seed: usize) -> DynamicImage {
     GrayImage::from_raw(6, 4, pixels(4, 6, 1, seed)).expect("fits").into()
 }
 
-/// A file of a picture.
+/// Encodes a picture as a file.
 pub fn encoded(picture: &DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut file = Cursor::new(Vec::new());
     picture.write_to(&mut file, format).expect("encoded");
     file.into_inner()
 }
 
-/// A PNG file, another one for each `seed`.
+/// A PNG file, different for each `seed`.
 pub fn png(seed: usize) -> Vec<u8> {
     encoded(&colour(seed), ImageFormat::Png)
 }
 
-/// A JPEG file, another one for each `seed`.
+/// A JPEG file, different for each `seed`.
 pub fn jpeg(seed: usize) -> Vec<u8> {
     encoded(&colour(seed), ImageFormat::Jpeg)
 }
 
-/// The same bytes, packed.
+/// Compresses bytes with gzip.
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(bytes).expect("packed");
@@ -96,13 +96,13 @@ pub fn tar_of(files: &[(&Path, &[u8])]) -> Vec<u8> {
     archive.into_inner().expect("whole")
 }
 
-/// A zip file of these files as Unix makes it, every other one deflated.
+/// A zip file of these files as written on Unix, every other one deflated.
 pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
     let bytes: Vec<_> = files.iter().map(|(name, bytes)| (name.as_bytes(), *bytes)).collect();
     zip_from(3, 0, &bytes)
 }
 
-/// A zip file made on the system `host` (0 is DOS, 3 Unix), with these flags for each entry.
+/// A zip file written on the system `host` (0 is DOS, 3 Unix), with these flags for each entry.
 pub fn zip_from(host: u8, flags: u16, files: &[(&[u8], &[u8])]) -> Vec<u8> {
     let (mut archive, mut directory) = (Vec::new(), Vec::new());
     for (number, (name, bytes)) in files.iter().enumerate() {
@@ -145,8 +145,8 @@ pub fn zip_from(host: u8, flags: u16, files: &[(&[u8], &[u8])]) -> Vec<u8> {
     archive
 }
 
-/// A Parquet file as crate `datasets` of Python writes it: pictures with their paths, and labels by
-/// number, which the metadata name.
+/// A Parquet file as Python's `datasets` writes it: pictures with their paths, and numeric labels
+/// whose names are in the metadata.
 pub fn parquet(rows: &[(&str, &[u8], i64)], names: &[&str]) -> Vec<u8> {
     use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
     use parquet::file::metadata::KeyValue;
@@ -197,7 +197,7 @@ pub fn parquet(rows: &[(&str, &[u8], i64)], names: &[&str]) -> Vec<u8> {
 pub struct PreparedFiles {
     /// The images file, byte for byte.
     pub bytes: Vec<u8>,
-    /// The same, open.
+    /// The images file, opened.
     pub images: Images,
     /// Names by row.
     pub names: Vec<String>,
@@ -205,16 +205,16 @@ pub struct PreparedFiles {
     pub classes: Vec<Option<String>>,
     /// The classes in the order of their numbers.
     pub class_names: Vec<String>,
-    /// The list of what was skipped.
+    /// The content of `skipped.json`.
     pub skipped: serde_json::Value,
 }
 
-/// Prepares a source in a folder of its own.
+/// Prepares a source in a new folder.
 pub fn prepare(source: &Path, config: &Config) -> Result<PreparedFiles> {
     prepare_with(source, config, &Options::default())
 }
 
-/// The same with other options.
+/// Prepares a source in a new folder with these options.
 pub fn prepare_with(source: &Path, config: &Config, options: &Options) -> Result<PreparedFiles> {
     let (_folder, out) = scratch();
     if let Err(error) = crate::run(config, source, &out, options) {
@@ -249,7 +249,7 @@ fn open_files(out: &Path) -> Result<PreparedFiles> {
     })
 }
 
-/// The message of a run that must fail.
+/// The error message of a run that must fail.
 pub fn refusal(source: &Path, config: &Config) -> String {
     match prepare(source, config) {
         Ok(_) => panic!("`{}` was prepared", source.display()),

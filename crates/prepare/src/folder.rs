@@ -1,8 +1,7 @@
-//! Pictures in folders: one folder a class, or a flat folder without ground truth.
+//! Reads pictures in folders: one folder per class, or a flat folder without ground truth.
 //!
-//! Classes are the folders directly within the source, pictures the files directly within those.
-//! Anything deeper is an error and never a class of its own: torchvision would take `train` and
-//! `val` for two classes.
+//! Classes are the direct subfolders of the source, pictures the files directly in those. A picture
+//! in a deeper folder is an error: torchvision would treat `train` and `val` as two classes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,14 +13,14 @@ use crate::collection::{Load, Sink};
 use crate::names::{below, file_name, left_out};
 use crate::{Config, picture};
 
-/// What a folder holds, sorted by name.
+/// The content of a folder, sorted by name.
 #[derive(Debug, Default)]
 pub struct FolderContents {
     /// Folders, and links to folders.
     pub folders: Vec<PathBuf>,
     /// Files, and links to files.
     pub files: Vec<PathBuf>,
-    /// What is left out, with the reason.
+    /// Skipped entries, with the reason.
     pub ignored: Vec<(PathBuf, &'static str)>,
 }
 
@@ -37,12 +36,8 @@ impl FolderContents {
     }
 }
 
-/// Lists a folder. It leaves out the names that [`left_out`] has, links that lead nowhere, and links
-/// to a folder that the link lies in.
-///
-/// # Errors
-///
-/// The folder cannot be read.
+/// Lists a folder. Skips the names for which [`left_out`] has a reason, dangling links, and links
+/// to a folder that contains the link.
 pub fn contents(folder: &Path) -> Result<FolderContents> {
     let mut contents = FolderContents::default();
     let context = || format!("reading the folder `{}`", folder.display());
@@ -62,12 +57,12 @@ pub fn contents(folder: &Path) -> Result<FolderContents> {
         };
         match kind {
             Ok(kind) if kind.is_dir() && is_link && leads_back(folder, &path) => {
-                contents.ignored.push((path, "is a link to a folder that it lies in"));
+                contents.ignored.push((path, "is a link to a folder that contains it"));
             }
             Ok(kind) if kind.is_dir() => contents.folders.push(path),
             Ok(kind) if kind.is_file() => contents.files.push(path),
             Ok(_) => contents.ignored.push((path, "is neither a file nor a folder")),
-            Err(_) => contents.ignored.push((path, "is a link that leads nowhere")),
+            Err(_) => contents.ignored.push((path, "is a dangling link")),
         }
     }
     contents.folders.sort();
@@ -75,7 +70,7 @@ pub fn contents(folder: &Path) -> Result<FolderContents> {
     Ok(contents)
 }
 
-/// Whether the link `link` in `folder` leads to that folder or to one above it.
+/// Whether `link` in `folder` points to that folder or to one above it.
 fn leads_back(folder: &Path, link: &Path) -> bool {
     match (folder.canonicalize(), link.canonicalize()) {
         (Ok(folder), Ok(target)) => folder.starts_with(target),
@@ -83,22 +78,22 @@ fn leads_back(folder: &Path, link: &Path) -> bool {
     }
 }
 
-/// The pictures of a source that is a folder: listed, not yet read.
+/// The pictures of a folder: listed, not yet read.
 #[derive(Debug)]
 pub struct Listing {
     root: PathBuf,
-    /// Classes with their pictures, by name; one without a name where the folder is flat.
+    /// Classes with their pictures, by name; a flat folder is one class without a name.
     classes: Vec<(Option<String>, Vec<PathBuf>)>,
     ignored: Vec<(PathBuf, &'static str)>,
-    /// The first folder with pictures within the folder of a class.
+    /// The first folder with pictures inside a class folder.
     deeper: Option<PathBuf>,
 }
 
-/// Lists the pictures in `root`: of the classes that the experiment names, or of all.
+/// Lists the pictures in `root`, of all classes or of those that the experiment names.
 ///
 /// # Errors
 ///
-/// The folder has another layout; the message says what it has, and what to do.
+/// The layout is not supported; the message says what was found and what to do.
 pub fn list(root: &Path, config: &Config) -> Result<Listing> {
     let mut top = contents(root)?;
     let mut listing = Listing::of(root);
@@ -114,7 +109,7 @@ pub fn list(root: &Path, config: &Config) -> Result<Listing> {
     let loose = listing.pictures_among(top);
     match has_chosen {
         true => {
-            let reason = "lies in no folder of a class";
+            let reason = "is in no class folder";
             listing.ignored.extend(loose.into_iter().map(|path| (path, reason)));
         }
         false => listing.add_loose(loose)?,
@@ -145,7 +140,7 @@ impl Listing {
         self.classes.iter().map(|(_, pictures)| pictures.len()).sum()
     }
 
-    /// How many classes there are; none in a flat folder.
+    /// How many classes there are; 0 in a flat folder.
     pub fn classes(&self) -> usize {
         self.classes.iter().filter(|(class, _)| class.is_some()).count()
     }
@@ -155,7 +150,7 @@ impl Listing {
         self.classes.iter().flat_map(|(_, pictures)| pictures).cloned()
     }
 
-    /// Hands all pictures over, named by their path within the source.
+    /// Passes all pictures to `sink`, named by their path within the source.
     ///
     /// # Errors
     ///
@@ -176,11 +171,11 @@ impl Listing {
         Ok(())
     }
 
-    /// Adds the pictures of the class `folder`. A folder with files of which none is a picture is no
-    /// class, unless the experiment names it, but an empty one is a class that lacks its pictures.
+    /// Adds the pictures of the class `folder`. A folder that has files but no pictures is not a
+    /// class unless the experiment names it. An empty folder is a class whose pictures are missing.
     fn add_class(&mut self, folder: &Path, is_chosen: bool) -> Result<()> {
         let mut inside = contents(folder)?;
-        // Tiny-ImageNet has a folder `images` within that of each class.
+        // Tiny-ImageNet has a folder `images` in each class folder.
         if let Some(at) = inside.folders.iter().position(|folder| file_name(folder) == "images") {
             let images = inside.folders.remove(at);
             inside.append(contents(&images)?);
@@ -196,7 +191,7 @@ impl Listing {
         Ok(())
     }
 
-    /// Looks for pictures in a folder within that of a class, and lists all other files.
+    /// Looks for pictures in a folder inside a class folder, and lists all other files as ignored.
     fn look_deeper(&mut self, folder: &Path) -> Result<()> {
         if folder.is_symlink() {
             self.ignored.push((folder.to_owned(), "is a link to a folder"));
@@ -213,7 +208,7 @@ impl Listing {
         Ok(())
     }
 
-    /// The pictures among some files; the other files are listed.
+    /// Returns the pictures among some files, and lists the other files as ignored.
     fn pictures_among(&mut self, contents: FolderContents) -> Vec<PathBuf> {
         self.ignored.extend(contents.ignored);
         let (pictures, others): (Vec<_>, Vec<_>) =
@@ -226,23 +221,24 @@ impl Listing {
         let Some(first) = &self.deeper else { return Ok(()) };
         let above = first.parent().unwrap_or(&self.root);
         bail!(
-            "pictures of `{}` lie one level too deep, such as those in `{}`: they must lie directly \
-             in the folder of their class, and that directly in the source; name the folder above \
-             the class folders with {SOURCE}, perhaps `{}`",
+            "pictures of `{}` are nested one level too deep, such as those in `{}`: they must be \
+             directly in the folder of their class, and that directly in the source; pass the \
+             folder above the class folders with {SOURCE}, perhaps `{}`",
             self.root.display(),
             below(&self.root, first),
             above.display()
         )
     }
 
-    /// Takes pictures directly in the source for a flat folder, if they are the only ones.
+    /// Treats pictures directly in the source as a flat folder, if there are no others.
     fn add_loose(&mut self, loose: Vec<PathBuf>) -> Result<()> {
         let Some(first) = loose.first() else { return Ok(()) };
         self.classes.retain(|(_, pictures)| !pictures.is_empty());
         if let Some((class, _)) = self.classes.first() {
             bail!(
-                "`{}` holds pictures directly, such as `{}`, and in folders, such as `{}`: with \
-                 ground truth every picture lies in the folder of its class, without it none does",
+                "`{}` holds pictures directly, such as `{}`, and in folders, such as `{}`: put \
+                 every picture into the folder of its class, or, without ground truth, none into a \
+                 folder",
                 self.root.display(),
                 file_name(first),
                 class.as_deref().unwrap_or_default()
@@ -260,15 +256,15 @@ impl Listing {
         let empty = |pictures: &Vec<PathBuf>| pictures.is_empty();
         if let Some((class, _)) = self.classes.iter().find(|(_, pictures)| empty(pictures)) {
             bail!(
-                "the class folder `{}` of `{root}` holds no pictures: fill it, remove it, or name \
+                "the class folder `{}` of `{root}` holds no pictures: fill it, remove it, or list \
                  the folders to keep in `classes`",
                 class.as_deref().unwrap_or_default()
             );
         }
         if let [(Some(class), pictures)] = &self.classes[..] {
             bail!(
-                "`{root}` has one class only, `{class}`, with {} pictures; pictures without ground \
-                 truth lie directly in the source: name `{}` with {SOURCE}",
+                "`{root}` has one class only, `{class}`, with {} pictures; to use them without \
+                 ground truth, pass `{}` with {SOURCE}",
                 pictures.len(),
                 self.root.join(class).display()
             );
@@ -313,27 +309,27 @@ fn diagnosis(
     };
     if let Some(folder) = top.folders.iter().find(stanford) {
         return Ok(format!(
-            "`{}` is how Stanford Dogs names its folders, and that is another set, of about 170 \
-             pictures a class; name the train folder of ILSVRC-2012",
+            "`{}` is a folder name of Stanford Dogs, which is another set, of about 170 pictures \
+             per class; use the train folder of ILSVRC-2012",
             file_name(folder)
         ));
     }
     if let Some(folder) = top.folders.iter().find(|folder| folder.join(missing).is_dir()) {
-        return Ok(format!("they lie one level deeper; name `{}` with {SOURCE}", folder.display()));
+        return Ok(format!("they are one level deeper; pass `{}` with {SOURCE}", folder.display()));
     }
     if classes.contains(&file_name(root)) {
-        return Ok(format!("this is one class's folder; name the folder it lies in with {SOURCE}"));
+        return Ok(format!("this is the folder of one class; pass its parent with {SOURCE}"));
     }
     if root.join(format!("{missing}.tar")).is_file() {
         return Ok(format!(
-            "`{missing}.tar` is still packed; unpack each class's archive into a folder of its \
+            "`{missing}.tar` is not unpacked yet; unpack each class's archive into a folder of its \
              name, as in `mkdir {missing} && tar -xf {missing}.tar -C {missing}`"
         ));
     }
     if top.folders.is_empty() && !top.files.is_empty() {
         return Ok(format!(
-            "it has no class folders at all, only files such as `{}` (ILSVRC-2012's `val` comes \
-             like that); name the train folder with {SOURCE}",
+            "it has no class folders at all, only files such as `{}` (like ILSVRC-2012's `val`); \
+             pass the train folder with {SOURCE}",
             file_name(&top.files[0])
         ));
     }
@@ -341,15 +337,16 @@ fn diagnosis(
     Ok(match some.is_empty() {
         true => "the folder is empty".to_owned(),
         false => format!(
-            "it has {} folders, such as `{}`; name another source with {SOURCE}, or other classes",
+            "it has {} folders, such as `{}`; pass another source with {SOURCE}, or correct \
+             `classes`",
             top.folders.len(),
             some.join("`, `")
         ),
     })
 }
 
-/// For a folder without pictures: the archive or other files in it, or in the folders below it, that
-/// could be meant.
+/// Suggests an archive or other data set in a folder without pictures, or in its subfolders, that
+/// the user may have meant.
 fn hint_at_archives(root: &Path) -> Result<String> {
     let is_packed = |file: &&PathBuf| {
         let name = file_name(file).to_ascii_lowercase();
@@ -358,7 +355,7 @@ fn hint_at_archives(root: &Path) -> Result<String> {
     let top = contents(root)?;
     if let Some(file) = top.files.iter().find(is_packed) {
         return Ok(format!(
-            "; it holds `{}`: name that file, {SOURCE} {}",
+            "; it holds `{}`: pass that file, {SOURCE} {}",
             file_name(file),
             file.display()
         ));
@@ -374,7 +371,7 @@ fn hint_at_archives(root: &Path) -> Result<String> {
             let inside = contents(folder)?;
             if let Some(file) = inside.files.iter().find(is_part_of_set) {
                 return Ok(format!(
-                    "; `{}` holds `{}`: name that folder, {SOURCE} {}",
+                    "; `{}` holds `{}`: pass that folder, {SOURCE} {}",
                     folder.display(),
                     file_name(file),
                     folder.display()
@@ -384,10 +381,10 @@ fn hint_at_archives(root: &Path) -> Result<String> {
         }
         folders = below;
     }
-    Ok(format!("; name another source with {SOURCE}"))
+    Ok(format!("; pass another source with {SOURCE}"))
 }
 
-/// How deep, and into how many folders of a level, a message looks for a data set.
+/// How many levels, and folders per level, are searched for such a suggestion.
 const LEVELS: usize = 3;
 const FOLDERS: usize = 100;
 
@@ -396,7 +393,7 @@ mod tests {
     use super::*;
     use crate::example::{assert_has, config, jpeg, png, prepare, put, refusal, scratch};
 
-    /// Writes pictures, each another one, at these names; something else at those of archives.
+    /// Writes a different picture to each of these names, and other bytes to names of archives.
     fn pictures(root: &Path, names: &[&str]) {
         for (seed, name) in names.iter().enumerate() {
             let file = if name.ends_with(".tar") { b"packed".to_vec() } else { png(seed) };
@@ -405,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_are_folders_and_pictures_are_told_by_content() {
+    fn classes_are_folders_and_pictures_are_recognised_by_content() {
         let (_folder, path) = scratch();
         put(&path.join("cat/a.JPEG"), &png(0));
         put(&path.join("cat/b.png"), &jpeg(1));
@@ -425,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn chosen_classes_alone_are_read_in_whatever_order_they_are_named() {
+    fn only_chosen_classes_are_read_and_their_order_does_not_matter() {
         let (_folder, path) = scratch();
         pictures(&path, &["n1/a.png", "n2/b.png", "n3/c.png", "n3/d.png"]);
         put(&path.join("n2/broken.png"), b"");
@@ -465,11 +462,11 @@ mod tests {
         let read = prepare(&path.join("set"), &config()).expect("sound");
         assert_eq!(read.class("cat/a.png"), Some("cat"));
         let (name, reason) = &read.skipped("ignored")[0];
-        assert_eq!((name.as_str(), reason.as_str()), ("dog/x.png", "is a link that leads nowhere"));
+        assert_eq!((name.as_str(), reason.as_str()), ("dog/x.png", "is a dangling link"));
     }
 
     #[test]
-    fn a_wrong_layout_is_named_with_its_remedy() {
+    fn errors_describe_a_wrong_layout_and_its_remedy() {
         let cases: [(&[&str], &[&str]); 8] = [
             (&["train/n1/a.png", "val/n1/b.png"], &["too deep", "`train/n1`", "perhaps", "train`"]),
             (&["n1/more/a.png", "n2/more/b.png"], &["too deep", "`n1/more`"]),
@@ -478,7 +475,7 @@ mod tests {
             (&["all/a.png", "all/b.png"], &["one class only, `all`, with 2 pictures", "--source"]),
             (&["a.png", "n1/b.png"], &["`a.png`", "`n1`", "ground truth"]),
             (&[], &["holds no JPEG, PNG or WebP pictures"]),
-            (&["n1.tar"], &["name that file", "n1.tar"]),
+            (&["n1.tar"], &["pass that file", "n1.tar"]),
         ];
         for (names, parts) in cases {
             let (_folder, path) = scratch();
@@ -494,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_class_is_named_with_what_is_there_instead() {
+    fn errors_name_a_missing_class_and_what_is_there_instead() {
         let (train, single) = ("n02085936/a.JPEG", "n02086646/b.JPEG");
         let stanford = "n02085936-Maltese_dog/a.jpg";
         let cases: [(&str, &[&str], &[&str]); 6] = [
@@ -504,8 +501,8 @@ mod tests {
                 &["Stanford Dogs", "train folder"],
             ),
             ("", &["train/n02085936/a.JPEG", "val/a.JPEG"], &["one level deeper", "train`"]),
-            ("n02085936", &[train, single], &["one class's folder", "folder it lies in"]),
-            ("", &["n02085936.tar", "x/y.txt"], &["still packed", "mkdir n02085936"]),
+            ("n02085936", &[train, single], &["the folder of one class", "pass its parent"]),
+            ("", &["n02085936.tar", "x/y.txt"], &["not unpacked yet", "mkdir n02085936"]),
             ("", &["ILSVRC2012_val_00000001.JPEG"], &["no class folders", "`val`", "train folder"]),
             ("", &[train, "n3/x.png"], &["lacks 1 of the 2", "`n02086646`", "2 folders", "`n3`"]),
         ];

@@ -1,6 +1,6 @@
-//! Files that no reader reads: what they are, and what to do with them.
+//! Recognises files of unsupported formats and says what to do with them.
 
-/// A kind of file that is not read.
+/// An unsupported kind of file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Foreign {
     /// What it is, with its article.
@@ -9,7 +9,7 @@ pub struct Foreign {
     pub remedy: &'static str,
 }
 
-const CONVERT: &str = "only JPEG, PNG and WebP are read; convert it";
+const CONVERT: &str = "only JPEG, PNG and WebP are supported; convert it";
 const RENDER: &str = "render it as PNG";
 const UNPACK: &str = "unpack it";
 const EXPORT: &str =
@@ -17,7 +17,7 @@ const EXPORT: &str =
 const AS_PARQUET: &str = "write it as Parquet, in Python with `Dataset.to_parquet` or `pyarrow`";
 const AS_MANIFEST: &str =
     "write it as CSV with a column `path` and, if the classes are known, a column `label`";
-const AS_LIST: &str = "if it lists the paths of pictures, one a line, let its name end in .csv";
+const AS_LIST: &str = "if it lists the paths of pictures, one per line, rename it to end in .csv";
 const FETCH: &str = "get the file itself, in its repository with `git lfs pull`";
 const DOWNLOAD: &str = "download the file again, if need be in a browser";
 const UNENCRYPTED: &str = "write it without encryption";
@@ -33,7 +33,7 @@ impl Foreign {
 /// How many bytes of a file [`recognise`] looks at.
 pub const START: usize = 512;
 
-/// Kinds by the first bytes of their files; the first that fits holds.
+/// Kinds by the first bytes of their files; the first match counts.
 const BY_START: &[(&[u8], &str, &str)] = &[
     (b"GIF8", "a GIF picture", CONVERT),
     (b"BM", "a BMP picture", CONVERT),
@@ -69,7 +69,7 @@ const BY_START: &[(&[u8], &str, &str)] = &[
     (b"version https://git-lfs", "a pointer of Git LFS", FETCH),
 ];
 
-/// Kinds of text by the first bytes that are no space, in lower case.
+/// Kinds of text by the first bytes after white space, in lower case.
 const BY_TEXT: &[(&[u8], &str, &str)] = &[
     (b"<!doctype html", "a web page", DOWNLOAD),
     (b"<html", "a web page", DOWNLOAD),
@@ -79,7 +79,7 @@ const BY_TEXT: &[(&[u8], &str, &str)] = &[
     (b"[", "a JSON document", AS_MANIFEST),
 ];
 
-/// Kinds by the ends of their names, where the first bytes say nothing, or only that it is a zip file.
+/// Kinds by the ends of their names, for files whose first bytes are ambiguous.
 const BY_NAME: &[(&str, &str, &str)] = &[
     (".npz", "an archive of NumPy arrays", EXPORT),
     (".pt", "a file of PyTorch", EXPORT),
@@ -91,8 +91,8 @@ const BY_NAME: &[(&str, &str, &str)] = &[
     (".txt", "a text", AS_LIST),
 ];
 
-/// Returns what a file is by its first [`START`] bytes and its name; nothing for one that a reader may
-/// read.
+/// Recognises an unsupported file by its first [`START`] bytes and its name. Returns `None` for a
+/// file that may be supported.
 pub fn recognise(start: &[u8], name: &str) -> Option<Foreign> {
     if is_tar(start) {
         return None;
@@ -109,7 +109,7 @@ pub fn recognise(start: &[u8], name: &str) -> Option<Foreign> {
     found.map(|(what, remedy)| Foreign { what, remedy })
 }
 
-/// A file in boxes, as MPEG-4 has them: its brand says what is in them.
+/// Recognises a file made of boxes (ISO base media) by its brand.
 fn of_box(start: &[u8]) -> Option<(&'static str, &'static str)> {
     let brand = start.get(4..12)?.strip_prefix(b"ftyp")?;
     Some(match brand {
@@ -118,12 +118,12 @@ fn of_box(start: &[u8]) -> Option<(&'static str, &'static str)> {
         b"heic" | b"heix" | b"heim" | b"heis" | b"hevc" | b"hevx" | b"mif1" | b"msf1" => {
             ("a HEIC picture", CONVERT)
         }
-        _ => ("a film", "write some of its frames as pictures"),
+        _ => ("a video", "save some of its frames as pictures"),
     })
 }
 
-/// Whether a file begins with a header of tar: those bytes are the name of its first entry, which may
-/// look like anything.
+/// Whether a file begins with a tar header. Its first bytes are then the name of an entry, which
+/// may look like any format.
 fn is_tar(start: &[u8]) -> bool {
     let Some(header) = start.get(..512) else { return false };
     let stated: String = header[148..156].iter().map(|&byte| char::from(byte)).collect();
@@ -133,7 +133,7 @@ fn is_tar(start: &[u8]) -> bool {
     u32::from_str_radix(stated, 8) == Ok(sum)
 }
 
-/// `P1` to `P7` and a space.
+/// Whether a file begins with `P1` to `P7` and a space.
 fn is_pnm(start: &[u8]) -> bool {
     matches!(start, [b'P', b'1'..=b'7', space, ..] if space.is_ascii_whitespace())
 }
@@ -144,13 +144,13 @@ mod tests {
     use crate::example::tar;
 
     #[test]
-    fn files_are_told_by_their_bytes_before_their_names() {
+    fn files_are_recognised_by_bytes_before_names() {
         let cases: [(&[u8], &str, &str); 15] = [
             (b"\0\0\0\x18ftypheic\0\0", "a.jpg", "a HEIC picture"),
             (b"\0\0\0\x20ftypmif1", "a.heif", "a HEIC picture"),
             (b"\0\0\0\x18ftypavif", "a", "an AVIF picture"),
             (b"\0\0\0\x18ftypcrx ", "a.cr3", "a raw photograph of a camera"),
-            (b"\0\0\0\x18ftypisom", "a.mp4", "a film"),
+            (b"\0\0\0\x18ftypisom", "a.mp4", "a video"),
             (b"\xff\x0a\xfa", "a.jxl", "a JPEG XL picture"),
             (b"II*\0\x10\0\0\0CR\x02\0", "a.CR2", "a raw photograph of a camera"),
             (b"MM\0*\0", "a.dng", "a TIFF picture or a raw photograph of a camera"),

@@ -1,10 +1,10 @@
-//! Any bytes to any reader: what the fuzz targets call, and the test that replays their corpus.
+//! Feeds arbitrary bytes to every reader: the fuzz targets, and a test over their corpus.
 //!
-//! Whatever the bytes are, a reader may fail but not panic, and takes no more memory than its budget.
-//! `cargo test` feeds every file of `fuzz/corpus` and some thousand changes of it;
-//! `FUZZ_SECONDS=300 cargo test -p prepare --lib fuzz` goes on for so long with each reader. With
-//! cargo-fuzz and a nightly compiler, `cargo fuzz run tar` in `crates/prepare` looks for more; what it
-//! finds belongs into the corpus.
+//! On any bytes, a reader may fail but must not panic or exceed its memory budget. `cargo test`
+//! feeds every file of `fuzz/corpus` and a few thousand mutations of them.
+//! `FUZZ_SECONDS=300 cargo test -p prepare --lib fuzz` mutates for that long per reader. With
+//! cargo-fuzz and a nightly compiler, `cargo fuzz run tar` in `crates/prepare` searches further;
+//! add what it finds to the corpus.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::collection::{Load, Sink};
 use crate::picture::{self, Budget};
 use crate::{Format, cifar, idx, manifest, packed, parquet_file, stl, webdataset};
 
-/// The readers, each with the name of its target and of the folder of its corpus.
+/// The readers, each with the name of its fuzz target and corpus folder.
 pub const READERS: [(&str, FuzzReader); 9] = [
     ("cifar", cifar),
     ("idx", idx),
@@ -29,13 +29,13 @@ pub const READERS: [(&str, FuzzReader); 9] = [
     ("zip", zip),
 ];
 
-/// Feeds bytes to a reader, whose error is of no interest.
+/// Feeds bytes to a reader. Its error is expected and ignored.
 pub type FuzzReader = fn(&[u8]) -> Result<()>;
 
-/// How much memory a reader may take: 32 MiB.
+/// Memory limit of a reader: 32 MiB.
 const MEMORY: u64 = 1 << 25;
 
-/// Decodes what it is given and forgets it.
+/// Decodes each picture and discards it.
 struct Decoder {
     budget: Budget,
     folder: PathBuf,
@@ -65,8 +65,8 @@ impl Sink for Decoder {
     }
 
     fn picture(&mut self, _: String, _: Option<&str>, _: Split, load: Load) -> Result<()> {
-        // Pictures that cannot be decoded are listed, and not an error of the source. What a
-        // manifest names is not looked for: it could be any file of this machine.
+        // A picture that cannot be decoded is not an error of the source. Paths in a manifest are
+        // not opened: they could be any file of this machine.
         if let Load::Bytes(bytes) = load {
             let _ = picture::check(bytes, 3, &self.budget);
         }
@@ -87,7 +87,7 @@ fn folder(files: &[(&str, &[u8])]) -> Result<tempfile::TempDir> {
     Ok(folder)
 }
 
-/// Feeds a file of this name.
+/// Writes the bytes to a file of this name and reads it.
 fn fed(
     name: &str,
     bytes: &[u8],
@@ -97,17 +97,13 @@ fn fed(
     read(folder.path().join(name), &mut Decoder::new(folder.path()))
 }
 
-/// Two files in one: the length of the first as a little-endian 16-bit number, then both.
+/// Splits the bytes into two files: the length of the first as a little-endian u16, then both.
 fn two(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
     let (length, rest) = bytes.split_first_chunk().context("no length")?;
     rest.split_at_checked(u16::from_le_bytes(*length).into()).context("cut short")
 }
 
-/// A tar archive of any kind.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a tar archive of any kind.
 pub fn tar(bytes: &[u8]) -> Result<()> {
     fed("x.tar", bytes, |path, sink| {
         let holds = packed::recognise(&path, "");
@@ -118,11 +114,7 @@ pub fn tar(bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// A zip file.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a zip file.
 pub fn zip(bytes: &[u8]) -> Result<()> {
     fed("x.zip", bytes, |path, sink| {
         let holds = packed::recognise(&path, "");
@@ -131,38 +123,22 @@ pub fn zip(bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// A shard of WebDataset.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a shard of WebDataset.
 pub fn webdataset(bytes: &[u8]) -> Result<()> {
     fed("x.tar", bytes, |path, sink| webdataset::read(&[path], "", &[], sink))
 }
 
-/// A Parquet file.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a Parquet file.
 pub fn parquet(bytes: &[u8]) -> Result<()> {
     fed("x.parquet", bytes, |path, sink| parquet_file::read(&[path], Format::Auto, &[], sink))
 }
 
-/// A manifest.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a manifest.
 pub fn manifest(bytes: &[u8]) -> Result<()> {
     fed("x.csv", bytes, |path, sink| manifest::read(&path, &[], sink))
 }
 
-/// A file of CIFAR-10 and one of its class names.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads a CIFAR-10 file and its list of class names.
 pub fn cifar(bytes: &[u8]) -> Result<()> {
     let (names, records) = two(bytes)?;
     let folder = folder(&[("batches.meta.txt", names), ("data_batch_1.bin", records)])?;
@@ -170,22 +146,14 @@ pub fn cifar(bytes: &[u8]) -> Result<()> {
     cifar::read(&files, Format::Auto, &mut Decoder::new(folder.path()))
 }
 
-/// Labels and pictures of STL-10.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads labels and pictures of STL-10.
 pub fn stl(bytes: &[u8]) -> Result<()> {
     let (labels, pictures) = two(bytes)?;
     let folder = folder(&[("train_y.bin", labels), ("train_X.bin", pictures)])?;
     stl::read(&stl::find(folder.path())?, &mut Decoder::new(folder.path()))
 }
 
-/// Labels and pictures in IDX files.
-///
-/// # Errors
-///
-/// The reader's.
+/// Reads labels and pictures in IDX files.
 pub fn idx(bytes: &[u8]) -> Result<()> {
     let (labels, pictures) = two(bytes)?;
     let files = [("train-labels-idx1-ubyte", labels), ("train-images-idx3-ubyte", pictures)];
@@ -194,11 +162,7 @@ pub fn idx(bytes: &[u8]) -> Result<()> {
     pairs.iter().try_for_each(|pair| pair.read(&mut Decoder::new(folder.path())))
 }
 
-/// A picture.
-///
-/// # Errors
-///
-/// The reader's.
+/// Decodes a picture.
 pub fn picture(bytes: &[u8]) -> Result<()> {
     let budget = Budget::of(MEMORY);
     let checked = picture::check(bytes.to_vec(), 1, &budget);
@@ -207,10 +171,6 @@ pub fn picture(bytes: &[u8]) -> Result<()> {
 }
 
 /// The files of a reader's corpus, sorted.
-///
-/// # Errors
-///
-/// There is none.
 pub fn corpus(reader: &str) -> Result<Vec<PathBuf>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(reader);
     let entries = fs::read_dir(&folder).with_context(|| format!("`{}`", folder.display()))?;
@@ -227,7 +187,7 @@ mod tests {
     use super::*;
     use crate::example;
 
-    /// Numbers without pattern, the same each time: SplitMix64.
+    /// Pseudo-random numbers from a seed: SplitMix64.
     struct SplitMix(u64);
 
     impl SplitMix {
@@ -243,7 +203,7 @@ mod tests {
     const EXTREMES: [u64; 8] =
         [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, i64::MAX as u64, u64::MAX];
 
-    /// Changes some of the bytes, or how many there are.
+    /// Mutates, removes or inserts some bytes.
     fn change(bytes: &mut Vec<u8>, other: &[u8], numbers: &mut SplitMix) {
         for _ in 0..=numbers.next(4) {
             let at = numbers.next(bytes.len());
@@ -273,8 +233,8 @@ mod tests {
         }
     }
 
-    /// Puts the right checksums into the headers of a tar archive, without which hardly a changed
-    /// one is looked at.
+    /// Corrects the checksums in the headers of a tar archive, so that the reader does not reject
+    /// most mutations at once.
     fn mend_tar(bytes: &mut [u8]) {
         for block in bytes.chunks_exact_mut(512) {
             if &block[257..262] == b"ustar" {
@@ -285,7 +245,7 @@ mod tests {
         }
     }
 
-    /// Feeds the corpus and changes of it for so long, or so many.
+    /// Feeds the corpus and mutations of it, for this many seconds or a fixed number of inputs.
     fn run(name: &str, reader: FuzzReader, seconds: Option<u64>) -> usize {
         let corpus: Vec<Vec<u8>> = corpus(name)
             .expect("a corpus")
@@ -337,17 +297,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sound_in_the_corpus_is_read() {
+    fn some_file_of_each_corpus_is_valid() {
         for (name, reader) in READERS {
             let read = |path: &PathBuf| reader(&fs::read(path).expect("readable")).is_ok();
-            // Archives are fed to all that read archives, each of which wants another kind.
+            // Archives are fed to every archive reader, and each accepts another kind.
             if !["tar", "zip"].contains(&name) {
                 assert!(corpus(name).expect("a corpus").iter().any(read), "{name}");
             }
         }
     }
 
-    /// What the corpus began with: a sound file of every form and all hostile ones. Writes them where
+    /// The initial corpus: a valid file of every form and all hostile ones. Writes them if
     /// `WRITE_CORPUS` is set.
     #[test]
     fn the_corpus_holds_one_of_everything() {

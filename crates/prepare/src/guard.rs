@@ -1,7 +1,7 @@
-//! Panics of libraries made errors.
+//! Turns panics of libraries into errors.
 //!
-//! Readers of formats are written by others, and what damaged files make them do is not all known:
-//! crate `parquet` 60.1 fails assertions on some. One such file must not end the whole.
+//! Decoders are third-party crates that may panic on damaged files: crate `parquet` 60.1 fails
+//! assertions on some. One such file must not abort the run.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -12,11 +12,11 @@ thread_local! {
     static IS_GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs code of a library and makes an error of a panic in it, which is not printed.
+/// Runs code of a library and returns a panic in it as an error, without printing it.
 ///
 /// # Errors
 ///
-/// What the panic said.
+/// The message of the panic.
 pub fn guarded<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

@@ -1,6 +1,6 @@
-//! Sources that are damaged, wrong, or made to do harm: what becomes of each.
+//! Tests with damaged, malformed and malicious sources.
 //!
-//! The samples were written by Pillow; everything else is made here.
+//! Pillow wrote the samples; the tests generate everything else.
 
 use std::io::Write;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::example::{
 };
 use crate::{Config, Options, packed};
 
-/// Four inks, 16 x 8 pixels, all of them cyan 0, magenta 128, yellow 255, black 51 of 255.
+/// A CMYK JPEG file of 16 x 8 pixels, all of them (0, 128, 255, 51).
 const CMYK: &str = "ffd8ffee000e41646f626500640000000000ffdb0043000302020302020303030304030304050805050404050a\
      070706080c0a0c0c0b0a0b0b0d0e12100d0e110e0b0b1016101113141515150c0f171816141812141514ffc000\
      140800080010044311004d11005911004b1100ffc40017000101010100000000000000000000000000090208ff\
@@ -98,7 +98,7 @@ fn half() -> Config {
 }
 
 #[test]
-fn inks_palettes_sixteen_bits_and_first_frames_are_read() {
+fn cmyk_palettes_sixteen_bits_and_first_frames_are_read() {
     let (_folder, path) = scratch();
     let grey16: image::ImageBuffer<image::Luma<u16>, Vec<u16>> =
         image::ImageBuffer::from_fn(3, 2, |x, y| image::Luma([(x * 20_000 + y * 300) as u16]));
@@ -108,7 +108,7 @@ fn inks_palettes_sixteen_bits_and_first_frames_are_read() {
     put(&path.join("animated.png"), &bytes(ANIMATED_PNG));
     put(&path.join("palette.png"), &bytes(PALETTE));
     put(&path.join("grey16.png"), &encoded(&grey16.into(), image::ImageFormat::Png));
-    // Named as what they are not.
+    // Names that do not match the format.
     put(&path.join("webp.jpg"), &bytes(ANIMATED_WEBP)[..]);
     put(&path.join("jpeg.png"), &jpeg(1));
     let read = prepare(&path, &config()).expect("sound");
@@ -140,7 +140,7 @@ fn broken_pictures_are_listed_with_their_reasons() {
         ("cut.webp", whole[..whole.len() - 9].to_vec(), "is broken"),
         ("cut-animation.webp", webp[..60].to_vec(), "is broken"),
         ("empty.png", vec![], "is empty"),
-        ("moving.gif", bytes(GIF), "is a GIF picture: only JPEG, PNG and WebP are read"),
+        ("moving.gif", bytes(GIF), "is a GIF picture: only JPEG, PNG and WebP are supported"),
         ("page.jpg", b"<!DOCTYPE html><title>Sign in</title>".to_vec(), "is a web page"),
         ("start.jpg", vec![0xff, 0xd8, 0xff], "its header has no size"),
         ("zeros.png", vec![0; 4000], "is neither"),
@@ -164,7 +164,7 @@ fn broken_pictures_are_listed_with_their_reasons() {
 }
 
 #[test]
-fn pictures_that_would_take_too_much_memory_are_told_by_their_headers() {
+fn pictures_that_would_take_too_much_memory_are_found_by_their_headers() {
     let (_folder, path) = scratch();
     let large = |height: u32, width: u32, format| {
         let raw = pixels(1, width as usize, 3, 1).repeat(height as usize);
@@ -188,16 +188,16 @@ fn pictures_that_would_take_too_much_memory_are_told_by_their_headers() {
     for (_, reason) in broken {
         assert_has(&reason, &["1200×1300 pixels", "MiB to decode", "--memory"]);
     }
-    // 512 MiB are enough for the same pictures.
+    // 512 MiB is enough for the same pictures.
     assert_eq!(prepare(&path, &half()).expect("all").names.len(), 5);
 }
 
-/// Entries that lead elsewhere, in whatever archive.
+/// Entry names that escape from an archive.
 const ELSEWHERE: [&str; 5] =
     ["../up.png", "/etc/root.png", "a/../../up.png", "C:/drive.png", "b\\..\\..\\up.png"];
 
 #[test]
-fn a_zip_file_that_leads_elsewhere_repeats_itself_or_lies_is_taken_for_what_it_is() {
+fn a_zip_file_with_escaping_duplicate_or_false_entries_is_read_safely() {
     let (_folder, path) = scratch();
     let files: Vec<Vec<u8>> = (0..9).map(png).collect();
     let mut entries: Vec<(&str, &[u8])> = vec![("a/1.png", &files[0]), ("b/2.png", &files[1])];
@@ -213,16 +213,18 @@ fn a_zip_file_that_leads_elsewhere_repeats_itself_or_lies_is_taken_for_what_it_i
     let ignored = read.skipped("ignored");
     assert_eq!(ignored.len(), 7);
     assert_eq!(ignored.iter().filter(|(_, reason)| reason.contains("leads out")).count(), 5);
-    assert!(ignored.contains(&("a/1.png".into(), "is there again: the last one counts".into())));
+    assert!(
+        ignored.contains(&("a/1.png".into(), "occurs more than once: the last one counts".into()))
+    );
 
-    // An entry says another length than it has, another sum, that it is encrypted, packed otherwise.
+    // An entry with a wrong length, a wrong CRC, encryption, an unknown method, or a link.
     let sound = zip(&[("a/1.png", &files[0]), ("b/2.png", &files[1]), ("b/3.png", &files[2])]);
     let entry = sound.windows(4).rposition(|w| w == b"PK\x01\x02").expect("the last entry");
     for (at, value, reason) in [
         (24, 1, "is damaged in the archive"),
         (16, 1, "is damaged in the archive"),
         (8, 1, "is encrypted"),
-        (10, 99, "is packed by method 99"),
+        (10, 99, "is compressed by method 99"),
         (41, 0xa0, "is a link"),
     ] {
         let mut changed = sound.clone();
@@ -233,7 +235,7 @@ fn a_zip_file_that_leads_elsewhere_repeats_itself_or_lies_is_taken_for_what_it_i
         let listed = [read.skipped("broken"), read.skipped("ignored")].concat();
         assert_has(&listed[0].1, &[reason]);
     }
-    // Two entries at one place, as archives have them that unpack to petabytes.
+    // Two entries at one offset, as in zip bombs of overlapping entries.
     let mut within = sound.clone();
     within.copy_within(entry - 53 + 42..entry - 53 + 46, entry + 42);
     put(&path.join("z.zip"), &within);
@@ -245,7 +247,7 @@ fn a_zip_file_that_leads_elsewhere_repeats_itself_or_lies_is_taken_for_what_it_i
 }
 
 #[test]
-fn what_unpacks_to_more_than_a_picture_may_have_is_not_held() {
+fn decompression_bombs_are_not_held_in_memory() {
     let (_folder, path) = scratch();
     // 64 MiB and a little of zeros in 64 KiB.
     let zeros = vec![0; (64 << 20) + 9];
@@ -254,7 +256,7 @@ fn what_unpacks_to_more_than_a_picture_may_have_is_not_held() {
     let packed = packed.finish().expect("packed");
     let mut bomb = zip(&[("a/0.png", &packed), ("b/1.png", &png(1)), ("b/2.png", &png(2))]);
     let directory = bomb.windows(4).position(|w| w == b"PK\x01\x02").expect("the first entry");
-    // Deflated, to as many bytes as there are: then as many as it likes, but saying that it is small.
+    // Deflated, first with its true size stated, then with a small one.
     bomb[directory + 10] = 8;
     bomb[directory + 24..directory + 28].copy_from_slice(&(zeros.len() as u32).to_le_bytes());
     put(&path.join("bomb.zip"), &bomb);
@@ -272,7 +274,7 @@ fn what_unpacks_to_more_than_a_picture_may_have_is_not_held() {
 }
 
 #[test]
-fn a_name_that_comes_twice_in_a_tar_archive_counts_once() {
+fn a_duplicate_name_in_a_tar_archive_counts_once() {
     let (_folder, path) = scratch();
     let files = [png(0), png(1), png(2), png(3)];
     let names = ["a/1.png", "b/2.png", "a/1.png", "./a/1.png"];
@@ -284,7 +286,7 @@ fn a_name_that_comes_twice_in_a_tar_archive_counts_once() {
     assert_eq!(read.skipped("ignored").len(), 2);
 }
 
-/// Counts what a reader hands over.
+/// Counts the items that a reader passes on.
 #[derive(Default)]
 struct Counter {
     pictures: usize,
@@ -349,13 +351,13 @@ fn a_manifest_that_names_devices_or_nothing_lists_them_as_broken() {
     let read = prepare(&path.join("m.csv"), &half()).expect("one is sound");
     assert_eq!(read.names, ["0.png"]);
     let broken = read.skipped("broken");
-    assert_has(&broken[0].1, &["is not a plain file"]);
-    assert_has(&broken[1].1, &["is not a plain file"]);
+    assert_has(&broken[0].1, &["is not a regular file"]);
+    assert_has(&broken[1].1, &["is not a regular file"]);
     assert_has(&broken[2].1, &["cannot be read"]);
 }
 
 #[test]
-fn more_classes_than_any_ground_truth_has_are_refused() {
+fn too_many_classes_are_refused() {
     let (_folder, path) = scratch();
     let mut manifest = "path,label\n".to_owned();
     for number in 0..70_000 {
@@ -366,7 +368,7 @@ fn more_classes_than_any_ground_truth_has_are_refused() {
     assert!(!Path::new("0.png").exists());
 }
 
-/// Prepares `source` with an interruption behind every `step` things, and again until it is whole.
+/// Prepares `source` with an interruption after every `step` items, and resumes until it is whole.
 fn in_steps(source: &Path, config: &Config, step: usize) -> (crate::example::PreparedFiles, usize) {
     let (_folder, out) = scratch();
     for interruptions in 0.. {
@@ -415,7 +417,7 @@ fn an_interruption_loses_nothing_and_leaves_no_trace() {
 }
 
 #[test]
-fn a_source_that_changed_since_the_interruption_is_read_anew() {
+fn a_source_that_changed_since_the_interruption_is_read_again() {
     let (_folder, path) = scratch();
     for seed in 0..200 {
         put(&path.join(format!("set/{}/{seed:03}.png", seed % 2)), &png(seed));

@@ -1,11 +1,11 @@
-//! IDX, the format of MNIST and its kin: a file of pictures and a file of labels for each split.
+//! Reads IDX, the format of MNIST: a file of pictures and a file of labels for each split.
 //!
 //! A file is two zero bytes, a byte for the type (08: unsigned bytes), a byte for the number of
-//! extents, the extents as big-endian 32-bit numbers, outermost first, then the values, row by
-//! row. Files may be gzip-compressed. Names are told by their parts, so that
+//! dimensions, the dimensions as big-endian 32-bit numbers, outermost first, then the values, row
+//! by row. Files may be gzip-compressed. A file of pictures has `images` and `idx3` in its name,
+//! one of labels `labels` and `idx1`; `test` or `t10k` marks the test split. So
 //! `train-images-idx3-ubyte`, `t10k-images.idx3-ubyte.gz` and `usps-test-images-idx3-ubyte.gz` are
-//! all found: `images` and `idx3`; the labels have `labels` and `idx1` in their place; `test` or
-//! `t10k` tells the test split from the training one.
+//! all found.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -23,11 +23,11 @@ use crate::{archive, folder};
 /// The two files of one split.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
-    /// Which part of the data set it is.
+    /// The split of the data set.
     pub split: Split,
     images: PathBuf,
     labels: PathBuf,
-    /// How many pictures its header says it has.
+    /// The number of pictures by its header.
     pub count: usize,
 }
 
@@ -38,12 +38,13 @@ impl Pair {
     }
 }
 
-/// Finds the pairs of a folder and reads their headers; none where there is no IDX file.
+/// Finds the pairs of a folder and reads their headers. Returns an empty list if there is no IDX
+/// file.
 ///
 /// # Errors
 ///
-/// A file of labels is missing, the folder holds two sets, or a header is not IDX or does not
-/// agree with its partner's.
+/// A file of labels is missing, the folder holds two sets, or a header is not IDX or disagrees with
+/// that of the other file.
 pub fn find(folder: &Path) -> Result<Vec<Pair>> {
     let mut pairs: Vec<Pair> = Vec::new();
     for images in folder::contents(folder)?.files {
@@ -57,8 +58,8 @@ pub fn find(folder: &Path) -> Result<Vec<Pair>> {
             false => Split::Train,
         };
         if let Some(first) = pairs.iter().find(|pair| pair.split == split) {
-            // The same file, packed and unpacked, is no contradiction: files come sorted by name,
-            // and the unpacked one first.
+            // The same file may exist compressed and uncompressed. Files are sorted by name, so
+            // the uncompressed one comes first.
             if name.strip_suffix(".gz") == Some(&file_name(&first.images)) {
                 continue;
             }
@@ -76,7 +77,7 @@ pub fn find(folder: &Path) -> Result<Vec<Pair>> {
     Ok(pairs)
 }
 
-/// The file of labels beside a file of pictures, packed or not.
+/// The file of labels beside a file of pictures, compressed or not.
 fn partner(images: &Path, name: &str) -> Result<PathBuf> {
     let labels = name.replace("images", "labels").replace("idx3", "idx1");
     let bare = labels.trim_end_matches(".gz");
@@ -84,13 +85,13 @@ fn partner(images: &Path, name: &str) -> Result<PathBuf> {
     match candidates.into_iter().find(|path| path.is_file()) {
         Some(path) => Ok(path),
         None => bail!(
-            "`{}` has no labels beside it: `{bare}` or `{bare}.gz` belongs into the same folder",
+            "`{}` has no labels beside it: put `{bare}` or `{bare}.gz` into the same folder",
             images.display()
         ),
     }
 }
 
-/// The open files of a pair, behind their headers.
+/// The open files of a pair, positioned after their headers.
 struct Opened {
     count: usize,
     height: usize,
@@ -100,11 +101,11 @@ struct Opened {
 }
 
 impl Pair {
-    /// Hands all pictures over, named by file and position; their classes are the label numbers.
+    /// Passes all pictures to `sink`, named by file and position. Classes are the label numbers.
     ///
     /// # Errors
     ///
-    /// A file is damaged, cut short or longer than its header says.
+    /// A file is damaged, truncated or longer than its header says.
     pub fn read(&self, sink: &mut dyn Sink) -> Result<()> {
         let Opened { count, height, width, mut images, mut labels } = self.open()?;
         let labels = payload(&mut labels, count, &self.labels)?;
@@ -142,7 +143,7 @@ impl Pair {
     }
 }
 
-/// Opens a file and reads its header, which must have `order` extents of unsigned bytes.
+/// Opens a file and reads its header, which must have `order` dimensions of unsigned bytes.
 fn open(path: &Path, order: u8) -> Result<(Vec<usize>, Box<dyn Read>)> {
     let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
     let mut reader = archive::decompressed(BufReader::new(file), path)?;
@@ -150,7 +151,7 @@ fn open(path: &Path, order: u8) -> Result<(Vec<usize>, Box<dyn Read>)> {
     reader.read_exact(&mut magic).map_err(|error| damaged(path, error))?;
     ensure!(
         magic == [0, 0, 8, order],
-        "`{}` is not an IDX file of {order} extents of bytes: it starts with {magic:02x?}, not \
+        "`{}` is not an IDX file of {order} dimensions of bytes: it starts with {magic:02x?}, not \
          with [00, 00, 08, {order:02x}]",
         path.display()
     );
@@ -163,8 +164,8 @@ fn open(path: &Path, order: u8) -> Result<(Vec<usize>, Box<dyn Read>)> {
     Ok((extents, reader))
 }
 
-/// The last `count` bytes of a file. Memory grows with what is there, not with what a damaged
-/// header says.
+/// Reads the last `count` bytes of a file. Allocates by what is there, not by what a damaged header
+/// states.
 fn payload(reader: &mut dyn Read, count: usize, path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader.take(count as u64).read_to_end(&mut bytes).map_err(|error| damaged(path, error))?;

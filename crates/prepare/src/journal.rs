@@ -1,10 +1,10 @@
-//! What was read so far, kept on disk so that an interruption loses nothing.
+//! Journals on disk what was read so far, so that an interrupted run can resume.
 //!
-//! Two files in the folder `unfinished` of the output: `pictures` has the bytes of one picture after
-//! the other, `journal` a record for everything that the source handed over, in that order. A record
-//! is its length and CRC-32 as little-endian 32-bit numbers, then JSON. The first is the identity of
-//! the source and table; a journal of another identity is begun anew. A record that was cut, or
-//! whose picture was, ends the journal there, and what follows is read again.
+//! The folder `unfinished` of the output has two files: `pictures` is the concatenated bytes of all
+//! pictures, `journal` has a record for every item of the source, in the order of reading. A record
+//! is its length and CRC-32 as little-endian 32-bit numbers, then JSON. The first is the identity
+//! of the source and table; a journal of another identity is discarded. The journal ends at the
+//! first record that is truncated or whose picture is, and everything after it is read again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -19,16 +19,16 @@ use stage::digest::hex;
 /// The folder in the output that holds the two files.
 pub const FOLDER: &str = "unfinished";
 
-/// One thing that the source handed over.
+/// One item of the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalEntry {
-    /// Its place in the source.
+    /// Its path in the source.
     pub name: String,
     /// What became of it.
     pub what: What,
 }
 
-/// What became of something in the source.
+/// What became of an item of the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum What {
     /// A picture, whose bytes are the next ones in `pictures`.
@@ -36,30 +36,30 @@ pub enum What {
         /// SHA-256 of the stored bytes.
         #[serde(serialize_with = "write_id", deserialize_with = "read_id")]
         id: Id,
-        /// Which part of the data set it belongs to.
+        /// The split of the data set that it belongs to.
         split: Split,
-        /// How its bytes are read, as its number.
+        /// The code of the encoding of its bytes.
         encoding: u8,
         /// Height and width.
         size: [u32; 2],
-        /// How many bytes it has.
+        /// Its size in bytes.
         length: u64,
-        /// Its class, where it has one.
+        /// Its class, if known.
         class: Option<String>,
     },
     /// A picture that cannot be read.
     Broken {
         /// Why not.
         reason: String,
-        /// Its class, where it has one.
+        /// Its class, if known.
         class: Option<String>,
     },
-    /// Something that is not looked at.
+    /// Something that is ignored.
     Ignored {
         /// Why not.
         reason: String,
     },
-    /// The source has nothing more.
+    /// The end of the source.
     End {
         /// Every class that the source has, wanted or not.
         classes: Vec<String>,
@@ -81,30 +81,26 @@ fn read_id<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Id, D::Error> {
     Ok(id)
 }
 
-/// The open files.
+/// The open journal and the pictures beside it.
 #[derive(Debug)]
 pub struct Journal {
     folder: PathBuf,
     journal: BufWriter<File>,
     pictures: BufWriter<File>,
-    /// How many records there are, those of before an interruption included.
+    /// How many records there are, including those from before an interruption.
     records: u64,
-    /// Those of before, to be compared with what the source hands over again.
+    /// The records from before an interruption, to compare with what the source gives now.
     known: Option<Records>,
     known_records: u64,
     ended: bool,
     unsynced: u64,
 }
 
-/// How many bytes of pictures are written before they are made sure to be on disk.
+/// How many bytes of pictures are written between calls of `sync`.
 const BETWEEN_SYNCS: u64 = 1 << 29;
 
 impl Journal {
-    /// Opens the journal in `out`: goes on where one of this identity was left, else begins.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Opens the journal in `out`, resuming one of this identity or starting a new one.
     pub fn open(out: &Path, identity: &str) -> Result<Self> {
         let folder = out.join(FOLDER);
         Self::open_in(&folder, identity)
@@ -148,21 +144,17 @@ impl Journal {
         Ok(this)
     }
 
-    /// How many records were there when it was opened.
+    /// How many records it had when it was opened.
     pub fn known_records(&self) -> u64 {
         self.known_records
     }
 
-    /// Whether the source had been read to its end.
+    /// Whether the whole source was read.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// The next record of before the interruption, as long as there are any.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Returns the next record from before the interruption, or `None` after the last.
     pub fn next_known(&mut self) -> Result<Option<JournalEntry>> {
         let Some(known) = &mut self.known else { return Ok(None) };
         let record = match known.next == self.known_records {
@@ -175,11 +167,7 @@ impl Journal {
         Ok(record)
     }
 
-    /// Adds a record, with the picture's bytes where it is one.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Appends a record, with the bytes if it is a picture.
     pub fn add(&mut self, record: &JournalEntry, bytes: &[u8]) -> Result<()> {
         let context = || format!("writing into `{}`", self.folder.display());
         self.pictures.write_all(bytes).with_context(context)?;
@@ -200,11 +188,7 @@ impl Journal {
         Ok(self.journal.write_all(&payload)?)
     }
 
-    /// Hands everything to the system: pictures first, so that no record is without its picture.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Flushes the buffers: pictures first, so that no record lacks its picture.
     pub fn flush(&mut self) -> Result<()> {
         let folder = &self.folder;
         self.pictures
@@ -213,11 +197,7 @@ impl Journal {
             .with_context(|| format!("writing into `{}`", folder.display()))
     }
 
-    /// Makes sure that everything is on disk.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Flushes everything to disk.
     pub fn sync(&mut self) -> Result<()> {
         self.flush()?;
         self.unsynced = 0;
@@ -228,11 +208,7 @@ impl Journal {
             .with_context(|| format!("writing into `{}`", self.folder.display()))
     }
 
-    /// All records from the first. What was added must be flushed.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Reads all records from the first. Call [`Journal::flush`] before.
     pub fn read(&self) -> Result<Records> {
         let file = File::open(self.folder.join("journal"))?;
         let mut records = Records::over(file);
@@ -240,16 +216,12 @@ impl Journal {
         Ok(records)
     }
 
-    /// The pictures' bytes.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Opens the file of the pictures' bytes.
     pub fn pictures(&self) -> Result<File> {
         Ok(File::open(self.folder.join("pictures"))?)
     }
 
-    /// The folder that the files lie in, and others may.
+    /// The folder of the journal, which may hold other temporary files.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -261,7 +233,7 @@ impl Journal {
 
     /// Removes the folder of `out`.
     pub fn remove(out: &Path) {
-        // What cannot be removed is of no harm but the space that it takes.
+        // A leftover folder only takes space.
         let _ = fs::remove_dir_all(out.join(FOLDER));
     }
 }
@@ -272,7 +244,7 @@ fn crc(bytes: &[u8]) -> u32 {
     crc.sum()
 }
 
-/// How far files are sound.
+/// The valid length of the two files.
 #[derive(Debug, Default)]
 struct Sound {
     journal: u64,
@@ -281,7 +253,7 @@ struct Sound {
     ended: bool,
 }
 
-/// Records as they are read again.
+/// Iterates over the records of a journal.
 #[derive(Debug)]
 pub struct Records {
     reader: BufReader<File>,
@@ -294,7 +266,7 @@ impl Records {
         Self { reader: BufReader::with_capacity(1 << 16, file), position: 0, next: 0 }
     }
 
-    /// The records of `file` behind its identity, if it is this one.
+    /// Returns the records of `file` after the identity, if that is `identity`.
     fn begin(file: &File, identity: &str) -> Result<Option<Self>> {
         let mut file = file.try_clone()?;
         file.rewind()?;
@@ -304,7 +276,7 @@ impl Records {
         Ok((found.as_deref() == Some(identity)).then_some(records))
     }
 
-    /// The next payload whose CRC is right, or nothing at the end or where it is damaged.
+    /// Returns the next payload, or `None` at the end or if its CRC is wrong.
     fn payload(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut head = [0; 8];
         if !whole(self.reader.read_exact(&mut head))? {
@@ -321,11 +293,7 @@ impl Records {
         Ok(Some(payload))
     }
 
-    /// The next record.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Returns the next record, or `None` at the end.
     pub fn next_record(&mut self) -> Result<Option<JournalEntry>> {
         let payload = self.payload().context("reading the journal")?;
         let record = payload.and_then(|payload| serde_json::from_slice(&payload).ok());
@@ -333,7 +301,7 @@ impl Records {
         Ok(record)
     }
 
-    /// How far the journal is sound, if there are `bytes` of pictures.
+    /// Returns the valid length of the journal, if `pictures` has this many bytes.
     fn sound_until(mut self, bytes: u64) -> Result<Sound> {
         let mut sound = Sound { journal: self.position, ..Sound::default() };
         while let Some(record) = self.next_record()? {
@@ -353,7 +321,7 @@ impl Records {
     }
 }
 
-/// Whether a read found all it wanted before the end of the file.
+/// Whether a read completed before the end of the file.
 fn whole(read: io::Result<()>) -> io::Result<bool> {
     match read {
         Ok(()) => Ok(true),
@@ -397,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_added_is_known_again_however_the_files_were_cut() {
+    fn intact_records_are_recovered_after_any_truncation() {
         let folder = tempfile::tempdir().expect("a folder");
         let out = folder.path();
         add(&mut Journal::open(out, "this").expect("opened"), &["a", "bb", "ccc"]);
@@ -426,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_another_source_is_begun_anew() {
+    fn a_journal_of_another_source_is_discarded() {
         let folder = tempfile::tempdir().expect("a folder");
         add(&mut Journal::open(folder.path(), "other").expect("opened"), &["a"]);
         assert!(known(folder.path()).is_empty());

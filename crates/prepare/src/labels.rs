@@ -1,19 +1,19 @@
-//! Which class a picture has, where its source has a label and a file name for it.
+//! Decides a picture's class from its label and its file name.
 
 use std::collections::BTreeMap;
 
-/// The most classes a source may have. What has more is no ground truth, such as a column of
-/// names, and would take memory without end.
+/// The most classes that a source may have. A column with more values is not ground truth (names,
+/// for example), and would need unbounded memory.
 pub const MOST_CLASSES: usize = 1 << 16;
 
-/// The class of a picture that is labelled `label` and whose file has one of these names.
+/// Returns the class of a picture with this label whose file has one of these names.
 ///
-/// No label, an empty one and −1 say that the class is not known: −1 is what crate `datasets` of
-/// Python, tensorflow-datasets and torchvision write there.
+/// A missing label, an empty one and −1 mean that the class is unknown: Python's `datasets`,
+/// tensorflow-datasets and torchvision write −1.
 ///
-/// The published subsets of ILSVRC-2012 name classes by their WordNet ids, such as `n02085936`, and
-/// copies of it label by number or by words but keep the id in the names of files. So where the
-/// experiment asks for such ids and the label is none of `classes`, the id in a name is the class.
+/// The published subsets of ILSVRC-2012 name classes by WordNet id, such as `n02085936`. Copies of
+/// it use numbers or words as labels but keep the id in file names. So if `classes` are such ids
+/// and the label is not one of them, the id in a file name is the class.
 pub fn class_for(label: Option<String>, names: &[&str], classes: &[String]) -> Option<String> {
     let label = label.filter(|label| !label.is_empty() && label != "-1");
     let asks_for_ids = !classes.is_empty() && classes.iter().all(|class| is_id(class));
@@ -27,8 +27,7 @@ pub fn class_for(label: Option<String>, names: &[&str], classes: &[String]) -> O
     label
 }
 
-/// Names of classes by number, each of which occurs once: a name that several classes have is followed
-/// by the number.
+/// Makes class names unique: appends the class number to a name that several classes share.
 pub fn distinct(names: Vec<String>) -> Vec<String> {
     let mut times: BTreeMap<String, usize> = BTreeMap::new();
     for name in &names {
@@ -52,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_in_the_name_of_a_file_is_the_class_where_the_experiment_asks_for_ids() {
+    fn an_id_in_a_file_name_is_the_class_if_the_experiment_asks_for_ids() {
         let ids = ["n02085936", "n02086646"].map(String::from);
         let label = || Some("Maltese dog".to_owned());
         let names = ["shard/n02085936_7_n02085936.JPEG", ""];
@@ -66,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn minus_one_is_no_class() {
+    fn minus_one_means_unknown() {
         for label in ["-1", ""] {
             assert_eq!(class_for(Some(label.into()), &[""], &[]), None);
         }
@@ -74,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_of_one_name_stay_two_classes() {
+    fn classes_that_share_a_name_stay_separate() {
         // ImageNet has two classes `crane` and two `maillot`.
         let names = ["crane", "cat", "crane"].map(String::from).to_vec();
         assert_eq!(distinct(names), ["crane (0)", "cat", "crane (2)"]);

@@ -1,16 +1,16 @@
-//! Prepare: turns pictures, however they come, into the one form that every stage reads.
+//! Prepare: converts pictures from many formats into the files that every stage reads.
 //!
-//! Finds a source on this machine or fetches it ([`location`], [`hub`], [`named`]), tells what it is
+//! Finds or downloads the source ([`location`], [`hub`], [`named`]), detects its format
 //! ([`source`]) and reads it: IDX files ([`idx`]), the binary forms of CIFAR and STL-10 ([`cifar`],
 //! [`stl`]), folders of pictures ([`folder`]), tar and zip archives of any of these ([`archive`]),
 //! WebDataset ([`webdataset`]), Parquet ([`parquet_file`]), manifests ([`manifest`]). Writes
 //! `images.safetensors`, ordered by content ([`assemble`] says why), `names.safetensors`,
-//! `labels.safetensors`, and `skipped.json`, which lists what was left out. Their formats are those
-//! of crate `data`.
+//! `labels.safetensors`, and `skipped.json`, which lists what was skipped. Crate `data` defines
+//! their formats.
 //!
-//! Memory does not grow with the number of pictures, and an interruption loses nothing
-//! ([`collection`]). No source is trusted: what it says of sizes, names and places is checked
-//! before it is acted on ([`picture`]).
+//! Memory use does not grow with the number of pictures, and an interrupted run can be resumed
+//! ([`collection`]). No source is trusted: every size, name and offset that a file states is
+//! checked before use ([`picture`]).
 //!
 //! The readers are our own: those of candle-datasets load a whole data set as f32, four bytes for each
 //! byte of a pixel, know no other format, and drop what they cannot read. `oracle/` holds ours against
@@ -67,46 +67,46 @@ use crate::journal::Journal;
 use crate::location::Local;
 use crate::source::PictureSource;
 
-/// Raised by hand when the same source and table give other files.
+/// The version of the output: raised when the same source and table give other files.
 pub const ALGORITHM: u32 = 3;
 
-/// The pictures: what stages are given as `--images`.
+/// The file of pictures, which stages receive as `--images`.
 pub const IMAGES: &str = "images.safetensors";
-/// Where each picture lies in the source.
+/// The file of each picture's path in the source.
 pub const NAMES: &str = "names.safetensors";
-/// The ground truth.
+/// The file of ground truth.
 pub const LABELS: &str = "labels.safetensors";
-/// What was left out, with the reasons; see [`assemble`].
+/// The list of skipped files, with reasons; see [`assemble`].
 pub const SKIPPED: &str = "skipped.json";
 
-/// What preparing can vary: the table `[prepare]` of an experiment. There are no defaults in code.
+/// Settings: the table `[prepare]` of an experiment. There are no defaults in code.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Where the pictures lie: a path relative to the working directory, or an address, see
+    /// Where the pictures are: a path relative to the working directory, or an address; see
     /// [`location`].
     pub source: String,
-    /// How the pictures come.
+    /// The format of the source.
     pub format: Format,
-    /// The classes to keep, in any order; all where none is named.
+    /// The classes to keep, in any order; empty keeps all.
     pub classes: Vec<String>,
-    /// How many pictures each class must have, broken ones counted; 0 for any number.
+    /// How many pictures each class must have, including broken ones; 0 allows any number.
     pub images_per_class: usize,
-    /// Keeps the first by content order, which is a fair sample; 0 keeps all.
+    /// Most pictures to keep: the first in content order, a random sample; 0 keeps all.
     pub images_at_most: usize,
     /// Channels of every picture: 1 grey, 3 colour.
     pub channels: usize,
-    /// The largest share of pictures that may be broken; they are skipped and listed.
+    /// The largest fraction of pictures that may be broken. Broken ones are skipped and listed.
     pub broken_share: f64,
-    /// What to do with pictures whose bytes another one has too.
+    /// What to do with pictures that have the same bytes.
     pub identical: Identical,
 }
 
-/// How pictures come.
+/// The format of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// Whatever the source turns out to be.
+    /// Detected from the source.
     Auto,
     /// IDX files in a folder.
     Idx,
@@ -120,41 +120,41 @@ pub enum Format {
     Stl10,
     /// A folder of pictures.
     Folder,
-    /// A tar archive of pictures, or one for each class.
+    /// A tar archive of pictures, or one archive per class.
     Tar,
     /// A zip file of pictures.
     Zip,
     /// Shards of WebDataset.
     #[serde(rename = "webdataset")]
     WebDataset,
-    /// Parquet files with pictures in them, or with paths.
+    /// Parquet files that hold pictures or paths of pictures.
     Parquet,
     /// A manifest in CSV.
     Manifest,
 }
 
-/// Says whether the user wants the program to stop.
+/// Returns whether the user asked the program to stop.
 pub type Interrupt<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// What to do with pictures that have the same bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Identical {
-    /// Keeps each, as published counts and scores do: CIFAR and ILSVRC-2012 hold some pictures
-    /// twice.
+    /// Keeps all of them, as published counts and scores do: CIFAR and ILSVRC-2012 hold some
+    /// duplicates.
     Keep,
-    /// Keeps the first: for a collection in which one picture was saved often.
+    /// Keeps the first: for a collection with many copies of one picture.
     Drop,
 }
 
-/// How a data set is prepared, as far as that changes nothing in it but, by memory, which pictures
-/// are too large.
+/// Options that do not change the data set, except that `memory` decides which pictures are too
+/// large.
 pub struct Options<'a> {
-    /// How many bytes of memory it may take, about: [`picture::MEMORY`].
+    /// Approximate memory limit in bytes: [`picture::MEMORY`] by default.
     pub memory: u64,
-    /// How many bytes of pictures go into one file: [`data::images::PART_BYTES`].
+    /// Bytes of pictures per output file: [`data::images::PART_BYTES`] by default.
     pub part_bytes: u64,
-    /// Whether the user wants it to stop.
+    /// Returns whether the user asked to stop.
     pub interrupted: Interrupt<'a>,
 }
 
@@ -172,11 +172,7 @@ impl std::fmt::Debug for Options<'_> {
 }
 
 impl Config {
-    /// Checks what the types cannot say.
-    ///
-    /// # Errors
-    ///
-    /// A value makes no sense; the message names it.
+    /// Checks the ranges of values.
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.channels == 1 || self.channels == 3,
@@ -185,12 +181,12 @@ impl Config {
         );
         ensure!(
             (0.0..1.0).contains(&self.broken_share),
-            "`broken-share = {}` in table `[prepare]`: a share from 0 up to, not including, 1",
+            "`broken-share = {}` in table `[prepare]`: it must be at least 0 and less than 1",
             self.broken_share
         );
         ensure!(
             self.classes.len() != 1,
-            "`classes` in table `[prepare]` names one class only; name two at least, or none to \
+            "`classes` in table `[prepare]` names only one class; name at least two, or none to \
              keep all"
         );
         let mut sorted: Vec<&String> = self.classes.iter().collect();
@@ -201,16 +197,16 @@ impl Config {
         Ok(())
     }
 
-    /// Whether a class of the source is kept.
+    /// Whether the experiment keeps a class of the source.
     pub fn keeps(&self, class: &str) -> bool {
         self.classes.is_empty() || self.classes.iter().any(|kept| kept == class)
     }
 
-    /// Checks the numbers of pictures of the classes that are kept.
+    /// Checks that each kept class has `images_per_class` pictures.
     ///
     /// # Errors
     ///
-    /// A class has another number than the experiment says, or there are no classes.
+    /// A class has another number of pictures, or the source has no classes.
     pub fn check_images_per_class(&self, counts: &[(&str, usize)]) -> Result<()> {
         let wanted = self.images_per_class;
         if wanted == 0 {
@@ -219,7 +215,7 @@ impl Config {
         ensure!(
             !counts.is_empty(),
             "`images-per-class = {wanted}` asks for classes, but the source is flat: it has no \
-             class folders (ILSVRC-2012's `val` comes like that); name the train folder"
+             class folders (like ILSVRC-2012's `val`); use the train folder"
         );
         let wrong: Vec<_> = counts.iter().filter(|(_, count)| *count != wanted).collect();
         let some: Vec<String> =
@@ -227,8 +223,8 @@ impl Config {
         ensure!(
             wrong.is_empty(),
             "{} of {} classes do not have the {wanted} pictures that `images-per-class` asks for: \
-             {}{}; get the whole data set, or set `images-per-class = 0` to go on with this one, \
-             whose scores are then not comparable with published ones",
+             {}{}; get the whole data set, or set `images-per-class = 0` to continue with this \
+             one, whose scores are not comparable with published ones",
             wrong.len(),
             counts.len(),
             some.join(", "),
@@ -238,17 +234,17 @@ impl Config {
     }
 }
 
-/// Checks the table and looks at the source, without reading it all. What lies somewhere on the
-/// network is not looked at.
+/// Checks the table and recognises the source without reading all of it. Of a source on the
+/// network only the address is checked.
 ///
 /// # Errors
 ///
-/// A value makes no sense, or the source is not of its format.
+/// A value is out of range, or the source does not have its format.
 pub fn check(config: &Config, source: &Path) -> Result<()> {
     config.check()?;
     ensure!(
         !source.as_os_str().is_empty(),
-        "no source is named: name where the pictures lie with {}",
+        "no source is given: pass the path of the pictures with {}",
         folder::SOURCE
     );
     match location::is_address(source) {
@@ -257,13 +253,13 @@ pub fn check(config: &Config, source: &Path) -> Result<()> {
     }
 }
 
-/// Source in, files out. A folder that is finished is left as it is; one that was interrupted goes
-/// on where it was.
+/// Prepares `source` into the folder `out`. Leaves a finished folder alone and resumes an
+/// interrupted one.
 ///
 /// # Errors
 ///
-/// See [`check`] and [`Collection::finish`]. Then nothing is written; what was read is kept if
-/// going on makes sense.
+/// See [`check`] and [`Collection::finish`]. On error no file is written. The journal is kept if a
+/// later run can resume from it.
 pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Result<()> {
     if finished::is_finished(out) {
         tracing::info!("`{}` is finished; remove it to prepare again", out.display());
@@ -303,7 +299,7 @@ fn gather(
     source: &Path,
     out: &Path,
 ) -> Result<assemble::Assembled> {
-    // Whatever decides what the source hands over, and what becomes of it.
+    // Everything that decides what is read and how it is stored.
     let identity = serde_json::json!({
         "algorithm": ALGORITHM,
         "channels": config.channels,
@@ -322,8 +318,8 @@ fn gather(
     collection.finish()
 }
 
-/// Whether the same command may go on behind this error: the user interrupted, or a disk refused,
-/// which may be cured.
+/// Whether the same command can resume after this error: the user interrupted, or the disk failed
+/// in a way that may be fixed.
 fn can_go_on(error: &anyhow::Error) -> bool {
     let may_be_cured = |error: &io::Error| {
         use io::ErrorKind::{InvalidData, InvalidInput, NotFound, Other, UnexpectedEof};

@@ -1,11 +1,12 @@
-//! Where a source is: a path, several, part of an archive, or somewhere on the network.
+//! Locates a source: a path, several files, a folder within an archive, or an address.
 //!
 //! - `shards/{000..012}.tar` and `data/train-*.parquet` stand for several files of one folder;
 //! - `train.zip#ILSVRC/Data/CLS-LOC/train` for a folder within an archive;
-//! - `hf://datasets/owner/name@revision/data/train-*.parquet` for files of a repository ([`mod@repository`]);
-//! - `named://cifar-10` for a published set that is fetched from where it is published ([`named`]).
+//! - `hf://datasets/owner/name@revision/data/train-*.parquet` for files of a repository
+//!   ([`mod@repository`]);
+//! - `named://cifar-10` for a published set that is downloaded from its publisher ([`named`]).
 //!
-//! A file whose whole name is there is that file, whatever signs are in it.
+//! If a file of exactly the given name exists, its special characters have no meaning.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,12 +17,12 @@ use crate::folder::SOURCE;
 use crate::names::{file_name, is_like, path_text, range_of, text};
 use crate::{Interrupt, named, repository};
 
-/// A source that lies on this machine.
+/// A source on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Local {
-    /// Files of one kind in order of their names, or one file, or one folder.
+    /// Files of one kind sorted by name, or one file, or one folder.
     pub paths: Vec<PathBuf>,
-    /// The folder within an archive that counts; empty for all of it.
+    /// The folder within an archive to read; empty for all of it.
     pub within: String,
 }
 
@@ -31,17 +32,17 @@ impl Local {
     }
 }
 
-/// Whether a source lies somewhere on the network.
+/// Whether a source is an address on the network.
 pub fn is_address(source: &Path) -> bool {
     let text = source.to_string_lossy();
     text.starts_with("hf://") || text.starts_with("named://")
 }
 
-/// Checks that an address is one, without going there.
+/// Checks the form of an address without connecting to it.
 ///
 /// # Errors
 ///
-/// It is not; the message says what one looks like.
+/// The address is invalid; the message shows the valid form.
 pub fn check_address(source: &Path) -> Result<()> {
     let text = source.to_string_lossy();
     match text.strip_prefix("hf://") {
@@ -50,11 +51,11 @@ pub fn check_address(source: &Path) -> Result<()> {
     }
 }
 
-/// Finds a source. One on the network is downloaded, until `interrupt` says to stop.
+/// Finds a source, and downloads one on the network until `interrupt` returns `true`.
 ///
 /// # Errors
 ///
-/// There is no such source, or it cannot be downloaded.
+/// The source does not exist or cannot be downloaded.
 pub fn find(source: &Path, interrupt: Interrupt) -> Result<Local> {
     let stated = path_text(source);
     if let Some(address) = stated.strip_prefix("hf://") {
@@ -75,19 +76,19 @@ pub fn find(source: &Path, interrupt: Interrupt) -> Result<Local> {
     let name = file_name(source);
     if name.contains(['*', '{']) {
         let paths = matching(source)?;
-        ensure!(!paths.is_empty(), "no file is named like `{stated}`; name others with {SOURCE}");
+        ensure!(!paths.is_empty(), "no file matches `{stated}`; pass another path with {SOURCE}");
         return Ok(Local { paths, within: String::new() });
     }
-    // The message of the system says why not.
+    // The system's message says why it cannot be opened.
     fs::metadata(source).with_context(|| {
-        format!("opening the source `{stated}`; name where the pictures lie with {SOURCE}")
+        format!("opening the source `{stated}`; pass the path of the pictures with {SOURCE}")
     })?;
     Ok(Local::of(source.to_owned()))
 }
 
-/// The two parts of `archive.zip#folder/within`. The second is compared with names as
-/// [`names::text`](crate::names::text) renders them: it may be such a rendering, as messages have it,
-/// or bytes that are not UTF-8.
+/// Splits `archive.zip#folder/within` at the last `#`. The folder is compared with names as
+/// [`names::text`](crate::names::text) renders them, so it may be copied from a message, or be
+/// bytes that are not UTF-8.
 fn split_at_hash(source: &Path) -> Option<(PathBuf, String)> {
     #[cfg(unix)]
     {
@@ -107,7 +108,7 @@ fn split_at_hash(source: &Path) -> Option<(PathBuf, String)> {
     }
 }
 
-/// The files in the folder of `pattern` that are named like its last part, sorted.
+/// The files in the folder of `pattern` whose names match its last part, sorted.
 fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     let name = file_name(pattern);
     let folder = match pattern.parent() {
@@ -117,12 +118,12 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     let files = crate::folder::contents(folder)?.files;
     let all: Vec<PathBuf> =
         files.into_iter().filter(|file| is_like(&file_name(file), &name)).collect();
-    // A range says which files there must be.
+    // Every file of a range must exist.
     if let Some((from, to)) = range_of(&name) {
         let there = all.len() as u64;
         ensure!(
             name.contains('*') || there == to - from + 1,
-            "of the {} files `{}` there are {there}; get the others, or name those there are",
+            "of the {} files `{}` there are {there}; get the others, or pass only those there are",
             to - from + 1,
             pattern.display()
         );
@@ -135,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_whole_and_a_whole_name_is_taken_as_it_is() {
+    fn a_range_must_be_whole_and_an_exact_name_wins_over_a_pattern() {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         for name in ["000.tar", "001.tar", "003.tar", "x#y.tar"] {

@@ -1,14 +1,14 @@
-//! A manifest in CSV: which files are pictures, and their classes if they are known.
+//! Reads a manifest in CSV: a list of paths of pictures, with their classes if known.
 //!
-//! The first line names the columns. One of them has the paths of pictures, relative to the folder of
-//! the manifest, and is called `path`, `file`, `filename`, `image` or the like. The classes, if there are
-//! any, are in `label`, `class`, `category` or `target`; `split`, if it is there, says `train`, `test` or
-//! `unlabelled`. A file whose first line names no columns has the path first and the class, if any,
-//! second.
+//! The first line names the columns. One column has the paths of pictures, relative to the folder
+//! of the manifest; its name is `path`, `file`, `filename`, `image` or similar. Optional columns
+//! are the class (`label`, `class`, `category` or `target`) and `split` (`train`, `test` or
+//! `unlabelled`). Without such a first line, the first column is the path and the second, if any,
+//! the class.
 //!
-//! Fields are separated by commas, semicolons, tabs or bars: whichever makes sense of the first line,
-//! or the one that a line `sep=;` of a spreadsheet states. The text is UTF-8 or, after its byte order
-//! mark, UTF-16. Where no file has a path with backslashes, they stand for `/`, as on Windows.
+//! The separator is a comma, semicolon, tab or bar. It is detected from the first line, or stated
+//! by a line `sep=;` as spreadsheets write it. The text is UTF-8, or UTF-16 with a byte order mark.
+//! A path with backslashes that does not exist is read as a Windows path.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -32,11 +32,10 @@ pub const PATHS: [&str; 8] =
 /// Names of a column of classes.
 const LABELS: [&str; 5] = ["label", "class", "category", "target", "class_name"];
 
-/// The longest line, so that a quotation mark without its partner does not make one of a whole
-/// file.
+/// The longest line, so that an unclosed quotation mark does not turn a whole file into one line.
 const MOST_LINE_BYTES: u64 = 1 << 20;
 
-/// Returns the name and the place of a picture that a manifest names.
+/// Returns the name of a picture in a manifest, and its path.
 pub fn locate(manifest: &Path, path: &str) -> (String, PathBuf) {
     let folder = manifest.parent().unwrap_or(Path::new(""));
     let place = folder.join(path);
@@ -49,23 +48,24 @@ pub fn locate(manifest: &Path, path: &str) -> (String, PathBuf) {
     }
 }
 
-/// Whether a file is named as a manifest.
+/// Whether a file has the name of a manifest.
 pub fn is_manifest(name: &str) -> bool {
     [".csv", ".tsv"].iter().any(|ending| name.to_ascii_lowercase().ends_with(ending))
 }
 
-/// Reads a manifest; its pictures are named by their paths in it.
+/// Reads a manifest. Its pictures are named by their paths in it.
 ///
 /// # Errors
 ///
-/// It is not CSV, has no column of paths, or a line is too long.
+/// The file is not CSV, has no column of paths, or a line is too long.
 pub fn read(manifest: &Path, classes: &[String], sink: &mut dyn Sink) -> Result<()> {
     let context = || format!("reading the manifest `{}`", manifest.display());
     let text = open(manifest, sink.file_bytes()).with_context(context)?;
     read_from(text, manifest, classes, sink).with_context(context)
 }
 
-/// Opens a manifest as UTF-8 without a byte order mark. UTF-16 is held in memory, up to `most` bytes.
+/// Opens a manifest as UTF-8 without a byte order mark. UTF-16 is held in memory, up to `most`
+/// bytes.
 fn open(manifest: &Path, most: u64) -> Result<Box<dyn BufRead>> {
     let mut file = BufReader::new(File::open(manifest)?);
     let start = file.fill_buf()?;
@@ -141,7 +141,7 @@ fn read_from(
             ensure!(
                 first_is_picture,
                 "its first line names no column of paths, only `{}`: call the column of paths `path`, \
-                 and that of classes, if there are any, `label`",
+                 and the column of classes, if any, `label`",
                 record.iter().take(8).collect::<Vec<_>>().join("`, `")
             );
             (0, Some(1), true)
@@ -166,8 +166,8 @@ fn read_from(
     Ok(())
 }
 
-/// Returns the separator of fields under which the first line names a column of paths, or failing
-/// that begins with the path of a picture.
+/// Returns the separator with which the first line names a column of paths, or else begins with the
+/// path of a picture.
 fn delimiter_of(first: &[u8], manifest: &Path) -> u8 {
     let is_tsv =
         manifest.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("tsv"));
@@ -184,7 +184,7 @@ fn delimiter_of(first: &[u8], manifest: &Path) -> u8 {
     found.or(candidates.into_iter().find(begins_with_picture)).unwrap_or(candidates[0])
 }
 
-/// Passes on so many bytes, then fails.
+/// Reads `left` bytes, then fails.
 struct Limited<R> {
     inner: R,
     left: Rc<Cell<u64>>,
@@ -206,7 +206,7 @@ mod tests {
     use super::*;
     use crate::example::{PreparedFiles, assert_has, config, png, prepare, put, refusal, scratch};
 
-    /// Four pictures in two folders, and a manifest of this name with this content.
+    /// Makes four pictures in two folders, and a manifest of this name and content.
     fn with_manifest(name: &str, content: &[u8]) -> (tempfile::TempDir, PathBuf) {
         let (folder, path) = scratch();
         let names = ["img/cat/0.png", "img/cat/1.png", "img/dog/2.png", "img/dog/3.png"];
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn manifests_of_every_program_are_the_same_data_set() {
+    fn every_dialect_of_csv_gives_the_same_data_set() {
         let plain = "path,label\nimg/cat/0.png,cat\nimg/cat/1.png,cat\nimg/dog/2.png,dog\n\
                      img/dog/3.png,dog\n";
         let want = read("plain.csv", plain.as_bytes());
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_manifest_is_refused_with_its_remedy() {
+    fn errors_say_how_to_repair_a_manifest() {
         let cases: [(&str, &[u8], &[&str]); 4] = [
             ("other.csv", b"name;age\nA;1\n", &["`name;age`", "call the column of paths `path`"]),
             ("latin1.csv", b"path\nimg/cat/0.png\nimg/K\xfche.png\n", &["line 3", "as UTF-8"]),

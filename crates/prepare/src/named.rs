@@ -1,9 +1,9 @@
-//! Published data sets that are downloaded by name, such as `named://cifar-10`.
+//! Downloads published data sets by name, such as `named://cifar-10`.
 //!
-//! Each file of a set has the addresses it is published at, which are tried in order, and a digest: an
-//! MD5 from the publisher or from torchvision's reader of the set, or the SHA-256 of the file that
-//! this project's results were made with. Files are kept in the folder `assort` of the user's cache
-//! folder, and checked whenever they are used. The terms of each set are in `data/README.md`.
+//! Each file of a set has a list of addresses, which are tried in order, and a digest: an MD5 from
+//! the publisher or from torchvision, or the SHA-256 of the file that this project's results were
+//! made with. Files are cached in the folder `assort` of the user's cache folder, and their digest
+//! is checked on every use. The terms of each set are in `data/README.md`.
 
 use std::path::PathBuf;
 
@@ -19,14 +19,14 @@ pub struct Set {
     /// Its name after `named://`.
     pub name: &'static str,
     files: &'static [Published],
-    /// The folder of training pictures within the archive.
+    /// The folder of training pictures in the archive.
     within: &'static str,
 }
 
 #[derive(Debug)]
 struct Published {
     name: &'static str,
-    /// Its addresses, without its name.
+    /// Its addresses, without the file name.
     places: &'static [&'static str],
     bytes: Option<u64>,
     digest: Digest,
@@ -143,7 +143,7 @@ pub const SETS: [Set; 8] = [
 ///
 /// # Errors
 ///
-/// There is none; the message lists the names.
+/// There is no such set; the message lists all names.
 pub fn find(name: &str) -> Result<&'static Set> {
     SETS.iter().find(|set| set.name == name).with_context(|| {
         let names: Vec<&str> = SETS.iter().map(|set| set.name).collect();
@@ -151,8 +151,8 @@ pub fn find(name: &str) -> Result<&'static Set> {
     })
 }
 
-/// Downloads the files of a set that are missing. Returns its archive, or the folder of its files, and
-/// the folder within the archive to read.
+/// Downloads the missing files of a set. Returns the path of its archive or folder, and the folder
+/// within the archive to read.
 ///
 /// # Errors
 ///

@@ -1,6 +1,6 @@
-//! Names of files: what they are made of, and what they say.
+//! Renders, splits and matches names of files.
 //!
-//! Knows no other module of this crate, so that every reader may use it.
+//! Uses no other module of this crate, so that every reader may use it.
 
 use std::path::{Path, PathBuf};
 
@@ -8,9 +8,9 @@ use stage::Split;
 
 /// Renders the bytes of a name as text.
 ///
-/// Valid UTF-8 stays as it is. Every other byte, and every byte of a control character, becomes
-/// `\x` and two hexadecimal digits, and a `\x` that was there before becomes `\x5Cx`: so different
-/// bytes have different texts, and no name can move the cursor of a terminal.
+/// Keeps valid UTF-8. Escapes every other byte, and every byte of a control character, as `\x` and
+/// two hexadecimal digits, and escapes an existing `\x` as `\x5Cx`. So different bytes have
+/// different texts, and no name can control a terminal.
 pub fn text(bytes: &[u8]) -> String {
     let mut text = String::new();
     for chunk in bytes.utf8_chunks() {
@@ -39,14 +39,14 @@ pub fn file_name(path: &Path) -> String {
     text(path.file_name().unwrap_or(path.as_os_str()).as_encoded_bytes())
 }
 
-/// The [`text`] of a path below `root`, with `/` between its parts on every system.
+/// The [`text`] of a path relative to `root`, separated by `/` on every system.
 pub fn below(root: &Path, path: &Path) -> String {
     let inner = path.strip_prefix(root).unwrap_or(path);
     let parts: Vec<String> = inner.components().map(|part| path_text(part.as_ref())).collect();
     parts.join("/")
 }
 
-/// The [`text`] of each path below the folder that they have in common.
+/// The [`text`] of each path relative to their common folder.
 pub fn below_common_folder(paths: &[PathBuf]) -> Vec<String> {
     let first = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new(""));
     let holds_all = |folder: &&Path| paths.iter().all(|path| path.starts_with(folder));
@@ -54,11 +54,11 @@ pub fn below_common_folder(paths: &[PathBuf]) -> Vec<String> {
     paths.iter().map(|path| below(common, path)).collect()
 }
 
-/// Why a file or folder of this name is never read: a phrase that follows the name.
+/// Returns why a file or folder of this name is always skipped: a phrase that follows the name.
 ///
-/// The same names are left out of folders and of archives.
+/// The same names are skipped in folders and in archives.
 pub fn left_out(name: &str) -> Option<&'static str> {
-    // Thumbnails of a Synology or QNAP server, resource forks of macOS, bins of Windows and servers.
+    // Thumbnails of Synology and QNAP, resource forks of macOS, recycle bins.
     const SYSTEM: [&str; 9] = [
         "__MACOSX",
         "@eaDir",
@@ -76,17 +76,17 @@ pub fn left_out(name: &str) -> Option<&'static str> {
     SYSTEM.contains(&name).then_some("is a folder of the operating system")
 }
 
-/// The path up to its first part that is [left out](left_out), and the reason.
+/// Returns the path up to its first [skipped](left_out) part, and the reason.
 pub fn left_out_part(path: &str) -> Option<(&str, &'static str)> {
     let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
     ends.map(|end| &path[..end]).find_map(|part| Some((part, left_out(split_name(part).1)?)))
 }
 
-/// Where an entry lies below the root, or why it has no place there.
+/// Normalises the name of an archive entry to a path below the archive's root.
 ///
 /// # Errors
 ///
-/// A phrase that follows the name.
+/// Why the name is not such a path: a phrase that follows it.
 pub fn safe_name(name: &str) -> Result<String, &'static str> {
     const LEADS_OUT: &str = "has a name that leads out of the archive";
     let has_drive = name.as_bytes().get(1) == Some(&b':');
@@ -104,13 +104,13 @@ pub fn safe_name(name: &str) -> Result<String, &'static str> {
     if parts.is_empty() { Err("has no name") } else { Ok(parts.join("/")) }
 }
 
-/// The last part of a path in an archive, and the folders before it.
+/// Splits a path in an archive into its folder and its last part.
 pub fn split_name(name: &str) -> (&str, &str) {
     name.rsplit_once('/').map_or(("", name), |(folder, file)| (folder, file))
 }
 
-/// Whether a name is like a pattern: `*` stands for any signs, `{000..012}` for a number of as many
-/// digits in that range.
+/// Whether a name matches a pattern. `*` matches any characters, `{000..012}` a number in that
+/// range with as many digits.
 pub fn is_like(name: &str, pattern: &str) -> bool {
     if let Some((before, rest)) = pattern.split_once('{')
         && !before.contains('*')
@@ -141,7 +141,7 @@ pub fn range_of(pattern: &str) -> Option<(u64, u64)> {
     (from <= to).then_some((from, to))
 }
 
-/// Which split the name of a file, or the word for a split, says.
+/// Returns the split that a file name or a word states; training if none.
 pub fn split_of(name: &str) -> Split {
     let name = name.to_ascii_lowercase();
     let says = |words: &[&str]| {
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(text(b"\x1b[31m\n"), r"\x1B[31m\x0A");
         assert_eq!(text("\u{85}".as_bytes()), r"\xC2\x85");
         assert_eq!(text(r"a\b".as_bytes()), r"a\b");
-        // What looks like a rendering is told from one.
+        // A name that looks escaped differs from an escaped name.
         let names: [&[u8]; 6] =
             [b"\xe9", br"\xE9", br"\x5CxE9", br"\\xE9", b"\\\xe9", b"\\x5C\xe9"];
         let texts: std::collections::BTreeSet<String> =
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_one_name_in_two_folders_keep_what_tells_them_apart() {
+    fn files_of_one_name_in_two_folders_keep_their_folders() {
         let paths = ["/a/train/0.tar", "/a/test/0.tar"].map(PathBuf::from);
         assert_eq!(below_common_folder(&paths), ["train/0.tar", "test/0.tar"]);
         assert_eq!(below_common_folder(&paths[..1]), ["0.tar"]);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn hidden_folders_and_those_of_systems_are_left_out_wherever_they_lie() {
+    fn hidden_and_system_folders_are_skipped_at_every_level() {
         assert_eq!(left_out_part("cat/1.jpg"), None);
         assert_eq!(left_out_part("a/.git/b/1.jpg"), Some(("a/.git", "is hidden")));
         assert_eq!(left_out_part("cat/._1.jpg"), Some(("cat/._1.jpg", "is hidden")));
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_stand_for_the_names_that_they_look_like() {
+    fn patterns_match_names() {
         let pattern = "data/train-*-of-*.parquet";
         assert!(is_like("data/train-00000-of-00002.parquet", pattern));
         assert!(!is_like("data/test-00000-of-00002.parquet", pattern));
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn splits_are_told_by_words() {
+    fn splits_are_recognised_by_words() {
         assert_eq!(split_of("imagenet1k-validation-00.tar"), Split::Test);
         assert_eq!(split_of("test-00000-of-00001.parquet"), Split::Test);
         assert_eq!(split_of("train-00000-of-00001.parquet"), Split::Train);

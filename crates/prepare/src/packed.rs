@@ -1,10 +1,10 @@
-//! What an archive holds: pictures, or a data set in its published files.
+//! Recognises and reads the content of an archive: pictures, or the published files of a data set.
 //!
-//! Pictures lie in one folder a class, below as many common folders as it likes, or without any
-//! folder, or in an archive for each class as ILSVRC-2012's train archive has them. Or the archive
-//! holds the binary files of CIFAR or STL-10, or the samples of [`webdataset`]. An entry that is not a
-//! plain file below the archive's own root is passed over and listed: links, devices, absolute names
-//! and names with `..`.
+//! Pictures are in one folder per class (at any depth below common folders), in no folder at all,
+//! or in one nested archive per class, like ILSVRC-2012's train archive. Otherwise the archive
+//! holds the binary files of CIFAR or STL-10, or samples of [`webdataset`]. An entry that is not a
+//! regular file below the archive's root is skipped and listed: links, devices, absolute names and
+//! names with `..`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::folder::SOURCE;
 use crate::names::{file_name, split_name};
 use crate::{Format, cifar, picture, stl, webdataset};
 
-/// What an archive turns out to hold.
+/// The kind of content of an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
     /// The binary files of CIFAR.
@@ -31,43 +31,43 @@ pub enum Holds {
     Pictures,
 }
 
-/// Looks at the first files of an archive, below its folder `within`, until it is clear what they are.
+/// Recognises an archive by its first files below the folder `within`.
 ///
 /// # Errors
 ///
-/// The archive cannot be read or is damaged, or holds nothing that this crate reads.
+/// The archive is damaged, or holds nothing that this crate can read.
 pub fn recognise(path: &Path, within: &str) -> Result<Holds> {
     let mut glance = Glance::default();
     each(path, within, |member| glance.look_at(member))?;
     glance.conclude(path)
 }
 
-/// How many files are looked at for what tells class folders from samples of WebDataset: enough to
-/// find a picture and its label in an archive whose files lie in any order.
+/// How many files are examined to distinguish class folders from samples of WebDataset: enough to
+/// find a picture and its label in an archive in any order.
 const MOST_LOOKED_AT: usize = 4096;
 
-/// How many files are looked at once there are pictures in two folders.
+/// How many files are examined if there are pictures in two folders.
 const LOOKED_AT_IN_CLASSES: usize = 64;
 
-/// What was seen of an archive.
+/// What is known about an archive so far.
 #[derive(Default)]
 struct Glance {
-    /// What it certainly is.
+    /// Its content, once certain.
     holds: Option<Holds>,
     looked_at: usize,
-    /// The first folder with pictures, and whether there is another one.
+    /// The first folder with pictures, and whether there are others.
     folder: Option<String>,
     has_more_folders: bool,
-    /// Paths of pictures and of `.cls` and labelled `.json` files, up to their last point.
+    /// Paths of pictures, and of `.cls` and labelled `.json` files, without their extensions.
     pictures: BTreeSet<String>,
     cls: BTreeSet<String>,
     json: BTreeSet<String>,
-    /// The first file that is left out, and why.
+    /// The first skipped file, and the reason.
     left_out: Option<(String, &'static str)>,
 }
 
 impl Glance {
-    /// Returns whether to look at the next file too.
+    /// Examines a file and returns whether to continue.
     fn look_at(&mut self, member: &mut dyn Member) -> Result<bool> {
         let name = match member.name().clone() {
             Ok(name) => name,
@@ -81,7 +81,7 @@ impl Glance {
             self.holds = match file {
                 file if cifar::recognise(file).is_some() => Some(Holds::Cifar),
                 file if stl::recognise(file).is_some() => Some(Holds::Stl),
-                // Archives of classes. To look further would take long in a packed archive.
+                // Archives of classes. Looking further is slow in a compressed archive.
                 file if file.ends_with(".tar") && member.stream().is_some() => {
                     Some(Holds::Pictures)
                 }
@@ -114,7 +114,7 @@ impl Glance {
         Ok(self.looked_at < most)
     }
 
-    /// Whether one of `labels` is that of a picture; `stem` is the path that came last.
+    /// Whether one of `labels` belongs to a picture; `stem` is the last path seen.
     fn is_labelled(&self, stem: &str, labels: &BTreeSet<String>) -> bool {
         let mut keys = webdataset::keys(stem);
         let is_label_of_any = || {
@@ -134,16 +134,16 @@ impl Glance {
             let shown = path.display();
             match self.left_out {
                 Some((name, reason)) => bail!(
-                    "`{shown}` holds nothing that is read: `{name}` {reason}; unpack the archive and \
-                     name the folder of its pictures with {SOURCE}"
+                    "`{shown}` holds nothing that can be read: `{name}` {reason}; unpack the \
+                     archive and pass the folder of its pictures with {SOURCE}"
                 ),
                 None => bail!(
                     "`{shown}` holds neither JPEG, PNG or WebP pictures nor the binary files of CIFAR \
-                     or STL-10; name another source with {SOURCE}"
+                     or STL-10; pass another source with {SOURCE}"
                 ),
             }
         }
-        // In class folders, files of annotations lie beside pictures; a label in them is not the class.
+        // Class folders may also hold annotation files. A label in those is not the class.
         let has_labels = self.json.iter().any(|stem| self.is_labelled(stem, &self.json));
         Ok(match has_labels && !self.has_more_folders {
             true => Holds::WebDataset,
@@ -152,8 +152,8 @@ impl Glance {
     }
 }
 
-/// Reads the binary files of CIFAR. The archive is walked through twice, because the list of
-/// classes comes behind some of the pictures.
+/// Reads the binary files of CIFAR. Makes two passes over the archive, because the list of classes
+/// comes after some of the pictures.
 ///
 /// # Errors
 ///
@@ -182,7 +182,7 @@ pub fn read_cifar(path: &Path, within: &str, format: Format, sink: &mut dyn Sink
     })
 }
 
-/// Reads the binary files of STL-10, also in two walks: labels come behind pictures.
+/// Reads the binary files of STL-10, also in two passes, because labels come after pictures.
 ///
 /// # Errors
 ///
@@ -209,12 +209,12 @@ pub fn read_stl(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
     })
 }
 
-/// Reads the pictures below the folder `within`, named by their path from there; the class of each is
-/// the folder that it lies in. `classes` are those that the experiment keeps, or none to keep all.
+/// Reads the pictures below the folder `within`, named by their path from there. The class of each
+/// is its folder. `classes` are those that the experiment keeps; empty keeps all.
 ///
 /// # Errors
 ///
-/// The archive is damaged, or its folders are not one layer of classes.
+/// The archive is damaged, or its class folders are at different levels.
 pub fn read_pictures(
     path: &Path,
     within: &str,
@@ -227,7 +227,7 @@ pub fn read_pictures(
     walk.check()
 }
 
-/// Reads the archives of a folder, one a class, as ILSVRC-2012's train archive unpacks to.
+/// Reads one archive per class, as ILSVRC-2012's train archive unpacks to.
 ///
 /// # Errors
 ///
@@ -250,12 +250,12 @@ pub fn read_class_archives(
     walk.check()
 }
 
-/// A walk through an archive of pictures.
+/// One pass over an archive of pictures.
 struct Walk<'a> {
     shown: String,
     within: &'a str,
     classes: &'a [String],
-    /// The first picture and the folder of its class: those of all others must lie beside that.
+    /// The first picture and its class folder. All class folders must be beside that one.
     first: Option<(String, String)>,
     /// The first `.cls` file in the folder of a picture without a class.
     label_file: Option<String>,
@@ -263,7 +263,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Reads a file, which lies in the archive of one class if `archive_class` is given.
+    /// Reads a file. `archive_class` is the class of the archive that it is in, if any.
     fn visit(&mut self, member: &mut dyn Member, archive_class: Option<&str>) -> Result<bool> {
         let shown = |name: &str| match archive_class {
             Some(class) => format!("{class}/{name}"),
@@ -283,7 +283,7 @@ impl Walk<'_> {
         if archive_class.is_none() && file.ends_with(".tar") && member.stream().is_some() {
             return self.visit_archive(member, file);
         }
-        // Tiny-ImageNet has a folder `images` within that of each class.
+        // Tiny-ImageNet has a folder `images` in each class folder.
         let folder = match folder.strip_suffix("/images") {
             Some(above) if archive_class.is_none() => above,
             _ => folder,
@@ -293,7 +293,7 @@ impl Walk<'_> {
         if let Some(class) = class
             && !self.chooses(class)
         {
-            // Counted, so that a message can say which classes there are.
+            // Recorded, so that a message can list the classes.
             if has_extension {
                 self.sink.wants(class)?;
             }
@@ -310,7 +310,7 @@ impl Walk<'_> {
             Some(class) => drop(self.sink.wants(class)?),
             None if self.classes.is_empty() => {}
             None => {
-                self.sink.ignored(shown(&name), "lies in no folder of a class".into())?;
+                self.sink.ignored(shown(&name), "is in no class folder".into())?;
                 return Ok(true);
             }
         }
@@ -332,7 +332,7 @@ impl Walk<'_> {
         self.classes.is_empty() || self.classes.iter().any(|chosen| chosen == class)
     }
 
-    /// Reads the archive of one class, if that is wanted.
+    /// Reads the archive of one class, if that class is wanted.
     fn visit_archive(&mut self, member: &mut dyn Member, file: &str) -> Result<bool> {
         let class = file.strip_suffix(".tar").unwrap_or(file);
         if self.sink.wants(class)? {
@@ -343,8 +343,8 @@ impl Walk<'_> {
         Ok(true)
     }
 
-    /// Checks that all pictures lie in folders side by side, or none in a folder; `folder` is that of
-    /// the picture `name`.
+    /// Checks that all class folders are side by side, or that no picture is in a folder. `folder`
+    /// is that of the picture `name`.
     fn check_layout(&self, folder: &str, name: &str) -> Result<()> {
         let Some((first_name, first)) = &self.first else { return Ok(()) };
         let above = |folder| split_name(folder).0;
@@ -352,29 +352,27 @@ impl Walk<'_> {
             return Ok(());
         }
         let within = self.within.trim_matches('/');
-        // A folder that holds one of the two pictures in a class folder, and not the other one.
+        // A folder above one of the two class folders, but not above the other.
         let hint =
             [(above(first), folder), (above(folder), first)].into_iter().find(|(above, other)| {
                 !above.is_empty() && !format!("{other}/").starts_with(&format!("{above}/"))
             });
         let advice = match hint {
             Some((above, _)) => format!(
-                "name the folder above the class folders behind the archive, as in `{}#{}`",
+                "append the folder above the class folders to the archive, as in `{}#{}`",
                 self.shown,
                 if within.is_empty() { above.to_owned() } else { format!("{within}/{above}") }
             ),
-            None => {
-                "with ground truth every picture lies directly in the folder of its class, without \
-                     it none lies in a folder: pack the archive anew"
-                    .into()
-            }
+            None => "put every picture directly into the folder of its class, or, without ground \
+                     truth, none into a folder, and pack the archive again"
+                .into(),
         };
         let place = |name: &str, folder: &str| match folder.is_empty() {
             true => format!("`{name}` in no folder"),
             false => format!("`{name}` in `{folder}`"),
         };
         bail!(
-            "the pictures do not lie in folders side by side: {} and {}; {advice}",
+            "the pictures are not in folders side by side: {} and {}; {advice}",
             place(first_name, first),
             place(name, folder)
         )
@@ -383,14 +381,14 @@ impl Walk<'_> {
     fn check(&self) -> Result<()> {
         ensure!(
             self.first.is_some() || self.sink.is_known(),
-            "`{}` holds no pictures{}; name another source with {SOURCE}",
+            "`{}` holds no pictures{}; pass another source with {SOURCE}",
             self.shown,
             if self.classes.is_empty() { "" } else { " of the classes that the experiment names" }
         );
         if let Some(label_file) = &self.label_file {
             bail!(
                 "`{}` holds labels of WebDataset, such as `{label_file}`, far from their pictures; pack \
-                 it anew with `tar --sort=name`, or set `format = \"webdataset\"`",
+                 it again with `tar --sort=name`, or set `format = \"webdataset\"`",
                 self.shown
             );
         }
@@ -411,7 +409,7 @@ mod tests {
 
     use crate::tar_file::BLOCK;
 
-    /// Adds an entry as a header says, with whatever name and type.
+    /// Adds an entry of any name and type.
     fn add(archive: &mut tar::Builder<Vec<u8>>, kind: EntryType, name: &[u8], bytes: &[u8]) {
         let mut header = tar::Header::new_gnu();
         header.as_old_mut().name[..name.len()].copy_from_slice(name);
@@ -422,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_gives_the_images_of_its_folder() {
+    fn an_archive_gives_the_same_images_as_its_folder() {
         let (_folder, path) = scratch();
         let files = [("cat/a.jpg", jpeg(0)), ("dog/b.png", png(1)), ("dog/c.png", png(2))];
         for (name, bytes) in &files {
@@ -443,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_lead_elsewhere_are_listed_and_not_read() {
+    fn entries_that_escape_from_the_archive_are_listed_and_not_read() {
         let (one, two) = (png(0), png(1));
         let mut archive = tar::Builder::new(Vec::new());
         add(&mut archive, EntryType::Regular, b"a/1.png", &one);
@@ -476,7 +474,7 @@ mod tests {
         assert_has(&reason("a/.6.png"), &["hidden"]);
         assert_has(&reason("a/7.png"), &["link"]);
         assert_has(&reason("a/8.png"), &["link"]);
-        assert_has(&reason("a/9.png"), &["no plain file"]);
+        assert_has(&reason("a/9.png"), &["not a regular file"]);
         assert_has(&reason("a/notes.txt"), &["not a picture"]);
         assert_eq!(ignored.len(), 8);
     }
@@ -519,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_says_it_is_huge_is_not_held_in_memory() {
+    fn an_entry_with_a_huge_stated_size_is_not_held_in_memory() {
         let mut header = tar::Header::new_gnu();
         header.set_path("a/1.png").expect("fits");
         header.set_size(1 << 40);
@@ -530,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_that_are_no_classes_are_refused() {
+    fn folders_that_are_not_classes_are_refused() {
         let cases: [(&[&str], &[&str]); 4] = [
             (&["train/a/1.png", "val/a/2.png"], &["side by side", "`train/a`", "`val/a`"]),
             (&["1.png", "a/2.png"], &["side by side", "`a`"]),
@@ -551,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn chosen_classes_alone_are_read() {
+    fn only_chosen_classes_are_read() {
         let (_folder, path) = scratch();
         let path = path.join("x.tar");
         let files = [png(0), png(1), png(2)];

@@ -1,12 +1,13 @@
-//! Parquet: pictures as Hugging Face stores them, or a manifest.
+//! Reads Parquet files: pictures as Hugging Face stores them, or a manifest.
 //!
-//! Pictures are a group of `bytes` and `path`, whatever its name, or a column of bytes named `image`, `img`,
-//! `jpg` or the like; of several, the one with such a name is read, and the others are listed as left
-//! out. Without either, a column of text named `path`, `file` or the like
-//! names files beside the Parquet file: a manifest. The class is in the column `label`,
-//! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`. It is text,
-//! true or false, or a number, which the features in the file's metadata may name. Pages may be packed
-//! by snappy, gzip, zstd or lz4. Row groups are read one after the other, some rows at a time.
+//! Pictures are a group of `bytes` and `path` of any name, or a column of bytes named `image`,
+//! `img`, `jpg` or similar. Of several, the first with such a name is read, and the others are
+//! listed as skipped. Without either, the file is a manifest: a text column named `path`, `file` or
+//! similar gives paths relative to the Parquet file. The class is in the column `label`,
+//! `fine_label` (`coarse_label` with `format = "cifar-20"`), `cls`, `class` or `target`. It is
+//! text, a boolean, or a number, which the features in the file's metadata may name. Pages may be
+//! compressed with snappy, gzip, zstd or lz4. Row groups are read one after the other, a few rows
+//! at a time.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -27,11 +28,11 @@ use crate::parquet_pages::open_column;
 use crate::picture;
 use crate::{Format, guard, parquet_pages};
 
-/// What a column of pictures may be called. Of several such columns the first of these names is read,
-/// failing that the first column.
+/// Names of a column of pictures, preferred first. If no column has one of them, the first column
+/// of pictures is read.
 const IMAGES: [&str; 8] = ["image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo"];
 
-/// Rows that are read at a time. Their pictures are in a page that is unpacked anyway.
+/// Rows per read. Their pictures are in a page that is decompressed anyway.
 const ROWS: usize = 32;
 
 /// Whether a file is a Parquet file, by its first bytes.
@@ -39,11 +40,11 @@ pub fn is_parquet(start: &[u8]) -> bool {
     start.starts_with(b"PAR1")
 }
 
-/// Reads all files as one set. A file belongs to the test split if its name says so.
+/// Reads all files as one data set. A file belongs to the test split if its name says so.
 ///
 /// # Errors
 ///
-/// A file is damaged, packed by a codec that is not read, or has no pictures.
+/// A file is damaged, has no pictures, or uses an unsupported codec.
 pub fn read(
     files: &[PathBuf],
     format: Format,
@@ -67,7 +68,7 @@ fn read_one(
     let file = Arc::new(file);
     let damaged = || {
         format!(
-            "`{}` is damaged, or not a Parquet file of pictures; name another source with {SOURCE}",
+            "`{}` is damaged, or not a Parquet file of pictures; pass another source with {SOURCE}",
             path.display()
         )
     };
@@ -75,7 +76,7 @@ fn read_one(
     let metadata = metadata.with_context(damaged)?;
     let columns = guarded(|| Columns::of(&metadata, format)).with_context(|| {
         format!(
-            "`{}` cannot be read as pictures; mend it, or name another source with {SOURCE}",
+            "`{}` cannot be read as pictures; repair it, or pass another source with {SOURCE}",
             path.display()
         )
     })?;
@@ -131,12 +132,12 @@ fn read_one(
     Ok(())
 }
 
-/// Runs code of crate `parquet`, and turns its panics on damaged files into errors.
+/// Runs code of crate `parquet` and turns its panics on damaged files into errors.
 fn guarded<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     guard::guarded(run).map_err(|text| anyhow!("reading it failed: {text}"))?
 }
 
-/// The columns that are read, as positions among the leaves.
+/// The columns to read, as indices of leaf columns.
 struct Columns {
     bytes: Option<usize>,
     path: Option<usize>,
@@ -173,7 +174,7 @@ impl Columns {
                 .iter()
                 .position(|(name, found)| name == wanted && kind.is_none_or(|kind| kind == *found))
         };
-        // A group with bytes is a picture whatever its name, other bytes are one by their name.
+        // A group with bytes is a picture under any name; a plain column of bytes only under some.
         let rank = |name: &str| IMAGES.iter().position(|image| *image == name);
         let mut pictures: Vec<(usize, Option<&str>)> = leaves
             .iter()
@@ -191,7 +192,7 @@ impl Columns {
             Some(group) => position(&format!("{group}.path"), Some(Type::BYTE_ARRAY)),
             None => PATHS.iter().find_map(|name| position(name, Some(Type::BYTE_ARRAY))),
         };
-        // A column `image` of text is a path.
+        // A text column `image` holds paths.
         let is_text = |at: usize| {
             matches!(
                 schema.column(at).converted_type(),
@@ -216,14 +217,14 @@ impl Columns {
             ensure!(schema.column(at).max_rep_level() == 0, "its column `{name}` is a list");
             ensure!(
                 !matches!(kind, Type::INT96 | Type::FIXED_LEN_BYTE_ARRAY),
-                "its column `{name}` has values of type {kind}, and only numbers, text and bytes \
-                 are read; write it as one of these, or rename it"
+                "its column `{name}` has values of type {kind}, but only numbers, text and bytes \
+                 are supported; write it as one of these, or rename it"
             );
             let packed = file.row_groups().iter().map(|group| group.column(at).compression());
             if let Some(codec) = packed.into_iter().find(|codec| !parquet_pages::is_read(*codec)) {
                 bail!(
-                    "its column `{name}` is packed by {codec}, and only snappy, gzip, zstd and lz4 \
-                     are read; write it again, in Python with compression=\"zstd\""
+                    "its column `{name}` is compressed with {codec}, but only snappy, gzip, zstd \
+                     and lz4 are supported; write it again, in Python with compression=\"zstd\""
                 );
             }
         }
@@ -246,15 +247,15 @@ impl Columns {
         }
     }
 
-    /// Fails if a column of a row group is too large: it bounds its pages, which are held whole.
+    /// Checks the size of each column of a row group, which bounds the pages that are held whole.
     fn check_memory(&self, group: &RowGroupMetaData, most: usize) -> Result<()> {
         for at in [self.bytes, self.path, self.label].into_iter().flatten() {
             let column = group.column(at);
             let bytes = column.uncompressed_size().max(column.compressed_size());
             ensure!(
                 usize::try_from(bytes).is_ok_and(|bytes| bytes <= most),
-                "a row group has {} MiB in column `{}`, more than the {} MiB that may be held; write \
-                 it in smaller row groups, or allow more with --memory",
+                "a row group has {} MiB in column `{}`, more than the limit of {} MiB; write it in \
+                 smaller row groups, or allow more with --memory",
                 bytes >> 20,
                 column.column_path().string(),
                 most >> 20
@@ -285,7 +286,7 @@ impl Columns {
     }
 }
 
-/// `info.features.<column>.names`, as crate `datasets` of Python writes it.
+/// Reads `info.features.<column>.names`, as Python's `datasets` writes it.
 fn class_names(features: &serde_json::Value, column: &str) -> Option<Vec<String>> {
     let names = features.pointer(&format!("/info/features/{column}/names"))?.as_array()?;
     names.iter().map(|name| Some(name.as_str()?.to_owned())).collect()
@@ -306,7 +307,7 @@ struct RowGroupReader {
 }
 
 impl RowGroupReader {
-    /// Returns some rows, or none at the end.
+    /// Returns the next rows; empty at the end.
     fn next(&mut self) -> Result<Vec<ParquetRow>> {
         let count = self.left.min(ROWS);
         self.left -= count;
@@ -323,7 +324,7 @@ impl RowGroupReader {
                 path: path.and_then(ColumnValue::bytes).as_ref().map(text),
                 label: label.and_then(|label| match label {
                     ColumnValue::Number(number) => Some(Label::Number(number)),
-                    // pandas makes numbers with gaps real ones, and the gaps NaN.
+                    // pandas stores integers with missing values as floats, the missing as NaN.
                     ColumnValue::Real(real) if real.is_nan() => None,
                     ColumnValue::Real(real) if real == real.trunc() && real.abs() < 1e15 => {
                         Some(Label::Number(real as i64))
@@ -354,7 +355,7 @@ impl ColumnValue {
 }
 
 impl OpenColumn {
-    /// Returns the next `count` values; none for a row without one.
+    /// Returns the next `count` values; `None` for a null.
     fn next(&mut self, count: usize) -> Result<Vec<Option<ColumnValue>>> {
         self.read(count).with_context(|| format!("in column `{}`", self.name))
     }
@@ -412,8 +413,7 @@ mod tests {
         assert_has, config, pixels, png, prepare, prepare_with, put, refusal, scratch,
     };
 
-    /// Four pictures, the second without a label, the others with these labels, of a type as schemas
-    /// name it.
+    /// A file of four pictures with labels of this schema type; the second has none.
     fn file<T: DataType>(
         kind: &str,
         labels: &[T::T],
@@ -438,7 +438,7 @@ mod tests {
         writer.into_inner().expect("whole")
     }
 
-    /// A file with two rows of pictures in each of these columns, groups or not, and a label.
+    /// A file of two rows with pictures in each of these columns, which may be groups, and a label.
     fn with_columns(columns: &[(&str, bool)]) -> Vec<u8> {
         let column = |(name, is_group): &(&str, bool)| match is_group {
             true => format!("required group {name} {{ required binary bytes; }}"),
@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_text_numbers_with_gaps_or_truths() {
+    fn labels_are_text_nullable_numbers_or_booleans() {
         let text = ["a", "b", "b"].map(ByteArray::from);
         let cases = [
             (
@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_an_error_that_names_the_column() {
+    fn errors_name_an_unsupported_column() {
         let (_folder, path) = scratch();
         let path = path.join("x.parquet");
         let labels = [b"ab", b"cd", b"ef"].map(|bytes| ByteArray::from(&bytes[..]).into());
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_file_is_the_same_data_set() {
+    fn compression_does_not_change_the_data_set() {
         let (_folder, path) = scratch();
         let path = path.join("x.parquet");
         let labels = [0., 1., 1.];
@@ -536,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_columns_of_pictures_the_one_of_the_best_name_is_read_and_the_others_are_listed() {
+    fn the_column_of_pictures_with_the_preferred_name_is_read_and_others_are_listed() {
         type Case<'a> = (&'a [(&'a str, bool)], usize, &'a [&'a str]);
         let cases: [Case; 4] = [
             (&[("mask", true), ("image", true)], 1, &["mask"]),

@@ -1,8 +1,8 @@
-//! The pages of a Parquet file, unpacked within a limit.
+//! Decompresses the pages of a Parquet file within a memory limit.
 //!
-//! Crate `parquet` can unpack them, but it believes the length that a page states, up to 2 GiB, and
-//! unpacks gzip without a limit. So its reader hands over the pages as they are stored, and they are
-//! unpacked here, by decoders in pure Rust.
+//! Crate `parquet` trusts the length that a page states, up to 2 GiB, and decompresses gzip without
+//! a limit. So its reader returns pages as they are stored, and pure Rust decoders decompress them
+//! here.
 
 use std::fs::File;
 use std::io::Read;
@@ -23,7 +23,7 @@ use ruzstd::decoding::StreamingDecoder;
 ///
 /// # Errors
 ///
-/// The metadata contradict themselves.
+/// The metadata is inconsistent.
 pub fn open_column(
     file: &Arc<File>,
     group: &RowGroupMetaData,
@@ -38,7 +38,7 @@ pub fn open_column(
     Ok(get_column_reader(column.column_descr_ptr(), Box::new(pages)))
 }
 
-/// Whether pages packed like this can be unpacked.
+/// Whether pages of this codec can be decompressed.
 pub fn is_read(codec: Compression) -> bool {
     !matches!(codec, Compression::BROTLI(_) | Compression::LZO)
 }
@@ -50,7 +50,7 @@ struct Pages {
 }
 
 impl Pages {
-    /// Unpacks the buffer of a page, but for its first `plain` bytes.
+    /// Decompresses the buffer of a page after its first `plain` bytes.
     fn unpacked(&self, mut page: Page, plain: usize) -> Result<Page> {
         if self.codec == Compression::UNCOMPRESSED {
             return Ok(page);
@@ -79,7 +79,7 @@ impl PageReader for Pages {
         let Some(page) = self.stored.get_next_page()? else { return Ok(None) };
         let page = match page {
             Page::DataPageV2 { is_compressed: false, .. } => Ok(page),
-            // The levels before the values are never packed.
+            // The levels before the values are never compressed.
             Page::DataPageV2 { def_levels_byte_len, rep_levels_byte_len, .. } => {
                 let levels = u64::from(def_levels_byte_len) + u64::from(rep_levels_byte_len);
                 self.unpacked(page, usize::try_from(levels)?)
@@ -120,16 +120,16 @@ fn unpack(codec: Compression, packed: &[u8], most: usize) -> Result<Vec<u8>> {
         }
         Compression::LZ4_RAW => unpack_lz4(packed, most),
         Compression::LZ4 => unpack_lz4_of_hadoop(packed, most),
-        _ => bail!("packed by {codec}, which is not read"),
+        _ => bail!("unsupported codec {codec}"),
     }
 }
 
 fn check(length: usize, most: usize) -> Result<()> {
-    ensure!(length <= most, "a page has more than the {} MiB that may be held", most >> 20);
+    ensure!(length <= most, "a page has more than the limit of {} MiB", most >> 20);
     Ok(())
 }
 
-/// An LZ4 block does not state its length, so the buffer grows until it fits.
+/// Decompresses an LZ4 block. It does not state its length, so the buffer grows until it fits.
 fn unpack_lz4(packed: &[u8], most: usize) -> Result<Vec<u8>> {
     let mut length = packed.len().saturating_mul(4).min(most);
     loop {
@@ -148,7 +148,8 @@ fn unpack_lz4(packed: &[u8], most: usize) -> Result<Vec<u8>> {
     }
 }
 
-/// LZ4 blocks, each after its lengths unpacked and packed, big-endian: what Hadoop and Spark write.
+/// Decompresses LZ4 blocks as Hadoop and Spark write them: each follows its decompressed and its
+/// compressed length, both big-endian.
 fn unpack_lz4_of_hadoop(mut packed: &[u8], most: usize) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     while let Some((lengths, rest)) = packed.split_first_chunk::<8>() {
@@ -174,7 +175,7 @@ mod tests {
     use crate::example::gzip;
 
     #[test]
-    fn every_packing_is_undone_within_the_limit() {
+    fn every_codec_is_decompressed_within_the_limit() {
         let zeros = vec![0; 100_000];
         let text: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(i) % 251) as u8).collect();
         for bytes in [&zeros[..], &text, b"a"] {
@@ -197,7 +198,7 @@ mod tests {
                 let error = unpack(codec, &packed, want.len() - 1).expect_err("too long");
                 assert!(error.to_string().contains("a page has more than"), "{codec}: {error}");
                 for length in 1..packed.len().min(40) {
-                    // Damage is an error or shows in the bytes, but takes no more memory.
+                    // Damage gives an error or wrong bytes, but never exceeds the limit.
                     let cut = unpack(codec, &packed[..length], want.len());
                     assert!(cut.is_err() || cut.is_ok_and(|got| got.len() <= want.len()));
                 }

@@ -1,9 +1,9 @@
-//! Which files are meant as pictures, why one of them is broken, and how much memory decoding takes.
+//! Recognises pictures and decodes each once as a check, within a memory limit.
 //!
-//! The first bytes of a file decide its format: ILSVRC-2012 itself has a PNG named `.JPEG`. Every
-//! picture is decoded here once, so that every stage can decode it. Its header is read first: a
-//! picture that would take too much memory counts as broken, and only as many are decoded at a time
-//! as fit together.
+//! The first bytes of a file decide its format: ILSVRC-2012 itself has a PNG named `.JPEG`.
+//! Decoding every picture here ensures that every stage can decode it. The header is parsed first:
+//! a picture that needs too much memory counts as broken, and pictures are decoded in parallel only
+//! while they fit into memory together.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -17,10 +17,10 @@ use data::picture::Encoding;
 use crate::foreign::{self, Foreign};
 use crate::guard::guarded;
 
-/// The memory that preparing may take, roughly, unless the command line sets another: 512 MiB.
+/// Approximate memory limit unless the command line sets another: 512 MiB.
 pub const MEMORY: u64 = 1 << 29;
 
-/// The memory that preparing may take, and who has how much of it.
+/// A memory limit shared by the threads that decode pictures.
 #[derive(Debug)]
 pub struct Budget {
     memory: u64,
@@ -29,18 +29,18 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Of `memory`, five eighths are for decoding, one for pictures that wait to be decoded, one for
-    /// the file that is read meanwhile, and one for everything else.
+    /// Divides `memory`: five eighths for decoding, one for pictures waiting to be decoded, one for
+    /// the file being read, and one for everything else.
     pub fn of(memory: u64) -> Self {
         Self { memory, free: Mutex::new(memory / 8 * 5), freed: Condvar::new() }
     }
 
-    /// The largest file that is read as one picture.
+    /// The size limit for the file of one picture, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.memory / 8
     }
 
-    /// The bytes of files that may wait to be decoded.
+    /// The limit for files waiting to be decoded, in bytes.
     pub fn waiting_bytes(&self) -> u64 {
         self.memory / 8
     }
@@ -49,7 +49,8 @@ impl Budget {
         self.memory / 8 * 5
     }
 
-    /// Waits until `bytes`, at most [`Budget::decoding_bytes`], are free, and takes them.
+    /// Waits until `bytes` are free and reserves them. `bytes` is at most
+    /// [`Budget::decoding_bytes`].
     fn take(&self, bytes: u64) -> Taken<'_> {
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let mut free = self
@@ -61,7 +62,7 @@ impl Budget {
     }
 }
 
-/// Memory taken from a budget until it is dropped.
+/// Memory reserved from a budget; freed on drop.
 struct Taken<'a> {
     budget: &'a Budget,
     bytes: u64,
@@ -74,7 +75,7 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// The bytes of a file that are searched for the size of its picture, which follows profiles and
+/// How many bytes of a file are searched for the size of its picture, which may follow profiles and
 /// thumbnails.
 const HEADER_BYTES: u64 = 1 << 20;
 
@@ -85,9 +86,9 @@ const HEADER_BYTES: u64 = 1 << 20;
 /// A phrase that follows the picture's name.
 pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPicture, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
-    // Before it is opened: opening a pipe would wait for a program that writes into it.
+    // Checked before opening, because opening a pipe blocks until a program writes to it.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err("is not a plain file".into());
+        return Err("is not a regular file".into());
     }
     let mut file = File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
@@ -97,7 +98,7 @@ pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPictu
     let mut bytes = Vec::new();
     file.by_ref().take(HEADER_BYTES).read_to_end(&mut bytes).map_err(failed)?;
     let _taken = budget.take((size + decoding_bytes(&bytes, budget)?).min(budget.decoding_bytes()));
-    // Of a file that grows meanwhile, no more is read than memory was taken for.
+    // If the file grows meanwhile, no more is read than was reserved.
     file.take(size.saturating_sub(HEADER_BYTES)).read_to_end(&mut bytes).map_err(failed)?;
     decode(bytes, channels)
 }
@@ -119,7 +120,7 @@ fn decode(bytes: Vec<u8>, channels: usize) -> Result<StoredPicture, String> {
     }
 }
 
-/// The most memory that decoding a file takes, by its header.
+/// Returns the peak memory of decoding a file, by its header.
 fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
     if bytes.is_empty() {
         return Err("is empty".into());
@@ -131,9 +132,11 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
         Some(Encoding::Raw) | None => {
             return Err(match foreign::recognise(&bytes[..bytes.len().min(foreign::START)], "") {
                 Some(Foreign { what, remedy }) => format!("is {what}: {remedy}"),
-                None => "is neither a JPEG nor a PNG nor a WebP file, and only these are read; \
+                None => {
+                    "is neither a JPEG nor a PNG nor a WebP file, and only these are supported; \
                          convert it"
-                    .into(),
+                        .into()
+                }
             });
         }
     };
@@ -156,11 +159,11 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
 struct PictureHeader {
     height: u32,
     width: u32,
-    /// The most memory of decoding: pixels as they are stored, in 8 bits, and rotated.
+    /// Peak memory of decoding: pixels as stored, converted to 8 bits, and rotated.
     bytes_a_pixel: u64,
 }
 
-/// The largest frame that is announced before the first scan.
+/// Parses the largest frame header before the first scan.
 fn jpeg_header(file: &[u8]) -> Option<PictureHeader> {
     let mut found: Option<PictureHeader> = None;
     let mut position = 2;
@@ -174,11 +177,11 @@ fn jpeg_header(file: &[u8]) -> Option<PictureHeader> {
         };
         let segment = file.get(position + 2..)?;
         match marker {
-            // A start of frame, except for the tables with markers in the same range.
+            // A start of frame. Three markers in the same range are tables.
             0xc0..=0xcf if ![0xc4, 0xc8, 0xcc].contains(&marker) => {
                 let &[_, _, _, a, b, c, d, components] = segment.first_chunk()?;
                 let (height, width) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-                // All coefficients of a progressive file are held until its end.
+                // The decoder holds all coefficients of a progressive file until its end.
                 let kept = if marker == 0xc0 || marker == 0xc1 { 0 } else { 2 };
                 let bytes_a_pixel = 7 + kept * u64::from(components.max(1));
                 let header =
@@ -234,13 +237,13 @@ fn webp_header(file: &[u8]) -> Option<PictureHeader> {
     Some(PictureHeader { height, width, bytes_a_pixel: 16 })
 }
 
-/// The reason for not reading a file of this size.
+/// The reason for skipping a file of this size.
 pub fn too_many_bytes(bytes: u64, limit: u64) -> String {
-    format!("has {bytes} bytes, more than the {limit} that are read")
+    format!("has {bytes} bytes, more than the limit of {limit}")
 }
 
-/// Whether a file is meant as a picture: by its extension, or else by its first bytes. A broken file
-/// named `.jpg` counts as a broken picture; a text beside the pictures does not.
+/// Whether a file should be a picture: by its extension, or else by its first bytes. A broken file
+/// named `.jpg` is a broken picture; a text file beside the pictures is not.
 pub fn is_meant(path: &Path) -> bool {
     has_extension(&path.to_string_lossy()) || {
         let mut start = Vec::new();
@@ -250,13 +253,13 @@ pub fn is_meant(path: &Path) -> bool {
     }
 }
 
-/// Whether a file begins as a picture does, also of a format that is not read.
+/// Whether a file begins like a picture, even one of an unsupported format.
 pub fn is_start(start: &[u8]) -> bool {
     let is_foreign = || foreign::recognise(start, "").is_some_and(|foreign| foreign.is_picture());
     Encoding::of(start).is_some() || is_foreign()
 }
 
-/// Whether the name ends like a picture's or a raw photograph's, also of a format that is not read.
+/// Whether a name has the extension of a picture or raw photograph, even of an unsupported format.
 pub fn has_extension(name: &str) -> bool {
     #[rustfmt::skip]
     const EXTENSIONS: &[&str] = &[
@@ -288,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_told_from_headers() {
+    fn sizes_are_read_from_headers() {
         for (height, width) in [(1, 1), (3, 7), (40, 300), (257, 16)] {
             let picture = picture(height, width);
             let file = |format| encoded(&picture, format);
@@ -305,7 +308,7 @@ mod tests {
             png_header(&file[..length]);
             webp_header(&file[..length]);
         }
-        // Filling bytes before a marker, and the largest of two frames.
+        // Fill bytes before a marker, and the larger of two frames.
         let frame = [0xff, 0xc0, 0, 8, 8, 0, 9, 0, 2, 3];
         let larger = [0xff, 0xff, 0xff, 0xc2, 0, 8, 8, 1, 0, 0, 2, 3];
         let file = [&[0xff, 0xd8][..], &frame, &larger, &frame].concat();
@@ -314,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_of_formats_that_are_not_read_are_counted_and_named() {
+    fn pictures_of_unsupported_formats_are_counted_and_named() {
         let (_folder, path) = scratch();
         for seed in 0..4 {
             put(&path.join(format!("{seed}.jpg")), &jpeg(seed));
@@ -346,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_decoded_at_a_time_than_fits() {
+    fn pictures_decoded_in_parallel_fit_into_memory() {
         let budget = Budget::of(8 << 20);
         let most = std::sync::atomic::AtomicU64::new(0);
         std::thread::scope(|scope| {

@@ -17,21 +17,21 @@ struct PrepareArguments {
     /// Experiment file; the program reads its table `[prepare]`.
     #[arg(long, value_name = "FILE", required_unless_present = "fetch")]
     experiment: Option<PathBuf>,
-    /// Where the pictures are, instead of the table's `source`: a path, `hf://datasets/owner/name`,
+    /// Where the pictures are, overriding the table's `source`: a path, `hf://datasets/owner/name`,
     /// or `named://cifar-10`.
     #[arg(long, value_name = "PATH")]
     source: Option<PathBuf>,
     /// Folder to write into; created when missing.
     #[arg(long, value_name = "DIR", required_unless_present = "fetch")]
     out: Option<PathBuf>,
-    /// How much memory it may take, about, in MiB; pictures that would take more are skipped.
+    /// Approximate memory limit in MiB; pictures that need more to decode are skipped.
     #[arg(long, value_name = "MIB", default_value_t = picture::MEMORY >> 20,
           value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
     memory: u64,
-    /// Only fetch what lies at an address, such as `hf://owner/model`, and print where it is kept.
+    /// Only download an address, such as `hf://owner/model`, and print the path of the copy.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "experiment")]
     fetch: Option<String>,
-    /// Check the table, look at the source, print the table, and stop.
+    /// Check the table and the source, print the table, and stop.
     #[arg(long)]
     check: bool,
 }
@@ -49,7 +49,7 @@ pub fn program(words: Vec<OsString>) -> ExitCode {
 }
 
 fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
-    // What was read is safe at any moment.
+    // An interrupt is safe at any time: the journal keeps what was read.
     let _ = INTERRUPT.set(Interrupt::listen()?);
     if let Some(address) = &arguments.fetch {
         for path in location::find(Path::new(address), &interrupted)?.paths {
@@ -85,7 +85,7 @@ fn interrupted() -> bool {
     INTERRUPT.get().is_some_and(Interrupt::is_raised)
 }
 
-/// The most memory that this process had at any time, where the system says so.
+/// The peak memory of this process in bytes, if the system reports it.
 fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! Sorting more records than memory holds: sorted runs in temporary files, merged at the end.
+//! Sorts more records than fit into memory: sorted runs in temporary files, merged at the end.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// How many bytes of records are held before they are written as a run: 16 MiB.
+/// How many bytes of records are buffered before they are written as a run: 16 MiB.
 const RUN_BYTES: usize = 1 << 24;
 
-/// How many bytes of each run are held while they are merged.
+/// Read buffer of each run during the merge, in bytes.
 const BUFFER: usize = 1 << 15;
 
-/// Records on their way into order: byte by byte, as if they were words of a dictionary.
+/// Collects records and sorts them in lexicographic order of their bytes.
 #[derive(Debug)]
 pub struct Sorter {
     folder: PathBuf,
@@ -26,7 +26,7 @@ pub struct Sorter {
 }
 
 impl Sorter {
-    /// An empty sorter, whose temporary files lie in `folder` without names.
+    /// An empty sorter. Its temporary files in `folder` have no names.
     pub fn new(folder: &Path) -> Self {
         Self::with_run_bytes(folder, RUN_BYTES)
     }
@@ -36,16 +36,12 @@ impl Sorter {
         Self { folder: folder.to_owned(), run_bytes, bytes, records, runs }
     }
 
-    /// Adds the record that these pieces make, one after the other.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Adds a record, the concatenation of `pieces`.
     pub fn push(&mut self, pieces: &[&[u8]]) -> Result<()> {
         let start = self.bytes.len();
         pieces.iter().for_each(|piece| self.bytes.extend_from_slice(piece));
         self.records.push(start..self.bytes.len());
-        // A record costs its place in the list too, so that empty ones are not without end.
+        // Counts the index entry of a record too, so that empty records do not exceed the memory.
         let held = self.bytes.len() + self.records.len() * std::mem::size_of::<Range<usize>>();
         if held >= self.run_bytes { self.write_run() } else { Ok(()) }
     }
@@ -70,11 +66,7 @@ impl Sorter {
         Ok(())
     }
 
-    /// All records in order. What was held is written and its memory given back first.
-    ///
-    /// # Errors
-    ///
-    /// The disk refuses.
+    /// Returns all records in order. Writes buffered records and frees their memory first.
     pub fn sorted(mut self) -> Result<SortedRecords> {
         if !self.records.is_empty() {
             self.write_run()?;
@@ -92,7 +84,7 @@ impl Sorter {
 #[derive(Debug)]
 pub struct SortedRecords {
     runs: Vec<BufReader<File>>,
-    /// The first record of each run that has one left.
+    /// The next record of each run that is not exhausted.
     next: BinaryHeap<Reverse<(Vec<u8>, usize)>>,
 }
 

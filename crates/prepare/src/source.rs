@@ -1,4 +1,4 @@
-//! What kind of source a path is.
+//! Recognises the format of a source and reads it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,7 +23,7 @@ use crate::{
     webdataset,
 };
 
-/// A source, looked at but not yet read.
+/// A source whose format is known but whose pictures are not read yet.
 #[derive(Debug)]
 pub enum PictureSource {
     /// IDX files, a pair for each split.
@@ -34,15 +34,15 @@ pub enum PictureSource {
     Stl(Vec<PathBuf>),
     /// A folder of pictures.
     Folder(Listing),
-    /// A folder with an archive for each class.
+    /// A folder with one archive per class.
     ClassArchives(Vec<PathBuf>),
     /// An archive with the binary files of CIFAR, below this folder.
     CifarArchive(PathBuf, String, Format),
     /// An archive with the binary files of STL-10, below this folder.
     StlArchive(PathBuf, String),
-    /// An archive of pictures, of which those below this folder count.
+    /// An archive of pictures, below this folder.
     PictureArchive(PathBuf, String),
-    /// Shards of WebDataset; of a single one, what lies below this folder.
+    /// Shards of WebDataset; of a single one, the content of this folder.
     WebDataset(Vec<PathBuf>, String),
     /// Parquet files.
     Parquet(Vec<PathBuf>, Format),
@@ -51,24 +51,23 @@ pub enum PictureSource {
 }
 
 impl PictureSource {
-    /// Looks at what lies there: the format that the experiment names, or whichever it turns out to
-    /// be.
+    /// Finds the files of the format that the experiment names, or detects the format.
     ///
     /// # Errors
     ///
-    /// There is nothing of that format; the message says what there is instead, and what to do.
+    /// The source does not have that format; the message says what was found and what to do.
     pub fn recognise(local: &Local, config: &Config) -> Result<Self> {
-        // Opening a pipe would wait for a program that writes into it.
+        // Opening a pipe would block until a program writes to it.
         let is_neither = |path: &&PathBuf| !path.is_dir() && path.exists() && !path.is_file();
         if let Some(path) = local.paths.iter().find(is_neither) {
             bail!(
-                "`{}` is neither a file nor a folder, but a pipe, socket or device; save its content in \
-                 a file and name that with {SOURCE}",
+                "`{}` is neither a file nor a folder, but a pipe, socket or device; save its content \
+                 to a file and pass that with {SOURCE}",
                 path.display()
             );
         }
         match &local.paths[..] {
-            [] => bail!("the source has no files; name another one with {SOURCE}"),
+            [] => bail!("the source has no files; pass another one with {SOURCE}"),
             [path] if path.is_dir() => Self::of_folder(path, config),
             [path] => Self::of_file(path, &local.within, config.format),
             paths => Self::of_files(paths, config.format),
@@ -107,18 +106,18 @@ impl PictureSource {
             return Ok(Self::Folder(folder::list(path, config)?));
         }
         let wanted = match format {
-            Format::Idx => "no IDX files, such as train-images-idx3-ubyte.gz",
-            Format::Tar | Format::Zip => "no archive: it is a folder",
-            Format::Stl10 => "no binary files of STL-10, such as train_X.bin",
-            Format::WebDataset => "no shards of WebDataset, such as 000.tar",
-            Format::Parquet => "no Parquet files",
-            Format::Manifest => "no manifest: it is a folder",
-            _ => "no binary files of CIFAR, such as data_batch_1.bin or train.bin",
+            Format::Idx => "has no IDX files, such as train-images-idx3-ubyte.gz",
+            Format::Tar | Format::Zip => "is a folder, not an archive",
+            Format::Stl10 => "has no binary files of STL-10, such as train_X.bin",
+            Format::WebDataset => "has no shards of WebDataset, such as 000.tar",
+            Format::Parquet => "has no Parquet files",
+            Format::Manifest => "is a folder, not a manifest",
+            _ => "has no binary files of CIFAR, such as data_batch_1.bin or train.bin",
         };
         let files = contents(path)?;
         let first = files.files.iter().chain(&files.folders).next();
         bail!(
-            "`{}` is {wanted}{}; name another source with {SOURCE}, or set `format = \"auto\"`",
+            "`{}` {wanted}{}; pass another source with {SOURCE}, or set `format = \"auto\"`",
             path.display(),
             first.map(|first| format!(" (it holds `{}`)", file_name(first))).unwrap_or_default()
         )
@@ -128,12 +127,12 @@ impl PictureSource {
         let name = file_name(path);
         ensure!(
             !name.contains("idx1") && !name.contains("idx3") && !name.ends_with(".bin"),
-            "`{}` is one file of several; name the folder it lies in with {SOURCE}",
+            "`{}` is one file of several; pass its folder with {SOURCE}",
             path.display()
         );
         ensure!(
             !matches!(format, Format::Idx | Format::Folder),
-            "`{}` is a file, and `format` asks for a folder; name the folder with {SOURCE}, or set \
+            "`{}` is a file, but `format` asks for a folder; pass the folder with {SOURCE}, or set \
              `format = \"auto\"`",
             path.display()
         );
@@ -150,7 +149,8 @@ impl PictureSource {
         if let Some(found) = found {
             ensure!(
                 within.is_empty(),
-                "`{}` is not an archive and has no folder `{within}`; name the file alone with {SOURCE}",
+                "`{}` is not an archive and has no folder `{within}`; pass only the file with \
+                 {SOURCE}",
                 path.display()
             );
             return Ok(found);
@@ -158,7 +158,7 @@ impl PictureSource {
         refuse_foreign(path, &start)?;
         ensure!(
             format != Format::Parquet,
-            "`{}` is not a Parquet file; name another one with {SOURCE}",
+            "`{}` is not a Parquet file; pass another one with {SOURCE}",
             path.display()
         );
         let path = path.to_owned();
@@ -191,7 +191,7 @@ impl PictureSource {
         }
     }
 
-    /// Several files, which are parts of one set.
+    /// Recognises several files that are parts of one data set.
     fn of_files(paths: &[PathBuf], format: Format) -> Result<Self> {
         let first = &paths[0];
         let start = start_of(first)?;
@@ -208,14 +208,14 @@ impl PictureSource {
             }
             _ => bail!(
                 "`{}` and {} files beside it are neither Parquet files, nor shards of WebDataset, nor \
-                 archives of one class each; name another source with {SOURCE}",
+                 archives of one class each; pass another source with {SOURCE}",
                 first.display(),
                 paths.len() - 1
             ),
         }
     }
 
-    /// How many pictures it says it has; none where only reading tells.
+    /// The number of pictures that the source states; 0 if it must be read to know.
     pub fn expected(&self) -> usize {
         match self {
             Self::Idx(pairs) => pairs.iter().map(|pair| pair.count).sum(),
@@ -224,7 +224,7 @@ impl PictureSource {
         }
     }
 
-    /// What it is, for the person who reads the log.
+    /// A description for the log.
     pub fn description(&self) -> String {
         match self {
             Self::Idx(_) => format!("a folder of IDX files, {} pictures", self.expected()),
@@ -249,12 +249,8 @@ impl PictureSource {
         }
     }
 
-    /// Hands over all pictures of this source, which was found at `local`, in an order that is the same
-    /// each time.
-    ///
-    /// # Errors
-    ///
-    /// The source is damaged.
+    /// Passes all pictures of this source, which was found at `local`, to `sink`, always in the
+    /// same order.
     pub fn read(&self, local: &Local, config: &Config, sink: &mut dyn Sink) -> Result<()> {
         if let [root] = &local.paths[..]
             && root.is_dir()
@@ -285,7 +281,7 @@ impl PictureSource {
         }
     }
 
-    /// The files that are read, of a manifest the manifest alone.
+    /// The files of the source; for a manifest, only the manifest.
     fn files(&self) -> Box<dyn Iterator<Item = PathBuf> + '_> {
         match self {
             Self::Idx(pairs) => Box::new(pairs.iter().flat_map(Pair::files)),
@@ -302,7 +298,7 @@ impl PictureSource {
         }
     }
 
-    /// Lists what lies in the folder `root` beside the files of the data set, which are not all of it.
+    /// Lists everything in the folder `root` that is not part of the data set.
     fn list_others(&self, root: &Path, sink: &mut dyn Sink) -> Result<()> {
         let used: BTreeSet<PathBuf> = self.files().collect();
         let inside = contents(root)?;
@@ -320,8 +316,8 @@ impl PictureSource {
         })
     }
 
-    /// A digest of the names, lengths and times of change of its files: what was read of it before
-    /// an interruption counts only if it is still the same.
+    /// A digest of the names, sizes and modification times of its files. An interrupted run resumes
+    /// only if the digest is unchanged.
     pub fn state(&self) -> String {
         let mut hash = Sha256::new();
         for path in self.files() {
@@ -340,7 +336,7 @@ fn start_of(path: &Path) -> Result<Vec<u8>> {
     let mut start = Vec::new();
     let file = fs::File::open(path).with_context(|| {
         format!(
-            "opening the source `{}`; name where the pictures lie with {SOURCE}",
+            "opening the source `{}`; pass the path of the pictures with {SOURCE}",
             path.display()
         )
     })?;
@@ -348,21 +344,21 @@ fn start_of(path: &Path) -> Result<Vec<u8>> {
     Ok(start)
 }
 
-/// Fails with what a file is and what to do with it, if no reader reads files of its kind.
+/// Fails if the format of a file is unsupported, saying what the file is and what to do.
 fn refuse_foreign(path: &Path, start: &[u8]) -> Result<()> {
     match foreign::recognise(start, &file_name(path)) {
         Some(Foreign { what, remedy }) => {
-            bail!("`{}` is {what}: {remedy}, and name the result with {SOURCE}", path.display())
+            bail!("`{}` is {what}: {remedy}, and pass the result with {SOURCE}", path.display())
         }
         None => Ok(()),
     }
 }
 
-/// The Parquet files of a folder, or failing that its tar archives if it has no folders.
+/// The Parquet files of a folder, or else its tar archives if it has no subfolders.
 ///
 /// # Errors
 ///
-/// `format` leaves open whether these files are meant or pictures beside them.
+/// There are also pictures beside them, and `format` does not say which of the two to read.
 fn packed_files(folder: &Path, format: Format) -> Result<Vec<PathBuf>> {
     let inside = contents(folder)?;
     let with_ending = |ending: &str| -> Vec<PathBuf> {
@@ -377,8 +373,8 @@ fn packed_files(folder: &Path, format: Format) -> Result<Vec<PathBuf>> {
         && let (Some(file), Some(picture)) = (files.first(), inside.files.iter().find(is_picture))
     {
         bail!(
-            "`{}` holds `{}` and pictures such as `{}`: name the one file, or say with `format` what \
-             is meant: \"folder\", \"parquet\" or \"tar\"",
+            "`{}` holds `{}` and pictures such as `{}`: pass the one file, or set `format` to \
+             \"folder\", \"parquet\" or \"tar\"",
             folder.display(),
             file_name(file),
             file_name(picture)
@@ -417,13 +413,13 @@ mod tests {
         pack(&entries)
     }
 
-    /// The classes in order of the rows, which do not depend on names.
+    /// The classes by row; rows do not depend on names.
     fn classes(read: &PreparedFiles) -> Vec<Option<String>> {
         read.classes.clone()
     }
 
     #[test]
-    fn the_same_pictures_are_the_same_data_set_whatever_they_come_in() {
+    fn the_same_pictures_give_the_same_data_set_from_every_format() {
         let (_folder, path) = scratch();
         let at = |name: &str| path.join(name);
         let (mut flat, mut by_class) = (Vec::new(), Vec::new());
@@ -438,7 +434,7 @@ mod tests {
         put(&at("plain.tar"), &packed(tar, &flat));
         put(&at("packed.tar.gz"), &gzip(&packed(tar, &flat)));
         put(&at("packed.zip"), &packed(zip, &flat));
-        // As ILSVRC-2012's train archive: an archive for each class.
+        // Like ILSVRC-2012's train archive: one archive per class.
         let archives: Vec<(String, Vec<u8>)> = ["n02085936", "n02086646"]
             .into_iter()
             .map(|class| {
@@ -506,7 +502,7 @@ mod tests {
             assert_eq!(classes(&read), classes(&folder), "{source}");
             assert!(read.skipped("broken").is_empty() && read.skipped("ignored").is_empty());
         }
-        // Several parts hold the same set too.
+        // Several parts hold the same data set too.
         let options = Options { part_bytes: 300, ..Options::default() };
         let parts = prepare_with(&at("plain.tar"), &config(), &options).expect("sound");
         assert_eq!(parts.images.fingerprint(), folder.images.fingerprint());
@@ -515,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn wanted_classes_are_found_by_their_ids_where_labels_are_words() {
+    fn wanted_classes_are_found_by_id_if_labels_are_words() {
         let (_folder, path) = scratch();
         let by_class = pictures();
         let words = ["Maltese dog", "Blenheim spaniel", "basset"];
@@ -532,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_within_an_archive_counts_alone() {
+    fn only_the_given_folder_of_an_archive_is_read() {
         let (_folder, path) = scratch();
         let files: Vec<(String, Vec<u8>)> = [
             "ILSVRC/Data/train/a/1.png",
@@ -554,7 +550,7 @@ mod tests {
             let read = prepare(&within, &config()).expect("sound");
             assert_eq!(read.class_names, ["a", "b"]);
             assert_eq!(read.names.len(), 2);
-            // Named classes are found without it.
+            // Classes of the experiment are found without it.
             let chosen = Config { classes: vec!["a".into(), "b".into()], ..config() };
             assert_eq!(prepare(&path.join(name), &chosen).expect("sound").bytes, read.bytes);
         }
@@ -594,7 +590,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_source_is_refused_with_its_remedy() {
+    fn errors_say_what_a_file_is_and_what_to_do() {
         let (_folder, path) = scratch();
         let cases: [(&str, Vec<u8>, &[&str]); 15] = [
             ("empty.csv", vec![], &["empty.csv", "it is empty"]),

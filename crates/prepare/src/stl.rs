@@ -1,8 +1,9 @@
-//! STL-10 in its binary form.
+//! Reads STL-10 in its binary form.
 //!
-//! `train_X.bin`, `test_X.bin` and `unlabeled_X.bin` are rows of pictures of 96 x 96: a plane of red, one
-//! of green, one of blue, each *column by column*, as Matlab writes them. `train_y.bin` and
-//! `test_y.bin` have a byte for each label, from 1 to 10; `class_names.txt` names them in that order.
+//! `train_X.bin`, `test_X.bin` and `unlabeled_X.bin` are sequences of pictures of 96 x 96: a red, a
+//! green and a blue plane, each *column by column*, as Matlab writes them. `train_y.bin` and
+//! `test_y.bin` have one byte per label, from 1 to 10; `class_names.txt` lists the names in that
+//! order.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -21,7 +22,7 @@ const SIDE: usize = 96;
 const PLANE: usize = SIDE * SIDE;
 const CLASSES: u8 = 10;
 
-/// Which split a file of pictures is, by its name.
+/// Returns the split of a file of pictures by its name; `None` for other files.
 pub fn recognise(file_name: &str) -> Option<Split> {
     match file_name {
         "train_X.bin" => Some(Split::Train),
@@ -31,17 +32,13 @@ pub fn recognise(file_name: &str) -> Option<Split> {
     }
 }
 
-/// Whether a file is one of labels or of the classes' names.
+/// Whether a file holds labels or class names.
 pub fn is_small(file_name: &str) -> bool {
     ["train_y.bin", "test_y.bin", "class_names.txt"].contains(&file_name)
 }
 
-/// The files in a folder, or in the one that the published archive unpacks to; none where there is
-/// none.
-///
-/// # Errors
-///
-/// The folder cannot be read.
+/// Finds the files in a folder, or in the subfolder that the published archive unpacks to. Returns
+/// an empty list if there are none.
 pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
     for folder in [root.to_owned(), root.join("stl10_binary")] {
         if folder.is_dir() {
@@ -58,7 +55,7 @@ pub fn find(root: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 ///
-/// A file cannot be read, or see [`StlLabels`].
+/// See [`StlLabels::read`].
 pub fn read(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
     let mut labels = StlLabels::default();
     let name = |path: &&PathBuf| file_name(path);
@@ -74,7 +71,7 @@ pub fn read(paths: &[PathBuf], sink: &mut dyn Sink) -> Result<()> {
     Ok(())
 }
 
-/// The small files, which must be read before the pictures.
+/// The files of labels and class names, which must be read before the pictures.
 #[derive(Debug, Default)]
 pub struct StlLabels(Vec<(String, Vec<u8>)>);
 
@@ -89,7 +86,7 @@ impl StlLabels {
         found.map(|(_, bytes)| bytes.as_slice())
     }
 
-    /// Names of the classes; their numbers where the list is missing or has another length.
+    /// The class names, or their numbers if the list is missing or has a wrong length.
     fn classes(&self) -> Vec<String> {
         let text = self.file("class_names.txt").unwrap_or_default();
         let lines = text.split(u8::is_ascii_whitespace).filter(|line| !line.is_empty());
@@ -104,7 +101,7 @@ impl StlLabels {
     ///
     /// # Errors
     ///
-    /// It is cut short, or its labels are missing, too few, too many or out of range.
+    /// The file is truncated, or its labels are missing, too few, too many or out of range.
     pub fn read(
         &self,
         file: &str,
@@ -167,7 +164,7 @@ impl StlLabels {
     }
 }
 
-/// Planes column by column to pixels row by row.
+/// Converts planes stored column by column to pixels stored row by row.
 fn upright(planes: &[u8]) -> Vec<u8> {
     let mut pixels = vec![0; planes.len()];
     for (at, pixel) in pixels.chunks_exact_mut(3).enumerate() {
@@ -203,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_stand_upright_in_their_splits() {
+    fn pictures_are_upright_and_in_their_splits() {
         let (_folder, path) = scratch();
         for (name, bytes) in files() {
             put(&path.join("stl10_binary").join(name), &bytes);

@@ -1,9 +1,8 @@
-//! tar files, read as a stream and by skipping: an entry that is not wanted is not read.
+//! Reads tar files as a stream, skipping the data of unwanted entries.
 //!
-//! Headers are taken apart by crate `tar`; the walk is our own, for three reasons: it seeks over
-//! what is not wanted, also in an archive within an archive; names in extension headers take no more
-//! than a megabyte, whatever these claim; and an archive that was cut between two entries is told
-//! from a whole one.
+//! Crate `tar` parses the headers. We iterate over the entries ourselves, for three reasons: to
+//! seek past unwanted data, even in nested archives; to limit names in extension headers to 1 MiB,
+//! whatever length the header states; and to detect an archive truncated between two entries.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
@@ -13,13 +12,13 @@ use tar::{EntryType, Header};
 
 use crate::names;
 
-/// Bytes that can be passed over.
+/// A reader that can skip bytes.
 pub trait SkipRead: Read {
-    /// Passes over so many bytes. The end may be found only by the next read.
+    /// Skips this many bytes. A skip past the end may fail only at the next read.
     ///
     /// # Errors
     ///
-    /// They are not there, or cannot be read.
+    /// The input ends before.
     fn skip(&mut self, bytes: u64) -> io::Result<()>;
 }
 
@@ -29,7 +28,7 @@ impl SkipRead for BufReader<File> {
     }
 }
 
-/// A stream, such as that of unpacked bytes, which must be read to be passed over.
+/// A stream without seek, such as decompressed bytes: skipping reads and discards.
 pub struct Stream<R>(pub R);
 
 impl<R: Read> Read for Stream<R> {
@@ -59,44 +58,44 @@ impl<I: SkipRead + ?Sized> SkipRead for &mut I {
     }
 }
 
-/// Archives are made of blocks of this many bytes.
+/// The size of a tar block in bytes.
 pub const BLOCK: usize = 512;
 
-/// The longest name, and the longest extension header.
+/// The size limit for a name and for an extension header, in bytes.
 const MOST_NAME_BYTES: u64 = 1 << 20;
 
-/// A tar file, at the beginning of a header or within an entry.
+/// Reads a tar file entry by entry. As a reader, it gives the data of the current entry.
 pub struct TarReader<I> {
     input: I,
-    /// How much of the entry is not read yet, and the filling behind it.
+    /// Unread bytes of the current entry, and the padding after it.
     left: u64,
     filling: u64,
 }
 
-/// What a header says.
+/// The metadata of an entry.
 #[derive(Debug)]
 pub struct TarEntry {
-    /// The name as it stands there, as [`names::text`] renders it.
+    /// The name in the header, rendered by [`names::text`].
     pub name: String,
-    /// What it is, if it is no plain file: a phrase that follows the name.
+    /// What it is, if not a regular file: a phrase that follows the name.
     pub other: Option<&'static str>,
     /// Whether it is a folder.
     pub is_folder: bool,
-    /// How many bytes the file has.
+    /// The size of the file in bytes.
     pub size: u64,
 }
 
 impl<I: SkipRead> TarReader<I> {
-    /// Begins at the first header.
+    /// A reader at the first header.
     pub fn new(input: I) -> Self {
         Self { input, left: 0, filling: 0 }
     }
 
-    /// Goes to the next entry, whatever of the last one was read; nothing at the end.
+    /// Moves to the next entry, skipping unread data of the last one. Returns `None` at the end.
     ///
     /// # Errors
     ///
-    /// A header is damaged, or the archive ends without the blocks of zeros that end one.
+    /// A header is damaged, or the archive ends without its final block of zeros.
     pub fn next_entry(&mut self) -> Result<Option<TarEntry>> {
         let (mut name, mut size) = (None, None);
         loop {
@@ -149,7 +148,7 @@ impl<I: SkipRead> TarReader<I> {
         }
     }
 
-    /// The bytes of an extension header.
+    /// Reads the data of an extension header.
     fn extension(&mut self) -> Result<Vec<u8>> {
         ensure!(self.left <= MOST_NAME_BYTES, "a name of {} bytes", self.left);
         let mut bytes = Vec::new();
@@ -158,7 +157,7 @@ impl<I: SkipRead> TarReader<I> {
         Ok(bytes)
     }
 
-    /// Passes over the blocks that an old sparse file has between its header and its data.
+    /// Skips the extra header blocks of an old GNU sparse file.
     fn skip_sparse_headers(&mut self, block: &[u8; BLOCK]) -> Result<()> {
         let mut goes_on = block[482] != 0;
         while goes_on {
@@ -170,7 +169,7 @@ impl<I: SkipRead> TarReader<I> {
     }
 }
 
-/// The rest of the entry's bytes.
+/// Reads the remaining bytes of the current entry.
 impl<I: SkipRead> Read for TarReader<I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
@@ -201,8 +200,8 @@ fn check_sum(block: &[u8; BLOCK], header: &Header) -> Result<()> {
     }
 }
 
-/// `length key=value` and a line's end, where the length is that of the whole line. What is not of
-/// that form ends the list.
+/// Parses lines of `length key=value`, where `length` counts the whole line. Stops at the first
+/// malformed line.
 fn pax_fields(mut bytes: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut fields = Vec::new();
     while let Some(space) = bytes.iter().position(|&byte| byte == b' ') {
@@ -223,7 +222,7 @@ fn what_else(kind: EntryType) -> Option<&'static str> {
         EntryType::Regular | EntryType::Continuous => None,
         EntryType::Symlink | EntryType::Link => Some("is a link"),
         EntryType::GNUSparse => Some("is a sparse file"),
-        _ => Some("is no plain file"),
+        _ => Some("is not a regular file"),
     }
 }
 
@@ -285,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_said_to_be_huge_is_not_read() {
+    fn a_name_with_a_huge_stated_length_is_not_read() {
         for kind in [EntryType::GNULongName, EntryType::XHeader] {
             let archive = header(kind, "x", 1 << 40);
             let error = entries(&archive).expect_err("huge").to_string();

@@ -1,14 +1,14 @@
-//! WebDataset: tar archives in which the files of one sample have one name up to a point.
+//! Reads WebDataset: tar archives in which the files of one sample share a key.
 //!
-//! Of `000/17.jpg`, `000/17.cls` and `000/17.json` the key is `000/17`. The class is the text of `.cls`, or
-//! else `label`, `cls`, `class` or `class_name` of the `.json`. Several shards are one set; a shard
-//! belongs to the test split if its name says so.
+//! The key of `000/17.jpg`, `000/17.cls` and `000/17.json` is `000/17`. The class is the text of
+//! `.cls`, or else `label`, `cls`, `class` or `class_name` of the `.json`. Several shards are one
+//! data set; a shard belongs to the test split if its name says so.
 //!
-//! Keys may have points, and the files of a sample may lie anywhere in their shard: the labels of a
-//! picture are in the files whose whole name before `.cls` or `.json` is the longest beginning of the
-//! picture's name, up to a point. So each shard is walked through twice, first for the labels and then
-//! for the pictures. Of the pictures that share a label one is read, the one with the shortest
-//! extension (`17.jpg` before `17.depth.png`), and the others are listed as left out.
+//! Keys may contain dots, and the files of a sample may be anywhere in their shard. A picture's
+//! label is in the `.cls` or `.json` whose stem is the longest prefix of the picture's name that
+//! ends before a dot. So each shard is read in two passes, first for labels, then for pictures. Of
+//! the pictures that share a label, the one with the fewest extensions is read (`17.jpg` before
+//! `17.depth.png`), and the others are listed as skipped.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use crate::names::{self, split_name, split_of};
 use crate::picture;
 use crate::sorter::{SortedRecords, Sorter};
 
-/// A path up to the last point of its last part, and what follows that.
+/// Splits a path at the last dot of its file name.
 pub fn stem_and_extension(name: &str) -> (&str, &str) {
     let file = name.len() - split_name(name).1.len();
     match name[file..].rfind('.') {
@@ -34,28 +34,29 @@ pub fn stem_and_extension(name: &str) -> (&str, &str) {
     }
 }
 
-/// The keys that a path may have: itself, and up to each point of its last part, the longest first.
+/// The possible keys of a path, longest first: the path itself, and its prefixes before each dot of
+/// the file name.
 pub fn keys(name: &str) -> impl Iterator<Item = &str> {
     let file = name.len() - split_name(name).1.len();
     let points = name[file..].rmatch_indices('.').map(move |(at, _)| file + at);
     std::iter::once(name.len()).chain(points).map(|end| &name[..end])
 }
 
-/// The longest `.cls` and `.json`.
+/// The size limit for a `.cls` or `.json` file, in bytes.
 const MOST_TEXT_BYTES: u64 = 1 << 20;
 
-/// What a file beside a picture says of it.
+/// The content of a `.cls` or `.json` file beside a picture.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Sidecar {
     /// Its class.
     pub label: Option<String>,
-    /// The name of its file in the set that the shards were made of.
+    /// The file name of the picture in the original data set.
     filename: Option<String>,
     is_cls: bool,
 }
 
 impl Sidecar {
-    /// Reads a `.cls` or `.json` file. One that is too long or not JSON says nothing.
+    /// Reads a `.cls` or `.json` file. One that is too long or invalid gives no label.
     ///
     /// # Errors
     ///
@@ -86,8 +87,8 @@ fn is_sidecar(name: &str) -> bool {
     is_json(name) || stem_and_extension(name).1.eq_ignore_ascii_case("cls")
 }
 
-/// Reads the samples of all shards, which are parts of one set; of a single shard, those below its
-/// folder `within`.
+/// Reads the samples of all shards as one data set. Of a single shard, reads those below its folder
+/// `within`.
 ///
 /// # Errors
 ///
@@ -129,7 +130,7 @@ pub fn read(
             Ok(true)
         })?;
     }
-    ensure!(samples > 0, "the shards hold no pictures; name another source with {SOURCE}");
+    ensure!(samples > 0, "the shards hold no pictures; pass another source with {SOURCE}");
     Ok(())
 }
 
@@ -159,34 +160,34 @@ fn hand_over(
     sink.picture(name, class.as_deref(), split, load)
 }
 
-/// A picture of a shard, or what a file beside it says.
+/// A picture or sidecar of a shard.
 #[derive(Serialize, Deserialize)]
 struct ShardPart {
-    /// How many pictures and sidecars come before it in the shard.
+    /// Its index among the pictures and sidecars of the shard.
     place: u64,
     name: String,
     sidecar: Option<Sidecar>,
 }
 
-/// What becomes of a picture or a sidecar.
+/// What to do with a picture or sidecar.
 #[derive(Serialize, Deserialize)]
 enum Verdict {
-    /// It is read, with this label.
+    /// Read the picture with this label.
     Picture { label: Option<String>, filename: Option<String> },
-    /// It is a label that was read.
+    /// Nothing: a sidecar that was used.
     Nothing,
-    /// It is left out, for this reason.
+    /// Skip it, for this reason.
     LeftOut(String),
 }
 
-/// The verdicts on the pictures and sidecars of a shard, in the order in which they lie there. They
-/// are sorted on disk: memory does not grow with their number.
+/// The verdicts on the pictures and sidecars of a shard, in shard order. They are sorted on disk,
+/// so memory does not grow with their number.
 struct ShardLabels {
     verdicts: SortedRecords,
 }
 
 impl ShardLabels {
-    /// Walks through a shard and decides.
+    /// Reads a shard's names and labels and decides on every picture and sidecar.
     fn of(shard: &Path, within: &str, sink: &dyn Sink) -> Result<Self> {
         let mut parts = Sorter::new(sink.folder());
         let mut place = 0u64;
@@ -198,7 +199,7 @@ impl ShardLabels {
                 false => return Ok(true),
             };
             let part = serde_json::to_vec(&ShardPart { place, name: name.clone(), sidecar })?;
-            // The shortest key that parts with one label can have in common; names have no zero byte.
+            // The shortest key, which all parts of a sample share; names have no zero byte.
             let key = keys(&name).last().unwrap_or(&name);
             parts.push(&[key.as_bytes(), &[0], &place.to_be_bytes(), &part])?;
             place += 1;
@@ -221,21 +222,21 @@ impl ShardLabels {
         Ok(Self { verdicts: verdicts.sorted()? })
     }
 
-    /// The verdict on the next picture or sidecar.
+    /// Returns the verdict on the next picture or sidecar.
     fn next(&mut self) -> Result<Verdict> {
         let record = self.verdicts.next().context("the shard changed while it was read")??;
         Ok(serde_json::from_slice(&record[8..])?)
     }
 }
 
-/// What is known of a key that has labels.
+/// The sidecars and pictures of one key.
 #[derive(Default)]
 struct Sample<'a> {
     sidecars: Vec<&'a ShardPart>,
     pictures: Vec<&'a ShardPart>,
 }
 
-/// Decides on the parts whose names are the same up to their first point.
+/// Decides on parts whose names are equal up to their first dot.
 fn decide(group: &[ShardPart], verdicts: &mut Sorter) -> Result<()> {
     let mut add = |part: &ShardPart, verdict: Verdict| {
         verdicts.push(&[&part.place.to_be_bytes(), &serde_json::to_vec(&verdict)?])
@@ -277,7 +278,7 @@ fn decide(group: &[ShardPart], verdicts: &mut Sorter) -> Result<()> {
 }
 
 impl Sample<'_> {
-    /// The label of its picture: that of `.cls` if there is one.
+    /// The verdict on its first picture, with the label of `.cls` if there is one.
     fn verdict(&self) -> Verdict {
         let mut sidecars: Vec<&Sidecar> =
             self.sidecars.iter().filter_map(|part| part.sidecar.as_ref()).collect();

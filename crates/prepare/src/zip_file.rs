@@ -1,9 +1,8 @@
-//! zip files, read from the directory at their end, entry by entry.
+//! Reads zip files entry by entry from the central directory at their end.
 //!
-//! The directory is streamed, so that an archive of millions of entries takes no memory for them.
-//! Zip64 is read; entries are stored or deflated. An entry counts only if its own header has the name
-//! and the place that the directory gives it: archives whose entries lie within each other, to unpack
-//! to petabytes, do not.
+//! The directory is streamed, so memory does not grow with the number of entries. Zip64 is
+//! supported; entries are stored or deflated. An entry's local header must be at the offset and
+//! have the name that the directory states. This rejects zip bombs whose entries overlap.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -18,23 +17,23 @@ use crate::names;
 pub struct ZipReader {
     directory: BufReader<File>,
     entries: BufReader<File>,
-    /// How much of the directory is left, and where it begins.
+    /// Unread bytes of the directory, and its offset.
     left: u64,
     start: u64,
-    /// How many bytes stand in front of the archive in its file.
+    /// How many bytes precede the archive in its file.
     shift: u64,
 }
 
-/// What the directory says of an entry.
+/// An entry of the directory.
 #[derive(Debug, Clone)]
 pub struct ZipEntry {
-    /// The name, as [`names::text`] renders it, with `/` between its parts.
+    /// The name rendered by [`names::text`], separated by `/`.
     pub name: String,
-    /// What it is, if it is no plain file: a phrase that follows the name.
+    /// What it is, if not a regular file: a phrase that follows the name.
     pub other: Option<&'static str>,
     /// Whether it is a folder.
     pub is_folder: bool,
-    /// How many bytes the file has.
+    /// The decompressed size in bytes.
     pub size: u64,
     raw_name: Vec<u8>,
     packed: u64,
@@ -67,11 +66,11 @@ impl ZipReader {
     ///
     /// # Errors
     ///
-    /// It cannot be read, or is no whole zip file.
+    /// The file is not a zip file, or is truncated.
     pub fn open(path: &Path) -> Result<Self> {
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
-        // The end is 22 bytes and a comment of at most 65,535.
+        // The end record has 22 bytes and a comment of at most 65,535.
         let tail_start = length.saturating_sub(22 + 65_535);
         let mut tail = Vec::new();
         file.seek(SeekFrom::Start(tail_start))?;
@@ -100,7 +99,7 @@ impl ZipReader {
         Ok(Self { directory, entries, left: size, start: start + shift, shift })
     }
 
-    /// The next entry of the directory; nothing at the end.
+    /// Returns the next entry of the directory, or `None` at the end.
     ///
     /// # Errors
     ///
@@ -121,7 +120,7 @@ impl ZipReader {
         read_zip64(&extra, &mut sizes);
         let [size, packed, place] = sizes;
         let name = name_of(&raw_name, head[5], u16_at(&head, 8));
-        // The upper half of the attributes is a file's mode where the archive was made on Unix.
+        // On Unix, the upper half of the attributes is the file mode.
         let is_link = u32_at(&head, 38) >> 28 == 0o12 && head[5] == 3;
         Ok(Some(ZipEntry {
             other: is_link.then_some("is a link"),
@@ -143,12 +142,12 @@ impl ZipReader {
         Ok(self.directory.read_exact(bytes)?)
     }
 
-    /// The bytes of an entry, or why it has none that could be read: a phrase that follows its
+    /// Reads the bytes of an entry, or returns why they cannot be read: a phrase that follows its
     /// name.
     ///
     /// # Errors
     ///
-    /// The entry is not where the directory says: the archive is damaged.
+    /// The entry is not at the offset that the directory states.
     pub fn read(&mut self, entry: &ZipEntry, limit: u64) -> Result<Result<Vec<u8>, String>> {
         if entry.size > limit {
             return Ok(Err(crate::picture::too_many_bytes(entry.size, limit)));
@@ -163,7 +162,11 @@ impl ZipReader {
         let read = match entry.method {
             0 => packed.take(entry.size + 1).read_to_end(&mut bytes),
             8 => DeflateDecoder::new(packed).take(entry.size + 1).read_to_end(&mut bytes),
-            other => return Ok(Err(format!("is packed by method {other}: only 0 and 8 are read"))),
+            other => {
+                return Ok(Err(format!(
+                    "is compressed by method {other}: only 0 and 8 are supported"
+                )));
+            }
         };
         let mut crc = flate2::Crc::new();
         crc.update(&bytes);
@@ -171,34 +174,34 @@ impl ZipReader {
         Ok(if whole { Ok(bytes) } else { Err("is damaged in the archive".into()) })
     }
 
-    /// Goes to the data of an entry.
+    /// Seeks to the data of an entry.
     fn find(&mut self, entry: &ZipEntry) -> Result<()> {
-        let place = entry.place.checked_add(self.shift).context("out of the file")?;
-        ensure!(place < self.start, "behind the directory");
-        // A short way ahead lies in the buffer already.
+        let place = entry.place.checked_add(self.shift).context("its offset is invalid")?;
+        ensure!(place < self.start, "its offset is after the start of the directory");
+        // A relative seek keeps the buffer if the target is in it.
         let ahead = i64::try_from(place)? - i64::try_from(self.entries.stream_position()?)?;
         self.entries.seek_relative(ahead)?;
         let mut head = [0; 30];
         self.entries.read_exact(&mut head)?;
-        ensure!(u32_at(&head, 0) == LOCAL, "no entry");
+        ensure!(u32_at(&head, 0) == LOCAL, "there is no entry");
         let mut name = vec![0; u16_at(&head, 26).into()];
         self.entries.read_exact(&mut name)?;
         if name != entry.raw_name {
-            bail!("another name");
+            bail!("the entry there has another name");
         }
         let extra = u64::from(u16_at(&head, 28));
         let skipped = io::copy(&mut self.entries.by_ref().take(extra), &mut io::sink())?;
-        ensure!(skipped == extra, "cut short");
+        ensure!(skipped == extra, "it is cut short");
         Ok(())
     }
 }
 
-/// The name of an entry made on the system `host`.
+/// Decodes the name of an entry that was written on the system `host`.
 ///
-/// It is UTF-8 if bit 11 of the flags says so or the archive was made on Unix or macOS, whose tools
-/// leave the bit out; else code page 437, as the specification has it. Old Windows tools part folders
-/// by `\`. Behind a byte of the upper half it is part of a letter of Shift-JIS or GBK, and in a name with
-/// `/` it parts nothing.
+/// It is UTF-8 if bit 11 of the flags is set, or if it was written on Unix or macOS, whose tools
+/// omit the bit; else code page 437, by the specification. Old Windows tools separate folders by
+/// `\`. It is not a separator in a name with `/`, nor after a byte above 127, where it is the
+/// second byte of a Shift-JIS or GBK character.
 fn name_of(raw: &[u8], host: u8, flags: u16) -> String {
     const UNIX: u8 = 3;
     const MACOS: u8 = 19;
@@ -229,7 +232,7 @@ fn code_page_437(bytes: &[u8]) -> String {
     bytes.iter().map(sign).collect()
 }
 
-/// Replaces those of size, packed size and place that did not fit into 32 bits.
+/// Replaces the size, compressed size and offset that did not fit into 32 bits.
 fn read_zip64(mut extra: &[u8], sizes: &mut [u64; 3]) {
     while extra.len() >= 4 {
         let (kind, length) = (u16_at(extra, 0), usize::from(u16_at(extra, 2)));

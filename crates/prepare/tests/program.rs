@@ -1,4 +1,4 @@
-//! The program as a person calls it: arguments, exit status, messages, files.
+//! Tests the program: arguments, exit status, messages, files.
 
 use std::fs;
 use std::path::Path;
@@ -95,10 +95,10 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
         (TABLE.replace("share = 0.01", "share = 1.5"), "`broken-share = 1.5`"),
         (TABLE.replace("\"auto\"", "\"rar\""), "unknown variant `rar`"),
         (TABLE.replace("\"auto\"", "\"tar\""), "set `format = \"auto\"`"),
-        (TABLE.replace("[]", "[\"1\"]"), "names one class only"),
+        (TABLE.replace("[]", "[\"1\"]"), "names only one class"),
         (TABLE.replace("[]", "[\"1\", \"2\", \"1\"]"), "names `1` twice"),
         (TABLE.replace("SOURCE", "no/such/folder"), "opening the source `no/such/folder`"),
-        (TABLE.replace("SOURCE", ""), "no source is named"),
+        (TABLE.replace("SOURCE", ""), "no source is given"),
         (TABLE.replace("per-class = 0", "per-class = 178"), "9 of 10 classes"),
         (TABLE.replace("[]", "[\"1\", \"ten\"]"), "no class `ten`"),
     ];
@@ -116,7 +116,7 @@ fn a_wrong_table_or_source_ends_with_2_and_writes_nothing() {
 }
 
 #[test]
-fn what_is_skipped_is_counted_by_reason_on_stderr() {
+fn skipped_files_are_counted_by_reason_on_stderr() {
     let folder = tempfile::tempdir().expect("a folder");
     let set = folder.path().join("set");
     fs::create_dir(&set).expect("created");
@@ -134,8 +134,8 @@ fn what_is_skipped_is_counted_by_reason_on_stderr() {
     assert_eq!(output.status.code(), Some(0), "{message}");
     for part in [
         "cannot read 2 pictures: 1 × is broken, 1 × is empty",
-        "left out 2 files or folders: 1 × is hidden, 1 × is not a picture",
-        "1 pictures have the bytes of another one and are kept",
+        "skipped 2 files or folders: 1 × is hidden, 1 × is not a picture",
+        "1 pictures are identical to an earlier one and are kept",
         "`skipped.json` lists them by name",
     ] {
         assert!(message.contains(part), "{part}: {message}");
