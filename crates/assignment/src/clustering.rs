@@ -1,4 +1,4 @@
-//! What k-means is asked for, and what it returns.
+//! The options and the result of k-means.
 
 use anyhow::{Result, ensure};
 

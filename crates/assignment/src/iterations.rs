@@ -10,7 +10,7 @@ use crate::clustering::{Clustering, KMeans, Metric};
 use crate::lloyd::{self, Centres, Nearest, Points};
 use crate::points;
 
-/// Points that every iteration reads anew, in one piece or in several.
+/// Points that every iteration reads again, in one piece or in several.
 pub trait PointSource {
     /// Calls `visit` with each piece in order, and with the index of the piece's first point.
     ///

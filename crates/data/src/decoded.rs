@@ -2,23 +2,24 @@
 //! again.
 //!
 //! It is a cache beside `images.safetensors` and may be removed at any time. Kind `images-decoded`,
-//! format version 1; header field `fingerprint`, that of the pictures; one tensor `bytes`, u8: by row
-//! the pixels `(height, width, channels)` and their CRC-32 as u32, little-endian. Pictures that came as
-//! pixels take nothing: they are read from `images.safetensors`.
+//! format version 1; header field `fingerprint` of the pictures; one tensor `bytes`, u8: for each
+//! row the pixels `(height, width, channels)` and their CRC-32 as u32, little-endian. Pictures that
+//! are stored as raw pixels take no space: they are read from `images.safetensors`.
 //!
-//! The pixels are all those of the picture, 8 bits each, as [`crate::picture::decode`] returns them:
+//! It holds all pixels of a picture, 8 bits each, as [`crate::picture::decode`] returns them, so
 //! results are bit-identical with and without the file. When decoding changes, the format version
-//! rises, and older files are replaced.
+//! is raised, and older files are replaced.
 //!
-//! Decoding to half the size instead, as JPEG allows, does not pay: `jpeg-decoder`, which can, takes
-//! twice as long for that as `zune-jpeg` for the whole picture (1.0 ms and 0.5 ms of 500 × 375
-//! pixels), and only crops of twice the view's side could use it.
+//! Decoding to half the size, as JPEG allows, would not be faster: `jpeg-decoder` takes twice as
+//! long for that as `zune-jpeg` for the whole picture (1.0 ms and 0.5 ms at 500 × 375 pixels), and
+//! only crops of at least twice the view's side could use it.
 //!
-//! **When it is made.** When a [`crate::Loader`] is asked for its first batch, if the decoded pictures
-//! are larger than what is kept in memory, and there is room: twice as much memory available, so
-//! that the mapped file stays there, and four times as much disk. `ASSORT_DECODED_COPY=never` in the
-//! environment forbids it, `always` makes it in any case. Where it cannot be made, every epoch decodes.
-//! One process makes it at a time, an interrupt ends that, and what a killed one left is removed.
+//! **When it is written.** Before the first batch of a [`crate::Loader`], if the decoded pictures
+//! do not fit into the cache in memory, and there is room: twice as much available memory, so that
+//! the mapped file stays cached, and four times as much disk space. The environment variable
+//! `ASSORT_DECODED_COPY=never` disables it, `always` forces it. Without the file, every epoch
+//! decodes. One process writes it at a time. An interrupt aborts that, and leftovers of a killed
+//! process are removed.
 
 use std::io::Write;
 use std::ops::Range;
@@ -52,9 +53,9 @@ pub(crate) struct Decoded {
     map: Mmap,
     /// The bytes of the tensor within the file.
     bytes: Range<usize>,
-    /// The offset of each picture in the tensor, and that of its end.
+    /// The offset of each picture in the tensor, and of its end.
     offsets: Vec<u64>,
-    /// Whether the checksum of a picture was found right.
+    /// Whether the checksum of each picture was verified.
     checked: Vec<AtomicBool>,
 }
 
@@ -63,18 +64,18 @@ pub(crate) struct Decoded {
 pub enum Wish {
     /// Uses one that exists, and makes one that fits.
     IfItFits,
-    /// Makes it whether it fits or not.
+    /// Makes it even if it does not fit.
     Always,
     /// Decodes in every epoch.
     Never,
 }
 
 impl Wish {
-    /// The wish that the environment states.
+    /// Reads the wish from the environment.
     ///
     /// # Errors
     ///
-    /// The variable has another value.
+    /// The variable has an unknown value.
     pub(crate) fn of_environment() -> Result<Self> {
         wish(std::env::var(VARIABLE).ok().as_deref())
     }
@@ -86,9 +87,9 @@ pub fn path_beside(images: &Path) -> PathBuf {
     images.with_file_name(format!("{stem}-decoded.safetensors"))
 }
 
-/// Opens the copy of these pictures, or makes it if that is wished for and it fits.
+/// Opens the copy of these pictures, or makes it if wanted and possible.
 ///
-/// A failure is logged. There is no copy then, and the pictures are decoded each time.
+/// Logs a failure and returns no copy; the pictures are then decoded each time.
 ///
 /// # Errors
 ///
@@ -120,7 +121,7 @@ pub(crate) fn open_or_make(
     }
 }
 
-/// Makes the copy while no other process does, unless that one has made it meanwhile.
+/// Makes the copy under a lock, unless another process has made it meanwhile.
 fn make_alone(
     images: &Images,
     path: &Path,
@@ -147,7 +148,7 @@ fn wish(word: Option<&str>) -> Result<Wish> {
     })
 }
 
-/// Whether the copy is worth making, and there is room for it in a folder that can be written to.
+/// Whether the copy would save work and fits, and its folder is writable.
 fn fits(images: &Images, path: &Path, length: u64) -> bool {
     let folder = folder_of(path);
     if rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).is_err() {
@@ -158,7 +159,7 @@ fn fits(images: &Images, path: &Path, length: u64) -> bool {
     length > images.room() as u64 && spare_memory() / 2 >= length && disk / 4 >= length
 }
 
-/// Bytes of memory that are available to programs; 0 where the system does not say.
+/// Available memory in bytes; 0 if the system does not report it.
 fn spare_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -166,7 +167,7 @@ fn spare_memory() -> u64 {
     kilobytes.and_then(|k| k.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// The offset of each picture in the tensor, and that of its end.
+/// The offset of each picture in the tensor, and of its end.
 fn offsets(images: &Images) -> Vec<u64> {
     let channels = images.channels() as u64;
     let mut end = 0;
@@ -220,13 +221,13 @@ fn decode_all(images: &Images, rows: &[u32], threads: usize) -> Result<Vec<Pictu
 impl Decoded {
     /// # Errors
     ///
-    /// The file is missing, damaged, or of other pictures.
+    /// The file is missing, damaged, or is for other pictures.
     fn open(images: &Images, path: &Path) -> Result<Self> {
         let map = open_map(path)?;
         let contents = Contents::parse(path, &map, KIND, VERSION)?;
         contents.verify_around(path, &map, Some(BYTES))?;
         let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
-        ensure!(stated == Some(images.fingerprint()), "`{}` is of other pictures", path.display());
+        ensure!(stated == Some(images.fingerprint()), "`{}` is for other pictures", path.display());
         let offsets = offsets(images);
         let place = contents.tensors.get(BYTES).context("no tensor `bytes`")?;
         let bytes = place.bytes.clone();
@@ -235,7 +236,7 @@ impl Decoded {
         Ok(Self { path: path.to_owned(), map, bytes, offsets, checked })
     }
 
-    /// The pixels of a picture, checked when they are first read; none if it came as pixels.
+    /// The pixels of a picture, verified at first read; `None` if it is stored as raw pixels.
     ///
     /// # Errors
     ///
@@ -249,7 +250,7 @@ impl Decoded {
         if !self.checked[position].load(Ordering::Relaxed) {
             ensure!(
                 crc32fast::hash(pixels) == u32::from_le_bytes(*checksum),
-                "picture {position} of `{}` is damaged; remove that file, it is made again",
+                "picture {position} of `{}` is damaged; remove that file, and it is written again",
                 self.path.display()
             );
             self.checked[position].store(true, Ordering::Relaxed);
@@ -283,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn decoded_pixels_are_those_of_the_pictures_by_any_number_of_threads() {
+    fn decoded_pixels_are_correct_with_any_number_of_threads() {
         let folder = tempfile::tempdir().expect("a folder");
         let images = images(folder.path(), 0);
         let path = path_beside(&images.data_set().path);
@@ -325,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_that_are_damaged_or_of_other_pictures_are_not_used() {
+    fn copies_that_are_damaged_or_for_other_pictures_are_not_used() {
         let folder = tempfile::tempdir().expect("a folder");
         let first = images(folder.path(), 0);
         let path = path_beside(&first.data_set().path);
@@ -360,7 +361,7 @@ mod tests {
         let error = stopping.use_decoded_copy(Wish::Always, 2).expect_err("asked to stop");
         assert!(error.is::<Interrupted>(), "{error:#}");
         assert_eq!(std::fs::read_dir(folder.path()).expect("there").count(), 1, "the images alone");
-        // What a killed process left is removed, and two that need the copy make it once.
+        // Leftovers of a killed process are removed, and two that need the copy make it once.
         std::fs::write(folder.path().join(".unfinished-killed"), b"x").expect("written");
         let reader = || Images::open(&images.data_set().path).expect("sound");
         thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! `head.safetensors`: assigns an embedding to a cluster, also for pictures that come later.
+//! `head.safetensors`: assigns an embedding to a cluster, even for new pictures.
 //!
 //! Kind `head`, format version 1. Header: `clusters`, K; `form`, one of
 //!
@@ -7,11 +7,11 @@
 //!   scaled to length `√D`; linear, ReLU, linear.
 //! - `classifier`: IMC-SwAV's. Tensors `hidden1`, `norm1`, `hidden2`, `norm2`, `output` with
 //!   `.weight` and `.bias`, the norms with `.running_mean` and `.running_var` too, all f32. Takes
-//!   `backbone` rows as they are; linear, batch norm, ReLU; the same again; linear.
+//!   unscaled `backbone` rows; linear, batch norm, ReLU; the same again; linear.
 //! - `centres`: tensor `centres (K, P)` f32. Takes `projection` rows; the cluster is that of the
-//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. [`CentreMetric`] says how the
-//!   confidence is computed. Written by ProPos, SeCu and ICBPL, whose projection is the output of
-//!   their head, and by clustering if it trains no network.
+//!   nearest centre by the header's `metric`, `spherical` or `euclidean`. [`CentreMetric`] defines
+//!   the confidence. Written by ProPos, SeCu and ICBPL, whose projection is the output of their
+//!   head, and by clustering if it trains no network.
 //!
 //! - `ensemble`: TEMI's heads, aligned to each other, the one of the lowest loss first. Tensors `mean (D,)`
 //!   and `deviation (D,)`; for `H` heads with `C` directions each `hidden.weight (H, E, D)`,

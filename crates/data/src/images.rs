@@ -92,7 +92,7 @@ struct Shared {
     encodings: Vec<Encoding>,
     sizes: Vec<[u32; 2]>,
     offsets: Vec<u64>,
-    /// Whether the id of a row was found right.
+    /// Whether the id of each row was verified.
     checked: Vec<AtomicBool>,
     /// Decoded pictures in memory.
     decoded: Vec<OnceLock<Arc<Picture>>>,
@@ -208,7 +208,7 @@ impl Images {
         Ok(picture)
     }
 
-    /// The original file of a row and its encoding; none for a picture that came as pixels.
+    /// The original file of a row and its encoding; `None` for a picture stored as raw pixels.
     ///
     /// # Errors
     ///
@@ -643,7 +643,7 @@ mod tests {
         sources.sort_by_key(|(source, _)| source.id());
         let whole = write_parts(&path, &sources, PART_BYTES).expect("written");
         let one = Images::open(&path).expect("sound");
-        // One picture a part at most, whatever its size.
+        // At most one picture per part.
         let parts = write_parts(&path, &sources, 1).expect("written");
         assert_eq!(parts.fingerprint, whole.fingerprint);
         let several = Images::open(&path).expect("sound");
@@ -680,7 +680,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_arrival_leaves_no_trace() {
+    fn the_order_of_arrival_does_not_matter() {
         let (_folder, path) = scratch();
         let mut sources = sources();
         // The same picture for training and for testing: two rows.
@@ -705,7 +705,7 @@ mod tests {
     }
 
     #[test]
-    fn fingerprints_tell_split_and_pictures_apart() {
+    fn fingerprints_depend_on_splits_and_pictures() {
         let (_folder, path) = scratch();
         let mut sources = sources();
         let mut fingerprints = vec![write_all(&path, &sources).fingerprint];

@@ -87,8 +87,8 @@ impl Labels {
     }
 }
 
-/// Writes `labels.safetensors` from labels that come in the order of rows. Its memory does not grow with
-/// their number.
+/// Writes `labels.safetensors` from labels in row order. Its memory does not grow with their
+/// number.
 #[derive(Debug)]
 pub struct LabelsWriter {
     given: Column<u32>,

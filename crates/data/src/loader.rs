@@ -1,9 +1,9 @@
-//! Batches of views, made by threads ahead of the step that needs them.
+//! Loads batches of views in threads, ahead of the step that needs them.
 //!
-//! Each thread makes whole batches, in their order, and waits when it is [`AHEAD`] batches beyond what
-//! was taken. A view depends on seed, epoch, row, how often the row came before in the epoch, and the
-//! number of the view. So a batch is bit-identical for any number of threads, and after resuming an
-//! interrupted epoch.
+//! Each thread makes whole batches, in order, and waits when it is [`AHEAD`] batches beyond what
+//! was taken. A view depends on seed, epoch, row, how often the row occurred before in the epoch,
+//! and the number of the view. So a batch is bit-identical for any number of threads, and after
+//! resuming an interrupted epoch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZero;
@@ -22,7 +22,7 @@ use crate::views::{Input, Pipeline, Workspace};
 /// Finished batches that may wait, besides the one that each thread makes.
 pub const AHEAD: usize = 2;
 
-/// Views of a few pictures: what one step takes.
+/// Views of a few pictures, the input of one step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// The pictures, as rows of `images.safetensors`, B.
@@ -52,13 +52,13 @@ impl Batch {
     }
 }
 
-/// An iterator over batches in their order. It ends after the first error; dropping it stops the
-/// threads, which the first batch starts.
+/// An iterator over batches in order. It ends after the first error. Asking for the first batch
+/// starts the threads; dropping the loader stops them.
 #[derive(Debug)]
 pub struct Loader {
     ring: Arc<Ring>,
     maker: Arc<Maker>,
-    /// The number of threads, and those that run: none before the first batch is asked for.
+    /// The number of threads, and the running ones: none before the first batch.
     count: usize,
     threads: Vec<JoinHandle<()>>,
     next: usize,
@@ -88,7 +88,7 @@ struct LoaderState {
 struct Maker {
     images: Images,
     batches: Vec<Vec<u32>>,
-    /// For each row of each batch, how often it came before.
+    /// For each row of each batch, how often it occurred before.
     occurrences: Vec<Vec<u32>>,
     /// The pipeline of each view, and the input that it fills.
     views: Vec<(Pipeline, Input)>,
@@ -226,7 +226,7 @@ impl Loader {
     }
 }
 
-/// Counts, for each row of each batch, how often it came before.
+/// Counts, for each row of each batch, how often it occurred before.
 fn occurrences(batches: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let mut seen: HashMap<u32, u32> = HashMap::new();
     let mut next = |row: &u32| {
@@ -252,7 +252,7 @@ fn work(ring: &Ring, maker: &Maker, limit: usize) {
 
 impl Ring {
     fn lock(&self) -> MutexGuard<'_, LoaderState> {
-        // The state is sound after every statement, so a panic elsewhere does not spoil it.
+        // The state is valid after every statement, so a panic elsewhere cannot corrupt it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_come_in_order_and_alike_from_any_number_of_threads() {
+    fn batches_are_in_order_and_equal_for_any_number_of_threads() {
         let folder = tempfile::tempdir().expect("a folder");
         let images = images(folder.path());
         let one = load(&images, batches(), 1, 1);
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn clean_pictures_come_all_in_order() -> Result<()> {
+    fn clean_batches_have_all_pictures_in_order() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let images = images(folder.path());
         let rows = [7, 2, 11];
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn crops_of_several_sizes_come_side_by_side() -> Result<()> {
+    fn one_batch_has_crops_of_several_sizes() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let images = images(folder.path());
         let small = Input { height: 2, width: 3, ..input() };
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_comes_again_gets_other_views_and_a_resumed_epoch_the_same() {
+    fn a_repeated_row_gets_new_views_and_a_resumed_epoch_the_same_ones() {
         let folder = tempfile::tempdir().expect("a folder");
         let images = images(folder.path());
         let order = vec![vec![5, 3], vec![5, 5], vec![3, 1]];

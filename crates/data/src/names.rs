@@ -59,8 +59,7 @@ impl Names {
     }
 }
 
-/// Writes `names.safetensors` from names that come in the order of rows. Its memory does not grow with
-/// their number.
+/// Writes `names.safetensors` from names in row order. Its memory does not grow with their number.
 #[derive(Debug)]
 pub struct NamesWriter {
     bytes: Column<u8>,
@@ -107,7 +106,7 @@ pub(crate) fn join(texts: &[String]) -> (Vec<u8>, Vec<u64>) {
     (bytes, offset)
 }
 
-/// Splits what [`join`] joined.
+/// The inverse of [`join`].
 pub(crate) fn split(path: &Path, bytes: &[u8], offset: &[u64]) -> Result<Vec<String>> {
     let broken = || format!("the offsets of `{}` do not fit its texts", path.display());
     ensure!(offset.first() == Some(&0) && offset.last() == Some(&(bytes.len() as u64)), broken());

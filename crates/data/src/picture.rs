@@ -189,7 +189,7 @@ fn has_end(file: &[u8]) -> bool {
     file.ends_with(&END) || file[data_start(file)..].windows(2).any(|pair| pair == END)
 }
 
-/// Where the pixel data of a JPEG file begin, after all segments. A segment may hold a thumbnail
+/// The offset of the pixel data of a JPEG file, after all segments. A segment may hold a thumbnail
 /// with its own end marker.
 fn data_start(file: &[u8]) -> usize {
     const START_OF_SCAN: u8 = 0xda;
@@ -367,7 +367,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn fill_bytes_and_padding_leave_a_jpeg_whole() {
+    fn fill_bytes_and_padding_do_not_make_a_jpeg_truncated() {
         let picture = example(40, 50, 3);
         let file = jpeg(&picture);
         let want = decode(&file, 3).expect("whole");
@@ -411,7 +411,7 @@ pub(crate) mod tests {
     #[test]
     fn too_large_pictures_are_refused_before_they_are_decoded() {
         let mut file = png(&example(3, 4, 3));
-        // Width and height lie behind the name of the first chunk, its checksum behind them.
+        // Width and height follow the name of the first chunk, and its checksum follows them.
         file[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
         let checksum = crc32(&file[12..29]);
         file[29..33].copy_from_slice(&checksum.to_be_bytes());

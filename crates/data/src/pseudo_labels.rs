@@ -21,7 +21,7 @@
 //! - ICBPL: `(1 + cos) / 2` of the nearest centre.
 //!
 //! So confidences order the pictures of one result, and compare results of one method. Only the
-//! first is trained to be a probability; `metrics.json` says how far it agrees with the truth.
+//! first is trained to be a probability; `metrics.json` measures its agreement with the truth.
 //!
 //! Header: `images` and `fingerprint` of the whole data set, see [`DataSet`]; `clusters`, K; and, where it
 //! was measured, `stability`, the share of pictures whose cluster by a freshly started network is
@@ -59,7 +59,7 @@ pub struct PseudoLabels {
     /// Whether the assignment may be trained on, `M`.
     pub reliable: Vec<bool>,
     /// Share of pictures that a freshly started clustering network puts where the last round had
-    /// them, in `[0, 1]`; none in the first round.
+    /// them, in `[0, 1]`; `None` in the first round.
     pub stability: Option<f64>,
     /// Width of a projection, `P`.
     pub projection_width: usize,
@@ -170,7 +170,7 @@ impl PseudoLabels {
     ///
     /// # Errors
     ///
-    /// There are others; the message names the file and what to do.
+    /// The number differs; the message names the file and what to do.
     pub fn require_clusters(&self, clusters: usize) -> Result<()> {
         ensure!(
             self.clusters == clusters,
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_system_of_one_phase_is_told_for_the_scored_pictures_alone() -> Result<()> {
+    fn a_system_of_one_phase_labels_only_the_scored_pictures() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let images = folder.path().join("images.safetensors");
         let source = |number: u8| {

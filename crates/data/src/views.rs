@@ -37,7 +37,7 @@
 //! let mut view = vec![0f32; input.values()];
 //! let mut rng = stage::random::stream(0, "views", &[7]);
 //! augmented.apply(&picture, &input, &mut rng, &mut Workspace::default(), &mut view)?;
-//! // (128 / 255 − 0.5) / 0.25, wherever the crop lies.
+//! // (128 / 255 − 0.5) / 0.25, for every crop.
 //! assert!(view.iter().all(|value| (value - 0.00784).abs() < 1e-4));
 //! # anyhow::Ok(())
 //! ```

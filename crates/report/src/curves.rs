@@ -14,7 +14,7 @@ use crate::html::escaped;
 pub struct Chart {
     /// Its key; `phase: key` if the step has phases.
     pub name: String,
-    /// For each line one value per epoch; NaN where the log has none.
+    /// One value per epoch for each line; NaN if the log has none.
     pub lines: Vec<Vec<f64>>,
 }
 
@@ -24,8 +24,8 @@ const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-se
 /// Returns the charts of a log, whose lines are JSON objects: losses first, then the others by name.
 ///
 /// Lines without an `epoch` are ignored, and numbers with fewer than two values get no chart. If an
-/// epoch occurs again in its phase, the step was started again from there: what the earlier attempt
-/// logged from that epoch on is dropped. So is a last line that was cut off.
+/// epoch occurs again in its phase, the step was restarted from there, and the earlier lines from
+/// that epoch on are dropped. A truncated last line is dropped too.
 ///
 /// # Errors
 ///
@@ -61,7 +61,7 @@ pub fn charts(log: &str) -> Result<Vec<Chart>> {
     Ok(charts)
 }
 
-/// Tests for the beginning of a line, as opposed to a line whose line break was changed.
+/// Whether this is a truncated line, and not one whose line break was changed.
 fn is_cut_off(text: &str) -> bool {
     let mut without_last = text.chars();
     without_last.next_back();

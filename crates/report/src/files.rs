@@ -44,7 +44,7 @@ pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<(
     stage::files::write(path, &table.into_inner().context("closing the table")?)
 }
 
-/// Prefixes a name that a spreadsheet would take for a formula; see [`write_table`].
+/// Prefixes a name that a spreadsheet would evaluate as a formula; see [`write_table`].
 fn without_formula(name: &str) -> Cow<'_, str> {
     let special = ['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠', '\''];
     if name.starts_with(special) { format!("'{name}").into() } else { name.into() }
@@ -74,7 +74,7 @@ pub fn write_pictures(
             return Ok(());
         }
         bail!(
-            "`{}` exists and holds other pictures, perhaps sorted by hand; move it away, or name \
+            "`{}` exists and holds other pictures, perhaps sorted by hand; move it away, or use \
              another folder",
             folder.display()
         );
@@ -91,10 +91,10 @@ pub fn write_pictures(
     fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
 }
 
-/// What stands for a picture in the folder of its cluster.
+/// How a picture is placed in the folder of its cluster.
 #[derive(Debug, Clone, Copy)]
 pub enum Form<'a> {
-    /// A copy: the file as it was found, or a PNG file if it came as pixels.
+    /// A copy: the original file, or a PNG file if it is stored as raw pixels.
     Copy(&'a Images),
     /// A symbolic link to the file below this folder, which the pictures were read from.
     LinkTo(&'a Path),
@@ -174,7 +174,7 @@ impl SortedPictures<'_> {
     }
 
     /// Calls `visit` with the path of each picture, relative to the folder, and what is placed there,
-    /// until it returns `false`. Returns whether it never did.
+    /// until it returns `false`. Returns whether all were visited.
     fn each(&self, mut visit: impl FnMut(&Path, &Placed) -> Result<bool>) -> Result<bool> {
         let largest = self.clusters.iter().map(|cluster| cluster.members.len()).max();
         let digits = digits(largest.unwrap_or(0));
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_copied_as_they_were_found_and_pixels_as_png() -> Result<()> {
+    fn files_are_copied_unchanged_and_raw_pixels_as_png() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let out = folder.path().join(PICTURES);
@@ -331,7 +331,7 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let (images, names) = prepared(folder.path())?;
         let out = folder.path().join(PICTURES);
-        // As a killed process leaves it.
+        // The state after a process was killed.
         let incomplete = folder.path().join("pictures.incomplete");
         fs::create_dir_all(incomplete.join("0"))?;
         fs::write(incomplete.join("0/9-9.png"), "half")?;
@@ -371,7 +371,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn links_lead_to_the_files_that_were_read_and_a_missing_file_is_an_error() -> Result<()> {
+    fn links_point_to_the_original_files_and_a_missing_file_is_an_error() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (source, out) = (folder.path().join("source"), folder.path().join("links"));
         let (clusters, names) = (Cluster::all(&labels()), names());

@@ -68,7 +68,7 @@ pub struct ReportArguments {
     /// Also link to every picture from a folder of its cluster, in DIR.
     #[arg(long, value_name = "DIR", requires = "source")]
     pub link_to: Option<PathBuf>,
-    /// The folder that the pictures were read from; links lead to it.
+    /// The folder that the pictures were read from; links point into it.
     #[arg(long, value_name = "DIR")]
     pub source: Option<PathBuf>,
     /// Folder to write into; created if missing.
@@ -84,7 +84,7 @@ fn step(word: &str) -> Result<(String, PathBuf), String> {
 /// Name of the page in the folder of a report.
 pub const PAGE: &str = "report.html";
 
-/// The program: the command line `words` in, the exit status out.
+/// Runs the command line `words` and returns the exit status.
 pub fn program(words: Vec<OsString>) -> ExitCode {
     console::start_logging();
     let command = ReportArguments::command().name("report").version(env!("CARGO_PKG_VERSION"));
@@ -293,7 +293,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_report_is_a_page_and_a_table_and_can_be_written_again() -> Result<()> {
+    fn a_report_is_a_page_and_a_table_and_can_be_rewritten() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let mut arguments = arguments(folder.path())?;
         for _ in 0..2 {
@@ -319,7 +319,7 @@ pub(crate) mod tests {
         for _ in 0..2 {
             assert_eq!(run(&arguments, &Interrupt::default())?.len(), 3);
         }
-        // Of other pictures in its place, page and table are written all the same.
+        // If other pictures are in its place, page and table are still written.
         fs::write(arguments.out.join("pictures/mine"), "mine")?;
         fs::remove_file(arguments.out.join("report.html"))?;
         assert!(run(&arguments, &Interrupt::default()).is_err());
@@ -339,7 +339,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn two_reports_at_once_both_leave_the_whole() -> Result<()> {
+    fn two_reports_at_once_give_a_complete_report() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let arguments = ReportArguments { pictures: true, ..arguments(folder.path())? };
         std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! `report.html`: one file that needs no other file, no network and no script.
+//! `report.html`: a self-contained page without scripts.
 
 use std::fmt::Write as _;
 
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_shows_clusters_by_size_and_escapes_what_others_have_named() -> Result<()> {
+    fn the_page_shows_clusters_by_size_and_escapes_names() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, _) = prepared(folder.path())?;
         let clusters = Cluster::all(&labels());

@@ -7,10 +7,10 @@
 //! solarise in one of five of view 2. The peers do the same, see `bench/peer.py` of this crate; the
 //! row names the fastest of them.
 //!
-//! The pictures are made here: noise whose amplitude falls with its frequency, as in photographs,
+//! The pictures are synthetic: noise whose amplitude falls with its frequency, as in photographs,
 //! ellipses and boxes with sharp edges, and a little noise of a sensor; as JPEG of quality 90 with
 //! colour at half the resolution, 470 to 530 × 350 to 400 pixels, about 40 KB each. `arrays` are
-//! such pictures of 32 × 32 pixels that lie in memory decoded.
+//! such pictures of 32 × 32 pixels that are in memory decoded.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -324,7 +324,7 @@ mod tests {
             assert!((got - want).abs() < 1e-6, "{got}, {want}");
         }
         let grid: Vec<[f32; 2]> = (0..16).map(|i| [(i * i) as f32, 100. - 7. * i as f32]).collect();
-        // In the middle of each cell stands its point.
+        // The middle of each cell is its grid point.
         for (i, want) in grid.iter().enumerate() {
             let place = [(i % 4) as f32, (i / 4) as f32].map(|cell| (2. * cell + 1.) / 4. - 1.);
             let got = surface(4, &grid, place);
