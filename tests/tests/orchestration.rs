@@ -121,7 +121,7 @@ fn a_program_that_fails_decides_the_status_and_goes_on_in_its_folder() {
         ("embed 3", 3, "the same command resumes"),
         ("embed 4", 4, "diverged or collapsed"),
         ("embed 2", 2, "0-embed, seed 0 failed with exit status 2"),
-        ("embed 5", 5, "because the machine did"),
+        ("embed 5", 5, "because of the machine"),
         ("embed 101", 2, "exit status 101"),
     ] {
         let mut command = bench.command(&["reproduce", "example.toml"]);

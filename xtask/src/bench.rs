@@ -1,8 +1,8 @@
 //! `cargo xtask bench`: builds and starts a bench program.
 //!
-//! What is measured, and against what, is the program's affair: `bench-<what>`, a binary of the
-//! crate that owns the work, in `crates/<crate>/src/bin`. It prints a table, and with `--json` one
-//! object last; both go to stdout as they are.
+//! The program `bench-<what>` is a binary of the crate that it times, in `crates/<crate>/src/bin`,
+//! and decides what to measure and compare. It prints a table and, with `--json`, one object last;
+//! both go to stdout unchanged.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,23 +14,23 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{become_program, cargo};
 
-/// What is asked for on the command line.
+/// The command line.
 #[derive(Debug, clap::Args)]
 pub struct BenchOptions {
-    /// What to time: train, embed, data, assignment, as far as there are programs for them.
+    /// What to time: train, embed, data, assignment.
     what: String,
-    /// A Python that has the libraries to compare with.
+    /// A Python interpreter with the libraries to compare with.
     #[arg(long, value_name = "PATH")]
     peer_python: Option<PathBuf>,
-    /// Print, last, the rows as one JSON object.
+    /// Print the rows as one JSON object at the end.
     #[arg(long)]
     json: bool,
-    /// For the program itself; `-- --help` says what it takes.
+    /// Arguments for the bench program; `-- --help` lists them.
     #[arg(last = true, value_name = "ARGUMENT")]
     rest: Vec<OsString>,
 }
 
-/// Builds the program and becomes it.
+/// Builds the bench program and runs it in place of this process.
 pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
     options.resolve_python()?;
     let root = cargo::root()?;
@@ -38,7 +38,7 @@ pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
     let what = &options.what;
     let Some(owner) = found.get(what) else {
         let names: Vec<&str> = found.keys().map(String::as_str).collect();
-        bail!("there is nothing to bench by the name `{what}`; there is {}", names.join(", "))
+        bail!("there is no bench `{what}`; there are {}", names.join(", "))
     };
     let mut command = Command::new(cargo::build(owner, &format!("{PREFIX}{what}"), None)?);
     if let Some(python) = &options.peer_python {
@@ -51,8 +51,8 @@ pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
 }
 
 impl BenchOptions {
-    /// Makes the Python's path absolute. A mere name is looked up where commands are; a link is not
-    /// followed, since a virtual environment is one.
+    /// Makes the interpreter's path absolute. A bare name is looked up in `PATH`. Links are not
+    /// followed, because the Python of a virtual environment is a link.
     fn resolve_python(&mut self) -> Result<()> {
         if let Some(python) = &mut self.peer_python
             && python.components().count() > 1
@@ -60,8 +60,8 @@ impl BenchOptions {
             *python = absolute(&*python)?;
             ensure!(
                 python.exists(),
-                "--peer-python: there is no `{}`; name the Python of an environment, as \
-                 `python3 -m venv DIR` makes one in DIR/bin/python",
+                "--peer-python: there is no `{}`; pass the Python of an environment, such as \
+                 DIR/bin/python of `python3 -m venv DIR`",
                 python.display()
             );
         }
@@ -71,14 +71,14 @@ impl BenchOptions {
 
 const PREFIX: &str = "bench-";
 
-/// What can be timed, and the crate that has the program for it.
+/// Finds all bench programs: what each times, and its crate.
 fn bench_programs(crates: &Path) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     let entries =
         fs::read_dir(crates).with_context(|| format!("reading `{}`", crates.display()))?;
     for entry in entries {
         let entry = entry?;
-        // Most crates have no further binaries.
+        // Most crates have no such folder.
         let Ok(binaries) = fs::read_dir(entry.path().join("src").join("bin")) else { continue };
         for binary in binaries {
             let path = binary?.path();

@@ -1,4 +1,4 @@
-//! Building programs of this workspace.
+//! Builds programs of this workspace.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -7,9 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// Builds the binary `name` of a crate and returns its file.
-///
-/// - `features`: of cargo.
+/// Builds the binary `name` of the crate `owner` with these cargo features, and returns its path.
 pub fn build(owner: &str, name: &str, features: Option<&str>) -> Result<PathBuf> {
     let mut command = Command::new(program());
     command.args(["build", "--message-format", "json-render-diagnostics"]);
@@ -32,7 +30,7 @@ pub fn build(owner: &str, name: &str, features: Option<&str>) -> Result<PathBuf>
         .with_context(|| format!("cargo built no `{name}`"))
 }
 
-/// The cargo that started this program.
+/// The path of the cargo that started this program.
 pub fn program() -> PathBuf {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into()
 }

@@ -1,8 +1,8 @@
 //! `assort cluster`: groups a folder of photographs.
 //!
-//! It is the experiment `photos`, or `photos-scratch`, run like any other: prepared, embedded by a
-//! published backbone, clustered, reported. Where the number of clusters is not given, the steps up
-//! to the embeddings run first, and the helper `clusters` estimates it from those.
+//! It runs the experiment `photos` or `photos-scratch` like any other: prepare, embed with a
+//! published backbone, cluster, report. If the number of clusters is not given, the steps up to the
+//! embeddings run first, and the helper `clusters` estimates the number from those.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -31,11 +31,11 @@ pub struct ClusterOptions {
     /// How many clusters: a number, or auto for an estimate.
     #[arg(long, value_name = "K", default_value = "auto")]
     pub clusters: ClusterCount,
-    /// What sees the pictures: the name of a published backbone, hf://OWNER/NAME@COMMIT, a file or
-    /// folder, or scratch to train on the pictures alone.
+    /// The backbone that embeds the pictures: the name of a published one, hf://OWNER/NAME@COMMIT,
+    /// a file or folder, or scratch to train one on the pictures alone.
     #[arg(long, value_name = "NAME", default_value = "dinov2-small")]
     pub backbone: String,
-    /// Folder for the page and the table; `report` in the run's folder when not given.
+    /// Folder for the page and the table; by default `report` in the run's folder.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Copy every picture to a folder of its cluster, in DIR.
@@ -50,15 +50,15 @@ pub struct ClusterOptions {
     /// Keep results in this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub runs: PathBuf,
-    /// Print, last, the results as one JSON object.
+    /// Print the results as one JSON object at the end.
     #[arg(long)]
     pub json: bool,
 }
 
-/// The number of clusters as a person gives it.
+/// The number of clusters that the user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClusterCount {
-    /// So many.
+    /// Exactly this many.
     Given(usize),
     /// Estimated from the embeddings.
     Auto,
@@ -76,7 +76,7 @@ impl FromStr for ClusterCount {
     }
 }
 
-/// The backbone's name that means none: the pictures alone teach it.
+/// The backbone name for training one on the pictures alone.
 const SCRATCH: &str = "scratch";
 
 /// Seed of every random draw.
@@ -85,7 +85,7 @@ const SEED: u64 = 0;
 /// The most clusters that an estimate considers.
 const MOST: usize = 50;
 
-/// Groups the pictures, prints the table, and says where the page, the table and the folders are.
+/// Groups the pictures, prints the scores, and prints where the page, table and folders are.
 pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     if options.link_to.is_some() {
         ensure!(
@@ -115,7 +115,7 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     Ok(())
 }
 
-/// The experiment under a name of the pictures' own, so that two folders do not share a run.
+/// The experiment, renamed after the pictures so that two folders do not share a run.
 fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Experiment> {
     let is_scratch = options.backbone == SCRATCH;
     let name = if is_scratch { "photos-scratch" } else { "photos" };

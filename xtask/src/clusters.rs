@@ -1,6 +1,6 @@
-//! `assort clusters`: guesses how many clusters a run's embeddings hold.
+//! `assort clusters`: estimates the number of clusters from a run's embeddings.
 //!
-//! This module decides which file that is; the helper `clusters` computes and prints.
+//! This module finds the file of embeddings; the helper `clusters` computes and prints.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,24 +19,24 @@ use crate::store::Hold;
 pub struct ClustersOptions {
     #[command(flatten)]
     which: Which,
-    /// Fewest clusters.
+    /// Smallest number of clusters to try.
     #[arg(long, value_name = "K", default_value_t = 2)]
     from: usize,
-    /// Most clusters.
+    /// Largest number of clusters to try.
     #[arg(long, value_name = "K", default_value_t = 50)]
     to: usize,
-    /// Print, last, the curve as one JSON object.
+    /// Print the curve as one JSON object at the end.
     #[arg(long)]
     json: bool,
-    /// For the helper itself; `-- --help` says what it takes.
+    /// Arguments for the helper; `-- --help` lists them.
     #[arg(last = true, value_name = "ARGUMENT")]
     rest: Vec<OsString>,
 }
 
-/// The helper that computes.
+/// The helper that computes the estimate.
 pub const CLUSTERS: &str = "clusters";
 
-/// The file of a step that embeds.
+/// The file that a step writes if it embeds.
 pub const EMBEDDINGS: &str = "embeddings.safetensors";
 
 /// Finds the embeddings and starts the helper on them.
@@ -59,8 +59,8 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt }.show()
 }
 
-/// The file that is meant: the one named, the one in the folder named, or that of the run's last
-/// finished step that embeds.
+/// Finds the embeddings that `which` names: a file, a file in a folder, or the output of the run's
+/// last finished step that embeds.
 fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Vec<Hold>)> {
     let named = PathBuf::from(&which.run);
     for file in [named.clone(), named.join(EMBEDDINGS)] {

@@ -25,65 +25,66 @@ struct AssortCli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Group a folder of photographs, by what a published backbone sees in them.
+    /// Group a folder of photographs by their embeddings from a published backbone.
     ///
-    /// Run it again after adding pictures or with another number of clusters: what is done already is
-    /// not done again.
+    /// Run it again after adding pictures or with another number of clusters: finished steps are
+    /// not repeated.
     Cluster {
         #[command(flatten)]
         options: cluster::ClusterOptions,
     },
-    /// Run an experiment from pictures to scores; what is done already is not done again.
+    /// Run an experiment from pictures to scores; finished steps are not repeated.
     Reproduce {
         #[command(flatten)]
         options: reproduce::ReproduceOptions,
         /// Run the seeds 0 to N - 1.
         #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
-        /// Print, last, the results as one JSON object.
+        /// Print the results as one JSON object at the end.
         #[arg(long)]
         json: bool,
     },
-    /// Bring pictures into the form that every stage reads, and print the folder that holds them.
+    /// Convert pictures to the files that every stage reads, and print their folder.
     Prepare {
         #[command(flatten)]
         options: prepare::PrepareOptions,
     },
-    /// Run one step of an experiment, on what the steps before it left.
+    /// Run one step of an experiment on the results of the steps before it.
     Stage {
-        /// What the step is for: prepare, a place of the experiment's `[rounds]`, or metrics.
+        /// The step's place: prepare, a place of the experiment's `[rounds]`, or metrics.
         place: String,
         #[command(flatten)]
         options: reproduce::ReproduceOptions,
-        /// Which round; the first that has this step when not given.
+        /// The round; by default the first that has this step.
         #[arg(long, value_name = "T")]
         round: Option<usize>,
     },
-    /// Run all systems on one data set, with equal backbone and effort, and print one table.
+    /// Run all systems on one data set with equal backbone and effort, and print one table.
     Compare {
         #[command(flatten)]
         options: compare::CompareOptions,
     },
-    /// Write a run as a page to look at, a table, and folders of pictures.
+    /// Show a run as a page, a table, and folders of pictures.
     Report {
         #[command(flatten)]
         options: report::ReportOptions,
     },
-    /// Tell which clusters other pictures belong to, by what a run has learnt.
+    /// Assign other pictures to the clusters of a run.
     Predict {
         #[command(flatten)]
         options: predict::PredictOptions,
     },
-    /// Guess how many clusters a run's embeddings hold: a curve of scores without ground truth.
+    /// Estimate the number of clusters from a run's embeddings: a curve of scores without ground
+    /// truth.
     ///
     /// RUN may also be the folder of an embed step, or the file of its embeddings.
     Clusters {
         #[command(flatten)]
         options: clusters::ClustersOptions,
     },
-    /// Name the experiments.
+    /// List the experiments.
     List,
-    /// Print an experiment with every value as a run would use it.
+    /// Print an experiment with every value that a run would use.
     Show {
         /// Name of the experiment, or path of its file.
         experiment: String,
@@ -97,7 +98,7 @@ enum Command {
         #[arg(default_value_t = DeviceChoice::Auto)]
         device: DeviceChoice,
     },
-    /// Print what makes a shell complete commands and flags.
+    /// Print a script that makes a shell complete commands and flags.
     Completions {
         /// The shell.
         shell: Shell,
@@ -109,9 +110,9 @@ enum Command {
     },
 }
 
-/// The program: the command line `words` in, its own name first; the exit status out.
+/// Runs the command line `words`, which start with the program's name, and returns the exit status.
 ///
-/// The first word is a command, or the name of a stage, whose own command line follows.
+/// The second word is a command, or the name of a stage followed by its command line.
 pub fn main(registry: Registry, words: Vec<OsString>) -> ExitCode {
     let word = |position: usize| words.get(position).and_then(|word| word.to_str());
     let stage = registry.stages.iter().find(|stage| Some(stage.spec.name) == word(1));
@@ -139,7 +140,7 @@ fn version_of(registry: &Registry) -> String {
     format!("assort {}, {}", env!("CARGO_PKG_VERSION"), (registry.devices.describe)())
 }
 
-/// Parses the words and does what they say.
+/// Parses the words and runs the command.
 fn parsed_and_followed(registry: Registry, words: Vec<OsString>) -> Result<ExitCode> {
     let matches = match command(&registry).try_get_matches_from(words) {
         Ok(matches) => matches,
@@ -153,7 +154,7 @@ fn parsed_and_followed(registry: Registry, words: Vec<OsString>) -> Result<ExitC
     follow(&session, parsed.command)
 }
 
-/// Prints help, or what is wrong with the command line.
+/// Prints help, or the error in the command line.
 fn explained(error: &clap::Error) -> Result<ExitCode> {
     if error.use_stderr() {
         stage::console::print_error(error.render().ansi());
@@ -168,7 +169,7 @@ fn command(registry: &Registry) -> clap::Command {
     let stages = registry.stages.iter().map(|stage| {
         stage::StageArguments::command()
             .name(stage.spec.name)
-            .about("A stage by itself: files in, files out")
+            .about("Run one stage alone: files in, files out")
             .hide(true)
     });
     let names: Vec<&str> = registry.stages.iter().map(|stage| stage.spec.name).collect();
@@ -184,23 +185,23 @@ const HELP: &str = "\
 Usage: assort COMMAND …, assort COMMAND --help
 
 Group photographs
-  cluster PATH            a folder of them: a page, a table, folders of pictures
+  cluster PATH            into a page, a table, folders of pictures
 Run an experiment
-  reproduce EXPERIMENT    from pictures to scores; what is done is not repeated
+  reproduce EXPERIMENT    from pictures to scores; finished steps are not repeated
   stage PLACE EXPERIMENT  one step of it
   compare DATA-SET        all systems on one data set, in one table
-  prepare WHAT            pictures into the form that every stage reads
-Look at what it found
+  prepare WHAT            convert pictures to the files that every stage reads
+Look at the results
   report RUN              a page, a table, folders of pictures
-  predict RUN             the clusters of other pictures (--images PATH)
-  clusters RUN            a guess how many clusters there are
+  predict RUN             assign other pictures to clusters (--images PATH)
+  clusters RUN            estimate the number of clusters
 Look around
   list                    the experiments
   show EXPERIMENT         one of them, with every value
-  gpu-check [DEVICE]      a device beside the CPU
+  gpu-check [DEVICE]      compare a device with the CPU
   completions SHELL       for bash, elvish, fish, powershell, zsh
   man [COMMAND]           manual pages
-Stages by themselves (assort STAGE --help)
+Single stages (assort STAGE --help)
   {stages}
 
 Examples
@@ -267,7 +268,7 @@ fn manual(registry: &Registry, name: Option<&str>) -> Result<String> {
         None => whole,
         Some(name) => match whole.find_subcommand(name) {
             Some(found) => found.clone().name(format!("assort-{name}")),
-            None => bail!("there is no command `{name}`; `assort --help` names them"),
+            None => bail!("there is no command `{name}`; `assort --help` lists them"),
         },
     };
     let mut text = Vec::new();
@@ -280,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_is_valid() {
         AssortCli::command().debug_assert();
     }
 

@@ -1,11 +1,11 @@
 //! `assort compare`: all systems on one data set, with equal backbone and effort, in one table.
 //!
-//! A system's experiment is `<dataset>` (PLDC) or `<dataset>-<system>`. They must name one data set,
-//! one backbone, and efforts that differ by no more than [`TOLERANCE`]: the effort is what every
-//! step's program declares under `--check`, see [`stage::Effort`], pretraining included.
+//! A system's experiment is `<dataset>` (PLDC) or `<dataset>-<system>`. All must use one data set
+//! and one backbone, and their efforts may differ by at most [`TOLERANCE`]. The effort, including
+//! pretraining, is what the program of each step declares under `--check`; see [`stage::Effort`].
 //!
-//! The line to beat is k-means on BYOL's embeddings after the same effort: the result of PLDC's
-//! control, which is BYOL trained on for as long as the rounds take.
+//! The baseline is k-means on BYOL's embeddings after the same effort: the result of PLDC's
+//! control, which continues BYOL for as long as the rounds take.
 
 use std::fmt::Write as _;
 
@@ -24,15 +24,15 @@ use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
 use crate::store::Hold;
 
-/// Largest difference of a system's effort from the first one's, as a share.
+/// Largest relative difference of a system's effort from that of the first system.
 const TOLERANCE: f64 = 0.05;
 
-/// The command line. The experiments run as their files are: a value is changed in a copy of a file,
-/// or with `reproduce --set`.
+/// The command line. It changes no value of the experiments: for that, copy a file or use
+/// `reproduce --set`.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub struct CompareOptions {
-    /// The data set: its experiment is PLDC, `<data set>-<system>` another system.
+    /// The data set. Its experiment is PLDC; `<data set>-<system>` is that of another system.
     data_set: String,
     /// Run the seeds 0 to N - 1.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
@@ -40,14 +40,14 @@ pub struct CompareOptions {
     /// Compare although backbones or efforts differ; the table says by how much.
     #[arg(long)]
     unequal: bool,
-    /// Print, last, the results as one JSON object.
+    /// Print the results as one JSON object at the end.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     setup: setup::SetupOptions,
 }
 
-/// Runs what is not done and prints the table.
+/// Runs the unfinished steps and prints the table.
 pub fn run(session: &CommandContext, options: &CompareOptions) -> Result<()> {
     let systems = systems(session, &options.data_set)?;
     let setups = systems
@@ -113,7 +113,7 @@ fn systems(session: &CommandContext, data_set: &str) -> Result<Vec<System>> {
         if known.contains(&word) {
             systems.push(open(&word)?);
         } else {
-            tracing::warn!("there is no experiment `{word}`: {} is left out", stage.name);
+            tracing::warn!("there is no experiment `{word}`: skipping {}", stage.name);
         }
     }
     for other in &systems[1..] {
@@ -122,7 +122,7 @@ fn systems(session: &CommandContext, data_set: &str) -> Result<Vec<System>> {
     Ok(systems)
 }
 
-/// Fails unless two experiments are about the same pictures and as many clusters.
+/// Fails unless two experiments use the same pictures and number of clusters.
 fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
     for table in ["data", "prepare"] {
         ensure!(
@@ -136,7 +136,7 @@ fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
     Ok(())
 }
 
-/// The backbones that the tables of an experiment name, each once.
+/// The distinct backbones in the tables of an experiment.
 fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
     let mut found = Vec::new();
     for stage in stages.iter().filter(|stage| stage.trains()) {
@@ -151,9 +151,9 @@ fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
 struct ComparedSystem<'a> {
     system: &'a System,
     runs: Vec<ExperimentRun<'a>>,
-    /// Multiply-adds of each step of the plan; `None` where a program does not say.
+    /// Multiply-adds of each step of the plan; `None` if a program does not declare them.
     multiply_adds: Vec<Option<f64>>,
-    /// Those of the experiment itself together.
+    /// Multiply-adds of all steps of the experiment itself.
     effort: Option<f64>,
 }
 
@@ -171,12 +171,12 @@ impl<'a> ComparedSystem<'a> {
         &self.system.experiment.name
     }
 
-    /// The multiply-adds of all steps of an arm; `None` where a program does not say.
+    /// The multiply-adds of all steps of an arm; `None` if a program does not declare them.
     fn effort_of(&self, arm: Arm) -> Option<f64> {
         self.system.plan.of_arm(arm).map(|position| self.multiply_adds[position]).sum()
     }
 
-    /// A row of these scores of the last step of `arm` that writes any.
+    /// A row with these scores of the last step of `arm` that writes scores.
     fn row(
         &self,
         name: String,
@@ -184,7 +184,7 @@ impl<'a> ComparedSystem<'a> {
         of: fn(&MetricsFile) -> Option<ClassAgreement>,
     ) -> Result<CompareRow> {
         let last = self.system.plan.scores(arm).last();
-        let last = last.context("nothing that the experiment runs is scored")?;
+        let last = last.context("no step of the experiment is scored")?;
         let found = self
             .runs
             .iter()
@@ -207,14 +207,14 @@ impl<'a> ComparedSystem<'a> {
         })
     }
 
-    /// Cost of all steps of an arm; `None` where one ran before costs were kept.
+    /// The cost of all steps of an arm; `None` if one has no recorded cost.
     fn cost(&self, run: &ExperimentRun, arm: Arm) -> Option<StepCost> {
         let costs = self.system.plan.of_arm(arm).map(|step| StepCost::read(&run.folder(step)));
         costs.into_iter().try_fold(StepCost::default(), |sum, cost| Some(sum.and(cost?)))
     }
 }
 
-/// All systems, PLDC first, and what keeps them from being comparable.
+/// All systems, PLDC first, and the reasons why they are not comparable.
 struct SystemComparison<'a> {
     entries: Vec<ComparedSystem<'a>>,
     problems: Vec<String>,
@@ -260,7 +260,7 @@ impl<'a> SystemComparison<'a> {
         Ok(())
     }
 
-    /// Runs all systems, and the control of the first, which is the line to beat.
+    /// Runs all systems, and the control of the first as the baseline.
     fn execute(&self) -> Result<()> {
         let steps = |position: usize, entry: &ComparedSystem| -> Vec<usize> {
             let plan = &entry.system.plan;
@@ -278,7 +278,7 @@ impl<'a> SystemComparison<'a> {
         Ok(())
     }
 
-    /// The line to beat, then a row for each system.
+    /// The row of the baseline, then one row per system.
     fn rows(&self) -> Result<Vec<CompareRow>> {
         let first = self.first();
         let mut rows = Vec::new();
@@ -329,10 +329,10 @@ struct CompareRow {
     experiment: String,
     /// ACC, NMI, ARI.
     scores: [Option<Statistic>; 3],
-    /// Of one seed.
+    /// For one seed.
     seconds: Option<Statistic>,
     peak_bytes: Option<u64>,
-    /// Multiply-adds, and their share of the first system's.
+    /// Multiply-adds, and their ratio to the first system's.
     multiply_adds: Option<f64>,
     effort: Option<f64>,
 }
@@ -358,7 +358,7 @@ impl CompareRow {
 
 const COLUMNS: [&str; 7] = ["", "ACC", "NMI", "ARI", "seconds", "peak MB", "effort"];
 
-/// The table, scores in per cent, seconds of one seed.
+/// The table, with scores in percent and the seconds of one seed.
 fn table(
     experiment: &Experiment,
     rows: &[CompareRow],
@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_has_a_row_for_each_system_and_says_what_is_not_equal() {
+    fn the_table_has_a_row_for_each_system_and_lists_what_is_not_equal() {
         let scores = |value: f64| Statistic::of([Some(value), Some(value)].into_iter());
         let row = CompareRow {
             system: "SeCu".into(),

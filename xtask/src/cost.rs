@@ -1,7 +1,7 @@
-//! What a step has cost: seconds and memory, kept beside its result.
+//! The cost of a step in seconds and memory, recorded beside its result.
 //!
-//! A step that is stopped and goes on adds up. Results do not know their cost: it is written here
-//! after the program has ended, never by the program.
+//! The costs of an interrupted step and of its resumption are added. The orchestrator records them
+//! after the program ends; the result itself does not contain its cost.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -10,21 +10,21 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-/// Name of the file in a step's folder: one line for each time the step was started.
+/// Name of the file in a step's folder: one line per start of the step.
 const NAME: &str = "cost.jsonl";
 
 /// Time and memory of a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StepCost {
-    /// From start to end, over all times it was started.
+    /// Elapsed time of all its starts.
     pub seconds: f64,
-    /// Most memory that was in use at once, in bytes; absent where the system does not tell.
+    /// Peak memory in bytes; `None` if the system does not report it.
     pub peak_bytes: Option<u64>,
 }
 
 impl StepCost {
-    /// Both together, one after the other.
+    /// The cost of both, one after the other.
     pub fn and(self, other: Self) -> Self {
         Self {
             seconds: self.seconds + other.seconds,
@@ -32,17 +32,17 @@ impl StepCost {
         }
     }
 
-    /// What the step in `folder` has cost over all its starts; nothing where no start is on record.
+    /// Reads the cost of the step in `folder` over all its starts; `None` if none is recorded.
     pub fn read(folder: &Path) -> Option<Self> {
         let text = fs::read_to_string(folder.join(NAME)).ok()?;
-        // A full disk or a kill can leave half a line.
+        // A full disk or a kill can leave an incomplete line.
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).reduce(Self::and)
     }
 
-    /// Adds this to what the step in `folder` has cost before.
+    /// Adds this to the cost of the step in `folder`.
     ///
-    /// The folder may be finished, and then nobody clears it any more: the line is appended,
-    /// because a replaced file would leave its temporary one behind when this process is killed.
+    /// Appends a line instead of replacing the file: a kill during a replacement would leave a
+    /// temporary file, which is never removed from a finished folder.
     pub fn add_to(self, folder: &Path) -> Result<()> {
         let path = folder.join(NAME);
         let write = || -> Result<()> {
@@ -53,7 +53,7 @@ impl StepCost {
     }
 }
 
-/// The most memory that a running process has had in use, in bytes.
+/// The peak memory of a running process so far, in bytes.
 pub fn peak_of(process: u32) -> Option<u64> {
     peak_in(&fs::read_to_string(format!("/proc/{process}/status")).ok()?)
 }
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_of_a_step_that_went_on_add_up() {
+    fn costs_of_a_resumed_step_add_up() {
         let folder = tempfile::tempdir().expect("a folder");
         assert_eq!(StepCost::read(folder.path()), None);
         let first = StepCost { seconds: 2., peak_bytes: Some(100) };
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_read_as_linux_tells_it() {
+    fn memory_is_read_as_linux_reports_it() {
         assert_eq!(peak_in("Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  345 kB\n"), Some(345 * 1024));
         assert_eq!(peak_in("Name:\tx\n"), None);
     }

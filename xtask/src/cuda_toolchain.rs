@@ -1,10 +1,10 @@
-//! `cargo xtask cuda-toolchain`: what building with `--features cuda,cudnn` needs, without a GPU,
-//! a driver or an installed CUDA: nvcc, headers and libraries from NVIDIA's Python wheels, and a
-//! stand-in for the driver library, which no wheel holds.
+//! `cargo xtask cuda-toolchain`: sets up what building with `--features cuda,cudnn` needs, without
+//! a GPU, a driver or an installed CUDA: nvcc, headers and libraries from NVIDIA's Python wheels,
+//! and a stub of the driver library, which no wheel contains.
 //!
-//! Everything lies in one folder: the `wheels` as downloaded, what is in them under `unpacked`,
-//! and `home`, laid out as an installed CUDA is, of links into `unpacked`. What is there already is
-//! not fetched again.
+//! Everything is in one folder: the downloaded `wheels`, their content under `unpacked`, and
+//! `home`, which has the layout of an installed CUDA and links into `unpacked`. Existing files are
+//! not downloaded again.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -18,8 +18,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// Release 13.0, because candle's kernels travel as PTX, which a driver of release 580 refuses
-/// from any later one.
+/// Release 13.0, because candle's kernels ship as PTX, and a driver of release 580 rejects PTX of
+/// later releases.
 const WHEELS: [&str; 9] = [
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-cuda-crt==13.0.*",
@@ -32,14 +32,14 @@ const WHEELS: [&str; 9] = [
     "nvidia-cudnn-cu13<9.20",
 ];
 
-/// Sets the toolchain up in `folder` and returns the lines for a shell that make cargo use it.
+/// Sets up the toolchain in `folder` and returns shell commands that make cargo use it.
 ///
-/// `python` has pip; `capability` is that of the card to build for, without its point.
+/// `python` needs pip; `capability` is the compute capability of the card without its dot.
 ///
 /// # Errors
 ///
-/// Python, pip or gcc are missing; the download fails (what came stays, and the same command goes
-/// on); a wheel is laid out in another way than those this was written for.
+/// Python, pip or gcc is missing; the download fails (the same command resumes it); or a wheel has
+/// an unknown layout.
 pub fn set_up(folder: &Path, python: &Path, capability: u32) -> Result<String> {
     let wheels = folder.join("wheels");
     let home = folder.join("home");
@@ -69,8 +69,8 @@ fn download(wheels: &Path, python: &Path) -> Result<()> {
     fs::write(&complete, list).with_context(|| format!("writing `{}`", complete.display()))
 }
 
-/// Unpacks each wheel into a folder of its own, and returns these folders. A folder appears under
-/// its name when it is whole.
+/// Unpacks each wheel into its own folder and returns these folders. A folder gets its final name
+/// when it is complete.
 fn unpack(wheels: &Path, into: &Path, python: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(into).with_context(|| format!("making `{}`", into.display()))?;
     let mut folders = Vec::new();
@@ -96,9 +96,9 @@ fn unpack(wheels: &Path, into: &Path, python: &Path) -> Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// Links what the wheels hold under `nvidia/*/{bin,include,nvvm,lib}` into the layout of an
-/// installed CUDA. Wheels lack the execute permission and the names without a version that the
-/// linker looks for: both are added.
+/// Links the files under `nvidia/*/{bin,include,nvvm,lib}` of the wheels into the layout of an
+/// installed CUDA. Adds the execute permissions, and the unversioned names that the linker looks
+/// for, which wheels lack.
 fn lay_out(unpacked: &[PathBuf], home: &Path) -> Result<()> {
     if home.exists() {
         fs::remove_dir_all(home).with_context(|| format!("clearing `{}`", home.display()))?;
@@ -121,7 +121,7 @@ fn lay_out(unpacked: &[PathBuf], home: &Path) -> Result<()> {
     }
     ensure!(
         found.len() == 4,
-        "the wheels hold {found:?} but bin, include, lib64 and nvvm are needed; has their layout \
+        "the wheels have {found:?} but bin, include, lib64 and nvvm are needed; has their layout \
          changed?"
     );
     for folder in ["bin", "nvvm/bin"] {
@@ -168,7 +168,7 @@ fn driver_functions() -> Result<BTreeSet<String>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut metadata = Command::new(cargo);
     metadata.args(["metadata", "--format-version", "1", "--all-features"]);
-    let metadata = run(&mut metadata, "asking cargo where cudarc's sources lie")?;
+    let metadata = run(&mut metadata, "asking cargo for the sources of cudarc")?;
     let metadata: Value = serde_json::from_slice(&metadata).context("cargo's metadata")?;
     let packages = metadata["packages"].as_array().context("cargo's metadata names no packages")?;
     let manifest = packages
@@ -184,7 +184,7 @@ fn driver_functions() -> Result<BTreeSet<String>> {
     Ok(functions)
 }
 
-/// The names of a driver's functions, `cu` and a capital, that the text declares.
+/// The names of driver functions that the text declares: `cu` and a capital letter.
 fn declared_functions(text: &str) -> BTreeSet<String> {
     text.split("fn cu")
         .skip(1)
@@ -196,8 +196,8 @@ fn declared_functions(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Builds a library with these functions, each of which returns `CUDA_ERROR_STUB_LIBRARY`: enough
-/// to link against, and for a program to start and say that there is no driver.
+/// Builds a library with these functions, each of which returns `CUDA_ERROR_STUB_LIBRARY`. It is
+/// enough to link a program, which then reports that there is no driver.
 fn build_driver_stub(functions: &BTreeSet<String>, stub: &Path) -> Result<()> {
     let source = stub.with_extension("c");
     let code: String =
@@ -205,7 +205,7 @@ fn build_driver_stub(functions: &BTreeSet<String>, stub: &Path) -> Result<()> {
     fs::write(&source, code)?;
     let mut gcc = Command::new("gcc");
     gcc.args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o"]).arg(stub).arg(&source);
-    run(&mut gcc, "building the stand-in for the driver library with gcc")?;
+    run(&mut gcc, "building the stub of the driver library with gcc")?;
     let versioned = stub.with_extension("so.1");
     if !versioned.exists() {
         symlink("libcuda.so", versioned)?;
@@ -213,8 +213,8 @@ fn build_driver_stub(functions: &BTreeSet<String>, stub: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a shell is told. `LIBRARY_PATH` is for linking; running needs the driver's own library. nvcc
-/// packs machine code as small as it can: candle's takes most of the program otherwise.
+/// The shell commands. `LIBRARY_PATH` is for linking; running needs the real driver library. nvcc
+/// compresses machine code as much as it can, because candle's is most of the program otherwise.
 fn variables(home: &Path, nvcc: &Path, capability: u32) -> String {
     let home = home.display();
     format!(
@@ -229,7 +229,7 @@ fn variables(home: &Path, nvcc: &Path, capability: u32) -> String {
     )
 }
 
-/// What is in a folder, sorted by name.
+/// The entries of a folder, sorted by name.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = || -> io::Result<Vec<PathBuf>> {
         fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect()
@@ -239,7 +239,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Runs a program to its end and returns what it printed; its messages go to ours.
+/// Runs a program to its end and returns its stdout; its stderr goes to ours.
 fn run(command: &mut Command, doing: &str) -> Result<Vec<u8>> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();

@@ -1,8 +1,9 @@
-//! Keys: a step's result is known by everything that it depends on.
+//! Keys: a step's result is identified by everything that it depends on.
 //!
 //! The key of a step is the SHA-256 of its program's identity, its table and `[data]` as resolved
-//! (without the number of clusters where the stage does not depend on it), seed, round, device and processor, and of the keys of its inputs. So one pretraining serves all
-//! experiments that agree on it, and no changed value reuses an old result.
+//! (without the number of clusters if the stage does not depend on it), seed, round, device and
+//! processor, and of the keys of its inputs. So experiments with the same pretraining share it, and
+//! a changed value never reuses an old result.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{__cpuid, __cpuid_count};
@@ -17,11 +18,11 @@ use stage::{DeviceChoice, Experiment};
 use crate::plan::Step;
 use crate::programs::{Executable, table_of};
 
-/// The name of a result: what it is, and a digest of everything it depends on.
+/// The name of a result: its kind, and a digest of everything that it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreKey {
     name: String,
-    /// The value that the digest was taken of, for people who wonder why two keys differ.
+    /// The digested value, to find out why two keys differ.
     pub record: Value,
 }
 
@@ -32,9 +33,9 @@ impl fmt::Display for StoreKey {
 }
 
 impl StoreKey {
-    /// The key of a record; `what` goes in front of the digest, so that a path can be read.
+    /// The key of a record. `what` is a prefix that makes paths readable.
     pub fn of(what: &str, record: Value) -> Self {
-        // 64 bits of the digest: a collision is not to be expected in a lifetime of runs.
+        // 64 bits of the digest are enough: a collision is practically impossible.
         let digest = &sha256(record.to_string().as_bytes())[..16];
         Self { name: format!("{what}-{digest}"), record }
     }
@@ -79,21 +80,21 @@ impl StoreKey {
     }
 }
 
-/// What all steps of one run depend on.
+/// Everything else that all steps of one run depend on.
 #[derive(Debug, Clone)]
 pub struct Surroundings {
     /// Seed of every random draw.
     pub seed: u64,
-    /// What computes, see [`machine`].
+    /// The device or processor, see [`machine`].
     pub machine: Value,
     /// Header of the prepared pictures, with their fingerprint and digest.
     pub images: String,
 }
 
-/// What computes: for the processor its instructions, which decide the kernel; for a GPU its kind,
+/// Identifies what computes: a CPU by its instructions, which decide the kernel; a GPU by its kind
 /// and the features that the program was built with.
 ///
-/// `device` is the resolved one: `auto` would stand for different devices on different machines.
+/// `device` must be resolved: `auto` means different devices on different machines.
 pub fn machine(device: DeviceChoice, features: &[&str]) -> Value {
     let gpu = |kind: &str| json!({ "device": kind, "features": features });
     match device {
@@ -129,8 +130,8 @@ fn instructions() -> &'static str {
     "plain"
 }
 
-/// The environment variables that change results: the kernel. The number of threads and a decoded
-/// copy of the pictures change none.
+/// The environment variables that change results: the choice of kernel. The number of threads and a
+/// decoded copy of the pictures change nothing.
 fn environment() -> BTreeMap<String, String> {
     env::vars().filter(|(name, _)| name == "ASSORT_KERNEL").collect()
 }
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_a_result_depends_on_changes_its_key_and_nothing_else_does() {
+    fn a_key_changes_with_exactly_what_the_result_depends_on() {
         let first = key(&step(), TEXT, &program(), &surroundings());
         assert!(first.starts_with("embed-") && first.len() == "embed-".len() + 16, "{first}");
 

@@ -1,7 +1,7 @@
-//! `cargo xtask`: what serves a checkout.
+//! `cargo xtask`: commands for a checkout.
 //!
-//! It benches, and it sets up what a build for CUDA needs. Every other command is one of `assort`'s:
-//! it builds that program and starts it with the same words, in the root of the workspace.
+//! It runs benches and sets up the toolchain for a CUDA build. Every other command is one of
+//! `assort`: it builds that program and runs it with the same words in the root of the workspace.
 
 mod bench;
 mod cargo;
@@ -17,14 +17,14 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use stage::console::{print, print_error, start_logging};
 
-/// Builds `assort` and starts it with these words, in the root of the workspace.
+/// Builds `assort` and runs it with these words in the root of the workspace.
 ///
-/// `cargo xtask reproduce digits` is `assort reproduce digits`, and so on: `cargo xtask help` names
-/// the commands. Relative paths start at the root of the workspace.
+/// `cargo xtask reproduce digits` is `assort reproduce digits`, and so on: `cargo xtask help` lists
+/// the commands. Paths are relative to the root of the workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
 struct XtaskCli {
-    /// Build `assort` with these features of cargo: cuda, cudnn, metal.
+    /// Build `assort` with these cargo features: cuda, cudnn, metal.
     #[arg(long, value_name = "LIST", global = true)]
     features: Option<String>,
     #[command(subcommand)]
@@ -42,11 +42,11 @@ enum XtaskCommand {
         /// A Python with pip.
         #[arg(long, value_name = "PATH", default_value = "python3")]
         python: PathBuf,
-        /// Compute capability of the card, without its point: 80 A100, 89 L4, 90 H100 and H200.
+        /// Compute capability of the card without its dot: 80 A100, 89 L4, 90 H100 and H200.
         #[arg(long, value_name = "N", default_value_t = 90)]
         capability: u32,
     },
-    /// Times our programs, and other libraries beside them.
+    /// Times our programs, and other libraries for comparison.
     Bench {
         #[command(flatten)]
         options: bench::BenchOptions,
@@ -91,11 +91,11 @@ fn set_up_cuda(folder: &Path, python: &Path, capability: u32) -> Result<ExitCode
 
 #[cfg(not(unix))]
 fn set_up_cuda(_: &Path, _: &Path, _: u32) -> Result<ExitCode> {
-    anyhow::bail!("cuda-toolchain lays out libraries for Linux; install CUDA 13 here")
+    anyhow::bail!("cuda-toolchain sets up libraries for Linux only; install CUDA 13 here")
 }
 
-/// Builds `assort` and the program that disturbs it. `fuzz` goes through the readers of sources first,
-/// which are a test of `prepare`.
+/// Builds `assort` and the program that disturbs it, and runs that. `fuzz` first runs the test of
+/// `prepare` that fuzzes the readers of sources.
 fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
     if what == "fuzz" {
         let seconds = (60. * minutes / 10.).ceil().to_string(); // Each of nine readers, and ours.
@@ -110,7 +110,7 @@ fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
     become_program(command.arg("--assort").arg(assort))
 }
 
-/// Builds `assort` and becomes it.
+/// Builds `assort` and runs it in place of this process.
 fn assort(words: Vec<OsString>, features: Option<String>) -> Result<ExitCode> {
     let (words, found) = without_features(words);
     let features = found.or(features);
@@ -122,7 +122,7 @@ fn assort(words: Vec<OsString>, features: Option<String>) -> Result<ExitCode> {
     become_program(Command::new(assort).args(words).current_dir(root))
 }
 
-/// The words without `--features LIST`, and the list.
+/// Splits the words into those without `--features LIST`, and the list.
 fn without_features(words: Vec<OsString>) -> (Vec<OsString>, Option<String>) {
     let (mut kept, mut features) = (Vec::new(), None);
     let mut words = words.into_iter();
@@ -142,7 +142,7 @@ fn without_features(words: Vec<OsString>) -> (Vec<OsString>, Option<String>) {
     (kept, features)
 }
 
-/// Starts a program in the place of this one, so that signals reach it and its exit status is ours.
+/// Replaces this process by a program, so that signals reach it and its exit status is ours.
 #[cfg(unix)]
 fn become_program(command: &mut Command) -> Result<ExitCode> {
     let error = std::os::unix::process::CommandExt::exec(command);
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn features_are_taken_out_wherever_they_stand_before_the_helper_s_own_words() {
+    fn features_are_removed_anywhere_before_the_arguments_of_the_helper() {
         let split = |line: &str| {
             let (words, features) = without_features(line.split(' ').map(Into::into).collect());
             let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();

@@ -1,7 +1,7 @@
-//! The plan: which steps make up a run, in which order, and what each is given.
+//! The plan: the steps of a run in order, with their inputs.
 //!
-//! A *place* is what a step is for (`embed`) and bears the name of a stage; the experiment says
-//! which program fills it. What a step is given follows from the [`Spec`] of that stage.
+//! A *place* is the purpose of a step (`embed`) and has the name of a stage; the experiment names
+//! the program that fills it. The [`Spec`] of that stage decides the step's inputs.
 
 use std::fmt;
 
@@ -10,14 +10,14 @@ use stage::{Experiment, Origin, Output, Spec};
 
 use crate::programs::table_of;
 
-/// Which row of the results a step works for.
+/// The row of the results that a step belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Arm {
     /// The experiment itself.
     Main,
     /// k-means on the pixels.
     Pixels,
-    /// The same effort without the part under test, see `[control]`.
+    /// The same effort without the part under test; see `[control]`.
     Control,
 }
 
@@ -31,10 +31,10 @@ impl fmt::Display for Arm {
     }
 }
 
-/// Where an input comes from.
+/// The origin of an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StepInput {
-    /// An earlier step of the plan, by its position.
+    /// An earlier step of the plan, by position.
     Step(usize),
     /// The prepared folder.
     Labels,
@@ -43,9 +43,9 @@ pub enum StepInput {
 /// One start of one program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// The row it works for.
+    /// The row that it belongs to.
     pub arm: Arm,
-    /// The stage whose place it takes.
+    /// The stage whose place it fills.
     pub place: Spec,
     /// Round, from 0.
     pub round: usize,
@@ -58,7 +58,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// `0-pretraining`, with the row in front where it is not the experiment itself.
+    /// `0-pretraining`; prefixed by the row if it does not belong to the experiment itself.
     pub fn name(&self) -> String {
         match self.arm {
             Arm::Main => format!("{}-{}", self.round, self.place.name),
@@ -67,19 +67,19 @@ impl Step {
     }
 }
 
-/// The experiment of each arm, and all steps in the order in which they run.
+/// The experiment of each arm, and all steps in order.
 #[derive(Debug, Clone)]
 pub struct RunPlan {
     /// The experiment of each arm.
     pub arms: Vec<(Arm, Experiment)>,
-    /// The steps; an input lies before the step it is given to.
+    /// The steps. The inputs of a step are before it.
     pub steps: Vec<Step>,
 }
 
 impl RunPlan {
-    /// The steps of an experiment with its baseline and its control.
+    /// Plans the steps of an experiment with its baseline and its control.
     ///
-    /// - `stages`: all that can fill a place.
+    /// - `stages`: all stages that can fill a place.
     pub fn of(experiment: &Experiment, stages: &[Spec]) -> Result<Self> {
         let mut arms = vec![(Arm::Main, experiment.clone())];
         arms.extend(experiment.pixels().map(|pixels| (Arm::Pixels, pixels)));
@@ -103,7 +103,7 @@ impl RunPlan {
         &found.expect("a step's arm is one of the plan's").1
     }
 
-    /// The programs to find, each once, in order of first use.
+    /// The distinct programs, in order of first use.
     pub fn programs(&self) -> Vec<&str> {
         let mut programs = Vec::new();
         for step in &self.steps {
@@ -129,7 +129,7 @@ impl RunPlan {
         self.of_arm(arm).filter(|&position| is_scorer(&self.steps[position].place))
     }
 
-    /// The step whose assignments the step at `scores` scores.
+    /// The position of the step whose assignments the step at `scores` scores.
     pub fn scored_by(&self, scores: usize) -> Option<usize> {
         let step = &self.steps[scores];
         let role = step.place.inputs.iter().find(|role| role.origin == Origin::PseudoLabels)?;
@@ -139,7 +139,7 @@ impl RunPlan {
         })
     }
 
-    /// True where the step found its clusters in the embeddings of another that trained.
+    /// Whether the step clusters the embeddings of another step, and does not train itself.
     pub fn clusters_alone(&self, position: usize) -> bool {
         let place = &self.steps[position].place;
         place.clusters() && !place.trains()
@@ -155,19 +155,19 @@ impl RunPlan {
     }
 }
 
-/// True for the stage whose steps follow every one that clusters.
+/// Whether a stage scores: its steps follow every step that clusters.
 fn is_scorer(place: &Spec) -> bool {
     place.outputs.contains(&Output::Scores)
 }
 
-/// Steps as they are put in order.
+/// Builds the list of steps.
 struct PlanBuilder<'a> {
     stages: &'a [Spec],
     steps: Vec<Step>,
 }
 
 impl PlanBuilder<'_> {
-    /// Adds the steps of all rounds, with one that scores after every step that clusters.
+    /// Adds the steps of all rounds, with a scoring step after every step that clusters.
     fn add_rounds(&mut self, arm: Arm, experiment: &Experiment) -> Result<()> {
         let order = experiment.rounds()?;
         let programs = experiment.stages()?;
@@ -186,15 +186,12 @@ impl PlanBuilder<'_> {
         if !last.last().is_some_and(is_scorer) {
             let able: Vec<_> =
                 self.stages.iter().filter(|p| p.clusters()).map(|place| place.name).collect();
-            bail!(
-                "the last place of a round must be one whose assignments are the result: {}",
-                able.join(", ")
-            )
+            bail!("the last place of a round must be one that clusters: {}", able.join(", "))
         }
         Ok(())
     }
 
-    /// The places of a round by name, with the one that scores after each that clusters.
+    /// The places of a round by name, with the scoring place after each that clusters.
     fn places(&self, names: &[String]) -> Result<Vec<Spec>> {
         let mut places = Vec::new();
         for name in names {
@@ -216,7 +213,7 @@ impl PlanBuilder<'_> {
         })
     }
 
-    /// Adds k-means on the pixels: always by this program's stages, whatever fills the places.
+    /// Adds k-means on the pixels, always by this program's stages.
     fn add_pixels(&mut self) -> Result<()> {
         let embed = self.place("embed")?;
         let program = embed.name.to_owned();
@@ -229,7 +226,7 @@ impl PlanBuilder<'_> {
         Ok(())
     }
 
-    /// Adds a step with what it is given, out of the steps before it.
+    /// Adds a step, with its inputs from the steps before it.
     fn add(
         &mut self,
         arm: Arm,
@@ -455,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_outside_the_loop_is_told_of_no_rounds() {
+    fn a_step_outside_the_loop_has_no_rounds() {
         let plan = planned(TEXT).expect("sound");
         for step in &plan.steps {
             let outside = step.place.name == "pretraining" || step.arm == Arm::Pixels;
@@ -464,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_named_once_and_the_baseline_uses_its_own() {
+    fn programs_are_listed_once_and_the_baseline_uses_its_own() {
         let plan = planned(TEXT).expect("sound");
         let programs = [
             "pretraining",

@@ -1,8 +1,8 @@
-//! `assort predict`: which clusters other pictures belong to, by what a run has learnt.
+//! `assort predict`: assigns other pictures to the clusters of a run.
 //!
-//! The pictures are prepared as the run's were, `embed` applies the run's last network to them, and
-//! `predict` its last head; `metrics` scores the result where there is ground truth, and `report`
-//! shows it. What is done already is not done again.
+//! The pictures are prepared like those of the run. `embed` applies the run's last network to them,
+//! `predict` its last head, `metrics` scores the result if there is ground truth, and `report`
+//! shows it. Finished steps are not repeated.
 
 use std::ffi::OsString;
 use std::fs;
@@ -46,10 +46,10 @@ const HEAD: &str = "head.safetensors";
 /// The helper that applies the head.
 pub const PREDICT: &str = "predict";
 
-/// The programs of the steps, in the order in which they run.
+/// The programs of the steps, in order.
 const STEPS: [&str; 3] = ["embed", PREDICT, "metrics"];
 
-/// Prepares, embeds, predicts, scores and reports; prints where the result is.
+/// Prepares, embeds, predicts, scores and reports, and prints the paths of the result.
 pub fn run(session: &CommandContext, options: &PredictOptions) -> Result<()> {
     let run = options.which.find()?;
     run.removing_damaged(predict(session, &run, options), &session.interrupt)
@@ -76,11 +76,11 @@ fn predict(session: &CommandContext, run: &Recorded, options: &PredictOptions) -
     let folder = prediction.make()?;
     prediction.report(&folder)?;
     let view = prediction.view();
-    // Where the system has no links, a view is a file.
+    // On a system without links, a view is a file.
     tell(if view.is_dir() { &view } else { &folder })
 }
 
-/// What a finished run has learnt.
+/// The network and the head of a finished run.
 struct Learnt<'a> {
     experiment: Experiment,
     network_step: &'a RecordedStep,
@@ -90,7 +90,7 @@ struct Learnt<'a> {
 }
 
 impl<'a> Learnt<'a> {
-    /// The last network and the last head of one finished plan.
+    /// Finds the last network and the last head of one finished plan.
     fn of(session: &CommandContext, run: &'a Recorded) -> Result<Self> {
         if let Some(step) = run.unfinished() {
             bail!(
@@ -105,8 +105,8 @@ impl<'a> Learnt<'a> {
             let step = run.last(&stages, fits).filter(|step| run.path(step).join(file).is_file());
             step.with_context(|| {
                 format!(
-                    "the last step of {} that could write `{file}` did not, so nothing can be \
-                     predicted from it",
+                    "{} has no `{file}`: the last step that could write it did not, so it cannot \
+                     predict",
                     run.name()
                 )
             })
@@ -123,7 +123,7 @@ impl<'a> Learnt<'a> {
     }
 }
 
-/// The clusters of other pictures, as a run sees them.
+/// The prediction of a run for other pictures.
 struct Prediction<'a> {
     session: &'a CommandContext,
     run: &'a Recorded,
@@ -137,7 +137,7 @@ struct Prediction<'a> {
 }
 
 impl Prediction<'_> {
-    /// Runs the steps that are not done, and returns the folder of the result.
+    /// Runs the unfinished steps and returns the folder of the result.
     fn make(&self) -> Result<PathBuf> {
         let (key, interrupt) = (self.key()?, &self.session.interrupt);
         let folder = self.store.path(key.name());
@@ -153,7 +153,7 @@ impl Prediction<'_> {
         Ok(folder)
     }
 
-    /// Where people look for the result.
+    /// The path of the link to the result.
     fn view(&self) -> PathBuf {
         self.run.folder.join("predictions").join(self.pictures.key.name())
     }
@@ -192,7 +192,7 @@ impl Prediction<'_> {
         Ok(())
     }
 
-    /// Writes the report of the predictions in `folder` beside them.
+    /// Writes the report of the predictions into their folder.
     fn report(&self, folder: &Path) -> Result<()> {
         let mut step = OsString::from("0-metrics=");
         step.push(folder.join("metrics"));
@@ -221,10 +221,10 @@ impl Prediction<'_> {
     }
 }
 
-/// What is asked of the programs: the clusters of the run, every split of the pictures, and a network
-/// that computes as in training.
+/// The experiment for the programs: the clusters of the run, every split of the pictures, and the
+/// precision of training.
 ///
-/// - `place`: of the step that left the network.
+/// - `place`: of the step that wrote the network.
 fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experiment> {
     let known = |table: &str, key: &str| {
         let value = learnt.value(table).and_then(|table| table.get(key)).cloned();
@@ -267,8 +267,8 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
 }
 
-/// The precision that the network was trained in: `run.precision` of its program's table. A foreign
-/// program may have no table: then that of the run's own `[embed]`.
+/// The precision that the network was trained in: `run.precision` of its program's table, or, if a
+/// foreign program has no table, `precision` of the run's own `[embed]`.
 fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
     let found = match learnt.value(program) {
         Some(table) => table.get("run").and_then(|run| run.get("precision")),
@@ -283,7 +283,7 @@ fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
     })
 }
 
-/// Prints the scores, if any, the sizes of the clusters, and where to look.
+/// Prints the scores, if any, the cluster sizes, and the paths of the table and the page.
 fn tell(folder: &Path) -> Result<()> {
     let found = MetricsFile::read(&folder.join("metrics"))?;
     let sizes: Vec<String> = found.sizes.iter().map(usize::to_string).collect();
@@ -315,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_programs_are_asked_for_what_the_run_was_asked_for() -> Result<()> {
+    fn the_programs_get_the_values_of_the_run() -> Result<()> {
         let learnt = Experiment::of_text(
             "photos",
             "title = 'Photos'\nsystem = 'PLDC'\n[data]\nclusters = 7\ntrain-on = ['train']\n\

@@ -1,4 +1,4 @@
-//! `assort prepare`: the pictures of an experiment, or any others, in the form of the stages.
+//! `assort prepare`: converts the pictures of an experiment, or any others, for the stages.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -17,19 +17,19 @@ use crate::source::absolute_source;
 /// The command line.
 #[derive(Debug, Args)]
 pub struct PrepareOptions {
-    /// An experiment, by name or file; or where pictures lie: a folder, an archive, a manifest,
+    /// An experiment, by name or file; or a source of pictures: a folder, an archive, a manifest,
     /// `hf://datasets/owner/name`, `named://cifar-10`.
     what: OsString,
-    /// Where the experiment's pictures are, instead of its own source.
+    /// Read the experiment's pictures from here instead of its own source.
     #[arg(long, value_name = "PATH")]
     images: Option<PathBuf>,
     /// Change a value: prepare.key=value; may be given several times.
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     set: Vec<String>,
-    /// How much memory preparing may take, about, in MiB; 512 if not given.
+    /// Approximate memory limit in MiB; 512 if not given.
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
-    /// Prepare again, also what is there.
+    /// Prepare again, even if the result exists.
     #[arg(long)]
     fresh: bool,
     /// Keep the data below this folder.
@@ -37,7 +37,7 @@ pub struct PrepareOptions {
     runs: PathBuf,
 }
 
-/// How pictures are prepared that belong to no experiment: all of them, in colour.
+/// The table for pictures that belong to no experiment: all of them, in colour.
 const TABLE: &str = r#"
 title = "Pictures"
 system = "none"
@@ -54,7 +54,7 @@ identical = "keep"
 "#;
 
 impl PrepareOptions {
-    /// The experiment, and the source if it is another than the experiment's own.
+    /// The experiment, and the source if it differs from the experiment's own.
     fn experiment(&self, session: &CommandContext) -> Result<(Experiment, Option<PathBuf>)> {
         let library = &session.registry.library;
         let what = self.what.to_string_lossy();
@@ -63,7 +63,7 @@ impl PrepareOptions {
         }
         let is_path = what.contains(['/', '\\']) || Path::new(&self.what).exists();
         if !is_path {
-            // The message says which experiments there are.
+            // The message lists the experiments.
             library.open(&what).with_context(|| {
                 format!("`{what}` is neither an experiment nor a folder or file")
             })?;
@@ -73,7 +73,7 @@ impl PrepareOptions {
     }
 }
 
-/// Prepares the pictures, and prints the folder that holds them then.
+/// Prepares the pictures and prints their folder.
 pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
     let (mut experiment, source) = options.experiment(session)?;
     options.set.iter().try_for_each(|assignment| experiment.set(assignment))?;
@@ -86,7 +86,7 @@ pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
     print_line(prepared.folder.display())
 }
 
-/// Fetches the files of a model, and prints where they are kept.
+/// Downloads the files of a model and prints their paths.
 fn fetch(session: &CommandContext, address: String) -> Result<()> {
     let program = Executable::own(PREPARE, &session.registry)?;
     let arguments = ["--fetch".into(), address.into()];
@@ -99,7 +99,7 @@ fn fetch(session: &CommandContext, address: String) -> Result<()> {
     print(process.printed()?)
 }
 
-/// The address of a model on the hub, which has files but no pictures.
+/// The address if the source is a model on the hub, which has files but no pictures.
 fn model_address(source: &Path) -> Option<String> {
     let text = source.to_string_lossy();
     let is_model = text.starts_with("hf://") && !text.starts_with("hf://datasets/");

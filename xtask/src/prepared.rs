@@ -1,4 +1,4 @@
-//! The prepared data set: the pictures of an experiment in the form that every stage reads.
+//! The prepared data set: the pictures of an experiment, converted for the stages.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,18 +19,19 @@ use crate::{CommandContext, EmbeddedData};
 /// The helper that makes the data set.
 pub const PREPARE: &str = "prepare";
 
-/// The file that says which source the pictures came from; without it they were not looked over.
+/// The file that records the source of the pictures. It is written after the source is known not to
+/// have changed meanwhile.
 const SOURCE: &str = "source.json";
 
-/// The folder where `prepare` keeps what it has read until it is done.
+/// The folder of `prepare`'s journal, which it removes at its end.
 const JOURNAL: &str = "unfinished";
 
-/// A data set that is prepared, or will be.
+/// A data set that is or will be prepared.
 #[derive(Debug)]
 pub struct PreparedData<'a> {
     /// Its folder, with pictures, names and ground truth.
     pub folder: PathBuf,
-    /// Names it in the store.
+    /// Its name in the store.
     pub key: StoreKey,
     session: &'a CommandContext,
     experiment: Experiment,
@@ -43,7 +44,7 @@ pub struct PreparedData<'a> {
 impl<'a> PreparedData<'a> {
     /// The data set of this experiment, below the folder `runs`.
     ///
-    /// - `source`: what the command line names instead of the experiment's own.
+    /// - `source`: replaces the experiment's own source.
     ///
     /// # Errors
     ///
@@ -74,24 +75,24 @@ impl<'a> PreparedData<'a> {
         Ok(Self { folder, key, session, experiment, source, state, program, store })
     }
 
-    /// True when nothing is left to do.
+    /// Whether it is completely prepared.
     pub fn is_done(&self) -> bool {
         self.store.state(self.key.name()) == StepState::Done && self.folder.join(SOURCE).exists()
     }
 
-    /// True where a program that was killed at its very end left its journal; the next one removes it.
+    /// Whether a program that was killed at its very end left its journal. The next one removes it.
     fn is_littered(&self) -> bool {
         self.folder.join(JOURNAL).exists()
     }
 
-    /// Prepares the data, unless they are; and keeps them from being removed while it is held.
+    /// Prepares the data unless it is done. The returned hold prevents its removal.
     ///
-    /// - `memory`: how much preparing may take, in MiB.
-    /// - `fresh`: prepare again what is there.
+    /// - `memory`: approximate limit in MiB.
+    /// - `fresh`: prepare again even if it is done.
     ///
     /// # Errors
     ///
-    /// The program says why; or the source changed meanwhile, so that nobody knows what was read.
+    /// The program fails, or the source changed while it was read.
     pub fn make(&self, memory: Option<u64>, fresh: bool) -> Result<Hold> {
         let interrupt = &self.session.interrupt;
         if fresh || !self.is_done() || self.is_littered() {
@@ -118,8 +119,8 @@ impl<'a> PreparedData<'a> {
         if state_of(&self.source, interrupt)? != self.state {
             self.store.forget(&self.key, claim, interrupt)?;
             bail!(
-                "`{}` changed while its pictures were prepared, so they are dropped; run the same \
-                 command again when nobody writes there",
+                "`{}` changed while its pictures were prepared, so the result was removed; run the \
+                 same command again when nobody writes there",
                 self.source.display()
             )
         }
@@ -127,14 +128,14 @@ impl<'a> PreparedData<'a> {
         files::write(&self.folder.join(SOURCE), format!("{source}\n").as_bytes())
     }
 
-    /// Looks at the source and at the table `[prepare]`; writes no pictures.
+    /// Checks the source and the table `[prepare]` without writing pictures.
     pub fn check(&self) -> Result<()> {
         let mut arguments = self.arguments()?;
         arguments.push("--check".into());
         self.process(&arguments).printed().map(drop)
     }
 
-    /// The arguments of the program, after writing the experiment that they name.
+    /// Writes the experiment file and returns the arguments of the program.
     fn arguments(&self) -> Result<Vec<OsString>> {
         let experiment = self.store.beside(self.key.name(), "toml");
         files::write(&experiment, self.experiment.to_toml().as_bytes())?;
@@ -157,17 +158,17 @@ impl<'a> PreparedData<'a> {
         }
     }
 
-    /// The pictures.
+    /// The path of the pictures.
     pub fn images(&self) -> PathBuf {
         self.folder.join("images.safetensors")
     }
 
-    /// What tells these pictures from any others.
+    /// The header of the pictures, which identifies them.
     pub fn images_identity(&self) -> Result<String> {
         container::header_text(&self.images())
     }
 
-    /// What tells this ground truth from any other.
+    /// The header of the labels, which identifies them.
     pub fn labels_identity(&self) -> Result<String> {
         container::header_text(&self.folder.join("labels.safetensors"))
     }
@@ -176,12 +177,13 @@ impl<'a> PreparedData<'a> {
     pub fn count(&self) -> Result<usize> {
         let header: Value = serde_json::from_str(&self.images_identity()?)?;
         let count = header["images"].as_u64();
-        let count = count
-            .with_context(|| format!("`{}` says no number `images`", self.images().display()))?;
+        let count = count.with_context(|| {
+            format!("`{}` has no header field `images`", self.images().display())
+        })?;
         Ok(count as usize)
     }
 
-    /// Fails where the experiment asks for more clusters than there are pictures.
+    /// Fails if the experiment asks for more clusters than there are pictures.
     pub fn require_enough_pictures(&self) -> Result<()> {
         let images = self.count()?;
         let clusters =
@@ -198,8 +200,8 @@ impl<'a> PreparedData<'a> {
     }
 }
 
-/// The source that the experiment names; where that folder is missing and the program holds its
-/// files, they are written once below `runs`.
+/// The source that the experiment names. If that folder is missing but embedded in the program, it
+/// is written once below `runs`.
 fn own_source(session: &CommandContext, experiment: &Experiment, runs: &Path) -> Result<PathBuf> {
     let source = experiment.source()?;
     let embedded = session.registry.data.iter().find(|data| data.folder == source);
@@ -209,7 +211,7 @@ fn own_source(session: &CommandContext, experiment: &Experiment, runs: &Path) ->
     }
 }
 
-/// The folder with the files of an embedded data set.
+/// Writes the files of an embedded data set, unless they exist, and returns their folder.
 fn unpacked(data: &EmbeddedData, runs: &Path) -> Result<PathBuf> {
     let contents: Vec<u8> = data
         .files
@@ -226,7 +228,7 @@ fn unpacked(data: &EmbeddedData, runs: &Path) -> Result<PathBuf> {
         fs::create_dir_all(&all)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix(files::TEMPORARY);
-        // Others may read the pictures too: the umask decides.
+        // The umask decides whether others may read the pictures.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
         let partial = builder.tempdir_in(&all)?;

@@ -1,10 +1,10 @@
-//! Starting programs, waiting for them, and what their ends mean.
+//! Starts programs, waits for them, and interprets their exit status.
 //!
-//! The two ends of a step hear of each other's: an interrupt reaches the program at work, and the
-//! program stops when this one ends, however it ends. Our own programs are told by the end of their
-//! standard input, which this process holds open (see [`stage::Interrupt`]): unlike a signal it
-//! cannot reach them twice. A foreign executable gets SIGTERM; it has the claim of its folder as
-//! standard input, so that the claim lasts as long as it does.
+//! An interrupt is passed on to the running program, and the program stops if this process ends in
+//! any way. Our own programs are signalled by the end of their standard input, which this process
+//! holds open (see [`stage::Interrupt`]): unlike a signal, it cannot arrive twice. A foreign
+//! executable gets SIGTERM. Its standard input is the claim of its folder, so the claim lasts as
+//! long as the process.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -23,29 +23,29 @@ use crate::programs::Executable;
 /// One start of a program.
 #[derive(Debug)]
 pub struct Process<'a> {
-    /// What it does, for messages: `0-embed, seed 0`.
+    /// Its name in messages: `0-embed, seed 0`.
     pub name: &'a str,
-    /// What is started.
+    /// The program to start.
     pub program: &'a Executable,
     /// Its arguments.
     pub arguments: &'a [OsString],
-    /// Asks it to stop.
+    /// Stops it when raised.
     pub interrupt: &'a Interrupt,
 }
 
-/// Where what a program prints goes.
+/// Where the stdout of a program goes.
 #[derive(Debug, Clone, Copy)]
 enum OutputTo {
     /// To our stderr: stdout is for results.
     Stderr,
-    /// To our stdout, as it is.
+    /// To our stdout, unchanged.
     Stdout,
     /// To the caller.
     Caller,
 }
 
 impl Process<'_> {
-    /// Runs the program to its end; what it prints goes to stderr.
+    /// Runs the program to its end; its stdout goes to our stderr.
     ///
     /// - `claim`: of the folder it writes to.
     pub fn run(&self, claim: Option<&File>) -> Result<()> {
@@ -53,21 +53,20 @@ impl Process<'_> {
         self.ended(status)
     }
 
-    /// Like [`Process::run`], for a step that writes to `folder`; its cost is added to what is kept
-    /// there.
+    /// Like [`Process::run`], for a step that writes to `folder`; its cost is recorded there.
     pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
         let (status, _, cost) = self.wait(OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;
         self.ended(status)
     }
 
-    /// Like [`Process::run`]; what the program prints goes to stdout.
+    /// Like [`Process::run`], but its stdout goes to our stdout.
     pub fn show(&self) -> Result<()> {
         let (status, ..) = self.wait(OutputTo::Stdout, None)?;
         self.ended(status)
     }
 
-    /// Runs the program to its end and returns what it printed.
+    /// Runs the program to its end and returns its stdout.
     pub fn printed(&self) -> Result<String> {
         let (status, printed, _) = self.wait(OutputTo::Caller, None)?;
         self.ended(status).map(|()| printed)
@@ -119,7 +118,7 @@ impl Process<'_> {
         Ok(command)
     }
 
-    /// Waits for the end, and meanwhile passes an interrupt on and looks at the memory in use.
+    /// Waits for the end. Meanwhile passes on an interrupt and measures the peak memory.
     fn watch(&self, child: &mut Child) -> io::Result<(ExitStatus, Option<u64>)> {
         let mut stdin = child.stdin.take();
         let mut is_told = false;
@@ -142,7 +141,7 @@ impl Process<'_> {
         }
     }
 
-    /// What the exit status means for the command.
+    /// Converts the exit status to a result.
     fn ended(&self, status: ExitStatus) -> Result<()> {
         let Self { name, .. } = self;
         match status.code() {
@@ -155,7 +154,7 @@ impl Process<'_> {
                 ))
                 .into()),
                 Some(Status::MachineFailed) => Err(MachineFailed(format!(
-                    "{name} failed because the machine did, its message is above; what it saved \
+                    "{name} failed because of the machine, its message is above; what it saved \
                      is kept"
                 ))
                 .into()),
@@ -172,18 +171,18 @@ impl Process<'_> {
 fn terminate(child: &Child) {
     use rustix::process::{Pid, Signal, kill_process};
 
-    // It may have ended a moment ago, which is what is asked for.
+    // It may have ended already, which is fine.
     let _ = kill_process(Pid::from_child(child), Signal::TERM);
 }
 
 #[cfg(not(unix))]
 fn terminate(_: &Child) {}
 
-/// The error of a program that was ended from outside or crashed.
+/// The error for a program that was killed or crashed.
 fn killed(name: &str, status: ExitStatus) -> Error {
     let remedy = match signal_of(status) {
         Some(SIGKILL) => {
-            ": systems do that when memory runs out; what it saved is kept, and the same command \
+            ": probably because memory ran out; what it saved is kept, and the same command \
              resumes from there"
         }
         Some(SIGXFSZ) => {

@@ -1,4 +1,4 @@
-//! The programs that fill the places: this one itself, or foreign executables.
+//! The programs that fill the places: this program itself, or foreign executables.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -12,26 +12,25 @@ use stage::digest::sha256_of_file;
 
 use crate::Registry;
 
-/// The word that stands before the name of a helper: `assort program prepare --experiment …`.
+/// The word before the name of a helper: `assort program prepare --experiment …`.
 pub const HELPER: &str = "program";
 
 /// A program that can be started.
 #[derive(Debug, Clone)]
 pub struct Executable {
-    /// Its file.
+    /// Its path.
     pub path: PathBuf,
-    /// What tells its results from those of another program.
-    ///
-    /// For our own that is name and algorithm; for a foreign executable the digest of its file.
+    /// Identifies its results: name and algorithm of our own program, or the digest of a foreign
+    /// executable.
     pub identity: Value,
-    /// The words before the arguments that make this program a stage; none for a foreign one.
+    /// The words before the arguments that select a stage; empty for a foreign executable.
     pub words: Option<Vec<&'static str>>,
     /// Whether its results may depend on the number of clusters.
     pub depends_on_clusters: bool,
 }
 
 impl Executable {
-    /// The stage or helper of this name, which is this same program.
+    /// The stage or helper of this name in this program.
     pub fn own(name: &str, registry: &Registry) -> Result<Self> {
         let helper = registry.helpers.iter().find(|helper| helper.name == name);
         let spec = registry.spec(name);
@@ -62,12 +61,12 @@ impl Executable {
         Ok(Self { path: path.to_owned(), identity, words: None, depends_on_clusters: true })
     }
 
-    /// True for a stage of this program, false for a foreign executable.
+    /// Whether it is a stage of this program, not a foreign executable.
     pub fn is_own(&self) -> bool {
         self.words.is_some()
     }
 
-    /// The words that a person types to start it, without arguments.
+    /// The words that start it on a command line, without arguments.
     pub fn typed(&self) -> Vec<String> {
         let words = self.words.iter().flatten().map(|word| (*word).to_owned());
         [self.path.display().to_string()].into_iter().chain(words).collect()
@@ -76,7 +75,7 @@ impl Executable {
     /// A command that starts it, without arguments yet.
     pub fn command(&self) -> Command {
         let Some(words) = &self.words else { return Command::new(&self.path) };
-        // The file may be replaced by a newer build during a run; its results may differ.
+        // A newer build may replace the file during a run, and its results may differ.
         let running = Path::new("/proc/self/exe");
         let mut command = Command::new(if running.exists() { running } else { &self.path });
         #[cfg(unix)]
@@ -86,7 +85,7 @@ impl Executable {
     }
 }
 
-/// The programs of a run, by the word that names them in `[stages]`.
+/// The programs of a run, by their name in `[stages]`.
 #[derive(Debug, Clone)]
 pub struct Programs(BTreeMap<String, Executable>);
 
@@ -118,7 +117,7 @@ fn is_path(word: &str) -> bool {
     word.contains(['/', '\\'])
 }
 
-/// The table that a program reads: the one that bears its name.
+/// The table that a program reads, which has its name.
 pub fn table_of(program: &str) -> &str {
     let file = program.rsplit(['/', '\\']).next().unwrap_or(program);
     file.split_once('.').map_or(file, |(stem, _)| stem)

@@ -1,9 +1,9 @@
-//! The record of a run: which plan `runs/<experiment>/<seed>` shows.
+//! The record of a run: the plan that `runs/<experiment>/<seed>` shows.
 //!
-//! `run.json` names the experiment file, the prepared data and the key of every step of one plan. A
-//! run writes it when it starts and again when it ends, together with the views; of two commands
-//! with different values at once, the one that ends last is shown. `report`, `predict` and
-//! `clusters` read what the record names, never what happens to lie in the folder.
+//! `run.json` has the experiment file, the prepared data and the key of every step of one plan. A
+//! run writes it, together with the views, when it starts and again when it ends. If two commands
+//! with different values run at once, the last to end is shown. `report`, `predict` and `clusters`
+//! read what the record names, never other files in the folder.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,19 +24,19 @@ const DATA: &str = "data";
 
 const VERSION: u32 = 1;
 
-/// One plan: what a run was asked to do, and the keys under which its results are kept.
+/// One plan: the experiment of a run, and the keys of its results.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct RunRecord {
     /// Version of this format.
     format_version: u32,
-    /// The resolved experiment: a file in the folder of the experiment.
+    /// The file of the resolved experiment, in the folder of the experiment.
     pub experiment: String,
     /// The seed.
     pub seed: u64,
     /// Key of the prepared data.
     pub data: String,
-    /// All steps in the order in which they run.
+    /// All steps in order.
     pub steps: Vec<RecordedStep>,
 }
 
@@ -44,15 +44,15 @@ pub struct RunRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct RecordedStep {
-    /// Its view in the folder of the run: `0-embed`, `control/1-embed`.
+    /// The path of its view in the folder of the run: `0-embed`, `control/1-embed`.
     pub name: String,
-    /// What it is for.
+    /// Its place.
     pub place: String,
     /// The round, from 0.
     pub round: usize,
-    /// True for a step of the experiment itself, false for one of a baseline or the control.
+    /// Whether it belongs to the experiment itself, not to a baseline or the control.
     pub is_main: bool,
-    /// Key of its result.
+    /// The key of its result.
     pub key: String,
 }
 
@@ -90,14 +90,13 @@ impl RunRecord {
         self.steps.iter().find(|step| step.name == name).map(|step| step.key.as_str())
     }
 
-    /// Fails where a view of this plan would replace something that is no view.
+    /// Fails if a view of this plan would replace something that is not a view.
     pub fn require_replaceable(&self, folder: &Path) -> Result<()> {
         let names = self.steps.iter().map(|step| step.name.as_str()).chain([DATA]);
         names.map(|name| folder.join(name)).try_for_each(|view| store::require_replaceable(&view))
     }
 
-    /// Writes the record and makes the views of `folder` those of this plan: of its steps that have
-    /// begun, and of no other.
+    /// Writes the record and replaces the views of `folder` by those of this plan's started steps.
     pub fn publish(&self, folder: &Path, runs: &Path, interrupt: &Interrupt) -> Result<()> {
         self.require_replaceable(folder)?;
         let _claim = Claim::wait(folder, interrupt)?;
@@ -114,7 +113,7 @@ impl RunRecord {
     }
 }
 
-/// Removes the views of steps that are not among `kept`, also those one folder below.
+/// Removes the views in `folder` and its subfolders that are not in `kept`.
 fn remove_views_but(folder: &Path, kept: &BTreeSet<&str>) -> Result<()> {
     let mut views = Vec::new();
     for name in entries(folder)? {
@@ -147,20 +146,20 @@ fn entries(folder: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
-/// Which run a command is about.
+/// Selects the run for a command.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Which {
     /// A run's folder (runs/digits/0), or an experiment's name or file.
     pub run: String,
-    /// Which run of an experiment; and the seed of every random draw.
+    /// The run's seed, if RUN is an experiment; also the seed of every random draw.
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
-    /// Where the results of runs are.
+    /// The folder of all results.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub runs: PathBuf,
 }
 
-/// A run as its record describes it.
+/// A run with its record.
 #[derive(Debug)]
 pub struct Recorded {
     /// The run's folder.
@@ -177,7 +176,7 @@ impl Which {
         Self { run: folder.to_string_lossy().into_owned(), seed: 0, runs: PathBuf::new() }
     }
 
-    /// The run that is meant.
+    /// Finds the run.
     ///
     /// # Errors
     ///
@@ -204,11 +203,11 @@ impl Recorded {
         let record = RunRecord::read(&folder)?;
         let absolute = fs::canonicalize(&folder)?;
         let runs = absolute.parent().and_then(Path::parent);
-        let runs = runs.with_context(|| format!("`{}` has no folder above", folder.display()))?;
+        let runs = runs.with_context(|| format!("`{}` has no parent folder", folder.display()))?;
         Ok(Self { runs: runs.to_owned(), folder, record })
     }
 
-    /// The run in words: `digits, seed 0`.
+    /// The name of the run for messages: `digits, seed 0`.
     pub fn name(&self) -> String {
         format!("{}, seed {}", self.experiment_name(), self.record.seed)
     }
@@ -235,7 +234,7 @@ impl Recorded {
         Store::of_steps(&self.runs).path(&step.key)
     }
 
-    /// The steps of the experiment itself that are finished, in order.
+    /// The finished steps of the experiment itself, in order.
     pub fn finished(&self) -> Vec<&RecordedStep> {
         let store = Store::of_steps(&self.runs);
         let is_done =
@@ -243,7 +242,7 @@ impl Recorded {
         self.record.steps.iter().filter(is_done).collect()
     }
 
-    /// The first step of the experiment itself that is not finished.
+    /// The first unfinished step of the experiment itself.
     pub fn unfinished(&self) -> Option<&RecordedStep> {
         let store = Store::of_steps(&self.runs);
         let is_open =
@@ -251,7 +250,7 @@ impl Recorded {
         self.record.steps.iter().find(is_open)
     }
 
-    /// The last finished step whose place fits.
+    /// The last finished step whose place satisfies `fits`.
     pub fn last(&self, stages: &[Spec], fits: fn(&Spec) -> bool) -> Option<&RecordedStep> {
         let is_fit = |step: &&RecordedStep| {
             stages.iter().any(|stage| stage.name == step.place && fits(stage))
@@ -259,13 +258,13 @@ impl Recorded {
         self.finished().into_iter().rev().find(is_fit)
     }
 
-    /// See [`Store::removing_damaged`], for all steps of the run. The caller holds none of them.
+    /// Calls [`Store::removing_damaged`] for all steps of the run. The caller must hold none of them.
     pub fn removing_damaged<T>(&self, result: Result<T>, interrupt: &Interrupt) -> Result<T> {
         let keys = self.record.steps.iter().map(|step| &*step.key);
         Store::of_steps(&self.runs).removing_damaged(result, keys, interrupt)
     }
 
-    /// Keeps the results of these steps and the data from being removed while they are read.
+    /// Prevents the removal of these steps' results and of the data while they are read.
     pub fn hold(&self, steps: &[&RecordedStep], interrupt: &Interrupt) -> Result<Vec<Hold>> {
         let data = Store::of_data(&self.runs).hold(&self.record.data, interrupt);
         let store = Store::of_steps(&self.runs);
@@ -280,7 +279,7 @@ mod tests {
 
     use super::*;
 
-    /// A record of these steps, all of whose results are begun and those of `done` finished.
+    /// A record of these steps, all of them started, and those in `done` finished.
     fn record(runs: &Path, names: &[&str], done: &[&str]) -> RunRecord {
         let store = Store::of_steps(runs);
         let step = |name: &&str| {

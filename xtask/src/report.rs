@@ -1,7 +1,6 @@
-//! `assort report`: a run as a page, a table and folders of pictures.
+//! `assort report`: shows a run as a page, a table and folders of pictures.
 //!
-//! This module decides which files of the run those are; the helper `report` decides what they look
-//! like.
+//! This module finds the files of the run; the helper `report` writes the output.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -19,7 +18,7 @@ use crate::record::{Recorded, RecordedStep, Which};
 pub struct ReportOptions {
     #[command(flatten)]
     which: Which,
-    /// Pictures of each cluster to show: the surest, and a third as many of the least sure.
+    /// Pictures of each cluster to show: the most confident, and a third as many of the least.
     #[arg(long, value_name = "N", default_value_t = SHOWN)]
     shown: usize,
     /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
@@ -31,21 +30,21 @@ pub struct ReportOptions {
     /// Also link to every picture from a folder of its cluster, in DIR.
     #[arg(long, value_name = "DIR", requires = "source")]
     link_to: Option<PathBuf>,
-    /// The folder that the pictures were read from; links lead to it.
+    /// The folder that the pictures were read from; links point into it.
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
-    /// Folder to write into; `report` in the run's folder when not given.
+    /// Folder to write into; by default `report` in the run's folder.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
-/// Pictures of each cluster that the page shows, unless the command line says otherwise.
+/// Pictures of each cluster that the page shows by default.
 const SHOWN: usize = 24;
 
 impl ReportOptions {
-    /// Page and table of the run in the folder `run`, and no folders of pictures.
+    /// Options for a page and a table of the run in the folder `run`, without folders of pictures.
     ///
-    /// - `out`: where they are written, `report` in the run's folder where it is absent.
+    /// - `out`: the output folder; `report` in the run's folder if `None`.
     pub fn of_run(run: &Path, out: Option<PathBuf>) -> Self {
         Self {
             which: Which::of_folder(run),
@@ -58,7 +57,7 @@ impl ReportOptions {
         }
     }
 
-    /// The same with folders of pictures: copies, or links to those in `source`.
+    /// Adds folders of pictures: copies, or links to those in `source`.
     pub fn with_folders(
         self,
         copy_to: Option<PathBuf>,
@@ -69,13 +68,13 @@ impl ReportOptions {
     }
 }
 
-/// The helper that writes it.
+/// The helper that writes the report.
 pub const REPORT: &str = "report";
 
-/// The file that holds the clusters of a step.
+/// The file of a step's clusters.
 const LABELS: &str = "pseudo-labels.safetensors";
 
-/// Writes the report of a run, as far as it has come.
+/// Writes the report of a run, finished or not.
 ///
 /// # Errors
 ///
@@ -89,14 +88,14 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     let steps = run.finished();
     let last = run.last(&session.registry.specs(), Spec::clusters).with_context(|| {
         format!(
-            "`{}` has no clusters yet: no step that clusters is finished; `assort reproduce` \
+            "`{}` has no clusters yet: no clustering step is finished; `assort reproduce` \
              resumes the run",
             run.folder.display()
         )
     })?;
     if let Some(unfinished) = run.unfinished() {
         tracing::warn!(
-            "{} is not finished: {} is missing; this is what it found up to {}",
+            "{} is not finished: {} is missing; the report shows the result up to {}",
             run.name(),
             unfinished.name,
             last.name

@@ -1,4 +1,4 @@
-//! `assort reproduce` and `assort stage`: an experiment from pictures to scores, or one of its steps.
+//! `assort reproduce` and `assort stage`: run an experiment or one of its steps.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::results::{ExperimentResults, MetricsFile, Outcome};
 use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
 
-/// Which experiment, with which values.
+/// The experiment, with its changed values.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub struct ReproduceOptions {
@@ -22,10 +22,10 @@ pub struct ReproduceOptions {
     /// Seed of every random draw.
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
-    /// Change a value for this run: table.key=value; may be given several times.
+    /// Change a value for this run: table.key=value; can be repeated.
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     pub set: Vec<String>,
-    /// Forget what these steps found before, and run them again.
+    /// Remove the earlier results of these steps and run them again.
     #[arg(long)]
     pub fresh: bool,
     #[command(flatten)]
@@ -39,7 +39,7 @@ pub fn resolved(session: &CommandContext, experiment: &str, set: &[String]) -> R
     Ok(experiment)
 }
 
-/// Runs an experiment with these seeds, as far as it is not done, and prints the table.
+/// Runs the unfinished steps of an experiment for these seeds, and prints the table.
 pub fn reproduce(
     session: &CommandContext,
     options: &ReproduceOptions,
@@ -57,9 +57,9 @@ pub fn reproduce(
     Ok(())
 }
 
-/// Runs an experiment with these seeds, as far as it is not done; no results from a dry run.
+/// Runs the unfinished steps of an experiment for these seeds. Returns `None` for a dry run.
 ///
-/// - `fresh`: forget what the steps found before.
+/// - `fresh`: remove earlier results first.
 pub fn run_seeds(
     session: &CommandContext,
     experiment: Experiment,
@@ -96,9 +96,9 @@ pub fn run_seeds(
     }))
 }
 
-/// Runs one step on what the steps before it left, and prints its folder.
+/// Runs one step on the results of the steps before it, and prints its folder.
 ///
-/// - `place`: what the step is for; `prepare` stands for the data.
+/// - `place`: the step's place; `prepare` prepares the data.
 pub fn stage(
     session: &CommandContext,
     options: &ReproduceOptions,
@@ -144,15 +144,15 @@ pub fn stage(
     print_line(run.view(position).display())
 }
 
-/// Reads what the steps of one seed found.
+/// Reads the scores of one seed.
 fn outcome(plan: &RunPlan, run: &ExperimentRun) -> Result<Outcome> {
     let read = |position: usize| MetricsFile::read(&run.folder(position));
     let main: Vec<usize> = plan.scores(Arm::Main).collect();
     let differs = |control: &usize| !main.iter().any(|&main| run.is_shared(main, *control));
     let scored: Vec<usize> = main.iter().filter_map(|&scores| plan.scored_by(scores)).collect();
-    let last = *scored.last().context("nothing that the experiment runs is scored")?;
+    let last = *scored.last().context("no step of the experiment is scored")?;
     let rounds = main.iter().map(|&position| read(position)).collect::<Result<Vec<_>>>()?;
-    // A system of one phase has no network that knows nothing of clusters yet.
+    // A system of one phase has no network from before clustering.
     let is_pretrained = scored.first().is_some_and(|&first| plan.clusters_alone(first));
     Ok(Outcome {
         seed: run.seed,

@@ -1,4 +1,4 @@
-//! What a run found: one table for people, one JSON object for programs.
+//! The results of a run: one table for people, one JSON object for programs.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,8 +8,7 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// `metrics.json`, as the stage `metrics` writes it; scores are fractions, and absent where there
-/// is no ground truth.
+/// `metrics.json` of the stage `metrics`. Scores are fractions, and `None` without ground truth.
 #[derive(Debug, Clone, Deserialize)]
 pub struct MetricsFile {
     /// Number of pictures that were clustered.
@@ -20,11 +19,11 @@ pub struct MetricsFile {
     pub head: Option<ClassAgreement>,
     /// Scores of k-means on the same embeddings.
     pub kmeans: Option<ClassAgreement>,
-    /// The pseudo-labels that are held to be reliable.
+    /// The reliable pseudo-labels.
     pub reliable: Option<ReliableScore>,
-    /// Share of pictures that kept their cluster since the round before.
+    /// Share of pictures that kept their cluster since the last round.
     pub stability: Option<f64>,
-    /// Pictures of each cluster, the largest first.
+    /// Pictures in each cluster, largest first.
     #[serde(default)]
     pub sizes: Vec<usize>,
     /// Other results of the same training, by name.
@@ -59,39 +58,39 @@ impl MetricsFile {
     }
 }
 
-/// What one seed found.
+/// The result of one seed.
 #[derive(Debug, Clone)]
 pub struct Outcome {
     /// The seed.
     pub seed: u64,
-    /// The experiment, by round.
+    /// Metrics of the experiment by round.
     pub rounds: Vec<MetricsFile>,
-    /// k-means on the pixels.
+    /// Metrics of k-means on the pixels.
     pub pixels: Option<MetricsFile>,
-    /// Metrics of the embedding as pretraining left it; nothing for a system of one phase.
+    /// Metrics of the pretrained embedding; `None` for a system of one phase.
     pub embedding: Option<MetricsFile>,
-    /// The control by round; rounds that it shares with the experiment are absent.
+    /// Metrics of the control by round, without the rounds that it shares with the experiment.
     pub control: Vec<(usize, MetricsFile)>,
-    /// Where the last assignments are.
+    /// The folder of the last assignments.
     pub assignments: PathBuf,
 }
 
-/// What an experiment found over all seeds.
+/// The results of an experiment over all seeds.
 #[derive(Debug, Clone)]
 pub struct ExperimentResults {
     /// Name of the experiment.
     pub experiment: String,
-    /// What people call it.
+    /// Its title.
     pub title: String,
     /// The method.
     pub system: String,
     /// Results by seed.
     pub outcomes: Vec<Outcome>,
-    /// How long the command took.
+    /// Elapsed time of the command in seconds.
     pub seconds: f64,
 }
 
-/// Mean and standard deviation (of a sample, n − 1) over the seeds.
+/// Mean and sample standard deviation (n − 1) over the seeds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistic {
     /// Their mean.
@@ -101,7 +100,7 @@ pub struct Statistic {
 }
 
 impl Statistic {
-    /// Over these values; nothing where one is absent.
+    /// Computes it over these values; `None` if one is `None`.
     pub fn of(values: impl Iterator<Item = Option<f64>>) -> Option<Self> {
         let values: Vec<f64> = values.collect::<Option<_>>()?;
         let n = values.len() as f64;
@@ -111,7 +110,7 @@ impl Statistic {
         (!values.is_empty()).then_some(Self { mean, deviation, values })
     }
 
-    /// In per cent.
+    /// Formats it in percent.
     pub fn percent(&self) -> String {
         match self.deviation {
             Some(deviation) => format!("{:.1} ± {:.1}", 100. * self.mean, 100. * deviation),
@@ -120,7 +119,7 @@ impl Statistic {
     }
 }
 
-/// One set of metrics per seed: a row of the table.
+/// A row of the table: one set of metrics per seed.
 struct ScoreRow<'a> {
     label: String,
     metrics: Vec<&'a MetricsFile>,
@@ -149,7 +148,7 @@ const COLUMNS: [&str; 8] =
     ["", "ACC", "NMI", "ARI", "k-means ACC", "reliable share", "reliable ACC", "stability"];
 
 impl ExperimentResults {
-    /// The table, in per cent, and where the assignments are.
+    /// The table, in percent, and the paths of the assignments.
     pub fn table(&self) -> String {
         let seeds: Vec<_> = self.outcomes.iter().map(|outcome| outcome.seed.to_string()).collect();
         let mut text = format!("{} ({})\n", self.title, self.system);
@@ -213,7 +212,7 @@ impl ExperimentResults {
         }
     }
 
-    /// The same as one JSON object; scores are fractions.
+    /// The results as one JSON object; scores are fractions.
     pub fn json(&self) -> Value {
         let rounds: Vec<_> = self.rounds().iter().enumerate().map(round_json).collect();
         let scores = self.rounds().last().map(|row| scores_json(&row.scores(head)));
@@ -246,7 +245,7 @@ impl ExperimentResults {
         })
     }
 
-    /// The experiment, a row for each round.
+    /// The rows of the experiment, one per round.
     fn rounds(&self) -> Vec<ScoreRow<'_>> {
         let count = self.outcomes.iter().map(|outcome| outcome.rounds.len()).min().unwrap_or(0);
         let row = |round: usize| ScoreRow {
@@ -256,7 +255,7 @@ impl ExperimentResults {
         (0..count).map(row).collect()
     }
 
-    /// The control, a row for each round in which it differs.
+    /// The rows of the control, one per round in which it differs.
     fn control(&self) -> Vec<ScoreRow<'_>> {
         let count = self.outcomes.iter().map(|outcome| outcome.control.len()).min().unwrap_or(0);
         let row = |position: usize| ScoreRow {
@@ -281,14 +280,14 @@ impl ExperimentResults {
         names.into_iter().flatten().map(scores).collect()
     }
 
-    /// The baseline that knows no network.
+    /// The row of k-means on pixels.
     fn pixels(&self) -> Option<ScoreRow<'_>> {
         let metrics: Option<Vec<_>> =
             self.outcomes.iter().map(|outcome| outcome.pixels.as_ref()).collect();
         Some(ScoreRow { label: "k-means on pixels".into(), metrics: metrics? })
     }
 
-    /// The baseline that knows the network as pretraining left it.
+    /// The row of k-means on the pretrained embedding.
     fn embedding(&self) -> Option<ScoreRow<'_>> {
         let metrics: Option<Vec<_>> =
             self.outcomes.iter().map(|outcome| outcome.embedding.as_ref()).collect();
@@ -301,7 +300,7 @@ fn line(label: &str, cells: &[Option<Statistic>]) -> Vec<String> {
     [label.to_owned()].into_iter().chain(cells.iter().map(cell)).collect()
 }
 
-/// Lines as columns: the first to the left, the others to the right.
+/// Aligns lines as columns: the first column to the left, the others to the right.
 pub fn aligned(lines: &[Vec<String>]) -> String {
     let width = |column: usize| {
         lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
@@ -342,7 +341,7 @@ fn scores_json([acc, nmi, ari]: &[Option<Statistic>; 3]) -> Value {
     })
 }
 
-/// A statistic as JSON, null where there is none.
+/// A statistic as JSON; null for `None`.
 pub fn statistic_json(statistic: &Option<Statistic>) -> Value {
     statistic.as_ref().map_or(Value::Null, |statistic| {
         json!({
@@ -447,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn the_object_has_what_readers_rely_on() {
+    fn the_json_object_has_its_documented_fields() {
         let json = report(true, &[0.9, 0.8]).json();
         let close = |pointer: &str, want: f64| {
             let got = json.pointer(pointer).and_then(Value::as_f64).expect(pointer);

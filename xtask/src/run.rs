@@ -1,4 +1,4 @@
-//! A run: the steps of a plan for one seed, checked, then started one after another.
+//! A run: checks the steps of a plan for one seed, then runs them in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -32,7 +32,7 @@ pub struct ExperimentRun<'a> {
 }
 
 impl<'a> ExperimentRun<'a> {
-    /// The run of a plan whose data are prepared.
+    /// The run of a plan. Its data must be prepared.
     pub fn new(seed: u64, setup: &'a Setup) -> Result<Self> {
         let labels = setup.prepared.labels_identity()?;
         let surroundings = Surroundings {
@@ -65,15 +65,15 @@ impl<'a> ExperimentRun<'a> {
         Ok(Self { seed, setup, keys, store, folder, earlier })
     }
 
-    /// How far the step at `position` has come.
+    /// The state of the step at `position`.
     pub fn state(&self, position: usize) -> StepState {
         self.store.state(self.keys[position].name())
     }
 
-    /// Runs every program with `--check` that has something to do, on the inputs that exist:
-    /// whatever is wrong with a table is found before the first step starts.
+    /// Runs the program of every unfinished step with `--check` on the inputs that exist, so that
+    /// errors in a table are found before the first step starts.
     ///
-    /// - `fresh`: the steps run again even where they are done.
+    /// - `fresh`: check finished steps too.
     pub fn check(&self, positions: &[usize], fresh: bool) -> Result<()> {
         let mut checked = BTreeSet::new();
         let mut failed = Vec::new();
@@ -107,12 +107,12 @@ impl<'a> ExperimentRun<'a> {
         )
     }
 
-    /// What the step's program declares that it will cost; `None` where it does not say.
+    /// The effort that the step's program declares; `None` if it declares none.
     pub fn declared_effort(&self, position: usize) -> Result<Option<Effort>> {
         self.start_check(position).map(|printed| Effort::of_check(&printed))
     }
 
-    /// Starts the step's program with `--check` and returns what it printed.
+    /// Runs the step's program with `--check` and returns its stdout.
     fn start_check(&self, position: usize) -> Result<String> {
         let is_done = |position| self.state(position) == StepState::Done;
         let mut arguments = self.arguments(position, is_done);
@@ -121,27 +121,27 @@ impl<'a> ExperimentRun<'a> {
         self.process(position, &name, &arguments).printed()
     }
 
-    /// Runs these steps in order; what is done already is linked.
+    /// Runs these steps in order, and links finished ones.
     ///
-    /// - `fresh`: results of earlier commands are removed first, each right before its step runs.
+    /// - `fresh`: remove the earlier result of each step right before it runs.
     pub fn execute(&self, positions: &[usize], fresh: bool) -> Result<()> {
         self.publish()?;
         let mut seen = BTreeSet::new();
         for &position in positions {
-            // A step of another row may share the result that was made anew a moment ago.
+            // A step of another row may share a result that was just recomputed.
             let is_first = seen.insert(self.keys[position].name());
             self.removing_damaged(self.execute_one(position, fresh && is_first))?;
         }
         self.publish()
     }
 
-    /// See [`Store::removing_damaged`], for all steps of the run.
+    /// Calls [`Store::removing_damaged`] for all steps of the run.
     pub fn removing_damaged<T>(&self, result: Result<T>) -> Result<T> {
         let keys = self.keys.iter().map(StoreKey::name);
         self.store.removing_damaged(result, keys, self.interrupt())
     }
 
-    /// Makes this the plan that the run's folder shows and that other commands read.
+    /// Publishes this plan in the run's folder, where other commands read it.
     pub fn publish(&self) -> Result<()> {
         self.record().publish(&self.folder, &self.setup.runs, self.interrupt())
     }
@@ -160,7 +160,7 @@ impl<'a> ExperimentRun<'a> {
             }
             Ok(is_done)
         };
-        // Others may read a finished result for hours: it is not claimed.
+        // A finished result is not claimed, because others may read it for hours.
         if !fresh && is_done()? {
             return Ok(());
         }
@@ -177,7 +177,7 @@ impl<'a> ExperimentRun<'a> {
         let _inputs = self.hold_inputs(step)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
         if !self.setup.programs.get(&step.program).is_own() {
-            // Our own programs clear what a killed one left; these do not know of the mark.
+            // Our own programs remove leftovers of a killed process; foreign ones may not.
             files::remove_unfinished(&folder)?;
             finished::clear(&folder)?;
         }
@@ -186,7 +186,7 @@ impl<'a> ExperimentRun<'a> {
         let arguments = self.arguments(position, |_| true);
         self.process(position, &name, &arguments).run_in(&folder, claim.file())?;
         if !finished::is_finished(&folder) {
-            // Exit status 0 says so; a foreign program need not know the mark.
+            // Exit status 0 means done; a foreign program need not write the mark.
             finished::mark(&folder, step.place.name, None, Digests::Listed)?;
         }
         tracing::info!("{name}: done in {:.1} s", begin.elapsed().as_secs_f64());
@@ -207,7 +207,7 @@ impl<'a> ExperimentRun<'a> {
         folder.exists().then_some((role.name, folder))
     }
 
-    /// Keeps the step's inputs from being removed while it runs.
+    /// Prevents the removal of the step's inputs while it runs.
     fn hold_inputs(&self, step: &Step) -> Result<Vec<store::Hold>> {
         let steps = step.inputs.iter().filter_map(|(_, input)| match input {
             StepInput::Step(position) => Some(self.keys[*position].name()),
@@ -226,7 +226,7 @@ impl<'a> ExperimentRun<'a> {
         Process { name, program, arguments, interrupt: self.interrupt() }
     }
 
-    /// What `report`, `predict` and `clusters` will know of the run.
+    /// The record that `report`, `predict` and `clusters` read.
     fn record(&self) -> RunRecord {
         let steps = self.setup.plan.steps.iter().zip(&self.keys).map(|(step, key)| RecordedStep {
             name: step.name(),
@@ -254,12 +254,12 @@ impl<'a> ExperimentRun<'a> {
         self.store.path(self.keys[position].name())
     }
 
-    /// True when the results of two steps are one.
+    /// Whether two steps share one result.
     pub fn is_shared(&self, one: usize, other: usize) -> bool {
         self.keys[one] == self.keys[other]
     }
 
-    /// The first step that this one needs and that is not done.
+    /// The first unfinished step that this one needs.
     pub fn missing_input(&self, position: usize) -> Option<&'a Step> {
         let plan = self.setup.plan;
         plan.steps[position].inputs.iter().find_map(|(_, input)| match input {
@@ -270,7 +270,7 @@ impl<'a> ExperimentRun<'a> {
         })
     }
 
-    /// The command of a step as a person would type it.
+    /// The command line of a step, for display.
     pub fn command_line(&self, position: usize) -> String {
         let program = self.setup.programs.get(&self.setup.plan.steps[position].program);
         let arguments = self.arguments(position, |_| true);
@@ -278,7 +278,7 @@ impl<'a> ExperimentRun<'a> {
         program.typed().into_iter().chain(arguments).collect::<Vec<_>>().join(" ")
     }
 
-    /// The arguments of a step, with those inputs that pass `wanted`.
+    /// The arguments of a step, with the inputs that satisfy `wanted`.
     fn arguments(&self, position: usize, wanted: impl Fn(usize) -> bool) -> Vec<OsString> {
         let step = &self.setup.plan.steps[position];
         let folder = |input: &StepInput| match input {
@@ -300,7 +300,7 @@ impl<'a> ExperimentRun<'a> {
     }
 }
 
-/// What a stage is told besides its inputs and where to write.
+/// The arguments of a stage besides its inputs and output.
 #[derive(Debug, Clone, Copy)]
 pub struct Call<'a> {
     /// Its experiment file.

@@ -1,4 +1,4 @@
-//! What is ready before the first step: programs, device, resolved experiments, data.
+//! Sets up a run before its first step: programs, device, resolved experiments, data.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,12 +21,12 @@ pub struct SetupOptions {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
-    /// Where the pictures are, instead of the experiment's own source.
+    /// Read the pictures from here instead of the experiment's own source.
     #[arg(long, value_name = "PATH")]
     pub images: Option<PathBuf>,
-    /// Check everything and say what would run, but run nothing.
+    /// Check everything and print what would run, but run nothing.
     ///
-    /// Programs are started with --check, foreign executables too.
+    /// Runs programs with --check, including foreign executables.
     #[arg(long)]
     pub dry_run: bool,
     /// Keep results in this folder.
@@ -34,15 +34,15 @@ pub struct SetupOptions {
     pub runs: PathBuf,
 }
 
-/// What is ready before the first step of a plan.
+/// Everything that the first step of a plan needs.
 #[derive(Debug)]
 pub struct Setup<'a> {
     pub session: &'a CommandContext,
     pub plan: &'a RunPlan,
     pub programs: Programs,
-    /// Where to compute: not `auto`, but what it stands for here.
+    /// Where to compute, with `auto` resolved.
     pub device: DeviceChoice,
-    /// The resolved experiment of each arm, as its steps read it.
+    /// The file of each arm's resolved experiment, which its steps read.
     pub experiment_files: BTreeMap<Arm, PathBuf>,
     pub prepared: PreparedData<'a>,
     /// The folder of all results.
@@ -50,7 +50,7 @@ pub struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    /// Finds the programs and the device, writes the experiments, and looks at the source.
+    /// Finds the programs and the device, writes the experiments, and checks the source.
     pub fn new(
         session: &'a CommandContext,
         plan: &'a RunPlan,
@@ -84,15 +84,15 @@ impl<'a> Setup<'a> {
         self.runs.join(&self.main().name)
     }
 
-    /// Prepares the data unless they are, and keeps them as long as the result is held.
+    /// Prepares the data unless it is done. The returned hold prevents its removal.
     pub fn prepare(&self) -> Result<Hold> {
         let data = self.prepared.make(None, false)?;
         self.prepared.require_enough_pictures()?;
         Ok(data)
     }
 
-    /// Checks the tables of a run whose data are not prepared, so that nothing has a key, and says
-    /// what would run.
+    /// Checks the tables of a run and prints what would run, before its data is prepared and its
+    /// steps have keys.
     pub fn dry_run_unprepared(&self) -> Result<()> {
         self.prepared.check()?;
         for step in &self.plan.steps {
@@ -108,7 +108,7 @@ impl<'a> Setup<'a> {
         self.plan.steps.iter().try_for_each(|step| print_line(step.name()))
     }
 
-    /// Says what each of these steps of a run would do.
+    /// Prints what each of these steps of a run would do.
     pub fn say_what_would_run(
         &self,
         run: &ExperimentRun,
@@ -138,8 +138,8 @@ impl<'a> Setup<'a> {
     }
 }
 
-/// Writes the resolved experiment of each arm below `runs`, under a name that changes with its
-/// contents: an edit of the file does not change a run that began from it.
+/// Writes the resolved experiment of each arm below `runs`. Its name depends on its contents, so
+/// that editing the original file does not affect a run that has started.
 fn write_experiments(plan: &RunPlan, runs: &Path) -> Result<BTreeMap<Arm, PathBuf>> {
     let mut experiment_files = BTreeMap::new();
     for (arm, experiment) in &plan.arms {

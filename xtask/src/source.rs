@@ -1,4 +1,4 @@
-//! Sources of pictures: how a path is rendered, and the state by which a source is known.
+//! Sources of pictures: renders their paths and computes the state that identifies them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use stage::Interrupt;
 
-/// A source as it is seen from anywhere: a path made absolute, an address on the network as it is.
+/// Makes the path of a source absolute; returns an address on the network unchanged.
 pub fn absolute_source(source: &Path) -> Result<PathBuf> {
     match is_address(source) {
         true => Ok(source.to_owned()),
@@ -17,12 +17,12 @@ pub fn absolute_source(source: &Path) -> Result<PathBuf> {
     }
 }
 
-/// True for an address on the network, such as `hf://datasets/owner/name`.
+/// Whether a source is an address on the network, such as `hf://datasets/owner/name`.
 fn is_address(source: &Path) -> bool {
     source.to_string_lossy().contains("://")
 }
 
-/// A path as text, one for each path: bytes that are not UTF-8 become `\xNN`.
+/// Renders a path as text, different for each path: bytes that are not UTF-8 become `\xNN`.
 pub fn text_of(path: &Path) -> String {
     let chunks = path.as_os_str().as_encoded_bytes().utf8_chunks();
     let mut text = String::new();
@@ -33,9 +33,8 @@ pub fn text_of(path: &Path) -> String {
     text
 }
 
-/// The file or folder by whose state a source is known: the archive that a `#` points into, the
-/// folder of files that a pattern names. A source on the network has no state here; its address
-/// says which revision it is.
+/// The file or folder whose state identifies a source: the archive before a `#`, or the folder of a
+/// pattern. `None` for a source on the network, whose address states the revision.
 ///
 /// # Errors
 ///
@@ -53,17 +52,17 @@ fn seen_of(source: &Path) -> Result<Option<PathBuf>> {
     match [archive, folder].into_iter().flatten().find(|path| path.exists()) {
         Some(path) => Ok(Some(path)),
         None => bail!(
-            "there is no source of pictures `{}`; name a folder, an archive, a manifest or an \
+            "there is no source of pictures `{}`; pass a folder, an archive, a manifest or an \
              address with --images PATH, or as `source` in table `[prepare]`",
             source.display()
         ),
     }
 }
 
-/// The state of a source: the names, lengths and times of change of all its files.
+/// A digest of the names, sizes and modification times of all files of a source.
 ///
-/// It is taken whenever pictures may have to be prepared, so it must be cheap for millions of files.
-/// Links to folders are followed; a folder that several lead to is looked at once.
+/// It is computed whenever pictures may have to be prepared, so it must be cheap for millions of
+/// files. Follows links to folders, and visits each folder once.
 pub fn state_of(source: &Path, interrupt: &Interrupt) -> Result<String> {
     let Some(seen) = seen_of(source)? else { return Ok("on the network".to_owned()) };
     let mut hash = Sha256::new();
@@ -90,7 +89,7 @@ pub fn state_of(source: &Path, interrupt: &Interrupt) -> Result<String> {
     Ok(stage::digest::hex(&hash.finalize()))
 }
 
-/// What is in a folder, sorted by name.
+/// The entries of a folder, sorted by name.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = fs::read_dir(folder).and_then(|entries| {
         entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, std::io::Error>>()
@@ -105,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_is_known_by_what_is_there_of_it() {
+    fn a_source_is_identified_by_its_existing_part() {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         fs::write(at("x.zip"), "1").expect("written");

@@ -1,9 +1,9 @@
-//! The store: every result under its key, and the views that people look at.
+//! The store: every result under its key, and the views that users open.
 //!
-//! `runs/.store/<key>/` holds what one step wrote, finished when it has `done.json`. Beside it,
-//! `<key>.json` says what the key was made of; commands lock that file while they work on the step
-//! or read its result. `runs/<experiment>/<seed>/<round>-<place>` is a link to the folder.
-//! Experiments share the results that they have in common.
+//! `runs/.store/<key>/` is the output of one step; it is finished when it has `done.json`. Beside
+//! it, `<key>.json` has the values that the key is a digest of; commands lock that file while they
+//! work on the step or read its result. `runs/<experiment>/<seed>/<round>-<place>` is a link to the
+//! folder. Experiments share the results of identical steps.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
@@ -23,23 +23,23 @@ pub struct Store {
     folder: PathBuf,
 }
 
-/// How far a step has come.
+/// The state of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StepState {
-    /// Nothing is there.
+    /// It was never started.
     New,
-    /// It was started, and resumes when it is started again.
+    /// It was started but is not finished; it can be resumed.
     Started,
     /// It is finished.
     Done,
 }
 
-/// The right to work on a step or to read its result, until it is dropped or the process ends.
+/// A lock for working on a step or reading its result, until it is dropped or the process ends.
 #[derive(Debug)]
 pub struct Hold(File);
 
 impl Hold {
-    /// The locked file. A process that inherits it keeps the lock as long as it lives.
+    /// The locked file. A process that inherits it keeps the lock until it ends.
     pub fn file(&self) -> &File {
         &self.0
     }
@@ -66,7 +66,7 @@ impl Store {
         self.folder.join(format!("{key}.{name}"))
     }
 
-    /// How far the step of `key` has come.
+    /// The state of the step of `key`.
     pub fn state(&self, key: &str) -> StepState {
         let folder = self.path(key);
         if finished::is_finished(&folder) {
@@ -78,7 +78,7 @@ impl Store {
         }
     }
 
-    /// Claims `key` for this process alone; waits while another command works on it or reads it.
+    /// Locks `key` exclusively; waits while another command works on it or reads it.
     pub fn claim(&self, key: &StoreKey, interrupt: &Interrupt) -> Result<Hold> {
         fs::create_dir_all(&self.folder)
             .with_context(|| format!("creating `{}`", self.folder.display()))?;
@@ -94,7 +94,7 @@ impl Store {
         Ok(Hold(file))
     }
 
-    /// Keeps the finished result `key` from being removed; waits while another command works on it.
+    /// Prevents the removal of the finished result `key`; waits while another command works on it.
     pub fn hold(&self, key: &str, interrupt: &Interrupt) -> Result<Hold> {
         let missing = || {
             format!(
@@ -106,7 +106,7 @@ impl Store {
         if self.state(key) != StepState::Done {
             bail!(missing())
         }
-        // A step that was started by hand has no record yet; the next claim writes it.
+        // A step that was started manually has no record yet; the next claim writes it.
         let path = self.beside(key, "json");
         let open = File::options().create(true).append(true).read(true).open(&path);
         let file = open.with_context(|| format!("opening `{}`", path.display()))?;
@@ -162,7 +162,7 @@ impl Store {
         if !folder.exists() {
             return Ok(());
         }
-        // The program that writes there may have outlived the command that started it.
+        // The program that writes there may outlive the command that started it.
         let _writer = Claim::wait(&folder, interrupt)?;
         fs::remove_dir_all(&folder).with_context(|| format!("removing `{}`", folder.display()))
     }
@@ -192,10 +192,12 @@ fn lock(
     }
 }
 
-/// Makes `view` show the folder `target`: a link, or a text file that holds the path where the
-/// system has no links.
+/// Makes `view` a link to the folder `target`, or, on a system without links, a text file with its
+/// path.
 ///
-/// A view that is neither is somebody's data: that is an error.
+/// # Errors
+///
+/// `view` exists and is neither: it may be the user's data.
 pub fn show(view: &Path, target: &Path) -> Result<()> {
     require_replaceable(view)?;
     let put = || -> io::Result<()> {
@@ -203,7 +205,7 @@ pub fn show(view: &Path, target: &Path) -> Result<()> {
         fs::create_dir_all(folder)?;
         let target = fs::canonicalize(target)?;
         let name = view.file_name().unwrap_or_default().to_string_lossy();
-        // Renamed into place: whoever looks finds the old view or the new one.
+        // Renamed into place, so that a reader finds either the old view or the new one.
         let beside = folder.join(format!(".{name}.{}", std::process::id()));
         let _ = fs::remove_file(&beside);
         link(&target, &beside).or_else(|_| fs::write(&beside, target.display().to_string()))?;
@@ -212,7 +214,7 @@ pub fn show(view: &Path, target: &Path) -> Result<()> {
     put().with_context(|| format!("linking `{}` to `{}`", view.display(), target.display()))
 }
 
-/// Fails where something else than a view lies at the path of a view.
+/// Fails if the path of a view holds something else.
 pub fn require_replaceable(view: &Path) -> Result<()> {
     match fs::symlink_metadata(view) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -225,11 +227,11 @@ pub fn require_replaceable(view: &Path) -> Result<()> {
     }
 }
 
-/// True for a link, or for the text file that stands for one.
+/// Whether a path is a view: a link, or a text file in place of one.
 pub fn is_view(path: &Path) -> bool {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_symlink() => true,
-        // A path is no longer than that.
+        // Paths are not longer than that.
         Ok(found) if found.is_file() && found.len() <= 4096 => {
             fs::read_to_string(path).is_ok_and(|text| Path::new(&text).is_absolute())
         }
@@ -252,7 +254,7 @@ fn link(target: &Path, view: &Path) -> io::Result<()> {
     std::os::windows::fs::symlink_dir(target, view)
 }
 
-/// `target` as seen from `folder`, so that the whole of `runs/` can be moved.
+/// The path of `target` relative to `folder`, so that `runs/` can be moved as a whole.
 #[cfg(unix)]
 fn relative(target: &Path, folder: &Path) -> Option<PathBuf> {
     let common = folder.ancestors().find(|ancestor| target.starts_with(ancestor))?;
@@ -369,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_put_at_the_place_of_a_view_stays() {
+    fn files_of_the_user_at_the_path_of_a_view_are_kept() {
         let folder = tempfile::tempdir().expect("a folder");
         let view = folder.path().join("0-embed");
         fs::create_dir(&view).expect("created");

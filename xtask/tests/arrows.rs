@@ -1,7 +1,7 @@
-//! Holds the manifests against the drawn arrows: which crate may build on which.
+//! Tests that the manifests follow the architecture: which crate may depend on which.
 //!
-//! A crate that is not named here is a stage or a helper. It may build on the libraries, within what
-//! it must not know, and on no other stage or helper; so a new stage needs no line here.
+//! A crate that is not listed here is a stage or a helper. It may depend on the libraries, except
+//! those it must not know, and on no other stage or helper. So a new stage needs no line here.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -27,7 +27,7 @@ const LIBRARIES: [(&str, &[&str]); 10] = [
 /// Libraries that know networks.
 const NETWORKS: &[&str] = &["layers", "backbone", "training"];
 
-/// What a stage or helper must not know.
+/// Libraries that a stage or helper must not depend on.
 const IGNORANCE: [(&str, &[&str]); 5] = [
     ("prepare", NETWORKS),
     ("metrics", NETWORKS),
@@ -67,7 +67,7 @@ fn manifests() -> Vec<(String, Table)> {
     folders.into_iter().map(named).collect()
 }
 
-/// All dependencies of a manifest: normal, for tests, for build scripts, for single targets.
+/// All dependencies of a manifest: normal, dev, build, and for single targets.
 fn dependencies(manifest: &Table) -> BTreeSet<String> {
     let mut tables = vec![manifest];
     if let Some(Value::Table(targets)) = manifest.get("target") {
@@ -78,7 +78,7 @@ fn dependencies(manifest: &Table) -> BTreeSet<String> {
     found.filter_map(Value::as_table).flat_map(|table| table.keys().cloned()).collect()
 }
 
-/// The crates of ours that `name` may not build on, out of those that it does build on.
+/// Returns the `dependencies` that `name` may not have.
 fn wrong_arrows(name: &str, dependencies: &BTreeSet<&str>) -> Vec<String> {
     let library = LIBRARIES.iter().find(|(library, _)| *library == name);
     let above = ABOVE.iter().find(|(program, _)| *program == name);
@@ -88,15 +88,15 @@ fn wrong_arrows(name: &str, dependencies: &BTreeSet<&str>) -> Vec<String> {
         (Some((_, allowed)), _) => allowed.contains(&other),
         (None, Some((_, Some(allowed)))) => allowed.contains(&other),
         (None, Some((_, None))) => other != "tests",
-        // Kernels are behind the libraries.
+        // Only libraries use kernels directly.
         (None, None) => is_library(other) && other != "kernels" && !hidden.contains(&other),
     };
     let wrong = dependencies.iter().filter(|other| !is_allowed(other));
-    wrong.map(|other| format!("`{name}` builds on `{other}`, and no arrow leads there")).collect()
+    wrong.map(|other| format!("`{name}` may not depend on `{other}`")).collect()
 }
 
 #[test]
-fn the_manifests_keep_to_the_arrows() {
+fn the_manifests_follow_the_arrows() {
     let members = manifests();
     let ours: BTreeSet<&str> = members.iter().map(|(name, _)| name.as_str()).collect();
     let mut wrong = Vec::new();
@@ -148,7 +148,7 @@ fn the_arrows_point_down() {
 }
 
 #[test]
-fn versions_and_lints_stand_in_the_root_alone() {
+fn versions_and_lints_are_only_in_the_root() {
     for (name, manifest) in manifests() {
         assert_eq!(manifest["package"]["version"]["workspace"], Value::Boolean(true), "{name}");
         for (dependency, value) in manifest["dependencies"].as_table().into_iter().flatten() {
@@ -157,8 +157,8 @@ fn versions_and_lints_stand_in_the_root_alone() {
             let is_stage = name == "assort" && value.get("path").is_some();
             assert!(inherited || is_stage, "`{name}` gives `{dependency}` a version");
         }
-        // Only the kernels are free to write `unsafe`; whoever else does marks the one place.
+        // Only `kernels` may use `unsafe` freely; other crates mark each place.
         let inherits = manifest["lints"].get("workspace") == Some(&Value::Boolean(true));
-        assert!(inherits || name == "kernels", "`{name}` has lints of its own");
+        assert!(inherits || name == "kernels", "`{name}` does not inherit the lints");
     }
 }

@@ -1,12 +1,12 @@
-//! Holds the tests against the systems' specifications: every numbered case is some test's.
+//! Tests that every numbered case of the systems' specifications has a test.
 //!
-//! A test says which in a comment, `ProPos, case 9` or `SeCu, case T4`; where a case takes several
-//! tests, each says it. `grep -rn 'ProPos, case 9' crates` finds them.
+//! A test names its case in a comment, `ProPos, case 9` or `SeCu, case T4`. Several tests may name
+//! the same case. `grep -rn 'ProPos, case 9' crates` finds them.
 
 use std::fs;
 use std::path::Path;
 
-/// A system, what stands before the numbers of its cases, and how many there are.
+/// A system, the prefix of its case numbers, and the number of cases.
 const CASES: [(&str, &str, usize); 4] =
     [("ProPos", "", 16), ("SeCu", "T", 15), ("IMC-SwAV", "T", 16), ("ICBPL", "T", 15)];
 
@@ -35,7 +35,7 @@ fn every_case_of_the_specifications_is_a_test() {
             let mark = format!("{system}, case {letter}{number}");
             let is_whole = |rest: &str| !rest.starts_with(|c: char| c.is_ascii_digit());
             let found = text.split(&mark).skip(1).any(is_whole);
-            assert!(found, "no test says `{mark}`");
+            assert!(found, "no test names `{mark}`");
         }
     }
 }
