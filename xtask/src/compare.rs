@@ -302,8 +302,8 @@ impl<'a> SystemComparison<'a> {
     }
 }
 
-/// The multiply-adds of each step, from what its program declares. A step that passes pictures through
-/// the network of an earlier one costs what a picture costs there.
+/// The multiply-adds of each step, from the effort that its program declares. A step that passes
+/// pictures through the network of an earlier step takes the cost per picture from that step.
 fn multiply_adds(plan: &RunPlan, declared: &[Option<Effort>]) -> Vec<Option<f64>> {
     let mut networks: Vec<Option<PictureCost>> = Vec::new();
     let mut costs = Vec::new();

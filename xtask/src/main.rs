@@ -51,12 +51,12 @@ enum XtaskCommand {
         #[command(flatten)]
         options: bench::BenchOptions,
     },
-    /// Disturbs `assort` and counts what goes wrong: kills, damaged files, full disks, commands at
-    /// once, changed bytes.
+    /// Disturbs `assort` with kills, damaged files, full disks, concurrent commands and changed
+    /// bytes, and counts what goes wrong.
     Trial {
         /// crash, hostile or fuzz.
         what: String,
-        /// How long.
+        /// How long to run.
         #[arg(long, value_name = "M", default_value_t = 1.)]
         minutes: f64,
         /// Seed of the random moments, files and bits.

@@ -117,9 +117,9 @@ impl Store {
         Ok(Hold(file))
     }
 
-    /// Passes `result` on. Where it failed by its input, this looks for damaged files among the
-    /// finished results `keys` and removes them, so that the same command makes them again; the error
-    /// then says so.
+    /// Returns `result`. If it failed because of its input, first removes the results among the
+    /// finished ones in `keys` that have damaged files, so that the same command makes them again.
+    /// The error then says so.
     pub fn removing_damaged<'a, T>(
         &self,
         result: Result<T>,

@@ -17,7 +17,7 @@ use stage::container::{self, Container, Header};
 
 use crate::{Segment, network_file};
 
-/// EntryKind of the file.
+/// Kind of the file.
 pub const KIND: &str = "backbone";
 /// Its format version.
 pub const VERSION: u64 = 1;

@@ -14,7 +14,7 @@ use stage::container::{self, Container, Header};
 
 use crate::Segment;
 
-/// EntryKind of the file.
+/// Kind of the file.
 pub const KIND: &str = "network";
 /// Its format version.
 pub const VERSION: u64 = 1;

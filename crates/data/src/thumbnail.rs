@@ -53,8 +53,8 @@ pub fn thumbnail(picture: &Picture, (height, width): (usize, usize)) -> Thumbnai
     Thumbnail { height: rows.len(), width: columns.len(), channels, values }
 }
 
-/// Returns, for each of so many equal parts of a side, the first pixel that it covers, and the share
-/// of the part that each covered pixel has.
+/// Returns, for each of `parts` equal parts of a side, the first pixel that it covers, and the
+/// share of the part that each covered pixel has.
 fn shares(side: usize, parts: usize) -> Vec<(usize, Vec<f32>)> {
     let part = |number: usize| {
         // In units of a pixel's `parts`-th, so that all borders are whole numbers.

@@ -21,7 +21,7 @@ pub struct Convolution {
     pub out_channels: usize,
     /// Side of the square kernel, in pixels; 1 to 255.
     pub kernel: usize,
-    /// NetworkInput pixels from one output pixel to the next, at least 1.
+    /// Input pixels from one output pixel to the next, at least 1.
     pub stride: usize,
     /// Zero pixels added on each side, fewer than `kernel`.
     pub padding: usize,
@@ -46,7 +46,7 @@ pub struct BatchNorm {
 pub struct Pool {
     /// Side of the square window, in pixels; 1 to 16.
     pub kernel: usize,
-    /// NetworkInput pixels from one window to the next, at least 1.
+    /// Input pixels from one window to the next, at least 1.
     pub stride: usize,
     /// Pixels added on each side, at most half the window.
     pub padding: usize,

@@ -269,7 +269,7 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
         return Ok(());
     }
     if out.join(DONE).exists() {
-        tracing::warn!("`{}` lacks a file that was written; prepared again", out.display());
+        tracing::warn!("`{}` lacks a file that it should have; preparing again", out.display());
         finished::clear(out)?;
     }
     if !location::is_address(source) {

@@ -1,5 +1,5 @@
-//! Data sets of the Hugging Face Hub: which files of a repository are pictures. Crate [`hub`]
-//! downloads them.
+//! Data sets of the Hugging Face Hub: selects the files of a repository that are pictures. Crate
+//! [`hub`] downloads them.
 
 use std::path::PathBuf;
 

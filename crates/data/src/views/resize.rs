@@ -6,9 +6,9 @@
 //! still in the nearest cache when its columns are mixed. Pillow mixes columns first and rounds to bytes
 //! in between; without rounding the order makes no difference.
 //!
-//! The cubic leaves the range of values at edges, and Pillow clips after each of its two passes. So
-//! columns are mixed first and their sums clipped, then rows: within one step of Pillow, where one clip
-//! at the end is up to 11 steps off on noise.
+//! The cubic can leave the range of values at edges, and Pillow clips after each of its two passes.
+//! So columns are mixed first and their sums clipped, then rows. The result is within one step of
+//! Pillow's; with a single clip at the end it is up to 11 steps off on noise.
 
 use std::ops::Range;
 
@@ -39,7 +39,7 @@ impl Area {
 
     /// The same area, of which only the middle square is kept.
     ///
-    /// - `round`: of the margin on top and at the left, where it is half a pixel.
+    /// - `round`: rounds the top and left margins if they end in half a pixel.
     ///
     /// # Errors
     ///
@@ -64,7 +64,7 @@ impl Area {
     }
 }
 
-/// ResizeBuffers that are reused from picture to picture.
+/// Buffers that are reused from picture to picture.
 #[derive(Debug, Default)]
 pub(super) struct ResizeBuffers {
     row: Vec<f32>,
@@ -72,7 +72,7 @@ pub(super) struct ResizeBuffers {
     columns: Axis,
     /// The columns of the cubic's first pass, before rows are mixed.
     middle: Vec<f32>,
-    /// Passes one side on as it is.
+    /// Keeps one side unchanged.
     unit: Axis,
 }
 
@@ -197,7 +197,7 @@ impl Axis {
         }
     }
 
-    /// Each place is the same place times `scale`.
+    /// Sets one weight per place: the place itself, times `scale`.
     fn set_unit(&mut self, places: usize, scale: f64) {
         self.taps = 1;
         self.starts.clear();
@@ -206,7 +206,8 @@ impl Axis {
         self.weights.resize(places, scale as f32);
     }
 
-    /// Counts from the first place that is used. Returns it, and how many from there on are used.
+    /// Makes places relative to the first that is used. Returns that place and the number of used
+    /// ones.
     fn begin_at_zero(&mut self) -> (usize, usize) {
         let first = self.starts.iter().copied().min().unwrap_or_default();
         let last = self.starts.iter().copied().max().unwrap_or_default();
