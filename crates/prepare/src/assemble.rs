@@ -19,6 +19,7 @@ use data::picture::Encoding;
 use data::{labels, names};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use stage::console::printable;
 use stage::{Interrupted, Split, files};
 
 use crate::journal::{Journal, What};
@@ -478,7 +479,7 @@ impl Tally {
 
     fn check_classes(&self, config: &Config) -> Result<()> {
         for class in &config.classes {
-            let some: Vec<&str> = self.classes.keys().take(4).map(String::as_str).collect();
+            let some: Vec<_> = self.classes.keys().take(4).map(|name| printable(name)).collect();
             ensure!(
                 self.classes.contains_key(class),
                 "the source has no class `{class}`; some of its {} classes are `{}`: correct \
@@ -495,8 +496,9 @@ impl Tally {
             .collect();
         if let [(class, _)] = kept[..] {
             bail!(
-                "the source has one class only, `{class}`; if there is no ground truth, put the \
-                 pictures into no folder"
+                "the source has one class only, `{}`; if there is no ground truth, put the \
+                 pictures into no folder",
+                printable(class)
             );
         }
         config.check_images_per_class(&kept)
@@ -506,8 +508,10 @@ impl Tally {
         let Self { all, broken, .. } = *self;
         ensure!(all > 0, "the source holds no pictures; use another one");
         if broken as f64 > config.broken_share * all as f64 {
-            let first: Vec<String> =
-                self.examples.iter().map(|(name, reason)| format!("`{name}` {reason}")).collect();
+            let example = |(name, reason): &(String, String)| {
+                format!("`{}` {}", printable(name), printable(reason))
+            };
+            let first: Vec<String> = self.examples.iter().map(example).collect();
             bail!(
                 "{broken} of {all} pictures cannot be read, more than `broken-share = {}` allows; \
                  repair or remove them, or raise the share: {}{}",

@@ -408,6 +408,18 @@ mod tests {
         assert_has(&refusal(&path.join("none"), &all), &["2 of 2"]);
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn a_name_in_a_message_forges_no_line_and_moves_no_cursor() {
+        let (_folder, path) = scratch();
+        put(&path.join("0/x\nprepare: done\u{1b}[2J.jpg"), b"no picture");
+        put(&path.join("0/a.png"), &png(1));
+        put(&path.join("1/b.png"), &png(2));
+        let message = refusal(&path, &config());
+        assert_has(&message, &["1 of 3", r"`0/x\u000aprepare: done\u001b[2J.jpg`"]);
+        assert!(!message.contains('\n') && !message.contains('\u{1b}'), "{message}");
+    }
+
     #[test]
     fn pictures_of_every_kind_are_converted_to_the_configured_channels() {
         let (_folder, path) = scratch();

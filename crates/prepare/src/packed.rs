@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use stage::Split;
+use stage::console::printable;
 
 use crate::archive::{Member, each, each_of_tar};
 use crate::collection::{Load, Sink};
@@ -134,8 +135,9 @@ impl Glance {
             let shown = path.display();
             match self.left_out {
                 Some((name, reason)) => bail!(
-                    "`{shown}` holds nothing that can be read: `{name}` {reason}; unpack the \
-                     archive and pass the folder of its pictures with {SOURCE}"
+                    "`{shown}` holds nothing that can be read: `{}` {reason}; unpack the archive and \
+                     pass the folder of its pictures with {SOURCE}",
+                    printable(&name)
                 ),
                 None => bail!(
                     "`{shown}` holds neither JPEG, PNG or WebP pictures nor the binary files of CIFAR \
@@ -368,8 +370,8 @@ impl Walk<'_> {
                 .into(),
         };
         let place = |name: &str, folder: &str| match folder.is_empty() {
-            true => format!("`{name}` in no folder"),
-            false => format!("`{name}` in `{folder}`"),
+            true => format!("`{}` in no folder", printable(name)),
+            false => format!("`{}` in `{}`", printable(name), printable(folder)),
         };
         bail!(
             "the pictures are not in folders side by side: {} and {}; {advice}",
