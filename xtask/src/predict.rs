@@ -144,7 +144,9 @@ impl Prediction<'_> {
         let _claim = self.store.claim(&key, interrupt)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
         store::show(&self.view(), &folder)?;
-        if self.store.state(key.name()) != StepState::Done {
+        // A file of a finished step may be missing: that step runs again.
+        let is_whole = STEPS.iter().all(|step| finished::is_finished(&folder.join(step)));
+        if !is_whole || self.store.state(key.name()) != StepState::Done {
             let experiment_file = self.store.beside(key.name(), "toml");
             files::write(&experiment_file, self.experiment.to_toml().as_bytes())?;
             self.start_steps(&experiment_file, &folder)?;

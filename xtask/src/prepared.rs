@@ -77,7 +77,10 @@ impl<'a> PreparedData<'a> {
 
     /// Whether it is completely prepared.
     pub fn is_done(&self) -> bool {
-        self.store.state(self.key.name()) == StepState::Done && self.folder.join(SOURCE).exists()
+        // Another text is a damaged one: the key is made of both.
+        let is_known =
+            fs::read_to_string(self.folder.join(SOURCE)).is_ok_and(|t| t == self.known());
+        self.store.state(self.key.name()) == StepState::Done && is_known
     }
 
     /// Whether a program that was killed at its very end left its journal. The next one removes it.
@@ -124,8 +127,12 @@ impl<'a> PreparedData<'a> {
                 self.source.display()
             )
         }
-        let source = json!({ "source": text_of(&self.source), "state": self.state });
-        files::write(&self.folder.join(SOURCE), format!("{source}\n").as_bytes())
+        files::write(&self.folder.join(SOURCE), self.known().as_bytes())
+    }
+
+    /// The contents of [`SOURCE`].
+    fn known(&self) -> String {
+        format!("{}\n", json!({ "source": text_of(&self.source), "state": self.state }))
     }
 
     /// Checks the source and the table `[prepare]` without writing pictures.

@@ -100,6 +100,9 @@ impl RunRecord {
     pub fn publish(&self, folder: &Path, runs: &Path, interrupt: &Interrupt) -> Result<()> {
         self.require_replaceable(folder)?;
         let _claim = Claim::wait(folder, interrupt)?;
+        if folder.exists() {
+            files::remove_unfinished(folder)?;
+        }
         let text = serde_json::to_string_pretty(self)?;
         files::write(&folder.join(FILE), format!("{text}\n").as_bytes())?;
         let steps = Store::of_steps(runs);

@@ -179,7 +179,9 @@ impl<'a> ExperimentRun<'a> {
         if !self.setup.programs.get(&step.program).is_own() {
             // Our own programs remove leftovers of a killed process; foreign ones may not.
             files::remove_unfinished(&folder)?;
-            finished::clear(&folder)?;
+            if folder.join(finished::DONE).exists() {
+                finished::clear(&folder)?;
+            }
         }
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();

@@ -57,6 +57,9 @@ impl<'a> Setup<'a> {
         options: &SetupOptions,
     ) -> Result<Self> {
         let experiment = plan.experiment(Arm::Main);
+        for folder in [&*experiment.name, ".store", ".data"] {
+            files::remove_abandoned(&options.runs.join(folder))?;
+        }
         let source = options.images.as_deref().map(crate::source::absolute_source).transpose()?;
         Ok(Self {
             session,

@@ -119,21 +119,26 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let _claim = Claim::wait(out, interrupt)?;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
     stage::files::remove_unfinished(out)?;
-    let (mut metrics, mut charts) = (Vec::new(), Vec::new());
+    let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
         if path.exists() {
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
             metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
         }
-        let path = folder.join("log.jsonl");
-        if path.exists() {
-            charts.push((step.clone(), charts_of(&path)?));
+        match charts_of(folder) {
+            Ok(of_step) => charts.push((step.clone(), of_step)),
+            Err(error) => {
+                tracing::warn!("{error:#}; its curves are left out");
+                facts.push(format!(
+                    "The log of {step} was changed after it was written: its curves are left out."
+                ));
+            }
         }
     }
     let html = Page {
         title: &arguments.title,
-        facts: facts(&labels),
+        facts,
         metrics,
         clusters: &clusters,
         shown: arguments.shown,
@@ -170,9 +175,15 @@ fn facts(labels: &PseudoLabels) -> Vec<String> {
     facts
 }
 
-fn charts_of(log: &Path) -> Result<Vec<Chart>> {
+/// The charts of the log in the folder of a step; none where it has no log.
+fn charts_of(folder: &Path) -> Result<Vec<Chart>> {
+    stage::finished::require_log(folder)?;
+    let log = folder.join("log.jsonl");
+    if !log.exists() {
+        return Ok(vec![]);
+    }
     let name = || format!("reading the log `{}`", log.display());
-    let text = fs::read_to_string(log).with_context(name)?;
+    let text = fs::read_to_string(&log).with_context(name)?;
     curves::charts(&text).with_context(name)
 }
 
@@ -324,6 +335,29 @@ pub(crate) mod tests {
         fs::remove_file(arguments.out.join("report.html"))?;
         assert!(run(&arguments, &Interrupt::default()).is_err());
         assert!(arguments.out.join("report.html").exists());
+        Ok(())
+    }
+
+    #[test]
+    fn curves_of_a_changed_log_are_left_out_and_the_page_says_so() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let arguments = arguments(folder.path())?;
+        let step = folder.path().join("secu");
+        stage::finished::mark(&step, "secu", None, stage::finished::Digests::Listed)?;
+        let page = || -> Result<String> {
+            run(&arguments, &Interrupt::default())?;
+            Ok(fs::read_to_string(arguments.out.join("report.html"))?)
+        };
+        assert!(page()?.contains("0-secu, by epoch"));
+        // Whole lines are missing: the lines that are left are sound.
+        let log = fs::read_to_string(step.join("log.jsonl"))?;
+        let first = log.split_inclusive('\n').next().expect("a line");
+        for changed in [first.to_owned(), log.replace("epoch", "epocx")] {
+            fs::write(step.join("log.jsonl"), changed)?;
+            let page = page()?;
+            assert!(!page.contains("0-secu, by epoch"));
+            assert!(page.contains("The log of 0-secu was changed"), "{page}");
+        }
         Ok(())
     }
 

@@ -1,8 +1,9 @@
 //! Files that are whole or absent: written to a temporary file, flushed, then renamed.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -27,6 +28,9 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut temporary = builder.tempfile_in(folder)?;
+    // Held until it is renamed, so that `remove_abandoned` passes over it. Some file systems have no
+    // locks.
+    let _ = temporary.as_file().try_lock();
     fill(temporary.as_file_mut())?;
     temporary.as_file().sync_all()?;
     temporary.persist(path)?;
@@ -45,7 +49,34 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| Ok(file.write_all(bytes)?))
 }
 
-/// Removes the temporary files that a killed process left in `folder`.
+/// Removes the temporary files of [`replace`] that a killed process left in `folder`, where others may
+/// be writing now: theirs are locked. A folder that does not exist has none.
+pub fn remove_abandoned(folder: &Path) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(|| format!("reading `{}`", folder.display()))?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let is_temporary = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
+        if is_temporary && entry.file_type()?.is_file() && is_old(&entry)? {
+            // Its writer may end and rename it, or remove it, at any moment.
+            let Ok(file) = File::options().write(true).open(entry.path()) else { continue };
+            if file.try_lock().is_ok() {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// True for a file that was not created this moment: its writer has had the time to lock it.
+fn is_old(entry: &fs::DirEntry) -> Result<bool> {
+    let changed = entry.metadata().and_then(|metadata| metadata.modified());
+    Ok(changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > Duration::from_millis(100))))
+}
+
+/// Removes the temporary files that a killed process left in `folder`. The caller has claimed it.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
         let entry = entry?;
@@ -87,6 +118,26 @@ mod tests {
         fs::write(&plain, b"x").expect("written");
         let mode = |path| fs::metadata(path).expect("there").permissions().mode();
         assert_eq!(mode(&ours), mode(&plain));
+    }
+
+    #[test]
+    fn abandoned_files_are_removed_and_those_of_a_living_writer_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let names = ["abandoned", "new", "held"].map(|name| format!("{TEMPORARY}{name}"));
+        let [abandoned, new, held] = names.map(|name| folder.path().join(name));
+        let long_ago = std::time::SystemTime::now() - Duration::from_secs(60);
+        for path in [&abandoned, &new, &held] {
+            fs::write(path, b"half").expect("written");
+            if path != &new {
+                let file = File::options().write(true).open(path).expect("there");
+                file.set_modified(long_ago).expect("set");
+            }
+        }
+        let writer = File::open(&held).expect("there");
+        writer.try_lock().expect("free");
+        remove_abandoned(folder.path()).expect("cleared");
+        assert!(!abandoned.exists() && new.exists() && held.exists());
+        remove_abandoned(&folder.path().join("none")).expect("nothing to clear");
     }
 
     #[test]

@@ -2,21 +2,25 @@
 //!
 //! It is an object of [`json`] with the keys `stage`, `algorithm` where a stage has one, and `files`:
 //! for each file its length and, unless the writer knows better, its SHA-256. A folder counts as
-//! finished while each listed file exists with its length. Logs (`*.jsonl`), which grow, and hidden
-//! files are not listed.
+//! finished while each listed file exists with its length. Logs (`*.jsonl`) and hidden files are not
+//! listed. `log.jsonl` holds times, so its SHA-256 stands beside it, in `log.sha256`; a result is sound
+//! without them.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{digest, json};
+use crate::{digest, files, job, json};
 
 /// The file that is written last: it marks its folder as finished.
 pub const DONE: &str = "done.json";
+
+/// The file with the digest of the log.
+const LOG_DIGEST: &str = "log.sha256";
 
 /// What `done.json` holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +32,8 @@ pub struct FinishedMark {
     pub algorithm: Option<u32>,
     /// The outputs by name.
     files: BTreeMap<String, OutputFile>,
+    /// Whether the stage wrote a log.
+    log: bool,
 }
 
 /// A file of a finished folder.
@@ -49,22 +55,44 @@ pub enum Digests {
 
 /// Marks `folder` as finished by `stage`, with the files that lie there now.
 pub fn mark(folder: &Path, stage: &str, algorithm: Option<u32>, digests: Digests) -> Result<()> {
-    let mut files = BTreeMap::new();
+    let mut outputs = BTreeMap::new();
     for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
         let entry = entry?;
         let metadata = entry.metadata()?;
         let Ok(name) = entry.file_name().into_string() else { continue };
         let grows = name.ends_with(".jsonl");
-        if !metadata.is_file() || name.starts_with('.') || grows || name == DONE {
+        let is_ours = [DONE, LOG_DIGEST].contains(&&*name);
+        if !metadata.is_file() || name.starts_with('.') || grows || is_ours {
             continue;
         }
         let sha256 = match digests {
             Digests::Listed => Some(digest::sha256_of_file(&entry.path())?),
             Digests::InFiles => None,
         };
-        files.insert(name, OutputFile { bytes: metadata.len(), sha256 });
+        outputs.insert(name, OutputFile { bytes: metadata.len(), sha256 });
     }
-    json::write(&folder.join(DONE), &FinishedMark { stage: stage.to_owned(), algorithm, files })
+    let log = folder.join(job::LOG);
+    if log.exists() {
+        files::write(&folder.join(LOG_DIGEST), digest::sha256_of_file(&log)?.as_bytes())?;
+    }
+    let log = log.exists();
+    let mark = FinishedMark { stage: stage.to_owned(), algorithm, files: outputs, log };
+    json::write(&folder.join(DONE), &mark)
+}
+
+/// Fails where the log of a finished folder was changed or removed after the folder was marked.
+pub fn require_log(folder: &Path) -> Result<()> {
+    if !read(folder).is_some_and(|mark| mark.log) {
+        return Ok(());
+    }
+    let path = folder.join(job::LOG);
+    let written = fs::read_to_string(folder.join(LOG_DIGEST)).ok();
+    ensure!(
+        path.exists() && written == Some(digest::sha256_of_file(&path)?),
+        "the log `{}` was changed or removed after its step ended",
+        path.display()
+    );
+    Ok(())
 }
 
 /// True for a folder that is marked and still has each listed file in its length.
@@ -97,10 +125,14 @@ pub fn damaged(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Removes the mark of a folder that is not finished any more, and what it lists: a stage that found
-/// its state but not its results would have nothing to do.
+/// its state but not its results would have nothing to do. Where the mark itself is damaged, nobody
+/// knows which file is sound, and all outputs go.
 pub fn clear(folder: &Path) -> Result<()> {
-    let listed = read(folder).map(|mark| mark.files.into_keys().collect()).unwrap_or_else(Vec::new);
-    for name in listed.iter().map(String::as_str).chain([DONE]) {
+    let listed = match read(folder) {
+        Some(mark) => mark.files.into_keys().collect(),
+        None => outputs(folder)?,
+    };
+    for name in listed.iter().map(String::as_str).chain([job::LOG, LOG_DIGEST, DONE]) {
         let path = folder.join(name);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -110,6 +142,15 @@ pub fn clear(folder: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Names of files in the formats that stages write.
+fn outputs(folder: &Path) -> Result<Vec<String>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_output = |name: &String| name.ends_with(".safetensors") || name.ends_with(".json");
+    Ok(names.filter(is_output).collect())
 }
 
 /// The mark; `None` where there is none, or where it is damaged.
@@ -148,6 +189,34 @@ mod tests {
             assert!(!at("a").exists() && !at(DONE).exists() && at(".hidden").exists());
             clear(folder.path()).expect("nothing to clear");
         }
+    }
+
+    #[test]
+    fn a_changed_or_missing_log_is_found_and_leaves_the_folder_finished() {
+        let folder = finished(Digests::InFiles);
+        require_log(folder.path()).expect("as it was written");
+        for spoil in
+            [|path: &Path| fs::write(path, "log.jsonk"), |path: &Path| fs::remove_file(path)]
+        {
+            spoil(&folder.path().join("log.jsonl")).expect("spoilt");
+            let error = require_log(folder.path()).expect_err("changed").to_string();
+            assert!(error.contains("log.jsonl") && is_finished(folder.path()), "{error}");
+        }
+        fs::remove_file(folder.path().join(DONE)).expect("removed");
+        require_log(folder.path()).expect("a run under way has no mark");
+    }
+
+    #[test]
+    fn a_damaged_mark_takes_all_outputs_with_it() {
+        let folder = finished(Digests::Listed);
+        for name in ["state.safetensors", "notes.txt"] {
+            fs::write(folder.path().join(name), name).expect("written");
+        }
+        fs::write(folder.path().join(DONE), "{").expect("written");
+        clear(folder.path()).expect("cleared");
+        let left = |name: &str| folder.path().join(name).exists();
+        assert!(!left("state.safetensors") && !left("log.jsonl") && !left(DONE));
+        assert!(left("notes.txt"), "nobody's output");
     }
 
     #[test]

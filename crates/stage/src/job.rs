@@ -37,7 +37,7 @@ pub struct Job {
 }
 
 /// Name of the log in a stage's folder.
-const LOG: &str = "log.jsonl";
+pub(crate) const LOG: &str = "log.jsonl";
 
 impl Job {
     /// The job of a stage that stands alone: no inputs but the pictures, one round, seed 0, on the
