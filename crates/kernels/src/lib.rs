@@ -1,7 +1,7 @@
 //! Kernels: the loops that decide the speed of networks, augmentation and clustering.
 //!
-//! Tile products, convolutions, batch norm, pooling, updates of flat parameters, [image rows](image) and
-//! [row products](similarity). Each is plain Rust compiled for several instruction sets, or written with
+//! Tile products, convolutions, batch norm, pooling, updates of flat parameters, [transformers](transformer),
+//! [image rows](image) and [row products](similarity). Each is plain Rust compiled for several instruction sets, or written with
 //! the intrinsics of one; the [`Variant`] is chosen when the program runs. `README.md` beside this crate
 //! says which there are and how fast they are.
 //!

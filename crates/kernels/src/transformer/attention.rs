@@ -63,6 +63,11 @@ pub fn attention(variant: Variant, call: &Attention, to: &mut Factors, first_row
     assert_eq!(call.keys.rows, call.values.rows);
     assert!(call.keys.rows > 0 && call.head_width > 0);
     assert!(first_row + call.queries.rows <= to.rows());
+    if let Some(Rotation { prefix, cosines, sines }) = call.rotation {
+        let rotated = call.keys.rows.max(call.queries.rows).saturating_sub(prefix);
+        assert!(call.head_width.is_multiple_of(2) && cosines.len() == sines.len());
+        assert_eq!(cosines.len(), rotated * (call.head_width / 2));
+    }
     assert_eq!(call.heads * call.head_width, to.columns());
     let shape = to.shape;
     by_precision!(to.numbers.precision(), T => {
@@ -269,14 +274,22 @@ for_each_variant! {
         let (groups, blocks) = (rows.div_ceil(SIDE), width.div_ceil(SIDE));
         for (group, values) in plain[..rows * width].chunks(SIDE * width).enumerate() {
             for block in 0..blocks {
-                let mut tile = [0f32; TILE];
-                for (row, values) in values.chunks_exact(width).enumerate() {
-                    for (k, value) in values[block * SIDE..].iter().take(SIDE).enumerate() {
-                        tile[k * SIDE + row] = *value;
+                // Of a constant size, so that the transposition becomes shuffles of registers.
+                let mut square = [[0f32; SIDE]; SIDE];
+                for (square, values) in square.iter_mut().zip(values.chunks_exact(width)) {
+                    for (to, value) in square.iter_mut().zip(&values[block * SIDE..]) {
+                        *to = *value;
+                    }
+                }
+                let mut tile = [[0f32; SIDE]; SIDE];
+                for k in 0..SIDE {
+                    for row in 0..SIDE {
+                        tile[k][row] = square[row][k];
                     }
                 }
                 let at = (group / 2 * 2 * blocks + block * columns(groups, group / 2) + group % 2) * TILE;
-                T::arrange_right(&tile, &mut to[at..at + TILE]);
+                let tile = tile.as_flattened().first_chunk().expect("256 numbers");
+                T::arrange_right(tile, &mut to[at..at + TILE]);
             }
         }
     }
@@ -448,7 +461,8 @@ mod tests {
             let case = PictureCase::new(tokens, e);
             let [cosines, sines] =
                 [f32::cos, f32::sin].map(|f| case.angles.iter().map(|a| f(*a)).collect::<Vec<_>>());
-            let rotation = Rotation { prefix, cosines: &cosines, sines: &sines };
+            let len = (tokens - prefix) * (e / 2);
+            let rotation = Rotation { prefix, cosines: &cosines[..len], sines: &sines[..len] };
             let rotation = (prefix > 0).then_some(rotation);
             let prefix = if prefix > 0 { prefix } else { tokens };
             for (variant, precision) in ways() {

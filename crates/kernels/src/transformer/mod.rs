@@ -19,16 +19,21 @@ pub use factors::Factors;
 pub use linear::{LinearOutput, PackedLinear, Spread, linear};
 pub use norm::{LayerNorm, layer_norm, layer_norm_in_place};
 
-use crate::variant::Instructions;
 use crate::{Precision, Variant};
 
 /// How this variant stores factors when `wanted` is asked for: as bf16 only where it has instructions for
 /// products of bf16. Elsewhere f32 is as fast, and more exact.
 pub fn factor_precision(variant: Variant, wanted: Precision) -> Precision {
+    if multiplies_bf16(variant) { wanted } else { Precision::F32 }
+}
+
+fn multiplies_bf16(variant: Variant) -> bool {
     match variant.instructions() {
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512Bf16 | Instructions::Amx | Instructions::AmxEmulated => wanted,
-        _ => Precision::F32,
+        crate::variant::Instructions::Avx512Bf16
+        | crate::variant::Instructions::Amx
+        | crate::variant::Instructions::AmxEmulated => true,
+        _ => false,
     }
 }
 

@@ -243,6 +243,16 @@ mod tests {
                 check(&resample(&learned, from, [to, to], rule), &want, name);
             }
         }
+        // Repeated once in the file: a head is 16 wide.
+        for (rows, columns) in [(4, 4), (6, 6), (4, 6)] {
+            let [cosines, sines] = rotation(16, 100., [rows, columns]);
+            for (got, name) in [(cosines, "rope_cos"), (sines, "rope_sin")] {
+                let case = format!("hf_dinov3_narrow_{}x{}", 16 * rows, 16 * columns);
+                let want = grids[&format!("{case}/out/{name}@f64")].reshape(((), 16))?;
+                let want = want.narrow(1, 0, 8)?.contiguous()?.flatten_all()?;
+                check(&got, &want.to_vec1()?, name);
+            }
+        }
         Ok(())
     }
 
