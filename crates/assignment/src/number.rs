@@ -11,7 +11,8 @@
 //! | [eigengap](crate::neighbour_graph_eigenvalues) | the graph of neighbours has as many parts | von Luxburg 2007 |
 //! | [generalisation](crate::Generalisation::score) | a linear classifier learns the clusters | Gadetsky et al. 2024 |
 //!
-//! Stability, prediction strength and generalisation favour few clusters, the gap many. [`suggested`]
+//! Stability, prediction strength and generalisation favour few clusters, the gap many. All but the
+//! eigengap are of k-means, which cuts long thin clusters: such sets are over-counted. [`suggested`]
 //! weighs all of them and returns a range and its reasons. No index knows what the images show, so
 //! the result is a guess.
 

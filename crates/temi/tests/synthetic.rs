@@ -5,11 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
-use assignment::contingency;
+use anyhow::{Result, bail};
+use assignment::{argmax_rows, contingency};
 use data::{DataSet, Embeddings, Images, PseudoLabels};
 use fixture::features::{MadeFeatures, nuisance};
-use frozen::rows::{FrozenEmbeddings, KMeansTable};
+use frozen::product::{FlatMatrix, HeadFloat};
+use frozen::rows::{FrozenEmbeddings, KMeansTable, Standardisation, unit_rows};
 use stage::{Interrupted, Job, Split, Stage};
 use temi::Temi;
 use temi::config::{Config, HeadWidths, NeighbourRule, StepRule};
@@ -74,43 +75,81 @@ fn accuracy(assignment: &[u32], made: &MadeFeatures) -> Result<f64> {
     Ok(hits.sum::<f64>() / assignment.len() as f64)
 }
 
+/// Clusters by head `h` of `head.safetensors`, or by the mean of all heads: what `predict` computes.
+fn clusters_of_file(folder: &Path, made: &MadeFeatures, h: Option<usize>) -> Result<Vec<u32>> {
+    let file = data::head::open(folder)?;
+    let (mean, deviation) = (file.f32("mean")?, file.f32("deviation")?);
+    let rows = Standardisation { mean, deviation }.apply(&made.rows);
+    let &[heads, hidden, width] = file.shape("hidden.weight")? else { bail!("no matrices") };
+    let &[_, directions, bottleneck] = file.shape("directions")? else { bail!("no matrices") };
+    let part = |name: &str, h: usize| -> Result<Vec<f32>> {
+        let values = file.f32(name)?;
+        Ok(values[h * values.len() / heads..(h + 1) * values.len() / heads].to_vec())
+    };
+    let mut sums = vec![0f32; rows.len() / width * directions];
+    for h in h.map_or(0..heads, |h| h..h + 1) {
+        let layer = |rows: &[f32], weight: &str, bias: Option<&str>, width| -> Result<Vec<f32>> {
+            let weight = FlatMatrix::new(&part(weight, h)?, width)?.transposed()?;
+            let mut found: Vec<f32> = FlatMatrix::new(rows, width)?.times(&weight)?;
+            if let Some(bias) = bias {
+                let bias = part(bias, h)?;
+                found.iter_mut().enumerate().for_each(|(i, x)| *x += bias[i % bias.len()]);
+            }
+            Ok(found)
+        };
+        let mut inner = layer(&rows, "hidden.weight", Some("hidden.bias"), width)?;
+        inner.iter_mut().for_each(|x| *x = x.gelu().0);
+        let inner = layer(&inner, "bottleneck.weight", Some("bottleneck.bias"), hidden)?;
+        let logits = layer(&unit_rows(&inner, bottleneck), "directions", None, bottleneck)?;
+        let logs = temi::loss::log_memberships(&logits, directions, 1.);
+        sums.iter_mut().zip(logs).for_each(|(sum, log)| *sum += log.exp());
+    }
+    let sums = FlatMatrix::new(&sums, directions)?;
+    let merged = FlatMatrix::new(&file.f32("clusters.weight")?, directions)?.transposed()?;
+    Ok(argmax_rows(&sums.times::<f32>(&merged)?, file.header_number("clusters")? as usize)?.0)
+}
+
 fn result_line(folder: &Path) -> Result<serde_json::Value> {
     let log = fs::read_to_string(folder.join("log.jsonl"))?;
     Ok(serde_json::from_str(log.lines().last().expect("a line"))?)
 }
 
-/// Accuracies of k-means, standardised k-means and the consensus.
-fn accuracies(seed: u64, steps: usize) -> Result<[f64; 3]> {
-    let made = nuisance(2000, 10, 6, 0.55, seed);
+/// Accuracies of k-means, standardised k-means, the head of the lowest loss and the consensus.
+fn accuracies(config: &Config, count: usize, seed: u64) -> Result<[f64; 4]> {
+    let made = nuisance(count, 10, 6, 0.55, seed);
     let folder = tempfile::tempdir()?;
-    let labels = temi::cluster(&reference(steps), embeddings(&made), &job(folder.path(), 10))?;
+    let labels = temi::cluster(config, embeddings(&made), &job(folder.path(), 10))?;
     let table = KMeansTable { restarts: 10, iterations: 300, standardise: true };
     let standard = table.assign(&made.rows, made.width, 10, 0)?;
-    println!("seed {seed}: {}", result_line(folder.path())?);
-    Ok([
+    let found = [
         accuracy(&labels.kmeans_assignment, &made)?,
         accuracy(&standard, &made)?,
+        accuracy(&clusters_of_file(folder.path(), &made, Some(0))?, &made)?,
         accuracy(&labels.assignment, &made)?,
-    ])
+    ];
+    println!("seed {seed}: {found:?}, {}", result_line(folder.path())?);
+    Ok(found)
 }
 
-/// T15, shortened to 300 of 1,000 steps and one seed.
+/// T15, shortened: half of the images, four heads, 300 steps at twice the rate.
 #[test]
 fn the_consensus_finds_classes_that_k_means_misses() -> Result<()> {
-    let [k_means, standard, consensus] = accuracies(1, 300)?;
-    println!("k-means {k_means}, standardised {standard}, consensus {consensus}");
-    assert!(consensus > 0.85 && k_means < 0.75, "{k_means}, {consensus}");
+    let mut config = reference(300);
+    config.heads = 4;
+    config.optimizer.learning_rate = 1e-3;
+    config.schedule.target_decay = 0.97;
+    let [k_means, _, _, consensus] = accuracies(&config, 1000, 1)?;
+    assert!(consensus > 0.8 && k_means < 0.7, "{k_means}, {consensus}");
     Ok(())
 }
 
-/// T15: `cargo test -p temi --test synthetic --release -- --ignored --nocapture`
+/// T15: `cargo test -p temi --test synthetic -- --ignored --nocapture`
 #[test]
-#[ignore = "a minute: three runs of 1,000 steps"]
+#[ignore = "minutes: three runs of 1,000 steps"]
 fn the_consensus_finds_the_classes_on_three_seeds() -> Result<()> {
     for seed in 0..3 {
-        let [k_means, standard, consensus] = accuracies(seed, 1000)?;
-        println!("k-means {k_means}, standardised {standard}, consensus {consensus}");
-        assert!(consensus >= 0.96, "seed {seed}: {consensus}");
+        let [k_means, _, best, consensus] = accuracies(&reference(1000), 2000, seed)?;
+        assert!(best >= 0.94 && consensus >= 0.96, "seed {seed}: {best}, {consensus}");
         assert!(k_means < 0.8, "seed {seed}: {k_means}");
     }
     Ok(())
@@ -241,6 +280,8 @@ fn the_result_covers_the_pictures_and_states_what_was_merged() -> Result<()> {
     for column in 0..6 {
         assert_eq!((0..4).map(|row| sums[row * 6 + column]).sum::<f32>(), 1.);
     }
+    let made = nuisance(labels.index.len(), 4, 2, 0.2, 5);
+    assert_eq!(clusters_of_file(&job.out, &made, None)?, labels.assignment, "as predicted");
     let line = result_line(&job.out)?;
     assert_eq!(line["losses"].as_array().map(Vec::len), Some(3));
     assert_eq!(line["sizes"].as_array().map(Vec::len), Some(4));
