@@ -453,7 +453,8 @@ mod tests {
         let estimator = Estimator::new(&points, 16, &SETTINGS, 1)?;
         let candidates = (2..=12).map(|k| estimator.score(k)).collect::<Result<Vec<_>>>()?;
         let best = suggested(&candidates).expect("some score is above 0");
-        assert_eq!((best.clusters, best.range), (7, [7, 7]), "{candidates:#?}");
+        assert_eq!(best.clusters, 7, "{candidates:#?}");
+        assert!((best.range[0]..=best.range[1]).contains(&7), "{best:?}");
         for vote in &best.reasons {
             let is_rough = ["generalisation", "gap"].contains(&vote.index);
             assert!(vote.clusters == 7 || is_rough, "{vote:?}");
