@@ -23,7 +23,7 @@ pub fn registry() -> Registry {
     Registry {
         stages: vec![
             Program::of::<pretraining::Pretraining>(),
-            Program::of::<pretrained::Pretrained>(),
+            Program::of::<pretrained::PretrainedNetwork>(),
             Program::of::<embed::Embed>(),
             Program::of::<clustering::Clustering>(),
             Program::of::<prototype_refinement::PrototypeRefinement>(),

@@ -34,7 +34,7 @@ use training::ops::unit_rows;
 use training::{Precision, Views, outputs};
 
 use known::KnownEmbeddings;
-use network::Network;
+use network::EmbeddingNetwork;
 
 /// What embedding can vary. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
@@ -129,7 +129,7 @@ impl Stage for Embed {
 /// Embeddings by the network of the role `network`.
 fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
     let device = training::network_device(job.device)?;
-    let mut network = Network::open(job.input("network")?, config.precision, &device)?;
+    let mut network = EmbeddingNetwork::open(job.input("network")?, config.precision, &device)?;
     let input = network.input.clone();
     input.check("input")?;
     job.log(&serde_json::json!({ "network": network.found }))?;
@@ -186,7 +186,7 @@ fn published(
     images: &Images,
     rows: Vec<u32>,
     job: &Job,
-    network: &mut Network,
+    network: &mut EmbeddingNetwork,
 ) -> Result<Embeddings> {
     let device = training::network_device(job.device)?;
     let identity =

@@ -12,7 +12,7 @@ use training::ops::unit_rows;
 use training::{Precision, Target};
 
 /// From pictures to embeddings and unit-length projections.
-pub struct Network {
+pub struct EmbeddingNetwork {
     kind: Kind,
     /// Which network of the file it is, for the log.
     pub found: &'static str,
@@ -31,7 +31,7 @@ enum Kind {
     Residual(Box<Segment>),
 }
 
-impl Network {
+impl EmbeddingNetwork {
     /// Opens the network in `folder`: the target network, or the online network if there is no
     /// target.
     ///

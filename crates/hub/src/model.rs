@@ -12,7 +12,7 @@ use serde::Deserialize;
 use stage::digest::sha256_of_file;
 
 use crate::http::{self, Checksum, Client, Expected};
-use crate::repository::{Kept, Listing, is_path, list};
+use crate::repository::{CommitListing, RepositoryCache, is_path, list};
 use crate::{Address, Settings};
 
 const CONFIGURATION: &str = "config.json";
@@ -83,7 +83,7 @@ fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let text = text.with_context(|| format!("opening `{}`", index.display()))?;
     let index_of = serde_json::from_str::<Index>(&text);
     let index_of =
-        index_of.with_context(|| format!("`{}` is no index of shards", index.display()))?;
+        index_of.with_context(|| format!("`{}` is not an index of shards", index.display()))?;
     let shards: BTreeSet<String> = index_of.weight_map.into_values().collect();
     ensure!(!shards.is_empty(), "`{}` names no shard", index.display());
     let foreign = shards.iter().find(|name| !is_path(name) || name.contains('/'));
@@ -143,11 +143,11 @@ impl PublishedModel {
     pub fn find(address: &Address, settings: &Settings, client: &Client) -> Result<Self> {
         ensure!(
             !address.is_dataset && address.pattern.is_empty(),
-            "`hf://{}{}` is no address of a network: it is like hf://owner/name@revision",
+            "`hf://{}{}` is not the address of a network, which is like hf://owner/name@revision",
             if address.is_dataset { "datasets/" } else { "" },
             address.name
         );
-        let kept = Kept::new(address, settings);
+        let kept = RepositoryCache::new(address, settings);
         let commit = kept.commit(&address.revision);
         if let Some(found) = commit.as_ref().and_then(|c| in_cache(address, &kept, c).transpose()) {
             return found;
@@ -169,7 +169,7 @@ impl PublishedModel {
         Self::listed(address, &kept, &listing)
     }
 
-    fn listed(address: &Address, kept: &Kept, listing: &Listing) -> Result<Self> {
+    fn listed(address: &Address, kept: &RepositoryCache, listing: &CommitListing) -> Result<Self> {
         let names: BTreeSet<String> = listing.files.keys().cloned().collect();
         let is_shard = |name: &String| name.starts_with("model-") && name.ends_with(".safetensors");
         let mut wanted: Vec<String> = match (names.contains(WEIGHTS), names.contains(INDEX)) {
@@ -223,7 +223,7 @@ impl PublishedModel {
     ///
     /// As [`PublishedModel::find`]; or a file is not what its digest says.
     pub fn fetch(&self, settings: &Settings, client: &Client) -> Result<ModelFiles> {
-        let kept = Kept::new(&self.address, settings);
+        let kept = RepositoryCache::new(&self.address, settings);
         let folder = kept.snapshot(&self.commit);
         if self.missing_bytes() > 0 {
             tracing::info!(
@@ -252,7 +252,11 @@ impl PublishedModel {
 }
 
 /// The network at `commit`, if the cache has all of its files.
-fn in_cache(address: &Address, kept: &Kept, commit: &str) -> Result<Option<PublishedModel>> {
+fn in_cache(
+    address: &Address,
+    kept: &RepositoryCache,
+    commit: &str,
+) -> Result<Option<PublishedModel>> {
     let folder = kept.snapshot(commit);
     let Ok(found) = ModelFiles::in_folder(&folder) else { return Ok(None) };
     let mark = kept.root.join(".no_exist").join(commit).join(PREPROCESSOR);
@@ -286,7 +290,7 @@ fn cached_digest(path: &Path) -> Result<Expected> {
 }
 
 /// Says how to get a network without this program.
-fn by_hand(address: &Address, kept: &Kept, reason: &str) -> String {
+fn by_hand(address: &Address, kept: &RepositoryCache, reason: &str) -> String {
     let Address { name, revision, .. } = address;
     format!(
         "{name} at {revision} is not in `{}`, and {reason}; on a machine with a network, run \

@@ -34,7 +34,7 @@ pub fn fetch(
     client: &Client,
     choose: impl Fn(Vec<String>) -> Result<Vec<String>>,
 ) -> Result<Snapshot> {
-    let kept = Kept::new(address, settings);
+    let kept = RepositoryCache::new(address, settings);
     if settings.is_offline {
         let folder = kept.snapshot_of(address)?;
         let mut names = Vec::new();
@@ -55,13 +55,13 @@ pub fn fetch(
 /// The files of a repository at one commit, as the hub states them. All of them are downloaded from
 /// that commit, so that a branch that moves meanwhile mixes nothing.
 #[derive(Debug)]
-pub(crate) struct Listing {
+pub(crate) struct CommitListing {
     pub(crate) commit: String,
     /// By path; an error for a file without a usable digest.
     pub(crate) files: BTreeMap<String, Result<Expected, String>>,
 }
 
-impl Listing {
+impl CommitListing {
     /// What a listed file must be.
     pub(crate) fn file(&self, name: &str) -> Result<&Expected> {
         self.files[name].as_ref().map_err(|error| anyhow!("{error}"))
@@ -69,7 +69,11 @@ impl Listing {
 }
 
 /// Asks the hub which files a revision has.
-pub(crate) fn list(address: &Address, settings: &Settings, client: &Client) -> Result<Listing> {
+pub(crate) fn list(
+    address: &Address,
+    settings: &Settings,
+    client: &Client,
+) -> Result<CommitListing> {
     let url = address.api_url(&settings.endpoint);
     let text = client.text(&url, settings.token.as_deref());
     let text = text.map_err(|error| explained(error, address)).with_context(|| {
@@ -91,7 +95,7 @@ pub(crate) fn list(address: &Address, settings: &Settings, client: &Client) -> R
     tracing::info!("{} is at commit {}", address.name, info.sha);
     let siblings = info.siblings.into_iter().filter(|sibling| is_path(&sibling.rfilename));
     let files = siblings.map(|sibling| (sibling.rfilename.clone(), sibling.expected())).collect();
-    Ok(Listing { commit: info.sha, files })
+    Ok(CommitListing { commit: info.sha, files })
 }
 
 /// The hub's answer about a revision.
@@ -181,13 +185,13 @@ pub(crate) fn explained(error: anyhow::Error, address: &Address) -> anyhow::Erro
 }
 
 /// The part of the cache for one repository, in the layout of Python's `huggingface_hub`.
-pub(crate) struct Kept<'a> {
+pub(crate) struct RepositoryCache<'a> {
     settings: &'a Settings,
     cache: CacheRepo,
     pub(crate) root: PathBuf,
 }
 
-impl<'a> Kept<'a> {
+impl<'a> RepositoryCache<'a> {
     pub(crate) fn new(address: &Address, settings: &'a Settings) -> Self {
         let repo = address.repo();
         let root = settings.cache.join(repo.folder_name());

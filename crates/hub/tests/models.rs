@@ -16,10 +16,10 @@ use server::{Server, git, part, say, sha, whole};
 const FIRST: &str = "0123456789abcdef0123456789abcdef01234567";
 const SECOND: &str = "fedcba9876543210fedcba9876543210fedcba98";
 
-type Files = BTreeMap<&'static str, Vec<u8>>;
+type RepositoryFiles = BTreeMap<&'static str, Vec<u8>>;
 
 /// The files of a small network; `mark` tells two commits apart.
-fn files(mark: u8) -> Files {
+fn files(mark: u8) -> RepositoryFiles {
     BTreeMap::from([
         ("config.json", vec![b'{', mark, b'}']),
         ("preprocessor_config.json", vec![b'[', mark, b']']),
@@ -29,7 +29,7 @@ fn files(mark: u8) -> Files {
 }
 
 /// How the hub lists a commit: weights are large files with a SHA-256, the rest is in git.
-fn listed(commit: &str, files: &Files) -> Vec<u8> {
+fn listed(commit: &str, files: &RepositoryFiles) -> Vec<u8> {
     let sibling = |(name, bytes): (&&str, &Vec<u8>)| match name.ends_with(".json") {
         true => json!({ "rfilename": name, "size": bytes.len(), "blobId": git(bytes) }),
         false => json!({ "rfilename": name, "size": bytes.len(), "blobId": "of the pointer",
@@ -40,7 +40,7 @@ fn listed(commit: &str, files: &Files) -> Vec<u8> {
 }
 
 /// A hub with `owner/name`, whose branch `main` is at the first commit.
-fn a_hub(files: Files) -> Server {
+fn a_hub(files: RepositoryFiles) -> Server {
     Server::new(move |request, _, out| {
         let path = request.0.as_str();
         if path.starts_with("/api/models/owner/name/revision/") {
@@ -323,7 +323,7 @@ fn without_a_network_and_a_cached_copy_the_message_says_what_to_fetch() {
         assert!(error.contains(part), "{part}: {error}");
     }
     let error = get("datasets/owner/name", &unreachable).expect_err("a data set").to_string();
-    assert!(error.contains("no address of a network"), "{error}");
+    assert!(error.contains("not the address of a network"), "{error}");
 }
 
 /// As timm's repositories are: they have no `preprocessor_config.json`.

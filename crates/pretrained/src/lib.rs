@@ -27,14 +27,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use backbone::published::{self, Family, Provenance, PublishedNetwork};
+use backbone::published::{self, CheckpointFamily, Provenance, PublishedNetwork};
 use data::Images;
 use serde::{Deserialize, Serialize};
 use stage::digest::sha256_of_file;
 use stage::{Effort, Interrupt, Job, Output, Spec, Stage};
 
-use source::{Located, Origin};
-use transform::Side;
+use source::{Located, NetworkOrigin};
+use transform::NativeSide;
 
 /// Which network it is. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
@@ -45,9 +45,9 @@ pub struct Config {
 }
 
 /// The stage: see the documentation of the crate.
-pub struct Pretrained;
+pub struct PretrainedNetwork;
 
-impl Stage for Pretrained {
+impl Stage for PretrainedNetwork {
     const SPEC: Spec =
         Spec { name: "pretrained", algorithm: 1, inputs: &[], outputs: &[Output::Network] };
     type Config = Config;
@@ -58,9 +58,9 @@ impl Stage for Pretrained {
 
     fn check(config: &Config, job: &Job) -> Result<Effort> {
         let located = source::locate(&config.backbone, &job.interrupt)?;
-        if let Located { origin: Origin::Local(files), .. } = &located {
+        if let Located { origin: NetworkOrigin::Local(files), .. } = &located {
             let family = family(files)?;
-            transform::input(family, files, Side::unknown())?.check("input")?;
+            transform::input(family, files, NativeSide::unknown())?.check("input")?;
         }
         if job.images.exists() {
             let channels = Images::open(&job.images)?.channels();
@@ -98,10 +98,11 @@ impl Stage for Pretrained {
 }
 
 /// The family of a network; without a `config.json`, it can only be a residual one.
-fn family(files: &source::Files) -> Result<Family> {
-    let Some(path) = &files.configuration else { return Ok(Family::Residual) };
+fn family(files: &source::NetworkFiles) -> Result<CheckpointFamily> {
+    let Some(path) = &files.configuration else { return Ok(CheckpointFamily::Residual) };
     let text = text_of(path)?;
-    Family::of_configuration(&text).with_context(|| format!("reading `{}`", path.display()))
+    CheckpointFamily::of_configuration(&text)
+        .with_context(|| format!("reading `{}`", path.display()))
 }
 
 fn text_of(path: &Path) -> Result<String> {
@@ -109,27 +110,27 @@ fn text_of(path: &Path) -> Result<String> {
 }
 
 /// The side of the pictures that the learned positions are for.
-fn side(network: &PublishedNetwork) -> Side {
+fn side(network: &PublishedNetwork) -> NativeSide {
     match network {
         PublishedNetwork::Transformer(weights) => match weights.plan().positions {
             layers::Positions::Absolute { grid, .. } => {
-                Side::native(grid * weights.plan().patch_pixels)
+                NativeSide::of(grid * weights.plan().patch_pixels)
             }
-            layers::Positions::Rotary { .. } => Side::unknown(),
+            layers::Positions::Rotary { .. } => NativeSide::unknown(),
         },
-        PublishedNetwork::Residual { .. } => Side::unknown(),
+        PublishedNetwork::Residual { .. } => NativeSide::unknown(),
     }
 }
 
-fn provenance(located: &Located, files: &source::Files) -> Result<Provenance> {
+fn provenance(located: &Located, files: &source::NetworkFiles) -> Result<Provenance> {
     let digest = |path: &PathBuf| {
         let name = path.file_name().context("a file name")?.to_string_lossy().into_owned();
         Ok((name, sha256_of_file(path)?))
     };
     let sha256 = files.weights.iter().map(digest).collect::<Result<BTreeMap<_, _>>>()?;
     let (repository, commit) = match &located.origin {
-        Origin::Hub(model) => (Some(model.repository.clone()), Some(model.commit.clone())),
-        Origin::Local(_) => (None, None),
+        NetworkOrigin::Hub(model) => (Some(model.repository.clone()), Some(model.commit.clone())),
+        NetworkOrigin::Local(_) => (None, None),
     };
     let licence = located.licence().map(str::to_owned);
     Ok(Provenance { repository, commit, sha256, licence })

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 /// A published network that is known by a short name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Named {
+pub struct NamedNetwork {
     /// The short name.
     pub name: &'static str,
     /// Owner and name of its repository on the hub.
@@ -27,17 +27,17 @@ pub const DINOV3: &str = "DINOv3 License (Meta, 19 August 2025): free of charge,
 
 /// The networks. Commits and digests are those that several independent projects pin; where they are
 /// not known, the first download decides.
-pub const NAMES: [Named; 12] = [
-    Named {
+pub const NAMES: [NamedNetwork; 12] = [
+    NamedNetwork {
         commit: Some("ed25f3a31f01632728cabb09d1542f84ab7b0056"),
         sha256: Some("ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1"),
         ..named("dinov2-small", "facebook/dinov2-small", 88_200_000, APACHE)
     },
-    Named {
+    NamedNetwork {
         commit: Some("f9e44c814b77203eaa57a6bdbbd535f21ede1415"),
         ..named("dinov2-base", "facebook/dinov2-base", 346_000_000, APACHE)
     },
-    Named {
+    NamedNetwork {
         commit: Some("47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"),
         sha256: Some("399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23"),
         ..named("dinov2-large", "facebook/dinov2-large", 1_217_522_888, APACHE)
@@ -58,12 +58,12 @@ const fn named(
     repository: &'static str,
     bytes: u64,
     licence: &'static str,
-) -> Named {
-    Named { name, repository, commit: None, sha256: None, bytes, licence }
+) -> NamedNetwork {
+    NamedNetwork { name, repository, commit: None, sha256: None, bytes, licence }
 }
 
 /// The network of a short name.
-pub fn find(name: &str) -> Option<&'static Named> {
+pub fn find(name: &str) -> Option<&'static NamedNetwork> {
     NAMES.iter().find(|named| named.name == name)
 }
 

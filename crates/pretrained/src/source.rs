@@ -9,28 +9,28 @@ use hub::{Address, ModelFiles, PublishedModel, Settings};
 use stage::Interrupt;
 use stage::digest::{sha256, sha256_of_file};
 
-use crate::names::{self, DINOV3, Named};
+use crate::names::{self, DINOV3, NamedNetwork};
 
 /// A network that was found, and is not downloaded yet.
 #[derive(Debug)]
 pub struct Located {
     /// Where it is.
-    pub origin: Origin,
-    named: Option<&'static Named>,
+    pub origin: NetworkOrigin,
+    named: Option<&'static NamedNetwork>,
 }
 
 /// Where a network is.
 #[derive(Debug)]
-pub enum Origin {
+pub enum NetworkOrigin {
     /// In a repository of the hub.
     Hub(PublishedModel),
     /// On this machine.
-    Local(Files),
+    Local(NetworkFiles),
 }
 
 /// The files of a network on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Files {
+pub struct NetworkFiles {
     /// `config.json`; none for a lone file of weights.
     pub configuration: Option<PathBuf>,
     /// `preprocessor_config.json`.
@@ -39,7 +39,7 @@ pub struct Files {
     pub weights: Vec<PathBuf>,
 }
 
-impl From<ModelFiles> for Files {
+impl From<ModelFiles> for NetworkFiles {
     fn from(files: ModelFiles) -> Self {
         let ModelFiles { configuration, preprocessor, weights } = files;
         Self { configuration: Some(configuration), preprocessor, weights }
@@ -73,17 +73,17 @@ pub fn locate_with(backbone: &str, settings: &Settings, interrupt: &Interrupt) -
         (None, None) => None,
     };
     let Some(address) = address else {
-        return Ok(Located { origin: Origin::Local(local(backbone)?), named: None });
+        return Ok(Located { origin: NetworkOrigin::Local(local(backbone)?), named: None });
     };
     let is_interrupted = || interrupt.is_raised();
     let model = PublishedModel::find(&address, settings, &Client::new(&is_interrupted))?;
-    let located = Located { origin: Origin::Hub(model), named };
+    let located = Located { origin: NetworkOrigin::Hub(model), named };
     located.check_stated_digest()?;
     Ok(located)
 }
 
 /// The files at a path.
-fn local(backbone: &str) -> Result<Files> {
+fn local(backbone: &str) -> Result<NetworkFiles> {
     let path = Path::new(backbone);
     if path.is_dir() {
         return Ok(ModelFiles::in_folder(path)?.into());
@@ -97,11 +97,11 @@ fn local(backbone: &str) -> Result<Files> {
     }
     ensure!(
         path.extension().is_some_and(|ending| ending == "safetensors"),
-        "`{backbone}` is no safetensors file; pickles are never opened, because they can run any \
+        "`{backbone}` is not a safetensors file; pickles are never opened, because they can run any \
          program: convert it with safetensors.torch.save_file in Python"
     );
     let beside = |name: &str| Some(path.with_file_name(name)).filter(|path| path.is_file());
-    Ok(Files {
+    Ok(NetworkFiles {
         configuration: beside("config.json"),
         preprocessor: beside("preprocessor_config.json"),
         weights: vec![path.to_owned()],
@@ -117,13 +117,13 @@ impl Located {
     /// A local file cannot be read.
     pub fn identity(&self) -> Result<String> {
         match &self.origin {
-            Origin::Hub(model) => {
+            NetworkOrigin::Hub(model) => {
                 let digests =
                     model.weights().map(|(name, digest)| format!(" {name} {}", digest.digits()));
                 let digests: String = digests.collect();
                 Ok(format!("{}@{}{digests}", model.repository, model.commit))
             }
-            Origin::Local(Files { configuration, preprocessor, weights }) => {
+            NetworkOrigin::Local(NetworkFiles { configuration, preprocessor, weights }) => {
                 let files = configuration.iter().chain(preprocessor).chain(weights);
                 let digests = files.map(|path| sha256_of_file(path)).collect::<Result<Vec<_>>>()?;
                 Ok(format!("local {}", sha256(digests.join(" ").as_bytes())))
@@ -133,7 +133,7 @@ impl Located {
 
     /// Says what will be downloaded, and the licence where it binds more than usual.
     pub fn announce(&self) {
-        if let Origin::Hub(model) = &self.origin {
+        if let NetworkOrigin::Hub(model) = &self.origin {
             let (repository, commit) = (&model.repository, &model.commit);
             match model.missing_bytes() {
                 0 => tracing::info!("{repository} at {commit} is in the cache"),
@@ -152,7 +152,9 @@ impl Located {
     pub fn licence(&self) -> Option<&'static str> {
         match (&self.origin, self.named) {
             (_, Some(named)) => Some(named.licence),
-            (Origin::Hub(model), None) if model.repository.contains("dinov3") => Some(DINOV3),
+            (NetworkOrigin::Hub(model), None) if model.repository.contains("dinov3") => {
+                Some(DINOV3)
+            }
             (_, None) => None,
         }
     }
@@ -162,7 +164,7 @@ impl Located {
     /// # Errors
     ///
     /// The hub cannot be reached or refuses, or a file is not what its digest says.
-    pub fn fetch(&self, interrupt: &Interrupt) -> Result<Files> {
+    pub fn fetch(&self, interrupt: &Interrupt) -> Result<NetworkFiles> {
         let settings = Settings::read(|name| env::var(name).ok())?;
         self.fetch_with(&settings, interrupt)
     }
@@ -172,19 +174,21 @@ impl Located {
     /// # Errors
     ///
     /// As [`Located::fetch`].
-    pub fn fetch_with(&self, settings: &Settings, interrupt: &Interrupt) -> Result<Files> {
+    pub fn fetch_with(&self, settings: &Settings, interrupt: &Interrupt) -> Result<NetworkFiles> {
         match &self.origin {
-            Origin::Hub(model) => {
+            NetworkOrigin::Hub(model) => {
                 let is_interrupted = || interrupt.is_raised();
                 Ok(model.fetch(settings, &Client::new(&is_interrupted))?.into())
             }
-            Origin::Local(files) => Ok(files.clone()),
+            NetworkOrigin::Local(files) => Ok(files.clone()),
         }
     }
 
     /// Fails where the hub has other weights under a short name than those that are known.
     fn check_stated_digest(&self) -> Result<()> {
-        let (Origin::Hub(model), Some(named)) = (&self.origin, self.named) else { return Ok(()) };
+        let (NetworkOrigin::Hub(model), Some(named)) = (&self.origin, self.named) else {
+            return Ok(());
+        };
         let Some(known) = named.sha256 else { return Ok(()) };
         let stated = model.weights().next().context("weights")?.1;
         match stated {

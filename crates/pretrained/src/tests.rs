@@ -63,7 +63,7 @@ fn config(path: &Path) -> Config {
 }
 
 fn identity(path: &Path) -> String {
-    let found = Pretrained::identity(&config(path), &Interrupt::default()).expect("found");
+    let found = PretrainedNetwork::identity(&config(path), &Interrupt::default()).expect("found");
     found.expect("it reads from outside")
 }
 
@@ -72,8 +72,8 @@ fn a_folder_becomes_a_network_with_its_input_and_its_digest() -> Result<()> {
     let [source, out] = [tempfile::tempdir()?, tempfile::tempdir()?];
     dino(source.path(), 0.5)?;
     let config = config(source.path());
-    Pretrained::check(&config, &job(out.path()))?;
-    Pretrained::run(&config, &job(out.path()))?;
+    PretrainedNetwork::check(&config, &job(out.path()))?;
+    PretrainedNetwork::run(&config, &job(out.path()))?;
     let found = PublishedConfiguration::find(out.path())?.expect("published");
     let PublishedArchitecture::Transformer(plan) = &found.published else { panic!("it is one") };
     assert_eq!((plan.width, plan.depth, found.embedding_width()), (8, 1, 8));
@@ -109,7 +109,7 @@ fn a_lone_residual_network_is_read_without_a_configuration() -> Result<()> {
     let segment = Segment::random("backbone", resnet::plan(&architecture, 3)?, 1)?;
     backbone_file::write(source.path(), &segment)?;
     let config = config(&source.path().join(backbone_file::NAME));
-    Pretrained::run(&config, &job(out.path()))?;
+    PretrainedNetwork::run(&config, &job(out.path()))?;
     let found = PublishedConfiguration::find(out.path())?.expect("published");
     assert_eq!(found.published, PublishedArchitecture::Residual(architecture));
     assert_eq!(found.input::<Input>()?.height, 224);
@@ -121,7 +121,7 @@ fn what_is_wrong_is_said_before_the_run() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name);
     let refusal = |backbone: String| {
-        let error = Pretrained::check(&Config { backbone }, &job(folder.path()));
+        let error = PretrainedNetwork::check(&Config { backbone }, &job(folder.path()));
         format!("{:#}", error.expect_err("refused"))
     };
     let shown = |path: PathBuf| path.display().to_string();
@@ -145,7 +145,8 @@ fn what_is_wrong_is_said_before_the_run() -> Result<()> {
     // 10 pixels are no multiple of the patch of 4.
     dino(folder.path(), 1.)?;
     fs::write(path("preprocessor_config.json"), r#"{"size": 10, "resample": 2}"#)?;
-    let error = Pretrained::run(&config(folder.path()), &job(folder.path())).expect_err("10");
+    let error =
+        PretrainedNetwork::run(&config(folder.path()), &job(folder.path())).expect_err("10");
     assert!(format!("{error:#}").contains("multiples of 4"), "{error:#}");
     Ok(())
 }

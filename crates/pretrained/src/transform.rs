@@ -5,12 +5,12 @@
 //! [`Operation`]s, but for rounding to bytes, which is below one step of a byte.
 
 use anyhow::{Context, Result, bail, ensure};
-use backbone::published::{Family, timm_input};
+use backbone::published::{CheckpointFamily, timm_input};
 use data::views::{Filter, Input, Operation};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::source::Files;
+use crate::source::NetworkFiles;
 use crate::text_of;
 
 const IMAGENET: [[f64; 3]; 2] = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]];
@@ -20,11 +20,11 @@ const HALF: [[f64; 3]; 2] = [[0.5; 3]; 2];
 
 /// The side of the pictures that a network was trained on, where its tensors say it.
 #[derive(Debug, Clone, Copy)]
-pub struct Side(Option<usize>);
+pub struct NativeSide(Option<usize>);
 
-impl Side {
+impl NativeSide {
     /// Learned positions of a grid of this many pixels.
-    pub fn native(pixels: usize) -> Self {
+    pub fn of(pixels: usize) -> Self {
         Self(Some(pixels))
     }
 
@@ -42,7 +42,7 @@ impl Side {
 /// # Errors
 ///
 /// A file is damaged or asks for what this program does not do; the message names the key.
-pub fn input(family: Family, files: &Files, side: Side) -> Result<Input> {
+pub fn input(family: CheckpointFamily, files: &NetworkFiles, side: NativeSide) -> Result<Input> {
     if let Some(path) = &files.preprocessor {
         let context = || format!("reading `{}`", path.display());
         return of_transformers(&text_of(path)?, family).with_context(context);
@@ -58,20 +58,22 @@ pub fn input(family: Family, files: &Files, side: Side) -> Result<Input> {
 }
 
 /// The transform of a family's publisher, for pictures of this side.
-fn published(family: Family, side: usize) -> Input {
+fn published(family: CheckpointFamily, side: usize) -> Input {
     let square = |filter| vec![Operation::Resize { pixels: side, filter }];
     let shorter = |pixels, filter| Operation::ResizeShorter { pixels, filter };
     let cut = Operation::CentreCropRoundedDown { pixels: 224 };
     match family {
-        Family::Dinov2 => square_input(224, IMAGENET, vec![shorter(256, Filter::Bicubic), cut]),
-        Family::Vit => square_input(side, IMAGENET, square(Filter::Bilinear)),
-        Family::Dinov3 => square_input(224, IMAGENET, square(Filter::Bilinear)),
-        Family::Clip => {
+        CheckpointFamily::Dinov2 => {
+            square_input(224, IMAGENET, vec![shorter(256, Filter::Bicubic), cut])
+        }
+        CheckpointFamily::Vit => square_input(side, IMAGENET, square(Filter::Bilinear)),
+        CheckpointFamily::Dinov3 => square_input(224, IMAGENET, square(Filter::Bilinear)),
+        CheckpointFamily::Clip => {
             let cut = Operation::CentreCropRoundedDown { pixels: side };
             square_input(side, CLIP, vec![shorter(side, Filter::Bicubic), cut])
         }
-        Family::Siglip => square_input(side, HALF, square(Filter::Bicubic)),
-        Family::Timm | Family::Residual => {
+        CheckpointFamily::Siglip => square_input(side, HALF, square(Filter::Bicubic)),
+        CheckpointFamily::Timm | CheckpointFamily::Residual => {
             let cut = Operation::CentreCrop { pixels: 224 };
             square_input(224, IMAGENET, vec![shorter(256, Filter::Bilinear), cut])
         }
@@ -101,7 +103,7 @@ struct Preprocessor {
     do_pad: Option<bool>,
 }
 
-fn of_transformers(text: &str, family: Family) -> Result<Input> {
+fn of_transformers(text: &str, family: CheckpointFamily) -> Result<Input> {
     let keys: Preprocessor = serde_json::from_str(text).context("it has a wrong value")?;
     let fallback = published(family, 224);
     ensure!(keys.do_pad != Some(true), "`do_pad` is true, which is not supported");

@@ -8,18 +8,18 @@ use layers::{Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan}
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Family;
+use super::CheckpointFamily;
 
 /// What a `config.json` says of a network.
 #[derive(Debug)]
 pub struct HubConfig {
-    pub family: Family,
-    pub form: Form,
+    pub family: CheckpointFamily,
+    pub form: ConfigForm,
 }
 
 /// The two forms of the file.
 #[derive(Debug)]
-pub enum Form {
+pub enum ConfigForm {
     /// Of transformers: everything but the presence of a projection is in the file.
     Transformers { plan: Box<TransformerPlan>, projection: Projection },
     /// Of timm: the name of the architecture, and the tag of its training.
@@ -38,7 +38,7 @@ pub enum Projection {
 
 /// Values of transformers; a key that is absent has the default of its class.
 #[derive(Debug, Default, Deserialize)]
-struct Keys {
+struct HubKeys {
     architectures: Option<Vec<String>>,
     hidden_size: Option<usize>,
     num_hidden_layers: Option<usize>,
@@ -83,12 +83,12 @@ impl HubConfig {
             (None, Some(architecture)) => {
                 let tag = value.pointer("/pretrained_cfg/tag").and_then(Value::as_str);
                 let family = match architecture.as_str() {
-                    name if name.starts_with("resnet") => Family::Residual,
-                    name if name.starts_with("vit_") => Family::Timm,
+                    name if name.starts_with("resnet") => CheckpointFamily::Residual,
+                    name if name.starts_with("vit_") => CheckpointFamily::Timm,
                     name => bail!("timm's architecture `{name}` is not known; known are {KNOWN}"),
                 };
                 let tag = tag.unwrap_or_default().to_owned();
-                Ok(Self { family, form: Form::Timm { architecture, tag } })
+                Ok(Self { family, form: ConfigForm::Timm { architecture, tag } })
             }
             (None, None) => bail!(
                 "config.json has neither `model_type`, as files of transformers have, nor \
@@ -99,21 +99,21 @@ impl HubConfig {
 }
 
 fn transformers(kind: &str, value: &Value) -> Result<HubConfig> {
-    let keys = |value: &Value| Keys::deserialize(value).context("config.json has a wrong value");
+    let keys = |value: &Value| HubKeys::deserialize(value).context("config.json has a wrong value");
     let whole = keys(value)?;
     let vision = match (kind, value.get("vision_config")) {
         ("clip" | "siglip", Some(vision)) => keys(vision)?,
-        ("clip" | "siglip", None) => Keys::default(),
+        ("clip" | "siglip", None) => HubKeys::default(),
         _ => keys(value)?,
     };
     let channels = vision.num_channels.unwrap_or(3);
     ensure!(channels == 3, "`num_channels` in config.json is {channels}; only 3 are supported");
     let (family, plan) = match kind {
-        "dinov2" | "dinov2_with_registers" => (Family::Dinov2, dinov2(kind, &vision)?),
-        "dinov3_vit" => (Family::Dinov3, dinov3(&vision)?),
-        "vit" | "vit_msn" => (Family::Vit, vit(kind, &vision)?),
-        "clip" | "clip_vision_model" => (Family::Clip, clip(&vision)?),
-        "siglip" | "siglip_vision_model" => (Family::Siglip, siglip(&vision)?),
+        "dinov2" | "dinov2_with_registers" => (CheckpointFamily::Dinov2, dinov2(kind, &vision)?),
+        "dinov3_vit" => (CheckpointFamily::Dinov3, dinov3(&vision)?),
+        "vit" | "vit_msn" => (CheckpointFamily::Vit, vit(kind, &vision)?),
+        "clip" | "clip_vision_model" => (CheckpointFamily::Clip, clip(&vision)?),
+        "siglip" | "siglip_vision_model" => (CheckpointFamily::Siglip, siglip(&vision)?),
         other => bail!("the `model_type` `{other}` is not known; known are {KNOWN}"),
     };
     let width = whole.projection_dim.unwrap_or(512);
@@ -124,12 +124,12 @@ fn transformers(kind: &str, value: &Value) -> Result<HubConfig> {
         "clip_vision_model" => Projection::IfThere(width),
         _ => Projection::None,
     };
-    let form = Form::Transformers { plan: Box::new(plan), projection };
+    let form = ConfigForm::Transformers { plan: Box::new(plan), projection };
     Ok(HubConfig { family, form })
 }
 
 /// What most families share, with the defaults of one.
-fn base(keys: &Keys, patch: usize, epsilon: f64, image: usize) -> Result<TransformerPlan> {
+fn base(keys: &HubKeys, patch: usize, epsilon: f64, image: usize) -> Result<TransformerPlan> {
     ensure!(
         keys.qkv_bias != Some(false),
         "`qkv_bias` in config.json is false, which is not supported"
@@ -174,7 +174,7 @@ fn activation(name: &str) -> Result<Activation> {
     })
 }
 
-fn dinov2(kind: &str, keys: &Keys) -> Result<TransformerPlan> {
+fn dinov2(kind: &str, keys: &HubKeys) -> Result<TransformerPlan> {
     let plan = base(keys, 14, 1e-6, 224)?;
     let hidden = (plan.width as f64 * keys.mlp_ratio.unwrap_or(4.)) as usize;
     let mlp = match (keys.use_swiglu_ffn.unwrap_or(false), plan.mlp) {
@@ -193,7 +193,7 @@ fn dinov2(kind: &str, keys: &Keys) -> Result<TransformerPlan> {
     Ok(TransformerPlan { mlp, registers, positions, layer_scale: true, ..plan })
 }
 
-fn dinov3(keys: &Keys) -> Result<TransformerPlan> {
+fn dinov3(keys: &HubKeys) -> Result<TransformerPlan> {
     let biases = [
         ("query_bias", keys.query_bias),
         ("value_bias", keys.value_bias),
@@ -203,7 +203,7 @@ fn dinov3(keys: &Keys) -> Result<TransformerPlan> {
     if let Some((name, _)) = biases.iter().find(|(_, bias)| *bias == Some(false)) {
         bail!("`{name}` in config.json is false, which is not supported")
     }
-    let with_defaults = Keys {
+    let with_defaults = HubKeys {
         hidden_size: keys.hidden_size.or(Some(384)),
         num_attention_heads: keys.num_attention_heads.or(Some(6)),
         intermediate_size: keys.intermediate_size.or(Some(1536)),
@@ -212,7 +212,7 @@ fn dinov3(keys: &Keys) -> Result<TransformerPlan> {
         layer_norm_eps: keys.layer_norm_eps,
         // The gate's is silu; the plain one follows the key.
         hidden_act: keys.hidden_act.clone().filter(|_| !keys.use_gated_mlp.unwrap_or(false)),
-        ..Keys::default()
+        ..HubKeys::default()
     };
     let plan = base(&with_defaults, 16, 1e-5, 224)?;
     let mlp = match keys.use_gated_mlp.unwrap_or(false) {
@@ -237,11 +237,11 @@ fn dinov3(keys: &Keys) -> Result<TransformerPlan> {
     })
 }
 
-fn vit(kind: &str, keys: &Keys) -> Result<TransformerPlan> {
+fn vit(kind: &str, keys: &HubKeys) -> Result<TransformerPlan> {
     base(keys, 16, if kind == "vit_msn" { 1e-6 } else { 1e-12 }, 224)
 }
 
-fn clip(keys: &Keys) -> Result<TransformerPlan> {
+fn clip(keys: &HubKeys) -> Result<TransformerPlan> {
     let hidden_act = keys.hidden_act.as_deref().unwrap_or("quick_gelu");
     let plan = base(keys, 32, 1e-5, 224)?;
     Ok(TransformerPlan {
@@ -253,7 +253,7 @@ fn clip(keys: &Keys) -> Result<TransformerPlan> {
     })
 }
 
-fn siglip(keys: &Keys) -> Result<TransformerPlan> {
+fn siglip(keys: &HubKeys) -> Result<TransformerPlan> {
     let hidden_act = keys.hidden_act.as_deref().unwrap_or("gelu_pytorch_tanh");
     let plan = base(keys, 16, 1e-6, 224)?;
     Ok(TransformerPlan {

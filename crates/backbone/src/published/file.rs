@@ -17,6 +17,7 @@ use serde_json::Value;
 use stage::container::{self, Container, Header};
 
 use super::PublishedNetwork;
+use super::tensors::ShapedNumbers;
 use crate::network_file::NamedTensor;
 use crate::{
     Architecture, CONFIGURATION, Segment, backbone_file, network_file, resnet, write_configuration,
@@ -117,7 +118,7 @@ impl PublishedConfiguration {
     }
 }
 
-fn tensors(file: &Container) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+fn tensors(file: &Container) -> Result<BTreeMap<String, ShapedNumbers>> {
     let named = file.names().filter_map(|name| {
         let inner = name.strip_prefix(PREFIX)?.strip_prefix('.')?;
         Some((inner.to_owned(), name.to_owned()))

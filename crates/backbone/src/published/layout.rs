@@ -11,8 +11,8 @@ use layers::{
     Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan, TransformerTensor,
 };
 
-use super::config::{Form, HubConfig, Projection};
-use super::tensors::Tensors;
+use super::config::{ConfigForm, HubConfig, Projection};
+use super::tensors::{FileTensors, ShapedNumbers};
 
 /// Whether a published file has this tensor beside the backbone: masks, classifiers, text towers,
 /// counters, and buffers that are computed anew.
@@ -53,8 +53,8 @@ pub enum Layout {
 
 impl Layout {
     /// The layout of a file; removes prefixes and heads that are none of the backbone's.
-    pub fn of(config: &HubConfig, tensors: &mut Tensors) -> Result<Self> {
-        let Form::Transformers { .. } = config.form else {
+    pub fn of(config: &HubConfig, tensors: &mut FileTensors) -> Result<Self> {
+        let ConfigForm::Transformers { .. } = config.form else {
             if !is_timm_clip(config) {
                 // A classifier.
                 tensors.remove("head.weight");
@@ -76,9 +76,9 @@ impl Layout {
     }
 
     /// The plan of the network.
-    pub fn plan(&self, config: &HubConfig, tensors: &Tensors) -> Result<TransformerPlan> {
+    pub fn plan(&self, config: &HubConfig, tensors: &FileTensors) -> Result<TransformerPlan> {
         match &config.form {
-            Form::Transformers { plan, projection } => {
+            ConfigForm::Transformers { plan, projection } => {
                 let projection = match *projection {
                     Projection::None => None,
                     Projection::Always(width) => Some(width),
@@ -88,12 +88,12 @@ impl Layout {
                 };
                 Ok(TransformerPlan { projection, ..(**plan).clone() })
             }
-            Form::Timm { architecture, tag } => timm_plan(architecture, tag, tensors),
+            ConfigForm::Timm { architecture, tag } => timm_plan(architecture, tag, tensors),
         }
     }
 
     /// The names that a file may give to a tensor of the plan, and which part of the rows it is.
-    fn candidates(&self, name: &str) -> Vec<Candidate> {
+    fn candidates(&self, name: &str) -> Vec<CandidateTensor> {
         match self {
             Self::Transformers { blocks } => of_transformers(name, blocks),
             Self::Timm => of_timm(name),
@@ -102,19 +102,19 @@ impl Layout {
 }
 
 fn is_timm_clip(config: &HubConfig) -> bool {
-    matches!(&config.form, Form::Timm { architecture, .. } if architecture.contains("_clip_"))
+    matches!(&config.form, ConfigForm::Timm { architecture, .. } if architecture.contains("_clip_"))
 }
 
 /// A tensor of a file, or the `part`-th of `parts` equal groups of its rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Candidate {
+struct CandidateTensor {
     name: String,
     part: usize,
     parts: usize,
 }
 
 /// Words for a tensor, such as `attn.qkv:0/3` for the first third of its rows.
-fn candidate(words: &str, ending: &str, prefix: &str) -> Candidate {
+fn candidate(words: &str, ending: &str, prefix: &str) -> CandidateTensor {
     let (word, part) = words.split_once(':').unwrap_or((words, "0/1"));
     let number = |text: Option<&str>| text.and_then(|text| text.parse().ok()).unwrap_or(0);
     let mut numbers = part.split('/');
@@ -122,7 +122,7 @@ fn candidate(words: &str, ending: &str, prefix: &str) -> Candidate {
     // A packed attention of PyTorch's has its own endings.
     let joint = if word.ends_with("in_proj") { "_" } else { "." };
     let ending = if ending.is_empty() { String::new() } else { format!("{joint}{ending}") };
-    Candidate { name: format!("{prefix}{word}{ending}"), part, parts }
+    CandidateTensor { name: format!("{prefix}{word}{ending}"), part, parts }
 }
 
 /// Splits `blocks.3.q.weight` into block `3`, word `q` and ending `weight`.
@@ -137,7 +137,7 @@ fn split(name: &str) -> (Option<&str>, &str, &str) {
     }
 }
 
-fn of_transformers(name: &str, blocks: &str) -> Vec<Candidate> {
+fn of_transformers(name: &str, blocks: &str) -> Vec<CandidateTensor> {
     let (block, word, ending) = split(name);
     let words: &[&str] = match (block, word) {
         (None, "cls") => &["embeddings.cls_token", "embeddings.class_embedding"],
@@ -178,7 +178,7 @@ fn of_transformers(name: &str, blocks: &str) -> Vec<Candidate> {
     words.iter().map(|words| candidate(words, ending, &prefix)).collect()
 }
 
-fn of_timm(name: &str) -> Vec<Candidate> {
+fn of_timm(name: &str) -> Vec<CandidateTensor> {
     let (block, word, ending) = split(name);
     let is_bias = ending == "bias";
     let words: &[&str] = match (block, word) {
@@ -215,7 +215,7 @@ fn of_timm(name: &str) -> Vec<Candidate> {
     if is_bias && matches!(word, "q" | "v") && block.is_some() {
         // DINOv3 in timm: one bias each, and none for the keys.
         let name = format!("{prefix}attn.{word}_bias");
-        found.push(Candidate { name, part: 0, parts: 1 });
+        found.push(CandidateTensor { name, part: 0, parts: 1 });
     }
     found
 }
@@ -226,8 +226,8 @@ fn of_timm(name: &str) -> Vec<Candidate> {
 pub fn internal(
     layout: &Layout,
     plan: &TransformerPlan,
-    tensors: &mut Tensors,
-) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+    tensors: &mut FileTensors,
+) -> Result<BTreeMap<String, ShapedNumbers>> {
     let mut used = BTreeSet::new();
     let mut given = BTreeMap::new();
     settle_biases(layout, plan, tensors)?;
@@ -238,7 +238,7 @@ pub fn internal(
             whole_up(&mut candidates);
         }
         let there = candidates.iter().find(|candidate| tensors.has(&candidate.name));
-        let Some(Candidate { name: in_file, part, parts }) = there else {
+        let Some(CandidateTensor { name: in_file, part, parts }) = there else {
             let names: Vec<_> = candidates.iter().map(|one| format!("`{}`", one.name)).collect();
             bail!("{} has no tensor {}", tensors.origin(), names.join(" or "))
         };
@@ -263,12 +263,12 @@ pub fn internal(
 }
 
 /// A plain MLP has the whole of a tensor that a gated one packs.
-fn whole_up(candidates: &mut Vec<Candidate>) {
+fn whole_up(candidates: &mut Vec<CandidateTensor>) {
     let plain = candidates
         .iter_mut()
         .find(|candidate| candidate.name.contains("mlp.fc1.") && candidate.parts == 2);
     if let Some(candidate) = plain.filter(|candidate| candidate.part == 1) {
-        let whole = Candidate { part: 0, parts: 1, ..candidate.clone() };
+        let whole = CandidateTensor { part: 0, parts: 1, ..candidate.clone() };
         *candidates = vec![whole];
     }
 }
@@ -326,7 +326,7 @@ fn add_class_position(
     class: &mut [f32],
     layout: &Layout,
     plan: &TransformerPlan,
-    tensors: &Tensors,
+    tensors: &FileTensors,
 ) {
     let Positions::Absolute { grid, .. } = plan.positions else { return };
     let candidates = layout.candidates("positions");
@@ -340,7 +340,7 @@ fn add_class_position(
 
 /// Makes the biases of timm's files those of the plan: DINOv3's files may lack those of queries and
 /// values, which are then zero, and CLIP's projection has one that must be zero.
-fn settle_biases(layout: &Layout, plan: &TransformerPlan, tensors: &mut Tensors) -> Result<()> {
+fn settle_biases(layout: &Layout, plan: &TransformerPlan, tensors: &mut FileTensors) -> Result<()> {
     if *layout != Layout::Timm {
         return Ok(());
     }
@@ -367,7 +367,7 @@ fn settle_biases(layout: &Layout, plan: &TransformerPlan, tensors: &mut Tensors)
 }
 
 /// The plan of one of timm's Vision Transformers: widths from the tensors, the rest from its name.
-fn timm_plan(architecture: &str, tag: &str, tensors: &Tensors) -> Result<TransformerPlan> {
+fn timm_plan(architecture: &str, tag: &str, tensors: &FileTensors) -> Result<TransformerPlan> {
     let shape = |name: &str| {
         tensors.shape(name).with_context(|| format!("{} has no tensor `{name}`", tensors.origin()))
     };
@@ -420,7 +420,7 @@ fn timm_plan(architecture: &str, tag: &str, tensors: &Tensors) -> Result<Transfo
     })
 }
 
-fn timm_positions(class_token: bool, is_rotary: bool, tensors: &Tensors) -> Result<Positions> {
+fn timm_positions(class_token: bool, is_rotary: bool, tensors: &FileTensors) -> Result<Positions> {
     if is_rotary {
         return Ok(Positions::Rotary { base: 100. });
     }

@@ -1,6 +1,6 @@
 //! Published networks: checkpoints in the layouts of transformers, timm and torchvision.
 //!
-//! [`read`] takes a `config.json`, which says the [`Family`], and safetensors files, and returns the
+//! [`read`] takes a `config.json`, which says the [`CheckpointFamily`], and safetensors files, and returns the
 //! network under one internal naming. Transformers' `dinov2`, `dinov2_with_registers`, `dinov3_vit`,
 //! `vit` (DINO), `vit_msn`, and the vision towers of `clip` and `siglip` are known, in the names of
 //! their files and in those that transformers 5 gives to modules; so are timm's Vision Transformers of
@@ -27,13 +27,13 @@ use serde_json::Value;
 use crate::{Architecture, Segment};
 use config::HubConfig;
 use layout::{Layout, internal};
-use tensors::Tensors;
+use tensors::FileTensors;
 
 pub use file::{Provenance, PublishedArchitecture, PublishedConfiguration, write};
 
 /// The program or paper that a checkpoint comes from, which decides its input where no file says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
+pub enum CheckpointFamily {
     /// DINO and MSN in the layout of transformers (`vit`, `vit_msn`).
     Vit,
     /// DINOv2, with registers and without (`dinov2`, `dinov2_with_registers`).
@@ -50,7 +50,7 @@ pub enum Family {
     Residual,
 }
 
-impl Family {
+impl CheckpointFamily {
     /// The family that the text of a `config.json` names.
     ///
     /// # Errors
@@ -96,8 +96,8 @@ impl PublishedNetwork {
 /// another shape than the configuration says, or not finite. The message names file and tensor.
 pub fn read(configuration: Option<&Path>, weights: &[PathBuf]) -> Result<PublishedNetwork> {
     let config = configuration.map(read_configuration).transpose()?;
-    let mut tensors = Tensors::open(weights)?;
-    let residual = config.as_ref().is_none_or(|config| config.family == Family::Residual);
+    let mut tensors = FileTensors::open(weights)?;
+    let residual = config.as_ref().is_none_or(|config| config.family == CheckpointFamily::Residual);
     if residual && tensors.has("conv1.weight") {
         return residual::read(tensors);
     }

@@ -3,11 +3,11 @@
 use anyhow::{Context, Result, bail, ensure};
 
 use super::PublishedNetwork;
-use super::tensors::Tensors;
+use super::tensors::FileTensors;
 use crate::{Architecture, Depth, Segment, Stem, resnet};
 
 /// Reads a network whose depth and width follow from its tensors.
-pub fn read(mut tensors: Tensors) -> Result<PublishedNetwork> {
+pub fn read(mut tensors: FileTensors) -> Result<PublishedNetwork> {
     let architecture = architecture(&tensors)?;
     let mut segment = Segment::empty(resnet::plan(&architecture, 3)?);
     let origin = tensors.origin();
@@ -33,7 +33,7 @@ pub fn read(mut tensors: Tensors) -> Result<PublishedNetwork> {
 }
 
 /// Depth, width and stem of the tensors: timm and torchvision have the 7×7 stem.
-fn architecture(tensors: &Tensors) -> Result<Architecture> {
+fn architecture(tensors: &FileTensors) -> Result<Architecture> {
     let stem = tensors.shape("conv1.weight").unwrap_or_default();
     let &[width, 3, 7, 7] = stem else {
         bail!(

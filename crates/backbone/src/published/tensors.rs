@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 use super::layout::is_beside;
 
 /// Shape and numbers.
-type Numbers = (Vec<usize>, Vec<f32>);
+pub type ShapedNumbers = (Vec<usize>, Vec<f32>);
 
 /// Prefixes of programs that wrap a network, of which one is removed where all names have it.
 const WRAPPERS: [&str; 6] =
@@ -20,12 +20,12 @@ const WRAPPERS: [&str; 6] =
 
 /// The tensors of a network, without those beside the backbone.
 #[derive(Debug)]
-pub struct Tensors {
+pub struct FileTensors {
     files: Vec<PathBuf>,
-    by_name: BTreeMap<String, Numbers>,
+    by_name: BTreeMap<String, ShapedNumbers>,
 }
 
-impl Tensors {
+impl FileTensors {
     /// Reads the files, one after another.
     pub fn open(files: &[PathBuf]) -> Result<Self> {
         let mut by_name = BTreeMap::new();
@@ -53,12 +53,12 @@ impl Tensors {
             }
         }
         let mut tensors = Self { files: files.to_vec(), by_name };
-        tensors.unwrap();
+        tensors.remove_wrapper();
         Ok(tensors)
     }
 
     /// Removes a prefix that all names share.
-    fn unwrap(&mut self) {
+    fn remove_wrapper(&mut self) {
         let shared = |prefix: &&&str| self.by_name.keys().all(|name| name.starts_with(**prefix));
         if let Some(prefix) = WRAPPERS.iter().find(shared).filter(|_| !self.by_name.is_empty()) {
             self.strip(prefix);
@@ -83,11 +83,11 @@ impl Tensors {
         self.by_name.get(name).map(|(shape, _)| shape.as_slice())
     }
 
-    pub fn get(&self, name: &str) -> Option<&Numbers> {
+    pub fn get(&self, name: &str) -> Option<&ShapedNumbers> {
         self.by_name.get(name)
     }
 
-    pub fn remove(&mut self, name: &str) -> Option<Numbers> {
+    pub fn remove(&mut self, name: &str) -> Option<ShapedNumbers> {
         self.by_name.remove(name)
     }
 

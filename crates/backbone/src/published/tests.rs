@@ -8,7 +8,7 @@ use serde_json::json;
 use super::*;
 use crate::{Depth, Stem, backbone_file, resnet, write_configuration};
 
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+type TestTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 /// A narrow network: two blocks of width 12 with three heads, patches of 2 × 2, a grid of 3 × 3.
 fn dinov2() -> Value {
@@ -26,7 +26,7 @@ fn with(mut value: Value, changes: Value) -> Value {
 }
 
 /// Reads `tensors` as a file beside `config`.
-fn loaded(config: &Value, tensors: &Tensors) -> Result<PublishedNetwork> {
+fn loaded(config: &Value, tensors: &TestTensors) -> Result<PublishedNetwork> {
     let folder = tempfile::tempdir()?;
     let [configuration, weights] =
         ["config.json", "model.safetensors"].map(|n| folder.path().join(n));
@@ -35,7 +35,7 @@ fn loaded(config: &Value, tensors: &Tensors) -> Result<PublishedNetwork> {
     read(Some(&configuration), &[weights])
 }
 
-fn save(tensors: &Tensors, path: &Path) -> Result<()> {
+fn save(tensors: &TestTensors, path: &Path) -> Result<()> {
     let tensor = |(name, (shape, numbers)): (&String, &(Vec<usize>, Vec<f32>))| {
         Ok((name.clone(), Tensor::from_vec(numbers.clone(), shape.as_slice(), &Device::Cpu)?))
     };
@@ -50,12 +50,12 @@ fn weights(network: PublishedNetwork) -> TransformerWeights {
     }
 }
 
-fn refusal(config: &Value, tensors: &Tensors) -> String {
+fn refusal(config: &Value, tensors: &TestTensors) -> String {
     format!("{:#}", loaded(config, tensors).err().expect("refused"))
 }
 
 /// Tensors of these names and shapes, each with numbers of its own.
-fn filled(names: &[(String, Vec<usize>)]) -> Tensors {
+fn filled(names: &[(String, Vec<usize>)]) -> TestTensors {
     let fill = |(at, (name, shape)): (usize, &(String, Vec<usize>))| {
         let count = shape.iter().product::<usize>();
         let numbers = (0..count).map(|i| at as f32 + i as f32 / 1024.).collect();
@@ -74,7 +74,7 @@ fn norm(name: &str) -> [(String, Vec<usize>); 2] {
 }
 
 /// The tensors of [`dinov2`] as transformers' files name them.
-fn dinov2_tensors() -> Tensors {
+fn dinov2_tensors() -> TestTensors {
     let mut names = vec![
         ("embeddings.cls_token".to_owned(), vec![1, 1, 12]),
         ("embeddings.mask_token".to_owned(), vec![1, 12]),
@@ -100,7 +100,7 @@ fn dinov2_tensors() -> Tensors {
 }
 
 /// The same tensors under other names.
-fn renamed(tensors: &Tensors, pairs: &[(&str, &str)]) -> Tensors {
+fn renamed(tensors: &TestTensors, pairs: &[(&str, &str)]) -> TestTensors {
     let rename =
         |name: &str| pairs.iter().fold(name.to_owned(), |n, (from, to)| n.replace(from, to));
     tensors.iter().map(|(name, tensor)| (rename(name), tensor.clone())).collect()
@@ -169,7 +169,7 @@ fn other_spellings_of_the_same_network_load_to_the_same_bits() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("config.json"), dinov2().to_string())?;
-    let (first, second): (Tensors, Tensors) =
+    let (first, second): (TestTensors, TestTensors) =
         tensors.into_iter().partition(|(name, _)| name.contains("layer.0"));
     save(&first, &path("a.safetensors"))?;
     save(&second, &path("b.safetensors"))?;
@@ -220,9 +220,9 @@ fn a_missing_unknown_or_misshapen_tensor_is_named_and_those_beside_are_ignored()
 }
 
 /// [`dinov2_tensors`] as timm packs and names them, with the class token's position added already.
-fn timm_tensors(want: &TransformerWeights) -> Tensors {
+fn timm_tensors(want: &TransformerWeights) -> TestTensors {
     let get = |name: &str| want.get(name).expect(name).to_vec();
-    let mut all = Tensors::from([
+    let mut all = TestTensors::from([
         ("cls_token".into(), (vec![1, 1, 12], get("cls"))),
         ("pos_embed".into(), (vec![1, 9, 12], get("positions"))),
         ("patch_embed.proj.weight".into(), (vec![12, 3, 2, 2], get("patch.weight"))),
@@ -258,12 +258,12 @@ fn timm_tensors(want: &TransformerWeights) -> Tensors {
 }
 
 /// Narrow networks have fewer than one head of 64, so the plan is completed by hand.
-fn of_timm(architecture: &str, heads: usize, tensors: &Tensors) -> Result<TransformerWeights> {
+fn of_timm(architecture: &str, heads: usize, tensors: &TestTensors) -> Result<TransformerWeights> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
     save(tensors, &path)?;
     let config = HubConfig::parse(&json!({ "architecture": architecture }).to_string())?;
-    let mut tensors = super::tensors::Tensors::open(&[path])?;
+    let mut tensors = super::tensors::FileTensors::open(&[path])?;
     let layout = Layout::of(&config, &mut tensors)?;
     let plan = TransformerPlan { heads, ..layout.plan(&config, &tensors)? };
     Ok(TransformerWeights::new(&plan, internal(&layout, &plan, &mut tensors)?)?)
@@ -339,8 +339,8 @@ fn gate_and_up_are_the_halves_of_one_tensor_gate_first() -> Result<()> {
 
 fn plan_of(config: Value) -> Result<TransformerPlan> {
     match HubConfig::parse(&config.to_string())?.form {
-        config::Form::Transformers { plan, .. } => Ok(*plan),
-        config::Form::Timm { .. } => panic!("of transformers"),
+        config::ConfigForm::Transformers { plan, .. } => Ok(*plan),
+        config::ConfigForm::Timm { .. } => panic!("of transformers"),
     }
 }
 
@@ -483,16 +483,51 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
     for name in networks {
         let path = |end: &str| golden.join("vit").join(format!("{name}_narrow_{end}"));
         let file = path("weights.safetensors");
-        let network = weights(read(Some(&path("config.json")), &[file.clone()]).context(name)?);
+        let network =
+            weights(read(Some(&path("config.json")), std::slice::from_ref(&file)).context(name)?);
         assert_eq!(network.plan().width, 48, "{name}");
         let count: usize =
             network.plan().tensors().iter().map(|t| t.shape.iter().product::<usize>()).sum();
         let tensors = candle_core::safetensors::load(&file, &Device::Cpu)?;
-        let there: usize = tensors.iter().map(|(_, tensor)| tensor.elem_count()).sum();
+        let there: usize = tensors.values().map(Tensor::elem_count).sum();
         let beside = tensors.iter().filter(|(name, _)| name.ends_with("mask_token")).count() * 48;
         let class_position =
             tensors.keys().any(|n| n.contains("position")) && network.plan().class_token;
         assert_eq!(count, there - beside - usize::from(class_position) * 48, "{name}");
     }
+    Ok(())
+}
+
+/// The features of narrow networks of every layout, as the programs that publish them compute them, where
+/// the folder `ASSORT_GOLDEN` has them (T1 to T10).
+#[test]
+fn golden_features_are_met_by_networks_as_they_are_read() -> Result<()> {
+    let Some(golden) =
+        std::env::var_os("ASSORT_GOLDEN").map(|path| PathBuf::from(path).join("vit"))
+    else {
+        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
+        return Ok(());
+    };
+    let values = candle_core::safetensors::load(golden.join("vit.safetensors"), &Device::Cpu)?;
+    let manifest = std::fs::read_to_string(golden.join("vit_manifest.json"))?;
+    let manifest: serde_json::Map<String, Value> = serde_json::from_str(&manifest)?;
+    let mut cases = 0;
+    for (case, note) in manifest.iter().filter(|(case, _)| case.starts_with("hf_")) {
+        let model = note["model"].as_str().context("a model")?;
+        let path = |end: &str| golden.join(format!("{model}_{end}"));
+        let network = read(Some(&path("config.json")), &[path("weights.safetensors")])?;
+        let network =
+            layers::Transformer::new(&weights(network), &Device::Cpu, layers::Precision::F32)?;
+        let pictures = values[&format!("{case}/in/x")].permute((0, 2, 3, 1))?.contiguous()?;
+        let got = network.forward(&pictures)?.feature().flatten_all()?.to_vec1::<f32>()?;
+        let mut outputs = ["image_embeds", "pooler_output", "cls"].iter();
+        let want = outputs.find_map(|name| values.get(&format!("{case}/out/{name}@f64")));
+        let want = want.with_context(|| format!("{case} has no feature"))?;
+        for (got, want) in got.iter().zip(want.flatten_all()?.to_vec1::<f64>()?) {
+            assert!((f64::from(*got) - want).abs() < 2e-5, "{case}: {got}, not {want}");
+        }
+        cases += 1;
+    }
+    assert!(cases >= 15, "{cases} cases");
     Ok(())
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 
-fn of(keys: Value, family: Family) -> Result<Input> {
+fn of(keys: Value, family: CheckpointFamily) -> Result<Input> {
     of_transformers(&keys.to_string(), family)
 }
 
@@ -25,8 +25,8 @@ fn published_processors_become_operations() -> Result<()> {
     });
     let cut = Operation::CentreCropRoundedDown { pixels: 224 };
     let want = square_input(224, IMAGENET, vec![shorter(256, Filter::Bicubic), cut]);
-    assert_eq!(of(dinov2, Family::Dinov2)?, want);
-    assert_eq!(published(Family::Dinov2, 518), want, "as where the file is missing");
+    assert_eq!(of(dinov2, CheckpointFamily::Dinov2)?, want);
+    assert_eq!(published(CheckpointFamily::Dinov2, 518), want, "as where the file is missing");
 
     let dinov3 = json!({
         "do_resize": true, "size": { "height": 224, "width": 224 }, "resample": 2,
@@ -34,7 +34,7 @@ fn published_processors_become_operations() -> Result<()> {
     });
     let squeezed = Operation::Resize { pixels: 224, filter: Filter::Bilinear };
     let satellite = [[0.43, 0.411, 0.296], [0.213, 0.156, 0.143]];
-    assert_eq!(of(dinov3, Family::Dinov3)?, square_input(224, satellite, vec![squeezed]));
+    assert_eq!(of(dinov3, CheckpointFamily::Dinov3)?, square_input(224, satellite, vec![squeezed]));
 
     // Old files, whose size is a number: the shorter edge of CLIP, a square of the others.
     let old = |kind: &str| json!({ "feature_extractor_type": kind, "size": 224, "resample": 3 });
@@ -43,13 +43,15 @@ fn published_processors_become_operations() -> Result<()> {
         value["do_center_crop"] = json!(true);
         value
     };
-    let clip = of(with_crop(old("CLIPFeatureExtractor")), Family::Clip)?;
+    let clip = of(with_crop(old("CLIPFeatureExtractor")), CheckpointFamily::Clip)?;
     assert_eq!(clip, square_input(224, CLIP, vec![shorter(224, Filter::Bicubic), cut]));
     let squeezed = Operation::Resize { pixels: 224, filter: Filter::Bicubic };
-    let vit = of(old("ViTFeatureExtractor"), Family::Vit)?;
+    let vit = of(old("ViTFeatureExtractor"), CheckpointFamily::Vit)?;
     assert_eq!(vit, square_input(224, IMAGENET, vec![squeezed]));
-    let plain =
-        of(json!({ "size": { "height": 8, "width": 8 }, "do_normalize": false }), Family::Siglip)?;
+    let plain = of(
+        json!({ "size": { "height": 8, "width": 8 }, "do_normalize": false }),
+        CheckpointFamily::Siglip,
+    )?;
     assert_eq!((plain.height, plain.mean, plain.std), (8, vec![0.; 3], vec![1.; 3]));
     assert_eq!(plain.clean, [Operation::Resize { pixels: 8, filter: Filter::Bicubic }]);
     Ok(())
@@ -70,7 +72,7 @@ fn what_a_processor_asks_for_and_is_not_done_is_an_error_that_names_the_key() {
         (json!({ "size": square, "do_resize": "yes" }), "wrong value"),
     ];
     for (keys, part) in cases {
-        let error = format!("{:#}", of(keys, Family::Dinov2).expect_err(part));
+        let error = format!("{:#}", of(keys, CheckpointFamily::Dinov2).expect_err(part));
         assert!(error.contains(part), "{error}");
     }
 }
@@ -148,11 +150,11 @@ fn golden_processors_are_met_within_a_step() -> Result<()> {
         let (height, width, _) = picture.dims3()?;
         let picture = Picture::new(height, width, 3, picture.flatten_all()?.to_vec1()?)?;
         for (name, family) in [
-            ("dinov2", Family::Dinov2),
-            ("vit", Family::Vit),
-            ("clip", Family::Clip),
-            ("siglip", Family::Siglip),
-            ("dinov3", Family::Dinov3),
+            ("dinov2", CheckpointFamily::Dinov2),
+            ("vit", CheckpointFamily::Vit),
+            ("clip", CheckpointFamily::Clip),
+            ("siglip", CheckpointFamily::Siglip),
+            ("dinov3", CheckpointFamily::Dinov3),
         ] {
             let mut keys = manifest[format!("{case}_{name}")]["values"].clone();
             keys["do_center_crop"] = json!(keys.get("crop_size").is_some());
@@ -169,7 +171,8 @@ fn golden_processors_are_met_within_a_step() -> Result<()> {
                 let (largest, sum) =
                     steps.fold((0f64, 0.), |(largest, sum), step| (largest.max(step), sum + step));
                 let mean = sum / want.len() as f64;
-                let (most, most_mean) = if name == "dinov3" { (1e-4, 1e-4) } else { (1., 0.35) };
+                // DINOv3's resizes floats, so that only rounding to f32 is left: 3e-6 after normalising.
+                let (most, most_mean) = if name == "dinov3" { (2e-4, 5e-5) } else { (1., 0.35) };
                 assert!(
                     largest < most && mean <= most_mean,
                     "{case} {name} {back_end}: largest {largest}, mean {mean}"
