@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The libraries, from the machine up: each may build on those above it here, and nothing else.
-const LIBRARIES: [(&str, &[&str]); 10] = [
+const LIBRARIES: [(&str, &[&str]); 11] = [
     ("kernels", &[]),
     ("stage", &[]),
     ("bench", &[]),

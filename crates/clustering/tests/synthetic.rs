@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use assignment::{KMeans, Metric, argmax_rows};
 use clustering::learner::learner;
-use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit};
+use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
 use data::head::CentreMetric;
 use data::images::{self, StoredPicture};
 use data::{DataSet, Embeddings, Picture, PseudoLabels};

@@ -131,7 +131,7 @@ pub fn forward<T: HeadFloat>(
     let mut unit: Vec<T> = FlatMatrix::new(&activation, shape.hidden)?
         .times(&of(bottleneck_weight, shape.hidden)?.transposed()?)?;
     for row in unit.chunks_exact_mut(shape.bottleneck) {
-        row.iter_mut().zip(&parameters[bottleneck_bias.clone()]).for_each(|(x, &b)| *x = *x + b);
+        row.iter_mut().zip(&parameters[bottleneck_bias.clone()]).for_each(|(x, &b)| *x += b);
     }
     let length = to_unit_length(&mut unit, shape.bottleneck);
     let unit_directions =
@@ -173,8 +173,8 @@ pub fn backward<T: HeadFloat>(
     {
         let sums = &mut gradient[places.scales.clone()];
         for (((x, &cosine), &g), sum) in row.iter_mut().zip(cosines).zip(scales).zip(sums) {
-            *sum = *sum + *x * cosine;
-            *x = *x * g;
+            *sum += *x * cosine;
+            *x *= g;
         }
     }
     let scaled = FlatMatrix::new(&scaled, shape.clusters)?;
@@ -196,7 +196,7 @@ pub fn backward<T: HeadFloat>(
     let mut of_hidden: Vec<T> = of_rows.times(&weight)?;
 
     // The hidden layer.
-    of_hidden.iter_mut().zip(&pass.slope).for_each(|(x, &slope)| *x = *x * slope);
+    of_hidden.iter_mut().zip(&pass.slope).for_each(|(x, &slope)| *x *= slope);
     add_rows(&mut gradient[places.hidden_bias], &of_hidden);
     let of_hidden = FlatMatrix::new(&of_hidden, shape.hidden)?;
     let weight: Vec<T> = of_hidden.transposed()?.times(rows)?;
@@ -226,7 +226,7 @@ pub fn effective_directions(shape: &HeadShape, parameters: &[f32]) -> Vec<f32> {
 fn to_unit_length<T: HeadFloat>(rows: &mut [T], width: usize) -> Vec<T> {
     let scale = |row: &mut [T]| {
         let length = row.iter().map(|&x| x * x).sum::<T>().sqrt().at_least(T::of(1e-12));
-        row.iter_mut().for_each(|x| *x = *x / length);
+        row.iter_mut().for_each(|x| *x /= length);
         length
     };
     rows.chunks_exact_mut(width).map(scale).collect()
@@ -245,7 +245,7 @@ fn across<T: HeadFloat>(gradient: &mut [T], unit: &[T], lengths: &[T]) {
 /// Adds every row to `sums`.
 fn add_rows<T: HeadFloat>(sums: &mut [T], rows: &[T]) {
     for row in rows.chunks_exact(sums.len()) {
-        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = *sum + x);
+        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
     }
 }
 

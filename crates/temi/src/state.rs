@@ -132,7 +132,7 @@ impl<'a> HeadRun<'a> {
     pub fn save(&self) -> Result<()> {
         let (heads, shape) = (self.heads.len(), self.plan.shape);
         let joined = |of: fn(&LearningHead<f32>) -> &Vec<f32>| -> Vec<f32> {
-            self.heads.iter().flat_map(|head| of(head)).copied().collect()
+            self.heads.iter().flat_map(&of).copied().collect()
         };
         let sums: Vec<u64> = self.recent.iter().chain(&self.last).map(|x| x.to_bits()).collect();
         let parts: Vec<Vec<f32>> = PARTS.iter().map(|(_, of)| joined(*of)).collect();

@@ -40,7 +40,7 @@ impl<T: HeadFloat> TaskEncoder<T> {
         let mut weight = self.layer.weight.clone();
         for (row, &scale) in weight.chunks_exact_mut(width).zip(&self.scale) {
             let factor = scale / length(row);
-            row.iter_mut().for_each(|x| *x = *x * factor);
+            row.iter_mut().for_each(|x| *x *= factor);
         }
         LinearLayer { weight, bias: self.layer.bias.clone() }
     }
@@ -61,10 +61,10 @@ impl<T: HeadFloat> LinearLayer<T> {
         let weight = FlatMatrix::new(&self.weight, self.weight.len() / clusters)?;
         let mut logs: Vec<T> = rows.times(&weight.transposed()?)?;
         for row in logs.chunks_exact_mut(clusters) {
-            row.iter_mut().zip(&self.bias).for_each(|(x, &b)| *x = *x + b);
+            row.iter_mut().zip(&self.bias).for_each(|(x, &b)| *x += b);
             let largest = row.iter().copied().fold(T::neg_infinity(), T::at_least);
             let sum = largest + row.iter().map(|&x| (x - largest).exp()).sum::<T>().ln();
-            row.iter_mut().for_each(|x| *x = *x - sum);
+            row.iter_mut().for_each(|x| *x -= sum);
         }
         Ok(logs)
     }
@@ -87,7 +87,7 @@ pub fn labels<T: HeadFloat>(
     let share = T::of(1. / each.len() as f64);
     let mut mean = vec![T::zero(); each[0].len()];
     for memberships in &each {
-        mean.iter_mut().zip(memberships).for_each(|(mean, &f)| *mean = *mean + share * f);
+        mean.iter_mut().zip(memberships).for_each(|(mean, &f)| *mean += share * f);
     }
     Ok((mean, each))
 }
@@ -108,7 +108,7 @@ pub fn inner_loss<T: HeadFloat>(
     let share = T::of(1. / (labels.len() / clusters) as f64);
     let mut loss = T::zero();
     for (log, &label) in by_logits.iter_mut().zip(labels) {
-        loss = loss - share * label * *log;
+        loss -= share * label * *log;
         *log = share * (log.exp() - label);
     }
     let bias = column_sums(&by_logits, clusters);
@@ -148,7 +148,7 @@ pub fn outer_loss<T: HeadFloat>(
     let mut by_labels = vec![T::zero(); labels.len()];
     for (classifier, rows) in classifiers.iter().zip(spaces) {
         let logs = classifier.log_memberships(rows)?;
-        by_labels.iter_mut().zip(logs).for_each(|(sum, log)| *sum = *sum - share * log);
+        by_labels.iter_mut().zip(logs).for_each(|(sum, log)| *sum -= share * log);
     }
     let cross_entropy = labels.iter().zip(&by_labels).map(|(&y, &d)| y * d).sum();
     let of_space = T::of(1. / encoders.len() as f64);
@@ -158,7 +158,7 @@ pub fn outer_loss<T: HeadFloat>(
             column_sums(memberships, clusters).into_iter().map(|sum| sum * share).collect();
         let logs: Vec<T> =
             marginal.iter().map(|&m| m.at_least(T::min_positive_value()).ln()).collect();
-        entropy = entropy - marginal.iter().zip(&logs).map(|(&m, &log)| m * log).sum::<T>();
+        entropy -= marginal.iter().zip(&logs).map(|(&m, &log)| m * log).sum::<T>();
         let pull: Vec<T> =
             logs.iter().map(|&log| T::of(balance) * share * (log + T::one())).collect();
         let mut by_logits = Vec::with_capacity(labels.len());
@@ -197,7 +197,7 @@ fn encoder_gradient<T: HeadFloat>(
 fn column_sums<T: HeadFloat>(values: &[T], columns: usize) -> Vec<T> {
     let mut sums = vec![T::zero(); columns];
     for row in values.chunks_exact(columns) {
-        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = *sum + x);
+        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
     }
     sums
 }
@@ -244,7 +244,7 @@ impl<T: HeadFloat> ListAdam<T> {
         for ((x, &d), (first, second)) in parameters.zip(gradients).zip(moments) {
             *first = T::of(first_decay) * *first + T::of(1. - first_decay) * d;
             *second = T::of(second_decay) * *second + T::of(1. - second_decay) * d * d;
-            *x = *x - rate * *first / (second.sqrt() * correction + T::of(1e-8));
+            *x -= rate * *first / (second.sqrt() * correction + T::of(1e-8));
         }
     }
 }

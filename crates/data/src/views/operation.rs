@@ -142,6 +142,9 @@ pub enum Filter {
     Bicubic,
 }
 
+/// How a margin that ends in half a pixel is rounded.
+pub(super) type Rounding = fn(f64) -> f64;
+
 impl Operation {
     /// Fails if a parameter is out of range. `place` says which operation it is, for messages.
     ///
@@ -221,7 +224,7 @@ impl Operation {
     }
 
     /// The side of the middle square that it crops, and how it rounds the margins.
-    pub(super) fn crop(&self) -> Option<(usize, fn(f64) -> f64)> {
+    pub(super) fn crop(&self) -> Option<(usize, Rounding)> {
         match *self {
             Self::CentreCrop { pixels } => Some((pixels, f64::round_ties_even)),
             Self::CentreCropRoundedDown { pixels } => Some((pixels, f64::floor)),
