@@ -200,7 +200,7 @@ mod tests {
             vec![0.6, 0.4, 0.4, 0.6, 0.1, 0.9],
         ];
         let found = consensus(&heads, 2, 0, 3)?;
-        let want = [0.766666667, 0.233333333, 0.6, 0.4, 0.166666667, 0.833333333];
+        let want = [23. / 30., 7. / 30., 0.6, 0.4, 1. / 6., 5. / 6.];
         for (got, want) in found.memberships.iter().zip(want) {
             assert!((got - want).abs() < 1e-7, "got {got}, want {want}");
         }

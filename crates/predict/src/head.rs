@@ -406,7 +406,7 @@ mod tests {
                 Named::f32("clusters.weight", &[2, 3], &[0., 1., 0., 1., 0., 1.]),
             ],
         )?;
-        let head = Head::open(folder.path())?;
+        let head = LoadedHead::open(folder.path())?;
         assert_eq!((head.width, head.space_name()), (1, "embeddings"));
         // Logits (.6, .8, 0) and (.6, 0, 0); cluster 0 is direction 1, cluster 1 the two others.
         let softmax = |logits: [f64; 3], k: usize| {
@@ -433,7 +433,7 @@ mod tests {
                 Named::f32("output.bias", &[2], &[0., 0.25]),
             ],
         )?;
-        let head = Head::open(folder.path())?;
+        let head = LoadedHead::open(folder.path())?;
         // (5, −1) is (2, 0): logits 2 and 0.25; (1, 0) is (0, 2): 0 and 2.25.
         let found = head.predict(&[5., -1., 1., 0.])?;
         assert_eq!((head.width, found.assignment), (2, vec![0, 1]));
