@@ -71,6 +71,12 @@ impl Bench {
         steps
     }
 
+    /// A key of a table of the experiment.
+    pub fn key_of(&self, table: &str) -> String {
+        let table = self.experiment[table].as_table().expect("a table");
+        table.keys().next().expect("a key").clone()
+    }
+
     /// The first place of the experiment, whose program trains.
     pub fn first(&self) -> String {
         self.steps().remove(0).0

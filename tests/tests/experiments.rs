@@ -35,6 +35,9 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
         let layout = PictureNames { classes, ..PLAIN };
         pictures::write(&folder.path().join("pictures"), layout, seed as u64).expect("written");
     }
+    let network = folder.path().join("network");
+    fs::create_dir(&network).expect("created");
+    tests::published::write(&network);
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let mut count = 0;
     for entry in fs::read_dir(&configs).expect("experiments") {
@@ -42,9 +45,15 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
         // Beside the experiments lie what they extend, in folders, and their digests.
         let Some(name) = file.to_str().expect("UTF-8").strip_suffix(".toml") else { continue };
         let experiment = shown(name);
-        let prepared = on_tiny_pictures(&["stage", "prepare", name], folder.path());
+        let network = format!("pretrained.backbone='{}'", network.display());
+        let of_network: &[&str] = match experiment.get("pretrained") {
+            Some(_) => &["--set", &network],
+            None => &[],
+        };
+        let prepare = [&["stage", "prepare", name], of_network].concat();
+        let prepared = on_tiny_pictures(&prepare, folder.path());
         assert!(prepared.status.success(), "{name}: {}", stderr(&prepared));
-        let mut words = vec!["reproduce", name, "--dry-run"];
+        let mut words = [&["reproduce", name, "--dry-run"], of_network].concat();
         let backbone = folder.path().join("backbone.safetensors");
         let named = format!("icbpl.pretrained.file='{}'", backbone.display());
         if experiment.get("icbpl").is_some_and(|icbpl| icbpl.get("pretrained").is_some()) {
@@ -72,7 +81,7 @@ fn expected_steps(tables: &toml::Table) -> Vec<String> {
     let places = first.iter().map(|place| place.as_str().expect("a name"));
     let mut steps: Vec<String> = places.map(|place| format!("0-{place}")).collect();
     steps.push(format!("{rounds}-metrics"));
-    if tables.get("embed").is_some() {
+    if tables.get("embed").is_some() && tables.get("clustering").is_some() {
         steps.push("pixels/0-metrics".into());
     }
     let control = tables.get("control").and_then(toml::Value::as_table);

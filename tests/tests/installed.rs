@@ -28,7 +28,8 @@ fn an_empty_folder_is_enough_from_the_digits_to_predictions() {
     assert_eq!(fs::read_dir(folder).expect("there").count(), 0, "neither writes anything");
 
     let mut words = vec!["reproduce", "digits", "--device", "cpu"];
-    let short = ["pretraining.epochs=1", "pretraining.warmup-epochs=0", "rounds.rounds=0"];
+    let short =
+        ["pretraining.run.epochs=1", "pretraining.schedule.warmup-epochs=0", "rounds.rounds=0"];
     words.extend(short.iter().flat_map(|set| ["--set", set]));
     let output = run(folder, &words);
     assert!(stdout(&output).contains("1797 images, 10 clusters"), "{}", stdout(&output));

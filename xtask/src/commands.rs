@@ -187,7 +187,7 @@ Usage: assort COMMAND …, assort COMMAND --help
 Group photographs
   cluster PATH            into a page, a table, folders of pictures
 Run an experiment
-  reproduce EXPERIMENT    from pictures to scores; finished steps are not repeated
+  reproduce EXPERIMENT    from pictures to scores; finished steps are kept
   stage PLACE EXPERIMENT  one step of it
   compare DATA-SET        all systems on one data set, in one table
   prepare WHAT            convert pictures to the files that every stage reads

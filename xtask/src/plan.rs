@@ -484,7 +484,7 @@ mod tests {
             format!("{:#}", planned(&changed).expect_err("refused"))
         };
         let then = r#"then = ["prototype-refinement", "embed", "clustering"]"#;
-        assert!(refused(then, r#"then = ["embed"]"#).contains("result: clustering, propos"));
+        assert!(refused(then, r#"then = ["embed"]"#).contains("clusters: clustering, propos"));
         assert!(refused(then, r#"then = ["cluster"]"#).contains("no place `cluster`"));
         let first = r#"first = ["pretraining", "embed", "clustering"]"#;
         assert!(

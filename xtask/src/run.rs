@@ -53,7 +53,9 @@ impl<'a> ExperimentRun<'a> {
             let experiment = setup.plan.experiment(step.arm);
             let stages = &setup.session.registry.stages;
             if let Some(stage) = stages.iter().find(|stage| stage.spec.name == step.program)
-                && let Some(outside) = stage.identity(experiment, &setup.session.interrupt)?
+                && let Some(outside) = stage
+                    .identity(experiment, &setup.session.interrupt)
+                    .with_context(|| format!("{}: nothing was started", step.name()))?
             {
                 inputs.insert("outside", outside);
             }

@@ -416,7 +416,7 @@ mod tests {
         put(&path.join("0/a.png"), &png(1));
         put(&path.join("1/b.png"), &png(2));
         let message = refusal(&path, &config());
-        assert_has(&message, &["1 of 3", r"`0/x\u000aprepare: done\u001b[2J.jpg`"]);
+        assert_has(&message, &["1 of 3", r"`0/x\x0Aprepare: done\x1B[2J.jpg`"]);
         assert!(!message.contains('\n') && !message.contains('\u{1b}'), "{message}");
     }
 
