@@ -7,7 +7,7 @@
 //! | [silhouette](crate::Distances::silhouette) | clusters are compact and far apart | Rousseeuw 1987 |
 //! | [stability](NumberScore::stability) | other images of the kind give the same clusters | Lange et al. 2004 |
 //! | [prediction strength](prediction_strength) | every cluster is found in other images | Tibshirani and Walther 2005 |
-//! | [gap](gap) | clusters are tighter than without structure | Tibshirani et al. 2001 |
+//! | [`gap`] | clusters are tighter than without structure | Tibshirani et al. 2001 |
 //! | [eigengap](crate::neighbour_graph_eigenvalues) | the graph of neighbours has as many parts | von Luxburg 2007 |
 //! | [generalisation](crate::Generalisation::score) | a linear classifier learns the clusters | Gadetsky et al. 2024 |
 //!

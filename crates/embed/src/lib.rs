@@ -10,8 +10,9 @@
 //!
 //! Reads `images.safetensors`, and `network.safetensors` with `config.json` from the role
 //! `network`; from the optional role `earlier` what an earlier run has embedded by the same published
-//! network. Writes `embeddings.safetensors`, and [`state.safetensors`](known) for a published network. With `pixels = true` it reads no network: small
-//! thumbnails of the pictures replace embedding and projection, the baseline of every table.
+//! network. Writes `embeddings.safetensors`, and for a published network `state.safetensors`. With
+//! `pixels = true` it reads no network: small thumbnails of the pictures replace embedding and
+//! projection, the baseline of every table.
 //!
 //! This stage trains nothing and knows no clusters.
 

@@ -1,7 +1,7 @@
 //! The contract of a stage: what every program of `assort` shares with every other.
 //!
 //! A [`Stage`] turns files into files. This crate holds what makes the stages one family, whatever
-//! they compute: what a stage [declares](Spec), the [arguments](Arguments) of its program, the
+//! they compute: what a stage [declares](Spec), the [arguments](StageArguments) of its program, the
 //! [`Experiment`] with one table for each stage, the exit [`Status`], the [`container`] that every
 //! tensor file is written in, the counter-based [randomness](random) that makes a run
 //! bit-identical on any number of threads, [interrupts](Interrupt) and [`progress`].
