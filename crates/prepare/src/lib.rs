@@ -13,8 +13,7 @@
 //! checked before use ([`picture`]).
 //!
 //! The readers are our own: those of candle-datasets load a whole data set as f32, four bytes for each
-//! byte of a pixel, know no other format, and drop what they cannot read. `oracle/` holds ours against
-//! them: `cargo test --manifest-path crates/prepare/oracle/Cargo.toml`.
+//! byte of a pixel, know no other format, and drop what they cannot read.
 //!
 //! No stage links this crate, and it knows none. To add a source, see [`source`]; what an
 //! experiment can vary, [`Config`]; the order of things, [`run`].
