@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use stage::console::{print, print_error, start_logging};
+use stage::console::{print_error, start_logging};
 
 /// Builds `assort` and runs it with these words in the root of the workspace.
 ///
@@ -85,7 +85,7 @@ fn main() -> ExitCode {
 #[cfg(unix)]
 fn set_up_cuda(folder: &Path, python: &Path, capability: u32) -> Result<ExitCode> {
     let folder = cargo::root()?.join(folder);
-    print(cuda_toolchain::set_up(&folder, python, capability)?)?;
+    stage::console::print(cuda_toolchain::set_up(&folder, python, capability)?)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -84,13 +84,16 @@ impl Interrupt {
 pub const HELD_BY_STDIN: &str = "ASSORT_HELD_BY_STDIN";
 
 /// The signals that ask a program to stop.
+#[cfg(unix)]
 fn signals() -> Vec<i32> {
-    let mut signals = vec![SIGINT, SIGTERM];
-    #[cfg(unix)]
-    if !hangup_is_ignored() {
-        signals.push(signal_hook::consts::SIGHUP);
-    }
-    signals
+    let hangup = (!hangup_is_ignored()).then_some(signal_hook::consts::SIGHUP);
+    [SIGINT, SIGTERM].into_iter().chain(hangup).collect()
+}
+
+/// The signals that ask a program to stop.
+#[cfg(not(unix))]
+fn signals() -> Vec<i32> {
+    vec![SIGINT, SIGTERM]
 }
 
 /// True under `nohup`, which lets a program outlive its terminal.
