@@ -75,10 +75,9 @@ fn the_generalisation_score_chooses_the_rates_that_find_more() -> Result<()> {
     Ok(())
 }
 
-/// `cargo test -p turtle --test synthetic -- --ignored --nocapture`
+/// Nine runs of 500 steps: the pair of the highest score finds more than k-means on every seed.
 #[test]
-#[ignore = "a minute: nine runs of 500 steps"]
-fn all_rates_on_three_seeds() -> Result<()> {
+fn the_highest_score_beats_k_means_on_three_seeds() -> Result<()> {
     for seed in 0..3 {
         let mut best = (0., 0.);
         for rates in [(1e-3, 1e-3), (1e-3, 1e-2), (1e-2, 1e-2)] {
