@@ -16,6 +16,7 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::{operations as amx_operations, usable as amx_is_usable};
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 
 use crate::Variant;
@@ -75,6 +76,8 @@ impl TileProduct<'_> {
 /// clears them when dropped, so it cannot leave its thread.
 pub(crate) struct TileSession {
     variant: Variant,
+    /// Memory of [`widened`].
+    widened: RefCell<Vec<f32>>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -84,7 +87,7 @@ impl TileSession {
         if variant.instructions() == Instructions::Amx {
             amx::begin();
         }
-        TileSession { variant, not_send: PhantomData }
+        TileSession { variant, widened: RefCell::default(), not_send: PhantomData }
     }
 
     pub fn variant(&self) -> Variant {
@@ -165,12 +168,7 @@ pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
             // its slice (checked above).
             unsafe { x86::avx512_bf16::<TRANSPOSED>(left, right, product, outputs) }
         }
-        _ => {
-            for (side, output) in outputs.iter_mut().enumerate() {
-                let from = side * product.apart;
-                widened(session.variant, TRANSPOSED, left, right, product, from, output);
-            }
-        }
+        _ => widened::<TRANSPOSED>(session, left, right, product, outputs),
     }
 }
 
@@ -184,42 +182,65 @@ pub(crate) fn needs_left_transposed(variant: Variant) -> bool {
     }
 }
 
-for_each_variant! {
-    fn widened(
-        transposed: bool,
-        left: &[Half],
-        right: &[Half],
-        product: &TileProduct,
-        from: usize,
-        output: &mut [f32],
-    ) {
-        for column in 0..product.columns {
-            for row in 0..product.rows {
-                let (first, step) = if transposed { (2 * row, 2 * SIDE) } else { (row * SIDE, 2) };
-                let output = &mut output[column * TILE + row * SIDE..][..SIDE];
-                let mut total = [0f32; SIDE];
-                if product.add {
-                    total.copy_from_slice(output);
+/// Tiles of a run that are widened at a time: 16 KiB of both sides stay in the first-level cache.
+const WIDENED: usize = 4;
+
+/// [`product_of_halves`] without instructions for it. Products of bfloat16 are exact in f32, so it widens a
+/// few tiles at a time and multiplies those.
+fn widened<const TRANSPOSED: bool>(
+    session: &TileSession,
+    left: &[Half],
+    right: &[Half],
+    product: &TileProduct,
+    outputs: &mut [&mut [f32]],
+) {
+    let (variant, columns) = (session.variant, product.columns);
+    let mut memory = session.widened.borrow_mut();
+    memory.resize(4 * WIDENED * TILE, 0.);
+    let (wide_left, wide_right) = memory.split_at_mut(2 * WIDENED * TILE);
+    let mut add = product.add;
+    for run in product.runs {
+        for first in (0..run.tiles()).step_by(WIDENED) {
+            let inner = (run.inner - first * SIDE).min(WIDENED * SIDE);
+            let len = inner.div_ceil(SIDE) * TILE;
+            let sides = wide_left.chunks_exact_mut(WIDENED * TILE).take(outputs.len());
+            for (side, to) in sides.enumerate() {
+                let from = &left[run.left + first * TILE + side * product.apart..][..len];
+                if TRANSPOSED {
+                    widen_pairs(variant, from, to);
+                } else {
+                    widen(variant, from, to);
                 }
-                for run in product.runs {
-                    for tile in 0..run.tiles() {
-                        let left = &left[from + run.left + tile * TILE..][..TILE];
-                        let at = run.right + (tile * product.columns + column) * TILE;
-                        let right = &right[at..][..TILE];
-                        let inner = (run.inner - tile * SIDE).min(SIDE);
-                        let right = right.chunks_exact(2 * SIDE).take(inner.div_ceil(2));
-                        for (k, right) in right.enumerate() {
-                            let (even, odd) = (left[first + k * step], left[first + k * step + 1]);
-                            let (even, odd) = (even.wide(), odd.wide());
-                            for lane in 0..SIDE {
-                                total[lane] += even * right[2 * lane].wide();
-                                total[lane] += odd * right[2 * lane + 1].wide();
-                            }
-                        }
-                    }
-                }
-                output.copy_from_slice(&total);
             }
+            let from = &right[run.right + columns * first * TILE..][..columns * len];
+            widen_pairs(variant, from, wide_right);
+            let runs = [TileRun { left: 0, right: 0, inner }];
+            let part = TileProduct { runs: &runs, apart: WIDENED * TILE, add, ..*product };
+            self::product::<TRANSPOSED>(session, wide_left, wide_right, &part, outputs);
+            add = true;
+        }
+    }
+}
+
+for_each_variant! {
+    fn widen(from: &[Half], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from.wide();
+        }
+    }
+}
+
+/// Widens pairs along the inner side, (inner / 2, lane, inner % 2), to (inner, lane).
+fn widen_pairs(variant: Variant, from: &[Half], to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if variant != Variant::PORTABLE {
+        // SAFETY: every variant but the portable one has AVX2.
+        return unsafe { x86::widen_pairs(from, to) };
+    }
+    for (from, to) in from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE)) {
+        for lane in 0..SIDE {
+            to[lane] = from[2 * lane].wide();
+            to[SIDE + lane] = from[2 * lane + 1].wide();
         }
     }
 }

@@ -235,32 +235,55 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
 ) {
     for (side, output) in outputs.iter_mut().enumerate() {
         for column in 0..product.columns {
-            for first in (0..product.rows).step_by(4) {
-                // SAFETY: promised by the caller; `first` is 0, 4, 8 or 12 of 16 rows.
-                unsafe {
-                    let l = left.as_ptr().add(side * product.apart);
-                    let r = right.as_ptr().add(column * TILE);
-                    let o = output.as_mut_ptr().add(column * TILE);
-                    avx2_block::<TRANSPOSED>(l, r, product, o, first);
+            // SAFETY: promised by the caller; the blocks are rows of 16.
+            unsafe {
+                let l = left.as_ptr().add(side * product.apart);
+                let r = right.as_ptr().add(column * TILE);
+                let o = output.as_mut_ptr().add(column * TILE);
+                if product.rows <= 4 {
+                    avx2_block::<TRANSPOSED, 4>(l, r, product, o, 0);
+                    continue;
+                }
+                avx2_block::<TRANSPOSED, 6>(l, r, product, o, 0);
+                if product.rows > 6 {
+                    avx2_block::<TRANSPOSED, 6>(l, r, product, o, 6);
+                }
+                if product.rows > 12 {
+                    avx2_block::<TRANSPOSED, 4>(l, r, product, o, 12);
                 }
             }
         }
     }
 }
 
-/// Computes 4 rows × 16 columns in 8 registers, from row `first` of the tiles.
+/// Like [`avx512_step`], with two registers of 8 columns.
+macro_rules! avx2_step {
+    ($transposed:expr, $sums:ident, $left:ident, $right:ident, $k:expr) => {{
+        let low = _mm256_loadu_ps($right.add($k * SIDE));
+        let high = _mm256_loadu_ps($right.add($k * SIDE + 8));
+        for row in 0..ROWS {
+            let at = if $transposed { $k * SIDE + row } else { row * SIDE + $k };
+            let value = _mm256_set1_ps(*$left.add(at));
+            $sums[row][0] = _mm256_fmadd_ps(value, low, $sums[row][0]);
+            $sums[row][1] = _mm256_fmadd_ps(value, high, $sums[row][1]);
+        }
+    }};
+}
+
+/// Computes `ROWS` rows × 16 columns from row `first` of the tiles. 6 rows keep 12 sums in flight, enough
+/// for two multipliers with a latency of 4 or 5 cycles; the factors need 3 of the 16 registers.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2_block<const TRANSPOSED: bool>(
+unsafe fn avx2_block<const TRANSPOSED: bool, const ROWS: usize>(
     left: *const f32,
     right: *const f32,
     product: &TileProduct,
     output: *mut f32,
     first: usize,
 ) {
-    // SAFETY: the caller promises that the tiles lie inside their slices; rows `first..first + 4`, `k` and
-    // both halves of 8 columns stay inside a tile.
+    // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k` and both
+    // halves of 8 columns stay inside a tile. The pointers end at most one tile past the last one.
     unsafe {
-        let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+        let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
         if product.add {
             for (row, sums) in sums.iter_mut().enumerate() {
                 for (half, sum) in sums.iter_mut().enumerate() {
@@ -270,24 +293,39 @@ unsafe fn avx2_block<const TRANSPOSED: bool>(
         }
         let left = left.add(if TRANSPOSED { first } else { first * SIDE });
         for run in product.runs {
-            for tile in 0..run.tiles() {
-                let left = left.add(run.left + tile * TILE);
-                let right = right.add(run.right + tile * product.columns * TILE);
-                for k in 0..(run.inner - tile * SIDE).min(SIDE) {
-                    let low = _mm256_loadu_ps(right.add(k * SIDE));
-                    let high = _mm256_loadu_ps(right.add(k * SIDE + 8));
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
-                        let value = _mm256_set1_ps(*left.add(at));
-                        sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
-                        sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
-                    }
+            let (mut left, mut right) = (left.add(run.left), right.add(run.right));
+            for _ in 0..run.inner / SIDE {
+                for k in 0..SIDE {
+                    avx2_step!(TRANSPOSED, sums, left, right, k);
                 }
+                left = left.wrapping_add(TILE);
+                right = right.wrapping_add(product.columns * TILE);
+            }
+            for k in 0..run.inner % SIDE {
+                avx2_step!(TRANSPOSED, sums, left, right, k);
             }
         }
         for (row, sums) in sums.iter().enumerate() {
             for (half, sum) in sums.iter().enumerate() {
                 _mm256_storeu_ps(output.add((first + row) * SIDE + half * 8), *sum);
+            }
+        }
+    }
+}
+
+/// See [`super::widen_pairs`]. A pair is one word: its lower half, shifted up, and its upper half are the two
+/// numbers in f32.
+#[target_feature(enable = "avx2")]
+pub(super) fn widen_pairs(from: &[Half], to: &mut [f32]) {
+    let upper = _mm256_set1_epi32(-0x1_0000);
+    for (from, to) in from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE)) {
+        let (from, to) = (from.as_ptr().cast::<__m256i>(), to.as_mut_ptr().cast::<__m256i>());
+        for half in 0..2 {
+            // SAFETY: 32 pairs of bytes are two registers, and 32 floats are four.
+            unsafe {
+                let pairs = _mm256_loadu_si256(from.add(half));
+                _mm256_storeu_si256(to.add(half), _mm256_slli_epi32::<16>(pairs));
+                _mm256_storeu_si256(to.add(2 + half), _mm256_and_si256(pairs, upper));
             }
         }
     }
