@@ -58,7 +58,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, the device does not exist, or the network's configuration,
+    /// A value is out of range, the device does not exist, or the network's configuration,
     /// where it exists already, is not usable.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         ensure!(self.batch_size > 0, "`batch-size` in `[embed]` is 0; it must be at least 1");

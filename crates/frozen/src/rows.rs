@@ -178,7 +178,7 @@ impl KMeansTable {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self, stage: &str) -> Result<()> {
         for (key, value) in [("restarts", self.restarts), ("iterations", self.iterations)] {
             ensure!(value >= 1, "`{key}` in `[{stage}.k-means]` is {value}; it must be at least 1");

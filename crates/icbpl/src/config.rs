@@ -161,7 +161,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, the device or the file does not exist, or the pictures do
+    /// A value is out of range, the device or the file does not exist, or the pictures do
     /// not fit.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;

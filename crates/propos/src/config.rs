@@ -76,7 +76,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, the device does not exist, or the pictures do not fit.
+    /// A value is out of range, the device does not exist, or the pictures do not fit.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
         self.run.check(job.name)?;

@@ -78,7 +78,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range, or the device does not exist.
+    /// A value is out of range, or the device does not exist.
     pub fn check(&self, job: &Job) -> Result<Effort> {
         training::network_device(job.device)?;
         self.run.check(job.name)?;

@@ -48,7 +48,7 @@ impl Constraint {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(self, table: &str) -> Result<()> {
         match self {
             Self::Size { lower_bound, rate } => {

@@ -9,7 +9,7 @@ use clap::Parser;
 /// Arguments of a stage program, the same for all of them.
 #[derive(Debug, Clone, Parser)]
 pub struct StageArguments {
-    /// Experiment file; the program reads `[data]` and the table that bears its own name.
+    /// Experiment file; the program reads `[data]` and the table of its own name.
     #[arg(long, value_name = "FILE")]
     pub experiment: PathBuf,
     /// The prepared pictures, `images.safetensors`.
@@ -18,7 +18,7 @@ pub struct StageArguments {
     /// The folder of an earlier output, by the role it plays here; may be given several times.
     #[arg(long = "in", value_name = "ROLE=DIR", value_parser = role)]
     pub inputs: Vec<(String, PathBuf)>,
-    /// Folder to write into; created when missing. A started run in it is resumed.
+    /// Folder to write into; created if missing. An unfinished run in it is resumed.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Which round of the loop this is, from 0.

@@ -1,4 +1,4 @@
-//! Changes of tables: what an experiment says beyond its bases, and what `--set` says.
+//! Changes of tables: an experiment's own values over its bases, and `--set`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,13 +9,13 @@ use toml::{Table, Value};
 
 use crate::shared::is_reference;
 
-/// What a TOML text changes in tables that are there.
+/// A change of existing tables, parsed from TOML.
 ///
 /// A table under a header `[a.b]` merges key by key into the old one. An inline table `{ … }` is a
-/// value and replaces the old one whole: a constraint of another rule has other keys.
+/// value and replaces the whole old one, because a constraint of another rule has other keys.
 #[derive(Debug, Clone)]
 pub enum TableChange {
-    /// Replaces what was there.
+    /// Replaces the old value.
     Value(Value),
     /// Changes the entries of a table.
     Table(BTreeMap<String, TableChange>),
@@ -26,7 +26,7 @@ pub enum TableChange {
 pub enum Keys {
     /// Any; a new one is added.
     New,
-    /// Those that are there: a key that no program asks for changes nothing.
+    /// Existing keys: no program would read another one.
     Known,
 }
 
@@ -56,7 +56,7 @@ impl TableChange {
         Self::Table(values.into_iter().map(change).collect())
     }
 
-    /// The change of one value, at a dotted path.
+    /// A change of the value at a dotted path.
     pub fn at(path: &str, value: Value) -> Self {
         path.rsplit('.').fold(Self::Value(value), |change, key| {
             Self::Table(BTreeMap::from([(key.to_owned(), change)]))
@@ -67,7 +67,7 @@ impl TableChange {
     ///
     /// # Errors
     ///
-    /// A value would get another type, or [`Keys::Known`] are asked for and one is new. The message
+    /// A value would change its type, or a key is new although [`Keys::Known`] is given. The message
     /// names the key.
     pub fn apply(self, tables: &mut Table, keys: Keys) -> Result<()> {
         match self {
@@ -76,7 +76,7 @@ impl TableChange {
         }
     }
 
-    /// The paths of the values that the change gives, as lists of keys.
+    /// The paths of the changed values, as lists of keys.
     pub fn paths(&self) -> Vec<Vec<&str>> {
         let Self::Table(changes) = self else { return vec![vec![]] };
         let mut paths = Vec::new();
@@ -160,7 +160,7 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// `new`, where it can replace `old`; a whole number may be given for a float.
+/// Returns `new` if it can replace `old`; a whole number becomes a float where one is expected.
 fn of_the_type_of(old: &Value, new: Value, path: &Path) -> Result<Value> {
     match (old, new) {
         (Value::Float(_), Value::Integer(number)) => Ok(Value::Float(number as f64)),
@@ -171,7 +171,7 @@ fn of_the_type_of(old: &Value, new: Value, path: &Path) -> Result<Value> {
     }
 }
 
-/// What a value is, with its article.
+/// Names the type of a value, with an article.
 pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::String(_) => "a text",
@@ -184,7 +184,7 @@ pub fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Parses `table.key=value` as TOML writes it; a word may stand without quotes.
+/// Parses `table.key=value`, where the value is TOML; a single word needs no quotes.
 pub fn assignment(text: &str) -> Result<TableChange> {
     TableChange::parse(text)
         .or_else(|error| {

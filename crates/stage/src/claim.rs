@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 
 use crate::Interrupt;
 
-/// The right to write into a folder, held until it is dropped or the process ends, however it ends.
+/// The right to write into a folder, held until it is dropped or the process ends, even by a kill.
 ///
-/// It is a lock on the file `.<name>.lock` beside the folder, so that the folder itself may be
-/// removed and made again under the claim. The file goes when the claim does.
+/// It is a lock on the file `.<name>.lock` beside the folder, so that the holder may remove and
+/// recreate the folder. The file is removed with the claim.
 #[derive(Debug)]
 pub struct Claim {
     path: PathBuf,
@@ -25,8 +25,8 @@ pub struct Claim {
 const PAUSE: Duration = Duration::from_millis(200);
 
 impl Claim {
-    /// Claims `folder`, which need not exist; waits, after one message, while another process has
-    /// it.
+    /// Claims `folder`, which need not exist. While another process holds it, logs that once and
+    /// waits.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Elsewhere whoever waits could not tell that its file has lost its name.
+        // On other systems, a waiting process could not see that its file was removed.
         if self.file.is_some() && cfg!(unix) {
             let _ = fs::remove_file(&self.path);
         }

@@ -1,8 +1,8 @@
-//! What a program says: results on stdout, log lines and errors on stderr.
+//! Output of a program: results on stdout, log lines and errors on stderr.
 //!
-//! Use [`print()`] and [`print_error`] in place of `println!` and `eprintln!`, which panic where the
-//! reader has gone (`assort list | head -1`), and which pass on what a file name may hold: escape
-//! sequences that colour, erase or forge lines of a terminal. `tracing` escapes log lines.
+//! Use [`print()`] and [`print_error`] instead of `println!` and `eprintln!`. Those panic when the
+//! pipe is closed (`assort list | head -1`), and print escape sequences in file names, which can
+//! colour, erase or forge lines of a terminal. `tracing` escapes log lines.
 
 use std::borrow::Cow;
 use std::fmt::Display;
@@ -11,8 +11,8 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
-/// Prints `text` to stdout, without a newline. Control characters but line breaks and tabs are
-/// escaped, see [`printable`]. A reader that has gone is not an error: the program goes on without it.
+/// Prints `text` to stdout, without a newline. Escapes control characters except line breaks and
+/// tabs, see [`printable`]. A closed pipe is not an error: the program continues without output.
 pub fn print(text: impl Display) -> Result<()> {
     to(&mut io::stdout().lock(), text).context("printing to stdout")
 }
@@ -31,9 +31,9 @@ fn to(out: &mut impl Write, text: impl Display) -> io::Result<()> {
     }
 }
 
-/// Prints `text` and a newline to stderr, where that can be written to; escaped as by [`print()`].
+/// Prints `text` and a newline to stderr if that is open; escaped as by [`print()`].
 pub fn print_error(text: impl Display) {
-    // There is no other place left to report a failure to.
+    // A failure to report an error cannot be reported anywhere.
     let _ = to(&mut io::stderr().lock(), format_args!("{text}\n"));
 }
 
@@ -66,7 +66,7 @@ fn is_unsafe(c: char) -> bool {
 /// Sends log lines to stderr, `info` and above unless `RUST_LOG` says otherwise.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    // A second call in one process, as in tests, finds the first in place.
+    // In tests, a process may call this twice; the first call counts.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)

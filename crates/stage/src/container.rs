@@ -1,7 +1,7 @@
-//! The one way a tensor file is written and read.
+//! The format of every tensor file: how it is written and read.
 //!
-//! Every file between the stages but the logs is a safetensors file whose metadata map has one key,
-//! `assort`. Its value is a JSON object with sorted keys:
+//! Every file between the stages, except the logs, is a safetensors file whose metadata map has one
+//! key, `assort`. Its value is a JSON object with sorted keys:
 //!
 //! - `kind`: what the file is, such as `"embeddings"`; a reader refuses another kind.
 //! - `format-version`: a number; a reader refuses one it does not know.
@@ -77,8 +77,8 @@ impl TensorBytes<'_> {
     }
 }
 
-/// The values of a tensor that is too long for memory: they are pushed one by one into a temporary
-/// file, until [`write_streamed`] reads them.
+/// A tensor that is too long for memory. Its values are appended one by one to a temporary file,
+/// from which [`write_streamed`] copies them.
 #[derive(Debug)]
 pub struct Column<T> {
     file: BufWriter<File>,
@@ -124,7 +124,7 @@ impl<T: Integer> Column<T> {
         self.values
     }
 
-    /// True where there is no value.
+    /// True if the column has no values.
     pub fn is_empty(&self) -> bool {
         self.values == 0
     }
@@ -433,8 +433,8 @@ impl Contents {
         self.verify_around(path, bytes, None)
     }
 
-    /// Like [`Contents::verify`] for a file of [`write_streamed`]: the bytes of the tensor
-    /// `streamed` are not looked at.
+    /// Like [`Contents::verify`], for a file of [`write_streamed`]: skips the bytes of the tensor
+    /// `streamed`.
     pub fn verify_around(&self, path: &Path, bytes: &[u8], streamed: Option<&str>) -> Result<()> {
         let expected = self.header.get("sha256").and_then(Value::as_str).unwrap_or_default();
         let header = without_digest(&self.text, expected);
@@ -599,8 +599,8 @@ impl Container {
     }
 }
 
-/// Fails at the first number of a tensor in memory that is not finite, and says which one it is.
-/// Gathered values are whole numbers.
+/// Fails at the first number of a tensor in memory that is not finite; the message gives its index.
+/// Values of a [`Column`] are whole numbers.
 fn check_finite(tensor: &Tensor) -> Result<()> {
     match tensor.values {
         TensorBytes::Held(bytes) if tensor.dtype == Dtype::F32 => check_finite_bytes(bytes),
@@ -616,7 +616,7 @@ fn check_finite_bytes(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What the digest covers of a tensor.
+/// The part of a tensor that the digest covers.
 struct DigestPart<'a> {
     name: &'a str,
     dtype: Dtype,

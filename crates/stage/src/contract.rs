@@ -20,24 +20,24 @@ pub trait Stage {
     /// defaults in code.
     type Config: DeserializeOwned + Serialize + Debug;
 
-    /// Finds what is wrong before anything runs, and returns what the run will cost.
+    /// Checks the table and the inputs before anything runs, and returns the cost of the run.
     ///
-    /// It writes nothing and decodes no picture. Inputs of steps that did not run yet are absent;
-    /// it looks at those that exist.
+    /// Writes nothing and decodes no picture. Outputs of steps that have not run yet are absent;
+    /// only existing inputs are checked.
     fn check(config: &Self::Config, job: &Job) -> Result<Effort>;
 
-    /// Names what the stage reads from outside the run, such as the commit and the digest of a
-    /// published network; never a branch, which moves. A result is cached by it.
+    /// Identifies what the stage reads from outside the run, such as the commit and the digest of a
+    /// published network; never a branch, which moves. It is part of the key of cached results.
     ///
     /// # Errors
     ///
-    /// It cannot be found out: there is no such thing, or no network.
+    /// It does not exist, or the network is needed to identify it and cannot be reached.
     fn identity(_config: &Self::Config, _interrupt: &Interrupt) -> Result<Option<String>> {
         Ok(None)
     }
 
-    /// Reads the inputs of `job` and writes its outputs to `job.out`; resumes there, or starts from
-    /// scratch, what an earlier run left unfinished.
+    /// Reads the inputs of `job` and writes its outputs to `job.out`. Resumes an unfinished run
+    /// there, or starts it again.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// True where a step without this input is sound, such as `PreviousRound` in round 0.
+    /// True if a step can run without this input, such as `PreviousRound` in round 0.
     pub const fn is_optional(self) -> bool {
         matches!(
             self,
@@ -165,17 +165,17 @@ pub enum Output {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Effort {
-    /// In networks whose plan the stage's table gives.
+    /// Multiply-adds in networks whose plan is in the stage's table.
     multiply_adds: f64,
-    /// Pictures through a network that an earlier step leaves, whose plan the stage does not know: as
-    /// far as the embedding.
+    /// Pictures passed to the embedding of a network that an earlier step writes; the stage does not
+    /// know its plan.
     embedded_pictures: f64,
-    /// The same, as far as the projection.
+    /// The same, to the projection.
     projected_pictures: f64,
     /// The same, forward and backward.
     learnt_pictures: f64,
-    /// What a picture costs in the network that the stage leaves; absent where an earlier step's
-    /// plan goes on.
+    /// Cost of a picture in the network that the stage writes; `None` if an earlier step's network
+    /// is trained further.
     #[serde(skip_serializing_if = "Option::is_none")]
     embedding_cost: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -196,7 +196,7 @@ pub struct PictureCost {
 }
 
 impl Effort {
-    /// Of a stage without a network, or of one whose pictures do not exist yet.
+    /// For a stage without a network, or one whose pictures do not exist yet.
     pub const NONE: Self = Self {
         multiply_adds: 0.,
         embedded_pictures: 0.,
@@ -207,7 +207,7 @@ impl Effort {
         learning_cost: None,
     };
 
-    /// Of a stage that leaves a network of its own, in which a picture costs `network`.
+    /// For a stage that writes a new network, in which a picture costs `network`.
     pub const fn of_multiply_adds(multiply_adds: f64, network: PictureCost) -> Self {
         Self {
             multiply_adds,
@@ -218,9 +218,9 @@ impl Effort {
         }
     }
 
-    /// Of a stage that passes pictures through a network that an earlier step leaves.
+    /// For a stage that passes pictures through the network of an earlier step.
     ///
-    /// - `embedded`, `projected`, `learnt`: how many, and how far: see [`PictureCost`].
+    /// - `embedded`, `projected`, `learnt`: numbers of pictures, see [`PictureCost`].
     pub const fn of_pictures(embedded: f64, projected: f64, learnt: f64) -> Self {
         Self {
             embedded_pictures: embedded,
@@ -230,7 +230,7 @@ impl Effort {
         }
     }
 
-    /// What a picture costs in the network that the stage leaves.
+    /// Cost of a picture in the network that the stage writes.
     pub fn network(&self) -> Option<PictureCost> {
         Some(PictureCost {
             embedding: self.embedding_cost?,

@@ -19,7 +19,7 @@ pub struct DataTable {
 }
 
 impl DataTable {
-    /// Fails for fewer than two clusters, and where there is no split to train or score on.
+    /// Fails if there are fewer than two clusters, or no split to train or score on.
     pub fn check(&self) -> Result<()> {
         let Self { clusters, .. } = self;
         ensure!(*clusters >= 2, "`clusters` in `[data]` is {clusters}; it must be at least 2");
@@ -46,12 +46,12 @@ pub enum Split {
 }
 
 impl Split {
-    /// The number that stands for the split in `images.safetensors`.
+    /// The number of the split in `images.safetensors`.
     pub fn code(self) -> u8 {
         self as u8
     }
 
-    /// The split that a number in `images.safetensors` stands for.
+    /// The split of a number in `images.safetensors`.
     pub fn from_code(code: u8) -> Option<Self> {
         [Self::Train, Self::Test, Self::Unlabelled].into_iter().find(|split| split.code() == code)
     }

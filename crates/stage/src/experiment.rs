@@ -1,8 +1,8 @@
-//! The experiment: one TOML file that says everything but the seed.
+//! The experiment: one TOML file with every value except the seed.
 //!
-//! Only `title`, `system`, `[rounds]`, `[stages]`, `[control]` and the source under `[prepare]`
-//! are understood here. Every other table belongs to the program that bears its name, which alone
-//! knows its keys.
+//! This module reads `title`, `system`, `[rounds]`, `[stages]`, `[control]` and the source under
+//! `[prepare]`. Every other table belongs to the program of its name, and only that program knows its
+//! keys.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::{Library, digest};
 /// An experiment with every value that one run uses: what it extends is merged into it.
 #[derive(Debug, Clone)]
 pub struct Experiment {
-    /// Stem of its file: the name that commands take, and that its results are kept under.
+    /// Stem of its file: the name for commands and for the folder of results.
     pub name: String,
     /// The file it was read from, for messages.
     pub path: PathBuf,
@@ -44,12 +44,12 @@ pub struct Rounds {
 }
 
 impl Experiment {
-    /// Reads the experiment in a file; what it extends lies beside it or in the folder `configs`.
+    /// Reads the experiment in a file. Its bases are beside it or in the folder `configs`.
     pub fn read(path: &Path) -> Result<Self> {
         Library::default().read(path)
     }
 
-    /// Reads an experiment that is in no file and extends no other.
+    /// Parses an experiment that is not in a file and has no bases.
     pub fn of_text(name: &str, text: &str) -> Result<Self> {
         let tables = text.parse().with_context(|| format!("`{name}` is not TOML"))?;
         Ok(Self { name: name.to_owned(), ..Self::of_tables(PathBuf::from(name), tables)? })
@@ -62,9 +62,9 @@ impl Experiment {
         Ok(Self { name, path, tables, unresolved, changes: vec![] })
     }
 
-    /// Changes one value: `assignment` is `table.key=value`, as TOML writes it; a word may stand
-    /// without quotes. A table that is written out, `{ … }`, replaces the old one. A shared value,
-    /// `shared.key=value`, changes wherever it is used; a value that was set itself stays.
+    /// Changes one value: `assignment` is `table.key=value`, where the value is TOML and a single word
+    /// needs no quotes. An inline table, `{ … }`, replaces the old one. A shared value,
+    /// `shared.key=value`, changes wherever it is used, except where the value was set directly.
     ///
     /// # Errors
     ///
@@ -149,7 +149,7 @@ impl Experiment {
         self.parsed("stages")
     }
 
-    /// Where the pictures come from unless the command line says otherwise.
+    /// The source of the pictures, unless the command line names another one.
     pub fn source(&self) -> Result<String> {
         let prepare: Table = self.parsed("prepare")?;
         let source = prepare.get("source").and_then(Value::as_str).map(str::to_owned);
@@ -206,7 +206,7 @@ impl Experiment {
         self.tables.to_string()
     }
 
-    /// Hex SHA-256 of [`Experiment::to_toml`]: equal for equal values, wherever they are said.
+    /// Hex SHA-256 of [`Experiment::to_toml`]: equal for equal values, whichever file gives them.
     pub fn digest(&self) -> String {
         digest::sha256(self.to_toml().as_bytes())
     }
@@ -220,7 +220,7 @@ impl Experiment {
     }
 
     fn unusable(&self, what: &str, error: &toml::de::Error) -> anyhow::Error {
-        // What toml says ends with a newline.
+        // toml's messages end with a newline.
         let reason = error.to_string();
         anyhow::anyhow!("{what} of `{}` is not usable: {}", self.path.display(), reason.trim())
     }

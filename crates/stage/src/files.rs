@@ -24,17 +24,17 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
     fs::create_dir_all(folder)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(TEMPORARY);
-    // Results are shared: the umask sets the permissions, not the caution of temporary files.
+    // Results are shared: take the umask's permissions, not the private ones of temporary files.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut temporary = builder.tempfile_in(folder)?;
-    // Held until it is renamed, so that `remove_abandoned` passes over it. Some file systems have no
+    // Locked until it is renamed, so that `remove_abandoned` skips it. Some file systems have no
     // locks.
     let _ = temporary.as_file().try_lock();
     fill(temporary.as_file_mut())?;
     temporary.as_file().sync_all()?;
     temporary.persist(path)?;
-    // Elsewhere a folder cannot be opened as a file.
+    // On other systems a folder cannot be opened as a file.
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;
     Ok(())
@@ -49,8 +49,8 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| Ok(file.write_all(bytes)?))
 }
 
-/// Removes the temporary files of [`replace`] that a killed process left in `folder`, where others may
-/// be writing now: theirs are locked. A folder that does not exist has none.
+/// Removes the temporary files of [`replace`] that a killed process left in `folder`, and skips the
+/// locked ones of processes that are writing now. A missing folder has none.
 pub fn remove_abandoned(folder: &Path) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -70,7 +70,7 @@ pub fn remove_abandoned(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// True for a file that was not created this moment: its writer has had the time to lock it.
+/// True if the file was created long enough ago for its writer to have locked it.
 fn is_old(entry: &fs::DirEntry) -> Result<bool> {
     let changed = entry.metadata().and_then(|metadata| metadata.modified());
     Ok(changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > Duration::from_millis(100))))

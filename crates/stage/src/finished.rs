@@ -3,8 +3,8 @@
 //! It is an object of [`json`] with the keys `stage`, `algorithm` where a stage has one, and `files`:
 //! for each file its length and, unless the writer knows better, its SHA-256. A folder counts as
 //! finished while each listed file exists with its length. Logs (`*.jsonl`) and hidden files are not
-//! listed. `log.jsonl` holds times, so its SHA-256 stands beside it, in `log.sha256`; a result is sound
-//! without them.
+//! listed. `log.jsonl` holds times, so its SHA-256 is in `log.sha256` beside it; a result is complete
+//! without both.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -44,7 +44,7 @@ struct OutputFile {
     sha256: Option<String>,
 }
 
-/// Whether [`mark`] reads all outputs once more for their digests.
+/// Whether [`mark`] reads all outputs again to compute their digests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Digests {
     /// The mark has them, so that [`damaged`] finds a changed file.
@@ -53,7 +53,7 @@ pub enum Digests {
     InFiles,
 }
 
-/// Marks `folder` as finished by `stage`, with the files that lie there now.
+/// Marks `folder` as finished by `stage`, and lists the files that are there now.
 pub fn mark(folder: &Path, stage: &str, algorithm: Option<u32>, digests: Digests) -> Result<()> {
     let mut outputs = BTreeMap::new();
     for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
@@ -95,7 +95,7 @@ pub fn require_log(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// True for a folder that is marked and still has each listed file in its length.
+/// True if the folder is marked and each listed file exists with its length.
 pub fn is_finished(folder: &Path) -> bool {
     read(folder).is_some_and(|mark| {
         mark.files.iter().all(|(name, file)| {
@@ -124,9 +124,9 @@ pub fn damaged(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(damaged)
 }
 
-/// Removes the mark of a folder that is not finished any more, and what it lists: a stage that found
-/// its state but not its results would have nothing to do. Where the mark itself is damaged, nobody
-/// knows which file is sound, and all outputs go.
+/// Removes the mark of a folder that is no longer finished, and the listed files: a stage that found
+/// its state without its results would not run again. If the mark itself is damaged, no file can be
+/// trusted, and all outputs are removed.
 pub fn clear(folder: &Path) -> Result<()> {
     let listed = match read(folder) {
         Some(mark) => mark.files.into_keys().collect(),
@@ -153,7 +153,7 @@ fn outputs(folder: &Path) -> Result<Vec<String>> {
     Ok(names.filter(is_output).collect())
 }
 
-/// The mark; `None` where there is none, or where it is damaged.
+/// The mark; `None` if it is missing or damaged.
 fn read(folder: &Path) -> Option<FinishedMark> {
     json::read(&folder.join(DONE)).ok()
 }

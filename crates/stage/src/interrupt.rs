@@ -1,4 +1,4 @@
-//! Interrupts: a flag that signals raise and that long work looks at.
+//! Interrupts: a flag that signals raise and that long work polls.
 
 use std::env;
 use std::io::{self, Read};
@@ -14,16 +14,16 @@ use crate::status::{Interrupted, Status};
 
 /// Tells whether the user or the system asked the program to stop.
 ///
-/// A program makes one, by [`Interrupt::listen`], and hands clones of it to whatever takes long.
-/// The default is raised by no signal, only by [`Interrupt::raise`]: for tests, and for a caller
-/// that handles signals itself.
+/// A program creates one with [`Interrupt::listen`] and passes clones to long work. The default is
+/// raised by [`Interrupt::raise`] alone, not by signals: for tests, and for a caller that handles
+/// signals itself.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
     /// An interrupt that SIGINT, SIGTERM and SIGHUP raise, and under [`HELD_BY_STDIN`] the end of
-    /// standard input. A second signal ends the process at
-    /// once, with the status of an interruption: files are replaced whole, so nothing is lost.
+    /// standard input. A second signal ends the process at once, with the exit status of an
+    /// interruption: files are replaced atomically, so nothing is lost.
     pub fn listen() -> Result<Self> {
         let interrupt = Self::default();
         for signal in signals() {
@@ -48,8 +48,8 @@ impl Interrupt {
         });
     }
 
-    /// Like [`Interrupt::listen`], but no number of signals ends this process: for a program that
-    /// waits for another one, which hears the signals too and ends first.
+    /// Like [`Interrupt::listen`], but signals never end this process: for a program that waits for
+    /// another one, which receives the same signals and ends first.
     pub fn listen_without_exit() -> Result<Self> {
         Self::default().register()
     }

@@ -1,4 +1,4 @@
-//! What one run of a stage is asked to do.
+//! The job of one run of a stage.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -10,8 +10,7 @@ use serde::Serialize;
 
 use crate::{DataTable, DeviceChoice, Interrupt, json};
 
-/// What one run of a stage is asked to do: the arguments of its program, with the shared table
-/// `[data]` read.
+/// The job of one run of a stage: the arguments of its program, and the shared table `[data]`.
 #[derive(Debug, Clone)]
 pub struct Job {
     /// Name of the stage, and of its table.
@@ -62,7 +61,7 @@ impl Job {
         }
     }
 
-    /// The folder that plays `role`.
+    /// The folder of the input `role`.
     ///
     /// # Errors
     ///
@@ -76,7 +75,7 @@ impl Job {
         })
     }
 
-    /// The folder that plays `role`, where one was given.
+    /// The folder of the input `role`, if one was given.
     pub fn optional_input(&self, role: &str) -> Option<&Path> {
         self.inputs.get(role).map(PathBuf::as_path)
     }
@@ -95,8 +94,8 @@ impl Job {
             .with_context(|| format!("writing `{}`", path.display()))
     }
 
-    /// Removes the log of an earlier attempt. A stage that starts from scratch calls it first, so
-    /// that the log tells of one attempt.
+    /// Removes the log of an earlier attempt. A stage calls it before it starts from scratch, so that
+    /// the log describes one attempt.
     pub fn clear_log(&self) -> Result<()> {
         let path = self.out.join(LOG);
         match fs::remove_file(&path) {

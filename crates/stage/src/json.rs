@@ -68,7 +68,7 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
         .with_context(|| format!("`{}` does not hold the expected values", path.display()))
 }
 
-/// Returns an object, which is not empty, as a line of a log, without the line break.
+/// Returns a non-empty object as a line of a log, without the line break.
 pub fn to_line(object: &impl Serialize) -> Result<String> {
     let text = serde_json::to_string(object)?;
     let body = text.strip_suffix('}').context("a line of a log is an object")?;
@@ -93,7 +93,7 @@ pub fn of_line(line: &str) -> Result<Map<String, Value>> {
 const BEFORE_CRC: &str = ",\"crc32\":\"";
 const AFTER_CRC: &str = "\"}";
 
-/// Returns the digest of the object that `body` is, but for its closing brace.
+/// Returns the digest of an object, given as `body` without its closing brace.
 fn crc_of(body: &str) -> String {
     let mut hash = crc32fast::Hasher::new();
     hash.update(body.as_bytes());

@@ -1,4 +1,4 @@
-//! Where experiments are found, and how one extends others.
+//! The library of experiments, and how one extends others.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,18 +11,18 @@ use toml::{Table, Value};
 use crate::change::{Keys, TableChange, kind};
 use crate::{Experiment, shared};
 
-/// The experiments in a folder, and those that a program brings along.
+/// The experiments in a folder, and those embedded in a program.
 ///
 /// The key `extends` at the top of an experiment names its bases:
 /// `extends = ["data/dogs-small", "method/propos"]`. Their tables are merged in this order and the
 /// file's own last; of two values the later one counts. A table under a header merges with the old
-/// one; an inline table, as any other value, replaces it. A base `x` is `x.toml` beside the file that
-/// names it or beside one that extends that file, else in the folder of this library, else one that
-/// the program brings along; it may extend others.
+/// one; an inline table, like any other value, replaces it. A base `x` is `x.toml` beside the file that
+/// names it or beside one that extends that file, else in the folder of this library, else an
+/// embedded one; it may extend others.
 ///
 /// Tables of an experiment can share values: `[shared.views]` holds some, and
-/// `views = { from = "views" }` takes them, whatever file says either. Keys beside `from` go over
-/// those taken. The experiment that is opened has every value where it is used, and no `[shared]`.
+/// `views = { from = "views" }` takes them; both may be in different files. Keys beside `from` replace
+/// the taken ones. An opened experiment has every value where it is used, and no `[shared]`.
 #[derive(Debug, Clone)]
 pub struct Library {
     /// Folder of the experiments; it need not exist.
@@ -96,7 +96,7 @@ impl Library {
         self.resolve(ExperimentText::File(path.to_owned()))
     }
 
-    /// Names of the experiments, sorted. Bases are not among them: they lie in folders below.
+    /// Names of the experiments, sorted, without bases, which are in subfolders.
     pub fn names(&self) -> Result<Vec<String>> {
         let embedded = self.embedded.iter().map(|(name, _)| *name);
         let mut names: BTreeSet<String> =
@@ -123,7 +123,7 @@ impl Library {
             .with_context(|| format!("`{}`", path.display()))
     }
 
-    /// Merges `source` with all that it extends into `tables`. Returns what `source` says itself.
+    /// Merges `source` and all its bases into `tables`. Returns the change that `source` itself makes.
     ///
     /// - `above`: the experiments that led here, each a base of the one before it.
     fn merge(
@@ -173,8 +173,8 @@ impl Library {
         found.map(|(name, _)| ExperimentText::Embedded(name))
     }
 
-    /// The base that the last of `above` names. It is not that experiment, so that one can extend
-    /// another of its name from elsewhere.
+    /// The base that the last of `above` names. An experiment is never its own base, so that it can
+    /// extend another one of its name in another folder.
     fn base(&self, name: &str, above: &[ExperimentText]) -> Result<ExperimentText> {
         let file = |folder: &Path| ExperimentText::File(folder.join(format!("{name}.toml")));
         let beside = |source: &ExperimentText| match source {

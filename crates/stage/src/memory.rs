@@ -14,7 +14,7 @@ const FULL: [&str; 6] = [
     "Failed to create metal resource: Buffer",
 ];
 
-/// Adds to an error of a full device which smaller batch size to try.
+/// Adds a smaller batch size to try to the error of a full device.
 ///
 /// - `table`: the table `[name]` of the stage.
 pub(crate) fn advise(error: Error, name: &str, table: &impl Serialize) -> Error {

@@ -53,8 +53,8 @@ impl Program {
         (self.identity)(experiment, interrupt)
     }
 
-    /// Reads arguments and table, checks or runs the stage, says what happened, and returns the
-    /// exit status.
+    /// Reads arguments and table, checks or runs the stage, prints an error, and returns the exit
+    /// status.
     ///
     /// - `words`: the command line, whose first word is the program's name.
     pub fn main(&self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -69,7 +69,7 @@ fn check_table<S: Stage>(experiment: &Experiment) -> Result<()> {
     experiment.table::<DataTable>("data")?.check()
 }
 
-/// The `main` of a stage in an executable of its own.
+/// The `main` of a stage that is a separate executable.
 pub fn main<S: Stage>() -> ExitCode {
     Program::of::<S>().main(std::env::args_os())
 }
@@ -141,7 +141,7 @@ fn inputs_by_role(
 
 /// Runs a stage whose folder is not finished, and marks the folder when it is.
 fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<()> {
-    // Before the claim is taken a finished folder may lie where nothing can be written.
+    // Before the claim: a finished folder may be on a read-only file system.
     let is_finished = || finished::is_finished(&job.out);
     let say_finished = || {
         tracing::info!("`{}` is finished; remove it to run again", job.out.display());

@@ -1,7 +1,7 @@
 //! Values that several tables of an experiment share.
 //!
-//! The table `[shared]` holds them. Anywhere else, `{ from = "views" }` stands for the value of
-//! `[shared]` with this name, or dotted path; keys beside `from` go over those of the shared table.
+//! The table `[shared]` holds them. In other tables, `{ from = "views" }` is replaced by the value of
+//! `[shared]` with this name or dotted path; keys beside `from` replace those of the shared table.
 //! Shared values may refer to each other. A resolved experiment has neither `[shared]` nor `from`.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,8 +34,7 @@ pub fn resolve(mut tables: Table) -> Result<Table> {
     resolve_table(tables, &shared, &[])
 }
 
-/// Fails at a path of `[shared]` in `change` whose value makes no difference to the resolved
-/// experiment.
+/// Fails if a value that `change` gives in `[shared]` makes no difference to the resolved experiment.
 ///
 /// - `tables`: the experiment with this change, not resolved.
 pub fn refuse_unused(change: &TableChange, tables: &Table) -> Result<()> {

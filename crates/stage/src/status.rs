@@ -1,4 +1,4 @@
-//! How a program ended: one set of exit statuses, for stages and for what starts them.
+//! Exit statuses: one set for stages and for the programs that start them.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -14,11 +14,11 @@ use crate::console;
 pub enum Status {
     /// The work is done.
     Done = 0,
-    /// The arguments, the experiment or an input file are wrong: the user can mend it.
+    /// The arguments, the experiment or an input file are invalid; the user can correct them.
     BadInput = 2,
     /// Stopped on request; the same command resumes.
     Interrupted = 3,
-    /// Training left the finite numbers, or found one cluster only.
+    /// Training produced a number that is not finite, or collapsed to one cluster.
     Diverged = 4,
     /// The machine failed: full disk, I/O error, out of memory, device driver. The same command
     /// may succeed once the machine is well.
@@ -77,7 +77,7 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// The error of a stage whose training left the finite numbers or collapsed.
+/// The error of a stage whose training diverged or collapsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diverged(pub String);
 
@@ -89,8 +89,7 @@ impl fmt::Display for Diverged {
 
 impl std::error::Error for Diverged {}
 
-/// The error of a program whose machine failed, where no error of the system says so: a child
-/// process that ended with that status.
+/// The error of a machine failure that is known from the exit status of a child process alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineFailed(pub String);
 
@@ -102,10 +101,10 @@ impl fmt::Display for MachineFailed {
 
 impl std::error::Error for MachineFailed {}
 
-/// True where the text of an error quotes one of the machine.
+/// True if the text of an error contains one of the operating system or of a device driver.
 ///
-/// The text, because libraries wrap the system's errors in types that give nothing else away, and
-/// because this crate knows no library of a device.
+/// The text is searched because libraries wrap the system's errors in opaque types, and because this
+/// crate links no library of a device.
 fn machine_failed(text: &str) -> bool {
     let of_driver = DRIVERS.iter().any(|words| text.contains(words));
     let of_bad_argument = NO_SUCH_DEVICE.iter().any(|words| text.contains(words));
@@ -116,7 +115,7 @@ fn machine_failed(text: &str) -> bool {
     of_driver && !of_bad_argument || numbers.any(is_of_machine) || text.contains(OUT_OF_MEMORY)
 }
 
-/// How errors of CUDA's libraries and of Metal begin.
+/// Prefixes of errors of CUDA's libraries and of Metal.
 const DRIVERS: [&str; 6] = [
     "CUDA_ERROR_",
     "CUDNN_STATUS_",
@@ -126,13 +125,13 @@ const DRIVERS: [&str; 6] = [
     "Failed to create metal resource",
 ];
 
-/// Errors of a driver that a wrong `--device` causes.
+/// Errors of a driver for an invalid `--device`.
 const NO_SUCH_DEVICE: [&str; 2] = ["CUDA_ERROR_INVALID_DEVICE", "CUDA_ERROR_NO_DEVICE"];
 
 /// The text of [`ErrorKind::OutOfMemory`] and of failed reservations.
 const OUT_OF_MEMORY: &str = "out of memory";
 
-/// True for a number of the operating system that the machine is to blame for.
+/// True for an error number of the operating system that means a machine failure.
 fn is_of_machine(number: i32) -> bool {
     let kind = io::Error::from_raw_os_error(number).kind();
     let by_kind = matches!(
@@ -144,7 +143,7 @@ fn is_of_machine(number: i32) -> bool {
             | ErrorKind::StaleNetworkFileHandle
             | ErrorKind::WouldBlock
     );
-    // EIO, ENFILE, EMFILE, for which there is no kind.
+    // EIO, ENFILE, EMFILE, which have no `ErrorKind`.
     by_kind || cfg!(unix) && matches!(number, 5 | 23 | 24)
 }
 

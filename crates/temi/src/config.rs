@@ -172,7 +172,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self) -> Result<()> {
         let Self { network, small_network, neighbours, objective, marginal, .. } = self;
         at_least("temi", 1, &[("heads", self.heads)])?;

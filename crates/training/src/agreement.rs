@@ -1,5 +1,5 @@
-//! Whether a device computes what the CPU's kernels compute: one training step of small networks of
-//! every architecture, an embedding, the optimizers and the moving average, on both.
+//! Compares a device with the CPU's kernels: one training step of small networks of every
+//! architecture, an embedding, the optimizers and the moving average, on both.
 //!
 //! It needs no pictures and no compiler, so that a machine reached by copying one file can run it:
 //! `assort gpu-check`.
@@ -13,14 +13,14 @@ use layers::{Adam, Gradients, Mode, Modes, Network, Parameters, Sgd};
 
 use crate::Precision;
 
-/// How far two results of one step are apart.
+/// The difference between two results of one step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Agreement {
     /// Network, precision and result.
     pub what: String,
-    /// Length of the difference as a share of the kernels' result (‖a − b‖ / ‖b‖).
+    /// Norm of the difference, relative to the kernels' result: `‖a − b‖ / ‖b‖`.
     pub off: f64,
-    /// What is allowed.
+    /// The largest allowed difference.
     pub bound: f64,
 }
 
@@ -49,8 +49,8 @@ const NETWORKS: [(Depth, Stem, usize, usize); 4] = [
 /// Pictures in the step: not a multiple of the 16 that the kernels group.
 const PICTURES: usize = 19;
 
-/// Results of one step on `device`, by candle's tensor operations or by cuDNN, beside those of the
-/// CPU's kernels.
+/// Compares the results of one step on `device`, by candle's tensor operations or by cuDNN, with those
+/// of the CPU's kernels.
 pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
     let mut found = Vec::new();
     for (depth, stem, height, width) in NETWORKS {
@@ -76,12 +76,12 @@ pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
     Ok(found)
 }
 
-/// What is allowed of the [`RESULTS`].
+/// The largest allowed difference of each of the [`RESULTS`].
 ///
-/// Deep networks amplify roundings: one that changes the sign before a ReLU changes all gradients
-/// below it.
-/// Between the CPU's own two ways to compute f32 is mostly 1e-6 off, but gradients of ResNet-50
-/// 1e-2; bf16 up to 2e-2, gradients 4e-1. cuDNN's f32 has products of 10 bits, bf16 of 7.
+/// Deep networks amplify rounding: a changed sign before a ReLU changes all gradients below it. On the
+/// CPU, kernels and tensor operations differ by about 1e-6 in f32, by 1e-2 in gradients of ResNet-50;
+/// in bf16 by up to 2e-2, in gradients by 4e-1. cuDNN multiplies with 10 bits of mantissa in f32, and
+/// with 7 in bf16.
 fn bounds(precision: Precision) -> [f64; 7] {
     let [values, gradients, statistics] = match precision {
         Precision::F32 if cfg!(feature = "cudnn") => [3e-2, 3e-1, 1e-2],
@@ -91,7 +91,7 @@ fn bounds(precision: Precision) -> [f64; 7] {
     [values, gradients, statistics, values, gradients, gradients, gradients]
 }
 
-/// What a step leaves; of updates, by how much they changed each parameter.
+/// The results of a step; of updates, the change of each parameter.
 const RESULTS: [&str; 7] =
     ["output", "gradients", "statistics", "embedding", "SGD", "Adam", "moving average"];
 

@@ -49,16 +49,16 @@ pub fn not_negative(table: &str, values: &[(&str, f64)]) -> Result<()> {
 ///
 /// # Errors
 ///
-/// One lies outside.
+/// One is out of range.
 pub fn below_one(table: &str, values: &[(&str, f64)]) -> Result<()> {
     values.iter().try_for_each(|(key, value)| within(table, key, *value, 0. ..1.))
 }
 
-/// Checks that a number lies in a range with two ends.
+/// Checks that a number is in a range with two ends.
 ///
 /// # Errors
 ///
-/// It lies outside.
+/// It is not.
 pub fn within(table: &str, key: &str, value: f64, range: impl RangeBounds<f64>) -> Result<()> {
     let number = |bound| match bound {
         Bound::Included(&end) | Bound::Excluded(&end) => end,
@@ -76,7 +76,7 @@ pub fn within(table: &str, key: &str, value: f64, range: impl RangeBounds<f64>) 
     Ok(())
 }
 
-/// The pictures of a job, as far as a check looks at them.
+/// The pictures of a job, for a check.
 #[derive(Debug)]
 pub struct CheckedPictures {
     /// The images file.

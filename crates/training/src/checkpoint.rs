@@ -4,12 +4,11 @@
 //!
 //! - the networks, named as in `network.safetensors`; not once the run is finished, when they are
 //!   in that file;
-//! - what the optimizer remembers of each parameter `p`: `momentum.<p>`, or `first-moment.<p>`,
+//! - the optimizer's moments of each parameter `p`: `momentum.<p>`, or `first-moment.<p>`,
 //!   `second-moment.<p>` and for each segment the `steps` taken, u64;
-//! - `stage.<name>`: what the stage keeps besides, f32, u32 or u64.
+//! - `stage.<name>`: other state of the stage, f32, u32 or u64.
 //!
-//! A [`Checkpoint`] walks over all of these to save and to load them, so that a type lists what it
-//! keeps once.
+//! A [`Checkpoint`] visits all of these to save or to load them, so that a type lists its state once.
 
 use std::path::Path;
 
@@ -26,8 +25,8 @@ const VERSION: u64 = 2;
 /// Its name in a stage's output folder.
 pub(crate) const NAME: &str = "state.safetensors";
 
-/// Networks with what else a [`Run`](crate::Run) has to save: [`Learner`](crate::Learner), or the
-/// networks of a stage.
+/// Everything that a [`Run`](crate::Run) saves and loads: a [`Learner`](crate::Learner), or the
+/// networks and other state of a stage.
 pub trait Trained {
     /// Passes everything that a checkpoint holds to `file`, which saves or loads it.
     ///
@@ -48,7 +47,7 @@ enum Access<'a> {
         network: Vec<NamedTensor>,
         state: Vec<StateTensor>,
     },
-    /// What has no file here stays as it is.
+    /// A part without a file is left unchanged.
     Load {
         network: Option<&'a Container>,
         state: Option<&'a Container>,
@@ -63,7 +62,7 @@ impl<'a> Checkpoint<'a> {
         Ok(file)
     }
 
-    /// Loads `trained` from the files that are given; the rest of it stays as it is.
+    /// Loads `trained` from the given files; the rest of it is left unchanged.
     pub(crate) fn load(
         network: Option<&'a Container>,
         state: Option<&'a Container>,
@@ -134,7 +133,7 @@ impl<'a> Checkpoint<'a> {
         }
     }
 
-    /// A list that the stage keeps, as `stage.<name>` of the state file; its length may change.
+    /// A list of the stage, as `stage.<name>` of the state file; its length may change.
     ///
     /// # Errors
     ///
@@ -145,7 +144,7 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
-    /// A count that the stage keeps, as `stage.<name>` of the state file.
+    /// A count of the stage, as `stage.<name>` of the state file.
     ///
     /// # Errors
     ///
@@ -156,8 +155,7 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
-    /// A tensor of floats that the stage keeps, as `stage.<name>` of the state file; its shape may
-    /// change.
+    /// A tensor of floats of the stage, as `stage.<name>` of the state file; its shape may change.
     ///
     /// # Errors
     ///
@@ -224,7 +222,7 @@ pub(crate) fn open(folder: &Path) -> Result<Container> {
     Container::open(&folder.join(NAME), KIND, VERSION)
 }
 
-/// Loads `trained` from the `network.safetensors` in `folder`; what else it keeps stays as it is.
+/// Loads `trained` from the `network.safetensors` in `folder`; its other state is left unchanged.
 ///
 /// # Errors
 ///

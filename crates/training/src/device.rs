@@ -1,4 +1,4 @@
-//! From the device asked for on the command line to candle's.
+//! Opens candle's device for the one named on the command line.
 
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use anyhow::Context;
@@ -6,11 +6,11 @@ use anyhow::{Result, bail};
 use candle_core::Device;
 use stage::DeviceChoice;
 
-/// Opens the device that a stage's networks compute on; bring them there by `on`, such as
+/// Opens the device for a stage's networks; move them there with `on`, such as
 /// [`Learner::on`](crate::Learner::on).
 ///
-/// `auto` takes the best that the program was built for and the machine has. On the CPU the
-/// kernels of this project compute, elsewhere the tensor operations of candle.
+/// `auto` takes a GPU if the program was built for one and the machine has it. The CPU runs the
+/// kernels of this project, other devices the tensor operations of candle.
 ///
 /// # Errors
 ///

@@ -157,8 +157,8 @@ impl Online {
         self.forward_perturbed(view, |_| Ok(noise.cloned()))
     }
 
-    /// The same with noise that is a function of the projection. No gradient flows through the
-    /// function.
+    /// Like [`forward`](Self::forward), with noise computed from the projection. No gradient flows
+    /// through that computation.
     ///
     /// # Errors
     ///
@@ -245,7 +245,7 @@ impl Target {
     }
 
     /// Reads the target network from the `network.safetensors` in `folder`, or the online network
-    /// if the method that trained it has no target. Returns which of them, `target` or `online`.
+    /// if the method that trained it has no target. Also returns its name, `target` or `online`.
     ///
     /// # Errors
     ///
@@ -317,7 +317,7 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// `online` is another network, or τ lies outside `[0, 1]`.
+    /// `online` is another network, or τ is not in `[0, 1]`.
     pub fn follow(&mut self, online: &Online, decay: f64) -> Result<()> {
         self.backbone.parameters.follow(&online.backbone.segment.parameters, decay)?;
         self.projector.parameters.follow(&online.projector.segment.parameters, decay)

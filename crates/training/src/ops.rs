@@ -46,7 +46,7 @@ pub fn sum(terms: impl IntoIterator<Item = Tensor>) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// `x` is not a matrix, `index` has another length, or an index lies outside.
+/// `x` is not a matrix, `index` has another length, or an index is out of range.
 pub fn pick(x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let (n, _) = x.dims2()?;
     if index.dims() != [n] {

@@ -14,10 +14,10 @@ use crate::checkpoint::Checkpoint;
 /// It updates a segment's parameters by its kernels, and a candle variable by elementwise
 /// operations, which give the same bits for any number of threads.
 pub trait Optimizer: Copy {
-    /// What is remembered of a segment between steps.
+    /// The moments of a segment, kept between steps.
     type Memory;
 
-    /// Names of the tensors that are remembered of a candle variable between steps.
+    /// Names of the moments of a candle variable.
     const MOMENTS: &'static [&'static str];
 
     /// The memory before the first step.

@@ -9,7 +9,7 @@ use data::{Batch, Images, Loader};
 #[derive(Debug)]
 pub struct Views<'a> {
     images: &'a Images,
-    /// For each view, the operations that make it and the size and normalisation that it gets.
+    /// For each view, its operations, and its size and normalisation.
     views: Vec<(Pipeline, Input)>,
     seed: u64,
 }

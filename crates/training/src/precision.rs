@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What activations and products are computed in, as the key `precision` says it. Master weights
+/// The number type of activations and products: the key `precision`. Master weights
 /// and their gradients, accumulation, statistics and losses are f32 in either case, so that a
 /// network file fits both.
 ///

@@ -26,10 +26,10 @@ use stage::{Diverged, Interrupted, Job};
 
 use crate::checkpoint::{self, Checkpoint, Trained};
 
-/// Steps on a GPU from one reading of loss, deviation and gradients to the next.
+/// Steps between two reads of loss, deviation and gradients from a GPU.
 const STEPS_PER_READING: usize = 10;
 
-/// How long a run is and when it saves or stops.
+/// The length of a run, and when it saves or stops.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RunPlan {
     /// Passes over the images.
@@ -42,16 +42,16 @@ pub struct RunPlan {
     pub save_every: usize,
     /// The run stops when the deviation of unit-length projections falls below this.
     pub collapse_deviation: f64,
-    /// What usually helps, in the words of the stage's table.
+    /// Advice for a run that stops, in keys of the stage's table.
     pub advice: Advice,
 }
 
-/// What usually helps when a run stops. Keys of the stage's table are in backticks.
+/// Advice for a run that stops. Keys of the stage's table are in backticks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Advice {
-    /// A number is not finite.
+    /// If a number is not finite.
     pub divergence: &'static str,
-    /// All projections are alike.
+    /// If all projections are alike.
     pub collapse: &'static str,
 }
 

@@ -1,5 +1,5 @@
-//! Which images a step sees. An order depends on seed and epoch alone, so that a resumed epoch goes
-//! on where it stopped.
+//! The images of each step. An order depends on seed and epoch alone, so that a resumed epoch
+//! continues where it stopped.
 
 use anyhow::{Result, bail, ensure};
 use rand::distr::Distribution;
@@ -11,8 +11,8 @@ pub fn steps(count: usize, batch_size: usize) -> usize {
     (count / batch_size.max(1)).max(1)
 }
 
-/// Every image once, in random order; the rest that fills no batch is dropped. Fewer images than
-/// a batch make one smaller batch.
+/// Every image once, in random order, without the last incomplete batch. Fewer images than a batch
+/// make one smaller batch.
 ///
 /// - `rows`: rows of the images file.
 ///
@@ -76,8 +76,8 @@ pub fn steps_of_every(count: usize, batch_size: usize) -> usize {
     count.saturating_sub(rest_of_one).div_ceil(batch_size.max(1)).max(1)
 }
 
-/// Every image once, in random order, also the rest that fills no batch. A rest of a single image
-/// joins the batch before it: batch statistics need two.
+/// Every image once, in random order, with the last incomplete batch. If that has a single image, the
+/// batch before takes it, because batch statistics need two.
 ///
 /// - `rows`: rows of the images file.
 ///

@@ -19,8 +19,8 @@ pub enum Absent {
     },
 }
 
-/// Measures how near the clusters of a batch are to each other in the online network, and how far
-/// each is from itself in the target network.
+/// Measures how close the clusters of a batch are to each other in the online network, and how far
+/// each is from the same cluster in the target network.
 ///
 /// With `μₖ`, `μ'ₖ` the unit-length means of cluster `k`'s unit-length projections in the online
 /// and the target network, and `S` the clusters with at least one image in the batch:

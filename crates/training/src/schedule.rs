@@ -37,7 +37,7 @@ enum Curve {
 }
 
 impl LearningRate {
-    /// A rise from 0 to `peak` over `warmup_epochs`, then a cosine.
+    /// A schedule that rises from 0 to `peak` over `warmup_epochs`, then falls along a cosine.
     ///
     /// - `peak`: the rate at the end of warm-up, for this batch size.
     /// - `warmup_epochs`: at least 0 and below `epochs`.
@@ -56,7 +56,7 @@ impl LearningRate {
         Self::of(rate, 1, 1, Curve::Constant)
     }
 
-    /// SeCu's: a rate of 0 in the first epochs, in which the centres move to the random
+    /// SeCu's schedule: a rate of 0 in the first epochs, in which the centres move to the random
     /// projections; then a rise to `peak`, then half a cosine that ends just above 0.
     ///
     /// - `still_epochs`: epochs at a rate of 0; 1 is published.
@@ -73,8 +73,8 @@ impl LearningRate {
         Self::of(peak, epochs, steps_per_epoch, Curve::Still { still_steps, warmup_steps })
     }
 
-    /// IMC-SwAV's: a rise to `peak` over the first steps; from each epoch of `drops` on, counted
-    /// from 0, the rate is lower by `factor`.
+    /// IMC-SwAV's schedule: a rise to `peak` over the first steps; from each epoch of `drops` on, counted
+    /// from 0, the rate is multiplied by `factor`.
     pub fn with_drops(
         peak: f64,
         warmup_steps: usize,

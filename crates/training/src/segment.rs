@@ -14,8 +14,8 @@ use layers::{Gradients, Mode, Modes, Network, Tape};
 use crate::checkpoint::Checkpoint;
 use crate::optimizer::Optimizer;
 
-/// A segment that learns by the update rule `O`: its values, their gradients, and what the
-/// optimizer remembers.
+/// A segment that learns by the update rule `O`: its values, their gradients, and the optimizer's
+/// moments.
 pub struct TrainedSegment<O: Optimizer> {
     /// Its plan with its values.
     pub segment: Segment,
@@ -25,8 +25,8 @@ pub struct TrainedSegment<O: Optimizer> {
     memory: O::Memory,
 }
 
-/// What one forward pass of a segment leaves: the output, opened to candle as a variable, and the
-/// tape that the backward pass needs. It dereferences to the output.
+/// The result of one forward pass of a segment: the output, opened to candle as a variable, and the
+/// tape for the backward pass. It dereferences to the output.
 pub struct Seam {
     output: Var,
     tape: Tape,
@@ -41,7 +41,7 @@ impl Deref for Seam {
 }
 
 impl<O: Optimizer> TrainedSegment<O> {
-    /// `segment` before its first step, under its name in files. All blocks learn, on batch
+    /// Wraps `segment` before its first step, under its name in files. All blocks learn, on batch
     /// statistics.
     pub fn new(name: &'static str, segment: Segment) -> Self {
         let modes = Modes::all(segment.network(), Mode::Batch);
@@ -154,9 +154,9 @@ impl<O: Optimizer> TrainedSegment<O> {
 /// The backward pass through a chain of segments, each fed with the output of the one before: adds
 /// the gradients of one pass to those of this step.
 ///
-/// - `seams`: what each segment's forward pass left.
-/// - `gradients`: what candle found at the seams. The loss may leave out a seam that a later segment
-///   was fed with.
+/// - `seams`: the seam of each segment's forward pass.
+/// - `gradients`: candle's gradients at the seams. The loss need not use a seam that is the input of
+///   a later segment.
 ///
 /// # Errors
 ///

@@ -42,7 +42,7 @@ impl RunTable {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self, stage: &str) -> Result<()> {
         let table = format!("{stage}.run");
         check::at_least(&table, 1, &[("epochs", self.epochs), ("save-every", self.save_every)])?;
@@ -93,7 +93,7 @@ impl SgdTable {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self, stage: &str) -> Result<()> {
         let table = format!("{stage}.optimizer");
         check::above_zero(&table, &[("peak-learning-rate", self.peak_learning_rate)])?;
@@ -128,7 +128,7 @@ impl ScheduleTable {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self, stage: &str, epochs: usize) -> Result<()> {
         let table = format!("{stage}.schedule");
         let (warmup, base, last) = (self.warmup_epochs, self.target_decay, self.last_target_decay);

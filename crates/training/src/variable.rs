@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor, Var};
 use crate::checkpoint::Checkpoint;
 use crate::optimizer::{Optimizer, STEPS};
 
-/// A variable of candle's that learns by the update rule `O`, with what the optimizer remembers.
+/// A candle variable that learns by the update rule `O`, with the optimizer's moments.
 #[derive(Debug)]
 pub struct TrainedVariable<O> {
     /// Its value, for losses.
@@ -27,8 +27,8 @@ impl<O: Optimizer> TrainedVariable<O> {
         Ok(Self { variable, name: name.into(), moments, steps: 0, rule: PhantomData })
     }
 
-    /// One step. The gradient is zero if the loss does not reach the variable; momentum and weight
-    /// decay act all the same.
+    /// Takes one step. The gradient is zero if the loss does not reach the variable; momentum and weight
+    /// decay still apply.
     pub fn step(&mut self, gradients: &GradStore, rule: O) -> Result<()> {
         self.steps += 1;
         // Detached, or the moments would keep the graphs of all earlier steps.

@@ -71,7 +71,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// A value lies outside its range; the message names the key.
+    /// A value is out of range; the message names the key.
     pub fn check(&self) -> Result<()> {
         at_least(
             "turtle",

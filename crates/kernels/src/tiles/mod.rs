@@ -59,7 +59,7 @@ pub(crate) struct TileProduct<'a> {
 impl TileProduct<'_> {
     /// # Panics
     ///
-    /// If a tile lies outside its slice, or a count is out of range.
+    /// If a tile exceeds its slice, or a count is out of range.
     fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
         assert!((1..=2).contains(&self.columns) && self.rows <= SIDE);
         assert!((1..=2).contains(&outputs.len()));
