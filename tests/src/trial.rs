@@ -38,24 +38,24 @@ pub struct Counts {
     pub rounds_at_once: usize,
     /// Inputs that were changed and given to a reader.
     pub mutations: usize,
-    /// The same commands, undisturbed, did not succeed any more.
+    /// The same commands, undisturbed, failed afterwards.
     pub lost: usize,
-    /// They succeeded with other bytes.
+    /// They succeeded, with other bytes.
     pub wrong: usize,
     /// A program went on for more than 10 s after it was asked to stop, or panicked.
     pub hangs: usize,
-    /// Temporary files that stayed.
-    pub litter: usize,
-    /// A damaged file that no command had to read was found by its digest.
-    pub latent: usize,
-    /// A page said that a log is damaged, and left its curves out.
-    pub told: usize,
+    /// Temporary files that were left over.
+    pub left_over: usize,
+    /// Damaged files that no command had to read, found by their digests.
+    pub unread: usize,
+    /// Pages that reported a damaged log and left its curves out.
+    pub damaged_logs: usize,
 }
 
 impl Counts {
-    /// True where nothing went wrong.
+    /// True if nothing went wrong.
     pub fn is_sound(&self) -> bool {
-        self.lost + self.wrong + self.hangs + self.litter == 0
+        self.lost + self.wrong + self.hangs + self.left_over == 0
     }
 }
 
@@ -66,11 +66,15 @@ impl fmt::Display for Counts {
         writeln!(f, "{} damaged files {:?}", sum(&self.damages), self.damages)?;
         writeln!(f, "{} full disks, {} rounds at once", self.full_disks, self.rounds_at_once)?;
         writeln!(f, "{} mutations", self.mutations)?;
-        writeln!(f, "{} files unread, {} pages tell of a damaged log", self.latent, self.told)?;
+        writeln!(
+            f,
+            "{} unread damaged files, {} damaged logs reported",
+            self.unread, self.damaged_logs
+        )?;
         write!(
             f,
             "{} lost, {} wrong, {} hangs or panics, {} files left",
-            self.lost, self.wrong, self.hangs, self.litter
+            self.lost, self.wrong, self.hangs, self.left_over
         )
     }
 }
@@ -101,13 +105,13 @@ impl Until {
     }
 }
 
-/// A tiny experiment, what it leads to undisturbed, and how long that takes.
+/// A tiny experiment, with the results and the duration of an undisturbed run.
 #[derive(Debug)]
 pub struct Trial {
     bench: Bench,
     assort: PathBuf,
     wanted: BTreeMap<String, Vec<u8>>,
-    /// What `reproduce`, the report and `predict` take.
+    /// Duration of `reproduce`, the report and `predict`.
     seconds: [f64; 3],
     random: ChaCha8Rng,
     /// What was tried so far.
@@ -168,7 +172,7 @@ impl Trial {
         command
     }
 
-    /// The bytes of everything that must be the same, by path; what holds times is left out.
+    /// The bytes of everything that must be the same, by path; files with times are left out.
     fn snapshot(&self) -> Result<BTreeMap<String, Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut folders = vec![self.runs().join("tiny/0")];
@@ -187,8 +191,8 @@ impl Trial {
         Ok(found)
     }
 
-    /// Runs all commands undisturbed and compares. A command that names a damaged file, and what to
-    /// do, may fail first. What was shown is right even while other files are damaged.
+    /// Runs all commands undisturbed and compares. A command may first fail with a message that names a
+    /// damaged file and what to do. The report must be right even while other files are damaged.
     fn settle(&mut self, what: &str, attempts: usize) -> Result<()> {
         let is_settled = self.is_same(what, attempts, |name| name.contains("/report/"))?
             && self.is_whole(what, attempts)?;
@@ -198,12 +202,12 @@ impl Trial {
         Ok(())
     }
 
-    /// Damaged files that no command had to read are found by their digests, removed, and made again;
-    /// then every byte is as it was, and nothing else is there.
+    /// Removes the damaged files that no command had to read, and makes them again; then every byte must be
+    /// as it was, and no other file may be there.
     fn is_whole(&mut self, what: &str, attempts: usize) -> Result<bool> {
         for path in self.damaged()? {
             fs::remove_file(path)?;
-            self.counts.latent += 1;
+            self.counts.unread += 1;
         }
         if !self.is_same(what, attempts, |_| true)? {
             return Ok(false);
@@ -211,7 +215,7 @@ impl Trial {
         let left = self.left_over()?;
         if !left.is_empty() {
             println!("left after {what}: {left:?}");
-            self.counts.litter += left.len();
+            self.counts.left_over += left.len();
         }
         Ok(left.is_empty())
     }
@@ -239,7 +243,7 @@ impl Trial {
         };
         let page = found.get("tiny/0/report/report.html").map(|page| text(page));
         if page.is_some_and(|page| page.contains("its curves are left out")) {
-            self.counts.told += 1;
+            self.counts.damaged_logs += 1;
             return Ok(false);
         }
         let differs = |name: &&String| fits(name) && found.get(*name) != self.wanted.get(*name);
@@ -290,7 +294,7 @@ impl Trial {
         Ok(false)
     }
 
-    /// Does what a message about a damaged file asks for: removes it, and makes it again.
+    /// Follows the advice of a message about a damaged file: removes it, and makes it again.
     fn follow_advice(&self, stderr: &str) -> Result<()> {
         let runs = fs::canonicalize(self.runs())?;
         for word in stderr.split('`') {
@@ -374,7 +378,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The last lines of what a program said.
+/// The last lines of a program's output.
 fn tail(stderr: &str) -> String {
     let lines: Vec<&str> = stderr.lines().collect();
     lines[lines.len().saturating_sub(4)..].join(" | ")

@@ -1,6 +1,6 @@
-//! Estimates the number of clusters: scores candidates on embeddings, without any truth.
+//! Estimates the number of clusters: scores candidates on embeddings, without ground truth.
 //!
-//! Published indices stand side by side, as none is right everywhere:
+//! Several published indices are computed, because none is right everywhere:
 //!
 //! | index | high where | source |
 //! |---|---|---|
@@ -12,7 +12,7 @@
 //! | [generalisation](crate::Generalisation::score) | a linear classifier learns the clusters | Gadetsky et al. 2024 |
 //!
 //! Stability, prediction strength and generalisation favour few clusters, the gap many. All but the
-//! eigengap are of k-means, which cuts long thin clusters: such sets are over-counted. [`suggested`]
+//! eigengap score k-means, which splits long thin clusters and so counts too many. [`suggested`]
 //! weighs all of them and returns a range and its reasons. No index knows what the images show, so
 //! the result is a guess.
 
@@ -47,7 +47,7 @@ pub struct EstimatorSettings {
     pub references: usize,
     /// Neighbours of each image in the graph of the eigengap.
     pub neighbours: usize,
-    /// Most clusters that will be asked for.
+    /// The largest number of clusters to score.
     pub most_clusters: usize,
     /// How generalisation is measured.
     pub generalisation: Generalisation,
@@ -84,13 +84,13 @@ pub struct Estimator {
     d: usize,
     settings: EstimatorSettings,
     seed: u64,
-    /// The images of the costly indices, their rows, and the distances between them.
+    /// The images for the costly indices, their rows, and the distances between them.
     measured: Vec<usize>,
     measured_points: Vec<f32>,
     distances: Distances,
-    /// Rows like the measured ones, but without structure.
+    /// Reference sets: rows like the measured ones, without structure.
     references: Vec<Vec<f32>>,
-    /// Of the graph of neighbours, one more than clusters are asked for.
+    /// Eigenvalues of the graph of neighbours: one more than `most_clusters`.
     eigenvalues: Vec<f64>,
 }
 
@@ -156,7 +156,7 @@ impl Estimator {
     ///
     /// # Errors
     ///
-    /// `clusters` is below 2, or above half the number of images or the most that were announced.
+    /// `clusters` is below 2, or above half the number of images or `most_clusters`.
     pub fn score(&self, clusters: usize) -> Result<NumberScore> {
         let n = self.images();
         ensure!(clusters >= 2, "{clusters} clusters cannot be scored; at least 2 are needed");
@@ -167,7 +167,7 @@ impl Estimator {
         );
         ensure!(
             clusters < self.eigenvalues.len(),
-            "{clusters} clusters, but at most {} were announced or have images",
+            "{clusters} clusters cannot be scored; these settings and images allow at most {}",
             self.eigenvalues.len() - 1
         );
         let seed = random::derived(self.seed, "clusters: all images");
@@ -249,8 +249,8 @@ impl Estimator {
     }
 }
 
-/// Rows with the columns of `rows`, each in another random order, at unit length: the same values in
-/// every column, and no structure between columns.
+/// Shuffles each column of `rows` separately, which keeps its values but no structure between columns;
+/// rows are then at unit length.
 fn without_structure(rows: &[f32], d: usize, seed: u64, number: u64) -> Vec<f32> {
     let n = rows.len() / d;
     let columns: Vec<Vec<f32>> = (0..d)
@@ -265,7 +265,7 @@ fn without_structure(rows: &[f32], d: usize, seed: u64, number: u64) -> Vec<f32>
     let mut shuffled: Vec<f32> =
         (0..n).flat_map(|i| columns.iter().map(move |column| column[i])).collect();
     for row in shuffled.chunks_exact_mut(d) {
-        // A row of zeros by chance has no direction: any other will do.
+        // A row of zeros has no direction: take an arbitrary one.
         if points::squared_distance(row, &vec![0.; d]) < 1e-24 {
             row[0] = 1.;
         }
@@ -335,13 +335,13 @@ pub struct IndexVote {
     pub rule: &'static str,
 }
 
-/// Weighs the indices: the number of the highest mean is suggested, of equals the fewest clusters. The
-/// range is from the first to the last number whose mean is within [`NEARLY`] of it.
+/// Suggests the number with the highest mean of the indices; of a tie, the fewest clusters. The range is
+/// from the first to the last number whose mean is within [`NEARLY`] of the highest.
 ///
-/// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: where one
-/// is as good as the same everywhere, it decides nothing. Silhouette and gap have no common unit, so they
-/// count as shares of their largest value, the gap up to where it stops rising by more than its error. A
-/// number that is merely stable, such as 2, so needs a silhouette too. The weights are ours.
+/// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: an index
+/// that is nearly constant decides nothing. Silhouette and gap have no common unit, so they count as
+/// shares of their largest value, the gap up to where it stops rising by more than its error. So a number
+/// that is merely stable, such as 2, needs a silhouette too. The weights are ours.
 ///
 /// `None` if no candidate has stability and silhouette above 0, or there is none.
 pub fn suggested(candidates: &[NumberScore]) -> Option<Suggestion> {
@@ -418,7 +418,7 @@ fn votes(candidates: &[NumberScore]) -> Vec<IndexVote> {
         .collect()
 }
 
-/// The prediction strength of clusters that are taken as found, after its authors: 0.8 to 0.9.
+/// The least prediction strength of clusters that its authors accept; they use 0.8 to 0.9.
 const STRONG: f64 = 0.8;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! Embeddings that need not be computed again: of an interrupted run, or of an earlier one that saw
-//! other pictures by the same network.
+//! Embeddings of an interrupted run, or of an earlier run of the same network on other pictures, which
+//! need not be computed again.
 //!
-//! An embedding depends on its own picture, the network and the arithmetic alone, so it can be
-//! copied without changing a bit. Kept in `state.safetensors`, kind `known-embeddings`, format
+//! An embedding depends on its picture, the network and the arithmetic alone, so a copy has the same
+//! bits. Kept in `state.safetensors`, kind `known-embeddings`, format
 //! version 1:
 //!
 //! | tensor | shape, type | |
@@ -10,7 +10,7 @@
 //! | `id` | `(M, 32)` u8 | the pictures, by the SHA-256 of their contents |
 //! | `backbone` | `(M, D)` f32 | their embeddings |
 //!
-//! Header: `network`, what the embeddings depend on besides the picture; see [`identity`].
+//! Header: `network`, a digest of everything but the picture; see [`identity`].
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,8 +27,8 @@ const FILE: &str = "state.safetensors";
 const KIND: &str = "known-embeddings";
 const VERSION: u64 = 1;
 
-/// What an embedding depends on besides its picture: the network's files, precision, device and
-/// kernels.
+/// A digest of everything but the picture that an embedding depends on: the network's files, precision,
+/// device and kernels.
 pub fn identity(network: &Path, precision: Precision, device: &str) -> Result<String> {
     let kernels = layers::Variant::selected().map_err(anyhow::Error::msg)?;
     let parts = json!({
@@ -54,8 +54,8 @@ pub struct KnownEmbeddings {
 }
 
 impl KnownEmbeddings {
-    /// What an interrupted run left in the job's folder, and what the folder of the role `earlier`
-    /// holds; nothing of another network. A damaged file is reported and not used.
+    /// Loads the embeddings of an interrupted run in the job's folder, and those in the folder of the role
+    /// `earlier`, unless they are of another network. A damaged file is reported and skipped.
     pub fn of_job(job: &Job, identity: String, width: usize) -> Self {
         let mut known =
             Self { identity, width, places: HashMap::new(), ids: Vec::new(), values: Vec::new() };
@@ -64,7 +64,7 @@ impl KnownEmbeddings {
             if path.exists()
                 && let Err(error) = known.add_from(&path)
             {
-                tracing::warn!("its embeddings are computed again: {error:#}");
+                tracing::warn!("computing embeddings again: {error:#}");
             }
         }
         known
@@ -90,7 +90,7 @@ impl KnownEmbeddings {
         Ok(())
     }
 
-    /// The embedding of a picture, where it is known.
+    /// The embedding of a picture, if it is known.
     pub fn get(&self, id: &Id) -> Option<&[f32]> {
         let place = *self.places.get(id)?;
         self.values.get(place * self.width..(place + 1) * self.width)

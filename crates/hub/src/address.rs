@@ -58,21 +58,21 @@ impl Address {
         Repo::with_revision(self.name.clone(), kind, self.revision.clone())
     }
 
-    /// Where the hub lists the files of this revision.
+    /// The address at which the hub lists the files of this revision.
     pub(crate) fn api_url(&self, endpoint: &str) -> String {
         let kind = if self.is_dataset { "datasets" } else { "models" };
         let revision = escaped(&self.revision).replace('/', "%2F");
         format!("{endpoint}/api/{kind}/{}/revision/{revision}?blobs=true", self.name)
     }
 
-    /// Where the hub has the file `name` of a commit.
+    /// The address of the file `name` at a commit.
     pub(crate) fn file_url(&self, endpoint: &str, commit: &str, name: &str) -> String {
         let kind = if self.is_dataset { "datasets/" } else { "" };
         format!("{endpoint}/{kind}{}/resolve/{commit}/{}", self.name, escaped(name))
     }
 }
 
-/// `refs/pr/7` and `refs/convert/parquet` have slashes of their own.
+/// Splits the text after `@` into revision and path. `refs/pr/7` and `refs/convert/parquet` contain slashes.
 fn split_revision(text: &str) -> (&str, &str) {
     let slashes = if text.starts_with("refs/") { 2 } else { 0 };
     match text.match_indices('/').nth(slashes) {

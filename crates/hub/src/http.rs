@@ -27,10 +27,10 @@ use ureq::http::uri::Scheme;
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body, ResponseExt};
 
-/// Says whether the user wants to stop.
+/// Returns true once the user wants to stop.
 pub type IsInterrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
-/// What a file must be.
+/// The expected length and digest of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     /// Its length, if it is known.
@@ -44,7 +44,7 @@ pub struct Expected {
 pub enum Checksum {
     /// SHA-256 of its bytes.
     Sha256(String),
-    /// MD5 of its bytes: what some publishers give.
+    /// MD5 of its bytes, as some publishers give it.
     Md5(String),
     /// SHA-1 over `blob`, a space, its length, a zero byte, and its bytes: its name in git.
     Git(String),
@@ -66,7 +66,7 @@ pub struct Refused {
     pub status: StatusCode,
     /// The hub's name for the reason: the header `X-Error-Code`.
     pub code: Option<String>,
-    /// The hub's words for it: the header `X-Error-Message`.
+    /// The hub's explanation: the header `X-Error-Message`.
     pub message: Option<String>,
 }
 
@@ -82,7 +82,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// Talks to servers until the user interrupts.
+/// An HTTP client that retries, and that the user can interrupt.
 #[derive(Clone)]
 pub struct Client<'a> {
     agent: Agent,
@@ -91,16 +91,16 @@ pub struct Client<'a> {
     first_wait: Duration,
 }
 
-/// Attempts before a server is given up.
+/// Attempts before a download fails.
 const ATTEMPTS: u32 = 6;
 
 /// The longest wait that a server may ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
-/// How long a server may be silent before it is asked again.
+/// How long a server may be silent before the next attempt.
 const LONGEST_SILENCE: Duration = Duration::from_secs(60);
 
-/// Time between two looks at the interrupt.
+/// Time between two checks of the interrupt.
 const POLL: Duration = Duration::from_millis(100);
 
 /// The longest answer that is held in memory: a list of files.
@@ -108,14 +108,14 @@ const MOST_ANSWER_BYTES: usize = 1 << 26;
 
 /// Why an attempt failed.
 enum Failure {
-    /// For a reason that may pass, with the wait that the server asks for.
+    /// Worth another attempt, after the wait that the server asks for.
     Passing(anyhow::Error, Option<Duration>),
-    /// For good.
+    /// Every attempt would fail.
     Final(anyhow::Error),
 }
 
 impl<'a> Client<'a> {
-    /// A client that waits for a second before it asks again, then longer.
+    /// A client that waits for a second before the second attempt, then longer.
     pub fn new(interrupt: IsInterrupted<'a>) -> Self {
         Self::with_waits(Duration::from_secs(1), LONGEST_SILENCE, interrupt)
     }
@@ -194,7 +194,7 @@ impl<'a> Client<'a> {
                     true => web_page(),
                     false => error.context("the server has another file"),
                 };
-                // Wrong bytes are of no use to the next attempt.
+                // The next attempt must not resume from wrong bytes.
                 match (file.set_len(0), resumed) {
                     (Err(failed), _) => Failure::Final(failed.into()),
                     (Ok(()), true) => Failure::Passing(error, Some(Duration::ZERO)),
@@ -239,7 +239,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Repeats an attempt that failed for a reason that may pass.
+    /// Repeats an attempt while it fails for a reason that may pass.
     fn repeat<T>(&self, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T> {
         let mut wait = self.first_wait;
         for left in (0..ATTEMPTS).rev() {
@@ -251,7 +251,7 @@ impl<'a> Client<'a> {
                 }
                 Err(Failure::Passing(error, asked)) => {
                     let pause = asked.unwrap_or(wait).min(LONGEST_WAIT);
-                    tracing::info!("{error:#}; asking again in {:.0?}", pause);
+                    tracing::info!("{error:#}; trying again in {:.0?}", pause);
                     self.pause(pause)?;
                     wait *= 2;
                 }
@@ -271,7 +271,7 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// Downloads what is missing of `file`. Returns whether there was something before.
+    /// Downloads the missing bytes of `file`. Returns whether it had bytes before.
     fn resume(
         &self,
         url: &str,
@@ -293,10 +293,11 @@ impl<'a> Client<'a> {
         let response = self.get(url, token, there)?;
         let (status, range) = (response.status(), header(&response, "content-range"));
         if status == StatusCode::RANGE_NOT_SATISFIABLE {
-            // Nothing follows. Either the file is whole, or it is another one.
+            // The server has no more bytes: the file is complete, or it is another one.
             if verify(file, expected).is_err() {
                 file.set_len(0).map_err(failed)?;
-                let error = anyhow!("the bytes of the last download are not of this file");
+                let error =
+                    anyhow!("the partial file of the last download belongs to another file");
                 return Err(Failure::Passing(error, Some(Duration::ZERO)));
             }
             return Ok(resumed);
@@ -313,11 +314,11 @@ impl<'a> Client<'a> {
         if status == StatusCode::PARTIAL_CONTENT {
             if range.as_deref().and_then(start_of_range) != Some(there) {
                 file.set_len(0).map_err(failed)?;
-                let error = anyhow!("the server sends another part than was asked for");
+                let error = anyhow!("the server sends another range than the requested one");
                 return Err(Failure::Passing(error, Some(Duration::ZERO)));
             }
         } else if resumed {
-            // The whole file, although a part was asked for.
+            // The server sends the whole file, although a range was requested.
             file.set_len(0).map_err(failed)?;
             there = 0;
         }
@@ -332,13 +333,13 @@ impl<'a> Client<'a> {
         match expected.bytes {
             // Without an announced length, the end of an answer may be the end of a connection.
             Some(bytes) if there < bytes => {
-                Err(Failure::Passing(anyhow!("only {there} of {bytes} bytes came"), None))
+                Err(Failure::Passing(anyhow!("received only {there} of {bytes} bytes"), None))
             }
             _ => Ok(resumed),
         }
     }
 
-    /// Asks for a file from byte `from` on.
+    /// Requests a file from byte `from` on.
     fn get(&self, url: &str, token: Option<&str>, from: u64) -> Result<Response<Body>, Failure> {
         let response = self.call(url, token, from)?;
         // `ureq` drops the token with the first redirect. A repository that was renamed redirects
@@ -355,7 +356,7 @@ impl<'a> Client<'a> {
 
     fn call(&self, url: &str, token: Option<&str>, from: u64) -> Result<Response<Body>, Failure> {
         let request = self.agent.get(url).config().https_only(is_https(url)).build();
-        // The digests are those of the file itself: it must not be compressed on its way.
+        // The digests are of the uncompressed file.
         let mut request = request.header("Accept-Encoding", "identity");
         if let Some(token) = token {
             request = request.header("Authorization", format!("Bearer {token}"));
@@ -377,7 +378,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Hands the body of an answer to `take`, piece by piece, until that returns `false`.
+    /// Passes the body of an answer to `take`, piece by piece, until that returns `false`.
     fn receive(
         &self,
         response: Response<Body>,
@@ -408,7 +409,7 @@ impl<'a> Client<'a> {
         Err(Failure::Final(anyhow!("the thread that reads the network panicked")))
     }
 
-    /// What a thread sends next; nothing if it ended.
+    /// The next value from a thread; `None` once it has ended.
     fn next<T>(&self, thread: &Receiver<T>) -> Result<Option<T>, Failure> {
         loop {
             if (self.interrupt)() {
@@ -429,7 +430,7 @@ impl fmt::Debug for Client<'_> {
     }
 }
 
-/// Whether the disk failed. Errors of the network are no `io::Error`s in these chains.
+/// Whether the disk failed. Network errors are not `io::Error`s in these chains.
 pub fn is_of_disk(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.is::<io::Error>())
 }
@@ -455,7 +456,7 @@ fn is_final(error: &ureq::Error) -> bool {
     )
 }
 
-/// An answer with what was asked for, or one that says that there is nothing from byte `from` on.
+/// Accepts an answer with the requested bytes, and one that says that no byte follows `from`.
 fn answered(response: Response<Body>, from: u64) -> Result<Response<Body>, Failure> {
     let refused = Refused {
         status: response.status(),
@@ -522,7 +523,7 @@ fn is_web_page(file: &mut File) -> bool {
         && [b"<!doctype html".as_slice(), b"<html"].iter().any(|tag| start.starts_with(tag))
 }
 
-/// Downloads a file from the first address that has it as expected, unless it is there.
+/// Downloads a file from the first address that has the expected one, unless `path` already holds it.
 ///
 /// The partial file of a failed download is kept: the next attempt resumes it, also from another
 /// address, because the digest is the same.
@@ -551,7 +552,7 @@ pub fn fetch_file(
     for url in urls {
         match client.fetch(&url, None, expected, &partial, path) {
             Ok(()) => return Ok(()),
-            // Another address mends neither an interrupt nor a full disk.
+            // Another address would not help.
             Err(error) if error.is::<Interrupted>() || is_of_disk(&error) => {
                 return Err(error);
             }

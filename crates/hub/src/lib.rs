@@ -1,9 +1,9 @@
 //! Downloads, and files from the Hugging Face Hub: `hf://datasets/owner/name` and `hf://owner/model`.
 //!
 //! A revision and a path may follow the name, in which `*` matches any characters, as in
-//! `hf://datasets/owner/name@main/data/train-*.parquet`. All files come from one commit, which the hub
-//! names first, together with the length and the digest of each file: so a branch that moves meanwhile
-//! mixes nothing. A revision of 40 hexadecimal digits is a commit and pins them for good.
+//! `hf://datasets/owner/name@main/data/train-*.parquet`. The hub first names one commit, and the length
+//! and digest of each of its files; all files come from it, even if the branch moves during a download. A
+//! revision of 40 hexadecimal digits is a commit and pins the files.
 //!
 //! [`fetch`] downloads the files of a data set, [`PublishedModel`] those of a network, [`http`] any
 //! file. This crate knows neither pictures nor networks.

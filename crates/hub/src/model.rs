@@ -93,7 +93,7 @@ fn shards(index: &Path) -> Result<BTreeSet<String>> {
     }
 }
 
-/// A phrase that follows the name of what has these files and no weights.
+/// Completes a message about a folder or repository with these files and no weights.
 fn without_weights(names: &BTreeSet<String>) -> String {
     let is_pickle = |name: &&String| PICKLES.iter().any(|ending| name.ends_with(ending));
     match names.iter().find(is_pickle) {
@@ -131,10 +131,10 @@ struct ModelFile {
 }
 
 impl PublishedModel {
-    /// Finds out which files a network has, without downloading them.
+    /// Looks up the files of a network without downloading them.
     ///
-    /// The commit of a branch is looked up once. From then on it is the one that the cache remembers,
-    /// so that a result can be repeated; remove `refs/<branch>` in the cache to look again.
+    /// The commit of a branch is looked up once and then taken from the cache, so that a result can be
+    /// repeated; remove `refs/<branch>` in the cache to look again.
     ///
     /// # Errors
     ///
@@ -159,12 +159,11 @@ impl PublishedModel {
         );
         let revision = commit.unwrap_or(address.revision.clone());
         let at_commit = Address { revision, ..address.clone() };
-        let listing = list(&at_commit, settings, client).map_err(|error| match error
-            .is::<stage::Interrupted>(
-        ) {
+        let advised = |error: anyhow::Error| match error.is::<stage::Interrupted>() {
             true => error,
             false => error.context(by_hand(address, &kept, "asking the hub failed")),
-        })?;
+        };
+        let listing = list(&at_commit, settings, client).map_err(advised)?;
         kept.remember(&listing.commit, &address.revision)?;
         Self::listed(address, &kept, &listing)
     }
@@ -186,7 +185,7 @@ impl PublishedModel {
         wanted.push(CONFIGURATION.to_owned());
         wanted.extend(names.get(PREPROCESSOR).cloned());
         if !names.contains(PREPROCESSOR) {
-            // Python's mark of a file that the repository lacks.
+            // `huggingface_hub` marks files that a repository does not have like this.
             let mark = kept.root.join(".no_exist").join(&listing.commit).join(PREPROCESSOR);
             fs::create_dir_all(mark.parent().context("a folder")?)
                 .and_then(|()| fs::write(&mark, b""))
@@ -275,8 +274,7 @@ fn in_cache(
     Ok(Some(PublishedModel { repository, commit, address: address.clone(), files }))
 }
 
-/// What the name of the blob that a file of the cache links to says of it; its SHA-256 where the name
-/// says nothing.
+/// The digest of a cached file: the name of its blob, or its SHA-256 if that name is not a digest.
 fn cached_digest(path: &Path) -> Result<Expected> {
     let blob = fs::canonicalize(path).with_context(|| format!("opening `{}`", path.display()))?;
     let name = blob.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -289,7 +287,7 @@ fn cached_digest(path: &Path) -> Result<Expected> {
     Ok(Expected { bytes: None, digest })
 }
 
-/// Says how to get a network without this program.
+/// Explains how to get a network without this program.
 fn by_hand(address: &Address, kept: &RepositoryCache, reason: &str) -> String {
     let Address { name, revision, .. } = address;
     format!(

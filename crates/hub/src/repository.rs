@@ -52,8 +52,8 @@ pub fn fetch(
     Ok(Snapshot { folder: kept.snapshot(&listing.commit), names })
 }
 
-/// The files of a repository at one commit, as the hub states them. All of them are downloaded from
-/// that commit, so that a branch that moves meanwhile mixes nothing.
+/// The files of a repository at one commit, as the hub states them. All are downloaded from that
+/// commit, even if the branch moves meanwhile.
 #[derive(Debug)]
 pub(crate) struct CommitListing {
     pub(crate) commit: String,
@@ -62,7 +62,7 @@ pub(crate) struct CommitListing {
 }
 
 impl CommitListing {
-    /// What a listed file must be.
+    /// The expected length and digest of a listed file.
     pub(crate) fn file(&self, name: &str) -> Result<&Expected> {
         self.files[name].as_ref().map_err(|error| anyhow!("{error}"))
     }
@@ -84,7 +84,7 @@ pub(crate) fn list(
         )
     })?;
     let info: Info = serde_json::from_str(&text)
-        .with_context(|| format!("`{url}` does not answer as the hub does"))?;
+        .with_context(|| format!("the answer of `{url}` is not one of the hub"))?;
     ensure!(is_commit(&info.sha), "the hub names `{}` as a commit", info.sha);
     ensure!(
         !is_commit(&address.revision) || address.revision == info.sha,
@@ -148,7 +148,7 @@ pub(crate) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Says what to do about a refusal of the hub.
+/// Adds advice to a refusal of the hub.
 pub(crate) fn explained(error: anyhow::Error, address: &Address) -> anyhow::Error {
     let Some(refused) = error.downcast_ref::<Refused>() else { return error };
     let Address { name, revision, .. } = address;
@@ -177,7 +177,7 @@ pub(crate) fn explained(error: anyhow::Error, address: &Address) -> anyhow::Erro
                 .to_owned()
         }
         (_, status) if status.is_server_error() => {
-            "the hub is out of order; try again later, what was downloaded is kept".to_owned()
+            "the hub is out of service; try again later: finished downloads are kept".to_owned()
         }
         _ => return error,
     };
@@ -208,7 +208,7 @@ impl<'a> RepositoryCache<'a> {
         self.cache.pointer_path(commit)
     }
 
-    /// The commit of a revision: that which was downloaded last, for a branch.
+    /// The commit of a revision; of a branch, the one that was downloaded last.
     pub(crate) fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -230,7 +230,7 @@ impl<'a> RepositoryCache<'a> {
         })
     }
 
-    /// Writes down the commit of a branch.
+    /// Records the commit of a branch.
     pub(crate) fn remember(&self, commit: &str, revision: &str) -> Result<()> {
         if is_commit(revision) {
             return Ok(());
@@ -281,7 +281,7 @@ fn list_files(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<()
 /// Links the file `name` of a snapshot to its blob, by a relative path, so that the cache can be moved.
 fn link(blob: &Path, pointer: &Path, name: &str) -> Result<()> {
     fs::create_dir_all(pointer.parent().context("a folder")?)?;
-    // A link to a blob that was removed may be there.
+    // There may be a link to a removed blob.
     let _ = fs::remove_file(pointer);
     #[cfg(unix)]
     {

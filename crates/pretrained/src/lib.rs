@@ -1,4 +1,4 @@
-//! Pretrained: a network that others have trained, in the place of pretraining.
+//! Pretrained: a published network in the place of pretraining.
 //!
 //! `backbone` names it: a short name such as `dinov2-small` ([`names`]), a repository of the Hugging
 //! Face Hub such as `hf://facebook/dinov2-small@<commit>`, or a folder with `config.json` and
@@ -36,7 +36,7 @@ use stage::{Effort, Interrupt, Job, Output, Spec, Stage};
 use source::{Located, NetworkOrigin};
 use transform::NativeSide;
 
-/// Which network it is. The experiment file sets every field.
+/// The table `[pretrained]`. The experiment file sets every field.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
@@ -109,7 +109,7 @@ fn text_of(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("opening `{}`", path.display()))
 }
 
-/// The side of the pictures that the learned positions are for.
+/// The side of the pictures for which the positions were learned.
 fn side(network: &PublishedNetwork) -> NativeSide {
     match network {
         PublishedNetwork::Transformer(weights) => match weights.plan().positions {

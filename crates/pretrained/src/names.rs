@@ -9,7 +9,7 @@ pub struct NamedNetwork {
     pub name: &'static str,
     /// Owner and name of its repository on the hub.
     pub repository: &'static str,
-    /// The commit; none where it is the one first seen, which the cache remembers.
+    /// The commit; if `None`, the first one that the cache records.
     pub commit: Option<&'static str>,
     /// SHA-256 of `model.safetensors`, where it is known.
     pub sha256: Option<&'static str>,
@@ -25,8 +25,8 @@ const APACHE: &str = "Apache-2.0";
 pub const DINOV3: &str = "DINOv3 License (Meta, 19 August 2025): free of charge, also commercially; \
     redistribution only with a copy of it, acknowledgement in publications, no military use";
 
-/// The networks. Commits and digests are those that several independent projects pin; where they are
-/// not known, the first download decides.
+/// The networks. Commits and digests are those that several independent projects pin; without one, the
+/// first download decides.
 pub const NAMES: [NamedNetwork; 12] = [
     NamedNetwork {
         commit: Some("ed25f3a31f01632728cabb09d1542f84ab7b0056"),
@@ -67,7 +67,7 @@ pub fn find(name: &str) -> Option<&'static NamedNetwork> {
     NAMES.iter().find(|named| named.name == name)
 }
 
-/// Fails where a word is neither a short name nor a path.
+/// Fails if a word is not a short name.
 ///
 /// # Errors
 ///

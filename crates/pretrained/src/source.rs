@@ -131,7 +131,7 @@ impl Located {
         }
     }
 
-    /// Says what will be downloaded, and the licence where it binds more than usual.
+    /// Logs what will be downloaded, and a licence that is not an open-source one.
     pub fn announce(&self) {
         if let NetworkOrigin::Hub(model) = &self.origin {
             let (repository, commit) = (&model.repository, &model.commit);
@@ -184,7 +184,7 @@ impl Located {
         }
     }
 
-    /// Fails where the hub has other weights under a short name than those that are known.
+    /// Fails if the hub's weights differ from those that the short name is pinned to.
     fn check_stated_digest(&self) -> Result<()> {
         let (NetworkOrigin::Hub(model), Some(named)) = (&self.origin, self.named) else {
             return Ok(());

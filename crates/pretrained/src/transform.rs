@@ -1,8 +1,8 @@
-//! From a published network's `preprocessor_config.json`, or timm's `pretrained_cfg`, to the input of a
+//! Converts a published network's `preprocessor_config.json`, or timm's `pretrained_cfg`, to the input of a
 //! network: operations on a picture, then mean and deviation.
 //!
-//! Transformers resizes bytes, clips between the two passes and rounds margins down; so do
-//! [`Operation`]s, but for rounding to bytes, which is below one step of a byte.
+//! Transformers resizes bytes, clips between the two passes and rounds margins down. [`Operation`]s do
+//! the same without rounding to bytes; the difference is below one step of a byte.
 
 use anyhow::{Context, Result, bail, ensure};
 use backbone::published::{CheckpointFamily, timm_input};
@@ -18,12 +18,12 @@ const CLIP: [[f64; 3]; 2] =
     [[0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_11]];
 const HALF: [[f64; 3]; 2] = [[0.5; 3]; 2];
 
-/// The side of the pictures that a network was trained on, where its tensors say it.
+/// The side of the pictures that a network was trained on, if its tensors show it.
 #[derive(Debug, Clone, Copy)]
 pub struct NativeSide(Option<usize>);
 
 impl NativeSide {
-    /// Learned positions of a grid of this many pixels.
+    /// The side of the grid of learned positions, in pixels.
     pub fn of(pixels: usize) -> Self {
         Self(Some(pixels))
     }
@@ -36,12 +36,12 @@ impl NativeSide {
 
 /// The input of a network of `family`.
 ///
-/// Without a file that says it, the transform published for the family is used, and a line in the log
-/// says so.
+/// Without a file that describes it, the transform published for the family is used, and a log line says
+/// so.
 ///
 /// # Errors
 ///
-/// A file is damaged or asks for what this program does not do; the message names the key.
+/// A file is damaged or has an unsupported value; the message names the key.
 pub fn input(family: CheckpointFamily, files: &NetworkFiles, side: NativeSide) -> Result<Input> {
     if let Some(path) = &files.preprocessor {
         let context = || format!("reading `{}`", path.display());
@@ -85,7 +85,7 @@ fn square_input(side: usize, [mean, std]: [[f64; 3]; 2], clean: Vec<Operation>) 
     Input { height: side, width: side, channels: 3, mean, std, clean }
 }
 
-/// Keys of `preprocessor_config.json`. Those that a file leaves out are as the family's class has them.
+/// Keys of `preprocessor_config.json`. An absent key has the default of the family's class.
 #[derive(Debug, Deserialize)]
 struct Preprocessor {
     image_processor_type: Option<String>,
@@ -155,7 +155,7 @@ fn default_filter(input: &Input) -> Filter {
     }
 }
 
-/// The resize, and the side of the square that it makes, if it makes one.
+/// The resize, and the side of its result if that is a square.
 fn resize(
     keys: &Preprocessor,
     filter: Filter,
@@ -214,7 +214,7 @@ fn centre() -> String {
     "center".to_owned()
 }
 
-/// As `timm.data.create_transform` makes it for evaluation.
+/// The transform that `timm.data.create_transform` makes for evaluation.
 fn of_timm(table: &Value) -> Result<Input> {
     let keys = TimmInput::deserialize(table).context("it has a wrong or missing value")?;
     let [3, side, width] = keys.input_size else {

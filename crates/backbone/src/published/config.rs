@@ -1,6 +1,6 @@
 //! `config.json` of transformers and of timm.
 //!
-//! Files leave out keys at their default. So the defaults here are those of the classes of
+//! Files omit keys that have their default. So the defaults here are those of the classes of
 //! transformers 5.24 that read the files; timm's widths follow from the shapes of the tensors.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::CheckpointFamily;
 
-/// What a `config.json` says of a network.
+/// The contents of a `config.json`.
 #[derive(Debug)]
 pub struct HubConfig {
     pub family: CheckpointFamily,
@@ -20,9 +20,9 @@ pub struct HubConfig {
 /// The two forms of the file.
 #[derive(Debug)]
 pub enum ConfigForm {
-    /// Of transformers: everything but the presence of a projection is in the file.
+    /// A file of transformers: it says everything except whether there is a projection.
     Transformers { plan: Box<TransformerPlan>, projection: Projection },
-    /// Of timm: the name of the architecture, and the tag of its training.
+    /// A file of timm: the name of the architecture, and the tag of its training.
     Timm { architecture: String, tag: String },
 }
 
@@ -36,7 +36,7 @@ pub enum Projection {
     IfThere(usize),
 }
 
-/// Values of transformers; a key that is absent has the default of its class.
+/// Keys of a file of transformers; an absent key has the default of its class.
 #[derive(Debug, Default, Deserialize)]
 struct HubKeys {
     architectures: Option<Vec<String>>,
@@ -128,7 +128,7 @@ fn transformers(kind: &str, value: &Value) -> Result<HubConfig> {
     Ok(HubConfig { family, form })
 }
 
-/// What most families share, with the defaults of one.
+/// The part that most families share, with the defaults of one.
 fn base(keys: &HubKeys, patch: usize, epsilon: f64, image: usize) -> Result<TransformerPlan> {
     ensure!(
         keys.qkv_bias != Some(false),
@@ -210,7 +210,7 @@ fn dinov3(keys: &HubKeys) -> Result<TransformerPlan> {
         num_hidden_layers: keys.num_hidden_layers,
         patch_size: keys.patch_size,
         layer_norm_eps: keys.layer_norm_eps,
-        // The gate's is silu; the plain one follows the key.
+        // A gated MLP has silu; a plain one follows the key.
         hidden_act: keys.hidden_act.clone().filter(|_| !keys.use_gated_mlp.unwrap_or(false)),
         ..HubKeys::default()
     };

@@ -1,8 +1,8 @@
-//! Names: which tensors of a file make which tensor of a plan.
+//! Maps the names of a file's tensors to those of a plan.
 //!
-//! The plan's names are those of [`TransformerPlan::tensors`]. For each, a layout lists the names that
-//! a file may have, and which rows of a packed tensor it is. Names of transformers' families do not
-//! collide, so one table serves them all.
+//! The plan's names are those of [`TransformerPlan::tensors`]. For each, a layout lists the possible
+//! names in a file, and the rows of a packed tensor. Names of transformers' families do not collide, so
+//! one table serves them all.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ use super::config::{ConfigForm, HubConfig, Projection};
 use super::tensors::{FileTensors, ShapedNumbers};
 
 /// Whether a published file has this tensor beside the backbone: masks, classifiers, text towers,
-/// counters, and buffers that are computed anew.
+/// counters, and buffers that are computed here.
 pub fn is_beside(name: &str) -> bool {
     const STARTS: [&str; 10] = [
         "pooler.",
@@ -45,14 +45,14 @@ pub fn is_beside(name: &str) -> bool {
 /// The form of a file's names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layout {
-    /// Of transformers; blocks begin with this text, before their number.
+    /// Transformers' names; a block's begin with this prefix and its number.
     Transformers { blocks: &'static str },
-    /// Of timm and of the publishers' own programs.
+    /// Names of timm and of the publishers' programs.
     Timm,
 }
 
 impl Layout {
-    /// The layout of a file; removes prefixes and heads that are none of the backbone's.
+    /// The layout of a file. Removes prefixes, and heads that do not belong to the backbone.
     pub fn of(config: &HubConfig, tensors: &mut FileTensors) -> Result<Self> {
         let ConfigForm::Transformers { .. } = config.form else {
             if !is_timm_clip(config) {
@@ -67,8 +67,8 @@ impl Layout {
         let has = |prefix: &&&str| tensors.names().any(|name| name.starts_with(**prefix));
         let blocks = prefixes.iter().find(has).with_context(|| {
             format!(
-                "{} has no block, such as `encoder.layer.0.norm1.weight`; its names are not those of \
-                 transformers",
+                "{} has no block, such as `encoder.layer.0.norm1.weight`; transformers does not name its \
+                 tensors like this",
                 tensors.origin()
             )
         })?;
@@ -92,7 +92,7 @@ impl Layout {
         }
     }
 
-    /// The names that a file may give to a tensor of the plan, and which part of the rows it is.
+    /// The possible names of a plan's tensor in a file, and its part of their rows.
     fn candidates(&self, name: &str) -> Vec<CandidateTensor> {
         match self {
             Self::Transformers { blocks } => of_transformers(name, blocks),
@@ -113,13 +113,13 @@ struct CandidateTensor {
     parts: usize,
 }
 
-/// Words for a tensor, such as `attn.qkv:0/3` for the first third of its rows.
+/// Parses a tensor's name and part: `attn.qkv:0/3` is the first third of its rows.
 fn candidate(words: &str, ending: &str, prefix: &str) -> CandidateTensor {
     let (word, part) = words.split_once(':').unwrap_or((words, "0/1"));
     let number = |text: Option<&str>| text.and_then(|text| text.parse().ok()).unwrap_or(0);
     let mut numbers = part.split('/');
     let (part, parts) = (number(numbers.next()), number(numbers.next()).max(1));
-    // A packed attention of PyTorch's has its own endings.
+    // PyTorch's packed attention ends in `_weight` and `_bias`.
     let joint = if word.ends_with("in_proj") { "_" } else { "." };
     let ending = if ending.is_empty() { String::new() } else { format!("{joint}{ending}") };
     CandidateTensor { name: format!("{prefix}{word}{ending}"), part, parts }
@@ -220,9 +220,11 @@ fn of_timm(name: &str) -> Vec<CandidateTensor> {
     found
 }
 
-/// The tensors of the plan, out of those of the file.
+/// Takes the tensors of the plan from those of the file.
 ///
-/// Every tensor of the file must be used, and every one of the plan found.
+/// # Errors
+///
+/// A tensor of the plan is missing or has another shape, or a tensor of the file is not used.
 pub fn internal(
     layout: &Layout,
     plan: &TransformerPlan,
@@ -255,14 +257,14 @@ pub fn internal(
     }
     match tensors.names().find(|name| !used.contains(*name)) {
         Some(name) => bail!(
-            "{} has a tensor `{name}`, which a network of its config.json lacks",
+            "{} has a tensor `{name}`, which the network of its config.json does not have",
             tensors.origin()
         ),
         None => Ok(given),
     }
 }
 
-/// A plain MLP has the whole of a tensor that a gated one packs.
+/// Takes the whole of a tensor for a plain MLP; a gated one has gate and up in it.
 fn whole_up(candidates: &mut Vec<CandidateTensor>) {
     let plain = candidates
         .iter_mut()
@@ -303,7 +305,7 @@ impl Wanted<'_> {
         Ok(numbers[part * length..(part + 1) * length].to_vec())
     }
 
-    /// The positions of the patches, behind that of the class token where there is one.
+    /// The positions of the patches, which follow that of the class token if there is one.
     fn positions(&self, found: &[usize], numbers: &[f32]) -> Result<Vec<f32>> {
         let (rows, width) = (self.shape[0], self.plan.width);
         let of_class = usize::from(self.plan.class_token);
@@ -320,8 +322,8 @@ impl Wanted<'_> {
     }
 }
 
-/// Adds the position of the class token, which is the first row where the file has one more than the
-/// grid; timm's files with registers have it added already.
+/// Adds the position of the class token: the first row, if the file has one row more than the grid.
+/// timm's files with registers already include it in the token.
 fn add_class_position(
     class: &mut [f32],
     layout: &Layout,
@@ -338,8 +340,8 @@ fn add_class_position(
     }
 }
 
-/// Makes the biases of timm's files those of the plan: DINOv3's files may lack those of queries and
-/// values, which are then zero, and CLIP's projection has one that must be zero.
+/// Adapts the biases of timm's files to the plan: DINOv3's files may lack those of queries and values,
+/// which are then zero; CLIP's projection has one, which must be zero.
 fn settle_biases(layout: &Layout, plan: &TransformerPlan, tensors: &mut FileTensors) -> Result<()> {
     if *layout != Layout::Timm {
         return Ok(());
@@ -372,7 +374,7 @@ fn timm_plan(architecture: &str, tag: &str, tensors: &FileTensors) -> Result<Tra
         tensors.shape(name).with_context(|| format!("{} has no tensor `{name}`", tensors.origin()))
     };
     let &[width, 3, patch_pixels, _] = shape("patch_embed.proj.weight")? else {
-        bail!("tensor `patch_embed.proj.weight` of {} is no patch embedding", tensors.origin())
+        bail!("tensor `patch_embed.proj.weight` of {} is not a patch embedding", tensors.origin())
     };
     let has_block = |block: &usize| tensors.has(&format!("blocks.{block}.norm1.weight"));
     let is = |word: &str| architecture.contains(word);
@@ -431,7 +433,9 @@ fn timm_positions(class_token: bool, is_rotary: bool, tensors: &FileTensors) -> 
     let is_of = |grid: &usize| grid * grid == rows || class_token && grid * grid + 1 == rows;
     let grid =
         (1..=rows).take_while(|grid| grid * grid <= rows).find(is_of).with_context(|| {
-            format!("tensor `pos_embed` of {origin} has {rows} rows, which are no square grid")
+            format!(
+                "tensor `pos_embed` of {origin} has {rows} rows, which do not form a square grid"
+            )
         })?;
     Ok(Positions::Absolute { grid, resampling: Resampling::Antialias })
 }

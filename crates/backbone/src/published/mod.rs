@@ -9,8 +9,8 @@
 //! [`write()`] puts the network into the files of this project, and [`PublishedConfiguration`] finds it
 //! there.
 //!
-//! A tensor that is missing, unknown or of another shape is an error that names it. Ignored are the
-//! tensors that a published file has beside the backbone: see `is_beside` in `layout.rs`.
+//! A tensor that is missing, unknown or of another shape is an error that names it. Tensors beside the
+//! backbone, such as classifiers and text towers, are ignored: see `is_beside` in `layout.rs`.
 
 mod config;
 mod file;
@@ -31,7 +31,7 @@ use tensors::FileTensors;
 
 pub use file::{Provenance, PublishedArchitecture, PublishedConfiguration, write};
 
-/// The program or paper that a checkpoint comes from, which decides its input where no file says it.
+/// The family of a checkpoint. It decides the input transform if no file states one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CheckpointFamily {
     /// DINO and MSN in the layout of transformers (`vit`, `vit_msn`).
@@ -103,8 +103,8 @@ pub fn read(configuration: Option<&Path>, weights: &[PathBuf]) -> Result<Publish
     }
     let Some(config) = config else {
         bail!(
-            "{} needs the config.json beside which it was published: names alone do not tell its \
-             activation and its epsilon; put both into one folder and name that",
+            "{} needs the config.json that it was published with, because names of tensors do not say \
+             its activation and its epsilon; put both into one folder and name that",
             tensors.origin()
         )
     };
@@ -122,7 +122,7 @@ fn read_configuration(path: &Path) -> Result<HubConfig> {
     HubConfig::parse(&text).with_context(|| format!("reading `{}`", path.display()))
 }
 
-/// The table `pretrained_cfg` of timm's `config.json`, which says the input; `None` in other files.
+/// The table `pretrained_cfg` of timm's `config.json`, which describes the input; `None` in other files.
 ///
 /// # Errors
 ///

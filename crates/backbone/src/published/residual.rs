@@ -16,7 +16,7 @@ pub fn read(mut tensors: FileTensors) -> Result<PublishedNetwork> {
     for (name, shape) in wanted {
         let (found, values) = tensors
             .remove(&name)
-            .with_context(|| format!("{origin} has no tensor `{name}`; it is not whole"))?;
+            .with_context(|| format!("{origin} has no tensor `{name}`; the file is incomplete"))?;
         ensure!(found == shape, "tensor `{name}` of {origin} is {found:?}, and must be {shape:?}");
         if let Some(place) = values.iter().position(|value| !value.is_finite()) {
             bail!("value {place} of tensor `{name}` in {origin} is {}", values[place])
@@ -27,7 +27,7 @@ pub fn read(mut tensors: FileTensors) -> Result<PublishedNetwork> {
         }
     }
     if let Some(name) = tensors.names().next() {
-        bail!("{origin} has a tensor `{name}`, which a residual network of its depth lacks")
+        bail!("{origin} has a tensor `{name}`, which a residual network of its depth does not have")
     }
     Ok(PublishedNetwork::Residual { architecture, segment: Box::new(segment) })
 }

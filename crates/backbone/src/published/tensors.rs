@@ -14,7 +14,7 @@ use super::layout::is_beside;
 /// Shape and numbers.
 pub type ShapedNumbers = (Vec<usize>, Vec<f32>);
 
-/// Prefixes of programs that wrap a network, of which one is removed where all names have it.
+/// Prefixes that programs add to all names; one of them is removed.
 const WRAPPERS: [&str; 6] =
     ["module.", "backbone.", "vit.", "dinov2.", "dinov3_vit.", "vision_model."];
 
@@ -43,7 +43,7 @@ impl FileTensors {
                 let tensor = view.load(&Device::Cpu).with_context(context)?;
                 ensure!(
                     [DType::F32, DType::F16, DType::BF16, DType::F64].contains(&tensor.dtype()),
-                    "tensor `{name}` of `{shown}` holds {:?}, which are no floats",
+                    "tensor `{name}` of `{shown}` is of type {:?}; a float type is needed",
                     tensor.dtype()
                 );
                 let numbers = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;

@@ -1,6 +1,6 @@
-//! The exponential function and what is made of it.
+//! The exponential function and activations.
 //!
-//! Plain arithmetic without library calls, so that loops over these functions become vector instructions.
+//! Plain arithmetic without library calls, so that the compiler vectorises loops over these functions.
 
 /// A form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub enum Gelu {
     Quick,
 }
 
-/// `eˣ`, within 2e-7 of its value for `x` in [−87, 88]; outside, the value at the nearer end. A NaN stays one.
+/// `eˣ`, within 2e-7 of its value for `x` in [−87, 88]; outside, the value at the nearer end. NaN stays NaN.
 ///
 /// `x = n ln 2 + r` with `|r| ≤ ln 2 / 2`; the polynomial for `eʳ` and the two parts of `ln 2` are those of
 /// Cephes' `expf`.

@@ -82,7 +82,7 @@ struct Destination<'a, T> {
     first_row: usize,
 }
 
-/// The extents of one head in numbers and in blocks of 16.
+/// The extents of one head, as counts and in blocks of 16.
 #[derive(Clone, Copy)]
 struct HeadExtent {
     width: usize,
@@ -147,8 +147,8 @@ struct PackedHead<'a, T> {
     values: &'a [T],
 }
 
-/// Attends from one or two groups of 16 queries, beginning with group `first`. Writes sums of values to
-/// `output`, in tiles (group, block), and returns what each row is still to be divided by.
+/// Computes the attention of one or two groups of 16 queries, from group `first` on. Writes weighted sums of
+/// values to `output`, in tiles (group, block), and returns the divisor of each row.
 fn attend<T: ValueElement>(
     session: &TileSession,
     head: HeadExtent,
@@ -206,7 +206,7 @@ impl Multiplication {
     }
 }
 
-/// Writes the rows of the groups from `first` on, divided by their sums, from column `at` on.
+/// Writes the rows of one or two groups, from group `first` on, divided by their sums, to columns from `at` on.
 fn write<T: ValueElement>(
     head: HeadExtent,
     at: usize,
@@ -456,7 +456,7 @@ mod tests {
     #[test]
     fn every_variant_attends_as_f64_does() {
         let before = 5;
-        // Token counts and widths around one tile, two, and no multiple of either.
+        // Token counts and widths of one tile, and others that are not multiples of a tile.
         for (tokens, e, prefix) in [(1, 4, 0), (16, 16, 0), (37, 20, 0), (37, 20, 5), (70, 36, 1)] {
             let case = PictureCase::new(tokens, e);
             let [cosines, sines] =

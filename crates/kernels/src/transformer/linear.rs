@@ -10,11 +10,11 @@ use crate::tiles::{TileProduct, TileRun, TileSession};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Precision, Variant};
 
-/// Tiles along the inner side whose right factors, for two blocks of columns, serve all rows at hand before
-/// the next ones are read: 32 KiB of f32, half of that in bf16.
+/// Tiles along the inner side per pass over the rows. Their right factors, for two blocks of columns, stay in
+/// the first-level cache: 32 KiB in f32, 16 KiB in bf16.
 const INNER: usize = 16;
 
-/// Groups of 16 rows whose sums are kept at a time: with two blocks of columns 16 KiB.
+/// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
 const GROUPS: usize = 8;
 
 /// The weights and the bias of a linear layer, packed for products: tiles of 16 inputs × 16 outputs in the
@@ -204,7 +204,7 @@ pub fn linear(
     by_precision!(layer.weights.precision(), T => multiply::<T>(variant, layer, input, rows, &mut to));
 }
 
-/// PairSums of some groups of rows and two blocks of columns.
+/// Sums of up to [`GROUPS`] groups of rows and two blocks of columns, aligned for vector stores.
 #[repr(align(64))]
 struct PairSums([f32; GROUPS * 2 * TILE]);
 
@@ -389,7 +389,7 @@ mod tests {
     use super::*;
     use crate::transformer::tests::{noise, rounded, ways};
 
-    /// Sizes that are no multiple of a tile, of two blocks of columns, or of what is kept at a time.
+    /// Sizes that are not multiples of a tile, of two blocks of columns, of [`GROUPS`] or of [`INNER`].
     const ROWS: usize = GROUPS * SIDE + 37;
     const INPUTS: usize = INNER * SIDE + 21;
     const OUTPUTS: usize = 2 * SIDE + 5;

@@ -118,8 +118,8 @@ impl Transformer {
     ///
     /// # Errors
     ///
-    /// The pictures have another type or shape, are on another device, or are none; a side is no multiple
-    /// of the patch.
+    /// There is no picture, the pictures have another type, shape or device, or a side is not a multiple of
+    /// the patch.
     pub fn forward(&self, pictures: &Tensor) -> Result<TransformerOutput> {
         let positions = self.positions_for(pictures)?;
         match &self.computation {

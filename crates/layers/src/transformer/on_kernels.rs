@@ -16,11 +16,11 @@ use crate::transformer::{
     Activation, FinalNorm, Mlp, TokensAfter, TransformerOutput, TransformerPlan, TransformerWeights,
 };
 
-/// Pictures that one thread computes at a time, so that the last tile of their rows is nearly always full.
+/// Pictures that one thread computes at a time: enough to fill nearly all tiles of their rows.
 const GROUP: usize = 8;
 
-/// Rows that pass through a norm and the layers after it before the next ones do: what lies between the
-/// layers stays in the second-level cache. A multiple of 16.
+/// Rows that pass through a norm and the layers after it at a time, so that intermediate values stay in the
+/// second-level cache. A multiple of 16.
 const ROWS: usize = 128;
 
 /// A transformer with packed weights.
@@ -187,7 +187,7 @@ pub(super) fn channels_last(weights: &[f32], patch: usize) -> Vec<f32> {
     weights.chunks(CHANNELS * pixels).flat_map(of_output).collect()
 }
 
-/// Outputs for some pictures, a row each. Parts that the network lacks are empty.
+/// Outputs for some pictures, a row each. Outputs that the network lacks are empty.
 #[derive(Default)]
 struct FeatureRows {
     class: Vec<f32>,
@@ -257,7 +257,8 @@ impl OnKernels {
         Tensor::from_vec(parts.concat(), shape, &Device::Cpu)
     }
 
-    /// Computes groups of pictures on the threads of the pool, in order. Their size changes no bit.
+    /// Computes groups of pictures on the threads of the pool and returns them in order. The results do not
+    /// depend on the size of the groups.
     fn in_groups<R: Send>(
         &self,
         pictures: &Tensor,

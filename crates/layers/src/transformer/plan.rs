@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// Channels of a picture: red, green and blue.
 pub const CHANNELS: usize = 3;
 
-/// No published value is near it, and products of four such values fit into 64 bits.
+/// The largest extent of a plan: far above every published one, and a product of four fits into 64 bits.
 const LARGEST: usize = 1 << 15;
 
 /// A Vision Transformer without its numbers (Dosovitskiy et al. 2021, arXiv:2010.11929): covers DINO,
@@ -166,7 +166,7 @@ impl TransformerPlan {
     ///
     /// # Errors
     ///
-    /// A side is no multiple of the patch: pixels would be dropped.
+    /// A side is not a multiple of the patch, so that pixels would be dropped.
     pub fn patch_grid(&self, height: usize, width: usize) -> Result<(usize, usize)> {
         let p = self.patch_pixels;
         let divides = |side: usize| side > 0 && side.is_multiple_of(p);

@@ -1,4 +1,4 @@
-//! What a transformer knows of positions, for one grid of patches.
+//! Positions of patches on one grid: learned ones, resampled, or rotations.
 
 use crate::transformer::{Positions, Resampling, TransformerPlan};
 
@@ -71,7 +71,7 @@ pub(super) fn resample(
     resampled
 }
 
-/// For each of `to` places, the places of the `from` old ones that it mixes, and their weights.
+/// For each of `to` new places, the old places that it mixes, out of `from`, and their weights.
 fn taps(from: usize, to: usize, rule: Resampling) -> Vec<Vec<(usize, f64)>> {
     (0..to)
         .map(|i| match rule {
@@ -84,7 +84,7 @@ fn taps(from: usize, to: usize, rule: Resampling) -> Vec<Vec<(usize, f64)>> {
         .collect()
 }
 
-/// Four taps around a source coordinate; places beyond the border count for the nearest one.
+/// Four taps around a source coordinate; places beyond the border are clamped to it.
 fn four_taps(from: usize, source: f64) -> Vec<(usize, f64)> {
     let first = source.floor() as isize - 1;
     let place = |at: isize| at.clamp(0, from as isize - 1) as usize;
