@@ -317,7 +317,7 @@ mod tests {
         config().check(&job)?;
         let alone = Crops { count: 1, ..config().large };
         let none = Crops { count: 0, ..config().small };
-        for (wrong, word) in [
+        let wrong = [
             (with(|c| c.run.batch_size = 1), "batch-size"),
             (with(|c| c.run.epochs = 0), "epochs"),
             (with(|c| c.optimizer.learning_rate = 0.), "learning-rate"),
@@ -329,10 +329,8 @@ mod tests {
             (Config { large: alone, small: none, ..config() }, "needs another one"),
             (Config { classify_on: vec![Split::Test], ..config() }, "classify-on"),
             (Config { classify_on: vec![], ..config() }, "classify-on"),
-        ] {
-            let message = format!("{:#}", wrong.check(&job).expect_err(word));
-            assert!(message.contains(word), "{word} is not in: {message}");
-        }
+        ];
+        fixture::assert_refused::<crate::ImcSwav>(&job, wrong);
         Ok(())
     }
 

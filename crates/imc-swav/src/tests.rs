@@ -30,7 +30,7 @@ pub(crate) fn job(folder: &Path, out: &str) -> Job {
 }
 
 pub(crate) fn config() -> Config {
-    toml::from_str(
+    fixture::table(
         r#"
         classify-on = ["train"]
         prototypes = 12
@@ -63,13 +63,6 @@ pub(crate) fn config() -> Config {
         backbone = { depth = "10", width = 2, stem = "3x3" }
         projector = { hidden = 8, width = 4 }
         classifier = { hidden = 8 }
-        [input]
-        height = 6
-        width = 7
-        channels = 1
-        mean = [0.5]
-        std = [0.3]
-        clean = []
         [large]
         count = 2
         height = 6
@@ -82,7 +75,6 @@ pub(crate) fn config() -> Config {
         operations = [{ operation = "resized-crop", scale = [0.3, 0.8], aspect = [0.75, 1.33] }]
         "#,
     )
-    .expect("a table")
 }
 
 /// The same with some other values.
@@ -127,8 +119,7 @@ fn equal_runs_are_equal_bytes_and_both_evaluations_are_written_under_their_names
     for name in head.names() {
         assert_eq!(head.f32(name)?, network.f32(&format!("classifier.{name}"))?, "{name}");
     }
-    let log = fs::read_to_string(first.out.join("log.jsonl"))?;
-    let line: serde_json::Value = serde_json::from_str(log.lines().next().expect("a line"))?;
+    let line = &fixture::log(&first)[0];
     for name in ["swapped-prediction-loss", "entropy", "conditional-entropy", "logit-penalty"] {
         assert!(line[name].is_number(), "{name} is not in {line}");
     }
@@ -387,17 +378,12 @@ fn a_run_stopped_anywhere_ends_in_the_same_bytes() -> Result<()> {
 }
 
 #[test]
-fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
+fn the_encoder_starts_from_a_given_backbone_and_all_parts_are_written() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let given = job(folder.path(), "given");
-    ImcSwav::run(&config(), &given)?;
-    let mut from = job(folder.path(), "from");
-    from.inputs.insert("backbone".into(), given.out.clone());
-    ImcSwav::run(&with(|c| c.optimizer.learning_rate = 1e-30), &from)?;
-    let weights =
-        |job: &Job| network_file::open(&job.out)?.f32("online.backbone.layer3.0.conv2.weight");
-    assert_eq!(weights(&given)?, weights(&from)?);
-    let file = network_file::open(&given.out)?;
+    let still = with(|c| c.optimizer.learning_rate = 1e-30);
+    let job = |out: &str| job(folder.path(), out);
+    fixture::assert_starts_from_backbone::<ImcSwav>(job, &config(), &still);
+    let file = network_file::open(&folder.path().join("given"))?;
     for prefix in ["online.backbone.", "online.projector.", "classifier.", "prototypes"] {
         assert!(file.names().any(|name| name.starts_with(prefix)), "{prefix}");
     }
@@ -407,8 +393,7 @@ fn a_backbone_from_elsewhere_is_where_the_encoder_starts() -> Result<()> {
 #[test]
 fn advice_names_keys_of_the_table() {
     let training::Advice { divergence, collapse } = config().plan(20).advice;
-    fixture::assert_names_keys(divergence, &config());
-    fixture::assert_names_keys(collapse, &config());
+    fixture::assert_names_keys([divergence, collapse], &config());
 }
 
 #[test]

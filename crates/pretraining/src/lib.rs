@@ -121,12 +121,11 @@ pub fn step(
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::path::Path;
 
-    use backbone::{Configuration, backbone_file, network_file};
+    use backbone::{Configuration, network_file};
     use candle_core::Device;
-    use fixture::Pictures;
+    use fixture::{Pictures, network};
     use stage::{DeviceChoice, Split};
 
     use super::*;
@@ -139,7 +138,7 @@ mod tests {
     }
 
     fn config() -> Config {
-        toml::from_str(
+        fixture::table(
             r#"
             noise = 0.0
             sampling = "uniform"
@@ -164,16 +163,8 @@ mod tests {
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
             predictor = { hidden = 8 }
-            [input]
-            height = 6
-            width = 7
-            channels = 1
-            mean = [0.5]
-            std = [0.3]
-            clean = []
             "#,
         )
-        .expect("a table")
     }
 
     /// The same with some other values.
@@ -183,31 +174,25 @@ mod tests {
         config
     }
 
-    fn network(config: &Config, job: &Job) -> Vec<u8> {
-        Pretraining::run(config, job).expect("runs");
-        fs::read(job.out.join(network_file::NAME)).expect("written")
-    }
-
     #[test]
     fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let first = network(&config(), &job(folder.path(), "first"));
-        assert!(first == network(&config(), &job(folder.path(), "again")));
+        let first = network::<Pretraining>(&config(), &job(folder.path(), "first"));
+        assert!(first == network::<Pretraining>(&config(), &job(folder.path(), "again")));
         let other_seed = Job { seed: 4, ..job(folder.path(), "seed") };
-        assert!(first != network(&config(), &other_seed));
+        assert!(first != network::<Pretraining>(&config(), &other_seed));
         let with_noise = Config { noise: 0.1, ..config() };
-        assert!(first != network(&with_noise, &job(folder.path(), "noise")));
+        assert!(first != network::<Pretraining>(&with_noise, &job(folder.path(), "noise")));
         let rounded = with(|c| c.run.precision = training::Precision::Bf16);
-        assert!(first != network(&rounded, &job(folder.path(), "bf16")));
+        assert!(first != network::<Pretraining>(&rounded, &job(folder.path(), "bf16")));
 
-        let out = folder.path().join("first");
-        let log = fs::read_to_string(out.join("log.jsonl"))?;
-        assert_eq!(log.lines().count(), 3);
-        let line: serde_json::Value = serde_json::from_str(log.lines().next().expect("a line"))?;
+        let job = job(folder.path(), "first");
+        let log = fixture::log(&job);
+        assert_eq!(log.len(), 3);
         // The mean of both directions, each in [0, 4].
-        let loss = line["loss"].as_f64().expect("a loss");
+        let loss = log[0]["loss"].as_f64().expect("a loss");
         assert!((0.2..4.).contains(&loss), "{loss}");
-        let written = Configuration::read(&out)?;
+        let written = Configuration::read(&job.out)?;
         assert_eq!(written.input::<data::views::Input>()?, config().input);
         assert_eq!(written.backbone, config().network.backbone);
         Ok(())
@@ -260,28 +245,15 @@ mod tests {
     }
 
     #[test]
-    fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
+    fn online_and_target_start_from_a_given_backbone() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let given = network(&config(), &job(folder.path(), "given"));
-        let mut from = job(folder.path(), "from");
-        from.inputs.insert("backbone".into(), folder.path().join("given"));
-        // At a learning rate of nearly nothing and a target that stands still, what comes in goes
-        // out.
         let still = with(|c| {
             c.optimizer.peak_learning_rate = 1e-30;
             c.schedule.target_decay = 1.;
             c.optimizer.weight_decay = 0.;
         });
-        assert!(network(&still, &from) != given);
-        let bytes = |out: &str| fs::read(folder.path().join(out).join(backbone_file::NAME));
-        let parameters = |bytes: Vec<u8>| -> Result<Vec<f32>> {
-            let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
-            Ok(tensors["layer3.0.conv2.weight"].flatten_all()?.to_vec1()?)
-        };
-        assert_eq!(parameters(bytes("given")?)?, parameters(bytes("from")?)?);
-        from.inputs.insert("backbone".into(), folder.path().join("none"));
-        let message = format!("{:#}", Pretraining::run(&still, &from).expect_err("no such file"));
-        assert!(message.contains("backbone.safetensors"), "{message}");
+        let job = |out: &str| job(folder.path(), out);
+        fixture::assert_starts_from_backbone::<Pretraining>(job, &config(), &still);
         Ok(())
     }
 
@@ -294,7 +266,7 @@ mod tests {
         colour.input.channels = 3;
         colour.input.mean = vec![0.5; 3];
         colour.input.std = vec![0.5; 3];
-        for (wrong, word) in [
+        let wrong = [
             (with(|c| c.run.batch_size = 1), "batch-size"),
             (with(|c| c.run.epochs = 0), "epochs"),
             (with(|c| c.run.save_every = 0), "save-every"),
@@ -304,10 +276,8 @@ mod tests {
             (Config { noise: -1., ..config() }, "noise"),
             (with(|c| c.optimizer.peak_learning_rate = 0.), "peak-learning-rate"),
             (colour, "channels"),
-        ] {
-            let message = format!("{:#}", wrong.check(&job).expect_err(word));
-            assert!(message.contains(word), "{word} is not in: {message}");
-        }
+        ];
+        fixture::assert_refused::<Pretraining>(&job, wrong);
         let elsewhere = Job { device: DeviceChoice::Cuda(0), ..job };
         assert!(config().check(&elsewhere).is_err());
         Ok(())
@@ -326,8 +296,7 @@ mod tests {
     #[test]
     fn advice_names_keys_of_the_table() {
         let training::Advice { divergence, collapse } = config().plan(20).advice;
-        fixture::assert_names_keys(divergence, &config());
-        fixture::assert_names_keys(collapse, &config());
+        fixture::assert_names_keys([divergence, collapse], &config());
     }
 
     #[test]

@@ -185,7 +185,8 @@ pub(crate) mod tests {
 
     /// The published table for ImageNet-Dogs, with a network and pictures for a test.
     pub(crate) fn published() -> Config {
-        let text = r#"
+        fixture::table(
+            r#"
             byol-epochs = 50
             reassign = 1
             kmeans-restarts = 40
@@ -219,15 +220,8 @@ pub(crate) mod tests {
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
             predictor = { hidden = 8 }
-            [input]
-            height = 6
-            width = 7
-            channels = 1
-            mean = [0.5]
-            std = [0.3]
-            clean = []
-        "#;
-        toml::from_str(text).expect("a table")
+        "#,
+        )
     }
 
     /// ProPos, case 13 in part, and gotcha 1.

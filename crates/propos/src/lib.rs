@@ -201,16 +201,14 @@ impl OnlinePass {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::fs;
     use std::path::Path;
 
     use anyhow::{Context as _, ensure};
     use assignment::k_means;
-    use backbone::{backbone_file, network_file};
+    use backbone::network_file;
     use candle_core::Device::Cpu;
     use data::Loader;
-    use fixture::Pictures;
-    use serde_json::Value;
+    use fixture::{Pictures, log, network};
     use stage::{DeviceChoice, Split};
     use training::loss::regression_loss;
     use training::sampler;
@@ -244,24 +242,14 @@ pub(crate) mod tests {
         config
     }
 
-    fn network(config: &Config, job: &Job) -> Vec<u8> {
-        ProPos::run(config, job).expect("runs");
-        fs::read(job.out.join(network_file::NAME)).expect("written")
-    }
-
-    fn log(job: &Job) -> Vec<Value> {
-        let text = fs::read_to_string(job.out.join("log.jsonl")).expect("there");
-        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
-    }
-
     #[test]
     fn equal_runs_are_equal_bytes_and_every_value_changes_them() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let first = job(folder.path(), "first");
-        let bytes = network(&config(), &first);
-        assert!(bytes == network(&config(), &job(folder.path(), "again")));
+        let bytes = network::<ProPos>(&config(), &first);
+        assert!(bytes == network::<ProPos>(&config(), &job(folder.path(), "again")));
         let seed = Job { seed: 4, ..job(folder.path(), "seed") };
-        assert!(bytes != network(&config(), &seed));
+        assert!(bytes != network::<ProPos>(&config(), &seed));
         for (name, other) in [
             ("noise", Config { noise: 0.2, ..config() }),
             ("space", Config { noise_space: NoiseSpace::Unit, ..config() }),
@@ -272,7 +260,7 @@ pub(crate) mod tests {
             ("decay", with(|c| c.schedule.last_target_decay = 0.9)),
             ("sampling", Config { sampling: Sampling::Uniform, ..config() }),
         ] {
-            assert!(bytes != network(&other, &job(folder.path(), name)), "{name}");
+            assert!(bytes != network::<ProPos>(&other, &job(folder.path(), name)), "{name}");
         }
         Ok(())
     }
@@ -285,7 +273,10 @@ pub(crate) mod tests {
         let never = Config { byol_epochs: 3, ..uniform.clone() };
         let without = Config { byol_epochs: 0, noise: 0., scatter_weight: 0., ..uniform.clone() };
         let byol = job(folder.path(), "byol");
-        assert!(network(&never, &job(folder.path(), "never")) == network(&without, &byol));
+        assert!(
+            network::<ProPos>(&never, &job(folder.path(), "never"))
+                == network::<ProPos>(&without, &byol)
+        );
 
         let switched = job(folder.path(), "switched");
         ProPos::run(&uniform, &switched)?;
@@ -480,26 +471,15 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_backbone_from_elsewhere_is_where_online_and_target_start() -> Result<()> {
+    fn online_and_target_start_from_a_given_backbone() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let given = network(&config(), &job(folder.path(), "given"));
-        let mut from = job(folder.path(), "from");
-        from.inputs.insert("backbone".into(), folder.path().join("given"));
         let still = with(|c| {
             c.optimizer.peak_learning_rate = 1e-30;
             c.schedule.target_decay = 1.;
             c.optimizer.weight_decay = 0.;
         });
-        assert!(network(&still, &from) != given);
-        let weights = |out: &str| -> Result<Vec<f32>> {
-            let bytes = fs::read(folder.path().join(out).join(backbone_file::NAME))?;
-            let tensors = candle_core::safetensors::load_buffer(&bytes, &Cpu)?;
-            Ok(tensors["layer3.0.conv2.weight"].flatten_all()?.to_vec1()?)
-        };
-        assert_eq!(weights("given")?, weights("from")?);
-        from.inputs.insert("backbone".into(), folder.path().join("none"));
-        let message = format!("{:#}", ProPos::run(&still, &from).expect_err("no such file"));
-        assert!(message.contains("backbone.safetensors"), "{message}");
+        let job = |out: &str| job(folder.path(), out);
+        fixture::assert_starts_from_backbone::<ProPos>(job, &config(), &still);
         Ok(())
     }
 
@@ -508,7 +488,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let job = job(folder.path(), "out");
         config().check(&job)?;
-        for (wrong, word) in [
+        let wrong = [
             (with(|c| c.run.batch_size = 1), "batch-size"),
             (with(|c| c.run.epochs = 0), "epochs"),
             (Config { reassign: 0, ..config() }, "reassign"),
@@ -521,10 +501,8 @@ pub(crate) mod tests {
             (Config { absent_logit: f64::NAN, ..config() }, "absent-logit"),
             (with(|c| c.schedule.last_target_decay = 0.5), "last-target-decay"),
             (with(|c| c.schedule.warmup_epochs = 3.), "warmup-epochs"),
-        ] {
-            let message = format!("{:#}", wrong.check(&job).expect_err(word));
-            assert!(message.contains(word), "{word} is not in: {message}");
-        }
+        ];
+        fixture::assert_refused::<ProPos>(&job, wrong);
         config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
         Ok(())
     }
@@ -532,8 +510,7 @@ pub(crate) mod tests {
     #[test]
     fn advice_names_keys_of_the_table() {
         let training::Advice { divergence, collapse } = config().plan(20).advice;
-        fixture::assert_names_keys(divergence, &config());
-        fixture::assert_names_keys(collapse, &config());
+        fixture::assert_names_keys([divergence, collapse], &config());
     }
 
     #[test]

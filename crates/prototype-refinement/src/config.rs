@@ -263,8 +263,7 @@ pub(crate) mod tests {
     #[test]
     fn advice_names_keys_of_the_table() {
         let training::Advice { divergence, collapse } = published().plan(20).advice;
-        fixture::assert_names_keys(divergence, &published());
-        fixture::assert_names_keys(collapse, &published());
+        fixture::assert_names_keys([divergence, collapse], &published());
     }
 
     #[test]

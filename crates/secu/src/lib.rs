@@ -181,12 +181,10 @@ fn mean(losses: &[Tensor]) -> Result<Tensor> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::fs;
     use std::path::Path;
 
     use backbone::network_file;
     use fixture::Pictures;
-    use serde_json::Value;
     use stage::{DeviceChoice, Split};
 
     use super::*;
@@ -201,7 +199,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn config() -> Config {
-        toml::from_str(
+        fixture::table(
             r#"
             heads = [3, 5]
             temperature = 0.05
@@ -228,16 +226,8 @@ pub(crate) mod tests {
             [network]
             backbone = { depth = "10", width = 2, stem = "3x3" }
             projector = { hidden = 8, width = 4 }
-            [input]
-            height = 6
-            width = 7
-            channels = 1
-            mean = [0.5]
-            std = [0.3]
-            clean = []
             "#,
         )
-        .expect("a table")
     }
 
     /// The same with some other values.
@@ -272,11 +262,6 @@ pub(crate) mod tests {
         (able.run.epochs, able.optimizer.learning_rate, able.network.backbone.width) = (40, 0.1, 8);
         (able.network.projector.hidden, able.network.projector.width) = (32, 16);
         able
-    }
-
-    fn log(job: &Job) -> Vec<Value> {
-        let text = fs::read_to_string(job.out.join("log.jsonl")).expect("there");
-        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     #[test]
@@ -380,7 +365,7 @@ pub(crate) mod tests {
             let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
             assert_eq!((labels.clusters, labels.index.len()), (3, 23));
             assert_eq!((labels.projection_width, labels.prototypes.len()), (16, 48));
-            for line in log(&job) {
+            for line in fixture::log(&job) {
                 assert!((1. ..=3.).contains(&line["distinct-ids"].as_f64().expect("a number")));
                 assert!(line["mean-cosine"].as_f64() <= Some(1.0001));
             }
@@ -438,7 +423,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let job = job(folder.path(), "out");
         config().check(&job)?;
-        for (wrong, word) in [
+        let wrong = [
             (with(|c| c.run.batch_size = 1), "batch-size"),
             (with(|c| c.run.epochs = 0), "epochs"),
             (with(|c| c.schedule.warmup_epochs = 3), "warmup-epochs"),
@@ -452,10 +437,8 @@ pub(crate) mod tests {
             (Config { centre_temperature: f64::NAN, ..config() }, "centre-temperature"),
             (Config { assigned_share: 1.5, ..config() }, "assigned-share"),
             (Config { constraint: Constraint::Entropy { weight: -1. }, ..config() }, "weight"),
-        ] {
-            let message = format!("{:#}", wrong.check(&job).expect_err(word));
-            assert!(message.contains(word), "{word} is not in: {message}");
-        }
+        ];
+        fixture::assert_refused::<SeCu>(&job, wrong);
         config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
         Ok(())
     }
@@ -463,8 +446,7 @@ pub(crate) mod tests {
     #[test]
     fn advice_names_keys_of_the_table() {
         let training::Advice { divergence, collapse } = config().plan(20).advice;
-        fixture::assert_names_keys(divergence, &config());
-        fixture::assert_names_keys(collapse, &config());
+        fixture::assert_names_keys([divergence, collapse], &config());
     }
 
     #[test]
