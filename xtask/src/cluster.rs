@@ -126,8 +126,7 @@ fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Expe
     }
     let absolute = crate::source::absolute_source(&options.path)?;
     let stem = absolute.file_stem().unwrap_or_default().to_string_lossy();
-    let is_plain = |sign: char| sign.is_alphanumeric() || "-_.".contains(sign);
-    experiment.name = format!("{name}-{}", stem.replace(|sign| !is_plain(sign), "-"));
+    experiment.name = format!("{name}-{}", crate::source::plain_name(&stem));
     Ok(experiment)
 }
 

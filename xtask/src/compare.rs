@@ -19,7 +19,7 @@ use crate::CommandContext;
 use crate::cost::StepCost;
 use crate::plan::{Arm, RunPlan, StepInput};
 use crate::reproduce::resolved;
-use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, statistic_json};
+use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, scores_json};
 use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
 use crate::store::Hold;
@@ -339,15 +339,10 @@ struct CompareRow {
 
 impl CompareRow {
     fn json(&self) -> Value {
-        let [acc, nmi, ari] = &self.scores;
         json!({
             "system": self.system,
             "experiment": self.experiment,
-            "scores": {
-                "acc": statistic_json(acc),
-                "nmi": statistic_json(nmi),
-                "ari": statistic_json(ari),
-            },
+            "scores": scores_json(&self.scores),
             "seconds": self.seconds.as_ref().map(|seconds| seconds.mean),
             "peak-memory-bytes": self.peak_bytes,
             "multiply-adds": self.multiply_adds,

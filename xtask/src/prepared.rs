@@ -12,7 +12,7 @@ use stage::{Experiment, container, digest, files};
 use crate::key::StoreKey;
 use crate::process::Process;
 use crate::programs::Executable;
-use crate::source::{state_of, text_of};
+use crate::source::{plain_name, state_of, text_of};
 use crate::store::{Hold, StepState, Store};
 use crate::{CommandContext, EmbeddedData};
 
@@ -68,8 +68,7 @@ impl<'a> PreparedData<'a> {
             "state": state,
         });
         let name = source.file_stem().unwrap_or("data".as_ref()).to_string_lossy();
-        let is_plain = |sign: char| sign.is_alphanumeric() || "-_.".contains(sign);
-        let key = StoreKey::of(&name.replace(|sign| !is_plain(sign), "-"), record);
+        let key = StoreKey::of(&plain_name(&name), record);
         let store = Store::of_data(runs);
         let (folder, experiment) = (store.path(key.name()), experiment.clone());
         Ok(Self { folder, key, session, experiment, source, state, program, store })

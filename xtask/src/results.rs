@@ -333,7 +333,8 @@ fn round_json((round, row): (usize, &ScoreRow)) -> Value {
     })
 }
 
-fn scores_json([acc, nmi, ari]: &[Option<Statistic>; 3]) -> Value {
+/// ACC, NMI and ARI as JSON.
+pub fn scores_json([acc, nmi, ari]: &[Option<Statistic>; 3]) -> Value {
     json!({
         "acc": statistic_json(acc),
         "nmi": statistic_json(nmi),
@@ -342,7 +343,7 @@ fn scores_json([acc, nmi, ari]: &[Option<Statistic>; 3]) -> Value {
 }
 
 /// A statistic as JSON; null for `None`.
-pub fn statistic_json(statistic: &Option<Statistic>) -> Value {
+fn statistic_json(statistic: &Option<Statistic>) -> Value {
     statistic.as_ref().map_or(Value::Null, |statistic| {
         json!({
             "mean": statistic.mean,

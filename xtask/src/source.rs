@@ -33,6 +33,11 @@ pub fn text_of(path: &Path) -> String {
     text
 }
 
+/// Replaces the characters of a name that could be special in a path or a shell.
+pub fn plain_name(name: &str) -> String {
+    name.replace(|sign: char| !(sign.is_alphanumeric() || "-_.".contains(sign)), "-")
+}
+
 /// The file or folder whose state identifies a source: the archive before a `#`, or the folder of a
 /// pattern. `None` for a source on the network, whose address states the revision.
 ///
