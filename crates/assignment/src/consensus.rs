@@ -12,13 +12,7 @@ use crate::argmax::argmax_rows;
 pub struct Consensus {
     /// Mean of the aligned memberships, `(N, K)`.
     pub memberships: Vec<f32>,
-    /// Largest membership of each point, `(N,)`.
-    pub assignment: Vec<u32>,
-    /// That membership, `(N,)`.
-    pub confidence: Vec<f32>,
-    /// Share of the heads whose own largest membership is the same cluster, `(N,)`.
-    pub agreement: Vec<f32>,
-    /// For each head the cluster of the consensus that each of its clusters is, `(H, K)`.
+    /// Maps each cluster of each head to one of the consensus, `(H, K)`.
     pub maps: Vec<Vec<u32>>,
 }
 
@@ -60,9 +54,7 @@ pub fn consensus(
         maps = heads.par_iter().map(|head| alignment(&memberships, head, clusters)).collect();
         memberships = mean_of_aligned(heads, &maps, clusters);
     }
-    let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
-    let agreement = agreement(heads, &maps, &assignment, clusters)?;
-    Ok(Consensus { memberships, assignment, confidence, agreement, maps })
+    Ok(Consensus { memberships, maps })
 }
 
 /// The cluster of `reference` that each cluster of `head` is: the one-to-one map of the largest
@@ -118,7 +110,16 @@ fn mean_of_aligned(heads: &[Vec<f32>], maps: &[Vec<u32>], clusters: usize) -> Ve
     mean
 }
 
-fn agreement(
+/// The share of the heads that agree with an assignment of `N` points, `(N,)`: whose cluster of largest
+/// membership, mapped, is that of the point.
+///
+/// - `heads`: memberships of each head, `(H, N, K)`.
+/// - `maps`: for each head, the cluster of the assignment for each of its `K`.
+///
+/// # Errors
+///
+/// A head does not fill rows of `clusters`.
+pub fn agreement(
     heads: &[Vec<f32>],
     maps: &[Vec<u32>],
     assignment: &[u32],
@@ -135,12 +136,11 @@ fn agreement(
     Ok(agreeing)
 }
 
-/// Merges clusters until `fewer` are left: a head that was asked for too many clusters splits a
-/// group in ways that differ between its heads or its points, so that the halves share memberships.
+/// Merges clusters until `fewer` are left.
 ///
-/// The pair of the largest `(RᵀR)_ab / √((RᵀR)_aa (RᵀR)_bb)` becomes one, its memberships are added,
-/// and so on. Of equal pairs the first counts. Merging adds columns of `R`, so it never needs the
-/// points again.
+/// Heads with too many clusters split a group, each in another way, so that the parts share
+/// memberships. Each step merges the pair of the largest `(RᵀR)_ab / √((RᵀR)_aa (RᵀR)_bb)`, the first of
+/// a tie, and adds its columns of `R`. That needs no pass over the points.
 ///
 /// - `memberships`: `R`, `(N, K)`.
 ///
@@ -204,11 +204,12 @@ mod tests {
         for (got, want) in found.memberships.iter().zip(want) {
             assert!((got - want).abs() < 1e-7, "got {got}, want {want}");
         }
-        assert_eq!(found.assignment, [0, 0, 1]);
-        assert_eq!(found.agreement, [1., 2. / 3., 1.]);
+        let (assignment, _) = argmax_rows(&found.memberships, 2)?;
+        assert_eq!(assignment, [0, 0, 1]);
+        assert_eq!(agreement(&heads, &found.maps, &assignment, 2)?, [1., 2. / 3., 1.]);
         assert_eq!(found.maps, [[0, 1], [1, 0], [0, 1]]);
-        let other = consensus(&heads, 2, 1, 3)?;
-        assert_eq!(other.assignment, [1, 1, 0], "the best head numbers the clusters");
+        let other = argmax_rows(&consensus(&heads, 2, 1, 3)?.memberships, 2)?.0;
+        assert_eq!(other, [1, 1, 0], "the best head numbers the clusters");
         Ok(())
     }
 

@@ -59,7 +59,7 @@ mod streaming;
 pub use approximate::{Approximate, approximate_neighbours};
 pub use argmax::argmax_rows;
 pub use clustering::{Clustering, KMeans, Metric};
-pub use consensus::{Consensus, consensus, merged_clusters};
+pub use consensus::{Consensus, agreement, consensus, merged_clusters};
 pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
 pub use logistic::Generalisation;
 pub use matching::{Contingency, contingency, optimal_map};

@@ -3,9 +3,10 @@
 //!
 //! - [`rows`]: the embeddings of a job, standardised, and k-means on them, which is always run.
 //! - [`result`]: which assignments to trust, and the file of the result.
-//! - [`product`]: matrix products in f32, and in f64 for tests.
+//! - [`product`]: matrix products, softmax and Adam in f32, and in f64 for tests.
+//! - [`state`]: the state of an interrupted run.
 //!
-//! This crate knows no method.
+//! [`INPUTS`] and [`run`] make a method a stage. This crate knows no method.
 //!
 //! ```
 //! use frozen::rows::{KMeansTable, Standardisation};
@@ -23,3 +24,29 @@
 pub mod product;
 pub mod result;
 pub mod rows;
+pub mod state;
+
+use anyhow::Result;
+use data::PseudoLabels;
+use stage::{Job, Origin, Role};
+
+use crate::rows::FrozenEmbeddings;
+
+/// The inputs of a stage on frozen embeddings; `previous` is its own last round.
+pub const INPUTS: &[Role] =
+    &[Role::new("embeddings", Origin::Embeddings), Role::new("previous", Origin::PreviousRound)];
+
+/// Runs a stage: reads the embeddings, writes the pseudo-labels that `cluster` returns, and removes the
+/// state.
+///
+/// # Errors
+///
+/// Those of [`FrozenEmbeddings::open`] and of `cluster`; or a file cannot be written.
+pub fn run(
+    job: &Job,
+    cluster: impl FnOnce(FrozenEmbeddings) -> Result<PseudoLabels>,
+) -> Result<()> {
+    let embeddings = FrozenEmbeddings::open(job)?;
+    cluster(embeddings)?.write(&job.out.join(PseudoLabels::FILE))?;
+    state::remove(job)
+}

@@ -1,4 +1,4 @@
-//! Matrix products of flat rows.
+//! Arithmetic of heads on flat rows: matrix products, softmax, Adam.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor, WithDType};
@@ -59,7 +59,7 @@ fn exponential(x: f32) -> f32 {
     f32::from_bits((whole.wrapping_add(127) as u32) << 23) * series
 }
 
-/// A matrix of `rows × columns`, that products take without copying it again.
+/// A matrix of `rows × columns`; products do not copy it.
 #[derive(Debug, Clone)]
 pub struct FlatMatrix(Tensor);
 
@@ -89,6 +89,60 @@ impl FlatMatrix {
     /// The extents do not fit.
     pub fn times<T: HeadFloat>(&self, other: &Self) -> Result<Vec<T>> {
         Ok(self.0.matmul(&other.0)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// Replaces each row of `logits` `(N, K)` by its `log softmax`.
+pub fn log_softmax<T: HeadFloat>(logits: &mut [T], clusters: usize) {
+    for row in logits.chunks_exact_mut(clusters) {
+        let sum = log_sum(row);
+        row.iter_mut().for_each(|x| *x -= sum);
+    }
+}
+
+/// `log Σ exp(x)`.
+pub fn log_sum<T: HeadFloat>(row: &[T]) -> T {
+    let largest = row.iter().copied().fold(T::neg_infinity(), T::at_least);
+    largest + row.iter().map(|&x| (x - largest).exp()).sum::<T>().ln()
+}
+
+/// Adds every row to `sums`.
+pub fn add_rows<T: HeadFloat>(sums: &mut [T], rows: &[T]) {
+    for row in rows.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
+    }
+}
+
+/// One step of AdamW for single parameters, with the usual `β₁ = 0.9`, `β₂ = 0.999` and `ε = 1e-8`.
+///
+/// `θ ← (1 − ηλ) θ − η / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)`: Kingma and Ba 2015 for `λ = 0`,
+/// Loshchilov and Hutter 2019, as PyTorch computes it.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamStep<T> {
+    kept: T,
+    rate: T,
+    correction: T,
+}
+
+const BETA_1: f64 = 0.9;
+const BETA_2: f64 = 0.999;
+
+impl<T: HeadFloat> AdamStep<T> {
+    /// Step `t`, counted from 1, with learning rate η and weight decay λ.
+    pub fn new(learning_rate: f64, weight_decay: f64, step: u64) -> Self {
+        let step = i32::try_from(step).unwrap_or(i32::MAX);
+        Self {
+            kept: T::of(1. - learning_rate * weight_decay),
+            rate: T::of(learning_rate / (1. - BETA_1.powi(step))),
+            correction: T::of(1. / (1. - BETA_2.powi(step)).sqrt()),
+        }
+    }
+
+    /// Moves the parameter `x`, and its moments of the gradient and of its square.
+    pub fn apply(&self, x: &mut T, gradient: T, first: &mut T, second: &mut T) {
+        *first = T::of(BETA_1) * *first + T::of(1. - BETA_1) * gradient;
+        *second = T::of(BETA_2) * *second + T::of(1. - BETA_2) * gradient * gradient;
+        *x = self.kept * *x - self.rate * *first / (second.sqrt() * self.correction + T::of(1e-8));
     }
 }
 

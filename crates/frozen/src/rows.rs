@@ -1,4 +1,4 @@
-//! The embeddings of a job as heads take them, and k-means on them.
+//! The embeddings of a job, standardised for heads, and k-means on them.
 
 use anyhow::{Result, ensure};
 use assignment::{KMeans, Metric, k_means, nearest_neighbours};
@@ -15,7 +15,7 @@ pub struct FrozenEmbeddings {
     pub index: Vec<u32>,
     /// Width `D` of an embedding.
     pub width: usize,
-    /// Embeddings as the backbone gives them, `(N, D)`.
+    /// Outputs of the backbone, `(N, D)`.
     pub rows: Vec<f32>,
     /// Width `P` of a projection.
     pub projection_width: usize,
@@ -116,12 +116,12 @@ pub fn unit_rows(rows: &[f32], width: usize) -> Vec<f32> {
 
 /// Mean and deviation of each column, of the rows that a head was trained on.
 ///
-/// `predict` must apply those of the training, so they are part of `head.safetensors`.
+/// `predict` applies those of the training, so they are part of `head.safetensors`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Standardisation {
     /// `(D,)`.
     pub mean: Vec<f32>,
-    /// Unbiased, `(D,)`; 1 for a column without variance, which so becomes 0.
+    /// Unbiased, `(D,)`; 1 for a column without variance, which then becomes 0.
     pub deviation: Vec<f32>,
 }
 

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use serde_json::Value;
 
-use crate::{DataTable, DeviceChoice, Interrupt, json};
+use crate::{DataTable, DeviceChoice, Interrupt, files, json};
 
 /// The job of one run of a stage: the arguments of its program, and the shared table `[data]`.
 #[derive(Debug, Clone)]
@@ -94,6 +95,16 @@ impl Job {
             .with_context(|| format!("writing `{}`", path.display()))
     }
 
+    /// Keeps the lines of the log that `is_kept` accepts. A resumed stage drops those that a killed run
+    /// wrote after its last checkpoint, because their steps run again.
+    pub fn retain_log(&self, is_kept: impl Fn(&Value) -> bool) -> Result<()> {
+        let path = self.out.join(LOG);
+        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+        let is_kept = |line: &&str| serde_json::from_str(line).is_ok_and(|line| is_kept(&line));
+        let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
+        if kept == text { Ok(()) } else { files::write(&path, kept.as_bytes()) }
+    }
+
     /// Removes the log of an earlier attempt. A stage calls it before it starts from scratch, so that
     /// the log describes one attempt.
     pub fn clear_log(&self) -> Result<()> {
@@ -141,6 +152,8 @@ mod tests {
         job.log(&serde_json::json!({"epoch": 1})).expect("logged");
         job.log(&serde_json::json!({"epoch": 2})).expect("logged");
         assert_eq!(epochs(), [1, 2]);
+        job.retain_log(|line| line["epoch"] != 1).expect("dropped");
+        assert_eq!(epochs(), [2]);
         job.clear_log().expect("cleared");
         job.log(&serde_json::json!({"epoch": 1})).expect("logged");
         assert_eq!(epochs(), [1]);

@@ -1,4 +1,4 @@
-//! The table `[temi]`, and the numbers that follow from it for so many images and clusters.
+//! The table `[temi]`, and the [`HeadPlan`] that follows from it and the number of images and clusters.
 
 use anyhow::{Result, ensure};
 use frozen::rows::KMeansTable;
@@ -16,8 +16,8 @@ use crate::schedule::HeadSchedule;
 pub struct Config {
     /// Heads `H`, trained side by side.
     pub heads: usize,
-    /// Clusters of a head for each that is asked for. Above 1, clusters that the heads do not tell apart
-    /// are merged afterwards.
+    /// Clusters of a head for each cluster of `[data]`. Above 1, clusters that the heads confuse are merged
+    /// afterwards.
     pub overclustering: f64,
     /// Widths of a head.
     pub network: HeadWidths,
@@ -51,7 +51,7 @@ pub struct HeadWidths {
     pub hidden: usize,
     /// Width of the layer that is scaled to unit length.
     pub bottleneck: usize,
-    /// Deviation of the weights at first.
+    /// Deviation of the initial weights.
     pub initial_deviation: f64,
 }
 
@@ -86,8 +86,8 @@ pub struct NeighbourRule {
 pub struct MarginalRule {
     /// Share of the marginal that a step keeps.
     pub decay: f64,
-    /// The share where a batch has fewer than `pairs-per-cluster` pairs for each cluster, and the
-    /// marginal of one batch is noise.
+    /// The same if a batch has fewer than `pairs-per-cluster` pairs for each cluster, because the
+    /// marginal of such a batch is noise.
     pub small_batch_decay: f64,
     /// See [`MarginalRule::small_batch_decay`].
     pub pairs_per_cluster: usize,
@@ -130,7 +130,7 @@ pub struct HeadScheduleTable {
     pub fall_from: f64,
     /// Share of the learning rate that is left at the end.
     pub last_rate: f64,
-    /// Share in which directions and their scales do not move; one pass of 100 is published.
+    /// Share at the start in which directions and their scales are frozen; one pass of 100 is published.
     pub still_share: f64,
     /// Decay of the target heads.
     pub target_decay: f64,
@@ -138,7 +138,7 @@ pub struct HeadScheduleTable {
     pub long_target_decay: f64,
     /// See [`HeadScheduleTable::long_target_decay`].
     pub long_run_steps: usize,
-    /// The decay at last, at the end of half a cosine, as a share of the way to 1; 0 keeps it constant.
+    /// How far the decay rises towards 1 along half a cosine, as a share; 0 keeps it constant.
     pub target_decay_rise: f64,
 }
 
@@ -146,14 +146,14 @@ pub struct HeadScheduleTable {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConsensusTable {
-    /// Share of the heads, by loss, that take part; at least one does, and that is then the best head.
+    /// Share of the heads that take part, lowest loss first; at least one does.
     pub share: f64,
     /// Alignments of the heads to their mean.
     pub rounds: usize,
     /// Share of the steps, at the end, over which the loss of a head is averaged.
     pub loss_share: f64,
-    /// Below this mean of the adjusted Rand index between pairs of heads a warning is printed: the number
-    /// of clusters or the backbone does not fit.
+    /// A warning is printed if the mean adjusted Rand index between pairs of heads is below this: the number
+    /// of clusters or the backbone may not fit.
     pub warn_below: f64,
 }
 
@@ -304,7 +304,7 @@ pub struct HeadPlan {
     pub steps: usize,
     /// Neighbours of each image, from which its partner is drawn.
     pub neighbours: usize,
-    /// Steps in which directions do not move.
+    /// First steps, in which directions are frozen.
     pub still_steps: usize,
     /// Last steps, over which the loss of a head is averaged.
     pub loss_steps: usize,
@@ -317,14 +317,11 @@ pub struct HeadPlan {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
 
-    /// The table of `configs/stage/temi.toml`.
-    pub(crate) fn published() -> Config {
-        let text = include_str!("../../../configs/stage/temi.toml");
-        let tables: toml::Table = text.parse().expect("TOML");
-        tables["temi"].clone().try_into().expect("the table")
+    fn published() -> Config {
+        fixture::published::<crate::Temi>()
     }
 
     #[test]

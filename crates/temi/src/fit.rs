@@ -15,7 +15,7 @@ use crate::loss::log_memberships;
 use crate::network::forward;
 use crate::state::HeadRun;
 
-/// The heads before their first step; each has a draw of its own.
+/// The heads before their first step, each drawn separately.
 pub fn first_heads(config: &Config, plan: &HeadPlan, job: &Job) -> Vec<LearningHead<f32>> {
     let seed = stage::random::derived(job.seed, &format!("temi round {}", job.round));
     let deviation = config.network.initial_deviation;
@@ -24,7 +24,7 @@ pub fn first_heads(config: &Config, plan: &HeadPlan, job: &Job) -> Vec<LearningH
         .collect()
 }
 
-/// Takes the steps that are left.
+/// Takes the remaining steps.
 ///
 /// - `rows`: standardised embeddings, `(N, D)`.
 /// - `neighbours`: `(N, k)`.
@@ -86,8 +86,10 @@ impl<'a> Pairs<'a> {
         Self { plan, rows, neighbours, job, order: vec![], epoch: None }
     }
 
-    /// The rows of a step's pairs, counted from 0: the images, then their neighbours, `(2B, D)`. An
-    /// epoch's last images, too few for a batch, are left out.
+    /// The rows of a step's pairs: the images, then their neighbours, `(2B, D)`. Leaves out the last
+    /// images of an epoch if they do not fill a batch.
+    ///
+    /// - `step`: counted from 0.
     fn of_step(&mut self, step: usize) -> Result<FlatMatrix> {
         let (width, batch) = (self.plan.shape.width, self.plan.batch);
         let images = self.rows.len() / width;

@@ -9,13 +9,13 @@ use stage::container::Tensor;
 use crate::learner::LearningHead;
 use crate::network::{HeadShape, effective_directions};
 
-/// The heads of a consensus, and what their directions are.
+/// The heads of a consensus, with the cluster of each direction.
 pub struct Ensemble<'a> {
     /// Extents of each head.
     pub shape: HeadShape,
     /// The heads, the best one first.
     pub heads: Vec<&'a LearningHead<f32>>,
-    /// The direction of the consensus that each direction of each head is, `(H, C)`.
+    /// Maps each direction of each head to one of the consensus, `(H, C)`.
     pub maps: Vec<Vec<u32>>,
     /// The cluster of each direction of the consensus, `(C,)`.
     pub clusters: Vec<u32>,

@@ -1,7 +1,7 @@
 //! A head that learns: one step of all heads side by side.
 
 use anyhow::Result;
-use frozen::product::{FlatMatrix, HeadFloat};
+use frozen::product::{AdamStep, FlatMatrix, HeadFloat};
 use rayon::prelude::*;
 
 use crate::loss::{Objective, follow_marginal, head_loss, log_memberships, pair_weights};
@@ -37,7 +37,7 @@ impl<T: HeadFloat> LearningHead<T> {
     }
 }
 
-/// What one step does beside the gradient.
+/// The values of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeadUpdate {
     /// The objective.
@@ -52,15 +52,15 @@ pub struct HeadUpdate {
     pub target_decay: f64,
     /// The step, from 1.
     pub step: u64,
-    /// Steps at the start in which directions and their scales do not move: their gradients are
-    /// dropped, so that neither moments nor decay act on them.
+    /// First steps, in which directions and their scales are frozen: their gradients are dropped, and
+    /// neither moments nor decay act on them.
     pub still_steps: u64,
 }
 
 /// One step of all heads on `B` pairs. Returns the loss of each head before the step.
 ///
 /// Heads interact through the weights of the pairs alone, so each thread takes a head at a time. Sums
-/// within a head are of one order, so that the bits do not depend on the number of threads.
+/// within a head have a fixed order, so that the bits do not depend on the number of threads.
 ///
 /// - `rows`: the first sides of the pairs, then the second ones, `(2B, D)`.
 ///
@@ -98,10 +98,8 @@ pub fn step<T: HeadFloat>(
         .collect()
 }
 
-/// AdamW and the moving average in one pass over the parameters.
-///
-/// `θ ← (1 − ηλ) θ − η / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)`: Loshchilov and Hutter 2019, as
-/// PyTorch computes it; `t` of directions and scales counts from their first step.
+/// AdamW and the moving average in one pass over the parameters. Steps of directions and scales count from
+/// their first one.
 fn descend<T: HeadFloat>(
     head: &mut LearningHead<T>,
     shape: &HeadShape,
@@ -120,18 +118,13 @@ fn descend<T: HeadFloat>(
         (places.scales, decay, late),
     ] {
         if step > 0 {
-            let step = i32::try_from(step).unwrap_or(i32::MAX);
-            let kept = T::of(1. - update.learning_rate * decay);
-            let rate = T::of(update.learning_rate / (1. - BETA_1.powi(step)));
-            let correction = T::of(1. / (1. - BETA_2.powi(step)).sqrt());
+            let adam = AdamStep::new(update.learning_rate, decay, step);
             let moments = head.first_moments[place.clone()]
                 .iter_mut()
                 .zip(&mut head.second_moments[place.clone()]);
             let parameters = head.online[place.clone()].iter_mut().zip(&gradient[place.clone()]);
             for ((x, &d), (first, second)) in parameters.zip(moments) {
-                *first = T::of(BETA_1) * *first + T::of(1. - BETA_1) * d;
-                *second = T::of(BETA_2) * *second + T::of(1. - BETA_2) * d * d;
-                *x = kept * *x - rate * *first / (second.sqrt() * correction + T::of(EPSILON));
+                adam.apply(x, d, first, second);
             }
         }
         let kept = T::of(update.target_decay);
@@ -140,11 +133,6 @@ fn descend<T: HeadFloat>(
         }
     }
 }
-
-/// Adam's usual decays and `ε`.
-const BETA_1: f64 = 0.9;
-const BETA_2: f64 = 0.999;
-const EPSILON: f64 = 1e-8;
 
 #[cfg(test)]
 mod tests {

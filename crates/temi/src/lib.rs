@@ -1,9 +1,9 @@
 //! Stage: TEMI, many small heads on frozen embeddings, and what they agree on.
 //!
 //! Adaloglou, Michels, Kalisch, Kollmann 2023 (arXiv:2303.17896). Each step takes images and one of the
-//! nearest neighbours of each. The online head of the one is pulled to the target head of the other by a
-//! pointwise mutual information, which the running marginal keeps balanced; pairs on which the target
-//! heads disagree weigh less. The paper keeps the head of the lowest loss. Here the result is the
+//! nearest neighbours of each. The online head's output for one is pulled to the target head's output for
+//! the other by pointwise mutual information, which the running marginal keeps balanced; pairs on which
+//! the target heads disagree weigh less. The paper keeps the head of the lowest loss. Here the result is the
 //! consensus of the heads ([`assignment::consensus`]), which was better in six of seven measured runs.
 //!
 //! - Reads `embeddings`, of which the `backbone` rows, and `previous`, this stage's last round, if any.
@@ -12,7 +12,7 @@
 //!
 //! k-means on the same rows is always run; its clusters stand in the file and its agreement with the
 //! heads in the log. Everything is computed on the CPU, whatever `--device` says: the heads are small.
-//! All clusters lean to equal size; [`Objective::balance`](loss::Objective) below 1 weakens that.
+//! The objective favours clusters of equal size; [`Objective::balance`](loss::Objective) below 1 weakens that.
 //!
 //! Start at [`cluster`]: the method in order. [`learner::step`] is one step, [`loss`] the objective.
 
@@ -27,13 +27,14 @@ pub mod state;
 
 use anyhow::Result;
 use assignment::{
-    Consensus, adjusted_rand_index, argmax_rows, consensus, contingency, merged_clusters,
+    adjusted_rand_index, agreement, argmax_rows, consensus, contingency, merged_clusters,
 };
 use data::PseudoLabels;
 use frozen::result::{HeadResult, cluster_sizes};
 use frozen::rows::{FrozenEmbeddings, Standardisation, cosine_neighbours};
+use frozen::state::HeadState;
 use serde_json::json;
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Spec, Stage};
 
 use crate::config::{Config, HeadPlan};
 use crate::head::Ensemble;
@@ -46,25 +47,18 @@ impl Stage for Temi {
     const SPEC: Spec = Spec {
         name: "temi",
         algorithm: 1,
-        inputs: &[
-            Role::new("embeddings", Origin::Embeddings),
-            Role::new("previous", Origin::PreviousRound),
-        ],
+        inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
     };
     type Config = Config;
 
-    /// Finds what is wrong in the table.
     fn check(config: &Config, _: &Job) -> Result<Effort> {
         config.check()?;
         Ok(Effort::NONE)
     }
 
-    /// Files in, files out.
     fn run(config: &Config, job: &Job) -> Result<()> {
-        let embeddings = FrozenEmbeddings::open(job)?;
-        cluster(config, embeddings, job)?.write(&job.out.join(PseudoLabels::FILE))?;
-        state::remove(job)
+        frozen::run(job, |embeddings| cluster(config, embeddings, job))
     }
 }
 
@@ -78,18 +72,11 @@ impl Stage for Temi {
 pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Result<PseudoLabels> {
     let (width, clusters) = (embeddings.width, job.data.clusters);
     let plan = config.plan(embeddings.count(), width, clusters);
-    let identity = json!({
-        "fingerprint": embeddings.data_set.fingerprint,
-        "round": job.round,
-        "seed": job.seed,
-        "stage": job.name,
-        "table": serde_json::to_value(config)?,
-    });
+    let state = HeadState::new(job, state::KIND, &embeddings, config)?;
     let first = || fit::first_heads(config, &plan, job);
-    let (mut run, starts) =
-        HeadRun::resume_or_start(job, plan, identity.to_string(), first, config.heads)?;
+    let (mut run, starts) = HeadRun::resume_or_start(job, plan, state, first, config.heads)?;
 
-    // Who is near whom, on the rows as they are; the heads see standardised ones.
+    // Neighbours on the raw rows; the heads see standardised ones.
     let (neighbours, similarity) = cosine_neighbours(&embeddings.rows, width, plan.neighbours)?;
     let standardisation = Standardisation::of(&embeddings.rows, width);
     let rows = standardisation.apply(&embeddings.rows);
@@ -104,7 +91,7 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     }
     fit::train(config, &plan, &rows, &neighbours, &mut run, job)?;
 
-    // What the heads agree on; the best one, by loss, numbers the clusters.
+    // The consensus of the heads; the one of the lowest loss numbers the clusters.
     let all = fit::memberships(&run.heads, &plan, config.objective.temperature, &rows)?;
     let losses = run.losses();
     let order = by_loss(&losses);
@@ -115,9 +102,10 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     let memberships = added_up(&found.memberships, &groups, clusters);
     let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
     let map = HeadResult::numbering(&assignment, &embeddings, clusters)?;
-    let groups: Vec<u32> = groups.iter().map(|&group| map[group as usize]).collect();
-    let assignment: Vec<u32> = assignment.iter().map(|&cluster| map[cluster as usize]).collect();
-    let agreement = agreement(&chosen, &found, &groups, &assignment, plan.shape.clusters)?;
+    let groups = mapped(&groups, &map);
+    let assignment = mapped(&assignment, &map);
+    let maps: Vec<Vec<u32>> = found.maps.iter().map(|own| mapped(own, &groups)).collect();
+    let agreement = agreement(&chosen, &maps, &assignment, plan.shape.clusters)?;
 
     let k_means = config.k_means.assign(&embeddings.rows, width, clusters, job.seed)?;
     let result = HeadResult {
@@ -141,39 +129,25 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     result.pseudo_labels(embeddings, job)
 }
 
-/// The heads by rising loss; of equals the first.
+/// Indices of the heads by rising loss; ties keep their order.
 fn by_loss(losses: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..losses.len()).collect();
     order.sort_by(|&a, &b| losses[a].total_cmp(&losses[b]));
     order
 }
 
-/// Adds the memberships of directions up to those of their clusters, `(N, K)`.
+/// The values of `map` at these places.
+fn mapped(places: &[u32], map: &[u32]) -> Vec<u32> {
+    places.iter().map(|&place| map[place as usize]).collect()
+}
+
+/// Sums the memberships of directions to those of their clusters, `(N, K)`.
 fn added_up(memberships: &[f32], groups: &[u32], clusters: usize) -> Vec<f32> {
     let mut sums = vec![0f32; memberships.len() / groups.len() * clusters];
     for (row, sums) in memberships.chunks_exact(groups.len()).zip(sums.chunks_exact_mut(clusters)) {
         row.iter().zip(groups).for_each(|(x, &group)| sums[group as usize] += x);
     }
     sums
-}
-
-/// Share of the heads that put each picture into its cluster once directions are merged, `(N,)`.
-fn agreement(
-    heads: &[Vec<f32>],
-    found: &Consensus,
-    groups: &[u32],
-    assignment: &[u32],
-    directions: usize,
-) -> Result<Vec<f32>> {
-    let mut agreeing = vec![0f32; assignment.len()];
-    for (head, map) in heads.iter().zip(&found.maps) {
-        let (own, _) = argmax_rows(head, directions)?;
-        for ((agreeing, own), &cluster) in agreeing.iter_mut().zip(own).zip(assignment) {
-            *agreeing += f32::from(groups[map[own as usize] as usize] == cluster);
-        }
-    }
-    agreeing.iter_mut().for_each(|agreeing| *agreeing /= heads.len() as f32);
-    Ok(agreeing)
 }
 
 /// Writes the last line of the log, and warns where the heads disagree.

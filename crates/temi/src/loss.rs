@@ -5,7 +5,7 @@
 //! K)`: all first sides, then all second sides. `p` are the memberships of the online head, `q` those of
 //! the target head, without gradient.
 
-use frozen::product::HeadFloat;
+use frozen::product::{HeadFloat, log_softmax, log_sum};
 use serde::{Deserialize, Serialize};
 
 /// `[temi.objective]`.
@@ -27,17 +27,8 @@ pub struct Objective {
 pub fn log_memberships<T: HeadFloat>(logits: &[T], clusters: usize, temperature: f64) -> Vec<T> {
     let scale = T::of(1. / temperature);
     let mut logs: Vec<T> = logits.iter().map(|&logit| logit * scale).collect();
-    for row in logs.chunks_exact_mut(clusters) {
-        let sum = log_sum(row);
-        row.iter_mut().for_each(|x| *x -= sum);
-    }
+    log_softmax(&mut logs, clusters);
     logs
-}
-
-/// `log Σ exp(x)`.
-fn log_sum<T: HeadFloat>(row: &[T]) -> T {
-    let largest = row.iter().copied().fold(T::neg_infinity(), T::at_least);
-    largest + row.iter().map(|&x| (x - largest).exp()).sum::<T>().ln()
 }
 
 /// Moves the marginal of a head: `m ← decay · m + (1 − decay) · mean over the 2B rows of q`. It sums to
@@ -74,10 +65,10 @@ pub fn pair_weights<T: HeadFloat>(target_logs: &[&[T]], clusters: usize) -> Vec<
     weights
 }
 
-/// The loss of one head, and the gradient of the mean over `heads` heads by its logits, `(2, B, K)`.
+/// Returns the loss of one head, and the gradient of the mean over `heads` heads by its logits, `(2, B, K)`.
 ///
 /// `L = ½ [mean_B w ℓ(p₁, q₂) + mean_B w ℓ(p₂, q₁)]` with `ℓ(p, q) = −log Σ_c (p_c q_c)^β / m_c^ρ`. A side
-/// never meets its own target. With `r_c ∝ (p_c q_c)^β / m_c^ρ` and `Σ r = 1` the gradient of `L / H` by
+/// never meets its own target. With `r_c ∝ (p_c q_c)^β / m_c^ρ` and `Σ r = 1`, the gradient of `L / H` by
 /// a side's logits is `w (β/τ) (p − r) / (2BH)`. Logarithms are summed, so that memberships near 0 are
 /// exact.
 ///

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use frozen::product::{FlatMatrix, HeadFloat};
+use frozen::product::{FlatMatrix, HeadFloat, add_rows};
 use rand::RngExt;
 use rand_distr::Normal;
 
@@ -24,7 +24,7 @@ pub struct HeadShape {
     pub clusters: usize,
 }
 
-/// Where the parameters of a head are in their list.
+/// The ranges of a head's parameters in their flat list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeadPlaces {
     /// `W₁`, `(hidden, D)`.
@@ -84,7 +84,7 @@ impl HeadShape {
     }
 }
 
-/// What a forward pass of `n` rows leaves for the backward pass.
+/// The result of a forward pass of `n` rows, with the values for the backward pass.
 #[derive(Debug)]
 pub struct HeadPass<T> {
     /// GELU's output and derivative, `(n, hidden)` each.
@@ -221,8 +221,7 @@ pub fn effective_directions(shape: &HeadShape, parameters: &[f32]) -> Vec<f32> {
     unit
 }
 
-/// Scales rows to unit length and returns their lengths; a shorter row than 1e-12 counts as of that
-/// length, as in PyTorch's `normalize`.
+/// Scales rows to unit length and returns their lengths, at least 1e-12, as in PyTorch's `normalize`.
 fn to_unit_length<T: HeadFloat>(rows: &mut [T], width: usize) -> Vec<T> {
     let scale = |row: &mut [T]| {
         let length = row.iter().map(|&x| x * x).sum::<T>().sqrt().at_least(T::of(1e-12));
@@ -232,20 +231,13 @@ fn to_unit_length<T: HeadFloat>(rows: &mut [T], width: usize) -> Vec<T> {
     rows.chunks_exact_mut(width).map(scale).collect()
 }
 
-/// Removes from each gradient its part along the unit row, and divides it by the row's length before.
+/// Removes the part of each gradient along its unit row, and divides the rest by the row's former length.
 fn across<T: HeadFloat>(gradient: &mut [T], unit: &[T], lengths: &[T]) {
     let width = unit.len() / lengths.len().max(1);
     let rows = gradient.chunks_exact_mut(width).zip(unit.chunks_exact(width));
     for ((gradient, unit), &length) in rows.zip(lengths) {
         let along = gradient.iter().zip(unit).map(|(&d, &u)| d * u).sum::<T>();
         gradient.iter_mut().zip(unit).for_each(|(d, &u)| *d = (*d - along * u) / length);
-    }
-}
-
-/// Adds every row to `sums`.
-fn add_rows<T: HeadFloat>(sums: &mut [T], rows: &[T]) {
-    for row in rows.chunks_exact(sums.len()) {
-        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
     }
 }
 

@@ -1,27 +1,25 @@
 //! A run of heads that can stop after any step and resume to the same bits.
 //!
-//! `state.safetensors` is of kind `temi-state`, version 1, and is removed once the result is written.
-//! Header: `identity`, so that the state of another run is refused, and `steps` done. For `H` heads of
-//! `P` parameters and `K` directions: `online`, `target`, `first-moments`, `second-moments` `(H, P)` and
+//! Its state, see [`frozen::state`], is of kind `temi-state`. Header: `steps` done. For `H` heads of `P`
+//! parameters and `K` directions: `online`, `target`, `first-moments`, `second-moments` `(H, P)` and
 //! `marginals` `(H, K)`, f32; `sums (2, H)` u64: the bits of f64, the losses of the current log line and
 //! those that choose the best head.
 
-use std::fs;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-use stage::container::{self, Container, Header, Tensor};
-use stage::{Diverged, Job, files};
+use frozen::state::HeadState;
+use serde_json::json;
+use stage::container::{Container, Tensor};
+use stage::{Diverged, Job};
 
 use crate::config::HeadPlan;
 use crate::learner::LearningHead;
 
-const KIND: &str = "temi-state";
-const VERSION: u64 = 1;
-const FILE: &str = "state.safetensors";
+/// The kind of the state.
+pub const KIND: &str = "temi-state";
 
-/// The heads, how far they are, and their losses.
+/// The heads in training, the number of steps done, and the losses.
 pub struct HeadRun<'a> {
     /// The heads.
     pub heads: Vec<LearningHead<f32>>,
@@ -29,7 +27,7 @@ pub struct HeadRun<'a> {
     pub steps: usize,
     job: &'a Job,
     plan: HeadPlan,
-    identity: String,
+    state: HeadState<'a>,
     /// Sums of each head's losses since the last line of the log.
     recent: Vec<f64>,
     /// Sums of each head's losses over the last `loss_steps` steps of the run.
@@ -41,15 +39,13 @@ pub struct HeadRun<'a> {
 impl<'a> HeadRun<'a> {
     /// Resumes from the state in the job's folder, or starts with `heads`. Returns whether it started.
     ///
-    /// - `identity`: names the run: its table, seed, data and place.
-    ///
     /// # Errors
     ///
     /// The state is damaged or belongs to another run.
     pub fn resume_or_start(
         job: &'a Job,
         plan: HeadPlan,
-        identity: String,
+        state: HeadState<'a>,
         heads: impl FnOnce() -> Vec<LearningHead<f32>>,
         count: usize,
     ) -> Result<(Self, bool)> {
@@ -58,25 +54,23 @@ impl<'a> HeadRun<'a> {
             steps: 0,
             job,
             plan,
-            identity,
+            state,
             recent: vec![0.; count],
             last: vec![0.; count],
             line_began: Instant::now(),
             line_steps: 0,
         };
-        let starts = !job.out.join(FILE).exists();
-        if starts {
+        let Some(file) = run.state.open()? else {
             run.heads = heads();
-            job.clear_log()?;
-        } else {
-            run.load(count)?;
-            tracing::info!("resumed after step {} of {}", run.steps, run.plan.steps);
-            run.drop_later_log_lines()?;
-        }
-        Ok((run, starts))
+            return Ok((run, true));
+        };
+        run.load(&file, count)?;
+        tracing::info!("resumed after step {} of {}", run.steps, run.plan.steps);
+        run.state.drop_later_log_lines(run.steps)?;
+        Ok((run, false))
     }
 
-    /// Counts a step and its losses.
+    /// Records a step and its losses.
     ///
     /// # Errors
     ///
@@ -142,21 +136,10 @@ impl<'a> HeadRun<'a> {
         }
         let marginals = joined(|head| &head.marginal);
         tensors.push(Tensor::f32("marginals", &[heads, shape.clusters], &marginals));
-        let header = Header::from([
-            ("identity".to_owned(), self.identity.clone().into()),
-            ("steps".to_owned(), self.steps.into()),
-        ]);
-        container::write(&self.job.out.join(FILE), KIND, VERSION, header, &tensors)
+        self.state.write(&[("steps", self.steps)], &tensors)
     }
 
-    fn load(&mut self, heads: usize) -> Result<()> {
-        let file = Container::open(&self.job.out.join(FILE), KIND, VERSION)?;
-        ensure!(
-            file.header_text("identity")? == self.identity,
-            "`{}` belongs to another run (its table, seed, round or images differ); remove the folder, \
-             or name another with --out",
-            file.path().display()
-        );
+    fn load(&mut self, file: &Container, heads: usize) -> Result<()> {
         self.steps = file.header_number("steps")? as usize;
         let rows = |name: &str, columns: usize| -> Result<Vec<Vec<f32>>> {
             let values = file.f32(name)?;
@@ -187,33 +170,6 @@ impl<'a> HeadRun<'a> {
         self.recent = sums[..heads].to_vec();
         self.last = sums[heads..].to_vec();
         Ok(())
-    }
-
-    /// Drops the lines that a killed run wrote after its last state: their steps come again.
-    fn drop_later_log_lines(&self) -> Result<()> {
-        let path = self.job.out.join("log.jsonl");
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let is_kept = |line: &&str| {
-            serde_json::from_str::<Value>(line).is_ok_and(|value| match value.get("step") {
-                Some(step) => step.as_u64().is_some_and(|step| step <= self.steps as u64),
-                None => value.get("phase").and_then(Value::as_str) != Some("result"),
-            })
-        };
-        let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
-        if kept == text { Ok(()) } else { files::write(&path, kept.as_bytes()) }
-    }
-}
-
-/// Removes the state of a job, if there is one: its result is written.
-///
-/// # Errors
-///
-/// The file system refuses.
-pub fn remove(job: &Job) -> Result<()> {
-    let path = job.out.join(FILE);
-    match path.exists() {
-        true => fs::remove_file(&path).with_context(|| format!("removing `{}`", path.display())),
-        false => Ok(()),
     }
 }
 

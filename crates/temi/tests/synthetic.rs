@@ -7,24 +7,17 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 use assignment::{argmax_rows, contingency};
-use data::{DataSet, Embeddings, Images, PseudoLabels};
+use data::{DataSet, PseudoLabels};
 use fixture::features::{MadeFeatures, nuisance};
 use frozen::product::{FlatMatrix, HeadFloat};
 use frozen::rows::{FrozenEmbeddings, KMeansTable, Standardisation, unit_rows};
-use stage::{Interrupted, Job, Split, Stage};
+use stage::{Interrupted, Job, Stage};
 use temi::Temi;
 use temi::config::{Config, HeadWidths, NeighbourRule, StepRule};
 
-/// The table of `configs/stage/temi.toml`.
-fn published() -> Config {
-    let tables: toml::Table =
-        include_str!("../../../configs/stage/temi.toml").parse().expect("TOML");
-    tables["temi"].clone().try_into().expect("the table")
-}
-
 /// The setting of the reference run that T15's numbers are of, for so many steps.
 fn reference(steps: usize) -> Config {
-    let mut config = published();
+    let mut config = fixture::published::<Temi>();
     config.heads = 6;
     config.network = HeadWidths { hidden: 128, ..config.network };
     config.small_network.images = 0;
@@ -155,54 +148,25 @@ fn the_consensus_finds_the_classes_on_three_seeds() -> Result<()> {
     Ok(())
 }
 
-fn outputs(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name != "log.jsonl" {
-            files.insert(name, fs::read(path)?);
-        }
-    }
-    Ok(files)
-}
-
-fn write_embeddings(folder: &Path, made: &MadeFeatures, job: &Job) -> Result<()> {
-    let images = Images::open(&job.images)?;
-    Embeddings {
-        data_set: images.data_set().clone(),
-        index: images.rows(&job.data.score_on),
-        width: made.width,
-        projection_width: made.width,
-        views: 0,
-        backbone: made.rows.clone(),
-        projection: made.rows.clone(),
-        backbone_views: vec![],
-    }
-    .write(&folder.join("embeddings.safetensors"))
+/// The outputs but for the log, which holds times.
+fn outputs(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = fixture::outputs(folder);
+    files.remove("log.jsonl");
+    files
 }
 
 /// A job on 200 pictures whose embeddings are made up.
-fn stage_job(folder: &Path, out: &str) -> Result<Job> {
-    let pictures =
-        fixture::Pictures { count: 200, pixel: fixture::scattered, split: |_| Split::Train };
-    let mut job = fixture::job("temi", folder, out, pictures, fixture::data(4, &[Split::Train]));
-    job.inputs.insert("embeddings".into(), folder.to_owned());
-    let images = Images::open(&job.images)?.rows(&job.data.score_on).len();
-    let made = nuisance(images, 4, 2, 0.2, 5);
-    if !folder.join("embeddings.safetensors").exists() {
-        write_embeddings(folder, &made, &job)?;
-    }
-    Ok(job)
+fn stage_job(folder: &Path, out: &str) -> Job {
+    nuisance(200, 4, 2, 0.2, 5).job("temi", folder, out)
 }
 
 /// T12: interrupted after every single step, the run writes the same bytes.
 #[test]
 fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let whole = stage_job(folder.path(), "whole")?;
+    let whole = stage_job(folder.path(), "whole");
     Temi::run(&tiny(), &whole)?;
-    let parts = stage_job(folder.path(), "parts")?;
+    let parts = stage_job(folder.path(), "parts");
     parts.interrupt.raise();
     let mut stops = 0;
     while let Err(error) = Temi::run(&tiny(), &parts) {
@@ -211,7 +175,7 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
         assert!(stops <= 7, "a step is taken each time");
     }
     assert_eq!(stops, 7);
-    let (want, got) = (outputs(&whole.out)?, outputs(&parts.out)?);
+    let (want, got) = (outputs(&whole.out), outputs(&parts.out));
     let names: Vec<&String> = want.keys().collect();
     assert_eq!(names, ["head.safetensors", "pseudo-labels.safetensors"], "no state is left");
     assert!(want == got, "other bytes");
@@ -229,7 +193,7 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
 #[test]
 fn the_state_of_another_run_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let job = stage_job(folder.path(), "out")?;
+    let job = stage_job(folder.path(), "out");
     job.interrupt.raise();
     assert!(Temi::run(&tiny(), &job).is_err());
     let other = Job { seed: job.seed + 1, ..job.clone() };
@@ -244,7 +208,7 @@ fn any_number_of_threads_gives_the_same_bytes() -> Result<()> {
     const ASKED: &str = "TEMI_TEST_WRITES_TO";
     let name = "any_number_of_threads_gives_the_same_bytes";
     if let Some(folder) = std::env::var_os(ASKED) {
-        return Temi::run(&tiny(), &stage_job(Path::new(&folder), "out")?);
+        return Temi::run(&tiny(), &stage_job(Path::new(&folder), "out"));
     }
     let run = |threads: &str| -> Result<BTreeMap<String, Vec<u8>>> {
         let folder = tempfile::tempdir()?;
@@ -254,7 +218,7 @@ fn any_number_of_threads_gives_the_same_bytes() -> Result<()> {
             .env("RAYON_NUM_THREADS", threads)
             .output()?;
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
-        outputs(&folder.path().join("out"))
+        Ok(outputs(&folder.path().join("out")))
     };
     let one = run("1")?;
     assert_eq!(one.len(), 2);
@@ -267,7 +231,7 @@ fn any_number_of_threads_gives_the_same_bytes() -> Result<()> {
 #[test]
 fn the_result_covers_the_pictures_and_states_what_was_merged() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let job = stage_job(folder.path(), "out")?;
+    let job = stage_job(folder.path(), "out");
     Temi::run(&tiny(), &job)?;
     let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
     assert_eq!(labels.clusters, 4);
@@ -288,7 +252,7 @@ fn the_result_covers_the_pictures_and_states_what_was_merged() -> Result<()> {
     assert!(line["rand-index-between-heads"].as_f64().is_some_and(|index| index <= 1.), "{line}");
 
     // The next round numbers its clusters after the last one.
-    let mut next = stage_job(folder.path(), "next")?;
+    let mut next = stage_job(folder.path(), "next");
     next.round = 1;
     next.inputs.insert("previous".into(), job.out.clone());
     Temi::run(&tiny(), &next)?;

@@ -12,14 +12,13 @@
 //! last state without the networks, from which a later round loads the momenta.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use backbone::{backbone_file, network_file};
 use candle_core::{Device, Tensor};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 use stage::container::Header;
 use stage::progress::Progress;
 use stage::{Diverged, Interrupted, Job};
@@ -122,7 +121,8 @@ impl<'a> Run<'a> {
         if job.out.join(checkpoint::NAME).exists() {
             run.resume(trained)?;
             tracing::info!("resumed after epoch {}, step {}", run.epochs, run.steps);
-            run.drop_later_log_lines()?;
+            let done = run.epochs as u64;
+            job.retain_log(|line| line["epoch"].as_u64().is_none_or(|epoch| epoch <= done))?;
         } else {
             job.clear_log()?;
         }
@@ -377,20 +377,6 @@ impl<'a> Run<'a> {
         let network = if finished { &network_file::open(out)? } else { &state };
         Checkpoint::load(Some(network), Some(&state), trained)
     }
-
-    /// Drops the log lines that a killed run wrote after its last checkpoint: their epochs come
-    /// again.
-    fn drop_later_log_lines(&self) -> Result<()> {
-        let path = self.job.out.join("log.jsonl");
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let is_kept = |line: &&str| {
-            serde_json::from_str::<Value>(line).is_ok_and(|value| {
-                value.get("epoch").and_then(Value::as_u64).is_none_or(|e| e <= self.epochs as u64)
-            })
-        };
-        let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
-        if kept == text { Ok(()) } else { stage::files::write(&path, kept.as_bytes()) }
-    }
 }
 
 /// A sum as its bits: decimals may not be read back to the same float.
@@ -421,6 +407,7 @@ fn deviation_of_unit_rows(rows: &Tensor) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::Path;
 
     use backbone::Segment;

@@ -14,7 +14,7 @@ pub struct Config {
     pub steps: usize,
     /// Images of one step at most, drawn without replacement.
     pub batch_size: usize,
-    /// Steps `M` of the inner classifier, which starts anew at every step of the encoder.
+    /// Steps `M` of the inner classifier, which is initialised again at every step of the encoder.
     pub inner_steps: usize,
     /// Weight γ of the marginal's entropy: the larger, the more even the clusters.
     pub balance: f64,
@@ -60,9 +60,9 @@ pub struct GeneralisationTable {
 pub struct SureRule {
     /// Least confidence.
     pub confidence: f64,
-    /// Nearest neighbours by cosine of which a share must be in the same cluster.
+    /// Nearest neighbours by cosine to compare with.
     pub neighbours: usize,
-    /// That share.
+    /// Least share of them in the same cluster.
     pub agreeing: f64,
 }
 
@@ -103,7 +103,7 @@ impl Config {
 }
 
 impl GeneralisationTable {
-    /// The same, as the score takes it.
+    /// The parameters of the score.
     pub fn score(&self) -> Generalisation {
         let Self { folds, weight, iterations, .. } = *self;
         Generalisation { folds, weight, iterations }
@@ -116,9 +116,7 @@ mod tests {
 
     #[test]
     fn a_value_out_of_range_is_refused_with_its_table_and_key() {
-        let text = include_str!("../../../configs/stage/turtle.toml");
-        let tables: toml::Table = text.parse().expect("TOML");
-        let published: Config = tables["turtle"].clone().try_into().expect("the table");
+        let published = fixture::published::<crate::Turtle>();
         published.check().expect("sound");
         let refused = |change: fn(&mut Config), place: &str| {
             let mut config = published.clone();

@@ -1,10 +1,10 @@
 //! Stage: TURTLE, the labelling of frozen embeddings that linear classifiers learn best.
 //!
 //! Gadetsky, Jiang and Brbić 2024 (arXiv:2406.07236). A linear task encoder proposes soft labels; a
-//! linear classifier, started anew at every step, learns them for a few steps; the encoder moves so that
-//! the classifier's cross-entropy falls and all clusters stay in use. Step sizes decide whether that
-//! works, and differ between sets, so the search runs under each pair of rates of the table, and the
-//! labelling of the highest [generalisation score](assignment::Generalisation) is kept. No truth is used.
+//! linear classifier, initialised again at every step, learns them for a few steps; the encoder moves so
+//! that the classifier's cross-entropy falls and all clusters stay in use. The right learning rates differ
+//! between data sets, so the search runs under each pair of rates of the table, and keeps the labelling of
+//! the highest [generalisation score](assignment::Generalisation). No ground truth is used.
 //!
 //! - Reads `embeddings`, of which the `backbone` rows, and `previous`, this stage's last round, if any.
 //! - Writes `pseudo-labels.safetensors` and `head.safetensors`, form `linear`.
@@ -25,10 +25,11 @@ use data::PseudoLabels;
 use frozen::product::FlatMatrix;
 use frozen::result::{HeadResult, cluster_sizes};
 use frozen::rows::{FrozenEmbeddings, Standardisation, cosine_neighbours};
+use frozen::state::HeadState;
 use serde_json::json;
 use stage::container::Tensor;
 use stage::random::stream;
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Spec, Stage};
 
 use crate::config::Config;
 use crate::model::LinearLayer;
@@ -41,25 +42,18 @@ impl Stage for Turtle {
     const SPEC: Spec = Spec {
         name: "turtle",
         algorithm: 1,
-        inputs: &[
-            Role::new("embeddings", Origin::Embeddings),
-            Role::new("previous", Origin::PreviousRound),
-        ],
+        inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
     };
     type Config = Config;
 
-    /// Finds what is wrong in the table.
     fn check(config: &Config, _: &Job) -> Result<Effort> {
         config.check()?;
         Ok(Effort::NONE)
     }
 
-    /// Files in, files out.
     fn run(config: &Config, job: &Job) -> Result<()> {
-        let embeddings = FrozenEmbeddings::open(job)?;
-        cluster(config, embeddings, job)?.write(&job.out.join(PseudoLabels::FILE))?;
-        search::remove_state(job)
+        frozen::run(job, |embeddings| cluster(config, embeddings, job))
     }
 }
 
@@ -74,18 +68,12 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     let (width, clusters) = (embeddings.width, job.data.clusters);
     let standardisation = Standardisation::of(&embeddings.rows, width);
     let rows = standardisation.apply(&embeddings.rows);
-    let identity = json!({
-        "fingerprint": embeddings.data_set.fingerprint,
-        "round": job.round,
-        "seed": job.seed,
-        "stage": job.name,
-        "table": serde_json::to_value(config)?,
-    });
-    let mut search = Search::resume_or_start(config, job, width, identity.to_string())?;
+    let state = HeadState::new(job, search::KIND, &embeddings, config)?;
+    let mut search = Search::resume_or_start(config, job, width, state)?;
     search.run(&rows, width)?;
 
-    // The labelling that generalises best, of those that use the most clusters: one cluster for all is
-    // learnt without an error. Of equals the first.
+    // The labelling that generalises best, among those that use the most clusters, because a single cluster
+    // would be learnt without error. Of a tie, the first.
     let layers = search.encoders.iter().map(|encoder| encoder.effective());
     let found = layers.map(|layer| Labelling::new(layer, &rows, width, config, job));
     let found = found.collect::<Result<Vec<Labelling>>>()?;
@@ -122,7 +110,7 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     result.pseudo_labels(embeddings, job)
 }
 
-/// What one encoder makes of the rows, and how well a classifier learns it.
+/// The labels of the rows by one encoder, and how well a classifier learns them.
 struct Labelling {
     layer: LinearLayer<f32>,
     assignment: Vec<u32>,

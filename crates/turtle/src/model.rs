@@ -2,13 +2,13 @@
 //!
 //! Gadetsky, Jiang and Brbić 2024 (arXiv:2406.07236). Every space of features has a task encoder
 //! `f = softmax(g ⊙ (v/‖v‖) z + b)`; the labels are their mean, `y = mean_s f_s`. A linear classifier in
-//! each space, started anew, learns the labels for some steps of Adam; the encoders are moved so that its
-//! cross-entropy falls and their marginals stay even.
+//! each space, initialised again, learns the labels for some steps of Adam; the encoders are moved so that
+//! its cross-entropy falls and their marginals stay even.
 
 use anyhow::Result;
-use frozen::product::{FlatMatrix, HeadFloat};
+use frozen::product::{AdamStep, FlatMatrix, HeadFloat, add_rows, log_softmax};
 
-/// A linear layer with `K` outputs: rows of weights, and biases. Of a task encoder the rows are `v`.
+/// A linear layer with `K` outputs: rows of weights, which are `v` in a task encoder, and biases.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LinearLayer<T> {
     /// `(K, d)`.
@@ -62,10 +62,8 @@ impl<T: HeadFloat> LinearLayer<T> {
         let mut logs: Vec<T> = rows.times(&weight.transposed()?)?;
         for row in logs.chunks_exact_mut(clusters) {
             row.iter_mut().zip(&self.bias).for_each(|(x, &b)| *x += b);
-            let largest = row.iter().copied().fold(T::neg_infinity(), T::at_least);
-            let sum = largest + row.iter().map(|&x| (x - largest).exp()).sum::<T>().ln();
-            row.iter_mut().for_each(|x| *x -= sum);
         }
+        log_softmax(&mut logs, clusters);
         Ok(logs)
     }
 }
@@ -196,18 +194,16 @@ fn encoder_gradient<T: HeadFloat>(
 
 fn column_sums<T: HeadFloat>(values: &[T], columns: usize) -> Vec<T> {
     let mut sums = vec![T::zero(); columns];
-    for row in values.chunks_exact(columns) {
-        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
-    }
+    add_rows(&mut sums, values);
     sums
 }
 
-/// Adam for one list of parameters (Kingma and Ba 2015), as PyTorch computes it: decays .9 and .999, ε 1e-8.
+/// Adam for one list of parameters, see [`AdamStep`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListAdam<T> {
     first: Vec<T>,
     second: Vec<T>,
-    steps: i32,
+    steps: usize,
 }
 
 impl<T: HeadFloat> ListAdam<T> {
@@ -218,7 +214,7 @@ impl<T: HeadFloat> ListAdam<T> {
 
     /// After `steps` steps, with the moments that they left.
     pub fn resumed(first: Vec<T>, second: Vec<T>, steps: usize) -> Self {
-        Self { first, second, steps: i32::try_from(steps).unwrap_or(i32::MAX) }
+        Self { first, second, steps }
     }
 
     /// The moments of the gradient and of its square.
@@ -235,16 +231,11 @@ impl<T: HeadFloat> ListAdam<T> {
     ) where
         T: 'a,
     {
-        const DECAYS: [f64; 2] = [0.9, 0.999];
         self.steps += 1;
-        let [first_decay, second_decay] = DECAYS;
-        let rate = T::of(learning_rate / (1. - first_decay.powi(self.steps)));
-        let correction = T::of(1. / (1. - second_decay.powi(self.steps)).sqrt());
+        let adam = AdamStep::new(learning_rate, 0., self.steps as u64);
         let moments = self.first.iter_mut().zip(&mut self.second);
         for ((x, &d), (first, second)) in parameters.zip(gradients).zip(moments) {
-            *first = T::of(first_decay) * *first + T::of(1. - first_decay) * d;
-            *second = T::of(second_decay) * *second + T::of(1. - second_decay) * d * d;
-            *x -= rate * *first / (second.sqrt() * correction + T::of(1e-8));
+            adam.apply(x, d, first, second);
         }
     }
 }

@@ -1,37 +1,34 @@
 //! The search for a labelling under each pair of learning rates, which can stop after any step.
 //!
-//! `state.safetensors` is of kind `turtle-state`, version 1, and is removed once the result is written.
-//! Header: `identity`, so that the state of another run is refused, `rates`, the pair in work, and `steps`
-//! done with it. `encoders (R, P)` f32: the encoder under each pair, as weights, biases, scales;
-//! `first-moment (P,)` and `second-moment (P,)` f32 of the pair in work.
+//! Its state, see [`frozen::state`], is of kind `turtle-state`. Header: `rates`, the current pair, and
+//! `steps` done with it. `encoders (R, P)` f32: the encoder under each pair, as weights, biases, scales;
+//! `first-moment (P,)` and `second-moment (P,)` f32 of the current pair.
 
-use std::fs;
-use std::path::PathBuf;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use frozen::product::FlatMatrix;
+use frozen::state::HeadState;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use serde_json::{Value, json};
-use stage::container::{self, Container, Header, Tensor};
+use serde_json::json;
+use stage::container::{Container, Tensor};
 use stage::progress::Progress;
 use stage::random::stream;
-use stage::{Diverged, Interrupted, Job, files};
+use stage::{Diverged, Interrupted, Job};
 
 use crate::config::{Config, RatePair};
 use crate::model::{LinearLayer, ListAdam, TaskEncoder, inner_loss, labels, outer_loss};
 
-const KIND: &str = "turtle-state";
-const VERSION: u64 = 1;
+/// The kind of the state.
+pub const KIND: &str = "turtle-state";
 
-/// The encoders under each pair of learning rates, and how far the search is.
+/// The encoders under each pair of learning rates, and the progress of the search.
 pub struct Search<'a> {
     /// One for each pair.
     pub encoders: Vec<TaskEncoder<f32>>,
     config: &'a Config,
     job: &'a Job,
-    identity: String,
-    /// The pair in work, and steps done with it.
+    state: HeadState<'a>,
+    /// The current pair, and steps done with it.
     pair: usize,
     steps: usize,
     adam: ListAdam<f32>,
@@ -47,24 +44,22 @@ impl<'a> Search<'a> {
         config: &'a Config,
         job: &'a Job,
         width: usize,
-        identity: String,
+        state: HeadState<'a>,
     ) -> Result<Self> {
         let mut random = stream(job.seed, "turtle encoder", &[job.round as u64]);
         let encoder = TaskEncoder::new(first_layer(width, job.data.clusters, &mut random));
         let adam = ListAdam::new(parameters(&encoder).count());
         let encoders = vec![encoder; config.rates.len()];
-        let mut search = Self { encoders, config, job, identity, pair: 0, steps: 0, adam };
-        if path(job).exists() {
-            search.load()?;
+        let mut search = Self { encoders, config, job, state, pair: 0, steps: 0, adam };
+        if let Some(file) = search.state.open()? {
+            search.load(&file)?;
             tracing::info!("resumed at rates {}, after step {}", search.pair, search.steps);
-            search.drop_later_log_lines()?;
-        } else {
-            job.clear_log()?;
+            search.state.drop_later_log_lines(search.pair * config.steps + search.steps)?;
         }
         Ok(search)
     }
 
-    /// Takes the steps that are left.
+    /// Takes the remaining steps.
     ///
     /// - `rows`: standardised embeddings, `(N, D)`.
     ///
@@ -155,27 +150,15 @@ impl<'a> Search<'a> {
         let count = parameters(&self.encoders[0]).count();
         let encoders: Vec<f32> = self.encoders.iter().flat_map(parameters).copied().collect();
         let (first, second) = self.adam.moments();
-        let header = Header::from([
-            ("identity".to_owned(), self.identity.clone().into()),
-            ("rates".to_owned(), self.pair.into()),
-            ("steps".to_owned(), self.steps.into()),
-        ]);
         let tensors = [
             Tensor::f32("encoders", &[self.encoders.len(), count], &encoders),
             Tensor::f32("first-moment", &[count], first),
             Tensor::f32("second-moment", &[count], second),
         ];
-        container::write(&path(self.job), KIND, VERSION, header, &tensors)
+        self.state.write(&[("rates", self.pair), ("steps", self.steps)], &tensors)
     }
 
-    fn load(&mut self) -> Result<()> {
-        let file = Container::open(&path(self.job), KIND, VERSION)?;
-        ensure!(
-            file.header_text("identity")? == self.identity,
-            "`{}` belongs to another run (its table, seed, round or images differ); remove the folder, \
-             or name another with --out",
-            file.path().display()
-        );
+    fn load(&mut self, file: &Container) -> Result<()> {
         self.pair = file.header_number("rates")? as usize;
         self.steps = file.header_number("steps")? as usize;
         let count = parameters(&self.encoders[0]).count();
@@ -194,36 +177,6 @@ impl<'a> Search<'a> {
         self.adam = ListAdam::resumed(first, second, self.steps);
         Ok(())
     }
-
-    /// Drops the lines that a killed run wrote after its last state: their steps come again.
-    fn drop_later_log_lines(&self) -> Result<()> {
-        let path = self.job.out.join("log.jsonl");
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let done = (self.pair * self.config.steps + self.steps) as u64;
-        let is_kept = |line: &&str| {
-            serde_json::from_str::<Value>(line)
-                .is_ok_and(|value| value["step"].as_u64().is_some_and(|step| step <= done))
-        };
-        let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
-        if kept == text { Ok(()) } else { files::write(&path, kept.as_bytes()) }
-    }
-}
-
-/// Removes the state of a job, if there is one: its result is written.
-///
-/// # Errors
-///
-/// The file system refuses.
-pub fn remove_state(job: &Job) -> Result<()> {
-    let path = path(job);
-    match path.exists() {
-        true => fs::remove_file(&path).with_context(|| format!("removing `{}`", path.display())),
-        false => Ok(()),
-    }
-}
-
-fn path(job: &Job) -> PathBuf {
-    job.out.join("state.safetensors")
 }
 
 /// Weights and biases uniform in `±1/√d`: PyTorch's start of a linear layer.

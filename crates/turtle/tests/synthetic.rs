@@ -1,23 +1,21 @@
 //! The whole stage on made-up features: what it finds, and that stopping changes nothing.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
 use assignment::contingency;
-use data::{DataSet, Embeddings, Images, PseudoLabels};
+use data::{DataSet, Embeddings, PseudoLabels};
 use fixture::features::{MadeFeatures, nuisance};
+use fixture::outputs;
 use frozen::rows::FrozenEmbeddings;
-use stage::{Interrupted, Job, Split, Stage};
+use stage::{Interrupted, Job, Stage};
 use turtle::Turtle;
 use turtle::config::{Config, RatePair};
 
 /// The table of `configs/stage/turtle.toml`, with few steps.
 fn table(steps: usize, batch_size: usize) -> Config {
-    let tables: toml::Table =
-        include_str!("../../../configs/stage/turtle.toml").parse().expect("TOML");
-    let mut config: Config = tables["turtle"].clone().try_into().expect("the table");
+    let mut config = fixture::published::<Turtle>();
     (config.steps, config.batch_size, config.save_every) = (steps, batch_size, 3);
     config.generalisation.folds = 5;
     config.generalisation.iterations = 100;
@@ -92,48 +90,17 @@ fn the_highest_score_beats_k_means_on_three_seeds() -> Result<()> {
     Ok(())
 }
 
-fn stage_job(folder: &Path, out: &str) -> Result<Job> {
-    let pictures =
-        fixture::Pictures { count: 120, pixel: fixture::scattered, split: |_| Split::Train };
-    let mut job = fixture::job("turtle", folder, out, pictures, fixture::data(4, &[Split::Train]));
-    job.inputs.insert("embeddings".into(), folder.to_owned());
-    let images = Images::open(&job.images)?;
-    let index = images.rows(&job.data.score_on);
-    let made = nuisance(index.len(), 4, 2, 0.2, 5);
-    let file = folder.join("embeddings.safetensors");
-    if !file.exists() {
-        Embeddings {
-            data_set: images.data_set().clone(),
-            index,
-            width: made.width,
-            projection_width: made.width,
-            views: 0,
-            backbone: made.rows.clone(),
-            projection: made.rows,
-            backbone_views: vec![],
-        }
-        .write(&file)?;
-    }
-    Ok(job)
-}
-
-fn outputs(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        files.insert(name, fs::read(path)?);
-    }
-    Ok(files)
+fn stage_job(folder: &Path, out: &str) -> Job {
+    nuisance(120, 4, 2, 0.2, 5).job("turtle", folder, out)
 }
 
 /// Interrupted after every single step, with batches smaller than the set.
 #[test]
 fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let whole = stage_job(folder.path(), "whole")?;
+    let whole = stage_job(folder.path(), "whole");
     Turtle::run(&table(5, 50), &whole)?;
-    let parts = stage_job(folder.path(), "parts")?;
+    let parts = stage_job(folder.path(), "parts");
     parts.interrupt.raise();
     let mut stops = 0;
     while let Err(error) = Turtle::run(&table(5, 50), &parts) {
@@ -142,11 +109,11 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
         assert!(stops <= 15, "a step is taken each time");
     }
     assert_eq!(stops, 15);
-    let (want, got) = (outputs(&whole.out)?, outputs(&parts.out)?);
+    let (want, got) = (outputs(&whole.out), outputs(&parts.out));
     let names: Vec<&String> = want.keys().collect();
     assert_eq!(names, ["head.safetensors", "log.jsonl", "pseudo-labels.safetensors"]);
     assert!(want == got, "other bytes");
-    let other = Job { seed: 9, ..stage_job(folder.path(), "other")? };
+    let other = Job { seed: 9, ..stage_job(folder.path(), "other") };
     other.interrupt.raise();
     assert!(Turtle::run(&table(5, 50), &other).is_err());
     let again = Job { seed: 8, ..other };
@@ -158,7 +125,7 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
 #[test]
 fn the_head_gives_the_assignments_of_the_file() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let job = stage_job(folder.path(), "out")?;
+    let job = stage_job(folder.path(), "out");
     Turtle::run(&table(5, 50), &job)?;
     let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
     let head = data::head::open(&job.out)?;
