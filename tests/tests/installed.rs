@@ -70,4 +70,9 @@ fn every_shell_and_every_command_has_its_page() {
     assert!(version.starts_with("assort ") && version.contains("computes on"), "{version}");
     let help = stdout(&run(folder.path(), &["--help"]));
     assert!(help.contains("imc-swav") && help.contains("assort reproduce digits"), "{help}");
+    assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    let help = stdout(&run(folder.path(), &["cluster", "--help"]));
+    assert!(help.contains("Usage: assort cluster [OPTIONS] <PATH>"), "{help}");
+    let help = stdout(&run(folder.path(), &["temi", "--help"]));
+    assert!(help.contains("Inputs: embeddings, previous"), "{help}");
 }

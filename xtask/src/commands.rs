@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use stage::console::{print, print_line, start_logging};
-use stage::{DeviceChoice, Interrupt, Status};
+use stage::{DeviceChoice, Interrupt, Spec, Status};
 
 use crate::programs::HELPER;
 use crate::reproduce::resolved;
@@ -26,14 +26,22 @@ struct AssortCli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Group a folder of photographs by their embeddings from a published backbone.
-    ///
-    /// Run it again after adding pictures or with another number of clusters: finished steps are
-    /// not repeated.
+    #[command(after_help = "\
+Run it again after adding pictures or with another number of clusters: finished steps are not repeated.
+
+Examples
+  assort cluster photos/
+  assort cluster photos/ --clusters 12 --copy-to sorted/")]
     Cluster {
         #[command(flatten)]
         options: cluster::ClusterOptions,
     },
     /// Run an experiment from pictures to scores; finished steps are not repeated.
+    #[command(after_help = "\
+Examples
+  assort reproduce digits --seeds 3
+  assort reproduce digits --set pretraining.run.epochs=50
+  assort reproduce imagenette-small --images photos/ --set data.clusters=12")]
     Reproduce {
         #[command(flatten)]
         options: reproduce::ReproduceOptions,
@@ -45,11 +53,20 @@ enum Command {
         json: bool,
     },
     /// Convert pictures to the files that every stage reads, and print their folder.
+    #[command(after_help = "\
+Examples
+  assort prepare digits
+  assort prepare photos.zip
+  assort prepare imagenet-dogs --images ILSVRC2012_img_train.tar")]
     Prepare {
         #[command(flatten)]
         options: prepare::PrepareOptions,
     },
     /// Run one step of an experiment on the results of the steps before it.
+    #[command(after_help = "\
+Examples
+  assort stage pretraining digits
+  assort stage clustering digits --round 1")]
     Stage {
         /// The step's place: prepare, a place of the experiment's `[rounds]`, or metrics.
         place: String,
@@ -60,24 +77,38 @@ enum Command {
         round: Option<usize>,
     },
     /// Run all systems on one data set with equal backbone and effort, and print one table.
+    #[command(after_help = "\
+Example
+  assort compare digits --seeds 3")]
     Compare {
         #[command(flatten)]
         options: compare::CompareOptions,
     },
     /// Show a run as a page, a table, and folders of pictures.
+    #[command(after_help = "\
+Examples
+  assort report digits
+  assort report digits --copy-to sorted/")]
     Report {
         #[command(flatten)]
         options: report::ReportOptions,
     },
     /// Assign other pictures to the clusters of a run.
+    #[command(after_help = "\
+Example
+  assort predict digits --images later/")]
     Predict {
         #[command(flatten)]
         options: predict::PredictOptions,
     },
     /// Estimate the number of clusters from a run's embeddings: a curve of scores without ground
     /// truth.
-    ///
-    /// RUN may also be the folder of an embed step, or the file of its embeddings.
+    #[command(after_help = "\
+RUN may also be the folder of an embed step, or the file of its embeddings.
+
+Examples
+  assort clusters digits --to 20
+  assort clusters runs/digits/0/0-embed")]
     Clusters {
         #[command(flatten)]
         options: clusters::ClustersOptions,
@@ -85,6 +116,9 @@ enum Command {
     /// List the experiments.
     List,
     /// Print an experiment with every value that a run would use.
+    #[command(after_help = "\
+Example
+  assort show digits --set shared.backbone.width=32")]
     Show {
         /// Name of the experiment, or path of its file.
         experiment: String,
@@ -154,13 +188,13 @@ fn parsed_and_followed(registry: Registry, words: Vec<OsString>) -> Result<ExitC
     follow(&session, parsed.command)
 }
 
-/// Prints help, or the error in the command line.
+/// Prints help, or the error in the command line, as plain text: [`print()`] escapes colours.
 fn explained(error: &clap::Error) -> Result<ExitCode> {
     if error.use_stderr() {
-        stage::console::print_error(error.render().ansi());
+        stage::console::print_error(error.render());
         return Ok(Status::BadInput.into());
     }
-    print(error.render().ansi())?;
+    print(error.render())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -172,10 +206,24 @@ fn command(registry: &Registry) -> clap::Command {
             .about("Run one stage alone: files in, files out")
             .hide(true)
     });
-    let names: Vec<&str> = registry.stages.iter().map(|stage| stage.spec.name).collect();
     AssortCli::command()
         .subcommands(stages)
-        .help_template(HELP.replace("{stages}", &names.join(" ")))
+        .help_template(HELP.replace("{stages}", &stage_names(&registry.specs())))
+}
+
+/// The names of the stages, in lines of at most 78 characters.
+fn stage_names(stages: &[Spec]) -> String {
+    let (mut text, mut width) = (String::new(), 0);
+    for stage in stages {
+        let separator = match width {
+            0 => "",
+            width if width + 1 + stage.name.len() > 78 => "\n  ",
+            _ => " ",
+        };
+        width = stage.name.len() + if separator == " " { width + 1 } else { 0 };
+        text.extend([separator, stage.name]);
+    }
+    text
 }
 
 /// The help of the whole program, on one screen.
@@ -290,9 +338,27 @@ mod tests {
         let help = HELP;
         assert!(help.lines().count() <= 40, "{} lines", help.lines().count());
         assert!(help.lines().all(|line| line.chars().count() <= 80));
-        for command in AssortCli::command().get_subcommands() {
-            let name = command.get_name();
+        let mut whole = AssortCli::command();
+        whole.build();
+        for command in whole.get_subcommands_mut().filter(|one| one.get_name() != "help") {
+            let name = command.get_name().to_owned();
             assert!(help.contains(&format!("\n  {name} ")), "{name} is missing");
+            let own = command.render_long_help().to_string();
+            assert!(own.lines().count() <= 24, "{name}: {} lines", own.lines().count());
+            let has_example = own.contains(&format!("  assort {name} "));
+            let is_plain = ["list", "gpu-check", "completions", "man"].contains(&&*name);
+            assert!(has_example || is_plain, "{name} has no example");
         }
+    }
+
+    #[test]
+    fn names_of_stages_are_wrapped() {
+        let spec = |name| Spec { name, algorithm: 0, inputs: &[], outputs: &[] };
+        assert_eq!(stage_names(&[spec("a"), spec("b")]), "a b");
+        let long = [spec("prototype-refinement"); 5];
+        let lines = stage_names(&long);
+        assert_eq!(lines.lines().count(), 2);
+        assert!(lines.lines().all(|line| line.trim().len() <= 78), "{lines}");
+        assert_eq!(lines.split_whitespace().count(), 5);
     }
 }

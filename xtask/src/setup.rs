@@ -24,9 +24,7 @@ pub struct SetupOptions {
     /// Read the pictures from here instead of the experiment's own source.
     #[arg(long, value_name = "PATH")]
     pub images: Option<PathBuf>,
-    /// Check everything and print what would run, but run nothing.
-    ///
-    /// Runs programs with --check, including foreign executables.
+    /// Check everything, foreign executables with --check too, and print what would run.
     #[arg(long)]
     pub dry_run: bool,
     /// Keep results in this folder.

@@ -77,7 +77,12 @@ pub fn main<S: Stage>() -> ExitCode {
 fn check_or_run<S: Stage>(words: Vec<OsString>) -> Result<()> {
     let spec = S::SPEC;
     let version = format!("algorithm {}", spec.algorithm);
-    let command = StageArguments::command().name(spec.name).version(version);
+    let inputs: Vec<_> = spec.inputs.iter().map(|input| input.name).collect();
+    let about = match inputs.as_slice() {
+        [] => "Runs this stage alone: files in, files out".to_owned(),
+        _ => format!("Runs this stage alone: files in, files out. Inputs: {}", inputs.join(", ")),
+    };
+    let command = StageArguments::command().name(spec.name).version(version).about(about);
     let arguments = match StageArguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
