@@ -189,23 +189,47 @@ fn published(
     job: &Job,
     network: &mut EmbeddingNetwork,
 ) -> Result<Embeddings> {
-    let device = training::network_device(job.device)?;
     let identity =
         known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
     let mut known = KnownEmbeddings::of_job(job, identity, network.width);
     let ids = rows.iter().map(|&row| images.id(row)).collect::<Result<Vec<_>>>()?;
-    let missing: Vec<u32> = rows
-        .iter()
-        .zip(&ids)
-        .filter(|(_, id)| known.get(id).is_none())
-        .map(|(&row, _)| row)
-        .collect();
+    let is_missing = |(_, id): &(&u32, &data::images::Id)| known.get(id).is_none();
+    let missing: Vec<u32> = rows.iter().zip(&ids).filter(is_missing).map(|(&row, _)| row).collect();
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
+    embed_missing(config, images, &missing, job, network, &mut known)?;
+    let mut backbone = Vec::with_capacity(rows.len() * network.width);
+    for id in &ids {
+        backbone.extend_from_slice(known.get(id).context("every picture is embedded")?);
+    }
+    let embedding = Tensor::from_slice(&backbone, (rows.len(), network.width), &Device::Cpu)?;
+    let projection = unit_rows(&embedding)?.flatten_all()?.to_vec1()?;
+    Ok(Embeddings {
+        data_set: images.data_set().clone(),
+        index: rows,
+        width: network.width,
+        projection_width: network.width,
+        views: 0,
+        backbone,
+        projection,
+        backbone_views: Vec::new(),
+    })
+}
+
+/// Embeds the pictures in `missing` and adds them to `known`, which is saved now and then and at the end.
+fn embed_missing(
+    config: &Config,
+    images: &Images,
+    missing: &[u32],
+    job: &Job,
+    network: &mut EmbeddingNetwork,
+    known: &mut KnownEmbeddings,
+) -> Result<()> {
+    let device = training::network_device(job.device)?;
     let input = network.input.clone();
-    let mut progress = Progress::new("embed", missing.len() as u64);
-    let mut saved = Instant::now();
     let batches = missing.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
     let pictures = Views::new(images, [&input.clean()], &input, job.seed).epoch(0, batches, 0)?;
+    let mut progress = Progress::new("embed", missing.len() as u64);
+    let mut saved = Instant::now();
     let mut done = 0;
     for batch in pictures {
         let batch = batch?;
@@ -224,23 +248,7 @@ fn published(
         }
         interrupted?;
     }
-    known.save(job)?;
-    let mut backbone = Vec::with_capacity(rows.len() * network.width);
-    for id in &ids {
-        backbone.extend_from_slice(known.get(id).context("every picture is embedded")?);
-    }
-    let embedding = Tensor::from_slice(&backbone, (rows.len(), network.width), &Device::Cpu)?;
-    let projection = unit_rows(&embedding)?.flatten_all()?.to_vec1()?;
-    Ok(Embeddings {
-        data_set: images.data_set().clone(),
-        index: rows,
-        width: network.width,
-        projection_width: network.width,
-        views: 0,
-        backbone,
-        projection,
-        backbone_views: Vec::new(),
-    })
+    known.save(job)
 }
 
 /// Thumbnails as both embedding and projection, without augmented views. Where pictures differ in

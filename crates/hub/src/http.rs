@@ -291,37 +291,10 @@ impl<'a> Client<'a> {
             return Ok(resumed);
         }
         let response = self.get(url, token, there)?;
-        let (status, range) = (response.status(), header(&response, "content-range"));
-        if status == StatusCode::RANGE_NOT_SATISFIABLE {
-            // The server has no more bytes: the file is complete, or it is another one.
-            if verify(file, expected).is_err() {
-                file.set_len(0).map_err(failed)?;
-                let error =
-                    anyhow!("the partial file of the last download belongs to another file");
-                return Err(Failure::Passing(error, Some(Duration::ZERO)));
-            }
+        let Some(start) = start_of_body(&response, expected, file, there)? else {
             return Ok(resumed);
-        }
-        if is_html(&response) {
-            return Err(Failure::Final(web_page()));
-        }
-        if let (Some(bytes), Some(announced)) = (expected.bytes, whole_length(&response))
-            && announced != bytes
-        {
-            let error = anyhow!("the server has a file of {announced} bytes, not {bytes}");
-            return Err(Failure::Passing(error, None));
-        }
-        if status == StatusCode::PARTIAL_CONTENT {
-            if range.as_deref().and_then(start_of_range) != Some(there) {
-                file.set_len(0).map_err(failed)?;
-                let error = anyhow!("the server sends another range than the requested one");
-                return Err(Failure::Passing(error, Some(Duration::ZERO)));
-            }
-        } else if resumed {
-            // The server sends the whole file, although a range was requested.
-            file.set_len(0).map_err(failed)?;
-            there = 0;
-        }
+        };
+        there = start;
         file.seek(SeekFrom::Start(there)).map_err(failed)?;
         self.receive(response, |piece| {
             file.write_all(piece).map_err(failed)?;
@@ -454,6 +427,52 @@ fn is_final(error: &ureq::Error) -> bool {
             | RequireHttpsOnly(_)
             | TooManyRedirects
     )
+}
+
+/// Returns the byte of a file that an answer starts at, or `None` if the file is complete.
+///
+/// - `there`: bytes that `file` has, from which on the file was requested.
+fn start_of_body(
+    response: &Response<Body>,
+    expected: &Expected,
+    file: &mut File,
+    there: u64,
+) -> Result<Option<u64>, Failure> {
+    let (status, range) = (response.status(), header(response, "content-range"));
+    if status == StatusCode::RANGE_NOT_SATISFIABLE {
+        // The server has no more bytes: the file is complete, or it is another one.
+        return match verify(file, expected) {
+            Ok(()) => Ok(None),
+            Err(_) => {
+                Err(discarded(file, "the partial file of the last download is of another file"))
+            }
+        };
+    }
+    if is_html(response) {
+        return Err(Failure::Final(web_page()));
+    }
+    if let (Some(bytes), Some(announced)) = (expected.bytes, whole_length(response))
+        && announced != bytes
+    {
+        return Err(passing(anyhow!("the server has a file of {announced} bytes, not {bytes}")));
+    }
+    if status == StatusCode::PARTIAL_CONTENT {
+        return match range.as_deref().and_then(start_of_range) == Some(there) {
+            true => Ok(Some(there)),
+            false => Err(discarded(file, "the server sends another range than the requested one")),
+        };
+    }
+    // The server may send the whole file, although a range was requested.
+    file.set_len(0).map_err(|error| Failure::Final(error.into()))?;
+    Ok(Some(0))
+}
+
+/// Empties a partial file that must not be resumed. The next attempt follows at once.
+fn discarded(file: &File, reason: &'static str) -> Failure {
+    match file.set_len(0) {
+        Ok(()) => Failure::Passing(anyhow!(reason), Some(Duration::ZERO)),
+        Err(error) => Failure::Final(error.into()),
+    }
 }
 
 /// Accepts an answer with the requested bytes, and one that says that no byte follows `from`.
