@@ -69,7 +69,7 @@ impl File {
     ///
     /// # Errors
     ///
-    /// It is no tensor file, or its digest is wrong.
+    /// It is not a tensor file, or its digest is wrong.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("reading `{}`", path.display()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes)?;

@@ -85,7 +85,7 @@ fn fresh_waits_for_whoever_reads_the_result_and_removes_no_more_than_it_runs() {
     assert_eq!(bench.started().last().expect("a line"), "pretraining 0");
     assert!(pretraining.join("done.json").exists());
 
-    // A run that is begun anew and interrupted has lost only the step that it was at.
+    // A run that is started again and interrupted has lost only the step that it was at.
     assert_status(&bench.reproduce(&[]), 0);
     let mut fresh = start(&bench, "embed", &["--fresh"]);
     bench.waiting();

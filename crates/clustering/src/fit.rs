@@ -114,7 +114,7 @@ pub fn train(
         .collect()
 }
 
-/// The heads before training, and which of them is the last round's.
+/// The heads before training, and the index of the last round's.
 struct FirstHeads {
     heads: Vec<Head>,
     continued: Option<usize>,
@@ -234,7 +234,7 @@ impl<'a> FitSteps<'a> {
     /// Trains `heads` for `epochs` passes, each by Adam from its first step.
     ///
     /// `prepare` gives the embeddings of a step, the same for all networks, and the loss of their
-    /// logits. The networks are computed side by side: threads decide which of them goes first,
+    /// logits. The networks are computed side by side: threads decide which goes first,
     /// never what one computes.
     fn take<L: Fn(&Tensor) -> candle_core::Result<Tensor> + Sync>(
         &self,

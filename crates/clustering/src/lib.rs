@@ -337,7 +337,7 @@ pub fn cluster(
 
     let centre_metric = centre_metric(rows, projection_width, config.kmeans_metric);
 
-    // The networks, and which of them agrees best with itself on un-augmented images.
+    // The networks, and the one that agrees best with itself on un-augmented images.
     let candidates = match config.heads {
         0 => {
             let centres = &kmeans.centres;

@@ -78,14 +78,14 @@ fn a_connection_that_breaks_goes_on_where_it_broke() {
 
 #[test]
 fn what_lies_there_of_another_file_is_fetched_anew() {
-    // The file changed between two attempts: the rest does not fit to what lies there.
+    // The file changed between two attempts: the rest does not fit the partial file.
     let server = Server::new(|request, _, out| part(request, out, &bytes()));
     assert_eq!(fetch(&server, &expected(&bytes()), &[1; 5000]), Ok(bytes()));
     assert_eq!(fetch(&server, &expected(&bytes()), &[1; 400_000]), Ok(bytes()));
     // A server that knows no parts sends it whole.
     let server = Server::new(|_, _, out| whole(out, &bytes()));
     assert_eq!(fetch(&server, &expected(&bytes()), &bytes()[..1000]), Ok(bytes()));
-    // One that sends another part than was asked for is asked for the whole.
+    // After a range that was not requested, the whole file is requested.
     let server = Server::new(|request, number, out| match number {
         0 => say(out, "206 Partial Content", &["Content-Range: bytes 5-9/300000"], 5, b"xxxxx"),
         _ => part(request, out, &bytes()),

@@ -307,7 +307,7 @@ fn models() -> Vec<Model> {
     ]
 }
 
-/// A value of a case by its name, as this crate computes it; `None` for a name that is no value of a network.
+/// A value of a case by its name, as this crate computes it; `None` for a name that is not an output of a network.
 fn computed(network: &Transformer, pictures: &Tensor, name: &str) -> Result<Option<Tensor>> {
     let output = network.forward(pictures)?;
     let value = match name {

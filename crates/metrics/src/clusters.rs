@@ -148,6 +148,6 @@ fn advice(suggestion: Option<&Suggestion>) -> String {
     for vote in reasons {
         text.push_str(&format!("  {:20} {:4}  {}\n", vote.index, vote.clusters, vote.rule));
     }
-    text + "This is a guess: all of them measure how embeddings lie, not what the images show. Look at \
+    text + "This is a guess: all of them measure embeddings, not what the images show. Look at \
             pictures of the clusters; ask for more clusters and merge, or for fewer."
 }

@@ -430,6 +430,6 @@ fn a_source_that_changed_since_the_interruption_is_read_again() {
     crate::run(&config(), &source, &out, &options).expect_err("interrupted");
     assert!(out.join("unfinished/journal").exists());
     put(&source.join("0/000.png"), &jpeg(0));
-    crate::run(&config(), &source, &out, &Options::default()).expect("read anew");
+    crate::run(&config(), &source, &out, &Options::default()).expect("read again");
     assert_eq!(crate::example::open(&out).bytes, prepare(&source, &config()).expect("sound").bytes);
 }

@@ -114,20 +114,20 @@ pub fn split_name(name: &str) -> (&str, &str) {
 pub fn is_like(name: &str, pattern: &str) -> bool {
     if let Some((before, rest)) = pattern.split_once('{')
         && !before.contains('*')
-        && let (Some((from, to)), Some((inner, behind))) = (range_of(pattern), rest.split_once('}'))
+        && let (Some((from, to)), Some((inner, after))) = (range_of(pattern), rest.split_once('}'))
     {
         let digits = inner.split_once("..").map_or(0, |(from, _)| from.len());
         let Some(name) = name.strip_prefix(before) else { return false };
         let Some((number, name)) = name.split_at_checked(digits) else { return false };
         let inside = number.parse().is_ok_and(|number: u64| (from..=to).contains(&number));
-        return inside && number.bytes().all(|b| b.is_ascii_digit()) && is_like(name, behind);
+        return inside && number.bytes().all(|b| b.is_ascii_digit()) && is_like(name, after);
     }
     match pattern.split_once('*') {
         None => name == pattern,
-        Some((before, behind)) => {
+        Some((before, after)) => {
             let Some(rest) = name.strip_prefix(before) else { return false };
             let starts = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
-            starts.rev().any(|at| is_like(&rest[at..], behind))
+            starts.rev().any(|at| is_like(&rest[at..], after))
         }
     }
 }

@@ -82,16 +82,16 @@ impl ZipReader {
         let end = end.context("it has no directory at its end")?;
         let (mut size, mut start) =
             (u64::from(u32_at(&tail, end + 12)), u64::from(u32_at(&tail, end + 16)));
-        let mut behind = tail_start + end as u64;
+        let mut after = tail_start + end as u64;
         if (end >= 20) && u32_at(&tail, end - 20) == END_64_PLACE {
             let mut record = [0; 56];
             file.seek(SeekFrom::Start(u64_at(&tail, end - 12)))?;
             file.read_exact(&mut record)?;
             ensure!(u32_at(&record, 0) == END_64, "its directory is damaged");
             (size, start) = (u64_at(&record, 40), u64_at(&record, 48));
-            behind = u64_at(&tail, end - 12);
+            after = u64_at(&tail, end - 12);
         }
-        let shift = behind.checked_sub(size).and_then(|place| place.checked_sub(start));
+        let shift = after.checked_sub(size).and_then(|place| place.checked_sub(start));
         let shift = shift.context("its directory is damaged")?;
         let mut directory = BufReader::with_capacity(1 << 16, file);
         directory.seek(SeekFrom::Start(start + shift))?;

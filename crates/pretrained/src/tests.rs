@@ -142,7 +142,7 @@ fn what_is_wrong_is_said_before_the_run() -> Result<()> {
     fs::write(path("config.json"), r#"{"model_type": "bert"}"#)?;
     let message = refusal(shown(folder.path().to_owned()));
     assert!(message.contains("config.json") && message.contains("`bert`"), "{message}");
-    // 10 pixels are no multiple of the patch of 4.
+    // 10 pixels are not a multiple of the patch of 4.
     dino(folder.path(), 1.)?;
     fs::write(path("preprocessor_config.json"), r#"{"size": 10, "resample": 2}"#)?;
     let error =

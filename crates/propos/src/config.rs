@@ -226,7 +226,7 @@ pub(crate) mod tests {
 
     /// ProPos, case 13 in part, and gotcha 1.
     #[test]
-    fn extras_begin_behind_warm_up_with_the_weight_of_the_published_devices() {
+    fn extras_begin_after_warm_up_with_the_weight_of_the_published_devices() {
         let config = published();
         for epoch in [0, 49] {
             let extras = config.extras(epoch, 15);

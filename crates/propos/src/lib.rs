@@ -265,7 +265,7 @@ pub(crate) mod tests {
         Ok(())
     }
 
-    /// ProPos, case 13: the switch behind the epochs of BYOL.
+    /// ProPos, case 13: the switch after the epochs of BYOL.
     #[test]
     fn extras_change_no_bit_before_their_epoch_and_appear_in_it() -> Result<()> {
         let folder = tempfile::tempdir()?;
@@ -373,7 +373,7 @@ pub(crate) mod tests {
         assert_eq!(labels.index, (0..24).collect::<Vec<u32>>());
         assert_eq!(labels.assignment, labels.kmeans_assignment);
         assert!(labels.confidence.iter().all(|confidence| (1. / 3. ..=1.).contains(confidence)));
-        // Written again by the network as it was saved: nothing was trained behind it.
+        // Written again by the network as it was saved: nothing was trained after that.
         let images = Images::open(&job.images)?;
         let configuration = config.network.configuration(&config.input)?;
         let (mut target, _) =

@@ -188,7 +188,7 @@ impl Config {
             return uniform();
         }
         let labels: Vec<u32> = pseudo_labels.iter().copied().collect::<Option<_>>().context(
-            "some images of `train-on` have no pseudo-label, for they are not in `score-on`; \
+            "some images of `train-on` have no pseudo-label, because they are not in `score-on`; \
              set prototype-refinement.sampling = \"uniform\"",
         )?;
         if shares(&labels, clusters)?.smallest < LEAST_SHARE_FOR_BALANCE {

@@ -67,7 +67,7 @@ impl RefinementTest {
         self.folder.path().join(name)
     }
 
-    /// The network as refinement takes it up.
+    /// The network that refinement starts from.
     fn learner(&self) -> Result<Learner> {
         let configuration = Configuration::read(&self.at("network"))?;
         Learner::open(&self.at("network"), &configuration, SGD, Precision::F32)
@@ -322,11 +322,11 @@ fn a_second_round_takes_over_momenta_and_schedule() -> Result<()> {
     let inputs = [("network", "1"), ("pseudo-labels", "pseudo-labels"), ("previous", "1")];
     let second = experiment.refine(&config, "2", 2, &inputs)?;
 
-    // The same network with other momenta goes elsewhere.
+    // The same network with other momenta ends with other weights.
     experiment.first_round(&Config { noise: 0.1, ..config.clone() }, "other")?;
     let others = [inputs[0], inputs[1], ("previous", "other")];
     assert!(experiment.refine(&config, "with-other-momenta", 2, &others)? != second);
-    // And the second round is no second first one: its learning rate goes on falling.
+    // The second round differs from a first one: its learning rate continues to fall.
     assert!(experiment.refine(&config, "again", 1, &inputs[..2])? != second);
     let error = experiment.refine(&config, "3", 2, &inputs[..2]).expect_err("no previous");
     assert!(format!("{error:#}").contains("--in previous=DIR"), "{error:#}");

@@ -129,7 +129,7 @@ pub enum Origin {
     /// The step that wrote pseudo-labels before the last one did. Optional.
     EarlierPseudoLabels,
     /// The same step of the run that this one replaces, which saw other pictures. Optional; results
-    /// must not depend on it, so that it is no part of a step's key.
+    /// must not depend on it, so it is not part of a step's key.
     EarlierRun,
     /// The prepared folder with the ground truth.
     Labels,

@@ -127,7 +127,7 @@ mod tests {
         );
     }
 
-    /// Plans that between them take every switch, on heads and widths that are no multiple of a tile.
+    /// Plans that between them take every switch, on heads and widths that are not multiples of a tile.
     fn plans() -> Vec<TransformerPlan> {
         let antialias = Positions::Absolute { grid: 3, resampling: Resampling::Antialias };
         let plain = |activation| Mlp::Plain { hidden: 40, activation };
