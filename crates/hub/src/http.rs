@@ -462,8 +462,10 @@ fn start_of_body(
             false => Err(discarded(file, "the server sends another range than the requested one")),
         };
     }
-    // The server may send the whole file, although a range was requested.
-    file.set_len(0).map_err(|error| Failure::Final(error.into()))?;
+    if there > 0 {
+        // The server sends the whole file, although a range was requested.
+        file.set_len(0).map_err(|error| Failure::Final(error.into()))?;
+    }
     Ok(Some(0))
 }
 

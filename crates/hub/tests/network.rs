@@ -443,7 +443,7 @@ fn a_data_set_of_the_hub_is_kept_as_python_keeps_it() {
 fn a_hub_that_states_other_files_is_refused() {
     static DATA: [u8; 500] = [4; 500];
     let cases: [(&str, serde_json::Value); 4] = [
-        ("not answer as the hub", serde_json::json!({ "error": "no" })),
+        ("is not one of the hub", serde_json::json!({ "error": "no" })),
         ("as a commit", serde_json::json!({ "sha": "../../x", "siblings": [] })),
         ("no files", serde_json::json!({ "sha": COMMIT, "siblings": [] })),
         (
