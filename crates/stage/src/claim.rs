@@ -78,8 +78,29 @@ fn lock_beside(folder: &Path) -> Result<PathBuf> {
     fs::create_dir_all(parent).with_context(|| format!("creating `{}`", parent.display()))?;
     let mut lock = std::ffi::OsString::from(".");
     lock.push(name);
-    lock.push(".lock");
+    lock.push(LOCK);
     Ok(parent.join(lock))
+}
+
+/// The end of the names of lock files, which begin with a dot.
+const LOCK: &str = ".lock";
+
+/// True for the name of a file that a claim locks.
+pub(crate) fn is_lock(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(LOCK)
+}
+
+/// Removes the lock file `path`, which a killed process left, unless a process holds it. One that is
+/// about to lock it finds that it has lost its name, and makes a new one.
+pub(crate) fn remove_if_free(path: &Path) {
+    // Elsewhere whoever waits could not tell that its file has lost its name.
+    if cfg!(unix)
+        && let Ok(file) = File::options().append(true).open(path)
+        && file.try_lock().is_ok()
+        && has_name(&file, path)
+    {
+        let _ = fs::remove_file(path);
+    }
 }
 
 enum Attempt {

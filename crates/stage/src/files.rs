@@ -1,11 +1,13 @@
 //! Files that are whole or absent: written to a temporary file, flushed, then renamed.
 
-use std::fs::{self, File};
+use std::fs::{self, File, FileType};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+
+use crate::claim;
 
 /// Replaces the file `path` atomically with what `fill` writes.
 ///
@@ -40,8 +42,8 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
     Ok(())
 }
 
-/// Prefix of the names of temporary files. A killed process can leave one, which
-/// [`remove_unfinished`] removes.
+/// Prefix of the names of temporary files, links and folders. A killed process can leave one, which
+/// [`remove_unfinished`] or [`remove_abandoned`] removes.
 pub const TEMPORARY: &str = ".unfinished-";
 
 /// Replaces the file `path` atomically with these bytes; see [`replace`].
@@ -49,8 +51,11 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| Ok(file.write_all(bytes)?))
 }
 
-/// Removes the temporary files of [`replace`] that a killed process left in `folder`, and skips the
-/// locked ones of processes that are writing now. A missing folder has none.
+/// Removes what killed processes left in `folder`, where others may be working now: temporary files of
+/// [`replace`], which their writers lock; temporary links; folders that were renamed to be removed; and
+/// the lock files of claims that nobody holds. A folder that does not exist has none.
+///
+/// A writer whose link vanishes makes it again.
 pub fn remove_abandoned(folder: &Path) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -58,22 +63,35 @@ pub fn remove_abandoned(folder: &Path) -> Result<()> {
     };
     for entry in entries {
         let entry = entry?;
-        let is_temporary = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
-        if is_temporary && entry.file_type()?.is_file() && is_old(&entry)? {
-            // Its writer may end and rename it, or remove it, at any moment.
-            let Ok(file) = File::options().write(true).open(entry.path()) else { continue };
-            if file.try_lock().is_ok() {
-                let _ = fs::remove_file(entry.path());
-            }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_old(&entry) && name.starts_with(TEMPORARY) {
+            remove_unlocked(&entry.path(), entry.file_type()?);
+        } else if is_old(&entry) && claim::is_lock(&name) {
+            claim::remove_if_free(&entry.path());
         }
     }
     Ok(())
 }
 
-/// True if the file was created long enough ago for its writer to have locked it.
-fn is_old(entry: &fs::DirEntry) -> Result<bool> {
+/// Removes a temporary file, link or folder unless its writer locks it. Another process may do the
+/// same at any moment, so errors are ignored.
+fn remove_unlocked(path: &Path, kind: FileType) {
+    let _ = if kind.is_dir() {
+        fs::remove_dir_all(path)
+    } else if kind.is_symlink() {
+        fs::remove_file(path)
+    } else {
+        File::options().write(true).open(path).and_then(|file| {
+            file.try_lock()?;
+            fs::remove_file(path)
+        })
+    };
+}
+
+/// True for an entry that did not change this moment: its writer has had the time to lock it.
+fn is_old(entry: &fs::DirEntry) -> bool {
     let changed = entry.metadata().and_then(|metadata| metadata.modified());
-    Ok(changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > Duration::from_millis(100))))
+    changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > Duration::from_millis(100)))
 }
 
 /// Removes the temporary files that a killed process left in `folder`. The caller has claimed it.
@@ -138,6 +156,27 @@ mod tests {
         remove_abandoned(folder.path()).expect("cleared");
         assert!(!abandoned.exists() && new.exists() && held.exists());
         remove_abandoned(&folder.path().join("none")).expect("nothing to clear");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn abandoned_links_folders_and_locks_are_removed_and_a_held_claim_is_kept() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir_all(at(".unfinished-removed/inside"))?;
+        fs::create_dir(at("0-embed"))?;
+        std::os::unix::fs::symlink("nowhere", at(".unfinished-0-embed.17"))?;
+        fs::write(at(".free.lock"), "")?;
+        let claim = crate::Claim::wait(&at("held"), &crate::Interrupt::default())?;
+        std::thread::sleep(Duration::from_millis(150));
+        remove_abandoned(folder.path())?;
+        let mut names: Vec<_> = fs::read_dir(folder.path())?
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<Result<_, _>>()?;
+        names.sort();
+        assert_eq!(names, [".held.lock", "0-embed"]);
+        drop(claim);
+        Ok(())
     }
 
     #[test]
