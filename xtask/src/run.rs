@@ -181,9 +181,7 @@ impl<'a> ExperimentRun<'a> {
         if !self.setup.programs.get(&step.program).is_own() {
             // Our own programs remove leftovers of a killed process; foreign ones may not.
             files::remove_unfinished(&folder)?;
-            if folder.join(finished::DONE).exists() {
-                finished::clear(&folder)?;
-            }
+            finished::prepare_to_resume(&folder)?;
         }
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();

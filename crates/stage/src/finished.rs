@@ -1,7 +1,7 @@
 //! The mark of a finished folder: `done.json`, which lists what was written there.
 //!
 //! It is an object of [`json`] with the keys `stage`, `algorithm` where a stage has one, and `files`:
-//! for each file its length and, unless the writer knows better, its SHA-256. A folder counts as
+//! for each file its length and, unless it carries a digest itself, its SHA-256. A folder counts as
 //! finished while each listed file exists with its length. Logs (`*.jsonl`) and hidden files are not
 //! listed. `log.jsonl` holds times, so its SHA-256 is in `log.sha256` beside it; a result is complete
 //! without both.
@@ -49,12 +49,25 @@ struct OutputFile {
 pub enum Digests {
     /// The mark has them, so that [`damaged`] finds a changed file.
     Listed,
-    /// The files carry digests themselves and are too large to be read again.
+    /// Tensor files carry digests themselves and are too large to be read again; the mark has those of
+    /// the others.
     InFiles,
 }
 
 /// Marks `folder` as finished by `stage`, and lists the files that are there now.
 pub fn mark(folder: &Path, stage: &str, algorithm: Option<u32>, digests: Digests) -> Result<()> {
+    mark_outputs(folder, stage, algorithm, digests, |_| true)
+}
+
+/// Like [`mark`], for a folder in which others keep files too: lists only those whose name satisfies
+/// `is_output`.
+pub fn mark_outputs(
+    folder: &Path,
+    stage: &str,
+    algorithm: Option<u32>,
+    digests: Digests,
+    is_output: impl Fn(&str) -> bool,
+) -> Result<()> {
     let mut outputs = BTreeMap::new();
     for entry in fs::read_dir(folder).with_context(|| format!("reading `{}`", folder.display()))? {
         let entry = entry?;
@@ -62,13 +75,11 @@ pub fn mark(folder: &Path, stage: &str, algorithm: Option<u32>, digests: Digests
         let Ok(name) = entry.file_name().into_string() else { continue };
         let grows = name.ends_with(".jsonl");
         let is_ours = [DONE, LOG_DIGEST].contains(&&*name);
-        if !metadata.is_file() || name.starts_with('.') || grows || is_ours {
+        if !metadata.is_file() || name.starts_with('.') || grows || is_ours || !is_output(&name) {
             continue;
         }
-        let sha256 = match digests {
-            Digests::Listed => Some(digest::sha256_of_file(&entry.path())?),
-            Digests::InFiles => None,
-        };
+        let is_listed = digests == Digests::Listed || !name.ends_with(".safetensors");
+        let sha256 = is_listed.then(|| digest::sha256_of_file(&entry.path())).transpose()?;
         outputs.insert(name, OutputFile { bytes: metadata.len(), sha256 });
     }
     let log = folder.join(job::LOG);
@@ -82,17 +93,36 @@ pub fn mark(folder: &Path, stage: &str, algorithm: Option<u32>, digests: Digests
 
 /// Fails where the log of a finished folder was changed or removed after the folder was marked.
 pub fn require_log(folder: &Path) -> Result<()> {
-    if !read(folder).is_some_and(|mark| mark.log) {
-        return Ok(());
-    }
-    let path = folder.join(job::LOG);
-    let written = fs::read_to_string(folder.join(LOG_DIGEST)).ok();
     ensure!(
-        path.exists() && written == Some(digest::sha256_of_file(&path)?),
+        !read(folder).is_some_and(|mark| mark.log) || log_is(folder, digest_of_log(folder))?,
         "the log `{}` was changed or removed after its step ended",
-        path.display()
+        folder.join(job::LOG).display()
     );
     Ok(())
+}
+
+/// The digest that [`mark`] wrote; `None` where there is none.
+fn digest_of_log(folder: &Path) -> Option<String> {
+    fs::read_to_string(folder.join(LOG_DIGEST)).ok()
+}
+
+fn log_is(folder: &Path, digest: Option<String>) -> Result<bool> {
+    let path = folder.join(job::LOG);
+    Ok(path.exists() && digest == Some(digest::sha256_of_file(&path)?))
+}
+
+/// Prepares a folder that is not finished for its stage to resume. Where it was finished once and
+/// something was changed, removes the results: see [`clear`]. Returns whether it did.
+pub fn prepare_to_resume(folder: &Path) -> Result<bool> {
+    let digest = digest_of_log(folder);
+    // A mark that was removed does not make a changed log the right one.
+    let has_changed = folder.join(DONE).exists() || digest.is_some() && !log_is(folder, digest)?;
+    if has_changed {
+        clear(folder)?;
+    } else if folder.join(LOG_DIGEST).exists() {
+        remove(&folder.join(LOG_DIGEST))?; // The log may grow now.
+    }
+    Ok(has_changed)
 }
 
 /// True if the folder is marked and each listed file exists with its length.
@@ -132,16 +162,18 @@ pub fn clear(folder: &Path) -> Result<()> {
         Some(mark) => mark.files.into_keys().collect(),
         None => outputs(folder)?,
     };
-    for name in listed.iter().map(String::as_str).chain([job::LOG, LOG_DIGEST, DONE]) {
-        let path = folder.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing `{}`", path.display()));
-            }
-            _ => {}
+    let names = listed.iter().map(String::as_str).chain([job::LOG, LOG_DIGEST, DONE]);
+    names.map(|name| folder.join(name)).try_for_each(|path| remove(&path))
+}
+
+/// Removes a file that may be missing.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing `{}`", path.display()))
         }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Names of files in the formats that stages write.
@@ -192,6 +224,21 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_of_some_files_is_the_same_beside_others() {
+        let folder = finished(Digests::InFiles);
+        let mark = || {
+            mark_outputs(folder.path(), "example", None, Digests::InFiles, |name| name < "c")
+                .expect("marked");
+            fs::read(folder.path().join(DONE)).expect("there")
+        };
+        let alone = mark();
+        fs::write(folder.path().join("source.json"), "another's").expect("written");
+        assert_eq!(mark(), alone);
+        fs::remove_file(folder.path().join("source.json")).expect("removed");
+        assert!(is_finished(folder.path()));
+    }
+
+    #[test]
     fn a_changed_or_missing_log_is_found_and_leaves_the_folder_finished() {
         let folder = finished(Digests::InFiles);
         require_log(folder.path()).expect("as it was written");
@@ -204,6 +251,21 @@ mod tests {
         }
         fs::remove_file(folder.path().join(DONE)).expect("removed");
         require_log(folder.path()).expect("a run under way has no mark");
+    }
+
+    #[test]
+    fn a_removed_mark_does_not_make_a_changed_log_the_right_one() {
+        for (log, is_kept) in [("log.jsonl", true), ("log.jsonk", false)] {
+            let folder = finished(Digests::Listed);
+            let at = |name: &str| folder.path().join(name);
+            fs::write(at("state.safetensors"), "1").expect("written");
+            fs::remove_file(at(DONE)).expect("removed");
+            fs::write(at("log.jsonl"), log).expect("written");
+            assert_eq!(prepare_to_resume(folder.path()).expect("readable"), !is_kept);
+            assert_eq!(at("state.safetensors").exists() && at("log.jsonl").exists(), is_kept);
+            assert!(!at(LOG_DIGEST).exists(), "the log may grow");
+            assert!(!prepare_to_resume(folder.path()).expect("readable"), "nothing to do");
+        }
     }
 
     #[test]

@@ -162,12 +162,11 @@ fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<
     fs::create_dir_all(&job.out)
         .with_context(|| format!("creating the output folder `{}`", job.out.display()))?;
     files::remove_unfinished(&job.out)?;
-    if job.out.join(finished::DONE).exists() {
+    if finished::prepare_to_resume(&job.out)? {
         tracing::warn!(
             "`{}` was finished, but a file is missing or damaged now; its step runs again",
             job.out.display()
         );
-        finished::clear(&job.out)?;
     }
     run()?;
     finished::mark(&job.out, spec.name, Some(spec.algorithm), finished::Digests::Listed)
