@@ -722,3 +722,20 @@ fn leftovers_of_a_kill_at_the_end_are_removed_by_the_next_run() {
         fs::read_dir(&out).expect("there").map(|e| e.expect("entry").file_name()).collect();
     assert_eq!(left, whole);
 }
+
+#[test]
+fn a_data_set_prepared_again_has_the_same_mark_beside_the_files_of_others() {
+    let (_folder, at) = scratch();
+    put(&at.join("set/a/1.jpg"), &jpeg(1));
+    put(&at.join("set/b/1.jpg"), &jpeg(2));
+    let (source, out) = (at.join("set"), at.join("out"));
+    let run = || crate::run(&config(), &source, &out, &crate::Options::default());
+    run().expect("sound");
+    let mark = fs::read(out.join(stage::DONE)).expect("there");
+    for others in ["source.json", "images-decoded.safetensors"] {
+        put(&out.join(others), b"x");
+    }
+    fs::remove_file(out.join(crate::NAMES)).expect("removed");
+    run().expect("prepared again");
+    assert_eq!(fs::read(out.join(stage::DONE)).expect("there"), mark);
+}

@@ -285,9 +285,17 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     let assembled = result?;
     let assemble::Assembled { images, classes } = assembled;
     tracing::info!("wrote {images} images of {classes} classes to `{}`", out.display());
-    finished::mark(out, "prepare", Some(ALGORITHM), finished::Digests::InFiles)?;
+    let digests = finished::Digests::InFiles;
+    finished::mark_outputs(out, "prepare", Some(ALGORITHM), digests, is_output)?;
     Journal::remove(out);
     Ok(())
+}
+
+/// Whether this program writes a file of this name. Others keep theirs in the same folder: `data` a
+/// decoded copy of the pictures, the caller a record of the source.
+fn is_output(name: &str) -> bool {
+    let is_part = name.starts_with("images-") && name.contains("-of-");
+    is_part || [IMAGES, NAMES, LABELS, SKIPPED].contains(&name)
 }
 
 fn gather(

@@ -3,11 +3,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::OnceLock;
 
 use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use stage::{Experiment, Interrupt, console};
+use stage::{Claim, Experiment, Interrupt, console};
 
 use crate::{ALGORITHM, Config, Options, location, names, picture};
 
@@ -50,7 +49,8 @@ pub fn program(words: Vec<OsString>) -> ExitCode {
 
 fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
     // An interrupt is safe at any time: the journal keeps what was read.
-    let _ = INTERRUPT.set(Interrupt::listen()?);
+    let interrupt = Interrupt::listen()?;
+    let interrupted = || interrupt.is_raised();
     if let Some(address) = &arguments.fetch {
         for path in location::find(Path::new(address), &interrupted)?.paths {
             console::print_line(path.display())?;
@@ -71,18 +71,13 @@ fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
     }
     let options =
         Options { memory: arguments.memory << 20, interrupted: &interrupted, ..Options::default() };
+    // The command that started an earlier process may have been killed before that process ended.
+    let _claim = Claim::wait(out, &interrupt)?;
     crate::run(&config, &source, out, &options)?;
     if let Some(bytes) = peak_memory() {
         tracing::info!("peak memory: {} MiB", bytes >> 20);
     }
     Ok(())
-}
-
-static INTERRUPT: OnceLock<Interrupt> = OnceLock::new();
-
-/// Whether the user asked this program to stop.
-fn interrupted() -> bool {
-    INTERRUPT.get().is_some_and(Interrupt::is_raised)
 }
 
 /// The peak memory of this process in bytes, if the system reports it.
