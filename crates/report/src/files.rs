@@ -79,7 +79,14 @@ pub fn write_pictures(
             folder.display()
         );
     }
-    // A killed process leaves an incomplete folder, which the next one removes.
+    let incomplete = remove_incomplete(folder)?;
+    sorted.write(&incomplete)?;
+    fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
+}
+
+/// Removes the incomplete folder that a killed process left beside `folder`, and returns its path. The
+/// caller holds the claim on the report.
+pub fn remove_incomplete(folder: &Path) -> Result<PathBuf> {
     let mut incomplete = folder.as_os_str().to_owned();
     incomplete.push(".incomplete");
     let incomplete = PathBuf::from(incomplete);
@@ -87,8 +94,7 @@ pub fn write_pictures(
         fs::remove_dir_all(&incomplete)
             .with_context(|| format!("removing `{}`", incomplete.display()))?;
     }
-    sorted.write(&incomplete)?;
-    fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
+    Ok(incomplete)
 }
 
 /// How a picture is placed in the folder of its cluster.
@@ -337,6 +343,9 @@ mod tests {
         fs::write(incomplete.join("0/9-9.png"), "half")?;
         write(&out, &images, &names)?;
         assert!(!out.join("0/9-9.png").exists() && !incomplete.exists());
+        fs::create_dir(&incomplete)?;
+        assert_eq!(remove_incomplete(&out)?, incomplete);
+        assert!(!incomplete.exists());
         let written = |path: &str| fs::metadata(out.join(path)).and_then(|file| file.modified());
         let before = written("0/4-0.png")?;
         write(&out, &images, &names)?;

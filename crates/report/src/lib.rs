@@ -119,6 +119,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let _claim = Claim::wait(out, interrupt)?;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
     stage::files::remove_unfinished(out)?;
+    files::remove_incomplete(&out.join(files::PICTURES))?;
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
