@@ -2,12 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use stage::{Experiment, container, digest, files};
+use stage::{Claim, Experiment, Interrupt, container, digest, files};
 
 use crate::key::StoreKey;
 use crate::process::Process;
@@ -97,6 +96,8 @@ impl<'a> PreparedData<'a> {
     /// The program fails, or the source changed while it was read.
     pub fn make(&self, memory: Option<u64>, fresh: bool) -> Result<Hold> {
         let interrupt = &self.session.interrupt;
+        self.store.remove_abandoned()?;
+        files::remove_abandoned(&self.folder)?;
         if fresh || !self.is_done() || self.is_littered() {
             let claim = self.store.claim(&self.key, interrupt)?;
             let is_half_known =
@@ -212,13 +213,15 @@ fn own_source(session: &CommandContext, experiment: &Experiment, runs: &Path) ->
     let source = experiment.source()?;
     let embedded = session.registry.data.iter().find(|data| data.folder == source);
     match embedded {
-        Some(embedded) if !Path::new(&source).exists() => unpacked(embedded, runs),
+        Some(embedded) if !Path::new(&source).exists() => {
+            unpacked(embedded, runs, &session.interrupt)
+        }
         _ => Ok(source.into()),
     }
 }
 
 /// Writes the files of an embedded data set, unless they exist, and returns their folder.
-fn unpacked(data: &EmbeddedData, runs: &Path) -> Result<PathBuf> {
+fn unpacked(data: &EmbeddedData, runs: &Path, interrupt: &Interrupt) -> Result<PathBuf> {
     let contents: Vec<u8> = data
         .files
         .iter()
@@ -230,30 +233,20 @@ fn unpacked(data: &EmbeddedData, runs: &Path) -> Result<PathBuf> {
     if folder.exists() {
         return Ok(folder);
     }
+    let _claim = Claim::wait(&all, interrupt)?;
+    if folder.exists() {
+        return Ok(folder);
+    }
     let write = || -> Result<()> {
         fs::create_dir_all(&all)?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(files::TEMPORARY);
-        // The umask decides whether others may read the pictures.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let partial = builder.tempdir_in(&all)?;
-        let inside = partial.path().join(folder.file_name().unwrap_or_default());
+        // A killed process leaves its folder.
+        files::remove_abandoned(&all)?;
+        let partial = all.join(format!("{}{version}", files::TEMPORARY));
+        let inside = partial.join(folder.file_name().unwrap_or_default());
         for (name, bytes) in &data.files {
             files::write(&inside.join(name), bytes)?;
         }
-        match fs::rename(partial.path(), all.join(version)) {
-            // Another command was faster.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists
-                ) =>
-            {
-                Ok(())
-            }
-            renamed => Ok(renamed?),
-        }
+        Ok(fs::rename(partial, all.join(version))?)
     };
     write().with_context(|| format!("writing the built-in pictures to `{}`", folder.display()))?;
     Ok(folder)
@@ -270,15 +263,19 @@ mod tests {
             folder: "data/digits",
             files: vec![("a.gz", bytes), ("b.gz", b"2")],
         };
-        let folder = unpacked(&data(b"1"), runs.path()).expect("written");
+        let unpacked = |data| unpacked(&data, runs.path(), &Interrupt::default());
+        let killed = runs.path().join(".embedded/.unfinished-killed");
+        fs::create_dir_all(&killed).expect("created");
+        std::thread::sleep(std::time::Duration::from_millis(150));
+        let folder = unpacked(data(b"1")).expect("written");
         assert!(folder.ends_with("digits"), "{}", folder.display());
         assert_eq!(fs::read(folder.join("a.gz")).expect("there"), b"1");
         assert_eq!(fs::read(folder.join("b.gz")).expect("there"), b"2");
         let changed = fs::metadata(folder.join("a.gz")).and_then(|found| found.modified());
-        assert_eq!(unpacked(&data(b"1"), runs.path()).expect("there"), folder);
+        assert_eq!(unpacked(data(b"1")).expect("there"), folder);
         let again = fs::metadata(folder.join("a.gz")).and_then(|found| found.modified());
         assert_eq!(again.expect("there"), changed.expect("there"));
-        assert_ne!(unpacked(&data(b"3"), runs.path()).expect("written"), folder);
+        assert_ne!(unpacked(data(b"3")).expect("written"), folder);
         let left = fs::read_dir(runs.path().join(".embedded")).expect("there").count();
         assert_eq!(left, 2, "nothing half-written is left");
     }

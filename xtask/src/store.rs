@@ -6,6 +6,7 @@
 //! folder. Experiments share the results of identical steps.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use stage::{Claim, Interrupt, Status, finished};
+use stage::{Claim, Interrupt, Status, files, finished};
 
 use crate::key::StoreKey;
 
@@ -56,6 +57,11 @@ impl Store {
         Self { folder: runs.join(".data") }
     }
 
+    /// Removes what killed commands left in the store's folder.
+    pub fn remove_abandoned(&self) -> Result<()> {
+        files::remove_abandoned(&self.folder)
+    }
+
     /// The folder of the result `key`.
     pub fn path(&self, key: &str) -> PathBuf {
         self.folder.join(key)
@@ -86,10 +92,11 @@ impl Store {
         let open = File::options().create(true).append(true).read(true).open(&path);
         let file = open.with_context(|| format!("opening `{}`", path.display()))?;
         lock(&file, File::try_lock, key.name(), interrupt)?;
-        let is_new = file.metadata()?.len() == 0;
-        if is_new {
-            writeln!(&file, "{:#}", key.record)
-                .with_context(|| format!("writing `{}`", path.display()))?;
+        let record = format!("{:#}\n", key.record);
+        if !fs::read(&path).is_ok_and(|found| found == record.as_bytes()) {
+            // New, or damaged. It is not replaced: it is locked.
+            let write = || file.set_len(0).and_then(|()| (&file).write_all(record.as_bytes()));
+            write().with_context(|| format!("writing `{}`", path.display()))?;
         }
         Ok(Hold(file))
     }
@@ -164,7 +171,16 @@ impl Store {
         }
         // The program that writes there may outlive the command that started it.
         let _writer = Claim::wait(&folder, interrupt)?;
-        fs::remove_dir_all(&folder).with_context(|| format!("removing `{}`", folder.display()))
+        // Renamed first: a kill in the middle must not leave a state without its log or its results.
+        let removed = temporary(&folder);
+        let remove = || -> io::Result<()> {
+            let _ = fs::remove_dir_all(&removed);
+            fs::rename(&folder, &removed)?;
+            // Another command may remove it too.
+            let _ = fs::remove_dir_all(&removed);
+            Ok(())
+        };
+        remove().with_context(|| format!("removing `{}`", folder.display()))
     }
 }
 
@@ -201,17 +217,30 @@ fn lock(
 pub fn show(view: &Path, target: &Path) -> Result<()> {
     require_replaceable(view)?;
     let put = || -> io::Result<()> {
-        let folder = view.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder)?;
+        fs::create_dir_all(view.parent().unwrap_or(Path::new(".")))?;
         let target = fs::canonicalize(target)?;
-        let name = view.file_name().unwrap_or_default().to_string_lossy();
         // Renamed into place, so that a reader finds either the old view or the new one.
-        let beside = folder.join(format!(".{name}.{}", std::process::id()));
-        let _ = fs::remove_file(&beside);
-        link(&target, &beside).or_else(|_| fs::write(&beside, target.display().to_string()))?;
-        fs::rename(&beside, view)
+        let beside = temporary(view);
+        loop {
+            let _ = fs::remove_file(&beside);
+            link(&target, &beside).or_else(|_| fs::write(&beside, target.display().to_string()))?;
+            match fs::rename(&beside, view) {
+                // Another command removed it as abandoned.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                renamed => return renamed,
+            }
+        }
     };
     put().with_context(|| format!("linking `{}` to `{}`", view.display(), target.display()))
+}
+
+/// A path beside `path` under a temporary name. A killed process can leave it;
+/// [`files::remove_abandoned`] removes it.
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = OsString::from(files::TEMPORARY);
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}", std::process::id()));
+    path.with_file_name(name)
 }
 
 /// Fails if the path of a view holds something else.
@@ -304,6 +333,9 @@ mod tests {
         store.claim(&key, &interrupt).expect("free");
         let text = fs::read_to_string(&record).expect("there");
         assert_eq!(text.matches("views").count(), 1, "{text}");
+        fs::write(&record, &text[1..]).expect("damaged");
+        store.claim(&key, &interrupt).expect("free");
+        assert_eq!(fs::read_to_string(&record).expect("there"), text);
     }
 
     #[test]
@@ -368,6 +400,47 @@ mod tests {
         fs::rename(&runs, &moved).expect("moved");
         let file = moved.join("digits/0/control/1-embed/file");
         assert_eq!(fs::read_to_string(file).expect("there"), "two");
+    }
+
+    #[test]
+    fn a_view_whose_temporary_link_vanishes_is_made_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let view = folder.path().join("0-embed");
+        let beside = temporary(&view);
+        let ends = std::sync::atomic::AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::remove_file(&beside);
+                }
+            });
+            for _ in 0..200 {
+                show(&view, folder.path()).expect("linked");
+            }
+            ends.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(is_view(&view) && fs::symlink_metadata(&beside).is_err());
+    }
+
+    #[test]
+    fn a_killed_removal_leaves_nothing_in_the_place_of_the_result() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
+        let claim = store.claim(&key(), &interrupt).expect("free");
+        let result = store.path(key().name());
+        // The state after a kill, and a command of the same number that removes the result again.
+        for path in [temporary(&result), result.clone()] {
+            fs::create_dir_all(&path).expect("created");
+            fs::write(path.join("state"), "1").expect("written");
+        }
+        store.forget(&key(), &claim, &interrupt).expect("forgotten");
+        assert_eq!(store.state(key().name()), StepState::New);
+        fs::create_dir(temporary(&result)).expect("created");
+        thread::sleep(Duration::from_millis(150));
+        store.remove_abandoned().expect("readable");
+        let record = format!("{}.json", key().name());
+        let left: Vec<_> = fs::read_dir(&store.folder).expect("there").flatten().collect();
+        assert_eq!(left.iter().map(|entry| entry.file_name()).collect::<Vec<_>>(), [&*record]);
     }
 
     #[test]
