@@ -114,7 +114,7 @@ impl<'a> Learnt<'a> {
         let network_step = step_with(Spec::trains, NETWORK)?;
         let head_step = step_with(Spec::clusters, HEAD)?;
         Ok(Self {
-            experiment: Experiment::read(&run.experiment_file())?,
+            experiment: run.experiment()?,
             network_step,
             network: run.path(network_step),
             head: run.path(head_step),
@@ -141,8 +141,10 @@ impl Prediction<'_> {
     fn make(&self) -> Result<PathBuf> {
         let (key, interrupt) = (self.key()?, &self.session.interrupt);
         let folder = self.store.path(key.name());
+        self.store.remove_abandoned()?;
         let _claim = self.store.claim(&key, interrupt)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
+        files::remove_abandoned(&folder)?;
         store::show(&self.view(), &folder)?;
         // A file of a finished step may be missing: that step runs again.
         let is_whole = STEPS.iter().all(|step| finished::is_finished(&folder.join(step)));

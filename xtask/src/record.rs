@@ -7,12 +7,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-use stage::{Claim, Interrupt, Spec, files};
+use stage::{Claim, Experiment, Interrupt, Spec, digest, files, json};
 
 use crate::store::{self, Hold, StepState, Store};
 
@@ -22,11 +21,11 @@ const FILE: &str = "run.json";
 /// The view of the prepared data in the folder of a run.
 const DATA: &str = "data";
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One plan: the experiment of a run, and the keys of its results.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct RunRecord {
     /// Version of this format.
     format_version: u32,
@@ -69,20 +68,21 @@ impl RunRecord {
     /// There is none, or it is damaged or of another version.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
-                "`{}` is not the folder of a run: it has no `{FILE}`, which `assort reproduce` and \
-                 `assort stage` write",
-                folder.display()
-            ),
-            read => read.with_context(|| format!("opening `{}`", path.display()))?,
-        };
-        serde_json::from_str(&text).with_context(|| {
+        ensure!(
+            path.exists(),
+            "`{}` is not the folder of a run: it has no `{FILE}`, which `assort reproduce` and \
+             `assort stage` write",
+            folder.display()
+        );
+        let advice = || {
             format!(
                 "`{}` is damaged or of another version; `assort reproduce` writes it again",
                 path.display()
             )
-        })
+        };
+        let record: Self = json::read(&path).with_context(advice)?;
+        ensure!(record.format_version == VERSION, advice());
+        Ok(record)
     }
 
     /// The key of the step of this name.
@@ -100,11 +100,8 @@ impl RunRecord {
     pub fn publish(&self, folder: &Path, runs: &Path, interrupt: &Interrupt) -> Result<()> {
         self.require_replaceable(folder)?;
         let _claim = Claim::wait(folder, interrupt)?;
-        if folder.exists() {
-            files::remove_unfinished(folder)?;
-        }
-        let text = serde_json::to_string_pretty(self)?;
-        files::write(&folder.join(FILE), format!("{text}\n").as_bytes())?;
+        files::remove_abandoned(folder)?;
+        json::write(&folder.join(FILE), self)?;
         let steps = Store::of_steps(runs);
         let is_begun = |step: &&RecordedStep| steps.state(&step.key) != StepState::New;
         let begun: Vec<&RecordedStep> = self.steps.iter().filter(is_begun).collect();
@@ -116,12 +113,14 @@ impl RunRecord {
     }
 }
 
-/// Removes the views in `folder` and its subfolders that are not in `kept`.
+/// Removes the views in `folder` and its subfolders that are not in `kept`, and what killed commands
+/// left in the subfolders.
 fn remove_views_but(folder: &Path, kept: &BTreeSet<&str>) -> Result<()> {
     let mut views = Vec::new();
     for name in entries(folder)? {
         let path = folder.join(&name);
         if path.is_dir() && !path.is_symlink() {
+            files::remove_abandoned(&path)?;
             views.extend(entries(&path)?.into_iter().map(|below| format!("{name}/{below}")));
         } else {
             views.push(name);
@@ -223,8 +222,20 @@ impl Recorded {
     }
 
     /// The resolved experiment.
-    pub fn experiment_file(&self) -> PathBuf {
-        self.runs.join(self.experiment_name()).join(&self.record.experiment)
+    ///
+    /// # Errors
+    ///
+    /// Its file is missing, or was changed: its name states a digest of the contents.
+    pub fn experiment(&self) -> Result<Experiment> {
+        let path = self.runs.join(self.experiment_name()).join(&self.record.experiment);
+        let text = fs::read(&path).with_context(|| format!("opening `{}`", path.display()))?;
+        ensure!(
+            self.record.experiment.ends_with(&format!("-{}.toml", digest_of(&text))),
+            "`{}` was changed after it was written; `assort reproduce` with the same values writes \
+             it again",
+            path.display()
+        );
+        Experiment::read(&path)
     }
 
     /// The folder of the prepared data.
@@ -274,6 +285,11 @@ impl Recorded {
         let steps = steps.iter().map(|step| store.hold(&step.key, interrupt));
         [data].into_iter().chain(steps).collect()
     }
+}
+
+/// The part of a resolved experiment's file name that depends on its contents.
+pub fn digest_of(experiment: &[u8]) -> String {
+    digest::sha256(experiment)[..8].to_owned()
 }
 
 #[cfg(test)]
@@ -331,6 +347,28 @@ mod tests {
         assert_eq!(views(&run.join("control")), ["1-embed"]);
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn links_and_files_of_killed_commands_are_removed_and_seen_by_nobody() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let runs = folder.path().join("runs");
+        let run = runs.join("digits/3");
+        let record = record(&runs, &["0-embed", "control/1-embed"], &["0-embed"]);
+        record.publish(&run, &runs, &Interrupt::default())?;
+        for left in [".unfinished-0-embed.17", "control/.unfinished-1-embed.17"] {
+            std::os::unix::fs::symlink(Store::of_steps(&runs).path("embed-0"), run.join(left))?;
+        }
+        fs::write(run.join(".unfinished-run"), "{")?;
+        fs::write(run.join(".report.lock"), "")?;
+        let which = Which { run: "digits".into(), seed: 3, runs: runs.clone() };
+        assert_eq!(which.find()?.finished(), [&record.steps[0]]);
+        std::thread::sleep(std::time::Duration::from_millis(150));
+        record.publish(&run, &runs, &Interrupt::default())?;
+        assert_eq!(views(&run), ["0-embed", "control", "data"]);
+        assert_eq!(views(&run.join("control")), ["1-embed"]);
+        Ok(())
+    }
+
     #[test]
     fn a_run_is_found_by_name_by_file_and_by_folder_and_reads_what_its_record_names() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -344,7 +382,6 @@ mod tests {
             let found = find(word).expect("a run");
             assert_eq!(found.record, record, "{word}");
             assert_eq!(found.name(), "digits, seed 3", "{word}");
-            assert_eq!(found.experiment_file(), found.runs.join("digits/experiment-1.toml"));
         }
         let found = find("digits").expect("a run");
         assert_eq!(found.unfinished().map(|step| step.name.as_str()), Some("1-clustering"));
@@ -361,5 +398,29 @@ mod tests {
         assert!(error.contains(FILE), "{error}");
         fs::write(runs.join("photos/3").join(FILE), "{}").expect("written");
         find("photos").expect_err("a damaged record");
+    }
+
+    #[test]
+    fn a_changed_record_and_a_changed_experiment_are_not_read() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let runs = folder.path().join("runs");
+        let run = runs.join("digits/3");
+        let text = "[data]\nclusters = 3\n";
+        let experiment = format!("experiment-{}.toml", digest_of(text.as_bytes()));
+        let record = RunRecord { experiment, ..record(&runs, &["0-embed"], &["0-embed"]) };
+        record.publish(&run, &runs, &Interrupt::default())?;
+        let which = Which { run: "digits".into(), seed: 3, runs: runs.clone() };
+        let path = runs.join("digits").join(&record.experiment);
+        fs::write(&path, text)?;
+        assert!(which.find()?.experiment()?.value("data").is_some());
+        fs::write(&path, text.replace('3', "7"))?;
+        let error = which.find()?.experiment().expect_err("changed").to_string();
+        assert!(error.contains("experiment-") && error.contains("assort reproduce"), "{error}");
+
+        let changed = fs::read_to_string(run.join(FILE))?.replace("\"seed\": 3", "\"seed\": 7");
+        fs::write(run.join(FILE), changed)?;
+        let error = which.find().expect_err("changed").to_string();
+        assert!(error.contains(FILE) && error.contains("assort reproduce"), "{error}");
+        Ok(())
     }
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use stage::console::print_line;
-use stage::{DeviceChoice, Experiment, digest, files};
+use stage::{DeviceChoice, Experiment, files};
 
 use crate::CommandContext;
 use crate::plan::{Arm, RunPlan};
 use crate::prepared::PreparedData;
 use crate::programs::Programs;
+use crate::record;
 use crate::run::ExperimentRun;
 use crate::store::{Hold, StepState};
 
@@ -146,7 +147,7 @@ fn write_experiments(plan: &RunPlan, runs: &Path) -> Result<BTreeMap<Arm, PathBu
     for (arm, experiment) in &plan.arms {
         let text =
             format!("# `{}`, resolved.\n{}", experiment.path.display(), experiment.to_toml());
-        let digest = &digest::sha256(text.as_bytes())[..8];
+        let digest = record::digest_of(text.as_bytes());
         let path = runs.join(&experiment.name).join(format!("{arm}-{digest}.toml"));
         files::write(&path, text.as_bytes())?;
         experiment_files.insert(*arm, path);
