@@ -4,7 +4,6 @@
 //! so that a new system only adds its file.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -211,8 +210,7 @@ pub fn systems() -> Vec<String> {
 
 /// Builds `assort`: cargo gives a test only the programs of its own package.
 fn build() -> Result<PathBuf> {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = xtask::cargo::command();
     command.args(["build", "--message-format", "json-render-diagnostics"]).stdin(Stdio::null());
     command.args(["--package", "assort", "--bin", "assort"]);
     let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output()?;

@@ -4,7 +4,6 @@
 //! `assort`: it builds that program and runs it with the same words in the root of the workspace.
 
 mod bench;
-mod cargo;
 #[cfg(unix)]
 mod cuda_toolchain;
 
@@ -16,6 +15,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use stage::console::{print_error, start_logging};
+use xtask::cargo;
 
 /// Builds `assort` and runs it with these words in the root of the workspace.
 ///
@@ -99,7 +99,7 @@ fn set_up_cuda(_: &Path, _: &Path, _: u32) -> Result<ExitCode> {
 fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
     if what == "fuzz" {
         let seconds = (60. * minutes / 10.).ceil().to_string(); // Each of nine readers, and ours.
-        let mut command = Command::new(cargo::program());
+        let mut command = cargo::command();
         command.args(["test", "--package", "prepare", "--lib", "fuzz", "--", "--nocapture"]);
         let status = command.env("FUZZ_SECONDS", seconds).current_dir(cargo::root()?).status()?;
         anyhow::ensure!(status.success(), "a reader of sources fails; its message is above");
