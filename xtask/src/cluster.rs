@@ -108,7 +108,7 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     print_line("")?;
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
     let page = ReportOptions::of_run(&run, options.out.clone());
-    report::run(session, &page.with_folders(copy_to, link_to, options.path.clone()))?;
+    report::run(session, &page.with_folders(copy_to, link_to))?;
     if options.json {
         print_line(results.json())?;
     }

@@ -267,6 +267,7 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     set("prepare", "source", text_of(images).into());
     set("prepare", "channels", known("prepare", "channels")?);
     set("prepare", "broken-share", known("prepare", "broken-share")?);
+    set("prepare", "stored-shorter-side", known("prepare", "stored-shorter-side")?);
     set("embed", "precision", precision);
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
 }
@@ -324,6 +325,7 @@ mod tests {
             "photos",
             "title = 'Photos'\nsystem = 'PLDC'\n[data]\nclusters = 7\ntrain-on = ['train']\n\
              [prepare]\nsource = 'a'\nchannels = 1\nbroken-share = 0.2\nclasses = ['x']\n\
+             stored-shorter-side = 512\n\
              [stages]\npretraining = 'propos'\nother = '/a/b'\n[propos.run]\nprecision = 'bf16'",
         )?;
         let asked = experiment(&learnt, "pretraining", Path::new("/new/ones"))?;
@@ -333,6 +335,7 @@ mod tests {
         assert_eq!(value("prepare", "source"), Some("/new/ones".into()));
         assert_eq!(value("prepare", "channels"), Some(1.into()));
         assert_eq!(value("prepare", "classes"), Some(Value::Array(vec![])), "all of them");
+        assert_eq!(value("prepare", "stored-shorter-side"), Some(512.into()));
         assert_eq!(
             value("embed", "precision"),
             Some("bf16".into()),

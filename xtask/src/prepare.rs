@@ -51,6 +51,7 @@ images-at-most = 0
 channels = 3
 broken-share = 0.01
 identical = "keep"
+stored-shorter-side = 0
 "#;
 
 impl PrepareOptions {

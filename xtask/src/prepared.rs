@@ -207,6 +207,14 @@ impl<'a> PreparedData<'a> {
     }
 }
 
+/// The folder that the prepared data in `data` came from; `None` if it came from an archive or the
+/// network, or the folder is gone.
+pub fn source_folder(data: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(data.join(SOURCE)).ok()?;
+    let known: Value = serde_json::from_str(&text).ok()?;
+    Some(PathBuf::from(known["source"].as_str()?)).filter(|source| source.is_dir())
+}
+
 /// The source that the experiment names. If that folder is missing but embedded in the program, it
 /// is written once below `runs`.
 fn own_source(session: &CommandContext, experiment: &Experiment, runs: &Path) -> Result<PathBuf> {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use stage::Spec;
 
 use crate::CommandContext;
+use crate::prepared::source_folder;
 use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::{Recorded, RecordedStep, Which};
@@ -28,9 +29,10 @@ pub struct ReportOptions {
     #[arg(long, value_name = "DIR")]
     copy_to: Option<PathBuf>,
     /// Also link to every picture from a folder of its cluster, in DIR.
-    #[arg(long, value_name = "DIR", requires = "source")]
+    #[arg(long, value_name = "DIR")]
     link_to: Option<PathBuf>,
-    /// The folder that the pictures were read from; links point into it.
+    /// The folder that the pictures were read from, if it was moved; links point into it, and large
+    /// pictures are copied from it.
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
     /// Folder to write into; by default `report` in the run's folder.
@@ -57,14 +59,9 @@ impl ReportOptions {
         }
     }
 
-    /// Adds folders of pictures: copies, or links to those in `source`.
-    pub fn with_folders(
-        self,
-        copy_to: Option<PathBuf>,
-        link_to: Option<PathBuf>,
-        source: PathBuf,
-    ) -> Self {
-        Self { copy_to, link_to, source: Some(source), ..self }
+    /// Adds folders of pictures: copies, or links to the originals.
+    pub fn with_folders(self, copy_to: Option<PathBuf>, link_to: Option<PathBuf>) -> Self {
+        Self { copy_to, link_to, ..self }
     }
 }
 
@@ -135,11 +132,9 @@ fn arguments(
     if options.pictures {
         arguments.push("--pictures".into());
     }
-    let folders = [
-        ("--copy-to", &options.copy_to),
-        ("--link-to", &options.link_to),
-        ("--source", &options.source),
-    ];
+    let source = options.source.clone().or_else(|| source_folder(&pictures));
+    let folders =
+        [("--copy-to", &options.copy_to), ("--link-to", &options.link_to), ("--source", &source)];
     for (flag, folder) in folders {
         arguments.extend(folder.iter().flat_map(|folder| [flag.into(), folder.into()]));
     }

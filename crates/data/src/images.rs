@@ -5,16 +5,24 @@
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
-//! | `id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture, ascending; equal ones by split |
+//! | `id` | `(N, 32)` u8 | SHA-256 of each picture's own file or pixels, ascending; equal ones by split |
 //! | `split` | `(N,)` u8 | 0 train, 1 test, 2 unlabelled |
 //! | `encoding` | `(N,)` u8 | 0 raw pixels `(height, width, channels)`, 1 JPEG, 2 PNG, 3 WebP file |
-//! | `size` | `(N, 2)` u32 | height and width of the decoded picture |
+//! | `size` | `(N, 2)` u32 | height and width of the picture |
 //! | `offset` | `(N + 1,)` u64 | picture `n` is `bytes[offset[n]..offset[n + 1]]` |
 //! | `bytes` | `(B,)` u8 | the stored bytes: unchanged files, or raw pixels |
 //!
 //! Header: `images`, N; `channels`, 1 if pictures are decoded to grey, 3 for colour; `fingerprint`, the
 //! hex SHA-256 over `channels` as u32 and then, by row, id, split as u8, height and width as u32, all
 //! little-endian.
+//!
+//! A picture may be stored smaller than it is ([`StoredPicture::file_within`]). It keeps the id and the
+//! size of its own file, so that the data set is the same one. Then there are also
+//!
+//! | tensor | shape, type | |
+//! |---|---|---|
+//! | `stored-id` | `(N, 32)` u8 | SHA-256 of the stored bytes of each picture |
+//! | `stored-size` | `(N, 2)` u32 | height and width of the stored picture |
 //!
 //! More than [`PART_BYTES`] of pictures are stored in several files beside this one. This file then has
 //! no `bytes`, but
@@ -27,7 +35,7 @@
 //! kind `images-part`, format version 1, header field `fingerprint`, and a tensor `bytes` of the length
 //! that `part` implies. No picture is split across two parts.
 //!
-//! The digest in the header covers all tensors but `bytes`, which the ids cover. Opening checks
+//! The digest in the header covers all tensors but `bytes`, which the ids, or stored ids, cover. Opening checks
 //! everything but the pictures, in time that does not depend on their size. Each picture is checked
 //! once, when a program first reads it, in about a tenth of the time of decoding a JPEG file.
 
@@ -67,11 +75,14 @@ const BYTES: &str = "bytes";
 /// The tensor that replaces it if there are parts.
 const PART: &str = "part";
 
+/// The tensors of a file whose pictures are not all stored as they are.
+const STORED: [&str; 2] = ["stored-id", "stored-size"];
+
 /// The limit of decoded pictures in memory unless [`Images::keep_decoded`] sets another: 1 GiB, enough
 /// for 38,000 pictures of 96×96 in colour.
 pub const DECODED_BYTES: usize = 1 << 30;
 
-/// SHA-256 of a picture's stored bytes.
+/// SHA-256 of a picture's own file, or of its pixels.
 pub type Id = [u8; 32];
 
 /// The pictures of a data set, read from a memory-mapped file. Clones share everything.
@@ -88,11 +99,14 @@ struct Shared {
     /// The pictures' bytes: one part within the file itself, or several beside it.
     parts: Vec<MappedPart>,
     ids: Vec<Id>,
+    /// The digests of the stored bytes, if those are not all the ids.
+    stored_ids: Option<Vec<Id>>,
     splits: Vec<Split>,
     encodings: Vec<Encoding>,
+    /// Height and width as stored.
     sizes: Vec<[u32; 2]>,
     offsets: Vec<u64>,
-    /// Whether the id of each row was verified.
+    /// Whether the digest of each row was verified.
     checked: Vec<AtomicBool>,
     /// Decoded pictures in memory.
     decoded: Vec<OnceLock<Arc<Picture>>>,
@@ -169,7 +183,7 @@ impl Images {
         rows.filter(|(split, _)| splits.contains(split)).map(|(_, row)| row).collect()
     }
 
-    /// The SHA-256 of the stored bytes of a picture.
+    /// The SHA-256 of a picture's own file, or of its pixels.
     ///
     /// # Errors
     ///
@@ -178,7 +192,34 @@ impl Images {
         Ok(self.shared.ids[self.position(row)?])
     }
 
-    /// Height and width of a picture, without decoding it.
+    /// The SHA-256 of a picture's stored bytes: what a network sees of it depends on this.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row.
+    pub fn stored_id(&self, row: u32) -> Result<Id> {
+        Ok(*self.shared.stored_id(self.position(row)?))
+    }
+
+    /// Whether a picture is stored smaller than it is.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row.
+    pub fn is_reduced(&self, row: u32) -> Result<bool> {
+        Ok(self.stored_id(row)? != self.id(row)?)
+    }
+
+    /// The shorter side of the pictures that are stored smaller than they are; `None` if there are
+    /// none.
+    pub fn reduced_side(&self) -> Option<usize> {
+        let stored = self.shared.stored_ids.as_ref()?;
+        let pairs = stored.iter().zip(&self.shared.ids).zip(&self.shared.sizes);
+        let reduced = pairs.filter(|((stored, id), _)| stored != id);
+        reduced.map(|(_, [height, width])| (*height).min(*width) as usize).max()
+    }
+
+    /// Height and width of a picture as it is stored, without decoding it.
     ///
     /// # Errors
     ///
@@ -208,7 +249,8 @@ impl Images {
         Ok(picture)
     }
 
-    /// The original file of a row and its encoding; `None` for a picture stored as raw pixels.
+    /// The stored file of a row and its encoding: the picture's own, unless it
+    /// [is reduced](Images::is_reduced). `None` for a picture stored as raw pixels.
     ///
     /// # Errors
     ///
@@ -319,7 +361,7 @@ impl Images {
         let bytes = shared.stored(position);
         if !shared.checked[position].load(Ordering::Relaxed) {
             let id: Id = Sha256::digest(bytes).into();
-            ensure!(id == shared.ids[position], "the SHA-256 of its bytes is not its id");
+            ensure!(id == *shared.stored_id(position), "the SHA-256 of its bytes is another");
             shared.checked[position].store(true, Ordering::Relaxed);
         }
         Ok(bytes)
@@ -426,7 +468,20 @@ impl Shared {
         );
         let splits = map[tensor("split", "U8", &[Some(n)])?].iter();
         let encodings = map[tensor("encoding", "U8", &[Some(n)])?].iter();
-        let sizes: Vec<u32> = words(tensor("size", "U32", &[Some(n), Some(2)])?);
+        let size_pairs = |name: &str| -> Result<Vec<[u32; 2]>> {
+            let sizes: Vec<u32> = words(tensor(name, "U32", &[Some(n), Some(2)])?);
+            Ok(sizes.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
+        };
+        let sizes = size_pairs("size")?;
+        let [stored_id, stored_size] = STORED;
+        let stored: Option<(Vec<Id>, _)> = match contents.tensors.contains_key(stored_id) {
+            true => {
+                let range = tensor(stored_id, "U8", &[Some(n), Some(32)])?;
+                let ids = bytemuck::allocation::pod_collect_to_vec(&map[range]);
+                Some((ids, size_pairs(stored_size)?))
+            }
+            false => None,
+        };
         let offsets: Vec<u64> = bytemuck::allocation::pod_collect_to_vec(
             &map[tensor("offset", "U64", &[Some(n + 1)])?],
         );
@@ -452,7 +507,8 @@ impl Shared {
             encodings: encodings
                 .map(|&code| Encoding::from_code(code).with_context(|| format!("encoding {code}")))
                 .collect::<Result<_>>()?,
-            sizes: sizes.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect(),
+            stored_ids: None,
+            sizes,
             offsets,
             checked: (0..n).map(|_| AtomicBool::new(false)).collect(),
             decoded: (0..n).map(|_| OnceLock::new()).collect(),
@@ -466,6 +522,9 @@ impl Shared {
             fingerprint(channels, rows.map(|((id, split), size)| (id, *split, *size)));
         let stated = contents.header.get("fingerprint").and_then(serde_json::Value::as_str);
         ensure!(stated == Some(&fingerprint), "the fingerprint is not that of its pictures");
+        if let Some((ids, sizes)) = stored {
+            (shared.stored_ids, shared.sizes) = (Some(ids), sizes);
+        }
         shared.parts = match (bytes, starts) {
             (Some(bytes), _) => vec![MappedPart { map, bytes, first: 0 }],
             (None, starts) => {
@@ -488,6 +547,11 @@ impl Shared {
         let whole = |part: &MappedPart| self.offsets.binary_search(&part.first).is_ok();
         ensure!(self.parts.iter().all(whole), "a picture is split across two parts");
         Ok(())
+    }
+
+    /// The digest of the stored bytes of a picture.
+    fn stored_id(&self, position: usize) -> &Id {
+        &self.stored_ids.as_ref().unwrap_or(&self.ids)[position]
     }
 
     /// The bytes of a picture in its mapped file. [`Shared::check_offsets`] has checked that they are
@@ -566,6 +630,7 @@ impl Fingerprint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::picture::decode;
     use crate::picture::tests::{example, jpeg, png};
 
     fn sources() -> Vec<(StoredPicture, Split)> {
@@ -692,6 +757,45 @@ mod tests {
         sources.reverse();
         write_all(&path, &sources);
         assert_eq!(std::fs::read(&path).expect("there"), first);
+    }
+
+    #[test]
+    fn pictures_stored_smaller_are_the_same_data_set() {
+        let (_folder, path) = scratch();
+        let whole = write_all(&path, &sources());
+        let unchanged = std::fs::read(&path).expect("there");
+        let files = [jpeg(&example(9, 13, 3)), png(&example(8, 3, 1))];
+        let within = |shorter_side: usize| {
+            let small = files.iter().map(|file| {
+                StoredPicture::file_within(file.clone(), 3, shorter_side).expect("sound")
+            });
+            let mut all = sources();
+            all.iter_mut().skip(2).zip(small).for_each(|(source, small)| source.0 = small);
+            let data_set = write_all(&path, &all);
+            (all, data_set, Images::open(&path).expect("sound"))
+        };
+        let (all, data_set, images) = within(6);
+        assert_eq!(data_set.fingerprint, whole.fingerprint);
+        assert_eq!(images.reduced_side(), Some(6));
+        let [jpeg, png] = [2, 3].map(|number: usize| row_of(&images, &all[number].0));
+        assert_eq!(images.size(jpeg).expect("there"), (6, 8));
+        assert!(images.is_reduced(jpeg).expect("there") && !images.is_reduced(png).expect("there"));
+        let stored = images.file(jpeg).expect("sound").expect("a file");
+        assert_eq!(stored, (Encoding::Jpeg, all[2].0.bytes()));
+        assert_eq!(*images.picture(jpeg).expect("sound"), decode(stored.1, 3).expect("sound"));
+        let bytes = std::fs::read(&path).expect("there");
+        for position in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[position] ^= 1;
+            std::fs::remove_file(&path).expect("removed");
+            std::fs::write(&path, &flipped).expect("written");
+            let read = Images::open(&path)
+                .and_then(|images| (0..4).try_for_each(|row| images.picture(row).map(drop)));
+            read.expect_err("a flipped byte");
+        }
+        // A bound that no picture exceeds changes no byte.
+        assert_eq!(within(9).2.reduced_side(), None);
+        assert_eq!(std::fs::read(&path).expect("there"), unchanged);
     }
 
     #[test]

@@ -310,6 +310,15 @@ pub(crate) mod tests {
         file
     }
 
+    /// The JPEG file with an EXIF orientation.
+    pub(crate) fn with_orientation(mut file: Vec<u8>, orientation: u8) -> Vec<u8> {
+        let mut exif = *b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\0\0\0\0\0\0\0";
+        exif[25] = orientation;
+        let segment = [&[0xff, 0xe1, 0, exif.len() as u8 + 2][..], &exif].concat();
+        file.splice(2..2, segment);
+        file
+    }
+
     fn difference(a: &Picture, b: &Picture) -> u8 {
         assert_eq!((a.height, a.width, a.channels), (b.height, b.width, b.channels));
         a.pixels.iter().zip(&b.pixels).map(|(a, b)| a.abs_diff(*b)).max().expect("pixels")
@@ -332,13 +341,8 @@ pub(crate) mod tests {
     #[test]
     fn an_exif_orientation_is_obeyed() {
         let picture = example(16, 24, 3);
-        let mut file = jpeg(&picture);
-        // An APP1 segment with one entry: orientation 6, to be turned a quarter clockwise.
-        let exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
-        let mut segment = vec![0xff, 0xe1, 0, exif.len() as u8 + 2];
-        segment.extend_from_slice(exif);
-        file.splice(2..2, segment);
-        let turned = decode(&file, 3).expect("sound");
+        // To be turned a quarter clockwise.
+        let turned = decode(&with_orientation(jpeg(&picture), 6), 3).expect("sound");
         assert_eq!((turned.height, turned.width), (24, 16));
         let at = |p: &Picture, y: usize, x: usize| p.pixels[(y * p.width + x) * 3];
         for (y, x) in [(0, 0), (3, 20), (15, 2)] {

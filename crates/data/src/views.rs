@@ -52,7 +52,7 @@ mod canvas;
 mod colour;
 mod draw;
 mod operation;
-mod resize;
+pub(crate) mod resize;
 mod warp;
 
 use anyhow::{Context, Result, ensure};

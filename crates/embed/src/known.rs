@@ -1,13 +1,13 @@
 //! Embeddings of an interrupted run, or of an earlier run of the same network on other pictures, which
 //! need not be computed again.
 //!
-//! An embedding depends on its picture, the network and the arithmetic alone, so a copy has the same
-//! bits. Kept in `state.safetensors`, kind `known-embeddings`, format
+//! An embedding depends on its picture as it is stored, the network and the arithmetic alone, so a copy has
+//! the same bits. Kept in `state.safetensors`, kind `known-embeddings`, format
 //! version 1:
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
-//! | `id` | `(M, 32)` u8 | the pictures, by the SHA-256 of their contents |
+//! | `id` | `(M, 32)` u8 | the pictures, by the SHA-256 of their stored bytes |
 //! | `backbone` | `(M, D)` f32 | their embeddings |
 //!
 //! Header: `network`, a digest of everything but the picture; see [`identity`].

@@ -192,7 +192,7 @@ fn published(
     let identity =
         known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
     let mut known = KnownEmbeddings::of_job(job, identity, network.width);
-    let ids = rows.iter().map(|&row| images.id(row)).collect::<Result<Vec<_>>>()?;
+    let ids = rows.iter().map(|&row| images.stored_id(row)).collect::<Result<Vec<_>>>()?;
     let is_missing = |(_, id): &(&u32, &data::images::Id)| known.get(id).is_none();
     let missing: Vec<u32> = rows.iter().zip(&ids).filter(is_missing).map(|(&row, _)| row).collect();
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
@@ -237,7 +237,7 @@ fn embed_missing(
         let [batch] = training::pictures(batch, &device)?;
         let embeddings = network.embedding(&batch)?.flatten_all()?.to_vec1::<f32>()?;
         for (row, embedding) in batch_rows.iter().zip(embeddings.chunks_exact(network.width)) {
-            known.insert(images.id(*row)?, embedding);
+            known.insert(images.stored_id(*row)?, embedding);
         }
         done += batch_rows.len() as u64;
         progress.at(done, "");

@@ -111,22 +111,27 @@ const NO_CLASS: u32 = u32::MAX;
 
 impl SortedPicture {
     /// Parses a record of id 32, split 1, arrival 8, encoding 1, height 4, width 4, length 8,
-    /// start 8, class 4 and padding 4 bytes, then the name. The first three decide the order.
+    /// start 8, class 4, stored height 4, stored width 4 and stored id 32 bytes, then the name. The
+    /// first three decide the order.
     fn of(record: &[u8]) -> Result<Self> {
         let short = "a record of pictures is cut short";
         let array = |at: usize| record.get(at..at + 8).and_then(|b| <[u8; 8]>::try_from(b).ok());
         let long = |at: usize| array(at).map(u64::from_be_bytes).context(short);
-        let (size, class) = (long(42)?, long(66)?);
-        let id: Id = record.get(..32).context(short)?.try_into()?;
+        let (size, class, stored_size) = (long(42)?, long(66)?, long(70)?);
+        let [id, stored_id]: [&[u8]; 2] =
+            [record.get(..32).context(short)?, record.get(78..110).context(short)?];
+        let pair = |size: u64| [(size >> 32) as u32, size as u32];
         let row = PictureRow {
-            id,
+            id: id.try_into()?,
             split: Split::from_code(record[32]).context("a split")?,
             encoding: Encoding::from_code(record[41]).context("an encoding")?,
-            size: [(size >> 32) as u32, size as u32],
+            size: pair(size),
+            stored_id: stored_id.try_into()?,
+            stored_size: pair(stored_size),
             length: long(50)?,
         };
         let class = (class >> 32) as u32;
-        let name = String::from_utf8_lossy(&record[74..]).into_owned();
+        let name = String::from_utf8_lossy(&record[110..]).into_owned();
         Ok(Self { row, start: long(58)?, class: (class != NO_CLASS).then_some(class), name })
     }
 }
@@ -185,7 +190,16 @@ impl Assembler<'_> {
                 _ if is_twice => {
                     counted.skipped.push(&[&[IGNORED], name, &[0], TWICE.as_bytes()])?;
                 }
-                What::Picture { id, split, encoding, size, length, class } => {
+                What::Picture {
+                    id,
+                    split,
+                    encoding,
+                    size,
+                    stored_id,
+                    stored_size,
+                    length,
+                    class,
+                } => {
                     let class = match &class {
                         Some(class) => number_of(class, &mut numbers, &mut counted.classes)?,
                         None => NO_CLASS,
@@ -201,8 +215,9 @@ impl Assembler<'_> {
                         &length.to_be_bytes(),
                         &start.to_be_bytes(),
                         &class.to_be_bytes(),
-                        // Padding: eight bytes can be read from the start of every field.
-                        &[0; 4],
+                        &stored_size[0].to_be_bytes(),
+                        &stored_size[1].to_be_bytes(),
+                        &stored_id,
                         name,
                     ])?;
                 }
@@ -259,7 +274,7 @@ impl Assembler<'_> {
             }
             places.write_all(&start.to_le_bytes())?;
             places.write_all(&row.length.to_le_bytes())?;
-            places.write_all(&row.id)?;
+            places.write_all(&row.stored_id)?;
             if count.is_multiple_of(1 << 12) {
                 self.check_interrupted()?;
             }

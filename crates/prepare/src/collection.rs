@@ -19,7 +19,7 @@ use stage::{Interrupted, Split};
 use crate::assemble::{self, Assembled};
 use crate::journal::{Journal, JournalEntry, What};
 use crate::labels::MOST_CLASSES;
-use crate::picture::{self, Budget};
+use crate::picture::{self, Budget, StoredForm};
 use crate::{Config, Options};
 
 /// Receives what the reader of a source finds. A reader must use the same order each time.
@@ -179,11 +179,11 @@ impl<'a> Collection<'a> {
 
     /// Decodes the pending pictures on all threads and writes them to the journal in arrival order.
     fn check_pending(&mut self) -> Result<()> {
-        let (channels, budget) = (self.config.channels, &self.budget);
+        let (form, budget) = (StoredForm::of(self.config), &self.budget);
         let pending = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
         let checked: Vec<(JournalEntry, Vec<u8>)> =
-            pending.into_par_iter().map(|pending| pending.check(channels, budget)).collect();
+            pending.into_par_iter().map(|pending| pending.check(form, budget)).collect();
         for (record, bytes) in checked {
             self.broken += u64::from(matches!(record.what, What::Broken { .. }));
             self.journal.add(&record, &bytes)?;
@@ -264,7 +264,7 @@ impl Sink for Collection<'_> {
 }
 
 impl Pending {
-    fn check(self, channels: usize, budget: &Budget) -> (JournalEntry, Vec<u8>) {
+    fn check(self, form: StoredForm, budget: &Budget) -> (JournalEntry, Vec<u8>) {
         let Self { name, what } = self;
         let (class, split, load) = match what {
             Waiting::Ignored(reason) => {
@@ -273,10 +273,10 @@ impl Pending {
             Waiting::Picture { class, split, load } => (class, split, load),
         };
         let source = match load {
-            Load::File(path) => picture::read(&path, channels, budget),
-            Load::Bytes(bytes) => picture::check(bytes, channels, budget),
+            Load::File(path) => picture::read(&path, form, budget),
+            Load::Bytes(bytes) => picture::check(bytes, form, budget),
             Load::Pixels(picture) => {
-                StoredPicture::raw(picture, channels).map_err(|error| format!("{error:#}"))
+                StoredPicture::raw(picture, form.channels).map_err(|error| format!("{error:#}"))
             }
             Load::Broken(reason) => Err(reason),
             Load::Known => Err("is missing from the journal".into()),
@@ -289,6 +289,8 @@ impl Pending {
                     split,
                     encoding: row.encoding.code(),
                     size: row.size,
+                    stored_id: row.stored_id,
+                    stored_size: row.stored_size,
                     length: row.length,
                     class,
                 };

@@ -23,6 +23,7 @@ pub fn config() -> Config {
         channels: 3,
         broken_share: 0.0,
         identical: Identical::Keep,
+        stored_shorter_side: 0,
     }
 }
 

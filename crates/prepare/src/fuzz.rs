@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use stage::Split;
 
 use crate::collection::{Load, Sink};
-use crate::picture::{self, Budget};
+use crate::picture::{self, Budget, StoredForm};
 use crate::{Format, cifar, idx, manifest, packed, parquet_file, stl, webdataset};
 
 /// The readers, each with the name of its fuzz target and corpus folder.
@@ -31,6 +31,12 @@ pub const READERS: [(&str, FuzzReader); 9] = [
 
 /// Feeds bytes to a reader. Its error is expected and ignored.
 pub type FuzzReader = fn(&[u8]) -> Result<()>;
+
+/// Grey as it is, colour reduced.
+const FORMS: [StoredForm; 2] = [
+    StoredForm { channels: 1, shorter_side: None },
+    StoredForm { channels: 3, shorter_side: Some(2) },
+];
 
 /// Memory limit of a reader: 32 MiB.
 const MEMORY: u64 = 1 << 25;
@@ -68,7 +74,7 @@ impl Sink for Decoder {
         // A picture that cannot be decoded is not an error of the source. Paths in a manifest are
         // not opened: they could be any file of this machine.
         if let Load::Bytes(bytes) = load {
-            let _ = picture::check(bytes, 3, &self.budget);
+            let _ = picture::check(bytes, FORMS[1], &self.budget);
         }
         Ok(())
     }
@@ -165,8 +171,8 @@ pub fn idx(bytes: &[u8]) -> Result<()> {
 /// Decodes a picture.
 pub fn picture(bytes: &[u8]) -> Result<()> {
     let budget = Budget::of(MEMORY);
-    let checked = picture::check(bytes.to_vec(), 1, &budget);
-    picture::check(bytes.to_vec(), 3, &budget).and(checked).map_err(anyhow::Error::msg)?;
+    let checked = FORMS.map(|form| picture::check(bytes.to_vec(), form, &budget));
+    checked.into_iter().try_for_each(|checked| checked.map(drop)).map_err(anyhow::Error::msg)?;
     Ok(())
 }
 

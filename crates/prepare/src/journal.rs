@@ -33,7 +33,7 @@ pub struct JournalEntry {
 pub enum What {
     /// A picture, whose bytes are the next ones in `pictures`.
     Picture {
-        /// SHA-256 of the stored bytes.
+        /// SHA-256 of its own file or pixels.
         #[serde(serialize_with = "write_id", deserialize_with = "read_id")]
         id: Id,
         /// The split of the data set that it belongs to.
@@ -42,7 +42,12 @@ pub enum What {
         encoding: u8,
         /// Height and width.
         size: [u32; 2],
-        /// Its size in bytes.
+        /// SHA-256 of the stored bytes.
+        #[serde(serialize_with = "write_id", deserialize_with = "read_id")]
+        stored_id: Id,
+        /// Height and width as it is stored.
+        stored_size: [u32; 2],
+        /// Stored bytes.
         length: u64,
         /// Its class, if known.
         class: Option<String>,
@@ -340,6 +345,8 @@ mod tests {
             split: Split::Test,
             encoding: 2,
             size: [3, 4],
+            stored_id: [7; 32],
+            stored_size: [2, 3],
             length: bytes.len() as u64,
             class: Some("cat".into()),
         };

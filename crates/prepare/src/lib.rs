@@ -99,6 +99,11 @@ pub struct Config {
     pub broken_share: f64,
     /// What to do with pictures that have the same bytes.
     pub identical: Identical,
+    /// Longest shorter side, in pixels, at which a picture file is stored. A larger picture is decoded
+    /// once and stored at this size, as JPEG of quality 95, so that later steps do not decode 12
+    /// megapixels to see 224 × 224; it stays the same picture in every other respect. 0 stores all
+    /// files as they are. Sources of arrays, such as CIFAR, are never changed.
+    pub stored_shorter_side: usize,
 }
 
 /// The format of a source.
@@ -315,6 +320,7 @@ fn gather(
         "memory": options.memory,
         "source": names::path_text(source),
         "state": found.state(),
+        "stored-shorter-side": config.stored_shorter_side,
     });
     let identity = identity.to_string();
     let mut collection = Collection::open(config, options, out, &identity, found.expected())?;

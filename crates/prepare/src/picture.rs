@@ -1,7 +1,9 @@
 //! Recognises pictures and decodes each once as a check, within a memory limit.
 //!
 //! The first bytes of a file decide its format: ILSVRC-2012 itself has a PNG named `.JPEG`.
-//! Decoding every picture here ensures that every stage can decode it. The header is parsed first:
+//! Decoding every picture here ensures that every stage can decode it, and is the time to reduce large
+//! ones. JPEG could be decoded at a half or a quarter of its size, but `zune-jpeg` does not offer that,
+//! and `jpeg-decoder`, which does, takes longer for it (`data::decoded`). The header is parsed first:
 //! a picture that needs too much memory counts as broken, and pictures are decoded in parallel only
 //! while they fit into memory together.
 
@@ -14,6 +16,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use data::images::StoredPicture;
 use data::picture::Encoding;
 
+use crate::Config;
 use crate::foreign::{self, Foreign};
 use crate::guard::guarded;
 
@@ -75,6 +78,44 @@ impl Drop for Taken<'_> {
     }
 }
 
+/// How pictures are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredForm {
+    /// 1 grey, 3 colour.
+    pub channels: usize,
+    /// Longest shorter side in pixels; `None` stores every file as it is.
+    pub shorter_side: Option<usize>,
+}
+
+impl StoredForm {
+    /// The form that the experiment asks for.
+    pub fn of(config: &Config) -> Self {
+        let shorter_side = Some(config.stored_shorter_side).filter(|&side| side > 0);
+        Self { channels: config.channels, shorter_side }
+    }
+
+    /// Peak memory of reading a picture: to decode it, or then to reduce the decoded pixels.
+    ///
+    /// Reducing holds three bytes a pixel; three floats a pixel of all rows at their new width, which
+    /// are as many as the longer side times the new shorter side; three floats a pixel of the result;
+    /// its bytes; and the file that is made of them.
+    fn bytes(self, header: &PictureHeader) -> u64 {
+        let (height, width) = (u64::from(header.height), u64::from(header.width));
+        let pixels = height * width;
+        let decoding = pixels.saturating_mul(header.bytes_a_pixel);
+        let (shorter, side) = (height.min(width), self.shorter_side.map(|side| side as u64));
+        match side.filter(|&side| side < shorter) {
+            None => decoding,
+            Some(side) => {
+                let mixed = 12 * height.max(width) * side;
+                let [to_height, to_width] = [height, width].map(|long| long * side / shorter);
+                let result = 18 * to_height * to_width;
+                decoding.max(pixels.saturating_mul(3).saturating_add(mixed + result))
+            }
+        }
+    }
+}
+
 /// How many bytes of a file are searched for the size of its picture, which may follow profiles and
 /// thumbnails.
 const HEADER_BYTES: u64 = 1 << 20;
@@ -84,7 +125,7 @@ const HEADER_BYTES: u64 = 1 << 20;
 /// # Errors
 ///
 /// A phrase that follows the picture's name.
-pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPicture, String> {
+pub fn read(path: &Path, form: StoredForm, budget: &Budget) -> Result<StoredPicture, String> {
     let failed = |error: io::Error| format!("cannot be read: {error}");
     // Checked before opening, because opening a pipe blocks until a program writes to it.
     if !fs::metadata(path).map_err(failed)?.is_file() {
@@ -97,10 +138,11 @@ pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPictu
     }
     let mut bytes = Vec::new();
     file.by_ref().take(HEADER_BYTES).read_to_end(&mut bytes).map_err(failed)?;
-    let _taken = budget.take((size + decoding_bytes(&bytes, budget)?).min(budget.decoding_bytes()));
+    let needed = size + decoding_bytes(&bytes, form, budget)?;
+    let _taken = budget.take(needed.min(budget.decoding_bytes()));
     // If the file grows meanwhile, no more is read than was reserved.
     file.take(size.saturating_sub(HEADER_BYTES)).read_to_end(&mut bytes).map_err(failed)?;
-    decode(bytes, channels)
+    decode(bytes, form)
 }
 
 /// Decodes the picture in these bytes once as a check.
@@ -108,20 +150,21 @@ pub fn read(path: &Path, channels: usize, budget: &Budget) -> Result<StoredPictu
 /// # Errors
 ///
 /// A phrase that follows the picture's name.
-pub fn check(bytes: Vec<u8>, channels: usize, budget: &Budget) -> Result<StoredPicture, String> {
-    let _taken = budget.take(decoding_bytes(&bytes, budget)?);
-    decode(bytes, channels)
+pub fn check(bytes: Vec<u8>, form: StoredForm, budget: &Budget) -> Result<StoredPicture, String> {
+    let _taken = budget.take(decoding_bytes(&bytes, form, budget)?);
+    decode(bytes, form)
 }
 
-fn decode(bytes: Vec<u8>, channels: usize) -> Result<StoredPicture, String> {
-    match guarded(|| StoredPicture::file(bytes, channels)) {
+fn decode(bytes: Vec<u8>, form: StoredForm) -> Result<StoredPicture, String> {
+    let shorter_side = form.shorter_side.unwrap_or(usize::MAX);
+    match guarded(|| StoredPicture::file_within(bytes, form.channels, shorter_side)) {
         Ok(read) => read.map_err(|error| format!("is broken: {error:#}")),
         Err(panic) => Err(format!("is broken: decoding it failed: {panic}")),
     }
 }
 
-/// Returns the peak memory of decoding a file, by its header.
-fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
+/// Returns the peak memory of decoding and reducing a file, by its header.
+fn decoding_bytes(bytes: &[u8], form: StoredForm, budget: &Budget) -> Result<u64, String> {
     if bytes.is_empty() {
         return Err("is empty".into());
     }
@@ -140,9 +183,8 @@ fn decoding_bytes(bytes: &[u8], budget: &Budget) -> Result<u64, String> {
             });
         }
     };
-    let PictureHeader { height, width, bytes_a_pixel } =
-        header.ok_or("is broken: its header has no size, or is cut short")?;
-    let needed = (u64::from(height) * u64::from(width)).saturating_mul(bytes_a_pixel);
+    let header = header.ok_or("is broken: its header has no size, or is cut short")?;
+    let (needed, PictureHeader { height, width, .. }) = (form.bytes(&header), header);
     match needed <= budget.decoding_bytes() {
         true => Ok(needed),
         false => Err(format!(
@@ -314,6 +356,47 @@ mod tests {
         let file = [&[0xff, 0xd8][..], &frame, &larger, &frame].concat();
         let header = PictureHeader { height: 256, width: 2, bytes_a_pixel: 13 };
         assert_eq!(jpeg_header(&file), Some(header));
+    }
+
+    #[test]
+    fn the_memory_of_reducing_counts_where_it_is_more_than_that_of_decoding() {
+        let bytes = |height, width, side| {
+            let header = PictureHeader { height, width, bytes_a_pixel: 7 };
+            StoredForm { channels: 3, shorter_side: side }.bytes(&header)
+        };
+        assert_eq!(bytes(3000, 4000, None), 84_000_000);
+        assert_eq!(bytes(3000, 4000, Some(3000)), 84_000_000);
+        assert_eq!(bytes(3000, 4000, Some(512)), 84_000_000, "decoding takes more");
+        // 3 · 1000 · 800 + 12 · 1000 · 700 + 18 · 875 · 700.
+        assert_eq!(bytes(1000, 800, Some(700)), 2_400_000 + 8_400_000 + 11_025_000);
+        assert_eq!(bytes(1000, 800, Some(700)), bytes(800, 1000, Some(700)));
+    }
+
+    #[test]
+    fn large_pictures_are_stored_smaller_and_everything_else_stays() {
+        let (_folder, path) = scratch();
+        for seed in 0..4 {
+            let picture = picture(20 + 10 * seed, 60);
+            put(&path.join(format!("{seed}.jpg")), &encoded(&picture, ImageFormat::Jpeg));
+        }
+        put(&path.join("large-again.jpg"), &std::fs::read(path.join("3.jpg")).expect("there"));
+        let whole = prepare(&path, &config()).expect("sound");
+        let bounded = Config { stored_shorter_side: 30, ..config() };
+        let small = prepare(&path, &bounded).expect("sound");
+        assert_eq!(small.images.fingerprint(), whole.images.fingerprint());
+        assert_eq!(small.names, whole.names);
+        assert_eq!(small.skipped("identical"), whole.skipped("identical"));
+        assert_eq!(small.skipped("identical").len(), 1);
+        for (name, size) in [("0.jpg", (20, 60)), ("1.jpg", (30, 60)), ("3.jpg", (30, 36))] {
+            let row = small.row(name);
+            assert_eq!(small.images.size(row).expect("there"), size, "{name}");
+            assert_eq!(small.images.is_reduced(row).expect("there"), name == "3.jpg");
+            let picture = small.picture(name);
+            assert_eq!((picture.height, picture.width), size);
+        }
+        assert_eq!(small.picture("0.jpg"), whole.picture("0.jpg"));
+        assert_eq!(small.picture("3.jpg"), small.picture("large-again.jpg"));
+        assert!(small.bytes.len() < whole.bytes.len());
     }
 
     #[test]

@@ -14,6 +14,7 @@ images-at-most = 0
 channels = 1
 broken-share = 0.01
 identical = "keep"
+stored-shorter-side = 0
 "#;
 
 /// The digits that ship with the project.

@@ -1,14 +1,17 @@
 //! The table `clusters.csv`, and a folder of pictures for each cluster.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Cursor, ErrorKind};
 use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result, bail, ensure};
+use data::images::Id;
 use data::picture::Encoding;
 use data::{Images, Names};
 use image::ImageFormat;
+use sha2::{Digest, Sha256};
 use stage::Interrupt;
 
 use crate::clusters::{Cluster, ClusterMember};
@@ -68,7 +71,8 @@ pub fn write_pictures(
     names: &Names,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let sorted = SortedPictures { form, clusters, names, interrupt };
+    let reduced = Cell::new(0);
+    let sorted = SortedPictures { form, clusters, names, interrupt, reduced: &reduced };
     if folder.exists() {
         if sorted.are_in(folder)? {
             return Ok(());
@@ -81,7 +85,9 @@ pub fn write_pictures(
     }
     let incomplete = remove_incomplete(folder)?;
     sorted.write(&incomplete)?;
-    fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))
+    fs::rename(&incomplete, folder).with_context(|| format!("creating `{}`", folder.display()))?;
+    sorted.warn_of_reduced(folder);
+    Ok(())
 }
 
 /// Removes the incomplete folder that a killed process left beside `folder`, and returns its path. The
@@ -101,7 +107,15 @@ pub fn remove_incomplete(folder: &Path) -> Result<PathBuf> {
 #[derive(Debug, Clone, Copy)]
 pub enum Form<'a> {
     /// A copy: the original file, or a PNG file if it is stored as raw pixels.
-    Copy(&'a Images),
+    ///
+    /// Of a picture that is stored smaller than it is, the file below `source`, the folder that the
+    /// pictures were read from, while that has the same content; else the smaller one, with a warning.
+    Copy {
+        /// The prepared pictures.
+        images: &'a Images,
+        /// Where they were read from, if that is known.
+        source: Option<&'a Path>,
+    },
     /// A symbolic link to the file below this folder, which the pictures were read from.
     LinkTo(&'a Path),
 }
@@ -151,6 +165,8 @@ struct SortedPictures<'a> {
     clusters: &'a [Cluster],
     names: &'a Names,
     interrupt: &'a Interrupt,
+    /// How many pictures were copied smaller than they are.
+    reduced: &'a Cell<usize>,
 }
 
 impl SortedPictures<'_> {
@@ -184,6 +200,7 @@ impl SortedPictures<'_> {
     fn each(&self, mut visit: impl FnMut(&Path, &Placed) -> Result<bool>) -> Result<bool> {
         let largest = self.clusters.iter().map(|cluster| cluster.members.len()).max();
         let digits = digits(largest.unwrap_or(0));
+        self.reduced.set(0);
         for cluster in self.clusters {
             let folder = PathBuf::from(self.folder_name(cluster));
             for (rank, member) in (1..).zip(&cluster.members) {
@@ -191,8 +208,8 @@ impl SortedPictures<'_> {
                 let name = &self.names.names[member.row as usize];
                 let path = folder.join(format!("{rank:0digits$}-{}", file_name(name)));
                 let (path, placed) = match self.form {
-                    Form::Copy(images) => {
-                        let (bytes, extensions) = file(images, member)?;
+                    Form::Copy { images, source } => {
+                        let (bytes, extensions) = self.file(images, source, member)?;
                         (with_extension(path, extensions), Placed::Bytes(bytes))
                     }
                     Form::LinkTo(source) => (path, Placed::Link(original(source, name)?)),
@@ -205,21 +222,56 @@ impl SortedPictures<'_> {
         Ok(true)
     }
 
+    /// Returns the bytes of a picture's file, and the extensions that it may have.
+    fn file(
+        &self,
+        images: &Images,
+        source: Option<&Path>,
+        member: &ClusterMember,
+    ) -> Result<(Vec<u8>, &'static [&'static str])> {
+        let row = member.row;
+        if images.is_reduced(row)? {
+            let name = &self.names.names[row as usize];
+            let own = source.and_then(|source| unchanged(&source.join(name), images.id(row).ok()?));
+            if let Some((encoding, bytes)) = own {
+                return Ok((bytes, extensions(encoding)));
+            }
+            self.reduced.set(self.reduced.get() + 1);
+        }
+        if let Some((encoding, bytes)) = images.file(row)? {
+            return Ok((bytes.to_vec(), extensions(encoding)));
+        }
+        let picture = thumbnail::to_image(&*images.picture(row)?)?;
+        let mut bytes = Cursor::new(Vec::new());
+        picture.write_to(&mut bytes, ImageFormat::Png)?;
+        Ok((bytes.into_inner(), extensions(Encoding::Raw)))
+    }
+
+    fn warn_of_reduced(&self, folder: &Path) {
+        if let (Form::Copy { images, source }, reduced @ 1..) = (self.form, self.reduced.get()) {
+            let reason = match source {
+                Some(source) => format!("`{}` no longer has the original files", source.display()),
+                None => "the original files are not in a folder".to_owned(),
+            };
+            tracing::warn!(
+                "{reduced} copies in `{}` are reduced to a shorter side of {} pixels: {reason}",
+                folder.display(),
+                images.reduced_side().unwrap_or(0)
+            );
+        }
+    }
+
     fn folder_name(&self, cluster: &Cluster) -> String {
         let digits = digits(self.clusters.len().saturating_sub(1));
         format!("{:0digits$}", cluster.number)
     }
 }
 
-/// Returns the bytes of a picture's file, and the extensions that it may have.
-fn file(images: &Images, member: &ClusterMember) -> Result<(Vec<u8>, &'static [&'static str])> {
-    if let Some((encoding, bytes)) = images.file(member.row)? {
-        return Ok((bytes.to_vec(), extensions(encoding)));
-    }
-    let picture = thumbnail::to_image(&*images.picture(member.row)?)?;
-    let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, ImageFormat::Png)?;
-    Ok((bytes.into_inner(), extensions(Encoding::Raw)))
+/// The encoding and bytes of the file at `path`, if that is a picture with this digest.
+fn unchanged(path: &Path, id: Id) -> Option<(Encoding, Vec<u8>)> {
+    let bytes = fs::read(path).ok()?;
+    let encoding = Encoding::of(&bytes)?;
+    (Sha256::digest(&bytes)[..] == id).then_some((encoding, bytes))
 }
 
 /// The file that a picture was read from.
@@ -279,6 +331,9 @@ fn file_name(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use data::images::{self, StoredPicture};
+    use stage::Split;
+
     use super::*;
     use crate::tests::{labels, names, prepared};
 
@@ -302,7 +357,8 @@ mod tests {
     /// Writes copies of all pictures.
     fn write(out: &Path, images: &Images, names: &Names) -> Result<()> {
         let clusters = Cluster::all(&labels());
-        write_pictures(out, Form::Copy(images), &clusters, names, &Interrupt::default())
+        let form = Form::Copy { images, source: None };
+        write_pictures(out, form, &clusters, names, &Interrupt::default())
     }
 
     #[test]
@@ -329,6 +385,58 @@ mod tests {
             }
         }
         assert!((1..5).contains(&as_found), "some came as files, some as pixels: {as_found}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_original_of_a_reduced_picture_is_copied_while_it_is_unchanged() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (source, path) = (folder.path().join("source"), folder.path().join("images"));
+        fs::create_dir_all(source.join("photos"))?;
+        let (mut names, mut files, mut stored) = (names(), Vec::new(), Vec::new());
+        for (number, name) in names.names.iter_mut().enumerate() {
+            *name = format!("photos/{number}.png");
+            let pixels = (0..20 * 30).map(|i| (i * i * (3 + number) % 251) as u8).collect();
+            let mut file = Cursor::new(Vec::new());
+            let picture = data::Picture::new(20, 30, 1, pixels)?;
+            thumbnail::to_image(&picture)?.write_to(&mut file, ImageFormat::Png)?;
+            files.push(file.into_inner());
+            fs::write(source.join(&*name), &files[number])?;
+            let small = StoredPicture::file_within(files[number].clone(), 1, 10)?;
+            stored.push((small, Split::Train));
+        }
+        images::write(&path, 1, stored)?;
+        let images = Images::open(&path)?;
+        let by_row: Vec<usize> = (0..7u32)
+            .map(|row| {
+                let id = images.id(row).expect("there");
+                let is_it = |file: &Vec<u8>| Sha256::digest(file)[..] == id;
+                files.iter().position(is_it).expect("a file")
+            })
+            .collect();
+        names.names = by_row.iter().map(|number| format!("photos/{number}.png")).collect();
+        let copy = |out: &str, source: Option<&Path>| -> Result<Vec<Vec<u8>>> {
+            let (out, form) = (folder.path().join(out), Form::Copy { images: &images, source });
+            let clusters = Cluster::all(&labels());
+            write_pictures(&out, form, &clusters, &names, &Interrupt::default())?;
+            let mut found: Vec<PathBuf> = fs::read_dir(out.join("0"))?
+                .map(|entry| Ok(entry?.path()))
+                .collect::<io::Result<_>>()?;
+            found.sort();
+            found.into_iter().map(|path| Ok(fs::read(path)?)).collect()
+        };
+        // Rows of cluster 0 by falling score, as in the table.
+        let rows = [5, 1, 6, 0];
+        let originals = rows.map(|row: usize| files[by_row[row]].clone());
+        assert_eq!(copy("all", Some(&source))?, originals);
+        let small = rows.map(|row| images.file(row as u32).map(|f| f.expect("a file").1.to_vec()));
+        let small = small.into_iter().collect::<Result<Vec<_>>>()?;
+        assert_eq!(copy("none", None)?, small);
+        // One file is gone and another has changed.
+        fs::remove_file(source.join(&names.names[5]))?;
+        fs::write(source.join(&names.names[1]), &files[by_row[6]])?;
+        let mixed = [&small[0], &small[1], &originals[2], &originals[3]].map(Vec::clone);
+        assert_eq!(copy("some", Some(&source))?, mixed);
         Ok(())
     }
 

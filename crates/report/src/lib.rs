@@ -68,7 +68,8 @@ pub struct ReportArguments {
     /// Also link to every picture from a folder of its cluster, in DIR.
     #[arg(long, value_name = "DIR", requires = "source")]
     pub link_to: Option<PathBuf>,
-    /// The folder that the pictures were read from; links point into it.
+    /// The folder that the pictures were read from; links point into it, and pictures that were
+    /// prepared smaller than they are are copied from it.
     #[arg(long, value_name = "DIR")]
     pub source: Option<PathBuf>,
     /// Folder to write into; created if missing.
@@ -150,10 +151,10 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     stage::files::write(&written[0], html.as_bytes())?;
     files::write_table(&written[1], &clusters, &names)?;
     let beside = arguments.pictures.then(|| out.join(files::PICTURES));
-    let copies =
-        beside.iter().chain(&arguments.copy_to).map(|folder| (folder, Form::Copy(&images)));
-    let source = arguments.source.as_deref().map(Form::LinkTo);
-    let links = arguments.link_to.iter().zip(source);
+    let source = arguments.source.as_deref();
+    let copy = Form::Copy { images: &images, source };
+    let copies = beside.iter().chain(&arguments.copy_to).map(|folder| (folder, copy));
+    let links = arguments.link_to.iter().zip(source.map(Form::LinkTo));
     for (folder, form) in copies.chain(links) {
         files::write_pictures(folder, form, &clusters, &names, interrupt)?;
         written.push(folder.clone());

@@ -9,8 +9,8 @@ use stage::container::{self, Column, Header, Streamed};
 
 use crate::data_set::DataSet;
 use crate::images::{
-    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, PictureRow, StoredPicture, VERSION,
-    folder_of, part_path,
+    BYTES, Fingerprint, Id, KIND, PART, PART_BYTES, PART_KIND, PictureRow, STORED, StoredPicture,
+    VERSION, folder_of, part_path,
 };
 
 /// Writes pictures that are in memory, in any order, as grey (1) or colour (3).
@@ -55,6 +55,10 @@ pub struct SortedWriter {
     splits: Column<u8>,
     encodings: Column<u8>,
     sizes: Column<u32>,
+    stored_ids: Column<u8>,
+    stored_sizes: Column<u32>,
+    /// Whether a picture is stored smaller than it is.
+    has_reduced: bool,
     offsets: Column<u64>,
     end: u64,
     /// The offset and the first row of each part.
@@ -86,6 +90,9 @@ impl SortedWriter {
             splits: Column::create_in(folder)?,
             encodings: Column::create_in(folder)?,
             sizes: Column::create_in(folder)?,
+            stored_ids: Column::create_in(folder)?,
+            stored_sizes: Column::create_in(folder)?,
+            has_reduced: false,
             offsets,
             end: 0,
             parts: vec![(0, 0)],
@@ -110,6 +117,9 @@ impl SortedWriter {
         self.splits.push(&[row.split.code()])?;
         self.encodings.push(&[row.encoding.code()])?;
         self.sizes.push(&row.size)?;
+        self.stored_ids.push(&row.stored_id)?;
+        self.stored_sizes.push(&row.stored_size)?;
+        self.has_reduced |= row.is_reduced();
         self.end += row.length;
         self.offsets.push(&[self.end])
     }
@@ -151,6 +161,10 @@ impl SortedWriter {
             self.sizes.tensor("size", &[n, 2])?,
             self.offsets.tensor("offset", &[n + 1])?,
         ];
+        if self.has_reduced {
+            tensors.push(self.stored_ids.tensor(STORED[0], &[n, 32])?);
+            tensors.push(self.stored_sizes.tensor(STORED[1], &[n, 2])?);
+        }
         if several {
             tensors.push(container::Tensor::u64(PART, &[starts.len()], &starts));
         }

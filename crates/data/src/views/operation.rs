@@ -254,9 +254,7 @@ impl Operation {
                 Area::new(part, [input.height, input.width], Filter::Bilinear)
             }
             Self::ResizeShorter { pixels, filter } => {
-                let to = [height, width]
-                    .map(|side| (pixels as f64 * side as f64 / height.min(width) as f64) as usize);
-                Area::new([0, 0, height, width], to, filter)
+                Area::shorter([height, width], pixels, filter)
             }
             Self::Resize { pixels, filter } => {
                 Area::new([0, 0, height, width], [pixels; 2], filter)

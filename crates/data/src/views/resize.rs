@@ -15,7 +15,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use kernels::image::{self, Mix};
 
-use crate::picture::Pixels;
+use crate::picture::{Picture, Pixels};
 use crate::views::Filter;
 use crate::views::canvas::Canvas;
 
@@ -35,6 +35,14 @@ impl Area {
     /// A part (top, left, height, width), resized to a size (height, width), all of which is kept.
     pub(super) fn new(part: [usize; 4], to: [usize; 2], filter: Filter) -> Self {
         Self { part, to, cut: [0, 0, to[0], to[1]], filter }
+    }
+
+    /// All of a picture of `size` (height, width), its shorter side resized to `pixels` and the longer
+    /// rounded down.
+    pub(super) fn shorter([height, width]: [usize; 2], pixels: usize, filter: Filter) -> Self {
+        let shorter = height.min(width) as f64;
+        let to = [height, width].map(|side| (pixels as f64 * side as f64 / shorter) as usize);
+        Self::new([0, 0, height, width], to, filter)
     }
 
     /// The same area, of which only the middle square is kept.
@@ -98,6 +106,20 @@ pub(super) fn from_picture<'a>(
     let (rows, columns) = (b.rows.mix(), b.columns.mix());
     let (row, values) = (&mut b.row, &mut out.values);
     image::resize_bytes(part, stride, width, channels, rows, columns, row, values);
+}
+
+/// The picture with a shorter side of `pixels`, by the cubic, rounded to bytes.
+pub(crate) fn shrink(picture: &Picture, pixels: usize) -> Result<Picture> {
+    let size = [picture.height, picture.width];
+    let (mut canvas, mut buffers) = (Canvas::default(), ResizeBuffers::default());
+    from_picture(picture, &Area::shorter(size, pixels, Filter::Bicubic), &mut canvas, &mut buffers);
+    let channels = canvas.channels;
+    let mut bytes = vec![0; canvas.values.len()];
+    for (channel, plane) in canvas.planes().enumerate() {
+        let places = bytes.iter_mut().skip(channel).step_by(channels);
+        places.zip(plane).for_each(|(byte, value)| *byte = (value * 255.).round() as u8);
+    }
+    Picture::new(canvas.height, canvas.width, channels, bytes)
 }
 
 /// Resizes an area of a picture in floats.
@@ -240,7 +262,6 @@ fn cubic(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Picture;
     use crate::picture::tests::example;
 
     #[test]
@@ -273,6 +294,32 @@ mod tests {
             for ((y, x), want) in places.into_iter().zip(want) {
                 let got = out.values[y * 16 + x];
                 assert!((got - want).abs() < 1e-6, "{filter:?} at {y}, {x}: {got}, not {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn shrinking_is_resizing_the_shorter_side_rounded_to_bytes() {
+        // Neither square nor symmetric; the longer side, 7 · 31 / 20, is rounded down.
+        for (size, to) in [([20, 31], [7, 10]), ([31, 20], [10, 7])] {
+            // Far from both ends of the range, so that nothing is clipped.
+            let pixels = (0..size[0] * size[1] * 3).map(|i| (i * 37 % 101 + 70) as u8).collect();
+            let picture = Picture::new(size[0], size[1], 3, pixels).expect("sound");
+            let got = shrink(&picture, 7).expect("smaller");
+            assert_eq!([got.height, got.width], to);
+            for (place, byte) in got.pixels.iter().enumerate() {
+                let (channel, x, y) = (place % 3, place / 3 % to[1], place / 3 / to[1]);
+                let rows = weights(size[0], to[0], y, Filter::Bicubic);
+                let columns = weights(size[1], to[1], x, Filter::Bicubic);
+                let pixel = |(at, weight): (usize, &f64), row: usize| {
+                    weight * f64::from(picture.pixels[(row * size[1] + at) * 3 + channel])
+                };
+                let want: f64 = (0..size[0])
+                    .map(|row| {
+                        rows[row] * columns.iter().enumerate().map(|c| pixel(c, row)).sum::<f64>()
+                    })
+                    .sum();
+                assert!((f64::from(*byte) - want).abs() < 0.501, "{place}: {byte}, {want}");
             }
         }
     }
