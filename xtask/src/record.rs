@@ -53,6 +53,9 @@ pub struct RecordedStep {
     pub is_main: bool,
     /// The key of its result.
     pub key: String,
+    /// The key of its last finished result before this one, by another run in the same folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier: Option<String>,
 }
 
 impl RunRecord {
@@ -85,9 +88,14 @@ impl RunRecord {
         Ok(record)
     }
 
-    /// The key of the step of this name.
-    pub fn key_of(&self, name: &str) -> Option<&str> {
-        self.steps.iter().find(|step| step.name == name).map(|step| step.key.as_str())
+    /// The last result of the step `name` that is not `key`: the one in this record, or, until that is
+    /// finished, the one before it.
+    pub fn earlier_than(&self, key: &str, name: &str, store: &Store) -> Option<&str> {
+        let step = self.steps.iter().find(|step| step.name == name)?;
+        let (last, before) = (Some(&step.key), step.earlier.as_ref());
+        let is_done = store.state(&step.key) == StepState::Done;
+        let found = if is_done && step.key != key { last } else { before.or(last) };
+        found.map(String::as_str).filter(|&found| found != key)
     }
 
     /// Fails if a view of this plan would replace something that is not a view.
@@ -311,7 +319,8 @@ mod tests {
             }
             let is_main = !name.contains('/');
             let round = round.parse().expect("a number");
-            RecordedStep { name: (*name).into(), place: place.into(), round, is_main, key }
+            let (name, place) = ((*name).into(), place.into());
+            RecordedStep { name, place, round, is_main, key, earlier: None }
         };
         fs::create_dir_all(Store::of_data(runs).path("data-1")).expect("created");
         let steps = names.iter().map(step).collect();
@@ -367,6 +376,35 @@ mod tests {
         assert_eq!(views(&run), ["0-embed", "control", "data"]);
         assert_eq!(views(&run.join("control")), ["1-embed"]);
         Ok(())
+    }
+
+    #[test]
+    fn the_earlier_result_of_a_step_is_the_last_finished_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runs = folder.path().join("runs");
+        let store = Store::of_steps(&runs);
+        let finished = record(&runs, &["0-embed"], &["0-embed"]);
+        let key = "embed-0";
+        let earlier = |record: &RunRecord, key| {
+            record.earlier_than(key, "0-embed", &store).map(str::to_owned)
+        };
+        assert_eq!(earlier(&finished, "embed-1").as_deref(), Some(key));
+        assert_eq!(earlier(&finished, key), None, "itself");
+        assert_eq!(finished.earlier_than(key, "0-temi", &store), None);
+
+        // The next run was interrupted: it is not finished, but the one before it is.
+        let mut next = finished.clone();
+        (next.steps[0].key, next.steps[0].earlier) = ("embed-1".into(), Some(key.into()));
+        assert_eq!(earlier(&next, "embed-1").as_deref(), Some(key), "resumed");
+        assert_eq!(earlier(&next, "embed-2").as_deref(), Some(key), "another one");
+        // With nothing before it, what it has done is all that there is.
+        next.steps[0].earlier = None;
+        assert_eq!(earlier(&next, "embed-2").as_deref(), Some("embed-1"));
+        // Back to the first values: the result is there, and the one before stays known.
+        let mut back = finished;
+        back.steps[0].earlier = Some("embed-1".into());
+        assert_eq!(earlier(&back, key).as_deref(), Some("embed-1"));
+        assert_eq!(earlier(&back, "embed-3").as_deref(), Some(key));
     }
 
     #[test]

@@ -27,8 +27,8 @@ pub struct ExperimentRun<'a> {
     store: Store,
     /// `runs/<experiment>/<seed>`, where the views are.
     folder: PathBuf,
-    /// The run that this one replaces.
-    earlier: Option<RunRecord>,
+    /// For each step, the key of its last result by the run that this one replaces.
+    earlier: Vec<Option<String>>,
 }
 
 impl<'a> ExperimentRun<'a> {
@@ -63,7 +63,11 @@ impl<'a> ExperimentRun<'a> {
         }
         let store = Store::of_steps(&setup.runs);
         let folder = setup.experiment_folder().join(seed.to_string());
-        let earlier = RunRecord::read(&folder).ok();
+        let replaced = RunRecord::read(&folder).ok();
+        let earlier = setup.plan.steps.iter().zip(&keys).map(|(step, key)| {
+            replaced.as_ref()?.earlier_than(key.name(), &step.name(), &store).map(str::to_owned)
+        });
+        let earlier = earlier.collect();
         Ok(Self { seed, setup, keys, store, folder, earlier })
     }
 
@@ -197,15 +201,15 @@ impl<'a> ExperimentRun<'a> {
 
     /// The role and the folder of the same step of the run that this one replaces, where the stage
     /// makes use of it.
-    fn earlier_result(&self, step: &Step) -> Option<(&'static str, PathBuf)> {
+    fn earlier_result(&self, position: usize) -> Option<(&'static str, PathBuf)> {
+        let step = &self.setup.plan.steps[position];
         // Another program in that place need not know the role.
         if step.program != step.place.name {
             return None;
         }
         let reads = |role: &&Role| role.origin == Origin::EarlierRun;
         let role = step.place.inputs.iter().find(reads)?;
-        let key = self.earlier.as_ref()?.key_of(&step.name())?;
-        let folder = self.store.path(key);
+        let folder = self.store.path(self.earlier[position].as_ref()?);
         folder.exists().then_some((role.name, folder))
     }
 
@@ -230,12 +234,14 @@ impl<'a> ExperimentRun<'a> {
 
     /// The record that `report`, `predict` and `clusters` read.
     fn record(&self) -> RunRecord {
-        let steps = self.setup.plan.steps.iter().zip(&self.keys).map(|(step, key)| RecordedStep {
+        let steps = self.setup.plan.steps.iter().zip(&self.keys).zip(&self.earlier);
+        let steps = steps.map(|((step, key), earlier)| RecordedStep {
             name: step.name(),
             place: step.place.name.to_owned(),
             round: step.round,
             is_main: step.arm == crate::plan::Arm::Main,
             key: key.to_string(),
+            earlier: earlier.clone(),
         });
         let file = self.setup.main_file().file_name().unwrap_or_default();
         let data = self.setup.prepared.key.to_string();
@@ -289,7 +295,7 @@ impl<'a> ExperimentRun<'a> {
             StepInput::Labels => Some(self.setup.prepared.folder.clone()),
         };
         let inputs = step.inputs.iter().filter_map(|(role, input)| Some((*role, folder(input)?)));
-        let inputs = inputs.chain(self.earlier_result(step));
+        let inputs = inputs.chain(self.earlier_result(position));
         let call = Call {
             experiment: &self.setup.experiment_files[&step.arm],
             images: &self.setup.prepared.images(),

@@ -3,6 +3,7 @@
 //!
 //! - [`rows`]: the embeddings of a job, standardised, and k-means on them, which is always run.
 //! - [`result`]: which assignments to trust, and the file of the result.
+//! - [`numbers`]: clusters keep their numbers when pictures are added.
 //! - [`product`]: matrix products, softmax and Adam in f32, and in f64 for tests.
 //! - [`state`]: the state of an interrupted run.
 //!
@@ -21,6 +22,7 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod numbers;
 pub mod product;
 pub mod result;
 pub mod rows;
@@ -32,12 +34,16 @@ use stage::{Job, Origin, Role};
 
 use crate::rows::FrozenEmbeddings;
 
-/// The inputs of a stage on frozen embeddings; `previous` is its own last round.
-pub const INPUTS: &[Role] =
-    &[Role::new("embeddings", Origin::Embeddings), Role::new("previous", Origin::PreviousRound)];
+/// The inputs of a stage on frozen embeddings; `previous` is its own last round, `earlier` the run
+/// before, after which it numbers the clusters ([`numbers`]).
+pub const INPUTS: &[Role] = &[
+    Role::new("embeddings", Origin::Embeddings),
+    Role::new("previous", Origin::PreviousRound),
+    Role::new("earlier", Origin::EarlierRun),
+];
 
-/// Runs a stage: reads the embeddings, writes the pseudo-labels that `cluster` returns, and removes the
-/// state.
+/// Runs a stage: reads the embeddings, writes the pseudo-labels that `cluster` returns, keeps their
+/// numbers for the next run, and removes the state.
 ///
 /// # Errors
 ///
@@ -47,6 +53,8 @@ pub fn run(
     cluster: impl FnOnce(FrozenEmbeddings) -> Result<PseudoLabels>,
 ) -> Result<()> {
     let embeddings = FrozenEmbeddings::open(job)?;
-    cluster(embeddings)?.write(&job.out.join(PseudoLabels::FILE))?;
+    let labels = cluster(embeddings)?;
+    numbers::save(&labels, job)?;
+    labels.write(&job.out.join(PseudoLabels::FILE))?;
     state::remove(job)
 }

@@ -25,7 +25,8 @@ pub struct HeadResult {
 }
 
 impl HeadResult {
-    /// The map from this result's clusters to those of the last round; the identity in the first.
+    /// The map from this result's clusters to those of the last round, or of the run before; the
+    /// identity where there is neither.
     ///
     /// # Errors
     ///
@@ -35,9 +36,10 @@ impl HeadResult {
         embeddings: &FrozenEmbeddings,
         clusters: usize,
     ) -> Result<Vec<u32>> {
-        match &embeddings.previous {
-            Some(previous) => optimal_map(assignment, previous, clusters),
-            None => Ok((0..clusters as u32).collect()),
+        match (&embeddings.previous, &embeddings.earlier) {
+            (Some(previous), _) => optimal_map(assignment, previous, clusters),
+            (None, Some(earlier)) => earlier.numbering(assignment, clusters),
+            (None, None) => Ok((0..clusters as u32).collect()),
         }
     }
 
@@ -74,6 +76,12 @@ impl HeadResult {
             let same = previous.iter().zip(&self.assignment).filter(|(a, b)| a == b).count();
             same as f64 / previous.len() as f64
         });
+        if let Some(earlier) = &embeddings.earlier {
+            let (shared, kept) = earlier.kept(&self.assignment);
+            tracing::info!(
+                "{kept} of the {shared} pictures that the last run clustered have the same cluster number"
+            );
+        }
         let width = embeddings.projection_width;
         let unit = unit_rows(&embeddings.projections, width);
         Ok(PseudoLabels {
@@ -105,6 +113,7 @@ mod tests {
     use stage::DataTable;
 
     use super::*;
+    use crate::numbers::EarlierClusters;
 
     fn embeddings(previous: Option<Vec<u32>>) -> FrozenEmbeddings {
         FrozenEmbeddings {
@@ -115,6 +124,7 @@ mod tests {
             projection_width: 2,
             projections: vec![3., 4., 1., 0., 0., 2., 0., 1.],
             previous,
+            earlier: None,
         }
     }
 
@@ -154,6 +164,19 @@ mod tests {
         assert_eq!(HeadResult::numbering(&[0, 0, 1, 1], &embeddings, 2)?, [1, 0]);
         let found = result().pseudo_labels(embeddings, &job())?;
         assert_eq!(found.stability, Some(0.25));
+        Ok(())
+    }
+
+    #[test]
+    fn the_run_before_numbers_the_clusters_of_a_first_round() -> Result<()> {
+        let of_picture = vec![Some(1), None, Some(0), None];
+        let earlier = Some(EarlierClusters { clusters: 2, of_picture });
+        let alone = FrozenEmbeddings { earlier: earlier.clone(), ..embeddings(None) };
+        assert_eq!(HeadResult::numbering(&[0, 0, 1, 1], &alone, 2)?, [1, 0]);
+        let last_round = vec![0, 0, 1, 1];
+        let both = FrozenEmbeddings { earlier, ..embeddings(Some(last_round)) };
+        assert_eq!(HeadResult::numbering(&[0, 0, 1, 1], &both, 2)?, [0, 1]);
+        assert_eq!(HeadResult::numbering(&[1, 0, 1, 1], &embeddings(None), 2)?, [0, 1]);
         Ok(())
     }
 

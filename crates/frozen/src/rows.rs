@@ -6,6 +6,8 @@ use data::{DataSet, Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::Job;
 
+use crate::numbers::EarlierClusters;
+
 /// The embeddings of the `N` pictures that a job scores.
 #[derive(Debug, Clone)]
 pub struct FrozenEmbeddings {
@@ -23,10 +25,13 @@ pub struct FrozenEmbeddings {
     pub projections: Vec<f32>,
     /// The assignment of this stage's last round, `(N,)`, if there was one.
     pub previous: Option<Vec<u32>>,
+    /// The clusters of the run before, if there was one.
+    pub earlier: Option<EarlierClusters>,
 }
 
 impl FrozenEmbeddings {
-    /// Reads the roles `embeddings` and `previous`, and checks that they belong to the job's pictures.
+    /// Reads the roles `embeddings` and `previous`, and checks that they belong to the job's pictures;
+    /// reads `earlier`, whose pictures may be others.
     ///
     /// # Errors
     ///
@@ -65,6 +70,7 @@ impl FrozenEmbeddings {
                 Some(labels.assignment)
             }
         };
+        let earlier = EarlierClusters::of_job(job, &images, &index);
         Ok(Self {
             data_set: read.data_set,
             index,
@@ -73,6 +79,7 @@ impl FrozenEmbeddings {
             projection_width: read.projection_width,
             projections: read.projection,
             previous,
+            earlier,
         })
     }
 

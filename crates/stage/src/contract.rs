@@ -128,8 +128,9 @@ pub enum Origin {
     PreviousRound,
     /// The step that wrote pseudo-labels before the last one did. Optional.
     EarlierPseudoLabels,
-    /// The same step of the run that this one replaces, which saw other pictures. Optional; results
-    /// must not depend on it, so it is not part of a step's key.
+    /// The same step of the run that this one replaces, which saw other pictures or had other values.
+    /// Optional, and not part of a step's key: results must not depend on it, but for the numbers of
+    /// clusters, which have no meaning.
     EarlierRun,
     /// The prepared folder with the ground truth.
     Labels,

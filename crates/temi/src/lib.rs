@@ -6,7 +6,8 @@
 //! the target heads disagree weigh less. The paper keeps the head of the lowest loss. Here the result is the
 //! consensus of the heads ([`assignment::consensus`]), which was better in six of seven measured runs.
 //!
-//! - Reads `embeddings`, of which the `backbone` rows, and `previous`, this stage's last round, if any.
+//! - Reads `embeddings`, of which the `backbone` rows; `previous`, this stage's last round, if any; and
+//!   `earlier`, the run before, after which it numbers the clusters ([`frozen::numbers`]).
 //! - Writes `pseudo-labels.safetensors` and `head.safetensors`, form `ensemble`. A picture is reliable if
 //!   nearly all heads and its neighbours agree on its cluster.
 //!

@@ -6,7 +6,8 @@
 //! between data sets, so the search runs under each pair of rates of the table, and keeps the labelling of
 //! the highest [generalisation score](assignment::Generalisation). No ground truth is used.
 //!
-//! - Reads `embeddings`, of which the `backbone` rows, and `previous`, this stage's last round, if any.
+//! - Reads `embeddings`, of which the `backbone` rows; `previous`, this stage's last round, if any; and
+//!   `earlier`, the run before, after which it numbers the clusters ([`frozen::numbers`]).
 //! - Writes `pseudo-labels.safetensors` and `head.safetensors`, form `linear`.
 //!
 //! Departures from the authors' program: rows are standardised, because their scale decides how sharp the

@@ -46,6 +46,7 @@ fn accuracies(config: &Config, count: usize, seed: u64) -> Result<(f64, f64, Vec
         projection_width: made.width,
         projections: made.rows.clone(),
         previous: None,
+        earlier: None,
     };
     let labels = turtle::cluster(config, embeddings, &job)?;
     let log = fs::read_to_string(folder.path().join("log.jsonl"))?;
@@ -111,7 +112,8 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
     assert_eq!(stops, 15);
     let (want, got) = (outputs(&whole.out), outputs(&parts.out));
     let names: Vec<&String> = want.keys().collect();
-    assert_eq!(names, ["head.safetensors", "log.jsonl", "pseudo-labels.safetensors"]);
+    let all = ["head.safetensors", "log.jsonl", "numbers.safetensors", "pseudo-labels.safetensors"];
+    assert_eq!(names, all);
     assert!(want == got, "other bytes");
     let other = Job { seed: 9, ..stage_job(folder.path(), "other") };
     other.interrupt.raise();
