@@ -1,11 +1,17 @@
 //! `assort cluster` on a folder of pictures, with a narrow published network made here.
 #![cfg(unix)]
 
+#[path = "../../crates/hub/tests/server/mod.rs"]
+mod server;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 
-use serde_json::Value;
+use image::RgbImage;
+use serde_json::{Value, json};
+use server::{Server, git, say, sha, whole};
 use tests::bench::{assort, stderr};
 use tests::pictures::{self, PICTURES, PLAIN};
 use tests::published;
@@ -22,14 +28,20 @@ passes = 1.0
 least-steps = 40
 ";
 
-/// Runs `assort cluster` in `folder` and returns what it printed.
-fn cluster(folder: &Path, words: &[&str]) -> Output {
+/// `assort cluster` in `folder`.
+fn command(folder: &Path, words: &[&str]) -> Command {
     let mut command = assort();
     command.args(["cluster", "pictures", "--device", "cpu"]).args(words);
     if !words.contains(&"--backbone") {
         command.args(["--backbone", "network"]);
     }
-    command.current_dir(folder).output().expect("started")
+    command.current_dir(folder);
+    command
+}
+
+/// Runs `assort cluster` in `folder` and returns what it printed.
+fn cluster(folder: &Path, words: &[&str]) -> Output {
+    command(folder, words).output().expect("started")
 }
 
 fn succeeds(folder: &Path, words: &[&str]) -> String {
@@ -68,6 +80,18 @@ fn known(folder: &Path) -> u64 {
     known.expect("it says so")
 }
 
+/// The cluster of each picture by its name.
+fn clusters(folder: &Path) -> BTreeMap<String, usize> {
+    let table = folder.join("runs/photos-pictures/0/report/clusters.csv");
+    let table = fs::read_to_string(table).expect("a table");
+    let line = |line: &str| {
+        let mut cells = line.split(',');
+        let name = cells.next().expect("a name").to_owned();
+        (name, cells.next().and_then(|cell| cell.parse().ok()).expect("a number"))
+    };
+    table.lines().skip(1).map(line).collect()
+}
+
 fn files_in(folder: &Path) -> usize {
     let folders = fs::read_dir(folder).expect("there").flatten();
     folders.map(|folder| fs::read_dir(folder.path()).expect("there").count()).sum()
@@ -102,6 +126,121 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
     let printed = succeeds(folder, &["--clusters", "3"]);
     assert!(printed.contains("93 images, 3 clusters"), "{printed}");
     assert_eq!(known(folder), 90);
+}
+
+/// How many pictures have the same number in both, and the most that any three numbers give.
+fn kept(one: &BTreeMap<String, usize>, other: &BTreeMap<String, usize>) -> (usize, usize) {
+    let agree = |map: [usize; 3]| {
+        one.iter()
+            .filter(|(name, old)| other.get(*name).is_some_and(|&new| map[new] == **old))
+            .count()
+    };
+    let all = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+    (agree(all[0]), all.into_iter().map(agree).max().expect("some"))
+}
+
+#[test]
+fn clusters_keep_their_numbers_when_pictures_are_added_and_values_change() {
+    let folder = photographs();
+    let folder = folder.path();
+    succeeds(folder, &["--clusters", "3"]);
+    let first = clusters(folder);
+    let more = tempfile::tempdir().expect("a folder");
+    pictures::write(more.path(), PLAIN, 1).expect("written");
+    for number in [1, 4, 7] {
+        let from = more.path().join(format!("corners/{number:03}.png"));
+        fs::rename(from, folder.join(format!("pictures/new-{number}.png"))).expect("moved");
+    }
+    // Other heads, which number their clusters anyhow.
+    let quick = QUICK.replace("heads = 2", "heads = 3");
+    fs::write(folder.join("configs/photos.toml"), quick).expect("written");
+    let message = stderr(&cluster(folder, &["--clusters", "3"]));
+    assert!(message.contains("have the same cluster number"), "{message}");
+    let next = clusters(folder);
+    assert_eq!(next.len(), PICTURES + 3);
+    let (same, most) = kept(&first, &next);
+    assert!(same == most && same > PICTURES / 2, "{same} of {most}");
+}
+
+#[test]
+fn a_large_picture_is_stored_smaller_and_copied_as_it_was() {
+    let folder = photographs();
+    let folder = folder.path();
+    let large = RgbImage::from_fn(700, 600, |x, y| image::Rgb([x as u8, y as u8, (x + y) as u8]));
+    large.save(folder.join("pictures/large.png")).expect("written");
+    let original = fs::read(folder.join("pictures/large.png")).expect("there");
+    let copy = |words: &[&str], out: &str| {
+        let output = cluster(folder, &[&["--clusters", "3", "--copy-to", out], words].concat());
+        let message = stderr(&output);
+        assert!(output.status.success(), "{message}");
+        let clusters = fs::read_dir(folder.join(out)).expect("there").flatten();
+        let mut files = clusters.flat_map(|cluster| fs::read_dir(cluster.path()).expect("there"));
+        let is_it = |path: &std::path::PathBuf| path.to_string_lossy().contains("large.png");
+        let found = files.find_map(|file| Some(file.expect("there").path()).filter(is_it));
+        (fs::read(found.expect("a copy")).expect("there"), message)
+    };
+    let (whole, message) = copy(&[], "sorted");
+    assert!(whole == original && !message.contains("reduced"), "{message}");
+
+    // Where the original is gone, what was prepared is copied.
+    let report = |out: &str| {
+        let mut command = assort();
+        command.args(["report", "runs/photos-pictures/0", "--copy-to", out]).current_dir(folder);
+        stderr(&command.output().expect("started"))
+    };
+    assert!(!report("again").contains("reduced"));
+    fs::rename(folder.join("pictures"), folder.join("elsewhere")).expect("moved");
+    let message = report("reduced");
+    assert!(message.contains("1 copies") && message.contains("512 pixels"), "{message}");
+}
+
+#[test]
+fn the_backbone_is_fetched_once_from_a_hub_and_without_a_hub_the_message_says_how() {
+    let folder = photographs();
+    let folder = folder.path();
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let names = ["config.json", "preprocessor_config.json", "model.safetensors"];
+    let files: BTreeMap<&str, Vec<u8>> = names
+        .map(|name| (name, fs::read(folder.join("network").join(name)).expect("there")))
+        .into();
+    let sibling = |(name, bytes): (&&str, &Vec<u8>)| match name.ends_with(".json") {
+        true => json!({ "rfilename": name, "size": bytes.len(), "blobId": git(bytes) }),
+        false => json!({ "rfilename": name, "size": bytes.len(), "lfs": { "sha256": sha(bytes) } }),
+    };
+    let listing =
+        json!({ "sha": commit, "siblings": files.iter().map(sibling).collect::<Vec<_>>() });
+    let hub = Server::new(move |request, _, out| {
+        match (
+            request.0.contains("/api/"),
+            files.get(request.0.rsplit('/').next().expect("a name")),
+        ) {
+            (true, _) => whole(out, listing.to_string().as_bytes()),
+            (false, Some(bytes)) => whole(out, bytes),
+            (false, None) => say(out, "404 Not Found", &[], 0, b""),
+        }
+    });
+    let run = |endpoint: &str, clusters: &str| {
+        let words = ["--clusters", clusters, "--backbone", "hf://owner/name"];
+        let mut command = command(folder, &words);
+        command.env("HF_ENDPOINT", endpoint).env("HF_HOME", folder.join("hub"));
+        command.env_remove("HF_HUB_OFFLINE").env_remove("HF_HUB_CACHE");
+        command.output().expect("started")
+    };
+    let output = run("http://127.0.0.1:1", "3");
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["hf download owner/name", "model.safetensors", "--backbone scratch"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(!message.contains("attempts") && !message.contains("asking again"), "{message}");
+    assert!(!folder.join("runs").exists(), "said before the pictures are prepared");
+
+    let output = run(&hub.address, "3");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let fetched = hub.requests().iter().filter(|request| !request.0.contains("/api/")).count();
+    assert_eq!(fetched, 3, "each file once");
+    let output = run("http://127.0.0.1:1", "4");
+    assert!(output.status.success(), "{}", stderr(&output));
 }
 
 #[test]

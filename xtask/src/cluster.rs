@@ -96,6 +96,7 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     }
     let setup = setup_options(options);
     let mut experiment = experiment(session, options)?;
+    find_outside(session, &experiment)?;
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     let clusters = match options.clusters {
         ClusterCount::Given(clusters) => clusters,
@@ -128,6 +129,16 @@ fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Expe
     let stem = absolute.file_stem().unwrap_or_default().to_string_lossy();
     experiment.name = format!("{name}-{}", crate::source::plain_name(&stem));
     Ok(experiment)
+}
+
+/// Finds what the stages read from outside, so that a backbone that cannot be fetched is noticed before
+/// thousands of pictures are prepared.
+fn find_outside(session: &CommandContext, experiment: &Experiment) -> Result<()> {
+    let stages = session.registry.stages.iter();
+    for stage in stages.filter(|stage| experiment.has_table(stage.spec.name)) {
+        stage.identity(experiment, &session.interrupt)?;
+    }
+    Ok(())
 }
 
 fn setup_options(options: &ClusterOptions) -> SetupOptions {

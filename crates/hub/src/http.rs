@@ -2,7 +2,8 @@
 //!
 //! A download goes into a partial file, resumes there after an interruption, and gets its final name
 //! only when its length and digest are right. A busy or silent server is asked again, after a wait
-//! that doubles; a refusal is final. Redirects are followed by crate `ureq`, which sends the token to
+//! that doubles; a refusal is final, and so is a server that cannot be reached at all: mostly there is
+//! no network. Redirects are followed by crate `ureq`, which sends the token to
 //! no other address and does not go from https to http.
 //!
 //! The network is read on a thread of its own, so that the user can interrupt while a server is
@@ -412,21 +413,35 @@ fn passing(error: impl Into<anyhow::Error>) -> Failure {
     Failure::Passing(error.into(), None)
 }
 
-/// Whether the same request cannot succeed later.
+/// Whether the same request will not succeed soon.
 fn is_final(error: &ureq::Error) -> bool {
     use ureq::Error::{
-        BadUri, Http, InvalidProxyUrl, Protocol, RedirectFailed, RequireHttpsOnly, TooManyRedirects,
+        BadUri, HostNotFound, Http, InvalidProxyUrl, Io, Protocol, RedirectFailed,
+        RequireHttpsOnly, TooManyRedirects,
     };
-    matches!(
-        error,
-        BadUri(_)
-            | Http(_)
-            | InvalidProxyUrl
-            | Protocol(_)
-            | RedirectFailed
-            | RequireHttpsOnly(_)
-            | TooManyRedirects
-    )
+    match error {
+        Io(error) => is_unreachable(error),
+        error => matches!(
+            error,
+            BadUri(_)
+                | HostNotFound
+                | Http(_)
+                | InvalidProxyUrl
+                | Protocol(_)
+                | RedirectFailed
+                | RequireHttpsOnly(_)
+                | TooManyRedirects
+        ),
+    }
+}
+
+/// Whether no connection can be made: there is no such name, no way there, or nobody listens.
+fn is_unreachable(error: &io::Error) -> bool {
+    use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable};
+    // The standard library has no kind for a name that it cannot resolve.
+    let is_unresolved = error.to_string().starts_with("failed to lookup address information");
+    let kinds = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable];
+    is_unresolved || kinds.contains(&error.kind())
 }
 
 /// Returns the byte of a file that an answer starts at, or `None` if the file is complete.

@@ -294,7 +294,7 @@ fn by_hand(address: &Address, kept: &RepositoryCache, reason: &str) -> String {
         "{name} at {revision} is not in `{}`, and {reason}; on a machine with a network, run \
          `hf download {name} --revision {revision} {CONFIGURATION} {PREPROCESSOR} {WEIGHTS}` and copy that \
          folder here, or download these files from https://huggingface.co/{name}/tree/{revision} into \
-         one folder and set `backbone` to its path",
+         one folder and set `backbone` (`--backbone` of `assort cluster`) to its path",
         kept.root.display()
     )
 }

@@ -270,6 +270,29 @@ fn a_busy_hub_is_asked_again() {
 }
 
 #[test]
+fn weights_that_come_in_part_are_fetched_on_and_never_kept_in_part() {
+    // The first time in part, or always.
+    let cut = |always: bool| {
+        Server::new(move |request, number, out| {
+            let (all, name) = (files(b'1'), request.0.rsplit('/').next().expect("a name"));
+            match (request.0.contains("/api/"), name) {
+                (true, _) => whole(out, &listed(FIRST, &all)),
+                (false, "model.safetensors") if always || number < 4 => {
+                    say(out, "200 OK", &[], 70_000, &all[name][..20_000]);
+                }
+                _ => part(request, out, &all[name]),
+            }
+        })
+    };
+    let (folder, server) = (tempfile::tempdir().expect("a folder"), cut(false));
+    let found = get("owner/name", &settings(&server, folder.path())).expect("fetched");
+    assert_eq!(fs::read(&found.weights[0]).expect("there"), files(b'1')["model.safetensors"]);
+    assert!(server.requests().iter().any(|request| request.1.contains_key("range")));
+    let message = refusal(&cut(true));
+    assert!(message.contains("model.safetensors") && message.contains("6 attempts"), "{message}");
+}
+
+#[test]
 fn weights_with_another_digest_are_never_kept() {
     let server = Server::new(|request, _, out| match request.0.contains("/api/") {
         true => whole(out, &listed(FIRST, &files(b'1'))),
@@ -322,6 +345,7 @@ fn without_a_network_and_a_cached_copy_the_message_says_what_to_fetch() {
     for part in parts {
         assert!(error.contains(part), "{part}: {error}");
     }
+    assert!(!error.contains("attempts"), "there is no network to wait for: {error}");
     let error = get("datasets/owner/name", &unreachable).expect_err("a data set").to_string();
     assert!(error.contains("not the address of a network"), "{error}");
 }

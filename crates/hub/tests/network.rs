@@ -202,6 +202,26 @@ fn a_token_goes_to_no_other_host() {
 }
 
 #[test]
+fn a_server_that_cannot_be_reached_is_asked_once() {
+    let closed = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        format!("http://{}", listener.local_addr().expect("bound"))
+    };
+    // A part of a name has at most 63 letters, so nobody needs to be asked for this one.
+    let unresolvable = format!("http://{}.invalid", "a".repeat(64));
+    for address in [closed, unresolvable] {
+        let error = client().text(&format!("{address}/f"), None).expect_err("nobody is there");
+        let error = format!("{error:#}");
+        assert!(error.contains(&address) && !error.contains("attempts"), "{error}");
+    }
+    // A server that hangs up without an answer is there, so it is asked again.
+    let rude = Server::new(|_, _, _| {});
+    let error = client().text(&format!("{}/f", rude.address), None).expect_err("no answer");
+    assert!(format!("{error:#}").contains("6 attempts"), "{error:#}");
+    assert_eq!(rude.requests().len(), 6);
+}
+
+#[test]
 fn mirrors_are_asked_in_order() {
     let folder = tempfile::tempdir().expect("a folder");
     let gone = Server::new(|_, _, out| say(out, "404 Not Found", &[], 0, b""));

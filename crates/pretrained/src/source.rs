@@ -76,7 +76,12 @@ pub fn locate_with(backbone: &str, settings: &Settings, interrupt: &Interrupt) -
         return Ok(Located { origin: NetworkOrigin::Local(local(backbone)?), named: None });
     };
     let is_interrupted = || interrupt.is_raised();
-    let model = PublishedModel::find(&address, settings, &Client::new(&is_interrupted))?;
+    let found = PublishedModel::find(&address, settings, &Client::new(&is_interrupted));
+    let model = found.with_context(|| {
+        format!(
+            "finding the backbone `{backbone}` (`assort cluster --backbone scratch` needs none)"
+        )
+    })?;
     let located = Located { origin: NetworkOrigin::Hub(model), named };
     located.check_stated_digest()?;
     Ok(located)

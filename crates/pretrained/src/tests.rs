@@ -175,9 +175,11 @@ fn offline(folder: &Path) -> Settings {
 fn a_cached_network_needs_no_hub_and_one_that_is_not_says_what_to_fetch() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (settings, interrupt) = (offline(folder.path()), Interrupt::default());
-    let error =
-        locate_with("dino-small", &settings, &interrupt).expect_err("not cached").to_string();
-    assert!(error.contains("hf download timm/vit_small_patch16_224.dino"), "{error}");
+    let error = locate_with("dino-small", &settings, &interrupt).expect_err("not cached");
+    let error = format!("{error:#}");
+    for part in ["hf download timm/vit_small_patch16_224.dino", "--backbone scratch"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
 
     let commit = "0123456789abcdef0123456789abcdef01234567";
     let root = folder.path().join("models--timm--vit_small_patch16_224.dino");
