@@ -181,6 +181,9 @@ fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result
     let most = MOST.min(count / 4).max(2).to_string();
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
     arguments.extend(["--from", "2", "--to", &most, "--json"].map(OsString::from));
+    tracing::info!(
+        "estimating the number of clusters, from 2 to {most}; --clusters K takes K and skips this"
+    );
     let interrupt = &session.interrupt;
     let process = Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt };
     let printed = process.printed()?;

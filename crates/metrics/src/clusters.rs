@@ -4,6 +4,7 @@
 //! [`assignment::number`] explains the scores.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -14,6 +15,7 @@ use clap::Parser;
 use data::{EmbeddingRows, Space};
 use serde_json::json;
 use stage::console::{print_line, start_logging};
+use stage::progress::Progress;
 
 /// Scores numbers of clusters on embeddings, and recommends one: a guess.
 #[derive(Debug, Parser)]
@@ -105,11 +107,16 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
         "clusters", "silhouette", "stability", "strength", "gap", "eigengap", "generalis."
     ))?;
     let mut candidates = vec![];
+    // On a terminal, the growing table is the sign of life.
+    let mut progress = (!std::io::stdout().is_terminal())
+        .then(|| Progress::new("numbers of clusters", (to + 1 - from) as u64));
     for clusters in from..=to {
         let candidate = estimator.score(clusters)?;
         print_line(line(&candidate))?;
         candidates.push(candidate);
+        progress.iter_mut().for_each(|progress| progress.step(""));
     }
+    drop(progress);
     let suggestion = suggested(&candidates);
     print_line(format_args!("\n{}", advice(suggestion.as_ref())))?;
     if arguments.json {

@@ -289,7 +289,8 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     }
     let assembled = result?;
     let assemble::Assembled { images, classes } = assembled;
-    tracing::info!("wrote {images} images of {classes} classes to `{}`", out.display());
+    let of_classes = if classes == 0 { String::new() } else { format!(" of {classes} classes") };
+    tracing::info!("wrote {images} images{of_classes} to `{}`", out.display());
     let digests = finished::Digests::InFiles;
     finished::mark_outputs(out, "prepare", Some(ALGORITHM), digests, is_output)?;
     Journal::remove(out);
