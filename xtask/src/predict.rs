@@ -272,17 +272,19 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
     Experiment::of_text(&learnt.name, &Table::to_string(&tables))
 }
 
-/// The precision that the network was trained in: `run.precision` of its program's table, or, if a
-/// foreign program has no table, `precision` of the run's own `[embed]`.
+/// The precision that the network was trained in: `run.precision` of its program's table. Where the
+/// program does not train, as for a published network, or has no table, as a foreign one: `precision`
+/// of the run's own `[embed]`, by which the head knows the network.
 fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
-    let found = match learnt.value(program) {
-        Some(table) => table.get("run").and_then(|run| run.get("precision")),
+    let found = match learnt.value(program).and_then(|table| table.get("run")) {
+        Some(run) => run.get("precision"),
         None => learnt.value("embed").and_then(|table| table.get("precision")),
     };
     found.cloned().with_context(|| {
         format!(
-            "`{}` does not say in which precision `{program}` trained the network: it has neither \
-             `run.precision` in `[{program}]` nor, for a foreign program, `precision` in `[embed]`",
+            "`{}` does not say in which precision to run the network of `{program}`: it has neither \
+             `run.precision` in `[{program}]` nor, for a program that does not train, `precision` in \
+             `[embed]`",
             learnt.path.display()
         )
     })
@@ -356,9 +358,12 @@ mod tests {
             "bf16".into(),
             "a foreign program has no table"
         );
-        for text in
-            ["[propos]\nprecision = 'bf16'\n[embed]\nprecision = 'f32'", "[embed]\nviews = 0"]
-        {
+        assert_eq!(
+            of("[propos]\nbackbone = 'dinov2-small'\n[embed]\nprecision = 'bf16'")?,
+            "bf16".into(),
+            "a published network is not trained"
+        );
+        for text in ["[propos.run]\nepochs = 1\n[embed]\nprecision = 'f32'", "[embed]\nviews = 0"] {
             let error = of(text).expect_err("no precision").to_string();
             assert!(error.contains("run.precision") && error.contains("propos"), "{error}");
         }
