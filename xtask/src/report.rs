@@ -22,6 +22,9 @@ pub struct ReportOptions {
     /// Pictures of each cluster to show: the most confident, and a third as many of the least.
     #[arg(long, value_name = "N", default_value_t = SHOWN)]
     shown: usize,
+    /// Show these clusters as one, under the first number; can be repeated.
+    #[arg(long, value_name = "K,K")]
+    merge: Vec<String>,
     /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
     #[arg(long)]
     pictures: bool,
@@ -51,6 +54,7 @@ impl ReportOptions {
         Self {
             which: Which::of_folder(run),
             shown: SHOWN,
+            merge: vec![],
             pictures: false,
             copy_to: None,
             link_to: None,
@@ -128,6 +132,9 @@ fn arguments(
         let mut word = OsString::from(format!("{}=", step.name));
         word.push(run.path(step));
         arguments.extend(["--step".into(), word]);
+    }
+    for clusters in &options.merge {
+        arguments.extend(["--merge".into(), clusters.into()]);
     }
     if options.pictures {
         arguments.push("--pictures".into());

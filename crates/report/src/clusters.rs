@@ -1,5 +1,9 @@
 //! The pictures of each cluster, in order of confidence.
 
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result};
 use data::PseudoLabels;
 
 /// A picture in its cluster.
@@ -38,10 +42,43 @@ impl Cluster {
                 reliable: labels.reliable[place],
             });
         }
-        for cluster in &mut clusters {
-            cluster.members.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)));
-        }
+        clusters.iter_mut().for_each(Self::sort);
         clusters
+    }
+
+    /// Moves the pictures of the clusters of each group into the first one, and drops the others. The
+    /// numbers of all that stay are those before.
+    ///
+    /// # Errors
+    ///
+    /// There is no cluster of a number, or it is in two groups.
+    pub fn merged(mut clusters: Vec<Self>, groups: &[MergedNumbers]) -> Result<Vec<Self>> {
+        let mut gone = Vec::new();
+        for group in groups {
+            let place = |clusters: &[Self], number: usize| {
+                let found = clusters.iter().position(|cluster| cluster.number == number);
+                found.filter(|_| !gone.contains(&number)).with_context(|| {
+                    format!(
+                        "--merge {group}: there is no cluster {number}, or it was merged into another \
+                         one; name each cluster of the page once"
+                    )
+                })
+            };
+            let places = group.0.iter().map(|&number| place(&clusters, number));
+            let places = places.collect::<Result<Vec<usize>>>()?;
+            for &place in &places[1..] {
+                let members = std::mem::take(&mut clusters[place].members);
+                clusters[places[0]].members.extend(members);
+            }
+            clusters[places[0]].sort();
+            gone.extend(&group.0[1..]);
+        }
+        clusters.retain(|cluster| !gone.contains(&cluster.number));
+        Ok(clusters)
+    }
+
+    fn sort(&mut self) {
+        self.members.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)));
     }
 
     /// Returns the mean confidence, in `[0, 1]`; 0 for an empty cluster.
@@ -55,6 +92,42 @@ impl Cluster {
     pub fn shown(&self, most: usize) -> (&[ClusterMember], &[ClusterMember]) {
         let (highest, others) = self.members.split_at(most.min(self.members.len()));
         (highest, &others[others.len().saturating_sub(most.div_ceil(3))..])
+    }
+}
+
+/// Numbers of clusters to show as one, under the first of them: `3,7`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergedNumbers(Vec<usize>);
+
+impl MergedNumbers {
+    /// What the page says about it.
+    pub fn fact(&self) -> String {
+        let numbers = self.to_string().replace(',', ", ");
+        format!(
+            "Clusters {numbers} are shown as cluster {}; the scores are those of the clusters before.",
+            self.0[0]
+        )
+    }
+}
+
+impl FromStr for MergedNumbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers: Option<Vec<usize>> =
+            text.split(',').map(|number| number.trim().parse().ok()).collect();
+        let numbers = numbers.filter(|numbers| {
+            let repeats = |i: usize| numbers[..i].contains(&numbers[i]);
+            numbers.len() > 1 && !(0..numbers.len()).any(repeats)
+        });
+        numbers.map(Self).ok_or_else(|| "give two or more different numbers, as in 3,7".to_owned())
+    }
+}
+
+impl fmt::Display for MergedNumbers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers: Vec<String> = self.0.iter().map(usize::to_string).collect();
+        f.write_str(&numbers.join(","))
     }
 }
 
@@ -78,6 +151,28 @@ pub(crate) mod tests {
         assert_eq!(clusters[0].members[0].confidence, 0.75);
         assert!((clusters[0].confidence() - 0.625).abs() < 1e-9);
         assert_eq!(clusters[1].confidence(), 0.);
+    }
+
+    #[test]
+    fn merged_clusters_keep_the_first_number_and_the_order() -> Result<()> {
+        let merged = |groups: &[&str]| {
+            let groups: Vec<MergedNumbers> = groups.iter().map(|g| g.parse().expect(g)).collect();
+            Cluster::merged(Cluster::all(&labels()), &groups)
+        };
+        let found = merged(&["2,0"])?;
+        assert_eq!(found.iter().map(|cluster| cluster.number).collect::<Vec<_>>(), [1, 2]);
+        let rows: Vec<u32> = found[1].members.iter().map(|member| member.row).collect();
+        assert_eq!(rows, [3, 5, 1, 6, 0], "by falling score");
+        assert_eq!(merged(&["0,1,2"])?.len(), 1);
+        for groups in [&["0,3"][..], &["0,1", "1,2"], &["0,1", "2,1"]] {
+            let error = merged(groups).expect_err("refused").to_string();
+            assert!(error.contains("--merge"), "{error}");
+        }
+        assert_eq!(merged(&["0,1", "0,2"])?.len(), 1, "what was merged can grow");
+        for text in ["3", "3,3", "", "a,b", "1,-2"] {
+            assert!(text.parse::<MergedNumbers>().is_err(), "{text}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -33,7 +33,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use data::{Images, Names, PseudoLabels, RoundMetrics};
 use stage::{Claim, Interrupt, console};
 
-use crate::clusters::Cluster;
+use crate::clusters::{Cluster, MergedNumbers};
 use crate::curves::Chart;
 use crate::files::Form;
 use crate::page::Page;
@@ -61,6 +61,9 @@ pub struct ReportArguments {
     pub shown: usize,
     /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
     #[arg(long)]
+    /// Show these clusters as one, under the first number. Repeat for several.
+    #[arg(long, value_name = "K,K")]
+    pub merge: Vec<MergedNumbers>,
     pub pictures: bool,
     /// Also copy every picture to a folder of its cluster, in DIR.
     #[arg(long, value_name = "DIR")]
@@ -115,7 +118,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     labels.data_set.require(images.data_set(), remedy)?;
     images.keep_decoded(0); // Each picture is decoded once.
 
-    let clusters = Cluster::all(&labels);
+    let clusters = Cluster::merged(Cluster::all(&labels), &arguments.merge)?;
     let out = &arguments.out;
     let _claim = Claim::wait(out, interrupt)?;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
@@ -124,6 +127,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
+    facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
         if path.exists() {
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
             metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
@@ -285,6 +289,7 @@ pub(crate) mod tests {
             shown: 24,
             pictures: false,
             copy_to: None,
+            merge: vec![],
             link_to: None,
             source: None,
             out: folder.join("out/report"),
@@ -342,6 +347,23 @@ pub(crate) mod tests {
 
     #[test]
     fn curves_of_a_changed_log_are_left_out_and_the_page_says_so() -> Result<()> {
+    #[test]
+    fn merged_clusters_are_one_in_page_and_table() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let merge = vec!["2,0".parse().map_err(anyhow::Error::msg)?];
+        let arguments = ReportArguments { merge, ..arguments(folder.path())? };
+        let written = run(&arguments, &Interrupt::default())?;
+        let (page, table) = (fs::read_to_string(&written[0])?, fs::read_to_string(&written[1])?);
+        assert!(page.contains("Cluster 2 <small>5 pictures") && !page.contains("Cluster 0"));
+        assert!(page.contains("Clusters 2, 0 are shown as cluster 2"), "{page}");
+        assert!(table.lines().skip(1).all(|line| line.contains(",2,")), "{table}");
+        let merge = vec!["0,3".parse().map_err(anyhow::Error::msg)?];
+        let error = run(&ReportArguments { merge, ..arguments }, &Interrupt::default());
+        let error = error.expect_err("no cluster 3").to_string();
+        assert!(error.contains("--merge 0,3") && error.contains("no cluster 3"), "{error}");
+        Ok(())
+    }
+
         let folder = tempfile::tempdir()?;
         let arguments = arguments(folder.path())?;
         let step = folder.path().join("secu");
