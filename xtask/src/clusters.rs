@@ -11,7 +11,7 @@ use stage::{Output, Spec};
 use crate::CommandContext;
 use crate::process::Process;
 use crate::programs::Executable;
-use crate::record::Which;
+use crate::record::{Recorded, RecordedStep, Which};
 use crate::store::Hold;
 
 /// The command line.
@@ -69,14 +69,22 @@ fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Ve
         }
     }
     let run = which.find()?;
-    let embeds: fn(&Spec) -> bool = |stage| stage.outputs.contains(&Output::Embeddings);
-    let step = run.last(&session.registry.specs(), embeds).with_context(|| {
+    let step = last_embeddings(&run, &session.registry.specs())?;
+    let held = run.hold(&[step], &session.interrupt)?;
+    Ok((run.path(step).join(EMBEDDINGS), held))
+}
+
+/// The run's last finished step that embeds.
+///
+/// # Errors
+///
+/// There is none.
+pub fn last_embeddings<'a>(run: &'a Recorded, stages: &[Spec]) -> Result<&'a RecordedStep> {
+    run.last(stages, |stage| stage.outputs.contains(&Output::Embeddings)).with_context(|| {
         format!(
             "`{}` holds no embeddings: neither `{EMBEDDINGS}` nor a finished step `<round>-embed`; \
              `assort reproduce` resumes the run",
             run.folder.display()
         )
-    })?;
-    let held = run.hold(&[step], &session.interrupt)?;
-    Ok((run.path(step).join(EMBEDDINGS), held))
+    })
 }

@@ -12,7 +12,8 @@ use stage::{DeviceChoice, Interrupt, Spec, Status};
 use crate::programs::HELPER;
 use crate::reproduce::resolved;
 use crate::{
-    CommandContext, Registry, cluster, clusters, compare, predict, prepare, report, reproduce,
+    CommandContext, Registry, cluster, clusters, compare, export, predict, prepare, report,
+    reproduce,
 };
 
 /// Sorts unlabelled images into groups: deep image clustering.
@@ -88,10 +89,19 @@ Example
     #[command(after_help = "\
 Examples
   assort report digits
-  assort report digits --copy-to sorted/")]
+  assort report digits --merge 3,7 --copy-to sorted/")]
     Report {
         #[command(flatten)]
         options: report::ReportOptions,
+    },
+    /// Write a run's embeddings and clusters for other tools: NumPy, pandas, a database.
+    #[command(after_help = "\
+Examples
+  assort export digits --format npy
+  assort export digits --format parquet --space projection --out tables/")]
+    Export {
+        #[command(flatten)]
+        options: export::ExportOptions,
     },
     /// Assign other pictures to the clusters of a run.
     #[command(after_help = "\
@@ -243,6 +253,7 @@ Look at the results
   report RUN              a page, a table, folders of pictures
   predict RUN             assign other pictures to clusters (--images PATH)
   clusters RUN            estimate the number of clusters
+  export RUN              embeddings as .npy or Parquet, for other tools
 Look around
   list                    the experiments
   show EXPERIMENT         one of them, with every value
@@ -277,6 +288,7 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         Command::Compare { options } => compare::run(session, &options),
         Command::Report { options } => report::run(session, &options),
         Command::Predict { options } => predict::run(session, &options),
+        Command::Export { options } => export::run(session, &options),
         Command::Clusters { options } => clusters::run(session, &options),
         Command::List => list(session),
         Command::Show { experiment, set } => print(resolved(session, &experiment, &set)?.to_toml()),

@@ -7,7 +7,7 @@
 //! list of steps with their inputs. A `setup` has the `programs`, the device and the `prepared`
 //! pictures. Every step has a `key`, under which the `store` keeps its result. The `run` checks all
 //! steps and starts a `process` for each that is not done. The `results` are the table at the end.
-//! A `record` of the steps tells `report`, `predict` and `clusters` what to read.
+//! A `record` of the steps tells `report`, `predict`, `export` and `clusters` what to read.
 
 pub mod cargo;
 mod cluster;
@@ -15,6 +15,7 @@ mod clusters;
 mod commands;
 mod compare;
 mod cost;
+mod export;
 mod key;
 mod plan;
 mod predict;
@@ -44,7 +45,7 @@ pub use commands::main;
 pub struct Registry {
     /// The stages, in the order in which they are listed.
     pub stages: Vec<Program>,
-    /// The programs behind `prepare`, `predict`, `report` and `clusters`.
+    /// The programs behind `prepare`, `predict`, `report`, `export` and `clusters`.
     pub helpers: Vec<Helper>,
     /// The experiments.
     pub library: Library,

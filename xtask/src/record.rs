@@ -2,8 +2,8 @@
 //!
 //! `run.json` has the experiment file, the prepared data and the key of every step of one plan. A
 //! run writes it, together with the views, when it starts and again when it ends. If two commands
-//! with different values run at once, the last to end is shown. `report`, `predict` and `clusters`
-//! read what the record names, never other files in the folder.
+//! with different values run at once, the last to end is shown. `report`, `predict`, `export` and
+//! `clusters` read what the record names, never other files in the folder.
 
 use std::collections::BTreeSet;
 use std::fs;

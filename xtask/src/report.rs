@@ -73,7 +73,7 @@ impl ReportOptions {
 pub const REPORT: &str = "report";
 
 /// The file of a step's clusters.
-const LABELS: &str = "pseudo-labels.safetensors";
+pub const LABELS: &str = "pseudo-labels.safetensors";
 
 /// Writes the report of a run, finished or not.
 ///

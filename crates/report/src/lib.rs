@@ -11,6 +11,7 @@
 //! it. Each file, and the folder of pictures, is whole or absent, whenever the program is killed.
 //!
 //! It reads no labels: the scores are those that `metrics` wrote. It knows no network and no method.
+//! A second program, [`export`], writes embeddings for other tools.
 //!
 //! - [`clusters`]: the pictures of each cluster.
 //! - [`files`]: the table and the folders.
@@ -18,6 +19,7 @@
 
 pub mod clusters;
 pub mod curves;
+pub mod export;
 pub mod files;
 mod html;
 pub mod page;
@@ -59,11 +61,11 @@ pub struct ReportArguments {
     /// Pictures of each cluster to show: those of highest score, and a third as many of lowest score.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub shown: usize,
-    /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
-    #[arg(long)]
     /// Show these clusters as one, under the first number. Repeat for several.
     #[arg(long, value_name = "K,K")]
     pub merge: Vec<MergedNumbers>,
+    /// Also copy every picture to a folder of its cluster, in `pictures` beside the page.
+    #[arg(long)]
     pub pictures: bool,
     /// Also copy every picture to a folder of its cluster, in DIR.
     #[arg(long, value_name = "DIR")]
@@ -125,9 +127,9 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     stage::files::remove_unfinished(out)?;
     files::remove_incomplete(&out.join(files::PICTURES))?;
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
+    facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
-    facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
         if path.exists() {
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
             metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
@@ -287,9 +289,9 @@ pub(crate) mod tests {
                 .map_err(anyhow::Error::msg)?,
             title: "Photos".into(),
             shown: 24,
+            merge: vec![],
             pictures: false,
             copy_to: None,
-            merge: vec![],
             link_to: None,
             source: None,
             out: folder.join("out/report"),
@@ -346,8 +348,6 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn curves_of_a_changed_log_are_left_out_and_the_page_says_so() -> Result<()> {
-    #[test]
     fn merged_clusters_are_one_in_page_and_table() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let merge = vec!["2,0".parse().map_err(anyhow::Error::msg)?];
@@ -364,6 +364,8 @@ pub(crate) mod tests {
         Ok(())
     }
 
+    #[test]
+    fn curves_of_a_changed_log_are_left_out_and_the_page_says_so() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let arguments = arguments(folder.path())?;
         let step = folder.path().join("secu");
