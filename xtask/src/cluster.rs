@@ -174,6 +174,7 @@ fn estimated(
 #[derive(Deserialize)]
 struct Estimate {
     recommended: Option<usize>,
+    range: Option<[usize; 2]>,
 }
 
 fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result<usize> {
@@ -192,9 +193,11 @@ fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result
         .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))?;
     match estimate.recommended {
         Some(clusters) => {
+            let [from, to] = estimate.range.unwrap_or([clusters; 2]);
             tracing::info!(
-                "{clusters} clusters is an estimate; `assort clusters` shows how it was made, and \
-                 --clusters K sets another number"
+                "{clusters} clusters is an estimate, from {from} to {to} it could be; `assort clusters` \
+                 shows how it was made, --clusters K sets another number, and `assort report` with \
+                 --merge K,K shows two clusters as one"
             );
             Ok(clusters)
         }
