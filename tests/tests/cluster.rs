@@ -18,7 +18,7 @@ use tests::published;
 
 /// TEMI in a second: few heads, few steps. Everything else is the program's own experiment.
 const QUICK: &str = "
-extends = ['data/photos', 'method/temi-pretrained']
+extends = ['data/photos', 'method/frozen-pretrained', 'method/temi']
 [shared]
 precision = 'f32'
 [temi]

@@ -77,10 +77,12 @@ Examples
         #[arg(long, value_name = "T")]
         round: Option<usize>,
     },
-    /// Run all systems on one data set with equal backbone and effort, and print one table.
+    /// Run all systems on one data set with equal backbone and effort, and all heads on one frozen
+    /// embedding; print a table of each.
     #[command(after_help = "\
-Example
-  assort compare digits --seeds 3")]
+Examples
+  assort compare digits --seeds 3
+  assort compare digits --tables heads")]
     Compare {
         #[command(flatten)]
         options: compare::CompareOptions,
@@ -247,13 +249,13 @@ Group photographs
 Run an experiment
   reproduce EXPERIMENT    from pictures to scores; finished steps are kept
   stage PLACE EXPERIMENT  one step of it
-  compare DATA-SET        all systems on one data set, in one table
+  compare DATA-SET        all systems on one data set, and all heads
   prepare WHAT            convert pictures to the files that every stage reads
 Look at the results
   report RUN              a page, a table, folders of pictures
   predict RUN             assign other pictures to clusters (--images PATH)
-  clusters RUN            estimate the number of clusters
   export RUN              embeddings as .npy or Parquet, for other tools
+  clusters RUN            estimate the number of clusters
 Look around
   list                    the experiments
   show EXPERIMENT         one of them, with every value
@@ -287,8 +289,8 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         }
         Command::Compare { options } => compare::run(session, &options),
         Command::Report { options } => report::run(session, &options),
-        Command::Predict { options } => predict::run(session, &options),
         Command::Export { options } => export::run(session, &options),
+        Command::Predict { options } => predict::run(session, &options),
         Command::Clusters { options } => clusters::run(session, &options),
         Command::List => list(session),
         Command::Show { experiment, set } => print(resolved(session, &experiment, &set)?.to_toml()),

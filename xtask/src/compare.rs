@@ -1,13 +1,16 @@
-//! `assort compare`: all systems on one data set, with equal backbone and effort, in one table.
+//! `assort compare`: what is comparable on one data set, in tables.
 //!
-//! A system's experiment is `<dataset>` (PLDC) or `<dataset>-<system>`. All must use one data set
-//! and one backbone, and their efforts may differ by at most [`TOLERANCE`]. The effort, including
-//! pretraining, is what the program of each step declares under `--check`; see [`stage::Effort`].
+//! The table `systems` has all systems with equal backbone and effort. A system's experiment is
+//! `<dataset>` (PLDC) or `<dataset>-<system>`. All must use one data set and one backbone, and their
+//! efforts may differ by at most [`TOLERANCE`]. The effort, including pretraining, is what the
+//! program of each step declares under `--check`; see [`stage::Effort`]. The baseline is k-means on
+//! BYOL's embeddings after the same effort: the result of PLDC's control, which continues BYOL for as
+//! long as the rounds take.
 //!
-//! The baseline is k-means on BYOL's embeddings after the same effort: the result of PLDC's
-//! control, which continues BYOL for as long as the rounds take.
+//! The tables `heads` and `pretrained` have the heads on one frozen embedding, see [`heads`].
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -17,6 +20,7 @@ use toml::Value as Toml;
 
 use crate::CommandContext;
 use crate::cost::StepCost;
+use crate::heads;
 use crate::plan::{Arm, RunPlan, StepInput};
 use crate::reproduce::resolved;
 use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, scores_json};
@@ -32,12 +36,17 @@ const TOLERANCE: f64 = 0.05;
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub struct CompareOptions {
-    /// The data set. Its experiment is PLDC; `<data set>-<system>` is that of another system.
+    /// The data set. Its experiment is PLDC; `<data set>-<system>` is that of another system, and
+    /// `<data set>-<head>` that of a head on a frozen embedding.
     data_set: String,
+    /// The tables to make, separated by commas: systems, heads, pretrained.
+    #[arg(long, value_name = "LIST", value_delimiter = ',',
+        default_values_t = [ComparedTable::Systems, ComparedTable::Heads])]
+    tables: Vec<ComparedTable>,
     /// Run the seeds 0 to N - 1.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// Compare although backbones or efforts differ; the table says by how much.
+    /// Compare systems although backbones or efforts differ; the table says by how much.
     #[arg(long)]
     unequal: bool,
     /// Print the results as one JSON object at the end.
@@ -47,77 +56,157 @@ pub struct CompareOptions {
     setup: setup::SetupOptions,
 }
 
-/// Runs the unfinished steps and prints the table.
+/// A table of the comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComparedTable {
+    /// All systems, with equal backbone and effort.
+    Systems,
+    /// The heads on one frozen embedding that was learnt on these pictures alone.
+    Heads,
+    /// The heads on the embedding of a published network, which is fetched.
+    Pretrained,
+}
+
+impl FromStr for ComparedTable {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        let all = [Self::Systems, Self::Heads, Self::Pretrained];
+        let found = all.into_iter().find(|table| table.to_string() == word);
+        found.ok_or_else(|| "must be systems, heads or pretrained".to_owned())
+    }
+}
+
+impl fmt::Display for ComparedTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Systems => "systems",
+            Self::Heads => "heads",
+            Self::Pretrained => "pretrained",
+        })
+    }
+}
+
+/// Runs the unfinished steps and prints the tables.
 pub fn run(session: &CommandContext, options: &CompareOptions) -> Result<()> {
-    let systems = systems(session, &options.data_set)?;
-    let setups = systems
+    let groups = groups(session, options)?;
+    let setups = groups
         .iter()
-        .map(|system| Setup::new(session, &system.plan, &options.setup))
-        .collect::<Result<Vec<_>>>()?;
-    if let Some(setup) = setups.iter().find(|setup| !setup.prepared.is_done())
+        .map(|(_, systems)| {
+            systems.iter().map(|s| Setup::new(session, &s.plan, &options.setup)).collect()
+        })
+        .collect::<Result<Vec<Vec<Setup>>>>()?;
+    if let Some(setup) = setups.iter().flatten().find(|setup| !setup.prepared.is_done())
         && options.setup.dry_run
     {
         return setup.dry_run_unprepared();
     }
-    let _data = setups.iter().map(Setup::prepare).collect::<Result<Vec<Hold>>>()?;
-    let mut entries = Vec::new();
-    for (system, setup) in systems.iter().zip(&setups) {
-        let runs = (0..options.seeds).map(|seed| ExperimentRun::new(seed, setup));
-        entries.push(ComparedSystem::new(system, runs.collect::<Result<_>>()?)?);
+    let _data = setups.iter().flatten().map(Setup::prepare).collect::<Result<Vec<Hold>>>()?;
+    let mut comparisons = Vec::new();
+    for ((table, systems), setups) in groups.iter().zip(&setups) {
+        let mut entries = Vec::new();
+        for (system, setup) in systems.iter().zip(setups) {
+            let runs = (0..options.seeds).map(|seed| ExperimentRun::new(seed, setup));
+            entries.push(ComparedSystem::new(system, runs.collect::<Result<_>>()?)?);
+        }
+        comparisons.push(TableComparison::of(*table, entries, &session.registry.specs())?);
     }
-    let comparison = SystemComparison::of(entries, &session.registry.specs())?;
-    if !comparison.problems.is_empty() && !options.unequal {
-        bail!(
-            "the systems are not comparable: {}; --unequal compares them anyway",
-            comparison.problems.join("; ")
-        )
+    let problems: Vec<&String> = comparisons.iter().flat_map(|table| &table.problems).collect();
+    if let [first, others @ ..] = &problems[..]
+        && !options.unequal
+    {
+        let others: String = others.iter().map(|problem| format!("; {problem}")).collect();
+        bail!("the systems are not comparable: {first}{others}; --unequal compares them anyway")
     }
-    comparison.problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
     if options.setup.dry_run {
-        return comparison.print_efforts();
+        return comparisons.iter().try_for_each(TableComparison::print_plan);
     }
-    comparison.execute()?;
-    let rows = comparison.rows()?;
-    print(table(
-        &comparison.first().system.experiment,
-        &rows,
-        options.seeds,
-        &comparison.problems,
-    )?)?;
-    if options.json {
-        let rows: Vec<Value> = rows.iter().map(CompareRow::json).collect();
-        let problems = &comparison.problems;
-        print_line(json!({ "rows": rows, "seeds": options.seeds, "problems": problems }))?;
-    }
-    Ok(())
+    comparisons.iter().try_for_each(TableComparison::check)?;
+    comparisons.iter().try_for_each(TableComparison::execute)?;
+    print_tables(&comparisons, options)
 }
 
-/// A system's experiment on the data set.
-struct System {
-    experiment: Experiment,
-    plan: RunPlan,
+/// Prints the tables, and if asked for one JSON object.
+fn print_tables(comparisons: &[TableComparison], options: &CompareOptions) -> Result<()> {
+    let mut object = json!({ "seeds": options.seeds, "rows": [], "problems": [] });
+    for (position, comparison) in comparisons.iter().enumerate() {
+        let rows = comparison.rows()?;
+        if position > 0 {
+            print_line("")?;
+        }
+        print(comparison.text(&rows, options.seeds)?)?;
+        let rows: Vec<Value> = rows.iter().map(CompareRow::json).collect();
+        match comparison.table {
+            ComparedTable::Systems => {
+                object["rows"] = rows.into();
+                object["problems"] = comparison.problems.clone().into();
+            }
+            table => object[table.to_string()] = rows.into(),
+        }
+    }
+    if options.json { print_line(object) } else { Ok(()) }
+}
+
+/// An experiment on the data set: a system, or a head on a frozen embedding.
+pub struct System {
+    /// The experiment.
+    pub experiment: Experiment,
+    /// Its steps.
+    pub plan: RunPlan,
+}
+
+impl System {
+    /// Opens the experiment of this name.
+    pub fn open(session: &CommandContext, name: &str) -> Result<Self> {
+        let experiment = resolved(session, name, &[])?;
+        let plan = RunPlan::of(&experiment, &session.registry.specs())?;
+        Ok(Self { experiment, plan })
+    }
+}
+
+/// The experiments of each table that is asked for, in their order.
+fn groups(
+    session: &CommandContext,
+    options: &CompareOptions,
+) -> Result<Vec<(ComparedTable, Vec<System>)>> {
+    let of_table = |&table: &ComparedTable| -> Result<_> {
+        let data_set = &options.data_set;
+        Ok((
+            table,
+            match table {
+                ComparedTable::Systems => systems(session, data_set)?,
+                ComparedTable::Heads => heads::experiments(session, data_set, "")?,
+                ComparedTable::Pretrained => heads::experiments(session, data_set, "-pretrained")?,
+            },
+        ))
+    };
+    let mut groups = options.tables.iter().map(of_table).collect::<Result<Vec<_>>>()?;
+    groups.retain(|(_, systems)| !systems.is_empty());
+    let all: Vec<&System> = groups.iter().flat_map(|(_, systems)| systems).collect();
+    let first = all.first().with_context(|| {
+        format!(
+            "`{}` has no experiment for these tables; `assort list` prints all",
+            options.data_set
+        )
+    })?;
+    for other in &all[1..] {
+        require_one_data_set(&first.experiment, &other.experiment)?;
+    }
+    Ok(groups)
 }
 
 /// The systems on a data set: PLDC first, then those that are one stage.
 fn systems(session: &CommandContext, data_set: &str) -> Result<Vec<System>> {
-    let stages = session.registry.specs();
-    let open = |word: &str| -> Result<System> {
-        let experiment = resolved(session, word, &[])?;
-        let plan = RunPlan::of(&experiment, &stages)?;
-        Ok(System { experiment, plan })
-    };
     let known = session.registry.library.names()?;
-    let mut systems = vec![open(data_set)?];
-    for stage in stages.iter().filter(|stage| stage.is_one_phase()) {
+    let mut systems = vec![System::open(session, data_set)?];
+    for stage in session.registry.specs().iter().filter(|stage| stage.is_one_phase()) {
         let word = format!("{data_set}-{}", stage.name);
         if known.contains(&word) {
-            systems.push(open(&word)?);
+            systems.push(System::open(session, &word)?);
         } else {
             tracing::warn!("there is no experiment `{word}`: skipping {}", stage.name);
         }
-    }
-    for other in &systems[1..] {
-        require_one_data_set(&systems[0].experiment, &other.experiment)?;
     }
     Ok(systems)
 }
@@ -136,65 +225,69 @@ fn require_one_data_set(one: &Experiment, other: &Experiment) -> Result<()> {
     Ok(())
 }
 
-/// The distinct backbones in the tables of an experiment.
-fn backbone(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
+/// The distinct backbones in the tables of an experiment: shapes of networks to train under
+/// `network.backbone`, names of published networks under `backbone`.
+pub fn backbones(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
     let mut found = Vec::new();
     for stage in stages.iter().filter(|stage| stage.trains()) {
-        let network = experiment.value(stage.name).and_then(|table| table.get("network"));
-        let of_stage = network.and_then(|table| table.get("backbone"));
+        let table = experiment.value(stage.name);
+        let trained = table.and_then(|table| table.get("network")?.get("backbone"));
+        let of_stage = trained.or(table.and_then(|table| table.get("backbone")));
         found.extend(of_stage.filter(|backbone| !found.contains(backbone)));
     }
     found.into_iter().cloned().collect()
 }
 
-/// A system with its runs, one for each seed, and its declared effort.
-struct ComparedSystem<'a> {
-    system: &'a System,
-    runs: Vec<ExperimentRun<'a>>,
-    /// Multiply-adds of each step of the plan; `None` if a program does not declare them.
-    multiply_adds: Vec<Option<f64>>,
-    /// Multiply-adds of all steps of the experiment itself.
-    effort: Option<f64>,
+/// A system with its runs, one for each seed.
+pub struct ComparedSystem<'a> {
+    /// The experiment and its steps.
+    pub system: &'a System,
+    /// A run for each seed.
+    pub runs: Vec<ExperimentRun<'a>>,
 }
 
 impl<'a> ComparedSystem<'a> {
     fn new(system: &'a System, runs: Vec<ExperimentRun<'a>>) -> Result<Self> {
-        let run = runs.first().context("no seed to compare")?;
-        let declared = (0..system.plan.steps.len()).map(|position| run.declared_effort(position));
-        let multiply_adds = multiply_adds(&system.plan, &declared.collect::<Result<Vec<_>>>()?);
-        let mut entry = Self { system, runs, multiply_adds, effort: None };
-        entry.effort = entry.effort_of(Arm::Main);
-        Ok(entry)
+        ensure!(!runs.is_empty(), "no seed to compare");
+        Ok(Self { system, runs })
     }
 
-    fn name(&self) -> &str {
+    /// The name of the experiment.
+    pub fn name(&self) -> &str {
         &self.system.experiment.name
     }
 
-    /// The multiply-adds of all steps of an arm; `None` if a program does not declare them.
-    fn effort_of(&self, arm: Arm) -> Option<f64> {
-        self.system.plan.of_arm(arm).map(|position| self.multiply_adds[position]).sum()
+    /// The position of the last step of `arm` that writes scores.
+    pub fn last_scores(&self, arm: Arm) -> Result<usize> {
+        let last = self.system.plan.scores(arm).last();
+        last.with_context(|| format!("no step of `{}` is scored", self.name()))
     }
 
-    /// A row with these scores of the last step of `arm` that writes scores.
-    fn row(
+    /// The multiply-adds of each step of the plan; `None` where a program does not declare them.
+    fn multiply_adds(&self) -> Result<Vec<Option<f64>>> {
+        let plan = &self.system.plan;
+        let declared = (0..plan.steps.len()).map(|step| self.runs[0].declared_effort(step));
+        Ok(multiply_adds(plan, &declared.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// A row with these scores, read from the step at `scores`, and with the cost of the steps
+    /// `paid`.
+    pub fn row(
         &self,
         name: String,
-        arm: Arm,
+        scores: usize,
         of: fn(&MetricsFile) -> Option<ClassAgreement>,
+        paid: &[usize],
     ) -> Result<CompareRow> {
-        let last = self.system.plan.scores(arm).last();
-        let last = last.context("no step of the experiment is scored")?;
         let found = self
             .runs
             .iter()
-            .map(|run| Ok(of(&run.removing_damaged(MetricsFile::read(&run.folder(last)))?)))
+            .map(|run| Ok(of(&run.removing_damaged(MetricsFile::read(&run.folder(scores)))?)))
             .collect::<Result<Vec<_>>>()?;
         let score = |part: fn(ClassAgreement) -> Option<f64>| {
             Statistic::of(found.iter().map(|scores| scores.and_then(part)))
         };
-        let costs: Vec<Option<StepCost>> =
-            self.runs.iter().map(|run| self.cost(run, arm)).collect();
+        let costs: Vec<Option<StepCost>> = self.runs.iter().map(|run| cost(run, paid)).collect();
         let seconds = costs.iter().map(|cost| cost.map(|cost| cost.seconds));
         Ok(CompareRow {
             system: name,
@@ -206,37 +299,64 @@ impl<'a> ComparedSystem<'a> {
             effort: None,
         })
     }
-
-    /// The cost of all steps of an arm; `None` if one has no recorded cost.
-    fn cost(&self, run: &ExperimentRun, arm: Arm) -> Option<StepCost> {
-        let costs = self.system.plan.of_arm(arm).map(|step| StepCost::read(&run.folder(step)));
-        costs.into_iter().try_fold(StepCost::default(), |sum, cost| Some(sum.and(cost?)))
-    }
 }
 
-/// All systems, PLDC first, and the reasons why they are not comparable.
-struct SystemComparison<'a> {
+/// The cost of these steps; `None` if one has no recorded cost.
+fn cost(run: &ExperimentRun, steps: &[usize]) -> Option<StepCost> {
+    let mut costs = steps.iter().map(|&step| StepCost::read(&run.folder(step)));
+    costs.try_fold(StepCost::default(), |sum, cost| Some(sum.and(cost?)))
+}
+
+/// The rows of one table, and the reasons why its systems are not comparable.
+struct TableComparison<'a> {
+    table: ComparedTable,
     entries: Vec<ComparedSystem<'a>>,
+    /// Of each system, the multiply-adds of each step; empty for heads.
+    multiply_adds: Vec<Vec<Option<f64>>>,
     problems: Vec<String>,
+    notes: Vec<String>,
 }
 
-impl<'a> SystemComparison<'a> {
-    fn of(entries: Vec<ComparedSystem<'a>>, stages: &[Spec]) -> Result<Self> {
-        let first = entries.first().context("no experiment to compare")?;
+impl<'a> TableComparison<'a> {
+    fn of(table: ComparedTable, entries: Vec<ComparedSystem<'a>>, stages: &[Spec]) -> Result<Self> {
+        if table != ComparedTable::Systems {
+            heads::require_one_embedding(&entries)?;
+            let notes = vec![heads::note(table, &entries[0].system.experiment, stages)];
+            return Ok(Self { table, entries, multiply_adds: vec![], problems: vec![], notes });
+        }
+        let multiply_adds =
+            entries.iter().map(ComparedSystem::multiply_adds).collect::<Result<_>>()?;
+        let notes = vec![
+            "effort: multiply-adds of the networks, forward and backward, as a share of the first \
+             system's"
+                .to_owned(),
+        ];
+        let mut compared = Self { table, entries, multiply_adds, problems: vec![], notes };
+        compared.problems = compared.unequal(stages);
+        let unequal = compared.problems.iter().map(|problem| format!("not equal: {problem}"));
+        compared.notes.extend(unequal);
+        Ok(compared)
+    }
+
+    /// In what backbones and efforts of systems differ.
+    fn unequal(&self, stages: &[Spec]) -> Vec<String> {
+        let first = &self.entries[0];
+        let (its_backbones, its_effort) =
+            (backbones(&first.system.experiment, stages), self.effort(0, Arm::Main));
         let mut problems = Vec::new();
-        let its_backbone = backbone(&first.system.experiment, stages);
-        for entry in &entries {
+        for (position, entry) in self.entries.iter().enumerate() {
             let name = entry.name();
-            if backbone(&entry.system.experiment, stages) != its_backbone {
+            if backbones(&entry.system.experiment, stages) != its_backbones {
                 problems.push(format!("`{name}` has another backbone than `{}`", first.name()));
             }
-            match relative(entry.effort, first.effort) {
+            let effort = self.effort(position, Arm::Main);
+            match relative(effort, its_effort) {
                 Some(share) if (share - 1.).abs() <= TOLERANCE => {}
                 Some(share) => problems.push(format!(
                     "`{name}` takes {:.3e} multiply-adds, {share:.3} of the {:.3e} of `{}`; change its \
                      epochs",
-                    entry.effort.unwrap_or_default(),
-                    first.effort.unwrap_or_default(),
+                    effort.unwrap_or_default(),
+                    its_effort.unwrap_or_default(),
                     first.name()
                 )),
                 None => problems.push(format!(
@@ -245,60 +365,91 @@ impl<'a> SystemComparison<'a> {
                 )),
             }
         }
-        Ok(Self { entries, problems })
+        problems
     }
 
-    fn first(&self) -> &ComparedSystem<'a> {
-        &self.entries[0]
+    /// The multiply-adds of all steps of an arm of the system at `position`; `None` if a program
+    /// does not declare them.
+    fn effort(&self, position: usize, arm: Arm) -> Option<f64> {
+        let of_steps = self.multiply_adds.get(position)?;
+        self.entries[position].system.plan.of_arm(arm).map(|step| of_steps[step]).sum()
     }
 
-    fn print_efforts(&self) -> Result<()> {
-        for entry in &self.entries {
-            let effort = entry.effort.map_or("?".to_owned(), |effort| format!("{effort:.4e}"));
-            print_line(format_args!("{}: {effort} multiply-adds", entry.name()))?;
+    /// Prints what would be compared.
+    fn print_plan(&self) -> Result<()> {
+        for (position, entry) in self.entries.iter().enumerate() {
+            let name = entry.name();
+            if self.table != ComparedTable::Systems {
+                let folder = entry.runs[0].folder(heads::embedding(entry)?);
+                print_line(format_args!("{name}: on `{}` for seed 0", folder.display()))?;
+                continue;
+            }
+            let effort = self.effort(position, Arm::Main);
+            let effort = effort.map_or("?".to_owned(), |effort| format!("{effort:.4e}"));
+            print_line(format_args!("{name}: {effort} multiply-adds"))?;
         }
         Ok(())
     }
 
-    /// Runs all systems, and the control of the first as the baseline.
+    /// The steps to run of the entry at `position`: its own, and the control of the first system as
+    /// the baseline.
+    fn steps(&self, position: usize) -> Vec<usize> {
+        let plan = &self.entries[position].system.plan;
+        let has_baseline = position == 0 && self.table == ComparedTable::Systems;
+        let control = plan.of_arm(Arm::Control).filter(|_| has_baseline);
+        plan.of_arm(Arm::Main).chain(control).collect()
+    }
+
+    /// Checks all steps.
+    fn check(&self) -> Result<()> {
+        self.entries.iter().enumerate().try_for_each(|(position, entry)| {
+            let steps = self.steps(position);
+            entry.runs.iter().try_for_each(|run| run.check(&steps, false))
+        })
+    }
+
+    /// Runs all steps that are not finished.
     fn execute(&self) -> Result<()> {
-        let steps = |position: usize, entry: &ComparedSystem| -> Vec<usize> {
-            let plan = &entry.system.plan;
-            let control = plan.of_arm(Arm::Control).filter(|_| position == 0);
-            plan.of_arm(Arm::Main).chain(control).collect()
-        };
-        for (position, entry) in self.entries.iter().enumerate() {
-            let steps = steps(position, entry);
-            entry.runs.iter().try_for_each(|run| run.check(&steps, false))?;
-        }
-        for (position, entry) in self.entries.iter().enumerate() {
-            let steps = steps(position, entry);
-            entry.runs.iter().try_for_each(|run| run.execute(&steps, false))?;
-        }
-        Ok(())
+        self.entries.iter().enumerate().try_for_each(|(position, entry)| {
+            let steps = self.steps(position);
+            entry.runs.iter().try_for_each(|run| run.execute(&steps, false))
+        })
     }
 
-    /// The row of the baseline, then one row per system.
+    /// The rows: the baseline, then one per system or head.
     fn rows(&self) -> Result<Vec<CompareRow>> {
-        let first = self.first();
-        let mut rows = Vec::new();
-        let mut add = |row: CompareRow, effort: Option<f64>| {
-            rows.push(CompareRow {
-                effort: relative(effort, first.effort),
-                multiply_adds: effort,
-                ..row
-            });
-        };
-        if first.system.plan.scores(Arm::Control).next().is_some() {
-            let name = "k-means on BYOL".to_owned();
-            let row = first.row(name, Arm::Control, |metrics| metrics.kmeans)?;
-            add(row, first.effort_of(Arm::Control));
+        if self.table != ComparedTable::Systems {
+            return heads::rows(&self.entries);
         }
-        for entry in &self.entries {
+        let whole = self.effort(0, Arm::Main);
+        let row = |position: usize, name, arm, of: fn(&MetricsFile) -> _| -> Result<CompareRow> {
+            let entry = &self.entries[position];
+            let paid: Vec<usize> = entry.system.plan.of_arm(arm).collect();
+            let multiply_adds = self.effort(position, arm);
+            let row = entry.row(name, entry.last_scores(arm)?, of, &paid)?;
+            Ok(CompareRow { effort: relative(multiply_adds, whole), multiply_adds, ..row })
+        };
+        let mut rows = Vec::new();
+        if self.entries[0].system.plan.scores(Arm::Control).next().is_some() {
+            let name = "k-means on BYOL".to_owned();
+            rows.push(row(0, name, Arm::Control, |metrics| metrics.kmeans)?);
+        }
+        for (position, entry) in self.entries.iter().enumerate() {
             let name = entry.system.experiment.system()?;
-            add(entry.row(name, Arm::Main, |metrics| metrics.head)?, entry.effort);
+            rows.push(row(position, name, Arm::Main, |metrics| metrics.head)?);
         }
         Ok(rows)
+    }
+
+    /// The table as text.
+    fn text(&self, rows: &[CompareRow], seeds: u64) -> Result<String> {
+        let title = self.entries[0].system.experiment.title()?;
+        let (title, columns) = match self.table {
+            ComparedTable::Systems => (title, COLUMNS.len()),
+            ComparedTable::Heads => (format!("{title}, heads on one frozen embedding"), 6),
+            ComparedTable::Pretrained => (format!("{title}, heads on a published network"), 6),
+        };
+        Ok(table(&title, rows, &COLUMNS[..columns], seeds, &self.notes))
     }
 }
 
@@ -322,16 +473,18 @@ fn relative(effort: Option<f64>, to: Option<f64>) -> Option<f64> {
     Some(effort? / to.filter(|to| *to > 0.)?)
 }
 
-/// One line of the table.
+/// One line of a table.
 #[derive(Debug, Clone)]
-struct CompareRow {
-    system: String,
+pub struct CompareRow {
+    /// What the line is called.
+    pub system: String,
     experiment: String,
     /// ACC, NMI, ARI.
-    scores: [Option<Statistic>; 3],
+    pub scores: [Option<Statistic>; 3],
     /// For one seed.
-    seconds: Option<Statistic>,
-    peak_bytes: Option<u64>,
+    pub seconds: Option<Statistic>,
+    /// The largest of all steps.
+    pub peak_bytes: Option<u64>,
     /// Multiply-adds, and their ratio to the first system's.
     multiply_adds: Option<f64>,
     effort: Option<f64>,
@@ -355,14 +508,15 @@ const COLUMNS: [&str; 7] = ["", "ACC", "NMI", "ARI", "seconds", "peak MB", "effo
 
 /// The table, with scores in percent and the seconds of one seed.
 fn table(
-    experiment: &Experiment,
+    title: &str,
     rows: &[CompareRow],
+    columns: &[&str],
     seeds: u64,
-    problems: &[String],
-) -> Result<String> {
-    let mut text = format!("{}, seeds 0 to {}\n\n", experiment.title()?, seeds - 1);
+    notes: &[String],
+) -> String {
+    let mut text = format!("{title}, seeds 0 to {}\n\n", seeds - 1);
     let absent = || "-".to_owned();
-    let mut lines = vec![COLUMNS.map(str::to_owned).to_vec()];
+    let mut lines = vec![columns.iter().map(|&column| column.to_owned()).collect::<Vec<_>>()];
     for row in rows {
         let scores = row.scores.iter().map(|s| s.as_ref().map_or_else(absent, Statistic::percent));
         let mut line: Vec<String> = [row.system.clone()].into_iter().chain(scores).collect();
@@ -371,17 +525,15 @@ fn table(
         let megabytes = |bytes: u64| format!("{:.0}", bytes as f64 / 1e6);
         line.push(row.peak_bytes.map_or_else(absent, megabytes));
         line.push(row.effort.map_or_else(absent, |share| format!("{share:.3}")));
+        line.truncate(columns.len());
         lines.push(line);
     }
     text.push_str(&aligned(&lines));
-    text.push_str(
-        "\neffort: multiply-adds of the networks, forward and backward, as a share of the first \
-         system's\n",
-    );
-    for problem in problems {
-        let _ = writeln!(text, "not equal: {problem}");
+    text.push('\n');
+    for note in notes {
+        let _ = writeln!(text, "{note}");
     }
-    Ok(text)
+    text
 }
 
 #[cfg(test)]
@@ -421,13 +573,18 @@ mod tests {
     fn backbones_are_those_of_the_stages_that_train() {
         let trained = |name| Spec { name, algorithm: 1, inputs: &[], outputs: &[Output::Network] };
         let stages = [trained("pretraining"), trained("secu")];
-        let backbones = |text: &str| backbone(&experiment(text), &stages);
-        assert_eq!(backbones(TEXT).len(), 1);
+        let found = |text: &str| backbones(&experiment(text), &stages);
+        assert_eq!(found(TEXT).len(), 1);
         let two = TEXT.replacen("width = 4", "width = 5", 1);
-        assert_eq!(backbones(&two).len(), 2);
-        assert_ne!(backbones(&two), backbones(TEXT));
+        assert_eq!(found(&two).len(), 2);
+        assert_ne!(found(&two), found(TEXT));
         let scorer = Spec { name: "secu", algorithm: 1, inputs: &[], outputs: &[Output::Scores] };
-        assert_eq!(backbone(&experiment(&two), &[stages[0], scorer]).len(), 1);
+        assert_eq!(backbones(&experiment(&two), &[stages[0], scorer]).len(), 1);
+        // A published network is named, not described.
+        let published = format!("{TEXT}\n[pretrained]\nbackbone = 'dinov2-small'");
+        let with_pretrained = [stages[0], stages[1], trained("pretrained")];
+        let found = backbones(&experiment(&published), &with_pretrained);
+        assert_eq!(found[1], "dinov2-small".into(), "{found:?}");
     }
 
     #[test]
@@ -481,12 +638,13 @@ mod tests {
             multiply_adds: Some(1000.),
             effort: relative(Some(1000.), Some(980.)),
         };
-        let named = experiment("title = \"Example\"");
-        let text =
-            table(&named, std::slice::from_ref(&row), 2, &["a problem".into()]).expect("a table");
+        let rows = std::slice::from_ref(&row);
+        let text = table("Example", rows, &COLUMNS, 2, &["a problem".into()]);
         for part in ["SeCu", "90.0 ± 0.0", "80.0 ± 0.0", "-", "61", "120", "1.020", "a problem"] {
             assert!(text.contains(part), "{part} is not in {text}");
         }
+        let without_effort = table("Example", rows, &COLUMNS[..6], 2, &[]);
+        assert!(without_effort.contains("120") && !without_effort.contains("1.020"));
         let json = row.json();
         assert_eq!(json["system"], "SeCu");
         assert_eq!(json["scores"]["acc"]["mean"], 0.9);

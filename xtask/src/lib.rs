@@ -16,6 +16,7 @@ mod commands;
 mod compare;
 mod cost;
 mod export;
+mod heads;
 mod key;
 mod plan;
 mod predict;

@@ -84,7 +84,7 @@ fn files(folder: &str) -> Result<Vec<(String, String)>> {
 
 #[test]
 fn every_file_that_is_no_experiment_is_extended_by_one() -> Result<()> {
-    let bases = [files("data")?, files("stage")?, files("method")?].concat();
+    let bases = [files("data")?, files("stage")?, files("method")?, files("embedding")?].concat();
     let mut extended = BTreeSet::new();
     for (_, text) in bases.iter().chain(&files("")?) {
         let tables: toml::Table = text.parse()?;
