@@ -19,10 +19,10 @@ pub(crate) use amx::{operations as amx_operations, usable as amx_is_usable};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use crate::Variant;
 use crate::element::{Half, ValueElement};
 use crate::layout::{SIDE, TILE};
 use crate::variant::{Instructions, for_each_variant};
+use crate::{Buffer, Variant};
 
 /// Consecutive terms of a sum, whose tiles are contiguous on both sides.
 #[derive(Clone, Copy, Debug)]
@@ -76,8 +76,6 @@ impl TileProduct<'_> {
 /// clears them when dropped, so it cannot leave its thread.
 pub(crate) struct TileSession {
     variant: Variant,
-    /// Memory of [`widened`].
-    widened: RefCell<Vec<f32>>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -87,7 +85,7 @@ impl TileSession {
         if variant.instructions() == Instructions::Amx {
             amx::begin();
         }
-        TileSession { variant, widened: RefCell::default(), not_send: PhantomData }
+        TileSession { variant, not_send: PhantomData }
     }
 
     pub fn variant(&self) -> Variant {
@@ -194,32 +192,35 @@ fn widened<const TRANSPOSED: bool>(
     product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    let (variant, columns) = (session.variant, product.columns);
-    let mut memory = session.widened.borrow_mut();
-    memory.resize(4 * WIDENED * TILE, 0.);
-    let (wide_left, wide_right) = memory.split_at_mut(2 * WIDENED * TILE);
-    let mut add = product.add;
-    for run in product.runs {
-        for first in (0..run.tiles()).step_by(WIDENED) {
-            let inner = (run.inner - first * SIDE).min(WIDENED * SIDE);
-            let len = inner.div_ceil(SIDE) * TILE;
-            let sides = wide_left.chunks_exact_mut(WIDENED * TILE).take(outputs.len());
-            for (side, to) in sides.enumerate() {
-                let from = &left[run.left + first * TILE + side * product.apart..][..len];
-                if TRANSPOSED {
-                    widen_pairs(variant, from, to);
-                } else {
-                    widen(variant, from, to);
-                }
-            }
-            let from = &right[run.right + columns * first * TILE..][..columns * len];
-            widen_pairs(variant, from, wide_right);
-            let runs = [TileRun { left: 0, right: 0, inner }];
-            let part = TileProduct { runs: &runs, apart: WIDENED * TILE, add, ..*product };
-            self::product::<TRANSPOSED>(session, wide_left, wide_right, &part, outputs);
-            add = true;
-        }
+    thread_local! {
+        static MEMORY: RefCell<Buffer> = RefCell::new(Buffer::zeros(4 * WIDENED * TILE));
     }
+    let (variant, columns) = (session.variant, product.columns);
+    MEMORY.with_borrow_mut(|memory| {
+        let (wide_left, wide_right) = memory.split_at_mut(2 * WIDENED * TILE);
+        let mut add = product.add;
+        for run in product.runs {
+            for first in (0..run.tiles()).step_by(WIDENED) {
+                let inner = (run.inner - first * SIDE).min(WIDENED * SIDE);
+                let len = inner.div_ceil(SIDE) * TILE;
+                let sides = wide_left.chunks_exact_mut(WIDENED * TILE).take(outputs.len());
+                for (side, to) in sides.enumerate() {
+                    let from = &left[run.left + first * TILE + side * product.apart..][..len];
+                    if TRANSPOSED {
+                        widen_pairs(variant, from, to);
+                    } else {
+                        widen(variant, from, to);
+                    }
+                }
+                let from = &right[run.right + columns * first * TILE..][..columns * len];
+                widen_pairs(variant, from, wide_right);
+                let runs = [TileRun { left: 0, right: 0, inner }];
+                let part = TileProduct { runs: &runs, apart: WIDENED * TILE, add, ..*product };
+                self::product::<TRANSPOSED>(session, wide_left, wide_right, &part, outputs);
+                add = true;
+            }
+        }
+    });
 }
 
 for_each_variant! {
