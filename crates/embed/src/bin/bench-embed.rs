@@ -2,11 +2,14 @@
 //!
 //! `cargo xtask bench embed [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N]]`
 //!
-//! What is timed is [`training::Target::embedding`]: batches of pictures, which are noise that lies
-//! in memory, through the backbone on running statistics. The peer does the same with PyTorch as it
-//! is fastest there: `torch.compile` with frozen weights, channels last, bf16 by autocast; where a
-//! machine cannot compile, without, and the row says so. See `bench/peer.py` of this crate.
+//! What is timed is [`training::Target::embedding`] for residual networks, on running statistics, and
+//! [`Transformer::forward`] for published Vision Transformers: batches of pictures, which are noise that
+//! lies in memory. The peer does the same with PyTorch as it is fastest there: `torch.compile` with frozen
+//! weights; residual networks channels last with bf16 by autocast, transformers with bf16 weights and
+//! PyTorch's own attention. Where a machine cannot compile, without, and the row says so. See
+//! `bench/peer.py` of this crate.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -14,8 +17,15 @@ use backbone::{Architecture, Configuration, Depth, Predictor, Projector, Stem};
 use bench::{BenchUnit, ComparisonTable, Peers, Side};
 use candle_core::Device::Cpu;
 use clap::Parser;
+use layers::{
+    Activation, FinalNorm, Mlp, Positions, Resampling, Transformer, TransformerPlan,
+    TransformerTensor, TransformerWeights,
+};
 use serde_json::{Value, json};
-use training::{Learner, Precision, SgdTable};
+use training::{Learner, Precision, SgdTable, Target};
+
+use BenchNetwork::{Residual, Vit};
+use Precision::{Bf16, F32};
 
 #[derive(Parser)]
 #[command(name = "bench-embed", about = "Times the embedding of pictures")]
@@ -29,15 +39,34 @@ struct BenchEmbedCli {
 
 /// A network, and the pictures it is fed with.
 struct EmbedWork {
-    depth: Depth,
+    network: BenchNetwork,
     pixels: usize,
     batch: usize,
+    precision: Precision,
 }
 
-const WORKS: [EmbedWork; 3] = [
-    EmbedWork { depth: Depth::Eighteen, pixels: 32, batch: 128 },
-    EmbedWork { depth: Depth::ThirtyFour, pixels: 96, batch: 64 },
-    EmbedWork { depth: Depth::ThirtyFour, pixels: 224, batch: 16 },
+enum BenchNetwork {
+    Residual(Depth),
+    /// DINOv2's: patches of 14 pixels, a class token, LayerScale, heads of width 64.
+    Vit {
+        name: &'static str,
+        width: usize,
+    },
+}
+
+const SMALL: BenchNetwork = Vit { name: "vit-s14", width: 384 };
+const BASE: BenchNetwork = Vit { name: "vit-b14", width: 768 };
+
+#[rustfmt::skip]
+const WORKS: [EmbedWork; 8] = [
+    EmbedWork { network: Residual(Depth::Eighteen), pixels: 32, batch: 128, precision: Bf16 },
+    EmbedWork { network: Residual(Depth::ThirtyFour), pixels: 96, batch: 64, precision: Bf16 },
+    EmbedWork { network: Residual(Depth::ThirtyFour), pixels: 224, batch: 16, precision: Bf16 },
+    EmbedWork { network: Residual(Depth::Fifty), pixels: 224, batch: 16, precision: Bf16 },
+    EmbedWork { network: SMALL, pixels: 224, batch: 16, precision: Bf16 },
+    EmbedWork { network: SMALL, pixels: 224, batch: 16, precision: F32 },
+    EmbedWork { network: BASE, pixels: 224, batch: 8, precision: Bf16 },
+    EmbedWork { network: BASE, pixels: 224, batch: 8, precision: F32 },
 ];
 
 /// Batches of one turn, so that a turn is not over in a moment.
@@ -81,7 +110,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
 impl EmbedWork {
     fn name(&self) -> String {
         let Self { pixels, batch, .. } = self;
-        format!("{} @{pixels} batch {batch} bf16", self.backbone())
+        format!("{} @{pixels} batch {batch} {}", self.backbone(), self.precision_name())
     }
 
     fn keys(&self) -> Value {
@@ -89,24 +118,24 @@ impl EmbedWork {
             "backbone": self.backbone(),
             "pixels": self.pixels,
             "batch": self.batch,
-            "precision": "bf16",
+            "precision": self.precision_name(),
         })
     }
 
-    fn backbone(&self) -> String {
-        let layers = serde_json::to_value(self.depth).unwrap_or_default();
-        format!("resnet{}", layers.as_str().unwrap_or_default())
+    fn precision_name(&self) -> &'static str {
+        match self.precision {
+            F32 => "f32",
+            Bf16 => "bf16",
+        }
     }
 
-    /// The published network for pictures of this size.
-    fn configuration(&self) -> Configuration {
-        let stem = if self.pixels <= 32 { Stem::Plain } else { Stem::Large };
-        Configuration {
-            backbone: Architecture { depth: self.depth, width: 64, stem },
-            projector: Projector { hidden: 64, width: 64 },
-            predictor: Predictor { hidden: 64 },
-            channels: 3,
-            input: Value::Null,
+    fn backbone(&self) -> String {
+        match self.network {
+            Residual(depth) => {
+                let layers = serde_json::to_value(depth).unwrap_or_default();
+                format!("resnet{}", layers.as_str().unwrap_or_default())
+            }
+            Vit { name, .. } => name.to_owned(),
         }
     }
 }
@@ -115,21 +144,74 @@ impl EmbedWork {
 fn side(name: &str) -> Result<()> {
     let work = WORKS.iter().find(|work| work.name() == name);
     let work = work.with_context(|| format!("no work `{name}`"))?;
-    let &EmbedWork { pixels, batch, .. } = work;
+    let &EmbedWork { ref network, pixels, batch, precision } = work;
+    let noise = training::noise(1., (batch, pixels * pixels * 3), 1, &[], &Cpu)?;
+    let pictures = noise.context("noise")?.reshape((batch, pixels, pixels, 3))?;
+    match *network {
+        Residual(depth) => {
+            let mut target = residual(depth, pixels, precision)?;
+            serve(batch, || target.embedding(&pictures).map(drop))
+        }
+        Vit { width, .. } => {
+            let network = transformer(width, precision)?;
+            serve(batch, || network.forward(&pictures).map(drop))
+        }
+    }
+}
+
+fn serve(batch: usize, mut embed: impl FnMut() -> candle_core::Result<()>) -> Result<()> {
+    bench::serve(|| {
+        for _ in 0..BATCHES {
+            embed()?;
+        }
+        Ok((BATCHES * batch) as f64)
+    })
+}
+
+/// The published network for pictures of this size.
+fn residual(depth: Depth, pixels: usize, precision: Precision) -> Result<Target> {
+    let stem = if pixels <= 32 { Stem::Plain } else { Stem::Large };
+    let configuration = Configuration {
+        backbone: Architecture { depth, width: 64, stem },
+        projector: Projector { hidden: 64, width: 64 },
+        predictor: Predictor { hidden: 64 },
+        channels: 3,
+        input: Value::Null,
+    };
     let optimizer = SgdTable {
         peak_learning_rate: 0.05,
         predictor_learning_rate_factor: 1.,
         momentum: 0.9,
         weight_decay: 0.,
     };
-    let Learner { mut target, .. } =
-        Learner::random(&work.configuration(), optimizer, Precision::Bf16, 0)?;
-    let noise = training::noise(1., (batch, pixels * pixels * 3), 1, &[], &Cpu)?;
-    let pictures = noise.context("noise")?.reshape((batch, pixels, pixels, 3))?;
-    bench::serve(|| {
-        for _ in 0..BATCHES {
-            target.embedding(&pictures)?;
-        }
-        Ok((BATCHES * batch) as f64)
-    })
+    Ok(Learner::random(&configuration, optimizer, precision, 0)?.target)
+}
+
+/// DINOv2's network of this width with small weights, which all take part.
+fn transformer(width: usize, precision: Precision) -> Result<Transformer> {
+    let plan = TransformerPlan {
+        patch_pixels: 14,
+        patch_bias: true,
+        width,
+        depth: 12,
+        heads: width / 64,
+        key_bias: true,
+        mlp: Mlp::Plain { hidden: 4 * width, activation: Activation::GeluErf },
+        layer_scale: true,
+        class_token: true,
+        registers: 0,
+        positions: Positions::Absolute { grid: 16, resampling: Resampling::Size },
+        pre_norm: false,
+        final_norm: FinalNorm::AllTokens,
+        epsilon: 1e-6,
+        attention_pooling: false,
+        projection: None,
+    };
+    let mut given = BTreeMap::new();
+    for (at, TransformerTensor { name, shape }) in plan.tensors().into_iter().enumerate() {
+        let noise = training::noise(0.05, (1, shape.iter().product()), at as u64, &[], &Cpu)?;
+        given.insert(name, (shape, noise.context("noise")?.flatten_all()?.to_vec1()?));
+    }
+    let weights = TransformerWeights::new(&plan, given)?;
+    Ok(Transformer::new(&weights, &Cpu, precision.into())?)
 }
