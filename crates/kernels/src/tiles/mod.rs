@@ -232,6 +232,7 @@ for_each_variant! {
 }
 
 /// Widens pairs along the inner side, (inner / 2, lane, inner % 2), to (inner, lane).
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "one form for all"))]
 fn widen_pairs(variant: Variant, from: &[Half], to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if variant != Variant::PORTABLE {
