@@ -292,7 +292,7 @@ impl<T: ValueElement> Gather<'_, T> {
             unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) }
         };
         let apart = self.taps.apart * self.from_shape.pixel_len();
-        let product = TileProduct { runs, apart, rows: SIDE, columns, add };
+        let product = TileProduct { runs, apart, rows: SIDE, columns, add, ahead: 0 };
         let (output, other) = (place(pixel), other.map(place));
         T::product_into(self.session, self.from, self.packed, &product, output, other);
     }

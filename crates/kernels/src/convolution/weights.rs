@@ -406,7 +406,8 @@ impl<'a> WeightTasks<'a> {
                 for &(sum, end) in &runs.ends {
                     let rows = g.input.channels_in(block);
                     let runs = &runs.all[begin..end];
-                    let product = TileProduct { runs, apart: TILE, rows, columns, add: true };
+                    let product =
+                        TileProduct { runs, apart: TILE, rows, columns, add: true, ahead: 0 };
                     if block + 1 < task.blocks.end {
                         let outputs = &mut [tile(block, sum), tile(block + 1, sum)];
                         T::product::<true>(session, left, right, &product, outputs);

@@ -309,7 +309,7 @@ impl<T: ValueElement> Convolve<'_, T> {
         for position in 0..POSITIONS {
             let right = (POSITIONS * 2 * pair + position * columns) * blocks * TILE;
             let runs = &[TileRun { left: 0, right, inner: self.from_shape.channels }];
-            let product = TileProduct { runs, apart: 0, rows: NEAR, columns, add: false };
+            let product = TileProduct { runs, apart: 0, rows: NEAR, columns, add: false, ahead: 0 };
             let (left, sums) = (&left[position * step..], &mut sums[position * sums_step..]);
             T::product::<false>(self.session, left, self.packed, &product, &mut [sums]);
         }

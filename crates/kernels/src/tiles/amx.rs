@@ -466,7 +466,8 @@ fn agrees<U: TileUnit>(unit: &mut U) -> bool {
         let [left, right] = test_values(whole);
         [(1, 1), (1, 2), (2, 1), (2, 2)].into_iter().all(|(sides, columns)| {
             [false, true].into_iter().all(|add| {
-                let wanted = TileProduct { runs: &runs, apart: TILE, rows: SIDE, columns, add };
+                let wanted =
+                    TileProduct { runs: &runs, apart: TILE, rows: SIDE, columns, add, ahead: 0 };
                 let [mut got, mut want] = [0; 2].map(|_| [[3f32; 2 * TILE]; 2]);
                 // SAFETY: the slices hold 5 and 8 tiles, and the runs with `apart` and two columns use no
                 // more; the caller has set up the registers.
@@ -548,7 +549,8 @@ mod tests {
             right[k / 2 * 2 * SIDE + k % 2] = Half::narrow(*b);
         }
         let runs = [TileRun { left: 0, right: 0, inner: SIDE }];
-        let wanted = TileProduct { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true };
+        let wanted =
+            TileProduct { runs: &runs, apart: 0, rows: SIDE, columns: 1, add: true, ahead: 0 };
         let mut output = [0f32; TILE];
         output[0] = start;
         // SAFETY: all slices hold the one tile.

@@ -54,6 +54,8 @@ pub(crate) struct TileProduct<'a> {
     pub columns: usize,
     /// Whether to add to the outputs instead of replacing them.
     pub add: bool,
+    /// Where right tiles begin that a later product will read: they may be fetched into the cache meanwhile.
+    pub ahead: usize,
 }
 
 impl TileProduct<'_> {
@@ -215,7 +217,8 @@ fn widened<const TRANSPOSED: bool>(
                 let from = &right[run.right + columns * first * TILE..][..columns * len];
                 widen_pairs(variant, from, wide_right);
                 let runs = [TileRun { left: 0, right: 0, inner }];
-                let part = TileProduct { runs: &runs, apart: WIDENED * TILE, add, ..*product };
+                let part =
+                    TileProduct { runs: &runs, apart: WIDENED * TILE, add, ahead: 0, ..*product };
                 self::product::<TRANSPOSED>(session, wide_left, wide_right, &part, outputs);
                 add = true;
             }
@@ -346,7 +349,7 @@ mod tests {
             for (rows, columns, add) in
                 [(16, 2, false), (16, 2, true), (16, 1, false), (3, 2, true), (8, 1, true)]
             {
-                let wanted = TileProduct { runs: &RUNS, apart: TILE, rows, columns, add };
+                let wanted = TileProduct { runs: &RUNS, apart: TILE, rows, columns, add, ahead: 0 };
                 let mut direct = [before.clone(), before.clone()];
                 let mut turned = direct.clone();
                 let [a, b] = &mut direct;
@@ -377,7 +380,14 @@ mod tests {
         for variant in Variant::testable() {
             let session = TileSession::begin(variant);
             let (mut whole, mut split) = (vec![0.; 2 * TILE], vec![0.; 2 * TILE]);
-            let all = TileProduct { runs: &all_runs, apart: 0, rows: 16, columns: 2, add: false };
+            let all = TileProduct {
+                runs: &all_runs,
+                apart: 0,
+                rows: 16,
+                columns: 2,
+                add: false,
+                ahead: 0,
+            };
             product::<false>(&session, &left, &right, &all, &mut [&mut whole]);
             let first = TileProduct { runs: &split_runs[..1], ..all };
             product::<false>(&session, &left, &right, &first, &mut [&mut split]);
@@ -392,7 +402,8 @@ mod tests {
     fn a_tile_outside_its_slice_is_refused() {
         let (left, right) = (noise(2 * TILE), noise(4 * TILE));
         let runs = [TileRun { left: TILE, right: 0, inner: 17 }];
-        let wanted = TileProduct { runs: &runs, apart: 0, rows: 16, columns: 2, add: false };
+        let wanted =
+            TileProduct { runs: &runs, apart: 0, rows: 16, columns: 2, add: false, ahead: 0 };
         let session = TileSession::begin(Variant::PORTABLE);
         product::<false>(&session, &left, &right, &wanted, &mut [&mut [0.; 2 * TILE]]);
     }

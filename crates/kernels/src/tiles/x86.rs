@@ -12,6 +12,9 @@ use super::{TileProduct, TileRun};
 use crate::element::Half;
 use crate::layout::{SIDE, TILE};
 
+/// Numbers in a line of the cache.
+const LINE: usize = 16;
+
 /// # Safety
 ///
 /// The processor has AVX-512; every tile lies inside its slice.
@@ -233,6 +236,7 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
     product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
+    let mut ahead = right.as_ptr().wrapping_add(product.ahead);
     for (side, output) in outputs.iter_mut().enumerate() {
         for column in 0..product.columns {
             // SAFETY: promised by the caller; the blocks are rows of 16.
@@ -241,15 +245,15 @@ pub(super) unsafe fn avx2<const TRANSPOSED: bool>(
                 let r = right.as_ptr().add(column * TILE);
                 let o = output.as_mut_ptr().add(column * TILE);
                 if product.rows <= 4 {
-                    avx2_block::<TRANSPOSED, 4>(l, r, product, o, 0);
+                    ahead = avx2_block::<TRANSPOSED, 4>(l, r, product, o, 0, ahead);
                     continue;
                 }
-                avx2_block::<TRANSPOSED, 6>(l, r, product, o, 0);
+                ahead = avx2_block::<TRANSPOSED, 6>(l, r, product, o, 0, ahead);
                 if product.rows > 6 {
-                    avx2_block::<TRANSPOSED, 6>(l, r, product, o, 6);
+                    ahead = avx2_block::<TRANSPOSED, 6>(l, r, product, o, 6, ahead);
                 }
                 if product.rows > 12 {
-                    avx2_block::<TRANSPOSED, 4>(l, r, product, o, 12);
+                    ahead = avx2_block::<TRANSPOSED, 4>(l, r, product, o, 12, ahead);
                 }
             }
         }
@@ -271,7 +275,9 @@ macro_rules! avx2_step {
 }
 
 /// Computes `ROWS` rows × 16 columns from row `first` of the tiles. 6 rows keep 12 sums in flight, enough
-/// for two multipliers with a latency of 4 or 5 cycles; the factors need 3 of the 16 registers.
+/// for two multipliers with a latency of 4 or 5 cycles; the factors need 3 of the 16 registers. Fetches a line
+/// from `ahead` with each tile, and returns where it got to: weights that come from the third-level cache
+/// or from memory cost a sixth of the time of a transformer otherwise.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2_block<const TRANSPOSED: bool, const ROWS: usize>(
     left: *const f32,
@@ -279,7 +285,8 @@ unsafe fn avx2_block<const TRANSPOSED: bool, const ROWS: usize>(
     product: &TileProduct,
     output: *mut f32,
     first: usize,
-) {
+    mut ahead: *const f32,
+) -> *const f32 {
     // SAFETY: the caller promises that the tiles lie inside their slices; `first + ROWS`, `k` and both
     // halves of 8 columns stay inside a tile. The pointers end at most one tile past the last one.
     unsafe {
@@ -295,6 +302,8 @@ unsafe fn avx2_block<const TRANSPOSED: bool, const ROWS: usize>(
         for run in product.runs {
             let (mut left, mut right) = (left.add(run.left), right.add(run.right));
             for _ in 0..run.inner / SIDE {
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                ahead = ahead.wrapping_add(LINE);
                 for k in 0..SIDE {
                     avx2_step!(TRANSPOSED, sums, left, right, k);
                 }
@@ -311,6 +320,7 @@ unsafe fn avx2_block<const TRANSPOSED: bool, const ROWS: usize>(
             }
         }
     }
+    ahead
 }
 
 /// See [`super::widen_pairs`]. A pair is one word: its lower half, shifted up, and its upper half are the two

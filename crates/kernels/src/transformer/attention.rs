@@ -193,8 +193,14 @@ impl Multiplication {
             let (left_at, right_at) = (self.first * inner * TILE, 2 * pair * inner * TILE);
             let runs = [TileRun { left: left_at, right: right_at, inner: self.inner }];
             let rows = self.rows.min(SIDE);
-            let product =
-                TileProduct { runs: &runs, apart: inner * TILE, rows, columns, add: false };
+            let product = TileProduct {
+                runs: &runs,
+                apart: inner * TILE,
+                rows,
+                columns,
+                add: false,
+                ahead: 0,
+            };
             let at = 2 * pair * TILE..(2 * pair + columns) * TILE;
             let a = &mut a[at.clone()];
             if self.rows > SIDE {

@@ -52,6 +52,20 @@ pub(super) fn put<T: ValueElement>(
     mut values: &[f32],
 ) {
     let (group, row) = (row / SIDE * shape.pixel_len(), row % SIDE);
+    if column.is_multiple_of(SIDE) {
+        let (whole, others) = values.as_chunks::<SIDE>();
+        for values in whole {
+            // Of a constant size: a copy of any other is a call.
+            let to: &mut [T; SIDE] = numbers[group + column * SIDE + row * SIDE..]
+                .first_chunk_mut()
+                .expect("columns of the row");
+            for (to, value) in to.iter_mut().zip(values) {
+                *to = T::narrow(*value);
+            }
+            column += SIDE;
+        }
+        values = others;
+    }
     while !values.is_empty() {
         let (block, lane) = (column / SIDE, column % SIDE);
         let (now, later) = values.split_at(values.len().min(SIDE - lane));

@@ -11,8 +11,8 @@ use crate::variant::for_each_variant;
 use crate::{Buffer, Precision, Variant};
 
 /// Tiles along the inner side per pass over the rows. Their right factors, for two blocks of columns, stay in
-/// the first-level cache: 32 KiB in f32, 16 KiB in bf16.
-const INNER: usize = 16;
+/// the first-level cache beside as many left ones: 16 KiB in f32, 8 KiB in bf16.
+const INNER: usize = 8;
 
 /// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
 const GROUPS: usize = 8;
@@ -181,6 +181,9 @@ impl Spread {
     pub const NONE: Spread = Spread { run: usize::MAX, stride: 0, first: 0, skip: 0 };
 
     fn row(self, row: usize) -> usize {
+        if self == Spread::NONE {
+            return row;
+        }
         let row = self.skip + row;
         row / self.run * self.stride + self.first + row % self.run
     }
@@ -228,6 +231,9 @@ fn multiply<T: ValueElement>(
             for first in (0..inner).step_by(INNER) {
                 let at = (2 * pair * inner + first * columns) * TILE;
                 let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
+                // The weights of the next pass follow; each call has its share of them fetched.
+                let panel = length.div_ceil(SIDE) * columns * TILE;
+                let groups = count.div_ceil(2 * SIDE);
                 for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
                     let group = from / SIDE + 2 * two;
                     let left_at = (group * inner + first) * TILE;
@@ -239,6 +245,7 @@ fn multiply<T: ValueElement>(
                         rows,
                         columns,
                         add: first > 0,
+                        ahead: at + panel + two * panel / groups,
                     };
                     let (a, b) = outputs.split_at_mut(columns * TILE);
                     if b.is_empty() {
@@ -305,12 +312,7 @@ impl FinishedPair<'_> {
                 });
             }
             LinearOutput::Add { to, spread } => {
-                for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
-                    let to = &mut to[spread.row(row) * width..][columns.clone()];
-                    for (to, (sum, bias)) in to.iter_mut().zip(sums.iter().zip(bias)) {
-                        *to += sum + bias;
-                    }
-                }
+                add_rows(variant, tile, bias, to, width, rows, columns, *spread);
             }
             LinearOutput::Gelu { to, gelu } => {
                 assert!(rows.end <= to.rows() && to.columns() == width);
@@ -341,9 +343,34 @@ for_each_variant! {
     ) {
         for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
             let to = &mut to[row * width..][columns.start..columns.end];
-            for (to, (sum, bias)) in to.iter_mut().zip(sums.iter().zip(bias)) {
-                *to = T::narrow(sum + bias);
-            }
+            for_each_lane(to, |to, lane| *to = T::narrow(sums[lane] + bias[lane]));
+        }
+    }
+}
+
+/// Passes up to 16 numbers with their index. All 16 are a loop of constant length, which becomes registers.
+#[inline(always)]
+fn for_each_lane<T>(numbers: &mut [T], mut pass: impl FnMut(&mut T, usize)) {
+    if let Some(all) = numbers.first_chunk_mut::<SIDE>() {
+        all.iter_mut().enumerate().for_each(|(lane, number)| pass(number, lane));
+    } else {
+        numbers.iter_mut().enumerate().for_each(|(lane, number)| pass(number, lane));
+    }
+}
+
+for_each_variant! {
+    fn add_rows(
+        tile: &[f32],
+        bias: &[f32; SIDE],
+        to: &mut [f32],
+        width: usize,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        spread: Spread,
+    ) {
+        for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
+            let to = &mut to[spread.row(row) * width..][columns.start..columns.end];
+            for_each_lane(to, |to, lane| *to += sums[lane] + bias[lane]);
         }
     }
 }
