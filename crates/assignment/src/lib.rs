@@ -1,10 +1,10 @@
-//! Algorithms on embeddings: k-means, nearest neighbours, Sinkhorn-Knopp, Hungarian matching.
+//! Algorithms on embeddings: k-means, nearest neighbours, maps, Sinkhorn-Knopp, Hungarian matching.
 //!
 //! Every round of every method groups embeddings ([`k_means`]), searches for neighbours
 //! ([`nearest_neighbours`]) and compares two groupings whose cluster numbers are arbitrary
 //! ([`optimal_map`]). [`consensus`] makes one grouping of several, [`number`] guesses how many clusters
-//! there are. This crate holds these algorithms and nothing else: it reads no file and knows
-//! no picture, no network and no label.
+//! there are, [`TSne`] draws points on a map. This crate holds these algorithms and nothing else: it reads
+//! no file and knows no picture, no network and no label.
 //!
 //! Points are rows of a flat `f32` slice, `(N, D)` row-major. Sums are accumulated in `f64`, split
 //! by shape and added in a fixed order, so results are bit-identical for any number of threads.
@@ -42,6 +42,7 @@ mod iterations;
 mod k_means;
 mod lloyd;
 mod logistic;
+mod map;
 mod matching;
 mod neighbours;
 pub mod number;
@@ -62,6 +63,7 @@ pub use clustering::{Clustering, KMeans, Metric};
 pub use consensus::{Consensus, agreement, consensus, merged_clusters};
 pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
 pub use logistic::Generalisation;
+pub use map::{TSne, principal_plane, trustworthiness};
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{
     nearest_neighbours, nearest_neighbours_and_self, share_of_agreeing_neighbours,
