@@ -16,6 +16,7 @@ use stage::{DeviceChoice, Experiment, Spec, container, files};
 use toml::{Table, Value, toml};
 
 use crate::CommandContext;
+use crate::clusters::EMBEDDINGS;
 use crate::key::{self, StoreKey};
 use crate::prepared::PreparedData;
 use crate::process::Process;
@@ -210,6 +211,13 @@ impl Prediction<'_> {
             ("--out", folder.join("report").into()),
         ] {
             arguments.extend([flag.into(), value]);
+        }
+        let of_run = [
+            ("--embeddings", folder.join("embed").join(EMBEDDINGS)),
+            ("--labels", self.pictures.folder.join("labels.safetensors")),
+        ];
+        for (flag, file) in of_run.into_iter().filter(|(_, file)| file.exists()) {
+            arguments.extend([flag.into(), file.into()]);
         }
         let program = Executable::own(REPORT, &self.session.registry)?;
         self.process(REPORT, &program, &arguments).run(None)

@@ -6,9 +6,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use stage::Spec;
+use stage::{Output, Spec};
 
 use crate::CommandContext;
+use crate::clusters::EMBEDDINGS;
 use crate::prepared::source_folder;
 use crate::process::Process;
 use crate::programs::Executable;
@@ -22,6 +23,9 @@ pub struct ReportOptions {
     /// Pictures of each cluster to show: the most confident, and a third as many of the least.
     #[arg(long, value_name = "N", default_value_t = SHOWN)]
     shown: usize,
+    /// Most pictures on the page, so that it stays small; a thumbnail has 5 to 10 kB.
+    #[arg(long, value_name = "N", default_value_t = THUMBNAILS)]
+    thumbnails: usize,
     /// Show these clusters as one, under the first number; can be repeated.
     #[arg(long, value_name = "K,K")]
     merge: Vec<String>,
@@ -46,6 +50,9 @@ pub struct ReportOptions {
 /// Pictures of each cluster that the page shows by default.
 const SHOWN: usize = 24;
 
+/// Pictures that the page has by default.
+const THUMBNAILS: usize = 2000;
+
 impl ReportOptions {
     /// Options for a page and a table of the run in the folder `run`, without folders of pictures.
     ///
@@ -54,6 +61,7 @@ impl ReportOptions {
         Self {
             which: Which::of_folder(run),
             shown: SHOWN,
+            thumbnails: THUMBNAILS,
             merge: vec![],
             pictures: false,
             copy_to: None,
@@ -104,15 +112,31 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     }
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
-    let arguments = arguments(run, &steps, last, options);
+    let embedded = embeddings_of(&steps, last, &session.registry.specs());
+    let arguments = arguments(run, &steps, last, embedded, options);
     let interrupt = &session.interrupt;
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
+}
+
+/// The step that embedded what the step `last` clustered, if there is one: the last one before it.
+fn embeddings_of<'a>(
+    steps: &[&'a RecordedStep],
+    last: &RecordedStep,
+    stages: &[Spec],
+) -> Option<&'a RecordedStep> {
+    let embeds = |step: &&&RecordedStep| {
+        let spec = stages.iter().find(|stage| stage.name == step.place);
+        spec.is_some_and(|spec| spec.outputs.contains(&Output::Embeddings))
+    };
+    let before = steps.iter().take_while(|step| step.key != last.key || step.name != last.name);
+    before.filter(embeds).last().copied()
 }
 
 fn arguments(
     run: &Recorded,
     steps: &[&RecordedStep],
     last: &RecordedStep,
+    embedded: Option<&RecordedStep>,
     options: &ReportOptions,
 ) -> Vec<OsString> {
     let pictures = run.data();
@@ -125,8 +149,14 @@ fn arguments(
         ("--title", run.name().into()),
         ("--out", out),
         ("--shown", options.shown.to_string().into()),
+        ("--thumbnails", options.thumbnails.to_string().into()),
     ] {
         arguments.extend([flag.into(), value.into()]);
+    }
+    let embeddings = embedded.map(|step| run.path(step).join(EMBEDDINGS));
+    let labels = Some(pictures.join("labels.safetensors")).filter(|labels| labels.exists());
+    for (flag, file) in [("--embeddings", embeddings), ("--labels", labels)] {
+        arguments.extend(file.into_iter().flat_map(|file| [flag.into(), file.into()]));
     }
     for step in steps {
         let mut word = OsString::from(format!("{}=", step.name));

@@ -11,6 +11,8 @@ use data::PseudoLabels;
 pub struct ClusterMember {
     /// Its row of `images.safetensors`.
     pub row: u32,
+    /// Its position in the index of the pseudo-labels.
+    pub place: u32,
     /// How sure the method is of its cluster, in `[0, 1]`; [`data::pseudo_labels`] says what it means.
     pub confidence: f32,
     /// Confidence × share of neighbours in the same cluster, in `[0, 1]`; the confidence if the method
@@ -37,6 +39,7 @@ impl Cluster {
         for (place, &row) in labels.index.iter().enumerate() {
             clusters[labels.assignment[place] as usize].members.push(ClusterMember {
                 row,
+                place: place as u32,
                 confidence: labels.confidence[place],
                 score: labels.score[place],
                 reliable: labels.reliable[place],
@@ -75,6 +78,15 @@ impl Cluster {
         }
         clusters.retain(|cluster| !gone.contains(&cluster.number));
         Ok(clusters)
+    }
+
+    /// Returns the index of each picture's cluster, by place, of `count` pictures.
+    pub fn of_places(clusters: &[Self], count: usize) -> Vec<u32> {
+        let mut found = vec![0; count];
+        for (k, cluster) in clusters.iter().enumerate() {
+            cluster.members.iter().for_each(|member| found[member.place as usize] = k as u32);
+        }
+        found
     }
 
     fn sort(&mut self) {

@@ -1,8 +1,15 @@
 //! Text in HTML.
 
+/// Escapes text for HTML between tags, whatever the direction of its writing: its order does not change
+/// that of the text around it.
+pub fn inline(text: &str) -> String {
+    format!("<bdi>{}</bdi>", escaped(text))
+}
+
 /// Escapes text for HTML, also inside a quoted attribute.
 ///
-/// Control characters become U+FFFD: HTML has no other form for them.
+/// Control characters become U+FFFD: HTML has no other form for them. So do the characters that override the
+/// direction of writing, which could show `photo<U+202E>gpj.exe` as a picture.
 pub fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -14,6 +21,9 @@ pub fn escaped(text: &str) -> String {
             '\'' => escaped.push_str("&#39;"),
             c if c.is_control() && c != '\n' && c != '\t' => {
                 escaped.push(char::REPLACEMENT_CHARACTER)
+            }
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+                escaped.push(char::REPLACEMENT_CHARACTER);
             }
             c => escaped.push(c),
         }
@@ -32,5 +42,7 @@ mod tests {
             "&lt;a href=&quot;x&quot;&gt;&#39;&amp;&#39;&lt;/a&gt;"
         );
         assert_eq!(escaped("a\u{1b}[31m\0b"), "a\u{fffd}[31m\u{fffd}b");
+        assert_eq!(escaped("photo\u{202e}gpj.exe"), "photo\u{fffd}gpj.exe");
+        assert_eq!(inline("\u{5d0}<"), "<bdi>\u{5d0}&lt;</bdi>");
     }
 }

@@ -2,28 +2,35 @@
 //!
 //! From the prepared pictures and the pseudo-labels of a run it writes
 //!
-//! - `report.html`, a page with the pictures of highest and lowest score of each cluster, the
-//!   metrics, and the training curves;
+//! - `report.html`, a page with a map of all pictures, the clusters, near-duplicates, outliers, how far the
+//!   result can be trusted, the metrics, and the training curves;
 //! - `clusters.csv`, a line per picture with its name, cluster and confidence;
 //! - with `--pictures`, `--copy-to` or `--link-to`, a folder of pictures for each cluster.
 //!
 //! Page and table are written first. One process at a time writes a report; another one waits for
 //! it. Each file, and the folder of pictures, is whole or absent, whenever the program is killed.
 //!
-//! It reads no labels: the scores are those that `metrics` wrote. It knows no network and no method.
+//! It is a pure function of the files that it reads: the same bytes every time. Of the ground truth it shows
+//! the classes, if it is given; the scores are those that `metrics` wrote. It knows no network and no method.
 //! A second program, [`export`], writes embeddings for other tools.
 //!
 //! - [`clusters`]: the pictures of each cluster.
 //! - [`files`]: the table and the folders.
-//! - [`page`]: the page, with [`thumbnail`]s and [`curves`].
+//! - [`analysis`]: neighbours, near-duplicates, outliers and the map, from the embeddings.
+//! - [`trust`]: how far the clusters can be trusted.
+//! - [`page`]: the page, of a [`gallery`] with [`thumbnail`]s, [`scores`] and [`curves`].
 
+pub mod analysis;
 pub mod clusters;
 pub mod curves;
 pub mod export;
 pub mod files;
+pub mod gallery;
 mod html;
 pub mod page;
+pub mod scores;
 pub mod thumbnail;
+pub mod trust;
 
 use std::ffi::OsString;
 use std::fs;
@@ -32,12 +39,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use data::{Images, Names, PseudoLabels, RoundMetrics};
-use stage::{Claim, Interrupt, console};
+use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
+use stage::{Claim, Interrupt, console, json};
 
+use crate::analysis::{Analysis, UnitRows};
 use crate::clusters::{Cluster, MergedNumbers};
 use crate::curves::Chart;
 use crate::files::Form;
+use crate::gallery::Gallery;
 use crate::page::Page;
 
 /// Shows the result of a run as a page, a table and folders of pictures.
@@ -52,6 +61,12 @@ pub struct ReportArguments {
     /// The clusters: pseudo-labels.safetensors.
     #[arg(long, value_name = "FILE")]
     pub pseudo_labels: PathBuf,
+    /// The embeddings that were clustered: embeddings.safetensors. Without them there is no map.
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+    /// The ground truth to show beside the clusters: labels.safetensors.
+    #[arg(long, value_name = "FILE")]
+    pub labels: Option<PathBuf>,
     /// A step of the run, whose metrics.json and log.jsonl are shown. Repeat for several, in order.
     #[arg(long = "step", value_name = "NAME=DIR", value_parser = step)]
     pub steps: Vec<(String, PathBuf)>,
@@ -61,6 +76,9 @@ pub struct ReportArguments {
     /// Pictures of each cluster to show: those of highest score, and a third as many of lowest score.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub shown: usize,
+    /// Most pictures on the page, so that it stays small; a thumbnail has 5 to 10 kB.
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub thumbnails: usize,
     /// Show these clusters as one, under the first number. Repeat for several.
     #[arg(long, value_name = "K,K")]
     pub merge: Vec<MergedNumbers>,
@@ -119,6 +137,13 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     names.data_set.require(images.data_set(), remedy)?;
     labels.data_set.require(images.data_set(), remedy)?;
     images.keep_decoded(0); // Each picture is decoded once.
+    let truth = arguments.labels.as_deref().map(Labels::open).transpose()?;
+    if let Some(truth) = &truth {
+        truth
+            .data_set
+            .require(images.data_set(), "give the labels that were prepared with the images")?;
+    }
+    let truth = truth.filter(|truth| truth.labels.iter().any(Option::is_some));
 
     let clusters = Cluster::merged(Cluster::all(&labels), &arguments.merge)?;
     let out = &arguments.out;
@@ -126,7 +151,9 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
     stage::files::remove_unfinished(out)?;
     files::remove_incomplete(&out.join(files::PICTURES))?;
+    let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
+    let mut between_heads = None;
     facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
@@ -134,8 +161,11 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
             let (round, _) = step.split_once('-').unwrap_or((step, ""));
             metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
         }
-        match charts_of(folder) {
-            Ok(of_step) => charts.push((step.clone(), of_step)),
+        match StepLog::read(folder) {
+            Ok(log) => {
+                between_heads = log.between_heads.or(between_heads);
+                charts.push((step.clone(), log.charts));
+            }
             Err(error) => {
                 tracing::warn!("{error:#}; its curves are left out");
                 facts.push(format!(
@@ -147,12 +177,21 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let html = Page {
         title: &arguments.title,
         facts,
+        trust: trust::measures(&labels, between_heads, analysis.as_ref())?,
         metrics,
-        clusters: &clusters,
-        shown: arguments.shown,
+        gallery: Gallery {
+            images: &images,
+            names: &names,
+            labels: &labels,
+            clusters: &clusters,
+            truth: truth.as_ref(),
+            analysis: analysis.as_ref(),
+            shown: arguments.shown,
+        },
+        thumbnails: arguments.thumbnails,
         charts,
     }
-    .html(&images, &names)?;
+    .html()?;
     let mut written = vec![out.join(PAGE), out.join(files::TABLE)];
     stage::files::write(&written[0], html.as_bytes())?;
     files::write_table(&written[1], &clusters, &names)?;
@@ -183,16 +222,41 @@ fn facts(labels: &PseudoLabels) -> Vec<String> {
     facts
 }
 
-/// The charts of the log in the folder of a step; none where it has no log.
-fn charts_of(folder: &Path) -> Result<Vec<Chart>> {
-    stage::finished::require_log(folder)?;
-    let log = folder.join("log.jsonl");
-    if !log.exists() {
-        return Ok(vec![]);
+/// The analysis of the embeddings, if they are given.
+fn analysis(
+    arguments: &ReportArguments,
+    labels: &PseudoLabels,
+    clusters: &[Cluster],
+    interrupt: &Interrupt,
+) -> Result<Option<Analysis>> {
+    let Some(path) = &arguments.embeddings else { return Ok(None) };
+    let rows = UnitRows::open(path, labels)?;
+    let own = Cluster::of_places(clusters, labels.index.len());
+    Ok(Some(Analysis::of(rows, &own, clusters.len(), interrupt)?))
+}
+
+/// What the page shows of the log of a step; nothing where it has no log.
+#[derive(Default)]
+struct StepLog {
+    charts: Vec<Chart>,
+    /// Mean adjusted Rand index between pairs of heads.
+    between_heads: Option<f64>,
+}
+
+impl StepLog {
+    fn read(folder: &Path) -> Result<Self> {
+        stage::finished::require_log(folder)?;
+        let log = folder.join("log.jsonl");
+        if !log.exists() {
+            return Ok(Self::default());
+        }
+        let name = || format!("reading the log `{}`", log.display());
+        let text = fs::read_to_string(&log).with_context(name)?;
+        let charts = curves::charts(&text).with_context(name)?;
+        let lines = text.lines().filter_map(|line| json::of_line(line).ok());
+        let mut indices = lines.filter_map(|line| line.get("rand-index-between-heads")?.as_f64());
+        Ok(Self { charts, between_heads: indices.next_back() })
     }
-    let name = || format!("reading the log `{}`", log.display());
-    let text = fs::read_to_string(&log).with_context(name)?;
-    curves::charts(&text).with_context(name)
 }
 
 #[cfg(test)]
@@ -282,6 +346,8 @@ pub(crate) mod tests {
             images: folder.join("images.safetensors"),
             names: folder.join("names.safetensors"),
             pseudo_labels: folder.join("pseudo-labels.safetensors"),
+            embeddings: None,
+            labels: None,
             steps: vec![step("0-secu=secu"), step("0-metrics=metrics")]
                 .into_iter()
                 .map(|step| step.map(|(name, last)| (name, folder.join(last))))
@@ -289,6 +355,7 @@ pub(crate) mod tests {
                 .map_err(anyhow::Error::msg)?,
             title: "Photos".into(),
             shown: 24,
+            thumbnails: 2000,
             merge: vec![],
             pictures: false,
             copy_to: None,

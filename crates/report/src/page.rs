@@ -1,16 +1,28 @@
-//! `report.html`: a self-contained page without scripts.
+//! `report.html`: a self-contained page. Without JavaScript it is a list; the script adds a map and a view
+//! of each picture.
+//!
+//! The page loads nothing. Its Content-Security-Policy allows the one script and the one style by their
+//! digests, and pictures that are part of the page.
 
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use data::metrics::Scores;
-use data::{Images, Names, RoundMetrics};
-use rayon::prelude::*;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use data::RoundMetrics;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
-use crate::clusters::{Cluster, ClusterMember};
+use crate::analysis::{Analysis, MOST};
+use crate::clusters::Cluster;
 use crate::curves::Chart;
+use crate::gallery::Gallery;
 use crate::html::escaped;
-use crate::thumbnail;
+use crate::scores::{write_charts, write_classes, write_scores};
+use crate::trust::TrustMeasure;
+
+const STYLE: &str = include_str!("page.css");
+const SCRIPT: &str = include_str!("page.js");
 
 /// The content of the page.
 pub struct Page<'a> {
@@ -18,12 +30,14 @@ pub struct Page<'a> {
     pub title: &'a str,
     /// Paragraphs below the heading.
     pub facts: Vec<String>,
+    /// How far the clusters can be trusted.
+    pub trust: Vec<TrustMeasure>,
     /// The scores of each round.
     pub metrics: Vec<(String, RoundMetrics)>,
-    /// All clusters.
-    pub clusters: &'a [Cluster],
-    /// Most pictures to show of each cluster, besides the ones of lowest score.
-    pub shown: usize,
+    /// The pictures.
+    pub gallery: Gallery<'a>,
+    /// Most pictures with a thumbnail.
+    pub thumbnails: usize,
     /// The charts of each step.
     pub charts: Vec<(String, Vec<Chart>)>,
 }
@@ -34,193 +48,251 @@ impl Page<'_> {
     /// # Errors
     ///
     /// A picture is damaged.
-    pub fn html(&self, images: &Images, names: &Names) -> Result<String> {
+    pub fn html(&self) -> Result<String> {
+        let chosen = self.gallery.chosen(self.thumbnails);
+        let mut sections: Vec<(&str, &str, String)> = Vec::new();
+        let mut add = |id, name, write: &mut dyn FnMut(&mut String)| {
+            let mut html = String::new();
+            write(&mut html);
+            if !html.is_empty() {
+                sections.push((id, name, html));
+            }
+        };
+        add("trust", "Trust", &mut |html| self.write_trust(html));
+        add("scores", "Scores", &mut |html| write_scores(html, &self.metrics));
+        let clusters = self.gallery.sections(&chosen)?;
+        add("clusters", "Clusters", &mut |html| {
+            self.write_left_out(html, &chosen);
+            html.push_str(&clusters);
+        });
+        add("duplicates", "Near-duplicates", &mut |html| {
+            self.gallery.write_duplicates(html, &chosen)
+        });
+        add("outliers", "Outliers", &mut |html| self.gallery.write_outliers(html, &chosen));
+        add("classes", "Classes", &mut |html| write_classes(html, &self.metrics));
+        add("disagreements", "Disagreements", &mut |html| {
+            self.gallery.write_disagreements(html, &chosen);
+        });
+        add("training", "Training", &mut |html| write_charts(html, &self.charts));
+
+        let mut html = self.head(&sections);
+        for (place, (id, _, section)) in sections.iter().enumerate() {
+            let _ = writeln!(html, "<section id=\"{id}\">\n{section}</section>");
+            if place == 0 {
+                html.push_str(if self.gallery.analysis.is_some() { MAP } else { NO_MAP });
+            }
+        }
+        let data = self.data(&chosen).to_string().replace('<', "\\u003c");
+        let _ = write!(
+            html,
+            "</main>\n{VIEW}<script type=\"application/json\" id=\"data\">{data}</script>\n\
+             <script>{SCRIPT}</script>\n</html>\n"
+        );
+        Ok(html)
+    }
+
+    fn head(&self, sections: &[(&str, &str, String)]) -> String {
         let title = escaped(self.title);
+        let digest = |text: &str| BASE64_STANDARD.encode(Sha256::digest(text));
         let mut html = format!(
             "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-             <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
-             <style>{STYLE}</style>\n<h1>{title}</h1>\n"
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+             <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; \
+             style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'\">\n\
+             <title>{title}</title>\n<style>{STYLE}</style>\n<header><h1>{title}</h1>\n",
+            digest(STYLE),
+            digest(SCRIPT)
         );
         for fact in &self.facts {
             let _ = writeln!(html, "<p>{}</p>", escaped(fact));
         }
-        self.write_scores(&mut html);
-        self.write_classes(&mut html);
-        let mut largest_first: Vec<&Cluster> = self.clusters.iter().collect();
-        largest_first.sort_by_key(|cluster| std::cmp::Reverse(cluster.members.len())); // Stable.
-        let sections: Vec<String> = largest_first
-            .par_iter()
-            .map(|cluster| self.section(cluster, images, names))
-            .collect::<Result<_>>()?;
-        html.extend(sections);
-        self.write_charts(&mut html);
-        Ok(html)
+        html.push_str("<nav aria-label=\"Sections\">");
+        for (id, name, _) in sections {
+            let _ = write!(html, "<a href=\"#{id}\">{name}</a>");
+        }
+        html.push_str("</nav></header>\n<main>\n");
+        html
     }
 
-    fn write_scores(&self, html: &mut String) {
-        let scored = self.metrics.iter().filter_map(|(round, m)| Some((round, m.head?, m)));
-        let scored: Vec<(&String, Scores, &RoundMetrics)> = scored.collect();
-        let Some((.., last)) = scored.last() else { return };
-        html.push_str(
-            "<h2>Scores</h2>\n<p>Agreement with the ground truth, in percent. No stage trains on \
-             it.</p>\n<table><tr><th>round<th>ACC<th>NMI<th>ARI<th>AMI<th>ACC of k-means</tr>\n",
-        );
-        for (round, Scores { acc, nmi, ari, ami }, metrics) in &scored {
-            let _ = write!(html, "<tr><td>{}", escaped(round));
-            let k_means = metrics.kmeans.map(|scores| scores.acc);
-            for score in [Some(*acc), Some(*nmi), Some(*ari), Some(*ami), k_means] {
-                let _ = write!(html, "<td>{}", percent(score));
-            }
-            html.push_str("</tr>\n");
-        }
-        html.push_str("</table>\n");
-        if let Some(error) = last.calibration_error {
+    fn write_trust(&self, html: &mut String) {
+        html.push_str("<h2>How far to trust these groups</h2>\n");
+        let low = self.trust.iter().filter(|measure| measure.is_low()).count();
+        if self.trust.is_empty() {
+            html.push_str(
+                "<p>Nothing could be measured: the run kept no embeddings, and no second method or head to \
+                 compare with.</p>\n",
+            );
+        } else if low > 0 {
             let _ = writeln!(
                 html,
-                "<p>Confidence and accuracy of the last round differ by {:.1} percentage points on \
-                 average (calibration error).</p>",
-                100. * error
+                "<p class=\"warning\">Look before you rely on these groups: {low} of {} measures are \
+                 low.</p>",
+                self.trust.len()
+            );
+        }
+        html.push_str("<ul class=\"trust\">\n");
+        for measure in &self.trust {
+            let class = if measure.is_low() { " class=\"low\"" } else { "" };
+            let warning = if measure.is_low() { measure.warning } else { "" };
+            let _ = writeln!(
+                html,
+                "<li{class}><b>{:.2}</b> {} <br>{warning}</li>",
+                measure.value,
+                escaped(measure.question)
+            );
+        }
+        let _ = writeln!(html, "</ul>\n<p>{CAUTION}</p>");
+    }
+
+    fn write_left_out(&self, html: &mut String, chosen: &[bool]) {
+        html.push_str("<h2>Clusters</h2>\n");
+        let left = chosen.iter().filter(|&&is_chosen| !is_chosen).count();
+        if left > 0 {
+            let _ = writeln!(
+                html,
+                "<p>The page has {} of {} pictures, so that it stays small. <code>clusters.csv</code> beside \
+                 it names all; <code>--thumbnails N</code> puts more on the page.</p>",
+                chosen.len() - left,
+                chosen.len()
+            );
+        }
+        let analysed = self.gallery.analysis.map_or(0, |found| found.rows.count());
+        if self.gallery.analysis.is_some() && analysed < chosen.len() {
+            let _ = writeln!(
+                html,
+                "<p>Map, neighbours, near-duplicates and outliers are of a random sample of {MOST} \
+                 pictures.</p>"
             );
         }
     }
 
-    /// Writes the classes of the last round, and how the clusters divide them.
-    fn write_classes(&self, html: &mut String) {
-        let Some((_, RoundMetrics { classes: Some(classes), confusion: Some(confusion), .. })) =
-            self.metrics.last()
-        else {
-            return;
-        };
-        html.push_str(
-            "<h2>Classes</h2>\n<p>Each class with the cluster that the best one-to-one map gives it, \
-             in percent: recall is the share of the class that is in the cluster, precision the share \
-             of the cluster that is of the class.</p>\n\
-             <table><tr><th>class<th>pictures<th>cluster<th>recall<th>precision</tr>\n",
-        );
-        for class in classes {
-            let cluster = class.cluster.map_or("–".to_owned(), |cluster| cluster.to_string());
-            let _ = writeln!(
-                html,
-                "<tr><td>{}<td>{}<td>{cluster}<td>{}<td>{}</tr>",
-                escaped(&class.name),
-                class.images,
-                percent(class.recall),
-                percent(class.precision)
-            );
+    /// What the script reads. Lists of numbers are little-endian, in Base64.
+    fn data(&self, chosen: &[bool]) -> Value {
+        let Gallery { clusters, labels, truth, analysis, .. } = self.gallery;
+        let shown: Vec<u32> =
+            (0..chosen.len() as u32).filter(|&place| chosen[place as usize]).collect();
+        let confidence: Vec<u8> =
+            labels.confidence.iter().map(|&c| (255. * c.min(1.)).round() as u8).collect();
+        let own = Cluster::of_places(clusters, chosen.len());
+        let mut data = json!({
+            "clusters": clusters.iter().map(|cluster| cluster.number).collect::<Vec<_>>(),
+            "cluster": words(&own),
+            "confidence": BASE64_STANDARD.encode(confidence),
+            "shown": words(&shown),
+            "near": "",
+            "second": "",
+        });
+        if let Some(truth) = truth {
+            let label = |&row: &u32| truth.labels[row as usize].unwrap_or(u32::MAX);
+            data["classes"] = json!(truth.classes);
+            data["label"] = words(&labels.index.iter().map(label).collect::<Vec<_>>()).into();
         }
-        html.push_str("</table>\n");
-        if classes.len() * confusion.len() > MOST_CELLS {
-            return;
+        if let Some(analysis) = analysis {
+            let (near, second) = of_shown(analysis, &shown, &own);
+            data["near"] = words(&near).into();
+            data["second"] = words(&second).into();
+            let [x, y] = whole_positions(&analysis.map);
+            data["map"] =
+                json!({ "places": words(&analysis.rows.places), "x": halves(&x), "y": halves(&y) });
         }
-        html.push_str("<h2>Pictures of each class in each cluster</h2>\n<table><tr><th>cluster");
-        for class in classes {
-            let _ = write!(html, "<th>{}", escaped(&class.name));
-        }
-        html.push_str("</tr>\n");
-        for (cluster, counts) in confusion.iter().enumerate() {
-            let _ = write!(html, "<tr><td>{cluster}");
-            for count in counts {
-                let _ = write!(html, "<td>{count}");
-            }
-            html.push_str("</tr>\n");
-        }
-        html.push_str("</table>\n");
-    }
-
-    fn section(&self, cluster: &Cluster, images: &Images, names: &Names) -> Result<String> {
-        let count = cluster.members.len();
-        let mut html = format!(
-            "<section><h2>Cluster {} <small>{count} pictures, mean confidence {:.2}</small></h2>\n",
-            cluster.number,
-            cluster.confidence()
-        );
-        let (highest, lowest) = cluster.shown(self.shown);
-        for (caption, members) in [("", highest), ("lowest score", lowest)] {
-            if members.is_empty() {
-                continue;
-            }
-            let _ = write!(html, "<figure>");
-            if !caption.is_empty() {
-                let _ = write!(html, "<figcaption>{caption}</figcaption>");
-            }
-            for member in members {
-                html.push_str(&image(member, images, names)?);
-            }
-            html.push_str("</figure>\n");
-        }
-        html.push_str("</section>\n");
-        Ok(html)
-    }
-
-    fn write_charts(&self, html: &mut String) {
-        for (step, charts) in self.charts.iter().filter(|(_, charts)| !charts.is_empty()) {
-            let _ = write!(html, "<h2>{}, by epoch</h2>\n<div class=\"charts\">", escaped(step));
-            for chart in charts {
-                let (least, most) = chart.range();
-                let last = chart.last().unwrap_or(f64::NAN);
-                let _ = write!(
-                    html,
-                    "<figure>{}<figcaption>{}<br>{} to {}, ends at {}</figcaption></figure>",
-                    chart.svg(),
-                    escaped(&chart.name),
-                    short(least),
-                    short(most),
-                    short(last)
-                );
-            }
-            html.push_str("</div>\n");
-        }
+        data
     }
 }
 
-fn image(member: &ClusterMember, images: &Images, names: &Names) -> Result<String> {
-    let name = escaped(&names.names[member.row as usize]);
-    let url = thumbnail::data_url(&*images.picture(member.row)?)?;
-    let score = member.score;
-    Ok(format!(
-        "<img src=\"{url}\" alt=\"{name}\" title=\"{name}, score {score:.2}\" loading=\"lazy\">"
-    ))
-}
-
-/// Largest confusion matrix that the page shows.
-const MOST_CELLS: usize = 2500;
-
-/// Formats a fraction in percent.
-fn percent(fraction: Option<f64>) -> String {
-    fraction.map_or("–".to_owned(), |fraction| format!("{:.1}", 100. * fraction))
-}
-
-/// Formats a number with three significant digits.
-fn short(number: f64) -> String {
-    match number.abs() {
-        size if size == 0. || (0.01..1000.).contains(&size) => {
-            let decimals = (2 - size.max(0.01).log10().floor() as i32).clamp(0, 4) as usize;
-            format!("{number:.decimals$}")
+/// Neighbours `(T, k)` and second-best clusters `(T,)` of the shown pictures; `u32::MAX` where there is none.
+fn of_shown(analysis: &Analysis, shown: &[u32], own: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let (mut near, mut second) = (Vec::new(), Vec::new());
+    for &place in shown {
+        let row = analysis.row_of(place);
+        let best = row.and_then(|row| analysis.second_best(row, own[place as usize]));
+        second.push(best.unwrap_or(u32::MAX));
+        match row {
+            Some(row) => near.extend(analysis.near(row)),
+            None => near.extend(vec![u32::MAX; analysis.each]),
         }
-        _ => format!("{number:.2e}"),
     }
+    (near, second)
 }
 
-const STYLE: &str = "
-:root { color-scheme: light dark; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-h2 small { font-weight: normal; opacity: .7; }
-figure { margin: .3rem 0; display: flex; flex-wrap: wrap; gap: 4px; align-items: flex-end; }
-figcaption { font-size: 13px; opacity: .7; width: 100%; }
-img { height: 80px; min-width: 40px; image-rendering: auto; border-radius: 3px; }
-img[src^='data:image/png'] { image-rendering: pixelated; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; }
-path { fill: none; stroke: currentColor; stroke-width: 1.5; opacity: .75; }
-";
+/// Positions in `0..65536`, in proportion, in the middle of the shorter side.
+fn whole_positions(map: &[[f32; 2]]) -> [Vec<u16>; 2] {
+    let range = |a: usize| {
+        let low = map.iter().map(|y| y[a]).fold(f32::INFINITY, f32::min);
+        let high = map.iter().map(|y| y[a]).fold(f32::NEG_INFINITY, f32::max);
+        (low, high)
+    };
+    let ranges = [range(0), range(1)];
+    let longer = ranges.iter().map(|(low, high)| high - low).fold(0., f32::max);
+    let factor = if longer > 0. { 65535. / longer } else { 0. };
+    [0, 1].map(|a| {
+        let (low, high) = ranges[a];
+        let middle = (low + high) / 2.;
+        map.iter().map(|y| (32767.5 + (y[a] - middle) * factor) as u16).collect()
+    })
+}
+
+fn words(numbers: &[u32]) -> String {
+    BASE64_STANDARD.encode(numbers.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+fn halves(numbers: &[u16]) -> String {
+    BASE64_STANDARD.encode(numbers.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+/// What no measure can find out.
+const CAUTION: &str = "These measures find out whether the groups are there for the network, not whether they \
+                       are the ones that you want: groups by background, colour or style can have high values. \
+                       Look at the pictures of a few groups, above all at those of lowest score. The page warns \
+                       below 0.5; the first two limits were found on synthetic groups, the others are a guess.";
+
+const NO_MAP: &str = "<p>There is no map, and no list of neighbours, near-duplicates and outliers: the run kept no \
+                      embeddings of these pictures.</p>\n";
+
+const MAP: &str = r#"<noscript><p>The map and the view of a picture need JavaScript.</p></noscript>
+<section id="map" hidden>
+<h2>Map</h2>
+<p>Similar pictures are near each other. Distances between groups, and their sizes on the map, mean nothing.</p>
+<div class="tools">
+<button type="button" id="zoom-in" aria-label="Zoom in">+</button>
+<button type="button" id="zoom-out" aria-label="Zoom out">−</button>
+<button type="button" id="zoom-reset">Whole map</button>
+<button type="button" id="lasso" aria-pressed="false">Draw a selection</button>
+<button type="button" id="colour">Colour by class</button>
+</div>
+<div id="map-frame">
+<canvas id="map-canvas" tabindex="0" role="img" aria-label="Map of all pictures. Arrow keys move it, plus and minus zoom, Enter opens the picture in the middle, 0 shows all. The sections below list the same pictures.">The sections below list the pictures of the map.</canvas>
+<div id="tip" hidden></div>
+</div>
+<div class="tools" id="legend" role="group" aria-label="Show only"></div>
+<div id="chosen" hidden>
+<div class="tools"><b id="chosen-count" aria-live="polite"></b> <button type="button" id="clear">Show all</button></div>
+<div class="strip" id="chosen-strip"></div>
+</div>
+</section>
+"#;
+
+const VIEW: &str = r#"<dialog id="view" aria-labelledby="view-name">
+<div class="tools">
+<button type="button" id="view-back">← Previous</button>
+<button type="button" id="view-next">Next →</button>
+<button type="button" id="view-close">Close</button>
+</div>
+<img id="view-picture" alt="">
+<h2><bdi id="view-name"></bdi></h2>
+<dl id="view-facts"></dl>
+<h3 id="view-near-title">Most similar pictures</h3>
+<div class="strip" id="view-near"></div>
+</dialog>
+"#;
 
 #[cfg(test)]
 mod tests {
-    use data::metrics::ClassScores;
+    use data::metrics::{ClassScores, Scores};
+    use data::{Images, Labels, Names, PseudoLabels};
+    use stage::Interrupt;
 
     use super::*;
+    use crate::analysis::UnitRows;
     use crate::tests::{labels, names, prepared};
 
     fn metrics() -> RoundMetrics {
@@ -241,22 +313,52 @@ mod tests {
         }
     }
 
+    struct Shown<'a> {
+        images: &'a Images,
+        names: Names,
+        labels: PseudoLabels,
+        clusters: Vec<Cluster>,
+    }
+
+    impl<'a> Shown<'a> {
+        fn new(images: &'a Images) -> Self {
+            let labels = labels();
+            Self { images, names: names(), clusters: Cluster::all(&labels), labels }
+        }
+
+        fn page<'b>(
+            &'b self,
+            truth: Option<&'b Labels>,
+            analysis: Option<&'b Analysis>,
+        ) -> Page<'b> {
+            let chart = Chart { name: "loss".into(), lines: vec![vec![2., 1.]] };
+            Page {
+                title: "<script>alert(1)</script>",
+                facts: vec!["5 pictures & 3 clusters".into()],
+                trust: vec![],
+                metrics: vec![("0".into(), metrics())],
+                gallery: Gallery {
+                    images: self.images,
+                    names: &self.names,
+                    labels: &self.labels,
+                    clusters: &self.clusters,
+                    truth,
+                    analysis,
+                    shown: 2,
+                },
+                thumbnails: 4,
+                charts: vec![("0-pretraining".into(), vec![chart]), ("0-embed".into(), vec![])],
+            }
+        }
+    }
+
     #[test]
     fn the_page_shows_clusters_by_size_and_escapes_names() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let (images, _) = prepared(folder.path())?;
-        let clusters = Cluster::all(&labels());
-        let chart = Chart { name: "loss".into(), lines: vec![vec![2., 1.]] };
-        let page = Page {
-            title: "<script>alert(1)</script>",
-            facts: vec!["5 pictures & 3 clusters".into()],
-            metrics: vec![("0".into(), metrics())],
-            clusters: &clusters,
-            shown: 2,
-            charts: vec![("0-pretraining".into(), vec![chart]), ("0-embed".into(), vec![])],
-        };
-        let html = page.html(&images, &names())?;
-        assert!(!html.contains("<script"), "{html}");
+        let shown = Shown::new(&images);
+        let html = shown.page(None, None).html()?;
+        assert_eq!(html.matches("<script").count(), 2, "the data and the script");
         assert!(html.contains("&lt;script&gt;alert(1)") && html.contains("5 pictures &amp; 3"));
         let at = |part: &str| html.find(part).unwrap_or_else(|| panic!("{part} is not in: {html}"));
         assert!(at("<h1>") < at("<td>50.0<td>25.0<td>-12.5<td>12.5<td>–"));
@@ -270,31 +372,123 @@ mod tests {
         assert!(at("Cluster 0") < at("Cluster 2 <small>1 pictures"));
         assert!(at("Cluster 2 ") < at("Cluster 1 <small>0 pictures"));
         assert!(at("alt=\"photos/5.png\"") < at("alt=\"photos/1.png\""));
-        assert!(at("alt=\"photos/1.png\"") < at("lowest score"));
-        assert!(at("lowest score") < at("alt=\"&lt;photos&gt;/0.png\""));
-        assert!(
-            !html.contains("alt=\"photos/6"),
-            "neither among the highest nor the lowest scores"
-        );
-        assert_eq!(html.matches("<img ").count(), 4);
+        assert!(at("alt=\"photos/1.png\"") < at("<figcaption>lowest score"));
+        assert!(at("<figcaption>lowest score") < at("alt=\"&lt;photos&gt;/0.png\""));
+        assert!(!html.contains("alt=\"photos/6"), "not among the four that the page has room for");
+        assert!(html.contains("1 pictures of this cluster are not on this page"));
+        assert!(html.contains("The page has 4 of 5 pictures"));
+        assert_eq!(html.matches("<a class=\"p\"").count(), 4);
         assert!(at("0-pretraining, by epoch") > at("Cluster 1"));
         assert!(!html.contains("0-embed"), "without a chart there is no heading");
         assert!(html.contains("1.00 to 2.00, ends at 1.00"));
+        assert!(html.contains("There is no map") && html.contains("Nothing could be measured"));
+        // With room for all, the last picture is folded away.
+        let all = Page { thumbnails: 5, ..shown.page(None, None) }.html()?;
+        assert!(
+            all.contains("<summary>1 more pictures</summary>") && !all.contains("not on this page")
+        );
         Ok(())
     }
 
     #[test]
-    fn numbers_keep_three_digits() {
-        for (number, want) in [
-            (0., "0.0000"),
-            (0.98765, "0.988"),
-            (0.0123456, "0.0123"),
-            (12.345, "12.3"),
-            (-345.6, "-346"),
-            (12345., "1.23e4"),
-            (0.00012, "1.20e-4"),
+    fn script_and_style_are_allowed_by_their_digests_and_nothing_else_is() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (images, _) = prepared(folder.path())?;
+        let html = Shown::new(&images).page(None, None).html()?;
+        let between = |start: &str, end: &str| {
+            html.split_once(start).and_then(|(_, rest)| rest.split_once(end)).expect("there").0
+        };
+        for (kind, text) in [
+            ("style", between("<style>", "</style>")),
+            ("script", between("<script>", "</script>")),
         ] {
-            assert_eq!(short(number), want);
+            let digest = BASE64_STANDARD.encode(Sha256::digest(text));
+            assert!(html.contains(&format!("{kind}-src 'sha256-{digest}'")), "{kind}");
         }
+        assert!(html.contains("default-src 'none'; img-src data:;"));
+        for part in [" style=", " onclick=", "http:", "https:", "//cdn"] {
+            assert!(!html.contains(part), "{part}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn classes_and_the_pictures_that_disagree_are_shown_where_there_is_ground_truth() -> Result<()>
+    {
+        let folder = tempfile::tempdir()?;
+        let (images, _) = prepared(folder.path())?;
+        let shown = Shown::new(&images);
+        let truth = Labels {
+            data_set: shown.labels.data_set.clone(),
+            labels: vec![Some(0), Some(1), None, Some(1), None, Some(1), None],
+            classes: vec!["<b>cat".into(), "dog".into()],
+        };
+        let html = shown.page(Some(&truth), None).html()?;
+        assert!(html.contains("<bdi>dog</bdi> 67 %, <bdi>&lt;b&gt;cat</bdi> 33 %"), "{html}");
+        assert!(html.contains("1 pictures are of another class"), "{html}");
+        assert!(html.contains(
+            "<a class=\"ref\" href=\"#i0\"><bdi>&lt;photos&gt;/0.png</bdi></a></div><bdi>&lt;b&gt;cat</bdi> in \
+             <a href=\"#c0\">cluster 0</a>, which is mostly <bdi>dog</bdi>"
+        ));
+        Ok(())
+    }
+
+    #[test]
+    fn one_cluster_and_few_pictures_make_a_page_with_a_map() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (images, _) = prepared(folder.path())?;
+        for count in 0..=3 {
+            let mut shown = Shown::new(&images);
+            let labels = &mut shown.labels;
+            labels.clusters = 1;
+            labels.index.truncate(count);
+            labels.assignment = vec![0; count];
+            labels.kmeans_assignment = vec![0; count];
+            labels.confidence.truncate(count);
+            labels.score.truncate(count);
+            labels.reliable.truncate(count);
+            shown.clusters = Cluster::all(&shown.labels);
+            let rows = UnitRows::of(&[1., 0., 0., 1., 0.6, 0.8][..2 * count], 2);
+            let analysis = Analysis::of(rows, &vec![0; count], 1, &Interrupt::default())?;
+            let html = shown.page(None, Some(&analysis)).html()?;
+            assert_eq!(html.matches("<a class=\"p\"").count(), count);
+            assert!(html.contains("id=\"map-canvas\"") && html.contains("Cluster 0"), "{count}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn data_for_the_script_cannot_end_it() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (images, _) = prepared(folder.path())?;
+        let shown = Shown::new(&images);
+        let truth = Labels {
+            data_set: shown.labels.data_set.clone(),
+            labels: vec![Some(0); 7],
+            classes: vec!["</script><script>alert(1)//<!--".into()],
+        };
+        let html = shown.page(Some(&truth), None).html()?;
+        assert_eq!(html.matches("</script>").count(), 2);
+        let (_, data) = html.split_once("id=\"data\">").expect("data");
+        let data: Value = serde_json::from_str(data.split_once("</script>").expect("an end").0)?;
+        assert_eq!(data["classes"][0], truth.classes[0]);
+        assert_eq!(data["clusters"], json!([0, 1, 2]));
+        let little_endian = BASE64_STANDARD.decode(data["cluster"].as_str().expect("text"))?;
+        assert_eq!(
+            little_endian,
+            [[0; 8], [2, 0, 0, 0, 0, 0, 0, 0]]
+                .concat()
+                .into_iter()
+                .chain([0; 4])
+                .collect::<Vec<u8>>()
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn positions_fill_a_square_in_proportion() {
+        let [x, y] = whole_positions(&[[-1., 0.], [3., 0.5], [1., 1.]]);
+        assert_eq!((x, y), (vec![0, 65535, 32767], vec![24575, 32767, 40959]));
+        assert_eq!(whole_positions(&[[2., 2.]]), [vec![32767], vec![32767]]);
     }
 }

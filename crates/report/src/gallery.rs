@@ -1,0 +1,342 @@
+//! The pictures of the page: each thumbnail once, in the section of its cluster, and links to them.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use data::{Images, Labels, Names, PseudoLabels};
+use rayon::prelude::*;
+
+use crate::analysis::Analysis;
+use crate::clusters::{Cluster, ClusterMember};
+use crate::html::{escaped, inline};
+use crate::thumbnail;
+
+/// What the sections of pictures are made of.
+pub struct Gallery<'a> {
+    /// The prepared pictures.
+    pub images: &'a Images,
+    /// Their names.
+    pub names: &'a Names,
+    /// The pseudo-labels that the clusters are made of.
+    pub labels: &'a PseudoLabels,
+    /// All clusters.
+    pub clusters: &'a [Cluster],
+    /// Ground truth, where there is one.
+    pub truth: Option<&'a Labels>,
+    /// The analysis, where there are embeddings.
+    pub analysis: Option<&'a Analysis>,
+    /// Most pictures of highest score to show of each cluster.
+    pub shown: usize,
+}
+
+/// Most groups of duplicates, and most pictures of one, that are listed.
+const GROUPS: usize = 60;
+const OF_GROUP: usize = 8;
+
+/// Most pictures that disagree with the class of their cluster that are listed.
+const DISAGREEING: usize = 48;
+
+/// A picture whose class is not the most frequent one of its cluster.
+struct Disagreement {
+    place: u32,
+    /// Index of the cluster.
+    cluster: usize,
+    class: u32,
+    usual: u32,
+}
+
+impl Gallery<'_> {
+    /// Chooses the pictures that get a thumbnail, by place: first those of highest and lowest score of each
+    /// cluster, then those that the lists name, then all others, each cluster in turn.
+    pub fn chosen(&self, most: usize) -> Vec<bool> {
+        let places = |members: &[ClusterMember]| -> Vec<u32> {
+            members.iter().map(|member| member.place).collect()
+        };
+        let shown = self.clusters.iter().map(|cluster| {
+            let (highest, lowest) = cluster.shown(self.shown);
+            [places(highest), places(lowest)].concat()
+        });
+        let listed = self.listed_duplicates().flat_map(|(_, places)| places.to_vec());
+        let listed = listed.chain(self.analysis.iter().flat_map(|found| found.outliers.clone()));
+        let listed = listed
+            .chain(self.disagreements().into_iter().take(DISAGREEING).map(|found| found.place));
+        let all = self.clusters.iter().map(|cluster| places(&cluster.members));
+        let order = by_turns(&shown.collect::<Vec<_>>()).into_iter().chain(listed);
+        let order = order.chain(by_turns(&all.collect::<Vec<_>>()));
+        let mut chosen = vec![false; self.labels.index.len()];
+        let mut left = most;
+        for place in order {
+            let is_chosen = &mut chosen[place as usize];
+            if left > 0 && !*is_chosen {
+                *is_chosen = true;
+                left -= 1;
+            }
+        }
+        chosen
+    }
+
+    /// The sections of all clusters, the largest first.
+    ///
+    /// # Errors
+    ///
+    /// A picture is damaged.
+    pub fn sections(&self, chosen: &[bool]) -> Result<String> {
+        let mut largest_first: Vec<(usize, &Cluster)> = self.clusters.iter().enumerate().collect();
+        largest_first.sort_by_key(|(_, cluster)| std::cmp::Reverse(cluster.members.len())); // Stable.
+        let sections =
+            largest_first.par_iter().map(|(k, cluster)| self.section(*k, cluster, chosen));
+        sections.collect()
+    }
+
+    fn section(&self, k: usize, cluster: &Cluster, chosen: &[bool]) -> Result<String> {
+        let count = cluster.members.len();
+        let mut html = format!(
+            "<section class=\"cluster\" id=\"c{0}\"><h3>Cluster {0} <small>{count} pictures, mean \
+             confidence {1:.2}</small></h3>\n",
+            cluster.number,
+            cluster.confidence()
+        );
+        if count > 0 {
+            self.write_about(&mut html, k, cluster);
+        }
+        let (highest, lowest) = cluster.shown(self.shown);
+        let (surest, others) = cluster.members.split_at(highest.len());
+        let others = &others[..others.len() - lowest.len()];
+        for (caption, members) in [("highest score", surest), ("lowest score", lowest)] {
+            if !members.is_empty() {
+                let figure = self.figure(members, chosen)?;
+                let _ =
+                    writeln!(html, "<figure><figcaption>{caption}</figcaption>{figure}</figure>");
+            }
+        }
+        let folded = others.iter().filter(|member| chosen[member.place as usize]).count();
+        if folded > 0 {
+            let figure = self.figure(others, chosen)?;
+            let _ = writeln!(
+                html,
+                "<details><summary>{folded} more pictures</summary><figure>{figure}</figure></details>"
+            );
+        }
+        let left = cluster.members.iter().filter(|member| !chosen[member.place as usize]).count();
+        if left > 0 {
+            let _ = writeln!(
+                html,
+                "<p><small>{left} pictures of this cluster are not on this page.</small></p>"
+            );
+        }
+        html.push_str("</section>\n");
+        Ok(html)
+    }
+
+    /// Writes the line below the heading: how sure its pictures are, similar clusters, classes.
+    fn write_about(&self, html: &mut String, k: usize, cluster: &Cluster) {
+        let _ = write!(html, "<div class=\"about\">{}", histogram(cluster));
+        if let Some(analysis) = self.analysis {
+            let others =
+                analysis.similar_clusters[k].iter().map(|&other| &self.clusters[other as usize]);
+            let others = others.filter(|other| !other.members.is_empty()).take(3);
+            let links: Vec<String> = others
+                .map(|other| format!("<a href=\"#c{0}\">cluster {0}</a>", other.number))
+                .collect();
+            if !links.is_empty() {
+                let _ = write!(html, "<span>most similar: {}</span>", links.join(", "));
+            }
+        }
+        if let Some(truth) = self.truth {
+            let known = self.classes_of(cluster);
+            let all: usize = known.iter().map(|&(count, _)| count).sum();
+            let share = |&(count, class): &(usize, u32)| {
+                let name = inline(&truth.classes[class as usize]);
+                format!("{name} {:.0} %", 100. * count as f64 / all as f64)
+            };
+            let shares: Vec<String> = known.iter().take(3).map(share).collect();
+            let _ = write!(html, "<span>{}</span>", shares.join(", "));
+        }
+        html.push_str("</div>\n");
+    }
+
+    /// Known classes of a cluster's pictures with their counts, the most frequent first.
+    fn classes_of(&self, cluster: &Cluster) -> Vec<(usize, u32)> {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        for member in &cluster.members {
+            if let Some(class) = self.truth.and_then(|truth| truth.labels[member.row as usize]) {
+                *counts.entry(class).or_default() += 1;
+            }
+        }
+        let mut counts: Vec<(usize, u32)> =
+            counts.into_iter().map(|(class, count)| (count, class)).collect();
+        counts.sort_by_key(|&(count, class)| (std::cmp::Reverse(count), class));
+        counts
+    }
+
+    /// The chosen ones of some pictures.
+    fn figure(&self, members: &[ClusterMember], chosen: &[bool]) -> Result<String> {
+        let mut html = String::new();
+        for member in members.iter().filter(|member| chosen[member.place as usize]) {
+            let name = escaped(&self.names.names[member.row as usize]);
+            let url = thumbnail::data_url(&*self.images.picture(member.row)?)?;
+            let _ = write!(
+                html,
+                "<a class=\"p\" id=\"i{0}\" href=\"#i{0}\"><img src=\"{url}\" alt=\"{name}\" \
+                 title=\"{name}, score {1:.2}\" loading=\"lazy\"></a>",
+                member.place, member.score
+            );
+        }
+        Ok(html)
+    }
+
+    /// A link to the thumbnail of a picture, or its name where it has none.
+    fn link(&self, place: u32, chosen: &[bool]) -> String {
+        let name = inline(&self.names.names[self.labels.index[place as usize] as usize]);
+        match chosen[place as usize] {
+            true => format!("<a class=\"ref\" href=\"#i{place}\">{name}</a>"),
+            false => name,
+        }
+    }
+
+    /// The listed groups of duplicates with their listed pictures.
+    fn listed_duplicates(&self) -> impl Iterator<Item = (&crate::analysis::Duplicates, &[u32])> {
+        let groups = self.analysis.iter().flat_map(|found| found.duplicates.iter().take(GROUPS));
+        groups.map(|group| (group, &group.places[..group.places.len().min(OF_GROUP)]))
+    }
+
+    /// Writes the groups of near-duplicates.
+    pub fn write_duplicates(&self, html: &mut String, chosen: &[bool]) {
+        let Some(analysis) = self.analysis.filter(|found| !found.duplicates.is_empty()) else {
+            return;
+        };
+        let count = analysis.duplicates.len();
+        let _ = writeln!(
+            html,
+            "<h2>Near-duplicates</h2>\n<p>{count} groups of pictures that are nearly the same to the network: \
+             a cosine above {:.4}, which is a fifth of the usual distance to the nearest picture. Exact ones \
+             come first.</p>\n<ul class=\"list\">",
+            analysis.duplicate_similarity
+        );
+        for (group, places) in self.listed_duplicates() {
+            let links: Vec<String> = places.iter().map(|&place| self.link(place, chosen)).collect();
+            let kind = match group.is_exact {
+                true => "exact".to_owned(),
+                false => format!("cosine {:.4}", group.similarity),
+            };
+            let more = group.places.len() - places.len();
+            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+            let _ = writeln!(
+                html,
+                "<li><div class=\"strip\">{}</div>{} pictures, {kind}{more}</li>",
+                links.join(" "),
+                group.places.len()
+            );
+        }
+        html.push_str("</ul>\n");
+        if count > GROUPS {
+            let _ = writeln!(html, "<p>{} more groups are left out.</p>", count - GROUPS);
+        }
+    }
+
+    /// Writes the pictures with the fewest similar ones.
+    pub fn write_outliers(&self, html: &mut String, chosen: &[bool]) {
+        let Some(analysis) = self.analysis.filter(|found| !found.outliers.is_empty()) else {
+            return;
+        };
+        html.push_str(
+            "<h2>Outliers</h2>\n<p>Pictures with the fewest similar ones: their neighbours are the farthest \
+             away. They may be damaged, or belong to no group.</p>\n<ul class=\"list\">\n",
+        );
+        for &place in &analysis.outliers {
+            let number = self.number_of(place);
+            let link = self.link(place, chosen);
+            let _ = writeln!(
+                html,
+                "<li><div class=\"strip\">{link}</div>in <a href=\"#c{number}\">cluster {number}</a></li>"
+            );
+        }
+        html.push_str("</ul>\n");
+    }
+
+    fn number_of(&self, place: u32) -> usize {
+        let has = |cluster: &&Cluster| cluster.members.iter().any(|member| member.place == place);
+        self.clusters.iter().find(has).map_or(0, |cluster| cluster.number)
+    }
+
+    /// The pictures that disagree with their cluster, the most confident first.
+    fn disagreements(&self) -> Vec<Disagreement> {
+        let Some(truth) = self.truth else { return vec![] };
+        let mut found: Vec<(f32, Disagreement)> = Vec::new();
+        for (cluster, Cluster { members, .. }) in self.clusters.iter().enumerate() {
+            let Some(&(_, usual)) = self.classes_of(&self.clusters[cluster]).first() else {
+                continue;
+            };
+            for member in members {
+                let class = truth.labels[member.row as usize].filter(|&class| class != usual);
+                let place = member.place;
+                found.extend(class.map(|class| {
+                    (member.confidence, Disagreement { place, cluster, class, usual })
+                }));
+            }
+        }
+        found.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.place.cmp(&b.1.place)));
+        found.into_iter().map(|(_, found)| found).collect()
+    }
+
+    /// Writes the pictures whose class is not that of most pictures of their cluster.
+    pub fn write_disagreements(&self, html: &mut String, chosen: &[bool]) {
+        let found = self.disagreements();
+        let (Some(truth), false) = (self.truth, found.is_empty()) else { return };
+        let _ = writeln!(
+            html,
+            "<h2>Pictures that disagree</h2>\n<p>{} pictures are of another class than most of their cluster. \
+             Listed are the {} of highest confidence.</p>\n<ul class=\"list\">",
+            found.len(),
+            found.len().min(DISAGREEING)
+        );
+        for Disagreement { place, cluster, class, usual } in found.iter().take(DISAGREEING) {
+            let number = self.clusters[*cluster].number;
+            let _ = writeln!(
+                html,
+                "<li><div class=\"strip\">{}</div>{} in <a href=\"#c{number}\">cluster {number}</a>, which is \
+                 mostly {}</li>",
+                self.link(*place, chosen),
+                inline(&truth.classes[*class as usize]),
+                inline(&truth.classes[*usual as usize])
+            );
+        }
+        html.push_str("</ul>\n");
+    }
+}
+
+/// The first of each list, then the second of each, and so on.
+fn by_turns(lists: &[Vec<u32>]) -> Vec<u32> {
+    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+    (0..longest)
+        .flat_map(|rank| lists.iter().filter_map(move |list| list.get(rank).copied()))
+        .collect()
+}
+
+/// Draws how many pictures of a cluster have which confidence, in ten steps from 0 to 1.
+fn histogram(cluster: &Cluster) -> String {
+    let mut counts = [0usize; 10];
+    for member in &cluster.members {
+        counts[((10. * member.confidence) as usize).min(9)] += 1;
+    }
+    let most = counts.iter().copied().max().unwrap_or(0).max(1);
+    let described: Vec<String> = counts.iter().map(usize::to_string).collect();
+    let mut svg = format!(
+        "<svg class=\"bars\" viewBox=\"0 0 110 28\" role=\"img\" aria-label=\"Pictures by confidence, in tenths \
+         from 0 to 1: {}\">",
+        described.join(", ")
+    );
+    for (step, &count) in counts.iter().enumerate() {
+        let height = (26 * count).div_ceil(most);
+        let _ = write!(
+            svg,
+            "<rect x=\"{}\" y=\"{}\" width=\"9\" height=\"{}\"/>",
+            11 * step,
+            27 - height,
+            height + 1
+        );
+    }
+    svg.push_str("</svg>");
+    svg
+}
