@@ -21,6 +21,8 @@
 //! - [`page`]: the page, of a [`gallery`] with [`thumbnail`]s, [`scores`] and [`curves`].
 
 pub mod analysis;
+#[cfg(test)]
+mod browser;
 pub mod clusters;
 pub mod curves;
 pub mod export;

@@ -1,0 +1,421 @@
+//! The page in a real browser: headless Chromium, by the DevTools protocol over two pipes.
+//!
+//! Skipped with a message where no `chromium` is on the path. `ASSORT_SCREENSHOTS=DIR` keeps the pictures
+//! that are taken, to look at.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use data::images::{self, StoredPicture};
+use data::{Embeddings, Images, Labels, Names, Picture, PseudoLabels};
+use serde_json::{Value, json};
+use stage::{Interrupt, Split};
+
+use crate::analysis::tests::grouped;
+use crate::{PAGE, ReportArguments, run};
+
+/// A browser with one page.
+struct Browser {
+    process: Child,
+    input: ChildStdin,
+    messages: Receiver<Value>,
+    calls: u64,
+    session: Option<String>,
+    events: Vec<Value>,
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The browser on the path.
+fn chromium() -> Option<PathBuf> {
+    let folders = std::env::var_os("PATH")?;
+    let names = ["chromium", "chromium-browser", "google-chrome"];
+    let paths =
+        std::env::split_paths(&folders).flat_map(|folder| names.map(|name| folder.join(name)));
+    paths.into_iter().find(|path| path.is_file())
+}
+
+impl Browser {
+    fn start(program: &Path, profile: &Path) -> Result<Self> {
+        let mut process = Command::new("sh")
+            .args(["-c", "exec \"$@\" 3<&0 4>&1 0</dev/null 1>/dev/null 2>/dev/null", "sh"])
+            .arg(program)
+            .args(["--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run"])
+            .args(["--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"])
+            .arg(format!("--user-data-dir={}", profile.display()))
+            .arg("about:blank")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let input = process.stdin.take().context("an input")?;
+        let mut output = BufReader::new(process.stdout.take().context("an output")?);
+        let (send, messages) = channel();
+        std::thread::spawn(move || {
+            let mut message = Vec::new();
+            while output.read_until(0, &mut message).is_ok_and(|count| count > 0) {
+                message.pop();
+                let parsed = serde_json::from_slice(&message).expect("JSON");
+                message.clear();
+                if send.send(parsed).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut browser =
+            Self { process, input, messages, calls: 0, session: None, events: Vec::new() };
+        let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }))?;
+        let target = json!({ "targetId": target["targetId"], "flatten": true });
+        let session = browser.call("Target.attachToTarget", target)?;
+        browser.session = session["sessionId"].as_str().map(str::to_owned);
+        for domain in ["Page", "Runtime", "Log", "Network"] {
+            browser.call(&format!("{domain}.enable"), json!({}))?;
+        }
+        Ok(browser)
+    }
+
+    fn call(&mut self, method: &str, parameters: Value) -> Result<Value> {
+        self.calls += 1;
+        let mut message = json!({ "id": self.calls, "method": method, "params": parameters });
+        if let Some(session) = &self.session {
+            message["sessionId"] = session.as_str().into();
+        }
+        self.input.write_all(&[&*serde_json::to_vec(&message)?, &[0]].concat())?;
+        loop {
+            let answer = self.next().with_context(|| format!("waiting for {method}"))?;
+            if answer["id"] == self.calls {
+                if let Some(error) = answer.get("error") {
+                    bail!("{method}: {error}");
+                }
+                return Ok(answer["result"].clone());
+            }
+            self.events.push(answer);
+        }
+    }
+
+    fn next(&self) -> Result<Value> {
+        Ok(self.messages.recv_timeout(Duration::from_secs(60))?)
+    }
+
+    /// Opens a page and waits until it is loaded.
+    fn open(&mut self, address: &str) -> Result<()> {
+        self.events.clear();
+        self.call("Page.navigate", json!({ "url": address }))?;
+        let is_loaded = |event: &Value| event["method"] == "Page.loadEventFired";
+        while !self.events.iter().any(is_loaded) {
+            let event = self.next()?;
+            self.events.push(event);
+        }
+        Ok(())
+    }
+
+    fn value(&mut self, expression: &str) -> Result<Value> {
+        let parameters =
+            json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
+        let answer = self.call("Runtime.evaluate", parameters)?;
+        if let Some(error) = answer.get("exceptionDetails") {
+            bail!("{expression}: {error}");
+        }
+        Ok(answer["result"]["value"].clone())
+    }
+
+    fn text(&mut self, expression: &str) -> Result<String> {
+        Ok(self
+            .value(expression)?
+            .as_str()
+            .with_context(|| format!("{expression} is no text"))?
+            .to_owned())
+    }
+
+    fn mouse(&mut self, kind: &str, [x, y]: [f64; 2]) -> Result<()> {
+        let button = if kind == "mouseMoved" { "none" } else { "left" };
+        let parameters = json!({ "type": kind, "x": x, "y": y, "button": button, "clickCount": 1 });
+        self.call("Input.dispatchMouseEvent", parameters).map(drop)
+    }
+
+    fn drag(&mut self, along: &[[f64; 2]]) -> Result<()> {
+        self.mouse("mouseMoved", along[0])?;
+        self.mouse("mousePressed", along[0])?;
+        for &at in &along[1..] {
+            let parameters = json!({ "type": "mouseMoved", "x": at[0], "y": at[1], "button": "left", "buttons": 1 });
+            self.call("Input.dispatchMouseEvent", parameters)?;
+        }
+        self.mouse("mouseReleased", along[along.len() - 1])
+    }
+
+    fn click(&mut self, selector: &str) -> Result<()> {
+        let at = self.value(&format!(
+            "(() => {{ const e = document.querySelector('{selector}'); e.scrollIntoView({{ block: 'center', \
+             behavior: 'instant' }}); const r = e.getBoundingClientRect(); \
+             return [r.left + r.width / 2, r.top + r.height / 2]; }})()"
+        ))?;
+        self.drag(&[[at[0].as_f64().context("x")?, at[1].as_f64().context("y")?]])
+    }
+
+    fn key(&mut self, key: &str) -> Result<()> {
+        for kind in ["keyDown", "keyUp"] {
+            self.call("Input.dispatchKeyEvent", json!({ "type": kind, "key": key }))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a picture of the window in a width and a colour scheme.
+    fn screenshot(&mut self, width: usize, scheme: &str) -> Result<Vec<u8>> {
+        let size = json!({ "width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": width < 500 });
+        self.call("Emulation.setDeviceMetricsOverride", size)?;
+        let features = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });
+        self.call("Emulation.setEmulatedMedia", features)?;
+        self.value(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))",
+        )?;
+        let shot = self.call("Page.captureScreenshot", json!({ "format": "png" }))?;
+        Ok(BASE64_STANDARD.decode(shot["data"].as_str().context("a picture")?)?)
+    }
+
+    /// What went wrong on the page, and what it asked the network for.
+    fn faults(&self) -> Vec<String> {
+        let fault = |event: &Value| {
+            let (kind, what) = (event["method"].as_str()?, &event["params"]);
+            let is_fault = match kind {
+                "Runtime.exceptionThrown" => true,
+                "Log.entryAdded" => what["entry"]["level"] == "error",
+                "Runtime.consoleAPICalled" => what["type"] == "error",
+                "Page.javascriptDialogOpening" => true,
+                "Network.requestWillBeSent" => {
+                    let address = what["request"]["url"].as_str()?;
+                    !address.starts_with("file:") && !address.starts_with("data:")
+                }
+                _ => false,
+            };
+            is_fault.then(|| event.to_string())
+        };
+        self.events.iter().filter_map(fault).collect()
+    }
+}
+
+/// Names that a page, a terminal or a spreadsheet might take for something else.
+const HOSTILE: [&str; 6] = [
+    "<img src=x onerror=alert(1)>.png",
+    "=cmd().jpg",
+    "new\nline.png",
+    "\u{1b}[31mred\u{7}.png",
+    "photo\u{202e}gnp.exe",
+    "</script><script>alert(2)</script>\u{fffd}.png",
+];
+
+const PICTURES: usize = 90;
+
+/// A run of coloured pictures in four groups, with hostile names.
+fn inputs(folder: &Path) -> Result<ReportArguments> {
+    let path = folder.join("images.safetensors");
+    let picture = |number: usize| -> Result<_> {
+        let base = [[200, 60, 40], [40, 90, 200], [60, 170, 80], [190, 160, 40]][number % 4];
+        let pixel = |i: usize| -> u8 {
+            let (row, column) = (i / 3 / 48, i / 3 % 48);
+            let wave = (row * (1 + number % 5) + column * 3 + number * 7) % 50;
+            (base[i % 3] + wave) as u8
+        };
+        let pixels = (0..36 * 48 * 3).map(pixel).collect();
+        Ok((StoredPicture::raw(Picture::new(36, 48, 3, pixels)?, 3)?, Split::Train))
+    };
+    images::write(&path, 3, (0..PICTURES).map(picture).collect::<Result<_>>()?)?;
+    let images = Images::open(&path)?;
+    let data_set = images.data_set().clone();
+    let mut names: Vec<String> = (0..PICTURES).map(|row| format!("holiday/{row:03}.png")).collect();
+    for (place, name) in HOSTILE.iter().enumerate() {
+        names[place] = (*name).to_owned();
+    }
+    let (rows, groups) = grouped(PICTURES, 16, 4, 0.9);
+    let index: Vec<u32> = (0..PICTURES as u32).collect();
+    let assignment: Vec<u32> = groups
+        .iter()
+        .zip(0..)
+        .map(|(&group, i)| if i % 11 == 0 { 3 - group } else { group })
+        .collect();
+    let arguments = ReportArguments {
+        images: path,
+        names: folder.join("names.safetensors"),
+        pseudo_labels: folder.join("pseudo-labels.safetensors"),
+        embeddings: Some(folder.join("embeddings.safetensors")),
+        labels: Some(folder.join("labels.safetensors")),
+        steps: vec![],
+        title: "Holiday <b>&</b>".into(),
+        shown: 6,
+        thumbnails: 80,
+        merge: vec![],
+        pictures: false,
+        copy_to: None,
+        link_to: None,
+        source: None,
+        out: folder.join("report"),
+    };
+    Names { data_set: data_set.clone(), names }.write(&arguments.names)?;
+    let classes = ["<i>dune</i>", "sea", "wood", "town"].map(str::to_owned).to_vec();
+    Labels {
+        data_set: data_set.clone(),
+        labels: groups.iter().map(|&g| Some(g)).collect(),
+        classes,
+    }
+    .write(arguments.labels.as_deref().context("labels")?)?;
+    Embeddings {
+        data_set: data_set.clone(),
+        index: index.clone(),
+        width: 16,
+        projection_width: 1,
+        views: 0,
+        backbone: rows,
+        projection: vec![1.; PICTURES],
+        backbone_views: vec![],
+    }
+    .write(arguments.embeddings.as_deref().context("embeddings")?)?;
+    let mut confidence: Vec<f32> = (0..PICTURES).map(|i| (i * 37 % 100) as f32 / 100.).collect();
+    confidence[..HOSTILE.len()].fill(1.); // The surest are on the page.
+    PseudoLabels {
+        data_set,
+        clusters: 4,
+        index,
+        kmeans_assignment: groups,
+        assignment,
+        score: confidence.clone(),
+        confidence,
+        reliable: vec![true; PICTURES],
+        stability: None,
+        projection_width: 1,
+        prototypes: vec![0.; 4],
+    }
+    .write(&arguments.pseudo_labels)?;
+    Ok(arguments)
+}
+
+/// Where a picture of the map is in the window.
+const FIRST_POINT: &str = "(() => {
+    const c = byId('map-canvas');
+    c.scrollIntoView({ block: 'center', behavior: 'instant' });
+    const r = c.getBoundingClientRect(), side = Math.min(r.width, r.height) - 24;
+    const at = (text, row) => new Uint16Array(bytes(text).buffer)[row] / 65535 - .5;
+    const row = Array.from(analysed).findIndex(place => link(place));
+    return [r.left + r.width / 2 + at(data.map.x, row) * side, r.top + r.height / 2 + at(data.map.y, row) * side];
+})()";
+
+#[test]
+fn the_page_works_in_a_browser() -> Result<()> {
+    let Some(program) = chromium() else {
+        println!("skipped: there is no chromium on the path");
+        return Ok(());
+    };
+    let folder = tempfile::tempdir()?;
+    let arguments = inputs(folder.path())?;
+    run(&arguments, &Interrupt::default())?;
+    let page = std::fs::canonicalize(arguments.out.join(PAGE))?;
+    let mut browser = Browser::start(&program, &folder.path().join("profile"))?;
+    browser.screenshot(1280, "light")?; // Sets the size.
+    browser.open(&format!("file://{}", page.display()))?;
+
+    names_are_inert(&mut browser)?;
+    the_map_answers(&mut browser)?;
+    a_picture_opens(&mut browser)?;
+    let shots = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")];
+    let mut brightness = Vec::new();
+    for (width, scheme) in shots {
+        browser.value("scrollTo({ top: 0, behavior: 'instant' })")?;
+        let shot = browser.screenshot(width, scheme)?;
+        let wide = browser.value("document.documentElement.scrollWidth")?;
+        assert!(wide.as_u64().is_some_and(|wide| wide <= width as u64), "{wide} pixels of {width}");
+        if let Some(kept) = std::env::var_os("ASSORT_SCREENSHOTS") {
+            std::fs::write(Path::new(&kept).join(format!("{width}-{scheme}.png")), &shot)?;
+        }
+        let picture = image::load_from_memory(&shot)?.to_luma8();
+        let sum: u64 = picture.pixels().map(|pixel| u64::from(pixel[0])).sum();
+        brightness.push(sum / u64::from(picture.width() * picture.height()));
+    }
+    assert!(
+        brightness[0] > brightness[1] + 50 && brightness[2] > brightness[3] + 50,
+        "{brightness:?}"
+    );
+    assert_eq!(browser.faults(), Vec::<String>::new());
+    Ok(())
+}
+
+/// Names and classes are text, whatever is in them.
+fn names_are_inert(browser: &mut Browser) -> Result<()> {
+    let found = browser.value("document.querySelectorAll('[onerror]').length")?;
+    assert_eq!(found, 0);
+    assert_eq!(browser.value("document.querySelectorAll('script').length")?, 2);
+    assert_eq!(browser.text("document.querySelector('h1').textContent")?, "Holiday <b>&</b>");
+    let shown = browser.value("Array.from(document.querySelectorAll('a.p img'), e => e.alt)")?;
+    let shown: Vec<&str> =
+        shown.as_array().context("names")?.iter().filter_map(Value::as_str).collect();
+    assert_eq!(shown.len(), 80);
+    for name in HOSTILE {
+        let clean = name.replace(['\u{1b}', '\u{7}', '\u{202e}'], "\u{fffd}");
+        assert!(shown.contains(&&*clean), "{clean:?} is not among {shown:?}");
+    }
+    Ok(())
+}
+
+/// The map shows a picture under the pointer, opens it, filters by cluster and by a drawn line.
+fn the_map_answers(browser: &mut Browser) -> Result<()> {
+    let at = browser.value(FIRST_POINT)?;
+    let at = [at[0].as_f64().context("x")?, at[1].as_f64().context("y")?];
+    browser
+        .value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")?;
+    browser.mouse("mouseMoved", at)?;
+    assert_eq!(browser.value("byId('tip').hidden")?, false);
+    assert!(browser.text("byId('tip').textContent")?.contains("cluster "));
+    browser.drag(&[at])?;
+    assert_eq!(browser.value("view.open")?, true);
+    browser.click("#view-close")?;
+
+    browser.click("#zoom-reset")?;
+    browser.click("#legend button")?;
+    assert_eq!(browser.text("byId('chosen-count').textContent")?, "23 of 90 pictures chosen");
+    assert_eq!(
+        browser.text("document.querySelector('#legend button').textContent")?,
+        "<i>dune</i>"
+    );
+    browser.click("#clear")?;
+    assert_eq!(browser.value("byId('chosen').hidden")?, true);
+    browser.click("#lasso")?;
+    let frame = "(() => { const r = byId('map-canvas').getBoundingClientRect(); \
+                 return [r.left, r.top, r.right, r.bottom]; })()";
+    browser.value("byId('map-canvas').scrollIntoView({ block: 'center', behavior: 'instant' })")?;
+    let frame = browser.value(frame)?;
+    let [left, top, right, bottom] = [0, 1, 2, 3].map(|i| frame[i].as_f64().expect("a number"));
+    let corners = [[left, top], [right, top], [right, bottom], [left, bottom]];
+    let inner = |[x, y]: [f64; 2]| [x.clamp(left + 2., right - 2.), y.clamp(top + 2., bottom - 2.)];
+    browser.drag(&corners.map(inner))?;
+    assert_eq!(browser.text("byId('chosen-count').textContent")?, "90 of 90 pictures chosen");
+    browser.click("#clear")?;
+    browser.click("#lasso")
+}
+
+/// A thumbnail opens a picture with its neighbours; arrow keys go on to the next.
+fn a_picture_opens(browser: &mut Browser) -> Result<()> {
+    browser.click("#c1 a.p")?;
+    assert_eq!(browser.value("view.open")?, true);
+    let name = "byId('view-name').textContent";
+    let first = browser.text(name)?;
+    assert!(browser.text("byId('view-facts').textContent")?.contains("Second-best group"));
+    assert_eq!(browser.value("byId('view-near').children.length")?, 15);
+    browser.key("ArrowRight")?;
+    assert_ne!(browser.text(name)?, first);
+    browser.key("ArrowLeft")?;
+    assert_eq!(browser.text(name)?, first);
+    if let Some(kept) = std::env::var_os("ASSORT_SCREENSHOTS") {
+        let shot = browser.screenshot(1280, "light")?;
+        std::fs::write(Path::new(&kept).join("picture.png"), &shot)?;
+    }
+    browser.click("#view-close")?;
+    assert_eq!(browser.value("view.open")?, false);
+    Ok(())
+}
