@@ -55,11 +55,12 @@ fn every_shipped_experiment_passes_the_checks_of_all_its_steps() {
         assert!(prepared.status.success(), "{name}: {}", stderr(&prepared));
         let mut words = [&["reproduce", name, "--dry-run"], of_network].concat();
         let backbone = folder.path().join("backbone.safetensors");
-        let named = format!("icbpl.pretrained.file='{}'", backbone.display());
-        if experiment.get("icbpl").is_some_and(|icbpl| icbpl.get("pretrained").is_some()) {
+        let named = format!("icbpl.start.file='{}'", backbone.display());
+        let start = experiment.get("icbpl").map(|icbpl| &icbpl["start"]["kind"]);
+        if start.is_some_and(|kind| kind.as_str() == Some("file")) {
             // What it starts from does not ship, and must be there before a run begins.
             let lacking = on_tiny_pictures(&words, folder.path());
-            assert!(stderr(&lacking).contains("--set icbpl.pretrained.file"), "{name}");
+            assert!(stderr(&lacking).contains("--set icbpl.start.file"), "{name}");
             fs::write(&backbone, "in its place").expect("written");
             words.extend(["--set", &named]);
         }

@@ -231,7 +231,8 @@ pub fn backbones(experiment: &Experiment, stages: &[Spec]) -> Vec<Toml> {
     let mut found = Vec::new();
     for stage in stages.iter().filter(|stage| stage.trains()) {
         let table = experiment.value(stage.name);
-        let trained = table.and_then(|table| table.get("network")?.get("backbone"));
+        let within = |key: &str| table.and_then(|table| table.get(key)?.get("backbone"));
+        let trained = within("network").or(within("start"));
         let of_stage = trained.or(table.and_then(|table| table.get("backbone")));
         found.extend(of_stage.filter(|backbone| !found.contains(backbone)));
     }
@@ -580,6 +581,9 @@ mod tests {
         assert_ne!(found(&two), found(TEXT));
         let scorer = Spec { name: "secu", algorithm: 1, inputs: &[], outputs: &[Output::Scores] };
         assert_eq!(backbones(&experiment(&two), &[stages[0], scorer]).len(), 1);
+        // ICBPL's table has it where it says what it starts from.
+        let started = two.replace("network", "start");
+        assert_eq!(found(&started), found(&two));
         // A published network is named, not described.
         let published = format!("{TEXT}\n[pretrained]\nbackbone = 'dinov2-small'");
         let with_pretrained = [stages[0], stages[1], trained("pretrained")];

@@ -4,6 +4,9 @@
 //! there are about as many centroids as dimensions. The closed form, a turned regular simplex, is
 //! exact wherever such vectors exist with room to spare; taking it is our choice. Either way the
 //! centroids are constants: never trained, never decayed.
+//!
+//! Such vectors are free up to a rotation, and the paper leaves the rotation open. [`turned_to`]
+//! finds the one that brings each centroid nearest to a group of features.
 
 use anyhow::{Result, ensure};
 use rand_distr::{Distribution, StandardNormal};
@@ -16,6 +19,9 @@ use stage::random::stream;
 pub enum Centroids {
     /// A regular simplex, turned at random: exact. Ours.
     ClosedForm,
+    /// The same simplex, turned before the first step so that each centroid is nearest to one group
+    /// of pictures: see [`groups`](crate::groups). Ours.
+    TurnedToGroups,
     /// Repelling charges, as published with 200 steps of 0.01. Our values may be smaller steps and
     /// damping.
     Simulation {
@@ -36,7 +42,7 @@ impl Centroids {
     /// The values are out of range, or `clusters` centroids do not fit into `width` dimensions.
     pub fn check(&self, clusters: usize, width: usize) -> Result<()> {
         match *self {
-            Self::ClosedForm => ensure!(
+            Self::ClosedForm | Self::TurnedToGroups => ensure!(
                 clusters <= width,
                 "centroids: the closed form needs as many dimensions as clusters; {clusters} do \
                  not fit into {width}: widen the head or use method = \"simulation\""
@@ -50,7 +56,8 @@ impl Centroids {
         Ok(())
     }
 
-    /// The centroids, `(clusters, width)` row by row; another rotation for another seed.
+    /// The centroids, `(clusters, width)` row by row, before they are turned to groups; another
+    /// rotation for another seed.
     ///
     /// # Errors
     ///
@@ -58,7 +65,7 @@ impl Centroids {
     pub fn place(&self, clusters: usize, width: usize, seed: u64) -> Result<Vec<f64>> {
         self.check(clusters, width)?;
         match *self {
-            Self::ClosedForm => Ok(closed_form(clusters, width, seed)),
+            Self::ClosedForm | Self::TurnedToGroups => Ok(closed_form(clusters, width, seed)),
             Self::Simulation { steps, time, damping } => {
                 let mut charges = Charges::random(clusters, width, seed);
                 (0..steps).for_each(|_| charges.step(time, damping));
@@ -70,10 +77,44 @@ impl Centroids {
 
 /// `C = √(K/(K−1)) (I − 11ᵀ/K) Qᵀ`, with `Q` a random `D × K` matrix of orthonormal columns.
 fn closed_form(clusters: usize, width: usize, seed: u64) -> Vec<f64> {
-    // Rows of `q` are the columns of Q.
-    let mut q = normals(clusters, width, seed);
-    for done in 0..clusters {
-        let (before, rest) = q.split_at_mut(done * width);
+    let mut rows = normals(clusters, width, seed);
+    orthonormalise(&mut rows, width);
+    simplex(rows, width)
+}
+
+/// The regular simplex whose centroid `k` is nearest to the mean `m_k`, the row `k` of `means`
+/// `(K, D)`: of all `C` of the closed form, the one of largest `Σₖ ⟨cₖ, mₖ⟩`.
+///
+/// It has `Qᵀ = polar((I − 11ᵀ/K) M)` (orthogonal Procrustes problem), found by the iteration
+/// `X ← 3/2 X − 1/2 XXᵀX` of Newton and Schulz. Directions in which the means do not differ are
+/// filled at random.
+pub(crate) fn turned_to(means: &[f64], clusters: usize, width: usize, seed: u64) -> Vec<f64> {
+    let mut x = centred(means.to_vec(), width);
+    normalise(&mut x);
+    // Far below any difference of means, and enough for the iteration to start from.
+    x.iter_mut().zip(normals(clusters, width, seed)).for_each(|(x, draw)| *x += 1e-7 * draw);
+    normalise(&mut x);
+    for _ in 0..POLAR_STEPS {
+        let mut next: Vec<f64> = x.iter().map(|x| 1.5 * x).collect();
+        for (next, row) in next.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            for other in x.chunks_exact(width) {
+                let along = 0.5 * dot(row, other);
+                next.iter_mut().zip(other).for_each(|(next, x)| *next -= along * x);
+            }
+        }
+        x = next;
+    }
+    simplex(x, width)
+}
+
+/// Steps of the polar iteration. A small singular value grows by half in each: 50 steps raise one
+/// of 1e-8 to 1, and the others converge quadratically.
+const POLAR_STEPS: usize = 60;
+
+/// Makes the rows orthonormal, the first one first.
+fn orthonormalise(rows: &mut [f64], width: usize) {
+    for done in 0..rows.len() / width {
+        let (before, rest) = rows.split_at_mut(done * width);
         let row = &mut rest[..width];
         // Twice: what rounding left of the others' directions goes with the second pass.
         for _ in 0..2 {
@@ -84,16 +125,26 @@ fn closed_form(clusters: usize, width: usize, seed: u64) -> Vec<f64> {
         }
         normalise(row);
     }
-    let k = clusters as f64;
+}
+
+/// `√(K/(K−1)) (I − 11ᵀ/K)` times orthonormal rows `(K, D)`.
+fn simplex(rows: Vec<f64>, width: usize) -> Vec<f64> {
+    let k = (rows.len() / width) as f64;
+    let scale = (k / (k - 1.)).sqrt();
+    centred(rows, width).into_iter().map(|x| scale * x).collect()
+}
+
+/// The rows without their mean.
+fn centred(mut rows: Vec<f64>, width: usize) -> Vec<f64> {
+    let k = (rows.len() / width) as f64;
     let mut mean = vec![0.; width];
-    for row in q.chunks_exact(width) {
+    for row in rows.chunks_exact(width) {
         mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += x / k);
     }
-    let scale = (k / (k - 1.)).sqrt();
-    for row in q.chunks_exact_mut(width) {
-        row.iter_mut().zip(&mean).for_each(|(x, mean)| *x = scale * (*x - mean));
+    for row in rows.chunks_exact_mut(width) {
+        row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean);
     }
-    q
+    rows
 }
 
 /// Charges on the unit sphere, each with a velocity.
@@ -163,8 +214,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// Scales a row to unit length; zeros stay.
 fn normalise(row: &mut [f64]) {
-    let length = dot(row, row).sqrt();
+    let length = dot(row, row).sqrt().max(f64::MIN_POSITIVE);
     row.iter_mut().for_each(|x| *x /= length);
 }
 
@@ -235,6 +287,45 @@ mod tests {
         assert_ne!(two, Centroids::ClosedForm.place(2, 5, 2)?);
         assert!(Centroids::ClosedForm.place(6, 5, 1).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn a_turned_simplex_is_exact_and_nearest_to_the_means() -> Result<()> {
+        for (k, width) in [(10, 100), (2, 5), (3, 3)] {
+            // Means with a large common part, as features of a random head have.
+            let own = normals(k, width, 5);
+            let means: Vec<f64> =
+                own.iter().enumerate().map(|(i, x)| 0.05 * x + 1. + (i % width) as f64).collect();
+            let places = turned_to(&means, k, width, 1);
+            let (cosines, lengths) = errors(&places, width);
+            assert!(cosines < 1e-12 && lengths < 1e-12, "{k} in {width}: {cosines} {lengths}");
+            for (number, mean) in centred(means.clone(), width).chunks_exact(width).enumerate() {
+                let cosines = places.chunks_exact(width).map(|place| dot(place, mean));
+                let nearest = cosines.enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
+                assert_eq!(nearest.map(|found| found.0), Some(number), "{k} in {width}");
+            }
+            let gain = dot(&places, &means);
+            for seed in 0..50 {
+                let other = dot(&closed_form(k, width, seed), &means);
+                assert!(other < gain, "{k} in {width}, seed {seed}: {other} {gain}");
+            }
+            let reversed: Vec<f64> = means.chunks_exact(width).rev().flatten().copied().collect();
+            let of_reversed = dot(&turned_to(&reversed, k, width, 1), &reversed);
+            assert!((of_reversed - gain).abs() < 1e-6 * gain, "{of_reversed} {gain}");
+        }
+        Ok(())
+    }
+
+    /// Two centroids nearest to one and the same place must still be two.
+    #[test]
+    fn equal_means_get_different_centroids() {
+        let (k, width) = (4, 6);
+        let mut means = normals(k, width, 9);
+        means.copy_within(..width, width);
+        for means in [means, vec![0.; k * width]] {
+            let (cosines, lengths) = errors(&turned_to(&means, k, width, 1), width);
+            assert!(cosines < 1e-9 && lengths < 1e-9, "{cosines} {lengths}");
+        }
     }
 
     #[test]

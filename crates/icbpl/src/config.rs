@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use backbone::Architecture;
 use data::Images;
 use data::views::{Input, Pipeline};
 use layers::{Adam, Mode};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use stage::{Effort, Job};
 use training::{Advice, Cosine, LearningRate, RunPlan, RunTable, Views, check, sampler};
 
@@ -36,7 +35,9 @@ pub struct Config {
     pub neighbours: usize,
     /// Whether a picture counts as its own first neighbour (true; false ours).
     pub neighbours_include_self: bool,
-    /// Blocks that keep their values: `stem`, `layer1` to `layer4` (stem, layer1, layer2).
+    /// Blocks that keep their values: `stem`, `layer1` to `layer4` (stem, layer1, layer2), or `all`,
+    /// so that the head alone learns. A Vision Transformer needs `all`: fine-tuning its blocks is
+    /// not built yet.
     pub frozen: Vec<String>,
     /// Batch-norm statistics that frozen blocks use (batch; running ours).
     pub frozen_statistics: BatchNormStatistics,
@@ -44,9 +45,8 @@ pub struct Config {
     pub centroids: Centroids,
     /// Starts of k-means on the pretrained backbone's embeddings, the baseline.
     pub kmeans_restarts: usize,
-    /// The file with the pretrained backbone; without it, the role `backbone`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pretrained: Option<Pretrained>,
+    /// The pretrained backbone.
+    pub start: StartTable,
     /// Length (401 epochs released; 50 to 100 ours), batches (20 for STL-10, 512 for CIFAR; a
     /// multiple of the clusters ours, so that targets are balanced), checkpoints. Each image of a
     /// batch gives an anchor, an augmented view and a neighbour.
@@ -55,7 +55,7 @@ pub struct Config {
     pub optimizer: OptimizerTable,
     /// Learning rates, and the delay of a term.
     pub schedule: ScheduleTable,
-    /// Backbone and head.
+    /// The head.
     pub network: NetworkTable,
     /// Size and normalisation of the network's input, for neighbours and evaluation too.
     pub input: Input,
@@ -70,7 +70,7 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct OptimizerTable {
-    /// Learning rate of the blocks that are trained (1e-3; 1e-4 ours).
+    /// Learning rate of the backbone's blocks that are not frozen (1e-3; 1e-4 ours).
     pub backbone_learning_rate: f64,
     /// Learning rate of the head, both layers (1e-3; the released optimizer leaves the second out
     /// by mistake).
@@ -100,21 +100,42 @@ pub struct ScheduleTable {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NetworkTable {
-    /// The residual network in the pretrained file.
-    pub backbone: Architecture,
     /// Embedding to feature.
     pub head: HeadWidths,
 }
 
-/// A published backbone, under timm's or torchvision's names.
+/// `[icbpl.start]`: the pretrained backbone that a run starts from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Pretrained {
-    /// A safetensors file; relative to the root of the workspace.
-    pub file: PathBuf,
-    /// Its SHA-256 in hex digits. Empty takes any file, and then a result's key does not tell
-    /// which it was.
-    pub sha256: String,
+#[serde(deny_unknown_fields, rename_all = "kebab-case", tag = "kind")]
+pub enum StartTable {
+    /// A residual network in a file, under timm's or torchvision's names, such as Barlow Twins' or
+    /// DINO's ResNet-50.
+    File {
+        /// A safetensors file; relative to the root of the workspace.
+        file: PathBuf,
+        /// Its SHA-256 in hex digits. Empty takes any file, and then a result's key does not tell
+        /// which it was.
+        sha256: String,
+        /// Depth, width and stem of the network in the file.
+        backbone: Architecture,
+    },
+    /// The `backbone.safetensors` of the role `backbone`, which another stage trained.
+    Stage {
+        /// Depth, width and stem of the network in the file.
+        backbone: Architecture,
+    },
+    /// The published network in the role `backbone`, a residual network or a Vision Transformer,
+    /// as the stage `pretrained` leaves it; its `config.json` describes it.
+    Published {},
+}
+
+impl StartTable {
+    fn architecture(&self) -> Option<&Architecture> {
+        match self {
+            Self::File { backbone, .. } | Self::Stage { backbone } => Some(backbone),
+            Self::Published {} => None,
+        }
+    }
 }
 
 /// Widths of the head: linear, ReLU, linear.
@@ -194,8 +215,8 @@ impl Config {
         );
         for block in &self.frozen {
             ensure!(
-                BLOCKS.contains(&block.as_str()),
-                "`frozen` in `[{}]` names `{block}`; the blocks of a backbone are {}",
+                block == ALL_BLOCKS || BLOCKS.contains(&block.as_str()),
+                "`frozen` in `[{}]` names `{block}`; the blocks of a backbone are {}, and `all`",
                 job.name,
                 BLOCKS.join(", ")
             );
@@ -211,27 +232,24 @@ impl Config {
         check::above_zero(&optimizer, &positive)?;
         check::below_one(&optimizer, &[("beta-1", beta_1), ("beta-2", beta_2)])?;
         check::not_negative(&optimizer, &[("weight-decay", weight_decay)])?;
-        let NetworkTable { backbone, head } = self.network;
-        let widths = [
-            ("backbone.width", backbone.width),
-            ("head.hidden", head.hidden),
-            ("head.width", head.width),
-        ];
+        let head = self.network.head;
+        let widths = [("head.hidden", head.hidden), ("head.width", head.width)];
         check::at_least(&table("network"), 1, &widths)?;
+        if let Some(backbone) = self.start.architecture() {
+            check::at_least(&table("start"), 1, &[("backbone.width", backbone.width)])?;
+        }
         self.centroids.check(job.data.clusters, head.width)?;
         self.input.check(&table("input"))?;
         self.anchor.check(&table("anchor"))?;
         self.augmented.check(&table("augmented"))?;
-        let [backbone_plan, head_plan] = crate::network::plans(self)?;
-        let plans = [&backbone_plan, &head_plan];
-        let cost = training::picture_cost(plans, None, &self.frozen, &self.input)?;
+        self.check_published(job)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         // A run is about to begin.
-        if let Some(Pretrained { file, .. }) = &self.pretrained {
+        if let StartTable::File { file, .. } = &self.start {
             ensure!(
                 file.is_file(),
                 "the pretrained backbone `{}` does not exist; the experiment says what it is. Put \
-                 it there, or name another of its shape with --set icbpl.pretrained.file=FILE",
+                 it there, or name another of its shape with --set icbpl.start.file=FILE",
                 file.display()
             );
         }
@@ -242,14 +260,47 @@ impl Config {
             self.neighbours,
             pictures.trained
         );
+        self.effort(pictures.trained, pictures.scored)
+    }
+
+    /// The network in the role `backbone`, where it exists already.
+    fn check_published(&self, job: &Job) -> Result<()> {
+        if let (StartTable::Published {}, Some(folder)) =
+            (&self.start, job.optional_input("backbone"))
+            && folder.join(backbone::CONFIGURATION).exists()
+        {
+            crate::network::described(self, folder)?;
+        }
+        Ok(())
+    }
+
+    fn effort(&self, trained: usize, scored: usize) -> Result<Effort> {
+        let steps = self.plan(trained).pictures();
+        // The search for neighbours, or two when groups are handed over; the baseline.
+        let searches = 1 + usize::from(self.centroids == Centroids::TurnedToGroups);
+        let embedded = (searches * trained + scored) as f64;
+        let Some(backbone) = self.start.architecture() else {
+            return Ok(Effort::of_pictures(embedded + 3. * steps + scored as f64, 0., 0.));
+        };
+        let plan = crate::network::residual_plan(self, backbone)?;
+        let head = crate::network::head(self, backbone.embedding_width())?;
+        let frozen: Vec<String> = self.frozen_blocks().into_iter().map(str::to_owned).collect();
+        let cost = training::picture_cost([&plan, &head], None, &frozen, &self.input)?;
         // Anchor, view and neighbour, of which the loss uses those whose terms have a weight.
         let unused = [self.view_weight, self.neighbour_weight].iter().filter(|w| **w == 0.).count();
         let of_image = (3 - unused) as f64 * cost.learning + unused as f64 * cost.projection;
-        // The search for neighbours; the result and its baseline.
-        let embedded = (pictures.trained + pictures.scored) as f64 * cost.embedding;
-        let projected = pictures.scored as f64 * cost.projection;
-        let trained = self.plan(pictures.trained).pictures() * of_image;
-        Ok(Effort::of_multiply_adds(trained + embedded + projected, cost))
+        let of_result = scored as f64 * cost.projection;
+        let multiply_adds = steps * of_image + embedded * cost.embedding + of_result;
+        Ok(Effort::of_multiply_adds(multiply_adds, cost))
+    }
+
+    /// The names of the blocks that keep their values, with `all` spelt out.
+    pub(crate) fn frozen_blocks(&self) -> Vec<&str> {
+        let mut blocks: Vec<&str> = self.frozen.iter().map(String::as_str).collect();
+        if blocks.contains(&ALL_BLOCKS) {
+            blocks = BLOCKS.to_vec();
+        }
+        blocks
     }
 
     pub(crate) fn plan(&self, images: usize) -> RunPlan {
@@ -291,16 +342,10 @@ impl Config {
         let seed = stage::random::derived(seed, "views of neighbours");
         Views::new(images, [&self.anchor], &self.input, seed)
     }
-
-    /// The contents of `config.json`.
-    pub(crate) fn configuration(&self) -> Result<serde_json::Value> {
-        Ok(json!({
-            "backbone": self.network.backbone,
-            "head": self.network.head,
-            "channels": self.input.channels,
-            "input": serde_json::to_value(&self.input).context("the input of the network")?,
-        }))
-    }
 }
 
-const BLOCKS: [&str; 5] = ["stem", "layer1", "layer2", "layer3", "layer4"];
+/// The blocks of a residual backbone.
+pub(crate) const BLOCKS: [&str; 5] = ["stem", "layer1", "layer2", "layer3", "layer4"];
+
+/// Stands for all of them in `frozen`.
+const ALL_BLOCKS: &str = "all";

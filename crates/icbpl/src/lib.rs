@@ -13,17 +13,23 @@
 //! the length of training are our interpretation; each is a value of the experiment and marked as
 //! *ours* in [`Config`].
 //!
+//! The backbone that a run starts from is a [`StartTable`]: a file, such as Barlow Twins' or DINO's
+//! ResNet-50; what another stage trained on the same pictures; or a published network. A Vision
+//! Transformer stays as it is and the head alone learns: fine-tuning its blocks is not built yet.
+//!
 //! - Reads `images.safetensors`, and the pretrained backbone: the file that the table names, or the
-//!   `backbone.safetensors` in the role `backbone`.
+//!   network in the role `backbone`.
 //! - Writes `network.safetensors` (backbone, head, centroids), `backbone.safetensors`, `config.json`,
 //!   `state.safetensors`, `log.jsonl`, `head.safetensors` (the centroids) and
 //!   `pseudo-labels.safetensors`, whose k-means is on the embeddings of the pretrained backbone: the
-//!   baseline that fine-tuning must beat.
+//!   baseline that fine-tuning must beat. A transformer, which did not change, is not written again.
 //!
-//! Start at the `run` of [`Icbpl`]; the losses are in [`loss`], the centroids in [`Centroids`].
+//! Start at the `run` of [`Icbpl`]; the losses are in [`loss`], the centroids in [`Centroids`], and
+//! what brings each group of pictures to a centroid of its own in [`groups`].
 
 mod centroids;
 mod config;
+pub mod groups;
 pub mod loss;
 mod neighbours;
 pub mod network;
@@ -34,17 +40,16 @@ use backbone::Segment;
 use candle_core::{Device, Tensor};
 use data::head::{self, CentreMetric};
 use data::{Found, Images, Loader, PseudoLabels};
-use layers::{Mode, Modes};
 use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::ops::{sum, unit_rows};
 use training::{Checkpoint, Run, Trained, outputs, pictures, sampler};
 
 pub use centroids::Centroids;
-pub use config::{BatchNormStatistics, Config, HeadWidths, Pretrained, Schedule};
+pub use config::{BatchNormStatistics, Config, HeadWidths, Schedule, StartTable};
 
-use crate::loss::{discrepancy, least_distance, pair_distance, target_rows};
+use crate::loss::{discrepancy, least_distance, nearest_centroids, pair_distance, target_rows};
 use crate::neighbours::Neighbours;
-use crate::network::{IcbplNetworks, pretrained};
+use crate::network::{IcbplNetworks, StartingBackbone};
 
 /// The stage: see the documentation of the crate.
 pub struct Icbpl;
@@ -52,7 +57,7 @@ pub struct Icbpl;
 impl Stage for Icbpl {
     const SPEC: Spec = Spec {
         name: "icbpl",
-        algorithm: 2,
+        algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
     };
@@ -73,7 +78,12 @@ impl Stage for Icbpl {
             IcbplModel { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         if model.neighbours.is_empty() {
-            model.neighbours.find(config, &images, job, &device)?;
+            let embeddings = embed(config, &images, &rows, job, &device)?;
+            model.neighbours.find(config, &embeddings, job)?;
+            if config.centroids == Centroids::TurnedToGroups {
+                let networks = &mut model.networks;
+                groups::hand_over(config, &images, &rows, &embeddings, networks, job, &device)?;
+            }
         }
         let rates = config.learning_rates(plan.steps_per_epoch);
         let views = config.views(&images, job.seed);
@@ -91,15 +101,12 @@ impl Stage for Icbpl {
                 let anchor = networks.forward(&anchors)?;
                 let view = networks.forward(&views)?;
                 let neighbour = networks.forward(&neighbours)?;
-                run.note_projections(&anchor[1])?; // An error when they have collapsed.
+                run.note_projections(&anchor.feature)?; // An error when they have collapsed.
 
-                let loss = objective(
-                    config,
-                    epoch,
-                    [&unit_rows(&anchor[1])?, &unit_rows(&view[1])?, &unit_rows(&neighbour[1])?],
-                    &networks.centroids,
-                    &mut run,
-                )?;
+                let features = [&anchor, &view, &neighbour].map(|pass| unit_rows(&pass.feature));
+                let [z, view_z, neighbour_z] = features;
+                let features = [&z?, &view_z?, &neighbour_z?];
+                let loss = objective(config, epoch, features, &networks.centroids, &mut run)?;
                 run.note_loss(&loss)?; // An error when it is not finite.
 
                 let gradients = loss.backward()?;
@@ -110,13 +117,13 @@ impl Stage for Icbpl {
                 networks.backward(passes, &gradients)?;
                 run.check_gradients(&device, || networks.first_gradient_not_finite())?;
                 let [of_backbone, of_head] = rates.each_ref().map(|rate| rate.at(run.step() - 1));
-                networks.backbone.step(config.adam(of_backbone))?;
-                networks.head.step(config.adam(of_head))?;
+                networks.step(config.adam(of_backbone), config.adam(of_head))?;
                 run.end_step(&mut model)?; // Saves when the program is asked to stop.
             }
             run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
-        run.finish(&mut model, &config.configuration()?)?;
+        let configuration = model.networks.configuration(config)?;
+        run.finish(&mut model, &configuration)?;
 
         let found = predict(config, &images, &mut model.networks, job, &device)?;
         let by = CentreMetric::Cosine;
@@ -137,7 +144,7 @@ impl Trained for IcbplModel {
         self.neighbours.checkpoint(file)
     }
 
-    fn exported(&self) -> &Segment {
+    fn exported(&self) -> Option<&Segment> {
         self.networks.exported()
     }
 }
@@ -172,6 +179,7 @@ fn objective(
             weighted.push((term * weight)?);
         }
     }
+    run.note_scalar("nearest-centroids", &nearest_centroids(z, centroids)?)?;
     Ok(sum(weighted)?)
 }
 
@@ -184,12 +192,11 @@ fn embed(
     job: &Job,
     device: &Device,
 ) -> Result<Vec<f32>> {
-    let mut backbone = pretrained(config, job)?.on(device)?;
-    let modes = Modes::all(backbone.network(), Mode::Running);
+    let mut backbone = StartingBackbone::open(config, job, device)?;
     let loader = Loader::clean(images, rows, &config.input)?;
     let [embeddings] = outputs(loader, device, |pictures| {
         job.interrupt.check()?;
-        Ok([unit_rows(&backbone.forward(pictures, &modes, None)?)?])
+        Ok([unit_rows(&backbone.evaluate(pictures)?)?])
     })?;
     Ok(embeddings)
 }
@@ -220,7 +227,7 @@ pub fn predict(
     let (assignment, cosines) = argmax_rows(&cosines, job.data.clusters)?;
     let embeddings = embed(config, images, &rows, job, device)?;
     let k_means = KMeans::spherical(job.data.clusters, config.kmeans_restarts);
-    let width = config.network.backbone.embedding_width();
+    let width = embeddings.len() / rows.len();
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
     Ok(Found {
         assignment,

@@ -4,7 +4,7 @@
 //! (ICBPC) settles the discrepancy and the distance of a pair; how the terms go together and the
 //! last one are our reading of ICBPL's abstract.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use training::ops::{pick, sum};
 
 /// The centroid of each of `count` targets: all centroids in turn, again and again.
@@ -138,6 +138,19 @@ pub fn least_distance(features: &Tensor, centroids: &Tensor) -> Result<Tensor> {
     let cosines = features.matmul(&centroids.detach().t()?)?;
     let nearest = cosines.detach().argmax(D::Minus1)?;
     pick(&cosines, &nearest)?.affine(-1., 1.)?.mean_all()
+}
+
+/// How many centroids are the nearest one of some feature: a scalar of f32 from 1 to K, for the log.
+/// Fewer than K in a batch of several times K pictures show that groups share a centroid.
+///
+/// # Errors
+///
+/// The widths differ.
+pub fn nearest_centroids(features: &Tensor, centroids: &Tensor) -> Result<Tensor> {
+    let nearest = features.detach().matmul(&centroids.t()?)?.argmax_keepdim(D::Minus1)?;
+    let (clusters, _) = centroids.dims2()?;
+    let numbers = Tensor::arange(0u32, clusters as u32, features.device())?.unsqueeze(0)?;
+    nearest.broadcast_eq(&numbers)?.to_dtype(DType::F32)?.max(0)?.sum_all()
 }
 
 #[cfg(test)]
@@ -280,6 +293,15 @@ mod tests {
             let mut pairs = gradient.iter().zip(&centroids[chosen]);
             assert!(pairs.all(|(g, c)| (g + c / 3.).abs() < 1e-12), "{gradient:?}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn nearest_centroids_are_counted_once() -> Result<()> {
+        let centroids = rows(&[[1., 0.], [-0.5, 0.866], [-0.5, -0.866]]);
+        let counted = |z: &[[f64; 2]]| nearest_centroids(&rows(z), &centroids)?.to_scalar::<f32>();
+        assert_eq!(counted(&[[0.8, 0.6], [0.8, -0.6]])?, 1.);
+        assert_eq!(counted(&[[-0.8, -0.6], [0., 1.], [0.8, 0.6], [0., 1.]])?, 3.);
         Ok(())
     }
 

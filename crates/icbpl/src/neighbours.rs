@@ -2,15 +2,13 @@
 
 use anyhow::{Context, Result};
 use assignment::{nearest_neighbours, nearest_neighbours_and_self};
-use candle_core::Device;
-use data::Images;
 use rand::RngExt;
 use serde_json::json;
 use stage::Job;
 use stage::random::stream;
 use training::Checkpoint;
 
-use crate::{Config, embed};
+use crate::{Config, StartTable};
 
 /// The nearest neighbours of every picture to train on.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,21 +31,14 @@ impl Neighbours {
         self.nearest.is_empty()
     }
 
-    /// Finds them in the embeddings of the pretrained backbone.
-    pub(crate) fn find(
-        &mut self,
-        config: &Config,
-        images: &Images,
-        job: &Job,
-        device: &Device,
-    ) -> Result<()> {
-        job.log(&json!({ "backbone": match &config.pretrained {
-            Some(pretrained) => pretrained.file.display().to_string(),
-            None => "role backbone".to_owned(),
+    /// Finds them in the unit-length `embeddings` of the pretrained backbone, `(N, D)`.
+    pub(crate) fn find(&mut self, config: &Config, embeddings: &[f32], job: &Job) -> Result<()> {
+        job.log(&json!({ "backbone": match &config.start {
+            StartTable::File { file, .. } => file.display().to_string(),
+            StartTable::Stage { .. } | StartTable::Published {} => "role backbone".to_owned(),
         }}))?;
-        let embeddings = embed(config, images, &self.rows, job, device)?;
         let and_self = config.neighbours_include_self;
-        self.nearest = nearest(&embeddings, self.rows.len(), self.each, and_self)?;
+        self.nearest = nearest(embeddings, self.rows.len(), self.each, and_self)?;
         Ok(())
     }
 

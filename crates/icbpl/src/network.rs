@@ -1,26 +1,50 @@
-//! The pretrained backbone, partly frozen, and the small head after it, with Adam for both.
+//! The pretrained backbone, frozen in part or whole, and the small head after it, with Adam for both.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use backbone::{Segment, backbone_file, resnet};
+use anyhow::{Context, Result, ensure};
+use backbone::published::{PublishedArchitecture, PublishedConfiguration, PublishedNetwork};
+use backbone::{Architecture, Segment, backbone_file, resnet};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
-use layers::{Adam, Builder, Network};
+use data::views::Input;
+use layers::{Adam, Builder, Network, Transformer};
+use serde_json::{Value, json};
 use stage::Job;
 use training::{Checkpoint, Seam, Trained, TrainedSegment};
 
-use crate::Config;
-use crate::config::NetworkTable;
+use crate::config::{BLOCKS, StartTable};
+use crate::{Config, HeadWidths};
 
 /// All that learns, and the centroids, which do not.
 pub struct IcbplNetworks {
     /// Picture to embedding, `(B, D)`.
-    pub backbone: TrainedSegment<Adam>,
+    pub backbone: StartingBackbone,
     /// Embedding to feature, `(B, P)`, before it is made unit-length.
     pub head: TrainedSegment<Adam>,
     /// `(K, P)`, constants of the loss; saved with the network, which is useless without them.
     pub centroids: Var,
+}
+
+/// The backbone that a run starts from.
+pub enum StartingBackbone {
+    /// A residual network, whose blocks learn, except for frozen ones.
+    Residual {
+        /// Its depth, width and stem.
+        architecture: Architecture,
+        /// Its plan and values.
+        segment: Box<TrainedSegment<Adam>>,
+    },
+    /// A Vision Transformer, which runs forward only.
+    Transformer(Box<Transformer>),
+}
+
+/// A forward pass in training.
+pub struct IcbplPass {
+    /// Where the gradient enters a backbone that learns.
+    embedding: Option<Seam>,
+    /// `(B, P)`, before it is scaled to unit length.
+    pub feature: Seam,
 }
 
 impl IcbplNetworks {
@@ -32,30 +56,33 @@ impl IcbplNetworks {
     /// The pretrained file is missing or of another network, a block to be frozen does not exist,
     /// or the centroids do not fit.
     pub fn new(config: &Config, job: &Job, device: &Device) -> Result<Self> {
-        let [_, plan] = plans(config)?;
-        let head = Segment::random("head", plan, job.seed)?;
-        let mut backbone = TrainedSegment::new("online.backbone", pretrained(config, job)?);
-        for block in &config.frozen {
-            backbone.freeze(block, config.frozen_statistics.mode())?;
-        }
+        let backbone = StartingBackbone::open(config, job, device)?;
+        let head = head(config, backbone.embedding_width())?;
+        let head = TrainedSegment::new("head", Segment::random("head", head, job.seed)?);
         let (clusters, width) = (job.data.clusters, config.network.head.width);
         let places = config.centroids.place(clusters, width, job.seed)?;
         let places = places.into_iter().map(|x| x as f32).collect::<Vec<_>>();
         let centroids = Var::from_tensor(&Tensor::from_vec(places, (clusters, width), device)?)?;
-        let head = TrainedSegment::new("head", head).on(device)?;
-        Ok(Self { backbone: backbone.on(device)?, head, centroids })
+        Ok(Self { backbone, head: head.on(device)?, centroids })
     }
 
-    /// Pictures `(B, H, W, C)` through backbone and head. Returns the seams at the embedding and at
-    /// the feature `(B, P)`, before it is scaled to unit length.
+    /// Pictures `(B, H, W, C)` through backbone and head.
     ///
     /// # Errors
     ///
     /// `pictures` does not have the backbone's channels.
-    pub fn forward(&mut self, pictures: &Tensor) -> Result<[Seam; 2]> {
-        let embedding = self.backbone.forward(pictures)?;
-        let feature = self.head.forward(&embedding)?;
-        Ok([embedding, feature])
+    pub fn forward(&mut self, pictures: &Tensor) -> Result<IcbplPass> {
+        Ok(match &mut self.backbone {
+            StartingBackbone::Residual { segment, .. } => {
+                let embedding = segment.forward(pictures)?;
+                let feature = self.head.forward(&embedding)?;
+                IcbplPass { embedding: Some(embedding), feature }
+            }
+            StartingBackbone::Transformer(transformer) => {
+                let embedding = transformer.forward(pictures)?;
+                IcbplPass { embedding: None, feature: self.head.forward(embedding.feature())? }
+            }
+        })
     }
 
     /// Adds the gradients of the loss to those of this step, pass by pass.
@@ -65,94 +92,227 @@ impl IcbplNetworks {
     /// The loss does not use a pass, or a gradient has another shape than its seam.
     pub fn backward(
         &mut self,
-        passes: impl IntoIterator<Item = [Seam; 2]>,
+        passes: impl IntoIterator<Item = IcbplPass>,
         gradients: &GradStore,
     ) -> Result<()> {
-        for seams in passes {
-            training::backward([&mut self.backbone, &mut self.head], seams, gradients)?;
+        for IcbplPass { embedding, feature } in passes {
+            match (&mut self.backbone, embedding) {
+                (StartingBackbone::Residual { segment, .. }, Some(embedding)) => {
+                    let seams = [embedding, feature];
+                    training::backward([&mut **segment, &mut self.head], seams, gradients)?;
+                }
+                _ => training::backward([&mut self.head], [feature], gradients)?,
+            }
         }
         Ok(())
     }
 
+    /// One step of Adam at the rates of backbone and head.
+    ///
+    /// # Errors
+    ///
+    /// The device fails.
+    pub fn step(&mut self, of_backbone: Adam, of_head: Adam) -> candle_core::Result<()> {
+        if let StartingBackbone::Residual { segment, .. } = &mut self.backbone {
+            segment.step(of_backbone)?;
+        }
+        self.head.step(of_head)
+    }
+
     /// The first parameter whose gradient is not finite.
     pub fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
-        match self.backbone.first_gradient_not_finite()? {
+        let of_backbone = match &self.backbone {
+            StartingBackbone::Residual { segment, .. } => segment.first_gradient_not_finite()?,
+            StartingBackbone::Transformer(_) => None,
+        };
+        match of_backbone {
             Some(name) => Ok(Some(name)),
             None => self.head.first_gradient_not_finite(),
         }
+    }
+
+    /// The contents of `config.json`.
+    pub(crate) fn configuration(&self, config: &Config) -> Result<Value> {
+        let (key, backbone) = match &self.backbone {
+            StartingBackbone::Residual { architecture, .. } => ("backbone", json!(architecture)),
+            StartingBackbone::Transformer(network) => ("transformer", json!(network.plan())),
+        };
+        Ok(json!({
+            key: backbone,
+            "head": config.network.head,
+            "channels": config.input.channels,
+            "input": serde_json::to_value(&config.input).context("the input of the network")?,
+        }))
     }
 }
 
 impl Trained for IcbplNetworks {
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()> {
-        self.backbone.checkpoint(file)?;
+        if let StartingBackbone::Residual { segment, .. } = &mut self.backbone {
+            segment.checkpoint(file)?;
+        }
         self.head.checkpoint(file)?;
         file.variable("centroids", &self.centroids)
     }
 
-    fn exported(&self) -> &Segment {
-        &self.backbone.segment
+    /// None for a transformer, which stays as it was published.
+    fn exported(&self) -> Option<&Segment> {
+        match &self.backbone {
+            StartingBackbone::Residual { segment, .. } => Some(&segment.segment),
+            StartingBackbone::Transformer(_) => None,
+        }
     }
 }
 
-/// The plans of backbone and head.
+impl StartingBackbone {
+    /// The pretrained backbone that `[icbpl.start]` names, on `device`.
+    ///
+    /// # Errors
+    ///
+    /// There is none, the file has another checksum or is of another network, a block to be frozen
+    /// does not exist, or a transformer is to be trained.
+    pub fn open(config: &Config, job: &Job, device: &Device) -> Result<Self> {
+        let architecture = match &config.start {
+            StartTable::File { backbone, .. } | StartTable::Stage { backbone } => *backbone,
+            StartTable::Published {} => return Self::published(config, job, device),
+        };
+        let mut segment = Segment::empty(residual_plan(config, &architecture)?);
+        backbone_file::read(&backbone_path(config, job)?, &mut segment)?;
+        Self::residual(config, architecture, segment, device)
+    }
+
+    /// The network that the stage `pretrained` left.
+    fn published(config: &Config, job: &Job, device: &Device) -> Result<Self> {
+        let folder = role_folder(job)?;
+        let found = described(config, folder)?;
+        let precision = config.run.precision.into();
+        Ok(match found.network(folder)? {
+            PublishedNetwork::Transformer(weights) => {
+                Self::Transformer(Box::new(Transformer::new(&weights, device, precision)?))
+            }
+            PublishedNetwork::Residual { architecture, segment } => {
+                let segment = segment.with_network(residual_plan(config, &architecture)?)?;
+                Self::residual(config, architecture, segment, device)?
+            }
+        })
+    }
+
+    fn residual(
+        config: &Config,
+        architecture: Architecture,
+        segment: Segment,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut segment = TrainedSegment::new("online.backbone", segment);
+        for block in config.frozen_blocks() {
+            segment.freeze(block, config.frozen_statistics.mode())?;
+        }
+        Ok(Self::Residual { architecture, segment: Box::new(segment.on(device)?) })
+    }
+
+    /// Width D of the embedding.
+    pub fn embedding_width(&self) -> usize {
+        match self {
+            Self::Residual { architecture, .. } => architecture.embedding_width(),
+            Self::Transformer(network) => network.plan().feature_width(),
+        }
+    }
+
+    /// The embedding `(B, D)` of pictures `(B, H, W, C)`, which does not depend on other pictures.
+    ///
+    /// # Errors
+    ///
+    /// `pictures` have another shape than the network takes.
+    pub fn evaluate(&mut self, pictures: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Residual { segment, .. } => segment.evaluate(pictures),
+            Self::Transformer(network) => Ok(network.forward(pictures)?.feature().clone()),
+        }
+    }
+}
+
+/// The configuration of the published network in `folder`, checked against the table.
+///
+/// # Errors
+///
+/// It is not a published network, takes another input than `[icbpl.input]` says, or is a transformer
+/// that is not frozen.
+pub(crate) fn described(config: &Config, folder: &Path) -> Result<PublishedConfiguration> {
+    let shown = folder.display();
+    let found = PublishedConfiguration::find(folder)?.with_context(|| {
+        format!(
+            "the network in `{shown}` was trained by a stage; `kind = \"published\"` in \
+             `[icbpl.start]` needs the stage `pretrained` in the place `pretraining`"
+        )
+    })?;
+    let input = found.input::<Input>()?;
+    let Input { mean, std, channels, .. } = &config.input;
+    ensure!(
+        (mean, std, *channels) == (&input.mean, &input.std, found.channels),
+        "`[icbpl.input]` has mean {mean:?} and std {std:?} for {channels} channels, but the network in \
+         `{shown}` was published with {:?} and {:?} for {}; set these in `[icbpl.input]`",
+        input.mean,
+        input.std,
+        found.channels
+    );
+    if let PublishedArchitecture::Transformer(plan) = &found.published {
+        plan.patch_grid(config.input.height, config.input.width)?;
+        ensure!(
+            BLOCKS.iter().all(|block| config.frozen_blocks().contains(block)),
+            "`{shown}` has a Vision Transformer, whose blocks cannot be trained here; set \
+             `frozen = [\"all\"]` in `[icbpl]`, so that the head alone learns"
+        );
+    }
+    Ok(found)
+}
+
+/// The plan of a residual backbone.
 ///
 /// # Errors
 ///
 /// A width is 0.
-pub(crate) fn plans(config: &Config) -> Result<[Network; 2]> {
-    let NetworkTable { backbone, head: table } = config.network;
-    let plans = [
-        resnet::plan(&backbone, config.input.channels)?,
-        head(backbone.embedding_width(), table.hidden, table.width)?,
-    ];
-    Ok(plans.map(|plan| plan.with_precision(config.run.precision.into())))
+pub(crate) fn residual_plan(config: &Config, architecture: &Architecture) -> Result<Network> {
+    let plan = resnet::plan(architecture, config.input.channels)?;
+    Ok(plan.with_precision(config.run.precision.into()))
 }
 
-/// The pretrained backbone: from the file that the table names, or else from the role `backbone`.
+/// The plan of the head: linear, ReLU, linear.
 ///
 /// # Errors
 ///
-/// There is neither, the file is missing, has another checksum, or is of another network.
-pub fn pretrained(config: &Config, job: &Job) -> Result<Segment> {
-    let [plan, _] = plans(config)?;
-    let mut segment = Segment::empty(plan);
-    backbone_file::read(&pretrained_file(config, job)?, &mut segment)?;
-    Ok(segment)
-}
-
-fn pretrained_file(config: &Config, job: &Job) -> Result<PathBuf> {
-    let Some(pretrained) = &config.pretrained else {
-        let Some(folder) = job.optional_input("backbone") else {
-            bail!(
-                "icbpl starts from a pretrained backbone, and was given none: name a file with \
-                 `pretrained = {{ file = \"..\", sha256 = \"\" }}` in table `[icbpl]`, or let \
-                 `pretraining` stand before it in `[rounds]` (the program's flag is --in \
-                 backbone=DIR)"
-            )
-        };
-        return Ok(folder.join(backbone_file::NAME));
-    };
-    if !pretrained.sha256.is_empty() {
-        let found = stage::digest::sha256_of_file(&pretrained.file).context("the backbone")?;
-        ensure!(
-            found == pretrained.sha256,
-            "`{}` has the SHA-256 {found}, but `sha256` in table `[icbpl.pretrained]` says {}; \
-             fetch the file again, or correct the table",
-            pretrained.file.display(),
-            pretrained.sha256
-        );
-    }
-    Ok(pretrained.file.clone())
-}
-
-/// Linear, ReLU, linear.
-fn head(input: usize, hidden: usize, output: usize) -> candle_core::Result<Network> {
-    let mut builder = Builder::features(input);
+/// A width is 0.
+pub(crate) fn head(config: &Config, embedding_width: usize) -> Result<Network> {
+    let HeadWidths { hidden, width } = config.network.head;
+    let mut builder = Builder::features(embedding_width);
     builder.block("head");
     let value = builder.input();
     let value = builder.linear("hidden", value, hidden)?;
     let value = builder.relu(value)?;
-    let value = builder.linear("output", value, output)?;
-    builder.finish(value)
+    let value = builder.linear("output", value, width)?;
+    Ok(builder.finish(value)?.with_precision(config.run.precision.into()))
+}
+
+/// The folder of the stage before.
+fn role_folder(job: &Job) -> Result<&Path> {
+    job.optional_input("backbone").context(
+        "icbpl starts from a pretrained backbone, and was given none: name a file with `kind = \
+         \"file\"` and its `sha256` in table `[icbpl.start]`, or let `pretraining` stand before it in \
+         `[rounds]` (the program's flag is --in backbone=DIR)",
+    )
+}
+
+fn backbone_path(config: &Config, job: &Job) -> Result<PathBuf> {
+    let StartTable::File { file, sha256, .. } = &config.start else {
+        return Ok(role_folder(job)?.join(backbone_file::NAME));
+    };
+    if !sha256.is_empty() {
+        let found = stage::digest::sha256_of_file(file).context("the backbone")?;
+        ensure!(
+            found == *sha256,
+            "`{}` has the SHA-256 {found}, but `sha256` in table `[icbpl.start]` says {sha256}; fetch \
+             the file again, or correct the table",
+            file.display()
+        );
+    }
+    Ok(file.clone())
 }

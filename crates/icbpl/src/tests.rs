@@ -4,19 +4,26 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use backbone::{Segment, backbone_file, network_file, resnet};
+use backbone::published::{self, Provenance, PublishedNetwork};
+use backbone::{Architecture, Depth, Segment, Stem, backbone_file, network_file, resnet};
+use data::images::{self, StoredPicture};
+use data::views::{Input, Pipeline};
+use data::{Images, Picture};
 use fixture::Pictures;
+use layers::{
+    Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan, TransformerWeights,
+};
 use stage::Split;
-use training::Seam;
 
 use super::*;
 use crate::neighbours::nearest;
+use crate::network::IcbplPass;
 
 /// Twenty-four pictures, every fourth for testing, a random backbone in the role `backbone`, and a
 /// stage that reads them.
 fn job(folder: &Path, out: &str) -> Job {
     if !folder.join("images.safetensors").exists() {
-        let plan = resnet::plan(&config().network.backbone, 1).expect("a plan");
+        let plan = resnet::plan(&BACKBONE, 1).expect("a plan");
         let backbone = Segment::random("backbone", plan, 7).expect("weights");
         backbone_file::write(folder, &backbone).expect("written");
     }
@@ -27,6 +34,9 @@ fn job(folder: &Path, out: &str) -> Job {
     job.inputs.insert("backbone".to_owned(), folder.to_owned());
     job
 }
+
+/// The residual network of the table below.
+const BACKBONE: Architecture = Architecture { depth: Depth::Ten, width: 2, stem: Stem::Plain };
 
 fn config() -> Config {
     fixture::table(
@@ -61,8 +71,10 @@ fn config() -> Config {
         [schedule]
         learning-rate = "cosine"
         least-distance-delay = 2
-        [network]
+        [start]
+        kind = "stage"
         backbone = { depth = "10", width = 2, stem = "3x3" }
+        [network]
         head = { hidden = 8, width = 6 }
         "#,
     )
@@ -93,6 +105,7 @@ fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
         ("neighbour", Config { neighbour_weight: 0., ..config() }),
         ("view", Config { view_weight: 0., ..config() }),
         ("discrepancy", Config { discrepancy_weight: 1., ..config() }),
+        ("centroids", Config { centroids: Centroids::TurnedToGroups, ..config() }),
         ("schedule", with(|c| c.schedule.learning_rate = Schedule::Constant)),
     ] {
         let changed = job(folder.path(), what);
@@ -143,20 +156,19 @@ fn a_run_is_icbpl() -> Result<()> {
             let anchor = networks.forward(&anchors)?;
             let view = networks.forward(&augmented)?;
             let neighbour = networks.forward(&beside)?;
-            let z = unit_rows(&anchor[1])?;
+            let z = unit_rows(&anchor.feature)?;
             // Nine targets for three centroids, in turn.
             let targets = networks.centroids.repeat((3, 1))?;
             let pair = |other: &Tensor| pair_distance(&z, &unit_rows(other)?, config.pair());
             let mut loss = (discrepancy(&z, &targets)? * 2.)?;
-            loss = ((loss + pair(&view[1])?)? + pair(&neighbour[1])?)?;
+            loss = ((loss + pair(&view.feature)?)? + pair(&neighbour.feature)?)?;
             if epoch >= 2 {
                 loss = (loss + least_distance(&z, &networks.centroids)?)?;
             }
             let gradients = loss.backward()?;
             networks.backward([neighbour, view, anchor], &gradients)?;
             let cosine = (1. + (std::f64::consts::PI * f64::from(step - 1) / 10.).cos()) / 2.;
-            networks.backbone.step(config.adam(1e-3 * cosine))?;
-            networks.head.step(config.adam(5e-3 * cosine))?;
+            networks.step(config.adam(1e-3 * cosine), config.adam(5e-3 * cosine))?;
         }
     }
     assert_eq!(step, 10);
@@ -178,24 +190,31 @@ fn the_backbones_gradient_matches_central_differences() -> Result<()> {
     let pictures = [view(1)?, view(2)?];
     let mut networks = IcbplNetworks::new(&config(), &job, &Device::Cpu)?;
     let cosine = loss::PairWeights { cosine: 1., absolute: 0. };
-    let loss = |networks: &mut IcbplNetworks| -> Result<(Tensor, [[Seam; 2]; 2])> {
+    let loss = |networks: &mut IcbplNetworks| -> Result<(Tensor, [IcbplPass; 2])> {
         let views = [networks.forward(&pictures[0])?, networks.forward(&pictures[1])?];
-        let (a, b) = (unit_rows(&views[0][1])?, unit_rows(&views[1][1])?);
+        let (a, b) = (unit_rows(&views[0].feature)?, unit_rows(&views[1].feature)?);
         Ok((pair_distance(&a, &b, cosine)?, views))
     };
     let (value, views) = loss(&mut networks)?;
     networks.backward(views, &value.backward()?)?;
-    let gradient = networks.backbone.gradient(WEIGHT).context("a parameter")?.to_vec();
+    let gradient = residual(&mut networks).gradient(WEIGHT).context("a parameter")?;
     let length = gradient.iter().map(|g| g * g).sum::<f32>().sqrt();
-    let at = networks.backbone.segment.parameters.get(WEIGHT)?;
+    let at = residual(&mut networks).segment.parameters.get(WEIGHT)?;
     let mut value_at = |h: f32| -> Result<f32> {
         let moved = at.iter().zip(&gradient).map(|(x, g)| x + h * g / length).collect::<Vec<_>>();
-        networks.backbone.segment.parameters.set(WEIGHT, &moved)?;
+        residual(&mut networks).segment.parameters.set(WEIGHT, &moved)?;
         Ok(loss(&mut networks)?.0.to_scalar()?)
     };
     let slope = (value_at(2e-3)? - value_at(-2e-3)?) / 4e-3;
     assert!((slope - length).abs() < 0.02 * length, "{slope}, want {length}");
     Ok(())
+}
+
+fn residual(networks: &mut IcbplNetworks) -> &mut training::TrainedSegment<layers::Adam> {
+    match &mut networks.backbone {
+        StartingBackbone::Residual { segment, .. } => segment,
+        StartingBackbone::Transformer(_) => unreachable!("the table names a residual network"),
+    }
 }
 
 /// ICBPL, case T14: two steps an epoch, five epochs.
@@ -308,7 +327,8 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let mut again = model()?;
     let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut first)?;
     assert!(first.neighbours.is_empty());
-    first.neighbours.find(&config(), &images, &job, &Device::Cpu)?;
+    let embeddings = embed(&config(), &images, &rows, &job, &Device::Cpu)?;
+    first.neighbours.find(&config(), &embeddings, &job)?;
     for _ in 0..2 {
         run.end_step(&mut first)?;
         run.end_step(&mut first)?;
@@ -325,25 +345,158 @@ fn the_pretrained_file_is_read_and_checked_and_its_lack_is_told() -> Result<()> 
     let folder = tempfile::tempdir()?;
     let mut job = job(folder.path(), "out");
     let file = folder.path().join(backbone_file::NAME);
-    let of_role = pretrained(&config(), &job)?.parameters.to_vec()?;
+    let pretrained = |config: &Config, job: &Job| -> Result<Vec<f32>> {
+        let mut networks = IcbplNetworks::new(config, job, &Device::Cpu)?;
+        Ok(residual(&mut networks).segment.parameters.to_vec()?)
+    };
+    let of_role = pretrained(&config(), &job)?;
     job.inputs.clear();
-    let message = format!("{:#}", pretrained(&config(), &job).err().expect("none"));
+    let message = format!("{:#}", pretrained(&config(), &job).expect_err("none"));
     assert!(message.contains("--in backbone=DIR") && message.contains("sha256"), "{message}");
     let named = |file: PathBuf, sha256: &str| Config {
-        pretrained: Some(Pretrained { file, sha256: sha256.to_owned() }),
+        start: StartTable::File { file, sha256: sha256.to_owned(), backbone: BACKBONE },
         ..config()
     };
-    let any = pretrained(&named(file.clone(), ""), &job)?;
-    assert_eq!(format!("{:?}", any.parameters.to_vec()?), format!("{of_role:?}"));
+    assert_eq!(pretrained(&named(file.clone(), ""), &job)?, of_role);
     let message =
-        format!("{:#}", pretrained(&named(file, "00ff"), &job).err().expect("another file"));
+        format!("{:#}", pretrained(&named(file, "00ff"), &job).expect_err("another file"));
     assert!(message.contains("00ff") && message.contains("SHA-256"), "{message}");
     let missing = named(folder.path().join("none"), "");
     assert!(pretrained(&missing, &job).is_err());
     let message = missing.check(&job).expect_err("none").to_string();
-    assert!(message.contains("--set icbpl.pretrained.file"), "{message}");
+    assert!(message.contains("--set icbpl.start.file"), "{message}");
     job.images = folder.path().join("not-prepared-yet");
     missing.check(&job)?;
+    Ok(())
+}
+
+/// Pictures in colour, the input of a published network of this side, and a job that starts from it.
+fn published_start(
+    folder: &Path,
+    network: &PublishedNetwork,
+    side: usize,
+) -> Result<(Config, Job)> {
+    let images = folder.join("images.safetensors");
+    let source = |number: usize| {
+        let kind = fixture::of_three_kinds;
+        let pixels = (0..3 * side * side).map(|i| kind(number, i / 3)).collect();
+        Ok((StoredPicture::raw(Picture::new(side, side, 3, pixels)?, 3)?, Split::Train))
+    };
+    images::write(&images, 3, (0..12).map(source).collect::<Result<_>>()?)?;
+    let input = Input {
+        height: side,
+        width: side,
+        channels: 3,
+        mean: vec![0.4, 0.5, 0.6],
+        std: vec![0.25; 3],
+        clean: vec![],
+    };
+    published::write(folder, network, &input, Provenance::default())?;
+    let mut config = config();
+    config.start = StartTable::Published {};
+    config.frozen = vec!["all".to_owned()];
+    config.centroids = Centroids::TurnedToGroups;
+    config.input = input;
+    config.anchor = Pipeline { operations: vec![] };
+    config.run.batch_size = 6;
+    let data = fixture::data(3, &[Split::Train]);
+    let out = folder.join("out");
+    fs::create_dir_all(&out)?;
+    let mut job = Job { seed: 3, ..Job::new("icbpl", images, out, data) };
+    job.inputs.insert("backbone".to_owned(), folder.to_owned());
+    Ok((config, job))
+}
+
+/// A narrow Vision Transformer whose numbers are a function of their places.
+fn transformer() -> Result<TransformerWeights> {
+    let plan = TransformerPlan {
+        patch_pixels: 4,
+        patch_bias: true,
+        width: 8,
+        depth: 2,
+        heads: 2,
+        key_bias: true,
+        mlp: Mlp::Plain { hidden: 12, activation: Activation::GeluErf },
+        layer_scale: true,
+        class_token: true,
+        registers: 0,
+        positions: Positions::Absolute { grid: 2, resampling: Resampling::Size },
+        pre_norm: false,
+        final_norm: FinalNorm::AllTokens,
+        epsilon: 1e-6,
+        attention_pooling: false,
+        projection: None,
+    };
+    let numbers = |shape: &[usize]| {
+        (0..shape.iter().product()).map(|i: usize| ((i * i + 3) as f32 * 0.7).sin() / 2.).collect()
+    };
+    let given = plan.tensors().into_iter().map(|t| (t.name, (t.shape.clone(), numbers(&t.shape))));
+    Ok(TransformerWeights::new(&plan, given.collect())?)
+}
+
+#[test]
+fn a_frozen_transformer_keeps_its_bits_and_the_head_learns() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let weights = transformer()?;
+    let network = PublishedNetwork::Transformer(Box::new(weights));
+    let (config, job) = published_start(folder.path(), &network, 8)?;
+    let given = fixture::outputs(folder.path());
+    config.check(&job)?;
+    let mut before = IcbplNetworks::new(&config, &job, &Device::Cpu)?;
+    let picture = Tensor::ones((1, 8, 8, 3), candle_core::DType::F32, &Device::Cpu)?;
+    let embedding = before.backbone.evaluate(&picture)?.to_vec2::<f32>()?;
+    Icbpl::run(&config, &job)?;
+
+    let after = network_file::open(&job.out)?;
+    for tensor in training::network_tensors(&mut before)? {
+        assert_ne!(after.f32(&tensor.name)?, tensor.values, "{}", tensor.name);
+    }
+    // The transformer is where it was, and is not written again.
+    assert!(after.names().all(|name| name.starts_with("head.") || name == "centroids"));
+    assert!(!job.out.join(backbone_file::NAME).exists());
+    assert!(given == fixture::outputs(folder.path()));
+    let mut again = StartingBackbone::open(&config, &job, &Device::Cpu)?;
+    assert_eq!(again.evaluate(&picture)?.to_vec2::<f32>()?, embedding);
+    let labels = PseudoLabels::open(&job.out.join(PseudoLabels::FILE))?;
+    assert_eq!((labels.index.len(), labels.projection_width), (12, 6));
+
+    let learning = Config { frozen: vec!["stem".into()], ..config.clone() };
+    let mut other_input = config.clone();
+    other_input.input.mean = vec![0.5; 3];
+    let mut odd_side = config.clone();
+    odd_side.input.width = 9;
+    let wrong = [(learning, "the head alone"), (other_input, "[0.4, 0.5, 0.6]"), (odd_side, "9")];
+    fixture::assert_refused::<Icbpl>(&job, wrong);
+    Ok(())
+}
+
+#[test]
+fn a_published_resnet_50_is_fine_tuned_or_keeps_its_bits() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    // Under torchvision's names, as Barlow Twins and DINO publish theirs.
+    let architecture = Architecture { depth: Depth::Fifty, width: 2, stem: Stem::Large };
+    let drawn = Segment::random("backbone", resnet::plan(&architecture, 3)?, 5)?;
+    backbone_file::write(folder.path(), &drawn)?;
+    let file = folder.path().join("resnet50.safetensors");
+    fs::rename(folder.path().join(backbone_file::NAME), &file)?;
+    let network = published::read(None, &[file])?;
+    let (config, job) = published_start(folder.path(), &network, 32)?;
+    let weight = "online.backbone.layer4.0.conv2.weight";
+    let weight_after = |config: &Config| -> Result<(Vec<f32>, Vec<f32>)> {
+        let mut networks = IcbplNetworks::new(config, &job, &Device::Cpu)?;
+        let before =
+            residual(&mut networks).segment.parameters.get(&weight["online.backbone.".len()..])?;
+        Icbpl::run(config, &job)?;
+        let after = network_file::open(&job.out)?.f32(weight)?;
+        fs::remove_dir_all(&job.out)?;
+        fs::create_dir(&job.out)?;
+        Ok((before, after))
+    };
+    let (before, after) = weight_after(&config)?;
+    assert!(before == after);
+    let upper = vec!["stem".to_owned(), "layer1".to_owned(), "layer2".to_owned()];
+    let (again, tuned) = weight_after(&Config { frozen: upper, ..config })?;
+    assert!(before == again && before != tuned);
     Ok(())
 }
 

@@ -183,8 +183,8 @@ impl Trained for ImcSwavNetworks {
         self.bank.checkpoint(file)
     }
 
-    fn exported(&self) -> &Segment {
-        &self.encoder.segment
+    fn exported(&self) -> Option<&Segment> {
+        Some(&self.encoder.segment)
     }
 }
 

@@ -129,7 +129,7 @@ impl Trained for ProPosModel<'_> {
         self.clusters.checkpoint(file)
     }
 
-    fn exported(&self) -> &Segment {
+    fn exported(&self) -> Option<&Segment> {
         self.learner.exported()
     }
 }

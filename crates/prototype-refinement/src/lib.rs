@@ -167,7 +167,7 @@ impl Trained for RefinementModel {
         self.prototypes.checkpoint(file)
     }
 
-    fn exported(&self) -> &Segment {
+    fn exported(&self) -> Option<&Segment> {
         self.learner.exported()
     }
 }

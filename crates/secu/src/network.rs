@@ -128,8 +128,8 @@ impl Trained for SeCuNetworks {
         self.monitor.checkpoint(file)
     }
 
-    fn exported(&self) -> &Segment {
-        &self.backbone.segment
+    fn exported(&self) -> Option<&Segment> {
+        Some(&self.backbone.segment)
     }
 }
 

@@ -35,8 +35,9 @@ pub trait Trained {
     /// A tensor to be loaded is missing or belongs to another network.
     fn checkpoint(&mut self, file: &mut Checkpoint) -> Result<()>;
 
-    /// The backbone that later stages start from: `backbone.safetensors`.
-    fn exported(&self) -> &Segment;
+    /// The backbone that later stages start from: `backbone.safetensors`. None where it did not learn, so
+    /// that the stage before has left it already.
+    fn exported(&self) -> Option<&Segment>;
 }
 
 /// A checkpoint that is being saved or loaded.

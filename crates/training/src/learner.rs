@@ -127,8 +127,8 @@ impl Trained for Learner {
         file.segment(TARGET[1], &mut self.target.projector)
     }
 
-    fn exported(&self) -> &Segment {
-        &self.target.backbone
+    fn exported(&self) -> Option<&Segment> {
+        Some(&self.target.backbone)
     }
 }
 

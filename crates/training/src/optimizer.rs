@@ -317,8 +317,8 @@ mod tests {
             self.1.checkpoint(file)
         }
 
-        fn exported(&self) -> &Segment {
-            &self.0.segment
+        fn exported(&self) -> Option<&Segment> {
+            Some(&self.0.segment)
         }
     }
 

@@ -287,7 +287,9 @@ impl<'a> Run<'a> {
         let file = self.finite(trained)?;
         let out = &self.job.out;
         backbone::write_configuration(out, configuration)?;
-        backbone_file::write(out, trained.exported())?;
+        if let Some(backbone) = trained.exported() {
+            backbone_file::write(out, backbone)?;
+        }
         network_file::write_tensors(out, file.network())?;
         self.write(&file, true)
     }
@@ -441,7 +443,7 @@ mod tests {
             file.list("steps", &mut self.steps)
         }
 
-        fn exported(&self) -> &Segment {
+        fn exported(&self) -> Option<&Segment> {
             self.learner.exported()
         }
     }
