@@ -591,12 +591,23 @@ pub fn product(x: &[f32], y: &[f32]) -> f64 {
         // SAFETY: the processor has AVX-512.
         return unsafe { product_avx512(x, y) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() {
+        // SAFETY: the processor has AVX2.
+        return unsafe { product_avx2(x, y) };
+    }
     product_portable(x, y)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn product_avx512(x: &[f32], y: &[f32]) -> f64 {
+    product_portable(x, y)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn product_avx2(x: &[f32], y: &[f32]) -> f64 {
     product_portable(x, y)
 }
 
@@ -632,12 +643,23 @@ pub fn squared_distance(x: &[f32], y: &[f32]) -> f32 {
         // SAFETY: the processor has AVX-512.
         return unsafe { squared_distance_avx512(x, y) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() {
+        // SAFETY: the processor has AVX2.
+        return unsafe { squared_distance_avx2(x, y) };
+    }
     squared_distance_portable(x, y)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn squared_distance_avx512(x: &[f32], y: &[f32]) -> f32 {
+    squared_distance_portable(x, y)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn squared_distance_avx2(x: &[f32], y: &[f32]) -> f32 {
     squared_distance_portable(x, y)
 }
 
@@ -665,12 +687,23 @@ pub fn add_row(sums: &mut [f64], row: &[f32], factor: f64) {
         // SAFETY: the processor has AVX-512.
         return unsafe { add_row_avx512(sums, row, factor) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() {
+        // SAFETY: the processor has AVX2.
+        return unsafe { add_row_avx2(sums, row, factor) };
+    }
     add_row_portable(sums, row, factor);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn add_row_avx512(sums: &mut [f64], row: &[f32], factor: f64) {
+    add_row_portable(sums, row, factor);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn add_row_avx2(sums: &mut [f64], row: &[f32], factor: f64) {
     add_row_portable(sums, row, factor);
 }
 
@@ -717,6 +750,20 @@ mod tests {
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
         };
         (0..n * d).map(|i| next() * [1., 100., 1e-3][i / d % 3]).collect()
+    }
+
+    #[test]
+    fn every_processor_gives_the_same_bits() {
+        for d in [3, 32, 77, 384] {
+            let (x, y) = (matrix(1, d, 1), matrix(1, d, 2));
+            assert_eq!(product(&x, &y).to_bits(), product_portable(&x, &y).to_bits());
+            let distances = [squared_distance(&x, &y), squared_distance_portable(&x, &y)];
+            assert_eq!(distances[0].to_bits(), distances[1].to_bits());
+            let mut sums = [vec![0.1; d], vec![0.1; d]];
+            add_row(&mut sums[0], &x, 0.3);
+            add_row_portable(&mut sums[1], &x, 0.3);
+            assert_eq!(sums[0], sums[1]);
+        }
     }
 
     #[test]
