@@ -11,8 +11,8 @@ use stage::{Interrupted, Job};
 
 use crate::config::{Config, HeadPlan};
 use crate::learner::{HeadUpdate, LearningHead, step};
-use crate::loss::log_memberships;
-use crate::network::forward;
+use crate::loss;
+use crate::network::{HeadPass, HeadShape};
 use crate::state::HeadRun;
 
 /// The heads before their first step, each drawn separately.
@@ -53,8 +53,9 @@ pub fn train(
             step: run.steps as u64 + 1,
             still_steps: plan.still_steps as u64,
         };
-        let rows = pairs.of_step(run.steps)?;
-        let losses = step(&mut run.heads, &plan.shape, &rows, &update)?;
+        let drawn = pairs.of_step(run.steps);
+        let drawn = FlatMatrix::new(&drawn, plan.shape.width)?;
+        let losses = step(&mut run.heads, &plan.shape, drawn, &update)?;
         run.note(&losses)?;
         let mean = losses.iter().sum::<f64>() / losses.len() as f64;
         progress.at(run.steps as u64, &format!("loss {mean:.4}"));
@@ -90,7 +91,7 @@ impl<'a> Pairs<'a> {
     /// images of an epoch if they do not fill a batch.
     ///
     /// - `step`: counted from 0.
-    fn of_step(&mut self, step: usize) -> Result<FlatMatrix> {
+    fn of_step(&mut self, step: usize) -> Vec<f32> {
         let (width, batch) = (self.plan.shape.width, self.plan.batch);
         let images = self.rows.len() / width;
         let batches = images / batch;
@@ -114,7 +115,7 @@ impl<'a> Pairs<'a> {
         for &image in drawn.iter().chain(&partners) {
             rows.extend_from_slice(&self.rows[image as usize * width..][..width]);
         }
-        FlatMatrix::new(&rows, width)
+        rows
     }
 }
 
@@ -129,14 +130,14 @@ pub fn memberships(
     temperature: f64,
     rows: &[f32],
 ) -> Result<Vec<Vec<f32>>> {
-    const ROWS_AT_ONCE: usize = 4096;
+    const ROWS_AT_ONCE: usize = 512;
     let of_head = |head: &LearningHead<f32>| -> Result<Vec<f32>> {
-        let mut found = Vec::with_capacity(rows.len() / plan.shape.width * plan.shape.clusters);
-        for part in rows.chunks(ROWS_AT_ONCE * plan.shape.width) {
-            let part = FlatMatrix::new(part, plan.shape.width)?;
-            let logits = forward(&plan.shape, &head.target, &part)?.logits;
-            let logs = log_memberships(&logits, plan.shape.clusters, temperature);
-            found.extend(logs.into_iter().map(f32::exp));
+        let HeadShape { width, clusters, .. } = plan.shape;
+        let mut found = Vec::with_capacity(rows.len() / width * clusters);
+        let mut pass = HeadPass::default();
+        for part in rows.chunks(ROWS_AT_ONCE * width) {
+            pass.forward(&plan.shape, &head.target, FlatMatrix::new(part, width)?)?;
+            found.extend(loss::memberships(&pass.logits, clusters, temperature).memberships);
         }
         Ok(found)
     };

@@ -1,11 +1,13 @@
 //! A head that learns: one step of all heads side by side.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::Result;
-use frozen::product::{AdamStep, FlatMatrix, HeadFloat};
+use frozen::product::{AdamStep, FlatMatrix, HeadFloat, SoftmaxRows};
 use rayon::prelude::*;
 
-use crate::loss::{Objective, follow_marginal, head_loss, log_memberships, pair_weights};
-use crate::network::{HeadShape, backward, forward};
+use crate::loss::{Objective, follow_marginal, head_loss, memberships, pair_weights};
+use crate::network::{HeadPass, HeadShape};
 
 /// One head in training.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,36 +72,51 @@ pub struct HeadUpdate {
 pub fn step<T: HeadFloat>(
     heads: &mut [LearningHead<T>],
     shape: &HeadShape,
-    rows: &FlatMatrix,
+    rows: FlatMatrix<T>,
     update: &HeadUpdate,
 ) -> Result<Vec<f64>> {
-    let temperature = update.objective.temperature;
-    let targets = (heads.par_iter_mut())
-        .map(|head| {
-            let logits = forward(shape, &head.target, rows)?.logits;
-            let logs = log_memberships(&logits, shape.clusters, temperature);
-            follow_marginal(&mut head.marginal, &logs, update.marginal_decay);
-            Ok(logs)
-        })
-        .collect::<Result<Vec<Vec<T>>>>()?;
-    let slices: Vec<&[T]> = targets.iter().map(Vec::as_slice).collect();
-    let weights = pair_weights(&slices, shape.clusters);
+    let (clusters, temperature) = (shape.clusters, update.objective.temperature);
+    let passes = PassPool(Mutex::new(vec![]));
+    let target_of = |head: &mut LearningHead<T>| -> Result<SoftmaxRows<T>> {
+        let found = passes.with(|pass| {
+            pass.forward(shape, &head.target, rows)?;
+            anyhow::Ok(memberships(&pass.logits, clusters, temperature))
+        })?;
+        follow_marginal(&mut head.marginal, &found, update.marginal_decay);
+        Ok(found)
+    };
+    let targets = heads.par_iter_mut().map(target_of).collect::<Result<Vec<SoftmaxRows<T>>>>()?;
+    let weights = pair_weights(&targets, clusters);
     let count = heads.len();
-    (heads.par_iter_mut().zip(&targets))
-        .map(|(head, targets)| {
-            let pass = forward(shape, &head.online, rows)?;
-            let logs = log_memberships(&pass.logits, shape.clusters, temperature);
+    let move_one = |(head, target): (&mut LearningHead<T>, &SoftmaxRows<T>)| -> Result<f64> {
+        passes.with(|pass| {
+            pass.forward(shape, &head.online, rows)?;
+            let online = memberships(&pass.logits, clusters, temperature);
             let (loss, gradient) =
-                head_loss(&logs, targets, &weights, &head.marginal, &update.objective, count);
-            let gradient = backward(shape, &head.online, rows, &pass, &gradient)?;
-            descend(head, shape, &gradient, update);
+                head_loss(&online, target, &weights, &head.marginal, &update.objective, count);
+            pass.backward(shape, &head.online, rows, gradient)?;
+            descend(head, shape, &pass.gradient, update);
             Ok(loss.wide())
         })
-        .collect()
+    };
+    heads.par_iter_mut().zip(&targets).map(move_one).collect()
 }
 
-/// AdamW and the moving average in one pass over the parameters. Steps of directions and scales count from
-/// their first one.
+/// Memory of passes, one for each thread at work.
+struct PassPool<T>(Mutex<Vec<HeadPass<T>>>);
+
+impl<T: HeadFloat> PassPool<T> {
+    fn with<R>(&self, work: impl FnOnce(&mut HeadPass<T>) -> R) -> R {
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = free().pop();
+        let mut pass = taken.unwrap_or_default();
+        let result = work(&mut pass);
+        free().push(pass);
+        result
+    }
+}
+
+/// AdamW, and the moving average. Steps of directions and scales count from their first one.
 fn descend<T: HeadFloat>(
     head: &mut LearningHead<T>,
     shape: &HeadShape,
@@ -118,19 +135,17 @@ fn descend<T: HeadFloat>(
         (places.scales, decay, late),
     ] {
         if step > 0 {
-            let adam = AdamStep::new(update.learning_rate, decay, step);
-            let moments = head.first_moments[place.clone()]
-                .iter_mut()
-                .zip(&mut head.second_moments[place.clone()]);
-            let parameters = head.online[place.clone()].iter_mut().zip(&gradient[place.clone()]);
-            for ((x, &d), (first, second)) in parameters.zip(moments) {
-                adam.apply(x, d, first, second);
-            }
+            AdamStep::new(update.learning_rate, decay, step).apply_all(
+                &mut head.online[place.clone()],
+                &gradient[place.clone()],
+                &mut head.first_moments[place.clone()],
+                &mut head.second_moments[place],
+            );
         }
-        let kept = T::of(update.target_decay);
-        for (target, &x) in head.target[place.clone()].iter_mut().zip(&head.online[place]) {
-            *target = kept * *target + (T::one() - kept) * x;
-        }
+    }
+    let kept = T::of(update.target_decay);
+    for (target, &x) in head.target.iter_mut().zip(&head.online) {
+        *target = kept * *target + (T::one() - kept) * x;
     }
 }
 
@@ -157,7 +172,7 @@ mod tests {
         still_steps: 0,
     };
 
-    fn rows() -> FlatMatrix {
+    fn rows() -> FlatMatrix<'static, f64> {
         FlatMatrix::new(&ROWS, 3).expect("four rows")
     }
 
@@ -168,7 +183,7 @@ mod tests {
     fn steps(heads: &mut [LearningHead<f64>], count: u64, update: HeadUpdate) -> Result<Vec<f64>> {
         let mut losses = vec![];
         for taken in 1..=count {
-            losses = step(heads, &TINY, &rows(), &HeadUpdate { step: taken, ..update })?;
+            losses = step(heads, &TINY, rows(), &HeadUpdate { step: taken, ..update })?;
         }
         Ok(losses)
     }
@@ -177,7 +192,8 @@ mod tests {
     #[test]
     fn two_steps_have_the_specified_values() -> Result<()> {
         let places = TINY.places();
-        let logits = forward(&TINY, &START, &rows())?.logits;
+        let mut pass = HeadPass::default();
+        pass.forward(&TINY, &START, rows())?;
         let want = [
             0.879812092,
             0.475321662,
@@ -192,10 +208,10 @@ mod tests {
             0.136463607,
             -0.796986199,
         ];
-        assert_near(&logits, &want, 1e-9);
+        assert_near(&pass.logits, &want, 1e-9);
 
         let mut heads = heads(1);
-        let losses = step(&mut heads, &TINY, &rows(), &UPDATE)?;
+        let losses = step(&mut heads, &TINY, rows(), &UPDATE)?;
         assert_near(&losses, &[-0.887284852], 1e-9);
         assert_near(&heads[0].marginal, &[0.398639620, 0.301360379, 0.300000001], 1e-9);
         // Adam's first moment is a tenth of the gradient.
@@ -221,7 +237,7 @@ mod tests {
         let want = [0.600039760, -0.200039920, 0.299959880, 0.700039720];
         assert_near(&heads[0].target[weight.clone()], &want, 1e-9);
 
-        let losses = step(&mut heads, &TINY, &rows(), &HeadUpdate { step: 2, ..UPDATE })?;
+        let losses = step(&mut heads, &TINY, rows(), &HeadUpdate { step: 2, ..UPDATE })?;
         // The third direction differs by up to 1e-2 from here on.
         assert_near(&losses, &[-0.756050525], 1e-6);
         assert_near(&heads[0].marginal, &[0.457422845, 0.272577153, 0.270000002], 1e-6);
@@ -266,8 +282,8 @@ mod tests {
         let mut swapped = different();
         let order = [3..6, 0..3, 9..12, 6..9].map(|row| &ROWS[row]).concat();
         let swapped_rows = FlatMatrix::new(&order, 3)?;
-        let first = step(&mut swapped, &TINY, &swapped_rows, &UPDATE)?;
-        let want = step(&mut different(), &TINY, &rows(), &UPDATE)?;
+        let first = step(&mut swapped, &TINY, swapped_rows, &UPDATE)?;
+        let want = step(&mut different(), &TINY, rows(), &UPDATE)?;
         assert_near(&first, &want, 1e-12);
         Ok(())
     }
@@ -300,7 +316,7 @@ mod tests {
         assert!(heads[0].second_moments[still.clone()].iter().all(|&m| m == 0.));
         assert_ne!(heads[0].online[places.hidden_weight.clone()], START[places.hidden_weight]);
         let last = HeadUpdate { still_steps: 3, step: 4, ..UPDATE };
-        step(&mut heads, &TINY, &rows(), &last)?;
+        step(&mut heads, &TINY, rows(), &last)?;
         // The first step of Adam moves by the learning rate, whatever the gradient.
         let moved = heads[0].online[places.scales.start] - 1.;
         assert!((moved.abs() - 0.01).abs() < 2e-4, "{moved}");
@@ -313,10 +329,10 @@ mod tests {
         let loss = |online: &[f64], target: &[f64]| -> Result<f64> {
             let mut head = LearningHead::new(&TINY, online.to_vec());
             head.target = target.to_vec();
-            Ok(step(&mut [head], &TINY, &rows(), &UPDATE)?[0])
+            Ok(step(&mut [head], &TINY, rows(), &UPDATE)?[0])
         };
         let mut heads = heads(1);
-        step(&mut heads, &TINY, &rows(), &UPDATE)?;
+        step(&mut heads, &TINY, rows(), &UPDATE)?;
         let mut apart = 0f64;
         for i in 0..14 {
             let (mut up, mut down) = (START, START);

@@ -5,7 +5,7 @@
 //! K)`: all first sides, then all second sides. `p` are the memberships of the online head, `q` those of
 //! the target head, without gradient.
 
-use frozen::product::{HeadFloat, log_softmax, log_sum};
+use frozen::product::{HeadFloat, SoftmaxRows, add_rows};
 use serde::{Deserialize, Serialize};
 
 /// `[temi.objective]`.
@@ -23,25 +23,23 @@ pub struct Objective {
     pub marginal_floor: f64,
 }
 
-/// Log-memberships `log softmax(logits / τ)`, `(rows, K)`.
-pub fn log_memberships<T: HeadFloat>(logits: &[T], clusters: usize, temperature: f64) -> Vec<T> {
-    let scale = T::of(1. / temperature);
-    let mut logs: Vec<T> = logits.iter().map(|&logit| logit * scale).collect();
-    log_softmax(&mut logs, clusters);
-    logs
+/// Memberships `softmax(logits / τ)`, `(rows, K)`.
+pub fn memberships<T: HeadFloat>(
+    logits: &[T],
+    clusters: usize,
+    temperature: f64,
+) -> SoftmaxRows<T> {
+    SoftmaxRows::new(logits, clusters, T::of(1. / temperature))
 }
 
 /// Moves the marginal of a head: `m ← decay · m + (1 − decay) · mean over the 2B rows of q`. It sums to
 /// 1 and stays positive.
 ///
-/// - `target_logs`: `log q`, `(2B, K)`.
-pub fn follow_marginal<T: HeadFloat>(marginal: &mut [T], target_logs: &[T], decay: f64) {
-    let clusters = marginal.len();
-    let mut means = vec![T::zero(); clusters];
-    for row in target_logs.chunks_exact(clusters) {
-        means.iter_mut().zip(row).for_each(|(mean, &log)| *mean += log.exp());
-    }
-    let share = T::of((1. - decay) / (target_logs.len() / clusters) as f64);
+/// - `target`: `q`, `(2B, K)`.
+pub fn follow_marginal<T: HeadFloat>(marginal: &mut [T], target: &SoftmaxRows<T>, decay: f64) {
+    let mut means = vec![T::zero(); marginal.len()];
+    add_rows(&mut means, &target.memberships);
+    let share = T::of((1. - decay) / (target.memberships.len() / marginal.len()) as f64);
     for (m, mean) in marginal.iter_mut().zip(means) {
         *m = T::of(decay) * *m + share * mean;
     }
@@ -49,18 +47,18 @@ pub fn follow_marginal<T: HeadFloat>(marginal: &mut [T], target_logs: &[T], deca
 
 /// The weight of each pair, shared by all heads: `w = 1/H Σ_h Σ_c q₁c q₂c`, `(B,)` in `[0, 1]`.
 ///
-/// - `target_logs`: `log q` of each head, `(H, 2, B, K)`.
-pub fn pair_weights<T: HeadFloat>(target_logs: &[&[T]], clusters: usize) -> Vec<T> {
-    let pairs = target_logs.first().map_or(0, |logs| logs.len() / clusters / 2);
+/// - `targets`: `q` of each head, `(H, 2, B, K)`.
+pub fn pair_weights<T: HeadFloat>(targets: &[SoftmaxRows<T>], clusters: usize) -> Vec<T> {
+    let pairs = targets.first().map_or(0, |target| target.logs.len() / clusters / 2);
     let mut weights = vec![T::zero(); pairs];
-    for logs in target_logs {
-        let (first, second) = logs.split_at(pairs * clusters);
+    for target in targets {
+        let (first, second) = target.memberships.split_at(pairs * clusters);
         let rows = first.chunks_exact(clusters).zip(second.chunks_exact(clusters));
         for (weight, (first, second)) in weights.iter_mut().zip(rows) {
-            *weight += first.iter().zip(second).map(|(&a, &b)| (a + b).exp()).sum::<T>();
+            *weight += first.iter().zip(second).map(|(&a, &b)| a * b).sum::<T>();
         }
     }
-    let heads = T::of(target_logs.len() as f64);
+    let heads = T::of(targets.len() as f64);
     weights.iter_mut().for_each(|weight| *weight /= heads);
     weights
 }
@@ -72,13 +70,13 @@ pub fn pair_weights<T: HeadFloat>(target_logs: &[&[T]], clusters: usize) -> Vec<
 /// a side's logits is `w (β/τ) (p − r) / (2BH)`. Logarithms are summed, so that memberships near 0 are
 /// exact.
 ///
-/// - `online_logs`, `target_logs`: `log p` and `log q`, `(2, B, K)`. No gradient reaches `q`, `m`, `w`.
+/// - `online`, `target`: `p` and `q`, `(2, B, K)`. No gradient reaches `q`, `m`, `w`.
 ///
 /// The loss is in nats: 0 for one cluster, `−(2 − 2β) ln K` times `1/K` for uniform memberships, and
 /// `−ln K` at best, for ρ = 1.
 pub fn head_loss<T: HeadFloat>(
-    online_logs: &[T],
-    target_logs: &[T],
+    online: &SoftmaxRows<T>,
+    target: &SoftmaxRows<T>,
     weights: &[T],
     marginal: &[T],
     objective: &Objective,
@@ -90,25 +88,33 @@ pub fn head_loss<T: HeadFloat>(
     let floor = T::of(marginal_floor);
     let log_marginal: Vec<T> =
         marginal.iter().map(|&m| m.at_least(floor).ln() * T::of(balance)).collect();
-    let scale = T::of(beta / temperature / (2 * pairs * heads) as f64);
-    let (mut loss, mut gradient) = (T::zero(), Vec::with_capacity(2 * half));
-    let mut shares = vec![T::zero(); clusters];
-    for (side, other) in [(0, half), (half, 0)] {
-        for (pair, &weight) in weights.iter().enumerate() {
-            let p = &online_logs[side + pair * clusters..][..clusters];
-            let q = &target_logs[other + pair * clusters..][..clusters];
-            for (k, share) in shares.iter_mut().enumerate() {
-                *share = T::of(beta) * (p[k] + q[k]) - log_marginal[k];
-            }
-            let sum = log_sum(&shares);
-            loss -= weight * sum;
-            let factor = weight * scale;
-            gradient.extend(
-                p.iter().zip(&shares).map(|(&p, &share)| factor * (p.exp() - (share - sum).exp())),
-            );
-        }
+    // Each side of a pair with the target of the other: `r`, and the logarithm of its sum.
+    let sides = online.logs[..half]
+        .chunks_exact(clusters)
+        .chain(online.logs[half..].chunks_exact(clusters));
+    let others = target.logs[half..]
+        .chunks_exact(clusters)
+        .chain(target.logs[..half].chunks_exact(clusters));
+    let (mut terms, mut logs) = (Vec::with_capacity(2 * half), Vec::with_capacity(2 * pairs));
+    for (p, q) in sides.zip(others) {
+        let row = p.iter().zip(q).zip(&log_marginal);
+        terms.extend(row.map(|((&p, &q), &m)| T::of(beta) * (p + q) - m));
+        let row = &mut terms[logs.len() * clusters..];
+        let largest = row.iter().fold(T::neg_infinity(), |largest, &x| largest.at_least(x));
+        row.iter_mut().for_each(|x| *x -= largest);
+        logs.push(largest);
     }
-    (loss / T::of((2 * pairs) as f64), gradient)
+    terms.iter_mut().for_each(|x| *x = x.exponential());
+    let scale = T::of(beta / temperature / (2 * pairs * heads) as f64);
+    let mut loss = T::zero();
+    let rows = terms.chunks_exact_mut(clusters).zip(online.memberships.chunks_exact(clusters));
+    for (((terms, p), &log), &weight) in rows.zip(&logs).zip(weights.iter().chain(weights)) {
+        let sum = terms.iter().copied().sum::<T>();
+        loss -= weight * (log + sum.ln());
+        let (factor, share) = (weight * scale, T::one() / sum);
+        terms.iter_mut().zip(p).for_each(|(x, &p)| *x = factor * (p - *x * share));
+    }
+    (loss / T::of((2 * pairs) as f64), terms)
 }
 
 #[cfg(test)]
@@ -137,22 +143,20 @@ pub(crate) mod tests {
     }
 
     struct Case {
-        online: Vec<Vec<f64>>,
-        target: Vec<Vec<f64>>,
+        online: Vec<SoftmaxRows<f64>>,
+        target: Vec<SoftmaxRows<f64>>,
         marginals: Vec<Vec<f64>>,
         weights: Vec<f64>,
     }
 
     fn case() -> Case {
-        let logs = |logits: &[[f64; 12]; 2]| -> Vec<Vec<f64>> {
-            logits.iter().map(|logits| log_memberships(logits, 3, 0.1)).collect()
-        };
-        let (online, target) = (logs(&ONLINE), logs(&TARGET));
+        let both = |logits: &[[f64; 12]; 2]| logits.map(|logits| memberships(&logits, 3, 0.1));
+        let (online, target) = (both(&ONLINE).to_vec(), both(&TARGET).to_vec());
         let mut marginals = vec![vec![1. / 3.; 3]; 2];
         for (marginal, target) in marginals.iter_mut().zip(&target) {
             follow_marginal(marginal, target, 0.9);
         }
-        let weights = pair_weights(&[&target[0][..], &target[1][..]], 3);
+        let weights = pair_weights(&target, 3);
         Case { online, target, marginals, weights }
     }
 
@@ -169,11 +173,10 @@ pub(crate) mod tests {
     #[test]
     fn memberships_marginals_weights_and_losses_have_the_specified_values() {
         let case = case();
-        let memberships = |logs: &[f64]| logs.iter().map(|log| log.exp()).collect::<Vec<f64>>();
         let want = [0.628531719, 0.140244383, 0.231223898, 0.320172841, 0.583392953, 0.096434206];
-        assert_near(&memberships(&case.online[0][..6]), &want, 1e-9);
+        assert_near(&case.online[0].memberships[..6], &want, 1e-9);
         let want = [0.646081988, 0.159321857, 0.194596155, 0.307195886, 0.506480391, 0.186323723];
-        assert_near(&memberships(&case.target[0][..6]), &want, 1e-9);
+        assert_near(&case.target[0].memberships[..6], &want, 1e-9);
         assert_near(&case.marginals[0], &[0.343841503, 0.337151003, 0.319007495], 1e-9);
         assert_near(&case.marginals[1], &[0.329770426, 0.337804070, 0.332425504], 1e-9);
         assert_near(&case.weights, &[0.416147814, 0.368513009], 1e-9);
@@ -209,12 +212,12 @@ pub(crate) mod tests {
     fn limits_are_those_of_the_formula() {
         let of = |logits: &dyn Fn(usize, usize) -> f64, beta: f64| -> [f64; 2] {
             let logits: Vec<f64> = (0..200).map(|i| logits(i / 10 % 10, i % 10)).collect();
-            let logs = log_memberships(&logits, 10, 0.1);
+            let both = memberships(&logits, 10, 0.1);
             let mut marginal = vec![0.1; 10];
-            follow_marginal(&mut marginal, &logs, 0.);
-            let weights = pair_weights(&[&logs[..]], 10);
+            follow_marginal(&mut marginal, &both, 0.);
+            let weights = pair_weights(std::slice::from_ref(&both), 10);
             let objective = Objective { beta, ..OBJECTIVE };
-            [weights[0], head_loss(&logs, &logs, &weights, &marginal, &objective, 1).0]
+            [weights[0], head_loss(&both, &both, &weights, &marginal, &objective, 1).0]
         };
         assert_near(&of(&|_, _| 0., 0.6), &[0.1, -0.184206807], 1e-9);
         assert_near(&of(&|_, _| 0., 1.), &[0.1, 0.], 1e-9);
@@ -231,7 +234,7 @@ pub(crate) mod tests {
         let case = case();
         let objective = Objective { balance: 0.7, ..OBJECTIVE };
         let mean = |online: &[[f64; 12]; 2]| -> f64 {
-            let online = online.map(|logits| log_memberships(&logits, 3, 0.1)).to_vec();
+            let online = online.map(|logits| memberships(&logits, 3, 0.1)).to_vec();
             let case = Case {
                 online,
                 target: case.target.clone(),
@@ -259,7 +262,7 @@ pub(crate) mod tests {
         for step in 0..500 {
             let logits: Vec<f64> =
                 (0..40).map(|i| if i % 5 == step / 50 % 5 { 3. } else { 0. }).collect();
-            follow_marginal(&mut marginal, &log_memberships(&logits, 5, 0.1), 0.9);
+            follow_marginal(&mut marginal, &memberships(&logits, 5, 0.1), 0.9);
             assert!(marginal.iter().all(|&m| m > 0.), "{marginal:?}");
             assert!((marginal.iter().sum::<f64>() - 1.).abs() < 1e-12, "step {step}");
         }
@@ -270,6 +273,7 @@ pub(crate) mod tests {
     fn clusters_and_pairs_may_be_permuted() {
         let case = case();
         let (loss, gradient) = losses(&case, &OBJECTIVE).remove(0);
+        type Turn<'a> = &'a dyn Fn(&[f64]) -> Vec<f64>;
         let turn = |rows: &[f64]| -> Vec<f64> {
             rows.chunks(3).flat_map(|row| [row[2], row[0], row[1]]).collect()
         };
@@ -277,10 +281,14 @@ pub(crate) mod tests {
             [&rows[3..6], &rows[..3], &rows[9..], &rows[6..9]].concat()
         };
         let (p, q, m, w) = (&case.online[0], &case.target[0], &case.marginals[0], &case.weights);
-        let turned = head_loss(&turn(p), &turn(q), w, &turn(m), &OBJECTIVE, 2);
+        let both = |rows: &SoftmaxRows<f64>, change: Turn| SoftmaxRows {
+            logs: change(&rows.logs),
+            memberships: change(&rows.memberships),
+        };
+        let turned = head_loss(&both(p, &turn), &both(q, &turn), w, &turn(m), &OBJECTIVE, 2);
         assert_near(&[turned.0], &[loss], 1e-12);
         assert_near(&turned.1, &turn(&gradient), 1e-12);
-        let swapped = head_loss(&swap(p), &swap(q), &[w[1], w[0]], m, &OBJECTIVE, 2);
+        let swapped = head_loss(&both(p, &swap), &both(q, &swap), &[w[1], w[0]], m, &OBJECTIVE, 2);
         assert_near(&[swapped.0], &[loss], 1e-12);
         assert_near(&swapped.1, &swap(&gradient), 1e-12);
     }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use frozen::product::{FlatMatrix, HeadFloat, add_rows};
+use frozen::product::{FlatMatrix, HeadFloat, add_rows, dot};
 use rand::RngExt;
 use rand_distr::Normal;
 
@@ -84,8 +84,9 @@ impl HeadShape {
     }
 }
 
-/// The result of a forward pass of `n` rows, with the values for the backward pass.
-#[derive(Debug)]
+/// A forward pass of `n` rows, with the values for the backward pass, and the backward pass. Its memory
+/// serves any number of passes, of any heads.
+#[derive(Debug, Default)]
 pub struct HeadPass<T> {
     /// GELU's output and derivative, `(n, hidden)` each.
     activation: Vec<T>,
@@ -93,142 +94,153 @@ pub struct HeadPass<T> {
     /// Unit rows `z`, `(n, bottleneck)`, and their lengths before, `(n,)`.
     unit: Vec<T>,
     length: Vec<T>,
+    /// Directions `u = v/‖v‖`, `(K, bottleneck)`, and the lengths of `v`, `(K,)`.
+    directions: Vec<T>,
+    direction_lengths: Vec<T>,
     /// Cosines of rows and directions, `(n, K)`.
     cosines: Vec<T>,
     /// `g` times the cosines, `(n, K)`.
     pub logits: Vec<T>,
+    /// The gradient of every parameter, see [`HeadShape::places`].
+    pub gradient: Vec<T>,
+    /// The gradients of the bottleneck and of the hidden layer, `(n, bottleneck)` and `(n, hidden)`.
+    by_unit: Vec<T>,
+    by_hidden: Vec<T>,
 }
 
-/// Computes the logits of `rows` `(n, D)`.
-///
-/// # Errors
-///
-/// The rows have another width than the head.
-pub fn forward<T: HeadFloat>(
-    shape: &HeadShape,
-    parameters: &[T],
-    rows: &FlatMatrix,
-) -> Result<HeadPass<T>> {
-    let HeadPlaces {
-        hidden_weight,
-        hidden_bias,
-        bottleneck_weight,
-        bottleneck_bias,
-        directions,
-        scales,
-    } = shape.places();
-    let of = |place: Range<usize>, columns| FlatMatrix::new(&parameters[place], columns);
-    let mut activation: Vec<T> = rows.times(&of(hidden_weight, shape.width)?.transposed()?)?;
-    let mut slope = vec![T::zero(); activation.len()];
-    let bias = &parameters[hidden_bias];
-    for (values, slopes) in
-        activation.chunks_exact_mut(shape.hidden).zip(slope.chunks_exact_mut(shape.hidden))
-    {
-        for ((value, slope), &bias) in values.iter_mut().zip(slopes).zip(bias) {
-            (*value, *slope) = (*value + bias).gelu();
+impl<T: HeadFloat> HeadPass<T> {
+    /// Computes the logits of `rows` `(n, D)`.
+    ///
+    /// # Errors
+    ///
+    /// The rows have another width than the head.
+    pub fn forward(
+        &mut self,
+        shape: &HeadShape,
+        parameters: &[T],
+        rows: FlatMatrix<T>,
+    ) -> Result<()> {
+        let HeadShape { hidden, bottleneck, clusters, width } = *shape;
+        let places = shape.places();
+        let layer = |place: Range<usize>, columns| FlatMatrix::new(&parameters[place], columns);
+        let n = rows.rows();
+        self.activation.resize(n * hidden, T::zero());
+        rows.multiply(layer(places.hidden_weight, width)?.transposed(), &mut self.activation)?;
+        self.slope.resize(n * hidden, T::zero());
+        let bias = &parameters[places.hidden_bias];
+        let both =
+            self.activation.chunks_exact_mut(hidden).zip(self.slope.chunks_exact_mut(hidden));
+        for (values, slopes) in both {
+            for ((value, slope), &bias) in values.iter_mut().zip(slopes).zip(bias) {
+                (*value, *slope) = (*value + bias).gelu();
+            }
         }
-    }
-    let mut unit: Vec<T> = FlatMatrix::new(&activation, shape.hidden)?
-        .times(&of(bottleneck_weight, shape.hidden)?.transposed()?)?;
-    for row in unit.chunks_exact_mut(shape.bottleneck) {
-        row.iter_mut().zip(&parameters[bottleneck_bias.clone()]).for_each(|(x, &b)| *x += b);
-    }
-    let length = to_unit_length(&mut unit, shape.bottleneck);
-    let unit_directions =
-        FlatMatrix::new(&unit_directions(shape, &parameters[directions]).0, shape.bottleneck)?;
-    let cosines: Vec<T> =
-        FlatMatrix::new(&unit, shape.bottleneck)?.times(&unit_directions.transposed()?)?;
-    let scales = &parameters[scales];
-    let logits = cosines
-        .chunks_exact(shape.clusters)
-        .flat_map(|row| row.iter().zip(scales).map(|(&cosine, &g)| g * cosine))
-        .collect();
-    Ok(HeadPass { activation, slope, unit, length, cosines, logits })
-}
 
-/// The gradient of every parameter, from that of the logits, `(n, K)`.
-///
-/// With `u = v/‖v‖`: `∂g_c = Σ_n ∂l_nc cos_nc`, `∂v_c = (I − u uᵀ) g_c Σ_n ∂l_nc z_n / ‖v_c‖`,
-/// `∂y = (I − z zᵀ) Σ_c ∂l_c g_c u_c / ‖y‖`; the layers below are linear.
-///
-/// # Errors
-///
-/// The rows have another width than the head.
-pub fn backward<T: HeadFloat>(
-    shape: &HeadShape,
-    parameters: &[T],
-    rows: &FlatMatrix,
-    pass: &HeadPass<T>,
-    logits_gradient: &[T],
-) -> Result<Vec<T>> {
-    let places = shape.places();
-    let mut gradient = vec![T::zero(); shape.parameters()];
-    let (directions, lengths) = unit_directions(shape, &parameters[places.directions.clone()]);
-    let scales = &parameters[places.scales.clone()];
-
-    // The last layer: scales, directions, unit rows.
-    let mut scaled = logits_gradient.to_vec();
-    for (row, cosines) in
-        scaled.chunks_exact_mut(shape.clusters).zip(pass.cosines.chunks_exact(shape.clusters))
-    {
-        let sums = &mut gradient[places.scales.clone()];
-        for (((x, &cosine), &g), sum) in row.iter_mut().zip(cosines).zip(scales).zip(sums) {
-            *sum += *x * cosine;
-            *x *= g;
+        self.unit.resize(n * bottleneck, T::zero());
+        let weight = layer(places.bottleneck_weight, hidden)?.transposed();
+        FlatMatrix::new(&self.activation, hidden)?.multiply(weight, &mut self.unit)?;
+        let bias = &parameters[places.bottleneck_bias];
+        for row in self.unit.chunks_exact_mut(bottleneck) {
+            row.iter_mut().zip(bias).for_each(|(x, &b)| *x += b);
         }
+        to_unit_length(&mut self.unit, bottleneck, &mut self.length);
+
+        self.directions.clear();
+        self.directions.extend_from_slice(&parameters[places.directions]);
+        to_unit_length(&mut self.directions, bottleneck, &mut self.direction_lengths);
+        self.cosines.resize(n * clusters, T::zero());
+        let directions = FlatMatrix::new(&self.directions, bottleneck)?.transposed();
+        FlatMatrix::new(&self.unit, bottleneck)?.multiply(directions, &mut self.cosines)?;
+        self.logits.clear();
+        for row in self.cosines.chunks_exact(clusters) {
+            let scales = &parameters[places.scales.clone()];
+            self.logits.extend(row.iter().zip(scales).map(|(&cosine, &g)| g * cosine));
+        }
+        Ok(())
     }
-    let scaled = FlatMatrix::new(&scaled, shape.clusters)?;
-    let unit = FlatMatrix::new(&pass.unit, shape.bottleneck)?;
-    let mut of_directions: Vec<T> = scaled.transposed()?.times(&unit)?;
-    across(&mut of_directions, &directions, &lengths);
-    gradient[places.directions].copy_from_slice(&of_directions);
-    let directions = FlatMatrix::new(&directions, shape.bottleneck)?;
-    let mut of_rows: Vec<T> = scaled.times(&directions)?;
-    across(&mut of_rows, &pass.unit, &pass.length);
 
-    // The bottleneck.
-    add_rows(&mut gradient[places.bottleneck_bias], &of_rows);
-    let of_rows = FlatMatrix::new(&of_rows, shape.bottleneck)?;
-    let activation = FlatMatrix::new(&pass.activation, shape.hidden)?;
-    let weight: Vec<T> = of_rows.transposed()?.times(&activation)?;
-    gradient[places.bottleneck_weight.clone()].copy_from_slice(&weight);
-    let weight = FlatMatrix::new(&parameters[places.bottleneck_weight], shape.hidden)?;
-    let mut of_hidden: Vec<T> = of_rows.times(&weight)?;
+    /// Computes [`HeadPass::gradient`] from that of the logits, `(n, K)`, after a forward pass of the same
+    /// parameters and rows.
+    ///
+    /// With `u = v/‖v‖`: `∂g_c = Σ_n ∂l_nc cos_nc`, `∂v_c = (I − u uᵀ) g_c Σ_n ∂l_nc z_n / ‖v_c‖`,
+    /// `∂y = (I − z zᵀ) Σ_c ∂l_c g_c u_c / ‖y‖`; the layers below are linear.
+    ///
+    /// # Errors
+    ///
+    /// The rows have another width than the head.
+    pub fn backward(
+        &mut self,
+        shape: &HeadShape,
+        parameters: &[T],
+        rows: FlatMatrix<T>,
+        mut by_logits: Vec<T>,
+    ) -> Result<()> {
+        let HeadShape { hidden, bottleneck, clusters, .. } = *shape;
+        let places = shape.places();
+        let n = rows.rows();
+        self.gradient.clear();
+        self.gradient.resize(shape.parameters(), T::zero());
+        let gradient = &mut self.gradient;
 
-    // The hidden layer.
-    of_hidden.iter_mut().zip(&pass.slope).for_each(|(x, &slope)| *x *= slope);
-    add_rows(&mut gradient[places.hidden_bias], &of_hidden);
-    let of_hidden = FlatMatrix::new(&of_hidden, shape.hidden)?;
-    let weight: Vec<T> = of_hidden.transposed()?.times(rows)?;
-    gradient[places.hidden_weight].copy_from_slice(&weight);
-    Ok(gradient)
-}
+        // The last layer: scales, directions, unit rows.
+        let scales = &parameters[places.scales.clone()];
+        for (row, cosines) in
+            by_logits.chunks_exact_mut(clusters).zip(self.cosines.chunks_exact(clusters))
+        {
+            let sums = &mut gradient[places.scales.clone()];
+            for (((x, &cosine), &g), sum) in row.iter_mut().zip(cosines).zip(scales).zip(sums) {
+                *sum += *x * cosine;
+                *x *= g;
+            }
+        }
+        let scaled = FlatMatrix::new(&by_logits, clusters)?;
+        let by_directions = &mut gradient[places.directions];
+        let unit = FlatMatrix::new(&self.unit, bottleneck)?;
+        scaled.transposed().multiply(unit, by_directions)?;
+        across(by_directions, &self.directions, &self.direction_lengths);
+        self.by_unit.resize(n * bottleneck, T::zero());
+        let directions = FlatMatrix::new(&self.directions, bottleneck)?;
+        scaled.multiply(directions, &mut self.by_unit)?;
+        across(&mut self.by_unit, &self.unit, &self.length);
 
-/// The directions at unit length, and their lengths before.
-fn unit_directions<T: HeadFloat>(shape: &HeadShape, directions: &[T]) -> (Vec<T>, Vec<T>) {
-    let mut unit = directions.to_vec();
-    let lengths = to_unit_length(&mut unit, shape.bottleneck);
-    (unit, lengths)
+        // The bottleneck.
+        add_rows(&mut gradient[places.bottleneck_bias], &self.by_unit);
+        let by_unit = FlatMatrix::new(&self.by_unit, bottleneck)?;
+        let activation = FlatMatrix::new(&self.activation, hidden)?;
+        let weight = places.bottleneck_weight;
+        by_unit.transposed().multiply(activation, &mut gradient[weight.clone()])?;
+        self.by_hidden.resize(n * hidden, T::zero());
+        let weight = FlatMatrix::new(&parameters[weight], hidden)?;
+        by_unit.multiply(weight, &mut self.by_hidden)?;
+
+        // The hidden layer.
+        self.by_hidden.iter_mut().zip(&self.slope).for_each(|(x, &slope)| *x *= slope);
+        add_rows(&mut gradient[places.hidden_bias], &self.by_hidden);
+        let by_hidden = FlatMatrix::new(&self.by_hidden, hidden)?;
+        by_hidden.transposed().multiply(rows, &mut gradient[places.hidden_weight])
+    }
 }
 
 /// `g_c v_c / ‖v_c‖`, `(K, bottleneck)`: the last layer as one matrix.
 pub fn effective_directions(shape: &HeadShape, parameters: &[f32]) -> Vec<f32> {
     let places = shape.places();
-    let (mut unit, _) = unit_directions(shape, &parameters[places.directions]);
+    let mut unit = parameters[places.directions].to_vec();
+    to_unit_length(&mut unit, shape.bottleneck, &mut vec![]);
     for (row, &g) in unit.chunks_exact_mut(shape.bottleneck).zip(&parameters[places.scales]) {
         row.iter_mut().for_each(|x| *x *= g);
     }
     unit
 }
 
-/// Scales rows to unit length and returns their lengths, at least 1e-12, as in PyTorch's `normalize`.
-fn to_unit_length<T: HeadFloat>(rows: &mut [T], width: usize) -> Vec<T> {
-    let scale = |row: &mut [T]| {
-        let length = row.iter().map(|&x| x * x).sum::<T>().sqrt().at_least(T::of(1e-12));
-        row.iter_mut().for_each(|x| *x /= length);
-        length
-    };
-    rows.chunks_exact_mut(width).map(scale).collect()
+/// Scales rows to unit length and notes their lengths, at least 1e-12, as in PyTorch's `normalize`.
+fn to_unit_length<T: HeadFloat>(rows: &mut [T], width: usize, lengths: &mut Vec<T>) {
+    lengths.clear();
+    for row in rows.chunks_exact_mut(width) {
+        let length = dot(row, row).sqrt().at_least(T::of(1e-12));
+        let factor = T::one() / length;
+        row.iter_mut().for_each(|x| *x *= factor);
+        lengths.push(length);
+    }
 }
 
 /// Removes the part of each gradient along its unit row, and divides the rest by the row's former length.
@@ -236,8 +248,8 @@ fn across<T: HeadFloat>(gradient: &mut [T], unit: &[T], lengths: &[T]) {
     let width = unit.len() / lengths.len().max(1);
     let rows = gradient.chunks_exact_mut(width).zip(unit.chunks_exact(width));
     for ((gradient, unit), &length) in rows.zip(lengths) {
-        let along = gradient.iter().zip(unit).map(|(&d, &u)| d * u).sum::<T>();
-        gradient.iter_mut().zip(unit).for_each(|(d, &u)| *d = (*d - along * u) / length);
+        let (along, factor) = (dot(gradient, unit), T::one() / length);
+        gradient.iter_mut().zip(unit).for_each(|(d, &u)| *d = (*d - along * u) * factor);
     }
 }
 
@@ -261,9 +273,19 @@ mod tests {
         values
     }
 
-    fn rows() -> FlatMatrix {
-        let values: Vec<f64> = (0..28).map(|i| f64::from(i * 37 % 23) / 11. - 1.).collect();
-        FlatMatrix::new(&values, 4).expect("seven rows")
+    /// Seven rows.
+    fn rows() -> Vec<f64> {
+        (0..28).map(|i| f64::from(i * 37 % 23) / 11. - 1.).collect()
+    }
+
+    fn passed<T: HeadFloat>(
+        shape: &HeadShape,
+        parameters: &[T],
+        rows: &[T],
+    ) -> Result<HeadPass<T>> {
+        let mut pass = HeadPass::default();
+        pass.forward(shape, parameters, FlatMatrix::new(rows, shape.width)?)?;
+        Ok(pass)
     }
 
     /// T4: only the last layer. The hidden layers pass (3, 4) on: with a large bias of the hidden layer
@@ -274,10 +296,10 @@ mod tests {
         // GELU(40) is 40 exactly; 40 · (.075, .1) is (3, 4).
         let parameters =
             [0., 40., 0.075, 0.1, 0., 0., 2., 0., 0., 0.5, -3., 4., 1., 1., 2.].to_vec();
-        let rows = FlatMatrix::new(&[1f64], 1)?;
-        let pass = forward(&shape, &parameters, &rows)?;
+        let mut pass = passed(&shape, &parameters, &[1f64])?;
         assert_near(&pass.logits, &[0.6, 0.8, 0.56], 1e-12);
-        let gradient = backward(&shape, &parameters, &rows, &pass, &[1., 2., -1.])?;
+        pass.backward(&shape, &parameters, FlatMatrix::new(&[1.], 1)?, vec![1., 2., -1.])?;
+        let gradient = &pass.gradient;
         let places = shape.places();
         let directions = &gradient[places.directions.clone()];
         assert_near(directions, &[0., 0.4, 2.4, 0., -0.3072, -0.2304], 1e-12);
@@ -294,11 +316,21 @@ mod tests {
         // A sum with a weight for each logit.
         let weights: Vec<f64> = (0..42).map(|i| f64::from(i * 29 % 17) / 8. - 1.).collect();
         let value = |parameters: &[f64]| -> Result<f64> {
-            let logits = forward(&SHAPE, parameters, &rows)?.logits;
+            let logits = passed(&SHAPE, parameters, &rows)?.logits;
             Ok(logits.iter().zip(&weights).map(|(l, w)| l * w).sum())
         };
-        let pass = forward(&SHAPE, &parameters, &rows)?;
-        let gradient = backward(&SHAPE, &parameters, &rows, &pass, &weights)?;
+        // The memory of a larger pass changes nothing.
+        let mut pass = passed(&SHAPE, &parameters, &rows.repeat(3))?;
+        pass.backward(
+            &SHAPE,
+            &parameters,
+            FlatMatrix::new(&rows.repeat(3), 4)?,
+            weights.repeat(3),
+        )?;
+        let view = FlatMatrix::new(&rows, 4)?;
+        pass.forward(&SHAPE, &parameters, view)?;
+        pass.backward(&SHAPE, &parameters, view, weights.clone())?;
+        let gradient = &pass.gradient;
         assert_eq!(gradient.len(), SHAPE.parameters());
         for i in 0..gradient.len() {
             let (mut up, mut down) = (parameters.clone(), parameters.clone());
@@ -316,8 +348,8 @@ mod tests {
         let narrow: Vec<f32> = wide.iter().map(|&x| x as f32).collect();
         let values: Vec<f32> = (0..28).map(|i| i as f32 * 0.1 - 1.4).collect();
         let as_wide: Vec<f64> = values.iter().map(|&x| f64::from(x)).collect();
-        let got = forward(&SHAPE, &narrow, &FlatMatrix::new(&values, 4)?)?.logits;
-        let want = forward(&SHAPE, &wide, &FlatMatrix::new(&as_wide, 4)?)?.logits;
+        let got = passed(&SHAPE, &narrow, &values)?.logits;
+        let want = passed(&SHAPE, &wide, &as_wide)?.logits;
         let got: Vec<f64> = got.into_iter().map(f64::from).collect();
         assert_near(&got, &want, 2e-6);
         Ok(())

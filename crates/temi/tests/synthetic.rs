@@ -83,8 +83,9 @@ fn clusters_of_file(folder: &Path, made: &MadeFeatures, h: Option<usize>) -> Res
     let mut sums = vec![0f32; rows.len() / width * directions];
     for h in h.map_or(0..heads, |h| h..h + 1) {
         let layer = |rows: &[f32], weight: &str, bias: Option<&str>, width| -> Result<Vec<f32>> {
-            let weight = FlatMatrix::new(&part(weight, h)?, width)?.transposed()?;
-            let mut found: Vec<f32> = FlatMatrix::new(rows, width)?.times(&weight)?;
+            let weight = part(weight, h)?;
+            let weight = FlatMatrix::new(&weight, width)?.transposed();
+            let mut found = FlatMatrix::new(rows, width)?.times(weight)?;
             if let Some(bias) = bias {
                 let bias = part(bias, h)?;
                 found.iter_mut().enumerate().for_each(|(i, x)| *x += bias[i % bias.len()]);
@@ -95,12 +96,13 @@ fn clusters_of_file(folder: &Path, made: &MadeFeatures, h: Option<usize>) -> Res
         inner.iter_mut().for_each(|x| *x = x.gelu().0);
         let inner = layer(&inner, "bottleneck.weight", Some("bottleneck.bias"), hidden)?;
         let logits = layer(&unit_rows(&inner, bottleneck), "directions", None, bottleneck)?;
-        let logs = temi::loss::log_memberships(&logits, directions, 1.);
-        sums.iter_mut().zip(logs).for_each(|(sum, log)| *sum += log.exp());
+        let found = temi::loss::memberships(&logits, directions, 1.).memberships;
+        sums.iter_mut().zip(found).for_each(|(sum, one)| *sum += one);
     }
     let sums = FlatMatrix::new(&sums, directions)?;
-    let merged = FlatMatrix::new(&file.f32("clusters.weight")?, directions)?.transposed()?;
-    Ok(argmax_rows(&sums.times::<f32>(&merged)?, file.header_number("clusters")? as usize)?.0)
+    let merged = file.f32("clusters.weight")?;
+    let merged = FlatMatrix::new(&merged, directions)?.transposed();
+    Ok(argmax_rows(&sums.times(merged)?, file.header_number("clusters")? as usize)?.0)
 }
 
 fn result_line(folder: &Path) -> Result<serde_json::Value> {

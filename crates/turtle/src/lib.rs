@@ -128,7 +128,7 @@ impl Labelling {
         job: &Job,
     ) -> Result<Self> {
         let clusters = job.data.clusters;
-        let logs = layer.log_memberships(&FlatMatrix::new(rows, width)?)?;
+        let logs = layer.softmax_of_all(FlatMatrix::new(rows, width)?)?.logs;
         let (assignment, confidence) = argmax_rows(&logs, clusters)?;
         let mut random = stream(job.seed, "turtle score", &[]);
         let drawn = assignment::sample(assignment.len(), config.generalisation.images, &mut random);

@@ -5,8 +5,9 @@
 //! each space, initialised again, learns the labels for some steps of Adam; the encoders are moved so that
 //! its cross-entropy falls and their marginals stay even.
 
-use anyhow::Result;
-use frozen::product::{AdamStep, FlatMatrix, HeadFloat, add_rows, log_softmax};
+use anyhow::{Context, Result};
+use frozen::product::{AdamStep, FlatMatrix, HeadFloat, SoftmaxRows, add_rows, dot};
+use rayon::prelude::*;
 
 /// A linear layer with `K` outputs: rows of weights, which are `v` in a task encoder, and biases.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,26 +48,56 @@ impl<T: HeadFloat> TaskEncoder<T> {
 }
 
 fn length<T: HeadFloat>(row: &[T]) -> T {
-    row.iter().map(|&x| x * x).sum::<T>().sqrt().at_least(T::of(1e-12))
+    dot(row, row).sqrt().at_least(T::of(1e-12))
 }
 
 impl<T: HeadFloat> LinearLayer<T> {
-    /// `log softmax(W x + b)` of each row, `(N, K)`.
+    /// `softmax(W x + b)` of each row, `(N, K)`.
     ///
     /// # Errors
     ///
     /// The rows have another width.
-    pub fn log_memberships(&self, rows: &FlatMatrix) -> Result<Vec<T>> {
+    pub fn softmax(&self, rows: FlatMatrix<T>) -> Result<SoftmaxRows<T>> {
         let clusters = self.bias.len();
         let weight = FlatMatrix::new(&self.weight, self.weight.len() / clusters)?;
-        let mut logs: Vec<T> = rows.times(&weight.transposed()?)?;
-        for row in logs.chunks_exact_mut(clusters) {
+        let mut logits = rows.times(weight.transposed())?;
+        for row in logits.chunks_exact_mut(clusters) {
             row.iter_mut().zip(&self.bias).for_each(|(x, &b)| *x += b);
         }
-        log_softmax(&mut logs, clusters);
-        Ok(logs)
+        Ok(SoftmaxRows::new(&logits, clusters, T::one()))
+    }
+
+    /// [`LinearLayer::softmax`] on all threads.
+    ///
+    /// # Errors
+    ///
+    /// The rows have another width.
+    pub fn softmax_of_all(&self, rows: FlatMatrix<T>) -> Result<SoftmaxRows<T>> {
+        let parts = rows.parts(ROWS).into_par_iter().map(|part| self.softmax(part));
+        let mut all = SoftmaxRows::default();
+        for part in parts.collect::<Result<Vec<SoftmaxRows<T>>>>()? {
+            all.logs.extend(part.logs);
+            all.memberships.extend(part.memberships);
+        }
+        Ok(all)
+    }
+
+    /// The gradient of a layer from that of its logits, `(n, K)`.
+    fn gradient(by_logits: &[T], clusters: usize, rows: FlatMatrix<T>) -> Result<Self> {
+        let weight = FlatMatrix::new(by_logits, clusters)?.transposed().times(rows)?;
+        let mut bias = vec![T::zero(); clusters];
+        add_rows(&mut bias, by_logits);
+        Ok(Self { weight, bias })
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.weight.iter_mut().zip(&other.weight).for_each(|(x, &y)| *x += y);
+        self.bias.iter_mut().zip(&other.bias).for_each(|(x, &y)| *x += y);
     }
 }
+
+/// Rows of one task. Sums over rows are those of the parts, added in order, whatever the threads.
+const ROWS: usize = 512;
 
 /// The labels `y`, `(N, K)`, and the memberships of each space, `(S, N, K)`.
 ///
@@ -75,12 +106,11 @@ impl<T: HeadFloat> LinearLayer<T> {
 /// A space has another width than its encoder.
 pub fn labels<T: HeadFloat>(
     encoders: &[TaskEncoder<T>],
-    spaces: &[FlatMatrix],
+    spaces: &[FlatMatrix<T>],
 ) -> Result<(Vec<T>, Vec<Vec<T>>)> {
     let mut each = Vec::with_capacity(encoders.len());
     for (encoder, rows) in encoders.iter().zip(spaces) {
-        let logs = encoder.effective().log_memberships(rows)?;
-        each.push(logs.into_iter().map(T::exp).collect::<Vec<T>>());
+        each.push(encoder.effective().softmax_of_all(*rows)?.memberships);
     }
     let share = T::of(1. / each.len() as f64);
     let mut mean = vec![T::zero(); each[0].len()];
@@ -98,20 +128,25 @@ pub fn labels<T: HeadFloat>(
 /// The rows have another width.
 pub fn inner_loss<T: HeadFloat>(
     classifier: &LinearLayer<T>,
-    rows: &FlatMatrix,
+    rows: FlatMatrix<T>,
     labels: &[T],
 ) -> Result<(T, LinearLayer<T>)> {
     let clusters = classifier.bias.len();
-    let mut by_logits = classifier.log_memberships(rows)?;
-    let share = T::of(1. / (labels.len() / clusters) as f64);
-    let mut loss = T::zero();
-    for (log, &label) in by_logits.iter_mut().zip(labels) {
-        loss -= share * label * *log;
-        *log = share * (log.exp() - label);
+    let share = T::one() / T::of(rows.rows() as f64);
+    let of_part = |(rows, labels): (FlatMatrix<T>, &[T])| -> Result<(T, LinearLayer<T>)> {
+        let SoftmaxRows { logs, mut memberships } = classifier.softmax(rows)?;
+        let loss = -share * dot(&logs, labels);
+        memberships.iter_mut().zip(labels).for_each(|(p, &label)| *p = share * (*p - label));
+        Ok((loss, LinearLayer::gradient(&memberships, clusters, rows)?))
+    };
+    let parts = rows.parts(ROWS).into_par_iter().zip(labels.par_chunks(ROWS * clusters));
+    let mut parts = parts.map(of_part).collect::<Result<Vec<_>>>()?.into_iter();
+    let (mut loss, mut gradient) = parts.next().context("there are no rows")?;
+    for (part, of_part) in parts {
+        loss += part;
+        gradient.add(&of_part);
     }
-    let bias = column_sums(&by_logits, clusters);
-    let weight = FlatMatrix::new(&by_logits, clusters)?.transposed()?.times(rows)?;
-    Ok((loss, LinearLayer { weight, bias }))
+    Ok((loss, gradient))
 }
 
 /// The outer objective `Σ_s CE(W_s z_s, y) − γ Σ_s H(mean_i f_s)` and its gradient by the encoders.
@@ -137,7 +172,7 @@ pub struct OuterLoss<T> {
 pub fn outer_loss<T: HeadFloat>(
     encoders: &[TaskEncoder<T>],
     classifiers: &[LinearLayer<T>],
-    spaces: &[FlatMatrix],
+    spaces: &[FlatMatrix<T>],
     balance: f64,
 ) -> Result<OuterLoss<T>> {
     let (labels, each) = labels(encoders, spaces)?;
@@ -145,7 +180,7 @@ pub fn outer_loss<T: HeadFloat>(
     let share = T::of(1. / (labels.len() / clusters) as f64);
     let mut by_labels = vec![T::zero(); labels.len()];
     for (classifier, rows) in classifiers.iter().zip(spaces) {
-        let logs = classifier.log_memberships(rows)?;
+        let logs = classifier.softmax_of_all(*rows)?.logs;
         by_labels.iter_mut().zip(logs).for_each(|(sum, log)| *sum -= share * log);
     }
     let cross_entropy = labels.iter().zip(&by_labels).map(|(&y, &d)| y * d).sum();
@@ -165,7 +200,7 @@ pub fn outer_loss<T: HeadFloat>(
             let mean = (0..clusters).map(|k| f[k] * total(k)).sum::<T>();
             by_logits.extend((0..clusters).map(|k| f[k] * (total(k) - mean)));
         }
-        gradients.push(encoder_gradient(encoder, rows, &by_logits)?);
+        gradients.push(encoder_gradient(encoder, *rows, &by_logits)?);
     }
     Ok(OuterLoss { cross_entropy, entropy, gradients })
 }
@@ -174,21 +209,20 @@ pub fn outer_loss<T: HeadFloat>(
 /// `∂g_c = D_c · u_c` and `∂v_c = g_c (I − u uᵀ) D_c / ‖v_c‖`.
 fn encoder_gradient<T: HeadFloat>(
     encoder: &TaskEncoder<T>,
-    rows: &FlatMatrix,
+    rows: FlatMatrix<T>,
     by_logits: &[T],
 ) -> Result<TaskEncoder<T>> {
     let clusters = encoder.scale.len();
     let width = encoder.layer.weight.len() / clusters;
-    let mut weight: Vec<T> = FlatMatrix::new(by_logits, clusters)?.transposed()?.times(rows)?;
+    let LinearLayer { mut weight, bias } = LinearLayer::gradient(by_logits, clusters, rows)?;
     let mut scale = Vec::with_capacity(clusters);
     let directions = encoder.layer.weight.chunks_exact(width);
     for ((gradient, v), &g) in weight.chunks_exact_mut(width).zip(directions).zip(&encoder.scale) {
         let length = length(v);
-        let along = gradient.iter().zip(v).map(|(&d, &v)| d * v).sum::<T>() / length;
+        let along = dot(gradient, v) / length;
         gradient.iter_mut().zip(v).for_each(|(d, &v)| *d = g * (*d - along * v / length) / length);
         scale.push(along);
     }
-    let bias = column_sums(by_logits, clusters);
     Ok(TaskEncoder { layer: LinearLayer { weight, bias }, scale })
 }
 
@@ -255,12 +289,12 @@ mod tests {
         ]
     }
 
-    fn spaces() -> Vec<FlatMatrix> {
-        let first = [1., 0., 0.8, 0.6, 0., 1., -0.6, 0.8];
-        let second = [0.5, 0.5, 0., 1., 0., 0., 0., 0., 1., 0., -0.5, 0.5];
+    fn spaces() -> Vec<FlatMatrix<'static, f64>> {
+        static FIRST: [f64; 8] = [1., 0., 0.8, 0.6, 0., 1., -0.6, 0.8];
+        static SECOND: [f64; 12] = [0.5, 0.5, 0., 1., 0., 0., 0., 0., 1., 0., -0.5, 0.5];
         vec![
-            FlatMatrix::new(&first, 2).expect("four rows"),
-            FlatMatrix::new(&second, 3).expect("four rows"),
+            FlatMatrix::new(&FIRST, 2).expect("four rows"),
+            FlatMatrix::new(&SECOND, 3).expect("four rows"),
         ]
     }
 
@@ -300,7 +334,7 @@ mod tests {
         for step in 0..2 {
             let mut loss = 0.;
             for ((classifier, rows), adam) in classifiers.iter_mut().zip(&spaces).zip(&mut adam) {
-                let (part, gradient) = inner_loss(classifier, rows, &y)?;
+                let (part, gradient) = inner_loss(classifier, *rows, &y)?;
                 loss += part;
                 if step == 0 && gradient.weight.len() == 4 {
                     let want = [-0.100591903, 0.002603821, 0.100591903, -0.002603821];
@@ -363,13 +397,13 @@ mod tests {
     fn inner_gradients_match_central_differences_with_constant_labels() -> Result<()> {
         let (spaces, classifiers) = (spaces(), classifiers());
         let (y, _) = labels(&encoders(), &spaces)?;
-        let (_, gradient) = inner_loss(&classifiers[1], &spaces[1], &y)?;
+        let (_, gradient) = inner_loss(&classifiers[1], spaces[1], &y)?;
         for i in 0..6 {
             let (mut up, mut down) = (classifiers[1].clone(), classifiers[1].clone());
             up.weight[i] += 1e-6;
             down.weight[i] -= 1e-6;
-            let up = inner_loss(&up, &spaces[1], &y)?.0;
-            let want = (up - inner_loss(&down, &spaces[1], &y)?.0) / 2e-6;
+            let up = inner_loss(&up, spaces[1], &y)?.0;
+            let want = (up - inner_loss(&down, spaces[1], &y)?.0) / 2e-6;
             assert!((gradient.weight[i] - want).abs() < 1e-8, "{i}: {want}");
         }
         Ok(())

@@ -73,10 +73,11 @@ impl<'a> Search<'a> {
         let whole = [FlatMatrix::new(rows, width)?];
         let images = rows.len() / width;
         while self.pair < self.config.rates.len() {
-            let drawn = (self.config.batch_size < images)
-                .then(|| self.batch(rows, width).map(|batch| [batch]))
-                .transpose()?;
-            let (loss, entropy) = self.step(drawn.as_ref().unwrap_or(&whole), width)?;
+            let drawn = (self.config.batch_size < images).then(|| self.batch(rows, width));
+            let (loss, entropy) = match &drawn {
+                Some(drawn) => self.step(&[FlatMatrix::new(drawn, width)?], width)?,
+                None => self.step(&whole, width)?,
+            };
             self.steps += 1;
             let done = self.pair * self.config.steps + self.steps;
             progress.at(done as u64, &format!("loss {loss:.4}"));
@@ -107,7 +108,7 @@ impl<'a> Search<'a> {
 
     /// One step of the encoder: labels, a new classifier trained on them, the outer gradient. Returns
     /// cross-entropy and entropy.
-    fn step(&mut self, spaces: &[FlatMatrix], width: usize) -> Result<(f32, f32)> {
+    fn step(&mut self, spaces: &[FlatMatrix<f32>], width: usize) -> Result<(f32, f32)> {
         let RatePair { inner, outer } = self.config.rates[self.pair];
         let encoders = std::slice::from_ref(&self.encoders[self.pair]);
         let (labels, _) = labels(encoders, spaces)?;
@@ -117,7 +118,7 @@ impl<'a> Search<'a> {
         let mut classifier = first_layer(width, self.job.data.clusters, &mut random);
         let mut adam = ListAdam::new(classifier.weight.len() + classifier.bias.len());
         for _ in 0..self.config.inner_steps {
-            let (_, gradient) = inner_loss(&classifier, &spaces[0], &labels)?;
+            let (_, gradient) = inner_loss(&classifier, spaces[0], &labels)?;
             let LinearLayer { weight, bias } = &mut classifier;
             let gradients = gradient.weight.iter().chain(&gradient.bias);
             adam.step(inner, weight.iter_mut().chain(bias), gradients);
@@ -137,13 +138,11 @@ impl<'a> Search<'a> {
         Ok((found.cross_entropy, found.entropy))
     }
 
-    fn batch(&self, rows: &[f32], width: usize) -> Result<FlatMatrix> {
+    fn batch(&self, rows: &[f32], width: usize) -> Vec<f32> {
         let counters = [self.job.round as u64, self.steps as u64];
         let mut random = stream(self.job.seed, "turtle batch", &counters);
         let drawn = assignment::sample(rows.len() / width, self.config.batch_size, &mut random);
-        let rows: Vec<f32> =
-            drawn.into_iter().flat_map(|i| &rows[i * width..][..width]).copied().collect();
-        FlatMatrix::new(&rows, width)
+        drawn.into_iter().flat_map(|i| &rows[i * width..][..width]).copied().collect()
     }
 
     fn save(&self) -> Result<()> {
