@@ -151,7 +151,7 @@ impl Gallery<'_> {
                 format!("{name} {:.0} %", 100. * count as f64 / all as f64)
             };
             let shares: Vec<String> = known.iter().take(3).map(share).collect();
-            let _ = write!(html, "<span>{}</span>", shares.join(", "));
+            let _ = write!(html, "<span>classes: {}</span>", shares.join(", "));
         }
         html.push_str("</div>\n");
     }
