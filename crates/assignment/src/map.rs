@@ -6,11 +6,10 @@
 //! der Maaten 2014), for up to 16 points of a leaf at once. Distances between separate groups, and the sizes
 //! and densities of groups, mean nothing in such a map.
 //!
-//! Kept crates, read before this was written: `bhtsne` 0.7.13 has the same algorithm and takes
-//! neighbours, but normalises affinities and centres the map by sums whose order depends on the number of
-//! threads, and it cannot be stopped. `linfa-tsne` wraps an older `bhtsne`. `fast-umap` trains a network
-//! and brings a framework of its own; `annembed` and `umap-rs` update points from several threads at once
-//! or search for neighbours only approximately.
+//! Of the kept crates, `bhtsne` 0.7.13 has the same algorithm and takes neighbours, but its source normalises
+//! affinities and centres the map by sums whose order depends on the number of threads, and it cannot be
+//! stopped; `linfa-tsne` wraps an older one. By their descriptions, `fast-umap` brings a framework of its own,
+//! and `annembed` and `umap-rs` search for neighbours only approximately.
 //!
 //! The same bits on any number of threads: every sum is over one point, one group of points, or in order.
 
