@@ -16,7 +16,7 @@
 //! weighs all of them and returns a range and its reasons. No index knows what the images show, so
 //! the result is a guess.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -39,8 +39,11 @@ pub struct EstimatorSettings {
     pub images: usize,
     /// Most of these images to use for silhouette, gap, eigengap and generalisation.
     pub measured_images: usize,
-    /// Starts of each k-means.
+    /// Starts of k-means on all images.
     pub restarts: usize,
+    /// Starts of each k-means on a half, for stability and prediction strength, or for the gap. There are
+    /// many of these, whose mean counts.
+    pub rough_restarts: usize,
     /// Pairs of halves to compare for stability and prediction strength.
     pub pairs: usize,
     /// Sets without structure that the gap compares with.
@@ -101,16 +104,20 @@ impl Estimator {
     ///
     /// The settings are out of range, or a row has no direction; the message names it.
     pub fn new(points: &[f32], d: usize, settings: &EstimatorSettings, seed: u64) -> Result<Self> {
-        let EstimatorSettings { images, measured_images, restarts, pairs, references, .. } =
-            *settings;
+        let EstimatorSettings { images, measured_images, pairs, references, .. } = *settings;
+        let EstimatorSettings { restarts, rough_restarts, .. } = *settings;
         ensure!(
             d > 0 && points.len().is_multiple_of(d),
             "{} numbers do not fill rows of width {d}",
             points.len()
         );
         ensure!(
-            images > 0 && measured_images > 1 && restarts > 0 && pairs > 0 && references > 0,
-            "images, restarts, pairs and references must be at least 1, and 2 images are measured"
+            images > 0 && measured_images > 1 && pairs > 0 && references > 0,
+            "images, pairs and references must be at least 1, and 2 images are measured"
+        );
+        ensure!(
+            restarts > 0 && rough_restarts > 0,
+            "restarts and rough-restarts must be at least 1"
         );
         let mut random = random::stream(seed, "clusters: images", &[]);
         let drawn = sample(points.len() / d, images, &mut random);
@@ -171,9 +178,10 @@ impl Estimator {
             self.eigenvalues.len() - 1
         );
         let seed = random::derived(self.seed, "clusters: all images");
-        let all = self.k_means(&self.points, clusters, seed)?;
+        let all = self.k_means(&self.points, clusters, self.settings.restarts, seed)?;
         let assignment: Vec<u32> = self.measured.iter().map(|&i| all.assignment[i]).collect();
-        let pairs = (0..self.settings.pairs).map(|pair| self.agreement(clusters, pair));
+        let pairs = (0..self.settings.pairs).into_par_iter();
+        let pairs = pairs.map(|pair| self.agreement(clusters, pair));
         let pairs = pairs.collect::<Result<Vec<(f64, f64)>>>()?;
         let (stabilities, strengths): (Vec<f64>, Vec<f64>) = pairs.into_iter().unzip();
         let (stability, stability_error) = mean_and_error(&stabilities);
@@ -202,8 +210,8 @@ impl Estimator {
         let grouping = |half: &[usize]| -> Result<Vec<u32>> {
             let rows: Vec<f32> =
                 half.iter().flat_map(|&i| &self.points[i * self.d..][..self.d]).copied().collect();
-            let centres = self.k_means(&rows, clusters, seed)?.centres;
-            let once = KMeans { iterations: 1, ..self.config(clusters) };
+            let centres = self.roughly(&rows, clusters, seed)?.centres;
+            let once = KMeans { iterations: 1, ..config(clusters, 1) };
             Ok(k_means_from(&self.points, self.images(), self.d, &centres, &once)?.assignment)
         };
         let (by_first, by_second) = (grouping(first)?, grouping(second)?);
@@ -220,11 +228,13 @@ impl Estimator {
     fn gap(&self, clusters: usize) -> Result<(f64, f64)> {
         let seed = random::derived(self.seed, "clusters: gap");
         let within = |rows: &[f32]| -> Result<f64> {
-            let found = self.k_means(rows, clusters, seed)?;
+            let found = self.roughly(rows, clusters, seed)?;
             Ok(found.inertia.max(f64::MIN_POSITIVE).ln())
         };
-        let references = self.references.iter().map(|rows| within(rows));
-        Ok(gap(within(&self.measured_points)?, &references.collect::<Result<Vec<f64>>>()?))
+        let sets = self.references.par_iter().chain(rayon::iter::once(&self.measured_points));
+        let mut found = sets.map(|rows| within(rows)).collect::<Result<Vec<f64>>>()?;
+        let own = found.pop().context("the images themselves")?;
+        Ok(gap(own, &found))
     }
 
     /// `(score − Σ p²) / (1 − Σ p²)` with the shares `p` of the clusters.
@@ -239,14 +249,23 @@ impl Estimator {
         Ok(if chance < 1. { (score - chance) / (1. - chance) } else { 0. })
     }
 
-    fn k_means(&self, rows: &[f32], clusters: usize, seed: u64) -> Result<Clustering> {
-        k_means(rows, rows.len() / self.d, self.d, &self.config(clusters), seed)
+    fn roughly(&self, rows: &[f32], clusters: usize, seed: u64) -> Result<Clustering> {
+        self.k_means(rows, clusters, self.settings.rough_restarts, seed)
     }
 
-    fn config(&self, clusters: usize) -> KMeans {
-        let restarts = self.settings.restarts;
-        KMeans { clusters, metric: Metric::Spherical, restarts, iterations: 100, tolerance: 1e-4 }
+    fn k_means(
+        &self,
+        rows: &[f32],
+        clusters: usize,
+        restarts: usize,
+        seed: u64,
+    ) -> Result<Clustering> {
+        k_means(rows, rows.len() / self.d, self.d, &config(clusters, restarts), seed)
     }
+}
+
+fn config(clusters: usize, restarts: usize) -> KMeans {
+    KMeans { clusters, metric: Metric::Spherical, restarts, iterations: 100, tolerance: 1e-4 }
 }
 
 /// Shuffles each column of `rows` separately, which keeps its values but no structure between columns;
@@ -319,7 +338,7 @@ pub struct Suggestion {
     pub clusters: usize,
     /// The fewest and the most clusters that are nearly as good.
     pub range: [usize; 2],
-    /// What each index says alone.
+    /// What each index says alone, of those that say anything.
     pub reasons: Vec<IndexVote>,
 }
 
@@ -340,8 +359,10 @@ pub struct IndexVote {
 ///
 /// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: an index
 /// that is nearly constant decides nothing. Silhouette and gap have no common unit, so they count as
-/// shares of their largest value, the gap up to where it stops rising by more than its error. So a number
-/// that is merely stable, such as 2, needs a silhouette too. The weights are ours.
+/// shares of their largest value, the gap up to where it stops rising by more than its error. A gap that
+/// rises to the last candidate has found no number, as its rule says: it does not count, and would
+/// stretch the range. So a number that is merely stable, such as 2, needs a silhouette too. The weights
+/// are ours.
 ///
 /// `None` if no candidate has stability and silhouette above 0, or there is none.
 pub fn suggested(candidates: &[NumberScore]) -> Option<Suggestion> {
@@ -363,12 +384,16 @@ pub const NEARLY: f64 = 0.07;
 /// The mean over the indices of each candidate, `(candidates,)`.
 fn mean_indices(candidates: &[NumberScore]) -> Vec<f64> {
     let silhouettes = of_largest(candidates.iter().map(|c| c.silhouette).collect());
-    let gaps = of_largest(risen_gap(candidates));
-    let sum = |((c, silhouette), gap): ((&NumberScore, f64), f64)| {
-        let known = c.stability + c.prediction_strength + c.eigengap + c.generalisation;
-        (known + silhouette + gap) / 6.
-    };
-    candidates.iter().zip(silhouettes).zip(gaps).map(sum).collect()
+    let known =
+        |c: &NumberScore| c.stability + c.prediction_strength + c.eigengap + c.generalisation;
+    let sums = candidates.iter().zip(silhouettes).map(|(c, silhouette)| known(c) + silhouette);
+    match gap_rule(candidates) {
+        None => sums.map(|sum| sum / 5.).collect(),
+        Some(stop) => {
+            let gaps = of_largest(risen_gap(candidates, stop));
+            sums.zip(gaps).map(|(sum, gap)| (sum + gap) / 6.).collect()
+        }
+    }
 }
 
 /// Values as shares of the largest, those below 0 as 0; all 0 if none is above.
@@ -378,16 +403,15 @@ fn of_largest(values: Vec<f64>) -> Vec<f64> {
     values.into_iter().map(share).collect()
 }
 
-/// The gap up to where it stops rising, level from there on.
-fn risen_gap(candidates: &[NumberScore]) -> Vec<f64> {
-    let stop = gap_rule(candidates);
-    candidates.iter().enumerate().map(|(i, _)| candidates[i.min(stop)].gap).collect()
+/// The gap up to the place where it stops rising, level from there on.
+fn risen_gap(candidates: &[NumberScore], stop: usize) -> Vec<f64> {
+    (0..candidates.len()).map(|i| candidates[i.min(stop)].gap).collect()
 }
 
-/// The place of the fewest clusters with `gap(K) ≥ gap(K + 1) − s(K + 1)`; the last if there are none.
-fn gap_rule(candidates: &[NumberScore]) -> usize {
+/// The place of the fewest clusters with `gap(K) ≥ gap(K + 1) − s(K + 1)`, if there are any.
+fn gap_rule(candidates: &[NumberScore]) -> Option<usize> {
     let stops = |pair: &[NumberScore]| pair[0].gap >= pair[1].gap - pair[1].gap_error;
-    candidates.windows(2).position(stops).unwrap_or(candidates.len().saturating_sub(1))
+    candidates.windows(2).position(stops)
 }
 
 fn first_largest(values: &[f64]) -> Option<usize> {
@@ -407,7 +431,7 @@ fn votes(candidates: &[NumberScore]) -> Vec<IndexVote> {
         ("silhouette", first_largest(&of(|c| c.silhouette)), "the highest"),
         ("stability", stable, "the most clusters within the error of the highest"),
         ("prediction strength", strong, "the most clusters of at least 0.8"),
-        ("gap", Some(gap_rule(candidates)), "the fewest clusters after which it does not rise"),
+        ("gap", gap_rule(candidates), "the fewest clusters after which it does not rise"),
         ("eigengap", first_largest(&of(|c| c.eigengap)), "the highest"),
         ("generalisation", first_largest(&of(|c| c.generalisation)), "the highest"),
     ];
@@ -431,6 +455,7 @@ mod tests {
         images: 1000,
         measured_images: 200,
         restarts: 4,
+        rough_restarts: 4,
         pairs: 3,
         references: 3,
         neighbours: 8,
@@ -522,7 +547,7 @@ mod tests {
     fn the_mean_of_the_indices_decides() {
         let numbers =
             |candidates: &[NumberScore]| suggested(candidates).map(|s| (s.clusters, s.range));
-        // Shares of the largest silhouette 1/3, 1, 2/3; six times the means 2.33, 2.9, 1.67.
+        // Shares of the largest silhouette 1/3, 1, 2/3; sums 2.33, 2.9, 1.67. The gap stops at once.
         let found = [candidate(2, 0.1, 1.), candidate(3, 0.3, 0.95), candidate(4, 0.2, 0.5)];
         assert_eq!(numbers(&found), Some((3, [3, 3])));
         for (eigengap, clusters) in [(0.4, 3), (0.6, 2)] {
@@ -542,9 +567,15 @@ mod tests {
         };
         let found =
             [with(2, 0.1, 0.01), with(3, 0.5, 0.01), with(4, 0.52, 0.05), with(5, 0.9, 0.01)];
-        assert_eq!(gap_rule(&found), 1);
-        assert_eq!(risen_gap(&found), [0.1, 0.5, 0.5, 0.5]);
-        assert_eq!(gap_rule(&found[..2]), 1);
+        assert_eq!(gap_rule(&found), Some(1));
+        assert_eq!(risen_gap(&found, 1), [0.1, 0.5, 0.5, 0.5]);
+        // Shares of the largest gap .2, 1, 1, 1.
+        let sums = [0.2, 1., 1., 1.].map(|gap| (0.5 + 0.5 + 1. + gap) / 6.);
+        assert_eq!(mean_indices(&found), sums);
+        // Without a stop it is as if there were no gap.
+        assert_eq!(gap_rule(&found[..2]), None);
+        assert_eq!(mean_indices(&found[..2]), [2. / 5.; 2]);
+        assert!(votes(&found[..2]).iter().all(|vote| vote.index != "gap"));
     }
 
     #[test]

@@ -34,16 +34,16 @@ struct EstimateArguments {
     #[arg(long, default_value = "projection", value_parser = space)]
     space: Space,
     /// Most images to use; drawn at random if there are more.
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    #[arg(long, value_name = "N", default_value_t = 3000)]
     images: usize,
     /// Pairs of halves to compare for the stability.
     #[arg(long, value_name = "N", default_value_t = 5)]
     pairs: usize,
-    /// Starts of each k-means.
+    /// Starts of k-means on all images.
     #[arg(long, value_name = "N", default_value_t = 5)]
     restarts: usize,
     /// Sets without structure to compare with for the gap.
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 3)]
     references: usize,
     /// Neighbours of each image in the graph of the eigengap.
     #[arg(long, value_name = "N", default_value_t = 15)]
@@ -65,7 +65,10 @@ fn space(word: &str) -> Result<Space, String> {
 }
 
 /// Most images to use for the indices of quadratic cost.
-const MEASURED_IMAGES: usize = 3000;
+const MEASURED_IMAGES: usize = 1500;
+
+/// Starts of each k-means on a half of the images or on images without structure.
+const ROUGH_RESTARTS: usize = 2;
 
 /// Few folds and iterations: the score of many numbers is compared, not published.
 const GENERALISATION: Generalisation = Generalisation { folds: 3, weight: 1., iterations: 30 };
@@ -93,6 +96,7 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
         images,
         measured_images: MEASURED_IMAGES,
         restarts,
+        rough_restarts: ROUGH_RESTARTS,
         pairs,
         references,
         neighbours,

@@ -9,6 +9,7 @@ const SETTINGS: EstimatorSettings = EstimatorSettings {
     images: 1000,
     measured_images: 600,
     restarts: 3,
+    rough_restarts: 2,
     pairs: 3,
     references: 2,
     neighbours: 10,
