@@ -3,6 +3,7 @@
 use std::fmt::{Debug, Display};
 
 use anyhow::{Result, ensure};
+use kernels::matrix::{self, MatrixNumber, MatrixOrder};
 
 /// A number type that heads are trained in: f32, and f64 in tests.
 pub trait HeadFloat:
@@ -14,7 +15,7 @@ pub trait HeadFloat:
     + Default
     + Send
     + Sync
-    + 'static
+    + MatrixNumber
 {
     /// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`, where `Φ` and `φ` are distribution and density of
     /// the normal distribution: the Gaussian error linear unit (Hendrycks and Gimpel 2016).
@@ -159,7 +160,6 @@ impl<'a, T: HeadFloat> FlatMatrix<'a, T> {
     /// # Errors
     ///
     /// The extents do not fit.
-    #[expect(unsafe_code, reason = "gemm takes pointers")]
     pub fn multiply(self, other: FlatMatrix<T>, product: &mut [T]) -> Result<()> {
         let [m, k, n] = [self.rows, self.columns, other.columns];
         ensure!(
@@ -168,42 +168,13 @@ impl<'a, T: HeadFloat> FlatMatrix<'a, T> {
             other.rows,
             product.len()
         );
-        let ([a_column, a_row], [b_column, b_row]) = (self.steps(), other.steps());
-        let (a, b) = (self.values.as_ptr(), other.values.as_ptr());
-        let alone = gemm::Parallelism::None;
-        // SAFETY: a view has `rows · columns` numbers, which its steps address, and so has `product`.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                product.as_mut_ptr(),
-                1,
-                n as isize,
-                false,
-                a,
-                a_column,
-                a_row,
-                b,
-                b_column,
-                b_row,
-                T::zero(),
-                T::one(),
-                false,
-                false,
-                false,
-                alone,
-            );
-        }
+        matrix::multiply((self.values, self.order()), (other.values, other.order()), product);
         Ok(())
     }
 
-    /// Numbers from a column to the next, and from a row to the next.
-    fn steps(&self) -> [isize; 2] {
-        match self.is_transposed {
-            false => [1, self.columns as isize],
-            true => [self.rows as isize, 1],
-        }
+    fn order(&self) -> MatrixOrder {
+        let Self { rows, columns, is_transposed, .. } = *self;
+        MatrixOrder { rows, columns, is_transposed }
     }
 }
 

@@ -47,6 +47,8 @@ pub mod flat;
 pub mod image;
 mod layout;
 pub mod linear;
+#[expect(unsafe_code, reason = "gemm takes pointers")]
+pub mod matrix;
 pub mod norm;
 mod pages;
 mod parallel;
