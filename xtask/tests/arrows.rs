@@ -20,7 +20,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "data", "layers", "backbone"]),
-    ("frozen", &["stage", "data", "assignment"]),
+    ("frozen", &["stage", "data", "assignment", "kernels"]),
     ("fixture", &["stage", "data", "backbone"]),
 ];
 
