@@ -55,6 +55,10 @@ pub(crate) struct TileProduct<'a> {
     /// Whether to add to the outputs instead of replacing them.
     pub add: bool,
     /// Where right tiles begin that a later product will read: they may be fetched into the cache meanwhile.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "the portable form fetches nothing")
+    )]
     pub ahead: usize,
 }
 
