@@ -47,7 +47,7 @@ pub struct Temi;
 impl Stage for Temi {
     const SPEC: Spec = Spec {
         name: "temi",
-        algorithm: 1,
+        algorithm: 2,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
     };

@@ -42,7 +42,7 @@ pub struct Turtle;
 impl Stage for Turtle {
     const SPEC: Spec = Spec {
         name: "turtle",
-        algorithm: 1,
+        algorithm: 2,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
     };
