@@ -362,7 +362,9 @@ fn hint_at_archives(root: &Path) -> Result<String> {
     }
     let is_part_of_set = |file: &&PathBuf| {
         let name = file_name(file);
-        is_packed(file) || name.contains("idx3") || name.ends_with(".bin")
+        is_packed(file)
+            || name.contains("idx3") && !picture::has_extension(&name)
+            || name.ends_with(".bin")
     };
     let mut folders = top.folders;
     for _ in 0..LEVELS {

@@ -18,7 +18,7 @@ use stage::Split;
 
 use crate::collection::{Load, Sink};
 use crate::names::file_name;
-use crate::{archive, folder};
+use crate::{archive, folder, picture};
 
 /// The two files of one split.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +49,8 @@ pub fn find(folder: &Path) -> Result<Vec<Pair>> {
     let mut pairs: Vec<Pair> = Vec::new();
     for images in folder::contents(folder)?.files {
         let name = file_name(&images);
-        if !(name.contains("images") && name.contains("idx3")) {
+        // A copy of one of the pictures, `…idx3-ubyte_649.png`, is a picture.
+        if !(name.contains("images") && name.contains("idx3")) || picture::has_extension(&name) {
             continue;
         }
         let labels = partner(&images, &name)?;
@@ -282,6 +283,13 @@ mod tests {
         example(&path);
         fs::remove_file(path.join("t10k-labels.idx1-ubyte")).expect("removed");
         assert_has(&refusal(&path, &grey()), &["no labels", "`t10k-labels.idx1-ubyte`"]);
+    }
+
+    #[test]
+    fn a_copy_of_a_picture_of_a_set_is_a_picture() {
+        let (_folder, path) = scratch();
+        put(&path.join("001-train-images-idx3-ubyte_649.png"), b"a picture, by its name");
+        assert!(find(&path).expect("no set").is_empty());
     }
 
     #[test]

@@ -126,7 +126,8 @@ impl PictureSource {
     fn of_file(path: &Path, within: &str, format: Format) -> Result<Self> {
         let name = file_name(path);
         ensure!(
-            !name.contains("idx1") && !name.contains("idx3") && !name.ends_with(".bin"),
+            picture::has_extension(&name)
+                || !name.contains("idx1") && !name.contains("idx3") && !name.ends_with(".bin"),
             "`{}` is one file of several; pass its folder with {SOURCE}",
             path.display()
         );
