@@ -21,7 +21,7 @@ const LIBRARIES: [(&str, &[&str]); 11] = [
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "data", "layers", "backbone"]),
     ("frozen", &["stage", "data", "assignment", "kernels"]),
-    ("fixture", &["stage", "data", "backbone"]),
+    ("fixture", &["stage", "data", "layers", "backbone"]),
 ];
 
 /// Libraries that know networks.

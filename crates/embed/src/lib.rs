@@ -288,10 +288,8 @@ mod tests {
     use data::images::{self, StoredPicture};
     use data::views::{Filter, Operation};
     use data::{Loader, Picture};
-    use layers::{
-        Activation, FinalNorm, Mlp, Mode, Modes, Positions, Resampling, Transformer,
-        TransformerPlan, TransformerWeights,
-    };
+    use fixture::transformer;
+    use layers::{Mode, Modes, Positions, Resampling, Transformer, TransformerPlan};
     use stage::{DataTable, Library, Split};
     use training::{Learner, SgdTable, Target};
 
@@ -437,36 +435,6 @@ mod tests {
         Ok(())
     }
 
-    /// A narrow Vision Transformer whose numbers are a function of their places.
-    fn transformer() -> Result<TransformerWeights> {
-        let plan = TransformerPlan {
-            patch_pixels: 2,
-            patch_bias: true,
-            width: 8,
-            depth: 2,
-            heads: 2,
-            key_bias: true,
-            mlp: Mlp::Plain { hidden: 12, activation: Activation::GeluErf },
-            layer_scale: true,
-            class_token: true,
-            registers: 1,
-            positions: Positions::Absolute { grid: 3, resampling: Resampling::Antialias },
-            pre_norm: false,
-            final_norm: FinalNorm::AllTokens,
-            epsilon: 1e-6,
-            attention_pooling: false,
-            projection: None,
-        };
-        let numbers = |shape: &[usize]| {
-            (0..shape.iter().product())
-                .map(|i: usize| ((i * i + 3) as f32 * 0.7).sin() / 2.)
-                .collect()
-        };
-        let given =
-            plan.tensors().into_iter().map(|t| (t.name, (t.shape.clone(), numbers(&t.shape))));
-        Ok(TransformerWeights::new(&plan, given.collect())?)
-    }
-
     #[test]
     fn a_published_transformer_embeds_and_its_unit_embedding_is_the_projection() -> Result<()> {
         let folder = tempfile::tempdir()?;
@@ -484,7 +452,12 @@ mod tests {
             std: vec![0.25; 3],
             clean: vec![Operation::Resize { pixels: 6, filter: Filter::Bicubic }],
         };
-        let weights = transformer()?;
+        let plan = TransformerPlan {
+            registers: 1,
+            positions: Positions::Absolute { grid: 3, resampling: Resampling::Antialias },
+            ..transformer::narrow_plan(2)
+        };
+        let weights = transformer::weights(&plan);
         let network = PublishedNetwork::Transformer(Box::new(weights.clone()));
         published::write(folder.path(), &network, &input, Provenance::default())?;
         let data =

@@ -9,10 +9,7 @@ use backbone::{Architecture, Depth, Segment, Stem, backbone_file, network_file, 
 use data::images::{self, StoredPicture};
 use data::views::{Input, Pipeline};
 use data::{Images, Picture};
-use fixture::Pictures;
-use layers::{
-    Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan, TransformerWeights,
-};
+use fixture::{Pictures, transformer};
 use stage::Split;
 
 use super::*;
@@ -415,37 +412,10 @@ fn run_to_the_network(config: &Config, job: &Job) {
     }
 }
 
-/// A narrow Vision Transformer whose numbers are a function of their places.
-fn transformer() -> Result<TransformerWeights> {
-    let plan = TransformerPlan {
-        patch_pixels: 4,
-        patch_bias: true,
-        width: 8,
-        depth: 2,
-        heads: 2,
-        key_bias: true,
-        mlp: Mlp::Plain { hidden: 12, activation: Activation::GeluErf },
-        layer_scale: true,
-        class_token: true,
-        registers: 0,
-        positions: Positions::Absolute { grid: 2, resampling: Resampling::Size },
-        pre_norm: false,
-        final_norm: FinalNorm::AllTokens,
-        epsilon: 1e-6,
-        attention_pooling: false,
-        projection: None,
-    };
-    let numbers = |shape: &[usize]| {
-        (0..shape.iter().product()).map(|i: usize| ((i * i + 3) as f32 * 0.7).sin() / 2.).collect()
-    };
-    let given = plan.tensors().into_iter().map(|t| (t.name, (t.shape.clone(), numbers(&t.shape))));
-    Ok(TransformerWeights::new(&plan, given.collect())?)
-}
-
 #[test]
 fn a_frozen_transformer_keeps_its_bits_and_the_head_learns() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let weights = transformer()?;
+    let weights = transformer::weights(&transformer::narrow_plan(4));
     let network = PublishedNetwork::Transformer(Box::new(weights));
     let (config, job) = published_start(folder.path(), &network, 8)?;
     let files = [network_file::NAME, backbone_file::NAME, backbone::CONFIGURATION];
