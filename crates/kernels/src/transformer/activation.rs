@@ -18,7 +18,7 @@ pub enum Gelu {
 /// `x = n ln 2 + r` with `|r| ≤ ln 2 / 2`; the polynomial for `eʳ` and the two parts of `ln 2` are those of
 /// Cephes' `expf`.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     /// Adding it to a small number rounds that number to an integer, which is then in the lowest bits.
     const SHIFT: f32 = 12_582_912.;
     // Not `clamp`: its vector form is slower.

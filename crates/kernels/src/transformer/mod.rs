@@ -13,7 +13,7 @@ mod factors;
 mod linear;
 mod norm;
 
-pub use activation::Gelu;
+pub use activation::{Gelu, exp};
 pub use attention::{Attention, Rotation, TokenRows, attention};
 pub use factors::Factors;
 pub use linear::{LinearOutput, PackedLinear, Spread, linear};
