@@ -360,8 +360,8 @@ pub struct IndexVote {
 /// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: an index
 /// that is nearly constant decides nothing. Silhouette and gap have no common unit, so they count as
 /// shares of their largest value, the gap up to where it stops rising by more than its error. A gap that
-/// rises to the last candidate has found no number, as its rule says: it does not count, and would
-/// stretch the range. So a number that is merely stable, such as 2, needs a silhouette too. The weights
+/// rises to the last candidate has found no number: it does not count, because it would only stretch
+/// the range. A number that is merely stable, such as 2, needs a silhouette too. The weights
 /// are ours.
 ///
 /// `None` if no candidate has stability and silhouette above 0, or there is none.

@@ -231,7 +231,7 @@ fn multiply<T: ValueElement>(
             for first in (0..inner).step_by(INNER) {
                 let at = (2 * pair * inner + first * columns) * TILE;
                 let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
-                // The weights of the next pass follow; each call has its share of them fetched.
+                // The weights of the next pass follow in memory. Each call fetches its share of them.
                 let panel = length.div_ceil(SIDE) * columns * TILE;
                 let groups = count.div_ceil(2 * SIDE);
                 for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
