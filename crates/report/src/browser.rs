@@ -411,7 +411,7 @@ fn a_picture_opens(browser: &mut Browser) -> Result<()> {
     assert_eq!(browser.value("view.open")?, true);
     let name = "byId('view-name').textContent";
     let first = browser.text(name)?;
-    assert!(browser.text("byId('view-facts').textContent")?.contains("Second-best group"));
+    assert!(browser.text("byId('view-facts').textContent")?.contains("Second-best cluster"));
     assert_eq!(browser.value("byId('view-near').children.length")?, 15);
     browser.key("ArrowRight")?;
     assert_ne!(browser.text(name)?, first);

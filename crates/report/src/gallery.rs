@@ -242,7 +242,7 @@ impl Gallery<'_> {
         };
         html.push_str(
             "<h2>Outliers</h2>\n<p>Pictures with the fewest similar ones: their neighbours are the farthest \
-             away. They may be damaged, or belong to no group.</p>\n<ul class=\"list\">\n",
+             away. They may be damaged, or belong to no cluster.</p>\n<ul class=\"list\">\n",
         );
         for &place in &analysis.outliers {
             let number = self.number_of(place);

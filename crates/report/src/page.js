@@ -61,10 +61,10 @@ function open(place) {
   const list = byId("view-facts");
   list.replaceChildren();
   const fact = (term, text) => text && (element("dt", term, list), element("dd", text, list));
-  fact("Group", clusterName(clusterOf[place]));
+  fact("Cluster", String(data.clusters[clusterOf[place]]));
   fact("Confidence", (confidence[place] / 255).toFixed(2));
   const row = rowOfShown.get(place);
-  if (second.length && second[row] !== NONE) fact("Second-best group", clusterName(second[row]));
+  if (second.length && second[row] !== NONE) fact("Second-best cluster", String(data.clusters[second[row]]));
   fact("Class", className(place));
   const strip = byId("view-near");
   strip.replaceChildren();
@@ -365,7 +365,7 @@ function drawMap() {
   byId("colour").hidden = !classOf;
   byId("colour").onclick = event => {
     by = by === "class" ? "cluster" : "class";
-    event.currentTarget.textContent = by === "class" ? "Colour by group" : "Colour by class";
+    event.currentTarget.textContent = by === "class" ? "Colour by cluster" : "Colour by class";
     only = new Set();
     fillLegend();
     choose(null);

@@ -115,7 +115,7 @@ impl Page<'_> {
     }
 
     fn write_trust(&self, html: &mut String) {
-        html.push_str("<h2>How far to trust these groups</h2>\n");
+        html.push_str("<h2>How far to trust these clusters</h2>\n");
         let low = self.trust.iter().filter(|measure| measure.is_low()).count();
         if self.trust.is_empty() {
             html.push_str(
@@ -125,7 +125,7 @@ impl Page<'_> {
         } else if low > 0 {
             let _ = writeln!(
                 html,
-                "<p class=\"warning\">Look before you rely on these groups: {low} of {} measures are \
+                "<p class=\"warning\">Look before you rely on these clusters: {low} of {} measures are \
                  low.</p>",
                 self.trust.len()
             );
@@ -240,9 +240,9 @@ fn halves(numbers: &[u16]) -> String {
 }
 
 /// What no measure can find out.
-const CAUTION: &str = "These measures find out whether the groups are there for the network, not whether they \
-                       are the ones that you want: groups by background, colour or style can have high values. \
-                       Look at the pictures of a few groups, above all at those of lowest score. The page warns \
+const CAUTION: &str = "These measures find out whether the clusters are there for the network, not whether they \
+                       are the ones that you want: clusters by background, colour or style can have high values. \
+                       Look at the pictures of a few clusters, above all at those of lowest score. The page warns \
                        below 0.5; the first two limits were found on synthetic groups, the others are a guess.";
 
 const NO_MAP: &str = "<p>There is no map, and no list of neighbours, near-duplicates and outliers: the run kept no \
@@ -251,7 +251,7 @@ const NO_MAP: &str = "<p>There is no map, and no list of neighbours, near-duplic
 const MAP: &str = r#"<noscript><p>The map and the view of a picture need JavaScript.</p></noscript>
 <section id="map" hidden>
 <h2>Map</h2>
-<p>Similar pictures are near each other. Distances between groups, and their sizes on the map, mean nothing.</p>
+<p>Similar pictures are near each other. Distances between clusters, and their sizes on the map, mean nothing.</p>
 <div class="tools">
 <button type="button" id="zoom-in" aria-label="Zoom in">+</button>
 <button type="button" id="zoom-out" aria-label="Zoom out">−</button>

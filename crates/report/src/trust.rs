@@ -50,35 +50,35 @@ pub fn measures(
     let mut found = Vec::new();
     if let Some(analysis) = analysis {
         found.extend(of_neighbours(labels, analysis).map(|value| TrustMeasure {
-            question: "Are pictures that look alike to the network in one group? (Share of the nearest \
-                       neighbours in the same group, corrected for chance)",
+            question: "Are pictures that look alike to the network in one cluster? (Share of the nearest \
+                       neighbours in the same cluster, corrected for chance)",
             value,
             low: NEIGHBOURS_LOW,
-            warning: "Many pictures have nearest neighbours in other groups: borders between groups are \
+            warning: "Many pictures have nearest neighbours in other clusters: borders between clusters are \
                       arbitrary.",
         }));
         found.extend(between_halves(labels, &analysis.rows)?.map(|value| TrustMeasure {
-            question: "Do other pictures of the same kind lead to the same groups? (Adjusted Rand index \
-                       between groups by k-means on two random halves)",
+            question: "Do other pictures of the same kind lead to the same clusters? (Adjusted Rand index \
+                       between clusters by k-means on two random halves)",
             value,
             low: HALVES_LOW,
-            warning: "Two halves of the pictures lead to different groups: the number of groups may not fit, \
-                      or the pictures have no clear groups.",
+            warning: "Two halves of the pictures lead to different clusters: the number of clusters may not fit, \
+                      or the pictures have no clear clusters.",
         }));
     }
     found.extend(with_k_means(labels)?.map(|value| TrustMeasure {
-        question: "Does a simpler method find the same groups? (Adjusted Rand index between the method and \
+        question: "Does a simpler method find the same clusters? (Adjusted Rand index between the method and \
                    k-means)",
         value,
         low: K_MEANS_LOW,
         warning: "The method and k-means disagree: a good part of the result depends on how it was made.",
     }));
     found.extend(between_heads.map(|value| TrustMeasure {
-        question: "Do independent heads find the same groups? (Mean adjusted Rand index between pairs of \
+        question: "Do independent heads find the same clusters? (Mean adjusted Rand index between pairs of \
                    heads)",
         value,
         low: HEADS_LOW,
-        warning: "Heads that were trained side by side disagree: the number of groups or the network may not \
+        warning: "Heads that were trained side by side disagree: the number of clusters or the network may not \
                   fit these pictures.",
     }));
     Ok(found)
