@@ -276,9 +276,8 @@ impl Config {
 
     fn effort(&self, trained: usize, scored: usize) -> Result<Effort> {
         let steps = self.plan(trained).pictures();
-        // The search for neighbours, or two when groups are handed over; the baseline.
-        let searches = 1 + usize::from(self.centroids == Centroids::TurnedToGroups);
-        let embedded = (searches * trained + scored) as f64;
+        // The search for neighbours; the baseline.
+        let embedded = (trained + scored) as f64;
         let Some(backbone) = self.start.architecture() else {
             return Ok(Effort::of_pictures(embedded + 3. * steps + scored as f64, 0., 0.));
         };

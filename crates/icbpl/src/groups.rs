@@ -14,9 +14,7 @@
 use anyhow::Result;
 use assignment::KMeans;
 use candle_core::{Device, Tensor};
-use data::{Images, Loader};
 use stage::Job;
-use training::outputs;
 
 use crate::Config;
 use crate::centroids::turned_to;
@@ -27,28 +25,24 @@ const BIAS: &str = "output.bias";
 
 /// Shifts the head's bias and turns the centroids of `networks`.
 ///
-/// - `rows`: the pictures to train on.
-/// - `embeddings`: theirs by the pretrained backbone, unit rows, `(N, D)`.
+/// - `embeddings`: those of the pictures to train on by the pretrained backbone, `(N, D)`.
+/// - `unit`: the same at unit length.
 pub(crate) fn hand_over(
     config: &Config,
-    images: &Images,
-    rows: &[u32],
     embeddings: &[f32],
+    unit: &[f32],
     networks: &mut IcbplNetworks,
     job: &Job,
     device: &Device,
 ) -> Result<()> {
     let (clusters, width) = (job.data.clusters, config.network.head.width);
+    let embedding_width = networks.backbone.embedding_width();
+    let count = embeddings.len() / embedding_width;
     let k_means = KMeans::spherical(clusters, config.kmeans_restarts);
-    let embedding_width = embeddings.len() / rows.len();
-    let groups = assignment::k_means(embeddings, rows.len(), embedding_width, &k_means, job.seed)?;
+    let groups = assignment::k_means(unit, count, embedding_width, &k_means, job.seed)?;
 
-    let loader = Loader::clean(images, rows, &config.input)?;
-    let [features] = outputs(loader, device, |pictures| {
-        job.interrupt.check()?;
-        let embedding = networks.backbone.evaluate(pictures)?;
-        Ok([networks.head.evaluate(&embedding)?])
-    })?;
+    let embeddings = Tensor::from_slice(embeddings, (count, embedding_width), device)?;
+    let features: Vec<f32> = networks.head.evaluate(&embeddings)?.flatten_all()?.to_vec1()?;
     let mean = mean_row(&features, width);
     let parameters = &mut networks.head.segment.parameters;
     let bias = parameters.get(BIAS)?;

@@ -78,11 +78,10 @@ impl Stage for Icbpl {
             IcbplModel { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         if model.neighbours.is_empty() {
-            let embeddings = embed(config, &images, &rows, job, &device)?;
-            model.neighbours.find(config, &embeddings, job)?;
+            let [embeddings, unit] = embed(config, &images, &rows, job, &device)?;
+            model.neighbours.find(config, &unit, job)?;
             if config.centroids == Centroids::TurnedToGroups {
-                let networks = &mut model.networks;
-                groups::hand_over(config, &images, &rows, &embeddings, networks, job, &device)?;
+                groups::hand_over(config, &embeddings, &unit, &mut model.networks, job, &device)?;
             }
         }
         let rates = config.learning_rates(plan.steps_per_epoch);
@@ -183,22 +182,23 @@ fn objective(
     Ok(sum(weighted)?)
 }
 
-/// Unit-length embeddings of un-augmented pictures by the pretrained backbone, `(N, D)`, on running
-/// statistics.
+/// Embeddings of un-augmented pictures by the pretrained backbone, `(N, D)`, on running statistics, and
+/// the same at unit length.
 fn embed(
     config: &Config,
     images: &Images,
     rows: &[u32],
     job: &Job,
     device: &Device,
-) -> Result<Vec<f32>> {
+) -> Result<[Vec<f32>; 2]> {
     let mut backbone = StartingBackbone::open(config, job, device)?;
     let loader = Loader::clean(images, rows, &config.input)?;
-    let [embeddings] = outputs(loader, device, |pictures| {
+    outputs(loader, device, |pictures| {
         job.interrupt.check()?;
-        Ok([unit_rows(&backbone.evaluate(pictures)?)?])
-    })?;
-    Ok(embeddings)
+        let embeddings = backbone.evaluate(pictures)?;
+        let unit = unit_rows(&embeddings)?;
+        Ok([embeddings, unit])
+    })
 }
 
 /// The cluster of every picture to score: the centroid of largest cosine, and for comparison k-means
@@ -225,7 +225,7 @@ pub fn predict(
         Ok([features.matmul(&networks.centroids.t()?)?])
     })?;
     let (assignment, cosines) = argmax_rows(&cosines, job.data.clusters)?;
-    let embeddings = embed(config, images, &rows, job, device)?;
+    let [_, embeddings] = embed(config, images, &rows, job, device)?;
     let k_means = KMeans::spherical(job.data.clusters, config.kmeans_restarts);
     let width = embeddings.len() / rows.len();
     let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;

@@ -132,7 +132,7 @@ fn a_run_is_icbpl() -> Result<()> {
 
     let images = Images::open(&job.images)?;
     let rows = images.rows(&job.data.train_on);
-    let embeddings = embed(&config, &images, &rows, &job, &Device::Cpu)?;
+    let [_, embeddings] = embed(&config, &images, &rows, &job, &Device::Cpu)?;
     let neighbours = Neighbours {
         nearest: assignment::nearest_neighbours(&embeddings, rows.len(), 16, 4)?,
         rows: rows.clone(),
@@ -324,7 +324,7 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let mut again = model()?;
     let mut run = Run::resume_or_start(&job, &config(), fingerprint, plan, &mut first)?;
     assert!(first.neighbours.is_empty());
-    let embeddings = embed(&config(), &images, &rows, &job, &Device::Cpu)?;
+    let [_, embeddings] = embed(&config(), &images, &rows, &job, &Device::Cpu)?;
     first.neighbours.find(&config(), &embeddings, &job)?;
     for _ in 0..2 {
         run.end_step(&mut first)?;

@@ -210,8 +210,8 @@ impl Gallery<'_> {
         let _ = writeln!(
             html,
             "<h2>Near-duplicates</h2>\n<p>{count} groups of pictures that are nearly the same to the network: \
-             a cosine above {:.4}, which is a fifth of the usual distance to the nearest picture. Exact ones \
-             come first.</p>\n<ul class=\"list\">",
+             nearer to each other than a fifth of the usual distance to the nearest picture (a cosine above \
+             {:.4}). Exact ones come first.</p>\n<ul class=\"list\">",
             analysis.duplicate_similarity
         );
         for (group, places) in self.listed_duplicates() {
