@@ -27,6 +27,9 @@ use stage::finished;
 use crate::Bench;
 use running::RunningCommand;
 
+/// Files with times, by the end of their names.
+const LOGS: [&str; 3] = [".jsonl", "log.sha256", ".tfevents.assort"];
+
 /// How long a program may go on after it was asked to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -254,7 +257,7 @@ impl Trial {
         Ok(results)
     }
 
-    /// The bytes of everything that must be the same, by path; files with times are left out.
+    /// The bytes of everything that must be the same, by path, without [`LOGS`].
     fn snapshot(&self) -> Result<BTreeMap<String, Vec<u8>>> {
         let mut found = BTreeMap::new();
         let mut folders = vec![self.runs().join("tiny/0")];
@@ -264,7 +267,7 @@ impl Trial {
                 let name = path.strip_prefix(self.runs())?.to_string_lossy().into_owned();
                 if path.is_dir() {
                     folders.push(path);
-                } else if !name.ends_with(".jsonl") && !name.ends_with("log.sha256") {
+                } else if !LOGS.iter().any(|log| name.ends_with(log)) {
                     let bytes = fs::read(&path).with_context(|| format!("`{}`", path.display()))?;
                     found.insert(name, bytes);
                 }

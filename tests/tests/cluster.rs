@@ -102,7 +102,14 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
     let folder = photographs();
     let folder = folder.path();
     let words = ["--clusters", "3", "--copy-to", "sorted", "--link-to", "links", "--json"];
-    let printed = succeeds(folder, &words);
+    let output = cluster(folder, &words);
+    let [printed, progress] =
+        [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+    assert!(output.status.success(), "{progress}");
+    let events = progress.lines().filter(|line| line.starts_with('{'));
+    let mut events = events.map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let embedded = events.rfind(|event| event["what"] == "embed");
+    assert_eq!(embedded.map(|event| event["done"].clone()), Some(json!(90)), "{progress}");
     assert!(printed.contains("90 images, 3 clusters"), "{printed}");
     assert!(printed.contains("report.html") && printed.contains("clusters.csv"), "{printed}");
     let last: Value = serde_json::from_str(printed.lines().last().expect("a line")).expect("JSON");

@@ -60,6 +60,31 @@ fn every_step_runs_once_in_order_and_the_control_only_where_it_differs() {
 }
 
 #[test]
+fn programs_can_follow_the_steps_of_a_run() {
+    let bench = bench();
+    let events = |arguments: &[&str]| -> Vec<Value> {
+        let output = bench.reproduce(arguments);
+        assert_status(&output, 0);
+        let stderr = text(&output.stderr);
+        let lines = stderr.lines().filter(|line| line.starts_with('{'));
+        lines.map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    };
+    let first = events(&["--json"]);
+    let of_first = |state| {
+        json!({
+            "event": "step", "name": "0-pretraining", "seed": 0, "number": 1, "of": 19, "state": state,
+        })
+    };
+    assert_eq!(first[..2], [of_first("starts"), of_first("done")]);
+    let numbers: Vec<_> = first.iter().filter(|event| event["state"] != "starts").collect();
+    assert_eq!(numbers.len(), 19, "each step ends once: {first:?}");
+    let again = events(&["--json"]);
+    assert!(again.iter().all(|event| event["state"] == "done already"), "{again:?}");
+    assert_eq!(again.len(), 19);
+    assert!(events(&[]).is_empty());
+}
+
+#[test]
 fn a_changed_value_runs_again_what_depends_on_it_and_nothing_else() {
     let bench = bench();
     assert_status(&bench.reproduce(&[]), 0);

@@ -50,7 +50,7 @@ pub struct ClusterOptions {
     /// Keep results in this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub runs: PathBuf,
-    /// Print the results as one JSON object at the end.
+    /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
     #[arg(long)]
     pub json: bool,
 }

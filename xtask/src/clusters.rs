@@ -25,9 +25,9 @@ pub struct ClustersOptions {
     /// Largest number of clusters to try.
     #[arg(long, value_name = "K", default_value_t = 50)]
     to: usize,
-    /// Print the curve as one JSON object at the end.
+    /// Print the curve as one JSON object at the end, and the progress as JSON lines on stderr.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Arguments for the helper; `-- --help` lists them.
     #[arg(last = true, value_name = "ARGUMENT")]
     rest: Vec<OsString>,

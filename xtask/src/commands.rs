@@ -49,7 +49,7 @@ Examples
         /// Run the seeds 0 to N - 1.
         #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
-        /// Print the results as one JSON object at the end.
+        /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
         #[arg(long)]
         json: bool,
     },
@@ -278,8 +278,12 @@ Exit status: 0 done, 2 bad input, 3 interrupted (the same command resumes),
 
 fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
     match command {
-        Command::Cluster { options } => cluster::run(session, &options),
+        Command::Cluster { options } => {
+            report_progress(options.json);
+            cluster::run(session, &options)
+        }
         Command::Reproduce { options, seeds, json } => {
+            report_progress(json);
             let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
             reproduce::reproduce(session, &options, &seeds, json)
         }
@@ -287,11 +291,17 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         Command::Stage { place, options, round } => {
             reproduce::stage(session, &options, &place, round)
         }
-        Command::Compare { options } => compare::run(session, &options),
+        Command::Compare { options } => {
+            report_progress(options.json);
+            compare::run(session, &options)
+        }
         Command::Report { options } => report::run(session, &options),
         Command::Export { options } => export::run(session, &options),
         Command::Predict { options } => predict::run(session, &options),
-        Command::Clusters { options } => clusters::run(session, &options),
+        Command::Clusters { options } => {
+            report_progress(options.json);
+            clusters::run(session, &options)
+        }
         Command::List => list(session),
         Command::Show { experiment, set } => print(resolved(session, &experiment, &set)?.to_toml()),
         Command::GpuCheck { device } => {
@@ -302,6 +312,13 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         Command::Man { command } => print(manual(&session.registry, command.as_deref())?),
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reports the progress as JSON, if that is wanted.
+fn report_progress(as_json: bool) {
+    if as_json {
+        stage::progress::use_json();
+    }
 }
 
 fn list(session: &CommandContext) -> Result<()> {

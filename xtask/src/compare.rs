@@ -49,9 +49,9 @@ pub struct CompareOptions {
     /// Compare systems although backbones or efforts differ; the table says by how much.
     #[arg(long)]
     unequal: bool,
-    /// Print the results as one JSON object at the end.
+    /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     #[command(flatten)]
     setup: setup::SetupOptions,
 }

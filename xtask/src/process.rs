@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
-use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status};
+use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status, progress};
 
 use crate::cost::{self, StepCost};
 use crate::programs::Executable;
@@ -114,6 +114,9 @@ impl Process<'_> {
         });
         if self.program.is_own() {
             command.env(stage::HELD_BY_STDIN, "1");
+        }
+        if progress::is_json() {
+            command.env(progress::JSON_PROGRESS, "1");
         }
         Ok(command)
     }

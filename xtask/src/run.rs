@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use stage::finished::{self, Digests};
-use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files};
+use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files, progress};
 
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Step, StepInput};
@@ -133,10 +134,11 @@ impl<'a> ExperimentRun<'a> {
     pub fn execute(&self, positions: &[usize], fresh: bool) -> Result<()> {
         self.publish()?;
         let mut seen = BTreeSet::new();
-        for &position in positions {
+        for (number, &position) in positions.iter().enumerate() {
             // A step of another row may share a result that was just recomputed.
             let is_first = seen.insert(self.keys[position].name());
-            self.removing_damaged(self.execute_one(position, fresh && is_first))?;
+            let event = StepEvents { run: self, position, number: number + 1, of: positions.len() };
+            self.removing_damaged(self.execute_one(&event, fresh && is_first))?;
         }
         self.publish()
     }
@@ -152,8 +154,9 @@ impl<'a> ExperimentRun<'a> {
         self.record().publish(&self.folder, &self.setup.runs, self.interrupt())
     }
 
-    fn execute_one(&self, position: usize, fresh: bool) -> Result<()> {
+    fn execute_one(&self, events: &StepEvents, fresh: bool) -> Result<()> {
         self.interrupt().check()?;
+        let position = events.position;
         let step = &self.setup.plan.steps[position];
         let name = format!("{}, seed {}", step.name(), self.seed);
         let key = &self.keys[position];
@@ -163,6 +166,7 @@ impl<'a> ExperimentRun<'a> {
             if is_done {
                 store::show(&self.view(position), &folder)?;
                 tracing::info!("{name}: done already, `{}`", folder.display());
+                events.send("done already");
             }
             Ok(is_done)
         };
@@ -176,10 +180,13 @@ impl<'a> ExperimentRun<'a> {
         } else if is_done()? {
             return Ok(());
         }
-        match self.state(position) {
-            StepState::New => tracing::info!("{name}: starts, `{}`", folder.display()),
-            _ => tracing::info!("{name}: resumes, `{}`", folder.display()),
-        }
+        let state = match self.state(position) {
+            StepState::New => "starts",
+            _ => "resumes",
+        };
+        let StepEvents { number, of, .. } = events;
+        tracing::info!("{name}: {state}, step {number} of {of}, `{}`", folder.display());
+        events.send(state);
         let _inputs = self.hold_inputs(step)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
         if !self.setup.programs.get(&step.program).is_own() {
@@ -196,6 +203,7 @@ impl<'a> ExperimentRun<'a> {
             finished::mark(&folder, step.place.name, None, Digests::Listed)?;
         }
         tracing::info!("{name}: done in {:.1} s", begin.elapsed().as_secs_f64());
+        events.send("done");
         Ok(())
     }
 
@@ -305,6 +313,28 @@ impl<'a> ExperimentRun<'a> {
             device: self.setup.device,
         };
         call.arguments(inputs, &self.folder(position))
+    }
+}
+
+/// A step among those that a command runs, for programs that follow its progress.
+struct StepEvents<'a> {
+    run: &'a ExperimentRun<'a>,
+    position: usize,
+    /// From 1.
+    number: usize,
+    of: usize,
+}
+
+impl StepEvents<'_> {
+    fn send(&self, state: &str) {
+        progress::event(&json!({
+            "event": "step",
+            "name": self.run.setup.plan.steps[self.position].name(),
+            "seed": self.run.seed,
+            "number": self.number,
+            "of": self.of,
+            "state": state,
+        }));
     }
 }
 

@@ -9,7 +9,7 @@ use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde_json::json;
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::random::stream;
 use stage::{Diverged, Job};
 use training::TrainedSegment;
@@ -245,7 +245,8 @@ impl<'a> FitSteps<'a> {
     ) -> Result<()> {
         let learner = |head| learner::learner(head, self.device);
         let mut learners = heads.iter().map(learner).collect::<candle_core::Result<Vec<_>>>()?;
-        let mut progress = Progress::new(phase, epochs as u64);
+        let mut progress =
+            Progress::new(&format!("{}, {phase}", self.job.label()), epochs as u64, Unit::Steps);
         for epoch in 0..epochs {
             let mut losses = Vec::new();
             for draw in &self.epoch(phase, epoch)? {

@@ -29,7 +29,7 @@ use data::views::{Input, Pipeline};
 use data::{Embeddings, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 use training::ops::unit_rows;
 use training::{Precision, Views, outputs};
@@ -141,7 +141,8 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     // Draws for this purpose alone: those of training's epochs are other views.
     let seed = stage::random::stream(job.seed, "embed", &[job.round as u64]).next_u64();
     let batches: Vec<Vec<u32>> = rows.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
-    let mut progress = Progress::new("embed", (rows.len() * (1 + config.views)) as u64);
+    let mut progress =
+        Progress::new(&job.label(), (rows.len() * (1 + config.views)) as u64, Unit::Images(1));
     let mut done = 0;
     let mut count = |pictures: &Tensor| -> Result<()> {
         done += pictures.dim(0)? as u64;
@@ -228,7 +229,7 @@ fn embed_missing(
     let input = network.input.clone();
     let batches = missing.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
     let pictures = Views::new(images, [&input.clean()], &input, job.seed).epoch(0, batches, 0)?;
-    let mut progress = Progress::new("embed", missing.len() as u64);
+    let mut progress = Progress::new(&job.label(), missing.len() as u64, Unit::Images(1));
     let mut saved = Instant::now();
     let mut done = 0;
     for batch in pictures {

@@ -23,7 +23,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use stage::Interrupted;
 use stage::digest::hex;
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use ureq::http::uri::Scheme;
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body, ResponseExt};
@@ -187,7 +187,7 @@ impl<'a> Client<'a> {
             return Ok(());
         }
         let label = path.file_name().unwrap_or_default().to_string_lossy();
-        let mut progress = Progress::new(&label, expected.bytes.unwrap_or(0));
+        let mut progress = Progress::new(&label, expected.bytes.unwrap_or(0), Unit::Bytes);
         let fetched = self.repeat(|| {
             let resumed = self.resume(url, token, expected, &mut file, &mut progress)?;
             verify(&mut file, expected).map_err(|error| {

@@ -15,7 +15,7 @@ use clap::Parser;
 use data::{EmbeddingRows, Space};
 use serde_json::json;
 use stage::console::{print_line, start_logging};
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 
 /// Scores numbers of clusters on embeddings, and recommends one: a guess.
 #[derive(Debug, Parser)]
@@ -113,7 +113,7 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
     let mut candidates = vec![];
     // On a terminal, the growing table is the sign of life.
     let mut progress = (!std::io::stdout().is_terminal())
-        .then(|| Progress::new("numbers of clusters", (to + 1 - from) as u64));
+        .then(|| Progress::new("numbers of clusters", (to + 1 - from) as u64, Unit::Steps));
     for clusters in from..=to {
         let candidate = estimator.score(clusters)?;
         print_line(line(&candidate))?;

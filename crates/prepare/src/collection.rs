@@ -13,7 +13,7 @@ use anyhow::{Result, bail, ensure};
 use data::Picture;
 use data::images::StoredPicture;
 use rayon::prelude::*;
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::{Interrupted, Split};
 
 use crate::assemble::{self, Assembled};
@@ -135,7 +135,7 @@ impl<'a> Collection<'a> {
             classes: BTreeSet::new(),
             pending: Vec::new(),
             pending_bytes: 0,
-            progress: Progress::new("reading pictures", expected as u64),
+            progress: Progress::new("reading pictures", expected as u64, Unit::Images(1)),
         })
     }
 

@@ -51,6 +51,16 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     replace(path, |file| Ok(file.write_all(bytes)?))
 }
 
+/// Removes the file `path`, which may be missing.
+pub fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing `{}`", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Removes what killed processes left in `folder`, where others may be working now: temporary files of
 /// [`replace`], which their writers lock; temporary links; folders that were renamed to be removed; and
 /// the lock files of claims that nobody holds. A folder that does not exist has none.

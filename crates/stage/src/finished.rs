@@ -2,19 +2,18 @@
 //!
 //! It is an object of [`json`] with the keys `stage`, `algorithm` where a stage has one, and `files`:
 //! for each file its length and, unless it carries a digest itself, its SHA-256. A folder counts as
-//! finished while each listed file exists with its length. Logs (`*.jsonl`) and hidden files are not
-//! listed. `log.jsonl` holds times, so its SHA-256 is in `log.sha256` beside it; a result is complete
+//! finished while each listed file exists with its length. Logs (`*.jsonl`), their [`event_file`]
+//! and hidden files are not listed. `log.jsonl` holds times, so its SHA-256 is in `log.sha256` beside it; a result is complete
 //! without both.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{digest, files, job, json};
+use crate::{digest, event_file, files, job, json};
 
 /// The file that is written last: it marks its folder as finished.
 pub const DONE: &str = "done.json";
@@ -73,7 +72,7 @@ pub fn mark_outputs(
         let entry = entry?;
         let metadata = entry.metadata()?;
         let Ok(name) = entry.file_name().into_string() else { continue };
-        let grows = name.ends_with(".jsonl");
+        let grows = name.ends_with(".jsonl") || name == event_file::EVENTS;
         let is_ours = [DONE, LOG_DIGEST].contains(&&*name);
         if !metadata.is_file() || name.starts_with('.') || grows || is_ours || !is_output(&name) {
             continue;
@@ -120,7 +119,7 @@ pub fn prepare_to_resume(folder: &Path) -> Result<bool> {
     if has_changed {
         clear(folder)?;
     } else if folder.join(LOG_DIGEST).exists() {
-        remove(&folder.join(LOG_DIGEST))?; // The log may grow now.
+        files::remove_if_there(&folder.join(LOG_DIGEST))?; // The log may grow now.
     }
     Ok(has_changed)
 }
@@ -162,18 +161,9 @@ pub fn clear(folder: &Path) -> Result<()> {
         Some(mark) => mark.files.into_keys().collect(),
         None => outputs(folder)?,
     };
-    let names = listed.iter().map(String::as_str).chain([job::LOG, LOG_DIGEST, DONE]);
-    names.map(|name| folder.join(name)).try_for_each(|path| remove(&path))
-}
-
-/// Removes a file that may be missing.
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing `{}`", path.display()))
-        }
-        _ => Ok(()),
-    }
+    let names =
+        listed.iter().map(String::as_str).chain([job::LOG, event_file::EVENTS, LOG_DIGEST, DONE]);
+    names.map(|name| folder.join(name)).try_for_each(|path| files::remove_if_there(&path))
 }
 
 /// Names of files in the formats that stages write.

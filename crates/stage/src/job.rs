@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{DataTable, DeviceChoice, Interrupt, files, json};
+use crate::{DataTable, DeviceChoice, Interrupt, event_file, files, json};
 
 /// The job of one run of a stage: the arguments of its program, and the shared table `[data]`.
 #[derive(Debug, Clone)]
@@ -62,6 +62,14 @@ impl Job {
         }
     }
 
+    /// The stage and its round, as its progress names them: `embed, round 1 of 2`.
+    pub fn label(&self) -> String {
+        match self.rounds {
+            0 => self.name.to_owned(),
+            rounds => format!("{}, round {} of {rounds}", self.name, self.round),
+        }
+    }
+
     /// The folder of the input `role`.
     ///
     /// # Errors
@@ -82,7 +90,7 @@ impl Job {
     }
 
     /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times. The line
-    /// has a digest, see [`json`].
+    /// has a digest, see [`json`]. Its numbers also go to [`event_file`], for TensorBoard.
     pub fn log(&self, line: &impl Serialize) -> Result<()> {
         let path = self.out.join(LOG);
         let mut text = json::to_line(line)?;
@@ -92,7 +100,8 @@ impl Job {
             .append(true)
             .open(&path)
             .and_then(|mut file| file.write_all(text.as_bytes()))
-            .with_context(|| format!("writing `{}`", path.display()))
+            .with_context(|| format!("writing `{}`", path.display()))?;
+        event_file::append(&self.out, &path, &text)
     }
 
     /// Keeps the lines of the log that `is_kept` accepts. A resumed stage drops those that a killed run
@@ -102,19 +111,15 @@ impl Job {
         let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
         let is_kept = |line: &&str| serde_json::from_str(line).is_ok_and(|line| is_kept(&line));
         let kept: String = text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect();
+        event_file::remove(&self.out)?;
         if kept == text { Ok(()) } else { files::write(&path, kept.as_bytes()) }
     }
 
     /// Removes the log of an earlier attempt. A stage calls it before it starts from scratch, so that
     /// the log describes one attempt.
     pub fn clear_log(&self) -> Result<()> {
-        let path = self.out.join(LOG);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing `{}`", path.display()))
-            }
-            _ => Ok(()),
-        }
+        event_file::remove(&self.out)?;
+        files::remove_if_there(&self.out.join(LOG))
     }
 }
 

@@ -56,6 +56,7 @@ pub mod container;
 mod contract;
 mod data_table;
 pub mod digest;
+mod event_file;
 mod experiment;
 pub mod files;
 pub mod finished;

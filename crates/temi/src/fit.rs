@@ -5,7 +5,7 @@ use frozen::product::FlatMatrix;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::random::stream;
 use stage::{Interrupted, Job};
 
@@ -41,7 +41,7 @@ pub fn train(
     run: &mut HeadRun,
     job: &Job,
 ) -> Result<()> {
-    let mut progress = Progress::new(job.name, plan.steps as u64);
+    let mut progress = Progress::new(&job.label(), plan.steps as u64, Unit::Steps);
     let mut pairs = Pairs::new(plan, rows, neighbours, job);
     while run.steps < plan.steps {
         let update = HeadUpdate {

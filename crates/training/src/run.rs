@@ -20,7 +20,7 @@ use candle_core::{Device, Tensor};
 use serde::Serialize;
 use serde_json::{Map, json};
 use stage::container::Header;
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::{Diverged, Interrupted, Job};
 
 use crate::checkpoint::{self, Checkpoint, Trained};
@@ -105,7 +105,8 @@ impl<'a> Run<'a> {
             "table": serde_json::to_value(table)?,
         })
         .to_string();
-        let progress = Progress::new(job.name, (plan.epochs * plan.steps_per_epoch) as u64);
+        let steps = (plan.epochs * plan.steps_per_epoch) as u64;
+        let progress = Progress::new(&job.label(), steps, Unit::Images(plan.batch_size as u64));
         let mut run = Self {
             job,
             plan,

@@ -11,7 +11,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use stage::container::{Container, Tensor};
-use stage::progress::Progress;
+use stage::progress::{Progress, Unit};
 use stage::random::stream;
 use stage::{Diverged, Interrupted, Job};
 
@@ -69,7 +69,7 @@ impl<'a> Search<'a> {
     /// written.
     pub fn run(&mut self, rows: &[f32], width: usize) -> Result<()> {
         let total = self.config.steps * self.config.rates.len();
-        let mut progress = Progress::new(self.job.name, total as u64);
+        let mut progress = Progress::new(&self.job.label(), total as u64, Unit::Steps);
         let whole = [FlatMatrix::new(rows, width)?];
         let images = rows.len() / width;
         while self.pair < self.config.rates.len() {
