@@ -183,10 +183,10 @@ impl PlanBuilder<'_> {
             }
         }
         let last = if order.rounds > 0 { &then } else { &first };
-        if !last.last().is_some_and(is_scorer) {
+        if !last.iter().any(is_scorer) {
             let able: Vec<_> =
                 self.stages.iter().filter(|p| p.clusters()).map(|place| place.name).collect();
-            bail!("the last place of a round must be one that clusters: {}", able.join(", "))
+            bail!("a place of the last round must be one that clusters: {}", able.join(", "))
         }
         Ok(())
     }

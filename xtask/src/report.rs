@@ -118,7 +118,8 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
 }
 
-/// The step that embedded what the step `last` clustered, if there is one: the last one before it.
+/// The step whose embeddings show the clusters of the step `last`, if there is one: the first after it, where
+/// `last` trains the network itself, or the last one before it.
 fn embeddings_of<'a>(
     steps: &[&'a RecordedStep],
     last: &RecordedStep,
@@ -128,8 +129,10 @@ fn embeddings_of<'a>(
         let spec = stages.iter().find(|stage| stage.name == step.place);
         spec.is_some_and(|spec| spec.outputs.contains(&Output::Embeddings))
     };
-    let before = steps.iter().take_while(|step| step.key != last.key || step.name != last.name);
-    before.filter(embeds).last().copied()
+    let at = steps.iter().position(|step| step.key == last.key && step.name == last.name)?;
+    let trains = stages.iter().any(|stage| stage.name == last.place && stage.trains());
+    let after = steps[at..].iter().find(embeds).filter(|_| trains);
+    after.or_else(|| steps[..at].iter().rfind(embeds)).copied()
 }
 
 fn arguments(
@@ -176,4 +179,46 @@ fn arguments(
         arguments.extend(folder.iter().flat_map(|folder| [flag.into(), folder.into()]));
     }
     arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STAGES: [Spec; 4] = [
+        spec("pretraining", &[Output::Network]),
+        spec("embed", &[Output::Embeddings]),
+        spec("clustering", &[Output::PseudoLabels]),
+        spec("propos", &[Output::Network, Output::PseudoLabels]),
+    ];
+
+    const fn spec(name: &'static str, outputs: &'static [Output]) -> Spec {
+        Spec { name, algorithm: 1, inputs: &[], outputs }
+    }
+
+    /// The key of the step whose embeddings show the clusters of the step at `last`.
+    fn shown(places: &[&str], last: usize) -> Option<String> {
+        let step = |(number, place): (usize, &&str)| RecordedStep {
+            name: format!("0-{place}"),
+            place: (*place).to_owned(),
+            round: 0,
+            is_main: true,
+            key: number.to_string(),
+            earlier: None,
+        };
+        let steps: Vec<RecordedStep> = places.iter().enumerate().map(step).collect();
+        let steps: Vec<&RecordedStep> = steps.iter().collect();
+        embeddings_of(&steps, steps[last], &STAGES).map(|step| step.key.clone())
+    }
+
+    #[test]
+    fn clusters_are_shown_by_the_embeddings_they_were_made_of() {
+        let rounds = ["pretraining", "embed", "clustering", "pretraining", "embed", "clustering"];
+        assert_eq!(shown(&rounds, 2).as_deref(), Some("1"));
+        assert_eq!(shown(&rounds, 5).as_deref(), Some("4"));
+        assert_eq!(shown(&["propos", "embed"], 0).as_deref(), Some("1"));
+        // A run that was interrupted before it embedded again.
+        assert_eq!(shown(&["propos"], 0), None);
+        assert_eq!(shown(&["pretraining", "embed", "propos"], 2).as_deref(), Some("1"));
+    }
 }
