@@ -2,7 +2,7 @@
 //!
 //! The program `bench-<what>` is a binary of the crate that it times, in `crates/<crate>/src/bin`,
 //! and decides what to measure and compare. It prints a table and, with `--json`, one object last;
-//! both go to stdout unchanged.
+//! both go to stdout unchanged. Rows are kept in `runs/bench/<what>.jsonl`, so that a loss shows.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -47,7 +47,18 @@ pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
     if options.json {
         command.arg("--json");
     }
+    command.arg("--history").arg(root.join(format!("runs/bench/{what}.jsonl")));
+    command.args(["--commit", &commit(&root)]);
     become_program(command.args(&options.rest).current_dir(root))
+}
+
+/// The commit of the checkout, with `-dirty` if files differ from it; `unknown` outside of git.
+fn commit(root: &Path) -> String {
+    let words = ["describe", "--always", "--dirty", "--exclude", "*"];
+    let output = Command::new("git").args(words).current_dir(root).output();
+    let found = output.ok().filter(|output| output.status.success());
+    let text = found.and_then(|output| String::from_utf8(output.stdout).ok());
+    text.map_or("unknown".to_owned(), |text| text.trim().to_owned())
 }
 
 impl BenchOptions {

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::{BenchArguments, Measurement, Side};
+use crate::{BenchArguments, History, Machine, Measurement, Side};
 
 /// The unit of `ours` and `peer` of a [`Comparison`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,22 +197,45 @@ pub fn compare(
 #[derive(Debug)]
 pub struct ComparisonTable {
     rows: Vec<Comparison>,
+    machine: Machine,
+    history: Option<History>,
     json: bool,
 }
 
 impl ComparisonTable {
-    /// A table without rows; `json` from the [`BenchArguments`].
-    pub fn new(json: bool) -> Self {
-        Self { rows: Vec::new(), json }
+    /// A table without rows. Looks at the machine, and prints what it is.
+    ///
+    /// # Errors
+    ///
+    /// The history is damaged.
+    pub fn new(arguments: &BenchArguments) -> Result<Self> {
+        let machine = Machine::look();
+        println!("{machine}");
+        let open = |path| {
+            let commit = arguments.commit.as_deref().unwrap_or_default();
+            History::open(path, commit, arguments.threads(), &machine)
+        };
+        let history = arguments.history.as_deref().map(open).transpose()?;
+        Ok(Self { rows: Vec::new(), machine, history, json: arguments.json })
     }
 
     /// Adds a row and prints its line.
-    pub fn add(&mut self, row: Comparison) {
+    ///
+    /// # Errors
+    ///
+    /// The history cannot be written.
+    pub fn add(&mut self, row: Comparison) -> Result<()> {
         if self.rows.is_empty() {
             println!("{}", heading());
         }
-        println!("{}", row.line());
+        let before = self.history.as_ref().and_then(|history| history.compared(&row));
+        let before = before.map(|before| format!("  [{before}]")).unwrap_or_default();
+        println!("{}{before}", row.line());
+        if let Some(history) = &self.history {
+            history.append(&row)?;
+        }
         self.rows.push(row);
+        Ok(())
     }
 
     /// Prints the JSON object, if asked for.
@@ -223,7 +246,7 @@ impl ComparisonTable {
     pub fn finish(self) -> Result<()> {
         ensure!(!self.rows.is_empty(), "--only selects no work; leave it out to measure all");
         if self.json {
-            println!("{}", json!({ "rows": self.rows }));
+            println!("{}", json!({ "machine": self.machine, "rows": self.rows }));
         }
         Ok(())
     }
@@ -300,6 +323,16 @@ mod tests {
         let row = Comparison::new("w", json!({}), BenchUnit::Seconds, &turns(&[2., 1.], 1.), &[]);
         assert_eq!((row.ours, row.ratio, row.peer_name.as_deref()), (1.5, None, None));
         assert!(serde_json::to_value(&row).expect("JSON")["ratio"].is_null());
-        assert!(ComparisonTable::new(true).finish().is_err());
+        let arguments = BenchArguments {
+            peer_python: None,
+            json: true,
+            only: String::new(),
+            rounds: 1,
+            threads: None,
+            history: None,
+            commit: None,
+        };
+        let table = ComparisonTable::new(&arguments).expect("no history");
+        assert!(table.finish().is_err());
     }
 }

@@ -16,11 +16,15 @@
 //!            "peer-name": "…", "peer-note": "…"}]}
 //! ```
 //!
-//! with `null` if there is no peer, and further keys of the work.
+//! with `null` if there is no peer, and further keys of the work. The [`Machine`] is printed first, and stands
+//! in the object too. With `--history FILE` each row is appended to a [`History`], and the last one of
+//! the same work stands beside it.
 //!
 //! This crate knows no work.
 
 mod comparison;
+mod history;
+mod machine;
 mod side;
 
 use std::num::NonZero;
@@ -31,6 +35,8 @@ use std::thread::available_parallelism;
 use anyhow::Result;
 
 pub use comparison::{BenchUnit, Comparison, ComparisonTable, compare};
+pub use history::History;
+pub use machine::Machine;
 pub use side::{Measurement, Peers, Side, peak_megabytes, serve};
 
 /// The arguments that every bench program takes.
@@ -51,6 +57,12 @@ pub struct BenchArguments {
     /// Threads of each side; by default one per processor.
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZero<usize>>,
+    /// Append each row to this file, and print the last ratio of the same work on this processor beside it.
+    #[arg(long, value_name = "FILE", requires = "commit")]
+    pub history: Option<PathBuf>,
+    /// The commit that is measured.
+    #[arg(long, value_name = "HASH")]
+    pub commit: Option<String>,
 }
 
 impl BenchArguments {

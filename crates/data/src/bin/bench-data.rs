@@ -131,7 +131,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
     let folder = tempfile::tempdir().context("making a temporary folder")?;
     make_pictures(folder.path())?;
     let place = folder.path().to_str().context("the temporary folder has a name in UTF-8")?;
-    let (threads, mut table) = (arguments.threads(), ComparisonTable::new(arguments.json));
+    let (threads, mut table) = (arguments.threads(), ComparisonTable::new(arguments)?);
     let words = threads.to_string();
     for work in WORKS.iter().filter(|work| arguments.wants(work.name)) {
         let ours = ["--side", work.name, "--folder", place, "--threads", &words];
@@ -145,7 +145,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
         };
         let sides = peers.as_ref().map(start).transpose()?.unwrap_or_default();
         let unit = BenchUnit::PerSecond("images");
-        table.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?);
+        table.add(bench::compare(arguments, work.name, work.keys(), unit, ours, sides)?)?;
     }
     table.finish()
 }

@@ -86,7 +86,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
     let threads = arguments.threads();
-    let mut table = ComparisonTable::new(arguments.json);
+    let mut table = ComparisonTable::new(arguments)?;
     for work in WORKS.iter().filter(|work| arguments.wants(&work.name())) {
         let (name, keys) = (work.name(), work.keys());
         let ours = Side::ours(&["--side", &name], threads)?;
@@ -102,7 +102,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
             BenchUnit::PerSecond("images"),
             ours,
             peers,
-        )?);
+        )?)?;
     }
     table.finish()
 }

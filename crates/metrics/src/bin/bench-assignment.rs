@@ -128,7 +128,7 @@ fn compare(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &PACKAGES, program)).transpose()?;
     let threads = shared.threads();
-    let mut table = ComparisonTable::new(shared.json);
+    let mut table = ComparisonTable::new(shared)?;
     for work in works(*small, threads).iter().filter(|work| shared.wants(work.name)) {
         let folder = tempfile::tempdir().context("making a temporary folder")?;
         write_data(work, folder.path())?;
@@ -144,7 +144,7 @@ fn compare(AssignmentBench { shared, small, .. }: &AssignmentBench) -> Result<()
         // A hundredth of the points has other local optima.
         let tolerance = if *small { 1e-2 } else { 1e-4 };
         hold_values(work, folder.path(), names, tolerance, &mut row)?;
-        table.add(row);
+        table.add(row)?;
     }
     table.finish()
 }
