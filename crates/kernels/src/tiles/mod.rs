@@ -273,16 +273,17 @@ fn portable<const TRANSPOSED: bool>(
             }
             for run in product.runs {
                 for tile in 0..run.tiles() {
-                    let left = &left[from + run.left + tile * TILE..][..TILE];
+                    let left = tile_rows(&left[from + run.left + tile * TILE..]);
                     let at = run.right + (tile * product.columns + column) * TILE;
+                    let right = tile_rows(&right[at..]);
                     let inner = (run.inner - tile * SIDE).min(SIDE);
-                    let right = right[at..][..TILE].chunks_exact(SIDE).take(inner);
-                    for (k, right) in right.enumerate() {
+                    // In arrays, so that nothing but the sums and the factors is left in the loop.
+                    let rows: &[[f32; SIDE]; PORTABLE_ROWS] = rows_from(left, first);
+                    for k in 0..inner {
+                        let turned: &[f32; PORTABLE_ROWS] = rows_from(&left[k], first);
                         for (row, totals) in totals.iter_mut().enumerate() {
-                            let row = first + row;
-                            let at = if TRANSPOSED { k * SIDE + row } else { row * SIDE + k };
-                            let factor = left[at];
-                            for (total, right) in totals.iter_mut().zip(right) {
+                            let factor = if TRANSPOSED { turned[row] } else { rows[row][k] };
+                            for (total, right) in totals.iter_mut().zip(&right[k]) {
                                 *total = multiply_add(factor, *right, *total);
                             }
                         }
@@ -292,6 +293,17 @@ fn portable<const TRANSPOSED: bool>(
             output.copy_from_slice(totals.as_flattened());
         }
     }
+}
+
+/// The rows of the tile at the beginning of `tiles`.
+fn tile_rows(tiles: &[f32]) -> &[[f32; SIDE]; SIDE] {
+    tiles[..TILE].as_chunks().0.first_chunk().expect("a tile has 16 rows")
+}
+
+/// Some rows of a block, from `first` on.
+#[inline(always)]
+fn rows_from<T, const ROWS: usize>(all: &[T; SIDE], first: usize) -> &[T; ROWS] {
+    all[first..].first_chunk().expect("blocks divide the rows of a tile")
 }
 
 /// `a · b + c`, fused only if the target always has the instruction: otherwise it would be a library call.
