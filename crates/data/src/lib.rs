@@ -4,6 +4,7 @@
 //! [`images`], [`names`] and [`labels`], which `prepare` writes; [`embeddings`], [`pseudo_labels`]
 //! and [`head`], which stages pass to each other; [`metrics`], the scores. Each states the pictures
 //! that it is about as a [`DataSet`], so that outputs of different data sets are never combined.
+//! [`corrections`] has what a person corrected of the clusters: it outlives a data set.
 //!
 //! [`views`] turns a picture into the input of a network, augmented or not, by operations that the
 //! experiment file lists. [`loader`] has threads make batches of them ahead of the training step.
@@ -13,6 +14,7 @@
 //!
 //! This crate knows no network and no method. To add an augmentation, see [`views::Operation`].
 
+pub mod corrections;
 pub mod data_set;
 pub mod decoded;
 pub mod embeddings;
@@ -27,6 +29,7 @@ pub mod pseudo_labels;
 pub mod thumbnail;
 pub mod views;
 
+pub use corrections::Corrections;
 pub use data_set::DataSet;
 pub use embeddings::{EmbeddingRows, Embeddings, Space};
 pub use images::Images;
