@@ -62,6 +62,8 @@
 mod edit;
 mod resolve;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};

@@ -2,12 +2,12 @@
 //!
 //! Every edit names clusters by their number in the run that the editor shows, and pictures by their place
 //! in it. The number of a merged cluster means the cluster that it is shown as. An edit also renumbers the
-//! entries after that run, and takes its exemplars. An entry that the run does not have keeps its exemplars
+//! entries after that run and takes its exemplars. An entry that the run does not have keeps its exemplars
 //! under a number that no cluster of the run has. An edit that fails changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::run::ClusteredPictures;
 use super::{
@@ -168,7 +168,8 @@ impl Corrections {
     /// Renumbers the entries after the clusters of `run`, and takes its exemplars.
     ///
     /// The first entry of a merge that means a cluster gets its number. Entries that mean no cluster, or one
-    /// that another entry of their merge means too, get numbers from `K`.
+    /// that another entry of their merge means too, get numbers from `K`. A cluster that several entries
+    /// claim keeps the exemplars of each: another run may divide it again.
     fn numbered_after(&self, run: &ClusteredPictures) -> Self {
         let locations = self.locate(run);
         let (mut numbers, mut taken) = (BTreeMap::new(), BTreeSet::new());
@@ -189,10 +190,14 @@ impl Corrections {
             let free = (run.clusters..).find(|&number| taken.insert(number));
             numbers.extend(free.map(|free| (number, free)));
         }
+        let mut claims: BTreeMap<u32, usize> = BTreeMap::new();
+        for (cluster, _) in self.clusters.values().filter_map(|cluster| cluster.claim(run).ok()) {
+            *claims.entry(cluster).or_default() += 1;
+        }
         let clusters = self.clusters.iter().map(|(number, cluster)| {
             let (number, mut cluster) = (numbers[number], cluster.clone());
-            if let Some(exemplars) = run.exemplars.get(number as usize) {
-                cluster.exemplars.clone_from(exemplars);
+            if claims.get(&number) == Some(&1) {
+                cluster.exemplars.clone_from(&run.exemplars[number as usize]);
             }
             (number, cluster)
         });
@@ -245,7 +250,7 @@ impl Corrections {
             return Ok(());
         };
         if let Some(number) = shown(run, &self.group(holder)) {
-            anyhow::bail!(
+            bail!(
                 "cluster {number} has the name `{name}` already; choose another, or merge the two"
             );
         }

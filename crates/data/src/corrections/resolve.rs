@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use stage::console::printable;
 
 use super::run::ClusteredPictures;
-use super::{Corrections, PictureCorrection, PictureMark};
+use super::{Corrections, KnownCluster, PictureCorrection, PictureMark};
 
 /// Where a picture belongs after corrections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,22 +88,9 @@ impl Corrections {
         let mut locations = BTreeMap::new();
         let mut claims = Vec::new();
         for (&number, cluster) in &self.clusters {
-            let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-            for own in cluster.exemplars.iter().filter_map(|id| run.cluster_of(id)) {
-                *counts.entry(own).or_default() += 1;
-            }
-            let all: usize = counts.values().sum();
-            match counts.iter().find(|&(_, &count)| 2 * count > all) {
-                Some((&own, &count)) => claims.push((Reverse(count), number, own)),
-                None if all == 0 => {
-                    locations.insert(number, Err("none of its pictures is in this run".into()));
-                }
-                None => {
-                    let where_to: Vec<String> = counts.keys().map(u32::to_string).collect();
-                    let why =
-                        format!("its pictures are divided among clusters {}", where_to.join(", "));
-                    locations.insert(number, Err(why));
-                }
+            match cluster.claim(run) {
+                Ok((own, count)) => claims.push((Reverse(count), number, own)),
+                Err(why) => drop(locations.insert(number, Err(why))),
             }
         }
         claims.sort_unstable();
@@ -156,6 +143,25 @@ impl Corrections {
             Some(name) => format!("{number} (`{name}`)"),
             None => number.to_string(),
         }
+    }
+}
+
+impl KnownCluster {
+    /// The cluster of `run` that has more than half of the exemplars that are left, and how many.
+    pub(super) fn claim(&self, run: &ClusteredPictures) -> Result<(u32, usize), String> {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        for own in self.exemplars.iter().filter_map(|id| run.cluster_of(id)) {
+            *counts.entry(own).or_default() += 1;
+        }
+        let all: usize = counts.values().sum();
+        let majority = counts.iter().find(|&(_, &count)| 2 * count > all);
+        majority.map(|(&own, &count)| (own, count)).ok_or_else(|| {
+            let numbers: Vec<String> = counts.keys().map(u32::to_string).collect();
+            match all {
+                0 => "none of its pictures is in this run".to_owned(),
+                _ => format!("its pictures are divided among clusters {}", numbers.join(", ")),
+            }
+        })
     }
 }
 
