@@ -128,7 +128,7 @@ pub struct Analysis {
 impl Analysis {
     /// Analyses pictures with their clusters.
     ///
-    /// - `cluster`: index of the cluster of each picture, by place.
+    /// - `cluster`: index of the cluster of each picture, by place; from `clusters` on, it is in none.
     /// - `clusters`: number of clusters.
     ///
     /// # Errors
@@ -186,7 +186,7 @@ impl Analysis {
 /// Mean row of each cluster, `(K, width)`, of unit length; zero for an empty cluster.
 fn cluster_means(rows: &UnitRows, own: &[u32], clusters: usize) -> Vec<f32> {
     let mut sums = vec![0f64; clusters * rows.width];
-    for (i, &k) in own.iter().enumerate() {
+    for (i, &k) in own.iter().enumerate().filter(|&(_, &k)| (k as usize) < clusters) {
         let sums = &mut sums[k as usize * rows.width..][..rows.width];
         sums.iter_mut().zip(rows.row(i)).for_each(|(sum, &x)| *sum += f64::from(x));
     }

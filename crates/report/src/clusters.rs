@@ -1,10 +1,11 @@
-//! The pictures of each cluster, in order of confidence.
+//! The pictures of each cluster, in order of confidence, as the run has them or after corrections by hand.
 
 use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use data::PseudoLabels;
+use data::corrections::{CorrectedClusters, Membership, PictureMark};
 
 /// A picture in its cluster.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,23 +23,62 @@ pub struct ClusterMember {
     pub reliable: bool,
 }
 
-/// A cluster. Its number is arbitrary, and the same in all files of this result.
+/// A cluster, or the pictures that were marked by hand and belong to none.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cluster {
-    /// Its number in the pseudo-labels.
+    /// Its number in the pseudo-labels: arbitrary, and the same in all files of this result. Marked pictures
+    /// have a number that no cluster has.
     pub number: usize,
+    /// The name that a person gave to it.
+    pub name: Option<String>,
+    /// Why the pictures belong to no cluster, if they were marked.
+    pub mark: Option<PictureMark>,
     /// Its pictures, by falling score; equal scores by row.
     pub members: Vec<ClusterMember>,
 }
 
+/// The index of a cluster of a picture that belongs to none.
+pub const NO_CLUSTER: u32 = u32::MAX;
+
 impl Cluster {
     /// Returns all clusters by number; some may be empty.
     pub fn all(labels: &PseudoLabels) -> Vec<Self> {
-        let empty = |number| Self { number, members: Vec::new() };
-        let mut clusters: Vec<Self> = (0..labels.clusters).map(empty).collect();
-        for (place, &row) in labels.index.iter().enumerate() {
-            clusters[labels.assignment[place] as usize].members.push(ClusterMember {
-                row,
+        let own = labels.assignment.iter().map(|&own| own as usize);
+        Self::of(labels, own, (0..labels.clusters).map(|number| (number, None, None)))
+    }
+
+    /// Returns the clusters after corrections, by number, then the marked pictures, if there are any.
+    pub fn corrected(labels: &PseudoLabels, corrected: &CorrectedClusters) -> Vec<Self> {
+        let marks = [PictureMark::Wrong, PictureMark::Outlier];
+        let number = |membership: &Membership| match *membership {
+            Membership::Cluster(number) => number as usize,
+            Membership::Marked(mark) => labels.clusters + mark as usize,
+        };
+        let named = corrected.names.iter().enumerate();
+        let named = named.map(|(number, name)| (number, name.clone(), None));
+        let marked = marks.map(|mark| (labels.clusters + mark as usize, None, Some(mark)));
+        let own = corrected.memberships.iter().map(number);
+        let mut clusters = Self::of(labels, own, named.chain(marked));
+        clusters.retain(|cluster| match cluster.mark {
+            Some(_) => !cluster.members.is_empty(),
+            None => corrected.shown_as[cluster.number] as usize == cluster.number,
+        });
+        clusters
+    }
+
+    /// The clusters of these numbers, names and marks, with the pictures of each.
+    ///
+    /// - `own`: the number of each picture's cluster, by place.
+    fn of(
+        labels: &PseudoLabels,
+        own: impl Iterator<Item = usize>,
+        clusters: impl Iterator<Item = (usize, Option<String>, Option<PictureMark>)>,
+    ) -> Vec<Self> {
+        let empty = |(number, name, mark)| Self { number, name, mark, members: Vec::new() };
+        let mut clusters: Vec<Self> = clusters.map(empty).collect();
+        for (place, own) in own.enumerate() {
+            clusters[own].members.push(ClusterMember {
+                row: labels.index[place],
                 place: place as u32,
                 confidence: labels.confidence[place],
                 score: labels.score[place],
@@ -47,6 +87,15 @@ impl Cluster {
         }
         clusters.iter_mut().for_each(Self::sort);
         clusters
+    }
+
+    /// What the page calls it: `cluster 3`, `cluster 3: Beaches`, `marked as wrong`.
+    pub fn title(&self) -> String {
+        match (self.mark, &self.name) {
+            (Some(mark), _) => format!("marked as {}", mark.word()),
+            (None, Some(name)) => format!("cluster {}: {name}", self.number),
+            (None, None) => format!("cluster {}", self.number),
+        }
     }
 
     /// Moves the pictures of the clusters of each group into the first one, and drops the others. The
@@ -59,7 +108,8 @@ impl Cluster {
         let mut gone = Vec::new();
         for group in groups {
             let place = |clusters: &[Self], number: usize| {
-                let found = clusters.iter().position(|cluster| cluster.number == number);
+                let is_it = |cluster: &Self| cluster.number == number && cluster.mark.is_none();
+                let found = clusters.iter().position(is_it);
                 found.filter(|_| !gone.contains(&number)).with_context(|| {
                     format!(
                         "--merge {group}: there is no cluster {number}, or it was merged into another \
@@ -80,9 +130,9 @@ impl Cluster {
         Ok(clusters)
     }
 
-    /// Returns the index of each picture's cluster, by place, of `count` pictures.
+    /// Returns the index of each picture's cluster or mark, by place, of `count` pictures.
     pub fn of_places(clusters: &[Self], count: usize) -> Vec<u32> {
-        let mut found = vec![0; count];
+        let mut found = vec![NO_CLUSTER; count];
         for (k, cluster) in clusters.iter().enumerate() {
             cluster.members.iter().for_each(|member| found[member.place as usize] = k as u32);
         }
@@ -163,6 +213,46 @@ pub(crate) mod tests {
         assert_eq!(clusters[0].members[0].confidence, 0.75);
         assert!((clusters[0].confidence() - 0.625).abs() < 1e-9);
         assert_eq!(clusters[1].confidence(), 0.);
+    }
+
+    #[test]
+    fn corrected_clusters_have_names_and_marked_pictures_come_last() -> Result<()> {
+        let cluster = Membership::Cluster;
+        let corrected = CorrectedClusters {
+            memberships: vec![
+                cluster(2),
+                Membership::Marked(PictureMark::Outlier),
+                cluster(2),
+                cluster(0),
+                cluster(2),
+            ],
+            shown_as: vec![0, 0, 2],
+            names: vec![None, None, Some("Beaches".into())],
+            moved: 2,
+            not_applied: vec![],
+        };
+        let clusters = Cluster::corrected(&labels(), &corrected);
+        let found: Vec<_> = clusters
+            .iter()
+            .map(|cluster| {
+                (cluster.title(), cluster.members.iter().map(|member| member.row).collect())
+            })
+            .collect();
+        let want: [(&str, Vec<u32>); 3] = [
+            ("cluster 0", vec![5]),
+            ("cluster 2: Beaches", vec![3, 6, 0]),
+            ("marked as outlier", vec![1]),
+        ];
+        assert_eq!(found, want.map(|(title, rows)| (title.to_owned(), rows)));
+        assert_eq!(Cluster::of_places(&clusters, 5), [1, 2, 1, 0, 1]);
+        let numbers = |clusters: &[Cluster]| clusters.iter().map(|c| c.number).collect::<Vec<_>>();
+        assert_eq!(numbers(&clusters), [0, 2, 4]);
+        // What was marked is not a cluster to merge.
+        let merge =
+            |text: &str| Cluster::merged(clusters.clone(), &[text.parse().expect("numbers")]);
+        assert!(merge("0,4").is_err() && merge("0,1").is_err());
+        assert_eq!(numbers(&merge("2,0")?), [2, 4]);
+        Ok(())
     }
 
     #[test]

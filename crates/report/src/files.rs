@@ -7,6 +7,7 @@ use std::io::{self, Cursor, ErrorKind};
 use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result, bail, ensure};
+use data::corrections::PictureMark;
 use data::images::Id;
 use data::picture::Encoding;
 use data::{Images, Names};
@@ -25,22 +26,30 @@ pub const PICTURES: &str = "pictures";
 /// Writes `clusters.csv`: a line per picture, by cluster, and there by falling score.
 ///
 /// UTF-8 with a header. `name` as in `names.safetensors`, but see below; `cluster`; `confidence` and
-/// `score` in `[0, 1]`; `reliable` is `true` if the experiment would train on the picture's cluster.
+/// `score` in `[0, 1]`; `reliable` is `true` if the experiment would train on the picture's cluster;
+/// `cluster-name`, if a person named the cluster; `mark`, `wrong` or `outlier`, if a person marked the
+/// picture, which then has no `cluster`.
 ///
 /// A spreadsheet would compute a name such as `=1+1.jpg`. So a name that begins with `=`, `+`, `-`,
 /// `@`, a tab, a line break or one of their full-width forms gets a `'` in front, as does one that
 /// begins with `'`. To read a name, remove one `'` from its beginning.
 pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<()> {
     let mut table = csv::Writer::from_writer(Vec::new());
-    table.write_record(["name", "cluster", "confidence", "score", "reliable"])?;
+    let columns = ["name", "cluster", "confidence", "score", "reliable", "cluster-name", "mark"];
+    table.write_record(columns)?;
     for cluster in clusters {
+        let number = cluster.mark.map_or(cluster.number.to_string(), |_| String::new());
+        let name = without_formula(cluster.name.as_deref().unwrap_or_default());
+        let mark = cluster.mark.map_or("", PictureMark::word);
         for member in &cluster.members {
             table.write_record([
                 &*without_formula(&names.names[member.row as usize]),
-                &cluster.number.to_string(),
+                &number,
                 &format!("{:.4}", member.confidence),
                 &format!("{:.4}", member.score),
                 &member.reliable.to_string(),
+                &name,
+                mark,
             ])?;
         }
     }
@@ -54,7 +63,8 @@ fn without_formula(name: &str) -> Cow<'_, str> {
 }
 
 /// Writes a folder of pictures for each cluster: `<folder>/<cluster>/<rank>-<name>`. Rank 1 has the
-/// highest score.
+/// highest score. The folder of a cluster that a person named is `<cluster>-<its name>`; marked pictures are
+/// in `wrong` and `outliers`.
 ///
 /// The folders are made in a folder beside, which is renamed when it is complete: `folder` is whole
 /// or absent. If `folder` holds the same pictures already, nothing is done. The caller holds the
@@ -262,8 +272,14 @@ impl SortedPictures<'_> {
     }
 
     fn folder_name(&self, cluster: &Cluster) -> String {
-        let digits = digits(self.clusters.len().saturating_sub(1));
-        format!("{:0digits$}", cluster.number)
+        let clusters = self.clusters.iter().filter(|cluster| cluster.mark.is_none());
+        let digits = digits(clusters.map(|cluster| cluster.number).max().unwrap_or(0));
+        match (cluster.mark, &cluster.name) {
+            (Some(PictureMark::Wrong), _) => "wrong".to_owned(),
+            (Some(PictureMark::Outlier), _) => "outliers".to_owned(),
+            (None, None) => format!("{:0digits$}", cluster.number),
+            (None, Some(name)) => format!("{:0digits$}-{}", cluster.number, plain_name(name)),
+        }
     }
 }
 
@@ -320,13 +336,25 @@ fn with_extension(path: PathBuf, known: &[&str]) -> PathBuf {
 /// and at most the last 100 characters.
 fn file_name(name: &str) -> String {
     let last = name.rsplit(['/', '\\', '#']).find(|part| !part.is_empty()).unwrap_or("picture");
-    let safe = |c: char| match c {
-        '<' | '>' | ':' | '"' | '|' | '?' | '*' => '_',
-        c if c.is_control() => '_',
-        c => c,
-    };
     let characters: Vec<char> = last.chars().map(safe).collect();
     characters[characters.len().saturating_sub(100)..].iter().collect()
+}
+
+/// Makes the end of a folder's name from the name of a cluster. It has at most 100 characters, and at most
+/// 200 bytes: file systems allow 255.
+fn plain_name(name: &str) -> String {
+    let mut plain: String = name.chars().map(safe).collect();
+    plain.truncate(plain.floor_char_boundary(200));
+    plain.trim_end_matches(['.', ' ']).to_owned() // Windows removes them.
+}
+
+/// Replaces what some file system refuses in a name.
+fn safe(c: char) -> char {
+    match c {
+        '<' | '>' | ':' | '"' | '|' | '?' | '*' | '/' | '\\' => '_',
+        c if c.is_control() => '_',
+        c => c,
+    }
 }
 
 #[cfg(test)]
@@ -344,13 +372,20 @@ mod tests {
         write_table(&path, &Cluster::all(&labels()), &names())?;
         assert_eq!(
             fs::read_to_string(&path)?,
-            "name,cluster,confidence,score,reliable\n\
-             photos/5.png,0,0.7500,0.7000,true\n\
-             photos/1.png,0,0.5000,0.5000,true\n\
-             \"photos/6, again.png\",0,0.5000,0.5000,false\n\
-             <photos>/0.png,0,0.7500,0.2500,false\n\
-             photos/3.png,2,1.0000,1.0000,true\n"
+            "name,cluster,confidence,score,reliable,cluster-name,mark\n\
+             photos/5.png,0,0.7500,0.7000,true,,\n\
+             photos/1.png,0,0.5000,0.5000,true,,\n\
+             \"photos/6, again.png\",0,0.5000,0.5000,false,,\n\
+             <photos>/0.png,0,0.7500,0.2500,false,,\n\
+             photos/3.png,2,1.0000,1.0000,true,,\n"
         );
+        let mut clusters = Cluster::all(&labels());
+        clusters[0].name = Some("=a,b".into());
+        clusters[2].mark = Some(PictureMark::Outlier);
+        write_table(&path, &clusters, &names())?;
+        let table = fs::read_to_string(&path)?;
+        assert!(table.contains("photos/1.png,0,0.5000,0.5000,true,\"'=a,b\",\n"), "{table}");
+        assert!(table.ends_with("photos/3.png,,1.0000,1.0000,true,,outlier\n"), "{table}");
         Ok(())
     }
 
@@ -359,6 +394,33 @@ mod tests {
         let clusters = Cluster::all(&labels());
         let form = Form::Copy { images, source: None };
         write_pictures(out, form, &clusters, names, &Interrupt::default())
+    }
+
+    #[test]
+    fn folders_have_the_names_of_clusters_and_marks() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (images, names) = prepared(folder.path())?;
+        let mut clusters = Cluster::all(&labels());
+        clusters[0].name = Some("../Dogs: <b>. ".into());
+        clusters[1].name = Some("ä".repeat(150));
+        clusters[1].number = 11;
+        clusters[2].mark = Some(PictureMark::Wrong);
+        let outliers =
+            Cluster { mark: Some(PictureMark::Outlier), members: vec![], ..clusters[2].clone() };
+        clusters.push(outliers);
+        let out = folder.path().join(PICTURES);
+        let form = Form::Copy { images: &images, source: None };
+        for _ in 0..2 {
+            write_pictures(&out, form, &clusters, &names, &Interrupt::default())?;
+        }
+        let mut found: Vec<String> = entries(&out)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<_>>()?;
+        found.sort();
+        let long = format!("11-{}", "ä".repeat(100));
+        assert_eq!(found, ["00-.._Dogs_ _b_", &long, "outliers", "wrong"]);
+        assert_eq!(entries(&out.join("wrong"))?.count(), 1);
+        Ok(())
     }
 
     #[test]

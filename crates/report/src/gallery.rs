@@ -20,7 +20,7 @@ pub struct Gallery<'a> {
     pub names: &'a Names,
     /// The pseudo-labels that the clusters are made of.
     pub labels: &'a PseudoLabels,
-    /// All clusters.
+    /// All clusters, then the marked pictures.
     pub clusters: &'a [Cluster],
     /// Ground truth, where there is one.
     pub truth: Option<&'a Labels>,
@@ -76,14 +76,15 @@ impl Gallery<'_> {
         chosen
     }
 
-    /// The sections of all clusters, the largest first.
+    /// The sections of all clusters, the largest first, then those of marked pictures.
     ///
     /// # Errors
     ///
     /// A picture is damaged.
     pub fn sections(&self, chosen: &[bool]) -> Result<String> {
         let mut largest_first: Vec<(usize, &Cluster)> = self.clusters.iter().enumerate().collect();
-        largest_first.sort_by_key(|(_, cluster)| std::cmp::Reverse(cluster.members.len())); // Stable.
+        largest_first // Stable.
+            .sort_by_key(|(_, cluster)| (cluster.mark, std::cmp::Reverse(cluster.members.len())));
         let sections =
             largest_first.par_iter().map(|(k, cluster)| self.section(*k, cluster, chosen));
         sections.collect()
@@ -92,10 +93,11 @@ impl Gallery<'_> {
     fn section(&self, k: usize, cluster: &Cluster, chosen: &[bool]) -> Result<String> {
         let count = cluster.members.len();
         let mut html = format!(
-            "<section class=\"cluster\" id=\"c{0}\"><h3>Cluster {0} <small>{count} pictures, mean \
+            "<section class=\"cluster\" id=\"c{0}\"><h3>{2} <small>{count} pictures, mean \
              confidence {1:.2}</small></h3>\n",
             cluster.number,
-            cluster.confidence()
+            cluster.confidence(),
+            heading(cluster)
         );
         if count > 0 {
             self.write_about(&mut html, k, cluster);
@@ -132,13 +134,10 @@ impl Gallery<'_> {
     /// Writes the line below the heading: how sure its pictures are, similar clusters, classes.
     fn write_about(&self, html: &mut String, k: usize, cluster: &Cluster) {
         let _ = write!(html, "<div class=\"about\">{}", histogram(cluster));
-        if let Some(analysis) = self.analysis {
-            let others =
-                analysis.similar_clusters[k].iter().map(|&other| &self.clusters[other as usize]);
+        if let Some(similar) = self.analysis.and_then(|found| found.similar_clusters.get(k)) {
+            let others = similar.iter().map(|&other| &self.clusters[other as usize]);
             let others = others.filter(|other| !other.members.is_empty()).take(3);
-            let links: Vec<String> = others
-                .map(|other| format!("<a href=\"#c{0}\">cluster {0}</a>", other.number))
-                .collect();
+            let links: Vec<String> = others.map(link_to).collect();
             if !links.is_empty() {
                 let _ = write!(html, "<span>most similar: {}</span>", links.join(", "));
             }
@@ -245,26 +244,24 @@ impl Gallery<'_> {
              away. They may be damaged, or belong to no cluster.</p>\n<ul class=\"list\">\n",
         );
         for &place in &analysis.outliers {
-            let number = self.number_of(place);
+            let cluster = self.cluster_of(place).map(link_to).unwrap_or_default();
             let link = self.link(place, chosen);
-            let _ = writeln!(
-                html,
-                "<li><div class=\"strip\">{link}</div>in <a href=\"#c{number}\">cluster {number}</a></li>"
-            );
+            let _ = writeln!(html, "<li><div class=\"strip\">{link}</div>in {cluster}</li>");
         }
         html.push_str("</ul>\n");
     }
 
-    fn number_of(&self, place: u32) -> usize {
+    fn cluster_of(&self, place: u32) -> Option<&Cluster> {
         let has = |cluster: &&Cluster| cluster.members.iter().any(|member| member.place == place);
-        self.clusters.iter().find(has).map_or(0, |cluster| cluster.number)
+        self.clusters.iter().find(has)
     }
 
     /// The pictures that disagree with their cluster, the most confident first.
     fn disagreements(&self) -> Vec<Disagreement> {
         let Some(truth) = self.truth else { return vec![] };
         let mut found: Vec<(f32, Disagreement)> = Vec::new();
-        for (cluster, Cluster { members, .. }) in self.clusters.iter().enumerate() {
+        let clusters = self.clusters.iter().enumerate();
+        for (cluster, Cluster { members, .. }) in clusters.filter(|(_, own)| own.mark.is_none()) {
             let Some(&(_, usual)) = self.classes_of(&self.clusters[cluster]).first() else {
                 continue;
             };
@@ -292,17 +289,36 @@ impl Gallery<'_> {
             found.len().min(DISAGREEING)
         );
         for Disagreement { place, cluster, class, usual } in found.iter().take(DISAGREEING) {
-            let number = self.clusters[*cluster].number;
             let _ = writeln!(
                 html,
-                "<li><div class=\"strip\">{}</div>{} in <a href=\"#c{number}\">cluster {number}</a>, which is \
-                 mostly {}</li>",
+                "<li><div class=\"strip\">{}</div>{} in {}, which is mostly {}</li>",
                 self.link(*place, chosen),
                 inline(&truth.classes[*class as usize]),
+                link_to(&self.clusters[*cluster]),
                 inline(&truth.classes[*usual as usize])
             );
         }
         html.push_str("</ul>\n");
+    }
+}
+
+/// The heading of a cluster.
+fn heading(cluster: &Cluster) -> String {
+    let called = called(cluster);
+    let (first, others) = called.split_at(1);
+    first.to_uppercase() + others
+}
+
+/// A link to the section of a cluster.
+fn link_to(cluster: &Cluster) -> String {
+    format!("<a href=\"#c{}\">{}</a>", cluster.number, called(cluster))
+}
+
+/// [`Cluster::title`] as HTML.
+fn called(cluster: &Cluster) -> String {
+    match (cluster.mark, &cluster.name) {
+        (None, Some(name)) => format!("cluster {}: {}", cluster.number, inline(name)),
+        _ => cluster.title(),
     }
 }
 

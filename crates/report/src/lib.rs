@@ -7,6 +7,9 @@
 //! - `clusters.csv`, a line per picture with its name, cluster and confidence;
 //! - with `--pictures`, `--copy-to` or `--link-to`, a folder of pictures for each cluster.
 //!
+//! With `--corrections` all three show the clusters as a person corrected them, see [`data::corrections`]. That is a
+//! final relabelling: no head is trained on corrections, and the scores are those of the run.
+//!
 //! Page and table are written first. One process at a time writes a report; another one waits for
 //! it. Each file, and the folder of pictures, is whole or absent, whenever the program is killed.
 //!
@@ -39,8 +42,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
+use data::corrections::{ClusteredPictures, CorrectedClusters, Corrections};
 use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
 use stage::{Claim, Interrupt, console, json};
 
@@ -81,6 +85,16 @@ pub struct ReportArguments {
     /// Most pictures on the page, so that it stays small; a thumbnail has 5 to 10 kB.
     #[arg(long, value_name = "N", default_value_t = 2000)]
     pub thumbnails: usize,
+    /// Corrections by hand to apply: corrections.toml.
+    #[arg(long, value_name = "FILE")]
+    pub corrections: Option<PathBuf>,
+    /// The run that the corrections are about, where the pictures of the report are others: the folder of its
+    /// images.safetensors and names.safetensors. Clusters are then renamed and merged only.
+    #[arg(long, value_name = "DIR", requires_all = ["corrections", "corrected_pseudo_labels"])]
+    pub corrected_data: Option<PathBuf>,
+    /// The pseudo-labels of that run.
+    #[arg(long, value_name = "FILE", requires = "corrected_data")]
+    pub corrected_pseudo_labels: Option<PathBuf>,
     /// Show these clusters as one, under the first number. Repeat for several.
     #[arg(long, value_name = "K,K")]
     pub merge: Vec<MergedNumbers>,
@@ -100,6 +114,9 @@ pub struct ReportArguments {
     /// Folder to write into; created if missing.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Print the clusters as one JSON object instead of the paths.
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn step(word: &str) -> Result<(String, PathBuf), String> {
@@ -119,19 +136,43 @@ pub fn program(words: Vec<OsString>) -> ExitCode {
         Err(error) => error.exit(),
     };
     let print = |path: &PathBuf| console::print_line(console::printable(&path.to_string_lossy()));
-    let result = Interrupt::listen()
-        .and_then(|interrupt| run(&arguments, &interrupt))
-        .and_then(|written| written.iter().try_for_each(print));
+    let result =
+        Interrupt::listen().and_then(|interrupt| run(&arguments, &interrupt)).and_then(|written| {
+            match arguments.json {
+                true => console::print_line(written.json()),
+                false => written.paths.iter().try_for_each(print),
+            }
+        });
     stage::finish("report", &result)
 }
 
-/// Writes the report; returns the paths that it wrote, the page first.
+/// A report that was written.
+#[derive(Debug)]
+pub struct WrittenReport {
+    /// The paths, the page first.
+    pub paths: Vec<PathBuf>,
+    /// The clusters that it shows, then the marked pictures.
+    pub clusters: Vec<Cluster>,
+}
+
+impl WrittenReport {
+    /// `{"clusters": [{"number": 3, "name": "Beaches", "pictures": 12}, …]}`, without marked pictures.
+    fn json(&self) -> serde_json::Value {
+        let clusters = self.clusters.iter().filter(|cluster| cluster.mark.is_none());
+        let shown = clusters.map(|Cluster { number, name, members, .. }| {
+            serde_json::json!({ "number": number, "name": name, "pictures": members.len() })
+        });
+        serde_json::json!({ "clusters": shown.collect::<Vec<_>>() })
+    }
+}
+
+/// Writes the report.
 ///
 /// # Errors
 ///
 /// An input is missing or damaged, the inputs are about different pictures, an output cannot be
 /// written, or the program is interrupted.
-pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<PathBuf>> {
+pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<WrittenReport> {
     let images = Images::open(&arguments.images)?;
     let names = Names::open(&arguments.names)?;
     let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
@@ -147,7 +188,12 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     }
     let truth = truth.filter(|truth| truth.labels.iter().any(Option::is_some));
 
-    let clusters = Cluster::merged(Cluster::all(&labels), &arguments.merge)?;
+    let corrected = corrected(arguments, &images, &names, &labels)?;
+    let clusters = match &corrected {
+        Some(corrected) => Cluster::corrected(&labels, corrected),
+        None => Cluster::all(&labels),
+    };
+    let clusters = Cluster::merged(clusters, &arguments.merge)?;
     let out = &arguments.out;
     let _claim = Claim::wait(out, interrupt)?;
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
@@ -156,6 +202,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
     let mut between_heads = None;
+    facts.extend(corrected.iter().flat_map(corrections_facts));
     facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
     for (step, folder) in &arguments.steps {
         let path = folder.join(RoundMetrics::FILE);
@@ -194,9 +241,9 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
         charts,
     }
     .html()?;
-    let mut written = vec![out.join(PAGE), out.join(files::TABLE)];
-    stage::files::write(&written[0], html.as_bytes())?;
-    files::write_table(&written[1], &clusters, &names)?;
+    let mut paths = vec![out.join(PAGE), out.join(files::TABLE)];
+    stage::files::write(&paths[0], html.as_bytes())?;
+    files::write_table(&paths[1], &clusters, &names)?;
     let beside = arguments.pictures.then(|| out.join(files::PICTURES));
     let source = arguments.source.as_deref();
     let copy = Form::Copy { images: &images, source };
@@ -204,9 +251,51 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Vec<Pat
     let links = arguments.link_to.iter().zip(source.map(Form::LinkTo));
     for (folder, form) in copies.chain(links) {
         files::write_pictures(folder, form, &clusters, &names, interrupt)?;
-        written.push(folder.clone());
+        paths.push(folder.clone());
     }
-    Ok(written)
+    Ok(WrittenReport { paths, clusters })
+}
+
+/// Applies the corrections, if any are given, and warns of those that could not be applied.
+fn corrected(
+    arguments: &ReportArguments,
+    images: &Images,
+    names: &Names,
+    labels: &PseudoLabels,
+) -> Result<Option<CorrectedClusters>> {
+    let Some(path) = &arguments.corrections else { return Ok(None) };
+    ensure!(path.exists(), "there is no file `{}`", path.display());
+    let corrections = Corrections::open(path)?;
+    let corrected = match (&arguments.corrected_data, &arguments.corrected_pseudo_labels) {
+        (Some(data), Some(file)) => {
+            let images = Images::open(&data.join("images.safetensors"))?;
+            let names = Names::open(&data.join("names.safetensors"))?;
+            let learnt = PseudoLabels::open(file)?;
+            ensure!(
+                labels.clusters == learnt.clusters,
+                "`{}` has {} clusters but `{}` has {}; predict with the head of that run",
+                arguments.pseudo_labels.display(),
+                labels.clusters,
+                file.display(),
+                learnt.clusters
+            );
+            let run = ClusteredPictures::of(&learnt, &images, &names)?;
+            corrections.resolve(&run).of_other_pictures(&labels.assignment)
+        }
+        _ => corrections.resolve(&ClusteredPictures::of(labels, images, names)?),
+    };
+    corrected.not_applied.iter().for_each(|sentence| tracing::warn!("{sentence}"));
+    Ok(Some(corrected))
+}
+
+/// What the page says about corrections.
+fn corrections_facts(corrected: &CorrectedClusters) -> Vec<String> {
+    let summary = corrected.summary().map(|summary| {
+        format!(
+            "{summary} The scores, and how far to trust the clusters, are of the run before that."
+        )
+    });
+    summary.into_iter().chain(corrected.not_applied.iter().cloned()).collect()
 }
 
 /// The paragraphs below the heading.
@@ -234,7 +323,9 @@ fn analysis(
     let Some(path) = &arguments.embeddings else { return Ok(None) };
     let rows = UnitRows::open(path, labels)?;
     let own = Cluster::of_places(clusters, labels.index.len());
-    Ok(Some(Analysis::of(rows, &own, clusters.len(), interrupt)?))
+    // Marked pictures come last.
+    let count = clusters.iter().filter(|cluster| cluster.mark.is_none()).count();
+    Ok(Some(Analysis::of(rows, &own, count, interrupt)?))
 }
 
 /// What the page shows of the log of a step; nothing where it has no log.
@@ -364,6 +455,10 @@ pub(crate) mod tests {
             link_to: None,
             source: None,
             out: folder.join("out/report"),
+            corrections: None,
+            corrected_data: None,
+            corrected_pseudo_labels: None,
+            json: false,
         };
         names.write(&arguments.names)?;
         PseudoLabels { data_set: images.data_set().clone(), ..labels() }
@@ -386,7 +481,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let mut arguments = arguments(folder.path())?;
         for _ in 0..2 {
-            let written = run(&arguments, &Interrupt::default())?;
+            let written = run(&arguments, &Interrupt::default())?.paths;
             let out = &arguments.out;
             assert_eq!(written, [out.join("report.html"), out.join("clusters.csv")]);
             let page = fs::read_to_string(&written[0])?;
@@ -406,7 +501,7 @@ pub(crate) mod tests {
         }
         arguments.pictures = true;
         for _ in 0..2 {
-            assert_eq!(run(&arguments, &Interrupt::default())?.len(), 3);
+            assert_eq!(run(&arguments, &Interrupt::default())?.paths.len(), 3);
         }
         // If other pictures are in its place, page and table are still written.
         fs::write(arguments.out.join("pictures/mine"), "mine")?;
@@ -421,7 +516,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let merge = vec!["2,0".parse().map_err(anyhow::Error::msg)?];
         let arguments = ReportArguments { merge, ..arguments(folder.path())? };
-        let written = run(&arguments, &Interrupt::default())?;
+        let written = run(&arguments, &Interrupt::default())?.paths;
         let (page, table) = (fs::read_to_string(&written[0])?, fs::read_to_string(&written[1])?);
         assert!(page.contains("Cluster 2 <small>5 pictures") && !page.contains("Cluster 0"));
         assert!(page.contains("Clusters 2, 0 are shown as cluster 2"), "{page}");
@@ -430,6 +525,105 @@ pub(crate) mod tests {
         let error = run(&ReportArguments { merge, ..arguments }, &Interrupt::default());
         let error = error.expect_err("no cluster 3").to_string();
         assert!(error.contains("--merge 0,3") && error.contains("no cluster 3"), "{error}");
+        Ok(())
+    }
+
+    /// The first four of the five pictures are in cluster 0 but for row 3.
+    #[test]
+    fn corrections_are_in_page_table_and_folders() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut arguments = ReportArguments { pictures: true, ..arguments(folder.path())? };
+        let clustered = |arguments: &ReportArguments| {
+            let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
+            ClusteredPictures::of(
+                &labels,
+                &Images::open(&arguments.images)?,
+                &Names::open(&arguments.names)?,
+            )
+        };
+        let of_run = clustered(&arguments)?;
+        let path = folder.path().join(Corrections::FILE);
+        arguments.corrections = Some(path.clone());
+        let error = run(&arguments, &Interrupt::default()).expect_err("no such file").to_string();
+        assert!(error.contains("corrections.toml"), "{error}");
+        let mut corrections = Corrections::default();
+        corrections.rename(&of_run, 0, Some("=<b>Dogs"))?;
+        corrections.move_pictures(&of_run, &[0], 2)?;
+        corrections.mark(&of_run, &[1], data::corrections::PictureMark::Outlier)?;
+        corrections.write(&path)?;
+
+        let written = run(&arguments, &Interrupt::default())?;
+        let sizes = json!({ "clusters": [
+            { "number": 0, "name": "=<b>Dogs", "pictures": 2 },
+            { "number": 1, "name": null, "pictures": 0 },
+            { "number": 2, "name": null, "pictures": 2 },
+        ]});
+        assert_eq!(written.json(), sizes);
+        let (page, table) =
+            (fs::read_to_string(&written.paths[0])?, fs::read_to_string(&written.paths[1])?);
+        for part in [
+            "Cluster 0: <bdi>=&lt;b&gt;Dogs</bdi> <small>2 pictures",
+            "Cluster 2 <small>2 pictures",
+            "Marked as outlier <small>1 pictures",
+            "Corrections by hand: 1 cluster named, 1 picture moved, 1 picture marked as outlier. The scores",
+            r#""titles":["cluster 0: =\u003cb>Dogs","cluster 1","cluster 2","marked as outlier"]"#,
+        ] {
+            assert!(page.contains(part), "{part} is not in: {page}");
+        }
+        for line in [
+            "photos/5.png,0,0.7500,0.7000,true,'=<b>Dogs,",
+            "<photos>/0.png,2,0.7500,0.2500,false,,",
+            "photos/1.png,,0.5000,0.5000,true,,outlier",
+        ] {
+            assert!(table.lines().any(|found| found == line), "{line} is not in: {table}");
+        }
+        let pictures = |name: &str| fs::read_dir(arguments.out.join(name)).map(Iterator::count);
+        assert_eq!(pictures("pictures/0-=_b_Dogs")?, 2);
+        assert_eq!(pictures("pictures/outliers")?, 1);
+
+        // Other pictures: clusters have their names, and nothing is moved.
+        let others = folder.path().join("others");
+        arguments.corrected_data = Some(folder.path().to_owned());
+        arguments.corrected_pseudo_labels = Some(arguments.pseudo_labels.clone());
+        arguments.pictures = false;
+        arguments.pseudo_labels = others.clone();
+        let labels = PseudoLabels::open(&folder.path().join("pseudo-labels.safetensors"))?;
+        PseudoLabels { assignment: vec![2, 2, 2, 0, 2], clusters: 3, ..labels.clone() }
+            .write(&others)?;
+        let written = run(&arguments, &Interrupt::default())?;
+        let sizes: Vec<usize> =
+            written.clusters.iter().map(|cluster| cluster.members.len()).collect();
+        assert_eq!(sizes, [1, 0, 4]);
+        assert_eq!(written.clusters[0].name.as_deref(), Some("=<b>Dogs"));
+        PseudoLabels { prototypes: vec![0.; 4], clusters: 4, ..labels }.write(&others)?;
+        assert!(run(&arguments, &Interrupt::default()).is_err(), "another number of clusters");
+        Ok(())
+    }
+
+    #[test]
+    fn corrections_that_do_not_fit_are_facts_of_the_page() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut arguments = arguments(folder.path())?;
+        let path = folder.path().join(Corrections::FILE);
+        let id = "ab".repeat(32);
+        fs::write(
+            &path,
+            format!(
+                "format-version = 1\n[[cluster]]\nnumber = 3\nname = \"<i>Dogs\"\nexemplars = [\"{id}\"]\n\
+                 [[picture]]\nid = \"{id}\"\nname = \"<script>\"\nmark = \"wrong\"\n"
+            ),
+        )?;
+        arguments.corrections = Some(path);
+        let page = fs::read_to_string(&run(&arguments, &Interrupt::default())?.paths[0])?;
+        assert!(
+            page.contains("<p>Cluster 3 (`&lt;i&gt;Dogs`) of the corrections was not found"),
+            "{page}"
+        );
+        assert!(
+            page.contains("<p>1 corrected picture is not in this run: `&lt;script&gt;`.</p>"),
+            "{page}"
+        );
+        assert!(!page.contains("Corrections by hand"), "nothing was applied");
         Ok(())
     }
 
@@ -475,7 +669,7 @@ pub(crate) mod tests {
             let reports: Vec<_> =
                 (0..4).map(|_| scope.spawn(|| run(&arguments, &Interrupt::default()))).collect();
             for report in reports {
-                assert_eq!(report.join().expect("no panic").expect("written").len(), 3);
+                assert_eq!(report.join().expect("no panic").expect("written").paths.len(), 3);
             }
         });
         let count = |folder: &str| fs::read_dir(arguments.out.join(folder)).map(Iterator::count);

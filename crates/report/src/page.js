@@ -17,7 +17,7 @@ const second = numbers(data.second);
 const rowOfShown = new Map(Array.from(shown, (place, row) => [place, row]));
 const NONE = 0xffffffff;
 
-const clusterName = k => "cluster " + data.clusters[k];
+const clusterName = k => data.titles[k];
 const className = place => classOf && classOf[place] !== NONE ? data.classes[classOf[place]] : null;
 const link = place => byId("i" + place);
 const nameOf = place => {
@@ -61,10 +61,10 @@ function open(place) {
   const list = byId("view-facts");
   list.replaceChildren();
   const fact = (term, text) => text && (element("dt", term, list), element("dd", text, list));
-  fact("Cluster", String(data.clusters[clusterOf[place]]));
+  fact("Cluster", clusterName(clusterOf[place]).replace(/^cluster /, ""));
   fact("Confidence", (confidence[place] / 255).toFixed(2));
   const row = rowOfShown.get(place);
-  if (second.length && second[row] !== NONE) fact("Second-best cluster", String(data.clusters[second[row]]));
+  if (second.length && second[row] !== NONE) fact("Second-best cluster", clusterName(second[row]).replace(/^cluster /, ""));
   fact("Class", className(place));
   const strip = byId("view-near");
   strip.replaceChildren();

@@ -176,6 +176,7 @@ impl Page<'_> {
         let own = Cluster::of_places(clusters, chosen.len());
         let mut data = json!({
             "clusters": clusters.iter().map(|cluster| cluster.number).collect::<Vec<_>>(),
+            "titles": clusters.iter().map(Cluster::title).collect::<Vec<_>>(),
             "cluster": words(&own),
             "confidence": BASE64_STANDARD.encode(confidence),
             "shown": words(&shown),

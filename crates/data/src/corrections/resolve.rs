@@ -166,6 +166,15 @@ impl KnownCluster {
 }
 
 impl CorrectedClusters {
+    /// The same clusters with other pictures, which came after the corrections: they get the cluster that
+    /// theirs is shown as.
+    ///
+    /// - `assignment`: the cluster of each in the run, by place, below `K`.
+    pub fn of_other_pictures(&self, assignment: &[u32]) -> Self {
+        let shown = assignment.iter().map(|&own| Membership::Cluster(self.shown_as[own as usize]));
+        Self { memberships: shown.collect(), moved: 0, ..self.clone() }
+    }
+
     /// Says how many corrections were applied; `None` if there are none.
     pub fn summary(&self) -> Option<String> {
         let marked = |mark| {
