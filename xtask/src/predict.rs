@@ -3,12 +3,16 @@
 //! The pictures are prepared like those of the run. `embed` applies the run's last network to them,
 //! `predict` its last head, `metrics` scores the result if there is ground truth, and `report`
 //! shows it. Finished steps are not repeated.
+//!
+//! If the run has corrections by hand, the pictures get the names of the clusters and the clusters that theirs are
+//! merged into. The scores are those before that.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::Deserialize;
 use serde_json::json;
 use stage::console::print_line;
 use stage::finished::{self, Digests};
@@ -22,7 +26,7 @@ use crate::prepared::PreparedData;
 use crate::process::Process;
 use crate::programs::{Executable, Programs};
 use crate::record::{Recorded, RecordedStep, Which};
-use crate::report::REPORT;
+use crate::report::{LABELS, REPORT};
 use crate::results::MetricsFile;
 use crate::run::Call;
 use crate::source::{absolute_source, text_of};
@@ -75,10 +79,10 @@ fn predict(session: &CommandContext, run: &Recorded, options: &PredictOptions) -
         store: Store::of_steps(&run.runs),
     };
     let folder = prediction.make()?;
-    prediction.report(&folder)?;
+    let shown = prediction.report(&folder)?;
     let view = prediction.view();
     // On a system without links, a view is a file.
-    tell(if view.is_dir() { &view } else { &folder })
+    tell(if view.is_dir() { &view } else { &folder }, &shown)
 }
 
 /// The network and the head of a finished run.
@@ -86,6 +90,7 @@ struct Learnt<'a> {
     experiment: Experiment,
     network_step: &'a RecordedStep,
     network: PathBuf,
+    /// The folder of the head and of the clusters.
     head: PathBuf,
     _held: Vec<Hold>,
 }
@@ -197,8 +202,8 @@ impl Prediction<'_> {
         Ok(())
     }
 
-    /// Writes the report of the predictions into their folder.
-    fn report(&self, folder: &Path) -> Result<()> {
+    /// Writes the report of the predictions into their folder. Returns the clusters that it shows.
+    fn report(&self, folder: &Path) -> Result<ShownClusters> {
         let mut step = OsString::from("0-metrics=");
         step.push(folder.join("metrics"));
         let mut arguments: Vec<OsString> = Vec::new();
@@ -219,8 +224,21 @@ impl Prediction<'_> {
         for (flag, file) in of_run.into_iter().filter(|(_, file)| file.exists()) {
             arguments.extend([flag.into(), file.into()]);
         }
+        if let Some(corrections) = self.run.corrections() {
+            tracing::info!("applying the corrections of `{}`", corrections.display());
+            for (flag, value) in [
+                ("--corrections", corrections),
+                ("--corrected-data", self.run.data()),
+                ("--corrected-pseudo-labels", self.learnt.head.join(LABELS)),
+            ] {
+                arguments.extend([flag.into(), value.into()]);
+            }
+        }
+        arguments.push("--json".into());
         let program = Executable::own(REPORT, &self.session.registry)?;
-        self.process(REPORT, &program, &arguments).run(None)
+        let printed = self.process(REPORT, &program, &arguments).printed()?;
+        serde_json::from_str(&printed)
+            .with_context(|| format!("reading what the helper `{REPORT}` printed: {printed}"))
     }
 
     fn process<'b>(
@@ -298,10 +316,33 @@ fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
     })
 }
 
+/// What the helper `report` prints with `--json`.
+#[derive(Deserialize)]
+struct ShownClusters {
+    clusters: Vec<ShownCluster>,
+}
+
+#[derive(Deserialize)]
+struct ShownCluster {
+    number: usize,
+    name: Option<String>,
+    pictures: usize,
+}
+
+impl ShownClusters {
+    /// The size of each cluster, with its name if it has one: `0 (Beaches): 12, 1: 7`.
+    fn sizes(&self) -> String {
+        let size = |cluster: &ShownCluster| match &cluster.name {
+            Some(name) => format!("{} ({name}): {}", cluster.number, cluster.pictures),
+            None => format!("{}: {}", cluster.number, cluster.pictures),
+        };
+        self.clusters.iter().map(size).collect::<Vec<_>>().join(", ")
+    }
+}
+
 /// Prints the scores, if any, the cluster sizes, and the paths of the table and the page.
-fn tell(folder: &Path) -> Result<()> {
+fn tell(folder: &Path, shown: &ShownClusters) -> Result<()> {
     let found = MetricsFile::read(&folder.join("metrics"))?;
-    let sizes: Vec<String> = found.sizes.iter().map(usize::to_string).collect();
     let scores = match found.head {
         Some(scores) if scores.acc.is_some() => {
             let percent = |score: Option<f64>| {
@@ -319,7 +360,7 @@ fn tell(folder: &Path) -> Result<()> {
     print_line(format_args!(
         "{} images: {scores}; cluster sizes {}\n  table: {}\n  page: {}",
         found.images,
-        sizes.join(" "),
+        shown.sizes(),
         folder.join("report/clusters.csv").display(),
         folder.join("report/report.html").display()
     ))

@@ -18,6 +18,9 @@ use crate::store::{self, Hold, StepState, Store};
 /// Name of the record in the folder of a run.
 const FILE: &str = "run.json";
 
+/// Name of the corrections by hand in the folder of a run. They belong to a person: no command removes them.
+pub const CORRECTIONS: &str = "corrections.toml";
+
 /// The view of the prepared data in the folder of a run.
 const DATA: &str = "data";
 
@@ -249,6 +252,11 @@ impl Recorded {
     /// The folder of the prepared data.
     pub fn data(&self) -> PathBuf {
         Store::of_data(&self.runs).path(&self.record.data)
+    }
+
+    /// The file of corrections by hand, if there is one.
+    pub fn corrections(&self) -> Option<PathBuf> {
+        Some(self.folder.join(CORRECTIONS)).filter(|path| path.exists())
     }
 
     /// The folder of a step's result.

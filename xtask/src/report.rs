@@ -26,6 +26,9 @@ pub struct ReportOptions {
     /// Most pictures on the page, so that it stays small; a thumbnail has 5 to 10 kB.
     #[arg(long, value_name = "N", default_value_t = THUMBNAILS)]
     thumbnails: usize,
+    /// Show the clusters as the run has them, without the corrections of corrections.toml in its folder.
+    #[arg(long)]
+    no_corrections: bool,
     /// Show these clusters as one, under the first number; can be repeated.
     #[arg(long, value_name = "K,K")]
     merge: Vec<String>,
@@ -62,6 +65,7 @@ impl ReportOptions {
             which: Which::of_folder(run),
             shown: SHOWN,
             thumbnails: THUMBNAILS,
+            no_corrections: false,
             merge: vec![],
             pictures: false,
             copy_to: None,
@@ -113,7 +117,14 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
     let embedded = embeddings_of(&steps, last, &session.registry.specs());
-    let arguments = arguments(run, &steps, last, embedded, options);
+    let mut arguments = arguments(run, &steps, last, embedded, options);
+    if let Some(corrections) = run.corrections().filter(|_| !options.no_corrections) {
+        tracing::info!(
+            "applying the corrections of `{}`; `assort report --no-corrections` shows the run without them",
+            corrections.display()
+        );
+        arguments.extend(["--corrections".into(), corrections.into()]);
+    }
     let interrupt = &session.interrupt;
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
 }
