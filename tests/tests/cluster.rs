@@ -169,6 +169,113 @@ fn clusters_keep_their_numbers_when_pictures_are_added_and_values_change() {
     assert!(same == most && same > PICTURES / 2, "{same} of {most}");
 }
 
+/// A line of the table: cluster, name of the cluster, mark.
+fn corrected(table: &Path) -> BTreeMap<String, [String; 3]> {
+    let table = fs::read_to_string(table).expect("a table");
+    let line = |line: &str| {
+        let cells: Vec<String> = line.split(',').map(str::to_owned).collect();
+        let [name, cluster, _, _, _, cluster_name, mark] = cells.try_into().expect("seven columns");
+        (name, [cluster, cluster_name, mark])
+    };
+    table.lines().skip(1).map(line).collect()
+}
+
+/// Corrections as a person writes them who knows the files: of a run that numbered its clusters 7, 5 and 9.
+fn corrections(pictures: &Path, [first, second, third]: [&[&String]; 3]) -> String {
+    let id = |name: &String| format!("\"{}\"", sha(&fs::read(pictures.join(name)).expect("there")));
+    let cluster = |number: u32, name: &str, members: &[&String]| {
+        let exemplars: Vec<String> = members.iter().take(16).map(|name| id(name)).collect();
+        format!("[[cluster]]\nnumber = {number}\n{name}\nexemplars = [{}]\n", exemplars.join(", "))
+    };
+    [
+        "format-version = 1\n".to_owned(),
+        cluster(7, "name = \"=Bars\"", first),
+        cluster(5, "", second),
+        cluster(9, "", third),
+        "[[merge]]\nclusters = [7, 5]\n".to_owned(),
+        format!("[[picture]]\nid = {}\nname = \"x\"\ncluster = 9\n", id(first[0])),
+        format!("[[picture]]\nid = {}\nname = \"y\"\nmark = \"outlier\"\n", id(third[0])),
+    ]
+    .concat()
+}
+
+#[test]
+fn corrections_outlive_added_pictures_and_name_the_clusters_of_later_ones() {
+    let folder = photographs();
+    let folder = folder.path();
+    let (run, pictures) = (folder.join("runs/photos-pictures/0"), folder.join("pictures"));
+    succeeds(folder, &["--clusters", "3"]);
+    let first = clusters(folder);
+    let members = |number: usize| -> Vec<&String> {
+        first.iter().filter(|(_, own)| **own == number).map(|(name, _)| name).collect()
+    };
+    let members = [0, 1, 2].map(members);
+    let text = corrections(&pictures, [&members[0], &members[1], &members[2]]);
+    fs::write(run.join("corrections.toml"), &text).expect("written");
+
+    let more = tempfile::tempdir().expect("a folder");
+    pictures::write(more.path(), PLAIN, 1).expect("written");
+    let from = more.path().join("corners/001.png");
+    fs::rename(from, pictures.join("new.png")).expect("moved");
+    fs::remove_file(pictures.join(members[1][0])).expect("removed");
+    let output = cluster(folder, &["--clusters", "3", "--copy-to", "sorted"]);
+    let message = stderr(&output);
+    assert!(output.status.success(), "{message}");
+    assert!(
+        message.contains("applying the corrections of `runs/photos-pictures/0/corr"),
+        "{message}"
+    );
+    assert_eq!(fs::read_to_string(run.join("corrections.toml")).expect("there"), text);
+
+    let found = corrected(&run.join("report/clusters.csv"));
+    let plain = clusters_without_corrections(folder);
+    let [bars, other] = [members[0][1], members[2][1]].map(|name| plain[name].to_string());
+    assert_eq!(found.len(), PICTURES);
+    for (name, [cluster, cluster_name, mark]) in &found {
+        let want = match plain[name].to_string() {
+            _ if name == members[2][0] => ["", "", "outlier"],
+            _ if name == members[0][0] => [other.as_str(), "", ""],
+            own if own == other => [other.as_str(), "", ""],
+            _ => [bars.as_str(), "'=Bars", ""],
+        };
+        assert_eq!([cluster.as_str(), cluster_name, mark], want, "{name}");
+    }
+    assert!(folder.join(format!("sorted/{bars}-=Bars")).is_dir());
+    assert_eq!(fs::read_dir(folder.join("sorted/outliers")).expect("there").count(), 1);
+
+    // Other pictures: of the merged clusters, one by one.
+    let later = folder.join("later");
+    fs::create_dir(&later).expect("created");
+    for name in [members[0][0], members[1][1], members[2][0]] {
+        fs::copy(pictures.join(name), later.join(name)).expect("copied");
+    }
+    let mut command = assort();
+    command.args(["predict", "runs/photos-pictures/0", "--images", "later", "--device", "cpu"]);
+    let output = command.current_dir(folder).output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.contains(&format!("{bars} (=Bars): 2")), "{stdout}");
+    let table = stdout.lines().find_map(|line| line.trim().strip_prefix("table: "));
+    let found = corrected(&folder.join(table.expect("a path")));
+    assert_eq!(found[members[1][1]], [bars.as_str(), "'=Bars", ""]);
+    assert_eq!(
+        found[members[0][0]],
+        [bars.as_str(), "'=Bars", ""],
+        "moves are of the run's pictures"
+    );
+    assert_eq!(found[members[2][0]], [other.as_str(), "", ""]);
+}
+
+/// The cluster of each picture, as the run has it.
+fn clusters_without_corrections(folder: &Path) -> BTreeMap<String, usize> {
+    let mut command = assort();
+    command.args(["report", "runs/photos-pictures/0", "--no-corrections"]).current_dir(folder);
+    let output = command.output().expect("started");
+    let message = stderr(&output);
+    assert!(output.status.success() && !message.contains("corrections"), "{message}");
+    clusters(folder)
+}
+
 #[test]
 fn a_large_picture_is_stored_smaller_and_copied_as_it_was() {
     let folder = photographs();

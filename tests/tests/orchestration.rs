@@ -115,8 +115,11 @@ fn seeds_share_the_data_and_the_table_has_their_mean() {
 
     assert_status(&bench.reproduce(&["--seed", "1"]), 0);
     assert!(bench.started().is_empty());
+    let corrections = bench.path("runs/example/1/corrections.toml");
+    fs::write(&corrections, "by hand").expect("written");
     assert_status(&bench.reproduce(&["--seed", "1", "--fresh"]), 0);
     assert_eq!(bench.started().len(), 15, "the steps of this seed, not the data");
+    assert_eq!(fs::read(&corrections).expect("there"), b"by hand");
     assert_status(&bench.reproduce(&["--seed", "0"]), 0);
     assert!(bench.started().is_empty(), "another seed is not forgotten");
 }
