@@ -39,18 +39,7 @@ impl Corrections {
     /// Applies the corrections to the clusters of a run.
     pub fn resolve(&self, run: &ClusteredPictures) -> CorrectedClusters {
         let locations = self.locate(run);
-        let mut shown_as: Vec<u32> = (0..run.clusters).collect();
-        let mut names = vec![None; shown_as.len()];
-        // The cluster that shows each entry.
-        let mut shown = BTreeMap::new();
-        for group in self.groups() {
-            let found: Vec<u32> =
-                group.iter().filter_map(|number| locations[number].clone().ok()).collect();
-            let Some(&first) = found.first() else { continue };
-            found.iter().for_each(|&cluster| shown_as[cluster as usize] = first);
-            names[first as usize] = self.clusters[&group[0]].name.clone();
-            shown.extend(group.iter().map(|&number| (number, first)));
-        }
+        let (shown_as, names, shown) = self.groups_in(run, &locations);
         let own = run.assignment.iter();
         let mut memberships: Vec<Membership> =
             own.map(|&own| Membership::Cluster(shown_as[own as usize])).collect();
@@ -83,6 +72,27 @@ impl Corrections {
         CorrectedClusters { memberships, shown_as, names, moved, not_applied }
     }
 
+    /// Shows the clusters of each group as one. Returns the cluster that each cluster is shown as, `K`, the name
+    /// of each, `K`, and the cluster that shows each entry.
+    fn groups_in(
+        &self,
+        run: &ClusteredPictures,
+        locations: &BTreeMap<u32, Location>,
+    ) -> (Vec<u32>, Vec<Option<String>>, BTreeMap<u32, u32>) {
+        let mut shown_as: Vec<u32> = (0..run.clusters).collect();
+        let mut names = vec![None; shown_as.len()];
+        let mut shown = BTreeMap::new();
+        for group in self.groups() {
+            let found: Vec<u32> =
+                group.iter().filter_map(|number| locations[number].clone().ok()).collect();
+            let Some(&first) = found.first() else { continue };
+            found.iter().for_each(|&cluster| shown_as[cluster as usize] = first);
+            names[first as usize] = self.clusters[&group[0]].name.clone();
+            shown.extend(group.iter().map(|&number| (number, first)));
+        }
+        (shown_as, names, shown)
+    }
+
     /// Finds the cluster of the run that each entry means; see the documentation of the format.
     pub(super) fn locate(&self, run: &ClusteredPictures) -> BTreeMap<u32, Location> {
         let mut locations = BTreeMap::new();
@@ -100,7 +110,7 @@ impl Corrections {
             let location = match self.group(owner).contains(&number) {
                 true => Ok(own),
                 false => Err(format!(
-                    "its pictures are in cluster {own}, which is {}",
+                    "its pictures are in cluster {own}, which has as many or more of cluster {}",
                     self.called(owner)
                 )),
             };

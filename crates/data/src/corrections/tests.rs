@@ -110,6 +110,10 @@ fn a_file_written_by_hand_is_applied() -> Result<()> {
          1 picture marked as outlier."
     );
     assert_eq!(Corrections::default().resolve(&run).summary(), None);
+    // Pictures that came later, of clusters 2, 0 and 1.
+    let later = found.of_other_pictures(&[2, 0, 1]);
+    assert_eq!(later.memberships, [1, 0, 1].map(Membership::Cluster));
+    assert_eq!((later.moved, &later.names), (0, &found.names));
     Ok(())
 }
 
@@ -372,8 +376,8 @@ fn of_two_claims_on_a_cluster_the_one_with_more_exemplars_counts() -> Result<()>
     assert_eq!(
         corrections.resolve(&later).not_applied,
         [
-            "Cluster 0 (`Cats`) of the corrections was not found: its pictures are in cluster 1, which is 1 \
-          (`Dogs`). Not applied: its name, 1 moved picture."
+            "Cluster 0 (`Cats`) of the corrections was not found: its pictures are in cluster 1, which \
+             has as many or more of cluster 1 (`Dogs`). Not applied: its name, 1 moved picture."
         ]
     );
     // As many of each: the lower number.
