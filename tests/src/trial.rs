@@ -28,7 +28,7 @@ use crate::Bench;
 use running::RunningCommand;
 
 /// Files with times, by the end of their names.
-const LOGS: [&str; 3] = [".jsonl", "log.sha256", ".tfevents.assort"];
+const LOGS: [&str; 3] = [".jsonl", "log.sha256", stage::EVENTS];
 
 /// How long a program may go on after it was asked to stop.
 const PATIENCE: Duration = Duration::from_secs(10);

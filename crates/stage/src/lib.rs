@@ -75,6 +75,7 @@ pub use arguments::{DeviceChoice, StageArguments};
 pub use claim::Claim;
 pub use contract::{Effort, Origin, Output, PictureCost, Role, Spec, Stage};
 pub use data_table::{DataTable, Split};
+pub use event_file::EVENTS;
 pub use experiment::{Experiment, Rounds};
 pub use finished::DONE;
 pub use interrupt::{HELD_BY_STDIN, Interrupt};
