@@ -13,7 +13,7 @@ use crate::programs::HELPER;
 use crate::reproduce::resolved;
 use crate::{
     CommandContext, Registry, cluster, clusters, compare, export, predict, prepare, report,
-    reproduce,
+    reproduce, view,
 };
 
 /// Sorts unlabelled images into groups: deep image clustering.
@@ -95,6 +95,16 @@ Examples
     Report {
         #[command(flatten)]
         options: report::ReportOptions,
+    },
+    /// Serve the page of a run to a browser on this machine: for large sets.
+    #[command(after_help = "\
+Prints an address to open in a browser. Ctrl-C ends it.
+
+Example
+  assort view digits")]
+    View {
+        #[command(flatten)]
+        options: view::ViewOptions,
     },
     /// Write a run's embeddings and clusters for other tools: NumPy, pandas, a database.
     #[command(after_help = "\
@@ -253,6 +263,7 @@ Run an experiment
   prepare WHAT            convert pictures to the files that every stage reads
 Look at the results
   report RUN              a page, a table, folders of pictures
+  view RUN                the same page in a browser, for large sets
   predict RUN             assign other pictures to clusters (--images PATH)
   export RUN              embeddings as .npy or Parquet, for other tools
   clusters RUN            estimate the number of clusters
@@ -296,6 +307,7 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
             compare::run(session, &options)
         }
         Command::Report { options } => report::run(session, &options),
+        Command::View { options } => view::run(session, &options),
         Command::Export { options } => export::run(session, &options),
         Command::Predict { options } => predict::run(session, &options),
         Command::Clusters { options } => {

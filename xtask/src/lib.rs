@@ -32,6 +32,7 @@ mod run;
 mod setup;
 mod source;
 mod store;
+mod view;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

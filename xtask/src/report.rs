@@ -131,7 +131,7 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
 
 /// The step whose embeddings show the clusters of the step `last`, if there is one: the first after it, where
 /// `last` trains the network itself, or the last one before it.
-fn embeddings_of<'a>(
+pub fn embeddings_of<'a>(
     steps: &[&'a RecordedStep],
     last: &RecordedStep,
     stages: &[Spec],
@@ -153,17 +153,44 @@ fn arguments(
     embedded: Option<&RecordedStep>,
     options: &ReportOptions,
 ) -> Vec<OsString> {
-    let pictures = run.data();
     let out = options.out.clone().unwrap_or_else(|| run.folder.join("report"));
+    let mut arguments = inputs(run, steps, last, embedded);
+    for (flag, value) in [
+        ("--out", out),
+        ("--shown", options.shown.to_string().into()),
+        ("--thumbnails", options.thumbnails.to_string().into()),
+    ] {
+        arguments.extend([flag.into(), value.into()]);
+    }
+    for clusters in &options.merge {
+        arguments.extend(["--merge".into(), clusters.into()]);
+    }
+    if options.pictures {
+        arguments.push("--pictures".into());
+    }
+    let source = options.source.clone().or_else(|| source_folder(&run.data()));
+    let folders =
+        [("--copy-to", &options.copy_to), ("--link-to", &options.link_to), ("--source", &source)];
+    for (flag, folder) in folders {
+        arguments.extend(folder.iter().flat_map(|folder| [flag.into(), folder.into()]));
+    }
+    arguments
+}
+
+/// The arguments of `report` and `view` that name the files of a run.
+pub fn inputs(
+    run: &Recorded,
+    steps: &[&RecordedStep],
+    last: &RecordedStep,
+    embedded: Option<&RecordedStep>,
+) -> Vec<OsString> {
+    let pictures = run.data();
     let mut arguments: Vec<OsString> = Vec::new();
     for (flag, value) in [
         ("--images", pictures.join("images.safetensors")),
         ("--names", pictures.join("names.safetensors")),
         ("--pseudo-labels", run.path(last).join(LABELS)),
         ("--title", run.name().into()),
-        ("--out", out),
-        ("--shown", options.shown.to_string().into()),
-        ("--thumbnails", options.thumbnails.to_string().into()),
     ] {
         arguments.extend([flag.into(), value.into()]);
     }
@@ -176,18 +203,6 @@ fn arguments(
         let mut word = OsString::from(format!("{}=", step.name));
         word.push(run.path(step));
         arguments.extend(["--step".into(), word]);
-    }
-    for clusters in &options.merge {
-        arguments.extend(["--merge".into(), clusters.into()]);
-    }
-    if options.pictures {
-        arguments.push("--pictures".into());
-    }
-    let source = options.source.clone().or_else(|| source_folder(&pictures));
-    let folders =
-        [("--copy-to", &options.copy_to), ("--link-to", &options.link_to), ("--source", &source)];
-    for (flag, folder) in folders {
-        arguments.extend(folder.iter().flat_map(|folder| [flag.into(), folder.into()]));
     }
     arguments
 }

@@ -43,6 +43,7 @@ pub fn registry() -> Registry {
                 main: |w| PREDICT.main(w),
             },
             Helper { name: "report", algorithm: 0, main: report::program },
+            Helper { name: "view", algorithm: 0, main: report::view::program },
             Helper { name: "export", algorithm: 0, main: report::export::program },
             Helper { name: "clusters", algorithm: 0, main: metrics::clusters::program },
         ],

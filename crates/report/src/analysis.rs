@@ -29,7 +29,7 @@ const OUTLIERS: usize = 24;
 pub struct UnitRows {
     /// Places of the pictures, ascending, `A`.
     pub places: Vec<u32>,
-    /// `(A, width)`; a row that was zero stays zero.
+    /// `(A, width)`; a row that was zero stays zero. Empty once only the places are needed.
     pub values: Vec<f32>,
     /// Width of an embedding.
     pub width: usize,
@@ -120,7 +120,7 @@ pub struct Analysis {
     /// Places of the pictures with the fewest others near, the loneliest first.
     pub outliers: Vec<u32>,
     /// Mean row of each cluster, `(K, width)`, of unit length; zero for an empty cluster.
-    means: Vec<f32>,
+    pub means: Vec<f32>,
     /// For each cluster the others, the most similar first.
     pub similar_clusters: Vec<Vec<u32>>,
 }
@@ -171,6 +171,15 @@ impl Analysis {
     pub fn near(&self, row: usize) -> impl Iterator<Item = u32> {
         let near = &self.neighbours[row * self.each..][..self.each];
         near.iter().map(|&other| self.rows.places[other as usize])
+    }
+
+    /// [`Analysis::second_best`] of every row; `u32::MAX` where there is none.
+    ///
+    /// - `cluster`: index of the cluster of each picture, by place.
+    pub fn second_best_of_all(&self, cluster: &[u32]) -> Vec<u32> {
+        let places = self.rows.places.par_iter().enumerate();
+        let found = places.map(|(row, &place)| self.second_best(row, cluster[place as usize]));
+        found.map(|best| best.unwrap_or(u32::MAX)).collect()
     }
 
     /// Index of the cluster, other than its own, whose mean embedding is the most similar to a row; `None`

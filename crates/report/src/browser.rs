@@ -216,7 +216,7 @@ const HOSTILE: [&str; 6] = [
 const PICTURES: usize = 90;
 
 /// A run of coloured pictures in four groups, with hostile names.
-fn inputs(folder: &Path) -> Result<ReportArguments> {
+pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
     let path = folder.join("images.safetensors");
     let picture = |number: usize| -> Result<_> {
         let base = [[200, 60, 40], [40, 90, 200], [60, 170, 80], [190, 160, 40]][number % 4];

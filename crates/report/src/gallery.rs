@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use anyhow::Result;
 use data::{Images, Labels, Names, PseudoLabels};
@@ -28,6 +29,8 @@ pub struct Gallery<'a> {
     pub analysis: Option<&'a Analysis>,
     /// Most pictures of highest score to show of each cluster.
     pub shown: usize,
+    /// Whether the page is served: the script then fills each figure when it is seen.
+    pub is_served: bool,
 }
 
 /// Most groups of duplicates, and most pictures of one, that are listed.
@@ -93,31 +96,31 @@ impl Gallery<'_> {
     fn section(&self, k: usize, cluster: &Cluster, chosen: &[bool]) -> Result<String> {
         let count = cluster.members.len();
         let mut html = format!(
-            "<section class=\"cluster\" id=\"c{0}\"><h3>{2} <small>{count} pictures, mean \
+            "<section class=\"cluster\" id=\"c{0}\"{3}><h3>{2} <small>{count} pictures, mean \
              confidence {1:.2}</small></h3>\n",
             cluster.number,
             cluster.confidence(),
-            heading(cluster)
+            heading(cluster),
+            self.fingerprint(cluster)
         );
         if count > 0 {
             self.write_about(&mut html, k, cluster);
         }
         let (highest, lowest) = cluster.shown(self.shown);
-        let (surest, others) = cluster.members.split_at(highest.len());
-        let others = &others[..others.len() - lowest.len()];
-        for (caption, members) in [("highest score", surest), ("lowest score", lowest)] {
-            if !members.is_empty() {
-                let figure = self.figure(members, chosen)?;
-                let _ =
-                    writeln!(html, "<figure><figcaption>{caption}</figcaption>{figure}</figure>");
+        let (first, last) = (highest.len(), count - lowest.len());
+        for (caption, range) in [("highest score", 0..first), ("lowest score", last..count)] {
+            if !range.is_empty() {
+                let caption = format!("<figcaption>{caption}</figcaption>");
+                let _ = writeln!(html, "{}", self.figure(cluster, range, &caption, chosen)?);
             }
         }
+        let others = &cluster.members[first..last];
         let folded = others.iter().filter(|member| chosen[member.place as usize]).count();
         if folded > 0 {
-            let figure = self.figure(others, chosen)?;
+            let figure = self.figure(cluster, first..last, "", chosen)?;
             let _ = writeln!(
                 html,
-                "<details><summary>{folded} more pictures</summary><figure>{figure}</figure></details>"
+                "<details><summary>{folded} more pictures</summary>{figure}</details>"
             );
         }
         let left = cluster.members.iter().filter(|member| !chosen[member.place as usize]).count();
@@ -169,10 +172,22 @@ impl Gallery<'_> {
         counts
     }
 
-    /// The chosen ones of some pictures.
-    fn figure(&self, members: &[ClusterMember], chosen: &[bool]) -> Result<String> {
-        let mut html = String::new();
-        for member in members.iter().filter(|member| chosen[member.place as usize]) {
+    /// A figure of the chosen ones of some pictures of a cluster; an empty one where the page is served.
+    fn figure(
+        &self,
+        cluster: &Cluster,
+        range: Range<usize>,
+        caption: &str,
+        chosen: &[bool],
+    ) -> Result<String> {
+        if self.is_served {
+            let (number, Range { start, end }) = (cluster.number, range);
+            return Ok(format!(
+                "<figure data-cluster=\"{number}\" data-from=\"{start}\" data-to=\"{end}\">{caption}</figure>"
+            ));
+        }
+        let mut html = format!("<figure>{caption}");
+        for member in cluster.members[range].iter().filter(|m| chosen[m.place as usize]) {
             let name = escaped(&self.names.names[member.row as usize]);
             let url = thumbnail::data_url(&*self.images.picture(member.row)?)?;
             let _ = write!(
@@ -182,7 +197,19 @@ impl Gallery<'_> {
                 member.place, member.score
             );
         }
+        html.push_str("</figure>");
         Ok(html)
+    }
+
+    /// An attribute that changes with the pictures of a cluster, so that the script of a served page replaces
+    /// the sections that changed and no other.
+    fn fingerprint(&self, cluster: &Cluster) -> String {
+        if !self.is_served {
+            return String::new();
+        }
+        let places = cluster.members.iter().flat_map(|member| member.place.to_le_bytes());
+        let digest = stage::digest::sha256(&places.collect::<Vec<u8>>());
+        format!(" data-members=\"{}\"", &digest[..16])
     }
 
     /// A link to the thumbnail of a picture, or its name where it has none.

@@ -15,7 +15,8 @@
 //!
 //! It is a pure function of the files that it reads: the same bytes every time. Of the ground truth it shows
 //! the classes, if it is given; the scores are those that `metrics` wrote. It knows no network and no method.
-//! A second program, [`export`], writes embeddings for other tools.
+//! A second program, [`export`], writes embeddings for other tools. A third one, [`view`], serves the page to a
+//! browser, for sets that are too large for one file and for corrections.
 //!
 //! - [`clusters`]: the pictures of each cluster.
 //! - [`files`]: the table and the folders.
@@ -36,6 +37,7 @@ pub mod page;
 pub mod scores;
 pub mod thumbnail;
 pub mod trust;
+pub mod view;
 
 use std::ffi::OsString;
 use std::fs;
@@ -200,6 +202,8 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     stage::files::remove_unfinished(out)?;
     files::remove_incomplete(&out.join(files::PICTURES))?;
     let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
+    let halves = analysis.as_ref().map(|found| trust::between_halves(&labels, &found.rows));
+    let halves = halves.transpose()?.flatten();
     let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
     let mut between_heads = None;
     facts.extend(corrected.iter().flat_map(corrections_facts));
@@ -226,7 +230,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     let html = Page {
         title: &arguments.title,
         facts,
-        trust: trust::measures(&labels, between_heads, analysis.as_ref())?,
+        trust: trust::measures(&labels, between_heads, analysis.as_ref(), halves)?,
         metrics,
         gallery: Gallery {
             images: &images,
@@ -236,9 +240,11 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
             truth: truth.as_ref(),
             analysis: analysis.as_ref(),
             shown: arguments.shown,
+            is_served: false,
         },
         thumbnails: arguments.thumbnails,
         charts,
+        served: None,
     }
     .html()?;
     let mut paths = vec![out.join(PAGE), out.join(files::TABLE)];

@@ -1,29 +1,53 @@
 "use strict";
 // The page is a list without this script. It adds the map, and a view of each picture. Names reach the
 // page only as text: nothing here makes HTML of them.
+//
+// A page that `assort view` serves has no pictures in it. There `served` is what the page says about its server,
+// and numbers, names and pictures are fetched when they are seen.
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const byId = id => document.getElementById(id);
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const numbers = text => new Uint32Array(bytes(text).buffer);
-
-const clusterOf = numbers(data.cluster);
-const confidence = bytes(data.confidence);
-const classOf = data.classes ? numbers(data.label) : null;
-const analysed = data.map ? numbers(data.map.places) : new Uint32Array();
-const shown = numbers(data.shown);
-const near = numbers(data.near);
-const second = numbers(data.second);
-const rowOfShown = new Map(Array.from(shown, (place, row) => [place, row]));
 const NONE = 0xffffffff;
+
+let data = JSON.parse(byId("data").textContent);
+const served = data.served;
+let clusterOf, confidence, classOf = null, analysed = new Uint32Array(), mapX, mapY;
+let shown, near, second, rowOfShown;
+
+function readPage() {
+  clusterOf = numbers(data.cluster);
+  confidence = bytes(data.confidence);
+  if (data.classes) classOf = numbers(data.label);
+  if (data.map) {
+    analysed = numbers(data.map.places);
+    [mapX, mapY] = [data.map.x, data.map.y].map(text => new Uint16Array(bytes(text).buffer));
+  }
+  [shown, near, second] = [data.shown, data.near, data.second].map(numbers);
+  rowOfShown = new Map(Array.from(shown, (place, row) => [place, row]));
+}
 
 const clusterName = k => data.titles[k];
 const className = place => classOf && classOf[place] !== NONE ? data.classes[classOf[place]] : null;
 const link = place => byId("i" + place);
-const nameOf = place => {
+
+// Names that the server has sent, by place.
+const names = new Map();
+
+// The source of a picture's thumbnail, and its name; null where the page has none.
+function thumbnailOf(place) {
+  if (served) {
+    return { src: `thumbnail/${served.set}/${place}`, name: nameOf(place), title: nameOf(place) };
+  }
   const own = link(place);
-  return own ? own.firstChild.alt : "picture " + (place + 1) + " of " + clusterOf.length;
-};
+  return own && { src: own.firstChild.src, name: own.firstChild.alt, title: own.firstChild.title };
+}
+
+function nameOf(place) {
+  const own = served ? null : link(place);
+  const name = own ? own.firstChild.alt : names.get(place);
+  return name || "picture " + (place + 1) + " of " + clusterOf.length;
+}
 
 function element(kind, text, parent) {
   const made = document.createElement(kind);
@@ -32,17 +56,23 @@ function element(kind, text, parent) {
   return made;
 }
 
+function image(found, parent) {
+  const made = element("img", "", parent);
+  made.loading = "lazy";
+  made.src = found.src;
+  made.alt = found.name;
+  made.title = found.title;
+  return made;
+}
+
 // A thumbnail that opens the view of a picture; its text where the page has no thumbnail.
 function thumbnail(place) {
-  const own = link(place);
-  if (!own) return element("bdi", nameOf(place));
+  const found = thumbnailOf(place);
+  if (!found) return element("bdi", nameOf(place));
   const made = element("a");
   made.className = "ref";
   made.href = "#i" + place;
-  const image = element("img", "", made);
-  image.src = own.firstChild.src;
-  image.alt = own.firstChild.alt;
-  image.title = own.firstChild.title;
+  image(found, made);
   return made;
 }
 
@@ -52,10 +82,24 @@ const view = byId("view");
 let viewed = null;
 
 function open(place) {
-  const own = link(place);
-  if (!own) return;
+  const found = thumbnailOf(place);
+  if (!found) return;
   viewed = place;
-  byId("view-picture").src = own.firstChild.src;
+  byId("view-picture").src = served ? `full/${served.set}/${place}` : found.src;
+  byId("view-picture").alt = nameOf(place);
+  byId("view-name").textContent = nameOf(place);
+  if (served) {
+    fillView(place, null, [], null);
+    fetchPicture(place).then(about => viewed === place && fillView(place, about.second, about.near, about), complain);
+  } else {
+    const row = rowOfShown.get(place), each = shown.length ? near.length / shown.length : 0;
+    const best = second.length && second[row] !== NONE ? data.clusters[second[row]] : null;
+    fillView(place, best, Array.from(near.slice(row * each, (row + 1) * each)).filter(other => other !== NONE));
+  }
+  if (!view.open) view.showModal();
+}
+
+function fillView(place, secondBest, others) {
   byId("view-picture").alt = nameOf(place);
   byId("view-name").textContent = nameOf(place);
   const list = byId("view-facts");
@@ -63,32 +107,23 @@ function open(place) {
   const fact = (term, text) => text && (element("dt", term, list), element("dd", text, list));
   fact("Cluster", clusterName(clusterOf[place]).replace(/^cluster /, ""));
   fact("Confidence", (confidence[place] / 255).toFixed(2));
-  const row = rowOfShown.get(place);
-  if (second.length && second[row] !== NONE) fact("Second-best cluster", clusterName(second[row]).replace(/^cluster /, ""));
+  fact("Second-best cluster", secondBest !== null && String(secondBest));
   fact("Class", className(place));
   const strip = byId("view-near");
-  strip.replaceChildren();
-  const each = shown.length ? near.length / shown.length : 0;
-  for (const other of near.slice(row * each, (row + 1) * each)) {
-    if (other !== NONE) strip.append(thumbnail(other));
-  }
+  strip.replaceChildren(...others.map(thumbnail));
   byId("view-near-title").hidden = !strip.firstChild;
-  if (!view.open) view.showModal();
 }
 
 function step(by) {
+  if (served) {
+    fetchPicture(viewed).then(about => open(by < 0 ? about.previous : about.next), complain);
+    return;
+  }
   const own = link(viewed).closest("section");
   const all = Array.from(own.querySelectorAll("a.p"), a => Number(a.id.slice(1)));
   open(all[(all.indexOf(viewed) + by + all.length) % all.length]);
 }
 
-document.addEventListener("click", event => {
-  const target = event.target.closest("a.p, a.ref");
-  if (target && link(Number(target.hash.slice(2)))) {
-    event.preventDefault();
-    open(Number(target.hash.slice(2)));
-  }
-});
 byId("view-close").onclick = () => view.close();
 byId("view-back").onclick = () => step(-1);
 byId("view-next").onclick = () => step(1);
@@ -99,24 +134,21 @@ view.addEventListener("keydown", event => {
 });
 
 // Links of the lists become thumbnails.
-for (const listed of document.querySelectorAll("ul.list a.ref")) {
-  const own = link(Number(listed.hash.slice(2)));
-  if (own) {
-    const image = element("img");
-    image.src = own.firstChild.src;
-    image.alt = "";
-    image.loading = "lazy";
-    listed.prepend(image);
+function fillLists(parent) {
+  for (const listed of parent.querySelectorAll("ul.list a.ref")) {
+    const place = Number(listed.hash.slice(2)), found = thumbnailOf(place);
+    if (found && !listed.querySelector("img")) {
+      names.set(place, listed.textContent);
+      const made = image({ ...found, name: "" });
+      made.title = listed.textContent;
+      listed.prepend(made);
+    }
   }
 }
 
 // ---- The map ----
 
-if (data.map) drawMap();
-
 function drawMap() {
-  const xs = new Uint16Array(bytes(data.map.x).buffer);
-  const ys = new Uint16Array(bytes(data.map.y).buffer);
   const canvas = byId("map-canvas");
   const context = canvas.getContext("2d");
   const tip = byId("tip");
@@ -124,47 +156,75 @@ function drawMap() {
   let only = new Set(), lasso = null, isLasso = false, chosen = null, by = "cluster", hovered = -1;
   byId("map").hidden = false;
 
+  // The points are painted pixel by pixel on a canvas of their own: 100,000 of them take some milliseconds, and
+  // what follows the pointer is drawn above them.
+  const points = document.createElement("canvas");
+  let arePointsDue = true;
+
   // Golden angle: neighbouring numbers get different hues.
-  const colour = k => `hsl(${(k * 137.508 + 210) % 360} ${62 + (k * 7) % 30}% ${[50, 44, 62][k % 3]}%)`;
+  const hue = k => [(k * 137.508 + 210) % 360, 62 + (k * 7) % 30, [50, 44, 62][k % 3]];
+  const colour = k => k === NONE ? "gray" : `hsl(${hue(k)[0]} ${hue(k)[1]}% ${hue(k)[2]}%)`;
   const group = row => by === "class" ? classOf[analysed[row]] : clusterOf[analysed[row]];
   const isOn = row => (!only.size || only.has(group(row))) && (!chosen || chosen.has(row));
 
   // Positions are in 0..65535; the map is square.
   const side = () => Math.min(width, height) - 24;
-  const screenX = row => width / 2 + panX + (xs[row] / 65535 - .5) * side() * zoom;
-  const screenY = row => height / 2 + panY + (ys[row] / 65535 - .5) * side() * zoom;
+  const screenX = row => width / 2 + panX + (mapX[row] / 65535 - .5) * side() * zoom;
+  const screenY = row => height / 2 + panY + (mapY[row] / 65535 - .5) * side() * zoom;
 
   let isDue = false;
   const redraw = () => {
     if (!isDue) requestAnimationFrame(() => { isDue = false; paint(); });
     isDue = true;
   };
+  const redrawPoints = () => { arePointsDue = true; redraw(); };
 
-  function paint() {
-    const ratio = devicePixelRatio || 1;
-    width = canvas.clientWidth;
-    height = canvas.clientHeight;
-    canvas.width = width * ratio;
-    canvas.height = height * ratio;
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    const size = Math.max(2, Math.min(9, 60 / Math.sqrt(analysed.length) * Math.sqrt(zoom) + 1));
-    const groups = new Map();
-    const inside = [];
+  let size = 2, inside = [];
+  function paintPoints(ratio) {
+    arePointsDue = false;
+    size = Math.max(2, Math.min(9, 60 / Math.sqrt(analysed.length) * Math.sqrt(zoom) + 1));
+    inside = [];
+    const dimmed = [];
     for (let row = 0; row < analysed.length; row++) {
       const x = screenX(row), y = screenY(row);
       if (x < -20 || y < -20 || x > width + 20 || y > height + 20) continue;
-      const key = isOn(row) ? group(row) : -1;
-      if (!groups.has(key)) groups.set(key, []);
-      groups.get(key).push(x, y);
-      if (key !== -1) inside.push(row);
+      (isOn(row) ? inside : dimmed).push(row);
     }
-    for (const key of Array.from(groups.keys()).sort((a, b) => a - b)) {
-      context.fillStyle = key === -1 ? "rgb(128 128 128 / .25)" : key === NONE ? "gray" : colour(key);
-      const places = groups.get(key);
-      for (let i = 0; i < places.length; i += 2) {
-        context.fillRect(places[i] - size / 2, places[i + 1] - size / 2, size, size);
+    [points.width, points.height] = [canvas.width, canvas.height];
+    const wide = points.width, high = points.height, extent = Math.max(1, Math.round(size * ratio));
+    if (!wide || !high) return;
+    const own = points.getContext("2d"), image = own.createImageData(wide, high);
+    const pixels = new Uint32Array(image.data.buffer), packed = new Map();
+    const square = (row, value) => {
+      const left = Math.round((screenX(row) - size / 2) * ratio), top = Math.round((screenY(row) - size / 2) * ratio);
+      const [from, to] = [Math.max(0, left), Math.min(wide, left + extent)];
+      for (let y = Math.max(0, top); y < Math.min(high, top + extent); y++) {
+        if (from < to) pixels.fill(value, y * wide + from, y * wide + to);
       }
+    };
+    for (const row of dimmed) square(row, pack(128, 128, 128, 64));
+    for (const row of inside) {
+      const key = group(row);
+      if (!packed.has(key)) packed.set(key, key === NONE ? pack(128, 128, 128, 255) : pack(...rgb(...hue(key)), 255));
+      square(row, packed.get(key));
     }
+    own.putImageData(image, 0, 0);
+  }
+
+  function paint() {
+    const ratio = devicePixelRatio || 1;
+    const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
+    if (wide !== width || high !== height || canvas.width !== Math.round(wide * ratio)) {
+      [width, height] = [wide, high];
+      [canvas.width, canvas.height] = [Math.round(wide * ratio), Math.round(high * ratio)];
+      arePointsDue = true;
+    }
+    if (!canvas.width || !canvas.height) return;
+    if (arePointsDue) paintPoints(ratio);
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(points, 0, 0);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
     if (zoom > 3 && inside.length <= 150) inside.forEach(paintPicture);
     if (hovered >= 0) {
       context.strokeStyle = getComputedStyle(canvas).color;
@@ -183,20 +243,21 @@ function drawMap() {
 
   const loaded = new Map();
   function paintPicture(row) {
-    const own = link(analysed[row]);
-    if (!own) return;
+    const found = thumbnailOf(analysed[row]);
+    if (!found) return;
     let image = loaded.get(row);
     if (!image) {
       image = new Image();
       image.onload = redraw;
-      image.src = own.firstChild.src;
+      image.src = found.src;
+      if (loaded.size > 1000) loaded.clear();
       loaded.set(row, image);
     }
     if (!image.complete || !image.naturalWidth) return;
     const factor = 44 / Math.max(image.naturalWidth, image.naturalHeight);
     const w = image.naturalWidth * factor, h = image.naturalHeight * factor;
     context.drawImage(image, screenX(row) - w / 2, screenY(row) - h / 2, w, h);
-    context.strokeStyle = group(row) === NONE ? "gray" : colour(group(row));
+    context.strokeStyle = colour(group(row));
     context.lineWidth = 2;
     context.strokeRect(screenX(row) - w / 2, screenY(row) - h / 2, w, h);
   }
@@ -216,9 +277,10 @@ function drawMap() {
     if (hovered >= 0) {
       const place = analysed[hovered];
       tip.replaceChildren();
-      const own = link(place);
-      if (own) element("img", "", tip).src = own.firstChild.src;
-      element("bdi", nameOf(place), tip);
+      const found = thumbnailOf(place);
+      if (found) element("img", "", tip).src = found.src;
+      const name = element("bdi", nameOf(place), tip);
+      if (served && !names.has(place)) whenStill(place, () => { name.textContent = nameOf(place); });
       const parts = [clusterName(clusterOf[place]), className(place)].filter(Boolean);
       element("div", parts.join(", "), tip);
       tip.style.left = Math.max(0, Math.min(x + 14, width - 210)) + "px";
@@ -232,12 +294,12 @@ function drawMap() {
     panX = x - width / 2 - (x - width / 2 - panX) * next / zoom;
     panY = y - height / 2 - (y - height / 2 - panY) * next / zoom;
     zoom = next;
-    redraw();
+    redrawPoints();
   }
 
   function reset() {
     [zoom, panX, panY] = [1, 0, 0];
-    redraw();
+    redrawPoints();
   }
 
   const pointers = new Map();
@@ -262,18 +324,19 @@ function drawMap() {
       spread = distance();
       start[4] = true;
     } else if (lasso) {
-      lasso.push([x, y]);
+      const [lastX, lastY] = lasso[lasso.length - 1];
+      if (Math.hypot(x - lastX, y - lastY) > 3) lasso.push([x, y]);
       redraw();
     } else if (start && (start[4] || Math.hypot(x - start[0], y - start[1]) > 4)) {
       start[4] = true;
       [panX, panY] = [start[2] + x - start[0], start[3] + y - start[1]];
-      redraw();
+      redrawPoints();
     }
   };
   canvas.onpointerup = event => {
     pointers.delete(event.pointerId);
     if (lasso && lasso.length > 2) {
-      choose(inside(lasso));
+      choose(within(lasso));
     } else if (start && !start[4]) {
       hover(event.offsetX, event.offsetY);
       if (hovered >= 0) open(analysed[hovered]);
@@ -299,14 +362,16 @@ function drawMap() {
       if (row >= 0) open(analysed[row]);
     } else return;
     event.preventDefault();
-    redraw();
+    redrawPoints();
   };
 
   // The even-odd rule.
-  function inside(line) {
-    const found = new Set();
+  function within(line) {
+    const found = new Set(), [xs, ys] = [0, 1].map(a => line.map(at => at[a]));
+    const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
     for (let row = 0; row < analysed.length; row++) {
       const x = screenX(row), y = screenY(row);
+      if (x < left || x > right || y < top || y > bottom) continue;
       let isIn = false;
       for (let i = 0, j = line.length - 1; i < line.length; j = i++) {
         const [xi, yi] = line[i], [xj, yj] = line[j];
@@ -320,7 +385,7 @@ function drawMap() {
   function choose(rows) {
     chosen = rows && rows.size ? rows : null;
     tell();
-    redraw();
+    redrawPoints();
   }
 
   function tell() {
@@ -331,8 +396,11 @@ function drawMap() {
     byId("chosen-count").textContent = isFiltered ? `${rows.length} of ${analysed.length} pictures chosen` : "";
     const strip = byId("chosen-strip");
     strip.replaceChildren();
-    const pictured = isFiltered ? rows.filter(row => link(analysed[row])) : [];
-    pictured.slice(0, 60).forEach(row => strip.append(thumbnail(analysed[row])));
+    const pictured = [];
+    for (let i = 0; isFiltered && i < rows.length && pictured.length <= 60; i++) {
+      if (thumbnailOf(analysed[rows[i]])) pictured.push(analysed[rows[i]]);
+    }
+    pictured.slice(0, 60).forEach(place => strip.append(thumbnail(place)));
     if (pictured.length > 60) element("p", `and ${rows.length - 60} more`, strip);
   }
 
@@ -350,7 +418,7 @@ function drawMap() {
         if (!only.delete(k)) only.add(k);
         button.setAttribute("aria-pressed", only.has(k));
         tell();
-        redraw();
+        redrawPoints();
       };
     });
   }
@@ -379,4 +447,44 @@ function drawMap() {
   else fillLegend();
   new ResizeObserver(redraw).observe(canvas);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+  return {
+    // Clusters or their names have changed.
+    refresh() {
+      only = new Set();
+      fillLegend();
+      choose(null);
+    },
+    // The places of the pictures that a line or the legend has chosen.
+    chosenPlaces: () => {
+      const rows = [];
+      for (let row = 0; (chosen || only.size) && row < analysed.length; row++) if (isOn(row)) rows.push(row);
+      return rows.map(row => analysed[row]);
+    },
+  };
+}
+
+// A colour as the bytes red, green and blue: https://www.w3.org/TR/css-color-4/#hsl-to-rgb.
+function rgb(hue, saturation, lightness) {
+  const [s, l] = [saturation / 100, lightness / 100];
+  const channel = n => {
+    const k = (n + hue / 30) % 12;
+    return Math.round(255 * (l - s * Math.min(l, 1 - l) * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+  };
+  return [channel(0), channel(8), channel(4)];
+}
+
+// A pixel of an image, whose bytes are in this order; all machines with a browser are little-endian.
+const pack = (red, green, blue, alpha) => (alpha << 24 | blue << 16 | green << 8 | red) >>> 0;
+
+let plot = null;
+
+function start() {
+  fillLists(document);
+  if (analysed.length) plot = drawMap();
+}
+
+if (!served) {
+  readPage();
+  start();
 }

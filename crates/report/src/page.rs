@@ -3,7 +3,11 @@
 //!
 //! The page loads nothing. Its Content-Security-Policy allows the one script and the one style by their
 //! digests, and pictures that are part of the page.
+//!
+//! [`crate::view`] serves the same page. Its script then fetches numbers, names and pictures when they are seen,
+//! and its policy allows that, from the server of the page alone.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use anyhow::Result;
@@ -23,6 +27,7 @@ use crate::trust::TrustMeasure;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
+const SERVED_SCRIPT: &str = include_str!("view/served.js");
 
 /// The content of the page.
 pub struct Page<'a> {
@@ -40,6 +45,24 @@ pub struct Page<'a> {
     pub thumbnails: usize,
     /// The charts of each step.
     pub charts: Vec<(String, Vec<Chart>)>,
+    /// What the script needs to know of the server, where the page is served.
+    pub served: Option<Value>,
+}
+
+/// The Content-Security-Policy of the page.
+pub fn policy(is_served: bool) -> String {
+    let digest = |text: &str| BASE64_STANDARD.encode(Sha256::digest(text));
+    let sources = if is_served { "img-src 'self'; connect-src 'self'" } else { "img-src data:" };
+    format!(
+        "default-src 'none'; {sources}; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; \
+         form-action 'none'",
+        digest(STYLE),
+        digest(&script(is_served))
+    )
+}
+
+fn script(is_served: bool) -> Cow<'static, str> {
+    if is_served { format!("{SCRIPT}{SERVED_SCRIPT}").into() } else { SCRIPT.into() }
 }
 
 impl Page<'_> {
@@ -49,7 +72,10 @@ impl Page<'_> {
     ///
     /// A picture is damaged.
     pub fn html(&self) -> Result<String> {
-        let chosen = self.gallery.chosen(self.thumbnails);
+        let chosen = match self.served {
+            Some(_) => vec![true; self.gallery.labels.index.len()],
+            None => self.gallery.chosen(self.thumbnails),
+        };
         let mut sections: Vec<(&str, &str, String)> = Vec::new();
         let mut add = |id, name, write: &mut dyn FnMut(&mut String)| {
             let mut html = String::new();
@@ -83,25 +109,25 @@ impl Page<'_> {
             }
         }
         let data = self.data(&chosen).to_string().replace('<', "\\u003c");
+        let is_served = self.served.is_some();
         let _ = write!(
             html,
-            "</main>\n{VIEW}<script type=\"application/json\" id=\"data\">{data}</script>\n\
-             <script>{SCRIPT}</script>\n</html>\n"
+            "</main>\n{VIEW}{}<script type=\"application/json\" id=\"data\">{data}</script>\n\
+             <script>{}</script>\n</html>\n",
+            if is_served { SERVED } else { "" },
+            script(is_served)
         );
         Ok(html)
     }
 
     fn head(&self, sections: &[(&str, &str, String)]) -> String {
         let title = escaped(self.title);
-        let digest = |text: &str| BASE64_STANDARD.encode(Sha256::digest(text));
         let mut html = format!(
             "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-             <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; \
-             style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'\">\n\
+             <meta http-equiv=\"Content-Security-Policy\" content=\"{}\">\n\
              <title>{title}</title>\n<style>{STYLE}</style>\n<header><h1>{title}</h1>\n",
-            digest(STYLE),
-            digest(SCRIPT)
+            policy(self.served.is_some())
         );
         for fact in &self.facts {
             let _ = writeln!(html, "<p>{}</p>", escaped(fact));
@@ -166,9 +192,17 @@ impl Page<'_> {
         }
     }
 
-    /// What the script reads. Lists of numbers are little-endian, in Base64.
+    /// What the script reads. Lists of numbers are little-endian, in Base64. A served page fetches them.
     fn data(&self, chosen: &[bool]) -> Value {
         let Gallery { clusters, labels, truth, analysis, .. } = self.gallery;
+        if let Some(served) = &self.served {
+            return json!({
+                "clusters": clusters.iter().map(|cluster| cluster.number).collect::<Vec<_>>(),
+                "titles": clusters.iter().map(Cluster::title).collect::<Vec<_>>(),
+                "classes": truth.map(|truth| &truth.classes),
+                "served": served,
+            });
+        }
         let shown: Vec<u32> =
             (0..chosen.len() as u32).filter(|&place| chosen[place as usize]).collect();
         let confidence: Vec<u8> =
@@ -216,7 +250,7 @@ fn of_shown(analysis: &Analysis, shown: &[u32], own: &[u32]) -> (Vec<u32>, Vec<u
 }
 
 /// Positions in `0..65536`, in proportion, in the middle of the shorter side.
-fn whole_positions(map: &[[f32; 2]]) -> [Vec<u16>; 2] {
+pub fn whole_positions(map: &[[f32; 2]]) -> [Vec<u16>; 2] {
     let range = |a: usize| {
         let low = map.iter().map(|y| y[a]).fold(f32::INFINITY, f32::min);
         let high = map.iter().map(|y| y[a]).fold(f32::NEG_INFINITY, f32::max);
@@ -286,6 +320,12 @@ const VIEW: &str = r#"<dialog id="view" aria-labelledby="view-name">
 </dialog>
 "#;
 
+/// What only a served page has.
+const SERVED: &str = r#"<div id="trouble" class="warning" role="alert" hidden>
+<span id="trouble-text"></span> <button type="button" id="trouble-close">Close</button>
+</div>
+"#;
+
 #[cfg(test)]
 mod tests {
     use data::metrics::{ClassScores, Scores};
@@ -346,9 +386,11 @@ mod tests {
                     truth,
                     analysis,
                     shown: 2,
+                    is_served: false,
                 },
                 thumbnails: 4,
                 charts: vec![("0-pretraining".into(), vec![chart]), ("0-embed".into(), vec![])],
+                served: None,
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Thumbnails, embedded in the text of a page.
+//! Thumbnails, and their form as text of a page.
 
 use anyhow::{Context, Result};
 use base64::Engine;
@@ -26,23 +26,29 @@ pub fn to_image(picture: &Picture) -> Result<DynamicImage> {
     image.context("the number of pixels contradicts the sides of the picture")
 }
 
-/// Encodes a thumbnail of at most 160 × 160 pixels as a `data:` URL.
+/// Encodes a [thumbnail](encode) as a `data:` URL.
+pub fn data_url(picture: &Picture) -> Result<String> {
+    let (kind, bytes) = encode(picture)?;
+    Ok(format!("data:{kind};base64,{}", BASE64_STANDARD.encode(bytes)))
+}
+
+/// Encodes a thumbnail of at most 160 × 160 pixels; returns its media type and bytes.
 ///
 /// Small pictures keep their pixels, as PNG; others are scaled down in proportion, as JPEG.
-pub fn data_url(picture: &Picture) -> Result<String> {
+pub fn encode(picture: &Picture) -> Result<(&'static str, Vec<u8>)> {
     let image = to_image(picture)?;
     let mut bytes = Vec::new();
     let small = image.width() <= SIDE / 2 && image.height() <= SIDE / 2;
     let kind = if small {
         image.write_to(&mut std::io::Cursor::new(&mut bytes), ImageFormat::Png)?;
-        "png"
+        "image/png"
     } else {
         let fits = image.width() <= SIDE && image.height() <= SIDE;
         let scaled = if fits { image } else { image.resize(SIDE, SIDE, FilterType::Triangle) };
         scaled.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, 80))?;
-        "jpeg"
+        "image/jpeg"
     };
-    Ok(format!("data:image/{kind};base64,{}", BASE64_STANDARD.encode(bytes)))
+    Ok((kind, bytes))
 }
 
 #[cfg(test)]

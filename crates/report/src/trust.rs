@@ -38,6 +38,7 @@ impl TrustMeasure {
 ///
 /// - `between_heads`: mean adjusted Rand index between independent heads, where the method has several.
 /// - `analysis`: of the embeddings, where the run has them.
+/// - `halves`: what [`between_halves`] found in them.
 ///
 /// # Errors
 ///
@@ -46,6 +47,7 @@ pub fn measures(
     labels: &PseudoLabels,
     between_heads: Option<f64>,
     analysis: Option<&Analysis>,
+    halves: Option<f64>,
 ) -> Result<Vec<TrustMeasure>> {
     let mut found = Vec::new();
     if let Some(analysis) = analysis {
@@ -57,7 +59,7 @@ pub fn measures(
             warning: "Many pictures have nearest neighbours in other clusters: borders between clusters are \
                       arbitrary.",
         }));
-        found.extend(between_halves(labels, &analysis.rows)?.map(|value| TrustMeasure {
+        found.extend(halves.map(|value| TrustMeasure {
             question: "Do other pictures of the same kind lead to the same clusters? (Adjusted Rand index \
                        between clusters by k-means on two random halves)",
             value,
@@ -144,7 +146,11 @@ const FEWEST: usize = 5;
 
 /// The mean adjusted Rand index, over three splits, between the groups that the centres of k-means on two
 /// random halves make of all pictures; `None` for few pictures a cluster, or one cluster.
-fn between_halves(labels: &PseudoLabels, rows: &UnitRows) -> Result<Option<f64>> {
+///
+/// # Errors
+///
+/// A number is not finite.
+pub fn between_halves(labels: &PseudoLabels, rows: &UnitRows) -> Result<Option<f64>> {
     const SPLITS: u64 = 3;
     let (k, d) = (labels.clusters, rows.width);
     let count = rows.count().min(RESAMPLED);
@@ -207,7 +213,7 @@ mod tests {
         let found = k_means(&rows.values, n, d, &KMeans::spherical(clusters, 4), 1)?.assignment;
         let own = labels(&found, &found, clusters);
         let analysis = Analysis::of(rows, &found, clusters, &Interrupt::default())?;
-        let values = measures(&own, None, Some(&analysis))?;
+        let values = measures(&own, None, Some(&analysis), between_halves(&own, &analysis.rows)?)?;
         let index = adjusted_rand_index(&contingency(&found, &truth, clusters, 6)?);
         Ok((index, values.iter().map(|measure| measure.value).collect()))
     }
@@ -247,11 +253,14 @@ mod tests {
     #[test]
     fn what_cannot_be_measured_is_left_out() -> Result<()> {
         let one = labels(&[0; 3], &[0; 3], 1);
-        assert!(measures(&one, None, None)?.is_empty());
+        assert!(measures(&one, None, None, None)?.is_empty());
         let rows = UnitRows::of(&[1., 0., 0., 1., 1., 1.], 2);
         let analysis = Analysis::of(rows, &[0; 3], 1, &Interrupt::default())?;
-        assert!(measures(&one, None, Some(&analysis))?.is_empty());
-        let heads = measures(&one, Some(0.25), None)?;
+        assert!(
+            measures(&one, None, Some(&analysis), between_halves(&one, &analysis.rows)?)?
+                .is_empty()
+        );
+        let heads = measures(&one, Some(0.25), None, None)?;
         assert_eq!((heads.len(), heads[0].value, heads[0].is_low()), (1, 0.25, true));
         Ok(())
     }

@@ -1,0 +1,303 @@
+//! The run behind the page: what is sent of it, and the thumbnails that were made.
+//!
+//! Pictures are asked for by place, never by path. What is held for 100,000 pictures is their names, numbers and
+//! neighbours; the pictures themselves are mapped files, and embeddings are not held at all.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs;
+use std::io::Cursor;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use data::picture::Encoding;
+use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
+use image::ImageFormat;
+use serde_json::{Value, json};
+use stage::{Claim, Interrupt, digest};
+
+use crate::clusters::Cluster;
+use crate::curves::Chart;
+use crate::gallery::Gallery;
+use crate::page::{Page, whole_positions};
+use crate::trust::TrustMeasure;
+use crate::view::ViewArguments;
+use crate::view::kept::{KEPT, KeptAnalysis};
+use crate::{StepLog, facts, thumbnail, trust};
+
+/// Most pictures of a cluster that one request gets.
+const AT_ONCE: usize = 500;
+
+/// Pictures of each cluster that are in its section before it is unfolded, as [`Cluster::shown`].
+const SHOWN: usize = 24;
+
+/// A picture as it is sent: its media type and bytes.
+pub type SentPicture = (&'static str, Arc<[u8]>);
+
+/// A run that is served.
+pub struct ServedRun {
+    images: Images,
+    names: Names,
+    labels: PseudoLabels,
+    truth: Option<Labels>,
+    kept: Option<KeptAnalysis>,
+    clusters: Vec<Cluster>,
+    title: String,
+    facts: Vec<String>,
+    trust: Vec<TrustMeasure>,
+    metrics: Vec<(String, RoundMetrics)>,
+    charts: Vec<(String, Vec<Chart>)>,
+    thumbnails: Mutex<ThumbnailCache>,
+    /// Names the pictures by content, in order: what is sent under an address with it never changes.
+    pub set: String,
+}
+
+impl ServedRun {
+    /// Opens the run; computes the map where that was not done before.
+    ///
+    /// # Errors
+    ///
+    /// An input is missing or damaged, the inputs are about different pictures, the map cannot be kept, or the
+    /// program is interrupted.
+    pub fn open(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<Self> {
+        let images = Images::open(&arguments.images)?;
+        let names = Names::open(&arguments.names)?;
+        let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
+        let truth = arguments.labels.as_deref().map(Labels::open).transpose()?;
+        let remedy = "give the images and names that the run was made with";
+        names.data_set.require(images.data_set(), remedy)?;
+        labels.data_set.require(images.data_set(), remedy)?;
+        if let Some(truth) = &truth {
+            truth.data_set.require(images.data_set(), remedy)?;
+        }
+        images.keep_decoded(0); // Thumbnails are kept instead.
+        let kept = arguments.embeddings.as_ref().map(|embeddings| {
+            let _claim = Claim::wait(&arguments.out, interrupt)?;
+            let out = &arguments.out;
+            fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
+            KeptAnalysis::open_or_make(&out.join(KEPT), embeddings, &labels, interrupt)
+        });
+        let kept = kept.transpose()?;
+        let (mut metrics, mut charts, mut between_heads) = (Vec::new(), Vec::new(), None);
+        for (step, folder) in &arguments.steps {
+            let path = folder.join(RoundMetrics::FILE);
+            if path.exists() {
+                let (round, _) = step.split_once('-').unwrap_or((step, ""));
+                metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
+            }
+            let log = StepLog::read(folder)?;
+            between_heads = log.between_heads.or(between_heads);
+            charts.push((step.clone(), log.charts));
+        }
+        let analysis = kept.as_ref().map(|kept| &kept.analysis);
+        let halves = kept.as_ref().and_then(|kept| kept.halves);
+        let places: Vec<u8> = labels.index.iter().flat_map(|row| row.to_le_bytes()).collect();
+        let set = [labels.data_set.fingerprint.as_bytes(), &places].concat();
+        Ok(Self {
+            trust: trust::measures(&labels, between_heads, analysis, halves)?,
+            set: digest::sha256(&set)[..16].to_owned(),
+            truth: truth.filter(|truth| truth.labels.iter().any(Option::is_some)),
+            clusters: Cluster::all(&labels),
+            facts: facts(&labels),
+            title: arguments.title.clone(),
+            thumbnails: Mutex::default(),
+            images,
+            names,
+            labels,
+            kept,
+            metrics,
+            charts,
+        })
+    }
+
+    /// The page.
+    ///
+    /// # Errors
+    ///
+    /// None in practice: no picture is read.
+    pub fn page(&self) -> Result<String> {
+        let analysis = self.kept.as_ref().map(|kept| &kept.analysis);
+        let served = json!({
+            "set": self.set,
+            "pictures": self.labels.index.len(),
+            "mapped": analysis.map(|found| found.rows.places.len()),
+        });
+        let page = Page {
+            title: &self.title,
+            facts: self.facts.clone(),
+            trust: self.trust.clone(),
+            metrics: self.metrics.clone(),
+            gallery: Gallery {
+                images: &self.images,
+                names: &self.names,
+                labels: &self.labels,
+                clusters: &self.clusters,
+                truth: self.truth.as_ref(),
+                analysis,
+                shown: SHOWN,
+                is_served: true,
+            },
+            thumbnails: 0,
+            charts: self.charts.clone(),
+            served: Some(served),
+        };
+        page.html()
+    }
+
+    /// By place, little-endian: the index of the cluster as u32 `(N,)`, then the confidence as u8 `(N,)`.
+    pub fn assignment(&self) -> Vec<u8> {
+        let own = Cluster::of_places(&self.clusters, self.labels.index.len());
+        let confidence = self.labels.confidence.iter().map(|&c| (255. * c.min(1.)).round() as u8);
+        own.iter().flat_map(|k| k.to_le_bytes()).chain(confidence).collect()
+    }
+
+    /// The analysed pictures, little-endian: their places as u32 `(A,)`, x as u16 `(A,)`, y as u16 `(A,)`.
+    /// Nothing where there is no map.
+    pub fn map(&self) -> Vec<u8> {
+        let Some(KeptAnalysis { analysis, .. }) = &self.kept else { return Vec::new() };
+        let positions = whole_positions(&analysis.map).concat();
+        let places = analysis.rows.places.iter().flat_map(|place| place.to_le_bytes());
+        places.chain(positions.iter().flat_map(|x| x.to_le_bytes())).collect()
+    }
+
+    /// By place, little-endian: the class as u32 `(N,)`; 2³² − 1 where it is not known.
+    pub fn classes(&self) -> Vec<u8> {
+        let Some(truth) = &self.truth else { return Vec::new() };
+        let class = |&row: &u32| truth.labels[row as usize].unwrap_or(u32::MAX).to_le_bytes();
+        self.labels.index.iter().flat_map(class).collect()
+    }
+
+    /// Pictures of a cluster by falling score: place, name, score.
+    ///
+    /// # Errors
+    ///
+    /// There is no such cluster, or not so many pictures.
+    pub fn members(&self, number: usize, from: usize, to: usize) -> Result<Value> {
+        let cluster = self.clusters.iter().find(|cluster| cluster.number == number);
+        let members = cluster.and_then(|cluster| cluster.members.get(from..to));
+        let members =
+            members.with_context(|| format!("there are no such pictures in cluster {number}"))?;
+        ensure!(members.len() <= AT_ONCE, "more than {AT_ONCE} pictures at once");
+        let sent = members.iter().map(|member| {
+            let score = format!("{:.2}", member.score);
+            json!([member.place, self.names.names[member.row as usize], score])
+        });
+        Ok(sent.collect())
+    }
+
+    /// What the view of a picture shows: name, second-best cluster, neighbours, and those before and after it in
+    /// its cluster.
+    ///
+    /// # Errors
+    ///
+    /// There is no such picture.
+    pub fn picture(&self, place: u32) -> Result<Value> {
+        let row = self.row(place)?;
+        let has = |cluster: &&Cluster| cluster.members.iter().any(|member| member.place == place);
+        let members = &self.clusters.iter().find(has).context("a picture without cluster")?.members;
+        let at = members.iter().position(|member| member.place == place).unwrap_or(0);
+        let beside = |by: usize| members[(at + by) % members.len()].place;
+        let analysed = self.kept.as_ref().and_then(|kept| {
+            let row = kept.analysis.row_of(place)?;
+            let near = kept.analysis.near(row).map(|other| json!([other, self.name(other)]));
+            Some((near.collect::<Vec<Value>>(), kept.second_best[row]))
+        });
+        let (near, second) = analysed.unwrap_or((vec![], u32::MAX));
+        let second = self.clusters.get(second as usize).map(|cluster| cluster.number);
+        Ok(json!({
+            "name": self.names.names[row as usize],
+            "near": near,
+            "second": second,
+            "previous": beside(members.len() - 1),
+            "next": beside(1),
+        }))
+    }
+
+    /// A thumbnail; the latest ones are kept.
+    ///
+    /// # Errors
+    ///
+    /// There is no such picture, or it is damaged.
+    pub fn thumbnail(&self, place: u32) -> Result<SentPicture> {
+        let row = self.row(place)?;
+        // What another thread left half done is a cache still.
+        let cache = || self.thumbnails.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = cache().found.get(&place) {
+            return Ok(found.clone());
+        }
+        let (kind, bytes) = thumbnail::encode(&*self.images.picture(row)?)?;
+        let made = (kind, Arc::from(bytes));
+        cache().keep(place, &made);
+        Ok(made)
+    }
+
+    /// The picture as it is stored; raw pixels as PNG.
+    ///
+    /// # Errors
+    ///
+    /// There is no such picture, or it is damaged.
+    pub fn full(&self, place: u32) -> Result<SentPicture> {
+        let row = self.row(place)?;
+        if let Some((encoding, bytes)) = self.images.file(row)? {
+            let kind = match encoding {
+                Encoding::Jpeg => "image/jpeg",
+                Encoding::WebP => "image/webp",
+                Encoding::Png | Encoding::Raw => "image/png",
+            };
+            return Ok((kind, bytes.into()));
+        }
+        let mut bytes = Cursor::new(Vec::new());
+        thumbnail::to_image(&*self.images.picture(row)?)?.write_to(&mut bytes, ImageFormat::Png)?;
+        Ok(("image/png", bytes.into_inner().into()))
+    }
+
+    fn name(&self, place: u32) -> &str {
+        &self.names.names[self.labels.index[place as usize] as usize]
+    }
+
+    fn row(&self, place: u32) -> Result<u32> {
+        let row = self.labels.index.get(place as usize);
+        row.copied().with_context(|| format!("there is no picture {place}"))
+    }
+}
+
+/// Most bytes of thumbnails in memory: about 5,000 of them.
+const CACHED_BYTES: usize = 32 << 20;
+
+/// The latest thumbnails.
+#[derive(Default)]
+struct ThumbnailCache {
+    found: HashMap<u32, SentPicture>,
+    /// The oldest first.
+    order: VecDeque<u32>,
+    bytes: usize,
+}
+
+impl ThumbnailCache {
+    fn keep(&mut self, place: u32, (kind, bytes): &SentPicture) {
+        if self.found.insert(place, (kind, bytes.clone())).is_some() {
+            return; // Another thread made it meanwhile.
+        }
+        self.order.push_back(place);
+        self.bytes += bytes.len();
+        while self.bytes > CACHED_BYTES {
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.bytes -= self.found.remove(&oldest).map_or(0, |(_, bytes)| bytes.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_thumbnails_go_first() {
+        let mut cache = ThumbnailCache::default();
+        let half: SentPicture = ("image/png", vec![0; CACHED_BYTES / 2].into());
+        for place in [1, 2, 2, 3] {
+            cache.keep(place, &half);
+        }
+        assert_eq!(cache.order, [2, 3]);
+        assert_eq!((cache.found.len(), cache.bytes), (2, CACHED_BYTES / 2 * 2));
+    }
+}

@@ -1,0 +1,211 @@
+//! Which address gives what.
+//!
+//! | request | gives |
+//! |---|---|
+//! | `GET /` | the page |
+//! | `GET /assignment` | cluster and confidence of every picture |
+//! | `GET /map/<set>`, `/classes/<set>` | positions on the map; classes |
+//! | `GET /members/<cluster>/<from>/<to>` | pictures of a cluster |
+//! | `GET /picture/<place>` | what the view of a picture shows |
+//! | `GET /thumbnail/<set>/<place>`, `/full/<set>/<place>` | a picture |
+//!
+//! What is under an address with `<set>`, which names the pictures by content, never changes: browsers keep it.
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result};
+use axum::Router;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use stage::Interrupt;
+use tokio::time::sleep;
+
+use crate::page;
+use crate::view::gate::{Gate, Passage};
+use crate::view::served::{SentPicture, ServedRun};
+
+/// Threads that decode pictures and write pages; more requests wait.
+const THREADS: usize = 4;
+
+/// Serves until the interrupt is raised.
+///
+/// # Errors
+///
+/// The listener cannot be used, or the runtime cannot start.
+pub fn serve(
+    listener: TcpListener,
+    gate: Gate,
+    served: Arc<ServedRun>,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(THREADS)
+        .build()
+        .context("starting the server")?;
+    let result = runtime.block_on(async {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let server = axum::serve(listener, router(Arc::new(gate), served));
+        let server = server.with_graceful_shutdown(raised(interrupt.clone()));
+        // A request that takes longer than this after the interrupt is dropped.
+        let given_up = async {
+            raised(interrupt.clone()).await;
+            sleep(Duration::from_secs(2)).await;
+        };
+        tokio::select! {
+            ended = server => ended,
+            () = given_up => Ok(()),
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result.context("serving the page")
+}
+
+async fn raised(interrupt: Interrupt) {
+    while !interrupt.is_raised() {
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn router(gate: Arc<Gate>, served: Arc<ServedRun>) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/assignment", get(assignment))
+        .route("/map/{set}", get(map))
+        .route("/classes/{set}", get(classes))
+        .route("/members/{cluster}/{from}/{to}", get(members))
+        .route("/picture/{place}", get(picture))
+        .route("/thumbnail/{set}/{place}", get(thumbnail))
+        .route("/full/{set}/{place}", get(full))
+        .with_state(served)
+        .layer(from_fn_with_state(gate, guard))
+}
+
+/// Refuses whoever may not ask, and adds the headers of all answers.
+async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
+    let mut response = match gate.passage(request.uri(), request.headers()) {
+        Passage::Open => next.run(request).await,
+        Passage::ByAddress => match gate.cookie() {
+            Ok(cookie) => {
+                let to_page = (header::LOCATION, HeaderValue::from_static("/"));
+                (StatusCode::SEE_OTHER, [to_page, (header::SET_COOKIE, cookie)]).into_response()
+            }
+            Err(error) => Fault::from(error).into_response(),
+        },
+        Passage::Refused(reason) => Fault(StatusCode::FORBIDDEN, reason.into()).into_response(),
+    };
+    let headers = response.headers_mut();
+    let policy = format!("{}; frame-ancestors 'none'", page::policy(true));
+    for (name, value) in [
+        ("content-security-policy", HeaderValue::from_str(&policy)),
+        ("x-content-type-options", Ok(HeaderValue::from_static("nosniff"))),
+        ("x-frame-options", Ok(HeaderValue::from_static("DENY"))),
+        ("referrer-policy", Ok(HeaderValue::from_static("no-referrer"))),
+        ("cross-origin-resource-policy", Ok(HeaderValue::from_static("same-origin"))),
+        ("cross-origin-opener-policy", Ok(HeaderValue::from_static("same-origin"))),
+    ] {
+        headers.extend(value.ok().map(|value| (HeaderName::from_static(name), value)));
+    }
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Why a request has no other answer.
+struct Fault(StatusCode, String);
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        tracing::warn!("{error:#}");
+        Self(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"))
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        (self.0, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], self.1).into_response()
+    }
+}
+
+type Answer = Result<Response, Fault>;
+
+/// Runs work that takes long, or that waits for the disk, on a thread of its own; also where it panics, the server
+/// goes on.
+async fn on_thread<T: Send + 'static>(
+    served: Arc<ServedRun>,
+    work: impl FnOnce(&ServedRun) -> Result<T> + Send + 'static,
+) -> Result<T, Fault> {
+    let done = tokio::task::spawn_blocking(move || work(&served)).await;
+    Ok(done.context("a request ended in a fault of this program")??)
+}
+
+const HTML: &str = "text/html; charset=utf-8";
+const JSON: &str = "application/json";
+const BINARY: &str = "application/octet-stream";
+
+fn typed(kind: &'static str, body: impl IntoResponse) -> Response {
+    ([(header::CONTENT_TYPE, kind)], body).into_response()
+}
+
+/// An answer that browsers keep, under the right name of the pictures.
+fn kept(served: &ServedRun, set: &str, kind: &'static str, body: impl IntoResponse) -> Answer {
+    if set != served.set {
+        let message = "these pictures were served earlier; reload the page";
+        return Err(Fault(StatusCode::NOT_FOUND, message.into()));
+    }
+    let keep = [(header::CACHE_CONTROL, "private, max-age=31536000, immutable")];
+    Ok((keep, typed(kind, body)).into_response())
+}
+
+type Run = State<Arc<ServedRun>>;
+
+async fn page(State(served): Run) -> Answer {
+    Ok(typed(HTML, on_thread(served, ServedRun::page).await?))
+}
+
+async fn assignment(State(served): Run) -> Answer {
+    Ok(typed(BINARY, on_thread(served, |served| Ok(served.assignment())).await?))
+}
+
+async fn map(State(served): Run, Path(set): Path<String>) -> Answer {
+    kept(&served, &set, BINARY, served.map())
+}
+
+async fn classes(State(served): Run, Path(set): Path<String>) -> Answer {
+    kept(&served, &set, BINARY, served.classes())
+}
+
+async fn members(State(served): Run, Path(range): Path<(usize, usize, usize)>) -> Answer {
+    let (cluster, from, to) = range;
+    let found = served.members(cluster, from, to);
+    let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+    Ok(typed(JSON, found.to_string()))
+}
+
+async fn picture(State(served): Run, Path(place): Path<u32>) -> Answer {
+    let found = served.picture(place);
+    let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+    Ok(typed(JSON, found.to_string()))
+}
+
+async fn thumbnail(State(served): Run, Path((set, place)): Path<(String, u32)>) -> Answer {
+    sent(served, set, move |served| served.thumbnail(place)).await
+}
+
+async fn full(State(served): Run, Path((set, place)): Path<(String, u32)>) -> Answer {
+    sent(served, set, move |served| served.full(place)).await
+}
+
+async fn sent(
+    served: Arc<ServedRun>,
+    set: String,
+    work: impl FnOnce(&ServedRun) -> Result<SentPicture> + Send + 'static,
+) -> Answer {
+    let (kind, bytes) = on_thread(served.clone(), work).await?;
+    kept(&served, &set, kind, bytes.to_vec())
+}
