@@ -10,7 +10,7 @@ use stage::Spec;
 use crate::CommandContext;
 use crate::process::Process;
 use crate::programs::Executable;
-use crate::record::{Recorded, Which};
+use crate::record::{CORRECTIONS, Recorded, Which};
 use crate::report::{embeddings_of, inputs};
 
 /// The command line.
@@ -49,6 +49,7 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     let mut arguments = inputs(run, &steps, last, embeddings_of(&steps, last, &specs));
     for (flag, value) in [
         ("--out", run.folder.join("report").into()),
+        ("--corrections", run.folder.join(CORRECTIONS).into()),
         ("--port", OsString::from(options.port.to_string())),
     ] {
         arguments.extend([flag.into(), value]);

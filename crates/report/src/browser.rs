@@ -204,7 +204,7 @@ impl Browser {
 }
 
 /// Names that a page, a terminal or a spreadsheet might take for something else.
-const HOSTILE: [&str; 6] = [
+pub(crate) const HOSTILE: [&str; 6] = [
     "<img src=x onerror=alert(1)>.png",
     "=cmd().jpg",
     "new\nline.png",
@@ -213,7 +213,7 @@ const HOSTILE: [&str; 6] = [
     "</script><script>alert(2)</script>\u{fffd}.png",
 ];
 
-const PICTURES: usize = 90;
+pub(crate) const PICTURES: usize = 90;
 
 /// A run of coloured pictures in four groups, with hostile names.
 pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {

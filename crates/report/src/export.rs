@@ -18,12 +18,16 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
+use data::corrections::PictureMark;
 use data::{Embeddings, Names, PseudoLabels, Space};
 use parquet::data_type::{ByteArray, ByteArrayType, DataType, FloatType, Int32Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
+use serde_json::json;
 use stage::console::{print_line, printable, start_logging};
+
+use crate::clusters::{Cluster, ClusterMember};
 
 /// Writes a run's embeddings and clusters for other tools.
 #[derive(Debug, Clone, Parser)]
@@ -207,6 +211,81 @@ fn write_column<T: DataType>(
     let mut column = group.next_column()?.context("the schema has no further column")?;
     column.typed::<T>().write_batch(values, definitions, repetitions)?;
     Ok(column.close()?)
+}
+
+/// The pictures of all clusters as a list of objects in JSON, by cluster, and there by falling score: `name`;
+/// `cluster`, its number, and `cluster-name`, null for marked pictures; `mark`, `wrong`, `outlier` or null;
+/// `confidence` and `score`.
+///
+/// # Errors
+///
+/// None in practice.
+pub fn clusters_as_json(clusters: &[Cluster], names: &Names) -> Result<Vec<u8>> {
+    let object = |(cluster, member): (&Cluster, &ClusterMember)| {
+        json!({
+            "name": names.names[member.row as usize],
+            "cluster": cluster.mark.is_none().then_some(cluster.number),
+            "cluster-name": cluster.name,
+            "mark": cluster.mark.map(PictureMark::word),
+            "confidence": member.confidence,
+            "score": member.score,
+        })
+    };
+    Ok(serde_json::to_vec(&members(clusters).map(object).collect::<Vec<_>>())?)
+}
+
+/// The same in Parquet, with the columns of these names.
+///
+/// # Errors
+///
+/// A number of a cluster exceeds an i32.
+pub fn clusters_as_parquet(clusters: &[Cluster], names: &Names) -> Result<Vec<u8>> {
+    let all: Vec<_> = members(clusters).collect();
+    let mut bytes = Vec::new();
+    let schema = Arc::new(parse_message_type(CLUSTERS_SCHEMA)?);
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default())?;
+    let mut group = writer.next_row_group()?;
+    let text = |text: &str| ByteArray::from(text);
+    let name: Vec<ByteArray> =
+        all.iter().map(|(_, member)| text(&names.names[member.row as usize])).collect();
+    write_column::<ByteArrayType>(&mut group, &name, None, None)?;
+    let number = all.iter().map(|(own, _)| own.mark.is_none().then_some(own.number));
+    let number: Vec<Option<i32>> =
+        number.map(|number| number.map(i32::try_from).transpose()).collect::<Result<_, _>>()?;
+    write_optional::<Int32Type>(&mut group, number)?;
+    let name = all.iter().map(|(own, _)| own.name.as_deref().map(text));
+    write_optional::<ByteArrayType>(&mut group, name.collect())?;
+    let mark = all.iter().map(|(own, _)| own.mark.map(|mark| text(mark.word())));
+    write_optional::<ByteArrayType>(&mut group, mark.collect())?;
+    let confidence: Vec<f32> = all.iter().map(|(_, member)| member.confidence).collect();
+    write_column::<FloatType>(&mut group, &confidence, None, None)?;
+    let score: Vec<f32> = all.iter().map(|(_, member)| member.score).collect();
+    write_column::<FloatType>(&mut group, &score, None, None)?;
+    group.close()?;
+    writer.close()?;
+    Ok(bytes)
+}
+
+const CLUSTERS_SCHEMA: &str = "message clusters {
+    required binary name (UTF8);
+    optional int32 cluster;
+    optional binary cluster-name (UTF8);
+    optional binary mark (UTF8);
+    required float confidence;
+    required float score;
+}";
+
+fn members(clusters: &[Cluster]) -> impl Iterator<Item = (&Cluster, &ClusterMember)> {
+    clusters.iter().flat_map(|own| own.members.iter().map(move |member| (own, member)))
+}
+
+fn write_optional<T: DataType>(
+    group: &mut SerializedRowGroupWriter<impl Write + Send>,
+    values: Vec<Option<T::T>>,
+) -> Result<()> {
+    let is_there: Vec<i16> = values.iter().map(|value| i16::from(value.is_some())).collect();
+    let values: Vec<T::T> = values.into_iter().flatten().collect();
+    write_column::<T>(group, &values, Some(&is_there), None)
 }
 
 /// Writes an array in version 1.0 of NumPy's format: a magic number, the length of the header, the header

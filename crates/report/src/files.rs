@@ -34,6 +34,11 @@ pub const PICTURES: &str = "pictures";
 /// `@`, a tab, a line break or one of their full-width forms gets a `'` in front, as does one that
 /// begins with `'`. To read a name, remove one `'` from its beginning.
 pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<()> {
+    stage::files::write(path, &table(clusters, names)?)
+}
+
+/// The bytes of the table that [`write_table`] writes.
+pub fn table(clusters: &[Cluster], names: &Names) -> Result<Vec<u8>> {
     let mut table = csv::Writer::from_writer(Vec::new());
     let columns = ["name", "cluster", "confidence", "score", "reliable", "cluster-name", "mark"];
     table.write_record(columns)?;
@@ -53,7 +58,7 @@ pub fn write_table(path: &Path, clusters: &[Cluster], names: &Names) -> Result<(
             ])?;
         }
     }
-    stage::files::write(path, &table.into_inner().context("closing the table")?)
+    table.into_inner().context("closing the table")
 }
 
 /// Prefixes a name that a spreadsheet would evaluate as a formula; see [`write_table`].

@@ -27,6 +27,8 @@ pub struct Gallery<'a> {
     pub truth: Option<&'a Labels>,
     /// The analysis, where there are embeddings.
     pub analysis: Option<&'a Analysis>,
+    /// For each of the clusters the others, the most similar first; nothing where there is no analysis.
+    pub similar: &'a [Vec<u32>],
     /// Most pictures of highest score to show of each cluster.
     pub shown: usize,
     /// Whether the page is served: the script then fills each figure when it is seen.
@@ -137,7 +139,7 @@ impl Gallery<'_> {
     /// Writes the line below the heading: how sure its pictures are, similar clusters, classes.
     fn write_about(&self, html: &mut String, k: usize, cluster: &Cluster) {
         let _ = write!(html, "<div class=\"about\">{}", histogram(cluster));
-        if let Some(similar) = self.analysis.and_then(|found| found.similar_clusters.get(k)) {
+        if let Some(similar) = self.similar.get(k) {
             let others = similar.iter().map(|&other| &self.clusters[other as usize]);
             let others = others.filter(|other| !other.members.is_empty()).take(3);
             let links: Vec<String> = others.map(link_to).collect();

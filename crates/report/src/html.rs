@@ -6,29 +6,32 @@ pub fn inline(text: &str) -> String {
     format!("<bdi>{}</bdi>", escaped(text))
 }
 
-/// Escapes text for HTML, also inside a quoted attribute.
-///
-/// Control characters become U+FFFD: HTML has no other form for them. So do the characters that override the
-/// direction of writing, which could show `photo<U+202E>gpj.exe` as a picture.
+/// Escapes text for HTML, also inside a quoted attribute; [`displayable`].
 pub fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
+    for c in displayable(text).chars() {
         match c {
             '&' => escaped.push_str("&amp;"),
             '<' => escaped.push_str("&lt;"),
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
-            c if c.is_control() && c != '\n' && c != '\t' => {
-                escaped.push(char::REPLACEMENT_CHARACTER)
-            }
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                escaped.push(char::REPLACEMENT_CHARACTER);
-            }
             c => escaped.push(c),
         }
     }
     escaped
+}
+
+/// Replaces control characters by U+FFFD: HTML has no other form for them. So it does with the characters that
+/// override the direction of writing, which could show `photo<U+202E>gpj.exe` as a picture.
+pub fn displayable(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c,
+        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => char::REPLACEMENT_CHARACTER,
+        c if c.is_control() => char::REPLACEMENT_CHARACTER,
+        c => c,
+    };
+    text.chars().map(shown).collect()
 }
 
 #[cfg(test)]

@@ -239,6 +239,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
             clusters: &clusters,
             truth: truth.as_ref(),
             analysis: analysis.as_ref(),
+            similar: analysis.as_ref().map_or(&[], |found| &found.similar_clusters),
             shown: arguments.shown,
             is_served: false,
         },

@@ -93,7 +93,7 @@ function open(place) {
     fetchPicture(place).then(about => viewed === place && fillView(place, about.second, about.near, about), complain);
   } else {
     const row = rowOfShown.get(place), each = shown.length ? near.length / shown.length : 0;
-    const best = second.length && second[row] !== NONE ? data.clusters[second[row]] : null;
+    const best = second.length && second[row] !== NONE ? second[row] : null;
     fillView(place, best, Array.from(near.slice(row * each, (row + 1) * each)).filter(other => other !== NONE));
   }
   if (!view.open) view.showModal();
@@ -107,11 +107,12 @@ function fillView(place, secondBest, others) {
   const fact = (term, text) => text && (element("dt", term, list), element("dd", text, list));
   fact("Cluster", clusterName(clusterOf[place]).replace(/^cluster /, ""));
   fact("Confidence", (confidence[place] / 255).toFixed(2));
-  fact("Second-best cluster", secondBest !== null && String(secondBest));
+  fact("Second-best cluster", secondBest !== null && clusterName(secondBest));
   fact("Class", className(place));
   const strip = byId("view-near");
   strip.replaceChildren(...others.map(thumbnail));
   byId("view-near-title").hidden = !strip.firstChild;
+  if (served) showSelected();
 }
 
 function step(by) {
@@ -464,7 +465,7 @@ function drawMap() {
   };
 }
 
-// A colour as the bytes red, green and blue: https://www.w3.org/TR/css-color-4/#hsl-to-rgb.
+// A colour as the bytes red, green and blue: CSS Color Module Level 4, section 7.1.
 function rgb(hue, saturation, lightness) {
   const [s, l] = [saturation / 100, lightness / 100];
   const channel = n => {

@@ -324,6 +324,40 @@ const VIEW: &str = r#"<dialog id="view" aria-labelledby="view-name">
 const SERVED: &str = r#"<div id="trouble" class="warning" role="alert" hidden>
 <span id="trouble-text"></span> <button type="button" id="trouble-close">Close</button>
 </div>
+<div id="edits" class="tools" role="region" aria-label="Corrections">
+<button type="button" id="select" aria-pressed="false" title="Or hold Ctrl, or press Space on a picture; with Shift, all up to it">Select pictures</button>
+<b id="selected-count" aria-live="polite"></b>
+<span id="with-selected" class="tools" hidden>
+<button type="button" id="move">Move to …</button>
+<button type="button" id="mark-wrong">Mark as wrong</button>
+<button type="button" id="mark-outlier">Mark as outlier</button>
+<button type="button" id="unmark" title="Puts pictures back where the run has them">Back</button>
+<button type="button" id="deselect">Clear</button>
+</span>
+<button type="button" id="undo" title="Ctrl-Z" disabled>Undo</button>
+<span id="saved" role="status"></span>
+<details id="exports"><summary>Export</summary><div>
+<a href="export/clusters.csv" download>CSV</a>
+<a href="export/clusters.json" download>JSON</a>
+<a href="export/clusters.parquet" download>Parquet</a>
+<p>Folders of pictures: <code>assort report RUN --copy-to DIR</code></p>
+</div></details>
+</div>
+<dialog id="rename" aria-labelledby="rename-title">
+<h2 id="rename-title"></h2>
+<label>Name <input id="rename-name" maxlength="100" autocomplete="off"></label>
+<div class="tools"><button type="button" id="rename-save">Save</button> <button type="button" id="rename-cancel">Cancel</button></div>
+</dialog>
+<dialog id="merge" aria-labelledby="merge-title">
+<h2 id="merge-title"></h2>
+<select id="merge-with" aria-labelledby="merge-title"></select>
+<div class="tools"><button type="button" id="merge-save">Merge</button> <button type="button" id="merge-cancel">Cancel</button></div>
+</dialog>
+<dialog id="move-dialog" aria-labelledby="move-title">
+<h2 id="move-title"></h2>
+<select id="move-to" aria-labelledby="move-title"></select>
+<div class="tools"><button type="button" id="move-save">Move</button> <button type="button" id="move-cancel">Cancel</button></div>
+</dialog>
 "#;
 
 #[cfg(test)]
@@ -385,6 +419,7 @@ mod tests {
                     clusters: &self.clusters,
                     truth,
                     analysis,
+                    similar: analysis.map_or(&[], |found| &found.similar_clusters),
                     shown: 2,
                     is_served: false,
                 },

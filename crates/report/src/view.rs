@@ -6,12 +6,16 @@
 //! - [`gate`]: who may ask.
 //! - [`server`]: which address gives what.
 //! - [`served`]: the run behind it, and its thumbnails.
+//! - [`edits`]: corrections, saved at once.
 //! - [`kept`]: the analysis, computed once for each run.
 
+mod edits;
 mod gate;
 mod kept;
 mod served;
 mod server;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
@@ -56,6 +60,9 @@ pub struct ViewArguments {
     /// Port of this machine to listen at; 0 takes any free one.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub port: u16,
+    /// The corrections to read and write: corrections.toml. It need not exist.
+    #[arg(long, value_name = "FILE")]
+    pub corrections: PathBuf,
     /// Folder to keep the map in; created if missing.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

@@ -16,8 +16,8 @@
 //! | `duplicate-kinds` | `(G,)` u8 | 1 for a group of exact duplicates |
 //! | `duplicate-similarities` | `(G,)` f32 | the lowest cosine that joins each group |
 //!
-//! Header: `key`, a digest of everything that the analysis depends on; `duplicate-similarity`, the limit;
-//! `halves`, how far two halves of the pictures agree (see [`trust::between_halves`]), or null.
+//! Header: `key`, a digest of everything that the analysis depends on; `duplicate-similarity`, the limit, and
+//! `halves`, how far two halves of the pictures agree (see [`trust::between_halves`]), or null: numbers as text.
 
 use std::path::Path;
 
@@ -113,8 +113,8 @@ impl KeptAnalysis {
         let map: Vec<f32> = map.iter().flatten().copied().collect();
         let header = Header::from([
             ("key".into(), key.into()),
-            ("duplicate-similarity".into(), self.analysis.duplicate_similarity.into()),
-            ("halves".into(), self.halves.into()),
+            ("duplicate-similarity".into(), text(self.analysis.duplicate_similarity)),
+            ("halves".into(), self.halves.map_or(Value::Null, text)),
         ]);
         let tensors = [
             Tensor::u32("places", &[count], &rows.places),
@@ -170,8 +170,13 @@ impl KeptAnalysis {
     }
 }
 
+/// A number as text, from which [`number`] reads the same bits.
+fn text(number: f64) -> Value {
+    number.to_string().into()
+}
+
 fn number(value: &Value) -> Option<f64> {
-    value.as_f64()
+    value.as_str()?.parse().ok()
 }
 
 fn duplicates(file: &Container) -> Result<Vec<Duplicates>> {

@@ -1,4 +1,4 @@
-//! The run behind the page: what is sent of it, and the thumbnails that were made.
+//! The run behind the page: what is sent of it, its corrections, and the thumbnails that were made.
 //!
 //! Pictures are asked for by place, never by path. What is held for 100,000 pictures is their names, numbers and
 //! neighbours; the pictures themselves are mapped files, and embeddings are not held at all.
@@ -6,23 +6,27 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io::Cursor;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use data::corrections::ClusteredPictures;
 use data::picture::Encoding;
 use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
 use image::ImageFormat;
 use serde_json::{Value, json};
+use stage::console::printable;
 use stage::{Claim, Interrupt, digest};
 
-use crate::clusters::Cluster;
+use crate::clusters::{Cluster, NO_CLUSTER};
 use crate::curves::Chart;
 use crate::gallery::Gallery;
+use crate::html::displayable;
 use crate::page::{Page, whole_positions};
 use crate::trust::TrustMeasure;
 use crate::view::ViewArguments;
+use crate::view::edits::{EditFault, EditRequest, EditSession};
 use crate::view::kept::{KEPT, KeptAnalysis};
-use crate::{StepLog, facts, thumbnail, trust};
+use crate::{StepLog, corrections_facts, export, facts, files, thumbnail, trust};
 
 /// Most pictures of a cluster that one request gets.
 const AT_ONCE: usize = 500;
@@ -40,7 +44,7 @@ pub struct ServedRun {
     labels: PseudoLabels,
     truth: Option<Labels>,
     kept: Option<KeptAnalysis>,
-    clusters: Vec<Cluster>,
+    state: Mutex<ServedState>,
     title: String,
     facts: Vec<String>,
     trust: Vec<TrustMeasure>,
@@ -49,6 +53,72 @@ pub struct ServedRun {
     thumbnails: Mutex<ThumbnailCache>,
     /// Names the pictures by content, in order: what is sent under an address with it never changes.
     pub set: String,
+}
+
+/// What edits change.
+struct ServedState {
+    session: EditSession,
+    shown: Arc<CorrectedRun>,
+}
+
+/// The clusters after corrections.
+struct CorrectedRun {
+    revision: u64,
+    can_undo: bool,
+    is_corrected: bool,
+    /// The clusters, then the marked pictures.
+    clusters: Vec<Cluster>,
+    /// The index in `clusters` of each picture, by place.
+    own: Vec<u32>,
+    /// The index in `clusters` of each cluster that the run found.
+    shown_as: Vec<u32>,
+    /// Numbers of clusters that several ones are shown as.
+    merged: Vec<u32>,
+    /// For each of the clusters the others, the most similar first.
+    similar: Vec<Vec<u32>>,
+    /// Paragraphs about the corrections.
+    facts: Vec<String>,
+}
+
+impl CorrectedRun {
+    fn new(session: &EditSession, labels: &PseudoLabels, kept: Option<&KeptAnalysis>) -> Self {
+        let corrected = session.corrected();
+        let clusters = Cluster::corrected(labels, &corrected);
+        let index = |number: u32| {
+            let found = clusters.iter().position(|cluster| cluster.number == number as usize);
+            found.map_or(NO_CLUSTER, |k| k as u32)
+        };
+        let shown_as: Vec<u32> = corrected.shown_as.iter().map(|&number| index(number)).collect();
+        let similar = |cluster: &Cluster| {
+            let found = kept.and_then(|kept| kept.analysis.similar_clusters.get(cluster.number));
+            let (mut others, own) = (Vec::new(), index(cluster.number as u32));
+            for other in found.into_iter().flatten().map(|&other| shown_as[other as usize]) {
+                if other != own && !others.contains(&other) {
+                    others.push(other);
+                }
+            }
+            others
+        };
+        let is_merged = |&number: &u32| {
+            let shown = corrected.shown_as.iter().enumerate();
+            shown.filter(|&(_, &as_)| as_ == number).any(|(k, _)| k as u32 != number)
+        };
+        Self {
+            revision: session.revision(),
+            can_undo: session.can_undo(),
+            is_corrected: session.is_corrected(),
+            own: Cluster::of_places(&clusters, labels.index.len()),
+            similar: clusters.iter().map(similar).collect(),
+            merged: (0..labels.clusters as u32).filter(is_merged).collect(),
+            facts: corrections_facts(&corrected),
+            shown_as,
+            clusters,
+        }
+    }
+
+    fn cluster_of(&self, place: u32) -> Option<&Cluster> {
+        self.clusters.get(self.own[place as usize] as usize)
+    }
 }
 
 impl ServedRun {
@@ -88,6 +158,9 @@ impl ServedRun {
             between_heads = log.between_heads.or(between_heads);
             charts.push((step.clone(), log.charts));
         }
+        let run = ClusteredPictures::of(&labels, &images, &names)?;
+        let session = EditSession::open(arguments.corrections.clone(), run, interrupt)?;
+        let shown = Arc::new(CorrectedRun::new(&session, &labels, kept.as_ref()));
         let analysis = kept.as_ref().map(|kept| &kept.analysis);
         let halves = kept.as_ref().and_then(|kept| kept.halves);
         let places: Vec<u8> = labels.index.iter().flat_map(|row| row.to_le_bytes()).collect();
@@ -96,7 +169,7 @@ impl ServedRun {
             trust: trust::measures(&labels, between_heads, analysis, halves)?,
             set: digest::sha256(&set)[..16].to_owned(),
             truth: truth.filter(|truth| truth.labels.iter().any(Option::is_some)),
-            clusters: Cluster::all(&labels),
+            state: Mutex::new(ServedState { session, shown }),
             facts: facts(&labels),
             title: arguments.title.clone(),
             thumbnails: Mutex::default(),
@@ -109,30 +182,70 @@ impl ServedRun {
         })
     }
 
-    /// The page.
+    /// Makes a correction, or undoes one.
     ///
     /// # Errors
     ///
-    /// None in practice: no picture is read.
+    /// See [`EditFault`].
+    pub fn edit(&self, request: EditRequest) -> Result<(), EditFault> {
+        let mut state = self.state();
+        let made = state.session.make(request);
+        self.show(&mut state); // After a conflict too.
+        made
+    }
+
+    fn state(&self) -> MutexGuard<'_, ServedState> {
+        // A thread that panics here has not half changed anything that is shown.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, state: &mut ServedState) {
+        if state.shown.revision != state.session.revision() {
+            let shown = CorrectedRun::new(&state.session, &self.labels, self.kept.as_ref());
+            state.shown = Arc::new(shown);
+        }
+    }
+
+    fn shown(&self) -> Arc<CorrectedRun> {
+        self.state().shown.clone()
+    }
+
+    /// The page, with the corrections as they are in the file now.
+    ///
+    /// # Errors
+    ///
+    /// Another program made the file of corrections unusable.
     pub fn page(&self) -> Result<String> {
+        let mut state = self.state();
+        state.session.refresh()?;
+        self.show(&mut state);
+        let shown = state.shown.clone();
+        drop(state);
         let analysis = self.kept.as_ref().map(|kept| &kept.analysis);
         let served = json!({
             "set": self.set,
             "pictures": self.labels.index.len(),
             "mapped": analysis.map(|found| found.rows.places.len()),
+            "found": self.labels.clusters,
+            "revision": shown.revision,
+            "undo": shown.can_undo,
+            "corrected": shown.is_corrected,
+            "merged": shown.merged,
+            "names": shown.clusters.iter().map(|cluster| &cluster.name).collect::<Vec<_>>(),
         });
         let page = Page {
             title: &self.title,
-            facts: self.facts.clone(),
+            facts: self.facts.iter().chain(&shown.facts).cloned().collect(),
             trust: self.trust.clone(),
             metrics: self.metrics.clone(),
             gallery: Gallery {
                 images: &self.images,
                 names: &self.names,
                 labels: &self.labels,
-                clusters: &self.clusters,
+                clusters: &shown.clusters,
                 truth: self.truth.as_ref(),
                 analysis,
+                similar: &shown.similar,
                 shown: SHOWN,
                 is_served: true,
             },
@@ -145,9 +258,9 @@ impl ServedRun {
 
     /// By place, little-endian: the index of the cluster as u32 `(N,)`, then the confidence as u8 `(N,)`.
     pub fn assignment(&self) -> Vec<u8> {
-        let own = Cluster::of_places(&self.clusters, self.labels.index.len());
+        let shown = self.shown();
         let confidence = self.labels.confidence.iter().map(|&c| (255. * c.min(1.)).round() as u8);
-        own.iter().flat_map(|k| k.to_le_bytes()).chain(confidence).collect()
+        shown.own.iter().flat_map(|k| k.to_le_bytes()).chain(confidence).collect()
     }
 
     /// The analysed pictures, little-endian: their places as u32 `(A,)`, x as u16 `(A,)`, y as u16 `(A,)`.
@@ -172,14 +285,15 @@ impl ServedRun {
     ///
     /// There is no such cluster, or not so many pictures.
     pub fn members(&self, number: usize, from: usize, to: usize) -> Result<Value> {
-        let cluster = self.clusters.iter().find(|cluster| cluster.number == number);
+        let shown = self.shown();
+        let cluster = shown.clusters.iter().find(|cluster| cluster.number == number);
         let members = cluster.and_then(|cluster| cluster.members.get(from..to));
         let members =
             members.with_context(|| format!("there are no such pictures in cluster {number}"))?;
         ensure!(members.len() <= AT_ONCE, "more than {AT_ONCE} pictures at once");
         let sent = members.iter().map(|member| {
             let score = format!("{:.2}", member.score);
-            json!([member.place, self.names.names[member.row as usize], score])
+            json!([member.place, self.name(member.place), score])
         });
         Ok(sent.collect())
     }
@@ -191,9 +305,9 @@ impl ServedRun {
     ///
     /// There is no such picture.
     pub fn picture(&self, place: u32) -> Result<Value> {
-        let row = self.row(place)?;
-        let has = |cluster: &&Cluster| cluster.members.iter().any(|member| member.place == place);
-        let members = &self.clusters.iter().find(has).context("a picture without cluster")?.members;
+        self.row(place)?;
+        let shown = self.shown();
+        let members = &shown.cluster_of(place).context("a picture without cluster")?.members;
         let at = members.iter().position(|member| member.place == place).unwrap_or(0);
         let beside = |by: usize| members[(at + by) % members.len()].place;
         let analysed = self.kept.as_ref().and_then(|kept| {
@@ -201,10 +315,11 @@ impl ServedRun {
             let near = kept.analysis.near(row).map(|other| json!([other, self.name(other)]));
             Some((near.collect::<Vec<Value>>(), kept.second_best[row]))
         });
-        let (near, second) = analysed.unwrap_or((vec![], u32::MAX));
-        let second = self.clusters.get(second as usize).map(|cluster| cluster.number);
+        let (near, second) = analysed.unwrap_or((vec![], NO_CLUSTER));
+        let second = shown.shown_as.get(second as usize);
+        let second = second.filter(|&&second| second != shown.own[place as usize]);
         Ok(json!({
-            "name": self.names.names[row as usize],
+            "name": self.name(place),
             "near": near,
             "second": second,
             "previous": beside(members.len() - 1),
@@ -250,8 +365,23 @@ impl ServedRun {
         Ok(("image/png", bytes.into_inner().into()))
     }
 
-    fn name(&self, place: u32) -> &str {
-        &self.names.names[self.labels.index[place as usize] as usize]
+    /// The corrected clusters as a table in a form: csv, json or parquet.
+    ///
+    /// # Errors
+    ///
+    /// There is no such form.
+    pub fn table(&self, form: &str) -> Result<Vec<u8>> {
+        let shown = self.shown();
+        match form {
+            "csv" => files::table(&shown.clusters, &self.names),
+            "json" => export::clusters_as_json(&shown.clusters, &self.names),
+            "parquet" => export::clusters_as_parquet(&shown.clusters, &self.names),
+            _ => bail!("there is no table in the form `{}`", printable(form)),
+        }
+    }
+
+    fn name(&self, place: u32) -> String {
+        displayable(&self.names.names[self.labels.index[place as usize] as usize])
     }
 
     fn row(&self, place: u32) -> Result<u32> {

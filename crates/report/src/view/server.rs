@@ -8,6 +8,8 @@
 //! | `GET /members/<cluster>/<from>/<to>` | pictures of a cluster |
 //! | `GET /picture/<place>` | what the view of a picture shows |
 //! | `GET /thumbnail/<set>/<place>`, `/full/<set>/<place>` | a picture |
+//! | `GET /export/clusters.csv`, `.json`, `.parquet` | the corrected clusters |
+//! | `POST /edit`, JSON | makes a correction; 409 where the page shows an earlier state |
 //!
 //! What is under an address with `<set>`, which names the pictures by content, never changes: browsers keep it.
 
@@ -17,20 +19,25 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
 use axum::Router;
-use axum::extract::{Path, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use stage::Interrupt;
 use tokio::time::sleep;
 
 use crate::page;
+use crate::view::edits::EditFault;
 use crate::view::gate::{Gate, Passage};
 use crate::view::served::{SentPicture, ServedRun};
 
 /// Threads that decode pictures and write pages; more requests wait.
 const THREADS: usize = 4;
+
+/// Most bytes of a request: an edit of 500,000 pictures.
+const MOST_BYTES: usize = 4 << 20;
 
 /// Serves until the interrupt is raised.
 ///
@@ -76,6 +83,7 @@ async fn raised(interrupt: Interrupt) {
 fn router(gate: Arc<Gate>, served: Arc<ServedRun>) -> Router {
     Router::new()
         .route("/", get(page))
+        .route("/favicon.ico", get(async || StatusCode::NO_CONTENT)) // Browsers ask.
         .route("/assignment", get(assignment))
         .route("/map/{set}", get(map))
         .route("/classes/{set}", get(classes))
@@ -83,6 +91,9 @@ fn router(gate: Arc<Gate>, served: Arc<ServedRun>) -> Router {
         .route("/picture/{place}", get(picture))
         .route("/thumbnail/{set}/{place}", get(thumbnail))
         .route("/full/{set}/{place}", get(full))
+        .route("/export/{file}", get(export))
+        .route("/edit", post(edit))
+        .layer(DefaultBodyLimit::max(MOST_BYTES))
         .with_state(served)
         .layer(from_fn_with_state(gate, guard))
 }
@@ -199,6 +210,41 @@ async fn thumbnail(State(served): Run, Path((set, place)): Path<(String, u32)>) 
 
 async fn full(State(served): Run, Path((set, place)): Path<(String, u32)>) -> Answer {
     sent(served, set, move |served| served.full(place)).await
+}
+
+async fn export(State(served): Run, Path(file): Path<String>) -> Answer {
+    let form = file.strip_prefix("clusters.").map(str::to_owned);
+    let (form, kind) = match form.as_deref() {
+        Some("csv") => ("csv", "text/csv; charset=utf-8"),
+        Some("json") => ("json", JSON),
+        Some("parquet") => ("parquet", BINARY),
+        _ => return Err(Fault(StatusCode::NOT_FOUND, "there is no such file".into())),
+    };
+    let table = on_thread(served, |served| served.table(form)).await?;
+    let name = format!("attachment; filename=\"clusters.{form}\"");
+    Ok(([(header::CONTENT_DISPOSITION, name)], typed(kind, table)).into_response())
+}
+
+async fn edit(State(served): Run, headers: HeaderMap, body: Bytes) -> Answer {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    if kind != Some(JSON) {
+        let message = "an edit is JSON: application/json";
+        return Err(Fault(StatusCode::UNSUPPORTED_MEDIA_TYPE, message.into()));
+    }
+    let request = serde_json::from_slice(&body);
+    let request =
+        request.map_err(|error| Fault(StatusCode::BAD_REQUEST, format!("not an edit: {error}")))?;
+    let made = on_thread(served, move |served| Ok(served.edit(request))).await?;
+    made.map_err(|fault| match fault {
+        EditFault::Conflict(message) => Fault(StatusCode::CONFLICT, message),
+        EditFault::Unusable(error) => {
+            Fault(StatusCode::UNPROCESSABLE_ENTITY, format!("Not saved: {error:#}"))
+        }
+        EditFault::Machine(error) => {
+            Fault(StatusCode::INTERNAL_SERVER_ERROR, format!("Not saved: {error:#}"))
+        }
+    })?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn sent(
