@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use stage::{Interrupt, Split};
 
 use crate::analysis::tests::grouped;
-use crate::{PAGE, ReportArguments, run};
+use crate::view::tests::TestServer;
+use crate::{PAGE, ReportArguments, run, view};
 
 /// A browser with one page.
 struct Browser {
@@ -28,6 +29,8 @@ struct Browser {
     calls: u64,
     session: Option<String>,
     events: Vec<Value>,
+    /// Where the page may ask, if it is served.
+    server: Option<String>,
 }
 
 impl Drop for Browser {
@@ -72,8 +75,15 @@ impl Browser {
                 }
             }
         });
-        let mut browser =
-            Self { process, input, messages, calls: 0, session: None, events: Vec::new() };
+        let mut browser = Self {
+            process,
+            input,
+            messages,
+            calls: 0,
+            session: None,
+            events: Vec::new(),
+            server: None,
+        };
         let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }))?;
         let target = json!({ "targetId": target["targetId"], "flatten": true });
         let session = browser.call("Target.attachToTarget", target)?;
@@ -129,6 +139,16 @@ impl Browser {
         Ok(answer["result"]["value"].clone())
     }
 
+    /// Waits until an expression is true on the page.
+    fn until(&mut self, expression: &str) -> Result<()> {
+        let waits = format!(
+            "new Promise((done, fail) => {{ const start = Date.now(); (function look() {{ if ({expression}) done(); \
+             else if (Date.now() - start > 30000) fail(new Error('it never came true')); \
+             else setTimeout(look, 20); }})(); }})"
+        );
+        self.value(&waits).map(drop)
+    }
+
     fn text(&mut self, expression: &str) -> Result<String> {
         Ok(self
             .value(expression)?
@@ -154,10 +174,15 @@ impl Browser {
     }
 
     fn click(&mut self, selector: &str) -> Result<()> {
+        // Pictures that are still loading move what is below them.
         let at = self.value(&format!(
-            "(() => {{ const e = document.querySelector('{selector}'); e.scrollIntoView({{ block: 'center', \
-             behavior: 'instant' }}); const r = e.getBoundingClientRect(); \
-             return [r.left + r.width / 2, r.top + r.height / 2]; }})()"
+            "(async () => {{ const e = document.querySelector('{selector}'); let last, at, rounds = 0; \
+             const loads = image => {{ const r = image.getBoundingClientRect(); return !image.complete && \
+             image.src && r.width && r.bottom > 0 && r.top < innerHeight; }}; do {{ \
+             e.scrollIntoView({{ block: 'center', behavior: 'instant' }}); last = at; \
+             await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))); \
+             const r = e.getBoundingClientRect(); at = [r.left + r.width / 2, r.top + r.height / 2]; \
+             }} while (rounds++ < 40 && (String(at) !== String(last) || Array.from(document.images).some(loads))); return at; }})()"
         ))?;
         self.drag(&[[at[0].as_f64().context("x")?, at[1].as_f64().context("y")?]])
     }
@@ -193,7 +218,8 @@ impl Browser {
                 "Page.javascriptDialogOpening" => true,
                 "Network.requestWillBeSent" => {
                     let address = what["request"]["url"].as_str()?;
-                    !address.starts_with("file:") && !address.starts_with("data:")
+                    let own = self.server.as_deref().unwrap_or("file:");
+                    !address.starts_with(own) && !address.starts_with("data:")
                 }
                 _ => false,
             };
@@ -306,58 +332,193 @@ const FIRST_POINT: &str = "(() => {
     const c = byId('map-canvas');
     c.scrollIntoView({ block: 'center', behavior: 'instant' });
     const r = c.getBoundingClientRect(), side = Math.min(r.width, r.height) - 24;
-    const at = (text, row) => new Uint16Array(bytes(text).buffer)[row] / 65535 - .5;
-    const row = Array.from(analysed).findIndex(place => link(place));
-    return [r.left + r.width / 2 + at(data.map.x, row) * side, r.top + r.height / 2 + at(data.map.y, row) * side];
+    const row = Array.from(analysed).findIndex(place => thumbnailOf(place));
+    const [x, y] = [mapX, mapY].map(at => at[row] / 65535 - .5);
+    return [r.left + r.width / 2 + x * side, r.top + r.height / 2 + y * side];
 })()";
 
 #[test]
 fn the_page_works_in_a_browser() -> Result<()> {
-    let Some(program) = chromium() else {
-        println!("skipped: there is no chromium on the path");
-        return Ok(());
-    };
     let folder = tempfile::tempdir()?;
+    let Some(mut browser) = started(&folder.path().join("profile"))? else { return Ok(()) };
     let arguments = inputs(folder.path())?;
     run(&arguments, &Interrupt::default())?;
     let page = std::fs::canonicalize(arguments.out.join(PAGE))?;
-    let mut browser = match Browser::start(&program, &folder.path().join("profile")) {
-        Ok(browser) => browser,
-        Err(error) => {
-            println!("skipped: `{}` does not start here: {error:#}", program.display());
-            return Ok(());
-        }
-    };
     browser.screenshot(1280, "light")?; // Sets the size.
     browser.open(&format!("file://{}", page.display()))?;
 
-    names_are_inert(&mut browser)?;
+    names_are_inert(&mut browser, 80)?;
     the_map_answers(&mut browser)?;
     a_picture_opens(&mut browser)?;
-    let shots = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")];
-    let mut brightness = Vec::new();
-    for (width, scheme) in shots {
-        browser.value("scrollTo({ top: 0, behavior: 'instant' })")?;
-        let shot = browser.screenshot(width, scheme)?;
-        let wide = browser.value("document.documentElement.scrollWidth")?;
-        assert!(wide.as_u64().is_some_and(|wide| wide <= width as u64), "{wide} pixels of {width}");
-        if let Some(kept) = std::env::var_os("ASSORT_SCREENSHOTS") {
-            std::fs::write(Path::new(&kept).join(format!("{width}-{scheme}.png")), &shot)?;
-        }
-        let picture = image::load_from_memory(&shot)?.to_luma8();
-        let sum: u64 = picture.pixels().map(|pixel| u64::from(pixel[0])).sum();
-        brightness.push(sum / u64::from(picture.width() * picture.height()));
-    }
-    assert!(
-        brightness[0] > brightness[1] + 50 && brightness[2] > brightness[3] + 50,
-        "{brightness:?}"
-    );
+    shots_fit(&mut browser, "")?;
     assert_eq!(browser.faults(), Vec::<String>::new());
     Ok(())
 }
 
+/// A browser that is installed here, with an empty profile.
+fn started(profile: &Path) -> Result<Option<Browser>> {
+    let Some(program) = chromium() else {
+        println!("skipped: there is no chromium on the path");
+        return Ok(None);
+    };
+    match Browser::start(&program, profile) {
+        Ok(browser) => Ok(Some(browser)),
+        Err(error) => {
+            println!("skipped: `{}` does not start here: {error:#}", program.display());
+            Ok(None)
+        }
+    }
+}
+
+/// The page fits wide and narrow windows, and follows the colour scheme.
+fn shots_fit(browser: &mut Browser, name: &str) -> Result<()> {
+    let mut brightness = Vec::new();
+    for (width, scheme) in [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")] {
+        browser.value("scrollTo({ top: 0, behavior: 'instant' })")?;
+        let shot = browser.screenshot(width, scheme)?;
+        let wide = browser.value("document.documentElement.scrollWidth")?;
+        assert!(wide.as_u64().is_some_and(|wide| wide <= width as u64), "{wide} pixels of {width}");
+        keep(&format!("{name}{width}-{scheme}"), &shot)?;
+        let picture = image::load_from_memory(&shot)?.to_luma8();
+        let sum: u64 = picture.pixels().map(|pixel| u64::from(pixel[0])).sum();
+        brightness.push(sum / u64::from(picture.width() * picture.height()));
+    }
+    let is_darker = brightness[0] > brightness[1] + 50 && brightness[2] > brightness[3] + 50;
+    assert!(is_darker, "{brightness:?}");
+    Ok(())
+}
+
+fn keep(name: &str, shot: &[u8]) -> Result<()> {
+    if let Some(kept) = std::env::var_os("ASSORT_SCREENSHOTS") {
+        std::fs::write(Path::new(&kept).join(format!("{name}.png")), shot)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_served_page_is_corrected_in_a_browser() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some(mut browser) = started(&folder.path().join("profile"))? else { return Ok(()) };
+    let mut server = TestServer::start(&view::tests::arguments(folder.path())?)?;
+    let (own, _) = server.address.split_once('?').context("a token")?;
+    browser.server = Some(own.to_owned());
+    browser.screenshot(1280, "light")?; // Sets the size.
+    browser.open(&server.address)?;
+    assert_eq!(browser.text("location.href")?, own, "the token is gone");
+    browser.until("plot")?;
+
+    // Pictures come when their section is seen.
+    browser.value(
+        "document.querySelectorAll('section.cluster').forEach(own => own.scrollIntoView())",
+    )?;
+    browser.until("document.querySelectorAll('a.p').length === 90")?;
+    names_are_inert(&mut browser, 90)?;
+    the_map_answers(&mut browser)?;
+    browser.click("#c1 a.p")?;
+    assert_eq!(browser.value("view.open")?, true);
+    let first = browser.value("viewed")?;
+    assert_eq!(browser.value("Number(document.querySelector('#c1 a.p').id.slice(1))")?, first);
+    browser.until("byId('view-near').children.length === 15")?;
+    assert!(browser.text("byId('view-facts').textContent")?.contains("Second-best cluster"));
+    browser.until("byId('view-picture').naturalWidth === 48")?;
+    browser.key("ArrowRight")?;
+    browser.until(&format!("viewed !== {first}"))?;
+    browser.key("ArrowLeft")?;
+    browser.until(&format!("viewed === {first}"))?;
+    browser.click("#view-close")?;
+    assert_eq!(browser.value("view.open")?, false);
+    shots_fit(&mut browser, "served-")?;
+    browser.screenshot(1280, "light")?;
+
+    clusters_are_named_and_merged(&mut browser)?;
+    pictures_are_moved_and_marked(&mut browser)?;
+    for (width, scheme) in [(1280, "light"), (390, "dark")] {
+        browser.screenshot(width, scheme)?; // Sets the size.
+        browser.value("byId('c1').scrollIntoView({ behavior: 'instant' })")?;
+        browser.until("document.querySelectorAll('#c1 a.p').length > 20")?;
+        let shot = browser.screenshot(width, scheme)?;
+        keep(&format!("served-corrected-{width}"), &shot)?;
+    }
+    browser.screenshot(1280, "light")?;
+
+    assert_eq!(browser.faults(), Vec::<String>::new());
+
+    // All of it is there after a reload.
+    browser.open(own)?;
+    browser.until("plot")?;
+    let heading =
+        browser.text("document.querySelector('#c1 h3').firstChild.parentNode.textContent")?;
+    assert!(heading.starts_with("Cluster 1: <i>Sea</i> "), "{heading}");
+    assert_eq!(
+        browser.value("[byId('c2'), byId('c4') || byId('c5')].map(Boolean)")?,
+        json!([false, true])
+    );
+    assert_eq!(browser.value("document.querySelectorAll('section.cluster i').length")?, 0);
+    assert_eq!(browser.faults(), Vec::<String>::new());
+
+    // A conflict is said, and what another program wrote is shown.
+    std::fs::remove_file(folder.path().join("corrections.toml"))?;
+    browser.click("#undo")?;
+    browser.until("!byId('trouble').hidden && byId('c2')")?;
+    assert!(browser.text("byId('trouble-text').textContent")?.contains("another program"));
+
+    // So is the end of the server.
+    server.stop()?;
+    browser.click("#trouble-close")?;
+    browser.click("#c1 button")?;
+    browser.click("#rename-save")?;
+    browser.until("byId('trouble-text').textContent.includes('Start `assort view` again')")
+}
+
+fn clusters_are_named_and_merged(browser: &mut Browser) -> Result<()> {
+    browser.click("#c1 button")?;
+    browser.value("byId('rename-name').value = '<i>Sea</i>'")?;
+    browser.click("#rename-save")?;
+    browser.until("document.querySelector('#c1 h3').textContent.includes('<i>Sea</i>')")?;
+    browser.until("!isBusy && data.titles.includes('cluster 1: <i>Sea</i>')")?;
+    browser.click("#c1 button:nth-child(2)")?;
+    browser.value("byId('merge-with').value = '2'")?;
+    browser.click("#merge-save")?;
+    browser.until("!byId('c2') && byId('saved').textContent === 'All corrections are saved'")
+}
+
+fn pictures_are_moved_and_marked(browser: &mut Browser) -> Result<()> {
+    let selected = "byId('selected-count').textContent";
+    let settled = "!isBusy && document.querySelectorAll('#c0 a.p').length > 10";
+    let first = "Number(document.querySelector('#c0 a.p').id.slice(1))";
+    browser.value("byId('c0').scrollIntoView({ behavior: 'instant' })")?;
+    browser.until(settled)?;
+    // With the keyboard: a space, and with Shift all up to the next one.
+    let place = browser.value(first)?;
+    browser.value("document.querySelector('#c0 a.p').focus()")?;
+    browser.key(" ")?;
+    assert_eq!(browser.text(selected)?, "1 selected");
+    browser.click("#move")?;
+    browser.value("byId('move-to').value = '3'")?;
+    browser.click("#move-save")?;
+    browser.until(&format!("!isBusy && clusterOf[{place}] === data.clusters.indexOf(3)"))?;
+    // With the pointer.
+    browser.value("byId('c0').scrollIntoView({ behavior: 'instant' })")?;
+    browser.until(settled)?;
+    let place = browser.value(first)?;
+    browser.click("#select")?;
+    browser.click("#c0 a.p")?;
+    browser.click("#c0 a.p:nth-of-type(2)")?;
+    assert_eq!(browser.text(selected)?, "2 selected");
+    browser.click("#mark-outlier")?;
+    browser
+        .until(&format!("!isBusy && data.titles[clusterOf[{place}]] === 'marked as outlier'"))?;
+    browser.click("#select")?;
+    // Undone, and made again for the reload.
+    browser.value("document.body.focus()")?;
+    browser.click("#undo")?;
+    browser.until(&format!("!isBusy && data.titles[clusterOf[{place}]] === 'cluster 0'"))?;
+    browser.value(&format!("edit({{ mark: {{ places: [{place}], mark: 'outlier' }} }})"))?;
+    browser.until(&format!("!isBusy && data.titles[clusterOf[{place}]] === 'marked as outlier'"))
+}
+
 /// Names and classes are text, whatever is in them.
-fn names_are_inert(browser: &mut Browser) -> Result<()> {
+fn names_are_inert(browser: &mut Browser, count: usize) -> Result<()> {
     let found = browser.value("document.querySelectorAll('[onerror]').length")?;
     assert_eq!(found, 0);
     assert_eq!(browser.value("document.querySelectorAll('script').length")?, 2);
@@ -365,7 +526,7 @@ fn names_are_inert(browser: &mut Browser) -> Result<()> {
     let shown = browser.value("Array.from(document.querySelectorAll('a.p img'), e => e.alt)")?;
     let shown: Vec<&str> =
         shown.as_array().context("names")?.iter().filter_map(Value::as_str).collect();
-    assert_eq!(shown.len(), 80);
+    assert_eq!(shown.len(), count);
     for name in HOSTILE {
         let clean = name.replace(['\u{1b}', '\u{7}', '\u{202e}'], "\u{fffd}");
         assert!(shown.contains(&&*clean), "{clean:?} is not among {shown:?}");
@@ -421,10 +582,8 @@ fn a_picture_opens(browser: &mut Browser) -> Result<()> {
     assert_ne!(browser.text(name)?, first);
     browser.key("ArrowLeft")?;
     assert_eq!(browser.text(name)?, first);
-    if let Some(kept) = std::env::var_os("ASSORT_SCREENSHOTS") {
-        let shot = browser.screenshot(1280, "light")?;
-        std::fs::write(Path::new(&kept).join("picture.png"), &shot)?;
-    }
+    let shot = browser.screenshot(1280, "light")?;
+    keep("picture", &shot)?;
     browser.click("#view-close")?;
     assert_eq!(browser.value("view.open")?, false);
     Ok(())

@@ -204,34 +204,16 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
     let halves = analysis.as_ref().map(|found| trust::between_halves(&labels, &found.rows));
     let halves = halves.transpose()?.flatten();
-    let (mut metrics, mut charts, mut facts) = (Vec::new(), Vec::new(), facts(&labels));
-    let mut between_heads = None;
+    let steps = ShownSteps::read(&arguments.steps)?;
+    let mut facts = facts(&labels);
     facts.extend(corrected.iter().flat_map(corrections_facts));
     facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
-    for (step, folder) in &arguments.steps {
-        let path = folder.join(RoundMetrics::FILE);
-        if path.exists() {
-            let (round, _) = step.split_once('-').unwrap_or((step, ""));
-            metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
-        }
-        match StepLog::read(folder) {
-            Ok(log) => {
-                between_heads = log.between_heads.or(between_heads);
-                charts.push((step.clone(), log.charts));
-            }
-            Err(error) => {
-                tracing::warn!("{error:#}; its curves are left out");
-                facts.push(format!(
-                    "The log of {step} was changed after it was written: its curves are left out."
-                ));
-            }
-        }
-    }
+    facts.extend(steps.facts);
     let html = Page {
         title: &arguments.title,
         facts,
-        trust: trust::measures(&labels, between_heads, analysis.as_ref(), halves)?,
-        metrics,
+        trust: trust::measures(&labels, steps.between_heads, analysis.as_ref(), halves)?,
+        metrics: steps.metrics,
         gallery: Gallery {
             images: &images,
             names: &names,
@@ -244,7 +226,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
             is_served: false,
         },
         thumbnails: arguments.thumbnails,
-        charts,
+        charts: steps.charts,
         served: None,
     }
     .html()?;
@@ -333,6 +315,44 @@ fn analysis(
     // Marked pictures come last.
     let count = clusters.iter().filter(|cluster| cluster.mark.is_none()).count();
     Ok(Some(Analysis::of(rows, &own, count, interrupt)?))
+}
+
+/// What the page shows of the steps of a run.
+#[derive(Default)]
+struct ShownSteps {
+    /// The scores of each round.
+    metrics: Vec<(String, RoundMetrics)>,
+    charts: Vec<(String, Vec<Chart>)>,
+    /// Mean adjusted Rand index between pairs of heads.
+    between_heads: Option<f64>,
+    /// A sentence for each log that was left out.
+    facts: Vec<String>,
+}
+
+impl ShownSteps {
+    fn read(steps: &[(String, PathBuf)]) -> Result<Self> {
+        let mut shown = Self::default();
+        for (step, folder) in steps {
+            let path = folder.join(RoundMetrics::FILE);
+            if path.exists() {
+                let (round, _) = step.split_once('-').unwrap_or((step, ""));
+                shown.metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
+            }
+            match StepLog::read(folder) {
+                Ok(log) => {
+                    shown.between_heads = log.between_heads.or(shown.between_heads);
+                    shown.charts.push((step.clone(), log.charts));
+                }
+                Err(error) => {
+                    tracing::warn!("{error:#}; its curves are left out");
+                    shown.facts.push(format!(
+                        "The log of {step} was changed after it was written: its curves are left out."
+                    ));
+                }
+            }
+        }
+        Ok(shown)
+    }
 }
 
 /// What the page shows of the log of a step; nothing where it has no log.

@@ -59,6 +59,7 @@ function element(kind, text, parent) {
 function image(found, parent) {
   const made = element("img", "", parent);
   made.loading = "lazy";
+  made.onload = () => made.classList.toggle("small", made.naturalWidth <= 80);
   made.src = found.src;
   made.alt = found.name;
   made.title = found.title;
@@ -125,6 +126,14 @@ function step(by) {
   open(all[(all.indexOf(viewed) + by + all.length) % all.length]);
 }
 
+document.addEventListener("click", event => {
+  const target = event.target.closest("a.p, a.ref");
+  const place = target && Number(target.hash.slice(2));
+  if (target && thumbnailOf(place)) {
+    event.preventDefault();
+    open(place);
+  }
+});
 byId("view-close").onclick = () => view.close();
 byId("view-back").onclick = () => step(-1);
 byId("view-next").onclick = () => step(1);

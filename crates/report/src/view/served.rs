@@ -26,7 +26,7 @@ use crate::trust::TrustMeasure;
 use crate::view::ViewArguments;
 use crate::view::edits::{EditFault, EditRequest, EditSession};
 use crate::view::kept::{KEPT, KeptAnalysis};
-use crate::{StepLog, corrections_facts, export, facts, files, thumbnail, trust};
+use crate::{ShownSteps, corrections_facts, export, facts, files, thumbnail, trust};
 
 /// Most pictures of a cluster that one request gets.
 const AT_ONCE: usize = 500;
@@ -147,17 +147,7 @@ impl ServedRun {
             KeptAnalysis::open_or_make(&out.join(KEPT), embeddings, &labels, interrupt)
         });
         let kept = kept.transpose()?;
-        let (mut metrics, mut charts, mut between_heads) = (Vec::new(), Vec::new(), None);
-        for (step, folder) in &arguments.steps {
-            let path = folder.join(RoundMetrics::FILE);
-            if path.exists() {
-                let (round, _) = step.split_once('-').unwrap_or((step, ""));
-                metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
-            }
-            let log = StepLog::read(folder)?;
-            between_heads = log.between_heads.or(between_heads);
-            charts.push((step.clone(), log.charts));
-        }
+        let steps = ShownSteps::read(&arguments.steps)?;
         let run = ClusteredPictures::of(&labels, &images, &names)?;
         let session = EditSession::open(arguments.corrections.clone(), run, interrupt)?;
         let shown = Arc::new(CorrectedRun::new(&session, &labels, kept.as_ref()));
@@ -166,19 +156,19 @@ impl ServedRun {
         let places: Vec<u8> = labels.index.iter().flat_map(|row| row.to_le_bytes()).collect();
         let set = [labels.data_set.fingerprint.as_bytes(), &places].concat();
         Ok(Self {
-            trust: trust::measures(&labels, between_heads, analysis, halves)?,
+            trust: trust::measures(&labels, steps.between_heads, analysis, halves)?,
             set: digest::sha256(&set)[..16].to_owned(),
             truth: truth.filter(|truth| truth.labels.iter().any(Option::is_some)),
             state: Mutex::new(ServedState { session, shown }),
-            facts: facts(&labels),
+            facts: facts(&labels).into_iter().chain(steps.facts).collect(),
+            metrics: steps.metrics,
+            charts: steps.charts,
             title: arguments.title.clone(),
             thumbnails: Mutex::default(),
             images,
             names,
             labels,
             kept,
-            metrics,
-            charts,
         })
     }
 

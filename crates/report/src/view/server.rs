@@ -173,46 +173,46 @@ fn kept(served: &ServedRun, set: &str, kind: &'static str, body: impl IntoRespon
     Ok((keep, typed(kind, body)).into_response())
 }
 
-type Run = State<Arc<ServedRun>>;
+type OfRun = State<Arc<ServedRun>>;
 
-async fn page(State(served): Run) -> Answer {
+async fn page(State(served): OfRun) -> Answer {
     Ok(typed(HTML, on_thread(served, ServedRun::page).await?))
 }
 
-async fn assignment(State(served): Run) -> Answer {
+async fn assignment(State(served): OfRun) -> Answer {
     Ok(typed(BINARY, on_thread(served, |served| Ok(served.assignment())).await?))
 }
 
-async fn map(State(served): Run, Path(set): Path<String>) -> Answer {
+async fn map(State(served): OfRun, Path(set): Path<String>) -> Answer {
     kept(&served, &set, BINARY, served.map())
 }
 
-async fn classes(State(served): Run, Path(set): Path<String>) -> Answer {
+async fn classes(State(served): OfRun, Path(set): Path<String>) -> Answer {
     kept(&served, &set, BINARY, served.classes())
 }
 
-async fn members(State(served): Run, Path(range): Path<(usize, usize, usize)>) -> Answer {
+async fn members(State(served): OfRun, Path(range): Path<(usize, usize, usize)>) -> Answer {
     let (cluster, from, to) = range;
-    let found = served.members(cluster, from, to);
+    let found = on_thread(served, move |served| Ok(served.members(cluster, from, to))).await?;
     let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
     Ok(typed(JSON, found.to_string()))
 }
 
-async fn picture(State(served): Run, Path(place): Path<u32>) -> Answer {
-    let found = served.picture(place);
+async fn picture(State(served): OfRun, Path(place): Path<u32>) -> Answer {
+    let found = on_thread(served, move |served| Ok(served.picture(place))).await?;
     let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
     Ok(typed(JSON, found.to_string()))
 }
 
-async fn thumbnail(State(served): Run, Path((set, place)): Path<(String, u32)>) -> Answer {
+async fn thumbnail(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
     sent(served, set, move |served| served.thumbnail(place)).await
 }
 
-async fn full(State(served): Run, Path((set, place)): Path<(String, u32)>) -> Answer {
+async fn full(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
     sent(served, set, move |served| served.full(place)).await
 }
 
-async fn export(State(served): Run, Path(file): Path<String>) -> Answer {
+async fn export(State(served): OfRun, Path(file): Path<String>) -> Answer {
     let form = file.strip_prefix("clusters.").map(str::to_owned);
     let (form, kind) = match form.as_deref() {
         Some("csv") => ("csv", "text/csv; charset=utf-8"),
@@ -225,7 +225,7 @@ async fn export(State(served): Run, Path(file): Path<String>) -> Answer {
     Ok(([(header::CONTENT_DISPOSITION, name)], typed(kind, table)).into_response())
 }
 
-async fn edit(State(served): Run, headers: HeaderMap, body: Bytes) -> Answer {
+async fn edit(State(served): OfRun, headers: HeaderMap, body: Bytes) -> Answer {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     if kind != Some(JSON) {
         let message = "an edit is JSON: application/json";
