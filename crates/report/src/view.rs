@@ -9,11 +9,11 @@
 //! - [`edits`]: corrections, saved at once.
 //! - [`kept`]: the analysis, computed once for each run.
 
-mod edits;
-mod gate;
-mod kept;
-mod served;
-mod server;
+pub mod edits;
+pub mod gate;
+pub mod kept;
+pub mod served;
+pub mod server;
 #[cfg(test)]
 pub(crate) mod tests;
 
