@@ -374,7 +374,12 @@ impl ServedRun {
         displayable(&self.names.names[self.labels.index[place as usize] as usize])
     }
 
-    fn row(&self, place: u32) -> Result<u32> {
+    /// The row of a picture in the images file.
+    ///
+    /// # Errors
+    ///
+    /// There is no such picture.
+    pub fn row(&self, place: u32) -> Result<u32> {
         let row = self.labels.index.get(place as usize);
         row.copied().with_context(|| format!("there is no picture {place}"))
     }

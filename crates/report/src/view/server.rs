@@ -205,11 +205,11 @@ async fn picture(State(served): OfRun, Path(place): Path<u32>) -> Answer {
 }
 
 async fn thumbnail(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
-    sent(served, set, move |served| served.thumbnail(place)).await
+    sent(served, set, place, ServedRun::thumbnail).await
 }
 
 async fn full(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
-    sent(served, set, move |served| served.full(place)).await
+    sent(served, set, place, ServedRun::full).await
 }
 
 async fn export(State(served): OfRun, Path(file): Path<String>) -> Answer {
@@ -250,8 +250,10 @@ async fn edit(State(served): OfRun, headers: HeaderMap, body: Bytes) -> Answer {
 async fn sent(
     served: Arc<ServedRun>,
     set: String,
-    work: impl FnOnce(&ServedRun) -> Result<SentPicture> + Send + 'static,
+    place: u32,
+    read: fn(&ServedRun, u32) -> Result<SentPicture>,
 ) -> Answer {
-    let (kind, bytes) = on_thread(served.clone(), work).await?;
+    served.row(place).map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+    let (kind, bytes) = on_thread(served.clone(), move |served| read(served, place)).await?;
     kept(&served, &set, kind, bytes.to_vec())
 }
