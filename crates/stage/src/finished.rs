@@ -2,7 +2,7 @@
 //!
 //! It is an object of [`json`] with the keys `stage`, `algorithm` where a stage has one, and `files`:
 //! for each file its length and, unless it carries a digest itself, its SHA-256. A folder counts as
-//! finished while each listed file exists with its length. Logs (`*.jsonl`), their [`event_file`]
+//! finished while each listed file exists with its length. Logs (`*.jsonl`), their [`EVENTS`](crate::EVENTS)
 //! and hidden files are not listed. `log.jsonl` holds times, so its SHA-256 is in `log.sha256` beside it; a result is complete
 //! without both.
 

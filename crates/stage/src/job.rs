@@ -90,7 +90,7 @@ impl Job {
     }
 
     /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times. The line
-    /// has a digest, see [`json`]. Its numbers also go to [`event_file`], for TensorBoard.
+    /// has a digest, see [`json`]. Its numbers also go to [`EVENTS`](crate::EVENTS), for TensorBoard.
     pub fn log(&self, line: &impl Serialize) -> Result<()> {
         let path = self.out.join(LOG);
         let mut text = json::to_line(line)?;
