@@ -99,13 +99,8 @@ pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
 
 fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> Result<()> {
     let steps = run.finished();
-    let last = run.last(&session.registry.specs(), Spec::clusters).with_context(|| {
-        format!(
-            "`{}` has no clusters yet: no clustering step is finished; `assort reproduce` \
-             resumes the run",
-            run.folder.display()
-        )
-    })?;
+    let specs = session.registry.specs();
+    let last = last_clusters(run, &specs)?;
     if let Some(unfinished) = run.unfinished() {
         tracing::warn!(
             "{} is not finished: {} is missing; the report shows the result up to {}",
@@ -116,7 +111,7 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     }
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
-    let embedded = embeddings_of(&steps, last, &session.registry.specs());
+    let embedded = embeddings_of(&steps, last, &specs);
     let mut arguments = arguments(run, &steps, last, embedded, options);
     if let Some(corrections) = run.corrections().filter(|_| !options.no_corrections) {
         tracing::info!(
@@ -127,6 +122,20 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
     }
     let interrupt = &session.interrupt;
     Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
+}
+
+/// The run's last finished step that clusters.
+///
+/// # Errors
+///
+/// There is none.
+pub fn last_clusters<'a>(run: &'a Recorded, stages: &[Spec]) -> Result<&'a RecordedStep> {
+    run.last(stages, Spec::clusters).with_context(|| {
+        format!(
+            "`{}` has no clusters yet: no clustering step is finished; `assort reproduce` resumes the run",
+            run.folder.display()
+        )
+    })
 }
 
 /// The step whose embeddings show the clusters of the step `last`, if there is one: the first after it, where

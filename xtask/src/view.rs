@@ -4,14 +4,13 @@
 
 use std::ffi::OsString;
 
-use anyhow::{Context, Result};
-use stage::Spec;
+use anyhow::Result;
 
 use crate::CommandContext;
 use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::{CORRECTIONS, Recorded, Which};
-use crate::report::{embeddings_of, inputs};
+use crate::report::{embeddings_of, inputs, last_clusters};
 
 /// The command line.
 #[derive(Debug, clap::Args)]
@@ -39,12 +38,7 @@ pub fn run(session: &CommandContext, options: &ViewOptions) -> Result<()> {
 fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Result<()> {
     let steps = run.finished();
     let specs = session.registry.specs();
-    let last = run.last(&specs, Spec::clusters).with_context(|| {
-        format!(
-            "`{}` has no clusters yet: no clustering step is finished; `assort reproduce` resumes the run",
-            run.folder.display()
-        )
-    })?;
+    let last = last_clusters(run, &specs)?;
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments = inputs(run, &steps, last, embeddings_of(&steps, last, &specs));
     for (flag, value) in [

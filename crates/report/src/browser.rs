@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use stage::{Interrupt, Split};
 
 use crate::analysis::tests::grouped;
+use crate::run_files::RunFiles;
 use crate::view::tests::TestServer;
 use crate::{PAGE, ReportArguments, run, view};
 
@@ -301,13 +302,15 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         .map(|(&group, i)| if i % 11 == 0 { 3 - group } else { group })
         .collect();
     let arguments = ReportArguments {
-        images: path,
-        names: folder.join("names.safetensors"),
-        pseudo_labels: folder.join("pseudo-labels.safetensors"),
-        embeddings: Some(folder.join("embeddings.safetensors")),
-        labels: Some(folder.join("labels.safetensors")),
-        steps: vec![],
-        title: "Holiday <b>&</b>".into(),
+        run: RunFiles {
+            images: path,
+            names: folder.join("names.safetensors"),
+            pseudo_labels: folder.join("pseudo-labels.safetensors"),
+            embeddings: Some(folder.join("embeddings.safetensors")),
+            labels: Some(folder.join("labels.safetensors")),
+            steps: vec![],
+            title: "Holiday <b>&</b>".into(),
+        },
         shown: 6,
         thumbnails: 80,
         corrections: None,
@@ -321,14 +324,14 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         source: None,
         out: folder.join("report"),
     };
-    Names { data_set: data_set.clone(), names }.write(&arguments.names)?;
+    Names { data_set: data_set.clone(), names }.write(&arguments.run.names)?;
     let classes = ["<i>dune</i>", "sea", "wood", "town"].map(str::to_owned).to_vec();
     Labels {
         data_set: data_set.clone(),
         labels: groups.iter().map(|&g| Some(g)).collect(),
         classes,
     }
-    .write(arguments.labels.as_deref().context("labels")?)?;
+    .write(arguments.run.labels.as_deref().context("labels")?)?;
     Embeddings {
         data_set: data_set.clone(),
         index: index.clone(),
@@ -339,7 +342,7 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         projection: vec![1.; PICTURES],
         backbone_views: vec![],
     }
-    .write(arguments.embeddings.as_deref().context("embeddings")?)?;
+    .write(arguments.run.embeddings.as_deref().context("embeddings")?)?;
     let mut confidence: Vec<f32> = (0..PICTURES).map(|i| (i * 37 % 100) as f32 / 100.).collect();
     confidence[..HOSTILE.len()].fill(1.); // The surest are on the page.
     PseudoLabels {
@@ -355,7 +358,7 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         projection_width: 1,
         prototypes: vec![0.; 4],
     }
-    .write(&arguments.pseudo_labels)?;
+    .write(&arguments.run.pseudo_labels)?;
     Ok(arguments)
 }
 

@@ -18,6 +18,7 @@
 //! A second program, [`export`], writes embeddings for other tools. A third one, [`view`], serves the page to a
 //! browser, for sets that are too large for one file and for corrections.
 //!
+//! - [`run_files`]: the files of a run, and what is shown of its steps.
 //! - [`clusters`]: the pictures of each cluster.
 //! - [`files`]: the table and the folders.
 //! - [`analysis`]: neighbours, near-duplicates, outliers and the map, from the embeddings.
@@ -34,6 +35,7 @@ pub mod files;
 pub mod gallery;
 mod html;
 pub mod page;
+pub mod run_files;
 pub mod scores;
 pub mod thumbnail;
 pub mod trust;
@@ -41,46 +43,28 @@ pub mod view;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use data::corrections::{ClusteredPictures, CorrectedClusters, Corrections};
-use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
-use stage::{Claim, Interrupt, console, json};
+use data::{Images, Names, PseudoLabels};
+use stage::{Claim, Interrupt, console};
 
 use crate::analysis::{Analysis, UnitRows};
 use crate::clusters::{Cluster, MergedNumbers};
-use crate::curves::Chart;
 use crate::files::Form;
 use crate::gallery::Gallery;
 use crate::page::Page;
+use crate::run_files::{RunFiles, ShownRun};
 
 /// Shows the result of a run as a page, a table and folders of pictures.
 #[derive(Debug, Clone, Parser)]
 pub struct ReportArguments {
-    /// The prepared pictures: images.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub images: PathBuf,
-    /// Their names: names.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub names: PathBuf,
-    /// The clusters: pseudo-labels.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub pseudo_labels: PathBuf,
-    /// The embeddings that were clustered: embeddings.safetensors. Without them there is no map.
-    #[arg(long, value_name = "FILE")]
-    pub embeddings: Option<PathBuf>,
-    /// The ground truth to show beside the clusters: labels.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub labels: Option<PathBuf>,
-    /// A step of the run, whose metrics.json and log.jsonl are shown. Repeat for several, in order.
-    #[arg(long = "step", value_name = "NAME=DIR", value_parser = step)]
-    pub steps: Vec<(String, PathBuf)>,
-    /// Heading of the page.
-    #[arg(long, value_name = "TEXT", default_value = "Clusters")]
-    pub title: String,
+    /// The files of the run.
+    #[command(flatten)]
+    pub run: RunFiles,
     /// Pictures of each cluster to show: those of highest score, and a third as many of lowest score.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub shown: usize,
@@ -119,11 +103,6 @@ pub struct ReportArguments {
     /// Print the clusters as one JSON object instead of the paths.
     #[arg(long)]
     pub json: bool,
-}
-
-fn step(word: &str) -> Result<(String, PathBuf), String> {
-    let (name, folder) = word.split_once('=').ok_or("the form is NAME=DIR")?;
-    Ok((name.to_owned(), folder.into()))
 }
 
 /// Name of the page in the folder of a report.
@@ -175,21 +154,7 @@ impl WrittenReport {
 /// An input is missing or damaged, the inputs are about different pictures, an output cannot be
 /// written, or the program is interrupted.
 pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<WrittenReport> {
-    let images = Images::open(&arguments.images)?;
-    let names = Names::open(&arguments.names)?;
-    let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
-    let remedy = "give the images and names that the run was made with";
-    names.data_set.require(images.data_set(), remedy)?;
-    labels.data_set.require(images.data_set(), remedy)?;
-    images.keep_decoded(0); // Each picture is decoded once.
-    let truth = arguments.labels.as_deref().map(Labels::open).transpose()?;
-    if let Some(truth) = &truth {
-        truth
-            .data_set
-            .require(images.data_set(), "give the labels that were prepared with the images")?;
-    }
-    let truth = truth.filter(|truth| truth.labels.iter().any(Option::is_some));
-
+    let ShownRun { images, names, labels, truth } = arguments.run.open()?;
     let corrected = corrected(arguments, &images, &names, &labels)?;
     let clusters = match &corrected {
         Some(corrected) => Cluster::corrected(&labels, corrected),
@@ -204,13 +169,13 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
     let halves = analysis.as_ref().map(|found| trust::between_halves(&labels, &found.rows));
     let halves = halves.transpose()?.flatten();
-    let steps = ShownSteps::read(&arguments.steps)?;
+    let steps = arguments.run.steps()?;
     let mut facts = facts(&labels);
     facts.extend(corrected.iter().flat_map(corrections_facts));
     facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
     facts.extend(steps.facts);
     let html = Page {
-        title: &arguments.title,
+        title: &arguments.run.title,
         facts,
         trust: trust::measures(&labels, steps.between_heads, analysis.as_ref(), halves)?,
         metrics: steps.metrics,
@@ -263,7 +228,7 @@ fn corrected(
             ensure!(
                 labels.clusters == learnt.clusters,
                 "`{}` has {} clusters but `{}` has {}; predict with the head of that run",
-                arguments.pseudo_labels.display(),
+                arguments.run.pseudo_labels.display(),
                 labels.clusters,
                 file.display(),
                 learnt.clusters
@@ -309,7 +274,7 @@ fn analysis(
     clusters: &[Cluster],
     interrupt: &Interrupt,
 ) -> Result<Option<Analysis>> {
-    let Some(path) = &arguments.embeddings else { return Ok(None) };
+    let Some(path) = &arguments.run.embeddings else { return Ok(None) };
     let rows = UnitRows::open(path, labels)?;
     let own = Cluster::of_places(clusters, labels.index.len());
     // Marked pictures come last.
@@ -317,75 +282,14 @@ fn analysis(
     Ok(Some(Analysis::of(rows, &own, count, interrupt)?))
 }
 
-/// What the page shows of the steps of a run.
-#[derive(Default)]
-struct ShownSteps {
-    /// The scores of each round.
-    metrics: Vec<(String, RoundMetrics)>,
-    charts: Vec<(String, Vec<Chart>)>,
-    /// Mean adjusted Rand index between pairs of heads.
-    between_heads: Option<f64>,
-    /// A sentence for each log that was left out.
-    facts: Vec<String>,
-}
-
-impl ShownSteps {
-    fn read(steps: &[(String, PathBuf)]) -> Result<Self> {
-        let mut shown = Self::default();
-        for (step, folder) in steps {
-            let path = folder.join(RoundMetrics::FILE);
-            if path.exists() {
-                let (round, _) = step.split_once('-').unwrap_or((step, ""));
-                shown.metrics.push((round.to_owned(), RoundMetrics::read(&path)?));
-            }
-            match StepLog::read(folder) {
-                Ok(log) => {
-                    shown.between_heads = log.between_heads.or(shown.between_heads);
-                    shown.charts.push((step.clone(), log.charts));
-                }
-                Err(error) => {
-                    tracing::warn!("{error:#}; its curves are left out");
-                    shown.facts.push(format!(
-                        "The log of {step} was changed after it was written: its curves are left out."
-                    ));
-                }
-            }
-        }
-        Ok(shown)
-    }
-}
-
-/// What the page shows of the log of a step; nothing where it has no log.
-#[derive(Default)]
-struct StepLog {
-    charts: Vec<Chart>,
-    /// Mean adjusted Rand index between pairs of heads.
-    between_heads: Option<f64>,
-}
-
-impl StepLog {
-    fn read(folder: &Path) -> Result<Self> {
-        stage::finished::require_log(folder)?;
-        let log = folder.join("log.jsonl");
-        if !log.exists() {
-            return Ok(Self::default());
-        }
-        let name = || format!("reading the log `{}`", log.display());
-        let text = fs::read_to_string(&log).with_context(name)?;
-        let charts = curves::charts(&text).with_context(name)?;
-        let lines = text.lines().filter_map(|line| json::of_line(line).ok());
-        let mut indices = lines.filter_map(|line| line.get("rand-index-between-heads")?.as_f64());
-        Ok(Self { charts, between_heads: indices.next_back() })
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use std::collections::BTreeMap;
+    use std::path::Path;
 
     use data::images::{self, StoredPicture};
     use data::metrics::{Reliable, Scores};
-    use data::{DataSet, Picture};
+    use data::{DataSet, Picture, RoundMetrics};
     use image::ImageFormat;
     use serde_json::json;
     use stage::Split;
@@ -463,17 +367,19 @@ pub(crate) mod tests {
     fn arguments(folder: &Path) -> Result<ReportArguments> {
         let (images, names) = prepared(folder)?;
         let arguments = ReportArguments {
-            images: folder.join("images.safetensors"),
-            names: folder.join("names.safetensors"),
-            pseudo_labels: folder.join("pseudo-labels.safetensors"),
-            embeddings: None,
-            labels: None,
-            steps: vec![step("0-secu=secu"), step("0-metrics=metrics")]
-                .into_iter()
-                .map(|step| step.map(|(name, last)| (name, folder.join(last))))
-                .collect::<Result<_, String>>()
-                .map_err(anyhow::Error::msg)?,
-            title: "Photos".into(),
+            run: RunFiles {
+                images: folder.join("images.safetensors"),
+                names: folder.join("names.safetensors"),
+                pseudo_labels: folder.join("pseudo-labels.safetensors"),
+                embeddings: None,
+                labels: None,
+                steps: vec![run_files::step("0-secu=secu"), run_files::step("0-metrics=metrics")]
+                    .into_iter()
+                    .map(|step| step.map(|(name, last)| (name, folder.join(last))))
+                    .collect::<Result<_, String>>()
+                    .map_err(anyhow::Error::msg)?,
+                title: "Photos".into(),
+            },
             shown: 24,
             thumbnails: 2000,
             merge: vec![],
@@ -487,10 +393,10 @@ pub(crate) mod tests {
             corrected_pseudo_labels: None,
             json: false,
         };
-        names.write(&arguments.names)?;
+        names.write(&arguments.run.names)?;
         PseudoLabels { data_set: images.data_set().clone(), ..labels() }
-            .write(&arguments.pseudo_labels)?;
-        for (_, folder) in &arguments.steps {
+            .write(&arguments.run.pseudo_labels)?;
+        for (_, folder) in &arguments.run.steps {
             fs::create_dir_all(folder)?;
         }
         fs::write(
@@ -561,11 +467,11 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir()?;
         let mut arguments = ReportArguments { pictures: true, ..arguments(folder.path())? };
         let clustered = |arguments: &ReportArguments| {
-            let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
+            let labels = PseudoLabels::open(&arguments.run.pseudo_labels)?;
             ClusteredPictures::of(
                 &labels,
-                &Images::open(&arguments.images)?,
-                &Names::open(&arguments.names)?,
+                &Images::open(&arguments.run.images)?,
+                &Names::open(&arguments.run.names)?,
             )
         };
         let of_run = clustered(&arguments)?;
@@ -611,9 +517,9 @@ pub(crate) mod tests {
         // Other pictures: clusters have their names, and nothing is moved.
         let others = folder.path().join("others");
         arguments.corrected_data = Some(folder.path().to_owned());
-        arguments.corrected_pseudo_labels = Some(arguments.pseudo_labels.clone());
+        arguments.corrected_pseudo_labels = Some(arguments.run.pseudo_labels.clone());
         arguments.pictures = false;
-        arguments.pseudo_labels = others.clone();
+        arguments.run.pseudo_labels = others.clone();
         let labels = PseudoLabels::open(&folder.path().join("pseudo-labels.safetensors"))?;
         PseudoLabels { assignment: vec![2, 2, 2, 0, 2], clusters: 3, ..labels.clone() }
             .write(&others)?;
@@ -708,13 +614,14 @@ pub(crate) mod tests {
     fn files_about_other_pictures_are_refused() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let arguments = arguments(folder.path())?;
-        names().write(&arguments.names)?;
+        names().write(&arguments.run.names)?;
         let error =
             format!("{:#}", run(&arguments, &Interrupt::default()).expect_err("other pictures"));
         assert!(error.contains("names.safetensors") && error.contains("other images"), "{error}");
-        let arguments = ReportArguments { pseudo_labels: folder.path().join("none"), ..arguments };
+        let mut arguments = arguments;
+        arguments.run.pseudo_labels = folder.path().join("none");
         assert!(run(&arguments, &Interrupt::default()).is_err());
-        assert!(step("0-secu").is_err());
+        assert!(run_files::step("0-secu").is_err());
         Ok(())
     }
 }

@@ -28,7 +28,7 @@ use clap::Parser;
 use stage::Interrupt;
 use stage::console::{print_line, start_logging};
 
-use crate::step;
+use crate::run_files::RunFiles;
 use crate::view::gate::Gate;
 use crate::view::served::ServedRun;
 
@@ -36,27 +36,9 @@ use crate::view::served::ServedRun;
 #[derive(Debug, Clone, Parser)]
 #[command(name = "view", version)]
 pub struct ViewArguments {
-    /// The prepared pictures: images.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub images: PathBuf,
-    /// Their names: names.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub names: PathBuf,
-    /// The clusters: pseudo-labels.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub pseudo_labels: PathBuf,
-    /// The embeddings that were clustered: embeddings.safetensors. Without them there is no map.
-    #[arg(long, value_name = "FILE")]
-    pub embeddings: Option<PathBuf>,
-    /// The ground truth to show beside the clusters: labels.safetensors.
-    #[arg(long, value_name = "FILE")]
-    pub labels: Option<PathBuf>,
-    /// A step of the run, whose metrics.json and log.jsonl are shown. Repeat for several, in order.
-    #[arg(long = "step", value_name = "NAME=DIR", value_parser = step)]
-    pub steps: Vec<(String, PathBuf)>,
-    /// Heading of the page.
-    #[arg(long, value_name = "TEXT", default_value = "Clusters")]
-    pub title: String,
+    /// The files of the run.
+    #[command(flatten)]
+    pub run: RunFiles,
     /// Port of this machine to listen at; 0 takes any free one.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub port: u16,
@@ -89,7 +71,7 @@ pub fn run(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<()> {
             "listening at port {port} of this machine; give another one with --port, or 0 for any"
         )
     })?;
-    let gate = Gate::new(listener.local_addr().context("finding the own port")?.port())?;
+    let gate = Gate::new(listener.local_addr().context("finding the port of this server")?.port())?;
     let served = Arc::new(ServedRun::open(arguments, interrupt)?);
     print_line(gate.address())?;
     tracing::info!("open the address in a browser; Ctrl-C ends this program");

@@ -34,7 +34,7 @@ enum Edit {
     Undo,
 }
 
-/// Why an edit was not made. Nothing has changed then but, after a conflict, what is shown.
+/// Why an edit was not made. The file is unchanged; after a conflict, the page shows its present content.
 #[derive(Debug)]
 pub enum EditFault {
     /// The page shows an earlier state.

@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn an_analysis_is_read_as_it_was_made_and_made_again_for_other_inputs() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let files = inputs(folder.path())?;
+        let files = inputs(folder.path())?.run;
         let embeddings = files.embeddings.context("embeddings")?;
         let mut labels = PseudoLabels::open(&files.pseudo_labels)?;
         let (path, nobody) = (folder.path().join(KEPT), Interrupt::default());

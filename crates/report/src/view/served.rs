@@ -22,11 +22,12 @@ use crate::curves::Chart;
 use crate::gallery::Gallery;
 use crate::html::displayable;
 use crate::page::{Page, whole_positions};
+use crate::run_files::ShownRun;
 use crate::trust::TrustMeasure;
 use crate::view::ViewArguments;
 use crate::view::edits::{EditFault, EditRequest, EditSession};
 use crate::view::kept::{KEPT, KeptAnalysis};
-use crate::{ShownSteps, corrections_facts, export, facts, files, thumbnail, trust};
+use crate::{corrections_facts, export, facts, files, thumbnail, trust};
 
 /// Most pictures of a cluster that one request gets.
 const AT_ONCE: usize = 500;
@@ -129,25 +130,15 @@ impl ServedRun {
     /// An input is missing or damaged, the inputs are about different pictures, the map cannot be kept, or the
     /// program is interrupted.
     pub fn open(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<Self> {
-        let images = Images::open(&arguments.images)?;
-        let names = Names::open(&arguments.names)?;
-        let labels = PseudoLabels::open(&arguments.pseudo_labels)?;
-        let truth = arguments.labels.as_deref().map(Labels::open).transpose()?;
-        let remedy = "give the images and names that the run was made with";
-        names.data_set.require(images.data_set(), remedy)?;
-        labels.data_set.require(images.data_set(), remedy)?;
-        if let Some(truth) = &truth {
-            truth.data_set.require(images.data_set(), remedy)?;
-        }
-        images.keep_decoded(0); // Thumbnails are kept instead.
-        let kept = arguments.embeddings.as_ref().map(|embeddings| {
+        let ShownRun { images, names, labels, truth } = arguments.run.open()?;
+        let kept = arguments.run.embeddings.as_ref().map(|embeddings| {
             let _claim = Claim::wait(&arguments.out, interrupt)?;
             let out = &arguments.out;
             fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
             KeptAnalysis::open_or_make(&out.join(KEPT), embeddings, &labels, interrupt)
         });
         let kept = kept.transpose()?;
-        let steps = ShownSteps::read(&arguments.steps)?;
+        let steps = arguments.run.steps()?;
         let run = ClusteredPictures::of(&labels, &images, &names)?;
         let session = EditSession::open(arguments.corrections.clone(), run, interrupt)?;
         let shown = Arc::new(CorrectedRun::new(&session, &labels, kept.as_ref()));
@@ -158,12 +149,12 @@ impl ServedRun {
         Ok(Self {
             trust: trust::measures(&labels, steps.between_heads, analysis, halves)?,
             set: digest::sha256(&set)[..16].to_owned(),
-            truth: truth.filter(|truth| truth.labels.iter().any(Option::is_some)),
+            truth,
             state: Mutex::new(ServedState { session, shown }),
             facts: facts(&labels).into_iter().chain(steps.facts).collect(),
             metrics: steps.metrics,
             charts: steps.charts,
-            title: arguments.title.clone(),
+            title: arguments.run.title.clone(),
             thumbnails: Mutex::default(),
             images,
             names,
@@ -185,7 +176,7 @@ impl ServedRun {
     }
 
     fn state(&self) -> MutexGuard<'_, ServedState> {
-        // A thread that panics here has not half changed anything that is shown.
+        // What is shown changes in one assignment: a thread that panicked leaves it whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -324,7 +315,7 @@ impl ServedRun {
     /// There is no such picture, or it is damaged.
     pub fn thumbnail(&self, place: u32) -> Result<SentPicture> {
         let row = self.row(place)?;
-        // What another thread left half done is a cache still.
+        // A thread that panicked leaves a usable cache.
         let cache = || self.thumbnails.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = cache().found.get(&place) {
             return Ok(found.clone());

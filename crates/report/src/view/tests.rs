@@ -103,15 +103,8 @@ impl Answered {
 }
 
 pub(crate) fn arguments(folder: &Path) -> Result<ViewArguments> {
-    let files = inputs(folder)?;
     Ok(ViewArguments {
-        images: files.images,
-        names: files.names,
-        pseudo_labels: files.pseudo_labels,
-        embeddings: files.embeddings,
-        labels: files.labels,
-        steps: files.steps,
-        title: files.title,
+        run: inputs(folder)?.run,
         port: 0,
         corrections: folder.join(Corrections::FILE),
         out: folder.join("report"),
@@ -322,9 +315,9 @@ fn two_tabs_and_two_servers_lose_no_edit() -> Result<()> {
 fn a_damaged_picture_is_an_answer_and_the_server_goes_on() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let arguments = arguments(folder.path())?;
-    let mut bytes = fs::read(&arguments.images)?;
+    let mut bytes = fs::read(&arguments.run.images)?;
     *bytes.last_mut().context("bytes")? ^= 1;
-    fs::write(&arguments.images, bytes)?;
+    fs::write(&arguments.run.images, bytes)?;
     let server = TestServer::start(&arguments)?;
     let set = server.data()?["served"]["set"].as_str().context("a set")?.to_owned();
     for kind in ["thumbnail", "full"] {
