@@ -108,7 +108,7 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
     assert!(output.status.success(), "{progress}");
     let events = progress.lines().filter(|line| line.starts_with('{'));
     let mut events = events.map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    let embedded = events.rfind(|event| event["what"] == "embed");
+    let embedded = events.rfind(|event| event["label"] == "embed");
     assert_eq!(embedded.map(|event| event["done"].clone()), Some(json!(90)), "{progress}");
     assert!(printed.contains("90 images, 3 clusters"), "{printed}");
     assert!(printed.contains("report.html") && printed.contains("clusters.csv"), "{printed}");

@@ -1,10 +1,10 @@
 //! `events.out.tfevents.assort`: the numbers of a stage's log for TensorBoard, as in
 //! `tensorboard --logdir runs/digits`.
 //!
-//! It is a view of `log.jsonl` and no output: nothing reads it here, no digest covers it, and it is removed
-//! whenever lines of the log are, and written again with the next line. Each number of a line is a scalar
-//! named after its key, or `<phase>/<key>` where the line has a `phase`; an element of a list is
-//! `<key>/<index>`. Its step is the line's `step`, `epoch` or number, the first that there is.
+//! It repeats `log.jsonl` for display. No stage reads it, and no digest covers it. When lines are removed from
+//! the log, the file is removed too; the next line writes all of it again. Each number of a line is a scalar
+//! named after its key, or `<phase>/<key>` if the line has a `phase`; an element of a list is
+//! `<key>/<index>`. Its step is the line's `step`, else its `epoch`, else 0.
 //!
 //! A record is the length of its data (u64), the masked CRC-32C of those eight bytes (u32), the data, and
 //! their masked CRC-32C, all little-endian (TensorFlow's TFRecord). The data is an [`Event`] in Protocol
@@ -58,15 +58,12 @@ struct Scalar {
 pub fn append(folder: &Path, log: &Path, text: &str) -> Result<()> {
     let path = folder.join(EVENTS);
     let bytes = match path.exists() {
-        true => {
-            let before = fs::read_to_string(log).map_or(0, |log| log.lines().count());
-            records(text, before.saturating_sub(1))
-        }
+        true => records(text),
         false => {
             let log =
                 fs::read_to_string(log).with_context(|| format!("reading `{}`", log.display()))?;
             let first = Event { file_version: Some(VERSION.into()), ..event_at(0) };
-            [record(&first), records(&log, 0)].concat()
+            [record(&first), records(&log)].concat()
         }
     };
     OpenOptions::new()
@@ -82,14 +79,13 @@ pub fn remove(folder: &Path) -> Result<()> {
     files::remove_if_there(&folder.join(EVENTS))
 }
 
-/// The records of lines of a log; `before` lines come before them.
-fn records(lines: &str, before: usize) -> Vec<u8> {
-    let numbered = lines.lines().zip(before..);
-    numbered.filter_map(|(line, number)| Some(record(&event_of(line, number)?))).flatten().collect()
+/// The records of lines of a log.
+fn records(lines: &str) -> Vec<u8> {
+    lines.lines().filter_map(event_of).flat_map(|event| record(&event)).collect()
 }
 
 /// The event of a line; `None` if it holds no number.
-fn event_of(line: &str, number: usize) -> Option<Event> {
+fn event_of(line: &str) -> Option<Event> {
     let Value::Object(line) = serde_json::from_str(line).ok()? else { return None };
     let step = ["step", "epoch"].iter().find_map(|key| line.get(*key)?.as_i64());
     let prefix = line
@@ -109,7 +105,7 @@ fn event_of(line: &str, number: usize) -> Option<Event> {
         }
     }
     let summary = (!value.is_empty()).then_some(Summary { value })?;
-    Some(Event { summary: Some(summary), ..event_at(step.unwrap_or(number as i64)) })
+    Some(Event { summary: Some(summary), ..event_at(step.unwrap_or(0)) })
 }
 
 fn scalar(tag: String, value: f64) -> Scalar {
@@ -129,7 +125,7 @@ fn record(event: &Event) -> Vec<u8> {
     [&length[..], &sum(&length), &data, &sum(&data)].concat()
 }
 
-/// The CRC-32C, rotated by 15 bits and moved by a constant, so that a sum of data that holds sums differs.
+/// The CRC-32C, rotated by 15 bits, plus a constant: TensorFlow masks sums because data may hold sums itself.
 fn masked_sum(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -196,7 +192,7 @@ mod tests {
             (Some(VERSION), 0, vec![]),
             (None, 28, of(&[("loss", 0.5)])),
             (None, 3, of(&[("head/losses/0", 1.5), ("head/losses/1", 2.5)])),
-            (None, 3, of(&[("images", 7.)])),
+            (None, 0, of(&[("images", 7.)])),
         ];
         assert_eq!(found, want);
     }

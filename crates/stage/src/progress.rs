@@ -1,11 +1,12 @@
 //! Progress of a long step on stderr: a bar on a terminal, log lines elsewhere, JSON for programs.
 //!
-//! JSON is for a command that was given `--json`: it calls [`use_json`], and the programs that it starts
-//! see [`JSON_PROGRESS`] in their environment. Each event is then one line of stderr, an object with the key
-//! `event`. Other lines of stderr are text for people.
+//! A command with `--json` calls [`use_json`] and sets [`JSON_PROGRESS`] for the programs that it starts. Each
+//! event is then one line of stderr, an object with the key `event`. Other lines of stderr are text for
+//! people.
 //!
-//! - `progress`: `what` is done, `done` of `of` (0 if unknown), `note` such as the loss, and once two
-//!   amounts are known `per-second` of `unit` and `seconds-left`. At most one a second, and the last.
+//! - `progress`: `label` names the work; `done` of `of` (0 if unknown) is finished; `note` is such as the loss.
+//!   Once two amounts are known, there are also `per-second` of `unit` and `seconds-left`. At most one event a
+//!   second is sent, and one at the end.
 //! - `step`: the step `name` of `seed`, `number` of `of` in its run, has the `state` `starts`, `resumes`,
 //!   `done` or `done already`.
 
@@ -21,7 +22,7 @@ use crate::console;
 /// Environment variable that makes a program report its progress as JSON.
 pub const JSON_PROGRESS: &str = "ASSORT_JSON_PROGRESS";
 
-/// Like the subscriber of the log: how this process talks to its user, and nothing of what it computes.
+/// Set once for the whole process, like the log's subscriber. It changes what is printed and no result.
 static IS_JSON: AtomicBool = AtomicBool::new(false);
 
 /// Reports the progress of this process, and of the programs that it starts, as JSON.
@@ -44,7 +45,7 @@ pub fn event(event: &Value) {
 /// What is counted. A rate is shown in these units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// Steps, epochs, candidates: whatever the label says.
+    /// Steps, epochs or candidates, as the label says.
     Steps,
     /// Steps of this many images.
     Images(u64),
@@ -66,7 +67,7 @@ impl Unit {
 /// Progress of a step whose length may be unknown.
 #[derive(Debug)]
 pub struct Progress {
-    form: Form,
+    form: ProgressForm,
     label: String,
     unit: Unit,
     length: u64,
@@ -77,7 +78,7 @@ pub struct Progress {
 }
 
 #[derive(Debug)]
-enum Form {
+enum ProgressForm {
     Bar(ProgressBar),
     Lines,
     Json,
@@ -93,14 +94,14 @@ impl Progress {
     /// Shows `label` and the share of `length` that is done. A length of 0 is unknown.
     pub fn new(label: &str, length: u64, unit: Unit) -> Self {
         let form = if is_json() {
-            Form::Json
+            ProgressForm::Json
         } else if std::io::stderr().is_terminal() {
-            Form::Bar(bar(label, length))
+            ProgressForm::Bar(bar(label, length))
         } else {
-            Form::Lines
+            ProgressForm::Lines
         };
         // Many steps are over before a first log line is due.
-        let last_line = matches!(form, Form::Lines).then(Instant::now);
+        let last_line = matches!(form, ProgressForm::Lines).then(Instant::now);
         Self { form, label: label.to_owned(), unit, length, done: 0, first: None, last_line }
     }
 
@@ -112,19 +113,19 @@ impl Progress {
         let is_due =
             |least| self.last_line.is_none_or(|last| now.saturating_duration_since(last) >= least);
         match &self.form {
-            Form::Bar(bar) => {
+            ProgressForm::Bar(bar) => {
                 bar.set_position(done);
                 bar.set_message(self.details(note, now));
             }
-            Form::Lines if is_due(BETWEEN_LINES) => {
+            ProgressForm::Lines if is_due(BETWEEN_LINES) => {
                 self.last_line = Some(now);
                 tracing::info!("{}", self.line(note, now));
             }
-            Form::Json if is_due(BETWEEN_EVENTS) || done == self.length => {
+            ProgressForm::Json if is_due(BETWEEN_EVENTS) || done == self.length => {
                 self.last_line = Some(now);
                 event(&self.event(note, now));
             }
-            Form::Lines | Form::Json => {}
+            ProgressForm::Lines | ProgressForm::Json => {}
         }
     }
 
@@ -172,7 +173,7 @@ impl Progress {
     fn event(&self, note: &str, now: Instant) -> Value {
         let mut event = json!({
             "event": "progress",
-            "what": self.label,
+            "label": self.label,
             "done": self.done,
             "of": self.length,
             "note": note,
@@ -190,7 +191,7 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Form::Bar(bar) = &self.form {
+        if let ProgressForm::Bar(bar) = &self.form {
             bar.finish_and_clear();
         }
     }
@@ -223,7 +224,7 @@ mod tests {
     fn progress(length: u64, unit: Unit, first: u64, done: u64) -> (Progress, Instant) {
         let began = Instant::now();
         let progress = Progress {
-            form: Form::Lines,
+            form: ProgressForm::Lines,
             label: "embed".into(),
             unit,
             length,
@@ -262,7 +263,7 @@ mod tests {
     fn an_event_has_the_keys_that_are_documented() {
         let (images, now) = progress(1000, Unit::Images(64), 100, 200);
         let want = json!({
-            "event": "progress", "what": "embed", "done": 200, "of": 1000, "note": "loss 1",
+            "event": "progress", "label": "embed", "done": 200, "of": 1000, "note": "loss 1",
             "per-second": 640., "unit": "images", "seconds-left": 80.,
         });
         assert_eq!(images.event("loss 1", now), want);
