@@ -203,13 +203,13 @@ pub struct ComparisonTable {
 }
 
 impl ComparisonTable {
-    /// A table without rows. Looks at the machine, and prints what it is.
+    /// A table without rows. Inspects the machine and prints it.
     ///
     /// # Errors
     ///
     /// The history is damaged.
     pub fn new(arguments: &BenchArguments) -> Result<Self> {
-        let machine = Machine::look();
+        let machine = Machine::inspect();
         println!("{machine}");
         let open = |path| {
             let commit = arguments.commit.as_deref().unwrap_or_default();

@@ -17,8 +17,8 @@ pub struct Machine {
     pub instructions: Vec<String>,
     /// How many processors the system shows.
     pub processors: usize,
-    /// Share of processor time that other work used right before, in `[0, 1]`, the time that other
-    /// machines on the same host took included. `None` where the system does not say.
+    /// Share of processor time that other work used right before, in `[0, 1]`. It includes time that the host
+    /// gave to other machines. `None` if the system does not say.
     pub busy: Option<f64>,
 }
 
@@ -29,8 +29,8 @@ const WATCHED: Duration = Duration::from_millis(500);
 const DISTURBED: f64 = 0.05;
 
 impl Machine {
-    /// Looks at this machine for half a second. Call it before the work starts.
-    pub fn look() -> Self {
+    /// Inspects this machine and watches other work for half a second. Call it before the work starts.
+    pub fn inspect() -> Self {
         let before = processor_time();
         thread::sleep(WATCHED);
         let busy = before.zip(processor_time()).and_then(|((used, all), (used_now, all_now))| {

@@ -1,9 +1,9 @@
 //! Edits of corrections.
 //!
 //! Every edit names clusters by their number in the run that the editor shows, and pictures by their place
-//! in it. The number of a merged cluster means the cluster that it is shown as. An edit also renumbers the
-//! entries after that run and takes its exemplars. An entry that the run does not have keeps its exemplars
-//! under a number that no cluster of the run has. An edit that fails changes nothing.
+//! in it. The number of a merged cluster means the cluster that it is shown as. An edit also gives the entries
+//! the numbers and exemplars of that run. An entry whose cluster is not in the run keeps its exemplars, and gets
+//! a number that no cluster of the run has. An edit that fails changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,7 +30,7 @@ impl Corrections {
         name: Option<&str>,
     ) -> Result<()> {
         self.edit(run, |next| {
-            next.know(run, cluster)?;
+            next.ensure_entry(run, cluster)?;
             let group = next.group(cluster);
             let name = name.map(str::trim);
             if let Some(name) = name {
@@ -53,7 +53,7 @@ impl Corrections {
             let mut merged: Vec<u32> = Vec::new();
             let mut count = 0;
             for &cluster in clusters {
-                next.know(run, cluster)?;
+                next.ensure_entry(run, cluster)?;
                 let group = next.group(cluster);
                 if !merged.contains(&group[0]) {
                     merged.extend(group);
@@ -78,7 +78,7 @@ impl Corrections {
     /// There is no such cluster, or it is not merged.
     pub fn unmerge(&mut self, run: &ClusteredPictures, cluster: u32) -> Result<()> {
         self.edit(run, |next| {
-            next.know(run, cluster)?;
+            next.ensure_entry(run, cluster)?;
             let group = next.group(cluster);
             ensure!(group.len() > 1, "cluster {cluster} is not merged with another one");
             let name = next.clusters[&group[0]].name.clone();
@@ -101,7 +101,7 @@ impl Corrections {
         cluster: u32,
     ) -> Result<()> {
         self.edit(run, |next| {
-            next.know(run, cluster)?;
+            next.ensure_entry(run, cluster)?;
             let group = next.group(cluster);
             let target = shown(run, &group).unwrap_or(cluster);
             for (id, name) in run.named(places)? {
@@ -151,7 +151,7 @@ impl Corrections {
         })
     }
 
-    /// Applies `change` to a copy that is numbered after `run`, and takes the copy if all of it is sound.
+    /// Applies `change` to a copy with the numbers of `run`, and keeps the copy if it passes the checks.
     fn edit(
         &mut self,
         run: &ClusteredPictures,
@@ -165,11 +165,11 @@ impl Corrections {
         Ok(())
     }
 
-    /// Renumbers the entries after the clusters of `run`, and takes its exemplars.
+    /// Gives the entries the numbers and exemplars of their clusters in `run`.
     ///
-    /// The first entry of a merge that means a cluster gets its number. Entries that mean no cluster, or one
-    /// that another entry of their merge means too, get numbers from `K`. A cluster that several entries
-    /// claim keeps the exemplars of each: another run may divide it again.
+    /// Where several entries of a merge are one cluster of `run`, the first of them gets its number. The others
+    /// get numbers from `K`, and so do entries whose cluster is not in `run`. Entries that claim one cluster keep
+    /// their own exemplars, because another run may divide it again.
     fn numbered_after(&self, run: &ClusteredPictures) -> Self {
         let locations = self.locate(run);
         let (mut numbers, mut taken) = (BTreeMap::new(), BTreeSet::new());
@@ -216,7 +216,7 @@ impl Corrections {
     }
 
     /// Makes an entry for a cluster of `run`, unless there is one.
-    fn know(&mut self, run: &ClusteredPictures, cluster: u32) -> Result<()> {
+    fn ensure_entry(&mut self, run: &ClusteredPictures, cluster: u32) -> Result<()> {
         let exemplars = run.exemplars.get(cluster as usize);
         let exemplars = exemplars.with_context(|| {
             format!("there is no cluster {cluster}; the run has {}, from 0", run.clusters)
@@ -269,7 +269,7 @@ impl Corrections {
     }
 }
 
-/// The number that shows a group, whose entries are numbered after `run`.
+/// The number of `run` that a group is shown as.
 fn shown(run: &ClusteredPictures, group: &[u32]) -> Option<u32> {
     group.iter().copied().find(|&number| number < run.clusters)
 }
