@@ -4,8 +4,8 @@
 //! published backbone, cluster, report. If the number of clusters is not given, the steps up to the
 //! embeddings run first, and the helper `clusters` estimates the number from those.
 //!
-//! Run again, also with other pictures, it applies the corrections by hand in the run's folder: a relabelling
-//! in the report, after clustering. No head is trained on them.
+//! If the folder of the run has corrections by hand, the report applies them after clustering, also when
+//! pictures were added. No head is trained on them.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

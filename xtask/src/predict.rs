@@ -4,8 +4,7 @@
 //! `predict` its last head, `metrics` scores the result if there is ground truth, and `report`
 //! shows it. Finished steps are not repeated.
 //!
-//! If the run has corrections by hand, the pictures get the names of the clusters and the clusters that theirs are
-//! merged into. The scores are those before that.
+//! If the run has corrections by hand, the report uses its cluster names and merges. The scores ignore them.
 
 use std::ffi::OsString;
 use std::fs;

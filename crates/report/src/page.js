@@ -91,7 +91,7 @@ function open(place) {
   byId("view-name").textContent = nameOf(place);
   if (served) {
     fillView(place, null, [], null);
-    fetchPicture(place).then(about => viewed === place && fillView(place, about.second, about.near, about), complain);
+    fetchPicture(place).then(about => viewed === place && fillView(place, about.second, about.near, about), showError);
   } else {
     const row = rowOfShown.get(place), each = shown.length ? near.length / shown.length : 0;
     const best = second.length && second[row] !== NONE ? second[row] : null;
@@ -118,7 +118,7 @@ function fillView(place, secondBest, others) {
 
 function step(by) {
   if (served) {
-    fetchPicture(viewed).then(about => open(by < 0 ? about.previous : about.next), complain);
+    fetchPicture(viewed).then(about => open(by < 0 ? about.previous : about.next), showError);
     return;
   }
   const own = link(viewed).closest("section");

@@ -3,15 +3,15 @@
 //! `assort view RUN` starts it. The page is that of [`crate::page`], but its pictures, names and map are sent
 //! when they are seen, so that 100,000 pictures open at once; and it can be corrected.
 //!
-//! - [`gate`]: who may ask.
+//! - [`access`]: who may ask.
 //! - [`server`]: which address gives what.
 //! - [`served`]: the run behind it, and its thumbnails.
 //! - [`edits`]: corrections, saved at once.
-//! - [`kept`]: the analysis, computed once for each run.
+//! - [`analysis_cache`]: the analysis, computed once for each run.
 
+pub mod access;
+pub mod analysis_cache;
 pub mod edits;
-pub mod gate;
-pub mod kept;
 pub mod served;
 pub mod server;
 #[cfg(test)]
@@ -29,7 +29,7 @@ use stage::Interrupt;
 use stage::console::{print_line, start_logging};
 
 use crate::run_files::RunFiles;
-use crate::view::gate::Gate;
+use crate::view::access::AccessControl;
 use crate::view::served::ServedRun;
 
 /// Serves the page of a run to a browser on this machine.
@@ -71,9 +71,11 @@ pub fn run(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<()> {
             "listening at port {port} of this machine; give another one with --port, or 0 for any"
         )
     })?;
-    let gate = Gate::new(listener.local_addr().context("finding the port of this server")?.port())?;
+    let access = AccessControl::new(
+        listener.local_addr().context("finding the port of this server")?.port(),
+    )?;
     let served = Arc::new(ServedRun::open(arguments, interrupt)?);
-    print_line(gate.address())?;
+    print_line(access.address())?;
     tracing::info!("open the address in a browser; Ctrl-C ends this program");
-    server::serve(listener, gate, served, interrupt)
+    server::serve(listener, access, served, interrupt)
 }

@@ -157,7 +157,7 @@ impl Corrections {
         run: &ClusteredPictures,
         change: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        let mut next = self.numbered_after(run);
+        let mut next = self.renumbered_for(run);
         change(&mut next)?;
         next.remove_unused();
         next.check()?;
@@ -170,7 +170,7 @@ impl Corrections {
     /// Where several entries of a merge are one cluster of `run`, the first of them gets its number. The others
     /// get numbers from `K`, and so do entries whose cluster is not in `run`. Entries that claim one cluster keep
     /// their own exemplars, because another run may divide it again.
-    fn numbered_after(&self, run: &ClusteredPictures) -> Self {
+    fn renumbered_for(&self, run: &ClusteredPictures) -> Self {
         let locations = self.locate(run);
         let (mut numbers, mut taken) = (BTreeMap::new(), BTreeSet::new());
         for number in self.groups().concat() {

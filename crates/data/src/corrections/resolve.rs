@@ -43,11 +43,11 @@ impl Corrections {
         let own = run.assignment.iter();
         let mut memberships: Vec<Membership> =
             own.map(|&own| Membership::Cluster(shown_as[own as usize])).collect();
-        let (mut moved, mut gone, mut waiting) = (0, Vec::new(), BTreeMap::<u32, usize>::new());
+        let (mut moved, mut missing, mut waiting) = (0, Vec::new(), BTreeMap::<u32, usize>::new());
         for (id, picture) in &self.pictures {
             let places = run.places_of(id);
             if places.is_empty() {
-                gone.push(picture.name.as_str());
+                missing.push(picture.name.as_str());
                 continue;
             }
             let membership = match picture.correction {
@@ -67,8 +67,8 @@ impl Corrections {
                 );
             }
         }
-        let mut not_applied = self.lost(&locations, &shown, &waiting);
-        not_applied.extend(gone_sentence(&gone));
+        let mut not_applied = self.unapplied(&locations, &shown, &waiting);
+        not_applied.extend(missing_sentence(&missing));
         CorrectedClusters { memberships, shown_as, names, moved, not_applied }
     }
 
@@ -111,7 +111,7 @@ impl Corrections {
                 true => Ok(own),
                 false => Err(format!(
                     "its pictures are in cluster {own}, which has as many or more of cluster {}",
-                    self.called(owner)
+                    self.label_of(owner)
                 )),
             };
             locations.insert(number, location);
@@ -120,7 +120,7 @@ impl Corrections {
     }
 
     /// A sentence for each entry that the run does not have, with what is not applied because of that.
-    fn lost(
+    fn unapplied(
         &self,
         locations: &BTreeMap<u32, Location>,
         shown: &BTreeMap<u32, u32>,
@@ -139,7 +139,7 @@ impl Corrections {
             if !parts.is_empty() {
                 sentences.push(format!(
                     "Cluster {} of the corrections was not found: {why}. Not applied: {}.",
-                    self.called(*number),
+                    self.label_of(*number),
                     parts.join(", ")
                 ));
             }
@@ -148,7 +148,7 @@ impl Corrections {
     }
 
     /// The number of an entry, and its name.
-    fn called(&self, number: u32) -> String {
+    fn label_of(&self, number: u32) -> String {
         match &self.clusters[&number].name {
             Some(name) => format!("{number} (`{name}`)"),
             None => number.to_string(),
@@ -210,7 +210,7 @@ impl CorrectedClusters {
 }
 
 /// A sentence about corrected pictures that a run does not have.
-fn gone_sentence(names: &[&str]) -> Option<String> {
+fn missing_sentence(names: &[&str]) -> Option<String> {
     let some: Vec<String> =
         names.iter().take(3).map(|name| format!("`{}`", printable(name))).collect();
     let such_as = if names.len() > some.len() { "such as " } else { "" };

@@ -36,7 +36,7 @@ enum Edit {
 
 /// Why an edit was not made. The file is unchanged; after a conflict, the page shows its present content.
 #[derive(Debug)]
-pub enum EditFault {
+pub enum EditError {
     /// The page shows an earlier state.
     Conflict(String),
     /// The edit makes no sense here.
@@ -103,26 +103,26 @@ impl EditSession {
     ///
     /// # Errors
     ///
-    /// See [`EditFault`].
-    pub fn make(&mut self, request: EditRequest) -> Result<(), EditFault> {
-        let _claim = Claim::wait(&self.path, &self.interrupt).map_err(EditFault::Machine)?;
-        if self.refresh().map_err(EditFault::Machine)? {
-            return Err(EditFault::Conflict(format!(
+    /// See [`EditError`].
+    pub fn make(&mut self, request: EditRequest) -> Result<(), EditError> {
+        let _claim = Claim::wait(&self.path, &self.interrupt).map_err(EditError::Machine)?;
+        if self.refresh().map_err(EditError::Machine)? {
+            return Err(EditError::Conflict(format!(
                 "Not saved: another program changed `{}`. The page now shows what is there; make the \
                  correction again.",
                 self.path.display()
             )));
         }
         if request.revision != self.revision {
-            return Err(EditFault::Conflict(
+            return Err(EditError::Conflict(
                 "Not saved: the clusters were corrected in another tab. The page now shows that; make the \
                  correction again."
                     .into(),
             ));
         }
         let is_undo = matches!(request.edit, Edit::Undo);
-        let next = self.next(request.edit).map_err(EditFault::Unusable)?;
-        next.write(&self.path).map_err(EditFault::Machine)?;
+        let next = self.next(request.edit).map_err(EditError::Unusable)?;
+        next.write(&self.path).map_err(EditError::Machine)?;
         self.seen = Some(digest::sha256(next.to_text().as_bytes()));
         let before = std::mem::replace(&mut self.corrections, next);
         if is_undo {

@@ -12,7 +12,7 @@ async function get(path, options) {
   return answer;
 }
 
-function complain(error) {
+function showError(error) {
   byId("trouble").hidden = false;
   byId("trouble-text").textContent = error.message;
 }
@@ -47,7 +47,7 @@ async function fetchPicture(place) {
 let still = null;
 function whenStill(place, then) {
   clearTimeout(still);
-  still = setTimeout(() => fetchPicture(place).then(then, complain), 60);
+  still = setTimeout(() => fetchPicture(place).then(then, showError), 60);
 }
 
 // At the end of each figure is an element that asks for the next pictures when it comes into view.
@@ -95,7 +95,7 @@ async function fill(end) {
     if (to < last) ends.observe(end);
     else end.remove();
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 }
 
@@ -190,7 +190,7 @@ async function edit(change) {
     await refresh();
   } catch (error) {
     if (error.status === 409) await refresh().catch(() => {});
-    complain(error);
+    showError(error);
     showState("Not saved");
   } finally {
     isBusy = false;
@@ -321,4 +321,4 @@ remember(document);
 decorate(document);
 watch(document);
 showState();
-readServer().then(start).catch(complain);
+readServer().then(start).catch(showError);

@@ -25,8 +25,8 @@ use crate::page::{Page, whole_positions};
 use crate::run_files::ShownRun;
 use crate::trust::TrustMeasure;
 use crate::view::ViewArguments;
-use crate::view::edits::{EditFault, EditRequest, EditSession};
-use crate::view::kept::{KEPT, KeptAnalysis};
+use crate::view::analysis_cache::{CACHE, CachedAnalysis};
+use crate::view::edits::{EditError, EditRequest, EditSession};
 use crate::{corrections_facts, export, facts, files, thumbnail, trust};
 
 /// Most pictures of a cluster that one request gets.
@@ -44,7 +44,7 @@ pub struct ServedRun {
     names: Names,
     labels: PseudoLabels,
     truth: Option<Labels>,
-    kept: Option<KeptAnalysis>,
+    cached: Option<CachedAnalysis>,
     state: Mutex<ServedState>,
     title: String,
     facts: Vec<String>,
@@ -82,7 +82,7 @@ struct CorrectedRun {
 }
 
 impl CorrectedRun {
-    fn new(session: &EditSession, labels: &PseudoLabels, kept: Option<&KeptAnalysis>) -> Self {
+    fn new(session: &EditSession, labels: &PseudoLabels, cached: Option<&CachedAnalysis>) -> Self {
         let corrected = session.corrected();
         let clusters = Cluster::corrected(labels, &corrected);
         let index = |number: u32| {
@@ -91,7 +91,8 @@ impl CorrectedRun {
         };
         let shown_as: Vec<u32> = corrected.shown_as.iter().map(|&number| index(number)).collect();
         let similar = |cluster: &Cluster| {
-            let found = kept.and_then(|kept| kept.analysis.similar_clusters.get(cluster.number));
+            let found =
+                cached.and_then(|cached| cached.analysis.similar_clusters.get(cluster.number));
             let (mut others, own) = (Vec::new(), index(cluster.number as u32));
             for other in found.into_iter().flatten().map(|&other| shown_as[other as usize]) {
                 if other != own && !others.contains(&other) {
@@ -127,23 +128,23 @@ impl ServedRun {
     ///
     /// # Errors
     ///
-    /// An input is missing or damaged, the inputs are about different pictures, the map cannot be kept, or the
+    /// An input is missing or damaged, the inputs are about different pictures, the map cannot be cached, or the
     /// program is interrupted.
     pub fn open(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<Self> {
         let ShownRun { images, names, labels, truth } = arguments.run.open()?;
-        let kept = arguments.run.embeddings.as_ref().map(|embeddings| {
+        let cached = arguments.run.embeddings.as_ref().map(|embeddings| {
             let _claim = Claim::wait(&arguments.out, interrupt)?;
             let out = &arguments.out;
             fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
-            KeptAnalysis::open_or_make(&out.join(KEPT), embeddings, &labels, interrupt)
+            CachedAnalysis::open_or_compute(&out.join(CACHE), embeddings, &labels, interrupt)
         });
-        let kept = kept.transpose()?;
+        let cached = cached.transpose()?;
         let steps = arguments.run.steps()?;
         let run = ClusteredPictures::of(&labels, &images, &names)?;
         let session = EditSession::open(arguments.corrections.clone(), run, interrupt)?;
-        let shown = Arc::new(CorrectedRun::new(&session, &labels, kept.as_ref()));
-        let analysis = kept.as_ref().map(|kept| &kept.analysis);
-        let halves = kept.as_ref().and_then(|kept| kept.halves);
+        let shown = Arc::new(CorrectedRun::new(&session, &labels, cached.as_ref()));
+        let analysis = cached.as_ref().map(|cached| &cached.analysis);
+        let halves = cached.as_ref().and_then(|cached| cached.halves);
         let places: Vec<u8> = labels.index.iter().flat_map(|row| row.to_le_bytes()).collect();
         let set = [labels.data_set.fingerprint.as_bytes(), &places].concat();
         Ok(Self {
@@ -159,7 +160,7 @@ impl ServedRun {
             images,
             names,
             labels,
-            kept,
+            cached,
         })
     }
 
@@ -167,8 +168,8 @@ impl ServedRun {
     ///
     /// # Errors
     ///
-    /// See [`EditFault`].
-    pub fn edit(&self, request: EditRequest) -> Result<(), EditFault> {
+    /// See [`EditError`].
+    pub fn edit(&self, request: EditRequest) -> Result<(), EditError> {
         let mut state = self.state();
         let made = state.session.make(request);
         self.show(&mut state); // After a conflict too.
@@ -182,7 +183,7 @@ impl ServedRun {
 
     fn show(&self, state: &mut ServedState) {
         if state.shown.revision != state.session.revision() {
-            let shown = CorrectedRun::new(&state.session, &self.labels, self.kept.as_ref());
+            let shown = CorrectedRun::new(&state.session, &self.labels, self.cached.as_ref());
             state.shown = Arc::new(shown);
         }
     }
@@ -202,7 +203,7 @@ impl ServedRun {
         self.show(&mut state);
         let shown = state.shown.clone();
         drop(state);
-        let analysis = self.kept.as_ref().map(|kept| &kept.analysis);
+        let analysis = self.cached.as_ref().map(|cached| &cached.analysis);
         let served = json!({
             "set": self.set,
             "pictures": self.labels.index.len(),
@@ -247,7 +248,7 @@ impl ServedRun {
     /// The analysed pictures, little-endian: their places as u32 `(A,)`, x as u16 `(A,)`, y as u16 `(A,)`.
     /// Nothing where there is no map.
     pub fn map(&self) -> Vec<u8> {
-        let Some(KeptAnalysis { analysis, .. }) = &self.kept else { return Vec::new() };
+        let Some(CachedAnalysis { analysis, .. }) = &self.cached else { return Vec::new() };
         let positions = whole_positions(&analysis.map).concat();
         let places = analysis.rows.places.iter().flat_map(|place| place.to_le_bytes());
         places.chain(positions.iter().flat_map(|x| x.to_le_bytes())).collect()
@@ -291,10 +292,10 @@ impl ServedRun {
         let members = &shown.cluster_of(place).context("a picture without cluster")?.members;
         let at = members.iter().position(|member| member.place == place).unwrap_or(0);
         let beside = |by: usize| members[(at + by) % members.len()].place;
-        let analysed = self.kept.as_ref().and_then(|kept| {
-            let row = kept.analysis.row_of(place)?;
-            let near = kept.analysis.near(row).map(|other| json!([other, self.name(other)]));
-            Some((near.collect::<Vec<Value>>(), kept.second_best[row]))
+        let analysed = self.cached.as_ref().and_then(|cached| {
+            let row = cached.analysis.row_of(place)?;
+            let near = cached.analysis.near(row).map(|other| json!([other, self.name(other)]));
+            Some((near.collect::<Vec<Value>>(), cached.second_best[row]))
         });
         let (near, second) = analysed.unwrap_or((vec![], NO_CLUSTER));
         let second = shown.shown_as.get(second as usize);
@@ -308,7 +309,7 @@ impl ServedRun {
         }))
     }
 
-    /// A thumbnail; the latest ones are kept.
+    /// A thumbnail; the latest ones are cached.
     ///
     /// # Errors
     ///

@@ -29,8 +29,8 @@ use stage::Interrupt;
 use tokio::time::sleep;
 
 use crate::page;
-use crate::view::edits::EditFault;
-use crate::view::gate::{Gate, Passage};
+use crate::view::access::{Access, AccessControl};
+use crate::view::edits::EditError;
 use crate::view::served::{SentPicture, ServedRun};
 
 /// Threads that decode pictures and write pages; more requests wait.
@@ -46,7 +46,7 @@ const MOST_BYTES: usize = 4 << 20;
 /// The listener cannot be used, or the runtime cannot start.
 pub fn serve(
     listener: TcpListener,
-    gate: Gate,
+    access: AccessControl,
     served: Arc<ServedRun>,
     interrupt: &Interrupt,
 ) -> Result<()> {
@@ -58,7 +58,7 @@ pub fn serve(
     let result = runtime.block_on(async {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let server = axum::serve(listener, router(Arc::new(gate), served));
+        let server = axum::serve(listener, router(Arc::new(access), served));
         let server = server.with_graceful_shutdown(raised(interrupt.clone()));
         // A request that takes longer than this after the interrupt is dropped.
         let given_up = async {
@@ -80,7 +80,7 @@ async fn raised(interrupt: Interrupt) {
     }
 }
 
-fn router(gate: Arc<Gate>, served: Arc<ServedRun>) -> Router {
+fn router(access: Arc<AccessControl>, served: Arc<ServedRun>) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/favicon.ico", get(async || StatusCode::NO_CONTENT)) // Browsers ask.
@@ -95,21 +95,21 @@ fn router(gate: Arc<Gate>, served: Arc<ServedRun>) -> Router {
         .route("/edit", post(edit))
         .layer(DefaultBodyLimit::max(MOST_BYTES))
         .with_state(served)
-        .layer(from_fn_with_state(gate, guard))
+        .layer(from_fn_with_state(access, guard))
 }
 
 /// Refuses whoever may not ask, and adds the headers of all answers.
-async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
-    let mut response = match gate.passage(request.uri(), request.headers()) {
-        Passage::Open => next.run(request).await,
-        Passage::ByAddress => match gate.cookie() {
+async fn guard(State(access): State<Arc<AccessControl>>, request: Request, next: Next) -> Response {
+    let mut response = match access.check(request.uri(), request.headers()) {
+        Access::Granted => next.run(request).await,
+        Access::ByToken => match access.cookie() {
             Ok(cookie) => {
                 let to_page = (header::LOCATION, HeaderValue::from_static("/"));
                 (StatusCode::SEE_OTHER, [to_page, (header::SET_COOKIE, cookie)]).into_response()
             }
-            Err(error) => Fault::from(error).into_response(),
+            Err(error) => HttpError::from(error).into_response(),
         },
-        Passage::Refused(reason) => Fault(StatusCode::FORBIDDEN, reason.into()).into_response(),
+        Access::Denied(reason) => HttpError(StatusCode::FORBIDDEN, reason.into()).into_response(),
     };
     let headers = response.headers_mut();
     let policy = format!("{}; frame-ancestors 'none'", page::policy(true));
@@ -128,29 +128,29 @@ async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> R
 }
 
 /// Why a request has no other answer.
-struct Fault(StatusCode, String);
+struct HttpError(StatusCode, String);
 
-impl From<Error> for Fault {
+impl From<Error> for HttpError {
     fn from(error: Error) -> Self {
         tracing::warn!("{error:#}");
         Self(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"))
     }
 }
 
-impl IntoResponse for Fault {
+impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         (self.0, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], self.1).into_response()
     }
 }
 
-type Answer = Result<Response, Fault>;
+type HttpResult = Result<Response, HttpError>;
 
 /// Runs work that takes long, or that waits for the disk, on a thread of its own; also where it panics, the server
 /// goes on.
 async fn on_thread<T: Send + 'static>(
     served: Arc<ServedRun>,
     work: impl FnOnce(&ServedRun) -> Result<T> + Send + 'static,
-) -> Result<T, Fault> {
+) -> Result<T, HttpError> {
     let done = tokio::task::spawn_blocking(move || work(&served)).await;
     Ok(done.context("a request ended in a fault of this program")??)
 }
@@ -164,10 +164,15 @@ fn typed(kind: &'static str, body: impl IntoResponse) -> Response {
 }
 
 /// An answer that browsers keep, under the right name of the pictures.
-fn kept(served: &ServedRun, set: &str, kind: &'static str, body: impl IntoResponse) -> Answer {
+fn immutable(
+    served: &ServedRun,
+    set: &str,
+    kind: &'static str,
+    body: impl IntoResponse,
+) -> HttpResult {
     if set != served.set {
         let message = "these pictures were served earlier; reload the page";
-        return Err(Fault(StatusCode::NOT_FOUND, message.into()));
+        return Err(HttpError(StatusCode::NOT_FOUND, message.into()));
     }
     let keep = [(header::CACHE_CONTROL, "private, max-age=31536000, immutable")];
     Ok((keep, typed(kind, body)).into_response())
@@ -175,73 +180,73 @@ fn kept(served: &ServedRun, set: &str, kind: &'static str, body: impl IntoRespon
 
 type OfRun = State<Arc<ServedRun>>;
 
-async fn page(State(served): OfRun) -> Answer {
+async fn page(State(served): OfRun) -> HttpResult {
     Ok(typed(HTML, on_thread(served, ServedRun::page).await?))
 }
 
-async fn assignment(State(served): OfRun) -> Answer {
+async fn assignment(State(served): OfRun) -> HttpResult {
     Ok(typed(BINARY, on_thread(served, |served| Ok(served.assignment())).await?))
 }
 
-async fn map(State(served): OfRun, Path(set): Path<String>) -> Answer {
-    kept(&served, &set, BINARY, served.map())
+async fn map(State(served): OfRun, Path(set): Path<String>) -> HttpResult {
+    immutable(&served, &set, BINARY, served.map())
 }
 
-async fn classes(State(served): OfRun, Path(set): Path<String>) -> Answer {
-    kept(&served, &set, BINARY, served.classes())
+async fn classes(State(served): OfRun, Path(set): Path<String>) -> HttpResult {
+    immutable(&served, &set, BINARY, served.classes())
 }
 
-async fn members(State(served): OfRun, Path(range): Path<(usize, usize, usize)>) -> Answer {
+async fn members(State(served): OfRun, Path(range): Path<(usize, usize, usize)>) -> HttpResult {
     let (cluster, from, to) = range;
     let found = on_thread(served, move |served| Ok(served.members(cluster, from, to))).await?;
-    let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+    let found = found.map_err(|error| HttpError(StatusCode::NOT_FOUND, error.to_string()))?;
     Ok(typed(JSON, found.to_string()))
 }
 
-async fn picture(State(served): OfRun, Path(place): Path<u32>) -> Answer {
+async fn picture(State(served): OfRun, Path(place): Path<u32>) -> HttpResult {
     let found = on_thread(served, move |served| Ok(served.picture(place))).await?;
-    let found = found.map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+    let found = found.map_err(|error| HttpError(StatusCode::NOT_FOUND, error.to_string()))?;
     Ok(typed(JSON, found.to_string()))
 }
 
-async fn thumbnail(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
+async fn thumbnail(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> HttpResult {
     sent(served, set, place, ServedRun::thumbnail).await
 }
 
-async fn full(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> Answer {
+async fn full(State(served): OfRun, Path((set, place)): Path<(String, u32)>) -> HttpResult {
     sent(served, set, place, ServedRun::full).await
 }
 
-async fn export(State(served): OfRun, Path(file): Path<String>) -> Answer {
+async fn export(State(served): OfRun, Path(file): Path<String>) -> HttpResult {
     let form = file.strip_prefix("clusters.").map(str::to_owned);
     let (form, kind) = match form.as_deref() {
         Some("csv") => ("csv", "text/csv; charset=utf-8"),
         Some("json") => ("json", JSON),
         Some("parquet") => ("parquet", BINARY),
-        _ => return Err(Fault(StatusCode::NOT_FOUND, "there is no such file".into())),
+        _ => return Err(HttpError(StatusCode::NOT_FOUND, "there is no such file".into())),
     };
     let table = on_thread(served, |served| served.table(form)).await?;
     let name = format!("attachment; filename=\"clusters.{form}\"");
     Ok(([(header::CONTENT_DISPOSITION, name)], typed(kind, table)).into_response())
 }
 
-async fn edit(State(served): OfRun, headers: HeaderMap, body: Bytes) -> Answer {
+async fn edit(State(served): OfRun, headers: HeaderMap, body: Bytes) -> HttpResult {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     if kind != Some(JSON) {
         let message = "an edit is JSON: application/json";
-        return Err(Fault(StatusCode::UNSUPPORTED_MEDIA_TYPE, message.into()));
+        return Err(HttpError(StatusCode::UNSUPPORTED_MEDIA_TYPE, message.into()));
     }
     let request = serde_json::from_slice(&body);
-    let request =
-        request.map_err(|error| Fault(StatusCode::BAD_REQUEST, format!("not an edit: {error}")))?;
+    let request = request
+        .map_err(|error| HttpError(StatusCode::BAD_REQUEST, format!("not an edit: {error}")))?;
     let made = on_thread(served, move |served| Ok(served.edit(request))).await?;
     made.map_err(|fault| match fault {
-        EditFault::Conflict(message) => Fault(StatusCode::CONFLICT, message),
-        EditFault::Unusable(error) => {
-            Fault(StatusCode::UNPROCESSABLE_ENTITY, format!("Not saved: {error:#}"))
+        EditError::Conflict(message) => HttpError(StatusCode::CONFLICT, message),
+        EditError::Unusable(error) => {
+            HttpError(StatusCode::UNPROCESSABLE_ENTITY, format!("Not saved: {error:#}"))
         }
-        EditFault::Machine(error) => {
-            Fault(StatusCode::INTERNAL_SERVER_ERROR, format!("Not saved: {error:#}"))
+        EditError::Machine(error) => {
+            HttpError(StatusCode::INTERNAL_SERVER_ERROR, format!("Not saved: {error:#}"))
         }
     })?;
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -252,8 +257,8 @@ async fn sent(
     set: String,
     place: u32,
     read: fn(&ServedRun, u32) -> Result<SentPicture>,
-) -> Answer {
-    served.row(place).map_err(|error| Fault(StatusCode::NOT_FOUND, error.to_string()))?;
+) -> HttpResult {
+    served.row(place).map_err(|error| HttpError(StatusCode::NOT_FOUND, error.to_string()))?;
     let (kind, bytes) = on_thread(served.clone(), move |served| read(served, place)).await?;
-    kept(&served, &set, kind, bytes.to_vec())
+    immutable(&served, &set, kind, bytes.to_vec())
 }

@@ -24,11 +24,11 @@ impl TestServer {
     pub(crate) fn start(arguments: &ViewArguments) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
-        let gate = Gate::new(port)?;
-        let (address, interrupt) = (gate.address(), Interrupt::default());
+        let access = AccessControl::new(port)?;
+        let (address, interrupt) = (access.address(), Interrupt::default());
         let served = Arc::new(ServedRun::open(arguments, &interrupt)?);
         let stop = interrupt.clone();
-        let thread = std::thread::spawn(move || server::serve(listener, gate, served, &stop));
+        let thread = std::thread::spawn(move || server::serve(listener, access, served, &stop));
         Ok(Self { address, port, interrupt, thread: Some(thread) })
     }
 

@@ -10,26 +10,26 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use stage::digest::hex;
 use subtle::ConstantTimeEq;
 
-/// What a request must show.
+/// The token and the address that a request must have.
 #[derive(Debug)]
-pub struct Gate {
+pub struct AccessControl {
     token: String,
     host: String,
     cookie: String,
 }
 
-/// How a request passes.
+/// Whether a request is answered.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Passage {
+pub enum Access {
     /// It has the cookie.
-    Open,
+    Granted,
     /// It has the token in its address: it gets the cookie, and the address without the token.
-    ByAddress,
-    /// It is refused, for this reason.
-    Refused(&'static str),
+    ByToken,
+    /// It is denied, for this reason.
+    Denied(&'static str),
 }
 
-impl Gate {
+impl AccessControl {
     /// Draws a token of 32 bytes from the operating system for the server at a port.
     ///
     /// # Errors
@@ -58,31 +58,31 @@ impl Gate {
         Ok(HeaderValue::from_str(&text)?)
     }
 
-    /// Decides about a request.
-    pub fn passage(&self, uri: &Uri, headers: &HeaderMap) -> Passage {
+    /// Checks the host, the origin and the token of a request.
+    pub fn check(&self, uri: &Uri, headers: &HeaderMap) -> Access {
         let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
         if text(header::HOST) != Some(&self.host) {
-            return Passage::Refused("this server answers to the address that it printed only");
+            return Access::Denied("this server answers to the address that it printed only");
         }
         let own = format!("http://{}", self.host);
         if text(header::ORIGIN).is_some_and(|origin| origin != own) {
-            return Passage::Refused("a page of another origin asked");
+            return Access::Denied("a page of another origin asked");
         }
         let in_address = uri.query().and_then(|query| query.strip_prefix("token="));
         if uri.path() == "/" && in_address.is_some_and(|token| self.is_token(token)) {
-            return Passage::ByAddress;
+            return Access::ByToken;
         }
         let site = text(HeaderName::from_static("sec-fetch-site"));
         if site.is_some_and(|site| site != "same-origin" && site != "none") {
-            return Passage::Refused("a page of another site asked");
+            return Access::Denied("a page of another site asked");
         }
         let cookies = headers.get_all(header::COOKIE).iter().filter_map(|c| c.to_str().ok());
         let pairs =
             cookies.flat_map(|line| line.split(';')).filter_map(|p| p.trim().split_once('='));
         let mut tokens = pairs.filter(|(name, _)| *name == self.cookie).map(|(_, token)| token);
         match tokens.any(|token| self.is_token(token)) {
-            true => Passage::Open,
-            false => Passage::Refused(
+            true => Access::Granted,
+            false => Access::Denied(
                 "open the address that `assort view` printed, with its token; each start has another one",
             ),
         }
@@ -100,35 +100,35 @@ mod tests {
 
     #[test]
     fn tokens_are_long_and_differ() -> Result<()> {
-        let gates = [Gate::new(80)?, Gate::new(80)?];
-        assert_eq!(gates[0].token.len(), 64);
-        assert_ne!(gates[0].token, gates[1].token);
-        assert!(gates[0].address().starts_with("http://127.0.0.1:80/?token="));
+        let controls = [AccessControl::new(80)?, AccessControl::new(80)?];
+        assert_eq!(controls[0].token.len(), 64);
+        assert_ne!(controls[0].token, controls[1].token);
+        assert!(controls[0].address().starts_with("http://127.0.0.1:80/?token="));
         Ok(())
     }
 
     #[test]
     fn host_origin_site_and_token_decide() -> Result<()> {
-        let gate = Gate::new(4242)?;
-        let cookie = format!("other=1; assort-view-4242={}", gate.token);
+        let access = AccessControl::new(4242)?;
+        let cookie = format!("other=1; assort-view-4242={}", access.token);
         let sound = [("host", "127.0.0.1:4242"), ("cookie", &*cookie)];
-        let passage = |path: &str, changes: &[(&'static str, &str)]| -> Result<Passage> {
+        let check = |path: &str, changes: &[(&'static str, &str)]| -> Result<Access> {
             let mut headers = HeaderMap::new();
             for (name, value) in sound.iter().chain(changes) {
                 headers.insert(*name, HeaderValue::from_str(value)?);
             }
-            Ok(gate.passage(&path.parse()?, &headers))
+            Ok(access.check(&path.parse()?, &headers))
         };
-        assert_eq!(passage("/map", &[])?, Passage::Open);
-        assert_eq!(passage("/map", &[("origin", "http://127.0.0.1:4242")])?, Passage::Open);
-        let address = format!("/?token={}", gate.token);
-        assert_eq!(passage(&address, &[("cookie", "")])?, Passage::ByAddress);
+        assert_eq!(check("/map", &[])?, Access::Granted);
+        assert_eq!(check("/map", &[("origin", "http://127.0.0.1:4242")])?, Access::Granted);
+        let address = format!("/?token={}", access.token);
+        assert_eq!(check(&address, &[("cookie", "")])?, Access::ByToken);
         for (path, changes) in [
             ("/", ("cookie", "")),
             ("/", ("cookie", "assort-view-4242=")),
-            ("/", ("cookie", &*format!("assort-view-4243={}", gate.token))),
+            ("/", ("cookie", &*format!("assort-view-4243={}", access.token))),
             ("/?token=", ("cookie", "")),
-            (&*format!("/map?token={}", gate.token), ("cookie", "")),
+            (&*format!("/map?token={}", access.token), ("cookie", "")),
             (&*address, ("host", "evil.example:4242")),
             (&*address, ("host", "localhost:4242")),
             (&*address, ("origin", "http://evil.example")),
@@ -137,8 +137,8 @@ mod tests {
             ("/", ("sec-fetch-site", "cross-site")),
             ("/", ("sec-fetch-site", "same-site")),
         ] {
-            let found = passage(path, &[changes])?;
-            assert!(matches!(found, Passage::Refused(_)), "{path} {changes:?}: {found:?}");
+            let found = check(path, &[changes])?;
+            assert!(matches!(found, Access::Denied(_)), "{path} {changes:?}: {found:?}");
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! `map.safetensors`: the analysis of a run, kept so that the next `assort view` starts at once.
+//! `map.safetensors`: the analysis of a run, cached so that the next `assort view` starts at once.
 //!
 //! Kind `report-analysis`, format version 1. `A` pictures are analysed, named by *place* as in
 //! [`crate::analysis`]; `K` is the number of clusters that the run found.
@@ -31,7 +31,7 @@ use crate::analysis::{Analysis, Duplicates, UnitRows};
 use crate::trust;
 
 /// Name of the file in the folder of a report.
-pub const KEPT: &str = "map.safetensors";
+pub const CACHE: &str = "map.safetensors";
 
 const KIND: &str = "report-analysis";
 const VERSION: u64 = 1;
@@ -39,12 +39,12 @@ const VERSION: u64 = 1;
 /// Raised when the analysis of the same files gives other results.
 const ALGORITHM: u32 = 1;
 
-/// Most similar clusters that are kept of each.
+/// Most similar clusters to keep of each.
 const SIMILAR: usize = 8;
 
 /// An analysis without the embeddings that it was made of.
 #[derive(Debug)]
-pub struct KeptAnalysis {
+pub struct CachedAnalysis {
     /// The analysis; its rows have places and no values.
     pub analysis: Analysis,
     /// Index of the second-best cluster of each analysed picture, by row; `u32::MAX` where there is none.
@@ -53,13 +53,13 @@ pub struct KeptAnalysis {
     pub halves: Option<f64>,
 }
 
-impl KeptAnalysis {
+impl CachedAnalysis {
     /// Reads the analysis from `path`, or makes it and writes it there.
     ///
     /// # Errors
     ///
     /// The embeddings are missing or damaged, the file cannot be written, or the program is interrupted.
-    pub fn open_or_make(
+    pub fn open_or_compute(
         path: &Path,
         embeddings: &Path,
         labels: &PseudoLabels,
@@ -68,7 +68,7 @@ impl KeptAnalysis {
         let key = key(embeddings, labels)?;
         if path.exists() {
             match Self::read(path, &key) {
-                Ok(Some(kept)) => return Ok(kept),
+                Ok(Some(cached)) => return Ok(cached),
                 Ok(None) => tracing::info!("the run has changed since `{}`", path.display()),
                 Err(error) => tracing::warn!("{error:#}; it is made again"),
             }
@@ -78,12 +78,12 @@ impl KeptAnalysis {
             labels.index.len(),
             path.display()
         );
-        let kept = Self::make(embeddings, labels, interrupt)?;
-        kept.write(path, &key)?;
-        Ok(kept)
+        let cached = Self::compute(embeddings, labels, interrupt)?;
+        cached.write(path, &key)?;
+        Ok(cached)
     }
 
-    fn make(embeddings: &Path, labels: &PseudoLabels, interrupt: &Interrupt) -> Result<Self> {
+    fn compute(embeddings: &Path, labels: &PseudoLabels, interrupt: &Interrupt) -> Result<Self> {
         let rows = UnitRows::open(embeddings, labels)?;
         let mut analysis = Analysis::of(rows, &labels.assignment, labels.clusters, interrupt)?;
         let halves = trust::between_halves(labels, &analysis.rows)?;
@@ -144,7 +144,7 @@ impl KeptAnalysis {
         let similar = file.u32("similar")?;
         let similar = (0..clusters).map(|k| similar[k * each_similar..][..each_similar].to_vec());
         let map = file.f32("map")?;
-        let kept = Self {
+        let cached = Self {
             analysis: Analysis {
                 neighbours: file.u32("neighbours")?,
                 each,
@@ -160,13 +160,13 @@ impl KeptAnalysis {
             second_best: file.u32("second-best")?,
             halves: number(file.header("halves")?),
         };
-        let count = kept.analysis.rows.places.len();
+        let count = cached.analysis.rows.places.len();
         ensure!(
-            kept.analysis.map.len() == count && kept.second_best.len() == count,
+            cached.analysis.map.len() == count && cached.second_best.len() == count,
             "`{}` contradicts itself",
             path.display()
         );
-        Ok(Some(kept))
+        Ok(Some(cached))
     }
 }
 
@@ -217,12 +217,12 @@ mod tests {
         let files = inputs(folder.path())?.run;
         let embeddings = files.embeddings.context("embeddings")?;
         let mut labels = PseudoLabels::open(&files.pseudo_labels)?;
-        let (path, nobody) = (folder.path().join(KEPT), Interrupt::default());
-        let made = KeptAnalysis::open_or_make(&path, &embeddings, &labels, &nobody)?;
+        let (path, nobody) = (folder.path().join(CACHE), Interrupt::default());
+        let made = CachedAnalysis::open_or_compute(&path, &embeddings, &labels, &nobody)?;
         // One that is interrupted cannot make it.
         let stop = Interrupt::default();
         stop.raise();
-        let read = KeptAnalysis::open_or_make(&path, &embeddings, &labels, &stop)?;
+        let read = CachedAnalysis::open_or_compute(&path, &embeddings, &labels, &stop)?;
         assert_eq!(read.analysis.map, made.analysis.map);
         assert_eq!(read.analysis.neighbours, made.analysis.neighbours);
         assert_eq!(read.analysis.similar_clusters, made.analysis.similar_clusters);
@@ -233,10 +233,10 @@ mod tests {
         assert_eq!((read.second_best, read.halves), (made.second_best, made.halves));
         // Changed clusters, or a damaged file: it is made again.
         labels.assignment.rotate_left(1);
-        assert!(KeptAnalysis::open_or_make(&path, &embeddings, &labels, &stop).is_err());
+        assert!(CachedAnalysis::open_or_compute(&path, &embeddings, &labels, &stop).is_err());
         std::fs::write(&path, "no analysis")?;
-        KeptAnalysis::open_or_make(&path, &embeddings, &labels, &nobody)?;
-        KeptAnalysis::open_or_make(&path, &embeddings, &labels, &stop)?;
+        CachedAnalysis::open_or_compute(&path, &embeddings, &labels, &nobody)?;
+        CachedAnalysis::open_or_compute(&path, &embeddings, &labels, &stop)?;
         Ok(())
     }
 }
