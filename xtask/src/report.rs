@@ -200,6 +200,7 @@ pub fn inputs(
         ("--names", pictures.join("names.safetensors")),
         ("--pseudo-labels", run.path(last).join(LABELS)),
         ("--title", run.name().into()),
+        ("--cache", run.folder.join("report/cache")),
     ] {
         arguments.extend([flag.into(), value.into()]);
     }

@@ -42,7 +42,6 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments = inputs(run, &steps, last, embeddings_of(&steps, last, &specs));
     for (flag, value) in [
-        ("--out", run.folder.join("report").into()),
         ("--corrections", run.folder.join(CORRECTIONS).into()),
         ("--port", OsString::from(options.port.to_string())),
     ] {

@@ -14,6 +14,8 @@
 //! The same bits on any number of threads: every sum is over one point, one group of points, or in order.
 
 use anyhow::{Result, ensure};
+use kernels::Variant;
+use kernels::repulsion::{self, LANES, Repulsion};
 use kernels::similarity::product;
 use rand::RngExt;
 use rayon::prelude::*;
@@ -317,8 +319,8 @@ impl Descent {
     }
 }
 
-/// Points of a leaf of the tree, and lanes of a sum.
-const LEAF: usize = 16;
+/// Points of a leaf of the tree.
+const LEAF: usize = LANES;
 
 /// Levels of the tree: bits of a coordinate in a Morton code.
 const LEVELS: u32 = 16;
@@ -406,7 +408,7 @@ impl Tree {
                 (first..end).step_by(LEAF).map(move |start| (start, end.min(start + LEAF)))
             })
             .collect();
-        let sums: Vec<Lanes> =
+        let sums: Vec<Repulsion> =
             groups.par_iter().map(|&(start, end)| self.repel(start, end, angle)).collect();
         let mut push = vec![[0.; 2]; self.points.len()];
         let mut total = 0.;
@@ -421,10 +423,10 @@ impl Tree {
     }
 
     /// Sums over all points for those at the places `start..end`.
-    fn repel(&self, start: usize, end: usize, angle: f32) -> Lanes {
+    fn repel(&self, start: usize, end: usize, angle: f32) -> Repulsion {
         let positions = &self.positions[start..end];
         let [low, high] = bounds(positions);
-        let mut lanes = Lanes::new(positions);
+        let mut sources = Vec::new();
         let mut place = 0;
         while let Some(cell) = self.cells.get(place) {
             let gap = |a: usize| (low[a] - cell.centre[a]).max(cell.centre[a] - high[a]).max(0.);
@@ -432,48 +434,23 @@ impl Tree {
             // Points of a leaf that is too full are as good as equal: the cell could not be split.
             let is_one = cell.is_leaf && cell.count > LEAF as f32;
             if is_one || cell.extent * cell.extent < angle * angle * distance {
-                lanes.add(cell.centre, cell.count);
+                sources.push([cell.centre[0], cell.centre[1], cell.count]);
                 place = cell.next as usize;
             } else if cell.is_leaf {
                 let others = &self.positions[cell.first as usize..cell.end as usize];
-                others.iter().for_each(|&other| lanes.add(other, 1.));
+                sources.extend(others.iter().map(|&[x, y]| [x, y, 1.]));
                 place = cell.next as usize;
             } else {
                 place += 1;
             }
         }
-        lanes
-    }
-}
-
-/// The sums of up to [`LEAF`] points.
-struct Lanes {
-    positions: [[f32; LEAF]; 2],
-    push: [[f32; LEAF]; 2],
-    weight: [f32; LEAF],
-}
-
-impl Lanes {
-    fn new(points: &[[f32; 2]]) -> Self {
-        let mut positions = [[0.; LEAF]; 2];
-        for (lane, point) in points.iter().enumerate() {
-            (0..2).for_each(|a| positions[a][lane] = point[a]);
+        let mut lanes = [[0.; LANES]; 2];
+        for (lane, point) in positions.iter().enumerate() {
+            (0..2).for_each(|a| lanes[a][lane] = point[a]);
         }
-        Self { positions, push: [[0.; LEAF]; 2], weight: [0.; LEAF] }
-    }
-
-    /// Adds `count` points at one position.
-    #[inline(always)]
-    fn add(&mut self, at: [f32; 2], count: f32) {
-        for lane in 0..LEAF {
-            let x = self.positions[0][lane] - at[0];
-            let y = self.positions[1][lane] - at[1];
-            let weight = 1. / (1. + x * x + y * y);
-            let all = count * weight;
-            self.weight[lane] += all;
-            self.push[0][lane] += all * weight * x;
-            self.push[1][lane] += all * weight * y;
-        }
+        let mut sums = Repulsion::default();
+        repulsion::add(Variant::fastest(), &lanes, &sources, &mut sums);
+        sums
     }
 }
 

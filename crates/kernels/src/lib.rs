@@ -1,7 +1,7 @@
 //! Kernels: the loops that decide the speed of networks, augmentation and clustering.
 //!
 //! Tile products, convolutions, batch norm, pooling, updates of flat parameters, [transformers](transformer),
-//! [image rows](image) and [row products](similarity). Each is plain Rust compiled for several instruction sets, or written with
+//! [image rows](image), [row products](similarity) and the [repulsion] of points on a map. Each is plain Rust compiled for several instruction sets, or written with
 //! the intrinsics of one; the [`Variant`] is chosen when the program runs. `README.md` beside this crate
 //! says which there are and how fast they are.
 //!
@@ -54,6 +54,7 @@ mod pages;
 mod parallel;
 mod peak;
 pub mod pooling;
+pub mod repulsion;
 #[expect(unsafe_code, reason = "the vector instructions of a processor")]
 pub mod similarity;
 mod tiles;

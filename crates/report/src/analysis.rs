@@ -1,5 +1,5 @@
-//! What the embeddings say about the pictures and their clusters: nearest neighbours, near-duplicates,
-//! outliers, similar clusters, and the map.
+//! What the embeddings say about the pictures, whatever their clusters: nearest neighbours, near-duplicates,
+//! outliers, and the map ([`Analysis`]); and about clusters: which ones are similar ([`ClusterAnalysis`]).
 //!
 //! Rows are scaled to unit length, so a similarity is a cosine. Pictures are named by their *place*: the
 //! position in the index of the pseudo-labels. Of more than [`MOST`] pictures, a random sample is analysed.
@@ -11,6 +11,8 @@ use assignment::{TSne, nearest_neighbours, principal_plane, sample};
 use data::{Embeddings, PseudoLabels};
 use rayon::prelude::*;
 use stage::Interrupt;
+
+use crate::clusters::NO_CLUSTER;
 
 /// Most pictures that are analysed: neighbours are searched among all pairs.
 pub const MOST: usize = 100_000;
@@ -29,7 +31,7 @@ const OUTLIERS: usize = 24;
 pub struct UnitRows {
     /// Places of the pictures, ascending, `A`.
     pub places: Vec<u32>,
-    /// `(A, width)`; a row that was zero stays zero. Empty once only the places are needed.
+    /// `(A, width)`; a row that was zero stays zero.
     pub values: Vec<f32>,
     /// Width of an embedding.
     pub width: usize,
@@ -97,16 +99,16 @@ pub struct Duplicates {
     /// The pictures, ascending.
     pub places: Vec<u32>,
     /// The lowest cosine of the pairs that join the group; 1 for equal embeddings.
-    pub similarity: f64,
+    pub similarity: f32,
     /// Whether the network sees no difference between them.
     pub is_exact: bool,
 }
 
-/// The analysis of `A` pictures.
-#[derive(Debug)]
+/// The analysis of `A` pictures. It does not depend on clusters.
+#[derive(Debug, PartialEq)]
 pub struct Analysis {
-    /// The pictures and their embeddings.
-    pub rows: UnitRows,
+    /// Places of the pictures, ascending, `A`.
+    pub places: Vec<u32>,
     /// Nearest others of each picture by row of this analysis, `(A, k)`, nearest first.
     pub neighbours: Vec<u32>,
     /// Neighbours of a picture, `k`; [`NEIGHBOURS`], or all others where there are fewer.
@@ -119,41 +121,25 @@ pub struct Analysis {
     pub duplicate_similarity: f64,
     /// Places of the pictures with the fewest others near, the loneliest first.
     pub outliers: Vec<u32>,
-    /// Mean row of each cluster, `(K, width)`, of unit length; zero for an empty cluster.
-    pub means: Vec<f32>,
-    /// For each cluster the others, the most similar first.
-    pub similar_clusters: Vec<Vec<u32>>,
 }
 
 impl Analysis {
-    /// Analyses pictures with their clusters.
-    ///
-    /// - `cluster`: index of the cluster of each picture, by place; from `clusters` on, it is in none.
-    /// - `clusters`: number of clusters.
+    /// Analyses pictures.
     ///
     /// # Errors
     ///
     /// A number is not finite, or the program is interrupted.
-    pub fn of(
-        rows: UnitRows,
-        cluster: &[u32],
-        clusters: usize,
-        interrupt: &Interrupt,
-    ) -> Result<Self> {
+    pub fn of(rows: &UnitRows, interrupt: &Interrupt) -> Result<Self> {
         let count = rows.count();
         let each = NEIGHBOURS.min(count.saturating_sub(1));
         let neighbours = nearest_neighbours(&rows.values, count, rows.width, each)?;
         interrupt.check()?;
         let start = principal_plane(&rows.values, count, rows.width)?;
         let map = TSne::STANDARD.map(&start, &neighbours, 0, |_| interrupt.check())?;
-        let own: Vec<u32> = rows.places.iter().map(|&place| cluster[place as usize]).collect();
-        let means = cluster_means(&rows, &own, clusters);
-        let (duplicates, duplicate_similarity) = duplicates(&rows, &neighbours, each);
+        let (duplicates, duplicate_similarity) = duplicates(rows, &neighbours, each);
         Ok(Self {
-            outliers: outliers(&rows, &neighbours, each),
-            similar_clusters: similar(&means, rows.width),
-            means,
-            rows,
+            outliers: outliers(rows, &neighbours, each),
+            places: rows.places.clone(),
             neighbours,
             each,
             map,
@@ -164,32 +150,46 @@ impl Analysis {
 
     /// The row of the picture at a place, if it was analysed.
     pub fn row_of(&self, place: u32) -> Option<usize> {
-        self.rows.places.binary_search(&place).ok()
+        self.places.binary_search(&place).ok()
     }
 
     /// Places of the nearest others of a row, nearest first.
     pub fn near(&self, row: usize) -> impl Iterator<Item = u32> {
         let near = &self.neighbours[row * self.each..][..self.each];
-        near.iter().map(|&other| self.rows.places[other as usize])
+        near.iter().map(|&other| self.places[other as usize])
     }
+}
 
-    /// [`Analysis::second_best`] of every row; `u32::MAX` where there is none.
+/// What the embeddings say about `K` clusters of `A` analysed pictures.
+#[derive(Debug, Default, PartialEq)]
+pub struct ClusterAnalysis {
+    /// For each cluster the others by index, the one with the most similar mean embedding first.
+    pub similar: Vec<Vec<u32>>,
+    /// Index of the cluster, other than its own, whose mean embedding is the most similar to each picture, `A`;
+    /// [`NO_CLUSTER`] where no other cluster has pictures.
+    pub second_best: Vec<u32>,
+}
+
+impl ClusterAnalysis {
+    /// Analyses clusters.
     ///
-    /// - `cluster`: index of the cluster of each picture, by place.
-    pub fn second_best_of_all(&self, cluster: &[u32]) -> Vec<u32> {
-        let places = self.rows.places.par_iter().enumerate();
-        let found = places.map(|(row, &place)| self.second_best(row, cluster[place as usize]));
-        found.map(|best| best.unwrap_or(u32::MAX)).collect()
+    /// - `cluster`: index of the cluster of each picture, by place; from `clusters` on, it is in none.
+    /// - `clusters`: number of clusters.
+    pub fn of(rows: &UnitRows, cluster: &[u32], clusters: usize) -> Self {
+        let own: Vec<u32> = rows.places.iter().map(|&place| cluster[place as usize]).collect();
+        let means = cluster_means(rows, &own, clusters);
+        let second_best = own.par_iter().enumerate();
+        let second_best = second_best.map(|(row, &own)| second_best_of(rows, row, own, &means));
+        Self { second_best: second_best.collect(), similar: similar(&means, rows.width) }
     }
+}
 
-    /// Index of the cluster, other than its own, whose mean embedding is the most similar to a row; `None`
-    /// where no other cluster has pictures.
-    pub fn second_best(&self, row: usize, own: u32) -> Option<u32> {
-        let means = self.means.chunks(self.rows.width.max(1)).enumerate();
-        let others = means.filter(|&(k, mean)| k != own as usize && mean.iter().any(|&x| x != 0.));
-        let others = others.map(|(k, mean)| (product(self.rows.row(row), mean), k as u32));
-        others.reduce(|a, b| if b.0 > a.0 { b } else { a }).map(|(_, k)| k)
-    }
+fn second_best_of(rows: &UnitRows, row: usize, own: u32, means: &[f32]) -> u32 {
+    let means = means.chunks(rows.width.max(1)).enumerate();
+    let others = means.filter(|&(k, mean)| k != own as usize && mean.iter().any(|&x| x != 0.));
+    let others = others.map(|(k, mean)| (product(rows.row(row), mean), k as u32));
+    let best = others.reduce(|a, b| if b.0 > a.0 { b } else { a });
+    best.map_or(NO_CLUSTER, |(_, k)| k)
 }
 
 /// Mean row of each cluster, `(K, width)`, of unit length; zero for an empty cluster.
@@ -249,7 +249,7 @@ fn duplicates(rows: &UnitRows, neighbours: &[u32], each: usize) -> (Vec<Duplicat
     }
     let group = |(members, similarity): (Vec<usize>, f64)| Duplicates {
         places: members.iter().map(|&i| rows.places[i]).collect(),
-        similarity,
+        similarity: similarity as f32,
         is_exact: members.windows(2).all(|pair| is_equal(pair[0], pair[1])),
     };
     let mut found: Vec<Duplicates> = groups.of_several().into_iter().map(group).collect();
@@ -333,19 +333,19 @@ pub(crate) mod tests {
     #[test]
     fn duplicates_are_exact_first_and_outliers_lonely() -> Result<()> {
         let (n, d) = (60, 8);
-        let (mut rows, clusters) = grouped(n, d, 3, 0.3);
+        let (mut rows, _) = grouped(n, d, 3, 0.3);
         // Pictures 4 and 10 are equal, 7 is almost 1, and 20 is near nothing.
         let (from, to) = (4 * d, 10 * d);
         rows.copy_within(from..from + d, to);
         (0..d).for_each(|a| rows[7 * d + a] = rows[d + a] * 3. + 0.001 * a as f32);
         let lonely: Vec<f32> = rows[..d].iter().map(|x| -x).collect();
         rows[20 * d..21 * d].copy_from_slice(&lonely);
-        let found = Analysis::of(UnitRows::of(&rows, d), &clusters, 3, &Interrupt::default())?;
+        let found = Analysis::of(&UnitRows::of(&rows, d), &Interrupt::default())?;
         let groups: Vec<(&[u32], bool)> =
             found.duplicates.iter().map(|group| (&group.places[..], group.is_exact)).collect();
         assert_eq!(groups, [(&[4, 10][..], true), (&[1, 7], false)]);
         assert_eq!(found.duplicates[0].similarity, 1.);
-        let near = found.duplicates[1].similarity;
+        let near = f64::from(found.duplicates[1].similarity);
         assert!(near > found.duplicate_similarity && near < 1., "{near}");
         assert_eq!((found.outliers[0], found.outliers.len()), (20, 6));
         assert_eq!((found.each, found.map.len()), (15, n));
@@ -354,28 +354,26 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn similar_clusters_and_the_second_best_are_by_mean_embedding() -> Result<()> {
+    fn similar_clusters_and_the_second_best_are_by_mean_embedding() {
         // Directions at 0°, 20°, 100°; the fourth cluster is empty.
         let rows: Vec<f32> = [0f32, 1., 20., 21., 100., 101.]
             .iter()
             .flat_map(|angle| [angle.to_radians().cos(), angle.to_radians().sin()])
             .collect();
         let clusters = [0, 0, 1, 1, 2, 2];
-        let found = Analysis::of(UnitRows::of(&rows, 2), &clusters, 4, &Interrupt::default())?;
-        let second = (0..6).map(|row| found.second_best(row, clusters[row]));
-        assert_eq!(second.collect::<Vec<_>>(), [1, 1, 0, 0, 1, 1].map(Some));
-        assert_eq!(found.similar_clusters[0], [1, 3, 2]);
-        assert_eq!(found.similar_clusters[2], [1, 3, 0]);
-        Ok(())
+        let found = ClusterAnalysis::of(&UnitRows::of(&rows, 2), &clusters, 4);
+        assert_eq!(found.second_best, [1, 1, 0, 0, 1, 1]);
+        assert_eq!(found.similar[0], [1, 3, 2]);
+        assert_eq!(found.similar[2], [1, 3, 0]);
     }
 
     #[test]
     fn few_pictures_and_zero_rows_are_analysed() -> Result<()> {
         for n in 0..4 {
             let rows = UnitRows::of(&vec![0.; n * 2], 2);
-            let found = Analysis::of(rows, &vec![0; n], 1, &Interrupt::default())?;
+            let found = Analysis::of(&rows, &Interrupt::default())?;
             assert_eq!((found.map.len(), found.each), (n, n.saturating_sub(1)));
-            assert!((0..n).all(|row| found.second_best(row, 0).is_none()));
+            assert_eq!(ClusterAnalysis::of(&rows, &vec![0; n], 1).second_best, vec![NO_CLUSTER; n]);
             assert_eq!(found.duplicates.len(), usize::from(n > 1), "all are equal");
         }
         Ok(())

@@ -310,6 +310,7 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
             labels: Some(folder.join("labels.safetensors")),
             steps: vec![],
             title: "Holiday <b>&</b>".into(),
+            cache: Some(folder.join("cache")),
         },
         shown: 6,
         thumbnails: 80,

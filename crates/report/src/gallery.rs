@@ -29,6 +29,9 @@ pub struct Gallery<'a> {
     pub analysis: Option<&'a Analysis>,
     /// For each of the clusters the others, the most similar first; nothing where there is no analysis.
     pub similar: &'a [Vec<u32>],
+    /// Index of the second-best cluster of each analysed picture; nothing where the page is served, or where
+    /// there is no analysis.
+    pub second_best: &'a [u32],
     /// Most pictures of highest score to show of each cluster.
     pub shown: usize,
     /// Whether the page is served: the script then fills each figure when it is seen.

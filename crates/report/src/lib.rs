@@ -21,11 +21,13 @@
 //! - [`run_files`]: the files of a run, and what is shown of its steps.
 //! - [`clusters`]: the pictures of each cluster.
 //! - [`files`]: the table and the folders.
-//! - [`analysis`]: neighbours, near-duplicates, outliers and the map, from the embeddings.
+//! - [`analysis`]: neighbours, near-duplicates, outliers and the map, from the embeddings; kept for the next page
+//!   by [`analysis_cache`].
 //! - [`trust`]: how far the clusters can be trusted.
 //! - [`page`]: the page, of a [`gallery`] with [`thumbnail`]s, [`scores`] and [`curves`].
 
 pub mod analysis;
+pub mod analysis_cache;
 #[cfg(test)]
 mod browser;
 pub mod clusters;
@@ -52,7 +54,7 @@ use data::corrections::{ClusteredPictures, CorrectedClusters, Corrections};
 use data::{Images, Names, PseudoLabels};
 use stage::{Claim, Interrupt, console};
 
-use crate::analysis::{Analysis, UnitRows};
+use crate::analysis::{ClusterAnalysis, UnitRows};
 use crate::clusters::{Cluster, MergedNumbers};
 use crate::files::Form;
 use crate::gallery::Gallery;
@@ -166,9 +168,11 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
     stage::files::remove_unfinished(out)?;
     files::remove_incomplete(&out.join(files::PICTURES))?;
-    let analysis = analysis(arguments, &labels, &clusters, interrupt)?;
-    let halves = analysis.as_ref().map(|found| trust::between_halves(&labels, &found.rows));
-    let halves = halves.transpose()?.flatten();
+    let analyses = arguments.run.analyses(&labels);
+    let analysis = analyses.as_ref().map(|found| found.of_pictures(interrupt)).transpose()?;
+    let rows = analyses.as_ref().map(|found| found.rows()).transpose()?;
+    let of_clusters = rows.map(|rows| analysis_of(&clusters, rows, &labels)).unwrap_or_default();
+    let halves = rows.map(|rows| trust::between_halves(&labels, rows)).transpose()?.flatten();
     let steps = arguments.run.steps()?;
     let mut facts = facts(&labels);
     facts.extend(corrected.iter().flat_map(corrections_facts));
@@ -186,7 +190,8 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
             clusters: &clusters,
             truth: truth.as_ref(),
             analysis: analysis.as_ref(),
-            similar: analysis.as_ref().map_or(&[], |found| &found.similar_clusters),
+            similar: &of_clusters.similar,
+            second_best: &of_clusters.second_best,
             shown: arguments.shown,
             is_served: false,
         },
@@ -267,19 +272,12 @@ fn facts(labels: &PseudoLabels) -> Vec<String> {
     facts
 }
 
-/// The analysis of the embeddings, if they are given.
-fn analysis(
-    arguments: &ReportArguments,
-    labels: &PseudoLabels,
-    clusters: &[Cluster],
-    interrupt: &Interrupt,
-) -> Result<Option<Analysis>> {
-    let Some(path) = &arguments.run.embeddings else { return Ok(None) };
-    let rows = UnitRows::open(path, labels)?;
+/// The analysis of the clusters that are shown.
+fn analysis_of(clusters: &[Cluster], rows: &UnitRows, labels: &PseudoLabels) -> ClusterAnalysis {
     let own = Cluster::of_places(clusters, labels.index.len());
     // Marked pictures come last.
     let count = clusters.iter().filter(|cluster| cluster.mark.is_none()).count();
-    Ok(Some(Analysis::of(rows, &own, count, interrupt)?))
+    ClusterAnalysis::of(rows, &own, count)
 }
 
 #[cfg(test)]
@@ -379,6 +377,7 @@ pub(crate) mod tests {
                     .collect::<Result<_, String>>()
                     .map_err(anyhow::Error::msg)?,
                 title: "Photos".into(),
+                cache: None,
             },
             shown: 24,
             thumbnails: 2000,

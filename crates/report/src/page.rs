@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::analysis::{Analysis, MOST};
-use crate::clusters::Cluster;
+use crate::clusters::{Cluster, NO_CLUSTER};
 use crate::curves::Chart;
 use crate::gallery::Gallery;
 use crate::html::escaped;
@@ -182,7 +182,7 @@ impl Page<'_> {
                 chosen.len()
             );
         }
-        let analysed = self.gallery.analysis.map_or(0, |found| found.rows.count());
+        let analysed = self.gallery.analysis.map_or(0, |found| found.places.len());
         if self.gallery.analysis.is_some() && analysed < chosen.len() {
             let _ = writeln!(
                 html,
@@ -194,7 +194,7 @@ impl Page<'_> {
 
     /// What the script reads. Lists of numbers are little-endian, in Base64. A served page fetches them.
     fn data(&self, chosen: &[bool]) -> Value {
-        let Gallery { clusters, labels, truth, analysis, .. } = self.gallery;
+        let Gallery { clusters, labels, truth, analysis, second_best, .. } = self.gallery;
         if let Some(served) = &self.served {
             return json!({
                 "clusters": clusters.iter().map(|cluster| cluster.number).collect::<Vec<_>>(),
@@ -223,24 +223,23 @@ impl Page<'_> {
             data["label"] = words(&labels.index.iter().map(label).collect::<Vec<_>>()).into();
         }
         if let Some(analysis) = analysis {
-            let (near, second) = of_shown(analysis, &shown, &own);
+            let (near, second) = of_shown(analysis, second_best, &shown);
             data["near"] = words(&near).into();
             data["second"] = words(&second).into();
             let [x, y] = whole_positions(&analysis.map);
             data["map"] =
-                json!({ "places": words(&analysis.rows.places), "x": halves(&x), "y": halves(&y) });
+                json!({ "places": words(&analysis.places), "x": halves(&x), "y": halves(&y) });
         }
         data
     }
 }
 
 /// Neighbours `(T, k)` and second-best clusters `(T,)` of the shown pictures; `u32::MAX` where there is none.
-fn of_shown(analysis: &Analysis, shown: &[u32], own: &[u32]) -> (Vec<u32>, Vec<u32>) {
+fn of_shown(analysis: &Analysis, second_best: &[u32], shown: &[u32]) -> (Vec<u32>, Vec<u32>) {
     let (mut near, mut second) = (Vec::new(), Vec::new());
     for &place in shown {
         let row = analysis.row_of(place);
-        let best = row.and_then(|row| analysis.second_best(row, own[place as usize]));
-        second.push(best.unwrap_or(u32::MAX));
+        second.push(row.map_or(NO_CLUSTER, |row| second_best[row]));
         match row {
             Some(row) => near.extend(analysis.near(row)),
             None => near.extend(vec![u32::MAX; analysis.each]),
@@ -367,7 +366,7 @@ mod tests {
     use stage::Interrupt;
 
     use super::*;
-    use crate::analysis::UnitRows;
+    use crate::analysis::{ClusterAnalysis, UnitRows};
     use crate::tests::{labels, names, prepared};
 
     fn metrics() -> RoundMetrics {
@@ -404,7 +403,7 @@ mod tests {
         fn page<'b>(
             &'b self,
             truth: Option<&'b Labels>,
-            analysis: Option<&'b Analysis>,
+            analysis: Option<&'b (Analysis, ClusterAnalysis)>,
         ) -> Page<'b> {
             let chart = Chart { name: "loss".into(), lines: vec![vec![2., 1.]] };
             Page {
@@ -418,8 +417,9 @@ mod tests {
                     labels: &self.labels,
                     clusters: &self.clusters,
                     truth,
-                    analysis,
-                    similar: analysis.map_or(&[], |found| &found.similar_clusters),
+                    analysis: analysis.map(|(pictures, _)| pictures),
+                    similar: analysis.map_or(&[], |(_, clusters)| &clusters.similar),
+                    second_best: analysis.map_or(&[], |(_, clusters)| &clusters.second_best),
                     shown: 2,
                     is_served: false,
                 },
@@ -527,7 +527,8 @@ mod tests {
             labels.reliable.truncate(count);
             shown.clusters = Cluster::all(&shown.labels);
             let rows = UnitRows::of(&[1., 0., 0., 1., 0.6, 0.8][..2 * count], 2);
-            let analysis = Analysis::of(rows, &vec![0; count], 1, &Interrupt::default())?;
+            let clusters = ClusterAnalysis::of(&rows, &vec![0; count], 1);
+            let analysis = (Analysis::of(&rows, &Interrupt::default())?, clusters);
             let html = shown.page(None, Some(&analysis)).html()?;
             assert_eq!(html.matches("<a class=\"p\"").count(), count);
             assert!(html.contains("id=\"map-canvas\"") && html.contains("Cluster 0"), "{count}");

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
 use stage::json;
 
+use crate::analysis_cache::AnalysisCache;
 use crate::curves::{self, Chart};
 
 /// The files of a run, as the programs `report` and `view` take them.
@@ -33,6 +34,10 @@ pub struct RunFiles {
     /// Heading of the page.
     #[arg(long, value_name = "TEXT", default_value = "Clusters")]
     pub title: String,
+    /// Folder to keep the map in for the next page of the run; created if missing. Without it, the map is
+    /// computed each time.
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
 }
 
 /// The pictures of a run and their clusters.
@@ -68,6 +73,12 @@ impl RunFiles {
         }
         let truth = truth.filter(|truth| truth.labels.iter().any(Option::is_some));
         Ok(ShownRun { images, names, labels, truth })
+    }
+
+    /// What the embeddings say about the pictures of `labels`, where there are embeddings.
+    pub fn analyses<'a>(&'a self, labels: &'a PseudoLabels) -> Option<AnalysisCache<'a>> {
+        let embeddings = self.embeddings.as_deref();
+        embeddings.map(|embeddings| AnalysisCache::new(self.cache.as_deref(), embeddings, labels))
     }
 
     /// Reads the scores and curves of the steps.

@@ -114,7 +114,7 @@ const HEADS_LOW: f64 = 0.5;
 /// that random clusters of these sizes would have; `None` where there are no neighbours or one cluster.
 fn of_neighbours(labels: &PseudoLabels, analysis: &Analysis) -> Option<f64> {
     let own: Vec<u32> =
-        analysis.rows.places.iter().map(|&place| labels.assignment[place as usize]).collect();
+        analysis.places.iter().map(|&place| labels.assignment[place as usize]).collect();
     let mut sizes = vec![0f64; labels.clusters];
     own.iter().for_each(|&k| sizes[k as usize] += 1.);
     let count = own.len() as f64;
@@ -212,8 +212,8 @@ mod tests {
         let rows = UnitRows::of(&values, d);
         let found = k_means(&rows.values, n, d, &KMeans::spherical(clusters, 4), 1)?.assignment;
         let own = labels(&found, &found, clusters);
-        let analysis = Analysis::of(rows, &found, clusters, &Interrupt::default())?;
-        let values = measures(&own, None, Some(&analysis), between_halves(&own, &analysis.rows)?)?;
+        let analysis = Analysis::of(&rows, &Interrupt::default())?;
+        let values = measures(&own, None, Some(&analysis), between_halves(&own, &rows)?)?;
         let index = adjusted_rand_index(&contingency(&found, &truth, clusters, 6)?);
         Ok((index, values.iter().map(|measure| measure.value).collect()))
     }
@@ -238,7 +238,7 @@ mod tests {
         let (n, d) = (400, 8);
         let (values, truth) = grouped(n, d, 4, 0.2);
         let rows = UnitRows::of(&values, d);
-        let analysis = Analysis::of(rows, &truth, 4, &Interrupt::default())?;
+        let analysis = Analysis::of(&rows, &Interrupt::default())?;
         let value = of_neighbours(&labels(&truth, &truth, 4), &analysis).expect("neighbours");
         assert!((value - 1.).abs() < 1e-6, "{value}");
         let random: Vec<u32> = (0..n).map(|i| (i / 4 % 4) as u32).collect();
@@ -255,11 +255,8 @@ mod tests {
         let one = labels(&[0; 3], &[0; 3], 1);
         assert!(measures(&one, None, None, None)?.is_empty());
         let rows = UnitRows::of(&[1., 0., 0., 1., 1., 1.], 2);
-        let analysis = Analysis::of(rows, &[0; 3], 1, &Interrupt::default())?;
-        assert!(
-            measures(&one, None, Some(&analysis), between_halves(&one, &analysis.rows)?)?
-                .is_empty()
-        );
+        let analysis = Analysis::of(&rows, &Interrupt::default())?;
+        assert!(measures(&one, None, Some(&analysis), between_halves(&one, &rows)?)?.is_empty());
         let heads = measures(&one, Some(0.25), None, None)?;
         assert_eq!((heads.len(), heads[0].value, heads[0].is_low()), (1, 0.25, true));
         Ok(())

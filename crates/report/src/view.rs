@@ -7,10 +7,8 @@
 //! - [`server`]: which address gives what.
 //! - [`served`]: the run behind it, and its thumbnails.
 //! - [`edits`]: corrections, saved at once.
-//! - [`analysis_cache`]: the analysis, computed once for each run.
 
 pub mod access;
-pub mod analysis_cache;
 pub mod edits;
 pub mod served;
 pub mod server;
@@ -45,9 +43,6 @@ pub struct ViewArguments {
     /// The corrections to read and write: corrections.toml. It need not exist.
     #[arg(long, value_name = "FILE")]
     pub corrections: PathBuf,
-    /// Folder to keep the map in; created if missing.
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
 }
 
 /// The program: the command line `words` in, the exit status out.

@@ -4,7 +4,6 @@
 //! neighbours; the pictures themselves are mapped files, and embeddings are not held at all.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs;
 use std::io::Cursor;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,8 +14,9 @@ use data::{Images, Labels, Names, PseudoLabels, RoundMetrics};
 use image::ImageFormat;
 use serde_json::{Value, json};
 use stage::console::printable;
-use stage::{Claim, Interrupt, digest};
+use stage::{Interrupt, digest};
 
+use crate::analysis::{Analysis, ClusterAnalysis};
 use crate::clusters::{Cluster, NO_CLUSTER};
 use crate::curves::Chart;
 use crate::gallery::Gallery;
@@ -25,7 +25,6 @@ use crate::page::{Page, whole_positions};
 use crate::run_files::ShownRun;
 use crate::trust::TrustMeasure;
 use crate::view::ViewArguments;
-use crate::view::analysis_cache::{CACHE, CachedAnalysis};
 use crate::view::edits::{EditError, EditRequest, EditSession};
 use crate::{corrections_facts, export, facts, files, thumbnail, trust};
 
@@ -44,7 +43,9 @@ pub struct ServedRun {
     names: Names,
     labels: PseudoLabels,
     truth: Option<Labels>,
-    cached: Option<CachedAnalysis>,
+    analysis: Option<Analysis>,
+    /// Of the clusters that the run found.
+    of_clusters: ClusterAnalysis,
     state: Mutex<ServedState>,
     title: String,
     facts: Vec<String>,
@@ -82,7 +83,8 @@ struct CorrectedRun {
 }
 
 impl CorrectedRun {
-    fn new(session: &EditSession, labels: &PseudoLabels, cached: Option<&CachedAnalysis>) -> Self {
+    /// - `found`: for each cluster that the run found the others, the most similar first.
+    fn new(session: &EditSession, labels: &PseudoLabels, found: &[Vec<u32>]) -> Self {
         let corrected = session.corrected();
         let clusters = Cluster::corrected(labels, &corrected);
         let index = |number: u32| {
@@ -91,10 +93,9 @@ impl CorrectedRun {
         };
         let shown_as: Vec<u32> = corrected.shown_as.iter().map(|&number| index(number)).collect();
         let similar = |cluster: &Cluster| {
-            let found =
-                cached.and_then(|cached| cached.analysis.similar_clusters.get(cluster.number));
+            let found = found.get(cluster.number).into_iter().flatten();
             let (mut others, own) = (Vec::new(), index(cluster.number as u32));
-            for other in found.into_iter().flatten().map(|&other| shown_as[other as usize]) {
+            for other in found.map(|&other| shown_as[other as usize]) {
                 if other != own && !others.contains(&other) {
                     others.push(other);
                 }
@@ -132,23 +133,21 @@ impl ServedRun {
     /// program is interrupted.
     pub fn open(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<Self> {
         let ShownRun { images, names, labels, truth } = arguments.run.open()?;
-        let cached = arguments.run.embeddings.as_ref().map(|embeddings| {
-            let _claim = Claim::wait(&arguments.out, interrupt)?;
-            let out = &arguments.out;
-            fs::create_dir_all(out).with_context(|| format!("creating `{}`", out.display()))?;
-            CachedAnalysis::open_or_compute(&out.join(CACHE), embeddings, &labels, interrupt)
-        });
-        let cached = cached.transpose()?;
+        let analyses = arguments.run.analyses(&labels);
+        let analysis = analyses.as_ref().map(|found| found.of_pictures(interrupt)).transpose()?;
+        let of_clusters =
+            analyses.as_ref().map(|found| found.of_clusters(interrupt)).transpose()?;
+        drop(analyses); // With the embeddings, if they were read.
+        let (of_clusters, halves) =
+            of_clusters.map_or_else(Default::default, |found| (found.analysis, found.halves));
         let steps = arguments.run.steps()?;
         let run = ClusteredPictures::of(&labels, &images, &names)?;
         let session = EditSession::open(arguments.corrections.clone(), run, interrupt)?;
-        let shown = Arc::new(CorrectedRun::new(&session, &labels, cached.as_ref()));
-        let analysis = cached.as_ref().map(|cached| &cached.analysis);
-        let halves = cached.as_ref().and_then(|cached| cached.halves);
+        let shown = Arc::new(CorrectedRun::new(&session, &labels, &of_clusters.similar));
         let places: Vec<u8> = labels.index.iter().flat_map(|row| row.to_le_bytes()).collect();
         let set = [labels.data_set.fingerprint.as_bytes(), &places].concat();
         Ok(Self {
-            trust: trust::measures(&labels, steps.between_heads, analysis, halves)?,
+            trust: trust::measures(&labels, steps.between_heads, analysis.as_ref(), halves)?,
             set: digest::sha256(&set)[..16].to_owned(),
             truth,
             state: Mutex::new(ServedState { session, shown }),
@@ -160,7 +159,8 @@ impl ServedRun {
             images,
             names,
             labels,
-            cached,
+            analysis,
+            of_clusters,
         })
     }
 
@@ -183,7 +183,7 @@ impl ServedRun {
 
     fn show(&self, state: &mut ServedState) {
         if state.shown.revision != state.session.revision() {
-            let shown = CorrectedRun::new(&state.session, &self.labels, self.cached.as_ref());
+            let shown = CorrectedRun::new(&state.session, &self.labels, &self.of_clusters.similar);
             state.shown = Arc::new(shown);
         }
     }
@@ -203,11 +203,11 @@ impl ServedRun {
         self.show(&mut state);
         let shown = state.shown.clone();
         drop(state);
-        let analysis = self.cached.as_ref().map(|cached| &cached.analysis);
+        let analysis = self.analysis.as_ref();
         let served = json!({
             "set": self.set,
             "pictures": self.labels.index.len(),
-            "mapped": analysis.map(|found| found.rows.places.len()),
+            "mapped": analysis.map(|found| found.places.len()),
             "found": self.labels.clusters,
             "revision": shown.revision,
             "undo": shown.can_undo,
@@ -228,6 +228,7 @@ impl ServedRun {
                 truth: self.truth.as_ref(),
                 analysis,
                 similar: &shown.similar,
+                second_best: &[],
                 shown: SHOWN,
                 is_served: true,
             },
@@ -248,9 +249,9 @@ impl ServedRun {
     /// The analysed pictures, little-endian: their places as u32 `(A,)`, x as u16 `(A,)`, y as u16 `(A,)`.
     /// Nothing where there is no map.
     pub fn map(&self) -> Vec<u8> {
-        let Some(CachedAnalysis { analysis, .. }) = &self.cached else { return Vec::new() };
-        let positions = whole_positions(&analysis.map).concat();
-        let places = analysis.rows.places.iter().flat_map(|place| place.to_le_bytes());
+        let Some(Analysis { map, places, .. }) = &self.analysis else { return Vec::new() };
+        let positions = whole_positions(map).concat();
+        let places = places.iter().flat_map(|place| place.to_le_bytes());
         places.chain(positions.iter().flat_map(|x| x.to_le_bytes())).collect()
     }
 
@@ -292,10 +293,10 @@ impl ServedRun {
         let members = &shown.cluster_of(place).context("a picture without cluster")?.members;
         let at = members.iter().position(|member| member.place == place).unwrap_or(0);
         let beside = |by: usize| members[(at + by) % members.len()].place;
-        let analysed = self.cached.as_ref().and_then(|cached| {
-            let row = cached.analysis.row_of(place)?;
-            let near = cached.analysis.near(row).map(|other| json!([other, self.name(other)]));
-            Some((near.collect::<Vec<Value>>(), cached.second_best[row]))
+        let analysed = self.analysis.as_ref().and_then(|analysis| {
+            let row = analysis.row_of(place)?;
+            let near = analysis.near(row).map(|other| json!([other, self.name(other)]));
+            Some((near.collect::<Vec<Value>>(), self.of_clusters.second_best[row]))
         });
         let (near, second) = analysed.unwrap_or((vec![], NO_CLUSTER));
         let second = shown.shown_as.get(second as usize);

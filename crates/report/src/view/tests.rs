@@ -107,7 +107,6 @@ pub(crate) fn arguments(folder: &Path) -> Result<ViewArguments> {
         run: inputs(folder)?.run,
         port: 0,
         corrections: folder.join(Corrections::FILE),
-        out: folder.join("report"),
     })
 }
 
