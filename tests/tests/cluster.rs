@@ -6,8 +6,10 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use image::RgbImage;
 use serde_json::{Value, json};
@@ -274,6 +276,94 @@ fn clusters_without_corrections(folder: &Path) -> BTreeMap<String, usize> {
     let message = stderr(&output);
     assert!(output.status.success() && !message.contains("corrections"), "{message}");
     clusters(folder)
+}
+
+/// A server of `assort view`, asked as a browser asks it.
+struct View {
+    process: Child,
+    /// Host and port.
+    host: String,
+    cookie: String,
+}
+
+impl View {
+    fn start(folder: &Path, words: &[&str]) -> Self {
+        let mut command = assort();
+        command.arg("view").args(words).current_dir(folder).stdout(Stdio::piped());
+        let mut process = command.spawn().expect("started");
+        let mut address = String::new();
+        let output = process.stdout.take().expect("an output");
+        BufReader::new(output).read_line(&mut address).expect("an address");
+        let (host, token) = (address.trim().strip_prefix("http://"))
+            .and_then(|address| address.split_once("/?token="))
+            .unwrap_or_else(|| panic!("`{address}` is no address with a token"));
+        let mut view = Self { process, host: host.to_owned(), cookie: String::new() };
+        let answer = view.ask(&format!("GET /?token={token}"), "");
+        assert!(answer.starts_with("HTTP/1.1 303"), "{answer}");
+        let cookie = answer.lines().find_map(|line| line.strip_prefix("set-cookie: "));
+        view.cookie = cookie.and_then(|cookie| cookie.split(';').next()).expect("one").to_owned();
+        view
+    }
+
+    fn ask(&self, first: &str, body: &str) -> String {
+        let Self { host, cookie, .. } = self;
+        let mut stream = TcpStream::connect(host).expect("it listens");
+        let length = body.len();
+        let request = format!(
+            "{first} HTTP/1.1\r\nHost: {host}\r\nCookie: {cookie}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).expect("sent");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).expect("an answer");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Stops it as Ctrl-C does, which is its usual end.
+    fn interrupt(mut self) {
+        let id = self.process.id().to_string();
+        assert!(Command::new("kill").args(["-INT", &id]).status().expect("started").success());
+        let status = self.process.wait().expect("it ends");
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        let _ = self.process.kill(); // After a failed assertion.
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn a_served_run_is_corrected_and_its_report_shows_the_corrections() {
+    let folder = photographs();
+    let folder = folder.path();
+    succeeds(folder, &["--clusters", "3"]);
+    let run = folder.join("runs/photos-pictures/0");
+    let map = run.join("report/cache/map.safetensors");
+    let computed = || fs::metadata(&map).and_then(|file| file.modified()).expect("a map");
+    let first = computed();
+
+    let view = View::start(folder, &["runs/photos-pictures/0"]);
+    let page = view.ask("GET /", "");
+    assert!(page.starts_with("HTTP/1.1 200") && page.contains("Cluster 2"), "{page}");
+    let edit = json!({ "revision": 0, "edit": { "rename": { "cluster": 2, "name": "Bars" } } });
+    let answer = view.ask("POST /edit", &edit.to_string());
+    assert!(answer.starts_with("HTTP/1.1 204"), "{answer}");
+    view.interrupt();
+    let corrections = fs::read_to_string(run.join("corrections.toml")).expect("written");
+    assert!(corrections.contains("name = \"Bars\""), "{corrections}");
+
+    let mut command = assort();
+    command.args(["report", "runs/photos-pictures/0"]).current_dir(folder);
+    let output = command.output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let table = corrected(&run.join("report/clusters.csv"));
+    let named = table.values().filter(|[_, name, _]| name == "Bars").count();
+    assert_eq!(named, table.values().filter(|[cluster, ..]| cluster == "2").count());
+    assert!(named > 0);
+    assert_eq!(computed(), first, "the map was computed once");
 }
 
 #[test]

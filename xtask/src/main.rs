@@ -1,7 +1,8 @@
 //! `cargo xtask`: commands for a checkout.
 //!
-//! It runs benches and sets up the toolchain for a CUDA build. Every other command is one of
-//! `assort`: it builds that program and runs it with the same words in the root of the workspace.
+//! It runs benches, disturbs the program in trials, takes the pictures of the documentation and sets up the
+//! toolchain for a CUDA build. Every other command is one of `assort`: it builds that program and runs it with
+//! the same words in the root of the workspace.
 
 mod bench;
 #[cfg(unix)]
@@ -63,6 +64,12 @@ enum XtaskCommand {
         #[arg(long, value_name = "S", default_value_t = 0)]
         seed: u64,
     },
+    /// Takes the pictures of the documentation from the page of a run, in a headless Chromium.
+    Pictures {
+        /// Arguments for the program that takes them; `-- --help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+        rest: Vec<OsString>,
+    },
     /// A command of `assort`.
     #[command(external_subcommand)]
     Assort(Vec<OsString>),
@@ -77,6 +84,7 @@ fn main() -> ExitCode {
         }
         XtaskCommand::Bench { options } => bench::run(options),
         XtaskCommand::Trial { what, minutes, seed } => trial(&what, minutes, seed),
+        XtaskCommand::Pictures { rest } => pictures(&rest),
         XtaskCommand::Assort(words) => assort(words, features),
     };
     result.unwrap_or_else(|error| stage::finish("xtask", &Err(error)))
@@ -108,6 +116,13 @@ fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
     let mut command = Command::new(cargo::build("tests", "trial", None)?);
     command.args([what, "--minutes", &minutes.to_string(), "--seed", &seed.to_string()]);
     become_program(command.arg("--assort").arg(assort))
+}
+
+/// Builds `assort` and the program that takes pictures of its page, and runs that.
+fn pictures(rest: &[OsString]) -> Result<ExitCode> {
+    let assort = cargo::build("assort", "assort", None)?;
+    let mut command = Command::new(cargo::build("browser", "page-pictures", None)?);
+    become_program(command.arg("--assort").arg(assort).args(rest).current_dir(cargo::root()?))
 }
 
 /// Builds `assort` and runs it in place of this process.

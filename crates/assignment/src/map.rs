@@ -161,18 +161,22 @@ fn orthonormalise(axes: &mut [Vec<f32>; 2]) {
 ///
 /// `1 − 2 / (N k (2N − 3k − 1)) · Σ_i Σ_{j near i in the map only} (rank_i(j) − k)`, where `rank_i(j)`
 /// counts from 1, the nearest other point by inner product. In `[0, 1]`: 1 if no point is near in the map
-/// that is not among the `k` nearest; about ½ for a random map. Compares all pairs: `N² D` products.
+/// that is not among the `k` nearest; about ½ for a random map.
+///
+/// - `step`: judges the points `i` = 0, `step`, 2 `step` …; 1 judges all. Each is compared with all
+///   others: `N² D / step` products.
 ///
 /// # Errors
 ///
-/// `points` is not an `(n, d)` matrix of finite numbers, the map has another number of points, or `k` is not
-/// in `1..n / 2`.
+/// `points` is not an `(n, d)` matrix of finite numbers, the map has another number of points, `k` is not
+/// in `1..n / 2`, or `step` is 0.
 pub fn trustworthiness(
     points: &[f32],
     n: usize,
     d: usize,
     map: &[[f32; 2]],
     k: usize,
+    step: usize,
 ) -> Result<f64> {
     points::check(points, n, d, "trustworthiness")?;
     ensure!(map.len() == n, "trustworthiness: a map of {} points, but there are {n}", map.len());
@@ -180,6 +184,7 @@ pub fn trustworthiness(
         k > 0 && 2 * k < n,
         "trustworthiness: {k} neighbours of {n} points; take 1 to N / 2 − 1"
     );
+    ensure!(step > 0, "trustworthiness: a step of 0; 1 judges every point");
     let row = |i: usize| &points[i * d..][..d];
     let excess = |i: usize| -> u64 {
         let others = || (0..n as u32).filter(|&j| j as usize != i);
@@ -193,8 +198,8 @@ pub fn trustworthiness(
         shown.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         shown[..k].iter().map(|&(_, j)| ranks[j as usize].saturating_sub(k as u64)).sum()
     };
-    let excess: u64 = (0..n).into_par_iter().map(excess).sum();
-    let most = (n * k * (2 * n - 3 * k - 1)) as f64;
+    let excess: u64 = (0..n).into_par_iter().step_by(step).map(excess).sum();
+    let most = (n.div_ceil(step) * k * (2 * n - 3 * k - 1)) as f64;
     Ok(1. - 2. * excess as f64 / most)
 }
 
@@ -590,14 +595,14 @@ mod tests {
         let (n, d) = (600, 16);
         let points = groups(n, d, 6, 0.8);
         let found = map(&points, n, d, 15)?;
-        let trust = trustworthiness(&points, n, d, &found, 12)?;
+        let trust = trustworthiness(&points, n, d, &found, 12, 1)?;
         assert!(trust > 0.98, "{trust}");
         // Only the groups are right, or nothing.
         let mut within = found.clone();
         (0..n).for_each(|i| within[i] = found[(i + 6 * (i % 7)) % n]);
-        let of_groups = trustworthiness(&points, n, d, &within, 12)?;
+        let of_groups = trustworthiness(&points, n, d, &within, 12, 1)?;
         assert!(of_groups < 0.95, "{of_groups}");
-        let of_nothing = trustworthiness(&points, n, d, &positions(n, 1.), 12)?;
+        let of_nothing = trustworthiness(&points, n, d, &positions(n, 1.), 12, 1)?;
         assert!(of_nothing < 0.6, "{of_nothing}");
         Ok(())
     }
@@ -673,11 +678,14 @@ mod tests {
             .flat_map(|angle| [angle.cos(), angle.sin()])
             .collect();
         let line = |at: [f32; 5]| at.map(|x| [x, 0.]);
-        assert_eq!(trustworthiness(&points, 5, 2, &line(angles), 1)?, 1.);
+        assert_eq!(trustworthiness(&points, 5, 2, &line(angles), 1, 1)?, 1.);
         // Points 0 and 3 changed places: nearest in the map are 2, 3, 1, 1, 0, of ranks 2, 3, 1, 3, 4.
-        let found = trustworthiness(&points, 5, 2, &line([60., 10., 30., 0., 100.]), 1)?;
+        let found = trustworthiness(&points, 5, 2, &line([60., 10., 30., 0., 100.]), 1, 1)?;
         assert!((found - (1. - 16. / 30.)).abs() < 1e-12, "{found}");
-        assert!(trustworthiness(&points, 5, 2, &line(angles), 3).is_err());
+        // Points 0, 2 and 4 alone: ranks 2, 1 and 4.
+        let found = trustworthiness(&points, 5, 2, &line([60., 10., 30., 0., 100.]), 1, 2)?;
+        assert!((found - (1. - 8. / 18.)).abs() < 1e-12, "{found}");
+        assert!(trustworthiness(&points, 5, 2, &line(angles), 3, 1).is_err());
         Ok(())
     }
 }

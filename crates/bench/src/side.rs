@@ -164,7 +164,7 @@ impl Peers {
                  --peer-python to time ours alone",
                 python.display(),
                 names.join(", "),
-                names.join(" "),
+                names.iter().map(|name| distribution(name)).collect::<Vec<_>>().join(" "),
             )
         }
         let folder = tempfile::tempdir().context("making a temporary folder")?;
@@ -205,6 +205,16 @@ fn missing_packages(python: &Path, packages: &[&str]) -> Result<BTreeSet<String>
     );
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.split_whitespace().map(str::to_owned).collect())
+}
+
+/// What `pip` calls the package with a module of this name.
+fn distribution(module: &str) -> &str {
+    match module {
+        "faiss" => "faiss-cpu",
+        "PIL" => "pillow",
+        "sklearn" => "scikit-learn",
+        _ => module,
+    }
 }
 
 /// Runs our side: calls `step` once to warm up, then once for each line of stdin.
@@ -297,7 +307,8 @@ mod tests {
         fs::write(&fake, "#!/bin/sh\necho torch lightly\n").expect("written");
         let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(&fake, executable).expect("allowed");
-        let message = Peers::new(&fake, &["torch", "lightly"], "").expect_err("lacks").to_string();
+        let message =
+            Peers::new(&fake, &["torch", "lightly", "faiss"], "").expect_err("lacks").to_string();
         assert!(message.contains("-m pip install lightly torch"), "{message}");
     }
 

@@ -368,7 +368,7 @@ pub fn products(panel: &Panel, groups: &RowGroups, group: usize, tile: &mut Tile
         // SAFETY: the processor has AVX2 and FMA.
         RowFormat::Floats if has_avx2() => unsafe { floats_avx2(&input, tile) },
         RowFormat::Bytes => bytes_portable(&input, tile),
-        RowFormat::Floats => floats_portable(&input, tile, |x, y, sum| x * y + sum),
+        RowFormat::Floats => floats_portable(&input, tile),
     }
 }
 
@@ -466,35 +466,67 @@ fn floats_avx512(input: &TileInput, tile: &mut Tile) {
     store_largest(&largest, tile);
 }
 
+/// Computes two rows of the group at a time: their 12 sums of 8 lanes, with what they are made of, fill the
+/// registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn floats_avx2(input: &TileInput, tile: &mut Tile) {
-    floats_portable(input, tile, f32::mul_add);
-}
-
-/// Computes two rows of the group at a time: with vectors of 8, their 12 sums fill the registers.
-#[inline(always)]
-fn floats_portable(
-    input: &TileInput,
-    tile: &mut Tile,
-    multiply_add: impl Fn(f32, f32, f32) -> f32,
-) {
+    const HALVES: usize = 2 * VECTORS;
+    let mut largest = [_mm256_set1_ps(f32::NEG_INFINITY); HALVES];
     for j in (0..GROUP).step_by(2) {
-        let mut sums = [[0f32; LANES]; 2];
-        for (lines, words) in input.lines.chunks_exact(VECTORS).zip(input.words.chunks_exact(GROUP))
-        {
-            for (sums, &word) in sums.iter_mut().zip(&words[j..j + 2]) {
-                let broadcast = f32::from_bits(word);
-                for (sums, line) in sums.chunks_exact_mut(16).zip(lines) {
-                    for (sum, &lane) in sums.iter_mut().zip(&line.0) {
-                        *sum = multiply_add(f32::from_bits(lane), broadcast, *sum);
+        let mut sums = [[_mm256_setzero_ps(); HALVES]; 2];
+        let (mut line, mut word) = (input.lines.as_ptr(), input.words.as_ptr());
+        for _ in 0..input.words.len() / GROUP {
+            // SAFETY: there are VECTORS lines and GROUP words for each step, as `products` checked.
+            unsafe {
+                let rows = [0, 1].map(|i| _mm256_set1_ps(f32::from_bits(*word.add(j + i))));
+                for half in 0..HALVES {
+                    let lanes = _mm256_load_ps(line.cast::<f32>().add(8 * half));
+                    for (sums, &row) in sums.iter_mut().zip(&rows) {
+                        sums[half] = _mm256_fmadd_ps(lanes, row, sums[half]);
                     }
                 }
+                line = line.add(VECTORS);
+                word = word.add(GROUP);
             }
         }
         for (i, sums) in sums.iter().enumerate() {
-            let row = &mut tile.products[(j + i) * LANES..][..LANES];
-            row.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum - input.minus[j + i]);
+            let minus = _mm256_set1_ps(input.minus[j + i]);
+            for (half, &sum) in sums.iter().enumerate() {
+                let value = _mm256_sub_ps(sum, minus);
+                largest[half] = _mm256_max_ps(largest[half], value);
+                // SAFETY: a row of the tile has LANES values.
+                unsafe {
+                    let to = tile.products.as_mut_ptr().add((j + i) * LANES + 8 * half);
+                    _mm256_storeu_ps(to, value);
+                }
+            }
+        }
+    }
+    for (half, &value) in largest.iter().enumerate() {
+        // SAFETY: there are LANES values.
+        unsafe { _mm256_storeu_ps(tile.largest.as_mut_ptr().add(8 * half), value) };
+    }
+}
+
+/// Computes two rows of the group and 16 lanes at a time, which the compiler keeps in registers.
+fn floats_portable(input: &TileInput, tile: &mut Tile) {
+    for vector in 0..VECTORS {
+        for j in (0..GROUP).step_by(2) {
+            let mut sums = [[0f32; 16]; 2];
+            let lines = input.lines.iter().skip(vector).step_by(VECTORS);
+            for (line, words) in lines.zip(input.words.chunks_exact(GROUP)) {
+                let rows = [f32::from_bits(words[j]), f32::from_bits(words[j + 1])];
+                let [first, second] = &mut sums;
+                for ((&lane, first), second) in line.0.iter().zip(first).zip(second) {
+                    *first += f32::from_bits(lane) * rows[0];
+                    *second += f32::from_bits(lane) * rows[1];
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                let row = &mut tile.products[(j + i) * LANES + 16 * vector..][..16];
+                row.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum - input.minus[j + i]);
+            }
         }
     }
     fill_largest(tile);
@@ -831,7 +863,7 @@ mod tests {
             let mut plain = Tile::default();
             match format {
                 RowFormat::Bytes => bytes_portable(&input, &mut plain),
-                RowFormat::Floats => floats_portable(&input, &mut plain, |x, y, sum| x * y + sum),
+                RowFormat::Floats => floats_portable(&input, &mut plain),
             }
             #[cfg(target_arch = "x86_64")]
             if format == RowFormat::Floats && has_avx2() && has_avx512() {

@@ -297,7 +297,7 @@ fn duplicates(file: &Container) -> Result<Vec<Duplicates>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::browser::inputs;
+    use crate::browser_tests::inputs;
 
     #[test]
     fn an_analysis_is_read_as_it_was_computed_and_computed_again_for_other_inputs() -> Result<()> {

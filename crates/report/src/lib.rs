@@ -29,7 +29,7 @@
 pub mod analysis;
 pub mod analysis_cache;
 #[cfg(test)]
-mod browser;
+mod browser_tests;
 pub mod clusters;
 pub mod curves;
 pub mod export;

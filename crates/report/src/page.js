@@ -158,6 +158,9 @@ function fillLists(parent) {
 
 // ---- The map ----
 
+// Points that are painted between two looks at the clock, and milliseconds of painting in a frame.
+const AT_ONCE = 2000, BUDGET = 25;
+
 function drawMap() {
   const canvas = byId("map-canvas");
   const context = canvas.getContext("2d");
@@ -169,7 +172,7 @@ function drawMap() {
   // The points are painted pixel by pixel on a canvas of their own: 100,000 of them take some milliseconds, and
   // what follows the pointer is drawn above them.
   const points = document.createElement("canvas");
-  let arePointsDue = true;
+  let arePointsDue = true, painting = null;
 
   // Golden angle: neighbouring numbers get different hues.
   const hue = k => [(k * 137.508 + 210) % 360, 62 + (k * 7) % 30, [50, 44, 62][k % 3]];
@@ -189,36 +192,42 @@ function drawMap() {
   };
   const redrawPoints = () => { arePointsDue = true; redraw(); };
 
+  // Paints the points as they are now. Yields from time to time, so that the page answers meanwhile; the last
+  // painting stays until this one is complete.
   let size = 2, inside = [];
-  function paintPoints(ratio) {
-    arePointsDue = false;
-    size = Math.max(2, Math.min(9, 60 / Math.sqrt(analysed.length) * Math.sqrt(zoom) + 1));
-    inside = [];
-    const dimmed = [];
-    for (let row = 0; row < analysed.length; row++) {
-      const x = screenX(row), y = screenY(row);
-      if (x < -20 || y < -20 || x > width + 20 || y > height + 20) continue;
-      (isOn(row) ? inside : dimmed).push(row);
-    }
-    [points.width, points.height] = [canvas.width, canvas.height];
-    const wide = points.width, high = points.height, extent = Math.max(1, Math.round(size * ratio));
-    if (!wide || !high) return;
-    const own = points.getContext("2d"), image = own.createImageData(wide, high);
-    const pixels = new Uint32Array(image.data.buffer), packed = new Map();
+  function* paintPoints(ratio) {
+    const count = analysed.length, scale = side() * zoom;
+    const [left, top] = [width / 2 + panX - scale / 2, height / 2 + panY - scale / 2];
+    const [wide, high] = [canvas.width, canvas.height], [right, bottom] = [width + 20, height + 20];
+    const nextSize = Math.max(2, Math.min(9, 60 / Math.sqrt(count) * Math.sqrt(zoom) + 1));
+    const extent = Math.max(1, Math.round(nextSize * ratio));
+    const pixels = new Uint32Array(wide * high), on = [], packed = new Map();
     const square = (row, value) => {
-      const left = Math.round((screenX(row) - size / 2) * ratio), top = Math.round((screenY(row) - size / 2) * ratio);
-      const [from, to] = [Math.max(0, left), Math.min(wide, left + extent)];
-      for (let y = Math.max(0, top); y < Math.min(high, top + extent); y++) {
-        if (from < to) pixels.fill(value, y * wide + from, y * wide + to);
+      const x = Math.round((left + mapX[row] / 65535 * scale - nextSize / 2) * ratio);
+      const y = Math.round((top + mapY[row] / 65535 * scale - nextSize / 2) * ratio);
+      const [from, to] = [Math.max(0, x), Math.min(wide, x + extent)];
+      for (let line = Math.max(0, y); line < Math.min(high, y + extent); line++) {
+        if (from < to) pixels.fill(value, line * wide + from, line * wide + to);
       }
     };
-    for (const row of dimmed) square(row, pack(128, 128, 128, 64));
-    for (const row of inside) {
-      const key = group(row);
-      if (!packed.has(key)) packed.set(key, key === NONE ? pack(128, 128, 128, 255) : pack(...rgb(...hue(key)), 255));
-      square(row, packed.get(key));
+    // Points that are not chosen come first, below the others.
+    for (const areOn of only.size || chosen ? [false, true] : [true]) {
+      for (let row = 0; row < count; row++) {
+        if (row % AT_ONCE === AT_ONCE - 1) yield;
+        const x = left + mapX[row] / 65535 * scale, y = top + mapY[row] / 65535 * scale;
+        if (x < -20 || y < -20 || x > right || y > bottom || isOn(row) !== areOn) continue;
+        if (!areOn) {
+          square(row, pack(128, 128, 128, 64));
+          continue;
+        }
+        on.push(row);
+        const key = group(row);
+        if (!packed.has(key)) packed.set(key, key === NONE ? pack(128, 128, 128, 255) : pack(...rgb(...hue(key)), 255));
+        square(row, packed.get(key));
+      }
     }
-    own.putImageData(image, 0, 0);
+    [points.width, points.height, size, inside] = [wide, high, nextSize, on];
+    points.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), wide, high), 0, 0);
   }
 
   function paint() {
@@ -230,7 +239,15 @@ function drawMap() {
       arePointsDue = true;
     }
     if (!canvas.width || !canvas.height) return;
-    if (arePointsDue) paintPoints(ratio);
+    if (arePointsDue && !painting) {
+      arePointsDue = false;
+      painting = paintPoints(ratio);
+    }
+    const until = performance.now() + BUDGET;
+    while (painting && performance.now() < until) {
+      if (painting.next().done) painting = null;
+    }
+    if (painting || arePointsDue) redraw();
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(points, 0, 0);

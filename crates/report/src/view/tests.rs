@@ -10,7 +10,7 @@ use data::corrections::Corrections;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::browser::{HOSTILE, PICTURES, inputs};
+use crate::browser_tests::{HOSTILE, PICTURES, inputs};
 
 /// A server in a thread of the test.
 pub(crate) struct TestServer {

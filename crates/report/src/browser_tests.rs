@@ -1,17 +1,12 @@
-//! The page in a real browser: headless Chromium, by the DevTools protocol over two pipes.
+//! The page in a real browser: headless Chromium.
 //!
 //! Skipped with a message where no `chromium` is on the path. `ASSORT_SCREENSHOTS=DIR` keeps the pictures
 //! that are taken, to look at.
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use anyhow::{Context, Result};
+use browser::{Browser, chromium, page};
 use data::images::{self, StoredPicture};
 use data::{Embeddings, Images, Labels, Names, Picture, PseudoLabels};
 use serde_json::{Value, json};
@@ -21,246 +16,6 @@ use crate::analysis::tests::grouped;
 use crate::run_files::RunFiles;
 use crate::view::tests::TestServer;
 use crate::{PAGE, ReportArguments, run, view};
-
-/// A browser with one page.
-struct Browser {
-    process: Child,
-    input: ChildStdin,
-    messages: Receiver<Value>,
-    calls: u64,
-    session: Option<String>,
-    events: Vec<Value>,
-    /// Where the page may ask, if it is served.
-    server: Option<String>,
-}
-
-impl Drop for Browser {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// The browser on the path.
-fn chromium() -> Option<PathBuf> {
-    let folders = std::env::var_os("PATH")?;
-    let names = ["chromium", "chromium-browser", "google-chrome"];
-    let paths =
-        std::env::split_paths(&folders).flat_map(|folder| names.map(|name| folder.join(name)));
-    paths.into_iter().find(|path| path.is_file())
-}
-
-impl Browser {
-    fn start(program: &Path, profile: &Path) -> Result<Self> {
-        let mut process = Command::new("sh")
-            .args(["-c", "exec \"$@\" 3<&0 4>&1 0</dev/null 1>/dev/null 2>/dev/null", "sh"])
-            .arg(program)
-            .args(["--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run"])
-            .args(["--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"])
-            .arg(format!("--user-data-dir={}", profile.display()))
-            .arg("about:blank")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let input = process.stdin.take().context("an input")?;
-        let mut output = BufReader::new(process.stdout.take().context("an output")?);
-        let (send, messages) = channel();
-        std::thread::spawn(move || {
-            let mut message = Vec::new();
-            while output.read_until(0, &mut message).is_ok_and(|count| count > 0) {
-                message.pop();
-                let parsed = serde_json::from_slice(&message).expect("JSON");
-                message.clear();
-                if send.send(parsed).is_err() {
-                    break;
-                }
-            }
-        });
-        let mut browser = Self {
-            process,
-            input,
-            messages,
-            calls: 0,
-            session: None,
-            events: Vec::new(),
-            server: None,
-        };
-        let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }))?;
-        let target = json!({ "targetId": target["targetId"], "flatten": true });
-        let session = browser.call("Target.attachToTarget", target)?;
-        browser.session = session["sessionId"].as_str().map(str::to_owned);
-        for domain in ["Page", "Runtime", "Log", "Network"] {
-            browser.call(&format!("{domain}.enable"), json!({}))?;
-        }
-        Ok(browser)
-    }
-
-    fn call(&mut self, method: &str, parameters: Value) -> Result<Value> {
-        self.calls += 1;
-        let mut message = json!({ "id": self.calls, "method": method, "params": parameters });
-        if let Some(session) = &self.session {
-            message["sessionId"] = session.as_str().into();
-        }
-        self.input.write_all(&[&*serde_json::to_vec(&message)?, &[0]].concat())?;
-        loop {
-            let answer = self.next().with_context(|| format!("waiting for {method}"))?;
-            if answer["id"] == self.calls {
-                if let Some(error) = answer.get("error") {
-                    bail!("{method}: {error}");
-                }
-                return Ok(answer["result"].clone());
-            }
-            self.events.push(answer);
-        }
-    }
-
-    fn next(&self) -> Result<Value> {
-        Ok(self.messages.recv_timeout(Duration::from_secs(60))?)
-    }
-
-    /// Opens a page and waits until it is loaded.
-    fn open(&mut self, address: &str) -> Result<()> {
-        self.events.clear();
-        self.call("Page.navigate", json!({ "url": address }))?;
-        let is_loaded = |event: &Value| event["method"] == "Page.loadEventFired";
-        while !self.events.iter().any(is_loaded) {
-            let event = self.next()?;
-            self.events.push(event);
-        }
-        Ok(())
-    }
-
-    fn value(&mut self, expression: &str) -> Result<Value> {
-        let parameters =
-            json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
-        let answer = self.call("Runtime.evaluate", parameters)?;
-        if let Some(error) = answer.get("exceptionDetails") {
-            bail!("{expression}: {error}");
-        }
-        Ok(answer["result"]["value"].clone())
-    }
-
-    /// Waits until an expression is true on the page.
-    fn until(&mut self, expression: &str) -> Result<()> {
-        let waits = format!(
-            "new Promise((done, fail) => {{ const start = Date.now(); (function look() {{ if ({expression}) done(); \
-             else if (Date.now() - start > 30000) fail(new Error('it never came true')); \
-             else setTimeout(look, 20); }})(); }})"
-        );
-        self.value(&waits).map(drop)
-    }
-
-    fn text(&mut self, expression: &str) -> Result<String> {
-        Ok(self
-            .value(expression)?
-            .as_str()
-            .with_context(|| format!("{expression} is no text"))?
-            .to_owned())
-    }
-
-    fn mouse(&mut self, kind: &str, [x, y]: [f64; 2]) -> Result<()> {
-        let button = if kind == "mouseMoved" { "none" } else { "left" };
-        let parameters = json!({ "type": kind, "x": x, "y": y, "button": button, "clickCount": 1 });
-        self.call("Input.dispatchMouseEvent", parameters).map(drop)
-    }
-
-    fn drag(&mut self, along: &[[f64; 2]]) -> Result<()> {
-        self.mouse("mouseMoved", along[0])?;
-        self.mouse("mousePressed", along[0])?;
-        for &at in &along[1..] {
-            let parameters = json!({ "type": "mouseMoved", "x": at[0], "y": at[1], "button": "left", "buttons": 1 });
-            self.call("Input.dispatchMouseEvent", parameters)?;
-        }
-        self.mouse("mouseReleased", along[along.len() - 1])
-    }
-
-    /// The value of an expression, once it no longer changes and no picture in the window is loading: such a
-    /// picture moves what is below it.
-    fn steady(&mut self, expression: &str) -> Result<Value> {
-        self.value(&format!(
-            "(async () => {{ let last, now, rounds = 0; \
-             const loads = image => {{ const r = image.getBoundingClientRect(); return !image.complete && \
-             image.src.startsWith('http') && r.width && r.bottom > 0 && r.top < innerHeight; }}; do {{ last = now; now = {expression}; \
-             await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))); \
-             }} while (rounds++ < 40 && (String(now) !== String(last) || Array.from(document.images).some(loads))); \
-             return now; }})()"
-        ))
-    }
-
-    fn click(&mut self, selector: &str) -> Result<()> {
-        let at = self.steady(&format!(
-            "(() => {{ const e = document.querySelector('{selector}'); \
-             e.scrollIntoView({{ block: 'center', behavior: 'instant' }}); \
-             const r = e.getBoundingClientRect(); return [r.left + r.width / 2, r.top + r.height / 2]; }})()"
-        ))?;
-        self.drag(&[[at[0].as_f64().context("x")?, at[1].as_f64().context("y")?]])
-    }
-
-    /// Moves the pointer to a picture of the map, until its tip shows. Returns where that is.
-    fn hover_first_point(&mut self) -> Result<[f64; 2]> {
-        for _ in 0..10 {
-            let at = self.steady(FIRST_POINT)?;
-            let at = [at[0].as_f64().context("x")?, at[1].as_f64().context("y")?];
-            self.mouse("mouseMoved", at)?;
-            if self.value("byId('tip').hidden")? == false {
-                return Ok(at);
-            }
-        }
-        bail!("the map shows no tip")
-    }
-
-    /// Clicks until an expression is true: what loads late may have moved the target just before a click.
-    fn click_until(&mut self, selector: &str, expression: &str) -> Result<()> {
-        for _ in 0..10 {
-            self.click(selector)?;
-            if self.value(expression)? == true {
-                return Ok(());
-            }
-        }
-        bail!("{expression} did not become true by clicks on {selector}")
-    }
-
-    fn key(&mut self, key: &str) -> Result<()> {
-        for kind in ["keyDown", "keyUp"] {
-            self.call("Input.dispatchKeyEvent", json!({ "type": kind, "key": key }))?;
-        }
-        Ok(())
-    }
-
-    /// Takes a picture of the window in a width and a colour scheme.
-    fn screenshot(&mut self, width: usize, scheme: &str) -> Result<Vec<u8>> {
-        let size = json!({ "width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": width < 500 });
-        self.call("Emulation.setDeviceMetricsOverride", size)?;
-        let features = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });
-        self.call("Emulation.setEmulatedMedia", features)?;
-        self.value(
-            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))",
-        )?;
-        let shot = self.call("Page.captureScreenshot", json!({ "format": "png" }))?;
-        Ok(BASE64_STANDARD.decode(shot["data"].as_str().context("a picture")?)?)
-    }
-
-    /// What went wrong on the page, and what it asked the network for.
-    fn faults(&self) -> Vec<String> {
-        let fault = |event: &Value| {
-            let (kind, what) = (event["method"].as_str()?, &event["params"]);
-            let is_fault = match kind {
-                "Runtime.exceptionThrown" => true,
-                "Log.entryAdded" => what["entry"]["level"] == "error",
-                "Runtime.consoleAPICalled" => what["type"] == "error",
-                "Page.javascriptDialogOpening" => true,
-                "Network.requestWillBeSent" => {
-                    let address = what["request"]["url"].as_str()?;
-                    let own = self.server.as_deref().unwrap_or("file:");
-                    !address.starts_with(own) && !address.starts_with("data:")
-                }
-                _ => false,
-            };
-            is_fault.then(|| event.to_string())
-        };
-        self.events.iter().filter_map(fault).collect()
-    }
-}
 
 /// Names that a page, a terminal or a spreadsheet might take for something else.
 pub(crate) const HOSTILE: [&str; 6] = [
@@ -363,15 +118,8 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
     Ok(arguments)
 }
 
-/// Where a picture of the map is in the window.
-const FIRST_POINT: &str = "(() => {
-    const c = byId('map-canvas');
-    c.scrollIntoView({ block: 'center', behavior: 'instant' });
-    const r = c.getBoundingClientRect(), side = Math.min(r.width, r.height) - 24;
-    const row = Array.from(analysed).findIndex(place => thumbnailOf(place));
-    const [x, y] = [mapX, mapY].map(at => at[row] / 65535 - .5);
-    return [r.left + r.width / 2 + x * side, r.top + r.height / 2 + y * side];
-})()";
+/// Height of the window.
+const HEIGHT: usize = 1400;
 
 #[test]
 fn the_page_works_in_a_browser() -> Result<()> {
@@ -379,9 +127,8 @@ fn the_page_works_in_a_browser() -> Result<()> {
     let Some(mut browser) = started(&folder.path().join("profile"))? else { return Ok(()) };
     let arguments = inputs(folder.path())?;
     run(&arguments, &Interrupt::default())?;
-    let page = std::fs::canonicalize(arguments.out.join(PAGE))?;
-    browser.screenshot(1280, "light")?; // Sets the size.
-    browser.open(&format!("file://{}", page.display()))?;
+    let file = std::fs::canonicalize(arguments.out.join(PAGE))?;
+    browser.open(&format!("file://{}", file.display()))?;
 
     names_are_inert(&mut browser, 80)?;
     the_map_answers(&mut browser)?;
@@ -391,14 +138,17 @@ fn the_page_works_in_a_browser() -> Result<()> {
     Ok(())
 }
 
-/// A browser that is installed here, with an empty profile.
+/// A browser that is installed here, with an empty profile and a window of 1,280 pixels.
 fn started(profile: &Path) -> Result<Option<Browser>> {
     let Some(program) = chromium() else {
         println!("skipped: there is no chromium on the path");
         return Ok(None);
     };
     match Browser::start(&program, profile) {
-        Ok(browser) => Ok(Some(browser)),
+        Ok(mut browser) => {
+            browser.resize([1280, HEIGHT], "light")?;
+            Ok(Some(browser))
+        }
         Err(error) => {
             println!("skipped: `{}` does not start here: {error:#}", program.display());
             Ok(None)
@@ -411,7 +161,8 @@ fn shots_fit(browser: &mut Browser, name: &str) -> Result<()> {
     let mut brightness = Vec::new();
     for (width, scheme) in [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")] {
         browser.value("scrollTo({ top: 0, behavior: 'instant' })")?;
-        let shot = browser.screenshot(width, scheme)?;
+        browser.resize([width, HEIGHT], scheme)?;
+        let shot = browser.screenshot()?;
         let wide = browser.value("document.documentElement.scrollWidth")?;
         assert!(wide.as_u64().is_some_and(|wide| wide <= width as u64), "{wide} pixels of {width}");
         keep(&format!("{name}{width}-{scheme}"), &shot)?;
@@ -438,7 +189,6 @@ fn the_served_page_is_corrected_in_a_browser() -> Result<()> {
     let mut server = TestServer::start(&view::tests::arguments(folder.path())?)?;
     let (own, _) = server.address.split_once('?').context("a token")?;
     browser.server = Some(own.to_owned());
-    browser.screenshot(1280, "light")?; // Sets the size.
     browser.open(&server.address)?;
     assert_eq!(browser.text("location.href")?, own, "the token is gone");
     browser.until("plot")?;
@@ -463,18 +213,18 @@ fn the_served_page_is_corrected_in_a_browser() -> Result<()> {
     browser.until(&format!("viewed === {first}"))?;
     browser.click_until("#view-close", "!view.open")?;
     shots_fit(&mut browser, "served-")?;
-    browser.screenshot(1280, "light")?;
+    browser.resize([1280, HEIGHT], "light")?;
 
     clusters_are_named_and_merged(&mut browser)?;
     pictures_are_moved_and_marked(&mut browser)?;
     for (width, scheme) in [(1280, "light"), (390, "dark")] {
-        browser.screenshot(width, scheme)?; // Sets the size.
+        browser.resize([width, HEIGHT], scheme)?;
         browser.value("byId('c1').scrollIntoView({ behavior: 'instant' })")?;
         browser.until("document.querySelectorAll('#c1 a.p').length > 20")?;
-        let shot = browser.screenshot(width, scheme)?;
+        let shot = browser.screenshot()?;
         keep(&format!("served-corrected-{width}"), &shot)?;
     }
-    browser.screenshot(1280, "light")?;
+    browser.resize([1280, HEIGHT], "light")?;
 
     assert_eq!(browser.faults(), Vec::<String>::new());
 
@@ -571,7 +321,7 @@ fn names_are_inert(browser: &mut Browser, count: usize) -> Result<()> {
 
 /// The map shows a picture under the pointer, opens it, filters by cluster and by a drawn line.
 fn the_map_answers(browser: &mut Browser) -> Result<()> {
-    let at = browser.hover_first_point()?;
+    let at = page::hover_first_point(browser)?;
     assert!(browser.text("byId('tip').textContent")?.contains("cluster "));
     browser.drag(&[at])?;
     assert_eq!(browser.value("view.open")?, true);
@@ -612,7 +362,7 @@ fn a_picture_opens(browser: &mut Browser) -> Result<()> {
     assert_ne!(browser.text(name)?, first);
     browser.key("ArrowLeft")?;
     assert_eq!(browser.text(name)?, first);
-    let shot = browser.screenshot(1280, "light")?;
+    let shot = browser.screenshot()?;
     keep("picture", &shot)?;
     browser.click_until("#view-close", "!view.open")?;
     Ok(())
