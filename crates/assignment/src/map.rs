@@ -96,6 +96,7 @@ impl TSne {
                 if is_early { (self.exaggeration, 0.5) } else { (1., 0.8) };
             let gradient = gradient(&graph, &descent.positions, exaggeration, self.angle);
             descent.step(&gradient, rate, momentum);
+            descent.hold_scale();
         }
         Ok(descent.positions)
     }
@@ -207,20 +208,26 @@ fn squared_distance(a: [f32; 2], b: [f32; 2]) -> f32 {
     (a[0] - b[0]).powi(2) + (a[1] - b[1]).powi(2)
 }
 
-/// The start scaled to a standard deviation of 10⁻⁴ along its wider axis, with random shifts of a hundredth
-/// of that.
+/// Standard deviation of the start along its wider axis.
+const START: f64 = 1e-4;
+
+/// The start scaled to a standard deviation of [`START`], with random shifts of a hundredth of that.
 fn small(start: &[[f32; 2]], seed: u64) -> Vec<[f32; 2]> {
-    let n = start.len() as f64;
-    let mean = mean(start);
-    let variance =
-        |a: usize| start.iter().map(|y| (f64::from(y[a]) - mean[a]).powi(2)).sum::<f64>() / n;
-    let deviation = variance(0).max(variance(1)).sqrt();
-    let factor = if deviation > 0. { 1e-4 / deviation } else { 0. };
+    let (mean, deviation) = (mean(start), deviation(start));
+    let factor = if deviation > 0. { START / deviation } else { 0. };
     let mut random = stage::random::stream(seed, "map", &[]);
     let mut shift = || 1e-6 * (f64::from(random.random::<f32>()) - 0.5);
     let place =
         |y: &[f32; 2]| [0, 1].map(|a| ((f64::from(y[a]) - mean[a]) * factor + shift()) as f32);
     start.iter().map(place).collect()
+}
+
+/// The standard deviation along the wider axis.
+fn deviation(positions: &[[f32; 2]]) -> f64 {
+    let mean = mean(positions);
+    let square = |y: &[f32; 2]| [0, 1].map(|a| (f64::from(y[a]) - mean[a]).powi(2));
+    let sums = positions.iter().map(square).fold([0.; 2], |sums, y| [0, 1].map(|a| sums[a] + y[a]));
+    (sums[0].max(sums[1]) / positions.len().max(1) as f64).sqrt()
 }
 
 fn mean(positions: &[[f32; 2]]) -> [f64; 2] {
@@ -321,6 +328,22 @@ impl Descent {
         self.positions
             .par_iter_mut()
             .for_each(|y| (0..2).for_each(|a| y[a] = (f64::from(y[a]) - mean[a]) as f32));
+    }
+
+    /// Scales a map that shrinks to nothing back to the deviation of the start.
+    ///
+    /// Where no groups of points are apart, exaggerated attraction outweighs repulsion everywhere, and each
+    /// iteration shrinks the map. Far below 1 all weights are equal and an iteration is linear, so its scale
+    /// means nothing; but `f32` ends at 10⁻³⁸.
+    fn hold_scale(&mut self) {
+        const SMALLEST: f64 = 1e-2 * START;
+        let deviation = deviation(&self.positions);
+        if deviation > 0. && deviation < SMALLEST {
+            let factor = START / deviation;
+            let scale = |y: &mut [f32; 2]| *y = y.map(|x| (f64::from(x) * factor) as f32);
+            self.positions.iter_mut().for_each(scale);
+            self.updates.iter_mut().for_each(scale);
+        }
     }
 }
 
@@ -604,6 +627,26 @@ mod tests {
         assert!(of_groups < 0.95, "{of_groups}");
         let of_nothing = trustworthiness(&points, n, d, &positions(n, 1.), 12, 1)?;
         assert!(of_nothing < 0.6, "{of_nothing}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_map_of_points_without_groups_does_not_shrink_to_nothing() -> Result<()> {
+        let (n, d) = (600, 64);
+        let mut random = stage::random::stream(7, "map-test", &[]);
+        let mut points: Vec<f32> = (0..n * d).map(|_| random.random::<f32>() - 0.5).collect();
+        points::scale(&mut points, d, "test")?;
+        let (start, near) =
+            (principal_plane(&points, n, d)?, nearest_neighbours(&points, n, d, 15)?);
+        let exaggerated = TSne { late_iterations: 0, exaggeration: 40., ..TSne::STANDARD };
+        let shrunk = exaggerated.map(&start, &near, 0, |_| Ok(()))?;
+        assert!(deviation(&shrunk) > 1e-3 * START, "{}", deviation(&shrunk));
+        let found =
+            TSne { late_iterations: 500, ..exaggerated }.map(&start, &near, 0, |_| Ok(()))?;
+        assert!(deviation(&found) > 1., "{}", deviation(&found));
+        let trust = trustworthiness(&points, n, d, &found, 12, 1)?;
+        let of_nothing = trustworthiness(&points, n, d, &positions(n, 1.), 12, 1)?;
+        assert!(trust > of_nothing + 0.15, "{trust}, {of_nothing} at random");
         Ok(())
     }
 

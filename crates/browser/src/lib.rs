@@ -288,7 +288,7 @@ impl Browser {
     pub fn screenshot_of(&mut self, selector: &str) -> Result<Vec<u8>> {
         let frame = self.steady(&format!(
             "(() => {{ const r = document.querySelector('{selector}').getBoundingClientRect(); \
-             return [r.left, r.top, r.width, Math.min(r.bottom, innerHeight) - r.top]; }})()"
+             return [r.left + scrollX, r.top + scrollY, r.width, Math.min(r.bottom, innerHeight) - r.top]; }})()"
         ))?;
         let clip = json!({ "x": frame[0], "y": frame[1], "width": frame[2], "height": frame[3], "scale": 1 });
         self.capture(json!({ "format": "png", "clip": clip }))

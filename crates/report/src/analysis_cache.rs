@@ -35,6 +35,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use data::PseudoLabels;
 use serde_json::Value;
+use stage::console::counted;
 use stage::container::{self, Container, Header, Tensor};
 use stage::{Claim, Interrupt, digest};
 
@@ -48,7 +49,7 @@ const CLUSTERS: &str = "clusters.safetensors";
 const VERSION: u64 = 1;
 
 /// Raised when the analysis of the same embeddings gives other results.
-const ALGORITHM: u32 = 1;
+const ALGORITHM: u32 = 2;
 
 /// Most similar clusters to keep of each.
 const SIMILAR: usize = 8;
@@ -101,7 +102,7 @@ impl<'a> AnalysisCache<'a> {
     pub fn of_pictures(&self, interrupt: &Interrupt) -> Result<Analysis> {
         let key = self.key("map", &[&self.labels.index])?;
         self.open_or_compute(MAP, &key, interrupt, || {
-            tracing::info!("computing the map of {} pictures", self.labels.index.len());
+            tracing::info!("computing the map of {}", counted(self.labels.index.len(), "picture"));
             Analysis::of(self.rows()?, interrupt)
         })
     }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use anyhow::Result;
 use data::{Images, Labels, Names, PseudoLabels};
 use rayon::prelude::*;
+use stage::console::counted;
 
 use crate::analysis::Analysis;
 use crate::clusters::{Cluster, ClusterMember};
@@ -101,12 +102,13 @@ impl Gallery<'_> {
     fn section(&self, k: usize, cluster: &Cluster, chosen: &[bool]) -> Result<String> {
         let count = cluster.members.len();
         let mut html = format!(
-            "<section class=\"cluster\" id=\"c{0}\"{3}><h3>{2} <small>{count} pictures, mean \
-             confidence {1:.2}</small></h3>\n",
+            "<section class=\"cluster\" id=\"c{0}\"{3}><h3>{2} <small>{4}, mean confidence \
+             {1:.2}</small></h3>\n",
             cluster.number,
             cluster.confidence(),
             heading(cluster),
-            self.fingerprint(cluster)
+            self.fingerprint(cluster),
+            counted(count, "picture")
         );
         if count > 0 {
             self.write_about(&mut html, k, cluster);
@@ -125,14 +127,16 @@ impl Gallery<'_> {
             let figure = self.figure(cluster, first..last, "", chosen)?;
             let _ = writeln!(
                 html,
-                "<details><summary>{folded} more pictures</summary>{figure}</details>"
+                "<details><summary>{}</summary>{figure}</details>",
+                counted(folded, "more picture")
             );
         }
         let left = cluster.members.iter().filter(|member| !chosen[member.place as usize]).count();
         if left > 0 {
             let _ = writeln!(
                 html,
-                "<p><small>{left} pictures of this cluster are not on this page.</small></p>"
+                "<p><small>Not on this page: {} of this cluster.</small></p>",
+                counted(left, "picture")
             );
         }
         html.push_str("</section>\n");
@@ -240,9 +244,9 @@ impl Gallery<'_> {
         let count = analysis.duplicates.len();
         let _ = writeln!(
             html,
-            "<h2>Near-duplicates</h2>\n<p>{count} groups of pictures that are nearly the same to the network: \
-             nearer to each other than a fifth of the usual distance to the nearest picture (a cosine above \
+            "<h2>Near-duplicates</h2>\n<p>{} of pictures that are nearly the same to the network: nearer to each other than a fifth of the usual distance to the nearest picture (a cosine above \
              {:.4}). Exact ones come first.</p>\n<ul class=\"list\">",
+            counted(count, "group"),
             analysis.duplicate_similarity
         );
         for (group, places) in self.listed_duplicates() {
@@ -262,7 +266,7 @@ impl Gallery<'_> {
         }
         html.push_str("</ul>\n");
         if count > GROUPS {
-            let _ = writeln!(html, "<p>{} more groups are left out.</p>", count - GROUPS);
+            let _ = writeln!(html, "<p>Left out: {}.</p>", counted(count - GROUPS, "group"));
         }
     }
 
@@ -315,9 +319,9 @@ impl Gallery<'_> {
         let (Some(truth), false) = (self.truth, found.is_empty()) else { return };
         let _ = writeln!(
             html,
-            "<h2>Pictures that disagree</h2>\n<p>{} pictures are of another class than most of their cluster. \
-             Listed are the {} of highest confidence.</p>\n<ul class=\"list\">",
-            found.len(),
+            "<h2>Pictures that disagree</h2>\n<p>Of another class than most of their cluster: {}. Listed are \
+             the {} of highest confidence.</p>\n<ul class=\"list\">",
+            counted(found.len(), "picture"),
             found.len().min(DISAGREEING)
         );
         for Disagreement { place, cluster, class, usual } in found.iter().take(DISAGREEING) {

@@ -52,7 +52,8 @@ use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use data::corrections::{ClusteredPictures, CorrectedClusters, Corrections};
 use data::{Images, Names, PseudoLabels};
-use stage::{Claim, Interrupt, console};
+use stage::console::{self, counted};
+use stage::{Claim, Interrupt};
 
 use crate::analysis::{ClusterAnalysis, UnitRows};
 use crate::clusters::{Cluster, MergedNumbers};
@@ -260,8 +261,11 @@ fn corrections_facts(corrected: &CorrectedClusters) -> Vec<String> {
 /// The paragraphs below the heading.
 fn facts(labels: &PseudoLabels) -> Vec<String> {
     let (count, clusters) = (labels.index.len(), labels.clusters);
-    let mut facts =
-        vec![format!("{count} pictures in {clusters} clusters. Cluster numbers are arbitrary.")];
+    let mut facts = vec![format!(
+        "{} in {}. Cluster numbers are arbitrary.",
+        counted(count, "picture"),
+        counted(clusters, "cluster")
+    )];
     if let Some(stability) = labels.stability {
         facts.push(format!(
             "A clustering network that was trained from scratch in the last round put {:.1} % of them \
@@ -496,7 +500,7 @@ pub(crate) mod tests {
         for part in [
             "Cluster 0: <bdi>=&lt;b&gt;Dogs</bdi> <small>2 pictures",
             "Cluster 2 <small>2 pictures",
-            "Marked as outlier <small>1 pictures",
+            "Marked as outlier <small>1 picture,",
             "Corrections by hand: 1 cluster named, 1 picture moved, 1 picture marked as outlier. The scores",
             r#""titles":["cluster 0: =\u003cb>Dogs","cluster 1","cluster 2","marked as outlier"]"#,
         ] {

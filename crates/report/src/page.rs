@@ -447,13 +447,13 @@ mod tests {
             "{html}"
         );
         assert!(at("ARI") < at("Cluster 0 <small>4 pictures, mean confidence 0.62"));
-        assert!(at("Cluster 0") < at("Cluster 2 <small>1 pictures"));
+        assert!(at("Cluster 0") < at("Cluster 2 <small>1 picture,"));
         assert!(at("Cluster 2 ") < at("Cluster 1 <small>0 pictures"));
         assert!(at("alt=\"photos/5.png\"") < at("alt=\"photos/1.png\""));
         assert!(at("alt=\"photos/1.png\"") < at("<figcaption>lowest score"));
         assert!(at("<figcaption>lowest score") < at("alt=\"&lt;photos&gt;/0.png\""));
         assert!(!html.contains("alt=\"photos/6"), "not among the four that the page has room for");
-        assert!(html.contains("1 pictures of this cluster are not on this page"));
+        assert!(html.contains("Not on this page: 1 picture of this cluster"));
         assert!(html.contains("The page has 4 of 5 pictures"));
         assert_eq!(html.matches("<a class=\"p\"").count(), 4);
         assert!(at("0-pretraining, by epoch") > at("Cluster 1"));
@@ -503,7 +503,7 @@ mod tests {
         };
         let html = shown.page(Some(&truth), None).html()?;
         assert!(html.contains("<bdi>dog</bdi> 67 %, <bdi>&lt;b&gt;cat</bdi> 33 %"), "{html}");
-        assert!(html.contains("1 pictures are of another class"), "{html}");
+        assert!(html.contains("Of another class than most of their cluster: 1 picture."), "{html}");
         assert!(html.contains(
             "<a class=\"ref\" href=\"#i0\"><bdi>&lt;photos&gt;/0.png</bdi></a></div><bdi>&lt;b&gt;cat</bdi> in \
              <a href=\"#c0\">cluster 0</a>, which is mostly <bdi>dog</bdi>"

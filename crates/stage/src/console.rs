@@ -37,6 +37,11 @@ pub fn print_error(text: impl Display) {
     let _ = to(&mut io::stderr().lock(), format_args!("{text}\n"));
 }
 
+/// A number with a noun, which gets an s unless there is one: `1 picture`, `2 pictures`.
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Escapes a name, so that it stays on its line and changes nothing in a terminal.
 ///
 /// Control characters, line breaks among them, and those that reverse the direction of writing

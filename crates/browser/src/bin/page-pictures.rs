@@ -40,8 +40,9 @@ struct PicturesArguments {
 /// Most bytes of a picture.
 const MOST_BYTES: usize = 300_000;
 
-/// The window.
+/// The window, and that of the map, which is above the row of buttons.
 const SIZE: [usize; 2] = [1000, 700];
+const MAP_SIZE: [usize; 2] = [1000, 800];
 
 fn main() -> ExitCode {
     stage::console::start_logging();
@@ -59,7 +60,7 @@ fn run(arguments: &PicturesArguments) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut browser = Browser::start(&program, folder.path())?;
     let server = Server::start(&arguments.assort, &arguments.run)?;
-    browser.resize(SIZE, "light")?;
+    browser.resize(MAP_SIZE, "light")?;
     browser.open(&server.address)?;
     browser.until("plot")?;
     let taken = take(&mut browser, arguments);
@@ -94,6 +95,7 @@ fn take(browser: &mut Browser, arguments: &PicturesArguments) -> Result<()> {
     else {
         return Ok(());
     };
+    browser.resize(SIZE, "light")?;
     let section = format!("#c{cluster}");
     let to_section = format!(
         "document.querySelector('{section}').scrollIntoView({{ block: 'start', behavior: 'instant' }})"
@@ -101,7 +103,7 @@ fn take(browser: &mut Browser, arguments: &PicturesArguments) -> Result<()> {
     let shown = format!("document.querySelectorAll('{section} a.p img').length > 20");
     browser.value(&to_section)?;
     browser.until(&shown)?;
-    browser.click(&format!("{section} button"))?;
+    browser.click_until(&format!("{section} button"), "byId('rename').open")?;
     let text = serde_json::to_string(name)?;
     browser.value(&format!("byId('rename-name').value = {text}"))?;
     keep("correction-1", &browser.screenshot()?)?;
@@ -112,10 +114,13 @@ fn take(browser: &mut Browser, arguments: &PicturesArguments) -> Result<()> {
 
     // The picture of lowest score stands last.
     browser.click("#select")?;
-    browser.click(&format!("{section} figure:last-of-type a.p:last-of-type"))?;
-    browser.until("byId('selected-count').textContent === '1 selected'")?;
-    browser.click("#move")?;
+    let last = format!("{section} figure:nth-of-type(2) a.p:last-of-type");
+    browser.click_until(&last, "byId('selected-count').textContent === '1 selected'")?;
+    browser.click_until("#move", "byId('move-dialog').open")?;
     browser.value(&format!("byId('move-to').value = '{into}'"))?;
+    browser.value(
+        "document.querySelector('a.p.selected').scrollIntoView({ block: 'start', behavior: 'instant' })",
+    )?;
     keep("correction-2", &browser.screenshot()?)?;
     browser.click("#move-save")?;
     browser.until("!isBusy && byId('saved').textContent === 'All corrections are saved'")?;

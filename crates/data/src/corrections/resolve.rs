@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use stage::console::printable;
+use stage::console::{counted, printable};
 
 use super::run::ClusteredPictures;
 use super::{Corrections, KnownCluster, PictureCorrection, PictureMark};
@@ -222,8 +222,4 @@ fn missing_sentence(names: &[&str]) -> Option<String> {
             some.join(", ")
         )
     })
-}
-
-fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

@@ -302,7 +302,7 @@ byId("view-select").onclick = () => toggle(viewed);
 byId("deselect").onclick = () => { selected.clear(); showState(); };
 byId("move").onclick = () => {
   fillChoice(byId("move-to"));
-  byId("move-title").textContent = `Move ${selected.size} pictures to`;
+  byId("move-title").textContent = `Move ${selected.size === 1 ? "this picture" : `these ${selected.size} pictures`} to`;
   byId("move-dialog").showModal();
 };
 byId("move-save").onclick = () => {
