@@ -463,7 +463,7 @@ mod tests {
         // With room for all, the last picture is folded away.
         let all = Page { thumbnails: 5, ..shown.page(None, None) }.html()?;
         assert!(
-            all.contains("<summary>1 more pictures</summary>") && !all.contains("not on this page")
+            all.contains("<summary>1 more picture</summary>") && !all.contains("Not on this page")
         );
         Ok(())
     }

@@ -98,10 +98,10 @@ fn works(small: bool, threads: usize) -> Vec<AssignmentWork> {
             shape: shape(50_000, Some(512), 100),
         },
         AssignmentWork {
-            name: "map of 100,000x64 in 20 groups: t-SNE, 750 iterations, 15 neighbours",
+            name: "map of 20,000x64 in 20 groups: t-SNE, 750 iterations, 15 neighbours",
             kind: "map",
             peers: &["openTSNE"],
-            shape: WorkShape { iterations: 750, neighbours: 15, ..shape(100_000, Some(64), 20) },
+            shape: WorkShape { iterations: 750, neighbours: 15, ..shape(20_000, Some(64), 20) },
         },
         AssignmentWork {
             name: "ACC+NMI+ARI of 1,000,000 labels, K 10",
