@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The libraries, from the machine up: each may build on those above it here, and nothing else.
-const LIBRARIES: [(&str, &[&str]); 11] = [
+const LIBRARIES: [(&str, &[&str]); 12] = [
     ("kernels", &[]),
     ("stage", &[]),
     ("bench", &[]),
+    ("browser", &["stage"]),
     ("hub", &["stage"]),
     ("layers", &["bench", "kernels"]),
     ("assignment", &["stage", "kernels"]),
