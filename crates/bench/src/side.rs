@@ -307,9 +307,9 @@ mod tests {
         fs::write(&fake, "#!/bin/sh\necho torch lightly\n").expect("written");
         let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(&fake, executable).expect("allowed");
-        let message =
-            Peers::new(&fake, &["torch", "lightly", "faiss"], "").expect_err("lacks").to_string();
+        let message = Peers::new(&fake, &["torch", "lightly"], "").expect_err("lacks").to_string();
         assert!(message.contains("-m pip install lightly torch"), "{message}");
+        assert_eq!(["faiss", "torch"].map(distribution), ["faiss-cpu", "torch"]);
     }
 
     #[test]

@@ -103,7 +103,7 @@ def neighbours(x):
     return lambda n: search(), version("faiss" if library == "faiss" else "torch"), value
 
 
-def map(x):
+def draw_map(x):
     """t-SNE with the library's defaults (perplexity 30: 90 neighbours): the positions, which our side judges."""
     import openTSNE
     early = 250
@@ -132,7 +132,7 @@ def scores(x):
 
 
 x = np.fromfile(folder / "points.f32", np.float32).reshape(-1, shape["d"]) if "d" in shape else None
-works = {"k-means": k_means, "restarts": restarts, "neighbours": neighbours, "map": map, "scores": scores}
+works = {"k-means": k_means, "restarts": restarts, "neighbours": neighbours, "map": draw_map, "scores": scores}
 run, note, *value = works[kind](x)
 
 

@@ -124,7 +124,7 @@ impl<'a> AnalysisCache<'a> {
         })
     }
 
-    fn open_or_compute<T: Kept>(
+    fn open_or_compute<T: CacheFile>(
         &self,
         name: &str,
         key: &str,
@@ -173,8 +173,8 @@ impl<'a> AnalysisCache<'a> {
     }
 }
 
-/// What a file of the cache holds.
-trait Kept: Sized {
+/// What a file of the cache holds, and how it is written and read.
+trait CacheFile: Sized {
     const KIND: &'static str;
 
     /// Writes the file, with more entries in its `header`.
@@ -184,7 +184,7 @@ trait Kept: Sized {
 }
 
 /// Reads a file; `None` if it is about other inputs.
-fn read<T: Kept>(path: &Path, key: &str) -> Result<Option<T>> {
+fn read<T: CacheFile>(path: &Path, key: &str) -> Result<Option<T>> {
     let file = Container::open(path, T::KIND, VERSION)?;
     if file.header_text("key")? != key {
         return Ok(None);
@@ -193,7 +193,7 @@ fn read<T: Kept>(path: &Path, key: &str) -> Result<Option<T>> {
     Ok(Some(content))
 }
 
-impl Kept for Analysis {
+impl CacheFile for Analysis {
     const KIND: &'static str = "report-map";
 
     fn write(&self, path: &Path, mut header: Header) -> Result<()> {
@@ -245,7 +245,7 @@ impl Kept for Analysis {
     }
 }
 
-impl Kept for RunClusters {
+impl CacheFile for RunClusters {
     const KIND: &'static str = "report-clusters";
 
     fn write(&self, path: &Path, mut header: Header) -> Result<()> {

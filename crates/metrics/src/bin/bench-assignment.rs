@@ -6,8 +6,9 @@
 //! writes the value that it computed (inertia, sum of products with the neighbours, sum of scores).
 //! A row holds ours and the peers' (`value`, `peer-values`), and the bench fails if our inertia or
 //! scores are worse than a peer's by more than 10⁻⁴, or the trustworthiness of our map by more than 10⁻²,
-//! so that no side is fast by doing less. A row shows the fastest peer. `-- --large` clusters a million points into 20,000 clusters, in memory and
-//! in shards, once and without peers. The peers are in `bench/peer.py` of this crate.
+//! so that no side is fast by doing less. A row shows the fastest peer. `-- --large` clusters a million
+//! points into 20,000 clusters, in memory and in shards, once and without peers. The peers are in
+//! `bench/peer.py` of this crate.
 
 use std::fs::{self, File};
 use std::io::{BufReader, Read, Seek, SeekFrom};

@@ -129,8 +129,7 @@ impl ServedRun {
     ///
     /// # Errors
     ///
-    /// An input is missing or damaged, the inputs are about different pictures, the map cannot be cached, or the
-    /// program is interrupted.
+    /// An input is missing or damaged, the inputs are about different pictures, or the program is interrupted.
     pub fn open(arguments: &ViewArguments, interrupt: &Interrupt) -> Result<Self> {
         let ShownRun { images, names, labels, truth } = arguments.run.open()?;
         let analyses = arguments.run.analyses(&labels);
