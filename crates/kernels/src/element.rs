@@ -234,13 +234,13 @@ impl ValueElement for Half {
     ) {
         let (mut sums, mut others) = (Sums([0.; 2 * TILE]), Sums([0.; 2 * TILE]));
         let (sums, others) = (&mut sums.0[..output.len()], &mut others.0[..output.len()]);
+        let variant = session.variant();
         if product.add {
-            widen(output, sums);
+            tiles::widen(variant, output, sums);
             if let Some(other) = &other {
-                widen(other, others);
+                tiles::widen(variant, other, others);
             }
         }
-        let variant = session.variant();
         match other {
             None => Half::product::<false>(session, left, right, product, &mut [sums]),
             Some(other) => {
@@ -280,12 +280,6 @@ for_each_variant! {
 /// Intermediate sums, aligned to a cache line.
 #[repr(align(64))]
 struct Sums([f32; 2 * TILE]);
-
-fn widen(from: &[Half], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from.wide();
-    }
-}
 
 for_each_variant! {
     fn round(sums: &[f32], output: &mut [Half]) {

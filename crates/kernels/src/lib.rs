@@ -59,6 +59,7 @@ pub mod repulsion;
 pub mod similarity;
 mod tiles;
 pub mod transformer;
+mod transpose;
 mod variant;
 
 pub use buffer::{Buffer, BufferPool};

@@ -16,6 +16,9 @@ use std::arch::x86_64::*;
 
 use rayon::prelude::*;
 
+use crate::Variant;
+use crate::transpose::Interleaving;
+
 /// Rows of a panel: three vectors of 16.
 pub const LANES: usize = 48;
 
@@ -192,25 +195,32 @@ impl Panel {
         assert!(indices.len() <= LANES && rows.format == self.format);
         let words = words(rows.d, self.format);
         assert_eq!(self.lines.len(), VECTORS * words);
-        let mut taken = [usize::MAX; LANES];
+        let (mut taken, count) = ([0; LANES], indices.len());
         taken.iter_mut().zip(indices).for_each(|(to, index)| *to = index);
+        self.scales = std::array::from_fn(|lane| {
+            let scale = rows.scales.get(taken[lane]).filter(|_| lane < count);
+            scale.copied().unwrap_or(0.)
+        });
+        let source: &[u32] = match self.format {
+            RowFormat::Bytes => &rows.codes,
+            RowFormat::Floats => as_words(rows.values),
+        };
         for (vector, taken) in taken.chunks(16).enumerate() {
-            for (lane, &row) in taken.iter().enumerate() {
-                let scale = &mut self.scales[16 * vector + lane];
-                let source: &[u32] = match self.format {
-                    _ if row == usize::MAX => &[],
-                    RowFormat::Bytes => &rows.codes[row * words..][..words],
-                    RowFormat::Floats => as_words(&rows.values[row * words..][..words]),
-                };
-                *scale = rows.scales.get(row).copied().unwrap_or(0.);
-                let lines = self.lines[vector..].iter_mut().step_by(VECTORS);
-                // Bytes are unsigned on this side: 128 is added here and subtracted by the groups.
-                let flip = if self.format == RowFormat::Bytes { 0x8080_8080 } else { 0 };
-                if source.is_empty() {
-                    lines.for_each(|line| line.0[lane] = 0);
-                } else {
-                    lines.zip(source).for_each(|(line, word)| line.0[lane] = word ^ flip);
+            let count = count.saturating_sub(16 * vector).min(16);
+            let start = |lane: usize| taken[lane] * words;
+            let place = |word| word * VECTORS + vector;
+            let lanes = as_lanes(&mut self.lines);
+            Interleaving { count, len: words, start, place }.rows_to_lanes(
+                Variant::fastest(),
+                source,
+                lanes,
+            );
+            for line in self.lines[vector..].iter_mut().step_by(VECTORS) {
+                if self.format == RowFormat::Bytes {
+                    // Bytes are unsigned on this side: 128 is added here and subtracted by the groups.
+                    line.0.iter_mut().for_each(|word| *word ^= 0x8080_8080);
                 }
+                line.0[count..].fill(0);
             }
         }
     }
@@ -742,6 +752,11 @@ fn add_row_avx2(sums: &mut [f64], row: &[f32], factor: f64) {
 #[inline(always)]
 fn add_row_portable(sums: &mut [f64], row: &[f32], factor: f64) {
     sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += factor * f64::from(x));
+}
+
+fn as_lanes(lines: &mut [CacheLine]) -> &mut [u32] {
+    // SAFETY: a line is 16 words without padding, and any bits are valid; the borrow is passed on.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), 16 * lines.len()) }
 }
 
 fn as_words(values: &[f32]) -> &[u32] {

@@ -6,6 +6,7 @@ use super::{Geometry, columns_of, panel_len, winograd};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
+use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant, parallel};
 
@@ -137,11 +138,19 @@ fn pack_direct<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mut 
     let channels_in = |channels: usize, block: usize| (channels - block * SIDE).min(SIDE);
     match packing.packed_for {
         PackedFor::Forward => fill_tiles(packing, packed, |from, to, tiles| {
-            for lane in 0..channels_in(written, to) {
-                let first = ((to * SIDE + lane) * inputs + from * SIDE) * taps;
-                let weights = &weights[first..][..channels_in(read, from) * taps];
-                for (row, weights) in weights.chunks_exact(taps).enumerate() {
-                    set(tiles, row * SIDE + lane, weights);
+            let weights = &weights[(to * SIDE * inputs + from * SIDE) * taps..];
+            let (count, len) = (channels_in(written, to), channels_in(read, from) * taps);
+            let start = |lane| lane * inputs * taps;
+            match taps {
+                // The usual kernels, whose divisions the compiler turns into products.
+                1 => to_tiles(weights, tiles, Interleaving { count, len, start, place: |c| c }),
+                9 => {
+                    let place = |c| c % 9 * SIDE + c / 9;
+                    to_tiles(weights, tiles, Interleaving { count, len, start, place });
+                }
+                _ => {
+                    let place = |c| c % taps * SIDE + c / taps;
+                    to_tiles(weights, tiles, Interleaving { count, len, start, place });
                 }
             }
         }),
@@ -149,12 +158,24 @@ fn pack_direct<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mut 
             for row in 0..channels_in(read, from) {
                 let first = ((from * SIDE + row) * inputs + to * SIDE) * taps;
                 let weights = &weights[first..][..channels_in(written, to) * taps];
-                for (lane, weights) in weights.chunks_exact(taps).enumerate() {
-                    set(tiles, row * SIDE + lane, weights);
+                if taps == 1 {
+                    tiles[row * SIDE..][..weights.len()].copy_from_slice(weights);
+                    continue;
                 }
+                let (count, place) = (weights.len() / taps, |tap| tap * SIDE + row);
+                let start = |lane| lane * taps;
+                to_tiles(weights, tiles, Interleaving { count, len: taps, start, place });
             }
         }),
     }
+}
+
+fn to_tiles(
+    weights: &[f32],
+    tiles: &mut [f32],
+    by: Interleaving<impl Fn(usize) -> usize, impl Fn(usize) -> usize>,
+) {
+    by.rows_to_lanes(Variant::fastest(), weights, tiles);
 }
 
 /// Backward, the kernels are rotated by half a turn as well.
@@ -163,38 +184,26 @@ fn pack_winograd<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mu
     let (read, written) = packing.channels();
     match packing.packed_for {
         PackedFor::Forward => winograd::pack(read, written, packed, |from, to, kernels| {
-            for (lane, to) in to.enumerate() {
-                let weights = &weights[(to * inputs + from) * 9..][..9];
-                for (kernel, weight) in kernels.iter_mut().zip(weights) {
-                    kernel[lane] = *weight;
-                }
-            }
+            let weights = &weights[(to.start * inputs + from) * 9..];
+            let (count, start) = (to.len(), |lane| lane * inputs * 9);
+            let by = Interleaving { count, len: 9, start, place: |tap| tap };
+            to_tiles(weights, kernels.as_flattened_mut(), by);
         }),
         PackedFor::InputGradient => winograd::pack(read, written, packed, |from, to, kernels| {
-            let weights = &weights[(from * inputs + to.start) * 9..][..to.len() * 9];
-            for (lane, weights) in weights.chunks_exact(9).enumerate() {
-                for (kernel, weight) in kernels.iter_mut().rev().zip(weights) {
-                    kernel[lane] = *weight;
-                }
-            }
+            let weights = &weights[(from * inputs + to.start) * 9..];
+            let (count, start) = (to.len(), |lane| lane * 9);
+            let by = Interleaving { count, len: 9, start, place: |tap| 8 - tap };
+            to_tiles(weights, kernels.as_flattened_mut(), by);
         }),
     }
 }
 
-/// Sets one place of each tap's tile.
-#[inline(always)]
-fn set(tiles: &mut [[f32; TILE]], place: usize, taps: &[f32]) {
-    for (tile, weight) in tiles.iter_mut().zip(taps) {
-        tile[place] = *weight;
-    }
-}
-
-/// Calls `fill(block read, block written, a tile for each tap)` for every pair of blocks. The tiles
-/// start as zeros and are small enough to be filled in any order; they are then stored row by row.
+/// Calls `fill(block read, block written, the tiles of all taps)` for every pair of blocks. Padding is zero
+/// already. The tiles are small enough to be filled in any order; they are then stored row by row.
 fn fill_tiles<T: ValueElement>(
     packing: Packing,
     packed: &mut [T],
-    fill: impl Fn(usize, usize, &mut [[f32; TILE]]) + Sync + Send,
+    fill: impl Fn(usize, usize, &mut [f32]) + Sync + Send,
 ) {
     assert_eq!(packed.len(), packing.packed_len());
     let (read, written) = packing.channels();
@@ -204,11 +213,13 @@ fn fill_tiles<T: ValueElement>(
         let columns = columns_of(to_blocks, pair);
         let stride = from_blocks * columns;
         with_scratch(packing.taps() * TILE, |scratch| {
-            let tiles = scratch.as_chunks_mut::<TILE>().0;
             for (column, from) in (0..columns).flat_map(|c| (0..from_blocks).map(move |f| (c, f))) {
-                tiles.as_flattened_mut().fill(0.);
-                fill(from, 2 * pair + column, tiles);
-                for (tap, tile) in tiles.iter().enumerate() {
+                let to = 2 * pair + column;
+                if (from + 1) * SIDE > read || (to + 1) * SIDE > written {
+                    scratch.fill(0.); // The padding of the last blocks.
+                }
+                fill(from, to, scratch);
+                for (tap, tile) in scratch.as_chunks().0.iter().enumerate() {
                     let at = (tap * stride + from * columns + column) * TILE;
                     arrange_right(Variant::fastest(), tile, &mut packed[at..at + TILE]);
                 }

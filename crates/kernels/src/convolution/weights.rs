@@ -12,6 +12,8 @@ use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::transpose::Interleaving;
+use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant};
 
 /// Pixels of a group that are summed at a time, so that both sides stay in the first-level cache for all
@@ -425,40 +427,33 @@ impl<'a> WeightTasks<'a> {
         let g = self.g;
         let (inputs, taps) = (g.input.channels, g.taps());
         let per_block = SIDE * inputs * taps;
+        let variant = Variant::fastest();
         parallel::for_each_chunk(gradient, per_block, scratch.len(), |block, gradient| {
+            let count = gradient.len() / (inputs * taps);
             with_scratch(self.sums() * TILE, |totals| {
                 for input_block in 0..g.input.blocks() {
                     self.total(scratch, input_block, block, totals);
-                    let first = input_block * SIDE * taps;
+                    if self.winograd {
+                        winograd::gradients_of_kernels(variant, totals);
+                    }
                     let len = g.input.channels_in(input_block) * taps;
-                    for (lane, gradient) in gradient.chunks_exact_mut(inputs * taps).enumerate() {
-                        if taps == 1 {
-                            let totals = totals[lane..].iter().step_by(SIDE);
-                            let gradient = gradient[first..first + len].iter_mut();
-                            gradient.zip(totals).for_each(|(gradient, total)| *gradient += total);
-                            continue;
-                        }
-                        let rows = gradient[first..first + len].chunks_exact_mut(taps);
-                        for (row, gradient) in rows.enumerate() {
-                            self.add(&totals[row * SIDE + lane..], gradient);
+                    let to = &mut gradient[input_block * SIDE * taps..];
+                    let start = |lane| lane * inputs * taps;
+                    match taps {
+                        // The usual kernels, whose divisions the compiler turns into products.
+                        1 => Interleaving { count, len, start, place: |c| c }
+                            .add_lanes_to_rows(variant, totals, to),
+                        9 => Interleaving { count, len, start, place: |c| c % 9 * SIDE + c / 9 }
+                            .add_lanes_to_rows(variant, totals, to),
+                        _ => {
+                            let place = |c| c % taps * SIDE + c / taps;
+                            Interleaving { count, len, start, place }
+                                .add_lanes_to_rows(variant, totals, to);
                         }
                     }
                 }
             });
         });
-    }
-
-    /// Adds the sums of one kernel, which lie a tile apart, to its gradient.
-    fn add(&self, totals: &[f32], gradient: &mut [f32]) {
-        let totals = totals.iter().step_by(TILE);
-        if self.winograd {
-            let mut sums = [0.; POSITIONS];
-            sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = *total);
-            let nine = winograd::gradient_of_kernel(sums);
-            gradient.iter_mut().zip(nine).for_each(|(gradient, total)| *gradient += total);
-        } else {
-            gradient.iter_mut().zip(totals).for_each(|(gradient, total)| *gradient += total);
-        }
     }
 
     /// Adds up the parts for a block of input channels and a block of output channels.
@@ -469,11 +464,17 @@ impl<'a> WeightTasks<'a> {
         let first = (input_block * blocks + 2 * pair) * sums + column;
         totals.fill(0.);
         for part in scratch.chunks_exact(self.len()) {
-            for (sum, totals) in totals.chunks_exact_mut(TILE).enumerate() {
-                let part = &part[(first + sum * columns) * TILE..][..TILE];
-                for (total, value) in totals.iter_mut().zip(part) {
-                    *total += value;
-                }
+            add_tiles(Variant::fastest(), &part[first * TILE..], columns * TILE, totals);
+        }
+    }
+}
+
+for_each_variant! {
+    /// Adds tiles that lie `apart` numbers apart to adjacent ones.
+    fn add_tiles(from: &[f32], apart: usize, to: &mut [f32]) {
+        for (from, to) in from.chunks(apart).zip(to.chunks_exact_mut(TILE)) {
+            for (to, from) in to.iter_mut().zip(from) {
+                *to += from;
             }
         }
     }

@@ -157,16 +157,29 @@ pub(super) fn bound(precision: Precision, terms: usize, weights: bool) -> f64 {
     factor * n * (n + 16.) * (-24f64).exp2() + rounded
 }
 
-/// `Gᵀ m G` of the 16 sums of a kernel.
-pub(super) fn gradient_of_kernel(m: [f32; POSITIONS]) -> [f32; 9] {
-    let three =
-        |a: f32, b: f32, c: f32, d: f32| [a + 0.5 * (b + c), 0.5 * (b - c), 0.5 * (b + c) + d];
-    let columns: [[f32; 3]; 4] =
-        std::array::from_fn(|x| three(m[x], m[4 + x], m[8 + x], m[12 + x]));
-    let rows = std::array::from_fn::<_, 3, _>(|y| {
-        three(columns[0][y], columns[1][y], columns[2][y], columns[3][y])
-    });
-    std::array::from_fn(|at| rows[at / 3][at % 3])
+for_each_variant! {
+    /// `Gᵀ m G` of 16 × 16 kernels, in place: from tiles of the 16 positions to tiles of the nine taps.
+    pub(super) fn gradients_of_kernels(sums: &mut [f32]) {
+        for at in (0..TILE).step_by(SIDE) {
+            let mut half = [[0f32; SIDE]; 12];
+            for x in 0..4 {
+                let [a, b, c, d] =
+                    std::array::from_fn(#[inline(always)] |y| row(sums, (4 * y + x) * TILE + at));
+                for lane in 0..SIDE {
+                    half[x][lane] = a[lane] + 0.5 * (b[lane] + c[lane]);
+                    half[4 + x][lane] = 0.5 * (b[lane] - c[lane]);
+                    half[8 + x][lane] = 0.5 * (b[lane] + c[lane]) + d[lane];
+                }
+            }
+            for y in 0..3 {
+                let [a, b, c, d] = [&half[4 * y], &half[4 * y + 1], &half[4 * y + 2], &half[4 * y + 3]];
+                let first = 3 * y * TILE + at;
+                store(sums, first, #[inline(always)] |lane| a[lane] + 0.5 * (b[lane] + c[lane]));
+                store(sums, first + TILE, #[inline(always)] |lane| 0.5 * (b[lane] - c[lane]));
+                store(sums, first + 2 * TILE, #[inline(always)] |lane| 0.5 * (b[lane] + c[lane]) + d[lane]);
+            }
+        }
+    }
 }
 
 /// `to (+)= packed ∗ from`, both maps of the same size.

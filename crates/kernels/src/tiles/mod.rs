@@ -231,7 +231,7 @@ fn widened<const TRANSPOSED: bool>(
 }
 
 for_each_variant! {
-    fn widen(from: &[Half], to: &mut [f32]) {
+    pub(crate) fn widen(from: &[Half], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = from.wide();
         }
