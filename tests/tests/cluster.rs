@@ -448,12 +448,24 @@ fn the_backbone_is_fetched_once_from_a_hub_and_without_a_hub_the_message_says_ho
 }
 
 #[test]
-fn the_number_of_clusters_is_estimated_where_none_is_given() {
+fn the_number_of_clusters_is_estimated_once_where_none_is_given() {
     let folder = photographs();
-    let output = cluster(folder.path(), &[]);
-    let message = stderr(&output);
-    assert!(output.status.success(), "{message}");
-    assert!(message.contains("clusters is an estimate"), "{message}");
+    let estimate = || {
+        let output = cluster(folder.path(), &[]);
+        let message = stderr(&output);
+        assert!(output.status.success(), "{message}");
+        assert!(message.contains("clusters is an estimate"), "{message}");
+        message.contains("estimating the number of clusters")
+    };
+    assert!(estimate());
+    assert!(!estimate(), "the same pictures are not estimated again");
+    let kept = folder.path().join("runs/photos-pictures/0/number-of-clusters.json");
+    let text = fs::read_to_string(&kept).expect("a kept estimate");
+    fs::write(&kept, text.replacen("2", "3", 1)).expect("a damaged estimate");
+    assert!(estimate(), "a damaged estimate is computed anew");
+    let some = fs::read_dir(folder.path().join("pictures")).expect("there").flatten().next();
+    fs::remove_file(some.expect("a picture").path()).expect("removed");
+    assert!(estimate(), "other pictures may need another number");
 }
 
 #[test]

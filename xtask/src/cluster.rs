@@ -8,11 +8,12 @@
 //! pictures were added. No head is trained on them.
 
 use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use stage::console::{print, print_line};
 use stage::{DeviceChoice, Experiment, Output};
 
@@ -170,19 +171,55 @@ fn estimated(
     let run = ExperimentRun::new(SEED, &setup)?;
     run.check(&positions, false)?;
     run.execute(&positions, false)?;
-    estimate(session, &run.folder(embed).join(EMBEDDINGS), setup.prepared.count()?)
+    let (count, results) = (setup.prepared.count()?, run.folder(embed));
+    let step = results.file_name().unwrap_or_default().to_string_lossy();
+    let scored =
+        Scored { estimator: ESTIMATOR, step: step.into_owned(), most: MOST.min(count / 4).max(2) };
+    let folder = setup.experiment_folder().join(SEED.to_string());
+    let kept = folder.join("number-of-clusters.json");
+    let estimate = match stage::json::read::<KeptEstimate>(&kept) {
+        Ok(kept) if kept.scored == scored => kept.estimate,
+        // Nothing kept, of other embeddings, or damaged: it is computed anew.
+        _ => {
+            let estimate = estimate(session, &results.join(EMBEDDINGS), scored.most)?;
+            fs::create_dir_all(&folder).with_context(|| format!("`{}`", folder.display()))?;
+            stage::json::write(&kept, &KeptEstimate { scored, estimate })?;
+            estimate
+        }
+    };
+    chosen(estimate, count)
+}
+
+/// Raised when the estimate of the same embeddings changes.
+const ESTIMATOR: u32 = 1;
+
+/// What an estimate depends on.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Scored {
+    estimator: u32,
+    /// The key of the step that embedded.
+    step: String,
+    most: usize,
+}
+
+/// The file in the folder of the run that keeps an estimate, so that the command does not compute it
+/// again when it resumes or only copies pictures.
+#[derive(Serialize, Deserialize)]
+struct KeptEstimate {
+    scored: Scored,
+    estimate: Estimate,
 }
 
 /// The last line that the helper `clusters` prints with `--json`.
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
 struct Estimate {
     recommended: Option<usize>,
     range: Option<[usize; 2]>,
 }
 
-fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result<usize> {
+fn estimate(session: &CommandContext, embeddings: &Path, most: usize) -> Result<Estimate> {
     let program = Executable::own(CLUSTERS, &session.registry)?;
-    let most = MOST.min(count / 4).max(2).to_string();
+    let most = most.to_string();
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
     arguments.extend(["--from", "2", "--to", &most, "--json"].map(OsString::from));
     tracing::info!(
@@ -192,8 +229,12 @@ fn estimate(session: &CommandContext, embeddings: &Path, count: usize) -> Result
     let process = Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt };
     let printed = process.printed()?;
     let last = printed.lines().last().unwrap_or_default();
-    let estimate: Estimate = serde_json::from_str(last)
-        .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))?;
+    serde_json::from_str(last)
+        .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))
+}
+
+/// The number that an estimate recommends for this many pictures.
+fn chosen(estimate: Estimate, count: usize) -> Result<usize> {
     match estimate.recommended {
         Some(clusters) => {
             let [from, to] = estimate.range.unwrap_or([clusters; 2]);

@@ -13,6 +13,7 @@ use assignment::Generalisation;
 use assignment::number::{Estimator, EstimatorSettings, NumberScore, Suggestion, suggested};
 use clap::Parser;
 use data::{EmbeddingRows, Space};
+use rayon::prelude::*;
 use serde_json::json;
 use stage::console::{print_line, start_logging};
 use stage::progress::{Progress, Unit};
@@ -114,11 +115,15 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
     // On a terminal, the growing table is the sign of life.
     let mut progress = (!std::io::stdout().is_terminal())
         .then(|| Progress::new("numbers of clusters", (to + 1 - from) as u64, Unit::Steps));
-    for clusters in from..=to {
-        let candidate = estimator.score(clusters)?;
-        print_line(line(&candidate))?;
-        candidates.push(candidate);
-        progress.iter_mut().for_each(|progress| progress.step(""));
+    // Some numbers at a time: parts of a score use one thread alone.
+    let numbers: Vec<usize> = (from..=to).collect();
+    for numbers in numbers.chunks(2 * rayon::current_num_threads()) {
+        let scores = numbers.par_iter().map(|&clusters| estimator.score(clusters));
+        for candidate in scores.collect::<Result<Vec<NumberScore>>>()? {
+            print_line(line(&candidate))?;
+            candidates.push(candidate);
+            progress.iter_mut().for_each(|progress| progress.step(""));
+        }
     }
     drop(progress);
     let suggestion = suggested(&candidates);
