@@ -469,6 +469,28 @@ fn the_number_of_clusters_is_estimated_once_where_none_is_given() {
 }
 
 #[test]
+fn another_folder_of_the_same_name_gets_a_run_of_its_own() {
+    let folder = photographs();
+    let folder = folder.path();
+    succeeds(folder, &["--clusters", "3"]);
+    let page = folder.join("runs/photos-pictures/0/report/report.html");
+    let first = fs::read(&page).expect("a page");
+    let other = folder.join("other/pictures");
+    fs::create_dir_all(&other).expect("created");
+    for picture in fs::read_dir(folder.join("pictures")).expect("there").flatten().take(60) {
+        fs::copy(picture.path(), other.join(picture.file_name())).expect("copied");
+    }
+    let mut command = assort();
+    command.args(["cluster", "other/pictures", "--device", "cpu", "--backbone", "network"]);
+    let output = command.args(["--clusters", "3"]).current_dir(folder).output().expect("started");
+    let message = stderr(&output);
+    let printed = String::from_utf8(output.stdout).expect("UTF-8");
+    assert!(printed.contains("assort view runs/photos-pictures-2/0"), "{printed}{message}");
+    assert!(message.contains("the run `runs/photos-pictures` is of"), "{message}");
+    assert_eq!(fs::read(&page).expect("a page"), first, "the first run stays as it is");
+}
+
+#[test]
 fn what_cannot_be_clustered_is_refused_before_anything_runs() {
     let folder = photographs();
     for (words, part) in [

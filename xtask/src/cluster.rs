@@ -99,8 +99,11 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
         );
     }
     let setup = setup_options(options);
-    let mut experiment = experiment(session, options)?;
+    let pictures = crate::source::absolute_source(&options.path)?;
+    crate::source::require(&pictures)?;
+    let mut experiment = experiment(session, options, &pictures)?;
     find_outside(session, &experiment)?;
+    claim(&options.runs.join(&experiment.name), &pictures)?;
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     let clusters = match options.clusters {
         ClusterCount::Given(clusters) => clusters,
@@ -114,14 +117,19 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
     let page = ReportOptions::of_run(&run, options.out.clone());
     report::run(session, &page.with_folders(copy_to, link_to))?;
+    print_line(format_args!("to correct the clusters: assort view {}", run.display()))?;
     if options.json {
         print_line(results.json())?;
     }
     Ok(())
 }
 
-/// The experiment, renamed after the pictures so that two folders do not share a run.
-fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Experiment> {
+/// The experiment, renamed after the pictures.
+fn experiment(
+    session: &CommandContext,
+    options: &ClusterOptions,
+    pictures: &Path,
+) -> Result<Experiment> {
     let is_scratch = options.backbone == SCRATCH;
     let name = if is_scratch { "photos-scratch" } else { "photos" };
     let mut experiment = session.registry.library.open(name)?;
@@ -129,10 +137,58 @@ fn experiment(session: &CommandContext, options: &ClusterOptions) -> Result<Expe
         let backbone = toml::Value::from(options.backbone.as_str());
         experiment.set(&format!("pretrained.backbone={backbone}"))?;
     }
-    let absolute = crate::source::absolute_source(&options.path)?;
-    let stem = absolute.file_stem().unwrap_or_default().to_string_lossy();
-    experiment.name = format!("{name}-{}", crate::source::plain_name(&stem));
+    let word = if pictures.is_dir() { pictures.file_name() } else { pictures.file_stem() };
+    let word = crate::source::plain_name(&word.unwrap_or_default().to_string_lossy());
+    experiment.name = name_of_run(&options.runs, &format!("{name}-{word}"), pictures)?;
     Ok(experiment)
+}
+
+/// The file in the folder of an experiment that says whose runs it holds.
+const OWNER: &str = "pictures.json";
+
+#[derive(PartialEq, Serialize, Deserialize)]
+struct RunOwner {
+    /// The absolute path of the pictures, or their address.
+    pictures: String,
+}
+
+impl RunOwner {
+    fn of(pictures: &Path) -> Self {
+        Self { pictures: crate::source::text_of(pictures) }
+    }
+}
+
+/// The name, or the name with a number, so that two folders of one name do not share a run.
+fn name_of_run(runs: &Path, name: &str, pictures: &Path) -> Result<String> {
+    let own = RunOwner::of(pictures);
+    let mut found = name.to_owned();
+    for number in 2.. {
+        let file = runs.join(&found).join(OWNER);
+        if !file.exists() {
+            break;
+        }
+        let owner: RunOwner = stage::json::read(&file)?;
+        if owner == own {
+            break;
+        }
+        found = format!("{name}-{number}");
+        tracing::info!(
+            "the run `{}` is of `{}`; looking for one of these pictures at `{found}`",
+            file.parent().unwrap_or(runs).display(),
+            owner.pictures
+        );
+    }
+    Ok(found)
+}
+
+/// Notes whose run a folder holds.
+fn claim(folder: &Path, pictures: &Path) -> Result<()> {
+    let file = folder.join(OWNER);
+    if file.exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(folder).with_context(|| format!("creating `{}`", folder.display()))?;
+    stage::json::write(&file, &RunOwner::of(pictures))
 }
 
 /// Finds what the stages read from outside, so that a backbone that cannot be fetched is noticed before

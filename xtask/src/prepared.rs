@@ -199,7 +199,7 @@ impl<'a> PreparedData<'a> {
             ensure!(
                 clusters <= images as i64,
                 "`clusters` in table `[data]` is {clusters}, but there are only {images} pictures \
-                 in `{}`; ask for fewer with --set data.clusters=K",
+                 in `{}`; ask for fewer: --clusters K of `assort cluster`, or --set data.clusters=K",
                 self.source.display()
             );
         }

@@ -19,7 +19,7 @@ use data::picture::Encoding;
 use data::{labels, names};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use stage::console::printable;
+use stage::console::{counted, printable};
 use stage::{Interrupted, Split, files};
 
 use crate::journal::{Journal, What};
@@ -419,15 +419,16 @@ impl Skipped {
         };
         let count = |list: u8| self.0[usize::from(list)].values().sum::<usize>();
         if count(BROKEN) > 0 {
-            tracing::warn!("cannot read {} pictures: {}", count(BROKEN), by_reason(BROKEN));
+            let pictures = counted(count(BROKEN), "picture");
+            tracing::warn!("cannot read {pictures}: {}", by_reason(BROKEN));
         }
         if count(IGNORED) > 0 {
-            tracing::warn!("skipped {} files or folders: {}", count(IGNORED), by_reason(IGNORED));
+            tracing::warn!("skipped files or folders: {}", by_reason(IGNORED));
         }
         if count(IDENTICAL) > 0 {
             let fate = if identical == Identical::Drop { "dropped" } else { "kept" };
-            let count = count(IDENTICAL);
-            tracing::info!("{count} pictures are identical to an earlier one and are {fate}");
+            let pictures = counted(count(IDENTICAL), "picture");
+            tracing::info!("identical to an earlier one, and {fate}: {pictures}");
         }
         if self.0.iter().any(|counts| !counts.is_empty()) {
             tracing::info!("`{SKIPPED}` lists them by name");

@@ -9,6 +9,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context, Result, bail, ensure};
 use data::picture::Encoding;
 use sha2::{Digest, Sha256};
+use stage::console::counted;
 use stage::digest::hex;
 
 use crate::collection::Sink;
@@ -228,12 +229,14 @@ impl PictureSource {
     /// A description for the log.
     pub fn description(&self) -> String {
         match self {
-            Self::Idx(_) => format!("a folder of IDX files, {} pictures", self.expected()),
+            Self::Idx(_) => {
+                format!("a folder of IDX files, {}", counted(self.expected(), "picture"))
+            }
             Self::Folder(listing) if listing.classes() == 0 && listing.count() == 1 => {
                 "one picture".into()
             }
             Self::Folder(listing) if listing.classes() == 0 => {
-                format!("a flat folder of {} pictures", listing.count())
+                format!("a flat folder of {}", counted(listing.count(), "picture"))
             }
             Self::Folder(listing) => {
                 format!("a folder of {} pictures in {} classes", listing.count(), listing.classes())
@@ -244,8 +247,10 @@ impl PictureSource {
             Self::StlArchive(..) => "an archive of STL-10's binary files".into(),
             Self::ClassArchives(paths) => format!("{} archives, one a class", paths.len()),
             Self::PictureArchive(..) => "an archive of pictures".into(),
-            Self::WebDataset(paths, _) => format!("a WebDataset of {} shards", paths.len()),
-            Self::Parquet(paths, _) => format!("{} Parquet files", paths.len()),
+            Self::WebDataset(paths, _) => {
+                format!("a WebDataset of {}", counted(paths.len(), "shard"))
+            }
+            Self::Parquet(paths, _) => counted(paths.len(), "Parquet file"),
             Self::Manifest(_) => "a manifest of pictures".into(),
         }
     }

@@ -137,8 +137,8 @@ fn skipped_files_are_counted_by_reason_on_stderr() {
     assert_eq!(output.status.code(), Some(0), "{message}");
     for part in [
         "cannot read 2 pictures: 1 × is broken, 1 × is empty",
-        "skipped 2 files or folders: 1 × is hidden, 1 × is not a picture",
-        "1 pictures are identical to an earlier one and are kept",
+        "skipped files or folders: 1 × is hidden, 1 × is not a picture",
+        "identical to an earlier one, and kept: 1 picture",
         "`skipped.json` lists them by name",
     ] {
         assert!(message.contains(part), "{part}: {message}");

@@ -23,7 +23,7 @@ const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-se
 
 /// Returns the charts of a log, whose lines are JSON objects: losses first, then the others by name.
 ///
-/// Lines without an `epoch` are ignored, and numbers with fewer than two values get no chart. If an
+/// Lines without an `epoch` or a `step` are ignored, and numbers with fewer than two values get no chart. If an
 /// epoch occurs again in its phase, the step was restarted from there, and the earlier lines from
 /// that epoch on are dropped. A truncated last line is dropped too.
 ///
@@ -71,8 +71,9 @@ fn is_cut_off(text: &str) -> bool {
 /// A line of a log.
 type LogLine = Map<String, Value>;
 
+/// The epoch of a line, or the step where a stage counts no epochs.
 fn epoch(line: &LogLine) -> Option<u64> {
-    line.get("epoch")?.as_u64()
+    line.get("epoch").or_else(|| line.get("step"))?.as_u64()
 }
 
 fn charts_of(phase: &str, rows: &[LogLine]) -> Vec<Chart> {
@@ -181,6 +182,18 @@ pub(crate) mod tests {
         assert_eq!(charts[0].lines, [[2., 1.], [3., 2.5]]);
         assert_eq!((charts[1].range(), charts[1].last()), ((2., 4.), Some(3.)));
         assert!(charts[2].lines[0][1].is_nan());
+        Ok(())
+    }
+
+    #[test]
+    fn steps_are_drawn_where_a_stage_counts_no_epochs() -> Result<()> {
+        let charts = charts(&log(&[
+            json!({"known": 90}),
+            json!({"step": 200, "loss": 2., "seconds": 1.}),
+            json!({"step": 400, "loss": 1., "seconds": 2.}),
+        ]))?;
+        assert_eq!((charts.len(), charts[0].name.as_str()), (1, "loss"));
+        assert_eq!(charts[0].lines, [[2., 1.]]);
         Ok(())
     }
 

@@ -338,9 +338,10 @@ fn with_extension(path: PathBuf, known: &[&str]) -> PathBuf {
 }
 
 /// Makes a file name from the last part of a name: without characters that some file system refuses,
-/// and at most the last 100 characters.
+/// and at most the last 100 characters. A `#` may be part of it, and so may a `\`, which begins the escape
+/// of a byte that is not UTF-8.
 fn file_name(name: &str) -> String {
-    let last = name.rsplit(['/', '\\', '#']).find(|part| !part.is_empty()).unwrap_or("picture");
+    let last = name.rsplit('/').find(|part| !part.is_empty()).unwrap_or("picture");
     let characters: Vec<char> = last.chars().map(safe).collect();
     characters[characters.len().saturating_sub(100)..].iter().collect()
 }
@@ -594,8 +595,10 @@ mod tests {
         for (name, want) in [
             ("a/b/c.JPG", "c.JPG"),
             ("a.zip#b/c d.png", "c d.png"),
-            ("train-images-idx3-ubyte.gz#17", "17"),
-            ("..\\x?:*.png", "x___.png"),
+            ("train-images-idx3-ubyte.gz#17", "train-images-idx3-ubyte.gz#17"),
+            ("a/trip #3.jpg", "trip #3.jpg"),
+            ("new\\x0Aline.jpg", "new_x0Aline.jpg"), // As `prepare` names it.
+            ("..\\x?:*.png", ".._x___.png"),
             ("a\n.png", "a_.png"),
             ("", "picture"),
             ("a/", "a"),

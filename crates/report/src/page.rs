@@ -16,6 +16,7 @@ use base64::prelude::BASE64_STANDARD;
 use data::RoundMetrics;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use stage::console::counted;
 
 use crate::analysis::{Analysis, MOST};
 use crate::clusters::{Cluster, NO_CLUSTER};
@@ -151,9 +152,9 @@ impl Page<'_> {
         } else if low > 0 {
             let _ = writeln!(
                 html,
-                "<p class=\"warning\">Look before you rely on these clusters: {low} of {} measures are \
-                 low.</p>",
-                self.trust.len()
+                "<p class=\"warning\">Look before you rely on these clusters: of {}, {low} {} low.</p>",
+                counted(self.trust.len(), "measure"),
+                if low == 1 { "is" } else { "are" }
             );
         }
         html.push_str("<ul class=\"trust\">\n");
@@ -330,8 +331,8 @@ const SERVED: &str = r#"<div id="trouble" class="warning" role="alert" hidden>
 <button type="button" id="move">Move to …</button>
 <button type="button" id="mark-wrong">Mark as wrong</button>
 <button type="button" id="mark-outlier">Mark as outlier</button>
-<button type="button" id="unmark" title="Puts pictures back where the run has them">Back</button>
-<button type="button" id="deselect">Clear</button>
+<button type="button" id="unmark" title="Puts pictures back where the run has them">Move back</button>
+<button type="button" id="deselect">Deselect</button>
 </span>
 <button type="button" id="undo" title="Ctrl-Z" disabled>Undo</button>
 <span id="saved" role="status"></span>

@@ -62,7 +62,7 @@ impl AccessControl {
     pub fn check(&self, uri: &Uri, headers: &HeaderMap) -> Access {
         let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
         if text(header::HOST) != Some(&self.host) {
-            return Access::Denied("this server answers to the address that it printed only");
+            return Access::Denied("this server answers only to the address that it printed");
         }
         let own = format!("http://{}", self.host);
         if text(header::ORIGIN).is_some_and(|origin| origin != own) {
