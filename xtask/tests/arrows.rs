@@ -10,19 +10,20 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The libraries, from the machine up: each may build on those above it here, and nothing else.
-const LIBRARIES: [(&str, &[&str]); 12] = [
+const LIBRARIES: [(&str, &[&str]); 13] = [
     ("kernels", &[]),
-    ("stage", &[]),
+    ("collective", &[]),
+    ("stage", &["collective"]),
     ("bench", &[]),
     ("browser", &["stage"]),
     ("hub", &["stage"]),
-    ("layers", &["bench", "kernels"]),
+    ("layers", &["bench", "collective", "kernels"]),
     ("assignment", &["stage", "kernels"]),
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
-    ("training", &["stage", "data", "layers", "backbone"]),
+    ("training", &["stage", "collective", "data", "layers", "backbone"]),
     ("frozen", &["stage", "data", "assignment", "kernels"]),
-    ("fixture", &["stage", "data", "layers", "backbone"]),
+    ("fixture", &["stage", "collective", "data", "layers", "backbone"]),
 ];
 
 /// Libraries that know networks.

@@ -1,0 +1,94 @@
+use std::thread;
+
+use super::*;
+
+/// Runs `work` on every rank and returns the results in the order of the ranks.
+fn on_ranks<R: Send>(size: usize, work: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
+    let (ranks, work) = (Communicator::threads(size).expect("a power of two"), &work);
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            ranks.into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
+}
+
+/// Numbers whose sum depends on the order of addition.
+fn leaf(number: usize, len: usize) -> Vec<f32> {
+    let scale = [1e-7, 1., 3e4, 0.3][number % 4];
+    (0..len).map(|at| ((at * 7919 + number * 104_729) % 1013) as f32 * scale - 0.1).collect()
+}
+
+fn bits(numbers: &[f32]) -> Vec<u32> {
+    numbers.iter().map(|number| number.to_bits()).collect()
+}
+
+/// The sums over eight leaves, of which each of so many ranks holds neighbours.
+fn sums(ranks: usize, len: usize) -> Vec<Vec<u32>> {
+    on_ranks(ranks, |rank| {
+        let own = rank.rank() * 8 / ranks..(rank.rank() + 1) * 8 / ranks;
+        let leaves = own.map(|number| leaf(number, len));
+        let mut sum = tree(leaves, |total, other| add(total, &other)).expect("a leaf");
+        rank.all_reduce_sum(&mut sum).expect("all run");
+        bits(&sum)
+    })
+}
+
+#[test]
+fn a_sum_over_leaves_has_the_same_bits_on_1_2_4_and_8_ranks() {
+    // Summed whole, in parts, and in parts of different lengths.
+    for len in [5, 20_000, 20_011] {
+        let one = sums(1, len).remove(0);
+        let mut plain = leaf(0, len);
+        (1..8).for_each(|number| add(&mut plain, &leaf(number, len)));
+        assert_ne!(bits(&plain), one, "a sum from left to right would pass unseen");
+        for ranks in [2, 4, 8] {
+            assert!(sums(ranks, len).iter().all(|sum| *sum == one), "{ranks} ranks, {len} numbers");
+        }
+    }
+}
+
+#[test]
+fn joins_are_in_the_order_of_the_ranks() {
+    let join = |lower: &mut [u64], upper: &[u64]| lower[0] = 10 * lower[0] + upper[0] % 10;
+    let found = on_ranks(2, |rank| {
+        let mut digit = [rank.rank() as u64 + 1];
+        rank.all_reduce(&mut digit, join).expect("all run");
+        digit[0]
+    });
+    assert_eq!(found, [12, 12]);
+}
+
+#[test]
+fn values_are_gathered_in_order_and_sent_from_the_first_rank() {
+    let found = on_ranks(4, |rank| {
+        let own = vec![rank.rank() as u32; rank.rank()];
+        let all = rank.all_gather(&own).expect("all run");
+        let mut word = own;
+        if rank.is_first() {
+            word = vec![7, 8];
+        }
+        rank.broadcast(&mut word).expect("all run");
+        rank.barrier().expect("all run");
+        (all, word, rank.any(rank.rank() == 2).expect("all run"), rank.any(false).expect("all run"))
+    });
+    assert_eq!(found, vec![(vec![1, 2, 2, 3, 3, 3], vec![7, 8], true, false); 4]);
+    let single = Communicator::single();
+    assert_eq!(single.all_gather(&[1u8, 2]).expect("alone"), [1, 2]);
+    assert!(single.any(true).expect("alone") && !single.any(false).expect("alone"));
+}
+
+#[test]
+fn a_rank_that_ends_or_differs_is_named_by_the_others() {
+    let errors = on_ranks(2, |rank| match rank.is_first() {
+        true => None,
+        false => Some(rank.barrier().expect_err("rank 0 has ended").to_string()),
+    });
+    assert!(errors[1].as_ref().is_some_and(|text| text.contains("rank 0 has ended")), "{errors:?}");
+    let errors = on_ranks(2, |rank| {
+        let mut numbers = vec![0f32; 1 + rank.rank()];
+        rank.all_reduce_sum(&mut numbers).expect_err("other lengths").to_string()
+    });
+    assert!(errors[0].contains("rank 1 sent 8 bytes"), "{errors:?}");
+    let error = Communicator::threads(6).expect_err("not a power of two").to_string();
+    assert!(error.contains("6 ranks") && error.contains("such as 8"), "{error}");
+}
