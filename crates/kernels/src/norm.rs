@@ -33,6 +33,21 @@ impl Moments {
     pub fn unbiased_variance(&self, channel: usize) -> f64 {
         self.squares[channel] / (self.count as f64 - 1.)
     }
+
+    /// Joins those of values that follow, by the equation of [`merge`]. The set that is joined to is not
+    /// empty.
+    pub fn join(&mut self, following: &Moments) {
+        let (before, count) = (self.count as f64, following.count as f64);
+        let share = count / (before + count);
+        let means = self.mean.iter_mut().zip(&following.mean);
+        let squares = self.squares.iter_mut().zip(&following.squares);
+        for ((mean, following_mean), (squares, following_squares)) in means.zip(squares) {
+            let difference = following_mean - *mean;
+            *mean += difference * share;
+            *squares += following_squares + difference * difference * before * share;
+        }
+        self.count += following.count;
+    }
 }
 
 /// Rows of [`SIDE`] numbers for a block of channels in a part: shift, `Σ (z − shift)` and
@@ -366,6 +381,8 @@ for_each_variant! {
 /// `Σ g` and `Σ g · (z − mean)` per channel, over all images and pixels.
 #[derive(Clone, Debug, Default)]
 pub struct GradientSums {
+    /// `M`, values per channel.
+    pub count: usize,
     /// `Σ g`.
     pub plain: Vec<f64>,
     /// `Σ g · (z − mean)`.
@@ -419,7 +436,11 @@ pub fn gradient_sums(
         sums_of_parts(variant, shape, T::of_mut(gradient), relu, T::of(input), n, scratch);
     });
     let channels = shape.padded_channels();
-    let mut sums = GradientSums { plain: vec![0.; channels], centred: vec![0.; channels] };
+    let mut sums = GradientSums {
+        count: shape.count(),
+        plain: vec![0.; channels],
+        centred: vec![0.; channels],
+    };
     for part in scratch.chunks_exact(shape.blocks() * 2 * SIDE) {
         for (block, part) in part.chunks_exact(2 * SIDE).enumerate() {
             for lane in 0..SIDE {
@@ -526,7 +547,7 @@ pub fn bias_gradient(sums: &GradientSums, gradient: &mut [f32]) {
 
 /// The gradient of the input from that of the ReLU's output, after [`gradient_sums`].
 ///
-/// With batch statistics over `M` values and `s = 1/deviation`:
+/// With batch statistics over the `M` values of `sums`, which may be more than these, and `s = 1/deviation`:
 /// `dz = w·s · (g − Σg/M − (z − mean)·s²·Σg(z − mean)/M)`; with running ones `dz = w·s · g`.
 /// `gradient` is `None` if `result` holds it.
 ///
@@ -599,7 +620,7 @@ impl BackwardAffine {
             relu_shift: relu
                 .map_or_else(|| vec![1.; shape.padded_channels()], |affine| affine.shift.clone()),
         };
-        let count = shape.count() as f64;
+        let count = sums.count as f64;
         for (channel, weight) in weight.iter().enumerate() {
             let inverse = n.inverse_deviation[channel];
             let (mean, error) = n.rounded(channel);
@@ -776,7 +797,8 @@ mod tests {
             forward(variant, SHAPE, &tiles, &n, &weight, &bias, None, false, &mut output);
             let real = output.iter().filter(|value| **value != 0.).count();
             assert_eq!(real, SHAPE.count() * SHAPE.channels, "{variant}");
-            let sums = GradientSums { plain: vec![3.; 32], centred: vec![2.; 32] };
+            let (plain, centred) = (vec![3.; 32], vec![2.; 32]);
+            let sums = GradientSums { count: SHAPE.count(), plain, centred };
             let mut result = tiles.clone();
             result.fill(f32::NAN);
             for relu in [Relu::Absent, Relu::Recomputed(&weight, &bias)] {

@@ -34,8 +34,7 @@ impl Network {
     ) -> Result<Option<Tensor>> {
         let plan = &self.0;
         parameters.check_plan(plan)?;
-        gradients.flat.check_layout(&plan.parameters, "the gradients")?;
-        gradients.flat.check_backend(plan.backend.id(), "the gradients")?;
+        gradients.check_plan(plan)?;
         let Some(record) = &tape.record else {
             bail!("the tape is empty; run `forward` with it first")
         };
@@ -49,11 +48,13 @@ impl Network {
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
         }
         let needed = needed(plan, |block| parameters.is_trained(block), input_gradient);
-        let flat = &mut gradients.flat;
-        let pass =
-            BackwardArguments { plan, parameters, record, gradient, gradients: flat, needed };
+        let gradients = gradients.gather()?;
+        let pass = BackwardArguments { plan, parameters, record, gradient, gradients, needed };
         let at_input = match (&plan.backend, &record.kept) {
             (Backend::Cpu(cpu), Kept::Cpu(kept)) => kernels::on_workers(|| pass.run(cpu, kept)),
+            (Backend::Grouped(grouped), Kept::Grouped(kept)) => {
+                kernels::on_workers(|| pass.run(grouped, kept))
+            }
             (Backend::Tensors(tensors), Kept::Tensors(kept)) => pass.run(tensors, kept),
             #[cfg(feature = "cuda")]
             (Backend::Cuda(cuda), Kept::Cuda(kept)) => pass.run(cuda, kept),
@@ -82,7 +83,7 @@ struct BackwardArguments<'a> {
     parameters: &'a Parameters,
     record: &'a TapeRecord,
     gradient: &'a Tensor,
-    gradients: &'a mut Flat,
+    gradients: &'a mut [Flat],
     needed: Vec<bool>,
 }
 

@@ -207,43 +207,54 @@ impl Flat {
 /// Host memory is changed at once. Tensors are immutable: their new entries wait until the pass has
 /// ended, and are then joined with the others in one operation.
 pub(crate) struct Changes<'a> {
-    pub flat: &'a mut Flat,
+    /// One, or one for each group of the batch: see [`of_group`](Self::of_group).
+    flats: &'a mut [Flat],
     pending: Vec<(Range<usize>, Tensor)>,
 }
 
 impl<'a> Changes<'a> {
-    pub fn of(flat: &'a mut Flat) -> Changes<'a> {
-        Changes { flat, pending: Vec::new() }
+    pub fn of(flats: &'a mut [Flat]) -> Changes<'a> {
+        Changes { flats, pending: Vec::new() }
+    }
+
+    /// The changes by one group of the batch, for the CPU backend.
+    pub fn of_group(&mut self, group: usize) -> Changes<'_> {
+        Changes::of(&mut self.flats[group..=group])
+    }
+
+    /// An entry as a tensor of its shape, as it was before the pass.
+    pub fn tensor(&self, entry: usize) -> Result<Tensor> {
+        self.flats[0].tensor(entry)
     }
 
     /// An entry's numbers to change, for the CPU backend.
     pub fn slice(&mut self, entry: usize) -> &mut [f32] {
-        let range = self.flat.layout.entries[entry].range.clone();
-        &mut self.flat.storage.buffer_mut()[range]
+        let range = self.flats[0].layout.entries[entry].range.clone();
+        &mut self.flats[0].storage.buffer_mut()[range]
     }
 
     /// A change of an entry, for the backends that compute with tensors.
     pub fn push(&mut self, entry: usize, change: Tensor) {
-        self.pending.push((self.flat.layout.entries[entry].range.clone(), change));
+        self.pending.push((self.flats[0].layout.entries[entry].range.clone(), change));
     }
 
     /// Replaces the entries by what was pushed.
     pub fn replace(self) -> Result<()> {
-        let Changes { flat, mut pending } = self;
+        let Changes { flats, mut pending } = self;
         if pending.is_empty() {
             return Ok(());
         }
         pending.sort_by_key(|(range, _)| range.start);
-        flat.storage.vector_mut().replace(pending)
+        flats[0].storage.vector_mut().replace(pending)
     }
 
     /// Adds to the entries what was pushed.
     pub fn add(self) -> Result<()> {
-        let Changes { flat, mut pending } = self;
+        let Changes { flats, mut pending } = self;
         if pending.is_empty() {
             return Ok(());
         }
         pending.sort_by_key(|(range, _)| range.start);
-        flat.storage.vector_mut().add_pieces(pending)
+        flats[0].storage.vector_mut().add_pieces(pending)
     }
 }

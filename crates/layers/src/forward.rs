@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 use kernels::Shape;
 
-use crate::backend::{Backend, NormCall, Operand, Operations, ProductCall};
+use crate::backend::{Backend, Grouped, NormCall, Operand, Operations, ProductCall};
 use crate::flat::{Changes, Flat};
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
 use crate::tape::{Activations, Kept, Note, TapeRecord};
@@ -59,6 +59,17 @@ impl Network {
                 let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
                 (output, Kept::Cpu(kept))
             }
+            // Rows do not depend on each other, so they need no groups.
+            Backend::Grouped(Grouped { cpu, .. })
+                if !keep && !uses_batch_statistics(plan, modes) =>
+            {
+                let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
+                (output, Kept::Cpu(kept))
+            }
+            Backend::Grouped(grouped) => {
+                let (output, kept) = kernels::on_workers(|| pass.run(grouped))?;
+                (output, Kept::Grouped(kept))
+            }
             Backend::Tensors(tensors) => {
                 let (output, kept) = pass.run(tensors)?;
                 (output, Kept::Tensors(kept))
@@ -84,7 +95,7 @@ impl Network {
 fn check_counts(plan: &NetworkPlan, shapes: &[Shape], modes: &Modes) -> Result<()> {
     for operation in &plan.operations {
         let norm = matches!(operation.work, OperationWork::BatchNorm(_));
-        let single = shapes[operation.input].count() < 2;
+        let single = shapes[operation.input].count() * plan.backend.ranks() < 2;
         if norm && single && modes.of(operation.block) == Mode::Batch {
             bail!(
                 "`{}`: batch statistics of a single value per channel; use a larger batch or \
@@ -122,7 +133,7 @@ impl ForwardArguments<'_> {
             backend,
             plan,
             parameters,
-            statistics: Changes::of(statistics),
+            statistics: Changes::of(std::slice::from_mut(statistics)),
             modes,
             shapes,
             values: shapes.iter().map(|_| None).collect(),

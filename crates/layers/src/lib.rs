@@ -71,12 +71,15 @@
 //! assert_eq!(dinov2_small.tensors()[0].name, "cls");
 //! ```
 //!
+//! A batch may be divided into groups that several processes share: see [`BatchGroups`].
+//!
 //! This crate knows no other architecture, no file, no loss and no schedule.
 
 mod backend;
 mod backward;
 mod flat;
 mod forward;
+mod groups;
 mod inference;
 mod modes;
 mod multiply_adds;
@@ -89,6 +92,7 @@ mod tape;
 mod transformer;
 
 pub use flat::{EntryKind, TensorEntry};
+pub use groups::BatchGroups;
 pub use inference::Inference;
 pub use kernels::flat::{Adam, Sgd};
 pub use kernels::{Precision, Variant};

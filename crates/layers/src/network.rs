@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Device, Result, bail};
 use kernels::{Precision, Variant};
 
-use crate::backend::{Backend, Cpu, Tensors};
+use crate::backend::{Backend, Cpu, Grouped, Tensors};
 use crate::flat::{EntryKind, FlatLayout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
 use crate::plan::{
     NetworkInput, NetworkOperation, NetworkPlan, Norm, OperationWork, Product, Uses,
 };
-use crate::{Statistics, Tape};
+use crate::{BatchGroups, Statistics, Tape};
 
 /// A convolution without bias; its weights are `<name>.weight`, (O, I, KH, KW).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -378,6 +378,32 @@ impl Network {
     /// slower than the kernels: to compare the two.
     pub fn by_tensor_operations(&self, device: &Device) -> Network {
         self.with_backend(Backend::Tensors(Tensors::new(device, self.precision())))
+    }
+
+    /// The same network, whose passes in training divide a batch into these groups: see
+    /// [`BatchGroups`]. One group changes nothing.
+    ///
+    /// Inputs, outputs and their gradients have the images of this rank. [`Gradients::reduce`] adds the
+    /// gradients of all groups.
+    ///
+    /// # Errors
+    ///
+    /// The network computes on another backend than the CPU kernels, which cannot divide a batch yet.
+    pub fn in_groups(&self, groups: &BatchGroups) -> Result<Network> {
+        match &self.0.backend {
+            Backend::Cpu(cpu) | Backend::Grouped(Grouped { cpu, .. }) => {
+                let cpu = cpu.clone();
+                Ok(self.with_backend(match groups.is_one() {
+                    true => Backend::Cpu(cpu),
+                    false => Backend::Grouped(Grouped { cpu, groups: groups.clone() }),
+                }))
+            }
+            _ if groups.is_one() => Ok(self.clone()),
+            other => bail!(
+                "{} cannot divide a batch into groups yet; train on the CPU, or with one group",
+                other.id()
+            ),
+        }
     }
 
     fn with_backend(&self, backend: Backend) -> Network {

@@ -9,11 +9,12 @@ use candle_core::{Result, Tensor, bail};
 use kernels::convolution::{Geometry, PackedFor, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
 
-use crate::Network;
-use crate::backend::Cpu;
+use crate::backend::{Backend, Cpu, Grouped};
 use crate::flat::{EntryKind, Flat, TensorEntry};
+use crate::groups::communicated;
 use crate::plan::NetworkPlan;
 use crate::profile::{self, Pass};
+use crate::{BatchGroups, Network};
 
 /// Weights and biases of a network, flat and in f32.
 ///
@@ -115,11 +116,12 @@ impl Parameters {
     /// A learning rate of 0 still updates the momenta. Gradients or momenta of another network or backend
     /// are an error.
     pub fn sgd(&mut self, gradients: &Gradients, momenta: &mut Momenta, with: Sgd) -> Result<()> {
-        gradients.flat.check_like(&self.flat, "the gradients", "the parameters")?;
+        let gradients = gradients.reduced()?;
+        gradients.check_like(&self.flat, "the gradients", "the parameters")?;
         momenta.flat.check_like(&self.flat, "the momenta", "the parameters")?;
         self.changed();
         let ranges = self.trained_ranges();
-        let (gradients, momenta) = (&gradients.flat.storage, &mut momenta.flat.storage);
+        let (gradients, momenta) = (&gradients.storage, &mut momenta.flat.storage);
         self.flat.storage.sgd(gradients, momenta, &ranges, with)
     }
 
@@ -131,14 +133,15 @@ impl Parameters {
         moments: &mut AdamMoments,
         with: Adam,
     ) -> Result<()> {
-        gradients.flat.check_like(&self.flat, "the gradients", "the parameters")?;
+        let gradients = gradients.reduced()?;
+        gradients.check_like(&self.flat, "the gradients", "the parameters")?;
         moments.first.check_like(&self.flat, "the moments", "the parameters")?;
         self.changed();
         let ranges = self.trained_ranges();
         moments.steps += 1;
         let AdamMoments { first, second, steps } = moments;
         let both = [&mut first.storage, &mut second.storage];
-        self.flat.storage.adam(&gradients.flat.storage, both, &ranges, *steps, with)
+        self.flat.storage.adam(&gradients.storage, both, &ranges, *steps, with)
     }
 
     /// `t ← τ·t + (1 − τ)·o`: the moving average that makes these the target of `online`. All blocks
@@ -234,40 +237,96 @@ impl Parameters {
 }
 
 /// Gradients of the parameters, in the same layout. Every backward pass adds to them.
+///
+/// Those of a network [in groups](Network::in_groups) are kept for each group of this rank, until
+/// [`reduce`](Self::reduce) adds them. Only then can they be read.
 #[derive(Clone)]
 pub struct Gradients {
-    pub(crate) flat: Flat,
+    /// One, or one for each group of this rank; the first is the sum once they are reduced.
+    flats: Vec<Flat>,
+    groups: BatchGroups,
+    state: GradientState,
+}
+
+/// What gradients hold.
+#[derive(Clone, Copy, PartialEq)]
+enum GradientState {
+    Zero,
+    /// A part for each group.
+    Gathered,
+    /// The sum of all groups of all ranks.
+    Reduced,
 }
 
 impl Gradients {
     pub(crate) fn new(plan: &NetworkPlan) -> Gradients {
-        Gradients { flat: Flat::zeros(&plan.parameters, plan.backend.id()) }
+        let groups = match &plan.backend {
+            Backend::Grouped(Grouped { groups, .. }) => groups.clone(),
+            _ => BatchGroups::one(),
+        };
+        let flat = |_| Flat::zeros(&plan.parameters, plan.backend.id());
+        Gradients {
+            flats: (0..groups.own()).map(flat).collect(),
+            groups,
+            state: GradientState::Zero,
+        }
     }
 
     /// The entries, the same as those of [`Parameters`].
     pub fn entries(&self) -> &[TensorEntry] {
-        &self.flat.layout.entries
+        &self.flats[0].layout.entries
     }
 
     /// Sets all gradients to zero, once a step.
     pub fn zero(&mut self) {
-        self.flat.storage.zero();
+        self.flats.iter_mut().for_each(|flat| flat.storage.zero());
+        self.state = GradientState::Zero;
+    }
+
+    /// Adds the gradients of all groups of all ranks: the last act before they are read, on every rank.
+    /// Nothing is to be added to without groups, or where no backward pass came since the last one.
+    ///
+    /// # Errors
+    ///
+    /// A rank has ended.
+    pub fn reduce(&mut self) -> Result<()> {
+        if self.groups.is_one() || self.state != GradientState::Gathered {
+            return Ok(());
+        }
+        let mut distance = 1;
+        while distance < self.flats.len() {
+            for lower in (0..self.flats.len()).step_by(2 * distance) {
+                let (below, above) = self.flats.split_at_mut(lower + distance);
+                below[lower].storage.add(&above[0].storage)?;
+            }
+            distance *= 2;
+        }
+        let sum = self.flats[0].storage.buffer_mut();
+        communicated(self.groups.communicator().all_reduce_sum(sum))?;
+        self.state = GradientState::Reduced;
+        Ok(())
     }
 
     /// The gradient of the entry with this name, in the order of its shape.
     pub fn get(&self, name: &str) -> Result<Vec<f32>> {
-        self.flat.get(name)
+        self.reduced()?.get(name)
     }
 
-    /// Adds other gradients of the same network. Those of another network or backend are an error.
+    /// Adds other gradients of the same network. Those of another network or backend, or in other
+    /// groups, are an error.
     pub fn add(&mut self, other: &Gradients) -> Result<()> {
-        other.flat.check_like(&self.flat, "the other gradients", "these")?;
-        self.flat.storage.add(&other.flat.storage)
+        other.flats[0].check_like(&self.flats[0], "the other gradients", "these")?;
+        let (own, others) = (self.flats.len(), other.flats.len());
+        if own != others || other.state == GradientState::Reduced {
+            bail!("gradients in {others} groups cannot be added to those in {own}")
+        }
+        let pairs = self.gather()?.iter_mut().zip(&other.flats);
+        pairs.into_iter().try_for_each(|(flat, other)| flat.storage.add(&other.storage))
     }
 
     /// All numbers, in the order of the entries.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        self.flat.to_vec()
+        self.reduced()?.to_vec()
     }
 
     /// Whether no number is a NaN or an infinity.
@@ -277,7 +336,33 @@ impl Gradients {
 
     /// The name of the first entry with a NaN or an infinity.
     pub fn first_non_finite(&self) -> Result<Option<&str>> {
-        self.flat.first_non_finite()
+        self.reduced()?.first_non_finite()
+    }
+
+    pub(crate) fn check_plan(&self, plan: &NetworkPlan) -> Result<()> {
+        self.flats[0].check_layout(&plan.parameters, "the gradients")?;
+        self.flats[0].check_backend(plan.backend.id(), "the gradients")?;
+        if self.flats.len() != plan.backend.groups().0 {
+            bail!("the gradients and the network divide batches into different groups")
+        }
+        Ok(())
+    }
+
+    /// The gradients of each group, to add to.
+    pub(crate) fn gather(&mut self) -> Result<&mut [Flat]> {
+        if self.state == GradientState::Reduced {
+            bail!("the gradients were reduced; take the step and call `zero` before the next pass")
+        }
+        self.state = GradientState::Gathered;
+        Ok(&mut self.flats)
+    }
+
+    /// The sum over all groups.
+    fn reduced(&self) -> Result<&Flat> {
+        if self.state == GradientState::Gathered && !self.groups.is_one() {
+            bail!("the gradients of the groups have not been added; call `reduce` first")
+        }
+        Ok(&self.flats[0])
     }
 }
 

@@ -204,7 +204,7 @@ impl NetworkPlan {
     }
 
     /// Whether a record of the other plan is one of this plan: the same operations on values of the
-    /// same precision.
+    /// same precision and groups.
     pub fn is_same(&self, other: &NetworkPlan) -> bool {
         self.input == other.input
             && self.channels == other.channels
@@ -212,6 +212,7 @@ impl NetworkPlan {
             && self.output == other.output
             && self.parameters == other.parameters
             && self.backend.precision() == other.backend.precision()
+            && self.backend.groups() == other.backend.groups()
     }
 
     /// The dimensions of the input's tensor.

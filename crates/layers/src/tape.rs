@@ -6,7 +6,7 @@ use kernels::Shape;
 
 #[cfg(feature = "cuda")]
 use crate::backend::Cuda;
-use crate::backend::{Cpu, Operations, Tensors};
+use crate::backend::{Cpu, Grouped, Operations, Tensors};
 use crate::plan::NetworkPlan;
 
 /// A recorded forward pass, for one input shape, until its backward pass consumes it.
@@ -30,6 +30,7 @@ pub(crate) struct TapeRecord {
 /// The data that the backward pass reads, by backend.
 pub(crate) enum Kept {
     Cpu(Activations<Cpu>),
+    Grouped(Activations<Grouped>),
     Tensors(Activations<Tensors>),
     #[cfg(feature = "cuda")]
     Cuda(Activations<Cuda>),

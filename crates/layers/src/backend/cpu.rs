@@ -46,28 +46,30 @@ impl Cpu {
         profile::stop(clock, pass, || profile::passes(kind, shape, self.precision, times));
     }
 
-    /// Mean and deviation by the norm's mode.
-    fn normalisation(
-        &self,
-        call: &NormCall<Self>,
-        input: &Buffer,
-        sums: Option<Buffer>,
+    /// The moments of a value, from the sums that the preceding product has computed, if it has.
+    pub fn moments(&self, shape: Shape, input: &Buffer, sums: Option<Buffer>) -> norm::Moments {
+        let parts = sums.unwrap_or_else(|| {
+            let mut parts = self.pool.take(norm::moments_len(shape));
+            norm::moments(self.variant, shape, input, &mut parts);
+            parts
+        });
+        norm::merge(shape, &parts)
+    }
+
+    /// Mean and deviation: those of the batch, which update the running ones, or the running ones.
+    pub fn normalisation(
+        norm: &Norm,
+        shape: Shape,
+        moments: Option<norm::Moments>,
         statistics: &mut Changes,
     ) -> Normalisation {
-        let NormCall { norm, shape, batch, .. } = *call;
         let mut n = Normalisation {
             mean: vec![0.; shape.padded_channels()],
             inverse_deviation: vec![0.; shape.padded_channels()],
-            batch,
+            batch: moments.is_some(),
         };
         let inverse = |variance: f64| 1. / (variance + norm.epsilon).sqrt();
-        if batch {
-            let parts = sums.unwrap_or_else(|| {
-                let mut parts = self.pool.take(norm::moments_len(shape));
-                norm::moments(self.variant, shape, input, &mut parts);
-                parts
-            });
-            let moments = norm::merge(shape, &parts);
+        if let Some(moments) = moments {
             for channel in 0..shape.channels {
                 n.mean[channel] = moments.mean[channel];
                 n.inverse_deviation[channel] = inverse(moments.variance(channel));
@@ -83,6 +85,99 @@ impl Cpu {
             }
         }
         n
+    }
+
+    /// Applies a batch norm with this mean and deviation.
+    pub fn normalise(
+        &self,
+        call: &NormCall<Self>,
+        input: Operand<Buffer>,
+        n: &Normalisation,
+    ) -> Buffer {
+        let NormCall { norm, shape, parameters, residual, .. } = *call;
+        let (weight, bias) = (parameters.slice(norm.weight), parameters.slice(norm.bias));
+        let (variant, relu) = (self.variant, norm.relu);
+        match input {
+            Operand::Owned(mut value) => {
+                let into = &mut value;
+                norm::forward_in_place(variant, shape, into, n, weight, bias, residual, relu);
+                value
+            }
+            Operand::Borrowed(input) => {
+                let mut output = self.buffer(shape.len());
+                let into = &mut output;
+                norm::forward(variant, shape, input, n, weight, bias, residual, relu, into);
+                output
+            }
+        }
+    }
+
+    /// The sums of a norm's backward pass. Where the norm's output is at hand, they set the gradient to
+    /// zero where the ReLU is.
+    pub fn gradient_sums(
+        &self,
+        call: &NormGradientCall<Self>,
+        gradient: &mut Buffer,
+    ) -> norm::GradientSums {
+        let NormGradientCall { shape, normalised: n, .. } = *call;
+        let (input, relu) = (call.input.expect(NORM_INPUT), relu_of(call));
+        let mut scratch = self.pool.take(norm::gradient_sums_len(shape));
+        norm::gradient_sums(self.variant, shape, gradient, relu, input, n, &mut scratch)
+    }
+
+    /// Adds the gradients of a norm's weight and bias.
+    pub fn norm_weight_gradients<B: Operations<Normalised = Normalisation>>(
+        call: &NormGradientCall<B>,
+        sums: &norm::GradientSums,
+        gradients: &mut Changes,
+    ) {
+        norm::weight_gradient(call.normalised, sums, gradients.slice(call.norm.weight));
+        norm::bias_gradient(sums, gradients.slice(call.norm.bias));
+    }
+
+    /// The gradients of a norm's input and residual, as far as they are wanted.
+    pub fn norm_value_gradients(
+        &self,
+        call: &NormGradientCall<Self>,
+        sums: &norm::GradientSums,
+        mut gradient: Buffer,
+    ) -> [Option<Buffer>; 2] {
+        let NormGradientCall { norm, shape, parameters, normalised: n, .. } = *call;
+        let (input, relu) = (call.input.expect(NORM_INPUT), relu_of(call));
+        let (variant, weight) = (self.variant, parameters.slice(norm.weight));
+        let of_input = |from: Option<&Buffer>, into: &mut Buffer| {
+            norm::input_gradient(variant, shape, input, n, weight, sums, relu, from, into);
+        };
+        match call.wanted {
+            [false, false] => [None, None],
+            [true, false] => {
+                of_input(None, &mut gradient);
+                [Some(gradient), None]
+            }
+            // The residual's gradient is the sum's own, so the input's needs other memory.
+            [input_wanted, true] => {
+                let into = input_wanted.then(|| {
+                    let mut into = self.buffer(shape.len());
+                    of_input(Some(&gradient), &mut into);
+                    into
+                });
+                [into, Some(gradient)]
+            }
+        }
+    }
+}
+
+const NORM_INPUT: &str = "a norm on the CPU reads its input again";
+
+/// The ReLU of a norm, for its backward pass.
+fn relu_of<'a>(call: &NormGradientCall<'a, Cpu>) -> norm::Relu<'a> {
+    let NormGradientCall { norm, parameters, output, .. } = *call;
+    match (norm.relu, norm.residual) {
+        (false, _) => norm::Relu::Absent,
+        (true, None) => {
+            norm::Relu::Recomputed(parameters.slice(norm.weight), parameters.slice(norm.bias))
+        }
+        (true, Some(_)) => norm::Relu::Output(output.expect("with a residual, and its output too")),
     }
 }
 
@@ -194,28 +289,15 @@ impl Operations for Cpu {
         statistics: &mut Changes,
     ) -> Result<(Buffer, Normalisation)> {
         let clock = profile::start();
+        let NormCall { norm, shape, residual, .. } = call;
         let sums = call.sums.take();
         let read = match &input {
             Operand::Borrowed(input) => input,
             Operand::Owned(input) => input,
         };
-        let n = self.normalisation(&call, read, sums, statistics);
-        let NormCall { norm, shape, parameters, residual, .. } = call;
-        let (weight, bias) = (parameters.slice(norm.weight), parameters.slice(norm.bias));
-        let (variant, relu) = (self.variant, norm.relu);
-        let output = match input {
-            Operand::Owned(mut value) => {
-                let into = &mut value;
-                norm::forward_in_place(variant, shape, into, &n, weight, bias, residual, relu);
-                value
-            }
-            Operand::Borrowed(input) => {
-                let mut output = self.buffer(shape.len());
-                let into = &mut output;
-                norm::forward(variant, shape, input, &n, weight, bias, residual, relu, into);
-                output
-            }
-        };
+        let moments = call.batch.then(|| self.moments(shape, read, sums));
+        let n = Cpu::normalisation(norm, shape, moments, statistics);
+        let output = self.normalise(&call, input, &n);
         let times = 2 + usize::from(residual.is_some());
         self.passed(clock, "batch norm", Pass::Forward, shape, times);
         Ok((output, n))
@@ -228,42 +310,12 @@ impl Operations for Cpu {
         gradients: &mut Changes,
     ) -> Result<[Option<Buffer>; 2]> {
         let clock = profile::start();
-        let NormGradientCall { norm, shape, parameters, normalised: n, .. } = call;
-        let variant = self.variant;
-        let input = call.input.expect("a norm on the CPU reads its input again");
-        let weight = parameters.slice(norm.weight);
-        let relu = match (norm.relu, norm.residual) {
-            (false, _) => norm::Relu::Absent,
-            (true, None) => norm::Relu::Recomputed(weight, parameters.slice(norm.bias)),
-            (true, Some(_)) => {
-                norm::Relu::Output(call.output.expect("with a residual, and its output too"))
-            }
-        };
-        let mut scratch = self.pool.take(norm::gradient_sums_len(shape));
-        let sums = norm::gradient_sums(variant, shape, &mut gradient, relu, input, n, &mut scratch);
+        let NormGradientCall { norm, shape, .. } = call;
+        let sums = self.gradient_sums(&call, &mut gradient);
         if call.trained {
-            norm::weight_gradient(n, &sums, gradients.slice(norm.weight));
-            norm::bias_gradient(&sums, gradients.slice(norm.bias));
+            Cpu::norm_weight_gradients(&call, &sums, gradients);
         }
-        let of_input = |from: Option<&Buffer>, into: &mut Buffer| {
-            norm::input_gradient(variant, shape, input, n, weight, &sums, relu, from, into);
-        };
-        let found = match call.wanted {
-            [false, false] => [None, None],
-            [true, false] => {
-                of_input(None, &mut gradient);
-                [Some(gradient), None]
-            }
-            // The residual's gradient is the sum's own, so the input's needs other memory.
-            [input_wanted, true] => {
-                let into = input_wanted.then(|| {
-                    let mut into = self.buffer(shape.len());
-                    of_input(Some(&gradient), &mut into);
-                    into
-                });
-                [into, Some(gradient)]
-            }
-        };
+        let found = self.norm_value_gradients(&call, &sums, gradient);
         // Gradient and input are read for the sums; with a residual before a ReLU the output is, too,
         // and the gradient is written. Then gradient and input are read and a gradient is written.
         let times = if norm.relu && norm.residual.is_some() { 7 } else { 5 };

@@ -3,6 +3,7 @@
 //! | backend | computes with | a value is |
 //! |---|---|---|
 //! | [`Cpu`] | the kernels of the crate `kernels` | a buffer of tiles |
+//! | [`Grouped`] | the same, once for each group of a batch | such a buffer for each group |
 //! | [`Tensors`] | candle's tensor operations, on any of its devices | a tensor (N, H·W, C) |
 //! | `Cuda` | fused kernels for batch norm and updates, cuDNN for convolutions, tensor operations for the rest | a tensor (N, H·W, C) |
 //!
@@ -13,6 +14,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod grouped;
 mod storage;
 mod tensors;
 
@@ -26,6 +28,7 @@ use kernels::{Precision, Shape, Variant};
 pub(crate) use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
+pub(crate) use grouped::Grouped;
 pub(crate) use storage::Storage;
 pub(crate) use tensors::Tensors;
 
@@ -37,6 +40,7 @@ use crate::plan::{Norm, Product};
 #[derive(Clone)]
 pub(crate) enum Backend {
     Cpu(Cpu),
+    Grouped(Grouped),
     Tensors(Tensors),
     #[cfg(feature = "cuda")]
     Cuda(Cuda),
@@ -55,7 +59,7 @@ impl Backend {
 
     pub fn precision(&self) -> Precision {
         match self {
-            Backend::Cpu(cpu) => cpu.precision,
+            Backend::Cpu(cpu) | Backend::Grouped(Grouped { cpu, .. }) => cpu.precision,
             Backend::Tensors(tensors) => tensors.precision,
             #[cfg(feature = "cuda")]
             Backend::Cuda(cuda) => cuda.tensors.precision,
@@ -66,6 +70,10 @@ impl Backend {
     pub fn with_precision(&self, precision: Precision) -> Backend {
         match self {
             Backend::Cpu(cpu) => Backend::Cpu(Cpu::new(cpu.variant, precision)),
+            Backend::Grouped(Grouped { cpu, groups }) => {
+                let (cpu, groups) = (Cpu::new(cpu.variant, precision), groups.clone());
+                Backend::Grouped(Grouped { cpu, groups })
+            }
             Backend::Tensors(tensors) => {
                 Backend::Tensors(Tensors { precision, ..Tensors::clone(tensors) })
             }
@@ -76,9 +84,23 @@ impl Backend {
         }
     }
 
+    /// The groups of a batch on this rank, and the number of ranks.
+    pub fn groups(&self) -> (usize, usize) {
+        match self {
+            Backend::Grouped(Grouped { groups, .. }) => {
+                (groups.own(), groups.communicator().size())
+            }
+            _ => (1, 1),
+        }
+    }
+
+    pub fn ranks(&self) -> usize {
+        self.groups().1
+    }
+
     pub fn id(&self) -> BackendId<'_> {
         match self {
-            Backend::Cpu(_) => BackendId::Cpu,
+            Backend::Cpu(_) | Backend::Grouped(_) => BackendId::Cpu,
             Backend::Tensors(tensors) => BackendId::Tensors(&tensors.device),
             #[cfg(feature = "cuda")]
             Backend::Cuda(cuda) => BackendId::Cuda(&cuda.tensors.device),

@@ -123,7 +123,7 @@ impl Operations for Cuda {
         };
         let (weight, bias) = (parameters.tensor(norm.weight)?, parameters.tensor(norm.bias)?);
         let [mean, variance] = [norm.running_mean, norm.running_variance];
-        let running = [statistics.flat.tensor(mean)?, statistics.flat.tensor(variance)?];
+        let running = [statistics.tensor(mean)?, statistics.tensor(variance)?];
         let found =
             norm::normalise(norm, input, residual, [&weight, &bias], running.each_ref(), batch)?;
         for (entry, running) in

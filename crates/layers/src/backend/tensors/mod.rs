@@ -124,7 +124,7 @@ impl Operations for Tensors {
         };
         let [mean, variance] = [norm.running_mean, norm.running_variance];
         let [running_mean, running_variance] =
-            [statistics.flat.tensor(mean)?, statistics.flat.tensor(variance)?];
+            [statistics.tensor(mean)?, statistics.tensor(variance)?];
         let centred = if call.batch {
             let (centred, moments) = norm::Centred::of_batch(input, norm.epsilon)?;
             let follow = |running: &Tensor, batch: &Tensor| -> Result<Tensor> {

@@ -1,0 +1,164 @@
+//! The groups of a batch: leaves of the sums over images.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
+use collective::{CommunicationError, Communicator};
+
+/// The groups of consecutive images into which every batch is divided, and the ranks that share them.
+///
+/// In training, a network that computes [in groups](crate::Network::in_groups) takes each sum over
+/// images once for every group. A binary tree over the groups adds these sums, on one rank or on many:
+/// each rank holds a branch of the tree, and the branches meet in sums over the ranks. Results so depend
+/// on the number of groups, but not on the number of ranks.
+#[derive(Clone, Debug)]
+pub struct BatchGroups {
+    count: usize,
+    communicator: Communicator,
+}
+
+impl BatchGroups {
+    /// So many groups, shared evenly by the ranks of `communicator`.
+    ///
+    /// # Errors
+    ///
+    /// The number is not a power of two, or there are fewer groups than ranks.
+    pub fn new(count: usize, communicator: Communicator) -> Result<Self> {
+        if !count.is_power_of_two() {
+            bail!("a batch of {count} groups; the number of groups must be a power of two")
+        }
+        if communicator.size() > count {
+            bail!(
+                "{} ranks cannot share a batch of {count} groups; ask for as many groups or more",
+                communicator.size()
+            )
+        }
+        Ok(Self { count, communicator })
+    }
+
+    /// The batch as one group, on one rank.
+    pub fn one() -> Self {
+        Self { count: 1, communicator: Communicator::single() }
+    }
+
+    /// Whether batches are not divided.
+    pub fn is_one(&self) -> bool {
+        self.count == 1
+    }
+
+    /// The ranks that share the groups.
+    pub fn communicator(&self) -> &Communicator {
+        &self.communicator
+    }
+
+    /// The groups of this rank.
+    pub(crate) fn own(&self) -> usize {
+        self.count / self.communicator.size()
+    }
+
+    /// The images of this rank, in a batch of `images`.
+    pub fn own_images(&self, images: usize) -> Range<usize> {
+        let parts = parts(images, self.communicator.size());
+        parts.into_iter().nth(self.communicator.rank()).unwrap_or_default()
+    }
+
+    /// The rows of this rank, of a tensor that has a row for each image of the batch.
+    pub fn own_rows(&self, rows: &Tensor) -> Result<Tensor> {
+        if self.communicator.size() == 1 {
+            return Ok(rows.clone());
+        }
+        let own = self.own_images(rows.dim(0)?);
+        rows.narrow(0, own.start, own.len())?.contiguous()
+    }
+
+    /// The rows of all ranks in order, f32, from those of each.
+    ///
+    /// # Errors
+    ///
+    /// A rank has ended.
+    pub fn all_rows(&self, own: &Tensor) -> Result<Tensor> {
+        if self.communicator.size() == 1 {
+            return Ok(own.clone());
+        }
+        let (_, width) = own.dims2()?;
+        let rows = own.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+        let all = communicated(self.communicator.all_gather(&rows.to_vec1::<f32>()?))?;
+        let count = all.len() / width.max(1);
+        Tensor::from_vec(all, (count, width), &Device::Cpu)?.to_device(own.device())
+    }
+
+    /// The images of each group of this rank, which has so many images of the batch.
+    ///
+    /// # Errors
+    ///
+    /// A group would be empty.
+    pub(crate) fn of_own(&self, images: usize) -> Result<Vec<Range<usize>>> {
+        let groups = self.own();
+        if images < groups {
+            bail!(
+                "{images} images for {groups} groups of a batch; each group needs one: ask for fewer \
+                 groups, or for larger batches"
+            )
+        }
+        Ok(parts(images, groups))
+    }
+}
+
+/// Halves a range of images, then its halves, until there are so many parts, a power of two. So the parts
+/// of a part are parts of the whole. Their sizes differ by 1 at most.
+fn parts(images: usize, count: usize) -> Vec<Range<usize>> {
+    let mut all: Vec<Range<usize>> = std::iter::once(0..images).collect();
+    while all.len() < count {
+        let halves = |part: Range<usize>| {
+            let middle = part.start + part.len() / 2;
+            [part.start..middle, middle..part.end]
+        };
+        all = all.into_iter().flat_map(halves).collect();
+    }
+    all
+}
+
+/// The result of a collective operation, with candle's error.
+pub(crate) fn communicated<T>(result: std::result::Result<T, CommunicationError>) -> Result<T> {
+    result.map_err(Error::wrap)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_groups_of_a_rank_are_groups_of_the_batch() -> Result<()> {
+        for images in 8..40 {
+            let whole = parts(images, 8);
+            assert_eq!(whole.iter().map(Range::len).sum::<usize>(), images);
+            assert!(whole.iter().all(|part| part.len().abs_diff(images / 8) <= 1), "{whole:?}");
+            for ranks in [1, 2, 4, 8] {
+                let mut found = Vec::new();
+                for rank in Communicator::threads(ranks).map_err(Error::wrap)? {
+                    let groups = BatchGroups::new(8, rank)?;
+                    let own = groups.own_images(images);
+                    let parts = groups.of_own(own.len())?.into_iter();
+                    found.extend(parts.map(|part| own.start + part.start..own.start + part.end));
+                }
+                assert_eq!(found, whole, "{ranks} ranks");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() -> Result<()> {
+        let four = Communicator::threads(4).map_err(Error::wrap)?.remove(3);
+        let error = BatchGroups::new(2, four.clone()).expect_err("too few").to_string();
+        assert!(error.contains("4 ranks") && error.contains("2 groups"), "{error}");
+        assert!(
+            BatchGroups::new(6, four.clone()).is_err()
+                && BatchGroups::new(0, four.clone()).is_err()
+        );
+        let groups = BatchGroups::new(8, four)?;
+        let error = groups.of_own(1).expect_err("an empty group").to_string();
+        assert!(error.contains("1 images for 2 groups"), "{error}");
+        Ok(())
+    }
+}

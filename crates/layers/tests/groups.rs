@@ -1,0 +1,166 @@
+//! Training in groups of a batch: the same bits on any number of ranks.
+
+use candle_core::{Device, Result, Tensor};
+use collective::Communicator;
+use layers::{
+    BatchGroups, BatchNorm, Builder, Convolution, Mode, Modes, Network, Pool, Precision, Sgd,
+};
+
+/// All operations: convolutions with one in Winograd's form, norms with and without a residual, both
+/// pools, a ReLU and a linear layer.
+fn network(precision: Precision) -> Result<Network> {
+    let mut b = Builder::images(3);
+    let c = Convolution { out_channels: 18, kernel: 3, stride: 1, padding: 1 };
+    let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+    b.block("stem");
+    let x = b.input();
+    let z = b.convolution("conv1", x, c)?;
+    let y = b.batch_norm("bn1", z, norm)?;
+    let z = b.convolution("conv2", y, c)?;
+    let y = b.batch_norm("bn2", z, BatchNorm { residual: Some(y), ..norm })?;
+    let y = b.max_pool(y, Pool { kernel: 3, stride: 2, padding: 1 })?;
+    b.block("head");
+    let y = b.global_average_pool(y)?;
+    let y = b.linear("hidden", y, 5)?;
+    let y = b.relu(y)?;
+    let y = b.linear("output", y, 4)?;
+    let y = b.batch_norm("bn3", y, BatchNorm { relu: false, ..norm })?;
+    Ok(b.finish(y)?.with_precision(precision))
+}
+
+/// Numbers in [−1, 1), different in every place.
+fn numbers(seed: usize, shape: &[usize]) -> Result<Tensor> {
+    let number = |at: usize| ((at * 7919 + seed * 104_729 + at * at) % 2017) as f32 / 1008.5 - 1.;
+    let numbers: Vec<f32> = (0..shape.iter().product()).map(number).collect();
+    Tensor::from_vec(numbers, shape, &Device::Cpu)
+}
+
+/// Everything that a step computes, of two passes of different batches.
+#[derive(Debug, PartialEq)]
+struct Step {
+    outputs: Vec<Vec<f32>>,
+    of_input: Vec<f32>,
+    gradients: Vec<f32>,
+    parameters: Vec<f32>,
+    statistics: Vec<f32>,
+}
+
+/// Two passes and a step of one rank.
+fn step(network: &Network, groups: &BatchGroups, frozen: bool) -> Result<Step> {
+    let network = network.in_groups(groups)?;
+    let (mut parameters, mut gradients) = (network.parameters(), network.gradients());
+    let (mut statistics, mut momenta) = (network.statistics(), network.momenta());
+    for (seed, entry) in network.parameters().entries().iter().enumerate() {
+        let values = numbers(seed, &[entry.range.len()])?.to_vec1::<f32>()?;
+        parameters.set(&entry.name, &values)?;
+    }
+    let mut modes = Modes::all(&network, Mode::Batch);
+    if frozen {
+        parameters.set_trainable("stem", false)?;
+        modes.set("stem", Mode::Running)?;
+    }
+    let (mut outputs, mut of_input) = (Vec::new(), Vec::new());
+    for (pass, images) in [11, 8].into_iter().enumerate() {
+        let input = groups.own_rows(&numbers(20 + pass, &[images, 7, 9, 3])?)?;
+        let mut tape = network.tape();
+        let output =
+            network.forward(&parameters, &mut statistics, &input, &modes, Some(&mut tape))?;
+        outputs.push(groups.all_rows(&output)?.flatten_all()?.to_vec1()?);
+        let gradient = groups.own_rows(&numbers(30 + pass, &[images, 4])?)?;
+        let found = network.backward(&parameters, &mut tape, &gradient, &mut gradients, true)?;
+        let found = found.expect("asked for");
+        let found = found.reshape((found.dim(0)?, 7 * 9 * 3))?;
+        of_input.extend(groups.all_rows(&found)?.flatten_all()?.to_vec1::<f32>()?);
+    }
+    gradients.reduce()?;
+    let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 5e-4 };
+    parameters.sgd(&gradients, &mut momenta, sgd)?;
+    let (gradients, parameters) = (gradients.to_vec()?, parameters.to_vec()?);
+    Ok(Step { outputs, of_input, gradients, parameters, statistics: statistics.to_vec()? })
+}
+
+/// The step on so many ranks, each with kernels on threads of its own.
+fn steps(network: &Network, groups: usize, ranks: usize, frozen: bool) -> Vec<Step> {
+    let ranks = Communicator::threads(ranks).expect("a power of two");
+    std::thread::scope(|scope| {
+        let work = |rank| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads");
+            pool.install(|| step(network, &BatchGroups::new(groups, rank)?, frozen))
+        };
+        let threads: Vec<_> =
+            ranks.into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
+        let ends = threads.into_iter().map(|thread| thread.join().expect("no panic"));
+        ends.collect::<Result<_>>().expect("all ranks run")
+    })
+}
+
+#[test]
+fn a_step_has_the_same_bits_on_1_2_and_4_ranks() -> Result<()> {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let network = network(precision)?;
+        for frozen in [false, true] {
+            let one = steps(&network, 4, 1, frozen).remove(0);
+            assert!(one.gradients.iter().any(|gradient| *gradient != 0.));
+            for ranks in [2, 4] {
+                for step in steps(&network, 4, ranks, frozen) {
+                    assert!(step == one, "{precision:?}, {ranks} ranks, frozen: {frozen}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The groups are one batch: their statistics and gradients are its own but for the rounding.
+#[test]
+fn groups_compute_what_the_whole_batch_does() -> Result<()> {
+    let network = network(Precision::F32)?;
+    for frozen in [false, true] {
+        let whole = step(&network, &BatchGroups::one(), frozen)?;
+        let groups = steps(&network, 8, 2, frozen).remove(0);
+        assert_ne!(whole.gradients, groups.gradients, "nothing was divided");
+        let near = |a: &[f32], b: &[f32], what: &str| {
+            assert_eq!(a.len(), b.len(), "{what}");
+            let scale = b.iter().fold(1f32, |most, value| most.max(value.abs()));
+            let most = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0., f32::max);
+            assert!(most < 2e-5 * scale, "{what}, frozen {frozen}: {most} of {scale}");
+        };
+        near(&groups.outputs.concat(), &whole.outputs.concat(), "outputs");
+        near(&groups.of_input, &whole.of_input, "gradient of the input");
+        near(&groups.gradients, &whole.gradients, "gradients");
+        near(&groups.statistics, &whole.statistics, "statistics");
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_groups_are_added_before_they_are_read() -> Result<()> {
+    let groups = BatchGroups::new(4, Communicator::single())?;
+    let network = network(Precision::F32)?.in_groups(&groups)?;
+    let (parameters, mut gradients) = (network.parameters(), network.gradients());
+    let mut statistics = network.statistics();
+    let modes = Modes::all(&network, Mode::Batch);
+    let input = numbers(1, &[5, 7, 9, 3])?;
+    let mut pass = |gradients: &mut _| -> Result<()> {
+        let mut tape = network.tape();
+        let statistics = &mut statistics;
+        let output = network.forward(&parameters, statistics, &input, &modes, Some(&mut tape))?;
+        network.backward(&parameters, &mut tape, &output, gradients, false).map(|_| ())
+    };
+    pass(&mut gradients)?;
+    let error = gradients.to_vec().expect_err("four parts").to_string();
+    assert!(error.contains("call `reduce` first"), "{error}");
+    gradients.reduce()?;
+    let sum = gradients.to_vec()?;
+    gradients.reduce()?;
+    assert_eq!(gradients.to_vec()?, sum, "a second call changes nothing");
+    let error = pass(&mut gradients).expect_err("already added").to_string();
+    assert!(error.contains("`zero`"), "{error}");
+    gradients.zero();
+    assert!(gradients.to_vec()?.iter().all(|gradient| *gradient == 0.));
+    let three = numbers(1, &[3, 7, 9, 3])?;
+    let error = network.forward(&parameters, &mut network.statistics(), &three, &modes, None);
+    let error = error.expect_err("an empty group").to_string();
+    assert!(error.contains("3 images for 4 groups"), "{error}");
+    Ok(())
+}
