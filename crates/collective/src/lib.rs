@@ -7,6 +7,7 @@
 //! | backend | ranks |
 //! |---|---|
 //! | [`Communicator::single`] | one: nothing is sent, and every operation returns at once |
+//! | [`Communicator::of_environment`] | the processes that `mpirun` or `srun` started, with the feature `mpi` |
 //! | [`Communicator::threads`] | threads of one process, for tests |
 //!
 //! All ranks call the same operations in the same order. A rank that ends makes the operations of the
@@ -31,6 +32,9 @@
 //! This crate knows no tensor and no network.
 
 mod error;
+mod launch;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod threads;
 
 use std::ops::{AddAssign, Range};
@@ -57,6 +61,8 @@ pub struct Communicator {
 enum Links {
     Single,
     Threads(Arc<ThreadRank>),
+    #[cfg(feature = "mpi")]
+    Mpi(Arc<mpi::World>),
 }
 
 /// Fewer numbers than this for each rank are summed whole: latency outweighs their bytes.
@@ -185,6 +191,17 @@ impl Communicator {
         Ok(flag[0] != 0)
     }
 
+    /// Ends this process with a failure, and with it the others: they would wait for it.
+    ///
+    /// - `code`: the exit status.
+    pub fn abort(&self, code: u8) -> ! {
+        #[cfg(feature = "mpi")]
+        if let Links::Mpi(world) = &self.links {
+            world.abort(code)
+        }
+        std::process::exit(i32::from(code))
+    }
+
     /// Distances from a rank to its partners, nearest first: the tree from its leaves up.
     fn distances(&self) -> impl DoubleEndedIterator<Item = usize> + use<> {
         (0..self.size.trailing_zeros()).map(|level| 1 << level)
@@ -227,6 +244,11 @@ impl Communicator {
         match &self.links {
             Links::Single => Ok(()),
             Links::Threads(links) => links.exchange(partner, sent, received),
+            #[cfg(feature = "mpi")]
+            Links::Mpi(world) => {
+                world.exchange(partner, sent, received);
+                Ok(())
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result};
+use collective::Communicator;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -25,6 +26,13 @@ impl Interrupt {
     /// standard input. A second signal ends the process at once, with the exit status of an
     /// interruption: files are replaced atomically, so nothing is lost.
     pub fn listen() -> Result<Self> {
+        Self::listen_on_rank(&Communicator::single())
+    }
+
+    /// [`listen`](Self::listen), where this process is one of several ranks. Of these the first alone
+    /// has a standard input; for the others it ends at once. A training takes an interrupt of any rank
+    /// as one of all.
+    pub fn listen_on_rank(communicator: &Communicator) -> Result<Self> {
         let interrupt = Self::default();
         for signal in signals() {
             // In this order: the first signal finds the flag down, the second finds it raised.
@@ -32,7 +40,7 @@ impl Interrupt {
             flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupt.0))
                 .context("listening for interrupts")?;
         }
-        if env::var_os(HELD_BY_STDIN).is_some() {
+        if env::var_os(HELD_BY_STDIN).is_some() && communicator.is_first() {
             interrupt.raise_at_end_of(io::stdin());
         }
         interrupt.register()

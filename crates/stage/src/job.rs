@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use collective::Communicator;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -34,6 +35,8 @@ pub struct Job {
     pub data: DataTable,
     /// Raised when the stage is to save and stop.
     pub interrupt: Interrupt,
+    /// The ranks that share the work; the first one writes.
+    pub communicator: Communicator,
 }
 
 /// Name of the log in a stage's folder.
@@ -59,6 +62,7 @@ impl Job {
             device: DeviceChoice::Cpu,
             data,
             interrupt: Interrupt::default(),
+            communicator: Communicator::single(),
         }
     }
 
@@ -91,7 +95,11 @@ impl Job {
 
     /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times. The line
     /// has a digest, see [`json`]. Its numbers also go to [`EVENTS`](crate::EVENTS), for TensorBoard.
+    /// Of several ranks, the first one writes; so do the other methods that change the log.
     pub fn log(&self, line: &impl Serialize) -> Result<()> {
+        if !self.communicator.is_first() {
+            return Ok(());
+        }
         let path = self.out.join(LOG);
         let mut text = json::to_line(line)?;
         text.push('\n');
@@ -107,6 +115,9 @@ impl Job {
     /// Keeps the lines of the log that `is_kept` accepts. A resumed stage drops those that a killed run
     /// wrote after its last checkpoint, because their steps run again.
     pub fn retain_log(&self, is_kept: impl Fn(&Value) -> bool) -> Result<()> {
+        if !self.communicator.is_first() {
+            return Ok(());
+        }
         let path = self.out.join(LOG);
         let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
         let is_kept = |line: &&str| serde_json::from_str(line).is_ok_and(|line| is_kept(&line));
@@ -118,6 +129,9 @@ impl Job {
     /// Removes the log of an earlier attempt. A stage calls it before it starts from scratch, so that
     /// the log describes one attempt.
     pub fn clear_log(&self) -> Result<()> {
+        if !self.communicator.is_first() {
+            return Ok(());
+        }
         event_file::remove(&self.out)?;
         files::remove_if_there(&self.out.join(LOG))
     }

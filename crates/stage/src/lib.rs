@@ -71,6 +71,9 @@ pub mod random;
 mod shared;
 mod status;
 
+/// Whether this program is built with MPI, by which several processes share a training.
+pub const HAS_MPI: bool = cfg!(feature = "mpi");
+
 pub use arguments::{DeviceChoice, StageArguments};
 pub use claim::Claim;
 pub use contract::{Effort, Origin, Output, PictureCost, Role, Spec, Stage};

@@ -5,14 +5,17 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use clap::{CommandFactory, FromArgMatches};
+use collective::Communicator;
 
 use crate::arguments::StageArguments;
 use crate::{
-    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, console, files, finished, memory,
-    status,
+    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, Status, console, files, finished,
+    memory, status,
 };
 
 /// A stage with its type erased: an entry of a registry.
@@ -20,7 +23,7 @@ use crate::{
 pub struct Program {
     /// What an orchestrator must know of the stage.
     pub spec: Spec,
-    run: fn(Vec<OsString>) -> Result<()>,
+    run: fn(Vec<OsString>, &Communicator) -> Result<()>,
     check_table: fn(&Experiment) -> Result<()>,
     identity: fn(&Experiment, &Interrupt) -> Result<Option<String>>,
 }
@@ -59,8 +62,28 @@ impl Program {
     /// - `words`: the command line, whose first word is the program's name.
     pub fn main(&self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
         console::start_logging();
-        status::finish(self.spec.name, &(self.run)(words.into_iter().collect()))
+        let communicator = match Communicator::of_environment() {
+            Ok(communicator) => communicator,
+            Err(error) => return status::finish(self.spec.name, &Err(error.into())),
+        };
+        let result = (self.run)(words.into_iter().collect(), &communicator);
+        match (&result, communicator.size()) {
+            (Err(error), 2..) => end_all(self.spec.name, &communicator, error),
+            _ => status::finish(self.spec.name, &result),
+        }
     }
+}
+
+/// Prints the error of a rank, and ends all ranks: the others would wait for this one.
+fn end_all(name: &str, communicator: &Communicator, error: &Error) -> ! {
+    let (rank, ranks) = (communicator.rank(), communicator.size());
+    let status = Status::of_error(error);
+    if rank > 0 && matches!(status, Status::Interrupted | Status::Diverged) {
+        // All ranks come to these ends at the same step. The first one says so, and ends this one.
+        thread::sleep(Duration::from_secs(10));
+    }
+    console::print_error(format_args!("{name}, rank {rank} of {ranks}: {error:#}"));
+    communicator.abort(status.code())
 }
 
 /// Fails where the stage's table of the experiment, or `[data]`, cannot be used.
@@ -74,7 +97,7 @@ pub fn main<S: Stage>() -> ExitCode {
     Program::of::<S>().main(std::env::args_os())
 }
 
-fn check_or_run<S: Stage>(words: Vec<OsString>) -> Result<()> {
+fn check_or_run<S: Stage>(words: Vec<OsString>, communicator: &Communicator) -> Result<()> {
     let spec = S::SPEC;
     let version = format!("algorithm {}", spec.algorithm);
     let inputs: Vec<_> = spec.inputs.iter().map(|input| input.name).collect();
@@ -87,11 +110,15 @@ fn check_or_run<S: Stage>(words: Vec<OsString>) -> Result<()> {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    let interrupt = Interrupt::listen()?;
+    let interrupt = Interrupt::listen_on_rank(communicator)?;
     let experiment = Experiment::read(&arguments.experiment)?;
     let config: S::Config = experiment.table(spec.name)?;
     let (is_check, job) = (arguments.check, job(&spec, arguments, &experiment, interrupt)?);
+    let job = Job { communicator: communicator.clone(), ..job };
     let effort = S::check(&config, &job)?;
+    if is_check && !communicator.is_first() {
+        return Ok(());
+    }
     if is_check {
         let (effort, config) = (toml::to_string(&effort)?, toml::to_string(&config)?);
         return console::print(format_args!("{effort}\n[{}]\n{config}", spec.name));
@@ -145,10 +172,21 @@ fn inputs_by_role(
 }
 
 /// Runs a stage whose folder is not finished, and marks the folder when it is.
+///
+/// Of several ranks, the first one claims and marks the folder, and the others wait for it.
 fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    if !job.communicator.is_first() {
+        let is_finished = job.communicator.any(false)?;
+        return if is_finished {
+            Ok(())
+        } else {
+            run().and_then(|()| Ok(job.communicator.barrier()?))
+        };
+    }
     // Before the claim: a finished folder may be on a read-only file system.
     let is_finished = || finished::is_finished(&job.out);
     let say_finished = || {
+        job.communicator.any(true)?; // The ranks need not run.
         tracing::info!("`{}` is finished; remove it to run again", job.out.display());
         Ok(())
     };
@@ -168,15 +206,15 @@ fn run_once(spec: &Spec, job: &Job, run: impl FnOnce() -> Result<()>) -> Result<
             job.out.display()
         );
     }
+    job.communicator.any(false)?;
     run()?;
-    finished::mark(&job.out, spec.name, Some(spec.algorithm), finished::Digests::Listed)
+    finished::mark(&job.out, spec.name, Some(spec.algorithm), finished::Digests::Listed)?;
+    Ok(job.communicator.barrier()?)
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::thread;
-    use std::time::Duration;
 
     use super::*;
     use crate::{DONE, Origin, Role, json};
@@ -242,6 +280,33 @@ mod tests {
             drop(claim);
             second.join().expect("no panic").expect("nothing to do");
         });
+    }
+
+    #[test]
+    fn of_several_ranks_the_first_claims_and_marks_and_a_finished_folder_runs_on_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let out = folder.path().join("out");
+        let runs = std::sync::atomic::AtomicUsize::new(0);
+        let on_ranks = || {
+            let ranks = Communicator::threads(4).expect("a power of two");
+            thread::scope(|scope| {
+                for communicator in ranks {
+                    let (job, runs) = (Job { communicator, ..job(&out) }, &runs);
+                    scope.spawn(move || {
+                        let run = || {
+                            assert!(job.out.exists(), "the first has made it");
+                            runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                            Ok(())
+                        };
+                        run_once(&SPEC, &job, run).expect("runs");
+                        assert!(finished::is_finished(&job.out), "the first has marked it");
+                    });
+                }
+            });
+            runs.load(std::sync::atomic::Ordering::Relaxed)
+        };
+        assert_eq!((on_ranks(), on_ranks()), (4, 4));
+        assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1, "no lock is left");
     }
 
     #[test]

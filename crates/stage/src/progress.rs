@@ -82,6 +82,7 @@ enum ProgressForm {
     Bar(ProgressBar),
     Lines,
     Json,
+    Hidden,
 }
 
 /// Least time between two log lines.
@@ -105,6 +106,12 @@ impl Progress {
         Self { form, label: label.to_owned(), unit, length, done: 0, first: None, last_line }
     }
 
+    /// Shows nothing, where another process shows the same work.
+    pub fn hidden() -> Self {
+        let (form, label) = (ProgressForm::Hidden, String::new());
+        Self { form, label, unit: Unit::Steps, length: 0, done: 0, first: None, last_line: None }
+    }
+
     /// Sets the amount that is done; `note` is shown beside it, such as the loss.
     pub fn at(&mut self, done: u64, note: &str) {
         let now = Instant::now();
@@ -125,7 +132,7 @@ impl Progress {
                 self.last_line = Some(now);
                 event(&self.event(note, now));
             }
-            ProgressForm::Lines | ProgressForm::Json => {}
+            ProgressForm::Lines | ProgressForm::Json | ProgressForm::Hidden => {}
         }
     }
 

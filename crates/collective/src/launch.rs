@@ -1,0 +1,82 @@
+//! How this process was started: alone, or as one of several ranks.
+
+use std::env;
+
+use crate::{CommunicationError, Communicator, Result};
+
+/// Variables in which `mpirun` and `srun` give each process the number of ranks.
+const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
+
+impl Communicator {
+    /// The ranks that `mpirun` or `srun` started, or the only one where neither did.
+    ///
+    /// # Errors
+    ///
+    /// There are several, and the program is built without the feature `mpi`; or their number is not a
+    /// power of two.
+    pub fn of_environment() -> Result<Self> {
+        match launched(|name| env::var(name).ok()) {
+            0 | 1 => Ok(Self::single()),
+            ranks => Self::started(ranks),
+        }
+    }
+
+    #[cfg(feature = "mpi")]
+    fn started(ranks: usize) -> Result<Self> {
+        crate::check_size(ranks)?;
+        let world = crate::mpi::World::new()?;
+        let (rank, size) = (world.rank(), world.size());
+        if size != ranks {
+            return Err(CommunicationError::new(format!(
+                "{ranks} ranks were started, but MPI connects {size}; start them with the `mpirun` of the \
+                 MPI that this program is built with, or with the `srun --mpi=` that fits it"
+            )));
+        }
+        Ok(Self { rank, size, links: crate::Links::Mpi(std::sync::Arc::new(world)) })
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn started(ranks: usize) -> Result<Self> {
+        Err(CommunicationError::new(format!(
+            "{ranks} ranks were started, but this program is built without MPI; install Open MPI or MPICH \
+             and libclang, and build it with `--features mpi`"
+        )))
+    }
+}
+
+/// The number of ranks by a launcher's variables; 1 without one.
+fn launched(variable: impl Fn(&str) -> Option<String>) -> usize {
+    // `srun` sets its own for programs that do not use MPI, too; those that do have `PMI_RANK` or
+    // `PMIX_RANK`.
+    let by_mpi = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"];
+    if by_mpi.iter().all(|name| variable(name).is_none()) {
+        return 1;
+    }
+    SIZES.iter().find_map(|name| variable(name)?.parse().ok()).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_ranks_is_read_from_the_launchers_variables() {
+        let of = |variables: &[(&str, &str)]| {
+            let find = |name: &str| variables.iter().find(|(known, _)| *known == name);
+            launched(|name| find(name).map(|(_, value)| (*value).to_owned()))
+        };
+        assert_eq!(of(&[]), 1);
+        assert_eq!(of(&[("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "4")]), 4);
+        assert_eq!(of(&[("PMI_RANK", "0"), ("PMI_SIZE", "2")]), 2);
+        assert_eq!(of(&[("PMIX_RANK", "3"), ("SLURM_STEP_NUM_TASKS", "8")]), 8);
+        // A job of Slurm's whose step uses no MPI.
+        assert_eq!(of(&[("SLURM_STEP_NUM_TASKS", "8")]), 1);
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    #[test]
+    fn ranks_of_a_program_without_mpi_are_refused_with_the_remedy() {
+        let error = Communicator::started(4).expect_err("not built in").to_string();
+        assert!(error.contains("4 ranks") && error.contains("--features mpi"), "{error}");
+    }
+}
