@@ -1,7 +1,9 @@
 //! A plan with its parameters and statistics.
 
 use candle_core::{Device, Result, Tensor};
-use layers::{Gradients, Inference, Modes, Network, Parameters, Statistics, Tape, TensorEntry};
+use layers::{
+    BatchGroups, Gradients, Inference, Modes, Network, Parameters, Statistics, Tape, TensorEntry,
+};
 
 use crate::initial::InitialDistribution;
 
@@ -56,6 +58,11 @@ impl Segment {
     /// A copy on `device`: see [`Network::on`].
     pub fn on(&self, device: &Device) -> Result<Self> {
         self.with_network(self.network.on(device))
+    }
+
+    /// The same segment, which divides batches into these groups: see [`Network::in_groups`].
+    pub fn in_groups(&self, groups: &BatchGroups) -> Result<Self> {
+        self.with_network(self.network.in_groups(groups)?)
     }
 
     /// A copy for `network`, which must have the same entries.

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZero;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -27,7 +28,9 @@ pub const AHEAD: usize = 2;
 pub struct Batch {
     /// The pictures, as rows of `images.safetensors`, B.
     pub rows: Vec<u32>,
-    /// By view, the normalised values `(B, height, width, channels)`.
+    /// The pictures that the views show, of `rows`: all, or those of this rank.
+    pub own: Range<usize>,
+    /// By view, the normalised values `(O, height, width, channels)` of the O pictures in `own`.
     pub views: Vec<Vec<f32>>,
     /// By view, rows of pixels and pixels in a row.
     pub sizes: Vec<[usize; 2]>,
@@ -40,15 +43,15 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Extents of the first view: `(B, height, width, channels)`.
+    /// Extents of the first view: `(O, height, width, channels)`.
     pub fn shape(&self) -> (usize, usize, usize, usize) {
-        (self.rows.len(), self.height, self.width, self.channels)
+        (self.own.len(), self.height, self.width, self.channels)
     }
 
     /// Extents of the view `view`, which may be a smaller crop than the first.
     pub fn shape_of(&self, view: usize) -> (usize, usize, usize, usize) {
         let [height, width] = self.sizes[view];
-        (self.rows.len(), height, width, self.channels)
+        (self.own.len(), height, width, self.channels)
     }
 }
 
@@ -90,6 +93,8 @@ struct Maker {
     batches: Vec<Vec<u32>>,
     /// For each row of each batch, how often it occurred before.
     occurrences: Vec<Vec<u32>>,
+    /// For each batch, the pictures to make views of.
+    own: Vec<Range<usize>>,
     /// The pipeline of each view, and the input that it fills.
     views: Vec<(Pipeline, Input)>,
     seed: u64,
@@ -204,10 +209,21 @@ impl Loader {
         let done = done.min(batches.len());
         let occurrences = occurrences(&batches);
         let images = images.clone();
-        let maker = Arc::new(Maker { images, batches, occurrences, views, seed, epoch });
+        let own = batches.iter().map(|batch| 0..batch.len()).collect();
+        let maker = Arc::new(Maker { images, batches, occurrences, own, views, seed, epoch });
         let state = LoaderState { claimed: done, taken: done, ..LoaderState::default() };
         let ring = Arc::new(Ring { state: Mutex::new(state), changed: Condvar::new() });
         Ok(Self { ring, maker, count: threads.max(1), threads: Vec::new(), next: done, wish })
+    }
+
+    /// Makes views of a part of each batch alone, the same as without this call. Before the first batch.
+    ///
+    /// - `own`: from the number of pictures in a batch to the part.
+    pub fn only(mut self, own: impl Fn(usize) -> Range<usize>) -> Self {
+        if let Some(maker) = Arc::get_mut(&mut self.maker) {
+            maker.own = maker.batches.iter().map(|batch| own(batch.len())).collect();
+        }
+        self
     }
 
     /// Opens or makes the decoded copy, and starts the threads.
@@ -295,16 +311,17 @@ impl Maker {
         memory: &mut DecodeBuffer,
         workspace: &mut Workspace,
     ) -> Result<Batch> {
-        let rows = &self.batches[number];
-        let empty = |(_, input): &(Pipeline, Input)| kernels::zeros(rows.len() * input.values());
+        let (rows, own) = (&self.batches[number], self.own[number].clone());
+        let empty = |(_, input): &(Pipeline, Input)| kernels::zeros(own.len() * input.values());
         let mut views: Vec<Vec<f32>> = self.views.iter().map(empty).collect();
-        for (position, &row) in rows.iter().enumerate() {
+        for (place, position) in own.clone().enumerate() {
+            let row = rows[position];
             let picture = self.images.pixels(row, memory)?;
             for (view, (pipeline, input)) in self.views.iter().enumerate() {
                 let occurrence = u64::from(self.occurrences[number][position]);
                 let counters = [self.epoch, u64::from(row), view as u64, occurrence];
                 let mut rng = stream(self.seed, "views", &counters);
-                let range = position * input.values()..(position + 1) * input.values();
+                let range = place * input.values()..(place + 1) * input.values();
                 let out = &mut views[view][range];
                 pipeline.apply(picture, input, &mut rng, workspace, out).with_context(|| {
                     let path = self.images.data_set().path.display();
@@ -314,7 +331,7 @@ impl Maker {
         }
         let sizes: Vec<_> = self.views.iter().map(|(_, i)| [i.height, i.width]).collect();
         let ([height, width], channels) = (sizes[0], self.views[0].1.channels);
-        Ok(Batch { rows: rows.clone(), views, sizes, height, width, channels })
+        Ok(Batch { rows: rows.clone(), own, views, sizes, height, width, channels })
     }
 }
 
@@ -396,6 +413,28 @@ mod tests {
             .expect("started")
             .collect::<Result<_>>()
             .expect("made")
+    }
+
+    #[test]
+    fn parts_of_a_batch_have_the_views_of_the_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = images(folder.path());
+        // A picture that comes again is another view, also where an other part has the first.
+        let batches = || vec![vec![3, 7, 3, 9, 4], vec![7, 3, 5, 5, 6]];
+        let whole = load(&images, batches(), 1, 2);
+        let parts = [0..2, 2..5].map(|part: Range<usize>| {
+            let loader = Loader::new(&images, batches(), vec![pipeline(); 2], &input(), 1, 7, 2)
+                .expect("started");
+            loader.only(|_| part.clone()).collect::<Result<Vec<_>>>().expect("made")
+        });
+        for (number, whole) in whole.iter().enumerate() {
+            assert_eq!(parts[1][number].shape().0, 3);
+            for view in 0..2 {
+                let joined = parts.each_ref().map(|part| part[number].views[view].clone()).concat();
+                assert_eq!(joined, whole.views[view]);
+            }
+            assert_eq!(parts[0][number].rows, whole.rows);
+        }
     }
 
     #[test]

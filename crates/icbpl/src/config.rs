@@ -244,6 +244,7 @@ impl Config {
         self.augmented.check(&table("augmented"))?;
         self.check_published(job)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        self.run.check_groups(job.name, self.plan(pictures.trained).batch_size)?;
         // A run is about to begin.
         if let StartTable::File { file, .. } = &self.start {
             ensure!(

@@ -70,10 +70,11 @@ impl Stage for Icbpl {
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
 
-        let networks = IcbplNetworks::new(config, job, &device)?;
+        let networks = IcbplNetworks::new(config, job, &device)?.in_groups(&groups)?;
         let mut model =
             IcbplModel { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
@@ -85,8 +86,8 @@ impl Stage for Icbpl {
             }
         }
         let rates = config.learning_rates(plan.steps_per_epoch);
-        let views = config.views(&images, job.seed);
-        let neighbours = config.neighbour_views(&images, job.seed);
+        let views = config.views(&images, job.seed).in_groups(&groups);
+        let neighbours = config.neighbour_views(&images, job.seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             let order = sampler::uniform(&rows, config.run.batch_size, job.seed, epoch)?;
@@ -123,6 +124,9 @@ impl Stage for Icbpl {
         }
         let configuration = model.networks.configuration(config)?;
         run.finish(&mut model, &configuration)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank finds and writes the result.
+        }
 
         let found = predict(config, &images, &mut model.networks, job, &device)?;
         let by = CentreMetric::Cosine;

@@ -8,7 +8,7 @@ use backbone::{Architecture, Segment, backbone_file, resnet};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use data::views::Input;
-use layers::{Adam, Builder, Network, Transformer};
+use layers::{Adam, BatchGroups, Builder, Network, Transformer};
 use serde_json::{Value, json};
 use stage::Job;
 use training::{Checkpoint, Seam, Trained, TrainedSegment};
@@ -66,7 +66,24 @@ impl IcbplNetworks {
         Ok(Self { backbone, head: head.on(device)?, centroids })
     }
 
-    /// Pictures `(B, H, W, C)` through backbone and head.
+    /// The same networks, which divide batches into these groups.
+    ///
+    /// # Errors
+    ///
+    /// They compute on a device that cannot divide batches.
+    pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
+        let backbone = match self.backbone {
+            StartingBackbone::Residual { architecture, segment } => {
+                let segment = Box::new(segment.in_groups(groups)?);
+                StartingBackbone::Residual { architecture, segment }
+            }
+            // Each picture passes it by itself.
+            transformer => transformer,
+        };
+        Ok(Self { backbone, head: self.head.in_groups(groups)?, centroids: self.centroids })
+    }
+
+    /// Pictures `(B, H, W, C)` of this rank through backbone and head.
     ///
     /// # Errors
     ///
@@ -75,7 +92,7 @@ impl IcbplNetworks {
         Ok(match &mut self.backbone {
             StartingBackbone::Residual { segment, .. } => {
                 let embedding = segment.forward(pictures)?;
-                let feature = self.head.forward(&embedding)?;
+                let feature = self.head.forward_batch(&embedding)?;
                 IcbplPass { embedding: Some(embedding), feature }
             }
             StartingBackbone::Transformer(transformer) => {
@@ -120,8 +137,8 @@ impl IcbplNetworks {
     }
 
     /// The first parameter whose gradient is not finite.
-    pub fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
-        let of_backbone = match &self.backbone {
+    pub fn first_gradient_not_finite(&mut self) -> candle_core::Result<Option<String>> {
+        let of_backbone = match &mut self.backbone {
             StartingBackbone::Residual { segment, .. } => segment.first_gradient_not_finite()?,
             StartingBackbone::Transformer(_) => None,
         };

@@ -55,6 +55,7 @@ fn config() -> Config {
         [run]
         epochs = 5
         batch-size = 9
+        batch-groups = 1
         precision = "f32"
         save-every = 2
         collapse-deviation = 1e-6
@@ -119,6 +120,14 @@ fn equal_runs_are_equal_bytes_and_what_varies_changes_them() -> Result<()> {
     assert_eq!((head.header_text("form")?, head.f32("centres")?), ("centres", labels.prototypes));
     let log = fs::read_to_string(first.out.join("log.jsonl"))?;
     assert!(log.contains("role backbone") && log.contains("neighbour-distance"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn ranks_write_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = with(|c| c.run.batch_groups = 4);
+    fixture::assert_same_on_ranks::<Icbpl>(&config, |out| job(folder.path(), out));
     Ok(())
 }
 

@@ -218,6 +218,7 @@ impl Config {
         let (whole, of_crops) = self.costs()?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
         let plan = self.plan(pictures.trained);
+        self.run.check_groups(job.name, plan.batch_size)?;
         let classified = pictures.images.rows(&self.classify_on).len();
         ensure!(
             classified >= plan.batch_size,

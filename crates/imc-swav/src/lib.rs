@@ -32,6 +32,7 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 use candle_core::Tensor;
 use data::{Images, PseudoLabels};
+use layers::BatchGroups;
 use stage::{Effort, Job, Output, Role, Spec, Stage};
 use training::{Run, backward, sampler, tensors};
 
@@ -61,6 +62,7 @@ impl Stage for ImcSwav {
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let classified: BTreeSet<u32> = images.rows(&config.classify_on).into_iter().collect();
         let plan = config.plan(rows.len());
@@ -69,9 +71,10 @@ impl Stage for ImcSwav {
 
         let start = job.optional_input("backbone");
         let (clusters, seed) = (job.data.clusters, job.seed);
-        let mut networks = ImcSwavNetworks::random(config, clusters, seed, start, &device)?;
+        let networks = ImcSwavNetworks::random(config, clusters, seed, start, &device)?;
+        let mut networks = networks.in_groups(&groups)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
-        let views = config.views(&images, job.seed);
+        let views = config.views(&images, job.seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             if run.batches_done() == 0 {
@@ -121,6 +124,10 @@ impl Stage for ImcSwav {
             run.end_epoch(&mut networks)?; // Writes a log line, and a checkpoint when due.
         }
         run.finish(&mut networks, &config.configuration()?)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank finds and writes the result.
+        }
+        let mut networks = networks.in_groups(&BatchGroups::one())?;
         networks.write_head(&job.out, job.data.clusters)?;
 
         // Running statistics first: refreshing changes them.
@@ -150,7 +157,7 @@ fn classify(
     let classifier = &mut networks.classifier;
     let mut seams = Vec::new();
     for embedding in &gathered.embeddings {
-        seams.push(classifier.forward(embedding)?);
+        seams.push(classifier.forward_batch(embedding)?);
     }
     let logits: Vec<Tensor> = seams.iter().map(|seam| (**seam).clone()).collect();
     let (temperature, weight) = (config.temperature, config.entropy_weight);

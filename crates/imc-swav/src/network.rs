@@ -8,7 +8,7 @@ use backbone::perceptron::linear;
 use backbone::{Segment, backbone_file, resnet};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
-use layers::{Adam, BatchNorm, Builder, Network};
+use layers::{Adam, BatchGroups, BatchNorm, Builder, Network};
 use rand::RngExt;
 use rand_distr::Uniform;
 use stage::random::stream;
@@ -73,6 +73,20 @@ impl ImcSwavNetworks {
         })
     }
 
+    /// The same networks, which divide batches into these groups.
+    ///
+    /// # Errors
+    ///
+    /// They compute on a device that cannot divide batches.
+    pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
+        Ok(Self {
+            encoder: self.encoder.in_groups(groups)?,
+            projector: self.projector.in_groups(groups)?,
+            classifier: self.classifier.in_groups(groups)?,
+            ..self
+        })
+    }
+
     /// Makes every prototype unit-length, in place and outside the graph: before each step's
     /// forward pass, so that they are off the sphere by one step when they are saved.
     ///
@@ -96,7 +110,7 @@ impl ImcSwavNetworks {
     /// `pictures` does not have the encoder's channels.
     pub fn forward(&mut self, pictures: &Tensor) -> Result<[Seam; 2]> {
         let embedding = self.encoder.forward(pictures)?;
-        let projection = self.projector.forward(&embedding)?;
+        let projection = self.projector.forward_batch(&embedding)?;
         Ok([embedding, projection])
     }
 
@@ -162,10 +176,10 @@ impl ImcSwavNetworks {
 
     /// The first gradient that is not finite, by its name in files.
     pub fn first_gradient_not_finite(
-        &self,
+        &mut self,
         gradients: &GradStore,
     ) -> candle_core::Result<Option<String>> {
-        for part in [&self.encoder, &self.projector, &self.classifier] {
+        for part in [&mut self.encoder, &mut self.projector, &mut self.classifier] {
             if let Some(name) = part.first_gradient_not_finite()? {
                 return Ok(Some(name));
             }

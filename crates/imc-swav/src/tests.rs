@@ -46,6 +46,7 @@ pub(crate) fn config() -> Config {
         [run]
         epochs = 3
         batch-size = 8
+        batch-groups = 1
         precision = "f32"
         save-every = 1
         collapse-deviation = 1e-6
@@ -86,6 +87,14 @@ pub(crate) fn with(change: impl FnOnce(&mut Config)) -> Config {
 
 fn bytes(job: &Job, name: &str) -> Vec<u8> {
     fs::read(job.out.join(name)).expect(name)
+}
+
+#[test]
+fn ranks_write_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = with(|c| c.run.batch_groups = 4);
+    fixture::assert_same_on_ranks::<ImcSwav>(&config, |out| job(folder.path(), out));
+    Ok(())
 }
 
 const OTHER: &str = "pseudo-labels-running-statistics.safetensors";

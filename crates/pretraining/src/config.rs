@@ -59,6 +59,7 @@ impl Config {
         self.views.check(&format!("{}.views", job.name))?;
         let cost = self.network.picture_cost(&self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        self.run.check_groups(job.name, self.plan(pictures.trained).batch_size)?;
         // Two views through the online network, two through the target.
         let views = 2. * self.plan(pictures.trained).pictures();
         Ok(Effort::of_multiply_adds(views * (cost.learning + cost.projection), cost))

@@ -38,6 +38,7 @@ impl Stage for Pretraining {
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
         let learning_rate = config.learning_rate(plan.steps_per_epoch);
@@ -49,9 +50,9 @@ impl Stage for Pretraining {
         if let Some(folder) = job.optional_input("backbone") {
             learner.load_backbone(folder)?;
         }
-        let mut learner = learner.on(&device)?;
+        let mut learner = learner.on(&device)?.in_groups(&groups)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut learner)?;
-        let views = config.views(&images, job.seed);
+        let views = config.views(&images, job.seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             let order = sampler::uniform(&rows, config.run.batch_size, job.seed, epoch)?;
@@ -146,6 +147,7 @@ mod tests {
             [run]
             epochs = 3
             batch-size = 8
+            batch-groups = 1
             precision = "f32"
             save-every = 1
             collapse-deviation = 1e-6
@@ -195,6 +197,19 @@ mod tests {
         let written = Configuration::read(&job.out)?;
         assert_eq!(written.input::<data::views::Input>()?, config().input);
         assert_eq!(written.backbone, config().network.backbone);
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_write_the_same_bytes() -> Result<()> {
+        for precision in [training::Precision::F32, training::Precision::Bf16] {
+            let folder = tempfile::tempdir()?;
+            let mut config = Config { noise: 0.1, ..config() };
+            // A batch that four groups do not divide evenly.
+            (config.run.batch_groups, config.run.batch_size) = (4, 10);
+            config.run.precision = precision;
+            fixture::assert_same_on_ranks::<Pretraining>(&config, |out| job(folder.path(), out));
+        }
         Ok(())
     }
 

@@ -90,6 +90,12 @@ impl Config {
             ("emulate-world-size", self.emulate_world_size),
         ];
         check::at_least(job.name, 1, &counts)?;
+        ensure!(
+            self.run.batch_groups == 1 || !self.concatenate_views,
+            "`concatenate-views` in `[{0}]` joins both views to one batch, which is not divided yet; set it \
+             to false, or `batch-groups` in `[{0}.run]` to 1",
+            job.name
+        );
         let weights = [("noise", self.noise), ("scatter-weight", self.scatter_weight)];
         check::not_negative(job.name, &weights)?;
         check::above_zero(job.name, &[("scatter-temperature", self.scatter_temperature)])?;
@@ -103,6 +109,7 @@ impl Config {
         self.views.check(&format!("{}.views", job.name))?;
         let cost = self.network.picture_cost(&self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        self.run.check_groups(job.name, self.plan(pictures.trained).batch_size)?;
         let multiply_adds = self.multiply_adds(pictures.trained, pictures.scored, &cost);
         Ok(Effort::of_multiply_adds(multiply_adds, cost))
     }
@@ -203,6 +210,7 @@ pub(crate) mod tests {
             [run]
             epochs = 1000
             batch-size = 256
+            batch-groups = 1
             precision = "f32"
             save-every = 10
             collapse-deviation = 1e-4

@@ -59,6 +59,7 @@ impl Stage for ProPos {
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
         let learning_rate = config.learning_rate(plan.steps_per_epoch);
@@ -71,9 +72,10 @@ impl Stage for ProPos {
             learner.load_backbone(folder)?;
         }
         let clusters = EStepClusters::new(config, job, &images, rows, &device);
-        let mut model = ProPosModel { learner: learner.on(&device)?, clusters };
+        let learner = learner.on(&device)?.in_groups(&groups)?;
+        let mut model = ProPosModel { learner, clusters };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
-        let views = config.views(&images, job.seed);
+        let views = config.views(&images, job.seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             // E-step: k-means on the target's projections of the un-augmented pictures.
@@ -109,6 +111,9 @@ impl Stage for ProPos {
             run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
         run.finish(&mut model, &configuration)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank finds and writes the result.
+        }
 
         let found = clusters::result(config, job, &images, &mut model.learner.target, &device)?;
         let by = CentreMetric::CosineSoftmax { temperature: clusters::CONFIDENCE_TEMPERATURE };
@@ -171,7 +176,9 @@ fn passes(
 impl OnlinePass {
     /// Extents of the projections of this pass.
     fn shape(&self) -> Result<(usize, usize)> {
-        Ok((self.view.dim(0)?, self.directions[0].1.dim(1)?))
+        // The view has the images of this rank alone.
+        let rows = self.directions.iter().map(|(_, target)| target.dim(0));
+        Ok((rows.sum::<candle_core::Result<usize>>()?, self.directions[0].1.dim(1)?))
     }
 
     /// The share of this pass in the step's loss, which is the mean of both directions.
@@ -262,6 +269,14 @@ pub(crate) mod tests {
         ] {
             assert!(bytes != network::<ProPos>(&other, &job(folder.path(), name)), "{name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_write_the_same_bytes() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let config = with(|c| c.run.batch_groups = 4);
+        fixture::assert_same_on_ranks::<ProPos>(&config, |out| job(folder.path(), out));
         Ok(())
     }
 

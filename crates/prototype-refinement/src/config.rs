@@ -111,6 +111,8 @@ impl Config {
         let count = |splits| images.rows(splits).len();
         let steps = sampler::steps(count(&job.data.train_on), self.run.batch_size);
         let scored = count(&job.data.score_on);
+        let images = count(&job.data.train_on);
+        self.run.check_groups(job.name, self.run.batch_size.min(images))?;
         Ok(self.effort(steps, scored, job.round))
     }
 
@@ -218,6 +220,7 @@ pub(crate) mod tests {
             [run]
             epochs = 40
             batch-size = 256
+            batch-groups = 1
             precision = "f32"
             save-every = 10
             collapse-deviation = 1e-4

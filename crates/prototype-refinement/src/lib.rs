@@ -63,6 +63,7 @@ impl Stage for PrototypeRefinement {
         ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let labels = PseudoLabels::open(&job.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
         labels.data_set.require(images.data_set(), "cluster again from these images")?;
@@ -86,7 +87,8 @@ impl Stage for PrototypeRefinement {
             learner.load_momenta(job.input("previous")?)?;
         }
         let prototypes = Prototypes::of(&labels, &device)?;
-        let mut model = RefinementModel { learner: learner.on(&device)?, prototypes };
+        let learner = learner.on(&device)?.in_groups(&groups)?;
+        let mut model = RefinementModel { learner, prototypes };
         let pulls = config.pulls(labels.stability);
 
         let seed = draws(job.seed);
@@ -97,7 +99,7 @@ impl Stage for PrototypeRefinement {
         let target_decay = config.target_decay(job.rounds, steps_per_epoch);
         let plan = config.plan(steps_per_epoch);
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
-        let views = Views::new(&images, [&config.views; 2], &input, seed);
+        let views = Views::new(&images, [&config.views; 2], &input, seed).in_groups(&groups);
         if run.step() == 1 {
             job.log(&json!({ "stability": labels.stability, "drawn-to-prototypes": pulls }))?;
         }

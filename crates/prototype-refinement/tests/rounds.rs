@@ -11,7 +11,7 @@ use data::images::{self, StoredPicture};
 use data::views::Input;
 use data::{Images, Loader, Picture, PseudoLabels};
 use prototype_refinement::loss::Marks;
-use prototype_refinement::{Config, PrototypeRefinement, draws};
+use prototype_refinement::{Config, PrototypeRefinement, PrototypeUpdate, draws};
 use stage::{DataTable, Job, Split, Stage};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
@@ -103,6 +103,12 @@ impl RefinementTest {
         round: usize,
         inputs: &[(&str, &str)],
     ) -> Result<Vec<u8>> {
+        let job = self.job(out, round, inputs)?;
+        PrototypeRefinement::run(config, &job)?;
+        Ok(fs::read(job.out.join("network.safetensors"))?)
+    }
+
+    fn job(&self, out: &str, round: usize, inputs: &[(&str, &str)]) -> Result<Job> {
         let out = self.at(out);
         fs::create_dir_all(&out)?;
         let inputs: BTreeMap<String, PathBuf> =
@@ -113,15 +119,8 @@ impl RefinementTest {
             score_on: vec![Split::Train],
         };
         let images = self.at("images.safetensors");
-        let job = Job {
-            inputs,
-            round,
-            rounds: 2,
-            seed: 3,
-            ..Job::new("prototype-refinement", images, &out, data)
-        };
-        PrototypeRefinement::run(config, &job)?;
-        Ok(fs::read(out.join("network.safetensors"))?)
+        let job = Job::new("prototype-refinement", images, &out, data);
+        Ok(Job { inputs, round, rounds: 2, seed: 3, ..job })
     }
 
     fn first_round(&self, config: &Config, out: &str) -> Result<Vec<u8>> {
@@ -145,6 +144,7 @@ fn config() -> Config {
         [run]
         epochs = 2
         batch-size = 8
+        batch-groups = 1
         precision = "f32"
         save-every = 1
         collapse-deviation = 0.0
@@ -269,6 +269,24 @@ fn which_view_comes_first_has_no_meaning() -> Result<()> {
     let other = parameters(by_hand(&experiment, &config, 1, [1, 0])?)?;
     let (moved, apart) = (distance(&start, &one), distance(&one, &other));
     assert!(moved > 0. && apart < 1e-3 * moved, "moved by {moved}, apart by {apart}");
+    Ok(())
+}
+
+#[test]
+fn ranks_write_the_same_bytes() -> Result<()> {
+    let experiment = RefinementTest::new()?;
+    experiment.write_labels(0.8, Some(0.995))?;
+    let weights =
+        Config { sample_to_prototype_weight: 0.1, scatter_weight: 0.1, noise: 0.1, ..config() };
+    for prototypes in [PrototypeUpdate::Epoch, PrototypeUpdate::MovingAverage] {
+        let mut config = Config { prototypes, ..weights.clone() };
+        config.run.batch_groups = 4;
+        let inputs = [("network", "network"), ("pseudo-labels", "pseudo-labels")];
+        let job = |out: &str| {
+            experiment.job(&format!("{prototypes:?}, {out}"), 1, &inputs).expect("a folder")
+        };
+        fixture::assert_same_on_ranks::<PrototypeRefinement>(&config, job);
+    }
     Ok(())
 }
 

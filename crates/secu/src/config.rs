@@ -144,6 +144,8 @@ impl Config {
         let [backbone, projector] = self.plans()?;
         let cost = training::picture_cost([&backbone, &projector], None, &[], &self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
+        let smallest = sampler::smallest_of_every(pictures.trained, self.run.batch_size);
+        self.run.check_groups(job.name, smallest)?;
         // Two views of each image, and each scored image once for the result.
         let views = (2 * self.run.epochs * pictures.trained) as f64;
         let multiply_adds = views * cost.learning + pictures.scored as f64 * cost.projection;

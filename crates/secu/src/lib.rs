@@ -65,6 +65,7 @@ impl Stage for SeCu {
     fn run(config: &Config, job: &Job) -> Result<()> {
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let places = places(&rows, images.len());
         let main = config.head(job)?;
@@ -73,9 +74,10 @@ impl Stage for SeCu {
         let learning_rate = config.learning_rate(plan.steps_per_epoch);
 
         let start = job.optional_input("backbone");
-        let mut networks = SeCuNetworks::random(config, rows.len(), start, job.seed, &device)?;
+        let networks = SeCuNetworks::random(config, rows.len(), start, job.seed, &device)?;
+        let mut networks = networks.in_groups(&groups)?;
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut networks)?;
-        let views = config.views(&images, job.seed);
+        let views = config.views(&images, job.seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             if run.batches_done() == 0 {
@@ -126,6 +128,9 @@ impl Stage for SeCu {
             run.end_epoch(&mut networks)?; // Writes a log line, and a checkpoint when due.
         }
         run.finish(&mut networks, &config.configuration())?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank finds and writes the result.
+        }
 
         let found = result(config, job, &images, &mut networks, main, &device)?;
         let by = CentreMetric::CosineSoftmax { temperature: config.temperature };
@@ -212,6 +217,7 @@ pub(crate) mod tests {
             [run]
             epochs = 4
             batch-size = 8
+            batch-groups = 1
             precision = "f32"
             save-every = 1
             collapse-deviation = 1e-6
@@ -285,6 +291,16 @@ pub(crate) mod tests {
         ] {
             assert_ne!(first, weights(&other, &job(folder.path(), name)), "{name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_write_the_same_bytes() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut config = able();
+        // Batches of 5, 5, 5 and 4.
+        (config.run.batch_groups, config.run.batch_size) = (4, 5);
+        fixture::assert_same_on_ranks::<SeCu>(&config, |out| job(folder.path(), out));
         Ok(())
     }
 
@@ -425,6 +441,7 @@ pub(crate) mod tests {
         config().check(&job)?;
         let wrong = [
             (with(|c| c.run.batch_size = 1), "batch-size"),
+            (with(|c| c.run.batch_groups = 4), "a batch has 3 images"),
             (with(|c| c.run.epochs = 0), "epochs"),
             (with(|c| c.schedule.warmup_epochs = 3), "warmup-epochs"),
             (with(|c| c.optimizer.learning_rate = 0.), "learning-rate"),

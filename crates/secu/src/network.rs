@@ -6,7 +6,7 @@ use anyhow::Result;
 use backbone::{Segment, backbone_file};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
-use layers::Sgd;
+use layers::{BatchGroups, Sgd};
 use training::ops::unit_rows;
 use training::{Checkpoint, Seam, Trained, TrainedSegment};
 
@@ -60,6 +60,17 @@ impl SeCuNetworks {
         })
     }
 
+    /// The same networks, which divide batches into these groups.
+    ///
+    /// # Errors
+    ///
+    /// They compute on a device that cannot divide batches.
+    pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
+        let (backbone, projector) =
+            (self.backbone.in_groups(groups)?, self.projector.in_groups(groups)?);
+        Ok(Self { backbone, projector, ..self })
+    }
+
     /// A view `(N, H, W, C)` through backbone and projector, on batch statistics. Returns the seams
     /// at the embedding and at the projection `(N, P)`, which is not normalised.
     ///
@@ -68,7 +79,7 @@ impl SeCuNetworks {
     /// `view` does not have the backbone's shape.
     pub fn forward(&mut self, view: &Tensor) -> Result<[Seam; 2]> {
         let embedding = self.backbone.forward(view)?;
-        let projection = self.projector.forward(&embedding)?;
+        let projection = self.projector.forward_batch(&embedding)?;
         Ok([embedding, projection])
     }
 
@@ -83,10 +94,10 @@ impl SeCuNetworks {
 
     /// The first gradient that is not finite, by its name in files.
     pub fn first_gradient_not_finite(
-        &self,
+        &mut self,
         gradients: &GradStore,
     ) -> candle_core::Result<Option<String>> {
-        for segment in [&self.backbone, &self.projector] {
+        for segment in [&mut self.backbone, &mut self.projector] {
             if let Some(name) = segment.first_gradient_not_finite()? {
                 return Ok(Some(name));
             }

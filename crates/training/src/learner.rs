@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use backbone::{Configuration, Encoder, Segment, backbone_file, network_file};
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor};
-use layers::{Mode, Modes, Network, Sgd};
+use layers::{BatchGroups, Mode, Modes, Network, Sgd};
 
 use crate::checkpoint::{self, Checkpoint, Trained, load_network};
 use crate::ops::unit_rows;
@@ -95,6 +95,31 @@ impl Learner {
         self.moved(|segment| segment.on(device))
     }
 
+    /// The same networks, which divide batches into these groups.
+    ///
+    /// # Errors
+    ///
+    /// They compute on a device that cannot divide batches.
+    pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
+        if groups.is_one() {
+            return Ok(self);
+        }
+        let Online { backbone, projector, predictor, optimizer } = self.online;
+        let online = Online {
+            backbone: backbone.in_groups(groups)?,
+            projector: projector.in_groups(groups)?,
+            predictor: predictor.in_groups(groups)?,
+            optimizer,
+        };
+        let Target { backbone, projector, .. } = self.target;
+        let target = Target {
+            backbone: backbone.in_groups(groups)?,
+            projector: projector.in_groups(groups)?,
+            groups: groups.clone(),
+        };
+        Ok(Self { online, target })
+    }
+
     fn of([backbone, projector, predictor]: [Segment; 3], optimizer: SgdTable) -> Self {
         let online = Online {
             backbone: TrainedSegment::new(ONLINE[0], backbone),
@@ -113,8 +138,9 @@ impl Learner {
             predictor: predictor.moved(&to)?,
             optimizer: *optimizer,
         };
-        let Target { backbone, projector } = &self.target;
-        Ok(Self { online, target: Target { backbone: to(backbone)?, projector: to(projector)? } })
+        let Target { backbone, projector, groups } = &self.target;
+        let (backbone, projector, groups) = (to(backbone)?, to(projector)?, groups.clone());
+        Ok(Self { online, target: Target { backbone, projector, groups } })
     }
 }
 
@@ -147,7 +173,7 @@ impl Online {
     /// One view through all three segments, on batch statistics. Returns the seams at the embedding
     /// `(N, D)`, the projection `(N, P)`, without noise, and the prediction `(N, P)`.
     ///
-    /// - `view`: `(N, H, W, C)`, normalised.
+    /// - `view`: `(N, H, W, C)`, normalised, of the pictures of this rank.
     /// - `noise`: `(N, P)`, added to the projection before the predictor.
     ///
     /// # Errors
@@ -169,10 +195,10 @@ impl Online {
         noise: impl FnOnce(&Tensor) -> Result<Option<Tensor>>,
     ) -> Result<[Seam; 3]> {
         let embedding = self.backbone.forward(view)?;
-        let projection = self.projector.forward(&embedding)?;
+        let projection = self.projector.forward_batch(&embedding)?;
         let prediction = match noise(&projection)? {
-            None => self.predictor.forward(&projection)?,
-            Some(noise) => self.predictor.forward(&(&*projection + noise)?)?,
+            None => self.predictor.forward_batch(&projection)?,
+            Some(noise) => self.predictor.forward_batch(&(&*projection + noise)?)?,
         };
         Ok([embedding, projection, prediction])
     }
@@ -203,8 +229,8 @@ impl Online {
     }
 
     /// The first parameter whose gradient is not finite, as `online.<segment>.<parameter>`.
-    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
-        for segment in [&self.backbone, &self.projector, &self.predictor] {
+    pub fn first_gradient_not_finite(&mut self) -> Result<Option<String>> {
+        for segment in [&mut self.backbone, &mut self.projector, &mut self.predictor] {
             if let Some(name) = segment.first_gradient_not_finite()? {
                 return Ok(Some(name));
             }
@@ -230,18 +256,21 @@ pub struct Target {
     pub backbone: Segment,
     /// Embedding to projection.
     pub projector: Segment,
+    groups: BatchGroups,
 }
 
 impl Target {
     /// A target that starts as a copy, statistics included.
     pub fn copy_of(online: &Online) -> Self {
         let Online { backbone, projector, .. } = online;
-        Self { backbone: backbone.segment.clone(), projector: projector.segment.clone() }
+        let groups = backbone.groups().clone();
+        Self { backbone: backbone.segment.clone(), projector: projector.segment.clone(), groups }
     }
 
     /// The same target on `device`.
     pub fn on(&self, device: &Device) -> Result<Self> {
-        Ok(Self { backbone: self.backbone.on(device)?, projector: self.projector.on(device)? })
+        let (backbone, projector) = (self.backbone.on(device)?, self.projector.on(device)?);
+        Ok(Self { backbone, projector, groups: self.groups.clone() })
     }
 
     /// Reads the target network from the `network.safetensors` in `folder`, or the online network
@@ -267,11 +296,13 @@ impl Target {
         let reading = || format!("reading the {found} network");
         network_file::load(&file, to_backbone, &mut backbone).with_context(reading)?;
         network_file::load(&file, to_projector, &mut projector).with_context(reading)?;
-        Ok((Self { backbone, projector }, found))
+        Ok((Self { backbone, projector, groups: BatchGroups::one() }, found))
     }
 
     /// The projection `(N, P)` of a view, on batch statistics, not normalised. It is a constant of
     /// the loss: nothing is kept for a backward pass.
+    ///
+    /// - `view`: of the pictures of this rank. The projection has the rows of all ranks.
     ///
     /// # Errors
     ///
@@ -280,7 +311,7 @@ impl Target {
         let modes = Modes::all(self.backbone.network(), Mode::Batch);
         let embedding = self.backbone.forward(view, &modes, None)?;
         let modes = Modes::all(self.projector.network(), Mode::Batch);
-        self.projector.forward(&embedding, &modes, None)
+        self.groups.all_rows(&self.projector.forward(&embedding, &modes, None)?)
     }
 
     /// Frees the packed weights that [`project`](Self::project) caches. Call it after the last

@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use data::views::{Input, Pipeline};
 use data::{Batch, Images, Loader};
+use layers::BatchGroups;
 
 /// The views of a run's pictures: threads make them ahead of the steps that need them.
 #[derive(Debug)]
@@ -12,6 +13,8 @@ pub struct Views<'a> {
     /// For each view, its operations, and its size and normalisation.
     views: Vec<(Pipeline, Input)>,
     seed: u64,
+    /// Divides batches among ranks.
+    groups: BatchGroups,
 }
 
 impl<'a> Views<'a> {
@@ -30,7 +33,12 @@ impl<'a> Views<'a> {
 
     /// Views of several sizes: each pipeline with the input that it fills.
     pub fn of_sizes(images: &'a Images, views: Vec<(Pipeline, Input)>, seed: u64) -> Self {
-        Self { images, views, seed }
+        Self { images, views, seed, groups: BatchGroups::one() }
+    }
+
+    /// The same views, of the pictures of this rank alone in each batch.
+    pub fn in_groups(self, groups: &BatchGroups) -> Self {
+        Self { groups: groups.clone(), ..self }
     }
 
     /// The batches of an epoch, each a list of rows of the images file, without the first `done`.
@@ -40,15 +48,18 @@ impl<'a> Views<'a> {
     /// The pictures have other channels than the input, or a row does not exist.
     pub fn epoch(&self, epoch: usize, batches: Vec<Vec<u32>>, done: usize) -> Result<Loader> {
         let (views, threads) = (self.views.clone(), Loader::threads());
-        Loader::crops(self.images, batches, done, views, self.seed, epoch as u64, threads)
+        let loader =
+            Loader::crops(self.images, batches, done, views, self.seed, epoch as u64, threads)?;
+        Ok(loader.only(|pictures| self.groups.own_images(pictures)))
     }
 }
 
-/// The views of a batch on `device`, `(B, H, W, C)` each, which may differ in size.
+/// The views of a batch on `device`, `(O, H, W, C)` each for the pictures of this rank, which may differ
+/// in size.
 pub fn tensors(batch: Batch, device: &Device) -> Result<Vec<Tensor>> {
-    let Batch { rows, views, sizes, channels, .. } = batch;
+    let Batch { own, views, sizes, channels, .. } = batch;
     let tensor = |(values, [height, width]): (Vec<f32>, [usize; 2])| {
-        Ok(Tensor::from_vec(values, (rows.len(), height, width, channels), device)?)
+        Ok(Tensor::from_vec(values, (own.len(), height, width, channels), device)?)
     };
     views.into_iter().zip(sizes).map(tensor).collect()
 }
@@ -100,7 +111,7 @@ mod tests {
     /// Views of one picture of 2 × 3 pixels and 2 channels, and of one of 1 × 3.
     fn batch(views: Vec<Vec<f32>>) -> Batch {
         let sizes = views.iter().map(|values| [values.len() / 6, 3]).collect();
-        Batch { rows: vec![7], views, sizes, height: 2, width: 3, channels: 2 }
+        Batch { rows: vec![7], own: 0..1, views, sizes, height: 2, width: 3, channels: 2 }
     }
 
     #[test]

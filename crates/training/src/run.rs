@@ -8,6 +8,9 @@
 //! - `sums`: sums and counts of the values noted in the current epoch, for its log line;
 //! - `finished`: true once the networks are in `network.safetensors`.
 //!
+//! Of several ranks, the first one writes; all read. A state does not depend on their number, so that a
+//! run resumes on any.
+//!
 //! When the run ends it writes `config.json`, `backbone.safetensors`, `network.safetensors`, and a
 //! last state without the networks, from which a later round loads the momenta.
 
@@ -106,7 +109,11 @@ impl<'a> Run<'a> {
         })
         .to_string();
         let steps = (plan.epochs * plan.steps_per_epoch) as u64;
-        let progress = Progress::new(&job.label(), steps, Unit::Images(plan.batch_size as u64));
+        let unit = Unit::Images(plan.batch_size as u64);
+        let progress = match job.communicator.is_first() {
+            true => Progress::new(&job.label(), steps, unit),
+            false => Progress::hidden(),
+        };
         let mut run = Self {
             job,
             plan,
@@ -127,7 +134,25 @@ impl<'a> Run<'a> {
         } else {
             job.clear_log()?;
         }
+        run.check_agreement()?;
         Ok(run)
+    }
+
+    /// Fails unless all ranks resume the same run from the same step.
+    fn check_agreement(&self) -> Result<()> {
+        let digest = stage::digest::sha256(self.identity.as_bytes());
+        let mine = [digest.as_bytes(), &(self.steps as u64).to_le_bytes()].concat();
+        let all = self.job.communicator.all_gather(&mine)?;
+        ensure!(
+            all.chunks(mine.len()).all(|rank| rank == mine),
+            "the ranks differ in table, seed, images or state: rank {} of {} found step {} in `{}`; \
+             start all with the same arguments, on one file system",
+            self.job.communicator.rank(),
+            self.job.communicator.size(),
+            self.steps,
+            self.job.out.display()
+        );
+        Ok(())
     }
 
     /// The next epoch, from 0; `None` when all are done.
@@ -253,7 +278,8 @@ impl<'a> Run<'a> {
         self.steps_here += 1;
         let loss = self.mean("loss").map(|loss| format!("loss {loss:.4}")).unwrap_or_default();
         self.progress.at(self.steps as u64, &loss);
-        if self.job.interrupt.is_raised() {
+        // A signal may reach the ranks at different steps, or one of them alone.
+        if self.job.communicator.any(self.job.interrupt.is_raised())? {
             self.save(trained)?;
             return Err(Interrupted.into());
         }
@@ -287,11 +313,13 @@ impl<'a> Run<'a> {
     pub fn finish(&self, trained: &mut impl Trained, configuration: &impl Serialize) -> Result<()> {
         let file = self.finite(trained)?;
         let out = &self.job.out;
-        backbone::write_configuration(out, configuration)?;
-        if let Some(backbone) = trained.exported() {
-            backbone_file::write(out, backbone)?;
+        if self.job.communicator.is_first() {
+            backbone::write_configuration(out, configuration)?;
+            if let Some(backbone) = trained.exported() {
+                backbone_file::write(out, backbone)?;
+            }
+            network_file::write_tensors(out, file.network())?;
         }
-        network_file::write_tensors(out, file.network())?;
         self.write(&file, true)
     }
 
@@ -357,7 +385,11 @@ impl<'a> Run<'a> {
             ("sums".into(), json!(self.sums.iter().map(as_bits).collect::<BTreeMap<_, _>>())),
             ("finished".into(), finished.into()),
         ]);
-        file.write(&self.job.out, header, !finished)
+        if self.job.communicator.is_first() {
+            file.write(&self.job.out, header, !finished)?;
+        }
+        // No rank goes on, or ends, before the state is on disk.
+        Ok(self.job.communicator.barrier()?)
     }
 
     fn resume(&mut self, trained: &mut impl Trained) -> Result<()> {

@@ -76,6 +76,15 @@ pub fn steps_of_every(count: usize, batch_size: usize) -> usize {
     count.saturating_sub(rest_of_one).div_ceil(batch_size.max(1)).max(1)
 }
 
+/// Images of the smallest batch of [`every`].
+pub fn smallest_of_every(count: usize, batch_size: usize) -> usize {
+    match count % batch_size.max(1) {
+        _ if count < batch_size => count,
+        0 | 1 => batch_size,
+        rest => rest,
+    }
+}
+
 /// Every image once, in random order, with the last incomplete batch. If that has a single image, the
 /// batch before takes it, because batch statistics need two.
 ///
@@ -139,6 +148,8 @@ mod tests {
             let batches = every(&rows, 10, 5, 3)?;
             assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), sizes);
             assert_eq!(steps_of_every(count as usize, 10), sizes.len());
+            let smallest = sizes.iter().min().copied();
+            assert_eq!(Some(smallest_of_every(count as usize, 10)), smallest);
             let mut seen = batches.concat();
             assert_ne!(seen, rows);
             seen.sort_unstable();

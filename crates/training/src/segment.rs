@@ -9,7 +9,7 @@ use std::ops::Deref;
 use backbone::Segment;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
-use layers::{Gradients, Mode, Modes, Network, Tape};
+use layers::{BatchGroups, Gradients, Mode, Modes, Network, Tape};
 
 use crate::checkpoint::Checkpoint;
 use crate::optimizer::Optimizer;
@@ -23,10 +23,12 @@ pub struct TrainedSegment<O: Optimizer> {
     modes: Modes,
     gradients: Gradients,
     memory: O::Memory,
+    groups: BatchGroups,
 }
 
 /// The result of one forward pass of a segment: the output, opened to candle as a variable, and the
-/// tape for the backward pass. It dereferences to the output.
+/// tape for the backward pass. It dereferences to the output, which has the rows of all ranks: each rank
+/// computes the loss of the whole batch, and passes the gradient of its own rows back.
 pub struct Seam {
     output: Var,
     tape: Tape,
@@ -46,12 +48,31 @@ impl<O: Optimizer> TrainedSegment<O> {
     pub fn new(name: &'static str, segment: Segment) -> Self {
         let modes = Modes::all(segment.network(), Mode::Batch);
         let (gradients, memory) = (segment.network().gradients(), O::memory(segment.network()));
-        Self { segment, name, modes, gradients, memory }
+        Self { segment, name, modes, gradients, memory, groups: BatchGroups::one() }
+    }
+
+    /// The same segment, which divides batches into these groups in training.
+    ///
+    /// # Errors
+    ///
+    /// It computes on a device that cannot divide batches.
+    pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
+        if groups.is_one() && self.groups.is_one() {
+            return Ok(self);
+        }
+        let segment = self.segment.in_groups(groups)?;
+        let gradients = segment.network().gradients();
+        Ok(Self { segment, gradients, groups: groups.clone(), ..self })
     }
 
     /// A segment of this plan whose values are still to be set.
     pub fn empty(name: &'static str, plan: Network) -> Self {
         Self::new(name, Segment::empty(plan))
+    }
+
+    /// The groups into which it divides batches.
+    pub(crate) fn groups(&self) -> &BatchGroups {
+        &self.groups
     }
 
     /// The same segment on `device`, with the optimizer's memory and without gathered gradients.
@@ -63,7 +84,8 @@ impl<O: Optimizer> TrainedSegment<O> {
         let segment = to(&self.segment)?;
         let memory = O::moved(&self.memory, segment.network())?;
         let gradients = segment.network().gradients();
-        Ok(Self { segment, name: self.name, modes: self.modes.clone(), gradients, memory })
+        let (modes, groups) = (self.modes.clone(), self.groups.clone());
+        Ok(Self { segment, name: self.name, modes, gradients, memory, groups })
     }
 
     /// Freezes a block: its values stay the same to the bit. On [`Mode::Running`] its statistics do
@@ -79,13 +101,24 @@ impl<O: Optimizer> TrainedSegment<O> {
 
     /// The output for `input` in training.
     ///
+    /// - `input`: of the pictures of this rank.
+    ///
     /// # Errors
     ///
     /// `input` has another shape than the plan takes.
     pub fn forward(&mut self, input: &Tensor) -> Result<Seam> {
         let mut tape = self.segment.network().tape();
         let output = self.segment.forward(input, &self.modes, Some(&mut tape))?;
-        Ok(Seam { output: Var::from_tensor(&output)?, tape })
+        Ok(Seam { output: Var::from_tensor(&self.groups.all_rows(&output)?)?, tape })
+    }
+
+    /// The output for the rows of a whole batch in training, such as the output of another segment.
+    ///
+    /// # Errors
+    ///
+    /// `input` has another shape than the plan takes.
+    pub fn forward_batch(&mut self, input: &Tensor) -> Result<Seam> {
+        self.forward(&self.groups.own_rows(input)?)
     }
 
     /// The output for `input` on running statistics, which does not depend on the other rows;
@@ -116,17 +149,20 @@ impl<O: Optimizer> TrainedSegment<O> {
         self.segment.backward(&mut seam.tape, at_output, &mut self.gradients, input_gradient)
     }
 
-    /// One step along the gradients gathered since the last one, which are then zero again.
+    /// One step along the gradients gathered since the last one, over all ranks, which are then zero
+    /// again.
     ///
     /// It does not check gradients: see [`Run::check_gradients`](crate::Run::check_gradients).
     pub fn step(&mut self, rule: O) -> Result<()> {
+        self.gradients.reduce()?;
         rule.step(&mut self.segment.parameters, &self.gradients, &mut self.memory)?;
         self.gradients.zero();
         Ok(())
     }
 
     /// The first parameter whose gradient is not finite, as `<segment>.<parameter>`.
-    pub fn first_gradient_not_finite(&self) -> Result<Option<String>> {
+    pub fn first_gradient_not_finite(&mut self) -> Result<Option<String>> {
+        self.gradients.reduce()?;
         let name = self.gradients.first_non_finite()?;
         Ok(name.map(|name| format!("{}.{name}", self.name)))
     }
@@ -169,10 +205,10 @@ pub fn backward<O: Optimizer, const N: usize>(
 ) -> Result<()> {
     let mut from_next: Option<Tensor> = None;
     for (place, (segment, seam)) in chain.into_iter().zip(seams).enumerate().rev() {
-        let at_seam = match (from_next, gradients.get(&seam)) {
+        let of_loss = gradients.get(&seam).map(|rows| segment.groups.own_rows(rows)).transpose()?;
+        let at_seam = match (from_next, of_loss) {
             (Some(next), Some(loss)) => (next + loss)?,
-            (Some(only), None) => only,
-            (None, Some(only)) => only.clone(),
+            (Some(only), None) | (None, Some(only)) => only,
             (None, None) => candle_core::bail!(
                 "backward: the loss does not depend on the output of segment `{}`; leave the \
                  segment out of the chain, or do not detach its output",

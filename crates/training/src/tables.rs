@@ -9,11 +9,12 @@
 //! The other systems have an optimizer, a schedule and a network of their own in tables of these
 //! names. As everywhere, the experiment sets every key.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use backbone::{Architecture, Configuration, Predictor, Projector};
 use data::views::Input;
+use layers::BatchGroups;
 use serde::{Deserialize, Serialize};
-use stage::PictureCost;
+use stage::{Job, PictureCost};
 
 use crate::run::{Advice, RunPlan};
 use crate::schedule::{Cosine, LearningRate, TargetDecay};
@@ -27,6 +28,9 @@ pub struct RunTable {
     pub epochs: usize,
     /// Images per step.
     pub batch_size: usize,
+    /// Groups into which a batch is divided, a power of two: as many ranks or fewer can share the run, and
+    /// its results do not depend on how many do. They depend on the groups in the last bits.
+    pub batch_groups: usize,
     /// Number type of activations and products.
     pub precision: Precision,
     /// Epochs between checkpoints.
@@ -47,7 +51,45 @@ impl RunTable {
         let table = format!("{stage}.run");
         check::at_least(&table, 1, &[("epochs", self.epochs), ("save-every", self.save_every)])?;
         check::at_least(&table, 2, &[("batch-size", self.batch_size)])?;
+        let (groups, images) = (self.batch_groups, self.batch_size);
+        ensure!(
+            groups.is_power_of_two() && groups <= images,
+            "`batch-groups` in `[{table}]` is {groups}; it must be a power of two and at most `batch-size`, {images}"
+        );
         check::not_negative(&table, &[("collapse-deviation", self.collapse_deviation)])
+    }
+
+    /// The groups of a batch, shared by the ranks of `job`.
+    ///
+    /// # Errors
+    ///
+    /// There are more ranks than groups; the message names the key.
+    pub fn groups(&self, job: &Job) -> Result<BatchGroups> {
+        let (groups, ranks, table) = (self.batch_groups, job.communicator.size(), job.name);
+        ensure!(
+            ranks <= groups,
+            "`batch-groups` in `[{table}.run]` is {groups}, but {ranks} ranks were started, and each needs a group; \
+             start fewer, or set {ranks} or more with --set {table}.run.batch-groups={ranks}"
+        );
+        Ok(BatchGroups::new(groups, job.communicator.clone())?)
+    }
+
+    /// Checks that the batches of an epoch over so many images can be divided.
+    ///
+    /// - `smallest`: images of its smallest batch.
+    ///
+    /// # Errors
+    ///
+    /// A group would be empty; the message names the key.
+    pub fn check_groups(&self, stage: &str, smallest: usize) -> Result<()> {
+        ensure!(
+            self.batch_groups <= smallest,
+            "`batch-groups` in `[{stage}.run]` is {}, but a batch has {smallest} images, and each group needs \
+             one; choose fewer groups, or another `batch-size` than {}",
+            self.batch_groups,
+            self.batch_size
+        );
+        Ok(())
     }
 
     /// A run over this many images.
@@ -221,6 +263,7 @@ mod tests {
     const RUN: RunTable = RunTable {
         epochs: 10,
         batch_size: 64,
+        batch_groups: 1,
         precision: Precision::F32,
         save_every: 5,
         collapse_deviation: 1e-4,
@@ -254,6 +297,12 @@ mod tests {
             (RunTable { epochs: 0, ..RUN }.check("s"), "`epochs` in `[s.run]`"),
             (RunTable { save_every: 0, ..RUN }.check("s"), "`save-every` in `[s.run]`"),
             (RunTable { batch_size: 1, ..RUN }.check("s"), "`batch-size` in `[s.run]`"),
+            (RunTable { batch_groups: 3, ..RUN }.check("s"), "`batch-groups` in `[s.run]`"),
+            (RunTable { batch_groups: 128, ..RUN }.check("s"), "`batch-groups` in `[s.run]`"),
+            (
+                RunTable { batch_groups: 8, ..RUN }.check_groups("s", 7),
+                "`batch-groups` in `[s.run]`",
+            ),
             (
                 RunTable { collapse_deviation: f64::NAN, ..RUN }.check("s"),
                 "`collapse-deviation` in `[s.run]`",
