@@ -204,6 +204,7 @@ fn find_outside(session: &CommandContext, experiment: &Experiment) -> Result<()>
 fn setup_options(options: &ClusterOptions) -> SetupOptions {
     SetupOptions {
         device: options.device,
+        ranks: 1,
         images: Some(options.path.clone()),
         dry_run: false,
         runs: options.runs.clone(),

@@ -166,6 +166,7 @@ mod tests {
             identity: json!({ "name": "embed", "algorithm": 1 }),
             words: Some(vec!["embed"]),
             depends_on_clusters: false,
+            ranks: 1,
         }
     }
 

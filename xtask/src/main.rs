@@ -25,7 +25,7 @@ use xtask::cargo;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
 struct XtaskCli {
-    /// Build `assort` with these cargo features: cuda, cudnn, metal.
+    /// Build `assort` with these cargo features: cuda, cudnn, metal, mpi.
     #[arg(long, value_name = "LIST", global = true)]
     features: Option<String>,
     #[command(subcommand)]

@@ -9,7 +9,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,7 +55,8 @@ impl Process<'_> {
 
     /// Like [`Process::run`], for a step that writes to `folder`; its cost is recorded there.
     pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
-        let (status, _, cost) = self.wait(OutputTo::Stderr, Some(claim))?;
+        let command = self.program.step_command();
+        let (status, _, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;
         self.ended(status)
     }
@@ -77,9 +78,19 @@ impl Process<'_> {
         output: OutputTo,
         claim: Option<&File>,
     ) -> Result<(ExitStatus, String, StepCost)> {
+        self.wait_for(self.program.command(), output, claim)
+    }
+
+    fn wait_for(
+        &self,
+        mut command: Command,
+        output: OutputTo,
+        claim: Option<&File>,
+    ) -> Result<(ExitStatus, String, StepCost)> {
+        let started = PathBuf::from(command.get_program());
         let began = Instant::now();
-        let run = || -> io::Result<_> {
-            let mut child = self.command(output, claim)?.spawn()?;
+        let mut run = || -> io::Result<_> {
+            let mut child = self.complete(&mut command, output, claim)?.spawn()?;
             let printed = child.stdout.take().map(|mut stdout| {
                 thread::spawn(move || {
                     let mut bytes = Vec::new();
@@ -95,12 +106,17 @@ impl Process<'_> {
             Ok((status, String::from_utf8_lossy(&printed).into_owned(), cost))
         };
         run().with_context(|| {
-            format!("starting the program `{}`; is it executable?", self.program.path.display())
+            format!("starting the program `{}`; is it there, and executable?", started.display())
         })
     }
 
-    fn command(&self, output: OutputTo, claim: Option<&File>) -> io::Result<Command> {
-        let mut command = self.program.command();
+    /// Adds arguments, standard streams and variables.
+    fn complete<'c>(
+        &self,
+        command: &'c mut Command,
+        output: OutputTo,
+        claim: Option<&File>,
+    ) -> io::Result<&'c mut Command> {
         command.args(self.arguments);
         command.stdout(match output {
             OutputTo::Stderr => Stdio::from(io::stderr()),
@@ -159,6 +175,13 @@ impl Process<'_> {
                 Some(Status::MachineFailed) => Err(MachineFailed(format!(
                     "{name} failed because of the machine, its message is above; what it saved \
                      is kept"
+                ))
+                .into()),
+                // As a shell, `mpirun` adds 128 to the signal that ended a rank.
+                None if self.program.ranks > 1 && code > 128 => Err(MachineFailed(format!(
+                    "a rank of {name} was ended by signal {}, the message above says which; what was \
+                     saved is kept, and the same command resumes from there",
+                    code - 128
                 ))
                 .into()),
                 _ => bail!("{name} failed with exit status {code}; its message is above"),

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use stage::Spec;
 use stage::digest::sha256_of_file;
+use stage::{Experiment, Spec};
 
 use crate::Registry;
 
@@ -27,6 +27,8 @@ pub struct Executable {
     pub words: Option<Vec<&'static str>>,
     /// Whether its results may depend on the number of clusters.
     pub depends_on_clusters: bool,
+    /// Processes that share a step of it.
+    pub ranks: usize,
 }
 
 impl Executable {
@@ -46,7 +48,7 @@ impl Executable {
         let path = env::current_exe().context("finding the file of this program")?;
         let identity = json!({ "name": name, "algorithm": algorithm });
         let depends_on_clusters = spec.is_none_or(Spec::depends_on_clusters);
-        Ok(Self { path, identity, words: Some(words), depends_on_clusters })
+        Ok(Self { path, identity, words: Some(words), depends_on_clusters, ranks: 1 })
     }
 
     /// A foreign executable.
@@ -58,7 +60,8 @@ impl Executable {
         );
         let name = table_of(&path.to_string_lossy()).to_owned();
         let identity = json!({ "name": name, "sha256": sha256_of_file(path)? });
-        Ok(Self { path: path.to_owned(), identity, words: None, depends_on_clusters: true })
+        let path = path.to_owned();
+        Ok(Self { path, identity, words: None, depends_on_clusters: true, ranks: 1 })
     }
 
     /// Whether it is a stage of this program, not a foreign executable.
@@ -83,7 +86,41 @@ impl Executable {
         command.args(words);
         command
     }
+
+    /// A command that starts the processes that share a step, without arguments yet.
+    pub fn step_command(&self) -> Command {
+        if self.ranks == 1 {
+            return self.command();
+        }
+        let mut command = Command::new(LAUNCHER);
+        command.arg("-n").arg(self.ranks.to_string()).arg(&self.path);
+        command.args(self.words.iter().flatten());
+        // Open MPI asks root, as in a container, for these two; and by itself starts no more processes
+        // than there are cores, and binds each to a few of them.
+        for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
+            command.env(name, "1");
+        }
+        command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+        command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
+        command.env("OMPI_MCA_mpi_yield_when_idle", "1");
+        command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
+        command.env("PRTE_MCA_hwloc_default_binding_policy", "none");
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        if env::var_os(THREADS).is_none() {
+            command.env(THREADS, (cores / self.ranks).max(1).to_string());
+        }
+        // The launcher would end its processes at an interrupt of the terminal before they have saved.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command
+    }
 }
+
+/// Starts several processes of a program, connected by MPI.
+pub const LAUNCHER: &str = "mpirun";
+
+/// The number of threads of a process that compute.
+const THREADS: &str = "RAYON_NUM_THREADS";
 
 /// The programs of a run, by their name in `[stages]`.
 #[derive(Debug, Clone)]
@@ -102,6 +139,41 @@ impl Programs {
         Ok(Self(found.collect::<Result<_>>()?))
     }
 
+    /// Lets so many processes share the steps of the programs whose table says into how many groups they
+    /// divide a batch.
+    ///
+    /// # Errors
+    ///
+    /// This program is built without MPI, no step can be shared, or there are fewer groups than ranks.
+    pub fn share(&mut self, experiments: &[&Experiment], ranks: usize) -> Result<()> {
+        if ranks == 1 {
+            return Ok(());
+        }
+        ensure!(
+            stage::HAS_MPI,
+            "--ranks {ranks} needs MPI, and this program is built without it; install Open MPI and libclang, \
+             and build it with `--features mpi`"
+        );
+        let mut are_shared = false;
+        for (word, program) in self.0.iter_mut().filter(|(_, program)| program.is_own()) {
+            let groups = experiments.iter().filter_map(|experiment| groups_of(experiment, word));
+            let Some(groups) = groups.min() else { continue };
+            ensure!(
+                ranks as i64 <= groups,
+                "`batch-groups` in `[{word}.run]` is {groups}, but --ranks is {ranks}, and each rank needs a \
+                 group; add --set shared.batch-groups={ranks}. Results depend on the groups in the last \
+                 bits, but not on the ranks"
+            );
+            program.ranks = ranks;
+            are_shared = true;
+        }
+        ensure!(
+            are_shared,
+            "--ranks {ranks}: no step of this experiment trains on groups of a batch"
+        );
+        Ok(())
+    }
+
     /// The program that `word` names.
     pub fn get(&self, word: &str) -> &Executable {
         self.0.get(word).expect("every program of the plan was found")
@@ -111,6 +183,12 @@ impl Programs {
     pub fn foreign(&self) -> impl Iterator<Item = &Executable> {
         self.0.values().filter(|program| !program.is_own())
     }
+}
+
+/// The groups into which the program divides a batch, by its table.
+fn groups_of(experiment: &Experiment, program: &str) -> Option<i64> {
+    let table: Value = experiment.table(program).ok()?;
+    table.pointer("/run/batch-groups")?.as_i64()
 }
 
 fn is_path(word: &str) -> bool {

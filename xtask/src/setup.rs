@@ -22,6 +22,9 @@ pub struct SetupOptions {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
+    /// Share each training among this many processes, which `mpirun` starts; a power of two.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub ranks: usize,
     /// Read the pictures from here instead of the experiment's own source.
     #[arg(long, value_name = "PATH")]
     pub images: Option<PathBuf>,
@@ -60,10 +63,13 @@ impl<'a> Setup<'a> {
             files::remove_abandoned(&options.runs.join(folder))?;
         }
         let source = options.images.as_deref().map(crate::source::absolute_source).transpose()?;
+        let mut programs = Programs::find(&plan.programs(), &session.registry)?;
+        let arms: Vec<_> = plan.steps.iter().map(|step| plan.experiment(step.arm)).collect();
+        programs.share(&arms, options.ranks)?;
         Ok(Self {
             session,
             plan,
-            programs: Programs::find(&plan.programs(), &session.registry)?,
+            programs,
             device: (session.registry.devices.resolve)(options.device)?,
             prepared: PreparedData::of(session, experiment, source.as_deref(), &options.runs)?,
             experiment_files: write_experiments(plan, &options.runs)?,
