@@ -246,6 +246,9 @@ impl PlanBuilder<'_> {
                 Origin::PseudoLabels => last(&Spec::clusters, 0),
                 Origin::PreviousRound => last(&|other| other.name == place.name, 0),
                 Origin::EarlierPseudoLabels => last(&Spec::clusters, 1),
+                Origin::RefinedHead => {
+                    last(&|place| place.outputs.contains(&Output::RefinedHead), 0)
+                }
                 Origin::EarlierRun => None, // Known when the run starts.
                 Origin::Labels => {
                     inputs.push((input.name, StepInput::Labels));
@@ -313,7 +316,7 @@ mod tests {
         Spec { name, algorithm: 1, inputs, outputs }
     }
 
-    const STAGES: [Spec; 6] = [
+    const STAGES: [Spec; 7] = [
         stage("pretraining", &[], &[Output::Network]),
         stage("embed", &[Role::new("network", Origin::Network)], &[Output::Embeddings]),
         stage(
@@ -321,8 +324,17 @@ mod tests {
             &[
                 Role::new("embeddings", Origin::Embeddings),
                 Role::new("previous", Origin::PreviousRound),
+                Role::new("refined-head", Origin::RefinedHead),
             ],
             &[Output::PseudoLabels],
+        ),
+        stage(
+            "neighbour-refinement",
+            &[
+                Role::new("network", Origin::Network),
+                Role::new("pseudo-labels", Origin::PseudoLabels),
+            ],
+            &[Output::Network, Output::RefinedHead],
         ),
         stage(
             "prototype-refinement",
@@ -373,6 +385,21 @@ mod tests {
         assert_eq!(names(&plan, Arm::Control), control);
         let pixels = ["pixels/0-embed", "pixels/0-clustering", "pixels/0-metrics"];
         assert_eq!(names(&plan, Arm::Pixels), pixels);
+    }
+
+    #[test]
+    fn clustering_reads_the_head_of_the_last_refinement_that_trained_one() {
+        let text = TEXT.replace("prototype-refinement", "neighbour-refinement");
+        let plan = planned(&text).expect("sound");
+        assert_eq!(given(&plan, "0-clustering"), ["embeddings=0-embed"]);
+        assert_eq!(
+            given(&plan, "2-clustering"),
+            ["embeddings=2-embed", "previous=1-clustering", "refined-head=2-neighbour-refinement"]
+        );
+        assert_eq!(
+            given(&plan, "control/1-clustering")[2],
+            "refined-head=control/1-neighbour-refinement"
+        );
     }
 
     #[test]

@@ -12,8 +12,9 @@
 //! interpretation. The number of restarts, the step count and starting half the heads at random were
 //! chosen on the digits.
 //!
-//! - Reads `embeddings` (one folder), `previous`: this stage's last round, if any, and of
-//!   `images.safetensors` the ids and splits alone.
+//! - Reads `embeddings` (one folder), `previous`: this stage's last round, if any, `refined-head`: its
+//!   network as a refinement trained it further, if one did, and of `images.safetensors` the ids and
+//!   splits alone.
 //! - Writes `pseudo-labels.safetensors` and [`head.safetensors`](head).
 //!
 //! Start at [`cluster`]: the method in order.
@@ -88,10 +89,11 @@ pub struct Clustering;
 impl Stage for Clustering {
     const SPEC: Spec = Spec {
         name: "clustering",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[
             Role::new("embeddings", Origin::Embeddings),
             Role::new("previous", Origin::PreviousRound),
+            Role::new("refined-head", Origin::RefinedHead),
         ],
         outputs: &[Output::PseudoLabels],
     };
@@ -172,8 +174,9 @@ impl Stage for Clustering {
                     labels.index.len(),
                     index.len()
                 );
+                let refined = job.optional_input("refined-head").unwrap_or(folder);
                 let head = (config.heads > 0)
-                    .then(|| Head::read(folder, config.shape(&features, job)))
+                    .then(|| Head::read(refined, config.shape(&features, job)))
                     .transpose()?;
                 Some(Previous { assignment: labels.assignment, head })
             }
@@ -201,6 +204,7 @@ impl Stage for Clustering {
             projection_width,
             prototypes: clusters.prototypes,
             stability: clusters.restarted_stability,
+            head_agreement: clusters.head_agreement,
         }
         .write(&job.out.join(PSEUDO_LABELS))
     }
@@ -238,7 +242,7 @@ impl From<Embeddings> for Features {
 pub struct Previous {
     /// Its assignment, `(N,)`: this round's clusters are numbered after it.
     pub assignment: Vec<u32>,
-    /// Its network, one of this round's candidates.
+    /// Its network, one of this round's candidates: as it was kept, or as it was refined since.
     pub head: Option<Head>,
 }
 
@@ -269,6 +273,9 @@ pub struct Clusters {
     /// The same for the best network that was started afresh: a network that continues the last
     /// round agrees with it, right or wrong.
     pub restarted_stability: Option<f64>,
+    /// Share of the networks that agree on each image with the one that was kept, `(N,)`; none when
+    /// `heads` is 0.
+    pub head_agreement: Option<Vec<f32>>,
 }
 
 /// The rule by which an image is reliable.
@@ -379,6 +386,10 @@ pub fn cluster(
         _ => None,
     };
 
+    let head_agreement = (config.heads > 0)
+        .then(|| share_of_agreeing_heads(&candidates, &assignment, k))
+        .transpose()?;
+
     // Whom to trust, and what they look like in the middle.
     let agreement = assignment::share_of_agreeing_neighbours(&assignment, &neighbours);
     let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
@@ -417,7 +428,26 @@ pub fn cluster(
         head,
         stability,
         restarted_stability,
+        head_agreement,
     })
+}
+
+/// The share of the candidates that agree with `assignment` on each image, `(N,)`. Each is renumbered so
+/// that it agrees on the most images.
+fn share_of_agreeing_heads(
+    candidates: &[Candidate],
+    assignment: &[u32],
+    clusters: usize,
+) -> Result<Vec<f32>> {
+    let mut agreeing = vec![0usize; assignment.len()];
+    for candidate in candidates {
+        let (other, _) = argmax_rows(&candidate.memberships, clusters)?;
+        let map = assignment::optimal_map(&other, assignment, clusters)?;
+        for (count, (own, other)) in agreeing.iter_mut().zip(assignment.iter().zip(other)) {
+            *count += usize::from(map[other as usize] == *own);
+        }
+    }
+    Ok(agreeing.iter().map(|&count| count as f32 / candidates.len() as f32).collect())
 }
 
 /// How memberships follow from the distance to centres, if no network is trained.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use assignment::{KMeans, Metric, argmax_rows};
+use clustering::head::{Head, HeadShape};
 use clustering::learner::learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
 use data::head::CentreMetric;
@@ -327,6 +328,9 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         if let Some(previous) = previous {
             job.inputs.insert("previous".into(), at(previous));
         }
+        if at("refined").exists() {
+            job.inputs.insert("refined-head".into(), at("refined"));
+        }
         std::fs::create_dir_all(&job.out)?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build()?;
         pool.install(|| Clustering::run(&config, &job))
@@ -345,9 +349,24 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
     }
 
     // The next round reads what this one wrote.
-    assert!(run("2", 1, Some("1-0"))? != one);
+    let next = run("2", 1, Some("1-0"))?;
+    assert!(next != one);
     let labels = PseudoLabels::open(&at("2-1").join("pseudo-labels.safetensors"))?;
     assert!(labels.stability.expect("there was a round before") > 0.5);
+
+    // Both networks put most images into one cluster, and one of them was kept.
+    let agreement = labels.head_agreement.expect("networks were trained");
+    assert!(agreement.iter().all(|share| [0.5, 1.].contains(share)));
+    assert!(agreement.iter().filter(|share| **share == 1.).count() > 750);
+
+    // A refined network takes the place of the last round's.
+    std::fs::create_dir(at("refined"))?;
+    std::fs::copy(at("1-0").join("head.safetensors"), at("refined").join("head.safetensors"))?;
+    assert!(run("2", 1, Some("1-0"))? == next, "it is the last round's");
+    let shape = HeadShape { width: WIDTH, hidden: 64, clusters: CLUSTERS };
+    Head::random(shape, 9, &[]).write(&at("refined"))?;
+    assert!(run("2", 1, Some("1-0"))? != next, "it is another one");
+    std::fs::remove_dir_all(at("refined"))?;
 
     // Embeddings of other images, and of some of them alone, are refused.
     let other = DataSet { fingerprint: "another".into(), ..embeddings.data_set.clone() };

@@ -11,6 +11,7 @@
 //! | `score` | `(M,)` f32 | confidence × share of neighbours in the same cluster, in `[0, 1]` |
 //! | `reliable` | `(M,)` u8 | 1 if the assignment may be trained on |
 //! | `prototypes` | `(K, P)` f32 | centre of each cluster among the projections |
+//! | `head-agreement` | `(M,)` f32 | share of the clustering networks that put the picture there, in `[0, 1]`; absent where none was trained |
 //!
 //! `confidence` has the unit of its method; `predict` computes it in the same way:
 //!
@@ -61,6 +62,9 @@ pub struct PseudoLabels {
     /// Share of pictures that a freshly started clustering network puts where the last round had
     /// them, in `[0, 1]`; `None` in the first round.
     pub stability: Option<f64>,
+    /// Share of the clustering networks that put each picture where the one that was kept does, `M`, in
+    /// `[0, 1]`; `None` if no network was trained.
+    pub head_agreement: Option<Vec<f32>>,
     /// Width of a projection, `P`.
     pub projection_width: usize,
     /// Centre of each cluster among the projections, `(K, P)`.
@@ -110,6 +114,7 @@ impl PseudoLabels {
             score: found.confidence.clone(),
             confidence: found.confidence,
             stability: None,
+            head_agreement: None,
             projection_width: found.projection_width,
             prototypes: found.prototypes,
         })
@@ -125,7 +130,7 @@ impl PseudoLabels {
         self.check(path)?;
         let m = [self.index.len()];
         let reliable: Vec<u8> = self.reliable.iter().map(|&reliable| reliable.into()).collect();
-        let tensors = [
+        let mut tensors = vec![
             Tensor::u32("index", &m, &self.index),
             Tensor::u32("assignment", &m, &self.assignment),
             Tensor::u32("kmeans-assignment", &m, &self.kmeans_assignment),
@@ -134,6 +139,8 @@ impl PseudoLabels {
             Tensor::u8("reliable", &m, &reliable),
             Tensor::f32("prototypes", &[self.clusters, self.projection_width], &self.prototypes),
         ];
+        let agreement = self.head_agreement.as_ref();
+        tensors.extend(agreement.map(|share| Tensor::f32("head-agreement", &m, share)));
         let mut header = self.data_set.header();
         header.insert("clusters".into(), self.clusters.into());
         if let Some(stability) = self.stability {
@@ -158,6 +165,11 @@ impl PseudoLabels {
             confidence: file.f32("confidence")?,
             score: file.f32("score")?,
             reliable: file.u8("reliable")?.iter().map(|&reliable| reliable != 0).collect(),
+            head_agreement: file
+                .names()
+                .any(|name| name == "head-agreement")
+                .then(|| file.f32("head-agreement"))
+                .transpose()?,
             stability: file.header("stability").ok().and_then(serde_json::Value::as_f64),
             projection_width: file.shape("prototypes")?.last().copied().unwrap_or(0),
             prototypes: file.f32("prototypes")?,
@@ -191,6 +203,7 @@ impl PseudoLabels {
             ("confidence", self.confidence.len()),
             ("score", self.score.len()),
             ("reliable", self.reliable.len()),
+            ("head-agreement", self.head_agreement.as_ref().map_or(m, Vec::len)),
         ] {
             check_length(path, name, length, m)?;
         }
@@ -215,7 +228,9 @@ impl PseudoLabels {
                 path.display()
             );
         }
-        for (name, values) in [("confidence", &self.confidence), ("score", &self.score)] {
+        let shares = self.head_agreement.as_ref();
+        let values = [("confidence", &self.confidence), ("score", &self.score)];
+        for (name, values) in values.into_iter().chain(shares.map(|of| ("head-agreement", of))) {
             if let Some(value) = values.iter().find(|value| !(0. ..=1.00001).contains(*value)) {
                 anyhow::bail!(
                     "tensor `{name}` of `{}` has the value {value}, outside [0, 1]; cluster again",
@@ -246,6 +261,7 @@ mod tests {
             score: vec![0.5, 0.5, 0.],
             reliable: vec![true, true, false],
             stability: Some(0.75),
+            head_agreement: Some(vec![1., 0.5, 0.75]),
             projection_width: 3,
             prototypes: vec![1., 0., 0., 0., 0., -1.],
         }
@@ -259,9 +275,11 @@ mod tests {
         written.write(&path).expect("written");
         let read = PseudoLabels::open(&path).expect("sound");
         assert_eq!(read.stability, Some(0.75));
-        written.stability = None;
+        assert_eq!(read.head_agreement, written.head_agreement);
+        (written.stability, written.head_agreement) = (None, None);
         written.write(&path).expect("written");
-        assert_eq!(PseudoLabels::open(&path).expect("sound").stability, None);
+        let without = PseudoLabels::open(&path).expect("sound");
+        assert_eq!((without.stability, without.head_agreement), (None, None));
         assert_eq!(read.clusters, 2);
         assert_eq!(read.index, written.index);
         assert_eq!(read.assignment, written.assignment);
@@ -316,7 +334,7 @@ mod tests {
     fn contradictions_are_refused() {
         let path = Path::new("pseudo-labels.safetensors");
         example(path).check(path).expect("sound");
-        let spoilt: [fn(&mut PseudoLabels); 10] = [
+        let spoilt: [fn(&mut PseudoLabels); 12] = [
             |p| p.index[2] = 4,
             |p| p.assignment[0] = 2,
             |p| p.kmeans_assignment[0] = 2,
@@ -327,6 +345,8 @@ mod tests {
             |p| p.projection_width = 2,
             |p| p.data_set.images = 3,
             |p| p.stability = Some(1.5),
+            |p| p.head_agreement = Some(vec![1.; 2]),
+            |p| p.head_agreement = Some(vec![1., 1., 1.5]),
         ];
         for (case, spoil) in spoilt.iter().enumerate() {
             let mut labels = example(path);

@@ -195,6 +195,7 @@ mod tests {
             score: vec![1.; n],
             reliable: vec![true; n],
             stability: None,
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![0.; 2],
         }

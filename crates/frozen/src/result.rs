@@ -96,6 +96,7 @@ impl HeadResult {
             reliable,
             projection_width: width,
             stability,
+            head_agreement: None,
         })
     }
 }

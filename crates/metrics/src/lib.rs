@@ -148,6 +148,7 @@ mod tests {
             score: vec![1.; 4],
             reliable: vec![true, true, false, false],
             stability: None,
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![1., -1.],
         };

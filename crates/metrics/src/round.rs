@@ -196,6 +196,7 @@ mod tests {
             score: vec![1.; m],
             reliable: reliable.to_vec(),
             stability: None,
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![0.; 3],
         }

@@ -94,6 +94,7 @@ impl Stage for Predict {
             score: found.confidence.clone(),
             confidence: found.confidence,
             stability: None,
+            head_agreement: None,
             projection_width,
             prototypes,
         }

@@ -90,6 +90,7 @@ impl RefinementTest {
             projection_width: WIDTH,
             prototypes,
             stability,
+            head_agreement: None,
         }
         .write(&self.at("pseudo-labels").join("pseudo-labels.safetensors"))?;
         // Another stage's file beside them, which refinement must leave alone.

@@ -111,6 +111,7 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         confidence,
         reliable: vec![true; PICTURES],
         stability: None,
+        head_agreement: None,
         projection_width: 1,
         prototypes: vec![0.; 4],
     }

@@ -362,6 +362,7 @@ mod tests {
             score: vec![1.; 3],
             reliable: vec![true; 3],
             stability: None,
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![0.; 2],
         }

@@ -310,6 +310,7 @@ pub(crate) mod tests {
             score: vec![0.25, 0.5, 1., 0.7, 0.5],
             reliable: vec![false, true, true, true, false],
             stability: Some(0.875),
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![0.; 3],
         }

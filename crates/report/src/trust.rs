@@ -200,6 +200,7 @@ mod tests {
             score: vec![1.; count],
             reliable: vec![true; count],
             stability: None,
+            head_agreement: None,
             projection_width: 1,
             prototypes: vec![0.; clusters],
         }

@@ -128,6 +128,9 @@ pub enum Origin {
     PreviousRound,
     /// The step that wrote pseudo-labels before the last one did. Optional.
     EarlierPseudoLabels,
+    /// The last step that trained a clustering network together with the network of the pictures.
+    /// Optional.
+    RefinedHead,
     /// The same step of the run that this one replaces, which saw other pictures or had other values.
     /// Optional, and not part of a step's key: results must not depend on it, but for the numbers of
     /// clusters, which have no meaning.
@@ -141,7 +144,11 @@ impl Origin {
     pub const fn is_optional(self) -> bool {
         matches!(
             self,
-            Self::Backbone | Self::PreviousRound | Self::EarlierPseudoLabels | Self::EarlierRun
+            Self::Backbone
+                | Self::PreviousRound
+                | Self::EarlierPseudoLabels
+                | Self::RefinedHead
+                | Self::EarlierRun
         )
     }
 }
@@ -155,6 +162,9 @@ pub enum Output {
     Embeddings,
     /// `pseudo-labels.safetensors` and `head.safetensors`.
     PseudoLabels,
+    /// `head.safetensors` alone: a clustering network that was trained further, with its clusters in the
+    /// order of the pseudo-labels that were read.
+    RefinedHead,
     /// `metrics.json`.
     Scores,
 }
