@@ -62,6 +62,48 @@ pub fn share_of_agreeing_neighbours(assignment: &[u32], neighbours: &[u32]) -> V
     assignment.iter().zip(neighbours.chunks_exact(each)).map(same).collect()
 }
 
+/// Returns how much more often neighbours are in one cluster than by chance:
+/// `κ = (a − e) / (1 − e)`, with the mean share `a` of each point's neighbours that are in its cluster, and
+/// `e = Σ_k π_k²` for clusters with shares `π` of the points.
+///
+/// 1 if all neighbours agree, 0 at chance and for a single cluster, and below 0 if neighbours avoid each
+/// other. The share `a` alone would reward clusters that collapse. Compare labellings on one and the
+/// same list of neighbours.
+///
+/// - `assignment`: cluster of each point, `(N,)`, below `clusters`.
+/// - `neighbours`: `(N, m)` without the point itself.
+///
+/// # Errors
+///
+/// `neighbours` is not `N` lists of one length, or a cluster is not below `clusters`.
+pub fn chance_corrected_agreement(
+    assignment: &[u32],
+    neighbours: &[u32],
+    clusters: usize,
+) -> Result<f64> {
+    let n = assignment.len();
+    ensure!(
+        n > 0 && !neighbours.is_empty() && neighbours.len().is_multiple_of(n),
+        "chance_corrected_agreement: {} neighbours of {n} points",
+        neighbours.len()
+    );
+    let mut sizes = vec![0usize; clusters];
+    for &cluster in assignment {
+        ensure!(
+            (cluster as usize) < clusters,
+            "chance_corrected_agreement: a point is in cluster {cluster}, but there are {clusters}"
+        );
+        sizes[cluster as usize] += 1;
+    }
+    let by_chance: f64 = sizes.iter().map(|&size| (size as f64 / n as f64).powi(2)).sum();
+    if sizes.iter().filter(|&&size| size > 0).count() < 2 {
+        return Ok(0.);
+    }
+    let shares = share_of_agreeing_neighbours(assignment, neighbours);
+    let agreement = shares.into_iter().map(f64::from).sum::<f64>() / n as f64;
+    Ok((agreement - by_chance) / (1. - by_chance))
+}
+
 fn search(
     points: &[f32],
     n: usize,
@@ -381,6 +423,26 @@ mod tests {
         (0..n * d)
             .map(|i| 1. - (i % d % 2) as f32 * 1.5 + spread * (random.random::<f32>() - 0.5))
             .collect()
+    }
+
+    /// Refinement, case 9.
+    #[test]
+    fn agreement_is_corrected_for_chance() -> Result<()> {
+        let neighbours = [1, 2, 0, 2, 0, 1, 4, 5, 3, 5, 3, 0];
+        for (assignment, want) in [
+            ([0, 0, 0, 1, 1, 1], 0.833333),
+            ([1, 1, 1, 0, 0, 0], 0.833333),
+            ([0, 0, 1, 1, 1, 1], 0.0625),
+            ([0, 0, 0, 0, 0, 0], 0.),
+            ([0, 1, 0, 1, 0, 1], -0.333333),
+        ] {
+            let got = chance_corrected_agreement(&assignment, &neighbours, 2)?;
+            assert!((got - want).abs() < 1e-6, "{assignment:?}: got {got}, want {want}");
+        }
+        assert!(chance_corrected_agreement(&[0, 2], &[1, 0], 2).is_err());
+        assert!(chance_corrected_agreement(&[0, 1], &[1, 0, 1], 2).is_err());
+        assert!(chance_corrected_agreement(&[0, 1], &[], 2).is_err());
+        Ok(())
     }
 
     #[test]
