@@ -27,6 +27,7 @@ pub fn registry() -> Registry {
             Program::of::<embed::Embed>(),
             Program::of::<clustering::Clustering>(),
             Program::of::<prototype_refinement::PrototypeRefinement>(),
+            Program::of::<neighbour_refinement::NeighbourRefinement>(),
             Program::of::<metrics::Metrics>(),
             Program::of::<propos::ProPos>(),
             Program::of::<secu::SeCu>(),

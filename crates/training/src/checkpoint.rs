@@ -232,6 +232,15 @@ pub fn load_network(folder: &Path, trained: &mut impl Trained) -> Result<()> {
     Checkpoint::load(Some(&network_file::open(folder)?), None, trained)
 }
 
+/// Loads what `trained` keeps in a state from the one that a finished run left in `folder`.
+///
+/// # Errors
+///
+/// The file is missing, damaged, or lacks a part.
+pub fn load_state(folder: &Path, trained: &mut impl Trained) -> Result<()> {
+    Checkpoint::load(None, Some(&open(folder)?), trained)
+}
+
 /// The tensors of `trained` that go into its `network.safetensors`.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ mod segment;
 pub mod tables;
 mod variable;
 
-pub use checkpoint::{Checkpoint, Trained, load_network, network_tensors};
+pub use checkpoint::{Checkpoint, Trained, load_network, load_state, network_tensors};
 pub use device::network_device;
 pub use effort::picture_cost;
 pub use learner::{Learner, Online, Target};
