@@ -46,8 +46,8 @@ Examples
     Reproduce {
         #[command(flatten)]
         options: reproduce::ReproduceOptions,
-        /// Run the seeds 0 to N - 1.
-        #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
+        /// Run this many seeds, from --seed on.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
         /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
         #[arg(long)]
@@ -295,7 +295,9 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         }
         Command::Reproduce { options, seeds, json } => {
             report_progress(json);
-            let seeds = seeds.map_or(vec![options.seed], |count| (0..count).collect());
+            let seeds = (0..seeds.unwrap_or(1))
+                .map(|more| options.seed.saturating_add(more))
+                .collect::<Vec<_>>();
             reproduce::reproduce(session, &options, &seeds, json)
         }
         Command::Prepare { options } => prepare::run(session, &options),

@@ -16,6 +16,7 @@ mod commands;
 mod compare;
 mod cost;
 mod export;
+mod gain;
 mod heads;
 mod key;
 mod plan;

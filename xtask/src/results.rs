@@ -8,6 +8,8 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::gain::PairedGain;
+
 /// `metrics.json` of the stage `metrics`. Scores are fractions, and `None` without ground truth.
 #[derive(Debug, Clone, Deserialize)]
 pub struct MetricsFile {
@@ -166,6 +168,7 @@ impl ExperimentResults {
         text.push('\n');
         text.push_str(&aligned(&self.cells()));
         text.push('\n');
+        self.add_gains(&mut text);
         self.add_details(&mut text);
         text
     }
@@ -188,6 +191,30 @@ impl ExperimentResults {
             lines.push(line(&row.label, &row.scores(kmeans)));
         }
         lines
+    }
+
+    /// The last round's scores over those of the control's last round, if there is one with scores.
+    fn add_gains(&self, text: &mut String) {
+        let [Some(acc), Some(nmi), Some(ari)] = self.gains() else { return };
+        let verdict = match (acc.is_gain(), nmi.is_gain(), ari.is_gain()) {
+            (None, ..) => "one seed shows nothing",
+            (Some(false), ..) => "no gain shown",
+            (Some(true), Some(false), Some(false)) => "a doubtful gain, in ACC alone",
+            (Some(true), ..) => "a gain",
+        };
+        let _ = writeln!(text, "over the control: ACC {acc}, NMI {nmi}, ARI {ari}: {verdict}\n");
+    }
+
+    /// ACC, NMI and ARI over the control, paired by seed.
+    fn gains(&self) -> [Option<PairedGain>; 3] {
+        let part = |of: fn(ClassAgreement) -> Option<f64>| {
+            let score = |metrics: Option<&MetricsFile>| metrics?.head.and_then(of);
+            PairedGain::of(self.outcomes.iter().map(|outcome| {
+                let control = outcome.control.last().map(|(_, metrics)| metrics);
+                (score(outcome.rounds.last()), score(control))
+            }))
+        };
+        [part(|s| s.acc), part(|s| s.nmi), part(|s| s.ari)]
     }
 
     fn add_details(&self, text: &mut String) {
@@ -218,6 +245,9 @@ impl ExperimentResults {
         let scores = self.rounds().last().map(|row| scores_json(&row.scores(head)));
         let baseline = |row: Option<ScoreRow>| row.map(|row| scores_json(&row.scores(kmeans)));
         let control = self.control();
+        let [acc, nmi, ari] =
+            self.gains().map(|gain| gain.as_ref().map_or(Value::Null, PairedGain::json));
+        let gain = json!({ "acc": acc, "nmi": nmi, "ari": ari });
         let first = self.outcomes.first();
         let numbers = first.map(|outcome| outcome.control.iter().map(|(round, _)| *round));
         let control_rounds: Vec<_> =
@@ -238,6 +268,7 @@ impl ExperimentResults {
             "control": control.last().map(|row| json!({
                 "rounds": control_rounds,
                 "scores": scores_json(&row.scores(head)),
+                "gain": gain,
             })),
             "assignments":
                 self.outcomes.iter().map(|outcome| &outcome.assignments).collect::<Vec<_>>(),
@@ -424,6 +455,31 @@ mod tests {
     }
 
     #[test]
+    fn the_table_says_what_is_gained_over_the_control() {
+        let sure = report(true, &[0.9, 0.8]).table();
+        let differences = "ACC +2.0 (95 % bound +2.0), NMI +2.0 (95 % bound +2.0)";
+        assert!(sure.contains(&format!("over the control: {differences}")), "{sure}");
+        assert!(sure.contains(": a gain\n"), "{sure}");
+        assert!(report(true, &[0.9]).table().contains(": one seed shows nothing\n"));
+
+        let mut scattered = report(true, &[0.9, 0.8]);
+        scattered.outcomes[1].control = vec![(1, metrics(0.82, true))];
+        assert!(scattered.table().contains(": no gain shown\n"), "{}", scattered.table());
+        let mut without = report(true, &[0.9, 0.8]);
+        without.outcomes[0].control.clear();
+        assert!(!without.table().contains("over the control"));
+        assert!(!report(false, &[0.9]).table().contains("over the control"));
+
+        let mut doubtful = report(true, &[0.9, 0.8]);
+        for outcome in &mut doubtful.outcomes {
+            let scores = outcome.rounds.last_mut().and_then(|last| last.head.as_mut());
+            let scores = scores.expect("scored");
+            (scores.nmi, scores.ari) = (Some(0.1), Some(0.1));
+        }
+        assert!(doubtful.table().contains("a doubtful gain, in ACC alone"), "{}", doubtful.table());
+    }
+
+    #[test]
     fn a_system_of_one_phase_has_no_row_of_a_pretrained_embedding() {
         let mut report = report(true, &[0.9, 0.8]);
         for outcome in &mut report.outcomes {
@@ -461,6 +517,9 @@ mod tests {
         close("/baselines/kmeans-embedding/acc/mean", 0.70);
         close("/control/scores/acc/mean", 0.83);
         close("/control/rounds/0/round", 1.);
+        close("/control/gain/acc/mean", 0.02);
+        close("/control/gain/ari/values/1", 0.02);
+        assert_eq!(json.pointer("/control/gain/acc/gain"), Some(&json!(true)));
         close("/rounds/0/kmeans/acc/mean", 0.70);
         close("/seconds", 12.3);
         assert_eq!(json["seeds"], json!([0, 1]));
