@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -49,6 +50,9 @@ Examples
         /// Run this many seeds, from --seed on.
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
+        /// Also write a record of the results into this folder; configs/results keeps those of the project.
+        #[arg(long, value_name = "DIR")]
+        record: Option<PathBuf>,
         /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
         #[arg(long)]
         json: bool,
@@ -293,12 +297,12 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
             report_progress(options.json);
             cluster::run(session, &options)
         }
-        Command::Reproduce { options, seeds, json } => {
+        Command::Reproduce { options, seeds, record, json } => {
             report_progress(json);
             let seeds = (0..seeds.unwrap_or(1))
                 .map(|more| options.seed.saturating_add(more))
                 .collect::<Vec<_>>();
-            reproduce::reproduce(session, &options, &seeds, json)
+            reproduce::reproduce(session, &options, &seeds, record.as_deref(), json)
         }
         Command::Prepare { options } => prepare::run(session, &options),
         Command::Stage { place, options, round } => {

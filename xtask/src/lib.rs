@@ -28,6 +28,7 @@ mod programs;
 mod record;
 mod report;
 mod reproduce;
+pub mod result_record;
 mod results;
 mod run;
 mod setup;

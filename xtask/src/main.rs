@@ -70,6 +70,8 @@ enum XtaskCommand {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
         rest: Vec<OsString>,
     },
+    /// Makes the table of results in `configs/README.md` from the records in `configs/results`.
+    Results,
     /// A command of `assort`.
     #[command(external_subcommand)]
     Assort(Vec<OsString>),
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         XtaskCommand::Bench { options } => bench::run(options),
         XtaskCommand::Trial { what, minutes, seed } => trial(&what, minutes, seed),
         XtaskCommand::Pictures { rest } => pictures(&rest),
+        XtaskCommand::Results => results(),
         XtaskCommand::Assort(words) => assort(words, features),
     };
     result.unwrap_or_else(|error| stage::finish("xtask", &Err(error)))
@@ -100,6 +103,11 @@ fn set_up_cuda(folder: &Path, python: &Path, capability: u32) -> Result<ExitCode
 #[cfg(not(unix))]
 fn set_up_cuda(_: &Path, _: &Path, _: u32) -> Result<ExitCode> {
     anyhow::bail!("cuda-toolchain sets up libraries for Linux only; install CUDA 13 here")
+}
+
+fn results() -> Result<ExitCode> {
+    xtask::result_record::update_documentation(&cargo::root()?)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Builds `assort` and the program that disturbs it, and runs that. `fuzz` first runs the test of

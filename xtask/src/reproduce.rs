@@ -1,5 +1,7 @@
 //! `assort reproduce` and `assort stage`: run an experiment or one of its steps.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -7,8 +9,10 @@ use stage::Experiment;
 use stage::console::{print, print_line};
 
 use crate::CommandContext;
+use crate::cost::StepCost;
 use crate::plan::{Arm, RunPlan};
 use crate::prepared::PREPARE;
+use crate::result_record::ResultRecord;
 use crate::results::{ExperimentResults, MetricsFile, Outcome};
 use crate::run::ExperimentRun;
 use crate::setup::{self, Setup};
@@ -40,16 +44,24 @@ pub fn resolved(session: &CommandContext, experiment: &str, set: &[String]) -> R
 }
 
 /// Runs the unfinished steps of an experiment for these seeds, and prints the table.
+///
+/// - `record`: the folder for a record of the results.
 pub fn reproduce(
     session: &CommandContext,
     options: &ReproduceOptions,
     seeds: &[u64],
+    record: Option<&Path>,
     json: bool,
 ) -> Result<()> {
     let experiment = resolved(session, &options.experiment, &options.set)?;
+    let digest = experiment.digest();
     let results = run_seeds(session, experiment, &options.setup, seeds, options.fresh)?;
     if let Some(results) = results {
         print(results.table())?;
+        if let Some(folder) = record {
+            let name = ResultRecord::new(&results, digest, &options.set).write(folder)?;
+            tracing::info!("recorded the results in `{}`", folder.join(name).display());
+        }
         if json {
             print_line(results.json())?;
         }
@@ -88,12 +100,27 @@ pub fn run_seeds(
         title: experiment.title()?,
         system: experiment.system()?,
         experiment: experiment.name,
+        step_seconds: step_seconds(&plan, &runs),
         outcomes: runs
             .iter()
             .map(|run| run.removing_damaged(outcome(&plan, run)))
             .collect::<Result<_>>()?,
         seconds: begin.elapsed().as_secs_f64(),
     }))
+}
+
+/// The recorded seconds of each step, one for each seed. A step that two arms share is in the first.
+fn step_seconds(plan: &RunPlan, runs: &[ExperimentRun]) -> BTreeMap<String, Vec<f64>> {
+    let mut seconds = BTreeMap::<String, Vec<f64>>::new();
+    for run in runs {
+        for (position, step) in plan.steps.iter().enumerate() {
+            let is_new = !(0..position).any(|earlier| run.is_shared(earlier, position));
+            if let Some(cost) = StepCost::read(&run.folder(position)).filter(|_| is_new) {
+                seconds.entry(step.name()).or_default().push(cost.seconds);
+            }
+        }
+    }
+    seconds
 }
 
 /// Runs one step on the results of the steps before it, and prints its folder.

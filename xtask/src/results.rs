@@ -88,6 +88,8 @@ pub struct ExperimentResults {
     pub system: String,
     /// Results by seed.
     pub outcomes: Vec<Outcome>,
+    /// Recorded seconds of each step by seed, also of those that ran before.
+    pub step_seconds: BTreeMap<String, Vec<f64>>,
     /// Elapsed time of the command in seconds.
     pub seconds: f64,
 }
@@ -417,6 +419,7 @@ mod tests {
             title: "Example".into(),
             system: "PLDC".into(),
             outcomes: accuracies.iter().enumerate().map(outcome).collect(),
+            step_seconds: BTreeMap::new(),
             seconds: 12.3,
         }
     }
