@@ -28,6 +28,7 @@ pub fn registry() -> Registry {
             Program::of::<clustering::Clustering>(),
             Program::of::<prototype_refinement::PrototypeRefinement>(),
             Program::of::<neighbour_refinement::NeighbourRefinement>(),
+            Program::of::<soft_reset::SoftReset>(),
             Program::of::<metrics::Metrics>(),
             Program::of::<propos::ProPos>(),
             Program::of::<secu::SeCu>(),
