@@ -231,3 +231,58 @@ impl LabelBank {
         self.first.checkpoint(file)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device::Cpu;
+
+    use super::*;
+
+    /// A bank of the rows 0, 2 and 3 of four: the first image has both others as neighbours, the second
+    /// none, the third the first.
+    fn bank() -> LabelBank {
+        LabelBank {
+            clusters: 3,
+            width: 2,
+            places: vec![Some(0), None, Some(1), Some(2)],
+            agreement: vec![1.; 3],
+            projections: vec![1., 0., 0., 1., 0.6, 0.8],
+            neighbours: vec![1, 2, NO_NEIGHBOUR, NO_NEIGHBOUR, 0, NO_NEIGHBOUR],
+            pseudo_labels: vec![2, 0, 1],
+            reliable: vec![1, 0, 1],
+            first: FirstNeighbours::default(),
+        }
+    }
+
+    #[test]
+    fn a_batch_is_drawn_to_the_means_of_its_neighbours() -> Result<()> {
+        let (means, weights) = bank().pulls(&[0, 3, 1, 2], 0.5, &Cpu)?;
+        let want = [[0.3f32, 0.9], [1., 0.], [0., 0.], [0., 0.]];
+        for (got, want) in means.to_vec2::<f32>()?.concat().iter().zip(want.concat()) {
+            assert!((got - want).abs() < 1e-6, "got {got}, want {want}");
+        }
+        assert_eq!(weights.to_vec2::<f32>()?, [[0.5], [0.5], [0.], [0.]]);
+        assert_eq!(bank().reliable_labels(&[0, 3, 1, 2]), [Some(2), Some(1), None, None]);
+        Ok(())
+    }
+
+    #[test]
+    fn permuted_labels_are_the_same_ones_of_other_reliable_images() {
+        let mut bank = bank();
+        bank.pseudo_labels = (0..40).map(|i| i % 3).collect();
+        bank.reliable = (0..40).map(|i| u32::from(i < 30)).collect();
+        let before = bank.pseudo_labels.clone();
+        bank.permute(0., 1, 0);
+        assert_eq!(bank.pseudo_labels, before);
+        bank.permute(1., 1, 0);
+        let sorted = |labels: &[u32]| {
+            let mut labels = labels.to_vec();
+            labels.sort_unstable();
+            labels
+        };
+        assert_eq!(sorted(&bank.pseudo_labels[..30]), sorted(&before[..30]));
+        assert_eq!(bank.pseudo_labels[30..], before[30..]);
+        let moved = bank.pseudo_labels.iter().zip(&before).filter(|(a, b)| a != b).count();
+        assert!((10..=30).contains(&moved), "two of three by chance, not {moved} of 30");
+    }
+}
