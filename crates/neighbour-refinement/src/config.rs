@@ -105,7 +105,9 @@ impl Config {
         if !job.images.exists() {
             return Ok(Effort::NONE);
         }
-        Ok(self.effort(Images::open(&job.images)?.rows(&job.data.train_on).len()))
+        let images = Images::open(&job.images)?.rows(&job.data.train_on).len();
+        self.run.check_groups(job.name, self.run.batch_size.min(images))?;
+        Ok(self.effort(images))
     }
 
     pub(crate) fn plan(&self, steps_per_epoch: usize) -> RunPlan {

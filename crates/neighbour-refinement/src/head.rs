@@ -13,7 +13,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
 use candle_nn::ops::softmax;
 use data::head;
-use layers::{Builder, Network, Sgd};
+use layers::{BatchGroups, Builder, Network, Sgd};
 use stage::container;
 use training::ops::unit_rows;
 use training::{Checkpoint, Seam, TrainedSegment};
@@ -27,6 +27,7 @@ pub(crate) struct OnlineHead {
     target: Segment,
     /// `H`, `D` and `K`.
     extents: [usize; 3],
+    groups: BatchGroups,
 }
 
 /// One pass of embeddings through the online network. Its logits are a variable of the loss.
@@ -70,13 +71,23 @@ impl OnlineHead {
             target.parameters.set(name, &file.f32(name)?)?;
         }
         let online = TrainedSegment::new("online.head", target.clone());
-        Ok(Self { online, target, extents })
+        Ok(Self { online, target, extents, groups: BatchGroups::one() })
     }
 
-    /// The logits of embeddings `(N, D)` by the online network.
+    /// The same networks, which divide batches into these groups.
+    ///
+    /// # Errors
+    ///
+    /// They compute on a device that cannot divide batches.
+    pub(crate) fn in_groups(self, groups: &BatchGroups) -> candle_core::Result<Self> {
+        let online = self.online.in_groups(groups)?;
+        Ok(Self { online, groups: groups.clone(), ..self })
+    }
+
+    /// The logits of the embeddings of a batch `(N, D)` by the online network.
     pub(crate) fn forward(&mut self, embedding: &Tensor) -> candle_core::Result<HeadPass> {
         let input = scaled(embedding)?;
-        let logits = self.online.forward(&input.detach())?;
+        let logits = self.online.forward_batch(&input.detach())?;
         Ok(HeadPass { input, logits })
     }
 
@@ -94,8 +105,9 @@ impl OnlineHead {
         let Some(at_logits) = gradients.remove(&logits) else {
             candle_core::bail!("backward: the loss does not depend on the clustering network")
         };
-        let at_input = self.online.backward(logits, &at_logits, true)?;
-        let at_input = at_input.expect("it was asked for");
+        let own = self.groups.own_rows(&at_logits)?;
+        let at_input = self.online.backward(logits, &own, true)?;
+        let at_input = self.groups.all_rows(&at_input.expect("it was asked for"))?;
         // The pull-back through the scaling is the gradient of its product with a constant.
         let mut scaling = (input * at_input)?.sum_all()?.backward()?;
         let Some(gradient) = scaling.remove(embedding) else {
@@ -115,7 +127,7 @@ impl OnlineHead {
     }
 
     /// The first parameter whose gradient is not finite.
-    pub(crate) fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
+    pub(crate) fn first_gradient_not_finite(&mut self) -> candle_core::Result<Option<String>> {
         self.online.first_gradient_not_finite()
     }
 

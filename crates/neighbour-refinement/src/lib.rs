@@ -41,7 +41,7 @@ use backbone::{Configuration, Segment};
 use candle_core::{DType, Device, Tensor};
 use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
-use layers::Sgd;
+use layers::{BatchGroups, Sgd};
 use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::ops::mean_length;
@@ -79,12 +79,14 @@ impl Stage for NeighbourRefinement {
         ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
+        let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
         let found = clusters_of(&images, job)?;
         let network = job.input("network")?;
         let configuration = Configuration::read(network)?;
         let input: Input = configuration.input()?;
-        let mut model = RefinedModel::open(config, &configuration, &found, &rows, job)?;
+        let model = RefinedModel::open(config, &configuration, &found, &rows, job)?;
+        let mut model = model.in_groups(&groups)?;
 
         let seed = draws(job.seed);
         let steps_per_epoch = sampler::steps(rows.len(), config.run.batch_size);
@@ -97,7 +99,7 @@ impl Stage for NeighbourRefinement {
         let target_decay = config.target_decay(scheduled_rounds, steps_per_epoch);
         let plan = config.plan(steps_per_epoch);
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
-        let views = Views::new(&images, [&config.views; 2], &input, seed);
+        let views = Views::new(&images, [&config.views; 2], &input, seed).in_groups(&groups);
 
         while let Some(epoch) = run.next_epoch() {
             // Neighbours and pseudo-labels of all images, by the target network as it is now.
@@ -142,9 +144,11 @@ impl Stage for NeighbourRefinement {
             }
             run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
-        match &model.head {
-            Some(head) => head.write(&job.out)?,
-            None => copy_head(job)?,
+        if job.communicator.is_first() {
+            match &model.head {
+                Some(head) => head.write(&job.out)?,
+                None => copy_head(job)?,
+            }
         }
         run.finish(&mut model, &configuration)
     }
@@ -230,6 +234,13 @@ impl RefinedModel {
         Ok(Self { learner: learner.on(&device)?, head, bank, device })
     }
 
+    /// The same networks, which divide batches into these groups.
+    fn in_groups(self, groups: &BatchGroups) -> candle_core::Result<Self> {
+        let Self { learner, head, bank, device } = self;
+        let head = head.map(|head| head.in_groups(groups)).transpose()?;
+        Ok(Self { learner: learner.in_groups(groups)?, head, bank, device })
+    }
+
     /// The label pass: projections and memberships of all un-augmented images by the target network, on
     /// running statistics.
     #[expect(clippy::too_many_arguments, reason = "pictures, and the place in the run")]
@@ -276,8 +287,8 @@ impl RefinedModel {
         })
     }
 
-    fn first_gradient_not_finite(&self) -> candle_core::Result<Option<String>> {
-        match (self.learner.online.first_gradient_not_finite()?, &self.head) {
+    fn first_gradient_not_finite(&mut self) -> candle_core::Result<Option<String>> {
+        match (self.learner.online.first_gradient_not_finite()?, &mut self.head) {
             (None, Some(head)) => head.first_gradient_not_finite(),
             (found, _) => Ok(found),
         }

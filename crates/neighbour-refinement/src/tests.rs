@@ -37,6 +37,7 @@ pub(crate) fn config() -> Config {
         [run]
         epochs = 2
         batch-size = 8
+        batch-groups = 1
         precision = "f32"
         save-every = 1
         collapse-deviation = 0.0
@@ -363,6 +364,19 @@ fn a_second_round_continues_momenta_schedule_and_the_measure_of_labels() -> Resu
     assert!(format!("{error:#}").contains("--in previous=DIR"), "{error:#}");
     let error = run("4", 0, &inputs).expect_err("round 0");
     assert!(format!("{error:#}").contains("--round"), "{error:#}");
+    Ok(())
+}
+
+/// Rank by rank, neighbours, labels and the clustering network learn what one process learns.
+#[test]
+fn ranks_write_the_same_bytes() -> Result<()> {
+    let experiment = RoundTest::new()?;
+    experiment.write_clusters(1.)?;
+    let mut config = config();
+    config.run.batch_groups = 4;
+    fixture::assert_same_on_ranks::<NeighbourRefinement>(&config, |out| {
+        experiment.first_job(out).expect("a folder")
+    });
     Ok(())
 }
 
