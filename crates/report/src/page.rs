@@ -278,7 +278,7 @@ fn halves(numbers: &[u16]) -> String {
 const CAUTION: &str = "These measures find out whether the clusters are there for the network, not whether they \
                        are the ones that you want: clusters by background, colour or style can have high values. \
                        Look at the pictures of a few clusters, above all at those of lowest score. The page warns \
-                       below 0.5; the first two limits were found on synthetic groups, the others are a guess.";
+                       below 0.5; the first two limits were found on synthetic groups, the third on a few runs, and the fourth is a guess.";
 
 const NO_MAP: &str = "<p>There is no map, and no list of neighbours, near-duplicates and outliers: the run kept no \
                       embeddings of these pictures.</p>\n";
