@@ -178,6 +178,27 @@ impl PseudoLabels {
         Ok(read)
     }
 
+    /// The clusters in the folder that a job has as `pseudo-labels`: of these images, all that are scored,
+    /// in as many clusters as the experiment asks for.
+    ///
+    /// # Errors
+    ///
+    /// The file is missing, damaged, or of other images or clusters; the message says what to do.
+    pub fn of_job(job: &Job, images: &Images) -> Result<Self> {
+        let found = Self::open(&job.input("pseudo-labels")?.join(Self::FILE))?;
+        found.data_set.require(images.data_set(), "cluster again from these images")?;
+        found.require_clusters(job.data.clusters)?;
+        let scored = images.rows(&job.data.score_on);
+        ensure!(
+            found.index == scored,
+            "`{}` has {} assignments but {} images are to be scored; cluster again",
+            found.data_set.path.display(),
+            found.index.len(),
+            scored.len()
+        );
+        Ok(found)
+    }
+
     /// Fails unless there are `clusters` clusters, the number that the experiment asks for.
     ///
     /// # Errors

@@ -81,7 +81,7 @@ impl Stage for NeighbourRefinement {
         let device = training::network_device(job.device)?;
         let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
-        let found = clusters_of(&images, job)?;
+        let found = PseudoLabels::of_job(job, &images)?;
         let network = job.input("network")?;
         let configuration = Configuration::read(network)?;
         let input: Input = configuration.input()?;
@@ -152,22 +152,6 @@ impl Stage for NeighbourRefinement {
         }
         run.finish(&mut model, &configuration)
     }
-}
-
-/// The result of the last clustering, of these images.
-fn clusters_of(images: &Images, job: &Job) -> Result<PseudoLabels> {
-    let found = PseudoLabels::open(&job.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
-    found.data_set.require(images.data_set(), "cluster again from these images")?;
-    found.require_clusters(job.data.clusters)?;
-    let scored = images.rows(&job.data.score_on);
-    ensure!(
-        found.index == scored,
-        "`{}` has {} assignments but {} images are to be scored; cluster again",
-        found.data_set.path.display(),
-        found.index.len(),
-        scored.len()
-    );
-    Ok(found)
 }
 
 /// Passes the head of the last clustering on, so that the next one has the same candidates in every

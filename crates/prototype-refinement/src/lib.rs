@@ -65,17 +65,7 @@ impl Stage for PrototypeRefinement {
         let device = training::network_device(job.device)?;
         let groups = config.run.groups(job)?; // Shared by the ranks.
         let rows = images.rows(&job.data.train_on);
-        let labels = PseudoLabels::open(&job.input("pseudo-labels")?.join(PseudoLabels::FILE))?;
-        labels.data_set.require(images.data_set(), "cluster again from these images")?;
-        labels.require_clusters(job.data.clusters)?;
-        let scored = images.rows(&job.data.score_on);
-        ensure!(
-            labels.index == scored,
-            "`{}` has {} assignments but {} images are to be scored; cluster again",
-            labels.data_set.path.display(),
-            labels.index.len(),
-            scored.len()
-        );
+        let labels = PseudoLabels::of_job(job, &images)?;
         let marked = Marked::new(&labels, images.len());
 
         let network = job.input("network")?;
