@@ -20,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use data::corrections::PictureMark;
 use data::{Embeddings, Names, PseudoLabels, Space};
-use parquet::data_type::{ByteArray, ByteArrayType, DataType, FloatType, Int32Type};
+use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DataType, FloatType, Int32Type};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
@@ -215,7 +215,7 @@ fn write_column<T: DataType>(
 
 /// The pictures of all clusters as a list of objects in JSON, by cluster, and there by falling score: `name`;
 /// `cluster`, its number, and `cluster-name`, null for marked pictures; `mark`, `wrong`, `outlier` or null;
-/// `confidence` and `score`.
+/// `confidence` and `score`; `reliable`, whether the experiment would train on the picture's cluster.
 ///
 /// # Errors
 ///
@@ -229,6 +229,7 @@ pub fn clusters_as_json(clusters: &[Cluster], names: &Names) -> Result<Vec<u8>> 
             "mark": cluster.mark.map(PictureMark::word),
             "confidence": member.confidence,
             "score": member.score,
+            "reliable": member.reliable,
         })
     };
     Ok(serde_json::to_vec(&members(clusters).map(object).collect::<Vec<_>>())?)
@@ -261,6 +262,8 @@ pub fn clusters_as_parquet(clusters: &[Cluster], names: &Names) -> Result<Vec<u8
     write_column::<FloatType>(&mut group, &confidence, None, None)?;
     let score: Vec<f32> = all.iter().map(|(_, member)| member.score).collect();
     write_column::<FloatType>(&mut group, &score, None, None)?;
+    let reliable: Vec<bool> = all.iter().map(|(_, member)| member.reliable).collect();
+    write_column::<BoolType>(&mut group, &reliable, None, None)?;
     group.close()?;
     writer.close()?;
     Ok(bytes)
@@ -273,6 +276,7 @@ const CLUSTERS_SCHEMA: &str = "message clusters {
     optional binary mark (UTF8);
     required float confidence;
     required float score;
+    required boolean reliable;
 }";
 
 fn members(clusters: &[Cluster]) -> impl Iterator<Item = (&Cluster, &ClusterMember)> {

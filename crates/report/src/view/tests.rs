@@ -7,6 +7,8 @@ use std::path::Path;
 use std::thread::JoinHandle;
 
 use data::corrections::Corrections;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::RowAccessor;
 use serde_json::{Value, json};
 
 use super::*;
@@ -252,7 +254,17 @@ fn edits_are_saved_at_once_undone_and_kept_for_the_next_start() -> Result<()> {
     let rows = rows.as_array().context("rows")?;
     assert_eq!((rows.len(), rows.iter().filter(is_outlier).count()), (PICTURES, 1));
     let parquet = server.get("/export/clusters.parquet")?.body;
-    assert!(parquet.starts_with(b"PAR1") && parquet.ends_with(b"PAR1"));
+    let file = tempfile::NamedTempFile::new()?;
+    fs::write(file.path(), parquet)?;
+    let parquet = SerializedFileReader::new(fs::File::open(file.path())?)?;
+    let mut found = 0;
+    for (row, expected) in parquet.get_row_iter(None)?.zip(rows) {
+        let row = row?;
+        assert_eq!(json!(row.get_string(0)?), expected["name"]);
+        assert_eq!(json!(row.get_bool(6)?), expected["reliable"]);
+        found += 1;
+    }
+    assert_eq!(found, PICTURES);
 
     // An edit that makes no sense changes nothing.
     let saved = text()?;
