@@ -5,9 +5,9 @@
 //! mixture of its other view and of images that are near it, if it is near them too. *Self-training*:
 //! a clustering network on the embedding learns the pseudo-labels of reliable images, and its gradient
 //! goes on through the backbone. The target network, a moving average, labels all images again before
-//! every epoch, in a label pass over the un-augmented pictures; neighbours smooth the labels. There are no prototypes,
-//! and no threshold decides when the labels act: a cluster has as many reliable images as its
-//! confidence allows.
+//! every epoch, in a label pass over the un-augmented pictures; neighbours smooth the labels. There are
+//! no prototypes, and no threshold decides when the labels act: a cluster has as many reliable images as
+//! its confidence allows.
 //!
 //! This is our reading of what recent methods have in common, not a published method, and no gain over
 //! its control is known. Neighbours in the target and the filter at the borders are in CoNR (Yu et
