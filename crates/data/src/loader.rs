@@ -216,13 +216,16 @@ impl Loader {
         Ok(Self { ring, maker, count: threads.max(1), threads: Vec::new(), next: done, wish })
     }
 
-    /// Makes views of a part of each batch alone, the same as without this call. Before the first batch.
+    /// Makes views of a part of each batch alone. They are the same as without this call.
     ///
     /// - `own`: from the number of pictures in a batch to the part.
+    ///
+    /// # Panics
+    ///
+    /// If a batch was asked for before.
     pub fn only(mut self, own: impl Fn(usize) -> Range<usize>) -> Self {
-        if let Some(maker) = Arc::get_mut(&mut self.maker) {
-            maker.own = maker.batches.iter().map(|batch| own(batch.len())).collect();
-        }
+        let maker = Arc::get_mut(&mut self.maker).expect("no batch was asked for before");
+        maker.own = maker.batches.iter().map(|batch| own(batch.len())).collect();
         self
     }
 

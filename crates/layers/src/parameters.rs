@@ -284,7 +284,7 @@ impl Gradients {
     }
 
     /// Adds the gradients of all groups of all ranks: the last act before they are read, on every rank.
-    /// Nothing is to be added to without groups, or where no backward pass came since the last one.
+    /// It does nothing without groups, or if no backward pass came since the last time.
     ///
     /// # Errors
     ///
