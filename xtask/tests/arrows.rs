@@ -18,7 +18,7 @@ const LIBRARIES: [(&str, &[&str]); 13] = [
     ("browser", &["stage"]),
     ("hub", &["stage"]),
     ("layers", &["bench", "collective", "kernels"]),
-    ("assignment", &["stage", "kernels"]),
+    ("assignment", &["stage", "collective", "kernels"]),
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "collective", "data", "layers", "backbone"]),

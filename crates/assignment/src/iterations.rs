@@ -1,8 +1,13 @@
-//! Lloyd's iterations: alternate assignment and means, over points in memory or in shards.
+//! Lloyd's iterations: alternate assignment and means, over points in memory or in shards, on one rank
+//! or shared by several.
+//!
+//! Sums over points are taken for each leaf of a tree, and then added in the tree. A rank has whole
+//! branches, so that the sums have the same bits on any number of ranks.
 
 use std::ops::Range;
 
 use anyhow::Result;
+use collective::Communicator;
 use kernels::similarity::{RowFormat, add_row, product};
 use rayon::prelude::*;
 
@@ -12,25 +17,113 @@ use crate::points;
 
 /// Points that every iteration reads again, in one piece or in several.
 pub trait PointSource {
-    /// Calls `visit` with each piece in order, and with the index of the piece's first point.
+    /// Calls `visit` with each piece of this rank, in order.
     ///
     /// # Errors
     ///
     /// A piece cannot be read, or `visit` fails.
-    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()>;
+    fn each(&self, visit: &mut dyn FnMut(Piece) -> Result<()>) -> Result<()>;
+
+    /// The ranks that share the points, each with those that follow the points of the ranks before it.
+    fn ranks(&self) -> Communicator {
+        Communicator::single()
+    }
+}
+
+/// Some of the points of a rank.
+pub struct Piece<'a, 'b> {
+    /// The number of the first one, among those of this rank.
+    pub first: usize,
+    /// The leaf that it belongs to, among those of this rank.
+    pub leaf: usize,
+    /// The points.
+    pub points: &'a Points<'b>,
+}
+
+impl Piece<'_, '_> {
+    /// The numbers of the points, among those of this rank.
+    fn range(&self) -> Range<usize> {
+        self.first..self.first + self.points.len()
+    }
 }
 
 /// Points in memory: one piece.
 impl PointSource for Points<'_> {
-    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
-        visit(0, self)
+    fn each(&self, visit: &mut dyn FnMut(Piece) -> Result<()>) -> Result<()> {
+        visit(Piece { first: 0, leaf: 0, points: self })
+    }
+}
+
+/// Leaves of the tree that adds sums over points; as many ranks or fewer can share them.
+pub const LEAVES: usize = 1024;
+
+/// The sum of the leaves of this rank, taken while they come one after another: at most one value for
+/// each level of the tree is in memory.
+pub struct LeafSum<T> {
+    /// Leaves below each sum, and the sum; `None` where all of them are empty. Larger ones come first.
+    branches: Vec<(usize, Option<T>)>,
+    /// Adds the second value to the first.
+    add: fn(&mut T, T),
+}
+
+impl<T> LeafSum<T> {
+    /// No leaf yet.
+    pub fn new(add: fn(&mut T, T)) -> Self {
+        Self { branches: Vec::new(), add }
+    }
+
+    /// The value of the leaf with this number, of those of this rank. `value` makes it where it is new.
+    pub fn leaf(&mut self, number: usize, value: impl FnOnce() -> T) -> &mut T {
+        let done: usize = self.branches.iter().map(|(leaves, _)| leaves).sum();
+        let is_new = done <= number;
+        for _ in done..=number {
+            self.join_equal();
+            self.branches.push((1, None));
+        }
+        let (_, last) = self.branches.last_mut().expect("a leaf was pushed");
+        if is_new {
+            *last = Some(value());
+        }
+        last.as_mut().expect("a leaf that is not new has a value")
+    }
+
+    /// The sum of all leaves; `None` if all are empty.
+    pub fn sum(mut self) -> Option<T> {
+        while self.branches.len() > 1 {
+            self.join_last();
+        }
+        self.branches.pop().and_then(|(_, sum)| sum)
+    }
+
+    fn join_equal(&mut self) {
+        while let [.., (lower, _), (upper, _)] = self.branches[..]
+            && lower == upper
+        {
+            self.join_last();
+        }
+    }
+
+    fn join_last(&mut self) {
+        let (Some((upper_leaves, upper)), Some((leaves, lower))) =
+            (self.branches.pop(), self.branches.pop())
+        else {
+            return;
+        };
+        let joined = match (lower, upper) {
+            (Some(mut lower), Some(upper)) => {
+                (self.add)(&mut lower, upper);
+                Some(lower)
+            }
+            (lower, upper) => lower.or(upper),
+        };
+        self.branches.push((leaves + upper_leaves, joined));
     }
 }
 
 /// Sums over all points that are computed once, before the first iteration.
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
-    /// Number of points, N.
+    /// Number of points of this rank.
     pub n: usize,
     /// Width of a point, D.
     pub d: usize,
@@ -65,6 +158,7 @@ pub fn iterate(
         converged: false,
         reseeded: 0,
     };
+    let ranks = source.ranks();
     let mut nearest = Nearest::unassigned(n);
     let mut sums = ClusterSums::new(config.clusters, d);
     let mut drift = vec![];
@@ -91,6 +185,9 @@ pub fn iterate(
         last = shift <= config.tolerance * variance && moved == 0;
         centres = next;
     }
+    if ranks.size() > 1 {
+        best.assignment = ranks.all_gather(&best.assignment)?;
+    }
     Ok(best)
 }
 
@@ -104,15 +201,19 @@ fn step(
     drift: &[f32],
 ) -> Result<usize> {
     let packed = Centres::new(centres, facts.d, RowFormat::fastest());
-    let mut changed = 0;
-    source.each(&mut |first, points| {
-        let range = first..first + points.len();
+    let new = || Changes::new(sums.counts.len(), facts.d);
+    let mut leaves = LeafSum::new(Changes::add);
+    source.each(&mut |piece| {
+        let range = piece.range();
         let before = nearest.assignment[range.clone()].to_vec();
-        points.assign(nearest.part(range.clone()), &packed, drift);
-        changed += sums.update(points, facts, range.clone(), &before, &nearest.assignment[range]);
+        piece.points.assign(nearest.part(range.clone()), &packed, drift);
+        let changes = leaves.leaf(piece.leaf, new);
+        changes.note(piece.points, facts, piece.first, &before, &nearest.assignment[range]);
         Ok(())
     })?;
-    Ok(changed)
+    let changes = sum_over_ranks(leaves, &source.ranks(), new)?;
+    sums.apply(&changes);
+    Ok(changes.points)
 }
 
 /// Returns the sum over centres of the distance between `from` and `to`.
@@ -148,61 +249,26 @@ impl ClusterSums {
         Self { d, sums: vec![0.; k * d], masses: vec![0.; k], counts: vec![0; k] }
     }
 
-    /// Moves points that changed their cluster between the sums; returns how many changed.
-    ///
-    /// - `range`: the indices of `points` among all points.
-    /// - `before`, `after`: their clusters before and after the step.
-    pub fn update(
-        &mut self,
-        points: &Points,
-        facts: &Facts,
-        range: Range<usize>,
-        before: &[u32],
-        after: &[u32],
-    ) -> usize {
-        let d = self.d;
-        let changed: Vec<usize> = (0..after.len())
-            .into_par_iter()
-            .with_min_len(PART)
-            .filter(|&i| before[i] != after[i])
-            .collect();
-        // The rows that enter and leave each cluster, in the order of the points.
-        let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; self.counts.len()];
-        for &i in &changed {
-            let weight = facts.weight(range.start + i);
-            if weight == 0. {
-                continue;
-            }
-            members[after[i] as usize].push((i as u32, weight));
-            self.enter(after[i] as usize, weight);
-            if before[i] != lloyd::UNASSIGNED {
-                members[before[i] as usize].push((i as u32, -weight));
-                self.leave(before[i] as usize, weight);
-            }
-        }
-        self.sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
-            let parts: Vec<Vec<f64>> = members
-                .par_chunks(SUM_PART)
-                .map(|part| {
-                    let mut sum = vec![0f64; d];
-                    for &(i, weight) in part {
-                        add_row(&mut sum, points.row(i as usize), weight);
-                    }
-                    sum
-                })
-                .collect();
-            for part in &parts {
-                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            }
+    /// Moves points between the clusters.
+    fn apply(&mut self, changes: &Changes) {
+        let rows = self.sums.par_chunks_mut(self.d).zip(changes.sums.par_chunks(self.d));
+        rows.zip(&changes.moves).filter(|(_, moves)| **moves > 0).for_each(|((sum, change), _)| {
+            sum.iter_mut().zip(change).for_each(|(sum, change)| *sum += change);
         });
-        changed.len()
+        for (k, count) in self.counts.iter_mut().enumerate() {
+            *count = count.strict_add_signed(changes.counts[k] as isize);
+            // Exactly 0 for an empty cluster, without the rounding error of the subtraction.
+            self.masses[k] = if *count == 0 { 0. } else { self.masses[k] + changes.masses[k] };
+        }
     }
 
     /// Adds points that had no cluster before.
     pub fn add(&mut self, points: &Points, assignment: &[u32]) {
         let n = points.len();
         let facts = Facts { n, d: self.d, weights: None, squares: 0., variance: 0. };
-        self.update(points, &facts, 0..n, &vec![lloyd::UNASSIGNED; n], assignment);
+        let mut changes = Changes::new(self.counts.len(), self.d);
+        changes.note(points, &facts, 0, &vec![lloyd::UNASSIGNED; n], assignment);
+        self.apply(&changes);
     }
 
     /// Replaces the points of a cluster by a single one.
@@ -215,17 +281,6 @@ impl ClusterSums {
     /// Width of a point, D.
     pub fn width(&self) -> usize {
         self.d
-    }
-
-    fn enter(&mut self, k: usize, weight: f64) {
-        self.counts[k] += 1;
-        self.masses[k] += weight;
-    }
-
-    fn leave(&mut self, k: usize, weight: f64) {
-        self.counts[k] -= 1;
-        // Exactly 0 for an empty cluster, without the rounding error of the subtraction.
-        self.masses[k] = if self.counts[k] == 0 { 0. } else { self.masses[k] - weight };
     }
 
     /// Returns `Σ w ‖x − c‖²`, computed as `Σ w ‖x‖² + Σ_k (m_k ‖c_k‖² − 2 s_k·c_k)`; half of it for
@@ -266,14 +321,124 @@ impl ClusterSums {
         }
         means
     }
+}
 
-    fn move_point(&mut self, row: &[f32], weight: f64, from: usize, to: usize) {
-        let d = self.d;
-        add_row(&mut self.sums[from * d..][..d], row, -weight);
-        add_row(&mut self.sums[to * d..][..d], row, weight);
-        self.leave(from, weight);
-        self.enter(to, weight);
+/// What is to be added to [`ClusterSums`] when points change their clusters.
+struct Changes {
+    d: usize,
+    sums: Vec<f64>,
+    masses: Vec<f64>,
+    counts: Vec<i64>,
+    /// Points that enter or leave each cluster. Without any, its sums are zero.
+    moves: Vec<u64>,
+    /// Points that changed their cluster.
+    points: usize,
+}
+
+impl Changes {
+    fn new(k: usize, d: usize) -> Self {
+        let (counts, moves) = (vec![0; k], vec![0; k]);
+        Self { d, sums: vec![0.; k * d], masses: vec![0.; k], counts, moves, points: 0 }
     }
+
+    /// Adds what changes where points have other clusters than before.
+    ///
+    /// - `first`: the number of the first of `points`, among those of this rank.
+    /// - `before`, `after`: their clusters before and after the step.
+    fn note(
+        &mut self,
+        points: &Points,
+        facts: &Facts,
+        first: usize,
+        before: &[u32],
+        after: &[u32],
+    ) {
+        let d = self.d;
+        let changed: Vec<usize> = (0..after.len())
+            .into_par_iter()
+            .with_min_len(PART)
+            .filter(|&i| before[i] != after[i])
+            .collect();
+        self.points += changed.len();
+        // The rows that enter and leave each cluster, in the order of the points.
+        let mut members: Vec<Vec<(u32, f64)>> = vec![vec![]; self.counts.len()];
+        for &i in &changed {
+            let weight = facts.weight(first + i);
+            if weight == 0. {
+                continue;
+            }
+            members[after[i] as usize].push((i as u32, weight));
+            self.count(after[i] as usize, 1, weight);
+            if before[i] != lloyd::UNASSIGNED {
+                members[before[i] as usize].push((i as u32, -weight));
+                self.count(before[i] as usize, -1, -weight);
+            }
+        }
+        self.sums.par_chunks_mut(d).zip(&members).for_each(|(sum, members)| {
+            let parts: Vec<Vec<f64>> = members
+                .par_chunks(SUM_PART)
+                .map(|part| {
+                    let mut sum = vec![0f64; d];
+                    for &(i, weight) in part {
+                        add_row(&mut sum, points.row(i as usize), weight);
+                    }
+                    sum
+                })
+                .collect();
+            for part in &parts {
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+        });
+    }
+
+    /// Moves one point.
+    fn note_move(&mut self, row: &[f32], weight: f64, from: usize, to: usize) {
+        for (k, sign) in [(from, -1), (to, 1)] {
+            let weight = sign as f64 * weight;
+            add_row(&mut self.sums[k * self.d..][..self.d], row, weight);
+            self.count(k, sign, weight);
+        }
+        self.points += 1;
+    }
+
+    fn count(&mut self, k: usize, count: i64, mass: f64) {
+        self.counts[k] += count;
+        self.masses[k] += mass;
+        self.moves[k] += 1;
+    }
+
+    /// Adds the changes of other points.
+    fn add(&mut self, other: Self) {
+        let rows = self.sums.par_chunks_mut(self.d).zip(other.sums.par_chunks(self.d));
+        rows.zip(&other.moves).filter(|(_, moves)| **moves > 0).for_each(|((sum, more), _)| {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        });
+        for k in 0..self.counts.len() {
+            self.counts[k] += other.counts[k];
+            self.masses[k] += other.masses[k];
+            self.moves[k] += other.moves[k];
+        }
+        self.points += other.points;
+    }
+}
+
+/// The sum of the leaves of all ranks; `new` makes one that changes nothing.
+fn sum_over_ranks(
+    leaves: LeafSum<Changes>,
+    ranks: &Communicator,
+    new: impl FnOnce() -> Changes,
+) -> Result<Changes> {
+    let mut sum = leaves.sum().unwrap_or_else(new);
+    if ranks.size() > 1 {
+        ranks.all_reduce_sum(&mut sum.sums)?;
+        ranks.all_reduce_sum(&mut sum.masses)?;
+        ranks.all_reduce_sum(&mut sum.counts)?;
+        ranks.all_reduce_sum(&mut sum.moves)?;
+        let mut points = [sum.points as u64];
+        ranks.all_reduce_sum(&mut points)?;
+        sum.points = points[0] as usize;
+    }
+    Ok(sum)
 }
 
 /// Moves the points farthest from their centres into the empty clusters, one each; returns how many
@@ -292,49 +457,79 @@ fn reseed_empty(
     // The only point of a cluster is not moved; at worst every cluster has one of those.
     let wanted = empty.len() + sums.counts.len();
     let mut farthest: Vec<(f64, usize)> = vec![];
-    source.each(&mut |first, points| {
-        farthest.extend(distances(points, first, facts, nearest, centres));
-        farthest.par_sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        farthest.truncate(wanted);
+    source.each(&mut |piece| {
+        farthest.extend(distances(&piece, facts, nearest, centres));
+        sort_and_truncate(&mut farthest, wanted);
         Ok(())
     })?;
+    let ranks = source.ranks();
+    // The points of this rank among those of all.
+    let counts: Vec<u64> = ranks.all_gather(&[facts.n as u64])?;
+    let before = counts[..ranks.rank()].iter().sum::<u64>() as usize;
+    let distances: Vec<f64> = farthest.iter().map(|(distance, _)| *distance).collect();
+    let points: Vec<u64> = farthest.iter().map(|(_, i)| (before + i) as u64).collect();
+    let own = |(_, i): &(f64, usize)| u64::from(nearest.assignment[*i]);
+    let clusters: Vec<u64> = farthest.iter().map(own).collect();
+    let (points, clusters) = (ranks.all_gather(&points)?, ranks.all_gather(&clusters)?);
+    let mut farthest: Vec<(f64, usize)> =
+        ranks.all_gather(&distances)?.into_iter().zip(0..).collect();
+    // At equal places of two ranks, the lower one has the lower points.
+    sort_and_truncate(&mut farthest, wanted);
+
     let mut counts = sums.counts.clone();
-    let mut candidates = farthest.iter();
-    let mut chosen: Vec<(usize, usize)> = vec![];
-    for k in empty {
-        let own = |i: usize| nearest.assignment[i] as usize;
-        let Some(&(_, i)) = candidates.find(|&&(_, i)| counts[own(i)] != 1) else {
+    let mut candidates =
+        farthest.iter().map(|&(_, at)| (points[at] as usize, clusters[at] as usize));
+    let mut chosen: Vec<Move> = vec![];
+    for to in empty {
+        let Some((point, from)) = candidates.find(|&(_, from)| counts[from] != 1) else {
             break;
         };
-        counts[own(i)] -= 1;
-        chosen.push((i, k));
+        counts[from] -= 1;
+        chosen.push(Move { point, from, to });
     }
-    source.each(&mut |first, points| {
-        let range = first..first + points.len();
-        for &(i, k) in chosen.iter().filter(|(i, _)| range.contains(i)) {
-            let from = nearest.assignment[i] as usize;
-            sums.move_point(points.row(i - first), facts.weight(i), from, k);
-            nearest.reassign(i, k as u32);
+    let new = || Changes::new(sums.counts.len(), facts.d);
+    let mut leaves = LeafSum::new(Changes::add);
+    source.each(&mut |piece| {
+        let range = piece.range();
+        for &Move { point, from, to } in &chosen {
+            let Some(i) = point.checked_sub(before).filter(|i| range.contains(i)) else { continue };
+            let row = piece.points.row(i - piece.first);
+            leaves.leaf(piece.leaf, new).note_move(row, facts.weight(i), from, to);
+            nearest.reassign(i, to as u32);
         }
         Ok(())
     })?;
+    let changes = sum_over_ranks(leaves, &ranks, new)?;
+    sums.apply(&changes);
     Ok(chosen.len())
+}
+
+/// A point, among those of all ranks, that goes to an empty cluster.
+struct Move {
+    point: usize,
+    from: usize,
+    to: usize,
+}
+
+/// Keeps the farthest; of equals those of the lowest index.
+fn sort_and_truncate(farthest: &mut Vec<(f64, usize)>, count: usize) {
+    farthest.par_sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    farthest.truncate(count);
 }
 
 /// Returns the weighted points that do not coincide with their centre, with their squared distance.
 fn distances(
-    points: &Points,
-    first: usize,
+    piece: &Piece,
     facts: &Facts,
     nearest: &Nearest,
     centres: &[f32],
 ) -> Vec<(f64, usize)> {
-    let d = points.d;
-    (first..first + points.len())
+    let d = piece.points.d;
+    (piece.range())
         .into_par_iter()
         .filter(|&i| facts.weight(i) > 0.)
         .map(|i| {
-            let row = points.row(i - first);
+            let row = piece.points.row(i - piece.first);
             let centre = &centres[nearest.assignment[i] as usize * d..][..d];
             let distance = points::squared_distance(row, centre);
             // A point that differs from its centre by rounding alone is not far from it.

@@ -10,16 +10,22 @@
 //!
 //! Besides a shard and the centres, 20 bytes per point are in memory: its cluster now, before and in
 //! the best pass, and the two bounds that avoid most comparisons.
+//!
+//! Several processes can share the shards of [`k_means_streaming`], see [`Shards::shared_by`]. The
+//! result has the same bits on any number of ranks.
 
 use std::fmt;
 
 use anyhow::{Context, Result, ensure};
+use collective::Communicator;
 use kernels::similarity::{RowFormat, product};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::clustering::{Clustering, KMeans, Metric};
-use crate::iterations::{ClusterSums, Facts, PointSource, iterate, summed_shift};
+use crate::iterations::{
+    ClusterSums, Facts, LEAVES, LeafSum, Piece, PointSource, iterate, summed_shift,
+};
 use crate::lloyd::{Centres, Nearest, Points};
 use crate::points;
 use crate::sample::sample;
@@ -29,6 +35,7 @@ pub struct Shards<'a> {
     width: usize,
     lengths: Vec<usize>,
     read: Box<dyn Fn(usize) -> Result<Vec<f32>> + 'a>,
+    ranks: Communicator,
 }
 
 impl fmt::Debug for Shards<'_> {
@@ -48,7 +55,33 @@ impl<'a> Shards<'a> {
         lengths: Vec<usize>,
         read: impl Fn(usize) -> Result<Vec<f32>> + 'a,
     ) -> Self {
-        Self { width, lengths, read: Box::new(read) }
+        Self { width, lengths, read: Box::new(read), ranks: Communicator::single() }
+    }
+
+    /// The same shards, shared by ranks: each reads a contiguous part of them.
+    ///
+    /// # Panics
+    ///
+    /// There are more than 1,024 ranks.
+    pub fn shared_by(self, ranks: &Communicator) -> Self {
+        assert!(ranks.size() <= LEAVES, "{} ranks for {LEAVES} leaves", ranks.size());
+        Self { ranks: ranks.clone(), ..self }
+    }
+
+    /// The shards of this rank, each with its leaf among those of this rank.
+    fn own(&self) -> impl Iterator<Item = (usize, usize)> {
+        let leaves = LEAVES / self.ranks.size();
+        let first = self.ranks.rank() * leaves;
+        let start = |leaf: usize| leaf * self.lengths.len() / LEAVES;
+        (0..leaves).flat_map(move |leaf| {
+            let shards = start(first + leaf)..start(first + leaf + 1);
+            shards.map(move |shard| (leaf, shard))
+        })
+    }
+
+    /// Number of points in the shards of this rank.
+    fn own_points(&self) -> usize {
+        self.own().map(|(_, shard)| self.lengths[shard]).sum()
     }
 
     /// Number of points in all shards, N.
@@ -70,21 +103,24 @@ impl<'a> Shards<'a> {
         Ok(rows)
     }
 
-    /// Draws `count` points, in order of index. Reads and checks all shards.
+    /// Draws `count` points of all ranks, in order of index. Reads and checks the shards of this rank.
     fn sample(&self, count: usize, seed: u64) -> Result<Vec<f32>> {
         let mut random = stage::random::stream(seed, "k-means sample", &[]);
         let drawn = sample(self.points(), count, &mut random);
-        let mut rows = Vec::with_capacity(drawn.len() * self.width);
-        let mut drawn = drawn.into_iter().peekable();
-        let mut first = 0;
-        for (shard, &length) in self.lengths.iter().enumerate() {
+        let mut rows = Vec::with_capacity(drawn.len() * self.width / self.ranks.size());
+        for (_, shard) in self.own() {
             let values = self.read(shard)?;
-            while let Some(i) = drawn.next_if(|&i| i < first + length) {
+            let first: usize = self.lengths[..shard].iter().sum();
+            let own = drawn.partition_point(|&i| i < first)
+                ..drawn.partition_point(|&i| i < first + self.lengths[shard]);
+            for i in &drawn[own] {
                 rows.extend_from_slice(&values[(i - first) * self.width..][..self.width]);
             }
-            first += length;
         }
-        Ok(rows)
+        match self.ranks.size() {
+            1 => Ok(rows),
+            _ => Ok(self.ranks.all_gather(&rows)?),
+        }
     }
 }
 
@@ -137,6 +173,10 @@ pub fn k_means_mini_batch(
     seed: u64,
 ) -> Result<Clustering> {
     ensure!(batch > 0, "k_means_mini_batch: batch is 0; 4,096 points or more are usual");
+    ensure!(
+        shards.ranks.size() == 1,
+        "k_means_mini_batch: its batches follow one another on one rank; use k_means_streaming on several"
+    );
     let start = Start::new(shards, config, streaming, seed)?;
     let source = start.source(shards);
     let mut running = Running::new(&start, &source, config)?;
@@ -192,13 +232,20 @@ impl Start {
         };
         let mut start =
             Self { on_sample, sample, metric: config.metric, origin, squares: 0., variance: 0. };
-        let (mut squares, mut sums) = (0., vec![0f64; d]);
-        start.source(shards).each(&mut |_, points| {
-            squares += points.squares.iter().sum::<f64>();
-            let more = points::column_sums(points.values, d, None);
-            sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        // The columns, and last the squares.
+        let mut leaves = LeafSum::new(|sum: &mut Vec<f64>, more: Vec<f64>| {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        });
+        start.source(shards).each(&mut |piece| {
+            let sum = leaves.leaf(piece.leaf, || vec![0f64; d + 1]);
+            let columns = points::column_sums(piece.points.values, d, None);
+            sum.iter_mut().zip(columns).for_each(|(sum, more)| *sum += more);
+            sum[d] += piece.points.squares.iter().sum::<f64>();
             Ok(())
         })?;
+        let mut sums = leaves.sum().unwrap_or_else(|| vec![0.; d + 1]);
+        shards.ranks.all_reduce_sum(&mut sums)?;
+        let squares = sums.pop().expect("the last value");
         let mean_square: f64 = sums.iter().map(|sum| (sum / n as f64).powi(2)).sum();
         start.variance = (squares / n as f64 - mean_square).max(0.) / d as f64;
         start.squares = squares;
@@ -212,7 +259,7 @@ impl Start {
     /// Runs Lloyd's iterations over all shards, starting from centres relative to the origin.
     fn finish(&self, shards: &Shards, centres: Vec<f32>, config: &KMeans) -> Result<Clustering> {
         let Self { origin, squares, variance, .. } = self;
-        let (n, d) = (shards.points(), shards.width);
+        let (n, d) = (shards.own_points(), shards.width);
         let facts = Facts { n, d, weights: None, squares: *squares, variance: *variance };
         let found = iterate(&self.source(shards), &facts, centres, config)?;
         let restart = self.on_sample.restart;
@@ -245,14 +292,19 @@ impl ShardSource<'_> {
 }
 
 impl PointSource for ShardSource<'_> {
-    fn each(&self, visit: &mut dyn FnMut(usize, &Points) -> Result<()>) -> Result<()> {
+    fn each(&self, visit: &mut dyn FnMut(Piece) -> Result<()>) -> Result<()> {
         let mut first = 0;
-        for (shard, &length) in self.shards.lengths.iter().enumerate() {
+        for (leaf, shard) in self.shards.own() {
             let rows = self.read(shard)?;
-            visit(first, &Points::new(&rows, self.shards.width, RowFormat::fastest()))?;
-            first += length;
+            let points = Points::new(&rows, self.shards.width, RowFormat::fastest());
+            visit(Piece { first, leaf, points: &points })?;
+            first += points.len();
         }
         Ok(())
+    }
+
+    fn ranks(&self) -> Communicator {
+        self.shards.ranks.clone()
     }
 }
 
@@ -453,6 +505,41 @@ mod tests {
             let found =
                 pool.scope(|_| k_means_mini_batch(&shards(), &CONFIG, &STREAMING, 100, 2))?;
             assert_eq!(found, batches);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_compute_the_bits_of_one() -> Result<()> {
+        let (n, d) = (3000, 5);
+        let points = points(n, d, 12);
+        // Fewer distinct points in the sample than clusters: those that stay empty are moved.
+        let mut crowded = points.clone();
+        let (first, others) = crowded.split_at_mut(d);
+        others[..2700 * d].chunks_mut(d).for_each(|row| row.copy_from_slice(first));
+        let many = KMeans { clusters: 60, restarts: 1, ..CONFIG };
+        let few = Streaming { sample: 200, passes: 4 };
+        let lengths = [900, 0, 400, 500, 1, 499, 300, 400];
+        for (points, config, streaming) in [(&points, CONFIG, STREAMING), (&crowded, many, few)] {
+            for metric in [Metric::Euclidean, Metric::Spherical] {
+                let config = KMeans { metric, ..config };
+                let want = k_means_streaming(&cut(points, d, &lengths), &config, &streaming, 2)?;
+                assert!(want.iterations > 2);
+                assert_eq!(want.reseeded > 0, config.clusters > 12, "{}", want.reseeded);
+                for ranks in [2, 4, 8] {
+                    let found = std::thread::scope(|scope| -> Result<Vec<Clustering>> {
+                        let run = |rank: Communicator| {
+                            let shards = cut(points, d, &lengths).shared_by(&rank);
+                            k_means_streaming(&shards, &config, &streaming, 2)
+                        };
+                        let ranks = Communicator::threads(ranks)?;
+                        let threads: Vec<_> =
+                            ranks.into_iter().map(|rank| scope.spawn(move || run(rank))).collect();
+                        threads.into_iter().map(|rank| rank.join().expect("no panic")).collect()
+                    })?;
+                    assert!(found.iter().all(|found| *found == want), "{ranks} ranks");
+                }
+            }
         }
         Ok(())
     }
