@@ -375,6 +375,8 @@ fn manual(registry: &Registry, name: Option<&str>) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use stage::Ranks;
+
     use super::*;
 
     #[test]
@@ -405,7 +407,7 @@ mod tests {
 
     #[test]
     fn names_of_stages_are_wrapped() {
-        let spec = |name| Spec { name, algorithm: 0, inputs: &[], outputs: &[] };
+        let spec = |name| Spec { name, algorithm: 0, inputs: &[], outputs: &[], ranks: Ranks::One };
         assert_eq!(stage_names(&[spec("a"), spec("b")]), "a b");
         let long = [spec("prototype-refinement"); 5];
         let lines = stage_names(&long);

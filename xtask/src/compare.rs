@@ -539,7 +539,7 @@ fn table(
 
 #[cfg(test)]
 mod tests {
-    use stage::{Origin, Output, Role};
+    use stage::{Origin, Output, Ranks, Role};
 
     use super::*;
 
@@ -572,14 +572,26 @@ mod tests {
 
     #[test]
     fn backbones_are_those_of_the_stages_that_train() {
-        let trained = |name| Spec { name, algorithm: 1, inputs: &[], outputs: &[Output::Network] };
+        let trained = |name| Spec {
+            name,
+            algorithm: 1,
+            inputs: &[],
+            outputs: &[Output::Network],
+            ranks: Ranks::One,
+        };
         let stages = [trained("pretraining"), trained("secu")];
         let found = |text: &str| backbones(&experiment(text), &stages);
         assert_eq!(found(TEXT).len(), 1);
         let two = TEXT.replacen("width = 4", "width = 5", 1);
         assert_eq!(found(&two).len(), 2);
         assert_ne!(found(&two), found(TEXT));
-        let scorer = Spec { name: "secu", algorithm: 1, inputs: &[], outputs: &[Output::Scores] };
+        let scorer = Spec {
+            name: "secu",
+            algorithm: 1,
+            inputs: &[],
+            outputs: &[Output::Scores],
+            ranks: Ranks::One,
+        };
         assert_eq!(backbones(&experiment(&two), &[stages[0], scorer]).len(), 1);
         // ICBPL's table has it where it says what it starts from.
         let started = two.replace("network", "start");
@@ -594,7 +606,8 @@ mod tests {
     #[test]
     fn a_step_costs_what_a_picture_costs_in_the_network_that_it_reads() -> Result<()> {
         const NETWORK: &[Role] = &[Role::new("network", Origin::Network)];
-        let stage = |name, inputs, outputs| Spec { name, algorithm: 1, inputs, outputs };
+        let stage =
+            |name, inputs, outputs| Spec { name, algorithm: 1, inputs, outputs, ranks: Ranks::One };
         let stages = [
             stage("pretraining", &[], &[Output::Network]),
             stage("embed", NETWORK, &[Output::Embeddings]),

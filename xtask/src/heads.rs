@@ -146,6 +146,7 @@ mod tests {
             algorithm: 1,
             inputs: &[],
             outputs: &[stage::Output::Network],
+            ranks: stage::Ranks::One,
         };
         let text = "[pretrained]\nbackbone = 'dinov2-small'";
         let experiment = Experiment::of_text("x", text).expect("TOML");

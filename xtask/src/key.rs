@@ -138,7 +138,7 @@ fn environment() -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use stage::Spec;
+    use stage::{Ranks, Spec};
 
     use super::*;
     use crate::plan::Arm;
@@ -152,7 +152,13 @@ mod tests {
     fn step() -> Step {
         Step {
             arm: Arm::Main,
-            place: Spec { name: "embed", algorithm: 1, inputs: &[], outputs: &[] },
+            place: Spec {
+                name: "embed",
+                algorithm: 1,
+                inputs: &[],
+                outputs: &[],
+                ranks: Ranks::One,
+            },
             round: 1,
             rounds: 2,
             program: "embed".into(),

@@ -274,7 +274,7 @@ impl PlanBuilder<'_> {
 
 #[cfg(test)]
 mod tests {
-    use stage::Role;
+    use stage::{Ranks, Role};
 
     use super::*;
 
@@ -313,7 +313,7 @@ mod tests {
         inputs: &'static [Role],
         outputs: &'static [Output],
     ) -> Spec {
-        Spec { name, algorithm: 1, inputs, outputs }
+        Spec { name, algorithm: 1, inputs, outputs, ranks: Ranks::One }
     }
 
     const STAGES: [Spec; 7] = [

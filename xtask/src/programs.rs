@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stage::digest::sha256_of_file;
-use stage::{Experiment, Spec};
+use stage::{Experiment, Ranks, Spec};
 
 use crate::Registry;
 
@@ -139,13 +139,17 @@ impl Programs {
         Ok(Self(found.collect::<Result<_>>()?))
     }
 
-    /// Lets so many processes share the steps of the programs whose table says into how many groups they
-    /// divide a batch.
+    /// Lets so many processes share the steps of the programs that can.
     ///
     /// # Errors
     ///
-    /// This program is built without MPI, no step can be shared, or there are fewer groups than ranks.
-    pub fn share(&mut self, experiments: &[&Experiment], ranks: usize) -> Result<()> {
+    /// This program is built without MPI, no step can be shared, or a training has fewer groups than ranks.
+    pub fn share(
+        &mut self,
+        experiments: &[&Experiment],
+        registry: &Registry,
+        ranks: usize,
+    ) -> Result<()> {
         if ranks == 1 {
             return Ok(());
         }
@@ -156,21 +160,15 @@ impl Programs {
         );
         let mut are_shared = false;
         for (word, program) in self.0.iter_mut().filter(|(_, program)| program.is_own()) {
-            let groups = experiments.iter().filter_map(|experiment| groups_of(experiment, word));
-            let Some(groups) = groups.min() else { continue };
-            ensure!(
-                ranks as i64 <= groups,
-                "`batch-groups` in `[{word}.run]` is {groups}, but --ranks is {ranks}, and each rank needs a \
-                 group; add --set shared.batch-groups={ranks}. Results depend on the groups in the last \
-                 bits, but not on the ranks"
-            );
+            match registry.spec(word).map_or(Ranks::One, |spec| spec.ranks) {
+                Ranks::One => continue,
+                Ranks::BatchGroups => check_groups(experiments, word, ranks)?,
+                Ranks::Any => {}
+            }
             program.ranks = ranks;
             are_shared = true;
         }
-        ensure!(
-            are_shared,
-            "--ranks {ranks}: no step of this experiment trains on groups of a batch"
-        );
+        ensure!(are_shared, "--ranks {ranks}: no step of this experiment can be shared");
         Ok(())
     }
 
@@ -185,10 +183,20 @@ impl Programs {
     }
 }
 
-/// The groups into which the program divides a batch, by its table.
-fn groups_of(experiment: &Experiment, program: &str) -> Option<i64> {
-    let table: Value = experiment.table(program).ok()?;
-    table.pointer("/run/batch-groups")?.as_i64()
+/// Fails where a training divides a batch into fewer groups than there are ranks.
+fn check_groups(experiments: &[&Experiment], training: &str, ranks: usize) -> Result<()> {
+    let groups = |experiment: &&Experiment| {
+        let table: Value = experiment.table(training).ok()?;
+        table.pointer("/run/batch-groups")?.as_i64()
+    };
+    let Some(groups) = experiments.iter().filter_map(groups).min() else { return Ok(()) };
+    ensure!(
+        ranks as i64 <= groups,
+        "`batch-groups` in `[{training}.run]` is {groups}, but --ranks is {ranks}, and each rank needs a \
+         group; add --set shared.batch-groups={ranks}. Results depend on the groups in the last bits, but \
+         not on the ranks"
+    );
+    Ok(())
 }
 
 fn is_path(word: &str) -> bool {

@@ -310,6 +310,7 @@ pub fn digest_of(experiment: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use stage::Ranks;
     use stage::finished::{self, Digests};
 
     use super::*;
@@ -432,7 +433,8 @@ mod tests {
         let found = find("digits").expect("a run");
         assert_eq!(found.unfinished().map(|step| step.name.as_str()), Some("1-clustering"));
         let outputs = &[stage::Output::PseudoLabels];
-        let clustering = Spec { name: "clustering", algorithm: 1, inputs: &[], outputs };
+        let clustering =
+            Spec { name: "clustering", algorithm: 1, inputs: &[], outputs, ranks: Ranks::One };
         let last = found.last(&[clustering], Spec::clusters).expect("one is finished");
         assert_eq!(last.name, "0-clustering");
         assert!(finished::is_finished(&found.path(last)));

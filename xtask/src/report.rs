@@ -229,7 +229,7 @@ mod tests {
     ];
 
     const fn spec(name: &'static str, outputs: &'static [Output]) -> Spec {
-        Spec { name, algorithm: 1, inputs: &[], outputs }
+        Spec { name, algorithm: 1, inputs: &[], outputs, ranks: stage::Ranks::One }
     }
 
     /// The key of the step whose embeddings show the clusters of the step at `last`.

@@ -22,7 +22,7 @@ pub struct SetupOptions {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
-    /// Share each training among this many processes, which `mpirun` starts; a power of two.
+    /// Share each training and embedding among this many processes, which `mpirun` starts; a power of two.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub ranks: usize,
     /// Read the pictures from here instead of the experiment's own source.
@@ -65,7 +65,7 @@ impl<'a> Setup<'a> {
         let source = options.images.as_deref().map(crate::source::absolute_source).transpose()?;
         let mut programs = Programs::find(&plan.programs(), &session.registry)?;
         let arms: Vec<_> = plan.steps.iter().map(|step| plan.experiment(step.arm)).collect();
-        programs.share(&arms, options.ranks)?;
+        programs.share(&arms, &session.registry, options.ranks)?;
         Ok(Self {
             session,
             plan,

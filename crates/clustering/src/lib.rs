@@ -31,7 +31,7 @@ use data::head::CentreMetric;
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use stage::{Diverged, Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Diverged, Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 
 use crate::fit::{Candidate, lowest_loss};
 use crate::head::{Head, HeadShape};
@@ -96,6 +96,7 @@ impl Stage for Clustering {
             Role::new("refined-head", Origin::RefinedHead),
         ],
         outputs: &[Output::PseudoLabels],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

@@ -90,6 +90,11 @@ impl KnownEmbeddings {
         Ok(())
     }
 
+    /// The digest of what the embeddings depend on besides their picture.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
     /// The embedding of a picture, if it is known.
     pub fn get(&self, id: &Id) -> Option<&[f32]> {
         let place = *self.places.get(id)?;
@@ -105,8 +110,11 @@ impl KnownEmbeddings {
         }
     }
 
-    /// Saves the embeddings for later runs.
+    /// Saves the embeddings for later runs. Of several ranks, the first one does.
     pub fn save(&self, job: &Job) -> Result<()> {
+        if !job.communicator.is_first() {
+            return Ok(());
+        }
         let (count, ids) = (self.ids.len(), self.ids.as_flattened());
         let tensors = [
             Tensor::u8("id", &[count, size_of::<Id>()], ids),

@@ -22,17 +22,18 @@ mod network;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use backbone::Encoder;
 use backbone::published::PublishedConfiguration;
+use backbone::{Encoder, network_file};
 use candle_core::{Device, Tensor};
 use data::views::{Input, Pipeline};
 use data::{Embeddings, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use stage::progress::{Progress, Unit};
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::digest::sha256_of_file;
+use stage::progress::Unit;
+use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 use training::ops::unit_rows;
-use training::{Precision, Views, outputs};
+use training::{DividedBatches, Precision, Views};
 
 use known::KnownEmbeddings;
 use network::EmbeddingNetwork;
@@ -92,6 +93,7 @@ impl Stage for Embed {
         algorithm: 4,
         inputs: &[Role::new("network", Origin::Network), Role::new("earlier", Origin::EarlierRun)],
         outputs: &[Output::Embeddings],
+        ranks: Ranks::Any,
     };
     type Config = Config;
 
@@ -123,7 +125,10 @@ impl Stage for Embed {
             "seconds": seconds,
             "images-per-second": forwards as f64 / seconds.max(1e-9),
         }))?;
-        embeddings.write(&job.out.join("embeddings.safetensors"))
+        if job.communicator.is_first() {
+            embeddings.write(&job.out.join("embeddings.safetensors"))?;
+        }
+        Ok(())
     }
 }
 
@@ -138,33 +143,45 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     if config.views == 0 && network.is_published() {
         return published(config, images, rows, job, &mut network);
     }
+    if job.communicator.size() > 1 {
+        let network = sha256_of_file(&job.input("network")?.join(network_file::NAME))?;
+        let read = [&network, images.fingerprint()].concat();
+        job.check_agreement(&read, &format!("{} pictures", rows.len()))?;
+    }
     // Draws for this purpose alone: those of training's epochs are other views.
     let seed = stage::random::stream(job.seed, "embed", &[job.round as u64]).next_u64();
     let batches: Vec<Vec<u32>> = rows.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
-    let mut progress =
-        Progress::new(&job.label(), (rows.len() * (1 + config.views)) as u64, Unit::Images(1));
+    let mut progress = job.progress((rows.len() * (1 + config.views)) as u64, Unit::Images(1));
     let mut done = 0;
-    let mut count = |pictures: &Tensor| -> Result<()> {
-        done += pictures.dim(0)? as u64;
+    // A signal may reach one rank alone.
+    let mut count = |pictures: usize| -> Result<()> {
+        done += pictures as u64;
         progress.at(done, "");
-        job.interrupt.check()
+        job.check_interrupt()
     };
     let clean = Views::new(images, [&input.clean()], &input, seed);
     let clean = clean.epoch(0, batches.clone(), 0)?;
-    let [backbone, projection] = outputs(clean, &device, |pictures| {
-        count(pictures)?;
+    let (mut backbone, mut projection) = (Vec::new(), Vec::new());
+    let mut clean = DividedBatches::new(clean, &device, &job.communicator)?;
+    while let Some((batch, [embeddings, projections])) = clean.next(|pictures| {
         let (embedding, unit_projection) = network.embed(pictures)?;
         Ok([embedding, unit_projection])
-    })?;
+    })? {
+        backbone.extend(embeddings);
+        projection.extend(projections);
+        count(batch.len())?;
+    }
     let augmented = Views::new(images, [&config.augmentation], &input, seed);
     let mut backbone_views = Vec::with_capacity(backbone.len() * config.views);
     for view in 1..=config.views {
         let pictures = augmented.epoch(view, batches.clone(), 0)?;
-        let [embeddings] = outputs(pictures, &device, |pictures| {
-            count(pictures)?;
-            Ok([network.embedding(pictures)?])
-        })?;
-        backbone_views.extend(embeddings);
+        let mut pictures = DividedBatches::new(pictures, &device, &job.communicator)?;
+        while let Some((batch, [embeddings])) =
+            pictures.next(|pictures| Ok([network.embedding(pictures)?]))?
+        {
+            backbone_views.extend(embeddings);
+            count(batch.len())?;
+        }
     }
     Ok(Embeddings {
         data_set: images.data_set().clone(),
@@ -196,6 +213,8 @@ fn published(
     let ids = rows.iter().map(|&row| images.stored_id(row)).collect::<Result<Vec<_>>>()?;
     let is_missing = |(_, id): &(&u32, &data::images::Id)| known.get(id).is_none();
     let missing: Vec<u32> = rows.iter().zip(&ids).filter(is_missing).map(|(&row, _)| row).collect();
+    let place = format!("{} of {} pictures embedded", rows.len() - missing.len(), rows.len());
+    job.check_agreement(&format!("{ids:?} {missing:?} {}", known.identity()), &place)?;
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
     embed_missing(config, images, &missing, job, network, &mut known)?;
     let mut backbone = Vec::with_capacity(rows.len() * network.width);
@@ -229,20 +248,19 @@ fn embed_missing(
     let input = network.input.clone();
     let batches = missing.chunks(config.batch_size).map(<[u32]>::to_vec).collect();
     let pictures = Views::new(images, [&input.clean()], &input, job.seed).epoch(0, batches, 0)?;
-    let mut progress = Progress::new(&job.label(), missing.len() as u64, Unit::Images(1));
+    let mut batches = DividedBatches::new(pictures, &device, &job.communicator)?;
+    let mut progress = job.progress(missing.len() as u64, Unit::Images(1));
     let mut saved = Instant::now();
     let mut done = 0;
-    for batch in pictures {
-        let batch = batch?;
-        let batch_rows = batch.rows.clone();
-        let [batch] = training::pictures(batch, &device)?;
-        let embeddings = network.embedding(&batch)?.flatten_all()?.to_vec1::<f32>()?;
-        for (row, embedding) in batch_rows.iter().zip(embeddings.chunks_exact(network.width)) {
+    while let Some((batch, [embeddings])) =
+        batches.next(|pictures| Ok([network.embedding(pictures)?]))?
+    {
+        for (row, embedding) in batch.iter().zip(embeddings.chunks_exact(network.width)) {
             known.insert(images.stored_id(*row)?, embedding);
         }
-        done += batch_rows.len() as u64;
+        done += batch.len() as u64;
         progress.at(done, "");
-        let interrupted = job.interrupt.check();
+        let interrupted = job.check_interrupt();
         if interrupted.is_err() || saved.elapsed() > BETWEEN_SAVES {
             known.save(job)?;
             saved = Instant::now();
@@ -595,6 +613,21 @@ mod tests {
         assert!(found.backbone_views == larger.backbone_views);
         let later = embedded(&config(), &Job { round: 1, rounds: 1, ..job })?;
         assert!(found.backbone == later.backbone && found.backbone_views != later.backbone_views);
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_write_the_same_bytes() -> Result<()> {
+        // Batches of 3, 3 and 1 pictures: of four ranks, some have none.
+        let config = Config { batch_size: 3, ..config() };
+        let written = |ranks: usize| -> Result<_> {
+            let folder = tempfile::tempdir()?;
+            let job = job(folder.path(), &[7])?;
+            fixture::run_on_ranks::<Embed>(&config, &job, ranks);
+            Ok(std::fs::read(job.out.join("embeddings.safetensors"))?)
+        };
+        let one = written(1)?;
+        assert!(one == written(2)? && one == written(4)?);
         Ok(())
     }
 

@@ -40,7 +40,7 @@ use backbone::Segment;
 use candle_core::{Device, Tensor};
 use data::head::{self, CentreMetric};
 use data::{Found, Images, Loader, PseudoLabels};
-use stage::{Effort, Job, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Role, Spec, Stage};
 use training::ops::{sum, unit_rows};
 use training::{Checkpoint, Run, Trained, outputs, pictures, sampler};
 
@@ -60,6 +60,7 @@ impl Stage for Icbpl {
         algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -124,11 +125,10 @@ impl Stage for Icbpl {
         }
         let configuration = model.networks.configuration(config)?;
         run.finish(&mut model, &configuration)?;
-        if !job.communicator.is_first() {
-            return Ok(()); // The first rank finds and writes the result.
-        }
-
         let found = predict(config, &images, &mut model.networks, job, &device)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank writes the result.
+        }
         let by = CentreMetric::Cosine;
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
@@ -197,7 +197,7 @@ fn embed(
 ) -> Result<[Vec<f32>; 2]> {
     let mut backbone = StartingBackbone::open(config, job, device)?;
     let loader = Loader::clean(images, rows, &config.input)?;
-    outputs(loader, device, |pictures| {
+    outputs(loader, device, &job.communicator, |pictures| {
         job.interrupt.check()?;
         let embeddings = backbone.evaluate(pictures)?;
         let unit = unit_rows(&embeddings)?;
@@ -222,7 +222,7 @@ pub fn predict(
 ) -> Result<Found> {
     let rows = images.rows(&job.data.score_on);
     let loader = Loader::clean(images, &rows, &config.input)?;
-    let [cosines] = outputs(loader, device, |pictures| {
+    let [cosines] = outputs(loader, device, &job.communicator, |pictures| {
         job.interrupt.check()?;
         let embedding = networks.backbone.evaluate(pictures)?;
         let features = unit_rows(&networks.head.evaluate(&embedding)?)?;

@@ -8,7 +8,7 @@ use data::{Found, Images, Loader};
 use layers::{Mode, Modes};
 use stage::Job;
 use training::ops::unit_rows;
-use training::{Views, outputs};
+use training::{Views, outputs, pictures};
 
 use crate::network::ImcSwavNetworks;
 use crate::{Config, Evaluation};
@@ -36,7 +36,8 @@ pub fn predict(
     }
     let (clusters, width) = (job.data.clusters, config.network.backbone.embedding_width());
     let loader = Loader::clean(images, &rows, &config.input)?;
-    let [embeddings, projections, memberships] = outputs(loader, device, |pictures| {
+    let ranks = &job.communicator;
+    let [embeddings, projections, memberships] = outputs(loader, device, ranks, |pictures| {
         job.interrupt.check()?;
         let embedding = networks.encoder.evaluate(pictures)?;
         let projection = unit_rows(&networks.projector.evaluate(&embedding)?)?;
@@ -75,13 +76,12 @@ fn refresh(
         .map(<[u32]>::to_vec)
         .collect();
     let clean = Views::new(images, [&config.input.clean()], &config.input, 0);
-    let [] = outputs(clean.epoch(0, batches, 0)?, device, |pictures| {
-        let mut value = pictures.clone();
+    for batch in clean.epoch(0, batches, 0)? {
+        let [mut value] = pictures(batch?, device)?;
         for part in [&mut networks.encoder, &mut networks.classifier] {
             let modes = Modes::all(part.segment.network(), Mode::Batch);
             value = part.segment.forward(&value, &modes, None)?;
         }
-        Ok([])
-    })?;
+    }
     Ok(())
 }

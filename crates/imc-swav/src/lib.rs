@@ -33,7 +33,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use data::{Images, PseudoLabels};
 use layers::BatchGroups;
-use stage::{Effort, Job, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Role, Spec, Stage};
 use training::{Run, backward, sampler, tensors};
 
 pub use config::{ClassifierWidths, Config, Crops, Evaluation, ProjectorWidths};
@@ -52,6 +52,7 @@ impl Stage for ImcSwav {
         algorithm: 3,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -127,6 +128,7 @@ impl Stage for ImcSwav {
         if !job.communicator.is_first() {
             return Ok(()); // The first rank finds and writes the result.
         }
+        let job = &job.alone();
         let mut networks = networks.in_groups(&BatchGroups::one())?;
         networks.write_head(&job.out, job.data.clusters)?;
 

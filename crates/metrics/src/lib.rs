@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use data::{Labels, PseudoLabels, RoundMetrics};
 use serde::{Deserialize, Serialize};
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 
 /// The table `[metrics]`. It has no values, so that all experiments are scored in the same way.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -56,6 +56,7 @@ impl Stage for Metrics {
             Role::new("previous", Origin::EarlierPseudoLabels),
         ],
         outputs: &[Output::Scores],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

@@ -42,7 +42,7 @@ use candle_core::{DType, Device, Tensor};
 use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
 use layers::{BatchGroups, Sgd};
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::ops::mean_length;
 use training::{
@@ -68,6 +68,7 @@ impl Stage for NeighbourRefinement {
             Role::new("previous", Origin::PreviousRound),
         ],
         outputs: &[Output::Network, Output::RefinedHead],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -105,7 +106,7 @@ impl Stage for NeighbourRefinement {
             // Neighbours and pseudo-labels of all images, by the target network as it is now.
             if run.batches_done() == 0 && epoch % config.refresh_epochs == 0 {
                 let place = [epochs_before + epoch, epochs];
-                model.refresh(config, &images, &rows, &input, place, seed, &mut run)?;
+                model.refresh(config, &images, &rows, &input, place, job, &mut run)?;
             }
             let epoch = epochs_before + epoch;
             let batches = sampler::uniform(&rows, config.run.batch_size, seed, epoch)?;
@@ -235,12 +236,13 @@ impl RefinedModel {
         rows: &[u32],
         input: &Input,
         place: [usize; 2],
-        seed: u64,
+        job: &Job,
         run: &mut Run,
     ) -> Result<()> {
         let Self { learner, head, bank: Some(bank), device } = self else { return Ok(()) };
         let loader = Loader::clean(images, rows, input)?;
-        let [projections, memberships] = outputs(loader, device, |pictures| {
+        let ranks = &job.communicator;
+        let [projections, memberships] = outputs(loader, device, ranks, |pictures| {
             let (embedding, projection) = learner.target.embed(pictures)?;
             let memberships = match head {
                 Some(head) => head.memberships(&embedding)?,
@@ -248,7 +250,7 @@ impl RefinedModel {
             };
             Ok([projection, memberships])
         })?;
-        bank.refresh(config, LabelPass { projections, memberships }, place, seed, run)
+        bank.refresh(config, LabelPass { projections, memberships }, place, job.seed, run)
     }
 
     fn constants(

@@ -123,8 +123,9 @@ impl RoundTest {
         let rows: Vec<u32> = (0..IMAGES as u32).collect();
         let input: Input = self.configuration()?.input()?;
         let loader = Loader::clean(&images, &rows, &input)?;
-        let [embeddings] =
-            outputs(loader, &Device::Cpu, |pictures| Ok([target.embed(pictures)?.0]))?;
+        let ranks = &self.job("head", 1, &[])?.communicator;
+        let embed = |pictures: &Tensor| Ok([target.embed(pictures)?.0]);
+        let [embeddings] = outputs(loader, &Device::Cpu, ranks, embed)?;
         let width = embeddings.len() / IMAGES;
         let k_means = assignment::KMeans::spherical(CLUSTERS, 5);
         let groups = assignment::k_means(&embeddings, IMAGES, width, &k_means, 1)?;

@@ -20,7 +20,7 @@ use anyhow::{Result, ensure};
 use assignment::prototypes;
 use data::{Embeddings, PseudoLabels};
 use serde::{Deserialize, Serialize};
-use stage::{Effort, Job, Origin, Role, Spec, Stage};
+use stage::{Effort, Job, Origin, Ranks, Role, Spec, Stage};
 
 use crate::head::{LoadedHead, Predictions};
 
@@ -44,6 +44,7 @@ impl Stage for Predict {
             Role::new("embeddings", Origin::Embeddings),
         ],
         outputs: &[],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

@@ -32,7 +32,7 @@ use data::Images;
 use data::views::Input;
 use serde::{Deserialize, Serialize};
 use stage::digest::sha256_of_file;
-use stage::{Effort, Interrupt, Job, Output, Spec, Stage};
+use stage::{Effort, Interrupt, Job, Output, Ranks, Spec, Stage};
 
 use source::{Located, NetworkOrigin};
 use transform::NativeSide;
@@ -49,8 +49,13 @@ pub struct Config {
 pub struct PretrainedNetwork;
 
 impl Stage for PretrainedNetwork {
-    const SPEC: Spec =
-        Spec { name: "pretrained", algorithm: 1, inputs: &[], outputs: &[Output::Network] };
+    const SPEC: Spec = Spec {
+        name: "pretrained",
+        algorithm: 1,
+        inputs: &[],
+        outputs: &[Output::Network],
+        ranks: Ranks::One,
+    };
     type Config = Config;
 
     fn identity(config: &Config, interrupt: &Interrupt) -> Result<Option<String>> {

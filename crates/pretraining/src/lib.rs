@@ -17,7 +17,7 @@ mod config;
 use anyhow::Result;
 use candle_core::Tensor;
 use data::Images;
-use stage::{Effort, Job, Output, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Spec, Stage};
 use training::loss::regression_loss;
 use training::{Learner, Run, pictures, sampler};
 
@@ -27,8 +27,13 @@ pub use config::{Config, Sampling};
 pub struct Pretraining;
 
 impl Stage for Pretraining {
-    const SPEC: Spec =
-        Spec { name: "pretraining", algorithm: 3, inputs: &[], outputs: &[Output::Network] };
+    const SPEC: Spec = Spec {
+        name: "pretraining",
+        algorithm: 3,
+        inputs: &[],
+        outputs: &[Output::Network],
+        ranks: Ranks::BatchGroups,
+    };
     type Config = Config;
 
     fn check(config: &Config, job: &Job) -> Result<Effort> {

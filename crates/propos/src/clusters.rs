@@ -52,7 +52,8 @@ impl<'a> EStepClusters<'a> {
     /// A picture cannot be read, or there are fewer images than clusters.
     pub fn find(&mut self, target: &mut Target, run: &mut Run) -> Result<()> {
         let (clusters, images) = (self.job.data.clusters, self.rows.len());
-        let projections = project(self.config, self.images, &self.rows, target, self.device)?;
+        let projections =
+            project(self.config, self.job, self.images, &self.rows, target, self.device)?;
         let found = e_step(self.config, self.job, &projections, images)?;
         let before = std::mem::replace(&mut self.assignment, found.assignment);
         run.note("inertia", found.inertia / images as f64);
@@ -103,7 +104,7 @@ pub fn result(
     device: &Device,
 ) -> Result<Found> {
     let rows = images.rows(&job.data.score_on);
-    let projections = project(config, images, &rows, target, device)?;
+    let projections = project(config, job, images, &rows, target, device)?;
     let found = e_step(config, job, &projections, rows.len())?;
     let width = config.network.projector.width;
     let confidence = projections
@@ -123,13 +124,15 @@ pub fn result(
 /// The target's unit-length projections of these images, `(N, P)` row by row.
 fn project(
     config: &Config,
+    job: &Job,
     images: &Images,
     rows: &[u32],
     target: &mut Target,
     device: &Device,
 ) -> Result<Vec<f32>> {
     let loader = Loader::clean(images, rows, &config.input)?;
-    let [projections] = outputs(loader, device, |pictures| Ok([target.embed(pictures)?.1]))?;
+    let ranks = &job.communicator;
+    let [projections] = outputs(loader, device, ranks, |pictures| Ok([target.embed(pictures)?.1]))?;
     Ok(projections)
 }
 

@@ -31,7 +31,7 @@ use backbone::Segment;
 use candle_core::Tensor;
 use data::head::{self, CentreMetric};
 use data::{Images, PseudoLabels};
-use stage::{Effort, Job, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Role, Spec, Stage};
 use training::ops::{mean_length, sum};
 use training::{Checkpoint, Learner, Run, Seam, Target, Trained, pictures};
 
@@ -49,6 +49,7 @@ impl Stage for ProPos {
         algorithm: 4,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -111,11 +112,10 @@ impl Stage for ProPos {
             run.end_epoch(&mut model)?; // Writes a log line, and a checkpoint when due.
         }
         run.finish(&mut model, &configuration)?;
-        if !job.communicator.is_first() {
-            return Ok(()); // The first rank finds and writes the result.
-        }
-
         let found = clusters::result(config, job, &images, &mut model.learner.target, &device)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank writes the result.
+        }
         let by = CentreMetric::CosineSoftmax { temperature: clusters::CONFIDENCE_TEMPERATURE };
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))

@@ -27,7 +27,7 @@ use backbone::{Configuration, Segment};
 use candle_core::Tensor;
 use data::{Images, PseudoLabels};
 use serde_json::json;
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::ops::mean_length;
 use training::scatter::{Absent, scatter_loss};
@@ -52,6 +52,7 @@ impl Stage for PrototypeRefinement {
             Role::new("previous", Origin::PreviousRound),
         ],
         outputs: &[Output::Network],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -104,7 +105,8 @@ impl Stage for PrototypeRefinement {
             };
             if pulls && moves_prototypes {
                 let target = &mut model.learner.target;
-                model.prototypes.set(&marked.prototypes(&images, &input, target, &device)?)?;
+                let prototypes = marked.prototypes(&images, &input, target, &device, job)?;
+                model.prototypes.set(&prototypes)?;
             }
             for batch in views.epoch(epoch, batches, run.batches_done())? {
                 let batch = batch?;

@@ -1,9 +1,10 @@
 //! The pseudo-labels by row of the images file, and the prototypes of the reliable ones.
 
 use anyhow::{Context, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use data::views::Input;
 use data::{Images, Loader, PseudoLabels};
+use stage::Job;
 use training::{Target, outputs};
 
 use crate::loss::Marks;
@@ -58,6 +59,7 @@ impl Marked {
         input: &Input,
         target: &mut Target,
         device: &Device,
+        job: &Job,
     ) -> Result<Vec<f32>> {
         let rows: Vec<u32> = (0..)
             .zip(&self.weights)
@@ -65,7 +67,8 @@ impl Marked {
             .map(|(row, _)| row)
             .collect();
         let loader = Loader::clean(images, &rows, input)?;
-        let [projections] = outputs(loader, device, |pictures| Ok([target.embed(pictures)?.1]))?;
+        let project = |pictures: &Tensor| Ok([target.embed(pictures)?.1]);
+        let [projections] = outputs(loader, device, &job.communicator, project)?;
         let Marks { pseudo_labels, weights } = self.marks(&rows);
         let (width, clusters) = (self.projection_width, self.clusters);
         assignment::prototypes(&projections, width, &pseudo_labels, &weights, clusters).context(

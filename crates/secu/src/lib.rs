@@ -36,7 +36,7 @@ use candle_core::{Device, Tensor};
 use candle_nn::ops::softmax;
 use data::head::{self, CentreMetric};
 use data::{Found, Images, Loader, PseudoLabels};
-use stage::{Effort, Job, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Role, Spec, Stage};
 use training::ops::unit_rows;
 use training::{Run, outputs, pictures, sampler};
 
@@ -55,6 +55,7 @@ impl Stage for SeCu {
         algorithm: 5,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
+        ranks: Ranks::BatchGroups,
     };
     type Config = Config;
 
@@ -128,11 +129,10 @@ impl Stage for SeCu {
             run.end_epoch(&mut networks)?; // Writes a log line, and a checkpoint when due.
         }
         run.finish(&mut networks, &config.configuration())?;
-        if !job.communicator.is_first() {
-            return Ok(()); // The first rank finds and writes the result.
-        }
-
         let found = result(config, job, &images, &mut networks, main, &device)?;
+        if !job.communicator.is_first() {
+            return Ok(()); // The first rank writes the result.
+        }
         let by = CentreMetric::CosineSoftmax { temperature: config.temperature };
         head::write_centres(&job.out, &found.prototypes, job.data.clusters, by)?;
         PseudoLabels::of_one_phase(job, &images, found)?.write(&job.out.join(PseudoLabels::FILE))
@@ -154,7 +154,7 @@ fn result(
     let centres = networks.heads[main].directions()?.detach();
     let (width, clusters) = (config.network.projector.width, job.data.clusters);
     let loader = Loader::clean(images, &rows, &config.input)?;
-    let [projections, memberships] = outputs(loader, device, |pictures| {
+    let [projections, memberships] = outputs(loader, device, &job.communicator, |pictures| {
         let directions = networks.project(pictures)?;
         let similarity = directions.matmul(&centres.t()?)?;
         let memberships = softmax(&(similarity / config.temperature)?, 1)?;

@@ -19,7 +19,7 @@ use backbone::{Configuration, Segment, backbone_file, network_file};
 use layers::{EntryKind, Network, TensorEntry};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
-use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 use training::check;
 
 /// The table `[soft-reset]`: the shares α of the weights that are kept. With 1 a part stays as it is, to
@@ -44,6 +44,7 @@ impl Stage for SoftReset {
         algorithm: 1,
         inputs: &[Role::new("network", Origin::Network)],
         outputs: &[Output::Network],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

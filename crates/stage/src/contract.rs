@@ -59,6 +59,19 @@ pub struct Spec {
     pub inputs: &'static [Role],
     /// What it writes that later stages read.
     pub outputs: &'static [Output],
+    /// How many processes can share a step of it.
+    pub ranks: Ranks,
+}
+
+/// How many processes, connected by MPI, can share a step of a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ranks {
+    /// Only one.
+    One,
+    /// As many as its table has `run.batch-groups`, or fewer: a training.
+    BatchGroups,
+    /// Any power of two.
+    Any,
 }
 
 impl Spec {
@@ -289,14 +302,21 @@ mod tests {
             (&[Output::Network, Output::PseudoLabels], [true, true, true]),
         ];
         for &(outputs, expected) in outputs {
-            let spec = Spec { name: "example", algorithm: 1, inputs: &[], outputs };
+            let spec =
+                Spec { name: "example", algorithm: 1, inputs: &[], outputs, ranks: Ranks::One };
             assert_eq!([spec.trains(), spec.clusters(), spec.is_one_phase()], expected);
         }
     }
 
     #[test]
     fn a_stage_that_neither_reads_nor_writes_clusters_does_not_depend_on_their_number() {
-        let spec = |inputs, outputs| Spec { name: "example", algorithm: 1, inputs, outputs };
+        let spec = |inputs, outputs| Spec {
+            name: "example",
+            algorithm: 1,
+            inputs,
+            outputs,
+            ranks: Ranks::One,
+        };
         const NETWORK: &[Role] = &[Role::new("network", Origin::Network)];
         const LABELS: &[Role] = &[Role::new("labels", Origin::PseudoLabels)];
         assert!(!spec(NETWORK, &[Output::Embeddings]).depends_on_clusters());

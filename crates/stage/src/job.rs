@@ -5,12 +5,14 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use collective::Communicator;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{DataTable, DeviceChoice, Interrupt, event_file, files, json};
+use crate::digest::sha256;
+use crate::progress::{Progress, Unit};
+use crate::{DataTable, DeviceChoice, Interrupt, Interrupted, event_file, files, json};
 
 /// The job of one run of a stage: the arguments of its program, and the shared table `[data]`.
 #[derive(Debug, Clone)]
@@ -91,6 +93,52 @@ impl Job {
     /// The folder of the input `role`, if one was given.
     pub fn optional_input(&self, role: &str) -> Option<&Path> {
         self.inputs.get(role).map(PathBuf::as_path)
+    }
+
+    /// The same job for this rank alone, which then must not wait for the others.
+    pub fn alone(&self) -> Self {
+        Self { communicator: Communicator::single(), ..self.clone() }
+    }
+
+    /// Fails unless all ranks give the same text: what they read and where they are.
+    ///
+    /// - `place`: where this rank is, for the message.
+    ///
+    /// # Errors
+    ///
+    /// The ranks differ, or one has ended.
+    pub fn check_agreement(&self, read: &str, place: &str) -> Result<()> {
+        let own = sha256(read.as_bytes()).into_bytes();
+        let all = self.communicator.all_gather(&own)?;
+        ensure!(
+            all.chunks(own.len()).all(|rank| rank == own),
+            "the ranks differ in table, seed, images, network or state: rank {} of {} found {place} in `{}`; \
+             start all with the same arguments, on one file system",
+            self.communicator.rank(),
+            self.communicator.size(),
+            self.out.display()
+        );
+        Ok(())
+    }
+
+    /// A progress bar of this stage, on the first rank; the others show none.
+    pub fn progress(&self, total: u64, unit: Unit) -> Progress {
+        match self.communicator.is_first() {
+            true => Progress::new(&self.label(), total, unit),
+            false => Progress::hidden(),
+        }
+    }
+
+    /// Fails where any rank was asked to stop. All ranks call it at the same points.
+    ///
+    /// # Errors
+    ///
+    /// [`Interrupted`], on all ranks; or a rank has ended.
+    pub fn check_interrupt(&self) -> Result<()> {
+        match self.communicator.any(self.interrupt.is_raised())? {
+            true => Err(Interrupted.into()),
+            false => Ok(()),
+        }
     }
 
     /// Appends one JSON object as a line of `log.jsonl`, the one output that may hold times. The line

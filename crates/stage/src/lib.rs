@@ -76,7 +76,7 @@ pub const HAS_MPI: bool = cfg!(feature = "mpi");
 
 pub use arguments::{DeviceChoice, StageArguments};
 pub use claim::Claim;
-pub use contract::{Effort, Origin, Output, PictureCost, Role, Spec, Stage};
+pub use contract::{Effort, Origin, Output, PictureCost, Ranks, Role, Spec, Stage};
 pub use data_table::{DataTable, Split};
 pub use event_file::EVENTS;
 pub use experiment::{Experiment, Rounds};

@@ -14,8 +14,8 @@ use collective::Communicator;
 
 use crate::arguments::StageArguments;
 use crate::{
-    Claim, DataTable, Experiment, Interrupt, Job, Spec, Stage, Status, console, files, finished,
-    memory, status,
+    Claim, DataTable, Experiment, Interrupt, Job, Ranks, Spec, Stage, Status, console, files,
+    finished, memory, status,
 };
 
 /// A stage with its type erased: an entry of a registry.
@@ -110,6 +110,12 @@ fn check_or_run<S: Stage>(words: Vec<OsString>, communicator: &Communicator) -> 
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
+    let ranks = communicator.size();
+    ensure!(
+        ranks == 1 || spec.ranks != Ranks::One,
+        "{ranks} ranks were started, but {} computes in one process; start it alone",
+        spec.name
+    );
     let interrupt = Interrupt::listen_on_rank(communicator)?;
     let experiment = Experiment::read(&arguments.experiment)?;
     let config: S::Config = experiment.table(spec.name)?;
@@ -227,6 +233,7 @@ mod tests {
             Role::new("previous", Origin::PreviousRound),
         ],
         outputs: &[],
+        ranks: Ranks::Any,
     };
 
     fn job(out: &Path) -> Job {

@@ -35,7 +35,7 @@ use frozen::result::{HeadResult, cluster_sizes};
 use frozen::rows::{FrozenEmbeddings, Standardisation, cosine_neighbours};
 use frozen::state::HeadState;
 use serde_json::json;
-use stage::{Effort, Job, Output, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Spec, Stage};
 
 use crate::config::{Config, HeadPlan};
 use crate::head::Ensemble;
@@ -50,6 +50,7 @@ impl Stage for Temi {
         algorithm: 2,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

@@ -35,7 +35,7 @@ pub use effort::picture_cost;
 pub use learner::{Learner, Online, Target};
 pub use noise::noise;
 pub use optimizer::Optimizer;
-pub use pictures::{Views, outputs, pictures, tensors};
+pub use pictures::{DividedBatches, Views, outputs, pictures, tensors};
 pub use precision::Precision;
 pub use run::{Advice, Run, RunPlan};
 pub use schedule::{Cosine, LearningRate, TargetDecay};

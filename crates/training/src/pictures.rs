@@ -2,6 +2,7 @@
 
 use anyhow::{Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
+use collective::Communicator;
 use data::views::{Input, Pipeline};
 use data::{Batch, Images, Loader};
 use layers::BatchGroups;
@@ -80,26 +81,78 @@ pub fn pictures<const VIEWS: usize>(batch: Batch, device: &Device) -> Result<[Te
 }
 
 /// Passes every picture of `loader`, which has one view of each, through `network`, and returns its
-/// outputs, row by row and in order.
+/// outputs on all ranks, row by row and in order.
 ///
-/// - `network`: from pictures `(B, H, W, C)` to as many outputs `(B, …)` as are wanted.
+/// - `ranks`: each of them passes a part of every batch.
+/// - `network`: from pictures `(B, H, W, C)` to as many outputs `(B, …)` as are wanted. The output of a
+///   picture must not depend on the others.
 ///
 /// # Errors
 ///
-/// A picture cannot be read, or `network` fails.
+/// A picture cannot be read, or `network` or a rank fails.
 pub fn outputs<const N: usize>(
     loader: Loader,
     device: &Device,
+    ranks: &Communicator,
     mut network: impl FnMut(&Tensor) -> Result<[Tensor; N]>,
 ) -> Result<[Vec<f32>; N]> {
     let mut all = [const { Vec::new() }; N];
-    for batch in loader {
-        let [pictures] = pictures(batch?, device)?;
-        for (all, output) in all.iter_mut().zip(network(&pictures)?) {
-            all.extend(output.flatten_all()?.to_vec1::<f32>()?);
-        }
+    let mut batches = DividedBatches::new(loader, device, ranks)?;
+    while let Some((_, outputs)) = batches.next(&mut network)? {
+        all.iter_mut().zip(outputs).for_each(|(all, output)| all.extend(output));
     }
     Ok(all)
+}
+
+/// Batches of one view that pass through a network, each divided among the ranks.
+#[derive(Debug)]
+pub struct DividedBatches<'a> {
+    loader: Loader,
+    device: &'a Device,
+    ranks: &'a Communicator,
+}
+
+impl<'a> DividedBatches<'a> {
+    /// The batches of a loader that was not asked for one yet.
+    ///
+    /// # Errors
+    ///
+    /// The number of ranks is not a power of two.
+    pub fn new(loader: Loader, device: &'a Device, ranks: &'a Communicator) -> Result<Self> {
+        let parts = BatchGroups::new(ranks.size(), ranks.clone())?;
+        let loader = loader.only(|pictures| parts.own_images(pictures));
+        Ok(Self { loader, device, ranks })
+    }
+
+    /// The rows of the next batch in the images file, and its outputs on all ranks, as
+    /// [`outputs`]; `None` after the last batch.
+    ///
+    /// # Errors
+    ///
+    /// As [`outputs`].
+    #[expect(clippy::type_complexity, reason = "rows, and the outputs of each kind")]
+    pub fn next<const N: usize>(
+        &mut self,
+        network: impl FnOnce(&Tensor) -> Result<[Tensor; N]>,
+    ) -> Result<Option<(Vec<u32>, [Vec<f32>; N])>> {
+        let Some(batch) = self.loader.next() else { return Ok(None) };
+        let mut batch = batch?;
+        let rows = std::mem::take(&mut batch.rows);
+        let mut outputs = [const { Vec::new() }; N];
+        // A small batch may have no picture for this rank.
+        if !batch.own.is_empty() {
+            let [pictures] = pictures(batch, self.device)?;
+            for (output, tensor) in outputs.iter_mut().zip(network(&pictures)?) {
+                *output = tensor.flatten_all()?.to_vec1::<f32>()?;
+            }
+        }
+        if self.ranks.size() > 1 {
+            for output in &mut outputs {
+                *output = self.ranks.all_gather(output)?;
+            }
+        }
+        Ok(Some((rows, outputs)))
+    }
 }
 
 #[cfg(test)]

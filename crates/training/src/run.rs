@@ -110,10 +110,7 @@ impl<'a> Run<'a> {
         .to_string();
         let steps = (plan.epochs * plan.steps_per_epoch) as u64;
         let unit = Unit::Images(plan.batch_size as u64);
-        let progress = match job.communicator.is_first() {
-            true => Progress::new(&job.label(), steps, unit),
-            false => Progress::hidden(),
-        };
+        let progress = job.progress(steps, unit);
         let mut run = Self {
             job,
             plan,
@@ -140,19 +137,8 @@ impl<'a> Run<'a> {
 
     /// Fails unless all ranks resume the same run from the same step.
     fn check_agreement(&self) -> Result<()> {
-        let digest = stage::digest::sha256(self.identity.as_bytes());
-        let mine = [digest.as_bytes(), &(self.steps as u64).to_le_bytes()].concat();
-        let all = self.job.communicator.all_gather(&mine)?;
-        ensure!(
-            all.chunks(mine.len()).all(|rank| rank == mine),
-            "the ranks differ in table, seed, images or state: rank {} of {} found step {} in `{}`; \
-             start all with the same arguments, on one file system",
-            self.job.communicator.rank(),
-            self.job.communicator.size(),
-            self.steps,
-            self.job.out.display()
-        );
-        Ok(())
+        let step = format!("step {}", self.steps);
+        self.job.check_agreement(&[&self.identity, &*step].concat(), &step)
     }
 
     /// The next epoch, from 0; `None` when all are done.

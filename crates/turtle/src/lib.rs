@@ -30,7 +30,7 @@ use frozen::state::HeadState;
 use serde_json::json;
 use stage::container::Tensor;
 use stage::random::stream;
-use stage::{Effort, Job, Output, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Spec, Stage};
 
 use crate::config::Config;
 use crate::model::LinearLayer;
@@ -45,6 +45,7 @@ impl Stage for Turtle {
         algorithm: 2,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
+        ranks: Ranks::One,
     };
     type Config = Config;
 

@@ -9,7 +9,9 @@ use std::{env, fs};
 
 use anyhow::{Result, bail};
 use stage::finished::{self, Digests};
-use stage::{DeviceChoice, Effort, Job, Library, Origin, Output, Program, Role, Spec, Stage};
+use stage::{
+    DeviceChoice, Effort, Job, Library, Origin, Output, Program, Ranks, Role, Spec, Stage,
+};
 use xtask::{Devices, Helper, Registry};
 
 fn main() -> ExitCode {
@@ -59,6 +61,7 @@ macro_rules! stage {
                 algorithm: 1,
                 inputs: &[$(Role::new($role, Origin::$origin)),*],
                 outputs: &[$(Output::$output),*],
+                ranks: Ranks::One,
             };
             type Config = toml::Table;
             fn check(_: &toml::Table, _: &Job) -> Result<Effort> {
