@@ -97,6 +97,21 @@ fn fresh_waits_for_whoever_reads_the_result_and_removes_no_more_than_it_runs() {
 }
 
 #[test]
+fn a_run_repeats_what_another_command_removes_under_it() {
+    let bench = bench();
+    let pretraining = bench.path("runs/example/0/0-pretraining");
+    let mut command = bench.command(&["reproduce", "example.toml"]);
+    let output = command.env("FAKE_REMOVE", &pretraining).output().expect("started");
+    assert_status(&output, 0);
+    let started = bench.started();
+    let repeated = started.iter().filter(|line| line.starts_with("pretraining 0")).count();
+    // Removed after every round; the main arm and the control need it once more each.
+    assert_eq!(repeated, 3, "{started:?}");
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("0-pretraining: another command removed it"), "{stderr}");
+}
+
+#[test]
 fn a_folder_in_the_place_of_a_view_is_not_touched() {
     let bench = bench();
     assert_status(&bench.reproduce(&[]), 0);

@@ -174,11 +174,18 @@ impl<'a> ExperimentRun<'a> {
         if !fresh && is_done()? {
             return Ok(());
         }
-        let claim = self.store.claim(key, self.interrupt())?;
+        let (claim, _inputs) = loop {
+            self.repeat_removed_inputs(events)?;
+            let claim = self.store.claim(key, self.interrupt())?;
+            if !fresh && is_done()? {
+                return Ok(());
+            }
+            if let Some(inputs) = self.hold_inputs(step)? {
+                break (claim, inputs);
+            }
+        };
         if fresh {
             self.store.forget(key, &claim, self.interrupt())?;
-        } else if is_done()? {
-            return Ok(());
         }
         let state = match self.state(position) {
             StepState::New => "starts",
@@ -187,7 +194,6 @@ impl<'a> ExperimentRun<'a> {
         let StepEvents { number, of, .. } = events;
         tracing::info!("{name}: {state}, step {number} of {of}, `{}`", folder.display());
         events.send(state);
-        let _inputs = self.hold_inputs(step)?;
         fs::create_dir_all(&folder).with_context(|| format!("creating `{}`", folder.display()))?;
         if !self.setup.programs.get(&step.program).is_own() {
             // Our own programs remove leftovers of a killed process; foreign ones may not.
@@ -221,13 +227,30 @@ impl<'a> ExperimentRun<'a> {
         folder.exists().then_some((role.name, folder))
     }
 
-    /// Prevents the removal of the step's inputs while it runs.
-    fn hold_inputs(&self, step: &Step) -> Result<Vec<store::Hold>> {
-        let steps = step.inputs.iter().filter_map(|(_, input)| match input {
-            StepInput::Step(position) => Some(self.keys[*position].name()),
-            StepInput::Labels => None,
-        });
-        steps.map(|key| self.store.hold(key, self.interrupt())).collect()
+    /// Runs the steps again that this one needs and that another command has removed since; waits while
+    /// it is at them.
+    fn repeat_removed_inputs(&self, events: &StepEvents) -> Result<()> {
+        for position in steps_of(&self.setup.plan.steps[events.position]) {
+            if self.state(position) != StepState::Done {
+                let input = self.setup.plan.steps[position].name();
+                tracing::warn!(
+                    "{input}: another command removed it; it runs again, or is waited for"
+                );
+                self.execute_one(&StepEvents { position, ..*events }, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Prevents the removal of the step's inputs while it runs; `None` if one is missing.
+    fn hold_inputs(&self, step: &Step) -> Result<Option<Vec<store::Hold>>> {
+        let hold = |position: usize| {
+            self.store.hold_if_finished(self.keys[position].name(), self.interrupt()).transpose()
+        };
+        steps_of(step)
+            .map_while(hold)
+            .collect::<Result<Vec<_>>>()
+            .map(|held| (held.len() == steps_of(step).count()).then_some(held))
     }
 
     fn process<'b>(
@@ -278,12 +301,8 @@ impl<'a> ExperimentRun<'a> {
     /// The first unfinished step that this one needs.
     pub fn missing_input(&self, position: usize) -> Option<&'a Step> {
         let plan = self.setup.plan;
-        plan.steps[position].inputs.iter().find_map(|(_, input)| match input {
-            StepInput::Step(input) if self.state(*input) != StepState::Done => {
-                Some(&plan.steps[*input])
-            }
-            _ => None,
-        })
+        let missing = |input: &usize| self.state(*input) != StepState::Done;
+        steps_of(&plan.steps[position]).find(missing).map(|input| &plan.steps[input])
     }
 
     /// The command line of a step, for display.
@@ -314,6 +333,14 @@ impl<'a> ExperimentRun<'a> {
         };
         call.arguments(inputs, &self.folder(position))
     }
+}
+
+/// The steps whose results a step reads.
+fn steps_of(step: &Step) -> impl Iterator<Item = usize> {
+    step.inputs.iter().filter_map(|(_, input)| match input {
+        StepInput::Step(position) => Some(*position),
+        StepInput::Labels => None,
+    })
 }
 
 /// A step among those that a command runs, for programs that follow its progress.

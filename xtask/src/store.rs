@@ -102,26 +102,31 @@ impl Store {
     }
 
     /// Prevents the removal of the finished result `key`; waits while another command works on it.
+    ///
+    /// # Errors
+    ///
+    /// It is not finished.
     pub fn hold(&self, key: &str, interrupt: &Interrupt) -> Result<Hold> {
-        let missing = || {
+        self.hold_if_finished(key, interrupt)?.with_context(|| {
             format!(
                 "the result `{}` is missing: another command removed it; run the same command \
                  again",
                 self.path(key).display()
             )
-        };
+        })
+    }
+
+    /// The same where the result may be missing: `None` if it is not finished.
+    pub fn hold_if_finished(&self, key: &str, interrupt: &Interrupt) -> Result<Option<Hold>> {
         if self.state(key) != StepState::Done {
-            bail!(missing())
+            return Ok(None);
         }
         // A step that was started manually has no record yet; the next claim writes it.
         let path = self.beside(key, "json");
         let open = File::options().create(true).append(true).read(true).open(&path);
         let file = open.with_context(|| format!("opening `{}`", path.display()))?;
         lock(&file, File::try_lock_shared, key, interrupt)?;
-        if self.state(key) != StepState::Done {
-            bail!(missing())
-        }
-        Ok(Hold(file))
+        Ok((self.state(key) == StepState::Done).then_some(Hold(file)))
     }
 
     /// Returns `result`. If it failed because of its input, first removes the results among the
