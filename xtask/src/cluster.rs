@@ -19,9 +19,11 @@ use stage::{DeviceChoice, Experiment, Output};
 
 use crate::CommandContext;
 use crate::clusters::{CLUSTERS, EMBEDDINGS};
+use crate::owner;
 use crate::plan::{Arm, RunPlan};
 use crate::process::Process;
 use crate::programs::Executable;
+use crate::record::CORRECTIONS;
 use crate::report::{self, ReportOptions};
 use crate::reproduce::run_seeds;
 use crate::run::ExperimentRun;
@@ -103,8 +105,9 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     crate::source::require(&pictures)?;
     let mut experiment = experiment(session, options, &pictures)?;
     find_outside(session, &experiment)?;
-    claim(&options.runs.join(&experiment.name), &pictures)?;
+    experiment.name = owner::claim(&options.runs, &experiment.name, &pictures, &session.interrupt)?;
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
+    check_corrections(&run)?;
     let clusters = match options.clusters {
         ClusterCount::Given(clusters) => clusters,
         ClusterCount::Auto => estimated(session, &experiment, &setup)?,
@@ -139,56 +142,17 @@ fn experiment(
     }
     let word = if pictures.is_dir() { pictures.file_name() } else { pictures.file_stem() };
     let word = crate::source::plain_name(&word.unwrap_or_default().to_string_lossy());
-    experiment.name = name_of_run(&options.runs, &format!("{name}-{word}"), pictures)?;
+    experiment.name = format!("{name}-{word}");
     Ok(experiment)
 }
 
-/// The file in the folder of an experiment that says whose runs it holds.
-const OWNER: &str = "pictures.json";
-
-#[derive(PartialEq, Serialize, Deserialize)]
-struct RunOwner {
-    /// The absolute path of the pictures, or their address.
-    pictures: String,
-}
-
-impl RunOwner {
-    fn of(pictures: &Path) -> Self {
-        Self { pictures: crate::source::text_of(pictures) }
-    }
-}
-
-/// The name, or the name with a number, so that two folders of one name do not share a run.
-fn name_of_run(runs: &Path, name: &str, pictures: &Path) -> Result<String> {
-    let own = RunOwner::of(pictures);
-    let mut found = name.to_owned();
-    for number in 2.. {
-        let file = runs.join(&found).join(OWNER);
-        if !file.exists() {
-            break;
-        }
-        let owner: RunOwner = stage::json::read(&file)?;
-        if owner == own {
-            break;
-        }
-        found = format!("{name}-{number}");
-        tracing::info!(
-            "the run `{}` is of `{}`; looking for one of these pictures at `{found}`",
-            file.parent().unwrap_or(runs).display(),
-            owner.pictures
-        );
-    }
-    Ok(found)
-}
-
-/// Notes whose run a folder holds.
-fn claim(folder: &Path, pictures: &Path) -> Result<()> {
-    let file = folder.join(OWNER);
-    if file.exists() {
-        return Ok(());
-    }
-    fs::create_dir_all(folder).with_context(|| format!("creating `{}`", folder.display()))?;
-    stage::json::write(&file, &RunOwner::of(pictures))
+/// Fails where the corrections of the run are not TOML, before anything is computed.
+fn check_corrections(run: &Path) -> Result<()> {
+    let file = run.join(CORRECTIONS);
+    let Ok(text) = fs::read_to_string(&file) else { return Ok(()) };
+    text.parse::<toml::Table>()
+        .map(|_| ())
+        .with_context(|| format!("reading `{}`, the corrections of this run", file.display()))
 }
 
 /// Finds what the stages read from outside, so that a backbone that cannot be fetched is noticed before

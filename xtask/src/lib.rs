@@ -19,6 +19,7 @@ mod export;
 mod gain;
 mod heads;
 mod key;
+mod owner;
 mod plan;
 mod predict;
 mod prepare;

@@ -100,9 +100,10 @@ impl<'a> Learnt<'a> {
         if let Some(step) = run.unfinished() {
             bail!(
                 "{} is not finished, {} is missing: its last network and its last head may not \
-                 belong together; `assort reproduce` with the same values resumes it",
+                 belong together; {} with the same values resumes it",
                 run.name(),
-                step.name
+                step.name,
+                run.command()
             )
         }
         let stages = session.registry.specs();

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use stage::{Claim, Experiment, Interrupt, Spec, digest, files, json};
 
+use crate::owner;
 use crate::store::{self, Hold, StepState, Store};
 
 /// Name of the record in the folder of a run.
@@ -202,12 +203,34 @@ impl Which {
         let folder = if named.is_dir() { named } else { by_name };
         ensure!(
             folder.is_dir(),
-            "there is no run `{}`: neither that folder nor `{}`; `assort reproduce {}` makes one",
+            "there is no run `{}`: neither that folder nor `{}`; {}",
             self.run,
             folder.display(),
-            self.run
+            self.runs_here()
         );
         Recorded::open(folder)
+    }
+
+    /// What runs there are in place of one that is not found.
+    fn runs_here(&self) -> String {
+        let has_run = |experiment: &Path| {
+            let runs = fs::read_dir(experiment).into_iter().flatten().flatten();
+            runs.into_iter().any(|run| run.path().join(FILE).is_file())
+        };
+        let folders = fs::read_dir(&self.runs).into_iter().flatten().flatten();
+        let folders = folders.map(|folder| folder.path()).filter(|folder| has_run(folder));
+        let mut names: Vec<String> = folders
+            .filter_map(|folder| Some(folder.file_name()?.to_string_lossy().into_owned()))
+            .collect();
+        names.sort_unstable();
+        if names.is_empty() {
+            return "`assort reproduce EXPERIMENT` makes one, and `assort cluster FOLDER`"
+                .to_owned();
+        }
+        let more = names.split_off(names.len().min(10));
+        let more =
+            if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+        format!("there are {}{more}", names.join(", "))
     }
 }
 
@@ -242,11 +265,19 @@ impl Recorded {
         let text = fs::read(&path).with_context(|| format!("opening `{}`", path.display()))?;
         ensure!(
             self.record.experiment.ends_with(&format!("-{}.toml", digest_of(&text))),
-            "`{}` was changed after it was written; `assort reproduce` with the same values writes \
-             it again",
-            path.display()
+            "`{}` was changed after it was written; {} with the same values writes it again",
+            path.display(),
+            self.command()
         );
         Experiment::read(&path)
+    }
+
+    /// The command that made the run, without its flags.
+    pub fn command(&self) -> String {
+        match owner::pictures_of(&self.runs.join(self.experiment_name())) {
+            Some(pictures) => format!("`assort cluster {pictures}`"),
+            None => format!("`assort reproduce {}`", self.experiment_name()),
+        }
     }
 
     /// The folder of the prepared data.
@@ -440,7 +471,10 @@ mod tests {
         assert!(finished::is_finished(&found.path(last)));
 
         let error = find("photos").expect_err("no run").to_string();
-        assert!(error.contains("assort reproduce photos"), "{error}");
+        assert!(error.contains("there are digits"), "{error}");
+        let empty = Which { run: "photos".into(), seed: 3, runs: runs.join("none") };
+        let error = empty.find().expect_err("no runs").to_string();
+        assert!(error.contains("assort reproduce") && error.contains("assort cluster"), "{error}");
         fs::create_dir_all(runs.join("photos/3")).expect("created");
         let error = find("photos").expect_err("no record").to_string();
         assert!(error.contains(FILE), "{error}");
