@@ -11,7 +11,7 @@
 //! ```
 //! use anyhow::Result;
 //! use serde::{Deserialize, Serialize};
-//! use stage::{Effort, Job, Origin, Output, Role, Spec, Stage};
+//! use stage::{Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 //!
 //! /// Puts each picture into the cluster of its number: an ablation that must lose.
 //! pub struct InTurns;
@@ -30,6 +30,7 @@
 //!         algorithm: 1,
 //!         inputs: &[Role::new("embeddings", Origin::Embeddings)],
 //!         outputs: &[Output::PseudoLabels],
+//!         ranks: Ranks::One,
 //!     };
 //!     type Config = Config;
 //!
