@@ -117,7 +117,8 @@ fn trial(what: &str, minutes: f64, seed: u64) -> Result<ExitCode> {
         let seconds = (60. * minutes / 10.).ceil().to_string(); // Each of nine readers, and ours.
         let mut command = cargo::command();
         command.args(["test", "--package", "prepare", "--lib", "fuzz", "--", "--nocapture"]);
-        let status = command.env("FUZZ_SECONDS", seconds).current_dir(cargo::root()?).status()?;
+        command.env("FUZZ_SECONDS", seconds).env("FUZZ_SEED", seed.to_string());
+        let status = command.current_dir(cargo::root()?).status()?;
         anyhow::ensure!(status.success(), "a reader of sources fails; its message is above");
     }
     let assort = cargo::build("assort", "assort", None)?;

@@ -2,7 +2,7 @@
 //!
 //! On any bytes, a reader may fail but must not panic or exceed its memory budget. `cargo test`
 //! feeds every file of `fuzz/corpus` and a few thousand mutations of them.
-//! `FUZZ_SECONDS=300 cargo test -p prepare --lib fuzz` mutates for that long per reader. With
+//! `FUZZ_SECONDS=300 FUZZ_SEED=7 cargo test -p prepare --lib fuzz` mutates for that long per reader. With
 //! cargo-fuzz and a nightly compiler, `cargo fuzz run tar` in `crates/prepare` searches further;
 //! add what it finds to the corpus.
 
@@ -251,8 +251,9 @@ mod tests {
         }
     }
 
-    /// Feeds the corpus and mutations of it, for this many seconds or a fixed number of inputs.
-    fn run(name: &str, reader: FuzzReader, seconds: Option<u64>) -> usize {
+    /// Feeds the corpus and mutations of it, for this many seconds or a fixed number of inputs. Another seed
+    /// gives other mutations.
+    fn run(name: &str, reader: FuzzReader, seconds: Option<u64>, seed: u64) -> usize {
         let corpus: Vec<Vec<u8>> = corpus(name)
             .expect("a corpus")
             .iter()
@@ -260,7 +261,7 @@ mod tests {
             .collect();
         assert!(!corpus.is_empty(), "the corpus of {name} is empty");
         let begin = Instant::now();
-        let mut numbers = SplitMix(name.bytes().map(u64::from).sum());
+        let mut numbers = SplitMix(seed << 32 | name.bytes().map(u64::from).sum::<u64>());
         let (most, time) = match seconds {
             Some(seconds) => (usize::MAX, Duration::from_secs(seconds)),
             None => (250, Duration::MAX),
@@ -287,14 +288,16 @@ mod tests {
 
     #[test]
     fn no_reader_panics() {
-        let seconds: Option<u64> =
-            std::env::var("FUZZ_SECONDS").ok().map(|text| text.parse().expect("seconds"));
+        let number = |name: &str| -> Option<u64> {
+            std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+        };
+        let (seconds, seed) = (number("FUZZ_SECONDS"), number("FUZZ_SEED").unwrap_or(0));
         let only = std::env::var("FUZZ_READER").ok();
         std::thread::scope(|scope| {
             for (name, reader) in READERS {
                 if only.as_ref().is_none_or(|only| only == name) {
                     scope.spawn(move || {
-                        let fed = run(name, reader, seconds);
+                        let fed = run(name, reader, seconds, seed);
                         println!("{name}: {fed} inputs");
                     });
                 }
