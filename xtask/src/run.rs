@@ -230,12 +230,10 @@ impl<'a> ExperimentRun<'a> {
     /// Runs the steps again that this one needs and that another command has removed since; waits while
     /// it is at them.
     fn repeat_removed_inputs(&self, events: &StepEvents) -> Result<()> {
-        for position in steps_of(&self.setup.plan.steps[events.position]) {
+        for position in input_steps(&self.setup.plan.steps[events.position]) {
             if self.state(position) != StepState::Done {
                 let input = self.setup.plan.steps[position].name();
-                tracing::warn!(
-                    "{input}: another command removed it; it runs again, or is waited for"
-                );
+                tracing::warn!("{input}: another command removed it; running it again");
                 self.execute_one(&StepEvents { position, ..*events }, false)?;
             }
         }
@@ -245,12 +243,10 @@ impl<'a> ExperimentRun<'a> {
     /// Prevents the removal of the step's inputs while it runs; `None` if one is missing.
     fn hold_inputs(&self, step: &Step) -> Result<Option<Vec<store::Hold>>> {
         let hold = |position: usize| {
-            self.store.hold_if_finished(self.keys[position].name(), self.interrupt()).transpose()
+            self.store.hold_if_finished(self.keys[position].name(), self.interrupt())
         };
-        steps_of(step)
-            .map_while(hold)
-            .collect::<Result<Vec<_>>>()
-            .map(|held| (held.len() == steps_of(step).count()).then_some(held))
+        let held = input_steps(step).map(hold).collect::<Result<Vec<_>>>()?;
+        Ok(held.into_iter().collect())
     }
 
     fn process<'b>(
@@ -302,7 +298,7 @@ impl<'a> ExperimentRun<'a> {
     pub fn missing_input(&self, position: usize) -> Option<&'a Step> {
         let plan = self.setup.plan;
         let missing = |input: &usize| self.state(*input) != StepState::Done;
-        steps_of(&plan.steps[position]).find(missing).map(|input| &plan.steps[input])
+        input_steps(&plan.steps[position]).find(missing).map(|input| &plan.steps[input])
     }
 
     /// The command line of a step, for display.
@@ -336,7 +332,7 @@ impl<'a> ExperimentRun<'a> {
 }
 
 /// The steps whose results a step reads.
-fn steps_of(step: &Step) -> impl Iterator<Item = usize> {
+fn input_steps(step: &Step) -> impl Iterator<Item = usize> {
     step.inputs.iter().filter_map(|(_, input)| match input {
         StepInput::Step(position) => Some(*position),
         StepInput::Labels => None,
