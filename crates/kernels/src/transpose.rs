@@ -10,10 +10,23 @@ use std::arch::x86_64::{_mm256_loadu_ps as load, *};
 use std::ops::Range;
 
 use crate::Variant;
-use crate::layout::SIDE;
+use crate::layout::{SIDE, TILE};
 
 /// Numbers on each side of the blocks that registers transpose.
 const BLOCK: usize = 8;
+
+/// Transposes tiles.
+///
+/// # Panics
+///
+/// If `to` is shorter than `from`.
+pub(crate) fn transpose_tiles(variant: Variant, from: &[f32], to: &mut [f32]) {
+    let (start, place) = (|row| row * SIDE, |column| column);
+    let tile = Interleaving { count: SIDE, len: SIDE, start, place };
+    for (from, to) in from.chunks(TILE).zip(to[..from.len()].chunks_mut(TILE)) {
+        tile.rows_to_lanes(variant, from, to);
+    }
+}
 
 /// Up to 16 rows of one slice, and the places of their numbers in another: number `c` of row `r` is lane
 /// `r` of row `place(c)` of 16 lanes.

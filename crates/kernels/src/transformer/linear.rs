@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use super::activation::{gelu_erf, gelu_quick, gelu_tanh, silu};
 use super::{Factors, Gelu};
+use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::tiles::{self, TileProduct, TileRun, TileSession};
+use crate::transpose::transpose_tiles;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Precision, Variant};
 
@@ -16,6 +18,15 @@ const INNER: usize = 8;
 
 /// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
 const GROUPS: usize = 8;
+
+/// Bytes of left factors that stay in the second-level cache while all blocks of columns read them, on processors
+/// without AVX-512: they have 512 KiB or less. Others have 1 MiB or more.
+const NEAR: usize = 384 << 10;
+
+/// Pairs of groups that stay near: of `group` numbers of f32 each.
+fn near_groups(group: usize) -> usize {
+    (NEAR / size_of::<f32>() / group / 2 * 2).clamp(2, GROUPS)
+}
 
 /// The weights and the bias of a linear layer, packed for products: tiles of 16 inputs × 16 outputs in the
 /// order (pair of output blocks, input block, block of the pair).
@@ -204,69 +215,84 @@ pub fn linear(
     assert!(input.columns() == layer.inputs && rows.end <= input.rows());
     assert!(rows.start.is_multiple_of(SIDE));
     assert_eq!(matches!(to, LinearOutput::Gated { .. }), layer.gated.is_some());
-    by_precision!(layer.weights.precision(), T => multiply::<T>(variant, layer, input, rows, &mut to));
+    let precision = layer.weights.precision();
+    let group = layer.inputs.div_ceil(SIDE) * TILE;
+    let transposes = precision == Precision::F32 && tiles::prefers_left_transposed(variant);
+    let groups = if transposes { near_groups(group) } else { GROUPS };
+    for first in (0..rows.len()).step_by(groups * SIDE) {
+        let count = (rows.len() - first).min(groups * SIDE);
+        let tiles = (rows.start + first) / SIDE * group;
+        let tiles = tiles..tiles + count.div_ceil(SIDE) * group;
+        let done = first..first + count;
+        if transposes {
+            let left = &f32::of(&input.numbers)[tiles];
+            with_scratch(left.len(), |transposed| {
+                transpose_tiles(variant, left, transposed);
+                multiply::<f32, true>(variant, layer, transposed, done, &mut to);
+            });
+        } else {
+            by_precision!(precision, T => {
+                let left = &T::of(&input.numbers)[tiles];
+                multiply::<T, false>(variant, layer, left, done, &mut to);
+            });
+        }
+    }
 }
 
 /// Sums of up to [`GROUPS`] groups of rows and two blocks of columns, aligned for vector stores.
 #[repr(align(64))]
 struct PairSums([f32; GROUPS * 2 * TILE]);
 
-fn multiply<T: ValueElement>(
+/// Computes up to [`GROUPS`] groups of rows, whose tiles are `left`, each transposed if `TRANSPOSED`.
+fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     variant: Variant,
     layer: &PackedLinear,
-    input: &Factors,
+    left: &[T],
     rows: Range<usize>,
     store: &mut LinearOutput,
 ) {
-    let session = TileSession::begin(variant);
-    let (left, right) = (T::of(&input.numbers), T::of(&layer.weights));
+    let (session, right) = (TileSession::begin(variant), T::of(&layer.weights));
     let inner = layer.inputs.div_ceil(SIDE);
     let blocks = layer.bias.len() / SIDE;
     let mut sums = PairSums([0.; GROUPS * 2 * TILE]);
-    for from in rows.clone().step_by(GROUPS * SIDE) {
-        let count = (rows.end - from).min(GROUPS * SIDE);
-        for pair in 0..blocks.div_ceil(2) {
-            let columns = columns(blocks, pair);
-            let sums = &mut sums.0[..count.div_ceil(SIDE) * columns * TILE];
-            for first in (0..inner).step_by(INNER) {
-                let at = (2 * pair * inner + first * columns) * TILE;
-                let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
-                // The weights of the next pass follow in memory. Each call fetches its share of them.
-                let panel = length.div_ceil(SIDE) * columns * TILE;
-                let groups = count.div_ceil(2 * SIDE);
-                for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
-                    let group = from / SIDE + 2 * two;
-                    let left_at = (group * inner + first) * TILE;
-                    let runs = [TileRun { left: left_at, right: at, inner: length }];
-                    let rows = (count - two * 2 * SIDE).min(SIDE);
-                    let product = TileProduct {
-                        runs: &runs,
-                        apart: inner * TILE,
-                        rows,
-                        columns,
-                        add: first > 0,
-                        ahead: at + panel + two * panel / groups,
-                    };
-                    let (a, b) = outputs.split_at_mut(columns * TILE);
-                    if b.is_empty() {
-                        T::product::<false>(&session, left, right, &product, &mut [a]);
-                    } else {
-                        T::product::<false>(&session, left, right, &product, &mut [a, b]);
-                    }
+    let twos = rows.len().div_ceil(2 * SIDE);
+    for pair in 0..blocks.div_ceil(2) {
+        let columns = columns(blocks, pair);
+        let sums = &mut sums.0[..rows.len().div_ceil(SIDE) * columns * TILE];
+        for first in (0..inner).step_by(INNER) {
+            let at = (2 * pair * inner + first * columns) * TILE;
+            let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
+            // The weights of the next pass follow in memory. Each call fetches its share of them.
+            let panel = length.div_ceil(SIDE) * columns * TILE;
+            for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
+                let left_at = (2 * two * inner + first) * TILE;
+                let runs = [TileRun { left: left_at, right: at, inner: length }];
+                let product = TileProduct {
+                    runs: &runs,
+                    apart: inner * TILE,
+                    rows: (rows.len() - two * 2 * SIDE).min(SIDE),
+                    columns,
+                    add: first > 0,
+                    ahead: at + panel + two * panel / twos,
+                };
+                let (a, b) = outputs.split_at_mut(columns * TILE);
+                if b.is_empty() {
+                    T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a]);
+                } else {
+                    T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a, b]);
                 }
             }
-            let done = FinishedPair { layer, row: from - rows.start, rows: count, pair, columns };
-            done.store(variant, sums, store);
         }
+        let done = FinishedPair { layer, rows: rows.clone(), pair, columns };
+        done.store(variant, sums, store);
     }
 }
 
 /// Complete sums of some rows and one pair of output blocks.
 struct FinishedPair<'a> {
     layer: &'a PackedLinear,
-    /// Index of the first row among those of the call.
-    row: usize,
-    rows: usize,
+    /// Among those of the call.
+    rows: Range<usize>,
     pair: usize,
     columns: usize,
 }
@@ -274,8 +300,8 @@ struct FinishedPair<'a> {
 impl FinishedPair<'_> {
     fn store(&self, variant: Variant, sums: &[f32], store: &mut LinearOutput) {
         for (group, sums) in sums.chunks(self.columns * TILE).enumerate() {
-            let row = self.row + group * SIDE;
-            let rows = (self.rows - group * SIDE).min(SIDE);
+            let row = self.rows.start + group * SIDE;
+            let rows = (self.rows.end - row).min(SIDE);
             if let LinearOutput::Gated { to } = store {
                 let (gate, up) = sums.split_at(TILE);
                 let biases = [0, 1].map(|column| self.bias(column));
