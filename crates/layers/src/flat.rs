@@ -222,6 +222,11 @@ impl<'a> Changes<'a> {
         Changes::of(&mut self.flats[group..=group])
     }
 
+    /// The changes by each group of the batch, for the CPU backend.
+    pub fn groups(&mut self) -> impl Iterator<Item = Changes<'_>> {
+        self.flats.iter_mut().map(|flat| Changes::of(std::slice::from_mut(flat)))
+    }
+
     /// An entry as a tensor of its shape, as it was before the pass.
     pub fn tensor(&self, entry: usize) -> Result<Tensor> {
         self.flats[0].tensor(entry)

@@ -5,10 +5,11 @@
 
 use candle_core::{Result, Tensor};
 use collective::tree;
-use kernels::convolution::Geometry;
+use kernels::convolution::{Geometry, PackedFor};
 use kernels::norm::{GradientSums, Moments, Normalisation};
 use kernels::pooling::Window;
 use kernels::{Buffer, Shape};
+use rayon::prelude::*;
 
 use super::{Cpu, NormCall, NormGradientCall, Operand, Operations, ProductCall};
 use crate::Parameters;
@@ -16,7 +17,7 @@ use crate::flat::Changes;
 use crate::groups::{BatchGroups, communicated};
 use crate::plan::{Norm, Product};
 
-/// The kernels, and the groups that they compute one after the other.
+/// The kernels, and the groups, which the threads compute side by side.
 #[derive(Clone)]
 pub(crate) struct Grouped {
     pub cpu: Cpu,
@@ -100,6 +101,24 @@ fn numbers_of_sums(sums: &GradientSums) -> Vec<f64> {
     numbers
 }
 
+/// Computes every group of this rank. A small group has too little work for many threads, so the groups
+/// themselves are shared by the threads.
+fn each_group<T: Send, R: Send>(parts: Vec<T>, of_group: impl Fn(usize, T) -> R + Sync) -> Vec<R> {
+    if parts.len() == 1 {
+        return parts.into_iter().map(|part| of_group(0, part)).collect();
+    }
+    let parts = parts.into_par_iter().with_max_len(1).enumerate();
+    parts.map(|(group, part)| of_group(group, part)).collect()
+}
+
+/// [`each_group`] that may fail.
+fn try_each_group<T: Send, R: Send>(
+    parts: Vec<T>,
+    of_group: impl Fn(usize, T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    each_group(parts, of_group).into_iter().collect()
+}
+
 /// The part of each group, if there is a value.
 fn part<T>(value: Option<&Vec<T>>, group: usize) -> Option<&T> {
     value.map(|value| &value[group])
@@ -142,20 +161,21 @@ impl Operations for Grouped {
     }
 
     fn product(&self, call: ProductCall<Self>) -> Result<(Vec<Buffer>, Option<Vec<Buffer>>)> {
-        let (mut outputs, mut all_sums) = (Vec::new(), Vec::new());
-        for (group, g) in self.geometries(&call.g)?.into_iter().enumerate() {
-            let (output, sums) = self.cpu.product(ProductCall {
+        let geometries = self.geometries(&call.g)?;
+        // Packed before the groups need them, so that no two of them pack the same weights.
+        call.parameters.packed(call.product.weight, PackedFor::Forward, &geometries[0], &self.cpu);
+        let outputs = try_each_group(geometries, |group, g| {
+            self.cpu.product(ProductCall {
                 product: call.product,
                 g,
                 parameters: call.parameters,
                 input: &call.input[group],
                 residual: part(call.residual, group),
                 sums: call.sums,
-            })?;
-            outputs.push(output);
-            all_sums.extend(sums);
-        }
-        Ok((outputs, call.sums.then_some(all_sums)))
+            })
+        })?;
+        let (outputs, sums): (Vec<Buffer>, Vec<Option<Buffer>>) = outputs.into_iter().unzip();
+        Ok((outputs, sums.into_iter().collect()))
     }
 
     fn weight_gradient(
@@ -166,16 +186,11 @@ impl Operations for Grouped {
         gradient: &Vec<Buffer>,
         gradients: &mut Changes,
     ) -> Result<()> {
-        for (group, g) in self.geometries(g)?.iter().enumerate() {
+        let groups = self.geometries(g)?.into_iter().zip(gradients.groups()).collect();
+        try_each_group(groups, |group, (g, mut gradients)| {
             let (input, gradient) = (&input[group], &gradient[group]);
-            self.cpu.weight_gradient(
-                product,
-                g,
-                input,
-                gradient,
-                &mut gradients.of_group(group),
-            )?;
-        }
+            self.cpu.weight_gradient(product, &g, input, gradient, &mut gradients)
+        })?;
         Ok(())
     }
 
@@ -187,12 +202,12 @@ impl Operations for Grouped {
         gradient: &Vec<Buffer>,
         total: Option<Vec<Buffer>>,
     ) -> Result<Vec<Buffer>> {
+        let geometries = self.geometries(g)?;
+        parameters.packed(product.weight, PackedFor::InputGradient, &geometries[0], &self.cpu);
         let totals = parts(total, gradient.len());
-        let groups = self.geometries(g)?.into_iter().zip(gradient).zip(totals);
-        let of_group = |((g, gradient), total): ((Geometry, &Buffer), Option<Buffer>)| {
-            self.cpu.input_gradient(product, &g, parameters, gradient, total)
-        };
-        groups.map(of_group).collect()
+        try_each_group(geometries.into_iter().zip(totals).collect(), |group, (g, total)| {
+            self.cpu.input_gradient(product, &g, parameters, &gradient[group], total)
+        })
     }
 
     fn batch_norm(
@@ -208,9 +223,8 @@ impl Operations for Grouped {
             Operand::Owned(input) => input,
         };
         let moments = if call.batch {
-            let groups = shapes.iter().zip(read).zip(sums);
             let moments =
-                groups.map(|((shape, group), sums)| self.cpu.moments(*shape, group, sums));
+                each_group(sums, |group, sums| self.cpu.moments(shapes[group], &read[group], sums));
             Some(self.moments(moments)?)
         } else {
             None
@@ -221,12 +235,11 @@ impl Operations for Grouped {
         };
         let output = match input {
             Operand::Borrowed(input) => {
-                let groups = input.iter().enumerate();
-                groups.map(|(group, input)| normalise(group, Operand::Borrowed(input))).collect()
+                let input = input.iter().map(Operand::Borrowed).collect();
+                each_group(input, normalise)
             }
             Operand::Owned(input) => {
-                let groups = input.into_iter().enumerate();
-                groups.map(|(group, input)| normalise(group, Operand::Owned(input))).collect()
+                each_group(input.into_iter().map(Operand::Owned).collect(), normalise)
             }
         };
         Ok((output, n))
@@ -240,10 +253,9 @@ impl Operations for Grouped {
     ) -> Result<[Option<Vec<Buffer>>; 2]> {
         let shapes = self.shapes(call.shape)?;
         let of_group = |group: usize| gradient_call_of_group(&call, shapes[group], group);
-        let groups = gradient.iter_mut().enumerate();
-        let sums =
-            groups.map(|(group, gradient)| self.cpu.gradient_sums(&of_group(group), gradient));
-        let sums: Vec<GradientSums> = sums.collect();
+        let sums = each_group(gradient.iter_mut().collect(), |group, gradient| {
+            self.cpu.gradient_sums(&of_group(group), gradient)
+        });
         if call.trained {
             for (group, sums) in sums.iter().enumerate() {
                 Cpu::norm_weight_gradients(&call, sums, &mut gradients.of_group(group));
@@ -251,16 +263,17 @@ impl Operations for Grouped {
         }
         let all = self.gradient_sums(&sums, call.normalised.batch)?;
         let mut found = [const { Vec::new() }; 2];
-        for (group, gradient) in gradient.into_iter().enumerate() {
-            let of_group = self.cpu.norm_value_gradients(&of_group(group), &all, gradient);
+        let of_groups = each_group(gradient, |group, gradient| {
+            self.cpu.norm_value_gradients(&of_group(group), &all, gradient)
+        });
+        for of_group in of_groups {
             found.iter_mut().zip(of_group).for_each(|(found, part)| found.extend(part));
         }
         Ok(found.map(|found| (!found.is_empty()).then_some(found)))
     }
 
     fn relu(&self, shape: Shape, input: &Vec<Buffer>) -> Result<Vec<Buffer>> {
-        let groups = self.shapes(shape)?.into_iter().zip(input);
-        groups.map(|(shape, input)| self.cpu.relu(shape, input)).collect()
+        try_each_group(self.shapes(shape)?, |group, shape| self.cpu.relu(shape, &input[group]))
     }
 
     fn relu_gradient(
@@ -269,14 +282,16 @@ impl Operations for Grouped {
         output: &Vec<Buffer>,
         gradient: Vec<Buffer>,
     ) -> Result<Vec<Buffer>> {
-        let groups = self.shapes(shape)?.into_iter().zip(output).zip(gradient);
-        groups.map(|((shape, output), part)| self.cpu.relu_gradient(shape, output, part)).collect()
+        let groups = self.shapes(shape)?.into_iter().zip(gradient).collect();
+        try_each_group(groups, |group, (shape, gradient)| {
+            self.cpu.relu_gradient(shape, &output[group], gradient)
+        })
     }
 
     fn max_pool(&self, w: &Window, input: &Vec<Buffer>) -> Result<(Vec<Buffer>, Vec<Buffer>)> {
-        let groups = self.windows(w)?.into_iter().zip(input);
-        let pooled = groups.map(|(w, input)| self.cpu.max_pool(&w, input));
-        Ok(pooled.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+        let pooled =
+            try_each_group(self.windows(w)?, |group, w| self.cpu.max_pool(&w, &input[group]))?;
+        Ok(pooled.into_iter().unzip())
     }
 
     fn max_pool_gradient(
@@ -287,16 +302,16 @@ impl Operations for Grouped {
         total: Option<Vec<Buffer>>,
     ) -> Result<Vec<Buffer>> {
         let (windows, totals) = (self.windows(w)?, parts(total, gradient.len()));
-        let of_group = |(group, total)| {
+        try_each_group(totals, |group, total| {
             let (argmax, gradient) = (&argmax[group], &gradient[group]);
             self.cpu.max_pool_gradient(&windows[group], argmax, gradient, total)
-        };
-        totals.into_iter().enumerate().map(of_group).collect()
+        })
     }
 
     fn average_pool(&self, input_shape: Shape, input: &Vec<Buffer>) -> Result<Vec<Buffer>> {
-        let groups = self.shapes(input_shape)?.into_iter().zip(input);
-        groups.map(|(shape, input)| self.cpu.average_pool(shape, input)).collect()
+        try_each_group(self.shapes(input_shape)?, |group, shape| {
+            self.cpu.average_pool(shape, &input[group])
+        })
     }
 
     fn average_pool_gradient(
@@ -306,14 +321,14 @@ impl Operations for Grouped {
         total: Option<Vec<Buffer>>,
     ) -> Result<Vec<Buffer>> {
         let (shapes, totals) = (self.shapes(input_shape)?, parts(total, gradient.len()));
-        let of_group =
-            |(group, total)| self.cpu.average_pool_gradient(shapes[group], &gradient[group], total);
-        totals.into_iter().enumerate().map(of_group).collect()
+        try_each_group(totals, |group, total| {
+            self.cpu.average_pool_gradient(shapes[group], &gradient[group], total)
+        })
     }
 
     fn add(&self, shape: Shape, gradient: Vec<Buffer>, total: Vec<Buffer>) -> Result<Vec<Buffer>> {
-        let groups = self.shapes(shape)?.into_iter().zip(gradient).zip(total);
-        groups.map(|((shape, gradient), total)| self.cpu.add(shape, gradient, total)).collect()
+        let groups = self.shapes(shape)?.into_iter().zip(gradient).zip(total).collect();
+        try_each_group(groups, |_, ((shape, gradient), total)| self.cpu.add(shape, gradient, total))
     }
 }
 
