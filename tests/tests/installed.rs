@@ -74,5 +74,10 @@ fn every_shell_and_every_command_has_its_page() {
     let help = stdout(&run(folder.path(), &["cluster", "--help"]));
     assert!(help.contains("Usage: assort cluster [OPTIONS] <PATH>"), "{help}");
     let help = stdout(&run(folder.path(), &["temi", "--help"]));
-    assert!(help.contains("Inputs: embeddings, previous"), "{help}");
+    assert!(help.contains("Usage: assort temi [OPTIONS]"), "{help}");
+    assert!(help.contains("  embeddings  output of embed\n"), "{help}");
+    assert!(
+        help.contains("  previous    this stage's output of the round before (optional)"),
+        "{help}"
+    );
 }

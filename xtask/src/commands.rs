@@ -81,8 +81,8 @@ Examples
         #[arg(long, value_name = "T")]
         round: Option<usize>,
     },
-    /// Run all systems on one data set with equal backbone and effort, and all heads on one frozen
-    /// embedding; print a table of each.
+    /// Run all systems on one data set with equal backbone and effort, and all ways to cluster one frozen
+    /// embedding (heads); print a table of each.
     #[command(after_help = "\
 Examples
   assort compare digits --seeds 3
@@ -177,7 +177,8 @@ pub fn main(registry: Registry, words: Vec<OsString>) -> ExitCode {
     let word = |position: usize| words.get(position).and_then(|word| word.to_str());
     let stage = registry.stages.iter().find(|stage| Some(stage.spec.name) == word(1));
     if let Some(stage) = stage {
-        return stage.main(words[1..].iter().cloned());
+        let name = OsString::from(format!("assort {}", stage.spec.name));
+        return stage.main([name].into_iter().chain(words[2..].iter().cloned()));
     }
     let is_helper = word(1) == Some(HELPER);
     let helper = registry.helpers.iter().find(|helper| Some(helper.name) == word(2));
@@ -263,7 +264,7 @@ Group photographs
 Run an experiment
   reproduce EXPERIMENT    from pictures to scores; finished steps are kept
   stage PLACE EXPERIMENT  one step of it
-  compare DATA-SET        all systems on one data set, and all heads
+  compare DATA-SET        all systems on one data set; all ways to cluster
   prepare WHAT            convert pictures to the files that every stage reads
 Look at the results
   report RUN              a page, a table, folders of pictures

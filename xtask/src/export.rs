@@ -23,7 +23,7 @@ pub struct ExportOptions {
     /// npy: arrays for NumPy, and a list of names. parquet: one table with name, cluster, embedding.
     #[arg(long, value_name = "FORM", value_parser = ["npy", "parquet"])]
     format: String,
-    /// What to write of each picture: backbone, its embedding, or projection, that of its embedding.
+    /// Which vector to write of each picture: backbone, its embedding, or projection, the projector's output for it.
     #[arg(long, value_name = "SPACE", default_value = "backbone", value_parser = ["backbone", "projection"])]
     space: String,
     /// Folder to write into; by default `export` in the run's folder.

@@ -230,7 +230,7 @@ impl Which {
         let more = names.split_off(names.len().min(10));
         let more =
             if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
-        format!("there are {}{more}", names.join(", "))
+        format!("there are runs of {}{more}", names.join(", "))
     }
 }
 
@@ -471,7 +471,7 @@ mod tests {
         assert!(finished::is_finished(&found.path(last)));
 
         let error = find("photos").expect_err("no run").to_string();
-        assert!(error.contains("there are digits"), "{error}");
+        assert!(error.contains("there are runs of digits"), "{error}");
         let empty = Which { run: "photos".into(), seed: 3, runs: runs.join("none") };
         let error = empty.find().expect_err("no runs").to_string();
         assert!(error.contains("assort reproduce") && error.contains("assort cluster"), "{error}");

@@ -113,7 +113,7 @@ impl Stage for Clustering {
             ("batch-size", config.batch_size),
         ];
         for (key, value) in at_least_1 {
-            ensure!(value >= 1, "clustering.{key} must be at least 1");
+            ensure!(value >= 1, "`{key}` in `[clustering]` is {value}; it must be at least 1");
         }
         ensure!(
             config.learning_rate > 0.0 && config.learning_rate.is_finite(),
@@ -291,9 +291,9 @@ impl Config {
         match (self.reliable_share, self.reliable_confidence) {
             (Some(shares), None) => Ok(Reliability::Share(shares)),
             (None, Some(threshold)) => Ok(Reliability::Confidence(threshold)),
-            _ => bail!(
-                "[clustering] must have one of `reliable-share` and `reliable-confidence`, not \
-                 both and not neither"
+            (both, _) => bail!(
+                "`[clustering]` must set exactly one of `reliable-share` and `reliable-confidence`; it sets {}",
+                if both.is_some() { "both" } else { "neither" }
             ),
         }
     }

@@ -361,7 +361,10 @@ impl Images {
         let bytes = shared.stored(position);
         if !shared.checked[position].load(Ordering::Relaxed) {
             let id: Id = Sha256::digest(bytes).into();
-            ensure!(id == *shared.stored_id(position), "the SHA-256 of its bytes is another");
+            ensure!(
+                id == *shared.stored_id(position),
+                "its bytes are damaged: their SHA-256 is another"
+            );
             shared.checked[position].store(true, Ordering::Relaxed);
         }
         Ok(bytes)
@@ -502,10 +505,10 @@ impl Shared {
             parts: Vec::new(),
             ids,
             splits: splits
-                .map(|&code| Split::from_code(code).with_context(|| format!("split {code}")))
+                .map(|&code| Split::from_code(code).with_context(|| format!("unknown code {code} of a split: the file is damaged, or of a newer version")))
                 .collect::<Result<_>>()?,
             encodings: encodings
-                .map(|&code| Encoding::from_code(code).with_context(|| format!("encoding {code}")))
+                .map(|&code| Encoding::from_code(code).with_context(|| format!("unknown code {code} of an encoding: the file is damaged, or of a newer version")))
                 .collect::<Result<_>>()?,
             stored_ids: None,
             sizes,

@@ -153,10 +153,13 @@ impl<'a> Client<'a> {
                 text.extend_from_slice(piece);
                 match text.len() <= MOST_ANSWER_BYTES {
                     true => Ok(true),
-                    false => Err(Failure::Final(anyhow!("its answer does not end"))),
+                    false => Err(Failure::Final(anyhow!(
+                        "the answer is longer than {MOST_ANSWER_BYTES} bytes; check the address"
+                    ))),
                 }
             })?;
-            String::from_utf8(text).map_err(|_| Failure::Final(anyhow!("its answer is not text")))
+            String::from_utf8(text)
+                .map_err(|_| Failure::Final(anyhow!("the answer is not text; check the address")))
         })
         .with_context(|| format!("asking `{url}`"))
     }
@@ -193,7 +196,7 @@ impl<'a> Client<'a> {
             verify(&mut file, expected).map_err(|error| {
                 let error = match is_web_page(&mut file) {
                     true => web_page(),
-                    false => error.context("the server has another file"),
+                    false => error.context("this is not the expected file"),
                 };
                 // The next attempt must not resume from wrong bytes.
                 match (file.set_len(0), resumed) {

@@ -117,6 +117,8 @@ impl LabelBank {
             let before = std::mem::take(&mut self.pseudo_labels);
             self.label(config, &pass.memberships, &nearest)?;
             self.drop_neighbours_at_borders(config.kept_share(epoch, epochs))?;
+            // Permuted labels change at every pass, which says nothing.
+            let before = if config.permuted_share == 0. { before } else { Vec::new() };
             self.note_labels(&before, run)?;
             self.permute(config.permuted_share, seed, epoch);
         }

@@ -77,7 +77,10 @@ impl Stage for NeighbourRefinement {
     }
 
     fn run(config: &Config, job: &Job) -> Result<()> {
-        ensure!(job.round >= 1, "refinement follows a clustering: --round counts from 1");
+        ensure!(
+            job.round >= 1,
+            "--round is 0; refinement follows a clustering, so its rounds count from 1"
+        );
         let images = Images::of_job(job)?;
         let device = training::network_device(job.device)?;
         let groups = config.run.groups(job)?; // Shared by the ranks.

@@ -169,8 +169,7 @@ impl Config {
         let clusters = job.data.clusters;
         self.heads.iter().position(|&head| head == clusters).with_context(|| {
             format!(
-                "heads = {:?}: none has the {clusters} clusters of table `[data]`; name {clusters} \
-                 among them",
+                "`heads` in `[secu]` is {:?}; one must have as many clusters as table `[data]`: add {clusters}",
                 self.heads
             )
         })

@@ -153,6 +153,21 @@ pub enum Origin {
 }
 
 impl Origin {
+    /// What the folder is, for a person who runs a stage alone.
+    pub const fn description(self) -> &'static str {
+        match self {
+            Self::Network => "output of a stage that trained a network",
+            Self::Backbone => "output of a stage that trained a network to start from",
+            Self::Embeddings => "output of embed",
+            Self::PseudoLabels => "output of a stage that clustered",
+            Self::PreviousRound => "this stage's output of the round before",
+            Self::EarlierPseudoLabels => "output of the clustering before the last one",
+            Self::RefinedHead => "output of a stage that trained the head further",
+            Self::EarlierRun => "this stage's output on earlier pictures",
+            Self::Labels => "prepared folder with the ground truth",
+        }
+    }
+
     /// True if a step can run without this input, such as `PreviousRound` in round 0.
     pub const fn is_optional(self) -> bool {
         matches!(

@@ -14,7 +14,7 @@ use collective::Communicator;
 
 use crate::arguments::StageArguments;
 use crate::{
-    Claim, DataTable, Experiment, Interrupt, Job, Ranks, Spec, Stage, Status, console, files,
+    Claim, DataTable, Experiment, Interrupt, Job, Ranks, Role, Spec, Stage, Status, console, files,
     finished, memory, status,
 };
 
@@ -97,15 +97,28 @@ pub fn main<S: Stage>() -> ExitCode {
     Program::of::<S>().main(std::env::args_os())
 }
 
+/// What each `--in ROLE=DIR` of a stage is, a line for each role.
+fn roles(spec: &Spec) -> String {
+    let width = spec.inputs.iter().map(|role| role.name.len()).max().unwrap_or(0);
+    let line = |role: &Role| {
+        let optional = if role.origin.is_optional() { " (optional)" } else { "" };
+        format!("  {:width$}  {}{optional}", role.name, role.origin.description())
+    };
+    let lines: Vec<String> = spec.inputs.iter().map(line).collect();
+    match lines.as_slice() {
+        [] => String::new(),
+        lines => format!("Roles of --in:\n{}", lines.join("\n")),
+    }
+}
+
 fn check_or_run<S: Stage>(words: Vec<OsString>, communicator: &Communicator) -> Result<()> {
     let spec = S::SPEC;
     let version = format!("algorithm {}", spec.algorithm);
-    let inputs: Vec<_> = spec.inputs.iter().map(|input| input.name).collect();
-    let about = match inputs.as_slice() {
-        [] => "Runs this stage alone: files in, files out".to_owned(),
-        _ => format!("Runs this stage alone: files in, files out. Inputs: {}", inputs.join(", ")),
-    };
-    let command = StageArguments::command().name(spec.name).version(version).about(about);
+    let command = StageArguments::command()
+        .name(spec.name)
+        .version(version)
+        .about("Run this stage alone: files in, files out")
+        .after_help(roles(&spec));
     let arguments = match StageArguments::from_arg_matches(&command.get_matches_from(words)) {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),

@@ -104,7 +104,10 @@ pub fn pictures(job: &Job, input: &Input) -> Result<Option<CheckedPictures>> {
     let (trained, scored) = (count(&job.data.train_on), count(&job.data.score_on));
     ensure!(
         trained >= 2,
-        "{trained} images to train on: at least 2 are needed; see `train-on` in table `[data]`"
+        "`{}` has {trained} images in the splits {:?}, and a training needs at least 2: change `train-on` in table \
+         `[data]`, or the source of the pictures",
+        job.images.display(),
+        job.data.train_on
     );
     Ok(Some(CheckedPictures { images, trained, scored }))
 }
