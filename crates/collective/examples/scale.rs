@@ -1,0 +1,48 @@
+//! Disk, memory and hours of each stage on a large data set, as the stages are built today.
+//!
+//! `cargo run --package collective --example scale -- 100 20 512 256 800 50 8000 64`: millions of pictures, KB of a
+//! stored picture, widths of embeddings and projections, pictures a second through a training on all
+//! ranks, its epochs, pictures a second through `embed` on all ranks, GB of memory of a machine.
+
+use std::env;
+use std::process::ExitCode;
+
+/// Bytes that each process keeps of a picture: digest, size, place, split, encoding, and whether it was checked.
+const LISTED: f64 = 67.;
+/// Neighbours that the clustering keeps of a picture, four bytes each.
+const NEIGHBOURS: f64 = 20.;
+
+fn main() -> ExitCode {
+    let numbers: Option<Vec<f64>> = env::args().skip(1).map(|word| word.parse().ok()).collect();
+    let Some([millions, kilobytes, width, projection, training_rate, epochs, embed_rate, memory]) =
+        numbers.as_deref().and_then(|numbers| numbers.first_chunk()).copied()
+    else {
+        eprintln!(
+            "give millions of pictures, KB of each, widths of embeddings and projections, pictures a second of \
+             training, epochs, pictures a second of embed, GB of memory"
+        );
+        return ExitCode::FAILURE;
+    };
+    let pictures = millions * 1e6;
+    let embedded = 4. * (width + projection);
+    // Of each picture: bytes on disk, bytes in the memory of a process, seconds.
+    let stages = [
+        ("prepare", 1e3 * kilobytes, LISTED, None),
+        ("pretraining", 0., LISTED + 4., Some(epochs / training_rate)),
+        ("embed", embedded, LISTED + embedded, Some(1. / embed_rate)),
+        // The rows as they are read, and once more as the networks take them.
+        ("clustering", 9., LISTED + embedded + 4. * (width + NEIGHBOURS), None),
+    ];
+    println!("stage        GB on disk  GB of memory  hours  millions in {memory} GB");
+    for (stage, disk, held, seconds) in stages {
+        let hours =
+            seconds.map_or_else(String::new, |of_one| format!("{:.0}", of_one * pictures / 3600.));
+        println!(
+            "{stage:11}  {:10.0}  {:12.0}  {hours:>5}  {:.0}",
+            disk * pictures / 1e9,
+            held * pictures / 1e9,
+            1e3 * memory / held
+        );
+    }
+    ExitCode::SUCCESS
+}
