@@ -140,7 +140,9 @@ impl ImcSwavNetworks {
     ///
     /// - `gradients`: of the swapped prediction, for the prototypes.
     /// - `moves_prototypes`: false in the first steps; then their moments stay as they are too.
-    /// - `classifies`: false in a step after which images are still gathered.
+    /// - `classifies`: false in a step after which images are still gathered. The classifier then moves on by its
+    ///   moments, with a gradient of zero, once it has begun to learn: the authors' program has one Adam for
+    ///   everything, and in the PyTorch that it names (1.6) an absent loss leaves zeros, not nothing.
     pub fn step(
         &mut self,
         gradients: &GradStore,
@@ -153,7 +155,7 @@ impl ImcSwavNetworks {
         if moves_prototypes {
             self.prototypes.step(gradients, rule)?;
         }
-        if classifies {
+        if classifies || self.classifier.steps() > 0 {
             self.classifier.step(rule)?;
         }
         Ok(())

@@ -297,6 +297,31 @@ fn each_loss_reaches_its_own_networks_and_no_other() -> Result<()> {
     Ok(())
 }
 
+/// As in the authors' program: see [`ImcSwavNetworks::step`].
+#[test]
+fn the_classifier_moves_on_between_batches_once_it_has_begun() -> Result<()> {
+    let mut networks = ImcSwavNetworks::random(&config(), 3, 1, None, &Device::Cpu)?;
+    let rule = config().adam(1e-2);
+    let weights = |networks: &ImcSwavNetworks| networks.classifier.segment.parameters.to_vec();
+    let step = |networks: &mut ImcSwavNetworks, classifies: bool| -> Result<bool> {
+        let (crops, _, gradients) = one_step(networks)?;
+        let input = crops[0][0].detach();
+        networks.backward(crops, &gradients)?;
+        if classifies {
+            let seam = networks.classifier.forward(&input)?;
+            let gradient = seam.ones_like()?;
+            networks.classifier.backward(seam, &gradient, false)?;
+        }
+        let before = weights(networks)?;
+        networks.step(&gradients, rule, true, classifies)?;
+        Ok(before != weights(networks)?)
+    };
+    assert!(!step(&mut networks, false)?, "nothing was learnt yet");
+    assert!(step(&mut networks, true)?);
+    assert!(step(&mut networks, false)?, "its moments move it");
+    Ok(())
+}
+
 /// IMC-SwAV, case T13: the prototypes.
 #[test]
 fn prototypes_stand_still_in_warm_up_but_for_their_length() -> Result<()> {

@@ -9,7 +9,7 @@ use std::ops::Deref;
 use backbone::Segment;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
-use layers::{BatchGroups, Gradients, Mode, Modes, Network, Tape};
+use layers::{Adam, BatchGroups, Gradients, Mode, Modes, Network, Tape};
 
 use crate::checkpoint::Checkpoint;
 use crate::optimizer::Optimizer;
@@ -39,6 +39,13 @@ impl Deref for Seam {
 
     fn deref(&self) -> &Tensor {
         &self.output
+    }
+}
+
+impl TrainedSegment<Adam> {
+    /// The steps taken so far.
+    pub fn steps(&self) -> u64 {
+        self.memory.steps()
     }
 }
 
