@@ -33,7 +33,7 @@ pub struct Config {
     pub pair_absolute_weight: f64,
     /// Nearest neighbours among which one is drawn in each step (20).
     pub neighbours: usize,
-    /// Whether a picture counts as its own first neighbour (true; false ours).
+    /// Whether a picture is its own first neighbour, besides the others (true; false ours).
     pub neighbours_include_self: bool,
     /// Blocks that keep their values: `stem`, `layer1` to `layer4` (stem, layer1, layer2), or `all`,
     /// so that the head alone learns. A Vision Transformer needs `all`: fine-tuning its blocks is
@@ -311,7 +311,7 @@ impl Config {
         self.run.plan(images, sampler::steps(images, self.run.batch_size), advice)
     }
 
-    /// Learning rates of backbone and head; steps count from 0.
+    /// Learning rates of backbone and head. A run asks for step 0 first, so that its first step has the peak.
     pub(crate) fn learning_rates(&self, steps_per_epoch: usize) -> [LearningRate; 2] {
         let OptimizerTable { backbone_learning_rate, head_learning_rate, .. } = self.optimizer;
         [backbone_learning_rate, head_learning_rate].map(|rate| match self.schedule.learning_rate {

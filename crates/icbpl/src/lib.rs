@@ -57,7 +57,7 @@ pub struct Icbpl;
 impl Stage for Icbpl {
     const SPEC: Spec = Spec {
         name: "icbpl",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
         ranks: Ranks::BatchGroups,
@@ -76,8 +76,7 @@ impl Stage for Icbpl {
         let plan = config.plan(rows.len());
 
         let networks = IcbplNetworks::new(config, job, &device)?.in_groups(&groups)?;
-        let mut model =
-            IcbplModel { networks, neighbours: Neighbours::none(&rows, config.neighbours) };
+        let mut model = IcbplModel { networks, neighbours: Neighbours::none(&rows, config) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         if model.neighbours.is_empty() {
             let [embeddings, unit] = embed(config, &images, &rows, job, &device)?;

@@ -1,7 +1,7 @@
 //! The nearest neighbours of every picture, found once with the pretrained backbone.
 
 use anyhow::{Context, Result};
-use assignment::{nearest_neighbours, nearest_neighbours_and_self};
+use assignment::nearest_neighbours;
 use rand::RngExt;
 use serde_json::json;
 use stage::Job;
@@ -17,13 +17,14 @@ pub(crate) struct Neighbours {
     pub(crate) rows: Vec<u32>,
     /// Indices into `rows`, `(N, k)`, nearest first; empty before they are found.
     pub(crate) nearest: Vec<u32>,
-    /// How many each picture has, `k`.
+    /// How many each picture has: `k`, and one more where it is its own first.
     pub(crate) each: usize,
 }
 
 impl Neighbours {
     /// Not found yet.
-    pub(crate) fn none(rows: &[u32], each: usize) -> Self {
+    pub(crate) fn none(rows: &[u32], config: &Config) -> Self {
+        let each = config.neighbours + usize::from(config.neighbours_include_self);
         Self { rows: rows.to_vec(), nearest: Vec::new(), each }
     }
 
@@ -38,7 +39,7 @@ impl Neighbours {
             StartTable::Stage { .. } | StartTable::Published {} => "role backbone".to_owned(),
         }}))?;
         let and_self = config.neighbours_include_self;
-        self.nearest = nearest(embeddings, self.rows.len(), self.each, and_self)?;
+        self.nearest = nearest(embeddings, self.rows.len(), config.neighbours, and_self)?;
         Ok(())
     }
 
@@ -64,11 +65,12 @@ impl Neighbours {
     }
 }
 
-/// The `k` rows of highest inner product, `(N, k)`; with the row itself among them or not.
+/// The `k` other rows of highest inner product, `(N, k)`; with the row itself before them, `(N, k + 1)`.
 pub(crate) fn nearest(points: &[f32], n: usize, k: usize, and_self: bool) -> Result<Vec<u32>> {
-    let width = points.len() / n;
-    match and_self {
-        true => nearest_neighbours_and_self(points, n, width, k),
-        false => nearest_neighbours(points, n, width, k),
+    let others = nearest_neighbours(points, n, points.len() / n, k)?;
+    if !and_self {
+        return Ok(others);
     }
+    let rows = others.chunks_exact(k).zip(0..);
+    Ok(rows.flat_map(|(others, row)| [&[row], others].concat()).collect())
 }

@@ -258,11 +258,44 @@ fn frozen_stages_and_centroids_stay_to_the_bit_and_the_rest_learns() -> Result<(
     Ok(())
 }
 
+/// How a run begins: features around zero, and a centroid of its own for each group of k-means.
+#[test]
+fn each_group_is_handed_to_its_own_centroid() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (config, job) = (config(), job(folder.path(), "out"));
+    let images = Images::open(&job.images)?;
+    let rows = images.rows(&job.data.train_on);
+    let [embeddings, unit] = embed(&config, &images, &rows, &job, &Device::Cpu)?;
+    let mut networks = IcbplNetworks::new(&config, &job, &Device::Cpu)?;
+    groups::hand_over(&config, &embeddings, &unit, &mut networks, &job, &Device::Cpu)?;
+
+    let width = embeddings.len() / rows.len();
+    let embeddings = Tensor::from_slice(&embeddings, (rows.len(), width), &Device::Cpu)?;
+    let features = networks.head.evaluate(&embeddings)?;
+    let largest = features.mean(0)?.abs()?.max(0)?.to_scalar::<f32>()?;
+    assert!(largest < 1e-5, "the mean feature is {largest} away from zero");
+
+    let k_means = assignment::KMeans::spherical(3, config.kmeans_restarts);
+    let found = assignment::k_means(&unit, rows.len(), width, &k_means, job.seed)?;
+    let cosines = unit_rows(&features)?.matmul(&networks.centroids.t()?)?.to_vec2::<f32>()?;
+    let nearest = |group: u32| -> usize {
+        let mut sums = [0f32; 3];
+        for (row, _) in cosines.iter().zip(&found.assignment).filter(|(_, of)| **of == group) {
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+        (0..3).max_by(|&a, &b| sums[a].total_cmp(&sums[b])).expect("three centroids")
+    };
+    let mut centroids = [0, 1, 2].map(nearest);
+    centroids.sort_unstable();
+    assert_eq!(centroids, [0, 1, 2]);
+    Ok(())
+}
+
 /// ICBPL, case T13.
 #[test]
 fn neighbours_have_the_specified_order() -> Result<()> {
     let points = [1f32, 0., 0.96, 0.28, 0.6, 0.8, 0., 1., -0.8, 0.6];
-    let found = nearest(&points, 5, 5, true)?;
+    let found = nearest(&points, 5, 4, true)?;
     let want =
         [[0u32, 1, 2, 3, 4], [1, 0, 2, 3, 4], [2, 1, 3, 0, 4], [3, 2, 4, 1, 0], [4, 3, 2, 1, 0]];
     for (row, (got, mut want)) in found.chunks(5).zip(want).enumerate() {
@@ -326,7 +359,7 @@ fn neighbours_are_found_once_and_kept_with_the_run() -> Result<()> {
     let plan = config().plan(rows.len());
     let model = || -> Result<IcbplModel> {
         let networks = IcbplNetworks::new(&config(), &job, &Device::Cpu)?;
-        Ok(IcbplModel { networks, neighbours: Neighbours::none(&rows, config().neighbours) })
+        Ok(IcbplModel { networks, neighbours: Neighbours::none(&rows, &config()) })
     };
     let fingerprint = images.fingerprint();
     let mut first = model()?;
