@@ -15,7 +15,7 @@ use prototype_refinement::{Config, PrototypeRefinement, PrototypeUpdate, draws};
 use stage::{DataTable, Job, Split, Stage};
 use training::loss::regression_loss;
 use training::scatter::{Absent, scatter_loss};
-use training::{Cosine, Learner, LearningRate, Precision, SgdTable, TargetDecay, sampler};
+use training::{Cosine, Learner, LearningRate, Precision, SgdTable, Target, TargetDecay, sampler};
 
 const IMAGES: usize = 24;
 const CLUSTERS: usize = 3;
@@ -73,7 +73,7 @@ impl RefinementTest {
         Learner::open(&self.at("network"), &configuration, SGD, Precision::F32)
     }
 
-    /// Pseudo-labels in which every image of even number is reliable, with this score.
+    /// Pseudo-labels in which every image of even number is reliable, with scores up to this one.
     fn write_labels(&self, score: f32, stability: Option<f64>) -> Result<()> {
         let images = Images::open(&self.at("images.safetensors"))?;
         let mut prototypes = vec![0.; CLUSTERS * WIDTH];
@@ -85,7 +85,7 @@ impl RefinementTest {
             assignment: (0..IMAGES as u32).map(|i| i % 3).collect(),
             kmeans_assignment: vec![0; IMAGES],
             confidence: vec![1.; IMAGES],
-            score: vec![score; IMAGES],
+            score: (0..IMAGES).map(|i| score * (1. - (i % 5) as f32 / 10.)).collect(),
             reliable: (0..IMAGES).map(|i| i % 2 == 0).collect(),
             projection_width: WIDTH,
             prototypes,
@@ -164,7 +164,8 @@ fn config() -> Config {
 }
 
 /// Refinement written out, from the experiment's network with the schedules of two rounds: BYOL,
-/// as pretraining does it, and the scatter loss where `config` gives it a weight.
+/// as pretraining does it, and each loss of refinement where `config` gives it a weight. The gate is taken as
+/// open.
 ///
 /// - `epochs`: of the first round.
 /// - `order`: which of the two views comes first.
@@ -186,6 +187,7 @@ fn by_hand(
     let rows: Vec<u32> = (0..IMAGES as u32).collect();
     let mut step = 0;
     for epoch in 0..epochs {
+        let prototypes = prototypes_by_hand(&images, &labels, &input, target)?;
         let batches = sampler::uniform(&rows, 8, draws(3), epoch)?;
         let views = vec![config.views.clone(); 2];
         for batch in Loader::new(&images, batches, views, &input, draws(3), epoch as u64, 2)? {
@@ -200,9 +202,30 @@ fn by_hand(
             let view = |v: usize| Tensor::from_slice(&batch.views[v], (8, 12, 8, 1), &Device::Cpu);
             let views = [view(order[0])?, view(order[1])?];
             let targets = [target.project(&views[0])?, target.project(&views[1])?];
-            for (view, projection) in [(&views[0], &targets[1]), (&views[1], &targets[0])] {
-                let pass = online.forward(view, None)?;
+            let ramp = match config.ramp_epochs {
+                0. => 1.,
+                length => (step as f64 / steps as f64 / length).min(1.),
+            };
+            for (direction, view, projection) in
+                [(0, &views[0], &targets[1]), (1, &views[1], &targets[0])]
+            {
+                let counters = [step as u64, direction];
+                let noise =
+                    training::noise(config.noise, (8, WIDTH), draws(3), &counters, &Device::Cpu)?;
+                let pass = online.forward(view, noise.as_ref())?;
                 let mut loss = regression_loss(&pass[2], projection)?;
+                if config.sample_to_prototype_weight > 0. {
+                    // −Σ w ln softmax(u · c / τ)_y / Σ w
+                    let directions = training::ops::unit_rows(&pass[1])?;
+                    let cosines = directions.matmul(&prototypes.t()?)?;
+                    let exponentials = (cosines / 0.2)?.exp()?;
+                    let shares = exponentials.broadcast_div(&exponentials.sum_keepdim(1)?)?;
+                    let chosen = Tensor::new(marks.pseudo_labels.as_slice(), &Device::Cpu)?;
+                    let chosen = shares.gather(&chosen.unsqueeze(1)?, 1)?.squeeze(1)?.log()?;
+                    let weights = Tensor::new(marks.weights.as_slice(), &Device::Cpu)?;
+                    let term = ((chosen * &weights)?.sum_all()? / weights.sum_all()?)?.neg()?;
+                    loss = (loss + (term * (config.sample_to_prototype_weight * ramp))?)?;
+                }
                 if config.scatter_weight > 0. {
                     let term = scatter_loss(
                         &pass[1],
@@ -211,7 +234,7 @@ fn by_hand(
                         0.5,
                         Absent::LeftOut,
                     )?;
-                    loss = (loss + (term * config.scatter_weight)?)?;
+                    loss = (loss + (term * (config.scatter_weight * ramp))?)?;
                 }
                 online.backward(pass, &(loss * 0.5)?.backward()?)?;
             }
@@ -220,6 +243,25 @@ fn by_hand(
         }
     }
     Ok(learner)
+}
+
+/// Unit-length means of the reliable images' projections, weighted by score, `(K, P)`: of un-augmented pictures
+/// by the target on running statistics.
+fn prototypes_by_hand(
+    images: &Images,
+    labels: &PseudoLabels,
+    input: &Input,
+    target: &mut Target,
+) -> Result<Tensor> {
+    let mut sums = vec![0f32; CLUSTERS * WIDTH];
+    for i in (0..IMAGES).step_by(2) {
+        let clean = Loader::clean(images, &[i as u32], input)?.next().expect("a picture")?;
+        let picture = Tensor::from_slice(&clean.views[0], (1, 12, 8, 1), &Device::Cpu)?;
+        let projection = target.embed(&picture)?.1.flatten_all()?.to_vec1::<f32>()?;
+        let sums = &mut sums[i % 3 * WIDTH..][..WIDTH];
+        sums.iter_mut().zip(projection).for_each(|(sum, x)| *sum += labels.score[i] * x);
+    }
+    Ok(training::ops::unit_rows(&Tensor::from_vec(sums, (CLUSTERS, WIDTH), &Device::Cpu)?)?)
 }
 
 fn bytes(experiment: &RefinementTest, mut learner: Learner) -> Result<Vec<u8>> {
@@ -270,6 +312,24 @@ fn which_view_comes_first_has_no_meaning() -> Result<()> {
     let other = parameters(by_hand(&experiment, &config, 1, [1, 0])?)?;
     let (moved, apart) = (distance(&start, &one), distance(&one, &other));
     assert!(moved > 0. && apart < 1e-3 * moved, "moved by {moved}, apart by {apart}");
+    Ok(())
+}
+
+/// PLDC's third stage with all of its losses, an open gate and noise.
+#[test]
+fn the_pull_to_the_prototypes_is_as_written_out() -> Result<()> {
+    let experiment = RefinementTest::new()?;
+    let config = Config {
+        sample_to_prototype_weight: 0.5,
+        sample_to_prototype_gate: -1.,
+        scatter_weight: 0.2,
+        noise: 0.1,
+        ..config()
+    };
+    experiment.first_round(&config, "out")?;
+    let written = network_file::open(&experiment.at("out"))?;
+    let mut learner = by_hand(&experiment, &config, 2, [0, 1])?;
+    fixture::assert_written(&written, &training::network_tensors(&mut learner)?, 1e-4);
     Ok(())
 }
 

@@ -286,12 +286,48 @@ mod tests {
     #[test]
     fn images_are_assigned_by_the_mean_of_both_views() -> Result<()> {
         let mut head = SeCuHead::random(0, 2, 2, 1, SIZE, 7, &Cpu)?;
-        head.centres.variable.set(&Tensor::new(&[[2f32, 0.], [0., 0.5]], &Cpu)?)?;
+        // Of other lengths than 1, which must not count: by raw products the second would win.
+        head.centres.variable.set(&Tensor::new(&[[0.5f32, 0.], [0., 2.]], &Cpu)?)?;
         // Similarities (1, 0) and (0.2, 0.98): the mean is (0.6, 0.49).
         let view_1 = Tensor::new(&[[1f32, 0.]], &Cpu)?;
         let view_2 = Tensor::new(&[[0.2f32, 0.98]], &Cpu)?;
         for views in [[&view_1, &view_2], [&view_2, &view_1]] {
             assert_eq!(head.step(views, &[0], 0, WITH)?.ids, [0]);
+        }
+        Ok(())
+    }
+
+    /// SeCu, case T11: centres twice and half as long change no loss and no cluster, and their gradients by one over
+    /// the factor.
+    #[test]
+    fn the_length_of_a_centre_does_not_matter() -> Result<()> {
+        let views = [view(1)?, view(2)?];
+        let step = |factors: [f32; 3]| -> Result<(HeadStep, Vec<Vec<f32>>)> {
+            let mut head = head(6)?;
+            let factors = Tensor::new(&factors, &Cpu)?.reshape((3, 1))?;
+            let scaled = head.centres.variable.broadcast_mul(&factors)?;
+            head.centres.variable.set(&scaled)?;
+            head.freeze()?;
+            let found = head.step([&views[0], &views[1]], &PLACES, 0, WITH)?;
+            let gradients = found.centre_loss.backward()?;
+            let gradient = gradients.get(&head.centres.variable).expect("a gradient").to_vec2()?;
+            Ok((found, gradient))
+        };
+        let factors = [2., 0.5, 3.];
+        let ((plain, gradient), (scaled, scaled_gradient)) = (step([1., 1., 1.])?, step(factors)?);
+        assert_eq!(plain.ids, scaled.ids);
+        for (loss, scaled) in [
+            (&plain.representation_loss, &scaled.representation_loss),
+            (&plain.centre_loss, &scaled.centre_loss),
+        ] {
+            let (loss, scaled) = (loss.to_scalar::<f32>()?, scaled.to_scalar::<f32>()?);
+            assert!((loss - scaled).abs() < 1e-5 * loss.abs(), "{loss}, {scaled}");
+        }
+        let rows = gradient.iter().zip(&scaled_gradient).zip(factors);
+        for ((row, scaled), factor) in rows {
+            for (x, y) in row.iter().zip(scaled) {
+                assert!((x / factor - y).abs() < 1e-5, "{x} / {factor}, {y}");
+            }
         }
         Ok(())
     }
