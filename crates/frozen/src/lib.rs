@@ -28,9 +28,9 @@ pub mod result;
 pub mod rows;
 pub mod state;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use data::PseudoLabels;
-use stage::{Job, Origin, Role};
+use stage::{DataTable, Job, Origin, Role};
 
 use crate::rows::FrozenEmbeddings;
 
@@ -41,6 +41,24 @@ pub const INPUTS: &[Role] = &[
     Role::new("previous", Origin::PreviousRound),
     Role::new("earlier", Origin::EarlierRun),
 ];
+
+/// Fails where the pictures to train on are not those to score: heads learn from the embeddings, which are of the
+/// scored pictures alone.
+///
+/// # Errors
+///
+/// `train-on` and `score-on` name different splits.
+pub fn check_splits(job: &Job) -> Result<()> {
+    let DataTable { train_on, score_on, .. } = &job.data;
+    let same = train_on.iter().all(|split| score_on.contains(split))
+        && score_on.iter().all(|split| train_on.contains(split));
+    ensure!(
+        same,
+        "`train-on` in `[data]` is {train_on:?} and `score-on` is {score_on:?}, but heads on frozen embeddings \
+         learn from the pictures that are scored: set both to the same splits"
+    );
+    Ok(())
+}
 
 /// Runs a stage: reads the embeddings, writes the pseudo-labels that `cluster` returns, keeps their
 /// numbers for the next run, and removes the state.

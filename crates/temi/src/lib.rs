@@ -54,8 +54,9 @@ impl Stage for Temi {
     };
     type Config = Config;
 
-    fn check(config: &Config, _: &Job) -> Result<Effort> {
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
         config.check()?;
+        frozen::check_splits(job)?;
         Ok(Effort::NONE)
     }
 

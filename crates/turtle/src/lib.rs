@@ -49,8 +49,9 @@ impl Stage for Turtle {
     };
     type Config = Config;
 
-    fn check(config: &Config, _: &Job) -> Result<Effort> {
+    fn check(config: &Config, job: &Job) -> Result<Effort> {
         config.check()?;
+        frozen::check_splits(job)?;
         Ok(Effort::NONE)
     }
 
