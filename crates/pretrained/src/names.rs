@@ -25,6 +25,9 @@ const APACHE: &str = "Apache-2.0";
 pub const DINOV3: &str = "DINOv3 License (Meta, 19 August 2025): free of charge, also commercially; \
     redistribution only with a copy of it, acknowledgement in publications, no military use";
 
+/// The licence of EUPE, whose repositories also name DINOv3.
+pub const EUPE: &str = "FAIR Noncommercial Research License: research only, no commercial use";
+
 /// The networks. Commits and digests are those that several independent projects pin; without one, the
 /// first download decides.
 pub const NAMES: [NamedNetwork; 12] = [
@@ -83,9 +86,24 @@ pub fn refuse_unknown(word: &str) -> Result<()> {
     Ok(())
 }
 
+/// The licence of a repository's weights where its name tells, and it is not an open-source one.
+pub fn licence_of(repository: &str) -> Option<&'static str> {
+    let name = repository.to_lowercase();
+    [("eupe", EUPE), ("dinov3", DINOV3)]
+        .into_iter()
+        .find_map(|(word, licence)| name.contains(word).then_some(licence))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn licences_that_are_not_open_are_told_by_the_repository() {
+        assert_eq!(licence_of("timm/vit_small_patch16_dinov3_qkvb.eupe_lvd1689m"), Some(EUPE));
+        assert_eq!(licence_of("timm/vit_small_patch16_dinov3.lvd1689m"), Some(DINOV3));
+        assert_eq!(licence_of("facebook/dinov2-small"), None);
+    }
 
     #[test]
     fn names_are_distinct_and_digests_are_whole() {

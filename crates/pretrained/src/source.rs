@@ -9,7 +9,7 @@ use hub::{Address, ModelFiles, PublishedModel, Settings};
 use stage::Interrupt;
 use stage::digest::{sha256, sha256_of_file};
 
-use crate::names::{self, DINOV3, NamedNetwork};
+use crate::names::{self, DINOV3, EUPE, NamedNetwork};
 
 /// A network that was found, and is not downloaded yet.
 #[derive(Debug)]
@@ -148,8 +148,8 @@ impl Located {
                 ),
             }
         }
-        if self.licence() == Some(DINOV3) {
-            tracing::warn!("these weights are under the {DINOV3}");
+        if let Some(licence) = self.licence().filter(|licence| [DINOV3, EUPE].contains(licence)) {
+            tracing::warn!("these weights are under the {licence}");
         }
     }
 
@@ -157,9 +157,7 @@ impl Located {
     pub fn licence(&self) -> Option<&'static str> {
         match (&self.origin, self.named) {
             (_, Some(named)) => Some(named.licence),
-            (NetworkOrigin::Hub(model), None) if model.repository.contains("dinov3") => {
-                Some(DINOV3)
-            }
+            (NetworkOrigin::Hub(model), None) => names::licence_of(&model.repository),
             (_, None) => None,
         }
     }

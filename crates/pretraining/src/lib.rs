@@ -17,7 +17,7 @@ mod config;
 use anyhow::Result;
 use candle_core::Tensor;
 use data::Images;
-use stage::{Effort, Job, Output, Ranks, Spec, Stage};
+use stage::{Effort, Job, Output, Ranks, Role, Spec, Stage};
 use training::loss::regression_loss;
 use training::{Learner, Run, pictures, sampler};
 
@@ -30,7 +30,7 @@ impl Stage for Pretraining {
     const SPEC: Spec = Spec {
         name: "pretraining",
         algorithm: 3,
-        inputs: &[],
+        inputs: &[Role::BACKBONE],
         outputs: &[Output::Network],
         ranks: Ranks::BatchGroups,
     };
