@@ -268,8 +268,7 @@ fn config(clusters: usize, restarts: usize) -> KMeans {
     KMeans { clusters, metric: Metric::Spherical, restarts, iterations: 100, tolerance: 1e-4 }
 }
 
-/// Shuffles each column of `rows` separately, which keeps its values but no structure between columns;
-/// rows are then at unit length.
+/// Shuffles each column of `rows` separately, which keeps its values but no structure between columns.
 fn without_structure(rows: &[f32], d: usize, seed: u64, number: u64) -> Vec<f32> {
     let n = rows.len() / d;
     let columns: Vec<Vec<f32>> = (0..d)
@@ -357,7 +356,7 @@ pub struct IndexVote {
 /// Suggests the number with the highest mean of the indices; of a tie, the fewest clusters. The range is
 /// from the first to the last number whose mean is within [`NEARLY`] of the highest.
 ///
-/// Stability, prediction strength, eigengap and generalisation count as they are, in `[0, 1]`: an index
+/// Stability, prediction strength, eigengap and generalisation count as they are, mostly in `[0, 1]`: an index
 /// that is nearly constant decides nothing. Silhouette and gap have no common unit, so they count as
 /// shares of their largest value, the gap up to where it stops rising by more than its error. A gap that
 /// rises to the last candidate has found no number: it does not count, because it would only stretch

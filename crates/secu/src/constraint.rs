@@ -89,7 +89,7 @@ impl Balance {
         Self { constraint, values: vec![0.; clusters] }
     }
 
-    /// The dual variables or counts, `K`, exact in f32.
+    /// The dual variables, rounded to f32, or the counts, `K`.
     pub fn values(&self) -> &[f32] {
         &self.values
     }
