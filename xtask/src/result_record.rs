@@ -198,9 +198,10 @@ const END: &str = "<!-- end of results -->\n";
 /// A line is missing, or they are in the wrong order.
 pub fn with_table(text: &str, table: &str) -> Result<String> {
     let place = text.find(BEGIN).map(|at| at + BEGIN.len()).zip(text.find(END));
-    let (begin, end) =
-        place.with_context(|| format!("the line `{}` or `{}` is missing", BEGIN.trim(), END))?;
-    ensure!(begin <= end, "`{END}` stands before `{}`", BEGIN.trim());
+    let (begin, end) = place.with_context(|| {
+        format!("the lines `{}` and `{}` must both be there", BEGIN.trim(), END.trim())
+    })?;
+    ensure!(begin <= end, "`{}` stands before `{}`", END.trim(), BEGIN.trim());
     Ok(format!("{}\n{table}\n{}", &text[..begin], &text[end..]))
 }
 

@@ -256,13 +256,14 @@ mod tests {
         for config in [EUCLIDEAN, SPHERICAL] {
             let mut before = f64::INFINITY;
             let config =
-                KMeans { clusters: 6, restarts: 1, iterations: 1, tolerance: 0., ..config };
-            // One iteration at a time: over several, the best one is returned.
+                KMeans { clusters: 6, restarts: 1, iterations: 2, tolerance: 0., ..config };
+            // The first iteration scores the given centres, the second their means, and the better one is returned:
+            // equal inertia only where no point changes its cluster.
             let mut centres = points[..6 * d].to_vec();
             for _ in 1..12 {
                 let found = k_means_from(&points, n, d, &centres, &config)?;
                 centres.clone_from(&found.centres);
-                assert!(found.inertia <= before * (1. + 1e-12));
+                assert!(found.inertia < before || found.converged, "{} {before}", found.inertia);
                 before = found.inertia;
                 let rows = match config.metric {
                     Metric::Euclidean => points.clone(),

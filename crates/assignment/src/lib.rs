@@ -66,8 +66,7 @@ pub use logistic::Generalisation;
 pub use map::{TSne, principal_plane, trustworthiness};
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{
-    chance_corrected_agreement, nearest_neighbours, nearest_neighbours_and_self,
-    share_of_agreeing_neighbours,
+    chance_corrected_agreement, nearest_neighbours, share_of_agreeing_neighbours,
 };
 pub use prototypes::prototypes;
 pub use rand_index::adjusted_rand_index;

@@ -27,24 +27,7 @@ use crate::points;
 /// `points` is not an `(n, d)` matrix of finite numbers (the message names the row), or there are
 /// fewer than `k` other rows.
 pub fn nearest_neighbours(points: &[f32], n: usize, d: usize, k: usize) -> Result<Vec<u32>> {
-    search(points, n, d, k, false, None)
-}
-
-/// [`nearest_neighbours`] among all rows, including the row itself.
-///
-/// The row itself is ordered by its product like any other. For rows of unit length it comes first,
-/// unless an equal row has a lower index.
-///
-/// # Errors
-///
-/// Those of [`nearest_neighbours`], for `k` rows in all.
-pub fn nearest_neighbours_and_self(
-    points: &[f32],
-    n: usize,
-    d: usize,
-    k: usize,
-) -> Result<Vec<u32>> {
-    search(points, n, d, k, true, None)
+    search(points, n, d, k, None)
 }
 
 /// Returns the share of each point's neighbours that are in its cluster, `(N,)` in `[0, 1]`.
@@ -109,11 +92,10 @@ fn search(
     n: usize,
     d: usize,
     k: usize,
-    and_self: bool,
     format: Option<RowFormat>,
 ) -> Result<Vec<u32>> {
     points::check(points, n, d, "nearest_neighbours")?;
-    let most = if and_self { n } else { n.saturating_sub(1) };
+    let most = n.saturating_sub(1);
     ensure!(
         k <= most,
         "nearest_neighbours: {k} neighbours of each of {n} points; at most {most} exist"
@@ -129,7 +111,7 @@ fn search(
     let rows = Rows::new(points, d, format);
     let groups = RowGroups::new(&rows, &[]);
     let bound = Bound::new(&rows, 0.);
-    let search = Search { points, d, k, and_self, rows, groups, bound };
+    let search = Search { points, d, k, rows, groups, bound };
     // Both blocks of a pair fit into the cache, and all threads have work. The result does not depend
     // on it.
     let block = (n / 16).clamp(1, 40 * LANES).next_multiple_of(LANES);
@@ -227,7 +209,6 @@ struct Search<'a> {
     points: &'a [f32],
     d: usize,
     k: usize,
-    and_self: bool,
     rows: Rows<'a>,
     groups: RowGroups,
     bound: Bound,
@@ -335,7 +316,7 @@ impl Search<'_> {
     /// Adds `row` to a shortlist, unless it is the row that the shortlist belongs to.
     fn offer(&self, block: &mut Block, position: usize, value: f32, row: usize) {
         let own = block.first + position;
-        if own == row && !self.and_self {
+        if own == row {
             return;
         }
         let shortlist = &mut block.shortlists[position];
@@ -406,10 +387,10 @@ mod tests {
     use super::*;
 
     /// Compares all pairs in `f64`.
-    fn plain(points: &[f32], d: usize, k: usize, and_self: bool) -> Vec<u32> {
+    fn plain(points: &[f32], d: usize, k: usize) -> Vec<u32> {
         let mut neighbours = vec![];
         for (i, row) in points.chunks(d).enumerate() {
-            let others = points.chunks(d).enumerate().filter(|&(j, _)| and_self || j != i);
+            let others = points.chunks(d).enumerate().filter(|&(j, _)| j != i);
             let mut products: Vec<(f64, u32)> =
                 others.map(|(j, other)| (product(row, other), j as u32)).collect();
             products.sort_unstable_by(nearer);
@@ -452,11 +433,8 @@ mod tests {
                 // Spread out; then so close together that rounding to bytes decides nothing.
                 for spread in [2., 1e-3] {
                     let points = random_rows(n, d, spread);
-                    for and_self in [false, true] {
-                        let found = search(&points, n, d, k, and_self, Some(format))?;
-                        let want = plain(&points, d, k, and_self);
-                        assert_eq!(found, want, "{format:?} {n} {d} {k} {spread}");
-                    }
+                    let found = search(&points, n, d, k, Some(format))?;
+                    assert_eq!(found, plain(&points, d, k), "{format:?} {n} {d} {k} {spread}");
                 }
             }
         }
@@ -488,9 +466,9 @@ mod tests {
             points.extend(near);
         }
         for format in [RowFormat::Bytes, RowFormat::Floats] {
-            for (k, and_self) in [(1, false), (20, false), (20, true), (n - 1, false)] {
-                let found = search(&points, n, d, k, and_self, Some(format))?;
-                assert_eq!(found, plain(&points, d, k, and_self), "{format:?} {k}");
+            for k in [1, 20, n - 1] {
+                let found = search(&points, n, d, k, Some(format))?;
+                assert_eq!(found, plain(&points, d, k), "{format:?} {k}");
             }
         }
         Ok(())
@@ -534,7 +512,6 @@ mod tests {
         for (i, row) in found.chunks(4).enumerate() {
             assert!(!row.contains(&(i as u32)));
         }
-        assert_eq!(nearest_neighbours_and_self(&points, 5, 2, 2)?[..2], [0, 1]);
         Ok(())
     }
 

@@ -1,14 +1,17 @@
 //! Disk, memory and hours of each stage on a large data set, as the stages are built today.
 //!
-//! `cargo run --package collective --example scale -- 100 20 512 256 800 50 8000 64`: millions of pictures, KB of a
+//! `cargo run --package collective --example scale -- 100 20 512 256 1900 50 16000 64`: millions of pictures, KB of a
 //! stored picture, widths of embeddings and projections, pictures a second through a training on all
-//! ranks, its epochs, pictures a second through `embed` on all ranks, GB of memory of a machine.
+//! ranks, its epochs, pictures a second through a network on all ranks, GB of memory of a machine.
 
 use std::env;
 use std::process::ExitCode;
 
-/// Bytes that each process keeps of a picture: digest, size, place, split, encoding, and whether it was checked.
+/// Bytes that each process keeps of a picture: digest, size, offset, split, encoding, whether it was checked, and a
+/// slot for the decoded picture.
 const LISTED: f64 = 67.;
+/// Augmented copies whose embeddings `embed` stores beside the picture's own, see `configs/stage/embed.toml`.
+const VIEWS: f64 = 8.;
 /// Neighbours that the clustering keeps of a picture, four bytes each.
 const NEIGHBOURS: f64 = 20.;
 
@@ -24,21 +27,22 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let pictures = millions * 1e6;
-    let embedded = 4. * (width + projection);
+    let embedded = 4. * (width * (1. + VIEWS) + projection);
     // Of each picture: bytes on disk, bytes in the memory of a process, seconds.
     let stages = [
         ("prepare", 1e3 * kilobytes, LISTED, None),
-        ("pretraining", 0., LISTED + 4., Some(epochs / training_rate)),
-        ("embed", embedded, LISTED + embedded, Some(1. / embed_rate)),
-        // The rows as they are read, and once more as the networks take them.
-        ("clustering", 9., LISTED + embedded + 4. * (width + NEIGHBOURS), None),
+        // The rows, and their order in an epoch.
+        ("pretraining", 0., LISTED + 8., Some(epochs / training_rate)),
+        ("embed", embedded, LISTED + embedded, Some((1. + VIEWS) / embed_rate)),
+        // The embeddings; the projections at unit length, and k-means' copy of them. It writes pseudo-labels.
+        ("clustering", 25., LISTED + embedded + 4. * (2. * projection + NEIGHBOURS), None),
     ];
     println!("stage        GB on disk  GB of memory  hours  millions in {memory} GB");
     for (stage, disk, held, seconds) in stages {
         let hours =
             seconds.map_or_else(String::new, |of_one| format!("{:.0}", of_one * pictures / 3600.));
         println!(
-            "{stage:11}  {:10.0}  {:12.0}  {hours:>5}  {:.0}",
+            "{stage:11}  {:10.0}  {:12.0}  {hours:>5}  {:.1}",
             disk * pictures / 1e9,
             held * pictures / 1e9,
             1e3 * memory / held

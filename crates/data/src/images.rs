@@ -363,7 +363,7 @@ impl Images {
             let id: Id = Sha256::digest(bytes).into();
             ensure!(
                 id == *shared.stored_id(position),
-                "its bytes are damaged: their SHA-256 is another"
+                "its bytes are damaged: their SHA-256 differs from the recorded one"
             );
             shared.checked[position].store(true, Ordering::Relaxed);
         }
@@ -505,10 +505,10 @@ impl Shared {
             parts: Vec::new(),
             ids,
             splits: splits
-                .map(|&code| Split::from_code(code).with_context(|| format!("unknown code {code} of a split: the file is damaged, or of a newer version")))
+                .map(|&code| Split::from_code(code).with_context(|| format!("unknown code {code} of a split: damaged, or newer than this program")))
                 .collect::<Result<_>>()?,
             encodings: encodings
-                .map(|&code| Encoding::from_code(code).with_context(|| format!("unknown code {code} of an encoding: the file is damaged, or of a newer version")))
+                .map(|&code| Encoding::from_code(code).with_context(|| format!("unknown code {code} of an encoding: damaged, or newer than this program")))
                 .collect::<Result<_>>()?,
             stored_ids: None,
             sizes,

@@ -42,8 +42,8 @@ pub const INPUTS: &[Role] = &[
     Role::new("earlier", Origin::EarlierRun),
 ];
 
-/// Fails where the pictures to train on are not those to score: heads learn from the embeddings, which are of the
-/// scored pictures alone.
+/// Fails unless `train-on` and `score-on` name the same splits. Heads learn from the embeddings, and `embed`
+/// writes only those of the scored pictures.
 ///
 /// # Errors
 ///
@@ -75,4 +75,29 @@ pub fn run(
     numbers::save(&labels, job)?;
     labels.write(&job.out.join(PseudoLabels::FILE))?;
     state::remove(job)
+}
+
+#[cfg(test)]
+mod tests {
+    use stage::Split::{Test, Train};
+
+    use super::*;
+
+    #[test]
+    fn heads_learn_from_the_pictures_that_are_scored() {
+        let check = |train_on: &[stage::Split], score_on: &[stage::Split]| {
+            let data =
+                DataTable { clusters: 2, train_on: train_on.into(), score_on: score_on.into() };
+            check_splits(&Job::new("temi", "i.safetensors", "o", data))
+        };
+        assert!(check(&[Train, Test], &[Test, Train]).is_ok());
+        for (train_on, score_on) in
+            [([Train].as_slice(), [Test].as_slice()), (&[Train, Test], &[Test])]
+        {
+            for (train_on, score_on) in [(train_on, score_on), (score_on, train_on)] {
+                let error = check(train_on, score_on).expect_err("other splits").to_string();
+                assert!(error.contains("`train-on`"), "{error}");
+            }
+        }
+    }
 }

@@ -31,9 +31,9 @@ pub struct Config {
     pub pair_cosine_weight: f64,
     /// And of the mean absolute difference (8, ICBPC).
     pub pair_absolute_weight: f64,
-    /// Nearest neighbours among which one is drawn in each step (20).
+    /// Other pictures kept as nearest neighbours, of which one is drawn in each step (20).
     pub neighbours: usize,
-    /// Whether a picture is its own first neighbour, besides the others (true; false ours).
+    /// Whether the picture itself is one more candidate when a neighbour is drawn (true; false ours).
     pub neighbours_include_self: bool,
     /// Blocks that keep their values: `stem`, `layer1` to `layer4` (stem, layer1, layer2), or `all`,
     /// so that the head alone learns. A Vision Transformer needs `all`: fine-tuning its blocks is

@@ -17,7 +17,7 @@ pub(crate) struct Neighbours {
     pub(crate) rows: Vec<u32>,
     /// Indices into `rows`, `(N, k)`, nearest first; empty before they are found.
     pub(crate) nearest: Vec<u32>,
-    /// How many each picture has: `k`, and one more where it is its own first.
+    /// Candidates of each picture: `neighbours`, and 1 more with `neighbours-include-self`.
     pub(crate) each: usize,
 }
 

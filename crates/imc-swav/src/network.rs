@@ -140,9 +140,9 @@ impl ImcSwavNetworks {
     ///
     /// - `gradients`: of the swapped prediction, for the prototypes.
     /// - `moves_prototypes`: false in the first steps; then their moments stay as they are too.
-    /// - `classifies`: false in a step after which images are still gathered. The classifier then moves on by its
-    ///   moments, with a gradient of zero, once it has begun to learn: the authors' program has one Adam for
-    ///   everything, and in the PyTorch that it names (1.6) an absent loss leaves zeros, not nothing.
+    /// - `classifies`: whether a full batch was gathered. Before the first one the classifier keeps still. Later it
+    ///   also steps without a batch, on gradients of zero: the authors' program has one Adam, and `zero_grad` of
+    ///   PyTorch 1.6 sets gradients to zero, not to `None`.
     pub fn step(
         &mut self,
         gradients: &GradStore,

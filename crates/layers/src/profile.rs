@@ -1,7 +1,8 @@
 //! Profile of the CPU kernels: the time of a step by kind of layer × pass.
 //!
 //! [`record`] switches the clocks on for the whole process; otherwise an operation only reads a flag.
-//! Operations run one after the other, each on all threads, so their times add up.
+//! Operations run one after the other, each on all threads, so their times add up. Groups of a batch run side by
+//! side: their times overlap, and add up to more than the time that passes.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};

@@ -117,7 +117,7 @@ impl LabelBank {
             let before = std::mem::take(&mut self.pseudo_labels);
             self.label(config, &pass.memberships, &nearest)?;
             self.drop_neighbours_at_borders(config.kept_share(epoch, epochs))?;
-            // Permuted labels change at every pass, which says nothing.
+            // Permuted labels differ at every pass, so the log has no `changed-labels` then.
             let before = if config.permuted_share == 0. { before } else { Vec::new() };
             self.note_labels(&before, run)?;
             self.permute(config.permuted_share, seed, epoch);

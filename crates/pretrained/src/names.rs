@@ -86,7 +86,8 @@ pub fn refuse_unknown(word: &str) -> Result<()> {
     Ok(())
 }
 
-/// The licence of a repository's weights where its name tells, and it is not an open-source one.
+/// Returns the licence of a repository's weights if its name shows that they are not open source. `None` means
+/// unknown.
 pub fn licence_of(repository: &str) -> Option<&'static str> {
     let name = repository.to_lowercase();
     [("eupe", EUPE), ("dinov3", DINOV3)]
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn licences_that_are_not_open_are_told_by_the_repository() {
+    fn names_of_repositories_show_restricted_licences() {
         assert_eq!(licence_of("timm/vit_small_patch16_dinov3_qkvb.eupe_lvd1689m"), Some(EUPE));
         assert_eq!(licence_of("timm/vit_small_patch16_dinov3.lvd1689m"), Some(DINOV3));
         assert_eq!(licence_of("facebook/dinov2-small"), None);

@@ -121,8 +121,7 @@ impl Role {
         Self { name, origin }
     }
 
-    /// The input that every system in one phase takes: a backbone to start from, where an earlier
-    /// step trained one.
+    /// The optional input of pretraining and of every system in one phase: a backbone to start from.
     pub const BACKBONE: Self = Self::new("backbone", Origin::Backbone);
 }
 
@@ -156,8 +155,8 @@ impl Origin {
     /// What the folder is, for a person who runs a stage alone.
     pub const fn description(self) -> &'static str {
         match self {
-            Self::Network => "output of a stage that trained a network",
-            Self::Backbone => "output of a stage that trained a network to start from",
+            Self::Network => "output of a stage that trained a network, or of pretrained",
+            Self::Backbone => "the same; its backbone is what this stage starts from",
             Self::Embeddings => "output of embed",
             Self::PseudoLabels => "output of a stage that clustered",
             Self::PreviousRound => "this stage's output of the round before",

@@ -412,7 +412,8 @@ mod tests {
             let mut transposed = vec![0.; left.len()];
             transpose_tiles(variant, &left, &mut transposed);
             product::<true>(&session, &transposed, &right, &wanted, &mut [&mut by_columns]);
-            for (a, b) in by_rows.iter().zip(&by_columns).take(rows * SIDE) {
+            let outputs = by_rows.iter().zip(&by_columns).enumerate();
+            for (_, (a, b)) in outputs.filter(|(at, _)| at % TILE < rows * SIDE) {
                 assert_eq!(a.to_bits(), b.to_bits(), "{variant}, {rows} rows");
             }
         }
