@@ -356,12 +356,12 @@ pub struct IndexVote {
 /// Suggests the number with the highest mean of the indices; of a tie, the fewest clusters. The range is
 /// from the first to the last number whose mean is within [`NEARLY`] of the highest.
 ///
-/// Stability, prediction strength, eigengap and generalisation count as they are: an index that is nearly constant
-/// decides nothing. Stability and generalisation may fall below 0, and the eigengap rises to 2. Silhouette and gap have no common unit, so they count as
-/// shares of their largest value, the gap up to where it stops rising by more than its error. A gap that
-/// rises to the last candidate has found no number: it does not count, because it would only stretch
-/// the range. A number that is merely stable, such as 2, needs a silhouette too. The weights
-/// are ours.
+/// Stability, prediction strength, eigengap and generalisation count as they are: an index that is nearly
+/// constant decides nothing. Stability and generalisation may fall below 0, and the eigengap rises to 2.
+/// Silhouette and gap have no common unit, so they count as shares of their largest value, the gap up to
+/// where it stops rising by more than its error. A gap that rises to the last candidate has found no
+/// number: it does not count, because it would only stretch the range. A number that is merely stable,
+/// such as 2, needs a silhouette too. The weights are ours.
 ///
 /// `None` if no candidate has stability and silhouette above 0, or there is none.
 pub fn suggested(candidates: &[NumberScore]) -> Option<Suggestion> {

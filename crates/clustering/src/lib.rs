@@ -292,7 +292,8 @@ impl Config {
             (Some(shares), None) => Ok(Reliability::Share(shares)),
             (None, Some(threshold)) => Ok(Reliability::Confidence(threshold)),
             (both, _) => bail!(
-                "`[clustering]` must set exactly one of `reliable-share` and `reliable-confidence`; it sets {}",
+                "`[clustering]` must set exactly one of `reliable-share` and `reliable-confidence`; it \
+                 sets {}",
                 if both.is_some() { "both" } else { "neither" }
             ),
         }

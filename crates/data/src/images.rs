@@ -413,6 +413,10 @@ impl DecodeBuffer {
     }
 }
 
+fn unknown(what: &str, code: u8) -> String {
+    format!("unknown code {code} of {what}: damaged, or newer than this program")
+}
+
 pub(crate) fn open_map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).with_context(|| {
         let path = path.display();
@@ -505,10 +509,12 @@ impl Shared {
             parts: Vec::new(),
             ids,
             splits: splits
-                .map(|&code| Split::from_code(code).with_context(|| format!("unknown code {code} of a split: damaged, or newer than this program")))
+                .map(|&code| Split::from_code(code).with_context(|| unknown("a split", code)))
                 .collect::<Result<_>>()?,
             encodings: encodings
-                .map(|&code| Encoding::from_code(code).with_context(|| format!("unknown code {code} of an encoding: damaged, or newer than this program")))
+                .map(|&code| {
+                    Encoding::from_code(code).with_context(|| unknown("an encoding", code))
+                })
                 .collect::<Result<_>>()?,
             stored_ids: None,
             sizes,

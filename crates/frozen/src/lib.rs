@@ -54,8 +54,8 @@ pub fn check_splits(job: &Job) -> Result<()> {
         && score_on.iter().all(|split| train_on.contains(split));
     ensure!(
         same,
-        "`train-on` in `[data]` is {train_on:?} and `score-on` is {score_on:?}, but heads on frozen embeddings \
-         learn from the pictures that are scored: set both to the same splits"
+        "`train-on` in `[data]` is {train_on:?} and `score-on` is {score_on:?}, but heads on \
+         frozen embeddings learn from the pictures that are scored: set both to the same splits"
     );
     Ok(())
 }

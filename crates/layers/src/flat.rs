@@ -207,7 +207,7 @@ impl Flat {
 /// Host memory is changed at once. Tensors are immutable: their new entries wait until the pass has
 /// ended, and are then joined with the others in one operation.
 pub(crate) struct Changes<'a> {
-    /// One, or one for each group of the batch: see [`of_group`](Self::of_group).
+    /// One, or one for each group of the batch: see [`groups`](Self::groups).
     flats: &'a mut [Flat],
     pending: Vec<(Range<usize>, Tensor)>,
 }
@@ -215,11 +215,6 @@ pub(crate) struct Changes<'a> {
 impl<'a> Changes<'a> {
     pub fn of(flats: &'a mut [Flat]) -> Changes<'a> {
         Changes { flats, pending: Vec::new() }
-    }
-
-    /// The changes by one group of the batch, for the CPU backend.
-    pub fn of_group(&mut self, group: usize) -> Changes<'_> {
-        Changes::of(&mut self.flats[group..=group])
     }
 
     /// The changes by each group of the batch, for the CPU backend.

@@ -169,7 +169,8 @@ impl Config {
         let clusters = job.data.clusters;
         self.heads.iter().position(|&head| head == clusters).with_context(|| {
             format!(
-                "`heads` in `[secu]` is {:?}; one must have as many clusters as table `[data]`: add {clusters}",
+                "`heads` in `[secu]` is {:?}; one must have as many clusters as table `[data]`: \
+                 add {clusters}",
                 self.heads
             )
         })

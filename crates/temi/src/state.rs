@@ -145,8 +145,8 @@ impl<'a> HeadRun<'a> {
             let values = file.f32(name)?;
             ensure!(
                 values.len() == heads * columns,
-                "`{name}` of `{}` has {} values where these heads have {heads} × {columns}: it is of another experiment; \
-                 remove this file and run again",
+                "`{name}` of `{}` has {} values where these heads have {heads} × {columns}: it \
+                 is of another experiment; remove this file and run again",
                 file.path().display(),
                 values.len()
             );

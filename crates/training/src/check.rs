@@ -104,8 +104,8 @@ pub fn pictures(job: &Job, input: &Input) -> Result<Option<CheckedPictures>> {
     let (trained, scored) = (count(&job.data.train_on), count(&job.data.score_on));
     ensure!(
         trained >= 2,
-        "`{}` has {trained} images in the splits {:?}, and a training needs at least 2: change `train-on` in table \
-         `[data]`, or the source of the pictures",
+        "`{}` has {trained} images in the splits {:?}, and a training needs at least 2: change \
+         `train-on` in table `[data]`, or the source of the pictures",
         job.images.display(),
         job.data.train_on
     );

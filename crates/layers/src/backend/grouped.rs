@@ -257,8 +257,8 @@ impl Operations for Grouped {
             self.cpu.gradient_sums(&of_group(group), gradient)
         });
         if call.trained {
-            for (group, sums) in sums.iter().enumerate() {
-                Cpu::norm_weight_gradients(&call, sums, &mut gradients.of_group(group));
+            for (sums, mut gradients) in sums.iter().zip(gradients.groups()) {
+                Cpu::norm_weight_gradients(&call, sums, &mut gradients);
             }
         }
         let all = self.gradient_sums(&sums, call.normalised.batch)?;
