@@ -1,6 +1,7 @@
 //! Training of the clustering networks on frozen embeddings, and the measure by which one is kept.
 
 use anyhow::Result;
+use assignment::argmax_rows;
 use candle_core::{Device, Tensor};
 use candle_nn::loss::cross_entropy;
 use candle_nn::ops::softmax;
@@ -24,25 +25,32 @@ pub struct Candidate {
     pub head: Option<Head>,
     /// It went on from the last round's network.
     pub continued: bool,
-    /// On un-augmented images, `(N, K)`.
-    pub memberships: Vec<f32>,
+    /// The cluster with the largest membership of each un-augmented image, `(N,)`.
+    pub assignment: Vec<u32>,
+    /// That membership, `(N,)`.
+    pub confidence: Vec<f32>,
     /// [`loss::expected_clustering_loss`] of the memberships.
     pub loss: f64,
 }
 
 impl Candidate {
     /// Measures `memberships`, `(N, K)`.
+    ///
+    /// # Errors
+    ///
+    /// A membership is NaN.
     pub fn new(
         head: Option<Head>,
         continued: bool,
-        memberships: Vec<f32>,
+        memberships: &[f32],
         clusters: usize,
         neighbours: &[u32],
         entropy_weight: f64,
-    ) -> Self {
+    ) -> Result<Self> {
         let loss =
-            loss::expected_clustering_loss(&memberships, clusters, neighbours, entropy_weight);
-        Self { head, continued, memberships, loss }
+            loss::expected_clustering_loss(memberships, clusters, neighbours, entropy_weight);
+        let (assignment, confidence) = argmax_rows(memberships, clusters)?;
+        Ok(Self { head, continued, assignment, confidence, loss })
     }
 }
 
@@ -58,7 +66,7 @@ pub fn lowest_loss<'a>(
 /// The first half, rounded up, start from k-means' clusters. The last one continues the last round's
 /// network, if there is one and more than one network is trained. The others start at random.
 ///
-/// - `features`: of `N` images; given away, for the views may fill much of the memory.
+/// - `features`: of `N` images.
 /// - `kmeans_assignment`: `(N,)`.
 /// - `neighbours`: `N × m` rows.
 ///
@@ -68,15 +76,15 @@ pub fn lowest_loss<'a>(
 /// written, or the device fails.
 pub fn train(
     config: &Config,
-    features: Features,
+    features: &Features,
     kmeans_assignment: &[u32],
     neighbours: &[u32],
     previous: Option<&Previous>,
     job: &Job,
 ) -> Result<Vec<Candidate>> {
-    let shape = config.shape(&features, job);
+    let shape = config.shape(features, job);
     let device = training::network_device(job.device)?;
-    let embeddings = UnitEmbeddings::new(features, shape.width, &device)?;
+    let embeddings = UnitEmbeddings::new(features, shape.width, &device);
     let steps = FitSteps::new(config, &embeddings, neighbours, job);
     let FirstHeads { mut heads, continued } = first_heads(config, shape, previous, job);
 
@@ -84,17 +92,17 @@ pub fn train(
     let labels = Tensor::new(kmeans_assignment, &device)?;
     let (from_kmeans, _) = heads.split_at_mut(config.heads.div_ceil(2));
     steps.take(from_kmeans, "start", config.start_epochs, |draw| {
-        let labels = labels.index_select(&draw.images, 0)?;
-        let views = embeddings.views.index_select(&draw.anchors, 0)?;
-        Ok((views, move |logits: &Tensor| cross_entropy(logits, &labels)))
+        let labels = labels.index_select(&Tensor::new(&*draw.images, &device)?, 0)?;
+        Ok((embeddings.views(&draw.anchors)?, move |logits: &Tensor| {
+            cross_entropy(logits, &labels)
+        }))
     })?;
 
     // All learn to agree between neighbours and views, and to use all clusters.
     let epochs = config.epochs.max(config.least_steps.div_ceil(steps.per_epoch));
     steps.take(&mut heads, "consistency", epochs, |draw| {
-        let views = Tensor::cat(&[&draw.anchors, &draw.neighbours], 0)?;
-        let views = embeddings.views.index_select(&views, 0)?;
-        Ok((views, |logits: &Tensor| {
+        let views = [&*draw.anchors, &*draw.neighbours].concat();
+        Ok((embeddings.views(&views)?, |logits: &Tensor| {
             let memberships = softmax(logits, 1)?;
             let anchors = memberships.narrow(0, 0, steps.batch_size)?;
             let neighbours = memberships.narrow(0, steps.batch_size, steps.batch_size)?;
@@ -109,7 +117,7 @@ pub fn train(
             let continued = continued == Some(number);
             let memberships = embeddings.memberships(&head)?;
             let (k, weight) = (shape.clusters, config.entropy_weight);
-            Ok(Candidate::new(Some(head), continued, memberships, k, neighbours, weight))
+            Candidate::new(Some(head), continued, &memberships, k, neighbours, weight)
         })
         .collect()
 }
@@ -139,47 +147,55 @@ fn first_heads(
     }
 }
 
-/// Embeddings as the networks take them, where they compute: rows of length `√D`.
-struct UnitEmbeddings {
-    /// Of un-augmented images, `(N, D)`.
-    clean: Tensor,
+/// Embeddings as the networks take them: rows of length `√D`, where they compute. Of the views, only those
+/// that a step draws are there.
+struct UnitEmbeddings<'a> {
+    /// Of un-augmented images, `(N, D)`, as they are.
+    clean: &'a [f32],
     /// Of augmented copies, `(V·N, D)`, all images of a copy together; the un-augmented ones where
     /// there are no copies.
-    views: Tensor,
-    view_count: usize,
+    views: &'a [f32],
+    width: usize,
+    device: &'a Device,
 }
 
-impl UnitEmbeddings {
-    fn new(features: Features, width: usize, device: &Device) -> Result<Self> {
-        let tensor = |mut rows: Vec<f32>| -> Result<Tensor> {
-            crate::scale_to_length(&mut rows, width, (width as f32).sqrt());
-            let count = rows.len() / width;
-            Ok(Tensor::from_vec(rows, (count, width), device)?)
-        };
-        let clean = tensor(features.backbone)?;
-        let views = match features.backbone_views.is_empty() {
-            true => clean.clone(),
-            false => tensor(features.backbone_views)?,
-        };
-        let view_count = views.dim(0)? / clean.dim(0)?;
-        Ok(Self { clean, views, view_count })
+impl<'a> UnitEmbeddings<'a> {
+    fn new(features: &'a Features, width: usize, device: &'a Device) -> Self {
+        let clean = &features.backbone;
+        let views =
+            if features.backbone_views.is_empty() { clean } else { &features.backbone_views };
+        Self { clean, views, width, device }
     }
 
-    fn device(&self) -> &Device {
-        self.clean.device()
+    /// The views in `rows`, `(rows, D)`.
+    fn views(&self, rows: &[u32]) -> Result<Tensor> {
+        let row = |&row: &u32| &self.views[row as usize * self.width..][..self.width];
+        let mut chosen = Vec::with_capacity(rows.len() * self.width);
+        rows.iter().for_each(|at| chosen.extend_from_slice(row(at)));
+        self.scaled(chosen)
+    }
+
+    fn scaled(&self, mut rows: Vec<f32>) -> Result<Tensor> {
+        crate::scale_to_length(&mut rows, self.width, (self.width as f32).sqrt());
+        let count = rows.len() / self.width;
+        Ok(Tensor::from_vec(rows, (count, self.width), self.device)?)
     }
 
     fn count(&self) -> usize {
-        self.clean.dims()[0]
+        self.clean.len() / self.width
+    }
+
+    fn view_count(&self) -> usize {
+        self.views.len() / self.clean.len()
     }
 
     /// Memberships of the un-augmented images by a network, `(N, K)`.
     fn memberships(&self, head: &Head) -> Result<Vec<f32>> {
         const ROWS_AT_ONCE: usize = 4096;
-        let mut learner = learner::learner(head, self.device())?;
+        let mut learner = learner::learner(head, self.device)?;
         let mut memberships = Vec::with_capacity(self.count() * head.shape.clusters);
-        for start in (0..self.count()).step_by(ROWS_AT_ONCE) {
-            let rows = self.clean.narrow(0, start, ROWS_AT_ONCE.min(self.count() - start))?;
+        for rows in self.clean.chunks(ROWS_AT_ONCE * self.width) {
+            let rows = self.scaled(rows.to_vec())?;
             let part = softmax(&learner.evaluate(&rows)?, 1)?;
             memberships.extend(part.flatten_all()?.to_vec1::<f32>()?);
         }
@@ -189,12 +205,12 @@ impl UnitEmbeddings {
 
 /// What one step draws.
 struct Draw {
-    /// The images of the batch, `(B,)` u32.
-    images: Tensor,
-    /// For each a view of it, as a row of the views, `(B,)` u32.
-    anchors: Tensor,
-    /// For each a view of one of its neighbours or of itself, `(B,)` u32.
-    neighbours: Tensor,
+    /// The images of the batch, `(B,)`.
+    images: Vec<u32>,
+    /// For each a view of it, as a row of the views, `(B,)`.
+    anchors: Vec<u32>,
+    /// For each a view of one of its neighbours or of itself, `(B,)`.
+    neighbours: Vec<u32>,
 }
 
 /// The steps of a phase: what is drawn, the update, the log.
@@ -212,7 +228,7 @@ struct FitSteps<'a> {
 impl<'a> FitSteps<'a> {
     fn new(
         config: &'a Config,
-        embeddings: &'a UnitEmbeddings,
+        embeddings: &UnitEmbeddings<'a>,
         neighbours: &'a [u32],
         job: &'a Job,
     ) -> Self {
@@ -221,9 +237,9 @@ impl<'a> FitSteps<'a> {
         Self {
             config,
             job,
-            device: embeddings.device(),
+            device: embeddings.device,
             images,
-            view_count: embeddings.view_count,
+            view_count: embeddings.view_count(),
             neighbours,
             batch_size,
             // A last batch of few images would ask for few clusters: it is left out.
@@ -249,7 +265,7 @@ impl<'a> FitSteps<'a> {
             Progress::new(&format!("{}, {phase}", self.job.label()), epochs as u64, Unit::Steps);
         for epoch in 0..epochs {
             let mut losses = Vec::new();
-            for draw in &self.epoch(phase, epoch)? {
+            for draw in &self.epoch(phase, epoch) {
                 self.job.interrupt.check()?;
                 let (embeddings, loss) = prepare(draw)?;
                 let of_step: Vec<Tensor> = learners
@@ -300,7 +316,7 @@ impl<'a> FitSteps<'a> {
     }
 
     /// The draws of one epoch, a pure function of seed, round, phase and epoch.
-    fn epoch(&self, phase: &str, epoch: usize) -> Result<Vec<Draw>> {
+    fn epoch(&self, phase: &str, epoch: usize) -> Vec<Draw> {
         let counters = [self.job.round as u64, epoch as u64];
         let purpose = format!("clustering {phase}");
         let mut rng = stream(self.job.seed, &purpose, &counters);
@@ -309,7 +325,7 @@ impl<'a> FitSteps<'a> {
         order.chunks_exact(self.batch_size).map(|images| self.draw(images, &mut rng)).collect()
     }
 
-    fn draw(&self, images: &[u32], rng: &mut impl rand::Rng) -> Result<Draw> {
+    fn draw(&self, images: &[u32], rng: &mut impl rand::Rng) -> Draw {
         let each = self.neighbours.len() / self.images;
         let mut anchors = Vec::with_capacity(images.len());
         let mut neighbours = Vec::with_capacity(images.len());
@@ -325,12 +341,7 @@ impl<'a> FitSteps<'a> {
             };
             neighbours.push(view_of(neighbour, rng));
         }
-        let tensor = |rows: &[u32]| Tensor::new(rows, self.device);
-        Ok(Draw {
-            images: tensor(images)?,
-            anchors: tensor(&anchors)?,
-            neighbours: tensor(&neighbours)?,
-        })
+        Draw { images: images.to_vec(), anchors, neighbours }
     }
 }
 

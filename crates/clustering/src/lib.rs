@@ -26,11 +26,12 @@ pub mod loss;
 pub mod reliability;
 
 use anyhow::{Context, Result, bail, ensure};
-use assignment::{KMeans, Metric, argmax_rows};
+use assignment::{KMeans, Metric};
 use data::head::CentreMetric;
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use stage::container::Floats;
 use stage::{Diverged, Effort, Job, Origin, Output, Ranks, Role, Spec, Stage};
 
 use crate::fit::{Candidate, lowest_loss};
@@ -214,17 +215,18 @@ impl Stage for Clustering {
 const EMBEDDINGS: &str = "embeddings.safetensors";
 const PSEUDO_LABELS: &str = "pseudo-labels.safetensors";
 
-/// The embeddings of `N` images as clustering takes them.
+/// The embeddings of `N` images as clustering takes them. Those of a file stay in it, so that they may exceed the
+/// memory.
 #[derive(Debug, Clone)]
 pub struct Features {
     /// Images `N`.
     pub count: usize,
     /// The target backbone's outputs for un-augmented images, `(N, D)`.
-    pub backbone: Vec<f32>,
+    pub backbone: Floats,
     /// The target projector's for the same, `(N, P)`.
-    pub projection: Vec<f32>,
+    pub projection: Floats,
     /// The target backbone's for `V` augmented copies, `(V, N, D)`; `V` may be 0.
-    pub backbone_views: Vec<f32>,
+    pub backbone_views: Floats,
 }
 
 impl From<Embeddings> for Features {
@@ -352,12 +354,12 @@ pub fn cluster(
             let centres = &kmeans.centres;
             let memberships = distance_memberships(rows, projection_width, centres, centre_metric);
             let weight = config.entropy_weight;
-            vec![Candidate::new(None, false, memberships, k, &neighbours, weight)]
+            vec![Candidate::new(None, false, &memberships, k, &neighbours, weight)?]
         }
-        _ => fit::train(config, features, &kmeans.assignment, &neighbours, previous, job)?,
+        _ => fit::train(config, &features, &kmeans.assignment, &neighbours, previous, job)?,
     };
     let best = lowest_loss(&candidates).context("there is no clustering network")?;
-    let (assignment, confidence) = argmax_rows(&best.memberships, k)?;
+    let (assignment, confidence) = (&best.assignment, best.confidence.clone());
     if k > 1 && assignment.iter().all(|&cluster| cluster == assignment[0]) {
         let message = "all images fell into one cluster; a larger clustering.entropy-weight or a \
                        better pretrained network is the usual cure";
@@ -368,22 +370,21 @@ pub fn cluster(
     let mut head = best.head.clone();
     let (assignment, stability) = match previous {
         Some(last) => {
-            let map = assignment::optimal_map(&assignment, &last.assignment, k)?;
+            let map = assignment::optimal_map(assignment, &last.assignment, k)?;
             if let Some(head) = &mut head {
                 head.renumber(&map);
             }
-            let assignment = renumber(&assignment, &map);
+            let assignment = renumber(assignment, &map);
             let stability = share_of_equal(&assignment, &last.assignment);
             (assignment, Some(stability))
         }
-        None => (assignment, None),
+        None => (assignment.clone(), None),
     };
     let kmeans_map = assignment::optimal_map(&kmeans.assignment, &assignment, k)?;
     let restarted_stability = match (previous, lowest_loss(fresh(&candidates))) {
         (Some(last), Some(restarted)) => {
-            let (restarted, _) = argmax_rows(&restarted.memberships, k)?;
-            let map = assignment::optimal_map(&restarted, &last.assignment, k)?;
-            Some(share_of_equal(&renumber(&restarted, &map), &last.assignment))
+            let map = assignment::optimal_map(&restarted.assignment, &last.assignment, k)?;
+            Some(share_of_equal(&renumber(&restarted.assignment, &map), &last.assignment))
         }
         _ => None,
     };
@@ -443,9 +444,9 @@ fn share_of_agreeing_heads(
 ) -> Result<Vec<f32>> {
     let mut agreeing = vec![0usize; assignment.len()];
     for candidate in candidates {
-        let (other, _) = argmax_rows(&candidate.memberships, clusters)?;
-        let map = assignment::optimal_map(&other, assignment, clusters)?;
-        for (count, (own, other)) in agreeing.iter_mut().zip(assignment.iter().zip(other)) {
+        let other = &candidate.assignment;
+        let map = assignment::optimal_map(other, assignment, clusters)?;
+        for (count, (own, &other)) in agreeing.iter_mut().zip(assignment.iter().zip(other)) {
             *count += usize::from(map[other as usize] == *own);
         }
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use assignment::{KMeans, Metric, argmax_rows};
+use assignment::{KMeans, Metric};
 use clustering::head::{Head, HeadShape};
 use clustering::learner::learner;
 use clustering::{Clustering, Config, Features, KMeansMetric, Previous, cluster, fit, reliability};
@@ -12,6 +12,7 @@ use data::images::{self, StoredPicture};
 use data::{DataSet, Embeddings, Picture, PseudoLabels};
 use rand::RngExt;
 use rand_distr::{Distribution, StandardNormal};
+use stage::container::Floats;
 use stage::{DataTable, Job, Split, Stage, Status};
 
 const CLUSTERS: usize = 4;
@@ -51,8 +52,9 @@ fn synthetic(count: usize, noise: f64, seed: u64) -> Synthetic {
         .map(|x| x as f32)
         .collect();
     let rows: Vec<f32> = rows.into_iter().flatten().map(|x| x as f32).collect();
-    let features =
-        Features { count, backbone: rows.clone(), projection: rows, backbone_views: views };
+    let rows = Floats::from(rows);
+    let backbone_views = views.into();
+    let features = Features { count, backbone: rows.clone(), projection: rows, backbone_views };
     Synthetic { labels, features }
 }
 
@@ -114,14 +116,14 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
         }
 
         let job = Job { seed, ..job(folder.path(), 0) };
-        let trained = fit::train(&config, features, &kmeans, &neighbours, None, &job)?;
-        let (network, confidence) = argmax_rows(&trained[0].memberships, CLUSTERS)?;
-        let agreement = assignment::share_of_agreeing_neighbours(&network, &neighbours);
+        let trained = fit::train(&config, &features, &kmeans, &neighbours, None, &job)?;
+        let fit::Candidate { assignment: network, confidence, .. } = &trained[0];
+        let agreement = assignment::share_of_agreeing_neighbours(network, &neighbours);
         let score: Vec<f32> = confidence.iter().zip(&agreement).map(|(c, a)| c * a).collect();
-        let reliable = reliability::reliable(&network, &score, CLUSTERS, 0.5);
+        let reliable = reliability::reliable(network, &score, CLUSTERS, 0.5);
 
-        let (all, kmeans) = (accuracy(&network, &labels), accuracy(&kmeans, &labels));
-        let map = assignment::optimal_map(&network, &labels, CLUSTERS)?;
+        let (all, kmeans) = (accuracy(network, &labels), accuracy(&kmeans, &labels));
+        let map = assignment::optimal_map(network, &labels, CLUSTERS)?;
         let inside: Vec<usize> = (0..2000).filter(|&i| reliable[i]).collect();
         let right = inside.iter().filter(|&&i| map[network[i] as usize] == labels[i]).count();
         let inside = right as f64 / inside.len() as f64;
@@ -372,9 +374,9 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
     let other = DataSet { fingerprint: "another".into(), ..embeddings.data_set.clone() };
     let mut fewer = embeddings.clone();
     fewer.index.pop();
-    fewer.backbone.truncate(1499 * WIDTH);
-    fewer.projection.truncate(1499 * WIDTH);
-    (fewer.views, fewer.backbone_views) = (0, vec![]);
+    fewer.backbone = fewer.backbone[..1499 * WIDTH].to_vec().into();
+    fewer.projection = fewer.projection[..1499 * WIDTH].to_vec().into();
+    (fewer.views, fewer.backbone_views) = (0, vec![].into());
     for (spoilt, says) in [
         (Embeddings { data_set: other, ..embeddings.clone() }, "other images"),
         (fewer, "1499 embeddings but 1500"),

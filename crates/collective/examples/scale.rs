@@ -14,6 +14,8 @@ const LISTED: f64 = 67.;
 const VIEWS: f64 = 8.;
 /// Neighbours that the clustering keeps of a picture, four bytes each.
 const NEIGHBOURS: f64 = 20.;
+/// Networks of the clustering; of each it keeps the cluster and the confidence of a picture.
+const NETWORKS: f64 = 6.;
 
 fn main() -> ExitCode {
     let numbers: Option<Vec<f64>> = env::args().skip(1).map(|word| word.parse().ok()).collect();
@@ -33,9 +35,16 @@ fn main() -> ExitCode {
         ("prepare", 1e3 * kilobytes, LISTED, None),
         // The rows, and their order in an epoch.
         ("pretraining", 0., LISTED + 8., Some(epochs / training_rate)),
-        ("embed", embedded, LISTED + embedded, Some((1. + VIEWS) / embed_rate)),
-        // The embeddings; the projections at unit length, and k-means' copy of them. It writes pseudo-labels.
-        ("clustering", 25., LISTED + embedded + 4. * (2. * projection + NEIGHBOURS), None),
+        // The rows, and their division into batches.
+        ("embed", embedded, LISTED + 8., Some((1. + VIEWS) / embed_rate)),
+        // The projections at unit length, k-means' copy of them, neighbours, what the networks say, and six numbers of
+        // the result; embeddings stay in their file. It writes pseudo-labels.
+        (
+            "clustering",
+            25.,
+            LISTED + 4. * (2. * projection + NEIGHBOURS + 2. * NETWORKS + 6.),
+            None,
+        ),
     ];
     println!("stage        GB on disk  GB of memory  hours  millions in {memory} GB");
     for (stage, disk, held, seconds) in stages {

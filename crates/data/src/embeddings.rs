@@ -13,16 +13,13 @@
 //! The pixel baseline has the same form, with flattened thumbnails as both embedding and
 //! projection, which then is not of unit length.
 
-use std::fs::File;
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use memmap2::Mmap;
-use stage::container::{self, Container, Contents, Tensor};
+use stage::container::{self, Column, Container, Floats, Tensor};
 
 use crate::data_set::{DataSet, check_index, check_length};
-use crate::images::map;
+use crate::images::folder_of;
 
 const KIND: &str = "embeddings";
 const VERSION: u64 = 1;
@@ -41,11 +38,11 @@ pub struct Embeddings {
     /// Number of augmented views, `V`.
     pub views: usize,
     /// Embeddings of the un-augmented pictures, `(M, D)`.
-    pub backbone: Vec<f32>,
+    pub backbone: Floats,
     /// Their projections, `(M, P)`.
-    pub projection: Vec<f32>,
+    pub projection: Floats,
     /// Embeddings of the views, `(V, M, D)`.
-    pub backbone_views: Vec<f32>,
+    pub backbone_views: Floats,
 }
 
 impl Embeddings {
@@ -56,32 +53,28 @@ impl Embeddings {
     /// A length contradicts another, a number is not finite, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         self.check(path)?;
-        let (m, d, p, v) = (self.index.len(), self.width, self.projection_width, self.views);
-        let tensors = [
-            Tensor::u32("index", &[m], &self.index),
-            Tensor::f32("backbone", &[m, d], &self.backbone),
-            Tensor::f32("projection", &[m, p], &self.projection),
-            Tensor::f32("backbone-views", &[v, m, d], &self.backbone_views),
-        ];
-        container::write(path, KIND, VERSION, self.data_set.header(), &tensors)
+        let mut writer = EmbeddingWriter::create_in(folder_of(path))?;
+        writer.push(&self.backbone, &self.projection)?;
+        writer.push_views(&self.backbone_views)?;
+        writer.finish(path, &self.data_set, &self.index)
     }
 
-    /// Reads and checks the file.
+    /// Opens and checks the file. It may be larger than memory: its values are read when they are asked for.
     ///
     /// # Errors
     ///
     /// It is missing, foreign, damaged, or contradicts itself.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = Container::open(path, KIND, VERSION)?;
+        let file = Container::map(path, KIND, VERSION)?;
         let read = Self {
             data_set: DataSet::of(&file)?,
             index: file.u32("index")?,
             width: last_extent(&file, "backbone")?,
             projection_width: last_extent(&file, "projection")?,
             views: file.shape("backbone-views")?.first().copied().unwrap_or(0),
-            backbone: file.f32("backbone")?,
-            projection: file.f32("projection")?,
-            backbone_views: file.f32("backbone-views")?,
+            backbone: file.floats("backbone")?,
+            projection: file.floats("projection")?,
+            backbone_views: file.floats("backbone-views")?,
         };
         read.check(path)?;
         Ok(read)
@@ -96,16 +89,6 @@ impl Embeddings {
     }
 }
 
-/// A matrix of an embeddings file that may be larger than memory.
-#[derive(Debug)]
-pub struct EmbeddingRows {
-    map: Mmap,
-    /// The offset of its values in the file.
-    start: usize,
-    rows: usize,
-    width: usize,
-}
-
 /// A matrix of an embeddings file, of the un-augmented pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Space {
@@ -115,58 +98,73 @@ pub enum Space {
     Projection,
 }
 
-impl EmbeddingRows {
-    /// Maps and checks the file. Values are read on demand.
+impl Embeddings {
+    /// A matrix and its width.
+    pub fn rows(&self, space: Space) -> (&Floats, usize) {
+        match space {
+            Space::Backbone => (&self.backbone, self.width),
+            Space::Projection => (&self.projection, self.projection_width),
+        }
+    }
+}
+
+/// Writes an embeddings file in the order in which pictures pass through a network, and keeps no embedding in
+/// memory.
+#[derive(Debug)]
+pub struct EmbeddingWriter {
+    backbone: Column<f32>,
+    projection: Column<f32>,
+    backbone_views: Column<f32>,
+}
+
+impl EmbeddingWriter {
+    /// Keeps values in temporary files in `folder` until [`finish`](EmbeddingWriter::finish).
     ///
     /// # Errors
     ///
-    /// It is missing, foreign, or damaged.
-    pub fn open(path: &Path, space: Space) -> Result<Self> {
-        let opening = || format!("opening the {KIND} `{}`", path.display());
-        let map = map(&File::open(path).with_context(opening)?).with_context(opening)?;
-        let contents = Contents::parse(path, &map, KIND, VERSION)?;
-        contents.verify(path, &map)?;
-        let name = match space {
-            Space::Backbone => "backbone",
-            Space::Projection => "projection",
-        };
-        let place = contents.tensors.get(name);
-        let matrix = place.and_then(|place| match place.shape[..] {
-            [rows, width] if place.bytes.len() == 4 * rows * width => Some((place, rows, width)),
-            _ => None,
-        });
-        let (place, rows, width) = matrix.with_context(|| {
-            format!("`{}` has no matrix `{name}` of f32; run its stage again", path.display())
-        })?;
-        Ok(Self { start: place.bytes.start, rows, width, map })
+    /// The folder cannot be written into.
+    pub fn create_in(folder: &Path) -> Result<Self> {
+        let column = || Column::create_in(folder);
+        Ok(Self { backbone: column()?, projection: column()?, backbone_views: column()? })
     }
 
-    /// Number of rows, M.
-    pub fn len(&self) -> usize {
-        self.rows
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.rows == 0
-    }
-
-    /// Width of a row.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Reads some rows, concatenated.
+    /// Adds embeddings of the next un-augmented pictures, and their projections.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// The range exceeds the number of rows.
-    pub fn rows(&self, rows: Range<usize>) -> Vec<f32> {
-        assert!(rows.end <= self.rows, "row {} of {}", rows.end, self.rows);
-        let bytes =
-            self.start + 4 * self.width * rows.start..self.start + 4 * self.width * rows.end;
-        let number = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
-        self.map[bytes].as_chunks::<4>().0.iter().map(number).collect()
+    /// The disk is full.
+    pub fn push(&mut self, backbone: &[f32], projection: &[f32]) -> Result<()> {
+        self.backbone.push(backbone)?;
+        self.projection.push(projection)
+    }
+
+    /// Adds embeddings of the next augmented views: all pictures of the first view, then of the second one.
+    ///
+    /// # Errors
+    ///
+    /// The disk is full.
+    pub fn push_views(&mut self, backbone: &[f32]) -> Result<()> {
+        self.backbone_views.push(backbone)
+    }
+
+    /// Writes the file `path` about the pictures `index`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Embeddings::write`].
+    pub fn finish(mut self, path: &Path, data_set: &DataSet, index: &[u32]) -> Result<()> {
+        check_index(path, index, data_set.images)?;
+        let m = index.len();
+        let width = |column: &Column<f32>| column.len() as usize / m.max(1);
+        let (d, p) = (width(&self.backbone), width(&self.projection));
+        let views = width(&self.backbone_views) / d.max(1);
+        let tensors = [
+            Tensor::u32("index", &[m], index),
+            self.backbone.tensor("backbone", &[m, d])?,
+            self.projection.tensor("projection", &[m, p])?,
+            self.backbone_views.tensor("backbone-views", &[views, m, d])?,
+        ];
+        container::write(path, KIND, VERSION, data_set.header(), &tensors)
     }
 }
 
@@ -192,9 +190,9 @@ mod tests {
             width: 2,
             projection_width: 1,
             views: 2,
-            backbone: vec![1., 2., 3., 4., 5., 6.],
-            projection: vec![1., -1., 1.],
-            backbone_views: (0u8..12).map(f32::from).collect(),
+            backbone: vec![1., 2., 3., 4., 5., 6.].into(),
+            projection: vec![1., -1., 1.].into(),
+            backbone_views: (0u8..12).map(f32::from).collect::<Vec<_>>().into(),
         }
     }
 
@@ -205,7 +203,7 @@ mod tests {
         let mut written = example(&path);
         for views in [2, 0] {
             written.views = views;
-            written.backbone_views.truncate(6 * views);
+            written.backbone_views = written.backbone_views[..6 * views].to_vec().into();
             written.write(&path).expect("written");
             let read = Embeddings::open(&path).expect("sound");
             assert_eq!(read.index, written.index);
@@ -217,21 +215,43 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_those_of_the_whole_file() {
+    fn a_file_written_bit_by_bit_has_the_bytes_of_one_written_at_once() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (path, other) = (folder.path().join("once"), folder.path().join("bit-by-bit"));
+        let example = example(&path);
+        example.write(&path)?;
+        let mut writer = EmbeddingWriter::create_in(folder.path())?;
+        writer.push(&example.backbone[..4], &example.projection[..2])?;
+        writer.push(&example.backbone[4..], &example.projection[2..])?;
+        for view in example.backbone_views.chunks(5) {
+            writer.push_views(view)?;
+        }
+        writer.finish(&other, &example.data_set, &example.index)?;
+        assert_eq!(std::fs::read(&path)?, std::fs::read(&other)?);
+
+        let mut writer = EmbeddingWriter::create_in(folder.path())?;
+        writer.push(&[1., 2., f32::NAN], &[1., 1., 1.])?;
+        let error = writer.finish(&other, &example.data_set, &example.index);
+        let error = format!("{:#}", error.expect_err("not a number"));
+        assert!(error.contains("value 2 is NaN") && error.contains("backbone"), "{error}");
+        let mut writer = EmbeddingWriter::create_in(folder.path())?;
+        writer.push(&[1.; 4], &[1.; 3])?;
+        assert!(
+            writer.finish(&other, &example.data_set, &example.index).is_err(),
+            "a row is short"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_changed_byte_is_found() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("embeddings.safetensors");
-        let written = example(&path);
-        written.write(&path).expect("written");
-        let backbone = EmbeddingRows::open(&path, Space::Backbone).expect("sound");
-        assert_eq!((backbone.len(), backbone.width(), backbone.is_empty()), (3, 2, false));
-        assert_eq!(backbone.rows(1..3), written.backbone[2..]);
-        assert!(backbone.rows(3..3).is_empty());
-        let projection = EmbeddingRows::open(&path, Space::Projection).expect("sound");
-        assert_eq!(projection.rows(0..3), written.projection);
+        example(&path).write(&path).expect("written");
         let mut bytes = std::fs::read(&path).expect("there");
         *bytes.last_mut().expect("a byte") ^= 1;
         std::fs::write(&path, bytes).expect("written");
-        let error = EmbeddingRows::open(&path, Space::Backbone).expect_err("damaged");
+        let error = Embeddings::open(&path).expect_err("damaged");
         assert!(error.to_string().contains("damaged"), "{error}");
     }
 

@@ -53,7 +53,7 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 use stage::container::Contents;
 use stage::digest::hex;
-use stage::{Interrupt, Job, Split};
+use stage::{Interrupt, Job, Split, files};
 
 use crate::data_set::DataSet;
 use crate::decoded::{Decoded, Wish, open_or_make};
@@ -422,7 +422,7 @@ pub(crate) fn open_map(path: &Path) -> Result<Mmap> {
         let path = path.display();
         format!("opening the images `{path}`; prepare them first, or name others with --images")
     })?;
-    map(&file).with_context(|| format!("mapping `{}`", path.display()))
+    files::map(&file).with_context(|| format!("mapping `{}`", path.display()))
 }
 
 /// The folder that a file is in.
@@ -437,14 +437,6 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
 pub fn part_path(images: &Path, part: usize, parts: usize) -> PathBuf {
     let stem = images.file_stem().unwrap_or_default().to_string_lossy();
     images.with_file_name(format!("{stem}-{:05}-of-{parts:05}.safetensors", part + 1))
-}
-
-#[expect(unsafe_code, reason = "mapping a file is unsafe because other programs can change it")]
-pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the mapping is only read as bytes, which have no invalid values. A picture that changes
-    // after its check is at worst another picture. `prepare` never writes into a file with its final
-    // name. A file truncated while it is mapped ends the program by a signal, as it ends any reader.
-    unsafe { Mmap::map(file) }
 }
 
 impl Shared {

@@ -31,7 +31,7 @@ pub mod views;
 
 pub use corrections::Corrections;
 pub use data_set::DataSet;
-pub use embeddings::{EmbeddingRows, Embeddings, Space};
+pub use embeddings::{EmbeddingWriter, Embeddings, Space};
 pub use images::Images;
 pub use labels::Labels;
 pub use loader::{Batch, Loader};

@@ -26,7 +26,7 @@ use backbone::published::PublishedConfiguration;
 use backbone::{Encoder, network_file};
 use candle_core::{Device, Tensor};
 use data::views::{Input, Pipeline};
-use data::{Embeddings, Images};
+use data::{EmbeddingWriter, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use stage::digest::sha256_of_file;
@@ -112,28 +112,36 @@ impl Stage for Embed {
             job.data.score_on
         );
         let began = Instant::now();
-        let embeddings = if config.pixels {
-            pixels(&images, rows, job)?
+        let mut writer = EmbeddingWriter::create_in(&job.out)?;
+        let views = if config.pixels {
+            pixels(&images, &rows, job, &mut writer)?;
+            0
         } else {
-            embeddings(config, &images, rows, job)?
+            embeddings(config, &images, &rows, job, &mut writer)?
         };
-        let forwards = embeddings.index.len() * (1 + embeddings.views);
+        let forwards = rows.len() * (1 + views);
         let seconds = began.elapsed().as_secs_f64();
         job.log(&serde_json::json!({
-            "images": embeddings.index.len(),
-            "views": embeddings.views,
+            "images": rows.len(),
+            "views": views,
             "seconds": seconds,
             "images-per-second": forwards as f64 / seconds.max(1e-9),
         }))?;
         if job.communicator.is_first() {
-            embeddings.write(&job.out.join("embeddings.safetensors"))?;
+            writer.finish(&job.out.join("embeddings.safetensors"), images.data_set(), &rows)?;
         }
         Ok(())
     }
 }
 
-/// Embeddings by the network of the role `network`.
-fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
+/// Embeddings by the network of the role `network`. Returns the number of augmented views of a picture.
+fn embeddings(
+    config: &Config,
+    images: &Images,
+    rows: &[u32],
+    job: &Job,
+    writer: &mut EmbeddingWriter,
+) -> Result<usize> {
     let device = training::network_device(job.device)?;
     let mut network = EmbeddingNetwork::open(job.input("network")?, config.precision, &device)?;
     let input = network.input.clone();
@@ -141,7 +149,8 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     job.log(&serde_json::json!({ "network": network.found }))?;
 
     if config.views == 0 && network.is_published() {
-        return published(config, images, rows, job, &mut network);
+        published(config, images, rows, job, &mut network, writer)?;
+        return Ok(0);
     }
     if job.communicator.size() > 1 {
         let network = sha256_of_file(&job.input("network")?.join(network_file::NAME))?;
@@ -161,39 +170,35 @@ fn embeddings(config: &Config, images: &Images, rows: Vec<u32>, job: &Job) -> Re
     };
     let clean = Views::new(images, [&input.clean()], &input, seed);
     let clean = clean.epoch(0, batches.clone(), 0)?;
-    let (mut backbone, mut projection) = (Vec::new(), Vec::new());
+    let is_first = job.communicator.is_first();
     let mut clean = DividedBatches::new(clean, &device, &job.communicator)?;
     while let Some((batch, [embeddings, projections])) = clean.next(|pictures| {
         let (embedding, unit_projection) = network.embed(pictures)?;
         Ok([embedding, unit_projection])
     })? {
-        backbone.extend(embeddings);
-        projection.extend(projections);
+        if is_first {
+            writer.push(&embeddings, &projections)?;
+        }
         count(batch.len())?;
     }
     let augmented = Views::new(images, [&config.augmentation], &input, seed);
-    let mut backbone_views = Vec::with_capacity(backbone.len() * config.views);
     for view in 1..=config.views {
         let pictures = augmented.epoch(view, batches.clone(), 0)?;
         let mut pictures = DividedBatches::new(pictures, &device, &job.communicator)?;
         while let Some((batch, [embeddings])) =
             pictures.next(|pictures| Ok([network.embedding(pictures)?]))?
         {
-            backbone_views.extend(embeddings);
+            if is_first {
+                writer.push_views(&embeddings)?;
+            }
             count(batch.len())?;
         }
     }
-    Ok(Embeddings {
-        data_set: images.data_set().clone(),
-        index: rows,
-        width: network.width,
-        projection_width: network.projection_width,
-        views: config.views,
-        backbone,
-        projection,
-        backbone_views,
-    })
+    Ok(config.views)
 }
+
+/// Embeddings that are scaled to unit length together.
+const ROWS_AT_ONCE: usize = 1024;
 
 /// Longest work that an interruption or a crash may lose.
 const BETWEEN_SAVES: Duration = Duration::from_secs(30);
@@ -203,10 +208,11 @@ const BETWEEN_SAVES: Duration = Duration::from_secs(30);
 fn published(
     config: &Config,
     images: &Images,
-    rows: Vec<u32>,
+    rows: &[u32],
     job: &Job,
     network: &mut EmbeddingNetwork,
-) -> Result<Embeddings> {
+    writer: &mut EmbeddingWriter,
+) -> Result<()> {
     let identity =
         known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
     let mut known = KnownEmbeddings::of_job(job, identity, network.width);
@@ -220,22 +226,19 @@ fn published(
     }
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
     embed_missing(config, images, &missing, job, network, &mut known)?;
-    let mut backbone = Vec::with_capacity(rows.len() * network.width);
-    for id in &ids {
-        backbone.extend_from_slice(known.get(id).context("every picture is embedded")?);
+    if !job.communicator.is_first() {
+        return Ok(());
     }
-    let embedding = Tensor::from_slice(&backbone, (rows.len(), network.width), &Device::Cpu)?;
-    let projection = unit_rows(&embedding)?.flatten_all()?.to_vec1()?;
-    Ok(Embeddings {
-        data_set: images.data_set().clone(),
-        index: rows,
-        width: network.width,
-        projection_width: network.width,
-        views: 0,
-        backbone,
-        projection,
-        backbone_views: Vec::new(),
-    })
+    for ids in ids.chunks(ROWS_AT_ONCE) {
+        let mut embeddings = Vec::with_capacity(ids.len() * network.width);
+        for id in ids {
+            embeddings.extend_from_slice(known.get(id).context("every picture is embedded")?);
+        }
+        let rows = Tensor::from_slice(&embeddings, (ids.len(), network.width), &Device::Cpu)?;
+        let projections: Vec<f32> = unit_rows(&rows)?.flatten_all()?.to_vec1()?;
+        writer.push(&embeddings, &projections)?;
+    }
+    Ok(())
 }
 
 /// Embeds the pictures in `missing` and adds them to `known`, which is saved now and then and at the end.
@@ -275,25 +278,15 @@ fn embed_missing(
 
 /// Thumbnails as both embedding and projection, without augmented views. Where pictures differ in
 /// size, small ones are enlarged, as the input of a network is.
-fn pixels(images: &Images, rows: Vec<u32>, job: &Job) -> Result<Embeddings> {
+fn pixels(images: &Images, rows: &[u32], job: &Job, writer: &mut EmbeddingWriter) -> Result<()> {
     let sizes = rows.iter().map(|&row| images.size(row)).collect::<Result<Vec<_>>>()?;
     let size = data::thumbnail::common_size(sizes);
-    let mut values: Vec<f32> = Vec::new();
-    for &row in &rows {
-        values.extend(data::thumbnail(&*images.picture(row)?, size).values);
+    for &row in rows {
+        let values = data::thumbnail(&*images.picture(row)?, size).values;
+        writer.push(&values, &values)?;
         job.interrupt.check()?;
     }
-    let width = values.len() / rows.len();
-    Ok(Embeddings {
-        data_set: images.data_set().clone(),
-        index: rows,
-        width,
-        projection_width: width,
-        views: 0,
-        backbone: values.clone(),
-        projection: values,
-        backbone_views: Vec::new(),
-    })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -309,7 +302,7 @@ mod tests {
     use candle_core::Device;
     use data::images::{self, StoredPicture};
     use data::views::{Filter, Operation};
-    use data::{Loader, Picture};
+    use data::{Embeddings, Loader, Picture};
     use fixture::transformer;
     use layers::{Mode, Modes, Positions, Resampling, Transformer, TransformerPlan};
     use stage::{DataTable, Library, Split};
@@ -504,7 +497,7 @@ mod tests {
         let pictures = Tensor::from_vec(pictures, shape, &Device::Cpu)?;
         let want = transformer.forward(&pictures)?.feature().to_vec2::<f32>()?;
         let mirrored = transformer.forward(&pictures.flip(&[2])?)?.feature().to_vec2::<f32>()?;
-        assert_eq!(found.backbone, want.concat());
+        assert_eq!(*found.backbone, want.concat());
         for (found, want) in found.backbone_views.iter().zip(mirrored.concat()) {
             assert!((found - want).abs() < 1e-5, "{found} {want}");
         }
@@ -610,7 +603,7 @@ mod tests {
         let job = job(folder.path(), &[7])?;
         let found = embedded(&config(), &job)?;
         let (first, second) = found.backbone_views.split_at(found.backbone.len());
-        assert!(first != second && first != found.backbone);
+        assert!(first != second && *first != *found.backbone);
         let larger = embedded(&Config { batch_size: 100, ..config() }, &job)?;
         assert!(found.backbone == larger.backbone && found.projection == larger.projection);
         assert!(found.backbone_views == larger.backbone_views);

@@ -121,9 +121,9 @@ mod tests {
             data_set: DataSet { path: "f".into(), images: 4, fingerprint: "f".into() },
             index: (0..4).collect(),
             width: 1,
-            rows: vec![1., 2., 3., 4.],
+            rows: vec![1., 2., 3., 4.].into(),
             projection_width: 2,
-            projections: vec![3., 4., 1., 0., 0., 2., 0., 1.],
+            projections: vec![3., 4., 1., 0., 0., 2., 0., 1.].into(),
             previous,
             earlier: None,
         }

@@ -5,6 +5,7 @@ use assignment::{KMeans, Metric, k_means, nearest_neighbours};
 use data::{DataSet, Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::Job;
+use stage::container::Floats;
 
 use crate::numbers::EarlierClusters;
 
@@ -18,11 +19,11 @@ pub struct FrozenEmbeddings {
     /// Width `D` of an embedding.
     pub width: usize,
     /// Outputs of the backbone, `(N, D)`.
-    pub rows: Vec<f32>,
+    pub rows: Floats,
     /// Width `P` of a projection.
     pub projection_width: usize,
     /// Projections, `(N, P)`.
-    pub projections: Vec<f32>,
+    pub projections: Floats,
     /// The assignment of this stage's last round, `(N,)`, if there was one.
     pub previous: Option<Vec<u32>>,
     /// The clusters of the run before, if there was one.

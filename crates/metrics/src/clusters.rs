@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use assignment::Generalisation;
 use assignment::number::{Estimator, EstimatorSettings, NumberScore, Suggestion, suggested};
 use clap::Parser;
-use data::{EmbeddingRows, Space};
+use data::{Embeddings, Space};
 use rayon::prelude::*;
 use serde_json::json;
 use stage::console::{print_line, start_logging};
@@ -86,8 +86,9 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
     ensure!(from >= 2, "--from {from}: a single cluster has no scores; begin with 2");
     ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
-    let file = EmbeddingRows::open(&arguments.embeddings, arguments.space)?;
-    let used = images.min(file.len());
+    let file = Embeddings::open(&arguments.embeddings)?;
+    let ((rows, width), count) = (file.rows(arguments.space), file.index.len());
+    let used = images.min(count);
     ensure!(
         to <= used / 2,
         "--to {to}: halves of {used} images are compared, so at most {} clusters are possible",
@@ -104,9 +105,9 @@ fn run(arguments: &EstimateArguments) -> Result<()> {
         most_clusters: to,
         generalisation: GENERALISATION,
     };
-    let estimator = Estimator::new(&file.rows(0..file.len()), file.width(), &settings, seed)
-        .with_context(|| format!("`{path}`"))?;
-    print_line(format_args!("{used} of {} images of `{path}`\n", file.len()))?;
+    let estimator =
+        Estimator::new(rows, width, &settings, seed).with_context(|| format!("`{path}`"))?;
+    print_line(format_args!("{used} of {} images of `{path}`\n", count))?;
     print_line(format_args!(
         "{:>8} {:>10} {:>9} {:>8} {:>7} {:>8} {:>9}",
         "clusters", "silhouette", "stability", "strength", "gap", "eigengap", "generalis."

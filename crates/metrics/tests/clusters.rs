@@ -23,9 +23,9 @@ fn write(path: &Path) -> Result<()> {
         width: 3,
         projection_width: 3,
         views: 0,
-        backbone: rows.clone(),
-        projection: rows,
-        backbone_views: vec![],
+        backbone: rows.clone().into(),
+        projection: rows.into(),
+        backbone_views: vec![].into(),
     };
     embeddings.write(path)
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use assignment::{
     KMeans, Metric, Shards, Streaming, k_means, k_means_mini_batch, k_means_streaming,
 };
-use data::{DataSet, EmbeddingRows, Embeddings, Space};
+use data::{DataSet, Embeddings};
 
 const WIDTH: usize = 6;
 
@@ -29,9 +29,9 @@ fn write(folder: &Path, name: &str, from: usize, to: usize) -> Result<PathBuf> {
         width: 1,
         projection_width: WIDTH,
         views: 0,
-        backbone: vec![0.; to - from],
-        projection: rows(from, to),
-        backbone_views: vec![],
+        backbone: vec![0.; to - from].into(),
+        projection: rows(from, to).into(),
+        backbone_views: vec![].into(),
     };
     embeddings.write(&path)?;
     Ok(path)
@@ -45,19 +45,19 @@ fn files_are_grouped_as_one() -> Result<()> {
         .iter()
         .enumerate()
         .map(|(i, &(from, to))| write(folder.path(), &format!("{i}.safetensors"), from, to))
-        .map(|path| EmbeddingRows::open(&path?, Space::Projection))
+        .map(|path| Embeddings::open(&path?))
         .collect::<Result<Vec<_>>>()?;
     // A file may be one shard or several.
     let pieces: Vec<(usize, std::ops::Range<usize>)> = (files.iter().enumerate())
         .flat_map(|(file, rows)| {
-            let len = rows.len();
+            let len = rows.index.len();
             (0..len).step_by(500).map(move |first| (file, first..len.min(first + 500)))
         })
         .collect();
     let lengths = pieces.iter().map(|(_, rows)| rows.len()).collect();
     let read = |shard: usize| {
         let (file, rows) = &pieces[shard];
-        Ok(files[*file].rows(rows.clone()))
+        Ok(files[*file].projection[rows.start * WIDTH..rows.end * WIDTH].to_vec())
     };
     let shards = Shards::new(WIDTH, lengths, read);
     assert_eq!(shards.points(), 2000);

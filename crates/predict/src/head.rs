@@ -114,10 +114,8 @@ impl LoadedHead {
 
     /// Returns the rows of `embeddings` that the head takes, and their width.
     pub fn rows_of<'a>(&self, embeddings: &'a Embeddings) -> (&'a [f32], usize) {
-        match self.space {
-            Space::Backbone => (&embeddings.backbone, embeddings.width),
-            Space::Projection => (&embeddings.projection, embeddings.projection_width),
-        }
+        let (rows, width) = embeddings.rows(self.space);
+        (rows, width)
     }
 
     /// Returns what the rows are called in messages.

@@ -134,9 +134,9 @@ mod tests {
             width: 3,
             projection_width: 2,
             views: 0,
-            backbone: vec![1., 0., 0., 0., 1., 0., 0., 0., 1.],
-            projection: vec![0.6, 0.8, 1., 0., 0., -1.],
-            backbone_views: vec![],
+            backbone: vec![1., 0., 0., 0., 1., 0., 0., 0., 1.].into(),
+            projection: vec![0.6, 0.8, 1., 0., 0., -1.].into(),
+            backbone_views: vec![].into(),
         }
         .write(&path)
     }
@@ -174,9 +174,9 @@ mod tests {
             width: 1,
             projection_width: 2,
             views: 0,
-            backbone: vec![1.; count],
-            projection: (0..count).flat_map(row).collect(),
-            backbone_views: vec![],
+            backbone: vec![1.; count].into(),
+            projection: (0..count).flat_map(row).collect::<Vec<_>>().into(),
+            backbone_views: vec![].into(),
         }
         .write(&path)?;
         let by = CentreMetric::DistanceSoftmax { temperature: 1. };

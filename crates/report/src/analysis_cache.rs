@@ -305,7 +305,9 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let files = inputs(folder.path())?.run;
         let mut embeddings = data::Embeddings::open(&files.embeddings.context("embeddings")?)?;
-        embeddings.backbone.copy_within(..embeddings.width, embeddings.width); // A duplicate.
+        let mut rows = embeddings.backbone.to_vec();
+        rows.copy_within(..embeddings.width, embeddings.width); // A duplicate.
+        embeddings.backbone = rows.into();
         let changed = folder.path().join("with-a-duplicate");
         embeddings.write(&changed)?;
         let embeddings = changed;

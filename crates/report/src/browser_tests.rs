@@ -94,9 +94,9 @@ pub(crate) fn inputs(folder: &Path) -> Result<ReportArguments> {
         width: 16,
         projection_width: 1,
         views: 0,
-        backbone: rows,
-        projection: vec![1.; PICTURES],
-        backbone_views: vec![],
+        backbone: rows.into(),
+        projection: vec![1.; PICTURES].into(),
+        backbone_views: vec![].into(),
     }
     .write(arguments.run.embeddings.as_deref().context("embeddings")?)?;
     let mut confidence: Vec<f32> = (0..PICTURES).map(|i| (i * 37 % 100) as f32 / 100.).collect();

@@ -26,6 +26,7 @@ use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 use serde_json::json;
 use stage::console::{print_line, printable, start_logging};
+use stage::container::Floats;
 
 use crate::clusters::{Cluster, ClusterMember};
 
@@ -101,7 +102,7 @@ struct ExportTable {
     /// `(N,)`.
     clusters: Option<Vec<u32>>,
     /// `(N, width)`.
-    rows: Vec<f32>,
+    rows: Floats,
     width: usize,
 }
 
@@ -121,18 +122,13 @@ impl ExportTable {
                 labels.data_set.path.display()
             );
         }
+        let (rows, width) = embeddings.rows(arguments.space);
         let name = |&row: &u32| std::mem::take(&mut names.names[row as usize]);
         Ok(Self {
             names: embeddings.index.iter().map(name).collect(),
             clusters: clusters.map(|labels| labels.assignment),
-            width: match arguments.space {
-                Space::Backbone => embeddings.width,
-                Space::Projection => embeddings.projection_width,
-            },
-            rows: match arguments.space {
-                Space::Backbone => embeddings.backbone,
-                Space::Projection => embeddings.projection,
-            },
+            rows: rows.clone(),
+            width,
         })
     }
 
@@ -348,9 +344,9 @@ mod tests {
             width: 2,
             projection_width: 1,
             views: 0,
-            backbone: vec![1., -2.5, 3., 4., 0.1, 6.],
-            projection: vec![1., -1., 1.],
-            backbone_views: vec![],
+            backbone: vec![1., -2.5, 3., 4., 0.1, 6.].into(),
+            projection: vec![1., -1., 1.].into(),
+            backbone_views: vec![].into(),
         }
         .write(&arguments.embeddings)?;
         let names = ["a.png", "b, \"quoted\"\n.png", "not embedded", "ä/=1.png"];

@@ -12,13 +12,16 @@
 //! Nothing in it depends on time, host, path or thread count: equal contents are equal bytes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::Value;
@@ -86,25 +89,29 @@ pub struct Column<T> {
     kind: PhantomData<T>,
 }
 
-/// A type that a [`Column`] can have.
-pub trait Integer: bytemuck::NoUninit {
+/// A type of number that a [`Column`] can have.
+pub trait ColumnNumber: bytemuck::NoUninit {
     /// Its name in the file.
     const DTYPE: Dtype;
 }
 
-impl Integer for u8 {
+impl ColumnNumber for u8 {
     const DTYPE: Dtype = Dtype::U8;
 }
 
-impl Integer for u32 {
+impl ColumnNumber for u32 {
     const DTYPE: Dtype = Dtype::U32;
 }
 
-impl Integer for u64 {
+impl ColumnNumber for u64 {
     const DTYPE: Dtype = Dtype::U64;
 }
 
-impl<T: Integer> Column<T> {
+impl ColumnNumber for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl<T: ColumnNumber> Column<T> {
     /// An empty column, with an unnamed temporary file in `folder`.
     pub fn create_in(folder: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(folder)
@@ -493,12 +500,73 @@ fn text_in<'a>(path: &Path, metadata: &'a Metadata) -> Result<&'a str> {
     })
 }
 
-/// A file read whole, checked, and open for its tensors.
+/// 32-bit floats, in memory or in a [mapped](Container::map) file. Clones of the latter copy nothing.
+#[derive(Clone)]
+pub struct Floats(FloatValues);
+
+#[derive(Clone)]
+enum FloatValues {
+    Held(Vec<f32>),
+    /// Checked and aligned.
+    Mapped {
+        map: Arc<Mmap>,
+        bytes: Range<usize>,
+    },
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &self.0 {
+            FloatValues::Held(values) => values,
+            FloatValues::Mapped { map, bytes } => bytemuck::cast_slice(&map[bytes.clone()]),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Floats {
+    fn from(values: Vec<f32>) -> Self {
+        Self(FloatValues::Held(values))
+    }
+}
+
+impl PartialEq for Floats {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl fmt::Debug for Floats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+/// A file, checked and open for its tensors.
 #[derive(Debug, Clone)]
 pub struct Container {
     path: PathBuf,
-    bytes: Vec<u8>,
+    bytes: FileBytes,
     contents: Contents,
+}
+
+/// The bytes of a file.
+#[derive(Debug, Clone)]
+enum FileBytes {
+    Read(Vec<u8>),
+    Mapped(Arc<Mmap>),
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Read(bytes) => bytes,
+            Self::Mapped(map) => map,
+        }
+    }
 }
 
 impl Container {
@@ -509,8 +577,23 @@ impl Container {
     /// The file is missing, foreign, of another kind or version, cut short or damaged. The message
     /// names the file and what to do.
     pub fn open(path: &Path, kind: &str, version: u64) -> Result<Self> {
-        let bytes =
-            fs::read(path).with_context(|| format!("opening the {kind} `{}`", path.display()))?;
+        let bytes = fs::read(path).with_context(|| opening(kind, path))?;
+        Self::checked(path, FileBytes::Read(bytes), kind, version)
+    }
+
+    /// Maps and checks the file, which may be larger than memory: the system reads its bytes when they are
+    /// asked for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Container::open`].
+    pub fn map(path: &Path, kind: &str, version: u64) -> Result<Self> {
+        let map = File::open(path).and_then(|file| files::map(&file));
+        let map = map.with_context(|| opening(kind, path))?;
+        Self::checked(path, FileBytes::Mapped(Arc::new(map)), kind, version)
+    }
+
+    fn checked(path: &Path, bytes: FileBytes, kind: &str, version: u64) -> Result<Self> {
         let contents = Contents::parse(path, &bytes, kind, version)?;
         contents.verify(path, &bytes)?;
         Ok(Self { path: path.to_owned(), bytes, contents })
@@ -560,9 +643,30 @@ impl Container {
     /// There is no such tensor, it has another type, or a value is not finite.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
         let bytes = self.bytes_of(name, Dtype::F32)?;
-        check_finite_bytes(bytes)
-            .with_context(|| format!("tensor `{name}` of `{}`", self.path.display()))?;
+        self.check_finite(name, bytes)?;
         Ok(bytemuck::allocation::pod_collect_to_vec(bytes))
+    }
+
+    fn check_finite(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        check_finite_bytes(bytes, 0)
+            .with_context(|| format!("tensor `{name}` of `{}`", self.path.display()))
+    }
+
+    /// Tensor `name` as 32-bit floats, row by row; of a [mapped](Container::map) file they stay where they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`Container::f32`].
+    pub fn floats(&self, name: &str) -> Result<Floats> {
+        let bytes = self.bytes_of(name, Dtype::F32)?;
+        let FileBytes::Mapped(map) = &self.bytes else { return Ok(self.f32(name)?.into()) };
+        // Other writers of the format may not align.
+        if bytemuck::try_cast_slice::<u8, f32>(bytes).is_err() {
+            return Ok(self.f32(name)?.into());
+        }
+        self.check_finite(name, bytes)?;
+        let bytes = self.place(name)?.bytes.clone();
+        Ok(Floats(FloatValues::Mapped { map: map.clone(), bytes }))
     }
 
     /// Tensor `name` as unsigned 32-bit integers.
@@ -599,21 +703,30 @@ impl Container {
     }
 }
 
-/// Fails at the first number of a tensor in memory that is not finite; the message gives its index.
-/// Values of a [`Column`] are whole numbers.
+/// Fails at the first 32-bit float that is not finite; the message gives its index.
 fn check_finite(tensor: &Tensor) -> Result<()> {
-    match tensor.values {
-        TensorBytes::Held(bytes) if tensor.dtype == Dtype::F32 => check_finite_bytes(bytes),
-        _ => Ok(()),
+    if tensor.dtype != Dtype::F32 {
+        return Ok(());
     }
+    let mut before = 0;
+    tensor.values.each(|bytes| {
+        check_finite_bytes(bytes, before)?;
+        before += bytes.len() / size_of::<f32>();
+        Ok(())
+    })
 }
 
-fn check_finite_bytes(bytes: &[u8]) -> Result<()> {
-    for (position, value) in bytes.chunks_exact(4).enumerate() {
-        let value = f32::from_le_bytes([value[0], value[1], value[2], value[3]]);
+/// As [`check_finite`], for a piece of a tensor that follows `before` numbers.
+fn check_finite_bytes(bytes: &[u8], before: usize) -> Result<()> {
+    for (position, value) in bytes.as_chunks().0.iter().enumerate() {
+        let (position, value) = (before + position, f32::from_le_bytes(*value));
         ensure!(value.is_finite(), "value {position} is {value}, and every value must be finite");
     }
     Ok(())
+}
+
+fn opening(kind: &str, path: &Path) -> String {
+    format!("opening the {kind} `{}`", path.display())
 }
 
 /// The part of a tensor that the digest covers.
@@ -744,7 +857,7 @@ mod tests {
         let message = message(write(&path, "network", 1, Header::new(), &tensors));
         assert!(message.contains("weight") && message.contains("value 1 is NaN"), "{message}");
         assert!(!path.exists());
-        assert!(check_finite_bytes(&f32::INFINITY.to_le_bytes()).is_err());
+        assert!(check_finite_bytes(&f32::INFINITY.to_le_bytes(), 0).is_err());
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! Files that are whole or absent: written to a temporary file, flushed, then renamed.
 
 use std::fs::{self, File, FileType};
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use memmap2::Mmap;
 
 use crate::claim;
 
@@ -40,6 +41,16 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;
     Ok(())
+}
+
+/// Maps a file: the system reads its bytes when they are asked for. A map may exceed the memory.
+#[expect(unsafe_code, reason = "mapping a file is unsafe because other programs can change it")]
+pub fn map(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the mapping is only read as bytes and numbers, which have no invalid values. No program of ours
+    // writes into a file with its final name: see `replace`. What somebody else changes after the check is at
+    // worst another value. A file truncated while it is mapped ends the program by a signal, as it ends any
+    // reader.
+    unsafe { Mmap::map(file) }
 }
 
 /// Prefix of the names of temporary files, links and folders. A killed process can leave one, which

@@ -42,9 +42,9 @@ fn accuracies(config: &Config, count: usize, seed: u64) -> Result<(f64, f64, Vec
         data_set: DataSet { path: "made up".into(), images: count, fingerprint: "f".into() },
         index: (0..count as u32).collect(),
         width: made.width,
-        rows: made.rows.clone(),
+        rows: made.rows.clone().into(),
         projection_width: made.width,
-        projections: made.rows.clone(),
+        projections: made.rows.clone().into(),
         previous: None,
         earlier: None,
     };
