@@ -12,30 +12,62 @@ use crate::{Architecture, Stem};
 /// The plan from images `(N, H, W, channels)` to embeddings `(N, D)`, with `D = 8 · width`, or `32 · width`
 /// with bottlenecks. A width or channel count of 0 is an error.
 pub fn plan(architecture: &Architecture, channels: usize) -> Result<Network> {
-    if architecture.width == 0 || channels == 0 {
-        candle_core::bail!(
-            "resnet: width {} and {channels} input channels; both must be at least 1",
-            architecture.width
-        )
-    }
-    let Architecture { depth, width: stem_width, stem } = *architecture;
-    let mut builder = Builder::images(channels);
-    let mut value = plan_stem(&mut builder, stem, stem_width)?;
-    let mut width_before = stem_width;
-    for (stage, count) in depth.blocks().into_iter().enumerate() {
-        builder.block(&format!("layer{}", stage + 1));
-        let width = stem_width << stage;
-        for block in 0..count {
-            // Every stage but the first halves height and width in its first block.
-            let stride = if stage > 0 && block == 0 { 2 } else { 1 };
-            let name = format!("layer{}.{block}", stage + 1);
-            let block = if depth.has_bottlenecks() { bottleneck } else { basic_block };
-            value = block(&mut builder, &name, value, width_before, width, stride)?;
-            width_before = depth.expansion() * width;
+    ResidualStages::from(*architecture).plan(channels)
+}
+
+/// The stages of a residual network, each with its own count of blocks and its own width. An [`Architecture`] is
+/// one whose counts are published and whose width doubles from stage to stage.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ResidualStages {
+    pub stem: Stem,
+    /// Channels of the stem.
+    pub stem_width: usize,
+    /// Blocks of each stage.
+    pub blocks: [usize; 4],
+    /// Channels of the 3×3 convolutions of each stage.
+    pub widths: [usize; 4],
+    pub has_bottlenecks: bool,
+}
+
+impl From<Architecture> for ResidualStages {
+    fn from(Architecture { depth, width, stem }: Architecture) -> Self {
+        Self {
+            stem,
+            stem_width: width,
+            blocks: depth.blocks(),
+            widths: [1, 2, 4, 8].map(|factor| factor * width),
+            has_bottlenecks: depth.has_bottlenecks(),
         }
     }
-    let pooled = builder.global_average_pool(value)?;
-    builder.finish(pooled)
+}
+
+impl ResidualStages {
+    /// The plan from images to embeddings, as [`plan`].
+    pub fn plan(&self, channels: usize) -> Result<Network> {
+        let Self { stem, stem_width, blocks, widths, has_bottlenecks } = *self;
+        if stem_width == 0 || widths.contains(&0) || channels == 0 {
+            candle_core::bail!(
+                "resnet: a stem of width {stem_width}, stages of widths {widths:?} and {channels} input channels; \
+                 all must be at least 1"
+            )
+        }
+        let mut builder = Builder::images(channels);
+        let mut value = plan_stem(&mut builder, stem, stem_width)?;
+        let mut width_before = stem_width;
+        for (stage, (count, width)) in blocks.into_iter().zip(widths).enumerate() {
+            builder.block(&format!("layer{}", stage + 1));
+            for block in 0..count {
+                // Every stage but the first halves height and width in its first block.
+                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+                let name = format!("layer{}.{block}", stage + 1);
+                let block = if has_bottlenecks { bottleneck } else { basic_block };
+                value = block(&mut builder, &name, value, width_before, width, stride)?;
+                width_before = if has_bottlenecks { 4 * width } else { width };
+            }
+        }
+        let pooled = builder.global_average_pool(value)?;
+        builder.finish(pooled)
+    }
 }
 
 fn plan_stem(builder: &mut Builder, stem: Stem, width: usize) -> Result<Value> {

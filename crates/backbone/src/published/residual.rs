@@ -1,15 +1,26 @@
 //! Residual networks with the names of timm and torchvision.
 
 use anyhow::{Context, Result, bail, ensure};
+use layers::Network;
 
 use super::PublishedNetwork;
 use super::tensors::FileTensors;
 use crate::{Architecture, Depth, Segment, Stem, resnet};
 
 /// Reads a network whose depth and width follow from its tensors.
-pub fn read(mut tensors: FileTensors) -> Result<PublishedNetwork> {
+pub fn read(tensors: FileTensors) -> Result<PublishedNetwork> {
     let architecture = architecture(&tensors)?;
-    let mut segment = Segment::empty(resnet::plan(&architecture, 3)?);
+    let segment = Box::new(segment(tensors, resnet::plan(&architecture, 3)?)?);
+    Ok(PublishedNetwork::Residual { architecture, segment })
+}
+
+/// Takes the parameters and statistics of `plan` from the tensors.
+///
+/// # Errors
+///
+/// A tensor is missing, unknown, of another shape or not finite.
+pub fn segment(mut tensors: FileTensors, plan: Network) -> Result<Segment> {
+    let mut segment = Segment::empty(plan);
     let origin = tensors.origin();
     let wanted = segment.parameters.entries().iter().chain(segment.statistics.entries());
     let wanted: Vec<_> = wanted.map(|entry| (entry.name.clone(), entry.shape.clone())).collect();
@@ -29,7 +40,7 @@ pub fn read(mut tensors: FileTensors) -> Result<PublishedNetwork> {
     if let Some(name) = tensors.names().next() {
         bail!("{origin} has a tensor `{name}`, which a residual network of its depth does not have")
     }
-    Ok(PublishedNetwork::Residual { architecture, segment: Box::new(segment) })
+    Ok(segment)
 }
 
 /// Depth, width and stem of the tensors: timm and torchvision have the 7×7 stem.

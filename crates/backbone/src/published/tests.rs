@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use layers::{Activation, FinalNorm, Mlp, Positions, Resampling, TransformerPlan};
+use layers::{Activation, FinalNorm, Mlp, Mode, Modes, Positions, Resampling, TransformerPlan};
 use serde_json::json;
 
 use super::*;
@@ -494,6 +494,42 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
         let class_position =
             tensors.keys().any(|n| n.contains("position")) && network.plan().class_token;
         assert_eq!(count, there - beside - usize::from(class_position) * 48, "{name}");
+    }
+    Ok(())
+}
+
+/// The features of a narrow ResNet-50 as timm computes them, where the folder `ASSORT_GOLDEN` has them (T15).
+///
+/// Its stages have 1, 2, 1 and 1 blocks, so that no [`Architecture`] is of its shape. Loader and layers are those
+/// of a published ResNet-50.
+#[test]
+fn golden_features_of_a_narrow_residual_network_are_met() -> Result<()> {
+    let Some(golden) =
+        std::env::var_os("ASSORT_GOLDEN").map(|path| PathBuf::from(path).join("vit"))
+    else {
+        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
+        return Ok(());
+    };
+    let stages = resnet::ResidualStages {
+        stem: Stem::Large,
+        stem_width: 64,
+        blocks: [1, 2, 1, 1],
+        widths: [8, 12, 16, 24],
+        has_bottlenecks: true,
+    };
+    let file = golden.join("timm_resnet50_narrow_weights.safetensors");
+    let mut network = residual::segment(FileTensors::open(&[file])?, stages.plan(3)?)?;
+    let values = candle_core::safetensors::load(golden.join("vit.safetensors"), &Device::Cpu)?;
+    let case = "timm_resnet50_narrow_64x64";
+    let pictures = values[&format!("{case}/in/x")].permute((0, 2, 3, 1))?.contiguous()?;
+    let want = values[&format!("{case}/out/features@f64")].to_vec2::<f64>()?;
+    assert_eq!((want.len(), want[0].len()), (2, 96));
+    let modes = Modes::all(network.network(), Mode::Running);
+    let forward = network.forward(&pictures, &modes, None)?;
+    for got in [forward, network.infer(&pictures)?] {
+        for (got, want) in got.to_vec2::<f32>()?.concat().iter().zip(want.concat()) {
+            assert!((f64::from(*got) - want).abs() < 1e-4, "{got}, not {want}");
+        }
     }
     Ok(())
 }
