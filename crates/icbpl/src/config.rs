@@ -57,7 +57,8 @@ pub struct Config {
     pub schedule: ScheduleTable,
     /// The head.
     pub network: NetworkTable,
-    /// Size and normalisation of the network's input, for neighbours and evaluation too.
+    /// Size and normalisation of the network's input, for neighbours and evaluation too. With a
+    /// published network it must be that network's own, which its `config.json` states.
     pub input: Input,
     /// From a picture to an anchor, and from its neighbour (the evaluation's operations in the
     /// released script).

@@ -262,25 +262,32 @@ pub(crate) fn described(config: &Config, folder: &Path) -> Result<PublishedConfi
              `[icbpl.start]` needs the stage `pretrained` in the place `pretraining`"
         )
     })?;
-    let input = found.input::<Input>()?;
-    let Input { mean, std, channels, .. } = &config.input;
+    let differences = differences(&config.input, &found.input()?)?;
     ensure!(
-        (mean, std, *channels) == (&input.mean, &input.std, found.channels),
-        "`[icbpl.input]` has mean {mean:?} and std {std:?} for {channels} channels, but the network in \
-         `{shown}` was published with {:?} and {:?} for {}; set these in `[icbpl.input]`",
-        input.mean,
-        input.std,
-        found.channels
+        differences.is_empty(),
+        "`[icbpl.input]` is not the input that the network in `{shown}` was published with: {}. Set this in \
+         `[shared.input]` or `[icbpl.input]` of the experiment",
+        differences.join("; ")
     );
-    if let PublishedArchitecture::Transformer(plan) = &found.published {
-        plan.patch_grid(config.input.height, config.input.width)?;
-        ensure!(
-            BLOCKS.iter().all(|block| config.frozen_blocks().contains(block)),
-            "`{shown}` has a Vision Transformer, whose blocks cannot be trained here; set \
-             `frozen = [\"all\"]` in `[icbpl]`, so that the head alone learns"
-        );
-    }
+    let is_transformer = matches!(found.published, PublishedArchitecture::Transformer(_));
+    ensure!(
+        !is_transformer || BLOCKS.iter().all(|block| config.frozen_blocks().contains(block)),
+        "`{shown}` has a Vision Transformer, whose blocks cannot be trained here; set \
+         `frozen = [\"all\"]` in `[icbpl]`, so that the head alone learns"
+    );
     Ok(found)
+}
+
+/// Says for each key of an input what it is and what it must be, where the two differ.
+fn differences(input: &Input, published: &Input) -> Result<Vec<String>> {
+    let [input, published] = [input, published].map(serde_json::to_value);
+    let (input, published) = (input?, published?);
+    let keys = published.as_object().context("a table")?.iter();
+    let differing = keys.filter(|(key, value)| input.get(key) != Some(value));
+    let shown = |(key, value): (&String, &Value)| {
+        format!("`{key}` is {}, and must be {value}", input.get(key).unwrap_or(&Value::Null))
+    };
+    Ok(differing.map(shown).collect())
 }
 
 /// The plan of a residual backbone.

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use backbone::published::{self, Provenance, PublishedNetwork};
 use backbone::{Architecture, Depth, Segment, Stem, backbone_file, network_file, resnet};
 use data::images::{self, StoredPicture};
-use data::views::{Input, Pipeline};
+use data::views::{Filter, Input, Operation, Pipeline};
 use data::{Images, Picture};
 use fixture::{Pictures, transformer};
 use stage::Split;
@@ -481,11 +481,28 @@ fn a_frozen_transformer_keeps_its_bits_and_the_head_learns() -> Result<()> {
     assert_eq!(again.evaluate(&picture)?.to_vec2::<f32>()?, embedding);
 
     let learning = Config { frozen: vec!["stem".into()], ..config.clone() };
-    let mut other_input = config.clone();
-    other_input.input.mean = vec![0.5; 3];
-    let mut odd_side = config.clone();
-    odd_side.input.width = 9;
-    let wrong = [(learning, "the head alone"), (other_input, "[0.4, 0.5, 0.6]"), (odd_side, "9")];
+    let seen_as = |change: &dyn Fn(&mut Input)| {
+        let mut config = config.clone();
+        change(&mut config.input);
+        config
+    };
+    let squeezed = Operation::Resize { pixels: 8, filter: Filter::Bilinear };
+    let wrong = [
+        (learning, "the head alone"),
+        (
+            seen_as(&|input| input.mean = vec![0.5; 3]),
+            "`mean` is [0.5,0.5,0.5], and must be [0.4,0.5,0.6]",
+        ),
+        (
+            seen_as(&|input| input.std = vec![0.5; 3]),
+            "`std` is [0.5,0.5,0.5], and must be [0.25,0.25,0.25]",
+        ),
+        (seen_as(&|input| input.width = 9), "`width` is 9, and must be 8"),
+        (
+            seen_as(&|input| input.clean = vec![squeezed]),
+            r#"`clean` is [{"filter":"bilinear","operation":"resize","pixels":8}], and must be []"#,
+        ),
+    ];
     fixture::assert_refused::<Icbpl>(&job, wrong);
     Ok(())
 }

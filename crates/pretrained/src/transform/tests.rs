@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use data::Picture;
 use data::views::{Pipeline, Workspace};
 use serde_json::json;
+use stage::Library;
 
 use super::*;
 
@@ -27,6 +28,17 @@ fn published_processors_become_operations() -> Result<()> {
     let want = square_input(224, IMAGENET, vec![shorter(256, Filter::Bicubic), cut]);
     assert_eq!(of(dinov2, CheckpointFamily::Dinov2)?, want);
     assert_eq!(published(CheckpointFamily::Dinov2, 518), want, "as where the file is missing");
+    // ICBPL repeats the input of its published network, because its views are made for it.
+    let mut repeated = 0;
+    for experiment in Library::in_folder("../../configs").experiments()? {
+        let is_both = experiment.has_table("icbpl") && experiment.has_table("pretrained");
+        if is_both && experiment.table::<Value>("pretrained")?["backbone"] == "dinov2-small" {
+            let table = experiment.table::<Value>("icbpl")?;
+            assert_eq!(Input::deserialize(&table["input"])?, want);
+            repeated += 1;
+        }
+    }
+    assert!(repeated > 0, "no experiment repeats it");
 
     let dinov3 = json!({
         "do_resize": true, "size": { "height": 224, "width": 224 }, "resample": 2,
