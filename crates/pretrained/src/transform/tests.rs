@@ -70,6 +70,25 @@ fn published_processors_become_operations() -> Result<()> {
 }
 
 #[test]
+fn a_transformer_of_timm_without_its_table_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, json!({ "architecture": "vit_small_patch14_dinov2" }).to_string())?;
+    let mut files =
+        NetworkFiles { configuration: Some(path), preprocessor: None, weights: Vec::new() };
+    let error = input(CheckpointFamily::Timm, &files, NativeSide::of(518)).expect_err("a guess");
+    for part in ["config.json`", "`pretrained_cfg`", "`crop_pct`"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // A residual network has one published input.
+    files.configuration = None;
+    let cut = Operation::CentreCrop { pixels: 224 };
+    let want = square_input(224, IMAGENET, vec![shorter(256, Filter::Bilinear), cut]);
+    assert_eq!(input(CheckpointFamily::Residual, &files, NativeSide::unknown())?, want);
+    Ok(())
+}
+
+#[test]
 fn what_a_processor_asks_for_and_is_not_done_is_an_error_that_names_the_key() {
     let square = json!({ "height": 8, "width": 8 });
     let cases = [
