@@ -58,7 +58,8 @@ pub struct Config {
     /// The head.
     pub network: NetworkTable,
     /// Size and normalisation of the network's input, for neighbours and evaluation too. With a
-    /// published network it must be that network's own, which its `config.json` states.
+    /// published network it must be that network's own, which its `config.json` states; size and operations may differ
+    /// if the network learns.
     pub input: Input,
     /// From a picture to an anchor, and from its neighbour (the evaluation's operations in the
     /// released script).

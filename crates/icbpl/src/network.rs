@@ -252,8 +252,8 @@ impl StartingBackbone {
 ///
 /// # Errors
 ///
-/// It is not a published network, takes another input than `[icbpl.input]` says, or is a transformer
-/// that is not frozen.
+/// It is not a published network, takes another input than `[icbpl.input]` says (one that learns: another mean,
+/// deviation or number of channels), or is a transformer that is not frozen.
 pub(crate) fn described(config: &Config, folder: &Path) -> Result<PublishedConfiguration> {
     let shown = folder.display();
     let found = PublishedConfiguration::find(folder)?.with_context(|| {
@@ -262,7 +262,11 @@ pub(crate) fn described(config: &Config, folder: &Path) -> Result<PublishedConfi
              `[icbpl.start]` needs the stage `pretrained` in the place `pretraining`"
         )
     })?;
-    let differences = differences(&config.input, &found.input()?)?;
+    let is_frozen = BLOCKS.iter().all(|block| config.frozen_blocks().contains(block));
+    let mut differences = differences(&config.input, &found.input()?)?;
+    // A network that learns may be taught another size.
+    differences.retain(|(key, _)| is_frozen || ["channels", "mean", "std"].contains(&&**key));
+    let differences: Vec<String> = differences.into_iter().map(|(_, shown)| shown).collect();
     ensure!(
         differences.is_empty(),
         "`[icbpl.input]` is not the input that the network in `{shown}` was published with: {}. Set this in \
@@ -271,23 +275,21 @@ pub(crate) fn described(config: &Config, folder: &Path) -> Result<PublishedConfi
     );
     let is_transformer = matches!(found.published, PublishedArchitecture::Transformer(_));
     ensure!(
-        !is_transformer || BLOCKS.iter().all(|block| config.frozen_blocks().contains(block)),
+        is_frozen || !is_transformer,
         "`{shown}` has a Vision Transformer, whose blocks cannot be trained here; set \
          `frozen = [\"all\"]` in `[icbpl]`, so that the head alone learns"
     );
     Ok(found)
 }
 
-/// Says for each key of an input what it is and what it must be, where the two differ.
-fn differences(input: &Input, published: &Input) -> Result<Vec<String>> {
+/// The keys in which an input differs from the published one. With each: what it is, and what it must be.
+fn differences(input: &Input, published: &Input) -> Result<Vec<(String, String)>> {
     let [input, published] = [input, published].map(serde_json::to_value);
     let (input, published) = (input?, published?);
-    let keys = published.as_object().context("a table")?.iter();
-    let differing = keys.filter(|(key, value)| input.get(key) != Some(value));
-    let shown = |(key, value): (&String, &Value)| {
-        format!("`{key}` is {}, and must be {value}", input.get(key).unwrap_or(&Value::Null))
-    };
-    Ok(differing.map(shown).collect())
+    let keys = published.as_object().context("a table")?.keys();
+    let differing = keys.filter(|&key| input[key] != published[key]);
+    let shown = |key: &String| format!("`{key}` is {}, and must be {}", input[key], published[key]);
+    Ok(differing.map(|key| (key.clone(), shown(key))).collect())
 }
 
 /// The plan of a residual backbone.
