@@ -5,6 +5,7 @@
 //! unit rows (the E-step of Huang et al. 2023, arXiv:2111.11821).
 
 use anyhow::{Result, ensure};
+use collective::Communicator;
 use kernels::similarity::{RowFormat, product};
 
 use crate::clustering::{Clustering, KMeans, Metric};
@@ -39,7 +40,25 @@ pub fn k_means(
     config: &KMeans,
     seed: u64,
 ) -> Result<Clustering> {
-    restarts(&CheckedPoints::new(points, n, d, None, config)?, config, seed)
+    k_means_on_ranks(points, n, d, config, seed, &Communicator::single())
+}
+
+/// [`k_means`] whose restarts are divided among `ranks`. The result has the same bits on any number of them.
+///
+/// - `points`: the same on all ranks.
+///
+/// # Errors
+///
+/// Those of [`k_means`], or a rank has ended.
+pub fn k_means_on_ranks(
+    points: &[f32],
+    n: usize,
+    d: usize,
+    config: &KMeans,
+    seed: u64,
+    ranks: &Communicator,
+) -> Result<Clustering> {
+    restarts(&CheckedPoints::new(points, n, d, None, config)?, config, seed, ranks)
 }
 
 /// [`k_means`] with a weight for each point, `(N,)`: a point of weight 2 counts as two points.
@@ -57,7 +76,8 @@ pub fn k_means_weighted(
     config: &KMeans,
     seed: u64,
 ) -> Result<Clustering> {
-    restarts(&CheckedPoints::new(points, weights.len(), d, Some(weights), config)?, config, seed)
+    let points = CheckedPoints::new(points, weights.len(), d, Some(weights), config)?;
+    restarts(&points, config, seed, &Communicator::single())
 }
 
 /// [`k_means`] from given centres `(K, D)`: one start, `config.restarts` is ignored.
@@ -94,14 +114,19 @@ pub fn k_means_weighted_from(
     )
 }
 
-fn restarts(rows: &CheckedPoints, config: &KMeans, seed: u64) -> Result<Clustering> {
+fn restarts(
+    rows: &CheckedPoints,
+    config: &KMeans,
+    seed: u64,
+    ranks: &Communicator,
+) -> Result<Clustering> {
     ensure!(config.restarts > 0, "k_means: restarts is 0; at least one is needed");
     let CheckedPoints { values, d, facts, .. } = rows;
     let mut best: Option<Clustering> = None;
     let mut reseeded = 0;
     let packed = rows.packed();
     let seeding = Points::new(values, *d, seeding::format(config.clusters));
-    let restarts: Vec<usize> = (0..config.restarts).collect();
+    let restarts: Vec<usize> = (ranks.rank()..config.restarts).step_by(ranks.size()).collect();
     for together in restarts.chunks(seeding::together(facts.n, config.clusters)) {
         let stream = |&restart: &usize| stage::random::stream(seed, "k-means++", &[restart as u64]);
         let mut randoms: Vec<_> = together.iter().map(stream).collect();
@@ -119,8 +144,40 @@ fn restarts(rows: &CheckedPoints, config: &KMeans, seed: u64) -> Result<Clusteri
             }
         }
     }
-    let best = best.expect("there was at least one restart");
-    Ok(Clustering { reseeded, ..best }.relative_to(&rows.origin))
+    let best = best_of_ranks(best.map(|best| Clustering { reseeded, ..best }), ranks)?;
+    Ok(best.relative_to(&rows.origin))
+}
+
+/// The clustering of lowest inertia on all ranks, of equals that of the first restart; `None` on a rank without
+/// restarts.
+fn best_of_ranks(own: Option<Clustering>, ranks: &Communicator) -> Result<Clustering> {
+    if ranks.size() == 1 {
+        return Ok(own.expect("there was at least one restart"));
+    }
+    let reseeded = own.as_ref().map_or(0, |own| own.reseeded);
+    let own_key =
+        own.as_ref().map_or([u64::MAX; 2], |own| [own.inertia.to_bits(), own.restart as u64]);
+    // Bits of numbers that are not negative are ordered as the numbers.
+    let keys = ranks.all_gather(&own_key)?;
+    let best_key = keys.as_chunks().0.iter().min().copied().unwrap_or(own_key);
+    let own = own.filter(|_| own_key == best_key);
+    let [assignment, iterations] = match &own {
+        Some(own) => [&own.assignment[..], &[own.iterations as u32, u32::from(own.converged)]],
+        None => [&[][..], &[]],
+    };
+    let (assignment, run) = (ranks.all_gather(assignment)?, ranks.all_gather(iterations)?);
+    let centres = ranks.all_gather(own.as_ref().map_or(&[][..], |own| &own.centres))?;
+    let mut total = [reseeded as u64];
+    ranks.all_reduce_sum(&mut total)?;
+    Ok(Clustering {
+        assignment,
+        centres,
+        inertia: f64::from_bits(best_key[0]),
+        restart: best_key[1] as usize,
+        iterations: run[0] as usize,
+        converged: run[1] != 0,
+        reseeded: total[0] as usize,
+    })
 }
 
 fn from_centres(rows: &CheckedPoints, centres: &[f32], config: &KMeans) -> Result<Clustering> {
@@ -220,6 +277,32 @@ mod tests {
         (0..n * d)
             .map(|i| centres[(i / d % k) * d + i % d] + random.random::<f32>() - 0.5)
             .collect()
+    }
+
+    #[test]
+    fn ranks_that_share_the_restarts_find_the_bits_of_one() -> Result<()> {
+        let (n, d) = (300, 6);
+        for config in [KMeans { clusters: 7, ..SPHERICAL }, KMeans { restarts: 3, ..EUCLIDEAN }] {
+            // Of 3 restarts, the last of 4 ranks has none.
+            let points = blobs(n, d, 5, 4);
+            let want = k_means(&points, n, d, &config, 9)?;
+            for count in [2, 4] {
+                let ranks = Communicator::threads(count)?;
+                let found: Vec<Clustering> = std::thread::scope(|scope| {
+                    let run = |ranks| {
+                        let points = &points;
+                        scope.spawn(move || k_means_on_ranks(points, n, d, &config, 9, &ranks))
+                    };
+                    let ranks: Vec<_> = ranks.into_iter().map(run).collect();
+                    ranks
+                        .into_iter()
+                        .map(|rank| rank.join().expect("no panic"))
+                        .collect::<Result<_>>()
+                })?;
+                assert!(found.iter().all(|found| *found == want), "{count} ranks, {config:?}");
+            }
+        }
+        Ok(())
     }
 
     /// ProPos, case 9: labels and inertia.

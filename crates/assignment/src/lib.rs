@@ -61,12 +61,15 @@ pub use approximate::{Approximate, approximate_neighbours};
 pub use argmax::argmax_rows;
 pub use clustering::{Clustering, KMeans, Metric};
 pub use consensus::{Consensus, agreement, consensus, merged_clusters};
-pub use k_means::{k_means, k_means_from, k_means_weighted, k_means_weighted_from};
+pub use k_means::{
+    k_means, k_means_from, k_means_on_ranks, k_means_weighted, k_means_weighted_from,
+};
 pub use logistic::Generalisation;
 pub use map::{TSne, principal_plane, trustworthiness};
 pub use matching::{Contingency, contingency, optimal_map};
 pub use neighbours::{
-    chance_corrected_agreement, nearest_neighbours, share_of_agreeing_neighbours,
+    chance_corrected_agreement, nearest_neighbours, nearest_neighbours_on_ranks,
+    share_of_agreeing_neighbours,
 };
 pub use prototypes::prototypes;
 pub use rand_index::adjusted_rand_index;

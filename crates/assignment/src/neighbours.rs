@@ -9,6 +9,8 @@ use std::cmp::Ordering;
 use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
+use bytemuck::{Pod, Zeroable};
+use collective::Communicator;
 use kernels::similarity::{
     Bound, GROUP, LANES, Panel, RowFormat, RowGroups, Rows, Tile, product, products, reached,
     rows_reached,
@@ -27,7 +29,25 @@ use crate::points;
 /// `points` is not an `(n, d)` matrix of finite numbers (the message names the row), or there are
 /// fewer than `k` other rows.
 pub fn nearest_neighbours(points: &[f32], n: usize, d: usize, k: usize) -> Result<Vec<u32>> {
-    search(points, n, d, k, None)
+    nearest_neighbours_on_ranks(points, n, d, k, &Communicator::single())
+}
+
+/// [`nearest_neighbours`] whose comparisons are divided among `ranks`. The result has the same bits on any number
+/// of them.
+///
+/// - `points`: the same on all ranks.
+///
+/// # Errors
+///
+/// Those of [`nearest_neighbours`], or a rank has ended.
+pub fn nearest_neighbours_on_ranks(
+    points: &[f32],
+    n: usize,
+    d: usize,
+    k: usize,
+    ranks: &Communicator,
+) -> Result<Vec<u32>> {
+    search(points, n, d, k, None, ranks)
 }
 
 /// Returns the share of each point's neighbours that are in its cluster, `(N,)` in `[0, 1]`.
@@ -93,6 +113,7 @@ fn search(
     d: usize,
     k: usize,
     format: Option<RowFormat>,
+    ranks: &Communicator,
 ) -> Result<Vec<u32>> {
     points::check(points, n, d, "nearest_neighbours")?;
     let most = n.saturating_sub(1);
@@ -119,9 +140,10 @@ fn search(
         .map(|b| Mutex::new(Block::new(b * block, block.min(n - b * block), k)))
         .collect();
     for pairs in rounds(blocks.len()) {
-        pairs.par_iter().for_each_init(
+        let own: Vec<_> = pairs.iter().skip(ranks.rank()).step_by(ranks.size()).collect();
+        own.par_iter().for_each_init(
             || (Panel::new(d, format), Tile::default()),
-            |(panel, tile), &(a, b)| {
+            |(panel, tile), &&(a, b)| {
                 let mut lanes = lock(&blocks[a]);
                 if a == b {
                     search.compare(&mut lanes, None, panel, tile);
@@ -131,18 +153,41 @@ fn search(
             },
         );
     }
-    let mut neighbours = vec![0u32; n * k];
-    neighbours.par_chunks_mut(block * k).zip(&blocks).for_each(|(neighbours, block)| {
-        let mut block = lock(block);
-        let first = block.first;
-        for (i, (neighbours, shortlist)) in
-            neighbours.chunks_mut(k).zip(&mut block.shortlists).enumerate()
-        {
-            search.resolve(first + i, shortlist);
-            neighbours.iter_mut().zip(&shortlist.exact).for_each(|(to, from)| *to = from.1);
-        }
+    if ranks.size() == 1 {
+        let mut neighbours = vec![0u32; n * k];
+        search.resolve_all(&blocks, block, &mut neighbours, |&(_, index)| index);
+        return Ok(neighbours);
+    }
+    let mut ranked = vec![RankedRow::NONE; n * k];
+    search.resolve_all(&blocks, block, &mut ranked, |&(product, index)| RankedRow {
+        product,
+        index: index.into(),
     });
-    Ok(neighbours)
+    ranks.all_reduce(&mut ranked, |lower, upper| {
+        lower.par_chunks_mut(k).zip(upper.par_chunks(k)).for_each(|(own, other)| {
+            let mut both = [&*own, other].concat();
+            both.sort_unstable_by(RankedRow::nearer);
+            own.copy_from_slice(&both[..k]);
+        });
+    })?;
+    Ok(ranked.iter().map(|row| row.index as u32).collect())
+}
+
+/// A row that may be among the nearest of another one, with their exact product.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct RankedRow {
+    product: f64,
+    index: u64,
+}
+
+impl RankedRow {
+    /// In place of a row that a rank did not find: farther than all others.
+    const NONE: Self = Self { product: f64::NEG_INFINITY, index: u64::MAX };
+
+    fn nearer(&self, other: &Self) -> Ordering {
+        nearer(&(self.product, self.index), &(other.product, other.index))
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -248,7 +293,7 @@ impl Shortlist {
 }
 
 /// Orders by falling product, equal products by index.
-fn nearer<T: PartialOrd>(a: &(T, u32), b: &(T, u32)) -> Ordering {
+fn nearer<T: PartialOrd, I: Ord>(a: &(T, I), b: &(T, I)) -> Ordering {
     // Products are finite, so they can be compared.
     b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
 }
@@ -352,6 +397,29 @@ impl Search<'_> {
         below(shortlist.exact[self.k - 1].0 - self.error(own))
     }
 
+    /// Writes what `convert` makes of the nearest rows of each row to `found`, `(N, k)`. Rows that are not among the
+    /// compared ones are left as they are.
+    ///
+    /// - `block`: rows in a block.
+    fn resolve_all<T: Send>(
+        &self,
+        blocks: &[Mutex<Block>],
+        block: usize,
+        found: &mut [T],
+        convert: impl Fn(&(f64, u32)) -> T + Sync,
+    ) {
+        found.par_chunks_mut(block * self.k).zip(blocks).for_each(|(found, block)| {
+            let mut block = lock(block);
+            let first = block.first;
+            for (i, (found, shortlist)) in
+                found.chunks_mut(self.k).zip(&mut block.shortlists).enumerate()
+            {
+                self.resolve(first + i, shortlist);
+                found.iter_mut().zip(&shortlist.exact).for_each(|(to, from)| *to = convert(from));
+            }
+        });
+    }
+
     /// Moves the `k` best to `exact`, and clears the others.
     fn resolve(&self, own: usize, shortlist: &mut Shortlist) {
         let row = |i: usize| &self.points[i * self.d..][..self.d];
@@ -433,7 +501,7 @@ mod tests {
                 // Spread out; then so close together that rounding to bytes decides nothing.
                 for spread in [2., 1e-3] {
                     let points = random_rows(n, d, spread);
-                    let found = search(&points, n, d, k, Some(format))?;
+                    let found = search(&points, n, d, k, Some(format), &Communicator::single())?;
                     assert_eq!(found, plain(&points, d, k), "{format:?} {n} {d} {k} {spread}");
                 }
             }
@@ -467,8 +535,37 @@ mod tests {
         }
         for format in [RowFormat::Bytes, RowFormat::Floats] {
             for k in [1, 20, n - 1] {
-                let found = search(&points, n, d, k, Some(format))?;
+                let found = search(&points, n, d, k, Some(format), &Communicator::single())?;
                 assert_eq!(found, plain(&points, d, k), "{format:?} {k}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn any_number_of_ranks_finds_the_same() -> Result<()> {
+        // Of 40 rows there are 3 blocks, so that some ranks compare none in some rounds; with 39 neighbours no rank
+        // finds enough rows alone. Every tenth row is there twice.
+        for (n, d, k) in [(500, 12, 7), (40, 3, 39), (300, 5, 1)] {
+            let mut points = random_rows(n, d, 1.);
+            for row in (0..n - 1).step_by(10) {
+                points.copy_within(row * d..(row + 1) * d, (row + 1) * d);
+            }
+            let want = nearest_neighbours(&points, n, d, k)?;
+            for count in [2, 4, 8] {
+                let found: Vec<Vec<u32>> = std::thread::scope(|scope| {
+                    let run = |ranks| {
+                        let points = &points;
+                        scope.spawn(move || nearest_neighbours_on_ranks(points, n, d, k, &ranks))
+                    };
+                    let ranks: Vec<_> =
+                        Communicator::threads(count)?.into_iter().map(run).collect();
+                    ranks
+                        .into_iter()
+                        .map(|rank| rank.join().expect("no panic"))
+                        .collect::<Result<_>>()
+                })?;
+                assert!(found.iter().all(|found| *found == want), "{count} ranks, {n} rows");
             }
         }
         Ok(())

@@ -12,7 +12,7 @@
 //! This is our reading of what the paper leaves open.
 
 use anyhow::Result;
-use assignment::KMeans;
+use assignment::{KMeans, k_means_on_ranks};
 use candle_core::{Device, Tensor};
 use stage::Job;
 
@@ -39,7 +39,8 @@ pub(crate) fn hand_over(
     let embedding_width = networks.backbone.embedding_width();
     let count = embeddings.len() / embedding_width;
     let k_means = KMeans::spherical(clusters, config.kmeans_restarts);
-    let groups = assignment::k_means(unit, count, embedding_width, &k_means, job.seed)?;
+    let ranks = &job.communicator;
+    let groups = k_means_on_ranks(unit, count, embedding_width, &k_means, job.seed, ranks)?;
 
     let embeddings = Tensor::from_slice(embeddings, (count, embedding_width), device)?;
     let features: Vec<f32> = networks.head.evaluate(&embeddings)?.flatten_all()?.to_vec1()?;

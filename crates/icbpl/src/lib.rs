@@ -35,7 +35,7 @@ mod neighbours;
 pub mod network;
 
 use anyhow::Result;
-use assignment::{KMeans, argmax_rows};
+use assignment::{KMeans, argmax_rows, k_means_on_ranks};
 use backbone::Segment;
 use candle_core::{Device, Tensor};
 use data::head::{self, CentreMetric};
@@ -231,7 +231,8 @@ pub fn predict(
     let [_, embeddings] = embed(config, images, &rows, job, device)?;
     let k_means = KMeans::spherical(job.data.clusters, config.kmeans_restarts);
     let width = embeddings.len() / rows.len();
-    let kmeans = assignment::k_means(&embeddings, rows.len(), width, &k_means, job.seed)?;
+    let ranks = &job.communicator;
+    let kmeans = k_means_on_ranks(&embeddings, rows.len(), width, &k_means, job.seed, ranks)?;
     Ok(Found {
         assignment,
         kmeans_assignment: kmeans.assignment,

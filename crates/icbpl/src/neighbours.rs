@@ -1,7 +1,7 @@
 //! The nearest neighbours of every picture, found once with the pretrained backbone.
 
 use anyhow::{Context, Result};
-use assignment::nearest_neighbours;
+use assignment::nearest_neighbours_on_ranks;
 use rand::RngExt;
 use serde_json::json;
 use stage::Job;
@@ -38,8 +38,13 @@ impl Neighbours {
             StartTable::File { file, .. } => file.display().to_string(),
             StartTable::Stage { .. } | StartTable::Published {} => "role backbone".to_owned(),
         }}))?;
-        let and_self = config.neighbours_include_self;
-        self.nearest = nearest(embeddings, self.rows.len(), config.neighbours, and_self)?;
+        let (count, k) = (self.rows.len(), config.neighbours);
+        let width = embeddings.len() / count;
+        let others = nearest_neighbours_on_ranks(embeddings, count, width, k, &job.communicator)?;
+        self.nearest = match config.neighbours_include_self {
+            true => with_self(&others, k),
+            false => others,
+        };
         Ok(())
     }
 
@@ -65,12 +70,8 @@ impl Neighbours {
     }
 }
 
-/// The `k` other rows of highest inner product, `(N, k)`; with the row itself before them, `(N, k + 1)`.
-pub(crate) fn nearest(points: &[f32], n: usize, k: usize, and_self: bool) -> Result<Vec<u32>> {
-    let others = nearest_neighbours(points, n, points.len() / n, k)?;
-    if !and_self {
-        return Ok(others);
-    }
+/// Puts each row before its `k` neighbours, `(N, k + 1)`.
+pub(crate) fn with_self(others: &[u32], k: usize) -> Vec<u32> {
     let rows = others.chunks_exact(k).zip(0..);
-    Ok(rows.flat_map(|(others, row)| [&[row], others].concat()).collect())
+    rows.flat_map(|(others, row)| [&[row], others].concat()).collect()
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use assignment::nearest_neighbours;
 use backbone::published::{self, Provenance, PublishedNetwork};
 use backbone::{Architecture, Depth, Segment, Stem, backbone_file, network_file, resnet};
 use data::images::{self, StoredPicture};
@@ -13,7 +14,7 @@ use fixture::{Pictures, transformer};
 use stage::Split;
 
 use super::*;
-use crate::neighbours::nearest;
+use crate::neighbours::with_self;
 use crate::network::IcbplPass;
 
 /// Twenty-four pictures, every fourth for testing, a random backbone in the role `backbone`, and a
@@ -295,7 +296,7 @@ fn each_group_is_handed_to_its_own_centroid() -> Result<()> {
 #[test]
 fn neighbours_have_the_specified_order() -> Result<()> {
     let points = [1f32, 0., 0.96, 0.28, 0.6, 0.8, 0., 1., -0.8, 0.6];
-    let found = nearest(&points, 5, 4, true)?;
+    let found = with_self(&nearest_neighbours(&points, 5, 2, 4)?, 4);
     let want =
         [[0u32, 1, 2, 3, 4], [1, 0, 2, 3, 4], [2, 1, 3, 0, 4], [3, 2, 4, 1, 0], [4, 3, 2, 1, 0]];
     for (row, (got, mut want)) in found.chunks(5).zip(want).enumerate() {
@@ -304,7 +305,7 @@ fn neighbours_have_the_specified_order() -> Result<()> {
         }
         assert_eq!(got, want, "row {row}");
     }
-    let without = nearest(&points, 5, 4, false)?;
+    let without = nearest_neighbours(&points, 5, 2, 4)?;
     for (row, got) in without.chunks(4).enumerate() {
         assert!(!got.contains(&(row as u32)), "row {row}: {got:?}");
         assert_eq!(got[0], found[5 * row + 1], "row {row}");
@@ -321,7 +322,7 @@ fn a_search_in_blocks_is_the_search_of_all_pairs() -> Result<()> {
         let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
         row.iter_mut().for_each(|x| *x /= length);
     }
-    let found = nearest(&points, n, k, false)?;
+    let found = nearest_neighbours(&points, n, points.len() / n, k)?;
     let product = |a: usize, b: usize| -> f64 {
         (0..d).map(|c| f64::from(points[a * d + c]) * f64::from(points[b * d + c])).sum()
     };
@@ -532,8 +533,21 @@ fn a_published_resnet_50_is_fine_tuned_or_keeps_its_bits() -> Result<()> {
     let (before, after) = weight_after(&config)?;
     assert!(before == after);
     let upper = vec!["stem".to_owned(), "layer1".to_owned(), "layer2".to_owned()];
-    let (again, tuned) = weight_after(&Config { frozen: upper, ..config })?;
-    assert!(before == again && before != tuned);
+    let tuned = Config { frozen: upper, ..config.clone() };
+    let (again, after) = weight_after(&tuned)?;
+    assert!(before == again && before != after);
+
+    // One that learns may be taught another size, and no other mean.
+    let larger = |config: &Config| {
+        let mut config = config.clone();
+        config.input.width = 40;
+        config
+    };
+    larger(&tuned).check(&job)?;
+    let mut darker = larger(&tuned);
+    darker.input.mean = vec![0.1; 3];
+    let wrong = [(larger(&config), "`width` is 40"), (darker, "`mean` is [0.1,0.1,0.1]")];
+    fixture::assert_refused::<Icbpl>(&job, wrong);
     Ok(())
 }
 

@@ -1,10 +1,11 @@
 //! The result of a label pass: projections, neighbours and pseudo-labels of all images.
 
 use anyhow::Result;
-use assignment::{chance_corrected_agreement, nearest_neighbours, shares};
+use assignment::{chance_corrected_agreement, nearest_neighbours_on_ranks, shares};
 use candle_core::{Device, Tensor};
 use data::PseudoLabels;
 use rand::seq::SliceRandom;
+use stage::Job;
 use training::{Checkpoint, Run, Trained};
 
 use crate::Config;
@@ -102,12 +103,18 @@ impl LabelBank {
         config: &Config,
         pass: LabelPass,
         [epoch, epochs]: [usize; 2],
-        seed: u64,
+        job: &Job,
         run: &mut Run,
     ) -> Result<()> {
         let images = self.agreement.len();
         let count = config.candidate_neighbours.min(images - 1);
-        let nearest = nearest_neighbours(&pass.projections, images, self.width, count)?;
+        let nearest = nearest_neighbours_on_ranks(
+            &pass.projections,
+            images,
+            self.width,
+            count,
+            &job.communicator,
+        )?;
         self.projections = pass.projections;
         self.neighbours = mutual(&nearest, images, config.neighbours)?;
         if self.first.0.is_empty() {
@@ -120,7 +127,7 @@ impl LabelBank {
             // Permuted labels differ at every pass, so the log has no `changed-labels` then.
             let before = if config.permuted_share == 0. { before } else { Vec::new() };
             self.note_labels(&before, run)?;
-            self.permute(config.permuted_share, seed, epoch);
+            self.permute(config.permuted_share, job.seed, epoch);
         }
         let with_neighbours =
             self.neighbours.chunks_exact(config.neighbours).filter(|of| of[0] != NO_NEIGHBOUR);

@@ -253,7 +253,7 @@ impl RefinedModel {
             };
             Ok([projection, memberships])
         })?;
-        bank.refresh(config, LabelPass { projections, memberships }, place, job.seed, run)
+        bank.refresh(config, LabelPass { projections, memberships }, place, job, run)
     }
 
     fn constants(

@@ -5,7 +5,7 @@
 //! next; nothing depends on them.
 
 use anyhow::Result;
-use assignment::{Clustering, k_means, optimal_map, shares};
+use assignment::{Clustering, k_means_on_ranks, optimal_map, shares};
 use candle_core::Device;
 use data::{Found, Images, Loader};
 use stage::Job;
@@ -138,7 +138,8 @@ fn project(
 
 fn e_step(config: &Config, job: &Job, projections: &[f32], images: usize) -> Result<Clustering> {
     let k_means_config = config.k_means(job.data.clusters);
-    k_means(projections, images, config.network.projector.width, &k_means_config, job.seed)
+    let width = config.network.projector.width;
+    k_means_on_ranks(projections, images, width, &k_means_config, job.seed, &job.communicator)
 }
 
 /// The share of images whose cluster changed, under the best renumbering.

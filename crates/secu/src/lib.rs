@@ -31,7 +31,7 @@ pub mod monitor;
 pub mod network;
 
 use anyhow::Result;
-use assignment::{KMeans, argmax_rows, k_means};
+use assignment::{KMeans, argmax_rows, k_means_on_ranks};
 use candle_core::{Device, Tensor};
 use candle_nn::ops::softmax;
 use data::head::{self, CentreMetric};
@@ -161,8 +161,8 @@ fn result(
         Ok([directions, memberships])
     })?;
     let (assignment, confidence) = argmax_rows(&memberships, clusters)?;
-    let k_means =
-        k_means(&projections, rows.len(), width, &KMeans::spherical(clusters, 10), job.seed)?;
+    let (restarts, ranks) = (KMeans::spherical(clusters, 10), &job.communicator);
+    let k_means = k_means_on_ranks(&projections, rows.len(), width, &restarts, job.seed, ranks)?;
     Ok(Found {
         assignment,
         kmeans_assignment: k_means.assignment,
