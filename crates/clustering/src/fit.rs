@@ -84,7 +84,7 @@ pub fn train(
 ) -> Result<Vec<Candidate>> {
     let shape = config.shape(features, job);
     let device = training::network_device(job.device)?;
-    let embeddings = UnitEmbeddings::new(features, shape.width, &device);
+    let embeddings = DrawnEmbeddings::new(features, shape.width, &device);
     let steps = FitSteps::new(config, &embeddings, neighbours, job);
     let FirstHeads { mut heads, continued } = first_heads(config, shape, previous, job);
 
@@ -147,9 +147,8 @@ fn first_heads(
     }
 }
 
-/// Embeddings as the networks take them: rows of length `√D`, where they compute. Of the views, only those
-/// that a step draws are there.
-struct UnitEmbeddings<'a> {
+/// Embeddings as the file has them. Those that a step draws are scaled to length `√D`, on the device that computes.
+struct DrawnEmbeddings<'a> {
     /// Of un-augmented images, `(N, D)`, as they are.
     clean: &'a [f32],
     /// Of augmented copies, `(V·N, D)`, all images of a copy together; the un-augmented ones where
@@ -159,7 +158,7 @@ struct UnitEmbeddings<'a> {
     device: &'a Device,
 }
 
-impl<'a> UnitEmbeddings<'a> {
+impl<'a> DrawnEmbeddings<'a> {
     fn new(features: &'a Features, width: usize, device: &'a Device) -> Self {
         let clean = &features.backbone;
         let views =
@@ -228,7 +227,7 @@ struct FitSteps<'a> {
 impl<'a> FitSteps<'a> {
     fn new(
         config: &'a Config,
-        embeddings: &UnitEmbeddings<'a>,
+        embeddings: &DrawnEmbeddings<'a>,
         neighbours: &'a [u32],
         job: &'a Job,
     ) -> Self {

@@ -53,7 +53,8 @@ impl Embeddings {
     /// A length contradicts another, a number is not finite, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         self.check(path)?;
-        let mut writer = EmbeddingWriter::create_in(folder_of(path))?;
+        let widths = [self.width, self.projection_width];
+        let mut writer = EmbeddingWriter::create_in(folder_of(path), widths, self.views)?;
         writer.push(&self.backbone, &self.projection)?;
         writer.push_views(&self.backbone_views)?;
         writer.finish(path, &self.data_set, &self.index)
@@ -80,6 +81,14 @@ impl Embeddings {
         Ok(read)
     }
 
+    /// A matrix and its width.
+    pub fn rows(&self, space: Space) -> (&Floats, usize) {
+        match space {
+            Space::Backbone => (&self.backbone, self.width),
+            Space::Projection => (&self.projection, self.projection_width),
+        }
+    }
+
     fn check(&self, path: &Path) -> Result<()> {
         let (m, d) = (self.index.len(), self.width);
         check_index(path, &self.index, self.data_set.images)?;
@@ -98,20 +107,13 @@ pub enum Space {
     Projection,
 }
 
-impl Embeddings {
-    /// A matrix and its width.
-    pub fn rows(&self, space: Space) -> (&Floats, usize) {
-        match space {
-            Space::Backbone => (&self.backbone, self.width),
-            Space::Projection => (&self.projection, self.projection_width),
-        }
-    }
-}
-
 /// Writes an embeddings file in the order in which pictures pass through a network, and keeps no embedding in
 /// memory.
 #[derive(Debug)]
 pub struct EmbeddingWriter {
+    width: usize,
+    projection_width: usize,
+    views: usize,
     backbone: Column<f32>,
     projection: Column<f32>,
     backbone_views: Column<f32>,
@@ -120,12 +122,17 @@ pub struct EmbeddingWriter {
 impl EmbeddingWriter {
     /// Keeps values in temporary files in `folder` until [`finish`](EmbeddingWriter::finish).
     ///
+    /// - `widths`: D of an embedding, P of a projection.
+    /// - `views`: augmented views V of each picture.
+    ///
     /// # Errors
     ///
     /// The folder cannot be written into.
-    pub fn create_in(folder: &Path) -> Result<Self> {
+    pub fn create_in(folder: &Path, widths: [usize; 2], views: usize) -> Result<Self> {
         let column = || Column::create_in(folder);
-        Ok(Self { backbone: column()?, projection: column()?, backbone_views: column()? })
+        let [width, projection_width] = widths;
+        let (backbone, projection, backbone_views) = (column()?, column()?, column()?);
+        Ok(Self { width, projection_width, views, backbone, projection, backbone_views })
     }
 
     /// Adds embeddings of the next un-augmented pictures, and their projections.
@@ -151,13 +158,10 @@ impl EmbeddingWriter {
     ///
     /// # Errors
     ///
-    /// As [`Embeddings::write`].
+    /// As [`Embeddings::write`]; a picture or a view was not pushed.
     pub fn finish(mut self, path: &Path, data_set: &DataSet, index: &[u32]) -> Result<()> {
         check_index(path, index, data_set.images)?;
-        let m = index.len();
-        let width = |column: &Column<f32>| column.len() as usize / m.max(1);
-        let (d, p) = (width(&self.backbone), width(&self.projection));
-        let views = width(&self.backbone_views) / d.max(1);
+        let (m, d, p, views) = (index.len(), self.width, self.projection_width, self.views);
         let tensors = [
             Tensor::u32("index", &[m], index),
             self.backbone.tensor("backbone", &[m, d])?,
@@ -215,31 +219,37 @@ mod tests {
     }
 
     #[test]
-    fn a_file_written_bit_by_bit_has_the_bytes_of_one_written_at_once() -> Result<()> {
+    fn a_file_written_in_pieces_has_the_bytes_of_one_written_at_once() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let (path, other) = (folder.path().join("once"), folder.path().join("bit-by-bit"));
+        let (path, other) = (folder.path().join("once"), folder.path().join("in-pieces"));
         let example = example(&path);
         example.write(&path)?;
-        let mut writer = EmbeddingWriter::create_in(folder.path())?;
-        writer.push(&example.backbone[..4], &example.projection[..2])?;
-        writer.push(&example.backbone[4..], &example.projection[2..])?;
+        let writer = |views| EmbeddingWriter::create_in(folder.path(), [2, 1], views);
+        let refused = |writer: EmbeddingWriter| -> String {
+            let error = writer.finish(&other, &example.data_set, &example.index);
+            format!("{:#}", error.expect_err("refused"))
+        };
+        let mut pieces = writer(2)?;
+        pieces.push(&example.backbone[..4], &example.projection[..2])?;
+        pieces.push(&example.backbone[4..], &example.projection[2..])?;
         for view in example.backbone_views.chunks(5) {
-            writer.push_views(view)?;
+            pieces.push_views(view)?;
         }
-        writer.finish(&other, &example.data_set, &example.index)?;
+        pieces.finish(&other, &example.data_set, &example.index)?;
         assert_eq!(std::fs::read(&path)?, std::fs::read(&other)?);
 
-        let mut writer = EmbeddingWriter::create_in(folder.path())?;
-        writer.push(&[1., 2., f32::NAN], &[1., 1., 1.])?;
-        let error = writer.finish(&other, &example.data_set, &example.index);
-        let error = format!("{:#}", error.expect_err("not a number"));
-        assert!(error.contains("value 2 is NaN") && error.contains("backbone"), "{error}");
-        let mut writer = EmbeddingWriter::create_in(folder.path())?;
-        writer.push(&[1.; 4], &[1.; 3])?;
-        assert!(
-            writer.finish(&other, &example.data_set, &example.index).is_err(),
-            "a row is short"
-        );
+        let mut no_number = writer(0)?;
+        no_number.push(&[1., 2., 3., f32::NAN, 5., 6.], &[1.; 3])?;
+        let error = refused(no_number);
+        assert!(error.contains("value 3 is NaN") && error.contains("backbone"), "{error}");
+        // Three embeddings of width 1 are not those of width 2, nor is one view two.
+        let mut short = writer(0)?;
+        short.push(&[1.; 3], &[1.; 3])?;
+        assert!(refused(short).contains("backbone"));
+        let mut one_view = writer(2)?;
+        one_view.push(&[1.; 6], &[1.; 3])?;
+        one_view.push_views(&[1.; 6])?;
+        assert!(refused(one_view).contains("backbone-views"));
         Ok(())
     }
 

@@ -112,12 +112,10 @@ impl Stage for Embed {
             job.data.score_on
         );
         let began = Instant::now();
-        let mut writer = EmbeddingWriter::create_in(&job.out)?;
-        let views = if config.pixels {
-            pixels(&images, &rows, job, &mut writer)?;
-            0
+        let (writer, views) = if config.pixels {
+            (pixels(&images, &rows, job)?, 0)
         } else {
-            embeddings(config, &images, &rows, job, &mut writer)?
+            (embeddings(config, &images, &rows, job)?, config.views)
         };
         let forwards = rows.len() * (1 + views);
         let seconds = began.elapsed().as_secs_f64();
@@ -127,21 +125,26 @@ impl Stage for Embed {
             "seconds": seconds,
             "images-per-second": forwards as f64 / seconds.max(1e-9),
         }))?;
-        if job.communicator.is_first() {
+        if let Some(writer) = writer {
             writer.finish(&job.out.join("embeddings.safetensors"), images.data_set(), &rows)?;
         }
         Ok(())
     }
 }
 
-/// Embeddings by the network of the role `network`. Returns the number of augmented views of a picture.
+/// Where the first rank keeps what it writes; `None` on the others.
+fn writer(job: &Job, widths: [usize; 2], views: usize) -> Result<Option<EmbeddingWriter>> {
+    let create = || EmbeddingWriter::create_in(&job.out, widths, views);
+    job.communicator.is_first().then(create).transpose()
+}
+
+/// Embeddings by the network of the role `network`.
 fn embeddings(
     config: &Config,
     images: &Images,
     rows: &[u32],
     job: &Job,
-    writer: &mut EmbeddingWriter,
-) -> Result<usize> {
+) -> Result<Option<EmbeddingWriter>> {
     let device = training::network_device(job.device)?;
     let mut network = EmbeddingNetwork::open(job.input("network")?, config.precision, &device)?;
     let input = network.input.clone();
@@ -149,8 +152,7 @@ fn embeddings(
     job.log(&serde_json::json!({ "network": network.found }))?;
 
     if config.views == 0 && network.is_published() {
-        published(config, images, rows, job, &mut network, writer)?;
-        return Ok(0);
+        return published(config, images, rows, job, &mut network);
     }
     if job.communicator.size() > 1 {
         let network = sha256_of_file(&job.input("network")?.join(network_file::NAME))?;
@@ -170,13 +172,13 @@ fn embeddings(
     };
     let clean = Views::new(images, [&input.clean()], &input, seed);
     let clean = clean.epoch(0, batches.clone(), 0)?;
-    let is_first = job.communicator.is_first();
+    let mut writer = writer(job, [network.width, network.projection_width], config.views)?;
     let mut clean = DividedBatches::new(clean, &device, &job.communicator)?;
     while let Some((batch, [embeddings, projections])) = clean.next(|pictures| {
         let (embedding, unit_projection) = network.embed(pictures)?;
         Ok([embedding, unit_projection])
     })? {
-        if is_first {
+        if let Some(writer) = &mut writer {
             writer.push(&embeddings, &projections)?;
         }
         count(batch.len())?;
@@ -188,13 +190,13 @@ fn embeddings(
         while let Some((batch, [embeddings])) =
             pictures.next(|pictures| Ok([network.embedding(pictures)?]))?
         {
-            if is_first {
+            if let Some(writer) = &mut writer {
                 writer.push_views(&embeddings)?;
             }
             count(batch.len())?;
         }
     }
-    Ok(config.views)
+    Ok(writer)
 }
 
 /// Embeddings that are scaled to unit length together.
@@ -211,8 +213,7 @@ fn published(
     rows: &[u32],
     job: &Job,
     network: &mut EmbeddingNetwork,
-    writer: &mut EmbeddingWriter,
-) -> Result<()> {
+) -> Result<Option<EmbeddingWriter>> {
     let identity =
         known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
     let mut known = KnownEmbeddings::of_job(job, identity, network.width);
@@ -226,9 +227,7 @@ fn published(
     }
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
     embed_missing(config, images, &missing, job, network, &mut known)?;
-    if !job.communicator.is_first() {
-        return Ok(());
-    }
+    let Some(mut writer) = writer(job, [network.width; 2], 0)? else { return Ok(None) };
     for ids in ids.chunks(ROWS_AT_ONCE) {
         let mut embeddings = Vec::with_capacity(ids.len() * network.width);
         for id in ids {
@@ -238,7 +237,7 @@ fn published(
         let projections: Vec<f32> = unit_rows(&rows)?.flatten_all()?.to_vec1()?;
         writer.push(&embeddings, &projections)?;
     }
-    Ok(())
+    Ok(Some(writer))
 }
 
 /// Embeds the pictures in `missing` and adds them to `known`, which is saved now and then and at the end.
@@ -278,15 +277,24 @@ fn embed_missing(
 
 /// Thumbnails as both embedding and projection, without augmented views. Where pictures differ in
 /// size, small ones are enlarged, as the input of a network is.
-fn pixels(images: &Images, rows: &[u32], job: &Job, writer: &mut EmbeddingWriter) -> Result<()> {
+fn pixels(images: &Images, rows: &[u32], job: &Job) -> Result<Option<EmbeddingWriter>> {
+    let mut all = None;
+    if !job.communicator.is_first() {
+        return Ok(all);
+    }
     let sizes = rows.iter().map(|&row| images.size(row)).collect::<Result<Vec<_>>>()?;
     let size = data::thumbnail::common_size(sizes);
     for &row in rows {
         let values = data::thumbnail(&*images.picture(row)?, size).values;
+        let widths = [values.len(); 2];
+        let writer = match &mut all {
+            Some(writer) => writer,
+            None => all.insert(EmbeddingWriter::create_in(&job.out, widths, 0)?),
+        };
         writer.push(&values, &values)?;
         job.interrupt.check()?;
     }
-    Ok(())
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -615,15 +623,18 @@ mod tests {
     #[test]
     fn ranks_write_the_same_bytes() -> Result<()> {
         // Batches of 3, 3 and 1 pictures: of four ranks, some have none.
-        let config = Config { batch_size: 3, ..config() };
-        let written = |ranks: usize| -> Result<_> {
-            let folder = tempfile::tempdir()?;
-            let job = job(folder.path(), &[7])?;
-            fixture::run_on_ranks::<Embed>(&config, &job, ranks);
-            Ok(std::fs::read(job.out.join("embeddings.safetensors"))?)
-        };
-        let one = written(1)?;
-        assert!(one == written(2)? && one == written(4)?);
+        let network = Config { batch_size: 3, ..config() };
+        let pixels = Config { pixels: true, ..config() };
+        for config in [network, pixels] {
+            let written = |ranks: usize| -> Result<_> {
+                let folder = tempfile::tempdir()?;
+                let job = job(folder.path(), &[7])?;
+                fixture::run_on_ranks::<Embed>(&config, &job, ranks);
+                Ok(std::fs::read(job.out.join("embeddings.safetensors"))?)
+            };
+            let one = written(1)?;
+            assert!(one == written(2)? && one == written(4)?);
+        }
         Ok(())
     }
 

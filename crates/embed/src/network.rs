@@ -20,6 +20,8 @@ pub struct EmbeddingNetwork {
     pub input: Input,
     /// Width D of the embedding.
     pub width: usize,
+    /// Width P of the projection.
+    pub projection_width: usize,
 }
 
 enum Kind {
@@ -47,6 +49,7 @@ impl EmbeddingNetwork {
             found,
             input: encoder.input()?,
             width: encoder.backbone.embedding_width(),
+            projection_width: encoder.projector.width,
         })
     }
 
@@ -68,7 +71,7 @@ impl EmbeddingNetwork {
         };
         let width = configuration.embedding_width();
         let input = configuration.input()?;
-        Ok(Self { kind, found: "published", input, width })
+        Ok(Self { kind, found: "published", input, width, projection_width: width })
     }
 
     /// True for a published network, whose projection is its embedding at unit length.

@@ -80,11 +80,12 @@ impl TensorBytes<'_> {
     }
 }
 
-/// A tensor that is too long for memory. Its values are appended one by one to a temporary file,
-/// from which [`write_streamed`] copies them.
+/// A tensor that is too long for memory. Its values are appended to a temporary file, from which [`write()`] and
+/// [`write_streamed`] copy them.
 #[derive(Debug)]
 pub struct Column<T> {
     file: BufWriter<File>,
+    folder: PathBuf,
     values: u64,
     kind: PhantomData<T>,
 }
@@ -116,12 +117,14 @@ impl<T: ColumnNumber> Column<T> {
     pub fn create_in(folder: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(folder)
             .with_context(|| format!("writing into `{}`", folder.display()))?;
-        Ok(Self { file: BufWriter::with_capacity(1 << 16, file), values: 0, kind: PhantomData })
+        let (file, folder) = (BufWriter::with_capacity(1 << 16, file), folder.to_owned());
+        Ok(Self { file, folder, values: 0, kind: PhantomData })
     }
 
     /// Adds values at the end.
     pub fn push(&mut self, values: &[T]) -> Result<()> {
-        self.file.write_all(bytemuck::cast_slice(values)).context("writing a temporary file")?;
+        let Self { file, folder, .. } = self;
+        file.write_all(bytemuck::cast_slice(values)).with_context(|| writing_in(folder))?;
         self.values += values.len() as u64;
         Ok(())
     }
@@ -138,7 +141,7 @@ impl<T: ColumnNumber> Column<T> {
 
     /// Returns the column as a tensor of this name and shape, to be written.
     pub fn tensor(&mut self, name: impl Into<String>, shape: &[usize]) -> Result<Tensor<'_>> {
-        self.file.flush().context("writing a temporary file")?;
+        self.file.flush().with_context(|| writing_in(&self.folder))?;
         let values = TensorBytes::Gathered(
             self.file.get_ref(),
             self.values * std::mem::size_of::<T>() as u64,
@@ -301,7 +304,7 @@ pub fn write_streamed(
 }
 
 /// The order of the tensors in a file and in its contents list. Both keep every tensor aligned; two
-/// exist because files written by earlier versions must stay reproducible byte by byte.
+/// exist because images files of earlier versions must stay reproducible byte by byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TensorOrder {
     /// As `safetensors` orders: by type, then by name; the list too.
@@ -652,7 +655,7 @@ impl Container {
             .with_context(|| format!("tensor `{name}` of `{}`", self.path.display()))
     }
 
-    /// Tensor `name` as 32-bit floats, row by row; of a [mapped](Container::map) file they stay where they are.
+    /// Tensor `name` as 32-bit floats, row by row; of a [mapped](Container::map) file without a copy.
     ///
     /// # Errors
     ///
@@ -723,6 +726,10 @@ fn check_finite_bytes(bytes: &[u8], before: usize) -> Result<()> {
         ensure!(value.is_finite(), "value {position} is {value}, and every value must be finite");
     }
     Ok(())
+}
+
+fn writing_in(folder: &Path) -> String {
+    format!("writing a temporary file in `{}`", folder.display())
 }
 
 fn opening(kind: &str, path: &Path) -> String {
@@ -807,6 +814,34 @@ mod tests {
         assert_eq!(file.header_text("note").expect("there"), "x");
         assert_eq!(file.names().collect::<Vec<_>>(), ["assignment", "byte", "centre", "offset"]);
         assert_eq!(fs::read(example(folder.path())).expect("there"), first);
+    }
+
+    #[test]
+    fn floats_of_a_mapped_file_are_those_of_one_that_is_read() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = example(folder.path());
+        let mapped = Container::map(&path, "example", 2)?;
+        let floats = mapped.floats("centre")?;
+        assert!(matches!(floats.0, FloatValues::Mapped { .. }), "without a copy");
+        assert_eq!(*floats, [0.5, -1., 2., 3.]);
+        assert_eq!(Container::open(&path, "example", 2)?.floats("centre")?, floats);
+        assert!(mapped.floats("byte").is_err(), "another type");
+        fs::remove_file(&path)?;
+        assert_eq!(*floats, [0.5, -1., 2., 3.], "the map outlives the name");
+        Ok(())
+    }
+
+    #[test]
+    fn a_column_of_floats_has_finite_numbers_alone() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("column.safetensors");
+        let mut column = Column::create_in(folder.path())?;
+        column.push(&vec![1f32; 40_000])?;
+        column.push(&[f32::INFINITY])?;
+        let tensors = [column.tensor("rows", &[40_001])?];
+        let error = message(write(&path, "example", 1, Header::new(), &tensors));
+        assert!(error.contains("value 40000 is inf") && error.contains("`rows`"), "{error}");
+        Ok(())
     }
 
     #[test]

@@ -48,8 +48,8 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Resu
 pub fn map(file: &File) -> io::Result<Mmap> {
     // SAFETY: the mapping is only read as bytes and numbers, which have no invalid values. No program of ours
     // writes into a file with its final name: see `replace`. What somebody else changes after the check is at
-    // worst another value. A file truncated while it is mapped ends the program by a signal, as it ends any
-    // reader.
+    // worst another value. A file that is truncated while it is mapped, or a disk that fails, ends the program by
+    // a signal.
     unsafe { Mmap::map(file) }
 }
 
