@@ -148,8 +148,9 @@ fn restarts(
     Ok(best.relative_to(&rows.origin))
 }
 
-/// The clustering of lowest inertia on all ranks, of equals that of the first restart; `None` on a rank without
-/// restarts.
+/// The clustering of lowest inertia on all ranks, of equals that of the first restart.
+///
+/// - `own`: the best of this rank; `None` on a rank without restarts.
 fn best_of_ranks(own: Option<Clustering>, ranks: &Communicator) -> Result<Clustering> {
     if ranks.size() == 1 {
         return Ok(own.expect("there was at least one restart"));

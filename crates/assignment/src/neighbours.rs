@@ -3,7 +3,8 @@
 //! The product of each pair is computed once for both rows, approximately and a tile at a time
 //! ([`kernels::similarity`]). Each row keeps a shortlist: the rows that may be among its nearest,
 //! given the proven bound on the error of a product. At the end the few on the shortlist are
-//! compared in `f64`, so the result equals that of `f64` products of all pairs.
+//! compared in `f64`, so the result equals that of `f64` products of all pairs. Ranks divide the pairs, and merge
+//! their lists by those products.
 
 use std::cmp::Ordering;
 use std::sync::Mutex;
@@ -139,11 +140,10 @@ fn search(
     let blocks: Vec<Mutex<Block>> = (0..n.div_ceil(block))
         .map(|b| Mutex::new(Block::new(b * block, block.min(n - b * block), k)))
         .collect();
-    for pairs in rounds(blocks.len()) {
-        let own: Vec<_> = pairs.iter().skip(ranks.rank()).step_by(ranks.size()).collect();
-        own.par_iter().for_each_init(
+    for pairs in rounds(blocks.len()).iter().skip(ranks.rank()).step_by(ranks.size()) {
+        pairs.par_iter().for_each_init(
             || (Panel::new(d, format), Tile::default()),
-            |(panel, tile), &&(a, b)| {
+            |(panel, tile), &(a, b)| {
                 let mut lanes = lock(&blocks[a]);
                 if a == b {
                     search.compare(&mut lanes, None, panel, tile);
@@ -163,6 +163,7 @@ fn search(
         product,
         index: index.into(),
     });
+    drop(blocks);
     ranks.all_reduce(&mut ranked, |lower, upper| {
         lower.par_chunks_mut(k).zip(upper.par_chunks(k)).for_each(|(own, other)| {
             let mut both = [&*own, other].concat();
@@ -397,8 +398,8 @@ impl Search<'_> {
         below(shortlist.exact[self.k - 1].0 - self.error(own))
     }
 
-    /// Writes what `convert` makes of the nearest rows of each row to `found`, `(N, k)`. Rows that are not among the
-    /// compared ones are left as they are.
+    /// Finds the nearest of the rows that each row was compared with, converts them and writes them to `found`,
+    /// `(N, k)`. Of fewer than `k`, the last places stay as they are.
     ///
     /// - `block`: rows in a block.
     fn resolve_all<T: Send>(
@@ -544,9 +545,9 @@ mod tests {
 
     #[test]
     fn any_number_of_ranks_finds_the_same() -> Result<()> {
-        // Of 40 rows there are 3 blocks, so that some ranks compare none in some rounds; with 39 neighbours no rank
-        // finds enough rows alone. Every tenth row is there twice.
-        for (n, d, k) in [(500, 12, 7), (40, 3, 39), (300, 5, 1)] {
+        // 40 rows are one block, which the first rank compares. 200 rows are five blocks, and no rank alone compares
+        // a row with all 199 others. Every tenth row is there twice.
+        for (n, d, k) in [(500, 12, 7), (40, 3, 39), (200, 3, 199), (300, 5, 1)] {
             let mut points = random_rows(n, d, 1.);
             for row in (0..n - 1).step_by(10) {
                 points.copy_within(row * d..(row + 1) * d, (row + 1) * d);
