@@ -4,8 +4,6 @@
 //! Transformers resizes bytes, clips between the two passes and rounds margins down. [`Operation`]s do
 //! the same without rounding to bytes; the difference is below one step of a byte.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail, ensure};
 use backbone::published::{CheckpointFamily, timm_input};
 use data::views::{Filter, Input, Operation};
@@ -39,11 +37,12 @@ impl NativeSide {
 /// The input of a network of `family`.
 ///
 /// Without a file that describes it, the transform published for the family is used, and a log line says
-/// so. timm's Vision Transformers have no such transform: each was trained on its own size, filter, mean and deviation.
+/// so. Networks of timm that come with a `config.json` have no such transform: each was trained on its own size, filter,
+/// mean and deviation.
 ///
 /// # Errors
 ///
-/// A file is damaged or has an unsupported value (the message names the key), or a Vision Transformer of timm has no
+/// A file is damaged or has an unsupported value (the message names the key), or the `config.json` of a network of timm has no
 /// `pretrained_cfg`.
 pub fn input(family: CheckpointFamily, files: &NetworkFiles, side: NativeSide) -> Result<Input> {
     if let Some(path) = &files.preprocessor {
@@ -56,12 +55,14 @@ pub fn input(family: CheckpointFamily, files: &NetworkFiles, side: NativeSide) -
         let context = || format!("reading `pretrained_cfg` of `{}`", path.display());
         return of_timm(&table).with_context(context);
     }
-    if family == CheckpointFamily::Timm {
+    if let Some(path) = &files.configuration
+        && matches!(family, CheckpointFamily::Timm | CheckpointFamily::Residual)
+    {
         bail!(
-            "`{}` has no table `pretrained_cfg`, which says how pictures become the input of a Vision Transformer of \
-             timm; a guess would give worse embeddings without an error. Take the config.json that was published \
+            "`{}` has no table `pretrained_cfg`, which says how pictures become the input of a network of timm; a \
+             guess would give worse embeddings without an error. Take the config.json that was published \
              with the weights, or add the table with `input_size`, `interpolation`, `crop_pct`, `mean` and `std`",
-            files.configuration.as_deref().unwrap_or(Path::new("config.json")).display()
+            path.display()
         );
     }
     tracing::info!("no preprocessor_config.json: the input is the one published for {family:?}");

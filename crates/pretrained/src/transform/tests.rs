@@ -70,7 +70,7 @@ fn published_processors_become_operations() -> Result<()> {
 }
 
 #[test]
-fn a_transformer_of_timm_without_its_table_is_refused() -> Result<()> {
+fn a_network_of_timm_without_its_table_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("config.json");
     std::fs::write(&path, json!({ "architecture": "vit_small_patch14_dinov2" }).to_string())?;
@@ -80,7 +80,8 @@ fn a_transformer_of_timm_without_its_table_is_refused() -> Result<()> {
     for part in ["config.json`", "`pretrained_cfg`", "`crop_pct`"] {
         assert!(error.to_string().contains(part), "{error}");
     }
-    // A residual network has one published input.
+    assert!(input(CheckpointFamily::Residual, &files, NativeSide::unknown()).is_err());
+    // Weights alone are those of torchvision, Barlow Twins or DINO.
     files.configuration = None;
     let cut = Operation::CentreCrop { pixels: 224 };
     let want = square_input(224, IMAGENET, vec![shorter(256, Filter::Bilinear), cut]);
