@@ -12,10 +12,8 @@ use std::process::ExitCode;
 const LISTED: f64 = 67.;
 /// Augmented copies whose embeddings `embed` stores beside the picture's own, see `configs/stage/embed.toml`.
 const VIEWS: f64 = 8.;
-/// Neighbours that the clustering keeps of a picture, four bytes each.
-const NEIGHBOURS: f64 = 20.;
-/// Networks of the clustering; of each it keeps the cluster and the confidence of a picture.
-const NETWORKS: f64 = 6.;
+/// What the search for 20 neighbours holds of a picture: 128 candidates of 8 bytes, 32 exact ones of 16, 20 results of 4.
+const SEARCH: f64 = 1616.;
 
 fn main() -> ExitCode {
     let numbers: Option<Vec<f64>> = env::args().skip(1).map(|word| word.parse().ok()).collect();
@@ -37,14 +35,9 @@ fn main() -> ExitCode {
         ("pretraining", 0., LISTED + 8., Some(epochs / training_rate)),
         // The rows, and their division into batches.
         ("embed", embedded, LISTED + 8., Some((1. + VIEWS) / embed_rate)),
-        // The projections at unit length, k-means' copy of them, neighbours, what the networks say, and six numbers of
-        // the result; embeddings stay in their file. It writes pseudo-labels.
-        (
-            "clustering",
-            25.,
-            LISTED + 4. * (2. * projection + NEIGHBOURS + 2. * NETWORKS + 6.),
-            None,
-        ),
+        // Most is held by the search: the projections at unit length, and packed; embeddings stay in their file. With
+        // 1,000 clusters or more, the memberships by a network exceed it. It writes pseudo-labels.
+        ("clustering", 25., LISTED + 8. * projection + SEARCH, None),
     ];
     println!("stage        GB on disk  GB of memory  hours  millions in {memory} GB");
     for (stage, disk, held, seconds) in stages {
