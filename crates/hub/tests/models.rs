@@ -1,4 +1,4 @@
-//! Networks of a hub on this machine that behaves, and of ones that do not (T19).
+//! Networks of a hub on this machine that behaves, and of ones that do not (Pretrained networks, case T19).
 
 mod server;
 

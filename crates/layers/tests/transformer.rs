@@ -385,7 +385,7 @@ fn each_case(
     Ok(())
 }
 
-/// T1 to T10.
+/// Pretrained networks, cases T1 to T10.
 #[test]
 fn narrow_networks_match_their_libraries_in_f32() -> Result<()> {
     each_case(Precision::F32, |label, network, pictures, wanted| {
@@ -418,7 +418,7 @@ fn features_of_narrow_networks_in_bf16_are_near_their_libraries() -> Result<()> 
     })
 }
 
-/// T17: a real DINOv2 ViT-S/14 in the layout of `facebook/dinov2-small`. `ASSORT_DINOV2_SMALL` names its
+/// Pretrained networks, case T17: a real DINOv2 ViT-S/14 in the layout of `facebook/dinov2-small`. `ASSORT_DINOV2_SMALL` names its
 /// `model.safetensors`; the reference values are those of the one with fine-tuned last layers.
 #[test]
 fn a_real_checkpoint_matches_its_library() -> Result<()> {

@@ -188,7 +188,7 @@ mod tests {
         Ok(losses)
     }
 
-    /// T6.
+    /// Heads on frozen embeddings, case T6.
     #[test]
     fn two_steps_have_the_specified_values() -> Result<()> {
         let places = TINY.places();
@@ -248,7 +248,7 @@ mod tests {
         Ok(())
     }
 
-    /// T10. The mean over two heads halves their gradients, which Adam undoes up to its ε.
+    /// Heads on frozen embeddings, case T10. The mean over two heads halves their gradients, which Adam undoes up to its ε.
     #[test]
     fn equal_heads_stay_equal_and_equal_to_a_single_one() -> Result<()> {
         let (mut one, mut two) = (heads(1), heads(2));
@@ -262,7 +262,7 @@ mod tests {
         Ok(())
     }
 
-    /// T11.
+    /// Heads on frozen embeddings, case T11.
     #[test]
     fn permuted_heads_and_rows_give_permuted_results() -> Result<()> {
         let different = || -> Vec<LearningHead<f64>> {
@@ -288,7 +288,7 @@ mod tests {
         Ok(())
     }
 
-    /// T11, for clusters: a head whose directions are permuted learns the same, permuted.
+    /// Heads on frozen embeddings, case T11, for clusters: a head whose directions are permuted learns the same, permuted.
     #[test]
     fn permuted_directions_give_permuted_clusters() -> Result<()> {
         let turn = |values: &[f64]| -> Vec<f64> {
@@ -304,7 +304,7 @@ mod tests {
         Ok(())
     }
 
-    /// T13.
+    /// Heads on frozen embeddings, case T13.
     #[test]
     fn directions_are_still_at_first() -> Result<()> {
         let places = TINY.places();

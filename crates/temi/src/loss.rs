@@ -169,7 +169,7 @@ pub(crate) mod tests {
             .collect()
     }
 
-    /// T1.
+    /// Heads on frozen embeddings, case T1.
     #[test]
     fn memberships_marginals_weights_and_losses_have_the_specified_values() {
         let case = case();
@@ -196,7 +196,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// T2.
+    /// Heads on frozen embeddings, case T2.
     #[test]
     fn a_second_step_moves_the_marginals_on() {
         let mut case = case();
@@ -207,7 +207,7 @@ pub(crate) mod tests {
         assert_near(&case.marginals[1], &[0.326563809, 0.341827733, 0.331608458], 1e-9);
     }
 
-    /// T3: uniform, balanced and sure, collapsed; ten clusters, the true marginal.
+    /// Heads on frozen embeddings, case T3: uniform, balanced and sure, collapsed; ten clusters, the true marginal.
     #[test]
     fn limits_are_those_of_the_formula() {
         let of = |logits: &dyn Fn(usize, usize) -> f64, beta: f64| -> [f64; 2] {
@@ -255,7 +255,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// T14.
+    /// Heads on frozen embeddings, case T14.
     #[test]
     fn the_marginal_stays_a_distribution() {
         let mut marginal = vec![0.2; 5];
@@ -268,7 +268,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// T11: permuted clusters permute the gradient; the order of pairs does not matter.
+    /// Heads on frozen embeddings, case T11: permuted clusters permute the gradient; the order of pairs does not matter.
     #[test]
     fn clusters_and_pairs_may_be_permuted() {
         let case = case();

@@ -288,7 +288,7 @@ mod tests {
         Ok(pass)
     }
 
-    /// T4: only the last layer. The hidden layers pass (3, 4) on: with a large bias of the hidden layer
+    /// Heads on frozen embeddings, case T4: only the last layer. The hidden layers pass (3, 4) on: with a large bias of the hidden layer
     /// GELU is the identity.
     #[test]
     fn the_last_layer_has_the_specified_values() -> Result<()> {

@@ -43,7 +43,7 @@ mod tests {
         assert!((got - want).abs() <= 1e-6 * want, "got {got}, want {want}");
     }
 
-    /// T5: 10 steps an epoch, 100 epochs, 20 of them warm-up.
+    /// Heads on frozen embeddings, case T5: 10 steps an epoch, 100 epochs, 20 of them warm-up.
     #[test]
     fn rates_have_the_specified_values() {
         let schedule =

@@ -127,7 +127,7 @@ fn accuracies(config: &Config, count: usize, seed: u64) -> Result<[f64; 4]> {
     Ok(found)
 }
 
-/// T15. The reference run asks for .94 of the head with the lowest loss as well. Ours has .9405, .9965
+/// Heads on frozen embeddings, case T15. The reference run asks for .94 of the head with the lowest loss as well. Ours has .9405, .9965
 /// and .860 on seeds 0 to 2: the heads' losses are nearly alike, so that the choice by loss is noise.
 /// The consensus, which is the stage's result, has .9935, .9985 and .9955.
 #[test]
@@ -152,7 +152,7 @@ fn stage_job(folder: &Path, out: &str) -> Job {
     nuisance(200, 4, 2, 0.2, 5).job("temi", folder, out)
 }
 
-/// T12: interrupted after every single step, the run writes the same bytes.
+/// Heads on frozen embeddings, case T12: interrupted after every single step, the run writes the same bytes.
 #[test]
 fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -195,7 +195,7 @@ fn the_state_of_another_run_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// T12, threads: candle reads their number once a process, so that each number needs its own.
+/// Heads on frozen embeddings, case T12, threads: candle reads their number once a process, so that each number needs its own.
 #[test]
 fn any_number_of_threads_gives_the_same_bytes() -> Result<()> {
     const ASKED: &str = "TEMI_TEST_WRITES_TO";

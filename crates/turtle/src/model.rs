@@ -313,7 +313,7 @@ mod tests {
         }
     }
 
-    /// T7.
+    /// Heads on frozen embeddings, case T7.
     #[test]
     fn labels_inner_and_outer_steps_have_the_specified_values() -> Result<()> {
         let (encoders, spaces, mut classifiers) = (encoders(), spaces(), classifiers());

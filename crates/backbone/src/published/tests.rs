@@ -146,7 +146,7 @@ fn every_tensor_of_a_transformers_file_comes_to_its_place() -> Result<()> {
     Ok(())
 }
 
-/// T13, and the wrappers that other programs put around a network.
+/// Pretrained networks, case T13, and the wrappers that other programs put around a network.
 #[test]
 fn other_spellings_of_the_same_network_load_to_the_same_bits() -> Result<()> {
     let tensors = dinov2_tensors();
@@ -181,7 +181,7 @@ fn other_spellings_of_the_same_network_load_to_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// T14.
+/// Pretrained networks, case T14.
 #[test]
 fn a_missing_unknown_or_misshapen_tensor_is_named_and_those_beside_are_ignored() -> Result<()> {
     let tensors = dinov2_tensors();
@@ -463,7 +463,8 @@ fn a_network_is_found_as_it_was_written() -> Result<()> {
     Ok(())
 }
 
-/// The narrow networks of every layout, where the folder `ASSORT_GOLDEN` has them (T1 to T10, T14).
+/// The narrow networks of every layout, where the folder `ASSORT_GOLDEN` has them (Pretrained networks, cases
+/// T1 to T10 and case T14).
 #[test]
 fn golden_files_of_every_layout_load_whole() -> Result<()> {
     let Some(golden) = std::env::var_os("ASSORT_GOLDEN").map(PathBuf::from) else {
@@ -498,7 +499,8 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
     Ok(())
 }
 
-/// The features of a narrow ResNet-50 as timm computes them, where the folder `ASSORT_GOLDEN` has them (T15).
+/// Pretrained networks, case T15: the features of a narrow ResNet-50 as timm computes them, where the folder
+/// `ASSORT_GOLDEN` has them.
 ///
 /// Its stages have 1, 2, 1 and 1 blocks, so that no [`Architecture`] is of its shape. Loader and layers are those
 /// of a published ResNet-50.
@@ -535,7 +537,7 @@ fn golden_features_of_a_narrow_residual_network_are_met() -> Result<()> {
 }
 
 /// The features of narrow networks of every layout, as the programs that publish them compute them, where
-/// the folder `ASSORT_GOLDEN` has them (T1 to T10).
+/// the folder `ASSORT_GOLDEN` has them (Pretrained networks, cases T1 to T10).
 #[test]
 fn golden_features_are_met_by_networks_as_they_are_read() -> Result<()> {
     let Some(golden) =

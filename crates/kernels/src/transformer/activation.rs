@@ -95,7 +95,7 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
     }
 
-    /// T12: the three forms at ±1, and silu by hand: σ(1) = 0.731058579.
+    /// Pretrained networks, case T12: the three forms at ±1, and silu by hand: σ(1) = 0.731058579.
     #[test]
     fn activations_have_the_published_values() {
         let cases = [

@@ -214,7 +214,7 @@ mod tests {
         Ok(())
     }
 
-    /// T18.
+    /// Pretrained networks, case T18.
     #[test]
     fn a_picture_has_the_same_bits_alone_in_any_batch_and_on_any_threads() -> Result<()> {
         let pictures = pictures(19)?;

@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(resample(&learned, 2, [2, 2], Resampling::Offset), learned);
     }
 
-    /// T11, T20: against values computed in f64 by PyTorch, in the folder that `ASSORT_GOLDEN` names.
+    /// Pretrained networks, case T11, and Pretrained networks, case T20: against values computed in f64 by PyTorch, in the folder that `ASSORT_GOLDEN` names.
     #[test]
     fn every_rule_matches_reference_values() -> candle_core::Result<()> {
         let Some(folder) = std::env::var_os("ASSORT_GOLDEN").map(std::path::PathBuf::from) else {

@@ -70,7 +70,7 @@ mod tests {
     use super::*;
     use crate::transformer::tests::{noise_weights, plan};
 
-    /// T14: each fault is an error that names the tensor.
+    /// Pretrained networks, case T14: each fault is an error that names the tensor.
     #[test]
     fn a_missing_unknown_or_misshapen_tensor_is_an_error_that_names_it() {
         let plan = plan();

@@ -166,7 +166,7 @@ fn a_margin_of_half_a_pixel_is_rounded_down() -> Result<()> {
     Ok(())
 }
 
-/// T16: five processors on two noise pictures, where the folder `ASSORT_GOLDEN` has them.
+/// Pretrained networks, case T16: five processors on two noise pictures, where the folder `ASSORT_GOLDEN` has them.
 #[test]
 fn golden_processors_are_met_within_a_step() -> Result<()> {
     let Some(golden) = std::env::var_os("ASSORT_GOLDEN").map(PathBuf::from) else {
