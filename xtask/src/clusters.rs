@@ -22,9 +22,9 @@ pub struct ClustersOptions {
     /// Smallest number of clusters to try.
     #[arg(long, value_name = "K", default_value_t = 2)]
     from: usize,
-    /// Largest number of clusters to try.
-    #[arg(long, value_name = "K", default_value_t = 50)]
-    to: usize,
+    /// Largest number of clusters to try; by default 50, or a quarter of the pictures if that is less.
+    #[arg(long, value_name = "K")]
+    to: Option<usize>,
     /// Print the curve as one JSON object at the end, and the progress as JSON lines on stderr.
     #[arg(long)]
     pub json: bool,
@@ -45,11 +45,12 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     let program = Executable::own(CLUSTERS, &session.registry)?;
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
     for (flag, value) in [
-        ("--from", options.from as u64),
-        ("--to", options.to as u64),
-        ("--seed", options.which.seed),
+        ("--from", Some(options.from as u64)),
+        ("--to", options.to.map(|to| to as u64)),
+        ("--seed", Some(options.which.seed)),
     ] {
-        arguments.extend([flag.into(), value.to_string().into()]);
+        let value = value.map(|value| [flag.into(), value.to_string().into()]);
+        arguments.extend(value.into_iter().flatten());
     }
     if options.json {
         arguments.push("--json".into());

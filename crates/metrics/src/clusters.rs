@@ -28,9 +28,9 @@ struct EstimateArguments {
     /// Fewest clusters.
     #[arg(long, value_name = "K", default_value_t = 2)]
     from: usize,
-    /// Most clusters.
-    #[arg(long, value_name = "K", default_value_t = 50)]
-    to: usize,
+    /// Most clusters; by default 50, or a quarter of the images if that is less.
+    #[arg(long, value_name = "K")]
+    to: Option<usize>,
     /// Rows to use: `projection`, on which a run clusters, or `backbone`.
     #[arg(long, default_value = "projection", value_parser = space)]
     space: Space,
@@ -65,6 +65,9 @@ fn space(word: &str) -> Result<Space, String> {
     }
 }
 
+/// The most clusters to try by default.
+const MOST: usize = 50;
+
 /// Most images to use for the indices of quadratic cost.
 const MEASURED_IMAGES: usize = 1500;
 
@@ -81,14 +84,15 @@ pub fn program(words: Vec<OsString>) -> ExitCode {
 }
 
 fn run(arguments: &EstimateArguments) -> Result<()> {
-    let EstimateArguments { from, to, images, pairs, restarts, seed, .. } = *arguments;
+    let EstimateArguments { from, images, pairs, restarts, seed, .. } = *arguments;
     let EstimateArguments { references, neighbours, .. } = *arguments;
     ensure!(from >= 2, "--from {from}: a single cluster has no scores; begin with 2");
-    ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     let path = arguments.embeddings.display();
     let file = Embeddings::open(&arguments.embeddings)?;
     let ((rows, width), count) = (file.rows(arguments.space), file.index.len());
     let used = images.min(count);
+    let to = arguments.to.unwrap_or_else(|| MOST.min(used / 4).max(from));
+    ensure!(from <= to, "--from {from} --to {to}: the range is empty");
     ensure!(
         to <= used / 2,
         "--to {to}: halves of {used} images are compared, so at most {} clusters are possible",
