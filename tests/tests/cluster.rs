@@ -505,3 +505,25 @@ fn what_cannot_be_clustered_is_refused_before_anything_runs() {
         assert!(!folder.path().join("runs/.store").exists(), "{words:?}");
     }
 }
+
+#[test]
+fn results_inside_the_folder_of_pictures_are_no_pictures() {
+    let folder = photographs();
+    let pictures = folder.path().join("pictures");
+    // The command reads its experiments from the current folder.
+    fs::rename(folder.path().join("configs"), pictures.join("configs")).expect("moved");
+    let run = |clusters: &str| {
+        let mut command = assort();
+        command.args(["cluster", ".", "--device", "cpu", "--backbone", "../network", "--out", "page"]);
+        command.args(["--clusters", clusters, "--copy-to", &format!("../{clusters}")]);
+        let output = command.current_dir(&pictures).output().expect("started");
+        assert!(output.status.success(), "{}", stderr(&output));
+        files_in(&folder.path().join(clusters))
+    };
+    assert_eq!(run("3"), PICTURES);
+    assert!(pictures.join("runs").is_dir() && pictures.join("page/clusters.csv").is_file());
+    let data = || fs::read_dir(pictures.join("runs/.data")).expect("there").count();
+    let prepared = data();
+    assert_eq!(run("4"), PICTURES);
+    assert_eq!(data(), prepared, "nothing is prepared again");
+}

@@ -105,6 +105,10 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     crate::source::require(&pictures)?;
     let mut experiment = experiment(session, options, &pictures)?;
     find_outside(session, &experiment)?;
+    crate::source::mark_results(&options.runs, &pictures, "--runs")?;
+    if let Some(out) = &options.out {
+        crate::source::mark_results(out, &pictures, "--out")?;
+    }
     experiment.name = owner::claim(&options.runs, &experiment.name, &pictures, &session.interrupt)?;
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     check_corrections(&run)?;

@@ -11,7 +11,7 @@ use stage::{Claim, Experiment, Interrupt, container, digest, files};
 use crate::key::StoreKey;
 use crate::process::Process;
 use crate::programs::Executable;
-use crate::source::{plain_name, state_of, text_of};
+use crate::source::{mark_results, plain_name, state_of, text_of};
 use crate::store::{Hold, StepState, Store};
 use crate::{CommandContext, EmbeddedData};
 
@@ -59,6 +59,7 @@ impl<'a> PreparedData<'a> {
             Some(source) => source.to_owned(),
             None => own_source(session, experiment, runs)?,
         };
+        mark_results(runs, &source, "--runs")?;
         let state = state_of(&source, &session.interrupt)?;
         let record = json!({
             "program": program.identity,

@@ -73,14 +73,70 @@ fn seen_of(source: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// A digest of the names, sizes and modification times of all files of a source.
+/// The empty file that marks a folder of results, so that no command reads pictures from it. The helper
+/// `prepare` knows the same name.
+const RESULTS_MARK: &str = ".assort-results";
+
+/// Resolves links and `..`, also in a path whose last parts do not exist yet.
+pub fn resolved(path: &Path) -> Result<PathBuf> {
+    let path = absolute(path).with_context(|| format!("finding `{}`", path.display()))?;
+    let mut existing = path.as_path();
+    while !existing.exists() {
+        match existing.parent() {
+            Some(parent) => existing = parent,
+            None => return Ok(path),
+        }
+    }
+    let missing = path.strip_prefix(existing)?;
+    let existing = fs::canonicalize(existing);
+    let existing = existing.with_context(|| format!("finding `{}`", path.display()))?;
+    match missing.as_os_str().is_empty() {
+        true => Ok(existing),
+        false => Ok(existing.join(missing)),
+    }
+}
+
+/// Whether `folder` is in the folder of pictures `source` or is that folder.
+pub fn is_inside(folder: &Path, source: &Path) -> Result<bool> {
+    Ok(source.is_dir() && resolved(folder)?.starts_with(resolved(source)?))
+}
+
+/// Marks a folder of results inside the source, so that its files are neither pictures nor a change of the
+/// source. Does nothing to a folder elsewhere.
+///
+/// - `flag`: the option that names the folder, for the message.
+///
+/// # Errors
+///
+/// The folder is the source itself, or may hold pictures of the source.
+pub fn mark_results(folder: &Path, source: &Path, flag: &str) -> Result<()> {
+    let mark = folder.join(RESULTS_MARK);
+    if !is_inside(folder, source)? || mark.exists() {
+        return Ok(());
+    }
+    let is_known = [".store", ".data"].iter().any(|name| folder.join(name).is_dir());
+    let is_free = !folder.exists() || is_known || entries(folder)?.is_empty();
+    if !is_free || resolved(folder)? == resolved(source)? {
+        bail!(
+            "{flag} `{}`: the results would be among the pictures of `{}`; name a new folder or one \
+             elsewhere",
+            folder.display(),
+            source.display()
+        )
+    }
+    fs::create_dir_all(folder).with_context(|| format!("creating `{}`", folder.display()))?;
+    stage::files::write(&mark, b"")
+}
+
+/// A digest of the names, sizes and modification times of all files of a source, without the folders of
+/// results in it.
 ///
 /// It is computed whenever pictures may have to be prepared, so it must be cheap for millions of
 /// files. Follows links to folders, and visits each folder once.
 pub fn state_of(source: &Path, interrupt: &Interrupt) -> Result<String> {
     let Some(seen) = seen_of(source)? else { return Ok("on the network".to_owned()) };
     let mut hash = Sha256::new();
-    let mut paths = vec![seen];
+    let mut paths = vec![seen.clone()];
     let mut looked_at = BTreeSet::new();
     while let Some(path) = paths.pop() {
         interrupt.check()?;
@@ -89,6 +145,9 @@ pub fn state_of(source: &Path, interrupt: &Interrupt) -> Result<String> {
             continue;
         };
         if metadata.is_dir() {
+            if path != seen && path.join(RESULTS_MARK).exists() {
+                continue;
+            }
             let folder = fs::canonicalize(&path);
             let folder = folder.with_context(|| format!("reading `{}`", path.display()))?;
             hash.update(format!("{} folder\n", text_of(&path)));
@@ -155,6 +214,33 @@ mod tests {
             assert!(!states[..position].contains(state));
         }
         assert_eq!(states[4], state());
+    }
+
+    #[test]
+    fn results_inside_a_source_do_not_change_it_and_never_hide_pictures() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let source = folder.path().join("source");
+        fs::create_dir_all(source.join("cats")).expect("created");
+        fs::write(source.join("cats/a.png"), "1").expect("written");
+        let state = || state_of(&source, &Interrupt::default()).expect("readable");
+        let before = state();
+        let mark = |name: &str| mark_results(&source.join(name), &source, "--runs");
+        for name in ["runs", "deep/er/../runs"] {
+            mark(name).expect("a new folder");
+            fs::write(source.join(name).join("result.png"), "1").expect("written");
+            mark(name).expect("marked already");
+        }
+        fs::remove_dir_all(source.join("deep")).expect("removed");
+        assert_eq!(state(), before);
+        for name in ["cats", "", "cats/.."] {
+            let error = mark(name).expect_err(name).to_string();
+            assert!(error.contains("--runs"), "{error}");
+        }
+        let elsewhere = folder.path().join("runs");
+        mark_results(&elsewhere, &source, "--runs").expect("nothing to do");
+        assert!(!elsewhere.exists());
+        fs::write(source.join("cats/b.png"), "2").expect("written");
+        assert_ne!(state(), before);
     }
 
     #[cfg(unix)]

@@ -36,8 +36,11 @@ impl FolderContents {
     }
 }
 
-/// Lists a folder. Skips the names for which [`left_out`] has a reason, dangling links, and links
-/// to a folder that contains the link.
+/// The file with which `assort` marks a folder of its results.
+const RESULTS_MARK: &str = ".assort-results";
+
+/// Lists a folder. Skips the names for which [`left_out`] has a reason, dangling links, links
+/// to a folder that contains the link, and folders of results.
 pub fn contents(folder: &Path) -> Result<FolderContents> {
     let mut contents = FolderContents::default();
     let context = || format!("reading the folder `{}`", folder.display());
@@ -58,6 +61,9 @@ pub fn contents(folder: &Path) -> Result<FolderContents> {
         match kind {
             Ok(kind) if kind.is_dir() && is_link && leads_back(folder, &path) => {
                 contents.ignored.push((path, "is a link to a folder that contains it"));
+            }
+            Ok(kind) if kind.is_dir() && path.join(RESULTS_MARK).exists() => {
+                contents.ignored.push((path, "holds results of assort"));
             }
             Ok(kind) if kind.is_dir() => contents.folders.push(path),
             Ok(kind) if kind.is_file() => contents.files.push(path),
