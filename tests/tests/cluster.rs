@@ -527,3 +527,26 @@ fn results_inside_the_folder_of_pictures_are_no_pictures() {
     assert_eq!(run("4"), PICTURES);
     assert_eq!(data(), prepared, "nothing is prepared again");
 }
+
+#[test]
+fn unusable_folders_for_sorted_pictures_are_refused_before_anything_runs() {
+    let folder = photographs();
+    let folder = folder.path();
+    fs::create_dir(folder.join("other")).expect("created");
+    fs::write(folder.join("other/mine.png"), "1").expect("written");
+    for (words, part) in [
+        (&["--copy-to", "other"][..], "exists already"),
+        (&["--link-to", "other"], "exists already"),
+        (&["--copy-to", "pictures/sorted"], "inside the folder of pictures"),
+        (&["--link-to", "other/../pictures"], "inside the folder of pictures"),
+        (&["--copy-to", "sorted", "--link-to", "./sorted"], "the same folder"),
+        (&["--runs", "pictures"], "among the pictures"),
+        (&["--out", "pictures"], "among the pictures"),
+    ] {
+        let output = cluster(folder, &[&["--clusters", "3"], words].concat());
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {message}");
+        assert!(message.contains(part), "{words:?}: {message}");
+        assert!(!folder.join("runs/.store").exists(), "{words:?}");
+    }
+}

@@ -24,7 +24,7 @@ use crate::plan::{Arm, RunPlan};
 use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::CORRECTIONS;
-use crate::report::{self, ReportOptions};
+use crate::report::{self, ReportOptions, TABLE};
 use crate::reproduce::run_seeds;
 use crate::run::ExperimentRun;
 use crate::setup::{Setup, SetupOptions};
@@ -93,6 +93,21 @@ const MOST: usize = 50;
 
 /// Groups the pictures, prints the scores, and prints where the page, table and folders are.
 pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
+    for (flag, folder) in picture_folders(options) {
+        ensure!(
+            !crate::source::is_inside(folder, &options.path)?,
+            "{flag} `{}` is inside the folder of pictures, so the next run would group the sorted \
+             pictures too; name a folder elsewhere",
+            folder.display()
+        );
+    }
+    if let (Some(copies), Some(links)) = (&options.copy_to, &options.link_to) {
+        ensure!(
+            crate::source::resolved(copies)? != crate::source::resolved(links)?,
+            "--copy-to and --link-to name the same folder `{}`; name two",
+            copies.display()
+        );
+    }
     if options.link_to.is_some() {
         ensure!(
             options.path.is_dir(),
@@ -112,6 +127,7 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     experiment.name = owner::claim(&options.runs, &experiment.name, &pictures, &session.interrupt)?;
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     check_corrections(&run)?;
+    check_folders(options, &run)?;
     let clusters = match options.clusters {
         ClusterCount::Given(clusters) => clusters,
         ClusterCount::Auto => estimated(session, &experiment, &setup)?,
@@ -127,6 +143,37 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     print_line(format_args!("to correct the clusters: assort view {}", run.display()))?;
     if options.json {
         print_line(results.json())?;
+    }
+    Ok(())
+}
+
+/// The folders for sorted pictures that the user names, by their flags.
+fn picture_folders(options: &ClusterOptions) -> impl Iterator<Item = (&'static str, &Path)> {
+    [("--copy-to", &options.copy_to), ("--link-to", &options.link_to)]
+        .into_iter()
+        .filter_map(|(flag, folder)| Some((flag, folder.as_deref()?)))
+}
+
+/// Fails where a folder for sorted pictures exists although this run has not sorted any, or holds
+/// something else than folders of clusters. The report later compares the pictures themselves.
+fn check_folders(options: &ClusterOptions, run: &Path) -> Result<()> {
+    let report = options.out.clone().unwrap_or_else(|| run.join("report"));
+    let is_reported = report.join(TABLE).exists();
+    for (flag, folder) in picture_folders(options).filter(|(_, folder)| folder.exists()) {
+        let is_cluster = |entry: fs::DirEntry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let begins = name.starts_with(|sign: char| sign.is_ascii_digit());
+            entry.path().is_dir() && (begins || ["wrong", "outliers"].contains(&&*name))
+        };
+        let is_sorted =
+            is_reported && fs::read_dir(folder).is_ok_and(|all| all.flatten().all(is_cluster));
+        ensure!(
+            is_sorted,
+            "{flag} `{}` exists already and does not hold the sorted pictures of this run; name a \
+             new folder, or move it away",
+            folder.display()
+        );
     }
     Ok(())
 }

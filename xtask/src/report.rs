@@ -87,6 +87,9 @@ pub const REPORT: &str = "report";
 /// The file of a step's clusters.
 pub const LABELS: &str = "pseudo-labels.safetensors";
 
+/// Name of the table in the folder of a report.
+pub const TABLE: &str = "clusters.csv";
+
 /// Writes the report of a run, finished or not.
 ///
 /// # Errors
