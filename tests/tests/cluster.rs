@@ -112,10 +112,24 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
     let mut events = events.map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
     let embedded = events.rfind(|event| event["label"] == "embed");
     assert_eq!(embedded.map(|event| event["done"].clone()), Some(json!(90)), "{progress}");
-    assert!(printed.contains("90 images, 3 clusters"), "{printed}");
-    assert!(printed.contains("report.html") && printed.contains("clusters.csv"), "{printed}");
-    let last: Value = serde_json::from_str(printed.lines().last().expect("a line")).expect("JSON");
-    assert!(last.is_object(), "{last}");
+    let results: Value = serde_json::from_str(&printed).expect("nothing but one object");
+    for (key, path) in [("page", "report/report.html"), ("table", "report/clusters.csv")] {
+        assert_eq!(results[key], format!("runs/photos-pictures/0/{path}"));
+        assert!(folder.join(results[key].as_str().expect("a path")).is_file(), "{key}");
+    }
+    assert_eq!([&results["copies"], &results["links"]], ["sorted", "links"]);
+    assert_eq!((&results["clusters"], &results["is-estimate"]), (&json!(3), &json!(false)));
+    assert!(results["plausible-range"].is_null());
+    let mut sizes = BTreeMap::new();
+    for cluster in clusters(folder).into_values() {
+        *sizes.entry(cluster.to_string()).or_insert(0) += 1;
+    }
+    assert_eq!(results["sizes"], json!(sizes));
+    for key in ["agreement-of-heads", "agreement-with-k-means"] {
+        assert!(results.get(key).is_some(), "{key}: {results}");
+    }
+    assert!(results["agreement-of-heads"].as_f64() > Some(-1.), "{results}");
+    assert!(results["reliable-share"].as_f64() <= Some(1.), "{results}");
     assert_eq!([files_in(&folder.join("sorted")), files_in(&folder.join("links"))], [PICTURES; 2]);
     assert_eq!(known(folder), 0);
 
@@ -133,7 +147,12 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
         fs::rename(from, folder.join(format!("pictures/new-{number}.png"))).expect("moved");
     }
     let printed = succeeds(folder, &["--clusters", "3"]);
-    assert!(printed.contains("93 images, 3 clusters"), "{printed}");
+    for part in
+        ["93 pictures in 3 clusters", "pictures by cluster: 0: ", "page: runs/", "table: runs/"]
+    {
+        assert!(printed.contains(part), "{part}: {printed}");
+    }
+    assert!(!printed.contains("assort report") && !printed.contains("ACC"), "{printed}");
     assert_eq!(known(folder), 90);
 }
 
@@ -455,6 +474,8 @@ fn the_number_of_clusters_is_estimated_once_where_none_is_given() {
         let message = stderr(&output);
         assert!(output.status.success(), "{message}");
         assert!(message.contains("clusters is an estimate"), "{message}");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(printed.contains("the number is an estimate"), "{printed}");
         message.contains("estimating the number of clusters")
     };
     assert!(estimate());
@@ -514,7 +535,16 @@ fn results_inside_the_folder_of_pictures_are_no_pictures() {
     fs::rename(folder.path().join("configs"), pictures.join("configs")).expect("moved");
     let run = |clusters: &str| {
         let mut command = assort();
-        command.args(["cluster", ".", "--device", "cpu", "--backbone", "../network", "--out", "page"]);
+        command.args([
+            "cluster",
+            ".",
+            "--device",
+            "cpu",
+            "--backbone",
+            "../network",
+            "--out",
+            "page",
+        ]);
         command.args(["--clusters", clusters, "--copy-to", &format!("../{clusters}")]);
         let output = command.current_dir(&pictures).output().expect("started");
         assert!(output.status.success(), "{}", stderr(&output));

@@ -14,7 +14,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use stage::console::{print, print_line};
+use serde_json::{Value, json};
+use stage::console::{counted, print, print_line, printable};
 use stage::{DeviceChoice, Experiment, Output};
 
 use crate::CommandContext;
@@ -24,8 +25,9 @@ use crate::plan::{Arm, RunPlan};
 use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::CORRECTIONS;
-use crate::report::{self, ReportOptions, TABLE};
+use crate::report::{self, PAGE, ReportOptions, ReportSummary, TABLE};
 use crate::reproduce::run_seeds;
+use crate::results::{ExperimentResults, MetricsFile};
 use crate::run::ExperimentRun;
 use crate::setup::{Setup, SetupOptions};
 
@@ -56,7 +58,7 @@ pub struct ClusterOptions {
     /// Keep results in this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub runs: PathBuf,
-    /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
+    /// Print nothing but one JSON object with the results, and the progress as JSON lines on stderr.
     #[arg(long)]
     pub json: bool,
 }
@@ -91,7 +93,7 @@ const SEED: u64 = 0;
 /// The most clusters that an estimate considers.
 const MOST: usize = 50;
 
-/// Groups the pictures, prints the scores, and prints where the page, table and folders are.
+/// Groups the pictures, and prints the clusters and where the page, table and folders are.
 pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     for (flag, folder) in picture_folders(options) {
         ensure!(
@@ -128,23 +130,134 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     check_corrections(&run)?;
     check_folders(options, &run)?;
-    let clusters = match options.clusters {
-        ClusterCount::Given(clusters) => clusters,
-        ClusterCount::Auto => estimated(session, &experiment, &setup)?,
+    let (clusters, range) = match options.clusters {
+        ClusterCount::Given(clusters) => (clusters, None),
+        ClusterCount::Auto => {
+            let (clusters, range) = estimated(session, &experiment, &setup)?;
+            (clusters, Some(range))
+        }
     };
     experiment.set(&format!("data.clusters={clusters}"))?;
     let results = run_seeds(session, experiment, &setup, &[SEED], false)?;
     let results = results.context("a run that is not dry has results")?;
-    print(results.table())?;
-    print_line("")?;
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
     let page = ReportOptions::of_run(&run, options.out.clone());
-    report::run(session, &page.with_folders(copy_to, link_to))?;
-    print_line(format_args!("to correct the clusters: assort view {}", run.display()))?;
-    if options.json {
-        print_line(results.json())?;
+    let report = report::summarised(session, &page.with_folders(copy_to, link_to))?;
+    let grouping = Grouping { options, run, range, results, report };
+    match options.json {
+        true => print_line(grouping.json()?),
+        false => print(grouping.text()),
     }
-    Ok(())
+}
+
+/// What the command prints at its end.
+struct Grouping<'a> {
+    options: &'a ClusterOptions,
+    /// The folder of the run.
+    run: PathBuf,
+    /// The plausible numbers of clusters, if the number was estimated.
+    range: Option<[usize; 2]>,
+    results: ExperimentResults,
+    report: ReportSummary,
+}
+
+impl Grouping<'_> {
+    /// The path of a file of the report.
+    fn reported(&self, name: &str) -> PathBuf {
+        let own = || self.run.join("report");
+        self.options.out.clone().unwrap_or_else(own).join(name)
+    }
+
+    fn last(&self) -> Option<&MetricsFile> {
+        self.results.outcomes.first()?.rounds.last()
+    }
+
+    /// Share of the pictures whose cluster is called reliable.
+    fn reliable_share(&self) -> Option<f64> {
+        self.last()?.reliable?.share
+    }
+
+    fn trust(&self, name: &str) -> Option<f64> {
+        self.report.trust.get(name).copied()
+    }
+
+    /// The text for people.
+    fn text(&self) -> String {
+        let clusters = self.report.clusters.len();
+        let pictures = self.last().map_or(0, |last| last.images);
+        let mut lines = vec![format!(
+            "{} in {}; {:.0} s",
+            counted(pictures, "picture"),
+            counted(clusters, "cluster"),
+            self.results.seconds
+        )];
+        if let Some([from, to]) = self.range {
+            lines.push(format!("the number is an estimate; {from} to {to} are plausible"));
+        }
+        lines.push(format!("pictures by cluster: {}", printable(&self.report.sizes())));
+        if let Some(share) = self.reliable_share() {
+            lines.push(format!("reliable: {:.1} % of the pictures", 100. * share));
+        }
+        let agreements = [("heads", "among the heads"), ("k-means", "with k-means")];
+        let agreements = agreements
+            .map(|(name, words)| self.trust(name).map(|value| format!("{words} {value:.2}")));
+        let agreements: Vec<String> = agreements.into_iter().flatten().collect();
+        if !agreements.is_empty() {
+            lines.push(format!(
+                "agreement (adjusted Rand index, 1 is full): {}",
+                agreements.join(", ")
+            ));
+        }
+        if let Some(scores) = self.results.scores() {
+            lines.push(format!("\nagreement with the folders, in percent:\n{scores}"));
+        }
+        let (page, table) = (self.reported(PAGE), self.reported(TABLE));
+        let paths = [
+            ("page", Some(&page)),
+            ("table", Some(&table)),
+            ("copies", self.options.copy_to.as_ref()),
+            ("links", self.options.link_to.as_ref()),
+        ];
+        let paths = paths.into_iter().filter_map(|(word, path)| Some((word, path?)));
+        lines.extend(
+            paths.map(|(word, path)| format!("{word}: {}", printable(&path.to_string_lossy()))),
+        );
+        lines.push(format!("to correct the clusters: assort view {}\n", self.run.display()));
+        lines.join("\n")
+    }
+
+    /// The results of the run with what a script asks for: the README lists the fields.
+    fn json(&self) -> Result<Value> {
+        let clusters = &self.report.clusters;
+        let sizes: serde_json::Map<String, Value> = clusters
+            .iter()
+            .map(|cluster| (cluster.number.to_string(), cluster.pictures.into()))
+            .collect();
+        let names: serde_json::Map<String, Value> = clusters
+            .iter()
+            .filter_map(|cluster| Some((cluster.number.to_string(), cluster.name.clone()?.into())))
+            .collect();
+        let mut json = self.results.json();
+        let object = json.as_object_mut().context("the results are one object")?;
+        for (key, value) in [
+            ("run", json!(self.run)),
+            ("page", json!(self.reported(PAGE))),
+            ("table", json!(self.reported(TABLE))),
+            ("copies", json!(self.options.copy_to)),
+            ("links", json!(self.options.link_to)),
+            ("clusters", json!(clusters.len())),
+            ("sizes", sizes.into()),
+            ("names", names.into()),
+            ("is-estimate", json!(self.range.is_some())),
+            ("plausible-range", json!(self.range)),
+            ("reliable-share", json!(self.reliable_share())),
+            ("agreement-of-heads", json!(self.trust("heads"))),
+            ("agreement-with-k-means", json!(self.trust("k-means"))),
+        ] {
+            object.insert(key.to_owned(), value);
+        }
+        Ok(json)
+    }
 }
 
 /// The folders for sorted pictures that the user names, by their flags.
@@ -226,12 +339,13 @@ fn setup_options(options: &ClusterOptions) -> SetupOptions {
     }
 }
 
-/// Runs the steps up to the first embeddings and estimates the number of clusters from them.
+/// Runs the steps up to the first embeddings. Returns the number of clusters estimated from them, and the
+/// plausible numbers, from least to most.
 fn estimated(
     session: &CommandContext,
     experiment: &Experiment,
     options: &SetupOptions,
-) -> Result<usize> {
+) -> Result<(usize, [usize; 2])> {
     let plan = RunPlan::of(experiment, &session.registry.specs())?;
     let embeds =
         |&position: &usize| plan.steps[position].place.outputs.contains(&Output::Embeddings);
@@ -305,8 +419,8 @@ fn estimate(session: &CommandContext, embeddings: &Path, most: usize) -> Result<
         .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))
 }
 
-/// The number that an estimate recommends for this many pictures.
-fn chosen(estimate: Estimate, count: usize) -> Result<usize> {
+/// The number that an estimate recommends for this many pictures, and the plausible numbers.
+fn chosen(estimate: Estimate, count: usize) -> Result<(usize, [usize; 2])> {
     match estimate.recommended {
         Some(clusters) => {
             let [from, to] = estimate.range.unwrap_or([clusters; 2]);
@@ -315,7 +429,7 @@ fn chosen(estimate: Estimate, count: usize) -> Result<usize> {
                  shows how it was made, --clusters K sets another number, and `assort report` with \
                  --merge K,K shows two clusters as one"
             );
-            Ok(clusters)
+            Ok((clusters, [from, to]))
         }
         None => bail!(
             "no number of clusters fits these {count} pictures better than chance; say how many \

@@ -11,7 +11,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 use serde_json::json;
 use stage::console::print_line;
 use stage::finished::{self, Digests};
@@ -25,7 +24,7 @@ use crate::prepared::PreparedData;
 use crate::process::Process;
 use crate::programs::{Executable, Programs};
 use crate::record::{Recorded, RecordedStep, Which};
-use crate::report::{LABELS, REPORT};
+use crate::report::{LABELS, REPORT, ReportSummary};
 use crate::results::MetricsFile;
 use crate::run::Call;
 use crate::source::{absolute_source, text_of};
@@ -203,7 +202,7 @@ impl Prediction<'_> {
     }
 
     /// Writes the report of the predictions into their folder. Returns the clusters that it shows.
-    fn report(&self, folder: &Path) -> Result<ShownClusters> {
+    fn report(&self, folder: &Path) -> Result<ReportSummary> {
         let mut step = OsString::from("0-metrics=");
         step.push(folder.join("metrics"));
         let mut arguments: Vec<OsString> = Vec::new();
@@ -316,32 +315,8 @@ fn precision(learnt: &Experiment, program: &str) -> Result<Value> {
     })
 }
 
-/// What the helper `report` prints with `--json`.
-#[derive(Deserialize)]
-struct ShownClusters {
-    clusters: Vec<ShownCluster>,
-}
-
-#[derive(Deserialize)]
-struct ShownCluster {
-    number: usize,
-    name: Option<String>,
-    pictures: usize,
-}
-
-impl ShownClusters {
-    /// The size of each cluster, with its name if it has one: `0 (Beaches): 12, 1: 7`.
-    fn sizes(&self) -> String {
-        let size = |cluster: &ShownCluster| match &cluster.name {
-            Some(name) => format!("{} ({name}): {}", cluster.number, cluster.pictures),
-            None => format!("{}: {}", cluster.number, cluster.pictures),
-        };
-        self.clusters.iter().map(size).collect::<Vec<_>>().join(", ")
-    }
-}
-
 /// Prints the scores, if any, the cluster sizes, and the paths of the table and the page.
-fn tell(folder: &Path, shown: &ShownClusters) -> Result<()> {
+fn tell(folder: &Path, shown: &ReportSummary) -> Result<()> {
     let found = MetricsFile::read(&folder.join("metrics"))?;
     let scores = match found.head {
         Some(scores) if scores.acc.is_some() => {

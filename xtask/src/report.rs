@@ -2,10 +2,12 @@
 //!
 //! This module finds the files of the run; the helper `report` writes the output.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::Deserialize;
 use stage::{Output, Spec};
 
 use crate::CommandContext;
@@ -90,6 +92,9 @@ pub const LABELS: &str = "pseudo-labels.safetensors";
 /// Name of the table in the folder of a report.
 pub const TABLE: &str = "clusters.csv";
 
+/// Name of the page in the folder of a report.
+pub const PAGE: &str = "report.html";
+
 /// Writes the report of a run, finished or not.
 ///
 /// # Errors
@@ -97,10 +102,61 @@ pub const TABLE: &str = "clusters.csv";
 /// The run has no clusters yet.
 pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
     let run = options.which.find()?;
-    run.removing_damaged(write(session, &run, options), &session.interrupt)
+    let written = write(session, &run, options, false, |process| process.show());
+    run.removing_damaged(written, &session.interrupt)
 }
 
-fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> Result<()> {
+/// Like [`run`], but prints nothing and returns what was written.
+pub fn summarised(session: &CommandContext, options: &ReportOptions) -> Result<ReportSummary> {
+    let run = options.which.find()?;
+    let printed = write(session, &run, options, true, |process| process.printed());
+    let printed = run.removing_damaged(printed, &session.interrupt)?;
+    serde_json::from_str(&printed)
+        .with_context(|| format!("reading what the helper `{REPORT}` printed: {printed}"))
+}
+
+/// The object that the helper `report` prints with `--json`.
+#[derive(Debug, Deserialize)]
+pub struct ReportSummary {
+    /// The clusters, as corrected.
+    pub clusters: Vec<ClusterSize>,
+    /// The measures of trust that the run allows: `heads`, `k-means`, `neighbours`, `halves`.
+    #[serde(default)]
+    pub trust: BTreeMap<String, f64>,
+}
+
+/// A cluster and how many pictures it has.
+#[derive(Debug, Deserialize)]
+pub struct ClusterSize {
+    /// Its number.
+    pub number: usize,
+    /// Its name, if a person named it.
+    pub name: Option<String>,
+    /// How many pictures it has.
+    pub pictures: usize,
+}
+
+impl ReportSummary {
+    /// The size of each cluster, with its name if it has one: `0 (Beaches): 12, 1: 7`.
+    pub fn sizes(&self) -> String {
+        let size = |cluster: &ClusterSize| match &cluster.name {
+            Some(name) => format!("{} ({name}): {}", cluster.number, cluster.pictures),
+            None => format!("{}: {}", cluster.number, cluster.pictures),
+        };
+        self.clusters.iter().map(size).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Starts the helper on the files of a run.
+///
+/// - `as_json`: it prints a [`ReportSummary`] instead of paths.
+fn write<T>(
+    session: &CommandContext,
+    run: &Recorded,
+    options: &ReportOptions,
+    as_json: bool,
+    start: impl FnOnce(&Process) -> Result<T>,
+) -> Result<T> {
     let steps = run.finished();
     let specs = session.registry.specs();
     let last = last_clusters(run, &specs)?;
@@ -123,8 +179,11 @@ fn write(session: &CommandContext, run: &Recorded, options: &ReportOptions) -> R
         );
         arguments.extend(["--corrections".into(), corrections.into()]);
     }
+    if as_json {
+        arguments.push("--json".into());
+    }
     let interrupt = &session.interrupt;
-    Process { name: REPORT, program: &program, arguments: &arguments, interrupt }.show()
+    start(&Process { name: REPORT, program: &program, arguments: &arguments, interrupt })
 }
 
 /// The run's last finished step that clusters.

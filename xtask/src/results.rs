@@ -175,6 +175,13 @@ impl ExperimentResults {
         text
     }
 
+    /// The table of scores alone; `None` without ground truth.
+    pub fn scores(&self) -> Option<String> {
+        let last = self.outcomes.first()?.rounds.last()?;
+        last.head.or(last.kmeans)?.acc?;
+        Some(aligned(&self.cells()))
+    }
+
     fn cells(&self) -> Vec<Vec<String>> {
         let mut lines = vec![COLUMNS.map(str::to_owned).to_vec()];
         let with_details = self.rounds().into_iter().chain(self.control());

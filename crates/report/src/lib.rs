@@ -43,6 +43,7 @@ pub mod thumbnail;
 pub mod trust;
 pub mod view;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
@@ -137,16 +138,19 @@ pub struct WrittenReport {
     pub paths: Vec<PathBuf>,
     /// The clusters that it shows, then the marked pictures.
     pub clusters: Vec<Cluster>,
+    /// The measures of trust on the page, by name.
+    pub trust: BTreeMap<&'static str, f64>,
 }
 
 impl WrittenReport {
-    /// `{"clusters": [{"number": 3, "name": "Beaches", "pictures": 12}, …]}`, without marked pictures.
+    /// `{"clusters": [{"number": 3, "name": "Beaches", "pictures": 12}, …], "trust": {"k-means": 0.9, …}}`,
+    /// without marked pictures.
     fn json(&self) -> serde_json::Value {
         let clusters = self.clusters.iter().filter(|cluster| cluster.mark.is_none());
         let shown = clusters.map(|Cluster { number, name, members, .. }| {
             serde_json::json!({ "number": number, "name": name, "pictures": members.len() })
         });
-        serde_json::json!({ "clusters": shown.collect::<Vec<_>>() })
+        serde_json::json!({ "clusters": shown.collect::<Vec<_>>(), "trust": self.trust })
     }
 }
 
@@ -179,10 +183,12 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
     facts.extend(corrected.iter().flat_map(corrections_facts));
     facts.extend(arguments.merge.iter().map(MergedNumbers::fact));
     facts.extend(steps.facts);
+    let trust = trust::measures(&labels, steps.between_heads, analysis.as_ref(), halves)?;
+    let trust_by_name = trust.iter().map(|measure| (measure.name, measure.value)).collect();
     let html = Page {
         title: &arguments.run.title,
         facts,
-        trust: trust::measures(&labels, steps.between_heads, analysis.as_ref(), halves)?,
+        trust,
         metrics: steps.metrics,
         gallery: Gallery {
             images: &images,
@@ -213,7 +219,7 @@ pub fn run(arguments: &ReportArguments, interrupt: &Interrupt) -> Result<Written
         files::write_pictures(folder, form, &clusters, &names, interrupt)?;
         paths.push(folder.clone());
     }
-    Ok(WrittenReport { paths, clusters })
+    Ok(WrittenReport { paths, clusters, trust: trust_by_name })
 }
 
 /// Applies the corrections, if any are given, and warns of those that could not be applied.
@@ -286,7 +292,6 @@ fn analysis_of(clusters: &[Cluster], rows: &UnitRows, labels: &PseudoLabels) -> 
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::collections::BTreeMap;
     use std::path::Path;
 
     use data::images::{self, StoredPicture};

@@ -17,6 +17,8 @@ use crate::analysis::{Analysis, UnitRows};
 /// A measure of agreement, higher is better.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrustMeasure {
+    /// Its name for programs.
+    pub name: &'static str,
     /// What was measured, in plain words.
     pub question: &'static str,
     /// 1 for full agreement, about 0 for agreement by chance.
@@ -52,6 +54,7 @@ pub fn measures(
     let mut found = Vec::new();
     if let Some(analysis) = analysis {
         found.extend(of_neighbours(labels, analysis).map(|value| TrustMeasure {
+            name: "neighbours",
             question: "Are pictures that look alike to the network in one cluster? (Share of the nearest \
                        neighbours in the same cluster, corrected for chance)",
             value,
@@ -60,6 +63,7 @@ pub fn measures(
                       arbitrary.",
         }));
         found.extend(halves.map(|value| TrustMeasure {
+            name: "halves",
             question: "Do other pictures of the same kind lead to the same clusters? (Adjusted Rand index \
                        between clusters by k-means on two random halves)",
             value,
@@ -69,14 +73,16 @@ pub fn measures(
         }));
     }
     found.extend(with_k_means(labels)?.map(|value| TrustMeasure {
-        question: "Does a simpler method find the same clusters? (Adjusted Rand index between the method and \
+        name: "k-means",
+            question: "Does a simpler method find the same clusters? (Adjusted Rand index between the method and \
                    k-means)",
         value,
         low: K_MEANS_LOW,
         warning: "The method and k-means disagree: a good part of the result depends on how it was made.",
     }));
     found.extend(between_heads.map(|value| TrustMeasure {
-        question: "Do independent heads find the same clusters? (Mean adjusted Rand index between pairs of \
+        name: "heads",
+            question: "Do independent heads find the same clusters? (Mean adjusted Rand index between pairs of \
                    heads)",
         value,
         low: HEADS_LOW,
