@@ -499,7 +499,7 @@ pub(crate) mod tests {
             { "number": 0, "name": "=<b>Dogs", "pictures": 2 },
             { "number": 1, "name": null, "pictures": 0 },
             { "number": 2, "name": null, "pictures": 2 },
-        ]});
+        ], "trust": {} });
         assert_eq!(written.json(), sizes);
         let (page, table) =
             (fs::read_to_string(&written.paths[0])?, fs::read_to_string(&written.paths[1])?);

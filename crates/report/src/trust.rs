@@ -74,7 +74,7 @@ pub fn measures(
     }
     found.extend(with_k_means(labels)?.map(|value| TrustMeasure {
         name: "k-means",
-            question: "Does a simpler method find the same clusters? (Adjusted Rand index between the method and \
+        question: "Does a simpler method find the same clusters? (Adjusted Rand index between the method and \
                    k-means)",
         value,
         low: K_MEANS_LOW,
@@ -82,7 +82,7 @@ pub fn measures(
     }));
     found.extend(between_heads.map(|value| TrustMeasure {
         name: "heads",
-            question: "Do independent heads find the same clusters? (Mean adjusted Rand index between pairs of \
+        question: "Do independent heads find the same clusters? (Mean adjusted Rand index between pairs of \
                    heads)",
         value,
         low: HEADS_LOW,
