@@ -288,18 +288,8 @@ mod tests {
             let points = blobs(n, d, 5, 4);
             let want = k_means(&points, n, d, &config, 9)?;
             for count in [2, 4] {
-                let ranks = Communicator::threads(count)?;
-                let found: Vec<Clustering> = std::thread::scope(|scope| {
-                    let run = |ranks| {
-                        let points = &points;
-                        scope.spawn(move || k_means_on_ranks(points, n, d, &config, 9, &ranks))
-                    };
-                    let ranks: Vec<_> = ranks.into_iter().map(run).collect();
-                    ranks
-                        .into_iter()
-                        .map(|rank| rank.join().expect("no panic"))
-                        .collect::<Result<_>>()
-                })?;
+                let run = |ranks| k_means_on_ranks(&points, n, d, &config, 9, &ranks);
+                let found = crate::tests::on_ranks(count, run)?;
                 assert!(found.iter().all(|found| *found == want), "{count} ranks, {config:?}");
             }
         }

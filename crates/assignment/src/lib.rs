@@ -79,3 +79,23 @@ pub use silhouette::Distances;
 pub use sinkhorn::sinkhorn;
 pub use spectral::neighbour_graph_eigenvalues;
 pub use streaming::{Shards, Streaming, k_means_mini_batch, k_means_streaming};
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Result;
+    use collective::Communicator;
+
+    /// What `run` returns on each of so many ranks, which are threads.
+    pub(crate) fn on_ranks<T: Send>(
+        count: usize,
+        run: impl Fn(Communicator) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let ranks = Communicator::threads(count)?;
+        std::thread::scope(|scope| {
+            let run = &run;
+            let threads: Vec<_> =
+                ranks.into_iter().map(|rank| scope.spawn(move || run(rank))).collect();
+            threads.into_iter().map(|rank| rank.join().expect("no panic")).collect()
+        })
+    }
+}

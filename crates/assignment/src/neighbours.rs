@@ -554,18 +554,8 @@ mod tests {
             }
             let want = nearest_neighbours(&points, n, d, k)?;
             for count in [2, 4, 8] {
-                let found: Vec<Vec<u32>> = std::thread::scope(|scope| {
-                    let run = |ranks| {
-                        let points = &points;
-                        scope.spawn(move || nearest_neighbours_on_ranks(points, n, d, k, &ranks))
-                    };
-                    let ranks: Vec<_> =
-                        Communicator::threads(count)?.into_iter().map(run).collect();
-                    ranks
-                        .into_iter()
-                        .map(|rank| rank.join().expect("no panic"))
-                        .collect::<Result<_>>()
-                })?;
+                let run = |ranks| nearest_neighbours_on_ranks(&points, n, d, k, &ranks);
+                let found = crate::tests::on_ranks(count, run)?;
                 assert!(found.iter().all(|found| *found == want), "{count} ranks, {n} rows");
             }
         }

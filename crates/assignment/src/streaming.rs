@@ -527,15 +527,9 @@ mod tests {
                 assert!(want.iterations > 2);
                 assert_eq!(want.reseeded > 0, config.clusters > 12, "{}", want.reseeded);
                 for ranks in [2, 4, 8] {
-                    let found = std::thread::scope(|scope| -> Result<Vec<Clustering>> {
-                        let run = |rank: Communicator| {
-                            let shards = cut(points, d, &lengths).shared_by(&rank);
-                            k_means_streaming(&shards, &config, &streaming, 2)
-                        };
-                        let ranks = Communicator::threads(ranks)?;
-                        let threads: Vec<_> =
-                            ranks.into_iter().map(|rank| scope.spawn(move || run(rank))).collect();
-                        threads.into_iter().map(|rank| rank.join().expect("no panic")).collect()
+                    let found = crate::tests::on_ranks(ranks, |rank| {
+                        let shards = cut(points, d, &lengths).shared_by(&rank);
+                        k_means_streaming(&shards, &config, &streaming, 2)
                     })?;
                     assert!(found.iter().all(|found| *found == want), "{ranks} ranks");
                 }

@@ -463,14 +463,20 @@ fn a_network_is_found_as_it_was_written() -> Result<()> {
     Ok(())
 }
 
+/// The golden files of published networks; `None`, and a line on stderr, if the folder `ASSORT_GOLDEN` is not named.
+fn golden() -> Option<PathBuf> {
+    let folder = std::env::var_os("ASSORT_GOLDEN").map(|path| PathBuf::from(path).join("vit"));
+    if folder.is_none() {
+        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
+    }
+    folder
+}
+
 /// The narrow networks of every layout, where the folder `ASSORT_GOLDEN` has them (Pretrained networks, cases
 /// T1 to T10 and case T14).
 #[test]
 fn golden_files_of_every_layout_load_whole() -> Result<()> {
-    let Some(golden) = std::env::var_os("ASSORT_GOLDEN").map(PathBuf::from) else {
-        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
-        return Ok(());
-    };
+    let Some(golden) = golden() else { return Ok(()) };
     let networks = [
         "hf_dinov2",
         "hf_dinov2_reg",
@@ -482,7 +488,7 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
         "hf_siglip",
     ];
     for name in networks {
-        let path = |end: &str| golden.join("vit").join(format!("{name}_narrow_{end}"));
+        let path = |end: &str| golden.join(format!("{name}_narrow_{end}"));
         let file = path("weights.safetensors");
         let network =
             weights(read(Some(&path("config.json")), std::slice::from_ref(&file)).context(name)?);
@@ -506,12 +512,7 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
 /// of a published ResNet-50.
 #[test]
 fn golden_features_of_a_narrow_residual_network_are_met() -> Result<()> {
-    let Some(golden) =
-        std::env::var_os("ASSORT_GOLDEN").map(|path| PathBuf::from(path).join("vit"))
-    else {
-        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
-        return Ok(());
-    };
+    let Some(golden) = golden() else { return Ok(()) };
     let stages = resnet::ResidualStages {
         stem: Stem::Large,
         stem_width: 64,
@@ -540,12 +541,7 @@ fn golden_features_of_a_narrow_residual_network_are_met() -> Result<()> {
 /// the folder `ASSORT_GOLDEN` has them (Pretrained networks, cases T1 to T10).
 #[test]
 fn golden_features_are_met_by_networks_as_they_are_read() -> Result<()> {
-    let Some(golden) =
-        std::env::var_os("ASSORT_GOLDEN").map(|path| PathBuf::from(path).join("vit"))
-    else {
-        eprintln!("skipped: ASSORT_GOLDEN names no folder with golden files");
-        return Ok(());
-    };
+    let Some(golden) = golden() else { return Ok(()) };
     let values = candle_core::safetensors::load(golden.join("vit.safetensors"), &Device::Cpu)?;
     let manifest = std::fs::read_to_string(golden.join("vit_manifest.json"))?;
     let manifest: serde_json::Map<String, Value> = serde_json::from_str(&manifest)?;
