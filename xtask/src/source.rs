@@ -7,7 +7,8 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
-use stage::Interrupt;
+use stage::files::RESULTS_MARK;
+use stage::{Interrupt, files};
 
 /// Makes the path of a source absolute; returns an address on the network unchanged.
 pub fn absolute_source(source: &Path) -> Result<PathBuf> {
@@ -73,10 +74,6 @@ fn seen_of(source: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The empty file that marks a folder of results, so that no command reads pictures from it. The helper
-/// `prepare` knows the same name.
-const RESULTS_MARK: &str = ".assort-results";
-
 /// Resolves links and `..`, also in a path whose last parts do not exist yet.
 pub fn resolved(path: &Path) -> Result<PathBuf> {
     let path = absolute(path).with_context(|| format!("finding `{}`", path.display()))?;
@@ -125,7 +122,7 @@ pub fn mark_results(folder: &Path, source: &Path, flag: &str) -> Result<()> {
         )
     }
     fs::create_dir_all(folder).with_context(|| format!("creating `{}`", folder.display()))?;
-    stage::files::write(&mark, b"")
+    files::write(&mark, b"")
 }
 
 /// A digest of the names, sizes and modification times of all files of a source, without the folders of

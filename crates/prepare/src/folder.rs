@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use stage::Split;
+use stage::files::RESULTS_MARK;
 
 use crate::collection::{Load, Sink};
 use crate::names::{below, file_name, left_out};
@@ -35,9 +36,6 @@ impl FolderContents {
         self.ignored.append(&mut other.ignored);
     }
 }
-
-/// The file with which `assort` marks a folder of its results.
-const RESULTS_MARK: &str = ".assort-results";
 
 /// Lists a folder. Skips the names for which [`left_out`] has a reason, dangling links, links
 /// to a folder that contains the link, and folders of results.

@@ -53,6 +53,9 @@ pub fn map(file: &File) -> io::Result<Mmap> {
     unsafe { Mmap::map(file) }
 }
 
+/// The empty file that marks a folder of results, so that no command reads pictures from it.
+pub const RESULTS_MARK: &str = ".assort-results";
+
 /// Prefix of the names of temporary files, links and folders. A killed process can leave one, which
 /// [`remove_unfinished`] or [`remove_abandoned`] removes.
 pub const TEMPORARY: &str = ".unfinished-";
