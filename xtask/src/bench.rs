@@ -17,7 +17,7 @@ use crate::{become_program, cargo};
 /// The command line.
 #[derive(Debug, clap::Args)]
 pub struct BenchOptions {
-    /// What to time: train, embed, data, assignment.
+    /// What to time: train, embed, data, assignment, heads.
     what: String,
     /// A Python interpreter with the libraries to compare with.
     #[arg(long, value_name = "PATH")]

@@ -2,7 +2,8 @@
 
 use std::fmt::{Debug, Display};
 
-use anyhow::{Result, ensure};
+use anyhow::{Error, Result, ensure};
+use kernels::Variant;
 use kernels::matrix::{self, MatrixNumber, MatrixOrder};
 
 /// A number type that heads are trained in: f32, and f64 in tests.
@@ -135,7 +136,7 @@ impl<'a, T: HeadFloat> FlatMatrix<'a, T> {
     ///
     /// # Errors
     ///
-    /// The extents do not fit.
+    /// As [`FlatMatrix::multiply`].
     pub fn times(self, other: FlatMatrix<T>) -> Result<Vec<T>> {
         let mut product = vec![T::zero(); self.rows * other.columns];
         self.multiply(other, &mut product)?;
@@ -147,7 +148,7 @@ impl<'a, T: HeadFloat> FlatMatrix<'a, T> {
     ///
     /// # Errors
     ///
-    /// The extents do not fit.
+    /// The extents do not fit, or `ASSORT_KERNEL` names no kernel of this processor.
     pub fn multiply(self, other: FlatMatrix<T>, product: &mut [T]) -> Result<()> {
         let [m, k, n] = [self.rows, self.columns, other.columns];
         ensure!(
@@ -156,7 +157,9 @@ impl<'a, T: HeadFloat> FlatMatrix<'a, T> {
             other.rows,
             product.len()
         );
-        matrix::multiply((self.values, self.order()), (other.values, other.order()), product);
+        let variant = Variant::selected().map_err(Error::msg)?;
+        let (left, right) = ((self.values, self.order()), (other.values, other.order()));
+        matrix::multiply(variant, left, right, product);
         Ok(())
     }
 

@@ -50,6 +50,7 @@ pub mod linear;
 #[expect(unsafe_code, reason = "gemm takes pointers")]
 pub mod matrix;
 pub mod norm;
+mod packed_product;
 mod pages;
 mod parallel;
 mod peak;

@@ -47,7 +47,7 @@ pub struct Temi;
 impl Stage for Temi {
     const SPEC: Spec = Spec {
         name: "temi",
-        algorithm: 2,
+        algorithm: 3,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
         ranks: Ranks::One,

@@ -42,7 +42,7 @@ pub struct Turtle;
 impl Stage for Turtle {
     const SPEC: Spec = Spec {
         name: "turtle",
-        algorithm: 2,
+        algorithm: 3,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
         ranks: Ranks::One,

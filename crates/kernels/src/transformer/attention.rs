@@ -3,10 +3,10 @@
 use super::Factors;
 use super::activation::exp;
 use super::factors::put;
-use super::linear::columns;
 use crate::buffer::with_scratch_of;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
+use crate::packed_product::{columns, first_tile};
 use crate::tiles::{TileProduct, TileRun, TileSession};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant};
@@ -293,7 +293,7 @@ for_each_variant! {
                         tile[k][row] = square[row][k];
                     }
                 }
-                let at = (group / 2 * 2 * blocks + block * columns(groups, group / 2) + group % 2) * TILE;
+                let at = first_tile(blocks, group) + block * columns(groups, group / 2) * TILE;
                 let tile = tile.as_flattened().first_chunk().expect("256 numbers");
                 T::arrange_right(tile, &mut to[at..at + TILE]);
             }
@@ -314,7 +314,7 @@ for_each_variant! {
                         *to = *value;
                     }
                 }
-                let at = (block / 2 * 2 * groups + group * columns(blocks, block / 2) + block % 2) * TILE;
+                let at = first_tile(groups, block) + group * columns(blocks, block / 2) * TILE;
                 T::arrange_right(&tile, &mut to[at..at + TILE]);
             }
         }

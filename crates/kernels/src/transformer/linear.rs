@@ -7,27 +7,11 @@ use super::{Factors, Gelu};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::tiles::{self, TileProduct, TileRun, TileSession};
+use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, near_groups};
+use crate::tiles;
 use crate::transpose::transpose_tiles;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Precision, Variant};
-
-/// Tiles along the inner side per pass over the rows. Their right factors, for two blocks of columns, stay in
-/// the first-level cache beside as many left ones: 16 KiB in f32, 8 KiB in bf16.
-const INNER: usize = 8;
-
-/// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
-const GROUPS: usize = 8;
-
-/// Bytes of left factors that all blocks of columns read again, with AVX2: they fit into a second-level cache of 512 KiB
-/// (measured on Zen 3). Other variants take [`GROUPS`] groups whatever their width.
-const NEAR: usize = 384 << 10;
-
-/// Returns how many groups to compute at a time with AVX2: an even number, at least 2, whose left factors of
-/// `group` f32 each fill at most [`NEAR`] if they can.
-fn near_groups(group: usize) -> usize {
-    (NEAR / size_of::<f32>() / group / 2 * 2).clamp(2, GROUPS)
-}
 
 /// The weights and the bias of a linear layer, packed for products: tiles of 16 inputs × 16 outputs in the
 /// order (pair of output blocks, input block, block of the pair).
@@ -102,7 +86,7 @@ impl PackedLinear {
         let mut biases = vec![0f32; blocks.len() * SIDE];
         for (at, rows) in blocks.iter().enumerate() {
             let columns = columns(blocks.len(), at / 2);
-            let first = (at / 2 * 2 * inner + at % 2) * TILE;
+            let first = first_tile(inner, at);
             by_precision!(precision, T => {
                 let packed = &mut T::of_mut(&mut packed)[first..];
                 pack_block(weights, inputs, rows.clone(), columns, packed);
@@ -113,17 +97,6 @@ impl PackedLinear {
         }
         PackedLinear { inputs, outputs, gated, weights: packed, bias: biases }
     }
-}
-
-/// A range in parts of 16.
-fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = range.end;
-    range.step_by(SIDE).map(move |from| from..(from + SIDE).min(end))
-}
-
-/// Blocks in a pair; the last pair may have one.
-pub(super) fn columns(blocks: usize, pair: usize) -> usize {
-    (blocks - 2 * pair).min(2)
 }
 
 /// Packs the weights of up to 16 outputs; their tiles are `columns` tiles apart.
@@ -240,10 +213,6 @@ pub fn linear(
     }
 }
 
-/// Sums of up to [`GROUPS`] groups of rows and two blocks of columns, aligned for vector stores.
-#[repr(align(64))]
-struct PairSums([f32; GROUPS * 2 * TILE]);
-
 /// Computes up to [`GROUPS`] groups of rows, whose tiles are `left`, each transposed if `TRANSPOSED`.
 fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     variant: Variant,
@@ -252,41 +221,13 @@ fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     rows: Range<usize>,
     store: &mut LinearOutput,
 ) {
-    let (session, right) = (TileSession::begin(variant), T::of(&layer.weights));
-    let inner = layer.inputs.div_ceil(SIDE);
+    let right = T::of(&layer.weights);
     let blocks = layer.bias.len() / SIDE;
-    let mut sums = PairSums([0.; GROUPS * 2 * TILE]);
-    let twos = rows.len().div_ceil(2 * SIDE);
-    for pair in 0..blocks.div_ceil(2) {
+    let product = PackedProduct { left, right, inner: layer.inputs, blocks, rows: rows.len() };
+    product.for_each_pair::<TRANSPOSED>(variant, |pair, sums| {
         let columns = columns(blocks, pair);
-        let sums = &mut sums.0[..rows.len().div_ceil(SIDE) * columns * TILE];
-        for first in (0..inner).step_by(INNER) {
-            let at = (2 * pair * inner + first * columns) * TILE;
-            let length = (layer.inputs - first * SIDE).min(INNER * SIDE);
-            // The weights of the next pass follow in memory. Each call fetches its share of them.
-            let panel = length.div_ceil(SIDE) * columns * TILE;
-            for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
-                let left_at = (2 * two * inner + first) * TILE;
-                let runs = [TileRun { left: left_at, right: at, inner: length }];
-                let product = TileProduct {
-                    runs: &runs,
-                    apart: inner * TILE,
-                    rows: (rows.len() - two * 2 * SIDE).min(SIDE),
-                    columns,
-                    add: first > 0,
-                    ahead: at + panel + two * panel / twos,
-                };
-                let (a, b) = outputs.split_at_mut(columns * TILE);
-                if b.is_empty() {
-                    T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a]);
-                } else {
-                    T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a, b]);
-                }
-            }
-        }
-        let done = FinishedPair { layer, rows: rows.clone(), pair, columns };
-        done.store(variant, sums, store);
-    }
+        FinishedPair { layer, rows: rows.clone(), pair, columns }.store(variant, sums, store);
+    });
 }
 
 /// Complete sums of some rows and one pair of output blocks.
@@ -441,6 +382,7 @@ for_each_variant! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packed_product::INNER;
     use crate::transformer::tests::{noise, rounded, ways};
 
     /// Sizes that are not multiples of a tile, of two blocks of columns, of [`GROUPS`] or of [`INNER`].

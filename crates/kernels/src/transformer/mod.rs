@@ -38,11 +38,11 @@ fn multiplies_bf16(variant: Variant) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Numbers in [−1, 1) that look random.
-    pub(super) fn noise(seed: u32, len: usize) -> Vec<f32> {
+    pub(crate) fn noise(seed: u32, len: usize) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
