@@ -2,8 +2,8 @@
 //! need not be computed again.
 //!
 //! An embedding depends on its picture as it is stored, the network and the arithmetic alone, so a copy has
-//! the same bits. Kept in `state.safetensors`, kind `known-embeddings`, format
-//! version 1:
+//! the same bits. Kept in `state.safetensors`, and until all pictures are embedded in parts, `known-1.safetensors`
+//! and so on, one for each time that something was saved. All are of kind `known-embeddings`, format version 1:
 //!
 //! | tensor | shape, type | |
 //! |---|---|---|
@@ -11,19 +11,24 @@
 //! | `backbone` | `(M, D)` f32 | their embeddings |
 //!
 //! Header: `network`, a digest of everything but the picture; see [`identity`].
+//!
+//! The files are mapped: of a picture, its id and the place of its embedding are in memory.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use data::images::Id;
 use serde_json::json;
-use stage::Job;
-use stage::container::{self, Container, Header, Tensor};
+use stage::container::{self, Column, Container, Floats, Header, Tensor};
 use stage::digest::{sha256, sha256_of_file};
+use stage::{Job, files};
 use training::Precision;
 
 const FILE: &str = "state.safetensors";
+/// What the names of parts begin with, before their number.
+const PART: &str = "known-";
 const KIND: &str = "known-embeddings";
 const VERSION: u64 = 1;
 
@@ -46,36 +51,51 @@ pub fn identity(network: &Path, precision: Precision, device: &str) -> Result<St
 pub struct KnownEmbeddings {
     identity: String,
     width: usize,
-    /// The position of each picture's embedding among the rows of `values`.
-    places: HashMap<Id, usize>,
+    /// For each picture, the part that holds its embedding, and the row of it. Embeddings that are not saved yet are the
+    /// last part.
+    places: HashMap<Id, (usize, usize)>,
     /// The pictures in the order of their embeddings.
     ids: Vec<Id>,
-    values: Vec<f32>,
+    /// What files hold.
+    parts: Vec<Floats>,
+    /// What was added since.
+    unsaved: Vec<f32>,
 }
 
 impl KnownEmbeddings {
-    /// Loads the embeddings of an interrupted run in the job's folder, and those in the folder of the role
-    /// `earlier`, unless they are of another network. A damaged file is reported and skipped.
-    pub fn of_job(job: &Job, identity: String, width: usize) -> Self {
-        let mut known =
-            Self { identity, width, places: HashMap::new(), ids: Vec::new(), values: Vec::new() };
-        let folders = [Some(job.out.as_path()), job.optional_input("earlier")];
-        for path in folders.into_iter().flatten().map(|folder| folder.join(FILE)) {
+    /// Finds the embeddings in the folder of the role `earlier`, and those of an interrupted run in the job's folder, unless
+    /// they are of another network. A damaged file is reported and skipped.
+    ///
+    /// # Errors
+    ///
+    /// The job's folder cannot be read.
+    pub fn of_job(job: &Job, identity: String, width: usize) -> Result<Self> {
+        let mut known = Self {
+            identity,
+            width,
+            places: HashMap::new(),
+            ids: Vec::new(),
+            parts: Vec::new(),
+            unsaved: Vec::new(),
+        };
+        let earlier = job.optional_input("earlier").map(|folder| folder.join(FILE));
+        let own = parts_in(&job.out)?.into_iter().map(|(_, path)| path);
+        for path in earlier.into_iter().chain([job.out.join(FILE)]).chain(own) {
             if path.exists()
                 && let Err(error) = known.add_from(&path)
             {
                 tracing::warn!("computing embeddings again: {error:#}");
             }
         }
-        known
+        Ok(known)
     }
 
     fn add_from(&mut self, path: &Path) -> Result<()> {
-        let file = Container::open(path, KIND, VERSION)?;
+        let file = Container::map(path, KIND, VERSION)?;
         if file.header_text("network")? != self.identity {
             return Ok(());
         }
-        let (ids, values) = (file.u8("id")?, file.f32("backbone")?);
+        let (ids, values) = (file.u8("id")?, file.floats("backbone")?);
         let count = ids.len() / size_of::<Id>();
         ensure!(
             values.len() == count * self.width && ids.len() == count * size_of::<Id>(),
@@ -84,10 +104,23 @@ impl KnownEmbeddings {
             values.len(),
             self.width
         );
-        for (id, row) in ids.chunks_exact(size_of::<Id>()).zip(values.chunks_exact(self.width)) {
-            self.insert(id.try_into().context("an id of 32 bytes")?, row);
+        let (ids, _) = ids.as_chunks::<{ size_of::<Id>() }>();
+        for (row, &id) in ids.iter().enumerate() {
+            self.note(id, row);
         }
+        self.parts.push(values);
         Ok(())
+    }
+
+    /// Notes where the embedding of a picture will be: in this row of the part after those there are. Returns whether
+    /// the picture is new.
+    fn note(&mut self, id: Id, row: usize) -> bool {
+        let place = (self.parts.len(), row);
+        let is_new = *self.places.entry(id).or_insert(place) == place;
+        if is_new {
+            self.ids.push(id);
+        }
+        is_new
     }
 
     /// The digest of what the embeddings depend on besides their picture.
@@ -97,30 +130,80 @@ impl KnownEmbeddings {
 
     /// The embedding of a picture, if it is known.
     pub fn get(&self, id: &Id) -> Option<&[f32]> {
-        let place = *self.places.get(id)?;
-        self.values.get(place * self.width..(place + 1) * self.width)
+        let (part, row) = *self.places.get(id)?;
+        let values = self.parts.get(part).map_or(&*self.unsaved, |part| part);
+        values.get(row * self.width..(row + 1) * self.width)
     }
 
     /// Adds the embedding of a picture.
     pub fn insert(&mut self, id: Id, embedding: &[f32]) {
-        if !self.places.contains_key(&id) {
-            self.places.insert(id, self.ids.len());
-            self.ids.push(id);
-            self.values.extend_from_slice(embedding);
+        if self.note(id, self.unsaved.len() / self.width) {
+            self.unsaved.extend_from_slice(embedding);
         }
     }
 
-    /// Saves the embeddings for later runs. Of several ranks, the first one does.
-    pub fn save(&self, job: &Job) -> Result<()> {
-        if !job.communicator.is_first() {
+    /// Saves what was added since the last time, as a part of its own.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn save(&mut self, job: &Job) -> Result<()> {
+        let count = self.unsaved.len() / self.width;
+        if count == 0 {
             return Ok(());
         }
-        let (count, ids) = (self.ids.len(), self.ids.as_flattened());
-        let tensors = [
-            Tensor::u8("id", &[count, size_of::<Id>()], ids),
-            Tensor::f32("backbone", &[count, self.width], &self.values),
-        ];
-        let header = Header::from([("network".into(), self.identity.clone().into())]);
-        container::write(&job.out.join(FILE), KIND, VERSION, header, &tensors)
+        let last = parts_in(&job.out)?.last().map_or(0, |(number, _)| *number);
+        let path = job.out.join(format!("{PART}{}.safetensors", last + 1));
+        let ids = self.ids[self.ids.len() - count..].as_flattened();
+        let backbone = Tensor::f32("backbone", &[count, self.width], &self.unsaved);
+        self.write(&path, Tensor::u8("id", &[count, size_of::<Id>()], ids), backbone)?;
+        self.parts.push(Container::map(&path, KIND, VERSION)?.floats("backbone")?);
+        self.unsaved.clear();
+        Ok(())
     }
+
+    /// Gathers all embeddings in one file, for later runs, and removes the parts.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written, or the parts cannot be removed.
+    pub fn finish(mut self, job: &Job) -> Result<Self> {
+        let count = self.ids.len();
+        let mut backbone = Column::create_in(&job.out)?;
+        for id in &self.ids {
+            backbone.push(self.get(id).context("a row for each picture")?)?;
+        }
+        // Before their files are replaced, which some systems refuse while they are mapped.
+        (self.parts, self.unsaved) = (vec![], vec![]);
+        let ids = Tensor::u8("id", &[count, size_of::<Id>()], self.ids.as_flattened());
+        let path = job.out.join(FILE);
+        self.write(&path, ids, backbone.tensor("backbone", &[count, self.width])?)?;
+        for (_, part) in parts_in(&job.out)? {
+            files::remove_if_there(&part)?;
+        }
+        (self.places, self.ids) = (HashMap::new(), vec![]);
+        self.add_from(&path)?;
+        Ok(self)
+    }
+
+    fn write(&self, path: &Path, ids: Tensor, backbone: Tensor) -> Result<()> {
+        let header = Header::from([("network".into(), self.identity.clone().into())]);
+        container::write(path, KIND, VERSION, header, &[ids, backbone])
+    }
+}
+
+/// The parts in a folder, by their numbers.
+fn parts_in(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let reading = || format!("reading `{}`", folder.display());
+    let mut parts = vec![];
+    for entry in fs::read_dir(folder).with_context(reading)? {
+        let path = entry.with_context(reading)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let number = name.strip_prefix(PART).and_then(|rest| rest.strip_suffix(".safetensors"));
+        if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            parts.push((number, path));
+        }
+    }
+    parts.sort();
+    Ok(parts)
 }

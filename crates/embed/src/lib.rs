@@ -216,7 +216,7 @@ fn published(
 ) -> Result<Option<EmbeddingWriter>> {
     let identity =
         known::identity(job.input("network")?, config.precision, &job.device.to_string())?;
-    let mut known = KnownEmbeddings::of_job(job, identity, network.width);
+    let mut known = KnownEmbeddings::of_job(job, identity, network.width)?;
     let ids = rows.iter().map(|&row| images.stored_id(row)).collect::<Result<Vec<_>>>()?;
     let is_missing = |(_, id): &(&u32, &data::images::Id)| known.get(id).is_none();
     let missing: Vec<u32> = rows.iter().zip(&ids).filter(is_missing).map(|(&row, _)| row).collect();
@@ -228,6 +228,7 @@ fn published(
     job.log(&serde_json::json!({ "known": rows.len() - missing.len() }))?;
     embed_missing(config, images, &missing, job, network, &mut known)?;
     let Some(mut writer) = writer(job, [network.width; 2], 0)? else { return Ok(None) };
+    let known = known.finish(job)?;
     for ids in ids.chunks(ROWS_AT_ONCE) {
         let mut embeddings = Vec::with_capacity(ids.len() * network.width);
         for id in ids {
@@ -240,7 +241,7 @@ fn published(
     Ok(Some(writer))
 }
 
-/// Embeds the pictures in `missing` and adds them to `known`, which is saved now and then and at the end.
+/// Embeds the pictures in `missing`. The first rank adds them to `known` and saves them now and then.
 fn embed_missing(
     config: &Config,
     images: &Images,
@@ -260,19 +261,21 @@ fn embed_missing(
     while let Some((batch, [embeddings])) =
         batches.next(|pictures| Ok([network.embedding(pictures)?]))?
     {
-        for (row, embedding) in batch.iter().zip(embeddings.chunks_exact(network.width)) {
-            known.insert(images.stored_id(*row)?, embedding);
-        }
         done += batch.len() as u64;
         progress.at(done, "");
         let interrupted = job.check_interrupt();
-        if interrupted.is_err() || saved.elapsed() > BETWEEN_SAVES {
-            known.save(job)?;
-            saved = Instant::now();
+        if job.communicator.is_first() {
+            for (row, embedding) in batch.iter().zip(embeddings.chunks_exact(network.width)) {
+                known.insert(images.stored_id(*row)?, embedding);
+            }
+            if interrupted.is_err() || saved.elapsed() > BETWEEN_SAVES {
+                known.save(job)?;
+                saved = Instant::now();
+            }
         }
         interrupted?;
     }
-    known.save(job)
+    Ok(())
 }
 
 /// Thumbnails as both embedding and projection, without augmented views. Where pictures differ in
@@ -313,7 +316,7 @@ mod tests {
     use data::{Embeddings, Loader, Picture};
     use fixture::transformer;
     use layers::{Mode, Modes, Positions, Resampling, Transformer, TransformerPlan};
-    use stage::{DataTable, Library, Split};
+    use stage::{DataTable, Interrupt, Interrupted, Library, Split};
     use training::{Learner, SgdTable, Target};
 
     use super::*;
@@ -557,10 +560,10 @@ mod tests {
         let earlier = Job { out: folder.path().join("earlier"), ..job.clone() };
         std::fs::create_dir(&earlier.out)?;
         let images = Images::open(&job.images)?;
-        let mut known = KnownEmbeddings::of_job(&earlier, identity()?, 16);
+        let mut known = KnownEmbeddings::of_job(&earlier, identity()?, 16)?;
         known.insert(images.id(whole.index[0])?, &[0.5; 16]);
         known.insert(images.id(whole.index[1])?, &whole.backbone[16..32]);
-        known.save(&earlier)?;
+        known.finish(&earlier)?;
 
         let inputs = BTreeMap::from([
             ("network".to_owned(), folder.path().to_owned()),
@@ -582,6 +585,44 @@ mod tests {
         std::fs::remove_file(again.out.join("state.safetensors"))?;
         assert_eq!(other.backbone, embedded(&config, &resumed)?.backbone);
         assert_ne!(other.backbone[..16], [0.5; 16]);
+        Ok(())
+    }
+
+    #[test]
+    fn an_interrupted_run_keeps_each_part_and_ends_with_the_same_bytes() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let job = job(folder.path(), &[7])?;
+        publish(folder.path(), 5)?;
+        let config = Config { views: 0, batch_size: 2, ..config() };
+        let whole = Job { out: folder.path().join("whole"), ..job.clone() };
+        let parts =
+            Job { out: folder.path().join("parts"), interrupt: Interrupt::default(), ..job };
+        std::fs::create_dir(&whole.out)?;
+        std::fs::create_dir(&parts.out)?;
+        let pictures = embedded(&config, &whole)?.index.len();
+
+        parts.interrupt.raise();
+        let part = |number: usize| parts.out.join(format!("known-{number}.safetensors"));
+        let mut stops = 0;
+        while let Err(error) = Embed::run(&config, &parts) {
+            assert!(error.is::<Interrupted>(), "{error:#}");
+            stops += 1;
+            assert!(part(stops).exists() && !part(stops + 1).exists(), "one part after each batch");
+        }
+        assert_eq!(stops, pictures.div_ceil(2));
+        assert!(!part(1).exists(), "the parts are gathered");
+        for name in ["embeddings.safetensors", "state.safetensors"] {
+            let bytes = |job: &Job| std::fs::read(job.out.join(name));
+            assert!(bytes(&whole)? == bytes(&parts)?, "{name}");
+        }
+        // A damaged part is computed again, and no other.
+        std::fs::remove_file(parts.out.join("state.safetensors"))?;
+        for _ in 0..2 {
+            Embed::run(&config, &parts).expect_err("interrupted");
+        }
+        std::fs::write(part(1), "damaged")?;
+        let again = Job { interrupt: Interrupt::default(), ..parts.clone() };
+        assert_eq!(embedded(&config, &again)?.backbone, embedded(&config, &whole)?.backbone);
         Ok(())
     }
 
