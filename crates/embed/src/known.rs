@@ -23,8 +23,11 @@ use data::images::Id;
 use serde_json::json;
 use stage::container::{self, Column, Container, Floats, Header, Tensor};
 use stage::digest::{sha256, sha256_of_file};
-use stage::{Job, files};
+use stage::{Job, Stage, files};
+
 use training::Precision;
+
+use crate::Embed;
 
 const FILE: &str = "state.safetensors";
 /// What the names of parts begin with, before their number.
@@ -33,10 +36,11 @@ const KIND: &str = "known-embeddings";
 const VERSION: u64 = 1;
 
 /// A digest of everything but the picture that an embedding depends on: the network's files, precision,
-/// device and kernels.
+/// device, kernels and the version of the algorithm.
 pub fn identity(network: &Path, precision: Precision, device: &str) -> Result<String> {
     let kernels = layers::Variant::selected().map_err(anyhow::Error::msg)?;
     let parts = json!({
+        "algorithm": Embed::SPEC.algorithm,
         "network": sha256_of_file(&network.join("network.safetensors"))?,
         "configuration": sha256_of_file(&network.join(backbone::CONFIGURATION))?,
         "precision": precision,

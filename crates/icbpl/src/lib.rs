@@ -57,7 +57,7 @@ pub struct Icbpl;
 impl Stage for Icbpl {
     const SPEC: Spec = Spec {
         name: "icbpl",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
         ranks: Ranks::BatchGroups,

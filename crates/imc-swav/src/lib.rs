@@ -49,7 +49,7 @@ pub struct ImcSwav;
 impl Stage for ImcSwav {
     const SPEC: Spec = Spec {
         name: "imc-swav",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
         ranks: Ranks::BatchGroups,

@@ -149,44 +149,44 @@ fn choose(wanted: Option<&str>) -> Result<Variant, String> {
 /// with the wrapper's instructions. It must not start a parallel loop, whose closures would be compiled
 /// for the baseline. No multiplication is fused with an addition, so all variants give the same bits.
 macro_rules! for_each_variant {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($t:ident: $bound:path),+ $(; $(const $size:ident),+)?>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
         #[cfg_attr(
             target_arch = "x86_64",
             expect(unsafe_code, reason = "calls a function compiled for the detected instructions")
         )]
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name $(<$t: $bound>)? (variant: $crate::Variant, $($arg: $ty),*) {
+        $vis fn $name $(<$($t: $bound,)+ $($(const $size: usize,)+)?>)? (variant: $crate::Variant, $($arg: $ty),*) {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body $(<$t: $bound>)? ($($arg: $ty),*) $body
+            fn body $(<$($t: $bound,)+ $($(const $size: usize,)+)?>)? ($($arg: $ty),*) $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            fn avx2 $(<$t: $bound>)? ($($arg: $ty),*) {
-                body($($arg),*)
+            fn avx2 $(<$($t: $bound,)+ $($(const $size: usize,)+)?>)? ($($arg: $ty),*) {
+                body $(::<$($t,)+ $($($size,)+)?>)? ($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
             #[allow(clippy::too_many_arguments)]
-            fn avx512 $(<$t: $bound>)? ($($arg: $ty),*) {
-                body($($arg),*)
+            fn avx512 $(<$($t: $bound,)+ $($(const $size: usize,)+)?>)? ($($arg: $ty),*) {
+                body $(::<$($t,)+ $($($size,)+)?>)? ($($arg),*)
             }
             match variant.instructions() {
                 #[cfg(target_arch = "x86_64")]
                 $crate::variant::Instructions::Avx2
                 | $crate::variant::Instructions::AmxEmulated => {
                     // SAFETY: a `Variant` exists only if the processor has its instructions.
-                    unsafe { avx2($($arg),*) }
+                    unsafe { avx2 $(::<$($t,)+ $($($size,)+)?>)? ($($arg),*) }
                 }
                 #[cfg(target_arch = "x86_64")]
                 $crate::variant::Instructions::Avx512
                 | $crate::variant::Instructions::Avx512Bf16
                 | $crate::variant::Instructions::Amx => {
                     // SAFETY: as above.
-                    unsafe { avx512($($arg),*) }
+                    unsafe { avx512 $(::<$($t,)+ $($($size,)+)?>)? ($($arg),*) }
                 }
-                $crate::variant::Instructions::Portable => body($($arg),*),
+                $crate::variant::Instructions::Portable => body $(::<$($t,)+ $($($size,)+)?>)? ($($arg),*),
             }
         }
     };

@@ -61,7 +61,7 @@ pub struct NeighbourRefinement;
 impl Stage for NeighbourRefinement {
     const SPEC: Spec = Spec {
         name: "neighbour-refinement",
-        algorithm: 1,
+        algorithm: 2,
         inputs: &[
             Role::new("network", Origin::Network),
             Role::new("pseudo-labels", Origin::PseudoLabels),

@@ -29,7 +29,7 @@ pub struct Pretraining;
 impl Stage for Pretraining {
     const SPEC: Spec = Spec {
         name: "pretraining",
-        algorithm: 3,
+        algorithm: 4,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network],
         ranks: Ranks::BatchGroups,

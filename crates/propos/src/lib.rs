@@ -46,7 +46,7 @@ pub struct ProPos;
 impl Stage for ProPos {
     const SPEC: Spec = Spec {
         name: "propos",
-        algorithm: 4,
+        algorithm: 5,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
         ranks: Ranks::BatchGroups,

@@ -45,7 +45,7 @@ pub struct PrototypeRefinement;
 impl Stage for PrototypeRefinement {
     const SPEC: Spec = Spec {
         name: "prototype-refinement",
-        algorithm: 5,
+        algorithm: 6,
         inputs: &[
             Role::new("network", Origin::Network),
             Role::new("pseudo-labels", Origin::PseudoLabels),

@@ -52,7 +52,7 @@ pub struct SeCu;
 impl Stage for SeCu {
     const SPEC: Spec = Spec {
         name: "secu",
-        algorithm: 5,
+        algorithm: 6,
         inputs: &[Role::BACKBONE],
         outputs: &[Output::Network, Output::PseudoLabels],
         ranks: Ranks::BatchGroups,

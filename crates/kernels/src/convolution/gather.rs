@@ -4,7 +4,8 @@
 use std::ops::Range;
 
 use super::finish::FinishOf;
-use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len, winograd};
+use super::winograd::{by_size, convolve};
+use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len};
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::norm::moments_len;
@@ -37,10 +38,17 @@ pub fn forward(
     let packed = packed.numbers(g.packing(variant, precision, PackedFor::Forward));
     by_precision!(precision, T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
-        let (packed, finish) = (T::of(packed), FinishOf::new(finish, moments));
+        let finish = FinishOf::new(finish, moments);
         match g.form(variant, precision) {
-            Form::Winograd => winograd::convolve(variant, g, from, packed, to, false, &finish),
-            Form::Direct => gather(variant, g, from, packed, &forward_taps(g), to, false, &finish),
+            Form::Winograd(size) => by_precision!(packed.precision(), U => {
+                let (work, packed) = (g.operations(), U::of(packed));
+                by_size!(size, F => {
+                    convolve::<F, T, U, _, _>(variant, work, from, packed, to, false, &finish);
+                });
+            }),
+            Form::Direct => {
+                gather(variant, g, from, T::of(packed), &forward_taps(g), to, false, &finish);
+            }
         }
     });
 }
@@ -65,10 +73,17 @@ pub fn input_gradient(
     by_precision!(precision, T => {
         let from = (T::of(output_gradient), g.output);
         let to = (T::of_mut(input_gradient), g.input);
-        let (packed, finish) = (T::of(packed), FinishOf::new(Finish::default(), None));
+        let finish = FinishOf::new(Finish::default(), None);
         match g.form(variant, precision) {
-            Form::Winograd => winograd::convolve(variant, g, from, packed, to, add, &finish),
-            Form::Direct => gather(variant, g, from, packed, &backward_taps(g), to, add, &finish),
+            Form::Winograd(size) => by_precision!(packed.precision(), U => {
+                let (work, packed) = (g.operations(), U::of(packed));
+                by_size!(size, F => {
+                    convolve::<F, T, U, _, _>(variant, work, from, packed, to, add, &finish);
+                });
+            }),
+            Form::Direct => {
+                gather(variant, g, from, T::of(packed), &backward_taps(g), to, add, &finish);
+            }
         }
     });
 }

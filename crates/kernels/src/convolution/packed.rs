@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use super::{Geometry, columns_of, panel_len, winograd};
+use super::filter::Filter;
+use super::winograd::{self, SquareSize, by_size};
+use super::{Geometry, columns_of, panel_len};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
+use crate::transformer::factor_precision;
 use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant, parallel};
@@ -24,8 +27,8 @@ pub enum PackedFor {
 pub(super) enum Form {
     /// The plain sum over taps and input channels.
     Direct,
-    /// Winograd's form, 16 products for 36: see `winograd.rs`.
-    Winograd,
+    /// Winograd's form, with fewer products: see `winograd.rs`.
+    Winograd(SquareSize),
 }
 
 /// Everything that decides the order and the type of packed weights.
@@ -51,10 +54,14 @@ impl Geometry {
         precision: Precision,
         packed_for: PackedFor,
     ) -> Packing {
+        let form = self.form(variant, precision);
         Packing {
             packed_for,
-            form: self.form(variant, precision),
-            precision,
+            form,
+            precision: match form {
+                Form::Winograd(_) => factor_precision(variant, precision),
+                Form::Direct => precision,
+            },
             in_channels: self.input.channels,
             out_channels: self.output.channels,
             kernel: self.kernel,
@@ -68,7 +75,7 @@ impl Packing {
         let tiles = self.in_channels.div_ceil(SIDE) * self.out_channels.div_ceil(SIDE) * TILE;
         match self.form {
             Form::Direct => self.taps() * tiles,
-            Form::Winograd => winograd::POSITIONS * tiles,
+            Form::Winograd(size) => size.positions() * tiles,
         }
     }
 
@@ -111,7 +118,9 @@ impl PackedWeights {
             let packed = T::of_mut(&mut numbers);
             match packing.form {
                 Form::Direct => pack_direct(packing, weights, packed),
-                Form::Winograd => pack_winograd(packing, weights, packed),
+                Form::Winograd(size) => by_size!(size, F => {
+                    pack_winograd::<F, T, _, _>(packing, weights, packed);
+                }),
             }
         });
         PackedWeights { packing, numbers }
@@ -179,22 +188,33 @@ fn to_tiles(
 }
 
 /// Backward, the kernels are rotated by half a turn as well.
-fn pack_winograd<T: ValueElement>(packing: Packing, weights: &[f32], packed: &mut [T]) {
+fn pack_winograd<F, T, const N: usize, const M: usize>(
+    packing: Packing,
+    weights: &[f32],
+    packed: &mut [T],
+) where
+    F: Filter<N, M>,
+    T: ValueElement,
+{
     let inputs = packing.in_channels;
     let (read, written) = packing.channels();
     match packing.packed_for {
-        PackedFor::Forward => winograd::pack(read, written, packed, |from, to, kernels| {
-            let weights = &weights[(to.start * inputs + from) * 9..];
-            let (count, start) = (to.len(), |lane| lane * inputs * 9);
-            let by = Interleaving { count, len: 9, start, place: |tap| tap };
-            to_tiles(weights, kernels.as_flattened_mut(), by);
-        }),
-        PackedFor::InputGradient => winograd::pack(read, written, packed, |from, to, kernels| {
-            let weights = &weights[(from * inputs + to.start) * 9..];
-            let (count, start) = (to.len(), |lane| lane * 9);
-            let by = Interleaving { count, len: 9, start, place: |tap| 8 - tap };
-            to_tiles(weights, kernels.as_flattened_mut(), by);
-        }),
+        PackedFor::Forward => {
+            winograd::pack::<F, T, N, M>(read, written, packed, |from, to, kernels| {
+                let weights = &weights[(to.start * inputs + from) * 9..];
+                let (count, start) = (to.len(), |lane| lane * inputs * 9);
+                let by = Interleaving { count, len: 9, start, place: |tap| tap };
+                to_tiles(weights, kernels.as_flattened_mut(), by);
+            })
+        }
+        PackedFor::InputGradient => {
+            winograd::pack::<F, T, N, M>(read, written, packed, |from, to, kernels| {
+                let weights = &weights[(from * inputs + to.start) * 9..];
+                let (count, start) = (to.len(), |lane| lane * 9);
+                let by = Interleaving { count, len: 9, start, place: |tap| 8 - tap };
+                to_tiles(weights, kernels.as_flattened_mut(), by);
+            })
+        }
     }
 }
 

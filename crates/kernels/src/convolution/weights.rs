@@ -5,13 +5,17 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::winograd::{self, POSITIONS, Squares, stride, transform_gradient, transform_input};
+use super::filter::Filter;
+use super::winograd::{
+    self, SquareSize, Squares, by_size, stride, transform_gradient, transform_input,
+};
 use super::{Form, Geometry, columns_of};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::transformer::factor_precision;
 use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
 use crate::{Buffer, BufferPool, Precision, Variant};
@@ -47,19 +51,15 @@ pub fn weight_gradient(
     assert_eq!(gradient.len(), g.weights_len());
     let tasks = WeightTasks::new(variant, g, input.precision());
     let mut scratch = pool.take(tasks.len() * tasks.parts);
-    if tasks.winograd {
-        let (input, output_gradient): (&[f32], &[f32]) = (input, output_gradient);
-        tasks.run(variant, &mut scratch, |session, task, runs, all| {
-            tasks.sum_squares(session, task, runs, input, output_gradient, all);
+    by_precision!(input.precision(), T => {
+        let (input, output_gradient) = (T::of(input), T::of(output_gradient));
+        tasks.run(variant, &mut scratch, |session, task, runs, all| match tasks.squares {
+            Some(size) => by_size!(size, F => {
+                tasks.sum_squares::<F, T, _, _>(session, task, runs, input, output_gradient, all);
+            }),
+            None => tasks.sum(session, task, runs, input, output_gradient, pool, all),
         });
-    } else {
-        by_precision!(input.precision(), T => {
-            let (input, output_gradient) = (T::of(input), T::of(output_gradient));
-            tasks.run(variant, &mut scratch, |session, task, runs, all| {
-                tasks.sum(session, task, runs, input, output_gradient, pool, all);
-            });
-        });
-    }
+    });
     tasks.merge(&scratch, gradient);
 }
 
@@ -67,11 +67,12 @@ pub fn weight_gradient(
 /// shape alone, since parts are added afterwards. A task goes through its part in strips of a few rows of
 /// pixels, and adds each strip to its whole pane before the next.
 ///
-/// In [Winograd's form](winograd) a strip is a few squares of pixels, and each kernel has 16 sums, one per
-/// position, instead of 9.
+/// In [Winograd's form](winograd) a strip is a few squares of pixels, and each kernel has one sum per position
+/// instead of 9.
 struct WeightTasks<'a> {
     g: &'a Geometry,
-    winograd: bool,
+    /// The squares of Winograd's form, or `None` for the plain sum.
+    squares: Option<SquareSize>,
     parts: usize,
     /// Panes along the input and along the output channels.
     panes: (usize, usize),
@@ -147,24 +148,25 @@ fn with_runs(work: impl FnOnce(&mut StripRuns)) {
 
 impl<'a> WeightTasks<'a> {
     fn new(variant: Variant, g: &'a Geometry, precision: Precision) -> Self {
-        // In bf16 the transforms and 16 sums would cost as much as the products save.
-        let winograd = precision == Precision::F32 && g.form(variant, precision) == Form::Winograd;
+        let squares = match (factor_precision(variant, precision), g.form(variant, precision)) {
+            (Precision::F32, Form::Winograd(size)) => Some(size),
+            // In bf16 the transforms and 16 sums would cost as much as the products save.
+            _ => None,
+        };
         let rows = (STRIP / precision.bytes() / g.output.width).max(1);
-        let squares = Squares::of(g.output);
-        let strips = if winograd {
-            (g.output.groups() * squares.count()).div_ceil(SQUARES)
-        } else {
-            (g.output.groups() * g.output.height).div_ceil(rows)
+        let strips = match squares {
+            Some(size) => (g.output.groups() * size.on(g.output).count()).div_ceil(SQUARES),
+            None => (g.output.groups() * g.output.height).div_ceil(rows),
         };
         let pairs = g.output.blocks().div_ceil(2);
         let panes = (g.input.blocks().div_ceil(PANE.0), pairs.div_ceil(PANE.1));
         let parts = TASKS.div_ceil(panes.0 * panes.1).min(strips);
-        WeightTasks { g, winograd, parts, panes, rows, strips }
+        WeightTasks { g, squares, parts, panes, rows, strips }
     }
 
     /// Sums per kernel: one for each tap or position.
     fn sums(&self) -> usize {
-        if self.winograd { POSITIONS } else { self.g.taps() }
+        self.squares.map_or(self.g.taps(), SquareSize::positions)
     }
 
     /// The length of the sums of one part.
@@ -183,7 +185,9 @@ impl<'a> WeightTasks<'a> {
         let count = self.parts * self.panes.0 * self.panes.1;
         parallel::for_each(count, self.g.operations(), |task| {
             let (session, task) = (TileSession::begin(variant), self.task(task));
-            for block in task.blocks.clone() {
+            // The first strip of squares writes all sums.
+            let unwritten = if self.squares.is_none() { task.blocks.clone() } else { 0..0 };
+            for block in unwritten {
                 for pair in task.pairs.clone() {
                     let (at, len) = self.tiles(task.part, block, pair);
                     // SAFETY: a task owns its part of its blocks and pairs.
@@ -252,44 +256,50 @@ impl<'a> WeightTasks<'a> {
                 memory,
             );
             self.collect(rows, &left, &right, runs);
-            self.sum_strip(session, task, left.numbers, right.numbers, runs, all);
+            self.sum_strip(session, task, left.numbers, right.numbers, runs, true, all);
         }
     }
 
     /// Sums a part in Winograd's form.
-    fn sum_squares(
+    fn sum_squares<F, T, const N: usize, const M: usize>(
         &self,
         session: &TileSession,
         task: &WeightTask,
         runs: &mut StripRuns,
-        input: &[f32],
-        output_gradient: &[f32],
+        input: &[T],
+        output_gradient: &[T],
         all: &Disjoint<f32>,
-    ) {
+    ) where
+        F: Filter<N, M>,
+        T: ValueElement,
+    {
         let g = self.g;
         let (blocks, outputs) = (task.blocks.len(), self.outputs(task));
-        let (squares, variant) = (Squares::of(g.output), session.variant());
-        let len = |blocks: usize| POSITIONS * stride(SQUARES * blocks);
+        let (squares, variant) = (Squares::of::<F, N, M>(g.output), session.variant());
+        let len = |blocks: usize| N * N * stride(SQUARES * blocks);
         with_scratch(len(blocks) + len(outputs.len()), |memory| {
             let (left, right) = memory.split_at_mut(len(blocks));
             for strip in self.strips_of(task) {
                 let first = strip * SQUARES;
                 let count = SQUARES.min(g.output.groups() * squares.count() - first);
                 for at in 0..count {
-                    let (group, square) =
-                        ((first + at) / squares.count(), (first + at) % squares.count());
-                    let (corner, read) = (squares.corner(square), task.blocks.clone());
+                    let (group, corner) = squares.place(first + at);
+                    let read = task.blocks.clone();
                     let to = &mut left[at * blocks * TILE..];
                     let step = stride(count * blocks);
-                    transform_input(variant, input, g.input, group, corner, read, to, step);
+                    transform_input::<F, T, f32, N, M>(
+                        variant, input, g.input, group, corner, read, to, step,
+                    );
                     let (from, read) = (output_gradient, outputs.clone());
                     let to = &mut right[at * outputs.len() * TILE..];
                     let step = stride(count * outputs.len());
-                    transform_gradient(variant, from, g.output, group, corner, read, to, step);
+                    transform_gradient::<F, T, N, M>(
+                        variant, from, g.output, group, corner, read, to, step,
+                    );
                 }
                 runs.all.clear();
                 runs.ends.clear();
-                for position in 0..POSITIONS {
+                for position in 0..N * N {
                     runs.all.extend((0..count).map(|at| TileRun {
                         left: position * stride(count * blocks) + at * blocks * TILE,
                         right: position * stride(count * outputs.len()) + at * outputs.len() * TILE,
@@ -297,7 +307,8 @@ impl<'a> WeightTasks<'a> {
                     }));
                     runs.ends.push((position, runs.all.len()));
                 }
-                self.sum_strip::<f32>(session, task, left, right, runs, all);
+                let add = strip > self.strips_of(task).start;
+                self.sum_strip::<f32>(session, task, left, right, runs, add, all);
             }
         });
     }
@@ -383,7 +394,8 @@ impl<'a> WeightTasks<'a> {
         }
     }
 
-    /// Adds a strip to the pane, for two blocks of input channels at a time.
+    /// Adds a strip to the pane, or without `add` writes its sums, for two blocks of input channels at a time.
+    #[expect(clippy::too_many_arguments, reason = "source and destination")]
     fn sum_strip<T: ValueElement>(
         &self,
         session: &TileSession,
@@ -391,6 +403,7 @@ impl<'a> WeightTasks<'a> {
         left: &[T],
         right: &[T],
         runs: &StripRuns,
+        add: bool,
         all: &Disjoint<f32>,
     ) {
         let g = self.g;
@@ -408,8 +421,7 @@ impl<'a> WeightTasks<'a> {
                 for &(sum, end) in &runs.ends {
                     let rows = g.input.channels_in(block);
                     let runs = &runs.all[begin..end];
-                    let product =
-                        TileProduct { runs, apart: TILE, rows, columns, add: true, ahead: 0 };
+                    let product = TileProduct { runs, apart: TILE, rows, columns, add, ahead: 0 };
                     if block + 1 < task.blocks.end {
                         let outputs = &mut [tile(block, sum), tile(block + 1, sum)];
                         T::product::<true>(session, left, right, &product, outputs);
@@ -433,8 +445,10 @@ impl<'a> WeightTasks<'a> {
             with_scratch(self.sums() * TILE, |totals| {
                 for input_block in 0..g.input.blocks() {
                     self.total(scratch, input_block, block, totals);
-                    if self.winograd {
-                        winograd::gradients_of_kernels(variant, totals);
+                    if let Some(size) = self.squares {
+                        by_size!(size, F => {
+                            winograd::gradients_of_kernels::<F, _, _>(variant, totals);
+                        });
                     }
                     let len = g.input.channels_in(input_block) * taps;
                     let to = &mut gradient[input_block * SIDE * taps..];
