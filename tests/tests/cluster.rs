@@ -154,6 +154,16 @@ fn a_folder_is_grouped_and_only_added_pictures_are_embedded_again() {
     }
     assert!(!printed.contains("assort report") && !printed.contains("ACC"), "{printed}");
     assert_eq!(known(folder), 90);
+    assert_eq!(stored(folder, "pretraining"), 1, "one network serves all pictures");
+}
+
+/// How many results of a step the store holds.
+fn stored(folder: &Path, step: &str) -> usize {
+    let store = fs::read_dir(folder.join("runs/.store")).expect("a store").flatten();
+    let is_result = |entry: &fs::DirEntry| {
+        entry.path().is_dir() && entry.file_name().to_string_lossy().starts_with(step)
+    };
+    store.filter(is_result).count()
 }
 
 /// How many pictures have the same number in both, and the most that any three numbers give.

@@ -2,7 +2,7 @@
 //!
 //! The key of a step is the SHA-256 of its program's identity, its table and `[data]` as resolved
 //! (without the number of clusters if the stage does not depend on it), seed, round, device and
-//! processor, and of the keys of its inputs. So experiments with the same pretraining share it, and
+//! processor, the pictures (unless the stage does not depend on them), and of the keys of its inputs. So experiments with the same pretraining share it, and
 //! a changed value never reuses an old result.
 
 #[cfg(target_arch = "x86_64")]
@@ -73,7 +73,7 @@ impl StoreKey {
             "seed": surroundings.seed,
             "machine": surroundings.machine,
             "environment": environment(),
-            "images": surroundings.images,
+            "images": program.depends_on_images.then_some(&surroundings.images),
             "inputs": inputs,
         });
         Self::of(step.place.name, record)
@@ -172,6 +172,7 @@ mod tests {
             identity: json!({ "name": "embed", "algorithm": 1 }),
             words: Some(vec!["embed"]),
             depends_on_clusters: false,
+            depends_on_images: true,
             ranks: 1,
         }
     }
@@ -242,6 +243,16 @@ mod tests {
         let program = Executable { depends_on_clusters: true, ..program() };
         let key = |text: &str| key(&step(), text, &program, &surroundings());
         assert_ne!(key(TEXT), key(&TEXT.replace("clusters = 3", "clusters = 4")));
+    }
+
+    #[test]
+    fn the_pictures_count_unless_a_program_does_not_depend_on_them() {
+        let key = |depends_on_images: bool, images: &str| {
+            let surroundings = Surroundings { images: images.into(), ..surroundings() };
+            key(&step(), TEXT, &Executable { depends_on_images, ..program() }, &surroundings)
+        };
+        assert_eq!(key(false, "some"), key(false, "others"));
+        assert_ne!(key(true, "some"), key(true, "others"));
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct Executable {
     pub words: Option<Vec<&'static str>>,
     /// Whether its results may depend on the number of clusters.
     pub depends_on_clusters: bool,
+    /// Whether its results may depend on the pictures.
+    pub depends_on_images: bool,
     /// Processes that share a step of it.
     pub ranks: usize,
 }
@@ -47,8 +49,15 @@ impl Executable {
         };
         let path = env::current_exe().context("finding the file of this program")?;
         let identity = json!({ "name": name, "algorithm": algorithm });
-        let depends_on_clusters = spec.is_none_or(Spec::depends_on_clusters);
-        Ok(Self { path, identity, words: Some(words), depends_on_clusters, ranks: 1 })
+        let stage = registry.stages.iter().find(|stage| stage.spec.name == name);
+        Ok(Self {
+            path,
+            identity,
+            words: Some(words),
+            depends_on_clusters: spec.is_none_or(Spec::depends_on_clusters),
+            depends_on_images: stage.is_none_or(|stage| stage.depends_on_images),
+            ranks: 1,
+        })
     }
 
     /// A foreign executable.
@@ -61,7 +70,14 @@ impl Executable {
         let name = table_of(&path.to_string_lossy()).to_owned();
         let identity = json!({ "name": name, "sha256": sha256_of_file(path)? });
         let path = path.to_owned();
-        Ok(Self { path, identity, words: None, depends_on_clusters: true, ranks: 1 })
+        Ok(Self {
+            path,
+            identity,
+            words: None,
+            depends_on_clusters: true,
+            depends_on_images: true,
+            ranks: 1,
+        })
     }
 
     /// Whether it is a stage of this program, not a foreign executable.

@@ -25,7 +25,7 @@ use anyhow::{Context, Result, ensure};
 use backbone::published::PublishedConfiguration;
 use backbone::{Encoder, network_file};
 use candle_core::{Device, Tensor};
-use data::views::{Input, Pipeline};
+use data::views::{Input, Operation, Pipeline};
 use data::{EmbeddingWriter, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -149,6 +149,9 @@ fn embeddings(
     let mut network = EmbeddingNetwork::open(job.input("network")?, config.precision, &device)?;
     let input = network.input.clone();
     input.check("input")?;
+    if let Some(warning) = too_small(&input, images.reduced_side()) {
+        tracing::warn!("{warning}");
+    }
     job.log(&serde_json::json!({ "network": network.found }))?;
 
     if config.views == 0 && network.is_published() {
@@ -197,6 +200,23 @@ fn embeddings(
         }
     }
     Ok(writer)
+}
+
+/// A warning where pictures were stored at a shorter side of `stored` pixels and the network sees
+/// them larger.
+fn too_small(input: &Input, stored: Option<usize>) -> Option<String> {
+    let resized = input.clean.iter().find_map(|operation| match *operation {
+        Operation::ResizeShorter { pixels, .. } | Operation::Resize { pixels, .. } => Some(pixels),
+        _ => None,
+    });
+    let (stored, seen) = (stored?, resized?);
+    (stored < seen).then(|| {
+        format!(
+            "large pictures were stored at a shorter side of {stored} pixels, but this network sees \
+             them at {seen}; set `stored-shorter-side` in table `[prepare]` to {} or 0",
+            2 * seen
+        )
+    })
 }
 
 /// Embeddings that are scaled to unit length together.
@@ -381,6 +401,21 @@ mod tests {
     fn embedded(config: &Config, job: &Job) -> Result<Embeddings> {
         Embed::run(config, job)?;
         Embeddings::open(&job.out.join("embeddings.safetensors"))
+    }
+
+    #[test]
+    fn pictures_stored_smaller_than_the_network_sees_them_are_warned_of() {
+        let clean = vec![
+            Operation::ResizeShorter { pixels: 256, filter: Filter::Bicubic },
+            Operation::CentreCrop { pixels: 224 },
+        ];
+        let [mean, std] = [vec![0.; 3], vec![1.; 3]];
+        let input = Input { height: 224, width: 224, channels: 3, mean, std, clean };
+        for stored in [None, Some(256), Some(257)] {
+            assert_eq!(too_small(&input, stored), None);
+        }
+        let warning = too_small(&input, Some(255)).expect("too small");
+        assert!(warning.contains("stored-shorter-side") && warning.contains("512"), "{warning}");
     }
 
     #[test]

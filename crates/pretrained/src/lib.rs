@@ -29,7 +29,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use backbone::published::{self, CheckpointFamily, Provenance, PublishedNetwork};
 use data::Images;
-use data::views::Input;
 use serde::{Deserialize, Serialize};
 use stage::digest::sha256_of_file;
 use stage::{Effort, Interrupt, Job, Output, Ranks, Spec, Stage};
@@ -57,6 +56,8 @@ impl Stage for PretrainedNetwork {
         ranks: Ranks::One,
     };
     type Config = Config;
+
+    const DEPENDS_ON_IMAGES: bool = false;
 
     fn identity(config: &Config, interrupt: &Interrupt) -> Result<Option<String>> {
         source::locate(&config.backbone, interrupt)?.identity().map(Some)
@@ -90,11 +91,6 @@ impl Stage for PretrainedNetwork {
         let network = published::read(files.configuration.as_deref(), &files.weights)?;
         let input = transform::input(family, &files, side(&network))?;
         input.check("input")?;
-        if job.images.exists()
-            && let Some(warning) = too_small(&input, Images::open(&job.images)?.reduced_side())
-        {
-            tracing::warn!("{warning}");
-        }
         if let PublishedNetwork::Transformer(weights) = &network {
             weights.plan().patch_grid(input.height, input.width)?;
         }
@@ -106,19 +102,6 @@ impl Stage for PretrainedNetwork {
         }))?;
         published::write(&job.out, &network, &input, provenance)
     }
-}
-
-/// A warning where pictures were stored at a shorter side of `stored` pixels and the network sees
-/// them larger.
-fn too_small(input: &Input, stored: Option<usize>) -> Option<String> {
-    let (stored, seen) = (stored?, transform::resized_side(input)?);
-    (stored < seen).then(|| {
-        format!(
-            "large pictures were stored at a shorter side of {stored} pixels, but this network sees \
-             them at {seen}; set `stored-shorter-side` in table `[prepare]` to {} or 0",
-            2 * seen
-        )
-    })
 }
 
 /// The family of a network; without a `config.json`, it can only be a residual one.

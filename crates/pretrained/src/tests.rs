@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use backbone::published::{PublishedArchitecture, PublishedConfiguration};
 use backbone::{Architecture, Depth, Segment, Stem, backbone_file, resnet};
 use candle_core::{DType, Device, Tensor};
+use data::views::Input;
 use hub::Settings;
 use stage::{DataTable, Split};
 
@@ -112,21 +113,6 @@ fn a_lone_residual_network_is_read_without_a_configuration() -> Result<()> {
     let found = PublishedConfiguration::find(out.path())?.expect("published");
     assert_eq!(found.published, PublishedArchitecture::Residual(architecture));
     assert_eq!(found.input::<Input>()?.height, 224);
-    Ok(())
-}
-
-#[test]
-fn pictures_stored_smaller_than_the_network_sees_them_are_warned_of() -> Result<()> {
-    let source = tempfile::tempdir()?;
-    dino(source.path(), 0.5)?;
-    let files = source::NetworkFiles::from(hub::ModelFiles::in_folder(source.path())?);
-    let input = transform::input(family(&files)?, &files, NativeSide::unknown())?;
-    let seen = transform::resized_side(&input).expect("it resizes");
-    for stored in [None, Some(seen), Some(seen + 1)] {
-        assert_eq!(too_small(&input, stored), None);
-    }
-    let warning = too_small(&input, Some(seen - 1)).expect("too small");
-    assert!(warning.contains("stored-shorter-side"), "{warning}");
     Ok(())
 }
 

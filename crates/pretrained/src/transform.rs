@@ -92,14 +92,6 @@ fn published(family: CheckpointFamily, side: usize) -> Input {
     }
 }
 
-/// The side that pictures are resized to before they are cropped; `None` if they are not resized.
-pub fn resized_side(input: &Input) -> Option<usize> {
-    input.clean.iter().find_map(|operation| match *operation {
-        Operation::ResizeShorter { pixels, .. } | Operation::Resize { pixels, .. } => Some(pixels),
-        _ => None,
-    })
-}
-
 fn square_input(side: usize, [mean, std]: [[f64; 3]; 2], clean: Vec<Operation>) -> Input {
     let (mean, std) = (mean.to_vec(), std.to_vec());
     Input { height: side, width: side, channels: 3, mean, std, clean }

@@ -20,6 +20,10 @@ pub trait Stage {
     /// defaults in code.
     type Config: DeserializeOwned + Serialize + Debug;
 
+    /// Whether the results depend on the pictures. If `false`, one result serves all pictures: the key
+    /// leaves them out, and the job of [`Stage::run`] has no path of them, only that of [`Stage::check`].
+    const DEPENDS_ON_IMAGES: bool = true;
+
     /// Checks the table and the inputs before anything runs, and returns the cost of the run.
     ///
     /// Writes nothing and decodes no picture. Outputs of steps that have not run yet are absent;

@@ -23,6 +23,8 @@ use crate::{
 pub struct Program {
     /// What an orchestrator must know of the stage.
     pub spec: Spec,
+    /// See [`Stage::DEPENDS_ON_IMAGES`].
+    pub depends_on_images: bool,
     run: fn(Vec<OsString>, &Communicator) -> Result<()>,
     check_table: fn(&Experiment) -> Result<()>,
     identity: fn(&Experiment, &Interrupt) -> Result<Option<String>>,
@@ -33,6 +35,7 @@ impl Program {
     pub const fn of<S: Stage>() -> Self {
         Self {
             spec: S::SPEC,
+            depends_on_images: S::DEPENDS_ON_IMAGES,
             run: check_or_run::<S>,
             check_table: check_table::<S>,
             identity: |experiment, interrupt| {
@@ -142,6 +145,7 @@ fn check_or_run<S: Stage>(words: Vec<OsString>, communicator: &Communicator) -> 
         let (effort, config) = (toml::to_string(&effort)?, toml::to_string(&config)?);
         return console::print(format_args!("{effort}\n[{}]\n{config}", spec.name));
     }
+    let job = if S::DEPENDS_ON_IMAGES { job } else { Job { images: PathBuf::new(), ..job } };
     let advise = |error| memory::advise(error, spec.name, &config);
     run_once(&spec, &job, || S::run(&config, &job).map_err(advise))
 }
