@@ -60,15 +60,11 @@ impl Stage for PretrainedNetwork {
     const DEPENDS_ON_IMAGES: bool = false;
 
     fn identity(config: &Config, interrupt: &Interrupt) -> Result<Option<String>> {
-        source::locate(&config.backbone, interrupt)?.identity().map(Some)
+        locate(config, interrupt)?.identity().map(Some)
     }
 
     fn check(config: &Config, job: &Job) -> Result<Effort> {
-        let located = source::locate(&config.backbone, &job.interrupt)?;
-        if let Located { origin: NetworkOrigin::Local(files), .. } = &located {
-            let family = family(files)?;
-            transform::input(family, files, NativeSide::unknown())?.check("input")?;
-        }
+        let located = locate(config, &job.interrupt)?;
         if job.images.exists() {
             let channels = Images::open(&job.images)?.channels();
             ensure!(
@@ -84,7 +80,7 @@ impl Stage for PretrainedNetwork {
 
     fn run(config: &Config, job: &Job) -> Result<()> {
         job.clear_log()?;
-        let located = source::locate(&config.backbone, &job.interrupt)?;
+        let located = locate(config, &job.interrupt)?;
         located.announce();
         let files = located.fetch(&job.interrupt)?;
         let family = family(&files)?;
@@ -102,6 +98,15 @@ impl Stage for PretrainedNetwork {
         }))?;
         published::write(&job.out, &network, &input, provenance)
     }
+}
+
+/// Finds the network, without downloading it. Of one on this machine, reads the configuration too.
+fn locate(config: &Config, interrupt: &Interrupt) -> Result<Located> {
+    let located = source::locate(&config.backbone, interrupt)?;
+    if let NetworkOrigin::Local(files) = &located.origin {
+        transform::input(family(files)?, files, NativeSide::unknown())?.check("input")?;
+    }
+    Ok(located)
 }
 
 /// The family of a network; without a `config.json`, it can only be a residual one.

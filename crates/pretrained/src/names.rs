@@ -79,8 +79,8 @@ pub fn refuse_unknown(word: &str) -> Result<()> {
     let all: Vec<_> = NAMES.iter().map(|named| named.name).collect();
     ensure!(
         find(word).is_some(),
-        "there is no network `{word}`: `backbone` in `[pretrained]` is one of {}, an address like \
-         hf://owner/name@revision, or the path of a folder with config.json and model.safetensors",
+        "there is no backbone `{word}`: it is one of {}, an address like hf://owner/name@revision, or the \
+         path of a folder with config.json and model.safetensors",
         all.join(", ")
     );
     Ok(())

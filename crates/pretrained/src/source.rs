@@ -96,7 +96,7 @@ fn local(backbone: &str) -> Result<NetworkFiles> {
     if !path.is_file() {
         ensure!(
             !backbone.contains(['/', '\\', '.']),
-            "`{backbone}` in `[pretrained]` is missing: there is no such folder or file"
+            "the backbone `{backbone}` is missing: there is no such folder or file"
         );
         names::refuse_unknown(backbone)?;
     }
