@@ -3,8 +3,10 @@
 //! Classes are the direct subfolders of the source, pictures the files directly in those. A picture
 //! in a deeper folder is an error: torchvision would treat `train` and `val` as two classes.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
 use stage::Split;
@@ -277,8 +279,26 @@ impl Listing {
     }
 }
 
-/// How a person names the source, for messages: here, and when `xtask` runs this program.
-pub const SOURCE: &str = "--source (`--images` of `assort`)";
+/// How the user names the source, for messages: by the flag of the command that started this program, see
+/// [`name_source`], or `--source`.
+pub const SOURCE: SourceFlag = SourceFlag;
+
+/// See [`SOURCE`].
+#[derive(Debug, Clone, Copy)]
+pub struct SourceFlag;
+
+static NAMED_BY: OnceLock<String> = OnceLock::new();
+
+impl fmt::Display for SourceFlag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(NAMED_BY.get().map_or("--source", String::as_str))
+    }
+}
+
+/// Sets how messages of this process name the source. Only the first call has an effect.
+pub fn name_source(flag: String) {
+    NAMED_BY.get_or_init(|| flag);
+}
 
 /// The class folders that the experiment names.
 fn chosen(root: &Path, top: &FolderContents, classes: &[String]) -> Result<Vec<PathBuf>> {

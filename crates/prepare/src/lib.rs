@@ -239,12 +239,12 @@ impl Config {
 }
 
 /// Checks the table and recognises the source without reading all of it. Of a source on the
-/// network only the address is checked.
+/// network only the address is checked. Returns how many pictures there are, if that is known already.
 ///
 /// # Errors
 ///
 /// A value is out of range, or the source does not have its format.
-pub fn check(config: &Config, source: &Path) -> Result<()> {
+pub fn check(config: &Config, source: &Path) -> Result<Option<usize>> {
     config.check()?;
     ensure!(
         !source.as_os_str().is_empty(),
@@ -252,8 +252,11 @@ pub fn check(config: &Config, source: &Path) -> Result<()> {
         folder::SOURCE
     );
     match location::is_address(source) {
-        true => location::check_address(source),
-        false => PictureSource::recognise(&location::find(source, &|| false)?, config).map(|_| ()),
+        true => location::check_address(source).map(|()| None),
+        false => {
+            let found = PictureSource::recognise(&location::find(source, &|| false)?, config)?;
+            Ok(Some(found.expected()).filter(|&count| count > 0))
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use stage::{Claim, Experiment, Interrupt, console};
 
-use crate::{ALGORITHM, Config, Options, location, names, picture};
+use crate::{ALGORITHM, Config, Options, folder, location, names, picture};
 
 /// Turns pictures into the files that every stage reads.
 #[derive(Debug, Parser)]
@@ -20,6 +20,9 @@ struct PrepareArguments {
     /// or `named://cifar-10`.
     #[arg(long, value_name = "PATH")]
     source: Option<PathBuf>,
+    /// How messages name the source, if a command with another flag starts this program.
+    #[arg(long, value_name = "FLAG", hide = true, allow_hyphen_values = true)]
+    source_flag: Option<String>,
     /// Folder to write into; created when missing.
     #[arg(long, value_name = "DIR", required_unless_present = "fetch")]
     out: Option<PathBuf>,
@@ -30,7 +33,8 @@ struct PrepareArguments {
     /// Only download an address, such as `hf://owner/model`, and print the path of the copy.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "experiment")]
     fetch: Option<String>,
-    /// Check the table and the source, print the table, and stop.
+    /// Check the table and the source, print the table, and the number of pictures if that is known
+    /// already, and stop.
     #[arg(long)]
     check: bool,
 }
@@ -51,6 +55,9 @@ fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
     // An interrupt is safe at any time: the journal keeps what was read.
     let interrupt = Interrupt::listen()?;
     let interrupted = || interrupt.is_raised();
+    if let Some(flag) = &arguments.source_flag {
+        folder::name_source(flag.clone());
+    }
     if let Some(address) = &arguments.fetch {
         for path in location::find(Path::new(address), &interrupted)?.paths {
             console::print_line(path.display())?;
@@ -66,8 +73,9 @@ fn check_or_run(arguments: &PrepareArguments) -> Result<()> {
     }
     let source = arguments.source.clone().unwrap_or_else(|| PathBuf::from(&config.source));
     if arguments.check {
-        crate::check(&config, &source)?;
-        return console::print(format_args!("[prepare]\n{}", toml::to_string(&config)?));
+        let count = crate::check(&config, &source)?;
+        let count = count.map(|count| format!("pictures = {count}\n")).unwrap_or_default();
+        return console::print(format_args!("{count}[prepare]\n{}", toml::to_string(&config)?));
     }
     let options =
         Options { memory: arguments.memory << 20, interrupted: &interrupted, ..Options::default() };
