@@ -30,10 +30,18 @@ passes = 1.0
 least-steps = 40
 ";
 
-/// `assort cluster` in `folder`.
+/// `assort cluster` in `folder`, on its pictures.
 fn command(folder: &Path, words: &[&str]) -> Command {
+    command_on("pictures", folder, words)
+}
+
+/// `assort cluster PATH` in `folder`.
+fn command_on(path: &str, folder: &Path, words: &[&str]) -> Command {
     let mut command = assort();
-    command.args(["cluster", "pictures", "--device", "cpu"]).args(words);
+    command.args(["cluster", path]).args(words);
+    if !words.contains(&"--device") {
+        command.args(["--device", "cpu"]);
+    }
     if !words.contains(&"--backbone") {
         command.args(["--backbone", "network"]);
     }
@@ -521,19 +529,100 @@ fn another_folder_of_the_same_name_gets_a_run_of_its_own() {
     assert_eq!(fs::read(&page).expect("a page"), first, "the first run stays as it is");
 }
 
+/// Words that only users of an experiment, or of a single program, understand.
+const FOREIGN: [&str; 5] = ["--set", "--source", "--images", "--to", "` in table `["];
+
+/// Runs `assort cluster PATH`, which must refuse with this exit status. Returns the last line, which users
+/// read first.
+fn refusal(path: &str, folder: &Path, words: &[&str], status: i32) -> String {
+    let output = command_on(path, folder, words).output().expect("started");
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(status), "{path} {words:?}: {message}");
+    for foreign in FOREIGN {
+        assert!(!message.contains(foreign), "{path} {words:?}: `{foreign}` in {message}");
+    }
+    message.lines().last().unwrap_or_default().to_owned()
+}
+
+/// Writes a folder of small pictures, each of one colour.
+fn write_plain(folder: &Path, colours: &[u8]) {
+    fs::create_dir(folder).expect("created");
+    for (number, &colour) in colours.iter().enumerate() {
+        let picture = RgbImage::from_pixel(9, 8, image::Rgb([colour; 3]));
+        picture.save(folder.join(format!("{number}.png"))).expect("written");
+    }
+}
+
 #[test]
 fn what_cannot_be_clustered_is_refused_before_anything_runs() {
     let folder = photographs();
-    for (words, part) in [
-        (&["--clusters", "1"][..], "from 2"),
-        (&["--clusters", "91"], "only 90 pictures"),
-        (&["--backbone", "no-such-network"], "no-such-network"),
+    let folder = folder.path();
+    for name in ["empty", "texts", "other"] {
+        fs::create_dir(folder.join(name)).expect("created");
+    }
+    write_plain(&folder.join("one"), &[0]);
+    write_plain(&folder.join("three"), &[0, 100, 200]);
+    fs::write(folder.join("texts/notes.txt"), "1").expect("written");
+    fs::write(folder.join("file"), "1").expect("written");
+    fs::write(folder.join("other/config.json"), r#"{"model_type": "bert"}"#).expect("written");
+    fs::write(folder.join("other/model.safetensors"), "1").expect("written");
+    let cases = [
+        ("missing", &[][..], &["PATH `missing`", "no such folder"][..]),
+        ("missing", &["--link-to", "links"], &["PATH `missing`", "no such folder"]),
+        ("empty", &[], &["PATH `empty`", "JPEG, PNG and WebP"]),
+        ("texts", &[], &["PATH `texts`", "JPEG, PNG and WebP"]),
+        ("one", &[], &["PATH `one`", "only 1 picture", "at least 2"]),
+        ("one", &["--clusters", "2"], &["PATH `one`", "only 1 picture", "at least 2"]),
+        ("three", &[], &["PATH `three`", "only 3 pictures", "--clusters 2"]),
+        ("three", &["--clusters", "4"], &["--clusters 4", "only 3 pictures"]),
+        ("pictures", &["--clusters", "91"], &["--clusters 91", "only 90 pictures"]),
+        ("pictures", &["--backbone", "no-such"], &["--backbone", "no-such", "dinov2-small"]),
+        ("pictures", &["--backbone", "no/such"], &["--backbone", "`no/such` is missing"]),
+        ("pictures", &["--backbone", "empty"], &["--backbone", "config.json"]),
+        ("pictures", &["--backbone", "other"], &["--backbone", "`bert` is not known"]),
+        ("pictures", &["--backbone", "file"], &["--backbone", "not a safetensors file"]),
+        ("pictures", &["--out", "file"], &["--out", "is a file"]),
+        ("pictures", &["--out", "file/page"], &["--out", "is a file"]),
+        ("pictures", &["--copy-to", "file/sorted"], &["--copy-to", "is a file"]),
+        ("pictures", &["--runs", "file"], &["--runs", "is a file"]),
+        ("pictures", &["--device", "cuda:99"], &["--device cuda:99"]),
+    ];
+    for (path, words, parts) in cases {
+        let line = refusal(path, folder, words, 2);
+        for part in parts {
+            assert!(line.contains(part), "{path} {words:?}: `{part}` in {line}");
+        }
+        assert!(!folder.join("runs/.store").exists(), "{path} {words:?}");
+    }
+    let message = stderr(&cluster(folder, &["--clusters", "1"]));
+    assert!(message.contains("from 2"), "{message}");
+}
+
+#[test]
+fn what_only_a_step_finds_out_is_said_in_the_words_of_the_command() {
+    let folder = photographs();
+    let folder = folder.path();
+    write_plain(&folder.join("same"), &[7; 6]);
+    write_plain(&folder.join("broken"), &[7; 2]);
+    for name in ["1.jpg", "2.jpg", "3.jpg"] {
+        fs::write(folder.join("broken").join(name), "no picture").expect("written");
+    }
+    fs::create_dir(folder.join("damaged")).expect("created");
+    for file in fs::read_dir(folder.join("network")).expect("there").flatten() {
+        fs::copy(file.path(), folder.join("damaged").join(file.file_name())).expect("copied");
+    }
+    let weights = fs::File::options().write(true).open(folder.join("damaged/model.safetensors"));
+    weights.and_then(|file| file.set_len(900)).expect("truncated");
+    for (path, words, status, parts) in [
+        ("same", &["--clusters", "2"][..], 4, &["copies", "--clusters", "--backbone"][..]),
+        ("same", &[], 2, &["6 pictures", "--clusters K"]),
+        ("broken", &[], 2, &["PATH `broken`", "unreadable", "50 %"]),
+        ("pictures", &["--backbone", "damaged"], 2, &["0-pretraining", "another --backbone"]),
     ] {
-        let output = cluster(folder.path(), words);
-        let message = stderr(&output);
-        assert_eq!(output.status.code(), Some(2), "{words:?}: {message}");
-        assert!(message.contains(part), "{words:?}: {message}");
-        assert!(!folder.path().join("runs/.store").exists(), "{words:?}");
+        let line = refusal(path, folder, words, status);
+        for part in parts {
+            assert!(line.contains(part), "{path} {words:?}: `{part}` in {line}");
+        }
     }
 }
 

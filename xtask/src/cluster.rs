@@ -12,16 +12,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stage::console::{counted, print, print_line, printable};
-use stage::{DeviceChoice, Experiment, Output};
+use stage::{DeviceChoice, Experiment, Output, Status};
 
 use crate::CommandContext;
+use crate::advice::Advice;
 use crate::clusters::{CLUSTERS, EMBEDDINGS};
 use crate::owner;
 use crate::plan::{Arm, RunPlan};
+use crate::prepared::PreparedData;
 use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::CORRECTIONS;
@@ -30,6 +32,7 @@ use crate::reproduce::run_seeds;
 use crate::results::{ExperimentResults, MetricsFile};
 use crate::run::ExperimentRun;
 use crate::setup::{Setup, SetupOptions};
+use crate::store::Hold;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
@@ -78,7 +81,7 @@ impl FromStr for ClusterCount {
     fn from_str(word: &str) -> Result<Self, String> {
         match word.parse() {
             _ if word == "auto" => Ok(Self::Auto),
-            Ok(clusters) if clusters >= 2 => Ok(Self::Given(clusters)),
+            Ok(clusters) if clusters >= LEAST => Ok(Self::Given(clusters)),
             _ => Err("give a number from 2, or auto".to_owned()),
         }
     }
@@ -90,38 +93,22 @@ const SCRATCH: &str = "scratch";
 /// Seed of every random draw.
 const SEED: u64 = 0;
 
+/// The fewest clusters, and the fewest pictures that can be grouped.
+const LEAST: usize = 2;
+
+/// The fewest pictures that allow an estimate, which compares halves of them.
+const LEAST_TO_ESTIMATE: usize = 2 * LEAST;
+
 /// The most clusters that an estimate considers.
 const MOST: usize = 50;
 
 /// Groups the pictures, and prints the clusters and where the page, table and folders are.
 pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
-    for (flag, folder) in picture_folders(options) {
-        ensure!(
-            !crate::source::is_inside(folder, &options.path)?,
-            "{flag} `{}` is inside the folder of pictures, so the next run would group the sorted \
-             pictures too; name a folder elsewhere",
-            folder.display()
-        );
-    }
-    if let (Some(copies), Some(links)) = (&options.copy_to, &options.link_to) {
-        ensure!(
-            crate::source::resolved(copies)? != crate::source::resolved(links)?,
-            "--copy-to and --link-to name the same folder `{}`; name two",
-            copies.display()
-        );
-    }
-    if options.link_to.is_some() {
-        ensure!(
-            options.path.is_dir(),
-            "--link-to: `{}` is not a folder, so there are no files to link to; use --copy-to",
-            options.path.display()
-        );
-    }
-    let setup = setup_options(options);
     let pictures = crate::source::absolute_source(&options.path)?;
-    crate::source::require(&pictures)?;
+    check_flags(session, options, &pictures)?;
+    let setup = setup_options(options);
     let mut experiment = experiment(session, options, &pictures)?;
-    find_outside(session, &experiment)?;
+    find_outside(session, &experiment).context("--backbone")?;
     crate::source::mark_results(&options.runs, &pictures, "--runs")?;
     if let Some(out) = &options.out {
         crate::source::mark_results(out, &pictures, "--out")?;
@@ -130,9 +117,12 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     let run = options.runs.join(&experiment.name).join(SEED.to_string());
     check_corrections(&run)?;
     check_folders(options, &run)?;
+    let _data = prepare(session, options, &experiment, &pictures)?;
     let (clusters, range) = match options.clusters {
         ClusterCount::Given(clusters) => (clusters, None),
         ClusterCount::Auto => {
+            // The steps before the estimate do not depend on the number, but it must fit the pictures.
+            experiment.set(&format!("data.clusters={LEAST}"))?;
             let (clusters, range) = estimated(session, &experiment, &setup)?;
             (clusters, Some(range))
         }
@@ -267,6 +257,93 @@ fn picture_folders(options: &ClusterOptions) -> impl Iterator<Item = (&'static s
         .filter_map(|(flag, folder)| Some((flag, folder.as_deref()?)))
 }
 
+/// Fails where a flag cannot be used, before anything is read or written.
+fn check_flags(session: &CommandContext, options: &ClusterOptions, pictures: &Path) -> Result<()> {
+    let path = options.path.display();
+    ensure!(
+        crate::source::exists(pictures),
+        "PATH `{path}`: there is no such folder or file; pass a folder of pictures, an archive, or an address \
+         such as hf://datasets/owner/name"
+    );
+    for (flag, folder) in picture_folders(options) {
+        ensure!(
+            !crate::source::is_inside(folder, &options.path)?,
+            "{flag} `{}` is inside the folder of pictures, so the next run would group the sorted \
+             pictures too; name a folder elsewhere",
+            folder.display()
+        );
+    }
+    if let (Some(copies), Some(links)) = (&options.copy_to, &options.link_to) {
+        ensure!(
+            crate::source::resolved(copies)? != crate::source::resolved(links)?,
+            "--copy-to and --link-to name the same folder `{}`; name two",
+            copies.display()
+        );
+    }
+    ensure!(
+        options.link_to.is_none() || options.path.is_dir(),
+        "--link-to: `{path}` is not a folder, so there are no files to link to; use --copy-to"
+    );
+    let folders = [("--runs", Some(&*options.runs)), ("--out", options.out.as_deref())];
+    let folders = folders.into_iter().filter_map(|(flag, folder)| Some((flag, folder?)));
+    for (flag, folder) in folders.chain(picture_folders(options)) {
+        if let Some(file) = folder.ancestors().find(|path| path.exists())
+            && !file.is_dir()
+        {
+            bail!("{flag} `{}`: `{}` is a file; name a folder", folder.display(), file.display());
+        }
+    }
+    (session.registry.devices.resolve)(options.device).map(drop)
+}
+
+/// Prepares the pictures unless they are prepared. Fails where they are too few for the number of clusters:
+/// before they are read, if the source shows how many there are.
+fn prepare(
+    session: &CommandContext,
+    options: &ClusterOptions,
+    experiment: &Experiment,
+    pictures: &Path,
+) -> Result<Hold> {
+    let prepared =
+        PreparedData::of(session, experiment, Some(pictures), &options.runs, Advice::Cluster)?;
+    let table = experiment.value("prepare");
+    let broken = table.and_then(|table| table.get("broken-share")?.as_float()).unwrap_or(0.);
+    let path = options.path.display();
+    let explained = |error: Error| match Status::of_error(&error) {
+        Status::BadInput => error.context(format!(
+            "PATH `{path}`: `assort cluster` reads JPEG, PNG and WebP pictures, all directly in a \
+             folder or all one folder deeper, and skips unreadable ones up to {:.0} %",
+            100. * broken
+        )),
+        _ => error,
+    };
+    if !prepared.is_done()
+        && let Some(count) = prepared.check().map_err(explained)?
+    {
+        check_count(options, count)?;
+    }
+    let data = prepared.make(None, false).map_err(explained)?;
+    check_count(options, prepared.count()?)?;
+    Ok(data)
+}
+
+/// Fails where there are too few pictures to group, or fewer than the clusters that the user asks for.
+fn check_count(options: &ClusterOptions, count: usize) -> Result<()> {
+    let (path, pictures) = (options.path.display(), counted(count, "picture"));
+    ensure!(count >= LEAST, "PATH `{path}` holds only {pictures}; grouping needs at least {LEAST}");
+    match options.clusters {
+        ClusterCount::Auto if count < LEAST_TO_ESTIMATE => bail!(
+            "PATH `{path}` holds only {pictures}; an estimate of the number of clusters needs at least \
+             {LEAST_TO_ESTIMATE}: pass --clusters {LEAST}"
+        ),
+        ClusterCount::Given(clusters) if clusters > count => bail!(
+            "--clusters {clusters}: PATH `{path}` holds only {pictures}; ask for fewer clusters, or pass \
+             --clusters auto for an estimate"
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// Fails where a folder for sorted pictures exists although this run has not sorted any, or holds
 /// something else than folders of clusters. The report later compares the pictures themselves.
 fn check_folders(options: &ClusterOptions, run: &Path) -> Result<()> {
@@ -336,15 +413,16 @@ fn setup_options(options: &ClusterOptions) -> SetupOptions {
         images: Some(options.path.clone()),
         dry_run: false,
         runs: options.runs.clone(),
+        advice: Advice::Cluster,
     }
 }
 
-/// Runs the steps up to the first embeddings. Returns the number of clusters estimated from them, and the
-/// plausible numbers, from least to most.
+/// Runs the steps up to the first embeddings of the prepared pictures. Returns the number of clusters
+/// estimated from them, and the plausible numbers, from least to most.
 fn estimated(
     session: &CommandContext,
     experiment: &Experiment,
-    options: &SetupOptions,
+    setup: &SetupOptions,
 ) -> Result<(usize, [usize; 2])> {
     let plan = RunPlan::of(experiment, &session.registry.specs())?;
     let embeds =
@@ -352,15 +430,17 @@ fn estimated(
     let embed = plan.of_arm(Arm::Main).find(embeds);
     let embed = embed.with_context(|| format!("`{}` has no step that embeds", experiment.name))?;
     let positions: Vec<usize> = (0..=embed).collect();
-    let setup = Setup::new(session, &plan, options)?;
-    let _data = setup.prepare()?;
+    let setup = Setup::new(session, &plan, setup)?;
     let run = ExperimentRun::new(SEED, &setup)?;
     run.check(&positions, false)?;
     run.execute(&positions, false)?;
     let (count, results) = (setup.prepared.count()?, run.folder(embed));
     let step = results.file_name().unwrap_or_default().to_string_lossy();
-    let scored =
-        Scored { estimator: ESTIMATOR, step: step.into_owned(), most: MOST.min(count / 4).max(2) };
+    let scored = Scored {
+        estimator: ESTIMATOR,
+        step: step.into_owned(),
+        most: MOST.min(count / 4).max(LEAST),
+    };
     let folder = setup.experiment_folder().join(SEED.to_string());
     let kept = folder.join("number-of-clusters.json");
     let estimate = match stage::json::read::<KeptEstimate>(&kept) {
@@ -407,9 +487,9 @@ fn estimate(session: &CommandContext, embeddings: &Path, most: usize) -> Result<
     let program = Executable::own(CLUSTERS, &session.registry)?;
     let most = most.to_string();
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
-    arguments.extend(["--from", "2", "--to", &most, "--json"].map(OsString::from));
+    arguments.extend(["--from", &LEAST.to_string(), "--to", &most, "--json"].map(OsString::from));
     tracing::info!(
-        "estimating the number of clusters, from 2 to {most}; --clusters K takes K and skips this"
+        "estimating the number of clusters, from {LEAST} to {most}; --clusters K takes K and skips this"
     );
     let interrupt = &session.interrupt;
     let process = Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt };

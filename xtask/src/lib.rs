@@ -9,6 +9,7 @@
 //! steps and starts a `process` for each that is not done. The `results` are the table at the end.
 //! A `record` of the steps tells `report`, `predict`, `export` and `clusters` what to read.
 
+mod advice;
 pub mod cargo;
 mod cluster;
 mod clusters;

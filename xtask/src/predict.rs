@@ -18,6 +18,7 @@ use stage::{DeviceChoice, Experiment, Spec, container, files};
 use toml::{Table, Value, toml};
 
 use crate::CommandContext;
+use crate::advice::Advice;
 use crate::clusters::EMBEDDINGS;
 use crate::key::{self, StoreKey};
 use crate::prepared::PreparedData;
@@ -62,7 +63,8 @@ fn predict(session: &CommandContext, run: &Recorded, options: &PredictOptions) -
     let learnt = Learnt::of(session, run)?;
     let source = absolute_source(&options.images)?;
     let experiment = experiment(&learnt.experiment, &learnt.network_step.place, &source)?;
-    let pictures = PreparedData::of(session, &experiment, Some(&source), &run.runs)?;
+    let pictures =
+        PreparedData::of(session, &experiment, Some(&source), &run.runs, Advice::Experiment)?;
     let _pictures = pictures.make(None, false)?;
 
     let prediction = Prediction {

@@ -9,6 +9,7 @@ use stage::Experiment;
 use stage::console::{print, print_line};
 
 use crate::CommandContext;
+use crate::advice::Advice;
 use crate::prepared::{PREPARE, PreparedData};
 use crate::process::Process;
 use crate::programs::Executable;
@@ -82,7 +83,13 @@ pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
     if let Some(address) = source.as_ref().and_then(|source| model_address(source)) {
         return fetch(session, address);
     }
-    let prepared = PreparedData::of(session, &experiment, source.as_deref(), &options.runs)?;
+    let prepared = PreparedData::of(
+        session,
+        &experiment,
+        source.as_deref(),
+        &options.runs,
+        Advice::Experiment,
+    )?;
     prepared.make(options.memory, options.fresh)?;
     print_line(prepared.folder.display())
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stage::{Claim, Experiment, Interrupt, container, digest, files};
 
+use crate::advice::Advice;
 use crate::key::StoreKey;
 use crate::process::Process;
 use crate::programs::Executable;
@@ -36,6 +37,7 @@ pub struct PreparedData<'a> {
     experiment: Experiment,
     source: PathBuf,
     state: String,
+    advice: Advice,
     program: Executable,
     store: Store,
 }
@@ -44,6 +46,7 @@ impl<'a> PreparedData<'a> {
     /// The data set of this experiment, below the folder `runs`.
     ///
     /// - `source`: replaces the experiment's own source.
+    /// - `advice`: of the command, for messages.
     ///
     /// # Errors
     ///
@@ -53,6 +56,7 @@ impl<'a> PreparedData<'a> {
         experiment: &Experiment,
         source: Option<&Path>,
         runs: &Path,
+        advice: Advice,
     ) -> Result<Self> {
         let program = Executable::own(PREPARE, &session.registry)?;
         let source = match source {
@@ -71,7 +75,7 @@ impl<'a> PreparedData<'a> {
         let key = StoreKey::of(&plain_name(&name), record);
         let store = Store::of_data(runs);
         let (folder, experiment) = (store.path(key.name()), experiment.clone());
-        Ok(Self { folder, key, session, experiment, source, state, program, store })
+        Ok(Self { folder, key, session, experiment, source, state, advice, program, store })
     }
 
     /// Whether it is completely prepared.
@@ -136,11 +140,14 @@ impl<'a> PreparedData<'a> {
         format!("{}\n", json!({ "source": text_of(&self.source), "state": self.state }))
     }
 
-    /// Checks the source and the table `[prepare]` without writing pictures.
-    pub fn check(&self) -> Result<()> {
+    /// Checks the source and the table `[prepare]` without writing pictures. Returns how many pictures there
+    /// are, also unreadable ones, if the source shows that without being read.
+    pub fn check(&self) -> Result<Option<usize>> {
         let mut arguments = self.arguments()?;
         arguments.push("--check".into());
-        self.process(&arguments).printed().map(drop)
+        let printed: toml::Table = self.process(&arguments).printed()?.parse()?;
+        let count = printed.get("pictures").and_then(toml::Value::as_integer);
+        Ok(count.and_then(|count| count.try_into().ok()))
     }
 
     /// Writes the experiment file and returns the arguments of the program.
@@ -152,6 +159,8 @@ impl<'a> PreparedData<'a> {
             experiment.into(),
             "--source".into(),
             self.source.clone().into(),
+            "--source-flag".into(),
+            self.advice.source_flag().into(),
             "--out".into(),
             self.folder.clone().into(),
         ])
@@ -200,7 +209,7 @@ impl<'a> PreparedData<'a> {
             ensure!(
                 clusters <= images as i64,
                 "`clusters` in table `[data]` is {clusters}, but there are only {images} pictures \
-                 in `{}`; ask for fewer: --clusters K of `assort cluster`, or --set data.clusters=K",
+                 in `{}`; ask for fewer with --set data.clusters=K",
                 self.source.display()
             );
         }

@@ -168,8 +168,7 @@ impl Process<'_> {
                 Some(Status::Done) => Ok(()),
                 Some(Status::Interrupted) => Err(Interrupted.into()),
                 Some(Status::Diverged) => Err(Diverged(format!(
-                    "{name} diverged or collapsed, its message is above; change its values with \
-                     --set or in the experiment"
+                    "{name} diverged or collapsed, its message is above"
                 ))
                 .into()),
                 Some(Status::MachineFailed) => Err(MachineFailed(format!(

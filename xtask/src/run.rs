@@ -105,12 +105,11 @@ impl<'a> ExperimentRun<'a> {
         let setup = self.setup;
         let files: Vec<_> =
             setup.experiment_files.values().map(|file| format!("`{}`", file.display())).collect();
+        let experiment = setup.main().path.display().to_string();
         bail!(
-            "the check of {} failed, the messages are above; nothing was started. The experiment \
-             is `{}`; with --set and [control] it became {}",
+            "the check of {} failed, the messages are above; nothing was started. {}",
             failed.join(", "),
-            setup.main().path.display(),
-            files.join(", ")
+            setup.advice.of_failed_check(&experiment, &files.join(", "))
         )
     }
 
@@ -203,7 +202,9 @@ impl<'a> ExperimentRun<'a> {
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
-        self.process(position, &name, &arguments).run_in(&folder, claim.file())?;
+        let ended = self.process(position, &name, &arguments).run_in(&folder, claim.file());
+        let Setup { advice, device, .. } = self.setup;
+        ended.map_err(|error| advice.add_to(error, &step.program, *device))?;
         if !finished::is_finished(&folder) {
             // Exit status 0 means done; a foreign program need not write the mark.
             finished::mark(&folder, step.place.name, None, Digests::Listed)?;

@@ -8,6 +8,7 @@ use stage::console::print_line;
 use stage::{DeviceChoice, Experiment, files};
 
 use crate::CommandContext;
+use crate::advice::Advice;
 use crate::plan::{Arm, RunPlan};
 use crate::prepared::PreparedData;
 use crate::programs::Programs;
@@ -34,6 +35,9 @@ pub struct SetupOptions {
     /// Keep results in this folder.
     #[arg(long, value_name = "DIR", default_value = "runs")]
     pub runs: PathBuf,
+    /// What to advise when a step fails.
+    #[arg(skip)]
+    pub advice: Advice,
 }
 
 /// Everything that the first step of a plan needs.
@@ -49,6 +53,8 @@ pub struct Setup<'a> {
     pub prepared: PreparedData<'a>,
     /// The folder of all results.
     pub runs: PathBuf,
+    /// What to advise when a step fails.
+    pub advice: Advice,
 }
 
 impl<'a> Setup<'a> {
@@ -71,9 +77,16 @@ impl<'a> Setup<'a> {
             plan,
             programs,
             device: (session.registry.devices.resolve)(options.device)?,
-            prepared: PreparedData::of(session, experiment, source.as_deref(), &options.runs)?,
+            prepared: PreparedData::of(
+                session,
+                experiment,
+                source.as_deref(),
+                &options.runs,
+                options.advice,
+            )?,
             experiment_files: write_experiments(plan, &options.runs)?,
             runs: options.runs.clone(),
+            advice: options.advice,
         })
     }
 

@@ -39,13 +39,9 @@ pub fn plain_name(name: &str) -> String {
     name.replace(|sign: char| !(sign.is_alphanumeric() || "-_.".contains(sign)), "-")
 }
 
-/// Makes sure that there is a source at this path; of an address on the network, nothing is known.
-///
-/// # Errors
-///
-/// There is no such source.
-pub fn require(source: &Path) -> Result<()> {
-    seen_of(source).map(drop)
+/// Whether there is a source at this path. True for an address on the network, of which nothing is known.
+pub fn exists(source: &Path) -> bool {
+    seen_of(source).is_ok()
 }
 
 /// The file or folder whose state identifies a source: the archive before a `#`, or the folder of a

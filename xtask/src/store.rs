@@ -150,8 +150,8 @@ impl Store {
             return Err(error);
         }
         Err(error.context(format!(
-            "{} was changed after it was written, and is removed; `assort reproduce` with the same \
-             values makes it again",
+            "{} was changed after it was written, and is removed; `assort reproduce` or \
+             `assort cluster` with the same values makes it again",
             removed.into_iter().collect::<Vec<_>>().join(", ")
         )))
     }
