@@ -679,3 +679,24 @@ fn unusable_folders_for_sorted_pictures_are_refused_before_anything_runs() {
         assert!(!folder.join("runs/.store").exists(), "{words:?}");
     }
 }
+
+#[test]
+fn folders_of_an_earlier_grouping_are_refused_before_anything_runs() {
+    let folder = photographs();
+    let folder = folder.path();
+    let steps = || ["pretraining", "embed", "temi"].map(|step| stored(folder, step));
+    let words = ["--clusters", "3", "--copy-to", "sorted", "--link-to", "links"];
+    succeeds(folder, &words);
+    succeeds(folder, &words);
+    let before = steps();
+    let refused = |words: &[&str]| {
+        let line = refusal("pictures", folder, words, 2);
+        assert!(line.contains("holds an earlier grouping"), "{words:?}: {line}");
+        assert_eq!(steps(), before, "{words:?}");
+    };
+    refused(&["--clusters", "4", "--copy-to", "sorted"]);
+    refused(&["--clusters", "4", "--link-to", "links"]);
+    fs::remove_file(folder.join("pictures/bars-000.png")).expect("removed");
+    refused(&words);
+    refused(&["--copy-to", "sorted"]);
+}

@@ -32,7 +32,7 @@ use crate::reproduce::run_seeds;
 use crate::results::{ExperimentResults, MetricsFile};
 use crate::run::ExperimentRun;
 use crate::setup::{Setup, SetupOptions};
-use crate::store::Hold;
+use crate::store::{Hold, StepState};
 
 /// The command line.
 #[derive(Debug, clap::Args)]
@@ -123,11 +123,17 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
         ClusterCount::Auto => {
             // The steps before the estimate do not depend on the number, but it must fit the pictures.
             experiment.set(&format!("data.clusters={LEAST}"))?;
-            let (clusters, range) = estimated(session, &experiment, &setup)?;
+            let (clusters, range) = estimated(session, options, &experiment, &setup)?;
             (clusters, Some(range))
         }
     };
     experiment.set(&format!("data.clusters={clusters}"))?;
+    if picture_folders(options).any(|(_, folder)| folder.exists()) {
+        let plan = RunPlan::of(&experiment, &session.registry.specs())?;
+        let setup = Setup::new(session, &plan, &setup)?;
+        let all: Vec<usize> = (0..plan.steps.len()).collect();
+        refuse_earlier_folders(options, &ExperimentRun::new(SEED, &setup)?, &all)?;
+    }
     let results = run_seeds(session, experiment, &setup, &[SEED], false)?;
     let results = results.context("a run that is not dry has results")?;
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
@@ -344,6 +350,25 @@ fn check_count(options: &ClusterOptions, count: usize) -> Result<()> {
     }
 }
 
+/// Fails where a folder for sorted pictures exists, but one of these steps is not done: the folder then
+/// holds an earlier grouping, which the report would refuse after all steps have run. If all are done,
+/// the report compares the pictures at once.
+fn refuse_earlier_folders(
+    options: &ClusterOptions,
+    run: &ExperimentRun,
+    positions: &[usize],
+) -> Result<()> {
+    let is_done = positions.iter().all(|&position| run.state(position) == StepState::Done);
+    match picture_folders(options).find(|(_, folder)| folder.exists()) {
+        Some((flag, folder)) if !is_done => bail!(
+            "{flag} `{}` holds an earlier grouping, of other pictures, by another backbone or into another \
+             number of clusters; name a new folder, or move it away",
+            folder.display()
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// Fails where a folder for sorted pictures exists although this run has not sorted any, or holds
 /// something else than folders of clusters. The report later compares the pictures themselves.
 fn check_folders(options: &ClusterOptions, run: &Path) -> Result<()> {
@@ -421,6 +446,7 @@ fn setup_options(options: &ClusterOptions) -> SetupOptions {
 /// estimated from them, and the plausible numbers, from least to most.
 fn estimated(
     session: &CommandContext,
+    options: &ClusterOptions,
     experiment: &Experiment,
     setup: &SetupOptions,
 ) -> Result<(usize, [usize; 2])> {
@@ -432,6 +458,7 @@ fn estimated(
     let positions: Vec<usize> = (0..=embed).collect();
     let setup = Setup::new(session, &plan, setup)?;
     let run = ExperimentRun::new(SEED, &setup)?;
+    refuse_earlier_folders(options, &run, &positions)?;
     run.check(&positions, false)?;
     run.execute(&positions, false)?;
     let (count, results) = (setup.prepared.count()?, run.folder(embed));
