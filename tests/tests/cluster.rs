@@ -497,6 +497,16 @@ fn the_number_of_clusters_is_estimated_once_where_none_is_given() {
         message.contains("estimating the number of clusters")
     };
     assert!(estimate());
+    let mut command = assort();
+    command.args(["clusters", "runs/photos-pictures/0", "--json"]).current_dir(folder.path());
+    let output = command.output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let scored: Value =
+        serde_json::from_str(printed.lines().last().expect("a line")).expect("JSON");
+    let candidates = scored["candidates"].as_array().expect("a list");
+    let most = candidates.iter().filter_map(|candidate| candidate["clusters"].as_u64()).max();
+    assert_eq!(most, Some(PICTURES as u64 / 4), "a quarter of the pictures by default");
     assert!(!estimate(), "the same pictures are not estimated again");
     let kept = folder.path().join("runs/photos-pictures/0/number-of-clusters.json");
     let text = fs::read_to_string(&kept).expect("a kept estimate");
@@ -623,6 +633,20 @@ fn what_only_a_step_finds_out_is_said_in_the_words_of_the_command() {
         for part in parts {
             assert!(line.contains(part), "{path} {words:?}: `{part}` in {line}");
         }
+    }
+}
+
+#[test]
+fn the_folders_of_the_pictures_are_compared_with_the_clusters() {
+    let folder = photographs();
+    let folder = folder.path();
+    pictures::write(&folder.join("sorted-by-hand"), PLAIN, 0).expect("written");
+    let output = command_on("sorted-by-hand", folder, &["--clusters", "3"]).output();
+    let output = output.expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let printed = String::from_utf8(output.stdout).expect("UTF-8");
+    for part in ["agreement with the folders, in percent:", "ACC", "NMI", "ARI"] {
+        assert!(printed.contains(part), "{part}: {printed}");
     }
 }
 
