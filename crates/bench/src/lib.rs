@@ -25,6 +25,7 @@
 mod comparison;
 mod history;
 mod machine;
+pub mod photograph;
 mod side;
 
 use std::num::NonZero;

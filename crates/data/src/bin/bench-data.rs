@@ -7,9 +7,7 @@
 //! solarise in one of five of view 2. The peers do the same, see `bench/peer.py` of this crate; the
 //! row names the fastest of them.
 //!
-//! The pictures are synthetic: noise whose amplitude falls with its frequency, as in photographs,
-//! ellipses and boxes with sharp edges, and a little noise of a sensor; as JPEG of quality 90 with
-//! colour at half the resolution, 470 to 530 × 350 to 400 pixels, about 40 KB each. `arrays` are
+//! The pictures are synthetic, see [`bench::photograph`]: JPEG of 470 to 530 × 350 to 400 pixels. `arrays` are
 //! such pictures of 32 × 32 pixels that are in memory decoded.
 
 use std::fs;
@@ -17,15 +15,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use bench::{BenchUnit, ComparisonTable, Peers, Side};
+use bench::{BenchUnit, ComparisonTable, Peers, Side, photograph};
 use clap::Parser;
 use data::decoded::Wish;
 use data::images::{self, Images, StoredPicture};
 use data::views::{Input, Operation, Pipeline};
 use data::{Loader, Picture};
-use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
 use rand::Rng;
-use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use stage::Split;
 
@@ -245,73 +241,18 @@ fn make_pictures(folder: &Path) -> Result<()> {
     for number in 0..FILES {
         let mut rng = stage::random::stream(0, "bench", &[0, number]);
         let (width, height) = (470 + rng.next_u32() % 61, 350 + rng.next_u32() % 51);
-        let picture = draw(height as usize, width as usize, &mut rng)?;
-        let mut file = Vec::new();
-        let mut encoder = Encoder::new(&mut file, 90);
-        encoder.set_sampling_factor(SamplingFactor::R_4_2_0);
-        encoder.encode(&picture.pixels, width as u16, height as u16, ColorType::Rgb)?;
+        let file = photograph::jpeg(height as u16, width as u16, &mut rng)?;
         fs::write(folder.join(format!("{number:05}.jpg")), &file)?;
         sources.push((StoredPicture::file(file, 3)?, Split::Train));
     }
     images::write(&folder.join(ENCODED), 3, sources)?;
     let (mut sources, mut arrays) = (Vec::new(), Vec::new());
     for number in 0..ARRAYS {
-        let picture = draw(32, 32, &mut stage::random::stream(0, "bench", &[1, number]))?;
+        let mut rng = stage::random::stream(0, "bench", &[1, number]);
+        let picture = Picture::new(32, 32, 3, photograph::pixels(32, 32, &mut rng))?;
         arrays.extend_from_slice(&picture.pixels);
         sources.push((StoredPicture::raw(picture, 3)?, Split::Train));
     }
     images::write(&folder.join(RAW), 3, sources)?;
     Ok(fs::write(folder.join("arrays"), arrays)?)
-}
-
-/// A picture like a photograph in what decoding it costs.
-fn draw(height: usize, width: usize, rng: &mut ChaCha8Rng) -> Result<Picture> {
-    let mut values = vec![128f32; height * width * 3];
-    for (cells, weight) in [(2, 60.), (5, 50.), (12, 25.), (30, 14.), (80, 8.), (180, 4.)] {
-        add_noise(&mut values, width, cells.min(width), weight, rng);
-    }
-    for _ in 0..8 {
-        let round = rng.next_u32().is_multiple_of(2);
-        let mut part = |end: usize| unit(rng) * end as f32;
-        let (x, y) = (part(width), part(height));
-        let (a, b) = (1. + part(width / 5), 1. + part(height / 5));
-        let colour = [part(256), part(256), part(256)];
-        for (i, pixel) in values.chunks_exact_mut(3).enumerate() {
-            let (dx, dy) = (((i % width) as f32 - x) / a, ((i / width) as f32 - y) / b);
-            let inside = if round { dx * dx + dy * dy < 1. } else { dx.abs().max(dy.abs()) < 1. };
-            if inside {
-                for (value, colour) in pixel.iter_mut().zip(colour) {
-                    *value = 0.25 * *value + 0.75 * colour;
-                }
-            }
-        }
-    }
-    let byte = |value: &f32| (value + 6. * (unit(rng) - 0.5)).clamp(0., 255.).round() as u8;
-    let pixels = values.iter().map(byte).collect();
-    Picture::new(height, width, 3, pixels)
-}
-
-/// Adds normal-like noise that varies over a `cells`-th of the width, laid out bilinearly.
-fn add_noise(values: &mut [f32], width: usize, cells: usize, weight: f32, rng: &mut ChaCha8Rng) {
-    let height = values.len() / 3 / width;
-    let rows = (cells * height).div_ceil(width) + 2;
-    let grid: Vec<[f32; 3]> = (0..rows * (cells + 2))
-        .map(|_| [0; 3].map(|_| 3. * (unit(rng) + unit(rng) - 1.)))
-        .collect();
-    for (i, pixel) in values.chunks_exact_mut(3).enumerate() {
-        let at = |place: usize| place as f32 * cells as f32 / width as f32;
-        let (x, y) = (at(i % width), at(i / width));
-        let (column, row) = (x as usize, y as usize);
-        let (right, below) = (x - column as f32, y - row as f32);
-        let corner = row * (cells + 2) + column;
-        for (channel, value) in pixel.iter_mut().enumerate() {
-            let mix = |at: usize| grid[at][channel] * (1. - right) + grid[at + 1][channel] * right;
-            *value += weight * (mix(corner) * (1. - below) + mix(corner + cells + 2) * below);
-        }
-    }
-}
-
-/// A number in `[0, 1)`.
-fn unit(rng: &mut ChaCha8Rng) -> f32 {
-    (rng.next_u32() >> 8) as f32 / (1 << 24) as f32
 }
