@@ -40,6 +40,9 @@ pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
         let names: Vec<&str> = found.keys().map(String::as_str).collect();
         bail!("there is no bench `{what}`; there are {}", names.join(", "))
     };
+    if TIMES_ASSORT.contains(&&**what) {
+        cargo::build("assort", "assort", None)?;
+    }
     let mut command = Command::new(cargo::build(owner, &format!("{PREFIX}{what}"), None)?);
     if let Some(python) = &options.peer_python {
         command.arg("--peer-python").arg(python);
@@ -81,6 +84,9 @@ impl BenchOptions {
 }
 
 const PREFIX: &str = "bench-";
+
+/// What is timed by programs that also start `assort`, which they find beside their own file.
+const TIMES_ASSORT: [&str; 1] = ["embed"];
 
 /// Finds all bench programs: what each times, and its crate.
 fn bench_programs(crates: &Path) -> Result<BTreeMap<String, String>> {

@@ -51,10 +51,19 @@ impl Side {
     ///
     /// It cannot be started.
     pub fn ours(arguments: &[&str], threads: usize) -> Result<Self> {
+        Self::of_this_program("ours", arguments, threads)
+    }
+
+    /// [`Side::ours`] under another name, to compare two works of this program.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn of_this_program(name: &str, arguments: &[&str], threads: usize) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program's file")?;
         let mut command = Command::new(program);
         command.args(arguments).env("RAYON_NUM_THREADS", threads.to_string());
-        Self::start("ours", command)
+        Self::start(name, command)
     }
 
     fn start(name: &str, mut command: Command) -> Result<Self> {

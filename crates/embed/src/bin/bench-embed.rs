@@ -8,8 +8,17 @@
 //! weights; residual networks channels last with bf16 by autocast, transformers with bf16 weights and
 //! PyTorch's own attention. Where a machine cannot compile, without, and the row says so. See
 //! `bench/peer.py` of this crate.
+//!
+//! The last row compares ours with ours: ViT-S/14 alone, and as its "peer" the programs `prepare` and
+//! `embed` of `assort` on a folder of JPEG files ([`folder`]). Its ratio is the time of the programs
+//! divided by that of the network; the target is at most 1.15. The peak memory and the processor time of
+//! the programs are not measured.
+
+#[path = "bench-embed/folder.rs"]
+mod folder;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -35,6 +44,12 @@ struct BenchEmbedCli {
     /// Do this work turn by turn; how the program calls itself.
     #[arg(long, hide = true, value_name = "WORK")]
     side: Option<String>,
+    /// Pictures of the work that begins with JPEG files.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
+    pictures: u64,
+    /// Where the pictures for a side are.
+    #[arg(long, hide = true, value_name = "DIR")]
+    folder: Option<PathBuf>,
 }
 
 /// A network, and the pictures it is fed with.
@@ -75,13 +90,16 @@ const BATCHES: usize = 4;
 fn main() -> ExitCode {
     let arguments = BenchEmbedCli::parse();
     let result = match &arguments.side {
-        Some(name) => side(name),
-        None => compare(&arguments.shared),
+        Some(name) => match &arguments.folder {
+            Some(folder) => folder::side(name, folder, arguments.pictures),
+            None => side(name),
+        },
+        None => compare(&arguments.shared, arguments.pictures),
     };
     bench::exit("bench-embed", result)
 }
 
-fn compare(arguments: &bench::BenchArguments) -> Result<()> {
+fn compare(arguments: &bench::BenchArguments, pictures: u64) -> Result<()> {
     let python = arguments.peer_python.as_deref();
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
@@ -103,6 +121,9 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
             ours,
             peers,
         )?)?;
+    }
+    if arguments.wants(folder::WORK) {
+        table.add(folder::compare(arguments, pictures)?)?;
     }
     table.finish()
 }
@@ -153,7 +174,7 @@ fn side(name: &str) -> Result<()> {
             serve(batch, || target.embedding(&pictures).map(drop))
         }
         Vit { width, .. } => {
-            let network = transformer(width, precision)?;
+            let network = Transformer::new(&weights(width)?, &Cpu, precision.into())?;
             serve(batch, || network.forward(&pictures).map(drop))
         }
     }
@@ -187,8 +208,8 @@ fn residual(depth: Depth, pixels: usize, precision: Precision) -> Result<Target>
     Ok(Learner::random(&configuration, optimizer, precision, 0)?.target)
 }
 
-/// DINOv2's network of this width with small weights, which all take part.
-fn transformer(width: usize, precision: Precision) -> Result<Transformer> {
+/// Small weights, which all take part, for DINOv2's network of this width.
+fn weights(width: usize) -> Result<TransformerWeights> {
     let plan = TransformerPlan {
         patch_pixels: 14,
         patch_bias: true,
@@ -212,6 +233,5 @@ fn transformer(width: usize, precision: Precision) -> Result<Transformer> {
         let noise = training::noise(0.05, (1, shape.iter().product()), at as u64, &[], &Cpu)?;
         given.insert(name, (shape, noise.context("noise")?.flatten_all()?.to_vec1()?));
     }
-    let weights = TransformerWeights::new(&plan, given)?;
-    Ok(Transformer::new(&weights, &Cpu, precision.into())?)
+    Ok(TransformerWeights::new(&plan, given)?)
 }
