@@ -3,17 +3,18 @@
 
 use crate::{Precision, Variant};
 
-/// The floating-point operations per second (two for each multiply-add) of one thread that only
-/// multiplies numbers in registers, with the instructions of `variant` for products of `precision`: the
-/// best of several runs of a few milliseconds. `None` for the portable kernels, whose instructions the
-/// compiler chooses, and for emulated ones.
+/// The floating-point operations per second (two for each multiply-add) of so many threads that only
+/// multiply numbers in registers, with the instructions of `variant` for products of `precision`: the
+/// best of several runs of a few milliseconds. All threads run at once, since two of them may share the
+/// multipliers of one core. `None` for the portable kernels, whose instructions the compiler chooses, and for
+/// emulated ones.
 #[cfg_attr(
     not(target_arch = "x86_64"),
     expect(unused_variables, reason = "all variants are portable")
 )]
-pub fn peak(variant: Variant, precision: Precision) -> Option<f64> {
+pub fn peak(variant: Variant, precision: Precision, threads: usize) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
-    return x86::peak(variant, precision);
+    return x86::peak(variant, precision, threads);
     #[cfg(not(target_arch = "x86_64"))]
     None
 }
@@ -23,16 +24,17 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
     use std::mem::transmute;
+    use std::thread;
     use std::time::Instant;
 
     use crate::variant::Instructions;
     use crate::{Precision, Variant};
 
     /// Iterations of the loops below.
-    const TIMES: usize = 200_000;
+    const TIMES: usize = 2_000_000;
 
-    pub(super) fn peak(variant: Variant, precision: Precision) -> Option<f64> {
-        let run: fn(usize) -> f64 = match (variant.instructions(), precision) {
+    pub(super) fn peak(variant: Variant, precision: Precision, threads: usize) -> Option<f64> {
+        let work: fn(usize) -> f64 = match (variant.instructions(), precision) {
             (Instructions::Amx, Precision::Bf16) => crate::tiles::amx_operations,
             (Instructions::Avx512Bf16, Precision::Bf16) => |times| {
                 // SAFETY: a `Variant` exists only where its instructions do.
@@ -50,7 +52,10 @@ mod x86 {
         };
         let runs = (0..10).map(|_| {
             let start = Instant::now();
-            let operations = run(TIMES);
+            let operations: f64 = thread::scope(|scope| {
+                let all: Vec<_> = (0..threads).map(|_| scope.spawn(|| work(TIMES))).collect();
+                all.into_iter().map(|thread| thread.join().expect("no panic in arithmetic")).sum()
+            });
             operations / start.elapsed().as_secs_f64()
         });
         Some(runs.fold(0., f64::max))
@@ -108,10 +113,10 @@ mod tests {
 
     #[test]
     fn every_variant_with_vectors_has_a_peak() {
-        assert_eq!(peak(Variant::PORTABLE, Precision::F32), None);
+        assert_eq!(peak(Variant::PORTABLE, Precision::F32, 1), None);
         for variant in Variant::available().into_iter().skip(1) {
             for precision in [Precision::F32, Precision::Bf16] {
-                let peak = peak(variant, precision).expect("vector instructions");
+                let peak = peak(variant, precision, 2).expect("vector instructions");
                 assert!(peak > 1e8, "{variant} {precision:?}: {peak}");
             }
         }

@@ -49,7 +49,7 @@ impl fmt::Display for ProfileTable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ProfileTable { rows, steps, network } = *self;
         let (variant, threads) = (network.0.variant, kernels::threads());
-        let peak = kernels::peak(variant, network.precision()).map(|peak| peak * threads as f64);
+        let peak = kernels::peak(variant, network.precision(), threads);
         write!(f, "{variant} kernels, {threads} threads")?;
         if let Some(peak) = peak {
             write!(f, ", peak of products {:.0} GFLOP/s", peak / 1e9)?;
