@@ -42,8 +42,8 @@ impl Advice {
             (Self::Cluster, Status::BadInput) => anyhow!("{error:#}; {NO_TABLES}"),
             (Self::Cluster, Status::MachineFailed) if device != DeviceChoice::Cpu => {
                 MachineFailed(format!(
-                    "{error:#}; `assort cluster` has no --set: if the device ran out of memory, close what \
-                     else uses it, or pass --device cpu"
+                    "{error:#}; if the device ran out of memory, close other programs that use it, or pass \
+                     --device cpu"
                 ))
                 .into()
             }
@@ -52,7 +52,7 @@ impl Advice {
     }
 
     /// How the user names the pictures.
-    pub fn source_flag(self) -> &'static str {
+    pub fn source_name(self) -> &'static str {
         match self {
             Self::Experiment => "--images",
             Self::Cluster => "`assort cluster PATH`",
@@ -63,7 +63,8 @@ impl Advice {
     pub fn of_failed_check(self, experiment: &str, resolved: &str) -> String {
         match self {
             Self::Experiment => format!(
-                "The experiment is `{experiment}`; with --set and [control] it became {resolved}"
+                "nothing was started. The experiment is `{experiment}`; with --set and [control] it became \
+                 {resolved}"
             ),
             Self::Cluster => NO_TABLES.to_owned(),
         }

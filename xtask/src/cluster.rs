@@ -316,7 +316,7 @@ fn prepare(
     let broken = table.and_then(|table| table.get("broken-share")?.as_float()).unwrap_or(0.);
     let path = options.path.display();
     let explained = |error: Error| match Status::of_error(&error) {
-        Status::BadInput => error.context(format!(
+        Status::BadInput if pictures.is_dir() => error.context(format!(
             "PATH `{path}`: `assort cluster` reads JPEG, PNG and WebP pictures, all directly in a \
              folder or all one folder deeper, and skips unreadable ones up to {:.0} %",
             100. * broken
@@ -350,9 +350,9 @@ fn check_count(options: &ClusterOptions, count: usize) -> Result<()> {
     }
 }
 
-/// Fails where a folder for sorted pictures exists, but one of these steps is not done: the folder then
-/// holds an earlier grouping, which the report would refuse after all steps have run. If all are done,
-/// the report compares the pictures at once.
+/// Fails where a folder for sorted pictures exists, but these steps were neither done before nor are those of the last
+/// run: the folder then holds an earlier grouping, which the report would refuse after all steps have run.
+/// Otherwise the report compares the pictures.
 fn refuse_earlier_folders(
     options: &ClusterOptions,
     run: &ExperimentRun,
@@ -360,9 +360,9 @@ fn refuse_earlier_folders(
 ) -> Result<()> {
     let is_done = positions.iter().all(|&position| run.state(position) == StepState::Done);
     match picture_folders(options).find(|(_, folder)| folder.exists()) {
-        Some((flag, folder)) if !is_done => bail!(
-            "{flag} `{}` holds an earlier grouping, of other pictures, by another backbone or into another \
-             number of clusters; name a new folder, or move it away",
+        Some((flag, folder)) if !is_done && !run.is_recorded(positions) => bail!(
+            "{flag} `{}` holds an earlier grouping: of other pictures, into another number of clusters, or by \
+             another backbone, machine or version of assort; name a new folder, or move it away",
             folder.display()
         ),
         _ => Ok(()),

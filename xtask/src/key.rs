@@ -2,8 +2,8 @@
 //!
 //! The key of a step is the SHA-256 of its program's identity, its table and `[data]` as resolved
 //! (without the number of clusters if the stage does not depend on it), seed, round, device and
-//! processor, the pictures (unless the stage does not depend on them), and of the keys of its inputs. So experiments with the same pretraining share it, and
-//! a changed value never reuses an old result.
+//! processor, the pictures (unless the stage does not depend on them), and of the keys of its inputs. So
+//! experiments with the same pretraining share it, and a changed value never reuses an old result.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{__cpuid, __cpuid_count};

@@ -160,7 +160,7 @@ impl<'a> PreparedData<'a> {
             "--source".into(),
             self.source.clone().into(),
             "--source-flag".into(),
-            self.advice.source_flag().into(),
+            self.advice.source_name().into(),
             "--out".into(),
             self.folder.clone().into(),
         ])

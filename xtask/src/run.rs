@@ -77,6 +77,16 @@ impl<'a> ExperimentRun<'a> {
         self.store.state(self.keys[position].name())
     }
 
+    /// Whether the folder of this run records these results for the steps at `positions`, finished or not.
+    pub fn is_recorded(&self, positions: &[usize]) -> bool {
+        let record = RunRecord::read(&self.folder).ok();
+        positions.iter().all(|&position| {
+            let (name, key) = (self.setup.plan.steps[position].name(), self.keys[position].name());
+            let mut steps = record.iter().flat_map(|record| &record.steps);
+            steps.any(|step| step.name == name && step.key == key)
+        })
+    }
+
     /// Runs the program of every unfinished step with `--check` on the inputs that exist, so that
     /// errors in a table are found before the first step starts.
     ///
@@ -107,7 +117,7 @@ impl<'a> ExperimentRun<'a> {
             setup.experiment_files.values().map(|file| format!("`{}`", file.display())).collect();
         let experiment = setup.main().path.display().to_string();
         bail!(
-            "the check of {} failed, the messages are above; nothing was started. {}",
+            "the check of {} failed, the messages are above; {}",
             failed.join(", "),
             setup.advice.of_failed_check(&experiment, &files.join(", "))
         )

@@ -3,7 +3,7 @@
 //! Noise whose amplitude falls with its frequency, as in photographs, ellipses and boxes with sharp
 //! edges, and a little noise of a sensor: decoding one costs about as much as a photograph.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
 use rand::Rng;
 
@@ -14,6 +14,7 @@ use rand::Rng;
 ///
 /// The picture has no pixels.
 pub fn jpeg(height: u16, width: u16, rng: &mut impl Rng) -> Result<Vec<u8>> {
+    ensure!(height > 0 && width > 0, "a picture of {width} × {height} has no pixels");
     let pixels = pixels(height.into(), width.into(), rng);
     let mut file = Vec::new();
     let mut encoder = Encoder::new(&mut file, 90);
@@ -48,7 +49,7 @@ pub fn pixels(height: usize, width: usize, rng: &mut impl Rng) -> Vec<u8> {
     values.iter().map(byte).collect()
 }
 
-/// Adds normal-like noise that varies over a `cells`-th of the width, laid out bilinearly.
+/// Adds normal-like noise that varies over a `cells`-th of the width, interpolated bilinearly.
 fn add_noise(values: &mut [f32], width: usize, cells: usize, weight: f32, rng: &mut impl Rng) {
     let height = values.len() / 3 / width;
     let rows = (cells * height).div_ceil(width) + 2;

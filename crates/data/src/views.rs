@@ -132,6 +132,25 @@ impl Input {
         Pipeline { operations: self.clean.clone() }
     }
 
+    /// A warning where large pictures were stored at a shorter side of `stored` pixels and this input sees
+    /// them larger.
+    pub fn stored_too_small(&self, stored: Option<usize>) -> Option<String> {
+        let resized = self.clean.iter().find_map(|operation| match *operation {
+            Operation::ResizeShorter { pixels, .. } | Operation::Resize { pixels, .. } => {
+                Some(pixels)
+            }
+            _ => None,
+        });
+        let (stored, seen) = (stored?, resized?);
+        (stored < seen).then(|| {
+            format!(
+                "large pictures were stored at a shorter side of {stored} pixels, but this network sees \
+                 them at {seen}; set `stored-shorter-side` in table `[prepare]` to {} or 0",
+                2 * seen
+            )
+        })
+    }
+
     /// Number of values in one picture, `height · width · channels`.
     pub fn values(&self) -> usize {
         self.height * self.width * self.channels
@@ -477,6 +496,21 @@ mod tests {
         let blur = Operation::Blur { probability: 1., kernel: 15, deviation: [1., 1.] };
         let text = error(&example(7, 11, 3), vec![blur]);
         assert!(text.contains("`kernel` of a blur is 15"), "{text}");
+    }
+
+    #[test]
+    fn pictures_stored_smaller_than_the_input_sees_them_are_warned_of() {
+        let clean = vec![
+            Operation::ResizeShorter { pixels: 256, filter: Filter::Bicubic },
+            Operation::CentreCrop { pixels: 224 },
+        ];
+        let [mean, std] = [vec![0.; 3], vec![1.; 3]];
+        let input = Input { height: 224, width: 224, channels: 3, mean, std, clean };
+        for stored in [None, Some(256), Some(257)] {
+            assert_eq!(input.stored_too_small(stored), None);
+        }
+        let warning = input.stored_too_small(Some(255)).expect("too small");
+        assert!(warning.contains("stored-shorter-side") && warning.contains("512"), "{warning}");
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //!
 //! Header: `network`, a digest of everything but the picture; see [`identity`].
 //!
-//! The files are mapped: of a picture, its id and the place of its embedding are in memory.
+//! The files are mapped: only ids and the places of embeddings are in memory.
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,13 +24,12 @@ use serde_json::json;
 use stage::container::{self, Column, Container, Floats, Header, Tensor};
 use stage::digest::{sha256, sha256_of_file};
 use stage::{Job, Stage, files};
-
 use training::Precision;
 
 use crate::Embed;
 
 const FILE: &str = "state.safetensors";
-/// What the names of parts begin with, before their number.
+/// The names of parts begin with this; their number follows.
 const PART: &str = "known-";
 const KIND: &str = "known-embeddings";
 const VERSION: u64 = 1;
@@ -60,9 +59,9 @@ pub struct KnownEmbeddings {
     places: HashMap<Id, (usize, usize)>,
     /// The pictures in the order of their embeddings.
     ids: Vec<Id>,
-    /// What files hold.
+    /// The mapped files.
     parts: Vec<Floats>,
-    /// What was added since.
+    /// Embeddings that are not saved yet.
     unsaved: Vec<f32>,
 }
 
@@ -116,8 +115,7 @@ impl KnownEmbeddings {
         Ok(())
     }
 
-    /// Notes where the embedding of a picture will be: in this row of the part after those there are. Returns whether
-    /// the picture is new.
+    /// Records that the embedding of a picture is in this row of the next part. Returns whether the picture is new.
     fn note(&mut self, id: Id, row: usize) -> bool {
         let place = (self.parts.len(), row);
         let is_new = *self.places.entry(id).or_insert(place) == place;
@@ -177,7 +175,7 @@ impl KnownEmbeddings {
         for id in &self.ids {
             backbone.push(self.get(id).context("a row for each picture")?)?;
         }
-        // Before their files are replaced, which some systems refuse while they are mapped.
+        // Some systems do not replace a mapped file.
         (self.parts, self.unsaved) = (vec![], vec![]);
         let ids = Tensor::u8("id", &[count, size_of::<Id>()], self.ids.as_flattened());
         let path = job.out.join(FILE);

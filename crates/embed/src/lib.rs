@@ -25,7 +25,7 @@ use anyhow::{Context, Result, ensure};
 use backbone::published::PublishedConfiguration;
 use backbone::{Encoder, network_file};
 use candle_core::{Device, Tensor};
-use data::views::{Input, Operation, Pipeline};
+use data::views::{Input, Pipeline};
 use data::{EmbeddingWriter, Images};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -149,7 +149,7 @@ fn embeddings(
     let mut network = EmbeddingNetwork::open(job.input("network")?, config.precision, &device)?;
     let input = network.input.clone();
     input.check("input")?;
-    if let Some(warning) = too_small(&input, images.reduced_side()) {
+    if let Some(warning) = input.stored_too_small(images.reduced_side()) {
         tracing::warn!("{warning}");
     }
     job.log(&serde_json::json!({ "network": network.found }))?;
@@ -200,23 +200,6 @@ fn embeddings(
         }
     }
     Ok(writer)
-}
-
-/// A warning where pictures were stored at a shorter side of `stored` pixels and the network sees
-/// them larger.
-fn too_small(input: &Input, stored: Option<usize>) -> Option<String> {
-    let resized = input.clean.iter().find_map(|operation| match *operation {
-        Operation::ResizeShorter { pixels, .. } | Operation::Resize { pixels, .. } => Some(pixels),
-        _ => None,
-    });
-    let (stored, seen) = (stored?, resized?);
-    (stored < seen).then(|| {
-        format!(
-            "large pictures were stored at a shorter side of {stored} pixels, but this network sees \
-             them at {seen}; set `stored-shorter-side` in table `[prepare]` to {} or 0",
-            2 * seen
-        )
-    })
 }
 
 /// Embeddings that are scaled to unit length together.
@@ -403,19 +386,8 @@ mod tests {
         Embeddings::open(&job.out.join("embeddings.safetensors"))
     }
 
-    #[test]
-    fn pictures_stored_smaller_than_the_network_sees_them_are_warned_of() {
-        let clean = vec![
-            Operation::ResizeShorter { pixels: 256, filter: Filter::Bicubic },
-            Operation::CentreCrop { pixels: 224 },
-        ];
-        let [mean, std] = [vec![0.; 3], vec![1.; 3]];
-        let input = Input { height: 224, width: 224, channels: 3, mean, std, clean };
-        for stored in [None, Some(256), Some(257)] {
-            assert_eq!(too_small(&input, stored), None);
-        }
-        let warning = too_small(&input, Some(255)).expect("too small");
-        assert!(warning.contains("stored-shorter-side") && warning.contains("512"), "{warning}");
+    fn log(job: &Job) -> Result<String> {
+        Ok(std::fs::read_to_string(job.out.join("log.jsonl"))?)
     }
 
     #[test]
@@ -635,6 +607,7 @@ mod tests {
         std::fs::create_dir(&whole.out)?;
         std::fs::create_dir(&parts.out)?;
         let pictures = embedded(&config, &whole)?.index.len();
+        let whole_file = whole.out.join("embeddings.safetensors");
 
         parts.interrupt.raise();
         let part = |number: usize| parts.out.join(format!("known-{number}.safetensors"));
@@ -657,7 +630,8 @@ mod tests {
         }
         std::fs::write(part(1), "damaged")?;
         let again = Job { interrupt: Interrupt::default(), ..parts.clone() };
-        assert_eq!(embedded(&config, &again)?.backbone, embedded(&config, &whole)?.backbone);
+        assert_eq!(embedded(&config, &again)?.backbone, Embeddings::open(&whole_file)?.backbone);
+        assert!(log(&again)?.contains("\"known\":2"), "{}", log(&again)?);
         Ok(())
     }
 
@@ -701,11 +675,21 @@ mod tests {
         // Batches of 3, 3 and 1 pictures: of four ranks, some have none.
         let network = Config { batch_size: 3, ..config() };
         let pixels = Config { pixels: true, ..config() };
-        for config in [network, pixels] {
+        let published = Config { batch_size: 3, views: 0, ..config() };
+        for (config, is_published) in [(network, false), (pixels, false), (published, true)] {
             let written = |ranks: usize| -> Result<_> {
                 let folder = tempfile::tempdir()?;
                 let job = job(folder.path(), &[7])?;
+                if is_published {
+                    publish(folder.path(), 5)?;
+                }
                 fixture::run_on_ranks::<Embed>(&config, &job, ranks);
+                if is_published {
+                    // What the first rank has saved is known to all.
+                    std::fs::remove_file(job.out.join("embeddings.safetensors"))?;
+                    fixture::run_on_ranks::<Embed>(&config, &job, ranks);
+                    assert!(log(&job)?.contains("\"known\":7"), "{}", log(&job)?);
+                }
                 Ok(std::fs::read(job.out.join("embeddings.safetensors"))?)
             };
             let one = written(1)?;

@@ -75,6 +75,9 @@ impl Stage for Icbpl {
         let rows = images.rows(&job.data.train_on);
         let plan = config.plan(rows.len());
 
+        if let Some(warning) = config.input.stored_too_small(images.reduced_side()) {
+            tracing::warn!("{warning}");
+        }
         let networks = IcbplNetworks::new(config, job, &device)?.in_groups(&groups)?;
         let mut model = IcbplModel { networks, neighbours: Neighbours::none(&rows, config) };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;

@@ -51,8 +51,8 @@ mod sealed {
 }
 
 /// Writes `a · b` to `product`, row by row. It runs on this thread alone, so that callers divide their work
-/// and the bits do not depend on the number of threads. Each number is one chain of multiply-adds along the inner side; in
-/// f32, so that a row has the same bits among any others.
+/// and the bits do not depend on the number of threads. In f32, each number is one chain of multiply-adds along the inner
+/// side, so the bits of a row do not depend on the other rows.
 ///
 /// # Panics
 ///

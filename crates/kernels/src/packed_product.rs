@@ -14,12 +14,12 @@ pub(crate) const INNER: usize = 8;
 /// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
 pub(crate) const GROUPS: usize = 8;
 
-/// Bytes of left factors that all blocks of columns read again, with AVX2: they fit into a second-level cache of 512 KiB
-/// (measured on Zen 3). Other variants take [`GROUPS`] groups whatever their width.
+/// Bytes of transposed left factors that all blocks of columns read again: they fit into a second-level cache of 512 KiB
+/// (measured on Zen 3).
 const NEAR: usize = 384 << 10;
 
-/// How many groups of rows to compute at a time where left tiles are transposed for it, as AVX2 prefers: an even number,
-/// at least 2, whose left factors of `group` f32 each fill at most [`NEAR`] if they can.
+/// How many groups of rows to compute at a time where left tiles are transposed: an even number, at least 2, whose left
+/// factors of `group` f32 each fill at most [`NEAR`] if they can. Otherwise it is [`GROUPS`].
 pub(crate) fn near_groups(group: usize) -> usize {
     (NEAR / size_of::<f32>() / group / 2 * 2).clamp(2, GROUPS)
 }

@@ -3,9 +3,9 @@
 
 use crate::{Precision, Variant};
 
-/// The floating-point operations per second (two for each multiply-add) of so many threads that only
+/// The floating-point operations per second (two for each multiply-add) of `threads` threads that only
 /// multiply numbers in registers, with the instructions of `variant` for products of `precision`: the
-/// best of several runs of a few milliseconds. All threads run at once, since two of them may share the
+/// best of several runs of some milliseconds. All threads run at once, since two of them may share the
 /// multipliers of one core. `None` for the portable kernels, whose instructions the compiler chooses, and for
 /// emulated ones.
 #[cfg_attr(
@@ -24,6 +24,7 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
     use std::mem::transmute;
+    use std::sync::Barrier;
     use std::thread;
     use std::time::Instant;
 
@@ -51,12 +52,19 @@ mod x86 {
             _ => return None,
         };
         let runs = (0..10).map(|_| {
-            let start = Instant::now();
-            let operations: f64 = thread::scope(|scope| {
-                let all: Vec<_> = (0..threads).map(|_| scope.spawn(|| work(TIMES))).collect();
-                all.into_iter().map(|thread| thread.join().expect("no panic in arithmetic")).sum()
-            });
-            operations / start.elapsed().as_secs_f64()
+            let begin = Barrier::new(threads + 1);
+            thread::scope(|scope| {
+                let one = || {
+                    begin.wait();
+                    work(TIMES)
+                };
+                let all: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
+                begin.wait();
+                let start = Instant::now();
+                let operations: f64 =
+                    all.into_iter().map(|one| one.join().expect("no panic in arithmetic")).sum();
+                operations / start.elapsed().as_secs_f64()
+            })
         });
         Some(runs.fold(0., f64::max))
     }

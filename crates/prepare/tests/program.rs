@@ -84,7 +84,8 @@ fn a_check_prints_the_table_and_writes_nothing() {
     let output = call(folder.path(), &TABLE.replace("SOURCE", &digits()), &["--check"]);
     assert_eq!(output.status.code(), Some(0), "{}", message(&output));
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(printed.starts_with("[prepare]\n") && printed.contains("images-at-most = 0"));
+    assert!(printed.starts_with("pictures = 1797\n[prepare]\n"), "{printed}");
+    assert!(printed.contains("images-at-most = 0"), "{printed}");
     assert!(!folder.path().join("out").exists());
 }
 

@@ -21,7 +21,7 @@ pub trait Stage {
     type Config: DeserializeOwned + Serialize + Debug;
 
     /// Whether the results depend on the pictures. If `false`, one result serves all pictures: the key
-    /// leaves them out, and the job of [`Stage::run`] has no path of them, only that of [`Stage::check`].
+    /// leaves them out, and [`Stage::run`] gets an empty path; only [`Stage::check`] gets the real one.
     const DEPENDS_ON_IMAGES: bool = true;
 
     /// Checks the table and the inputs before anything runs, and returns the cost of the run.

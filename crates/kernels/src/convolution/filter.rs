@@ -2,8 +2,9 @@
 //!
 //! `y = Aᵀ [(G g) ⊙ (Bᵀ d)]` for the inputs `d`, the taps `g` and the outputs `y_i = Σ_k d_{i+k} g_k` (Winograd 1980; Lavin
 //! and Gray 2015, arXiv:1509.09308). The matrices come from polynomials that are evaluated at `m + 1` points and at infinity,
-//! multiplied there, and interpolated (Toom and Cook): row `j` of `Aᵀ`'s columns holds the powers of point `p_j`, row `j` of
-//! `G` its powers over `Π_{k≠j} (p_j − p_k)`, row `j` of `Bᵀ` the coefficients of `Π_{k≠j} (x − p_k)`.
+//! multiplied there, and interpolated (Toom and Cook): column `j` of `Aᵀ` holds the powers of point `p_j`, row `j` of
+//! `G` its powers over `Π_{k≠j} (p_j − p_k)`, row `j` of `Bᵀ` the coefficients of `Π_{k≠j} (x − p_k)`; a row of
+//! both may change its sign.
 
 /// The transforms of F(M, 3) for one line, where N = M + 2. In two dimensions each is done along columns and then along
 /// rows, which makes F(M × M, 3 × 3).
@@ -17,10 +18,10 @@ pub(super) trait Filter<const N: usize, const M: usize>: 'static {
     /// `Aᵀ m`.
     fn output(m: [f32; N]) -> [f32; M];
 
-    /// `A y`: the transposed of [`Filter::output`], for gradients.
+    /// `A y`: the transpose of [`Filter::output`], for gradients.
     fn output_gradient(y: [f32; M]) -> [f32; N];
 
-    /// `Gᵀ m`: the transposed of [`Filter::taps`], for gradients.
+    /// `Gᵀ m`: the transpose of [`Filter::taps`], for gradients.
     fn taps_gradient(m: [f32; N]) -> [f32; 3];
 }
 
@@ -130,7 +131,7 @@ mod tests {
         a.iter().zip(b).map(|(a, b)| a * b).sum()
     }
 
-    /// Outputs are the plain sums, and the transforms for gradients are the transposed ones.
+    /// Outputs are the plain sums, and the transforms for gradients are the transposes.
     fn is_a_filter<F: Filter<N, M>, const N: usize, const M: usize>() {
         let d: [f32; N] = std::array::from_fn(|i| (i * i % 7) as f32 - 2.5);
         let g = [0.75f32, -1.5, 0.625];

@@ -275,7 +275,7 @@ impl<'a> WeightTasks<'a> {
     {
         let g = self.g;
         let (blocks, outputs) = (task.blocks.len(), self.outputs(task));
-        let (squares, variant) = (Squares::of::<F, N, M>(g.output), session.variant());
+        let (squares, variant) = (Squares::new(M, g.output), session.variant());
         let len = |blocks: usize| N * N * stride(SQUARES * blocks);
         with_scratch(len(blocks) + len(outputs.len()), |memory| {
             let (left, right) = memory.split_at_mut(len(blocks));

@@ -13,8 +13,8 @@
 //! `n u Σ|w x|`. Here, with m = 2, a transformed number is a sum of up to 4 of `x`, or of 9 of `w` with weights of up to
 //! 9/4 in total, and a result is a sum of 9 sums of products over `C` channels. Its error is at most
 //! `81 C (C + 16) u · max|w| · max|x|`, and that of a weight gradient over `N` pixels at most
-//! `36 N (N + 16) u · max|x| · max|dy|`. With m = 4 it is `621 C (C + 32) u` and `943 N (N + 32) u`: 621 is the square of the
-//! largest sum over positions `j` of `|Aᵀ_ij| Σ_k |Bᵀ_jk| Σ_k |G_jk|`, and 943 that of `|G_jk| Σ_k |Bᵀ_jk| Σ_i |Aᵀ_ij|`. These
+//! `36 N (N + 16) u · max|x| · max|dy|`. With m = 4 it is `620 C (C + 32) u` and `945 N (N + 32) u`: 620 is the square of the
+//! largest sum over positions `j` of `|Aᵀ_ij| Σ_k |Bᵀ_jk| Σ_k |G_jk|`, and 945 that of `|G_jk| Σ_k |Bᵀ_jk| Σ_i |Aᵀ_ij|`. These
 //! worst-case bounds are loose; the tests hold the mean error to less than 4 times that of the plain sum.
 //!
 //! In bfloat16 only m = 2 is used. The transformed numbers are rounded once more, to nearest, by at most `v = 2⁻⁸` of
@@ -61,11 +61,13 @@ impl SquareSize {
 
     /// The squares on a map.
     pub fn on(self, shape: Shape) -> Squares {
-        let side = match self {
-            SquareSize::Two => 2,
-            SquareSize::Four => 4,
-        };
-        Squares { side, rows: shape.height.div_ceil(side), columns: shape.width.div_ceil(side) }
+        Squares::new(
+            match self {
+                SquareSize::Two => 2,
+                SquareSize::Four => 4,
+            },
+            shape,
+        )
     }
 
     /// Products of each pair of channels on a map.
@@ -91,10 +93,10 @@ macro_rules! by_size {
 }
 pub(super) use by_size;
 
-/// Bytes of transformed squares that a task holds at a time. They and their weights fit into the
-/// second-level cache.
+/// Bytes of transformed squares that a task holds at a time, but at least two squares. With small squares or few channels they
+/// and their weights fit into the second-level cache.
 const HELD: usize = 512 << 10;
-/// Squares of 4 × 4 pixels that a task has at least, of several groups if one has fewer.
+/// Squares of 4 × 4 pixels that a task takes together, of several groups where a whole map has fewer.
 const JOINED: usize = 8;
 /// Distance between positions for this many tiles. The extra cache lines keep the positions of a number
 /// from falling into the same cache sets.
@@ -111,8 +113,9 @@ pub(super) struct Squares {
 }
 
 impl Squares {
-    pub fn of<F: Filter<N, M>, const N: usize, const M: usize>(shape: Shape) -> Squares {
-        Squares { side: M, rows: shape.height.div_ceil(M), columns: shape.width.div_ceil(M) }
+    /// The squares of `side` pixels on a map.
+    pub fn new(side: usize, shape: Shape) -> Squares {
+        Squares { side, rows: shape.height.div_ceil(side), columns: shape.width.div_ceil(side) }
     }
 
     pub fn count(&self) -> usize {
@@ -192,8 +195,8 @@ pub(super) fn bound(size: SquareSize, rounds: bool, terms: usize, weights: bool)
     let (factor, others) = match (size, weights) {
         (SquareSize::Two, false) => (81., 16.),
         (SquareSize::Two, true) => (36., 16.),
-        (SquareSize::Four, false) => (621., 32.),
-        (SquareSize::Four, true) => (943., 32.),
+        (SquareSize::Four, false) => (620., 32.),
+        (SquareSize::Four, true) => (945., 32.),
     };
     let rounded = if rounds { 163. * n * (-8f64).exp2() } else { 0. };
     factor * n * (n + others) * (-24f64).exp2() + rounded
@@ -245,10 +248,10 @@ pub(super) fn convolve<F, T, U, const N: usize, const M: usize>(
     let (pairs, wanted) = (to_blocks.div_ceil(2), 4 * parallel::threads());
     // The split into tasks does not affect the result: no sum crosses a task.
     let bands = Bands::of(to_shape, M, wanted.div_ceil(to_shape.groups()));
-    let map = Squares::of::<F, N, M>(to_shape);
-    // Groups of images that share what is read of the weights, where those outweigh a map.
-    let joined = if M == 4 && bands.count == 1 { (JOINED / map.count()).max(1) } else { 1 };
-    let joined = joined.min(to_shape.groups());
+    let map = Squares::new(M, to_shape);
+    // Groups of images that share what is read of the weights, where those outweigh a map. Not so many that threads idle.
+    let joined = if M == 4 && bands.count == 1 { JOINED / map.count() } else { 1 };
+    let joined = joined.min(to_shape.groups() * pairs.div_ceil(2) / wanted).max(1);
     let squares_tasks = to_shape.groups().div_ceil(joined) * bands.count;
     let pair_tasks = wanted.div_ceil(squares_tasks).min(pairs.div_ceil(2));
     let held = (HELD / (N * N * blocks * TILE * size_of::<U>())).clamp(2, 8);
@@ -346,7 +349,7 @@ impl<T: ValueElement, U: ValueElement> Convolve<'_, T, U> {
         sums: &mut [f32],
     ) {
         let (blocks, to_blocks) = (self.from_shape.blocks(), self.to_shape.blocks());
-        let (map, count) = (Squares::of::<F, N, M>(self.to_shape), squares.len());
+        let (map, count) = (Squares::new(M, self.to_shape), squares.len());
         let (variant, step) = (self.session.variant(), stride(count * blocks));
         for (at, square) in squares.clone().enumerate() {
             let to = &mut left[at * blocks * TILE..];
@@ -451,7 +454,7 @@ impl<T: ValueElement, U: ValueElement> Convolve<'_, T, U> {
             }
             let pixel = (group * shape.height + y) * shape.width + x;
             let from = pixel * shape.pixel_len() + block * TILE;
-            // SAFETY: a task owns the pixels of its bands, and those of a square differ.
+            // SAFETY: a task owns the pixels of its bands in its pairs of blocks, and those of a square differ.
             let tile = unsafe { self.to.part(from, TILE) };
             Some(tile.try_into().expect("a tile"))
         };
