@@ -39,17 +39,7 @@ pub fn forward(
     by_precision!(precision, T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
         let finish = FinishOf::new(finish, moments);
-        match g.form(variant, precision) {
-            Form::Winograd(size) => by_precision!(packed.precision(), U => {
-                let (work, packed) = (g.operations(), U::of(packed));
-                by_size!(size, F => {
-                    convolve::<F, T, U, _, _>(variant, work, from, packed, to, false, &finish);
-                });
-            }),
-            Form::Direct => {
-                gather(variant, g, from, T::of(packed), &forward_taps(g), to, false, &finish);
-            }
-        }
+        in_form(variant, g, from, packed, forward_taps, to, false, &finish);
     });
 }
 
@@ -74,18 +64,31 @@ pub fn input_gradient(
         let from = (T::of(output_gradient), g.output);
         let to = (T::of_mut(input_gradient), g.input);
         let finish = FinishOf::new(Finish::default(), None);
-        match g.form(variant, precision) {
-            Form::Winograd(size) => by_precision!(packed.precision(), U => {
-                let (work, packed) = (g.operations(), U::of(packed));
-                by_size!(size, F => {
-                    convolve::<F, T, U, _, _>(variant, work, from, packed, to, add, &finish);
-                });
-            }),
-            Form::Direct => {
-                gather(variant, g, from, T::of(packed), &backward_taps(g), to, add, &finish);
-            }
-        }
+        in_form(variant, g, from, packed, backward_taps, to, add, &finish);
     });
+}
+
+/// A product in the form that the weights are packed for.
+#[expect(clippy::too_many_arguments, reason = "source, weights and destination")]
+fn in_form<T: ValueElement>(
+    variant: Variant,
+    g: &Geometry,
+    from: (&[T], Shape),
+    packed: &Buffer,
+    taps: fn(&Geometry) -> Taps,
+    to: (&mut [T], Shape),
+    add: bool,
+    finish: &FinishOf<T>,
+) {
+    match g.form(variant, T::PRECISION) {
+        Form::Winograd(size) => by_precision!(packed.precision(), U => {
+            let (work, packed) = (g.operations(), U::of(packed));
+            by_size!(size, F => {
+                convolve::<F, T, U, _, _>(variant, work, from, packed, to, add, finish);
+            });
+        }),
+        Form::Direct => gather(variant, g, from, T::of(packed), &taps(g), to, add, finish),
+    }
 }
 
 fn forward_taps(g: &Geometry) -> Taps {

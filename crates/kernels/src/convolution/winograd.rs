@@ -93,8 +93,8 @@ macro_rules! by_size {
 }
 pub(super) use by_size;
 
-/// Bytes of transformed squares that a task holds at a time, but at least two squares. With small squares or few channels they
-/// and their weights fit into the second-level cache.
+/// Bytes of transformed squares that a task holds at a time; it holds at least two squares. Where squares are small or channels
+/// few, they and their weights fit into the second-level cache.
 const HELD: usize = 512 << 10;
 /// Squares of 4 × 4 pixels that a task takes together, of several groups where a whole map has fewer.
 const JOINED: usize = 8;
