@@ -79,7 +79,7 @@ impl Fake {
 }
 
 /// Waits until `is_so`, and fails after half a minute.
-pub fn until(what: &str, is_so: impl Fn() -> bool) {
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     for _ in 0..3000 {
         if is_so() {
             return;

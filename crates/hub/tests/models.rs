@@ -59,8 +59,9 @@ fn settings(server: &Server, cache: &Path) -> Settings {
     Settings { endpoint, cache: cache.to_owned(), token, is_offline: false }
 }
 
+/// A client that repeats a request at once, and waits for an answer longer than a busy machine takes.
 fn client() -> Client<'static> {
-    Client::with_waits(Duration::from_millis(1), Duration::from_millis(300), &|| false)
+    Client::with_waits(Duration::from_millis(1), Duration::from_secs(60), &|| false)
 }
 
 fn address(text: &str) -> Address {

@@ -26,19 +26,29 @@ fn of_unknown_length(bytes: &[u8]) -> Expected {
     Expected { bytes: None, ..expected(bytes) }
 }
 
+/// A client that repeats a request at once, and waits for an answer longer than a busy machine takes.
 fn client() -> Client<'static> {
-    Client::with_waits(Duration::from_millis(1), Duration::from_millis(300), &|| false)
+    Client::with_waits(Duration::from_millis(1), Duration::from_secs(60), &|| false)
 }
 
 /// Downloads `/file` after an attempt that left `partial`. Returns the file, or the message.
 fn fetch(server: &Server, expected: &Expected, partial: &[u8]) -> Result<Vec<u8>, String> {
+    fetch_by(&client(), server, expected, partial)
+}
+
+fn fetch_by(
+    client: &Client<'_>,
+    server: &Server,
+    expected: &Expected,
+    partial: &[u8],
+) -> Result<Vec<u8>, String> {
     let folder = tempfile::tempdir().expect("a folder");
     let [beside, path] = ["file.incomplete", "file"].map(|name| folder.path().join(name));
     if !partial.is_empty() {
         fs::write(&beside, partial).expect("written");
     }
     let url = format!("{}/file", server.address);
-    match client().fetch(&url, Some("secret"), expected, &beside, &path) {
+    match client.fetch(&url, Some("secret"), expected, &beside, &path) {
         Ok(()) => {
             assert!(!beside.exists());
             Ok(fs::read(path).expect("there"))
@@ -253,9 +263,10 @@ fn a_server_that_falls_silent_is_asked_for_the_rest() {
         1 => thread::sleep(Duration::from_secs(20)),
         _ => part(request, out, &bytes()),
     });
+    let client = Client::with_waits(Duration::from_millis(1), Duration::from_secs(2), &|| false);
     let start = Instant::now();
-    assert_eq!(fetch(&server, &expected(&bytes()), b""), Ok(bytes()));
-    assert!(start.elapsed() < Duration::from_secs(10), "it waited for {:?}", start.elapsed());
+    assert_eq!(fetch_by(&client, &server, &expected(&bytes()), b""), Ok(bytes()));
+    assert!(start.elapsed() < Duration::from_secs(15), "it waited for {:?}", start.elapsed());
     assert_eq!(server.requests()[2].1["range"], "bytes=100000-");
 }
 
@@ -277,14 +288,20 @@ fn an_interrupt_ends_the_wait_for_a_silent_server_and_keeps_what_came() {
         let client = Client::with_waits(minute, minute, &interrupt);
         let error = thread::scope(|scope| {
             scope.spawn(|| {
-                thread::sleep(Duration::from_millis(500));
+                let there = || fs::metadata(&partial).map_or(0, |metadata| metadata.len());
+                for _ in 0..3000 {
+                    if !server.requests().is_empty() && there() == sent as u64 {
+                        break;
+                    }
+                    thread::sleep(Duration::from_millis(10));
+                }
                 interrupted.store(true, Ordering::Relaxed);
             });
             let url = format!("{}/file", server.address);
             client.fetch(&url, None, &expected(&bytes()), &partial, &path).expect_err("interrupted")
         });
         assert!(error.is::<stage::Interrupted>(), "{error:#}");
-        assert!(start.elapsed() < Duration::from_secs(10), "it waited for {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(15), "it waited for {:?}", start.elapsed());
         assert_eq!(fs::read(&partial).unwrap_or_default(), bytes()[..sent]);
     }
 }
