@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::Variant;
 use crate::buffer::with_scratch;
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, near_groups};
+use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, sums_len};
 use crate::tiles::prefers_left_transposed;
 use crate::transpose::Interleaving;
 
@@ -118,22 +118,24 @@ impl sealed::Product for f32 {
         let group = inner.div_ceil(SIDE) * TILE;
         // A transposed matrix has transposed tiles in memory.
         let transposes = of_a.is_transposed || prefers_left_transposed(variant);
-        let groups = if transposes { near_groups(group) } else { GROUPS };
-        let right_len = width.div_ceil(SIDE) * group;
-        with_scratch(right_len + groups * group, |scratch| {
-            let (right, left) = scratch.split_at_mut(right_len);
+        let blocks = width.div_ceil(SIDE);
+        let [right_len, left_len] =
+            [blocks, GROUPS.min(of_a.rows.div_ceil(SIDE))].map(|n| n * group);
+        let sums_len = sums_len(transposes, inner, blocks, of_a.rows);
+        with_scratch(right_len + left_len + sums_len, |scratch| {
+            let (right, scratch) = scratch.split_at_mut(right_len);
+            let (left, sums) = scratch.split_at_mut(left_len);
             pack_right(variant, (b, of_b), right);
-            for first in (0..of_a.rows).step_by(groups * SIDE) {
-                let rows = first..(first + groups * SIDE).min(of_a.rows);
+            for first in (0..of_a.rows).step_by(GROUPS * SIDE) {
+                let rows = first..(first + GROUPS * SIDE).min(of_a.rows);
                 let product = &mut product[rows.start * width..rows.end * width];
                 pack_left(variant, (a, of_a), rows.clone(), transposes, left);
-                let blocks = width.div_ceil(SIDE);
                 let packed = PackedProduct { left, right, inner, blocks, rows: rows.len() };
                 let finish = |pair, sums: &[f32]| unpack(sums, pair, width, product);
                 if transposes {
-                    packed.for_each_pair::<true>(variant, finish);
+                    packed.for_each_pair::<true>(variant, sums, finish);
                 } else {
-                    packed.for_each_pair::<false>(variant, finish);
+                    packed.for_each_pair::<false>(variant, sums, finish);
                 }
             }
         });
@@ -308,7 +310,8 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_among_any_others() {
-        let [rows, inner, width] = [150, 70, 20];
+        // So long an inner side that many rows pass it in parts, and one alone at once.
+        let [rows, inner, width] = [150, 1700, 70];
         let (a, b) = (noise(1, rows * inner), noise(2, inner * width));
         let of_b = MatrixOrder { rows: inner, columns: width, is_transposed: false };
         for variant in Variant::testable() {

@@ -11,18 +11,12 @@ use crate::variant::Variant;
 /// the first-level cache beside as many left ones: 16 KiB in f32, 8 KiB in bf16.
 pub(crate) const INNER: usize = 8;
 
-/// Groups of 16 rows whose sums are kept at a time: 16 KiB with two blocks of columns.
+/// Groups of 16 rows that are computed at a time.
 pub(crate) const GROUPS: usize = 8;
 
 /// Bytes of transposed left factors that all blocks of columns read again: they fit into a second-level cache of 512 KiB
 /// (measured on Zen 3).
 const NEAR: usize = 384 << 10;
-
-/// How many groups of rows to compute at a time where left tiles are transposed: an even number, at least 2, whose left
-/// factors of `group` f32 each fill at most [`NEAR`] if they can. Otherwise it is [`GROUPS`].
-pub(crate) fn near_groups(group: usize) -> usize {
-    (NEAR / size_of::<f32>() / group / 2 * 2).clamp(2, GROUPS)
-}
 
 /// Blocks of 16 columns in a pair; the last pair may have one.
 pub(crate) fn columns(blocks: usize, pair: usize) -> usize {
@@ -49,53 +43,89 @@ pub(crate) struct PackedProduct<'a, T> {
     pub rows: usize,
 }
 
-/// Sums of up to [`GROUPS`] groups of rows and two blocks of columns, aligned for vector stores.
-#[repr(align(64))]
-struct PairSums([f32; GROUPS * 2 * TILE]);
-
 impl<T: ValueElement> PackedProduct<'_, T> {
     /// Calls `finish(pair, sums)` with the tiles of each pair of blocks of columns, in the order (group, block of the
     /// pair). Left tiles are transposed if `TRANSPOSED`.
+    ///
+    /// All pairs of columns read the same left tiles. Where these do not fit into [`NEAR`], as many as do pass all pairs
+    /// before the next ones, and the sums of all pairs are kept meanwhile. Each sum is added in the same order either way.
+    ///
+    /// - `sums`: at least [`sums_len`] numbers, with arbitrary contents.
     pub fn for_each_pair<const TRANSPOSED: bool>(
         &self,
         variant: Variant,
+        sums: &mut [f32],
         mut finish: impl FnMut(usize, &[f32]),
     ) {
         let session = TileSession::begin(variant);
-        let inner = self.inner.div_ceil(SIDE);
-        let mut sums = PairSums([0.; GROUPS * 2 * TILE]);
-        let twos = self.rows.div_ceil(2 * SIDE);
-        for pair in 0..self.blocks.div_ceil(2) {
-            let columns = columns(self.blocks, pair);
-            let sums = &mut sums.0[..self.rows.div_ceil(SIDE) * columns * TILE];
-            for first in (0..inner).step_by(INNER) {
-                let at = first_tile(inner, 2 * pair) + first * columns * TILE;
-                let length = (self.inner - first * SIDE).min(INNER * SIDE);
-                // The right tiles of the next pass follow in memory. Each call fetches its share of them.
-                let panel = length.div_ceil(SIDE) * columns * TILE;
-                for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
-                    let left_at = (2 * two * inner + first) * TILE;
-                    let runs = [TileRun { left: left_at, right: at, inner: length }];
-                    let product = TileProduct {
-                        runs: &runs,
-                        apart: inner * TILE,
-                        rows: (self.rows - two * 2 * SIDE).min(SIDE),
-                        columns,
-                        add: first > 0,
-                        ahead: at + panel + two * panel / twos,
+        let (inner, pairs) = (self.inner.div_ceil(SIDE), self.blocks.div_ceil(2));
+        let groups = self.rows.div_ceil(SIDE);
+        let near = near_tiles(TRANSPOSED, inner, groups);
+        let twos = groups.div_ceil(2);
+        let right_at = |pair: usize, first: usize| {
+            first_tile(inner, 2 * pair) + first * columns(self.blocks, pair) * TILE
+        };
+        for from in (0..inner).step_by(near) {
+            let end = (from + near).min(inner);
+            for pair in 0..pairs {
+                let columns = columns(self.blocks, pair);
+                let place = if near == inner { 0 } else { pair * groups * 2 * TILE };
+                let sums = &mut sums[place..][..groups * columns * TILE];
+                for first in (from..end).step_by(INNER) {
+                    let at = right_at(pair, first);
+                    let last = (first + INNER).min(end);
+                    let length = (last * SIDE).min(self.inner) - first * SIDE;
+                    let panel = (last - first) * columns * TILE;
+                    // The right tiles of the next pass. Each call fetches its share of them.
+                    let next = match (last < end, pair + 1 < pairs) {
+                        (true, _) => right_at(pair, last),
+                        (false, true) => right_at(pair + 1, from),
+                        (false, false) => right_at(0, end),
                     };
-                    let (a, b) = outputs.split_at_mut(columns * TILE);
-                    let (left, right) = (self.left, self.right);
-                    if b.is_empty() {
-                        T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a]);
-                    } else {
-                        T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a, b]);
+                    for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
+                        let left_at = (2 * two * inner + first) * TILE;
+                        let runs = [TileRun { left: left_at, right: at, inner: length }];
+                        let product = TileProduct {
+                            runs: &runs,
+                            apart: inner * TILE,
+                            rows: (self.rows - two * 2 * SIDE).min(SIDE),
+                            columns,
+                            add: first > 0,
+                            ahead: next + two * panel / twos,
+                        };
+                        let (a, b) = outputs.split_at_mut(columns * TILE);
+                        let (left, right) = (self.left, self.right);
+                        if b.is_empty() {
+                            T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a]);
+                        } else {
+                            T::product::<TRANSPOSED>(&session, left, right, &product, &mut [a, b]);
+                        }
                     }
                 }
+                if end == inner {
+                    finish(pair, sums);
+                }
             }
-            finish(pair, sums);
         }
     }
+}
+
+/// Tiles along the inner side that pass all pairs of columns before the next ones do, of `inner` in all.
+fn near_tiles(transposed: bool, inner: usize, groups: usize) -> usize {
+    let near = NEAR / size_of::<f32>() / TILE / groups / INNER * INNER;
+    if transposed { near.max(INNER).min(inner) } else { inner }
+}
+
+/// Numbers of the sums that [`PackedProduct::for_each_pair`] needs memory for.
+///
+/// - `inner`: length of the inner side.
+/// - `blocks`: blocks of 16 columns.
+/// - `rows`: rows of the left side, of which up to [`GROUPS`] groups are computed at a time.
+pub(crate) fn sums_len(transposed: bool, inner: usize, blocks: usize, rows: usize) -> usize {
+    let (inner, groups) = (inner.div_ceil(SIDE), rows.div_ceil(SIDE).min(GROUPS));
+    let is_near = groups == 0 || near_tiles(transposed, inner, groups) == inner;
+    let pairs = if is_near { 1 } else { blocks.div_ceil(2) };
+    pairs * groups * 2 * TILE
 }
 
 /// A range in parts of 16.

@@ -7,7 +7,7 @@ use super::{Factors, Gelu};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, near_groups};
+use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, sums_len};
 use crate::tiles;
 use crate::transpose::transpose_tiles;
 use crate::variant::for_each_variant;
@@ -192,22 +192,25 @@ pub fn linear(
     let precision = layer.weights.precision();
     let group = layer.inputs.div_ceil(SIDE) * TILE;
     let transposes = precision == Precision::F32 && tiles::prefers_left_transposed(variant);
-    let groups = if transposes { near_groups(group) } else { GROUPS };
-    for first in (0..rows.len()).step_by(groups * SIDE) {
-        let count = (rows.len() - first).min(groups * SIDE);
+    let sums_len = sums_len(transposes, layer.inputs, layer.bias.len() / SIDE, rows.len());
+    for first in (0..rows.len()).step_by(GROUPS * SIDE) {
+        let count = (rows.len() - first).min(GROUPS * SIDE);
         let tiles = (rows.start + first) / SIDE * group;
         let tiles = tiles..tiles + count.div_ceil(SIDE) * group;
         let done = first..first + count;
         if transposes {
             let left = &f32::of(&input.numbers)[tiles];
-            with_scratch(left.len(), |transposed| {
+            with_scratch(left.len() + sums_len, |scratch| {
+                let (transposed, sums) = scratch.split_at_mut(left.len());
                 transpose_tiles(variant, left, transposed);
-                multiply::<f32, true>(variant, layer, transposed, done, &mut to);
+                multiply::<f32, true>(variant, layer, transposed, done, sums, &mut to);
             });
         } else {
-            by_precision!(precision, T => {
-                let left = &T::of(&input.numbers)[tiles];
-                multiply::<T, false>(variant, layer, left, done, &mut to);
+            with_scratch(sums_len, |sums| {
+                by_precision!(precision, T => {
+                    let left = &T::of(&input.numbers)[tiles];
+                    multiply::<T, false>(variant, layer, left, done, sums, &mut to);
+                });
             });
         }
     }
@@ -219,12 +222,13 @@ fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     layer: &PackedLinear,
     left: &[T],
     rows: Range<usize>,
+    sums: &mut [f32],
     store: &mut LinearOutput,
 ) {
     let right = T::of(&layer.weights);
     let blocks = layer.bias.len() / SIDE;
     let product = PackedProduct { left, right, inner: layer.inputs, blocks, rows: rows.len() };
-    product.for_each_pair::<TRANSPOSED>(variant, |pair, sums| {
+    product.for_each_pair::<TRANSPOSED>(variant, sums, |pair, sums| {
         let columns = columns(blocks, pair);
         FinishedPair { layer, rows: rows.clone(), pair, columns }.store(variant, sums, store);
     });
