@@ -23,6 +23,8 @@ const WRAPPERS: [&str; 6] =
 pub struct FileTensors {
     files: Vec<PathBuf>,
     by_name: BTreeMap<String, ShapedNumbers>,
+    /// Prefixes that were removed from names.
+    stripped: Vec<String>,
 }
 
 impl FileTensors {
@@ -52,7 +54,7 @@ impl FileTensors {
                 }
             }
         }
-        let mut tensors = Self { files: files.to_vec(), by_name };
+        let mut tensors = Self { files: files.to_vec(), by_name, stripped: vec![] };
         tensors.remove_wrapper();
         Ok(tensors)
     }
@@ -67,6 +69,9 @@ impl FileTensors {
 
     /// Removes a prefix from the names that have it.
     pub fn strip(&mut self, prefix: &str) {
+        if self.by_name.keys().any(|name| name.starts_with(prefix)) {
+            self.stripped.push(prefix.to_owned());
+        }
         let names = std::mem::take(&mut self.by_name).into_iter();
         let stripped = |name: String| name.strip_prefix(prefix).unwrap_or(&name).to_owned();
         self.by_name = names
@@ -99,9 +104,13 @@ impl FileTensors {
         self.by_name.keys().map(String::as_str)
     }
 
-    /// The files, for messages.
+    /// The files, for messages, and the prefix that their names have there and not here.
     pub fn origin(&self) -> String {
         let names: Vec<_> = self.files.iter().map(|file| format!("`{}`", file.display())).collect();
-        names.join(", ")
+        let files = names.join(", ");
+        match self.stripped.concat() {
+            prefix if prefix.is_empty() => files,
+            prefix => format!("{files} (whose names begin with `{prefix}`)"),
+        }
     }
 }

@@ -146,20 +146,22 @@ fn every_tensor_of_a_transformers_file_comes_to_its_place() -> Result<()> {
     Ok(())
 }
 
+/// Names of tensors in files of transformers, and those that its version 5 gives to the modules.
+const OF_MODULES: [(&str, &str); 5] = [
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("encoder.layer.", "layers."),
+];
+
 /// Pretrained networks, case T13, and the wrappers that other programs put around a network.
 #[test]
 fn other_spellings_of_the_same_network_load_to_the_same_bits() -> Result<()> {
     let tensors = dinov2_tensors();
     let want = weights(loaded(&dinov2(), &tensors)?);
-    let of_modules = [
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("encoder.layer.", "layers."),
-    ];
     for spelling in [
-        renamed(&tensors, &of_modules),
+        renamed(&tensors, &OF_MODULES),
         renamed(&tensors, &[("encoder.layer.", "model.layer.")]),
         tensors.iter().map(|(name, tensor)| (format!("dinov2.{name}"), tensor.clone())).collect(),
     ] {
@@ -472,22 +474,24 @@ fn golden() -> Option<PathBuf> {
     folder
 }
 
+/// The layouts of files for transformers of which there are golden files.
+const LAYOUTS: [&str; 8] = [
+    "hf_dinov2",
+    "hf_dinov2_reg",
+    "hf_dinov2_swiglu",
+    "hf_dinov3",
+    "hf_dinov3_gated",
+    "hf_vit",
+    "hf_clip",
+    "hf_siglip",
+];
+
 /// The narrow networks of every layout, where the folder `ASSORT_GOLDEN` has them (Pretrained networks, cases
 /// T1 to T10 and case T14).
 #[test]
 fn golden_files_of_every_layout_load_whole() -> Result<()> {
     let Some(golden) = golden() else { return Ok(()) };
-    let networks = [
-        "hf_dinov2",
-        "hf_dinov2_reg",
-        "hf_dinov2_swiglu",
-        "hf_dinov3",
-        "hf_dinov3_gated",
-        "hf_vit",
-        "hf_clip",
-        "hf_siglip",
-    ];
-    for name in networks {
+    for name in LAYOUTS {
         let path = |end: &str| golden.join(format!("{name}_narrow_{end}"));
         let file = path("weights.safetensors");
         let network =
@@ -501,6 +505,58 @@ fn golden_files_of_every_layout_load_whole() -> Result<()> {
         let class_position =
             tensors.keys().any(|n| n.contains("position")) && network.plan().class_token;
         assert_eq!(count, there - beside - usize::from(class_position) * 48, "{name}");
+    }
+    Ok(())
+}
+
+/// The narrow networks of every layout: each tensor that is missing or misshapen, and each unknown one, is named; those
+/// beside the vision tower are ignored; and the names of transformers' modules load to the same bits (Pretrained networks,
+/// cases T13 and T14, where the folder `ASSORT_GOLDEN` has them).
+#[test]
+fn golden_files_of_every_layout_name_what_is_wrong_with_them() -> Result<()> {
+    let Some(golden) = golden() else { return Ok(()) };
+    for layout in LAYOUTS {
+        let path = |end: &str| golden.join(format!("{layout}_narrow_{end}"));
+        let config = serde_json::from_str(&std::fs::read_to_string(path("config.json"))?)?;
+        let tensors = candle_core::safetensors::load(path("weights.safetensors"), &Device::Cpu)?;
+        let numbers = |tensor: &Tensor| -> Result<_> {
+            Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_vec1::<f32>()?))
+        };
+        let tensors: TestTensors = tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), numbers(tensor)?)))
+            .collect::<Result<_>>()?;
+        let want = weights(loaded(&config, &tensors)?);
+
+        for name in tensors.keys().filter(|name| !name.ends_with("mask_token")) {
+            // A prefix of all names is told once.
+            let names = |message: &str| match name.strip_prefix("vision_model.") {
+                Some(rest) => ["vision_model.", rest].iter().all(|part| message.contains(part)),
+                None => message.contains(&format!("`{name}`")),
+            };
+            let mut changed = tensors.clone();
+            let (mut shape, numbers) = changed.remove(name).expect("there");
+            let message = refusal(&config, &changed);
+            assert!(names(&message), "{layout} without {name}: {message}");
+            shape.push(1);
+            changed.insert(name.clone(), (shape, numbers));
+            let message = refusal(&config, &changed);
+            assert!(names(&message), "{layout}, shape of {name}: {message}");
+        }
+        let with = |name: &str| {
+            let mut changed = tensors.clone();
+            changed.insert(name.to_owned(), (vec![3], vec![1., 2., 3.]));
+            changed
+        };
+        let message = refusal(&config, &with("extra.weight"));
+        assert!(message.contains("`extra.weight`"), "{layout}: {message}");
+        for beside in ["text_model.x", "mask_token"] {
+            assert_eq!(weights(loaded(&config, &with(beside))?), want, "{layout}: {beside}");
+        }
+        let renamed = renamed(&tensors, &OF_MODULES);
+        if renamed != tensors {
+            assert_eq!(weights(loaded(&config, &renamed)?), want, "{layout}");
+        }
     }
     Ok(())
 }
