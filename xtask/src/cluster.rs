@@ -317,8 +317,8 @@ fn prepare(
     let path = options.path.display();
     let explained = |error: Error| match Status::of_error(&error) {
         Status::BadInput if pictures.is_dir() => error.context(format!(
-            "PATH `{path}`: `assort cluster` reads JPEG, PNG and WebP pictures, all directly in a \
-             folder or all one folder deeper, and skips unreadable ones up to {:.0} %",
+            "PATH `{path}`: `assort cluster` reads JPEG, PNG and WebP pictures at any depth of a \
+             folder, and skips unreadable ones up to {:.0} %",
             100. * broken
         )),
         _ => error,

@@ -271,7 +271,7 @@ fn experiment(learnt: &Experiment, place: &str, images: &Path) -> Result<Experim
         train-on = ["train", "test", "unlabelled"]
         score-on = ["train", "test", "unlabelled"]
         [prepare]
-        format = "auto"
+        format = "photos"
         classes = []
         images-per-class = 0
         images-at-most = 0

@@ -1,7 +1,8 @@
 //! Reads pictures in folders: one folder per class, or a flat folder without ground truth.
 //!
 //! Classes are the direct subfolders of the source, pictures the files directly in those. A picture
-//! in a deeper folder is an error: torchvision would treat `train` and `val` as two classes.
+//! in a deeper folder is an error: torchvision would treat `train` and `val` as two classes. Only
+//! [`Format::Photos`] takes pictures at any depth, then without ground truth.
 
 use std::fmt;
 use std::fs;
@@ -14,7 +15,7 @@ use stage::files::RESULTS_MARK;
 
 use crate::collection::{Load, Sink};
 use crate::names::{below, file_name, left_out};
-use crate::{Config, picture};
+use crate::{Config, Format, picture};
 
 /// The content of a folder, sorted by name.
 #[derive(Debug, Default)]
@@ -101,6 +102,20 @@ pub struct Listing {
 ///
 /// The layout is not supported; the message says what was found and what to do.
 pub fn list(root: &Path, config: &Config) -> Result<Listing> {
+    let by_class = list_by_class(root, config);
+    let wants_classes = !config.classes.is_empty() || config.images_per_class > 0;
+    if by_class.is_ok() || config.format != Format::Photos || wants_classes {
+        return by_class;
+    }
+    let listing = Listing::of_any_depth(root)?;
+    tracing::info!(
+        "the folders in `{}` are not those of classes, so they are not taken as ground truth",
+        root.display()
+    );
+    Ok(listing)
+}
+
+fn list_by_class(root: &Path, config: &Config) -> Result<Listing> {
     let mut top = contents(root)?;
     let mut listing = Listing::of(root);
     let has_chosen = !config.classes.is_empty();
@@ -133,6 +148,17 @@ pub fn list(root: &Path, config: &Config) -> Result<Listing> {
 impl Listing {
     fn of(root: &Path) -> Self {
         Self { root: root.to_owned(), classes: Vec::new(), ignored: Vec::new(), deeper: None }
+    }
+
+    /// All pictures below a folder, without classes.
+    fn of_any_depth(root: &Path) -> Result<Self> {
+        let mut listing = Self::of(root);
+        let mut pictures = Vec::new();
+        let inside = contents(root)?;
+        listing.add_all(inside, &mut pictures)?;
+        listing.classes.push((None, pictures));
+        listing.check_classes()?;
+        Ok(listing)
     }
 
     /// A single picture as a source.
@@ -199,18 +225,28 @@ impl Listing {
 
     /// Looks for pictures in a folder inside a class folder, and lists all other files as ignored.
     fn look_deeper(&mut self, folder: &Path) -> Result<()> {
+        let mut pictures = Vec::new();
+        self.add_folder(folder, &mut pictures)?;
+        if let (None, Some(first)) = (&self.deeper, pictures.first()) {
+            self.deeper = first.parent().map(Path::to_owned);
+        }
+        Ok(())
+    }
+
+    /// Adds all pictures below a folder to `pictures`, and lists all other files as ignored.
+    fn add_folder(&mut self, folder: &Path, pictures: &mut Vec<PathBuf>) -> Result<()> {
         if folder.is_symlink() {
             self.ignored.push((folder.to_owned(), "is a link to a folder"));
             return Ok(());
         }
-        let mut inside = contents(folder)?;
+        self.add_all(contents(folder)?, pictures)
+    }
+
+    fn add_all(&mut self, mut inside: FolderContents, pictures: &mut Vec<PathBuf>) -> Result<()> {
         for deeper in std::mem::take(&mut inside.folders) {
-            self.look_deeper(&deeper)?;
+            self.add_folder(&deeper, pictures)?;
         }
-        let pictures = self.pictures_among(inside);
-        if self.deeper.is_none() && !pictures.is_empty() {
-            self.deeper = Some(folder.to_owned());
-        }
+        pictures.append(&mut self.pictures_among(inside));
         Ok(())
     }
 
@@ -474,6 +510,35 @@ mod tests {
         assert_eq!(read.class("a.png"), None);
         let counted = Config { images_per_class: 1300, ..config() };
         assert_has(&refusal(&path, &counted), &["flat", "`val`", "train folder"]);
+    }
+
+    #[test]
+    fn photos_lie_at_any_depth_and_are_classes_only_in_folders_of_classes() {
+        let photos = || Config { format: Format::Photos, ..config() };
+        for names in [
+            &["2023/summer/a.png", "2023/winter/b.png", "2024/c.png", "d.png"][..],
+            &["a.png", "2024/b.png"],
+            &["all/a.png", "all/b.png"],
+            &["x/y/z/a.png", "x/y/z/b.png", "x/y/notes.tar"],
+        ] {
+            let (_folder, path) = scratch();
+            pictures(&path, names);
+            fs::create_dir(path.join("empty")).expect("created");
+            let read = prepare(&path, &photos()).expect("sound");
+            let mut found: Vec<&str> = read.names.iter().map(String::as_str).collect();
+            found.sort_unstable();
+            let mut wanted: Vec<&str> =
+                names.iter().copied().filter(|name| name.ends_with(".png")).collect();
+            wanted.sort_unstable();
+            assert_eq!(found, wanted);
+            assert!(wanted.iter().all(|name| read.class(name).is_none()));
+        }
+        let (_folder, path) = scratch();
+        pictures(&path, &["n1/a.png", "n2/b.png"]);
+        assert_eq!(prepare(&path, &photos()).expect("sound").class("n2/b.png"), Some("n2"));
+        let (_folder, path) = scratch();
+        pictures(&path, &["deep/er/x.tar"]);
+        assert_has(&refusal(&path, &photos()), &["holds no JPEG, PNG or WebP pictures", "x.tar"]);
     }
 
     #[cfg(unix)]

@@ -112,6 +112,9 @@ pub struct Config {
 pub enum Format {
     /// Detected from the source.
     Auto,
+    /// Anyone's pictures: as [`Auto`](Self::Auto), but those of a folder may lie at any depth. Where its folders
+    /// are not those of classes, they are no ground truth.
+    Photos,
     /// IDX files in a folder.
     Idx,
     /// CIFAR-10 or CIFAR-100 in binary form, with 10 or 100 classes.

@@ -70,13 +70,13 @@ impl PictureSource {
         match &local.paths[..] {
             [] => bail!("the source has no files; pass another one with {SOURCE}"),
             [path] if path.is_dir() => Self::of_folder(path, config),
-            [path] => Self::of_file(path, &local.within, config.format),
-            paths => Self::of_files(paths, config.format),
+            [path] => Self::of_file(path, &local.within, detected(config.format)),
+            paths => Self::of_files(paths, detected(config.format)),
         }
     }
 
     fn of_folder(path: &Path, config: &Config) -> Result<Self> {
-        let format = config.format;
+        let format = detected(config.format);
         if let Format::Auto | Format::Idx = format {
             let pairs = idx::find(path)?;
             if !pairs.is_empty() {
@@ -335,6 +335,11 @@ impl PictureSource {
         }
         hex(&hash.finalize())
     }
+}
+
+/// The format to look for: any, where anyone's pictures are read.
+fn detected(format: Format) -> Format {
+    if format == Format::Photos { Format::Auto } else { format }
 }
 
 /// The first bytes of a file.
