@@ -181,6 +181,7 @@ impl<B: Operations> BackwardPass<'_, B> {
             let (parameters, total) = (self.parameters, self.values[operation.input].take());
             let total = self.backend.input_gradient(product, &g, parameters, gradient, total)?;
             self.values[operation.input] = Some(total);
+            parameters.free_large_packed(product.weight);
         }
         Ok(())
     }

@@ -202,6 +202,9 @@ impl<B: Operations> ForwardPass<'_, B> {
             sums,
         })?;
         self.sums[operation.output] = sums;
+        if !self.keeps_nothing() {
+            self.parameters.free_large_packed(product.weight);
+        }
         Ok(output)
     }
 

@@ -16,6 +16,10 @@ use crate::plan::NetworkPlan;
 use crate::profile::{self, Pass};
 use crate::{BatchGroups, Network};
 
+/// Packed weights that fill more than this are not kept from one pass of training to the next: 3 × 3 weights from 256
+/// channels to 256, in Winograd's form F(4 × 4, 3 × 3) in f32, fill 9 MiB.
+const LARGE_PACKED_BYTES: usize = 8 << 20;
+
 /// Weights and biases of a network, flat and in f32.
 ///
 /// New ones are 0, but 1 for the weights of batch norms; the architecture initialises them. Frozen
@@ -207,15 +211,30 @@ impl Parameters {
             PackedFor::Forward => Pass::Forward,
             PackedFor::InputGradient => Pass::Backward,
         };
-        profile::stop(clock, pass, || profile::packing(&packing, cpu.precision));
+        profile::stop(clock, pass, || profile::packing(&packing));
         lock().insert((entry, packing), Arc::clone(&packed));
         packed
+    }
+
+    /// Frees the packed weights of an entry that are large, where the next pass of training needs others: packing them
+    /// once more costs less than keeping those of all layers.
+    pub(crate) fn free_large_packed(&self, entry: usize) {
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        packed.retain(|(of, packing), _| {
+            *of != entry || packing.packed_bytes() <= LARGE_PACKED_BYTES
+        });
     }
 
     /// Frees the packed weights that forward and backward passes cache. The next pass packs them
     /// again, so call it when the parameters are about to change.
     pub fn free_packed_weights(&self) {
         self.packed.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// How many packings are kept.
+    #[cfg(test)]
+    pub(crate) fn packings(&self) -> usize {
+        self.packed.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn changed(&mut self) {

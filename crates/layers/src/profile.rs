@@ -168,8 +168,7 @@ pub(crate) fn passes(
 }
 
 /// The cost of packing weights.
-pub(crate) fn packing(packing: &Packing, precision: Precision) -> (String, OperationCost) {
-    let packed = packing.packed_len() * precision.bytes();
-    let bytes = (packing.weights_len() * size_of::<f32>() + packed) as f64;
+pub(crate) fn packing(packing: &Packing) -> (String, OperationCost) {
+    let bytes = (packing.weights_len() * size_of::<f32>() + packing.packed_bytes()) as f64;
     ("weights, packed".to_owned(), OperationCost { bytes, ..OperationCost::default() })
 }

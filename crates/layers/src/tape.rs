@@ -112,6 +112,30 @@ mod tests {
     }
 
     #[test]
+    fn training_keeps_no_large_packed_weights() -> Result<()> {
+        let mut b = Builder::images(16);
+        let of = |out_channels| Convolution { out_channels, kernel: 3, stride: 1, padding: 1 };
+        b.block("all");
+        let x = b.input();
+        let x = b.convolution("small", x, of(512))?;
+        let x = b.convolution("large", x, of(512))?;
+        let x = b.global_average_pool(x)?;
+        let network = b.finish(x)?;
+        let (parameters, mut statistics) = (network.parameters(), network.statistics());
+        let modes = Modes::all(&network, Mode::Batch);
+        let input = Tensor::rand(-1f32, 1., (2, 4, 4, 16), &Device::Cpu)?;
+        let mut tape = network.tape();
+        let y = network.forward(&parameters, &mut statistics, &input, &modes, Some(&mut tape))?;
+        assert_eq!(parameters.packings(), 1, "the small one");
+        network.backward(&parameters, &mut tape, &y, &mut network.gradients(), true)?;
+        assert_eq!(parameters.packings(), 2, "the small one of each pass");
+        // A network that does not learn needs them for the next batch.
+        network.forward(&parameters, &mut statistics, &input, &modes, None)?;
+        assert_eq!(parameters.packings(), 3);
+        Ok(())
+    }
+
+    #[test]
     fn a_step_after_the_first_takes_its_memory_from_the_pool() -> Result<()> {
         let network = network()?;
         let (mut parameters, mut gradients) = (network.parameters(), network.gradients());

@@ -79,6 +79,11 @@ impl Packing {
         }
     }
 
+    /// Bytes of the packed weights.
+    pub fn packed_bytes(&self) -> usize {
+        self.packed_len() * self.precision.bytes()
+    }
+
     /// Numbers in the weights `(O, I, K, K)`.
     pub fn weights_len(&self) -> usize {
         self.out_channels * self.in_channels * self.taps()
