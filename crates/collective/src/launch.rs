@@ -7,6 +7,34 @@ use crate::{CommunicationError, Communicator, Result};
 /// Variables in which `mpirun` and `srun` give each process the number of ranks.
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
 
+/// Variables in which they give each process its number among those on its machine.
+const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+
+/// Where a launcher has put one of several ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// This rank among those on its machine, from 0.
+    pub local_rank: usize,
+    /// Whether the launcher shows each rank only its own GPUs, numbered from 0.
+    pub has_own_gpus: bool,
+}
+
+impl Place {
+    /// The place of this process; `None` where `mpirun` or `srun` started no other rank.
+    pub fn of_environment() -> Option<Self> {
+        Self::find(|name| env::var(name).ok())
+    }
+
+    fn find(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        if launched(&variable) < 2 {
+            return None;
+        }
+        let local_rank = LOCAL_RANKS.iter().find_map(|name| variable(name)?.parse().ok())?;
+        // `srun --gpus-per-task` binds GPUs to tasks.
+        Some(Self { local_rank, has_own_gpus: variable("SLURM_GPUS_PER_TASK").is_some() })
+    }
+}
+
 impl Communicator {
     /// The ranks that `mpirun` or `srun` started, or the only one where neither did.
     ///
@@ -71,6 +99,31 @@ mod tests {
         assert_eq!(of(&[("PMIX_RANK", "3"), ("SLURM_STEP_NUM_TASKS", "8")]), 8);
         // A job of Slurm's whose step uses no MPI.
         assert_eq!(of(&[("SLURM_STEP_NUM_TASKS", "8")]), 1);
+    }
+
+    #[test]
+    fn the_number_of_a_rank_on_its_machine_is_read_from_the_launchers_variables() {
+        let of = |variables: &[(&str, &str)]| {
+            let find = |name: &str| variables.iter().find(|(known, _)| *known == name);
+            Place::find(|name| find(name).map(|(_, value)| (*value).to_owned()))
+        };
+        let place = |local_rank, has_own_gpus| Some(Place { local_rank, has_own_gpus });
+        let open_mpi = [
+            ("OMPI_COMM_WORLD_RANK", "5"),
+            ("OMPI_COMM_WORLD_SIZE", "8"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+            // Of the job that `mpirun` was started in.
+            ("SLURM_LOCALID", "0"),
+        ];
+        assert_eq!(of(&open_mpi), place(1, false));
+        let slurm = [("PMIX_RANK", "5"), ("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_LOCALID", "3")];
+        assert_eq!(of(&slurm), place(3, false));
+        assert_eq!(of(&[&slurm[..], &[("SLURM_GPUS_PER_TASK", "1")]].concat()), place(3, true));
+        let mpich = [("PMI_RANK", "5"), ("PMI_SIZE", "8"), ("MPI_LOCALRANKID", "2")];
+        assert_eq!(of(&mpich), place(2, false));
+        // A step that uses no MPI, and a single rank.
+        assert_eq!(of(&slurm[1..]), None);
+        assert_eq!(of(&[&open_mpi[..1], &open_mpi[2..]].concat()), None);
     }
 
     #[cfg(not(feature = "mpi"))]

@@ -10,6 +10,9 @@
 //! | [`Communicator::of_environment`] | the processes that `mpirun` or `srun` started, with the feature `mpi` |
 //! | [`Communicator::threads`] | threads of one process, for tests |
 //!
+//! Vectors outside host memory are summed by the same tree through a [`VectorMemory`], such as that of GPUs,
+//! whose messages the feature `nccl` sends by `Nccl`.
+//!
 //! All ranks call the same operations in the same order. A rank that ends makes the operations of the
 //! others fail.
 //!
@@ -35,7 +38,10 @@ mod error;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod threads;
+mod vectors;
 
 use std::ops::{AddAssign, Range};
 use std::sync::Arc;
@@ -43,6 +49,10 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 pub use error::CommunicationError;
+pub use launch::Place;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
+pub use vectors::VectorMemory;
 
 use crate::threads::ThreadRank;
 
@@ -239,7 +249,11 @@ impl Communicator {
     }
 
     /// Sends values to a partner and receives as many as it is known to send.
-    fn exchange<T: Pod>(&self, partner: usize, sent: &[T], received: &mut [T]) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The partner has ended, or sends another number of values.
+    pub fn exchange<T: Pod>(&self, partner: usize, sent: &[T], received: &mut [T]) -> Result<()> {
         let (sent, received) = (bytemuck::cast_slice(sent), bytemuck::cast_slice_mut(received));
         match &self.links {
             Links::Single => Ok(()),

@@ -47,6 +47,68 @@ fn a_sum_over_leaves_has_the_same_bits_on_1_2_4_and_8_ranks() {
     }
 }
 
+/// Host memory, handled as if it were elsewhere.
+struct HostVectors<'a>(&'a Communicator);
+
+impl VectorMemory for HostVectors<'_> {
+    type Vector = Vec<f32>;
+    type Error = CommunicationError;
+
+    fn len(&self, vector: &Vec<f32>) -> usize {
+        vector.len()
+    }
+
+    fn part(&self, vector: &Vec<f32>, range: Range<usize>) -> Result<Vec<f32>> {
+        Ok(vector[range].to_vec())
+    }
+
+    fn concatenate(&self, first: Vec<f32>, second: Vec<f32>) -> Result<Vec<f32>> {
+        Ok([first, second].concat())
+    }
+
+    fn add(&self, a: &Vec<f32>, b: &Vec<f32>) -> Result<Vec<f32>> {
+        let mut sum = a.clone();
+        add(&mut sum, b);
+        Ok(sum)
+    }
+
+    fn exchange(&self, partner: usize, sent: &Vec<f32>, count: usize) -> Result<Vec<f32>> {
+        let mut received = vec![0.; count];
+        self.0.exchange(partner, sent, &mut received)?;
+        Ok(received)
+    }
+}
+
+#[test]
+fn vectors_are_summed_to_the_same_bits_as_host_memory() {
+    for (ranks, len) in [(1, 9), (4, 0), (4, 500), (2, 20_000), (4, 20_011), (8, 20_013)] {
+        on_ranks(ranks, |rank| {
+            let own = leaf(rank.rank(), len);
+            let mut expected = own.clone();
+            rank.all_reduce_sum(&mut expected).expect("all run");
+            let sum = rank.sum_vectors(&HostVectors(&rank), own).expect("all run");
+            assert_eq!(bits(&sum), bits(&expected), "{ranks} ranks, {len} numbers");
+        });
+    }
+}
+
+#[test]
+fn vectors_are_joined_and_gathered_in_the_order_of_the_ranks() {
+    on_ranks(8, |rank| {
+        let (memory, digit) = (HostVectors(&rank), rank.rank() as f32 + 1.);
+        let join = |lower: Vec<f32>, upper: Vec<f32>| {
+            let shift = 10f32.powi(upper[1] as i32);
+            Ok(vec![lower[0] * shift + upper[0], lower[1] + upper[1]])
+        };
+        let digits = rank.join_vectors(&memory, vec![digit, 1.], join).expect("all run");
+        assert_eq!(digits, [12_345_678., 8.]);
+        let counts: Vec<usize> = (0..8).map(|rank| rank % 3).collect();
+        let own = vec![digit; counts[rank.rank()]];
+        let all = rank.gather_vectors(&memory, own, &counts).expect("all run");
+        assert_eq!(all, [2., 3., 3., 5., 6., 6., 8.]);
+    });
+}
+
 #[test]
 fn joins_are_in_the_order_of_the_ranks() {
     let join = |lower: &mut [u64], upper: &[u64]| lower[0] = 10 * lower[0] + upper[0] % 10;
