@@ -70,7 +70,7 @@ impl IcbplNetworks {
     ///
     /// # Errors
     ///
-    /// They compute on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
         let backbone = match self.backbone {
             StartingBackbone::Residual { architecture, segment } => {

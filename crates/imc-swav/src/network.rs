@@ -77,7 +77,7 @@ impl ImcSwavNetworks {
     ///
     /// # Errors
     ///
-    /// They compute on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
         Ok(Self {
             encoder: self.encoder.in_groups(groups)?,

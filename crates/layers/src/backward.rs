@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::backend::{Backend, NormGradientCall, Operations};
-use crate::flat::{Changes, Flat};
+use crate::flat::{Changes, Flat, Pending};
 use crate::multiply_adds::needed;
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
 use crate::tape::{Activations, Kept, Note, TapeRecord};
@@ -52,12 +52,17 @@ impl Network {
         let pass = BackwardArguments { plan, parameters, record, gradient, gradients, needed };
         let at_input = match (&plan.backend, &record.kept) {
             (Backend::Cpu(cpu), Kept::Cpu(kept)) => kernels::on_workers(|| pass.run(cpu, kept)),
-            (Backend::Grouped(grouped), Kept::Grouped(kept)) => {
-                kernels::on_workers(|| pass.run(grouped, kept))
-            }
             (Backend::Tensors(tensors), Kept::Tensors(kept)) => pass.run(tensors, kept),
             #[cfg(feature = "cuda")]
             (Backend::Cuda(cuda), Kept::Cuda(kept)) => pass.run(cuda, kept),
+            (Backend::GroupedCpu(grouped), Kept::GroupedCpu(kept)) => {
+                kernels::on_workers(|| pass.run(grouped, kept))
+            }
+            (Backend::GroupedTensors(grouped), Kept::GroupedTensors(kept)) => {
+                pass.run(grouped, kept)
+            }
+            #[cfg(feature = "cuda")]
+            (Backend::GroupedCuda(grouped), Kept::GroupedCuda(kept)) => pass.run(grouped, kept),
             _ => unreachable!("the backends of tape and network were compared"),
         }?;
         tape.clear();
@@ -92,13 +97,14 @@ impl BackwardArguments<'_> {
     fn run<B: Operations>(self, backend: &B, kept: &Activations<B>) -> Result<Option<Tensor>> {
         let BackwardArguments { plan, parameters, record, gradient, gradients, needed } = self;
         let gradient = backend.load(gradient, record.shapes[plan.output], "the gradient")?;
+        let mut pending = vec![Pending::new(); gradients.len()];
         let mut pass = BackwardPass {
             backend,
             plan,
             parameters,
             record,
             kept,
-            gradients: Changes::of(gradients),
+            gradients: Changes::of(gradients, &mut pending),
             values: record.shapes.iter().map(|_| None).collect(),
             needed,
         };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::backend::{BackendId, Storage};
+use crate::backend::{BackendId, DeviceVector, Storage};
 
 /// The role of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -209,17 +209,25 @@ impl Flat {
 pub(crate) struct Changes<'a> {
     /// One, or one for each group of the batch: see [`groups`](Self::groups).
     flats: &'a mut [Flat],
-    pending: Vec<(Range<usize>, Tensor)>,
+    /// The waiting entries of each.
+    pending: &'a mut [Pending],
 }
 
+/// Entries of tensors that wait for the end of a pass, with their ranges.
+pub(crate) type Pending = Vec<(Range<usize>, Tensor)>;
+
 impl<'a> Changes<'a> {
-    pub fn of(flats: &'a mut [Flat]) -> Changes<'a> {
-        Changes { flats, pending: Vec::new() }
+    /// - `pending`: empty, one for each of `flats`.
+    pub fn of(flats: &'a mut [Flat], pending: &'a mut [Pending]) -> Changes<'a> {
+        Changes { flats, pending }
     }
 
-    /// The changes by each group of the batch, for the CPU backend.
+    /// The changes by each group of the batch.
     pub fn groups(&mut self) -> impl Iterator<Item = Changes<'_>> {
-        self.flats.iter_mut().map(|flat| Changes::of(std::slice::from_mut(flat)))
+        let groups = self.flats.iter_mut().zip(self.pending.iter_mut());
+        groups.map(|(flat, pending)| {
+            Changes::of(std::slice::from_mut(flat), std::slice::from_mut(pending))
+        })
     }
 
     /// An entry as a tensor of its shape, as it was before the pass.
@@ -235,26 +243,26 @@ impl<'a> Changes<'a> {
 
     /// A change of an entry, for the backends that compute with tensors.
     pub fn push(&mut self, entry: usize, change: Tensor) {
-        self.pending.push((self.flats[0].layout.entries[entry].range.clone(), change));
+        self.pending[0].push((self.flats[0].layout.entries[entry].range.clone(), change));
     }
 
     /// Replaces the entries by what was pushed.
     pub fn replace(self) -> Result<()> {
-        let Changes { flats, mut pending } = self;
-        if pending.is_empty() {
-            return Ok(());
-        }
-        pending.sort_by_key(|(range, _)| range.start);
-        flats[0].storage.vector_mut().replace(pending)
+        self.join(DeviceVector::replace)
     }
 
     /// Adds to the entries what was pushed.
     pub fn add(self) -> Result<()> {
-        let Changes { flats, mut pending } = self;
-        if pending.is_empty() {
-            return Ok(());
+        self.join(DeviceVector::add_pieces)
+    }
+
+    fn join(self, join: impl Fn(&mut DeviceVector, Pending) -> Result<()>) -> Result<()> {
+        for (flat, pending) in self.flats.iter_mut().zip(self.pending) {
+            if !pending.is_empty() {
+                pending.sort_by_key(|(range, _)| range.start);
+                join(flat.storage.vector_mut(), std::mem::take(pending))?;
+            }
         }
-        pending.sort_by_key(|(range, _)| range.start);
-        flats[0].storage.vector_mut().add_pieces(pending)
+        Ok(())
     }
 }

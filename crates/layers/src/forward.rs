@@ -5,8 +5,8 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 use kernels::Shape;
 
-use crate::backend::{Backend, Grouped, NormCall, Operand, Operations, ProductCall};
-use crate::flat::{Changes, Flat};
+use crate::backend::{Backend, NormCall, Operand, Operations, ProductCall};
+use crate::flat::{Changes, Flat, Pending};
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
 use crate::tape::{Activations, Kept, Note, TapeRecord};
 use crate::{Mode, Modes, Network, Parameters, Statistics, Tape};
@@ -54,21 +54,17 @@ impl Network {
             shapes: &shapes,
             keep,
         };
-        let (output, kept) = match &plan.backend {
+        let needs_groups = keep || uses_batch_statistics(plan, modes) || {
+            // Without a tape and batch statistics, the kernels of the CPU compute a row alike in any batch. Products
+            // of tensors may round it by the size of the batch, so they keep to the groups where they can.
+            !matches!(plan.backend, Backend::GroupedCpu(_))
+                && shapes[0].images >= plan.backend.groups().0
+        };
+        let whole = (!needs_groups).then(|| plan.backend.whole());
+        let (output, kept) = match whole.as_ref().unwrap_or(&plan.backend) {
             Backend::Cpu(cpu) => {
                 let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
                 (output, Kept::Cpu(kept))
-            }
-            // Rows do not depend on each other, so they need no groups.
-            Backend::Grouped(Grouped { cpu, .. })
-                if !keep && !uses_batch_statistics(plan, modes) =>
-            {
-                let (output, kept) = kernels::on_workers(|| pass.run(cpu))?;
-                (output, Kept::Cpu(kept))
-            }
-            Backend::Grouped(grouped) => {
-                let (output, kept) = kernels::on_workers(|| pass.run(grouped))?;
-                (output, Kept::Grouped(kept))
             }
             Backend::Tensors(tensors) => {
                 let (output, kept) = pass.run(tensors)?;
@@ -78,6 +74,19 @@ impl Network {
             Backend::Cuda(cuda) => {
                 let (output, kept) = pass.run(cuda)?;
                 (output, Kept::Cuda(kept))
+            }
+            Backend::GroupedCpu(grouped) => {
+                let (output, kept) = kernels::on_workers(|| pass.run(grouped))?;
+                (output, Kept::GroupedCpu(kept))
+            }
+            Backend::GroupedTensors(grouped) => {
+                let (output, kept) = pass.run(grouped)?;
+                (output, Kept::GroupedTensors(kept))
+            }
+            #[cfg(feature = "cuda")]
+            Backend::GroupedCuda(grouped) => {
+                let (output, kept) = pass.run(grouped)?;
+                (output, Kept::GroupedCuda(kept))
             }
         };
         if uses_batch_statistics(plan, modes) {
@@ -129,11 +138,12 @@ impl ForwardArguments<'_> {
     fn run<B: Operations>(self, backend: &B) -> Result<(Tensor, Activations<B>)> {
         let ForwardArguments { plan, parameters, statistics, input, modes, shapes, keep } = self;
         let input = backend.load(input, shapes[0], "the input")?;
+        let mut pending = [Pending::new()];
         let mut pass = ForwardPass {
             backend,
             plan,
             parameters,
-            statistics: Changes::of(std::slice::from_mut(statistics)),
+            statistics: Changes::of(std::slice::from_mut(statistics), &mut pending),
             modes,
             shapes,
             values: shapes.iter().map(|_| None).collect(),

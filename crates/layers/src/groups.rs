@@ -2,8 +2,13 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "nccl")]
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
-use collective::{CommunicationError, Communicator};
+#[cfg(feature = "nccl")]
+use collective::Nccl;
+use collective::{CommunicationError, Communicator, VectorMemory};
 
 /// The groups of consecutive images into which every batch is divided, and the ranks that share them.
 ///
@@ -15,6 +20,9 @@ use collective::{CommunicationError, Communicator};
 pub struct BatchGroups {
     count: usize,
     communicator: Communicator,
+    /// The connection of this rank's GPU, once a network on one computes in groups.
+    #[cfg(feature = "nccl")]
+    nccl: Arc<OnceLock<Nccl>>,
 }
 
 impl BatchGroups {
@@ -33,12 +41,21 @@ impl BatchGroups {
                 communicator.size()
             )
         }
-        Ok(Self { count, communicator })
+        Ok(Self::of(count, communicator))
     }
 
     /// The batch as one group, on one rank.
     pub fn one() -> Self {
-        Self { count: 1, communicator: Communicator::single() }
+        Self::of(1, Communicator::single())
+    }
+
+    fn of(count: usize, communicator: Communicator) -> Self {
+        Self {
+            count,
+            communicator,
+            #[cfg(feature = "nccl")]
+            nccl: Arc::default(),
+        }
     }
 
     /// Whether batches are not divided.
@@ -81,10 +98,52 @@ impl BatchGroups {
             return Ok(own.clone());
         }
         let (_, width) = own.dims2()?;
+        #[cfg(feature = "nccl")]
+        if self.nccl.get().is_some() && own.device().is_cuda() {
+            let rows = own.to_dtype(DType::F32)?.flatten_all()?;
+            let counts = communicated(self.communicator.all_gather(&[rows.elem_count()]))?;
+            let all = self.communicator.gather_vectors(&self.vectors(), rows, &counts)?;
+            return all.reshape(((), width.max(1)));
+        }
         let rows = own.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
         let all = communicated(self.communicator.all_gather(&rows.to_vec1::<f32>()?))?;
         let count = all.len() / width.max(1);
         Tensor::from_vec(all, (count, width), &Device::Cpu)?.to_device(own.device())
+    }
+
+    /// Connects the GPUs of the ranks by NCCL, if `device` is one and the program is built with it.
+    pub(crate) fn connect(&self, _device: &Device) -> Result<()> {
+        #[cfg(feature = "nccl")]
+        if _device.is_cuda() && self.communicator.size() > 1 && self.nccl.get().is_none() {
+            let stream = _device.as_cuda_device()?.cuda_stream();
+            let nccl = communicated(Nccl::connect(&self.communicator, &stream))?;
+            self.nccl.get_or_init(|| nccl);
+        }
+        Ok(())
+    }
+
+    /// The sum of a vector over all ranks, on all ranks, in the binary tree of [`Communicator`].
+    ///
+    /// - `own`: (L), f32, on any device.
+    ///
+    /// # Errors
+    ///
+    /// A rank has ended.
+    pub fn sum(&self, own: Tensor) -> Result<Tensor> {
+        self.communicator.sum_vectors(&self.vectors(), own)
+    }
+
+    /// What `join(lower, upper)` makes of the vectors of all ranks, on all ranks, in the same tree.
+    pub(crate) fn join(
+        &self,
+        own: Tensor,
+        join: impl Fn(Tensor, Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.communicator.join_vectors(&self.vectors(), own, join)
+    }
+
+    fn vectors(&self) -> TensorVectors<'_> {
+        TensorVectors(self)
     }
 
     /// The images of each group of this rank, which has so many images of the batch.
@@ -101,6 +160,42 @@ impl BatchGroups {
             )
         }
         Ok(parts(images, groups))
+    }
+}
+
+/// Vectors of tensors (L), f32, which travel by NCCL between GPUs that it connects, and else through host
+/// memory.
+struct TensorVectors<'a>(&'a BatchGroups);
+
+impl VectorMemory for TensorVectors<'_> {
+    type Vector = Tensor;
+    type Error = Error;
+
+    fn len(&self, vector: &Tensor) -> usize {
+        vector.elem_count()
+    }
+
+    fn part(&self, vector: &Tensor, range: Range<usize>) -> Result<Tensor> {
+        vector.narrow(0, range.start, range.len())
+    }
+
+    fn concatenate(&self, first: Tensor, second: Tensor) -> Result<Tensor> {
+        Tensor::cat(&[first, second], 0)
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        a + b
+    }
+
+    fn exchange(&self, partner: usize, sent: &Tensor, count: usize) -> Result<Tensor> {
+        #[cfg(feature = "nccl")]
+        if let (Some(nccl), true) = (self.0.nccl.get(), sent.device().is_cuda()) {
+            return crate::backend::cuda_exchange(nccl, partner, sent, count);
+        }
+        let mut received = vec![0f32; count];
+        let numbers = sent.to_vec1::<f32>()?;
+        communicated(self.0.communicator.exchange(partner, &numbers, &mut received))?;
+        Tensor::from_vec(received, count, sent.device())
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
-use crate::backend::{Backend, BackendId, Cpu, Grouped};
+use crate::backend::{Backend, BackendId, Cpu};
 use crate::flat::{EntryKind, Flat, FlatLayout, TensorEntry};
 use crate::network::Network;
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product, Uses};
@@ -39,10 +39,8 @@ impl Network {
         parameters.check_plan(&self.0)?;
         statistics.check_plan(&self.0)?;
         let of = (parameters.version(), statistics.version());
-        let (network, parameters, statistics) = match &self.0.backend {
-            Backend::Cpu(cpu) | Backend::Grouped(Grouped { cpu, .. }) => {
-                fold(&self.0, cpu, parameters, statistics)?
-            }
+        let (network, parameters, statistics) = match self.0.backend.whole() {
+            Backend::Cpu(cpu) => fold(&self.0, &cpu, parameters, statistics)?,
             _ => (self.clone(), parameters.to(self)?, statistics.to(self)?),
         };
         Ok(Inference { network, parameters, statistics, of })

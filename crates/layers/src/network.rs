@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Device, Result, bail};
 use kernels::{Precision, Variant};
 
-use crate::backend::{Backend, Cpu, Grouped, Tensors};
+use crate::backend::{Backend, Cpu, Tensors};
 use crate::flat::{EntryKind, FlatLayout};
 use crate::parameters::{AdamMoments, Gradients, Momenta, Parameters};
 use crate::plan::{
@@ -386,24 +386,15 @@ impl Network {
     /// Inputs, outputs and their gradients have the images of this rank. [`Gradients::reduce`] adds the
     /// gradients of all groups.
     ///
+    /// The ranks that share the groups on GPUs of NVIDIA are connected by NCCL where the program is built with
+    /// it, else their sums pass through host memory. So all ranks call it, at the same point.
+    ///
     /// # Errors
     ///
-    /// The network computes on another backend than the CPU kernels, which cannot divide a batch yet.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(&self, groups: &BatchGroups) -> Result<Network> {
-        match &self.0.backend {
-            Backend::Cpu(cpu) | Backend::Grouped(Grouped { cpu, .. }) => {
-                let cpu = cpu.clone();
-                Ok(self.with_backend(match groups.is_one() {
-                    true => Backend::Cpu(cpu),
-                    false => Backend::Grouped(Grouped { cpu, groups: groups.clone() }),
-                }))
-            }
-            _ if groups.is_one() => Ok(self.clone()),
-            other => bail!(
-                "{} cannot divide a batch into groups yet; train on the CPU, or with one group",
-                other.id()
-            ),
-        }
+        groups.connect(&self.device())?;
+        Ok(self.with_backend(self.0.backend.in_groups(groups)))
     }
 
     fn with_backend(&self, backend: Backend) -> Network {

@@ -9,9 +9,8 @@ use candle_core::{Result, Tensor, bail};
 use kernels::convolution::{Geometry, PackedFor, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
 
-use crate::backend::{Backend, Cpu, Grouped};
+use crate::backend::Cpu;
 use crate::flat::{EntryKind, Flat, TensorEntry};
-use crate::groups::communicated;
 use crate::plan::NetworkPlan;
 use crate::profile::{self, Pass};
 use crate::{BatchGroups, Network};
@@ -279,10 +278,7 @@ enum GradientState {
 
 impl Gradients {
     pub(crate) fn new(plan: &NetworkPlan) -> Gradients {
-        let groups = match &plan.backend {
-            Backend::Grouped(Grouped { groups, .. }) => groups.clone(),
-            _ => BatchGroups::one(),
-        };
+        let groups = plan.backend.batch_groups().cloned().unwrap_or_else(BatchGroups::one);
         let flat = |_| Flat::zeros(&plan.parameters, plan.backend.id());
         Gradients {
             flats: (0..groups.own()).map(flat).collect(),
@@ -320,8 +316,7 @@ impl Gradients {
             }
             distance *= 2;
         }
-        let sum = self.flats[0].storage.buffer_mut();
-        communicated(self.groups.communicator().all_reduce_sum(sum))?;
+        self.flats[0].storage.sum_over_ranks(&self.groups)?;
         self.state = GradientState::Reduced;
         Ok(())
     }

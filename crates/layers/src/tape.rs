@@ -30,10 +30,13 @@ pub(crate) struct TapeRecord {
 /// The data that the backward pass reads, by backend.
 pub(crate) enum Kept {
     Cpu(Activations<Cpu>),
-    Grouped(Activations<Grouped>),
     Tensors(Activations<Tensors>),
     #[cfg(feature = "cuda")]
     Cuda(Activations<Cuda>),
+    GroupedCpu(Activations<Grouped<Cpu>>),
+    GroupedTensors(Activations<Grouped<Tensors>>),
+    #[cfg(feature = "cuda")]
+    GroupedCuda(Activations<Grouped<Cuda>>),
 }
 
 pub(crate) struct Activations<B: Operations> {

@@ -35,7 +35,7 @@ fn numbers(seed: usize, shape: &[usize]) -> Result<Tensor> {
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }
 
-/// Everything that a step computes, of two passes of different batches.
+/// Everything that a step computes, of two passes of different batches and one by running statistics.
 #[derive(Debug, PartialEq)]
 struct Step {
     outputs: Vec<Vec<f32>>,
@@ -72,6 +72,10 @@ fn step(network: &Network, groups: &BatchGroups, frozen: bool) -> Result<Step> {
         let found = found.reshape((found.dim(0)?, 7 * 9 * 3))?;
         of_input.extend(groups.all_rows(&found)?.flatten_all()?.to_vec1::<f32>()?);
     }
+    let running = Modes::all(&network, Mode::Running);
+    let input = groups.own_rows(&numbers(40, &[13, 7, 9, 3])?)?;
+    let output = network.forward(&parameters, &mut statistics, &input, &running, None)?;
+    outputs.push(groups.all_rows(&output)?.flatten_all()?.to_vec1()?);
     gradients.reduce()?;
     let sgd = Sgd { learning_rate: 0.1, momentum: 0.9, weight_decay: 5e-4 };
     parameters.sgd(&gradients, &mut momenta, sgd)?;
@@ -97,12 +101,15 @@ fn steps(network: &Network, groups: usize, ranks: usize, frozen: bool) -> Vec<St
 #[test]
 fn a_step_has_the_same_bits_on_1_2_and_4_ranks() -> Result<()> {
     for precision in [Precision::F32, Precision::Bf16] {
-        let network = network(precision)?;
-        for frozen in [false, true] {
-            let one = steps(&network, 4, 1, frozen).remove(0);
+        let by_kernels = network(precision)?;
+        let by_tensors = by_kernels.by_tensor_operations(&Device::Cpu);
+        for (network, frozen) in
+            [(&by_kernels, false), (&by_kernels, true), (&by_tensors, false), (&by_tensors, true)]
+        {
+            let one = steps(network, 4, 1, frozen).remove(0);
             assert!(one.gradients.iter().any(|gradient| *gradient != 0.));
             for ranks in [2, 4] {
-                for step in steps(&network, 4, ranks, frozen) {
+                for step in steps(network, 4, ranks, frozen) {
                     assert!(step == one, "{precision:?}, {ranks} ranks, frozen: {frozen}");
                 }
             }
@@ -114,10 +121,13 @@ fn a_step_has_the_same_bits_on_1_2_and_4_ranks() -> Result<()> {
 /// The groups are one batch: their statistics and gradients are its own but for the rounding.
 #[test]
 fn groups_compute_what_the_whole_batch_does() -> Result<()> {
-    let network = network(Precision::F32)?;
-    for frozen in [false, true] {
-        let whole = step(&network, &BatchGroups::one(), frozen)?;
-        let groups = steps(&network, 8, 2, frozen).remove(0);
+    let by_kernels = network(Precision::F32)?;
+    let by_tensors = by_kernels.by_tensor_operations(&Device::Cpu);
+    for (network, frozen) in
+        [(&by_kernels, false), (&by_kernels, true), (&by_tensors, false), (&by_tensors, true)]
+    {
+        let whole = step(&by_kernels, &BatchGroups::one(), frozen)?;
+        let groups = steps(network, 8, 2, frozen).remove(0);
         assert_ne!(whole.gradients, groups.gradients, "nothing was divided");
         let near = |a: &[f32], b: &[f32], what: &str| {
             assert_eq!(a.len(), b.len(), "{what}");

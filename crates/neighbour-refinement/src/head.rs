@@ -78,7 +78,7 @@ impl OnlineHead {
     ///
     /// # Errors
     ///
-    /// They compute on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub(crate) fn in_groups(self, groups: &BatchGroups) -> candle_core::Result<Self> {
         let online = self.online.in_groups(groups)?;
         Ok(Self { online, groups: groups.clone(), ..self })

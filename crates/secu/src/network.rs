@@ -64,7 +64,7 @@ impl SeCuNetworks {
     ///
     /// # Errors
     ///
-    /// They compute on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
         let (backbone, projector) =
             (self.backbone.in_groups(groups)?, self.projector.in_groups(groups)?);

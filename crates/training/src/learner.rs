@@ -99,7 +99,7 @@ impl Learner {
     ///
     /// # Errors
     ///
-    /// They compute on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
         if groups.is_one() {
             return Ok(self);

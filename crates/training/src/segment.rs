@@ -62,7 +62,7 @@ impl<O: Optimizer> TrainedSegment<O> {
     ///
     /// # Errors
     ///
-    /// It computes on a device that cannot divide batches.
+    /// The GPUs of the ranks cannot be connected.
     pub fn in_groups(self, groups: &BatchGroups) -> Result<Self> {
         if groups.is_one() && self.groups.is_one() {
             return Ok(self);

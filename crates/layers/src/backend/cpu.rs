@@ -126,8 +126,8 @@ impl Cpu {
     }
 
     /// Adds the gradients of a norm's weight and bias.
-    pub fn norm_weight_gradients<B: Operations<Normalised = Normalisation>>(
-        call: &NormGradientCall<B>,
+    pub fn norm_weight_gradients(
+        call: &NormGradientCall<Self>,
         sums: &norm::GradientSums,
         gradients: &mut Changes,
     ) {
@@ -291,10 +291,7 @@ impl Operations for Cpu {
         let clock = profile::start();
         let NormCall { norm, shape, residual, .. } = call;
         let sums = call.sums.take();
-        let read = match &input {
-            Operand::Borrowed(input) => input,
-            Operand::Owned(input) => input,
-        };
+        let read = input.value();
         let moments = call.batch.then(|| self.moments(shape, read, sums));
         let n = Cpu::normalisation(norm, shape, moments, statistics);
         let output = self.normalise(&call, input, &n);

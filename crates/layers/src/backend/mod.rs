@@ -3,9 +3,9 @@
 //! | backend | computes with | a value is |
 //! |---|---|---|
 //! | [`Cpu`] | the kernels of the crate `kernels` | a buffer of tiles |
-//! | [`Grouped`] | the same, once for each group of a batch | such a buffer for each group |
 //! | [`Tensors`] | candle's tensor operations, on any of its devices | a tensor (N, H·W, C) |
 //! | `Cuda` | fused kernels for batch norm and updates, cuDNN for convolutions, tensor operations for the rest | a tensor (N, H·W, C) |
+//! | [`Grouped`] | one of these, once for each group of a batch | its value for each group |
 //!
 //! `forward.rs` and `backward.rs` walk a plan once for all of them, through the trait
 //! [`Operations`]. Parameters, gradients, optimizer memory and statistics are stored in the
@@ -28,22 +28,27 @@ use kernels::{Precision, Shape, Variant};
 pub(crate) use cpu::Cpu;
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
+#[cfg(feature = "nccl")]
+pub(crate) use cuda::exchange as cuda_exchange;
 pub(crate) use grouped::Grouped;
 pub(crate) use storage::Storage;
-pub(crate) use tensors::Tensors;
+pub(crate) use tensors::{DeviceVector, Tensors};
 
-use crate::Parameters;
 use crate::flat::Changes;
 use crate::plan::{Norm, Product};
+use crate::{BatchGroups, Parameters};
 
 /// The implementation that computes a network.
 #[derive(Clone)]
 pub(crate) enum Backend {
     Cpu(Cpu),
-    Grouped(Grouped),
     Tensors(Tensors),
     #[cfg(feature = "cuda")]
     Cuda(Cuda),
+    GroupedCpu(Grouped<Cpu>),
+    GroupedTensors(Grouped<Tensors>),
+    #[cfg(feature = "cuda")]
+    GroupedCuda(Grouped<Cuda>),
 }
 
 impl Backend {
@@ -57,41 +62,71 @@ impl Backend {
         }
     }
 
-    pub fn precision(&self) -> Precision {
+    /// The same backend without groups.
+    pub fn whole(&self) -> Backend {
         match self {
-            Backend::Cpu(cpu) | Backend::Grouped(Grouped { cpu, .. }) => cpu.precision,
+            Backend::GroupedCpu(grouped) => Backend::Cpu(grouped.backend.clone()),
+            Backend::GroupedTensors(grouped) => Backend::Tensors(grouped.backend.clone()),
+            #[cfg(feature = "cuda")]
+            Backend::GroupedCuda(grouped) => Backend::Cuda(grouped.backend.clone()),
+            whole => whole.clone(),
+        }
+    }
+
+    /// The same backend over these groups of a batch.
+    pub fn in_groups(&self, groups: &BatchGroups) -> Backend {
+        let groups = groups.clone();
+        match self.whole() {
+            whole if groups.is_one() => whole,
+            Backend::Cpu(backend) => Backend::GroupedCpu(Grouped { backend, groups }),
+            Backend::Tensors(backend) => Backend::GroupedTensors(Grouped { backend, groups }),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => Backend::GroupedCuda(Grouped { backend, groups }),
+            _ => unreachable!("a whole backend"),
+        }
+    }
+
+    /// The groups of a batch, if it is divided.
+    pub fn batch_groups(&self) -> Option<&BatchGroups> {
+        match self {
+            Backend::GroupedCpu(grouped) => Some(&grouped.groups),
+            Backend::GroupedTensors(grouped) => Some(&grouped.groups),
+            #[cfg(feature = "cuda")]
+            Backend::GroupedCuda(grouped) => Some(&grouped.groups),
+            _ => None,
+        }
+    }
+
+    pub fn precision(&self) -> Precision {
+        match self.whole() {
             Backend::Tensors(tensors) => tensors.precision,
             #[cfg(feature = "cuda")]
             Backend::Cuda(cuda) => cuda.tensors.precision,
+            Backend::Cpu(cpu) => cpu.precision,
+            _ => unreachable!("a whole backend"),
         }
     }
 
     /// The same backend with values in another precision.
     pub fn with_precision(&self, precision: Precision) -> Backend {
-        match self {
+        let whole = match self.whole() {
             Backend::Cpu(cpu) => Backend::Cpu(Cpu::new(cpu.variant, precision)),
-            Backend::Grouped(Grouped { cpu, groups }) => {
-                let (cpu, groups) = (Cpu::new(cpu.variant, precision), groups.clone());
-                Backend::Grouped(Grouped { cpu, groups })
-            }
-            Backend::Tensors(tensors) => {
-                Backend::Tensors(Tensors { precision, ..Tensors::clone(tensors) })
-            }
+            Backend::Tensors(tensors) => Backend::Tensors(Tensors { precision, ..tensors }),
             #[cfg(feature = "cuda")]
             Backend::Cuda(cuda) => {
-                Backend::Cuda(Cuda { tensors: Tensors { precision, ..cuda.tensors.clone() } })
+                Backend::Cuda(Cuda { tensors: Tensors { precision, ..cuda.tensors } })
             }
+            _ => unreachable!("a whole backend"),
+        };
+        match self.batch_groups() {
+            Some(groups) => whole.in_groups(groups),
+            None => whole,
         }
     }
 
     /// The groups of a batch on this rank, and the number of ranks.
     pub fn groups(&self) -> (usize, usize) {
-        match self {
-            Backend::Grouped(Grouped { groups, .. }) => {
-                (groups.own(), groups.communicator().size())
-            }
-            _ => (1, 1),
-        }
+        self.batch_groups().map_or((1, 1), |groups| (groups.own(), groups.communicator().size()))
     }
 
     pub fn ranks(&self) -> usize {
@@ -100,10 +135,15 @@ impl Backend {
 
     pub fn id(&self) -> BackendId<'_> {
         match self {
-            Backend::Cpu(_) | Backend::Grouped(_) => BackendId::Cpu,
-            Backend::Tensors(tensors) => BackendId::Tensors(&tensors.device),
+            Backend::Cpu(_) | Backend::GroupedCpu(_) => BackendId::Cpu,
+            Backend::Tensors(tensors)
+            | Backend::GroupedTensors(Grouped { backend: tensors, .. }) => {
+                BackendId::Tensors(&tensors.device)
+            }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => BackendId::Cuda(&cuda.tensors.device),
+            Backend::Cuda(cuda) | Backend::GroupedCuda(Grouped { backend: cuda, .. }) => {
+                BackendId::Cuda(&cuda.tensors.device)
+            }
         }
     }
 }
@@ -269,6 +309,15 @@ pub(crate) struct NormCall<'a, B: Operations> {
 pub(crate) enum Operand<'a, V> {
     Borrowed(&'a V),
     Owned(V),
+}
+
+impl<V> Operand<'_, V> {
+    pub fn value(&self) -> &V {
+        match self {
+            Operand::Borrowed(value) => value,
+            Operand::Owned(value) => value,
+        }
+    }
 }
 
 /// A batch norm whose gradients are to be computed.

@@ -10,6 +10,7 @@ use super::BackendId;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::tensors::DeviceVector;
+use crate::groups::{BatchGroups, communicated};
 
 /// Parameters, gradients, optimizer memory or statistics of a whole network.
 ///
@@ -209,6 +210,17 @@ impl Storage {
             (Storage::Cuda(target), Storage::Cuda(online)) => cuda::follow(target, online, decay),
             _ => unreachable!("{CHECKED}"),
         }
+    }
+
+    /// Replaces the numbers by their sums over all ranks.
+    pub fn sum_over_ranks(&mut self, groups: &BatchGroups) -> Result<()> {
+        if let Storage::Cpu(buffer) = self {
+            return communicated(groups.communicator().all_reduce_sum(buffer));
+        }
+        let vector = self.vector_mut();
+        let sum = groups.sum(vector.all()?)?;
+        vector.set_all(sum);
+        Ok(())
     }
 
     /// `total ← total + other`.

@@ -8,6 +8,9 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, Result, Storage, StorageRef, Tensor, bail};
 
+#[cfg(feature = "nccl")]
+use crate::groups::communicated;
+
 /// A tensor's memory, borrowed while a kernel is launched on it.
 pub(super) struct Lent<'a> {
     storage: StorageRef<'a>,
@@ -59,4 +62,22 @@ pub(super) fn from_kernel<R>(
         Ok(value) => Ok(value),
         Err(error) => bail!("a CUDA kernel failed: {error}"),
     }
+}
+
+/// Sends a vector of f32 to another rank's GPU, and returns the `count` numbers that it sends.
+#[cfg(feature = "nccl")]
+pub(crate) fn exchange(
+    nccl: &collective::Nccl,
+    partner: usize,
+    sent: &Tensor,
+    count: usize,
+) -> Result<Tensor> {
+    let stream = sent.device().as_cuda_device()?.cuda_stream();
+    let mut received = match stream.alloc_zeros::<f32>(count) {
+        Ok(received) => received,
+        Err(error) => bail!("{error}"),
+    };
+    let lent = lend(sent)?;
+    communicated(nccl.exchange(partner, &lent.view()?, &mut received))?;
+    tensor_of(received, count, sent)
 }

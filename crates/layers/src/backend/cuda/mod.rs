@@ -5,6 +5,7 @@
 
 #[cfg(feature = "cudnn")]
 mod cudnn;
+mod groups;
 mod memory;
 mod norm;
 mod updates;
@@ -21,6 +22,8 @@ use crate::Parameters;
 use crate::flat::Changes;
 use crate::plan::{Norm, Product};
 
+#[cfg(feature = "nccl")]
+pub(crate) use memory::exchange;
 pub(super) use updates::{adam, follow, sgd};
 
 #[derive(Clone)]
@@ -117,10 +120,7 @@ impl Operations for Cuda {
         statistics: &mut Changes,
     ) -> Result<(Tensor, norm::NormInput)> {
         let NormCall { norm, parameters, residual, batch, .. } = call;
-        let input = match &input {
-            Operand::Borrowed(input) => input,
-            Operand::Owned(input) => input,
-        };
+        let input = input.value();
         let (weight, bias) = (parameters.tensor(norm.weight)?, parameters.tensor(norm.bias)?);
         let [mean, variance] = [norm.running_mean, norm.running_variance];
         let running = [statistics.tensor(mean)?, statistics.tensor(variance)?];

@@ -10,6 +10,7 @@
 //! [max-pool](pooling) a comparison of gathered maps.
 
 pub(super) mod convolution;
+pub(super) mod groups;
 mod indices;
 pub(super) mod norm;
 pub(super) mod pooling;
@@ -118,10 +119,7 @@ impl Operations for Tensors {
         statistics: &mut Changes,
     ) -> Result<(Tensor, Self::Normalised)> {
         let NormCall { norm, parameters, residual, .. } = call;
-        let input = match &input {
-            Operand::Borrowed(input) => input,
-            Operand::Owned(input) => input,
-        };
+        let input = input.value();
         let [mean, variance] = [norm.running_mean, norm.running_variance];
         let [running_mean, running_variance] =
             [statistics.tensor(mean)?, statistics.tensor(variance)?];

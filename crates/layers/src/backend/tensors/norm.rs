@@ -32,11 +32,46 @@ pub(crate) struct Centred {
     residue: Tensor,
     /// `1 / √(variance + ε)`, (C).
     inverse: Tensor,
-    /// Whether mean and variance are the batch's, and so depend on the input.
-    batch: bool,
+    /// Values per channel in the batch; `None` for running statistics, which do not depend on the input.
+    count: Option<Count>,
+}
+
+/// Values per channel.
+#[derive(Clone)]
+pub(crate) enum Count {
+    /// All are in this value.
+    Here(usize),
+    /// In all groups of a batch, (1), f32.
+    OfGroups(Tensor),
+}
+
+impl Count {
+    /// `x` / count, for (C).
+    fn share(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Count::Here(count) => x / *count as f64,
+            Count::OfGroups(count) => x.broadcast_div(count),
+        }
+    }
 }
 
 impl Centred {
+    /// By mean and deviation that were found before.
+    pub(super) fn of(
+        z: &Tensor,
+        mean: &Tensor,
+        inverse: &Tensor,
+        count: Option<Count>,
+    ) -> Result<Centred> {
+        let centred = z.to_dtype(DType::F32)?.broadcast_sub(mean)?;
+        Ok(Centred { centred, residue: mean.zeros_like()?, inverse: inverse.clone(), count })
+    }
+
+    /// Whether mean and variance are the batch's, and so depend on the input.
+    pub(super) fn is_of_batch(&self) -> bool {
+        self.count.is_some()
+    }
+
     /// By the batch's own statistics.
     pub(super) fn of_batch(z: &Tensor, epsilon: f64) -> Result<(Centred, BatchMoments)> {
         let z = z.to_dtype(DType::F32)?;
@@ -49,7 +84,8 @@ impl Centred {
         let variance = (squares - residue.sqr()?)?.relu()?;
         let inverse = inverse(&variance, epsilon)?;
         let moments = BatchMoments { mean: (mean + &residue)?, variance, count };
-        Ok((Centred { centred, residue, inverse, batch: true }, moments))
+        let count = Some(Count::Here(count));
+        Ok((Centred { centred, residue, inverse, count }, moments))
     }
 
     /// By running statistics, (C) each.
@@ -59,9 +95,7 @@ impl Centred {
         variance: &Tensor,
         epsilon: f64,
     ) -> Result<Centred> {
-        let centred = z.to_dtype(DType::F32)?.broadcast_sub(mean)?;
-        let (residue, inverse) = (mean.zeros_like()?, inverse(variance, epsilon)?);
-        Ok(Centred { centred, residue, inverse, batch: false })
+        Centred::of(z, mean, &inverse(variance, epsilon)?, None)
     }
 
     /// `relu((z − mean) · weight / √(variance + ε) + bias + residual)`, residual and ReLU optional, in
@@ -74,7 +108,7 @@ impl Centred {
         relu: bool,
         dtype: DType,
     ) -> Result<(Tensor, Centred)> {
-        let Centred { centred, residue, inverse, batch } = self;
+        let Centred { centred, residue, inverse, count } = self;
         let scale = (weight * &inverse)?;
         let shift = (bias - (&residue * &scale)?)?;
         let mut y = centred.broadcast_mul(&scale)?.broadcast_add(&shift)?;
@@ -85,7 +119,7 @@ impl Centred {
             y = y.relu()?;
         }
         let centred = centred.to_dtype(dtype)?;
-        Ok((y.to_dtype(dtype)?, Centred { centred, residue, inverse, batch }))
+        Ok((y.to_dtype(dtype)?, Centred { centred, residue, inverse, count }))
     }
 }
 
@@ -94,7 +128,11 @@ pub(in crate::backend) fn inverse(variance: &Tensor, epsilon: f64) -> Result<Ten
 }
 
 /// `r + m·(b − r)`, the running value after a batch's value `b`.
-pub(super) fn follow(running: &Tensor, batch: &Tensor, momentum: f64) -> Result<Tensor> {
+pub(in crate::backend) fn follow(
+    running: &Tensor,
+    batch: &Tensor,
+    momentum: f64,
+) -> Result<Tensor> {
     running + ((batch - running)? * momentum)?
 }
 
@@ -124,16 +162,26 @@ impl<'a> NormGradients<'a> {
         Ok(NormGradients { note, gradient, weight, bias })
     }
 
+    /// By sums that were found before.
+    ///
+    /// - `gradient`: of the norm's output before sum and ReLU.
+    /// - `[bias, weight]`: over the whole batch.
+    pub fn by_sums(
+        note: &'a Centred,
+        gradient: &Tensor,
+        [bias, weight]: [Tensor; 2],
+    ) -> Result<NormGradients<'a>> {
+        let gradient = gradient.to_dtype(DType::F32)?.contiguous()?;
+        Ok(NormGradients { note, gradient, weight, bias })
+    }
+
     /// `γ/σ · (g − Σg/M − ẑ·Σ(g·ẑ)/M)` for batch statistics, `γ/σ · g` for running ones.
     pub fn input(&self, weight: &Tensor, dtype: DType) -> Result<Tensor> {
         let note = self.note;
         let scale = (weight * &note.inverse)?;
         let scaled = self.gradient.broadcast_mul(&scale)?;
-        if !note.batch {
-            return scaled.to_dtype(dtype);
-        }
-        let (n, pixels, _) = self.gradient.dims3()?;
-        let share = (scale / (n * pixels) as f64)?;
+        let Some(count) = &note.count else { return scaled.to_dtype(dtype) };
+        let share = count.share(&scale)?;
         let of_unit = ((&share * &self.weight)? * &note.inverse)?;
         let constant = ((&of_unit * &note.residue)? - (share * &self.bias)?)?;
         let centred = note.centred.to_dtype(DType::F32)?.broadcast_mul(&of_unit)?;
