@@ -84,7 +84,7 @@ mod tests {
             format!("{error:#}")
         };
         let collapsed = || Diverged("0-temi collapsed".into()).into();
-        let (cpu, cuda) = (DeviceChoice::Cpu, DeviceChoice::Cuda(0));
+        let (cpu, cuda) = (DeviceChoice::Cpu, DeviceChoice::Cuda(None));
         let full = || MachineFailed("0-embed failed".into()).into();
         let of_experiment = said(Advice::Experiment, collapsed(), "temi", cpu);
         assert!(of_experiment.ends_with("--set or in the experiment"), "{of_experiment}");

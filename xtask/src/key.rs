@@ -220,7 +220,7 @@ mod tests {
             }),
             in_these(Surroundings { seed: 1, ..surroundings() }),
             in_these(Surroundings {
-                machine: machine(DeviceChoice::Cuda(0), &[]),
+                machine: machine(DeviceChoice::Cuda(None), &[]),
                 ..surroundings()
             }),
             in_these(Surroundings { images: "other".into(), ..surroundings() }),
@@ -266,11 +266,11 @@ mod tests {
     #[test]
     fn cards_of_one_kind_share_results_and_builds_with_other_features_do_not() {
         let cuda = |number, features| machine(DeviceChoice::Cuda(number), features);
-        assert_eq!(cuda(1, &["cuda"]), cuda(0, &["cuda"]));
-        assert_ne!(cuda(0, &["cuda"]), cuda(0, &["cuda", "cudnn"]));
-        assert_ne!(cuda(0, &[]), machine(DeviceChoice::Metal, &[]));
+        assert_eq!(cuda(Some(1), &["cuda"]), cuda(None, &["cuda"]));
+        assert_ne!(cuda(None, &["cuda"]), cuda(None, &["cuda", "cudnn"]));
+        assert_ne!(cuda(None, &[]), machine(DeviceChoice::Metal, &[]));
         let cpu = machine(DeviceChoice::Cpu, &[]);
-        for other in [DeviceChoice::Auto, DeviceChoice::Cuda(0), DeviceChoice::Metal] {
+        for other in [DeviceChoice::Auto, DeviceChoice::Cuda(None), DeviceChoice::Metal] {
             assert_ne!(machine(other, &[]), cpu);
         }
     }

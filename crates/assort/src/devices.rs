@@ -23,7 +23,7 @@ const FEATURES: &[&str] =
 fn resolve(choice: DeviceChoice) -> Result<DeviceChoice> {
     let device = network_device(choice)?;
     Ok(match choice {
-        DeviceChoice::Auto if device.is_cuda() => DeviceChoice::Cuda(0),
+        DeviceChoice::Auto if device.is_cuda() => DeviceChoice::Cuda(None),
         DeviceChoice::Auto if device.is_metal() => DeviceChoice::Metal,
         DeviceChoice::Auto => DeviceChoice::Cpu,
         named => named,
@@ -90,7 +90,7 @@ mod tests {
         assert_ne!(resolve(DeviceChoice::Auto)?, DeviceChoice::Auto);
         assert_eq!(resolve(DeviceChoice::Cpu)?, DeviceChoice::Cpu);
         if FEATURES.is_empty() {
-            for device in [DeviceChoice::Cuda(0), DeviceChoice::Metal] {
+            for device in [DeviceChoice::Cuda(None), DeviceChoice::Metal] {
                 let message = resolve(device).expect_err("not compiled in").to_string();
                 assert!(message.contains("--device"), "{message}");
             }

@@ -298,7 +298,7 @@ mod tests {
             (colour, "channels"),
         ];
         fixture::assert_refused::<Pretraining>(&job, wrong);
-        let elsewhere = Job { device: DeviceChoice::Cuda(0), ..job };
+        let elsewhere = Job { device: DeviceChoice::Cuda(None), ..job };
         assert!(config().check(&elsewhere).is_err());
         Ok(())
     }

@@ -518,7 +518,7 @@ pub(crate) mod tests {
             (with(|c| c.schedule.warmup_epochs = 3.), "warmup-epochs"),
         ];
         fixture::assert_refused::<ProPos>(&job, wrong);
-        config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
+        config().check(&Job { device: DeviceChoice::Cuda(None), ..job }).expect_err("no CUDA");
         Ok(())
     }
 

@@ -456,7 +456,7 @@ pub(crate) mod tests {
             (Config { constraint: Constraint::Entropy { weight: -1. }, ..config() }, "weight"),
         ];
         fixture::assert_refused::<SeCu>(&job, wrong);
-        config().check(&Job { device: DeviceChoice::Cuda(0), ..job }).expect_err("no CUDA");
+        config().check(&Job { device: DeviceChoice::Cuda(None), ..job }).expect_err("no CUDA");
         Ok(())
     }
 

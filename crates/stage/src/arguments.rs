@@ -56,8 +56,8 @@ pub enum DeviceChoice {
     Auto,
     /// The processor.
     Cpu,
-    /// A CUDA device by its number.
-    Cuda(usize),
+    /// A CUDA device by its number. Without one, the first; or of several ranks on a machine, each takes its own.
+    Cuda(Option<usize>),
     /// Apple's GPU.
     Metal,
 }
@@ -69,12 +69,12 @@ impl FromStr for DeviceChoice {
         match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(0)),
+            "cuda" => Ok(Self::Cuda(None)),
             "metal" => Ok(Self::Metal),
             _ => text
                 .strip_prefix("cuda:")
                 .and_then(|number| number.parse().ok())
-                .map(Self::Cuda)
+                .map(|number| Self::Cuda(Some(number)))
                 .ok_or_else(|| {
                     format!("no device `{text}`; one of auto, cpu, cuda, cuda:N, metal")
                 }),
@@ -87,7 +87,8 @@ impl fmt::Display for DeviceChoice {
         match self {
             Self::Auto => write!(f, "auto"),
             Self::Cpu => write!(f, "cpu"),
-            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Cuda(None) => write!(f, "cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
             Self::Metal => write!(f, "metal"),
         }
     }
@@ -114,10 +115,11 @@ mod tests {
 
     #[test]
     fn devices_are_read_as_they_are_printed() {
-        for text in ["auto", "cpu", "cuda:0", "cuda:3", "metal"] {
+        for text in ["auto", "cpu", "cuda", "cuda:0", "cuda:3", "metal"] {
             assert_eq!(text.parse::<DeviceChoice>().expect(text).to_string(), text);
         }
-        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(None)));
+        assert_eq!("cuda:0".parse(), Ok(DeviceChoice::Cuda(Some(0))));
         assert!("cuda:x".parse::<DeviceChoice>().expect_err("no number").contains("cuda:x"));
         assert!("tpu".parse::<DeviceChoice>().is_err());
     }

@@ -110,7 +110,7 @@ fn registry() -> Registry {
         devices: Devices {
             resolve: |choice| match (choice, env::var_os("FAKE_GPU")) {
                 (DeviceChoice::Auto, None) => Ok(DeviceChoice::Cpu),
-                (DeviceChoice::Auto, Some(_)) => Ok(DeviceChoice::Cuda(0)),
+                (DeviceChoice::Auto, Some(_)) => Ok(DeviceChoice::Cuda(Some(0))),
                 (named, _) => Ok(named),
             },
             check: |_| Ok(true),
