@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use clap_complete::Shell;
 use stage::console::{print, print_line, start_logging};
 use stage::{DeviceChoice, Interrupt, Spec, Status};
 
-use crate::programs::HELPER;
+use crate::programs::{self, HELPER};
 use crate::reproduce::resolved;
 use crate::{
     CommandContext, Registry, cluster, clusters, compare, export, predict, prepare, report,
@@ -157,6 +158,9 @@ Example
         /// The device: auto, cuda, cuda:N or metal.
         #[arg(default_value_t = DeviceChoice::Auto)]
         device: DeviceChoice,
+        /// Compare what this many processes, each on its own GPU, share: their sums and a training step.
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        ranks: usize,
     },
     /// Print a script that makes a shell complete commands and flags.
     Completions {
@@ -275,7 +279,7 @@ Look at the results
 Look around
   list                    the experiments
   show EXPERIMENT         one of them, with every value
-  gpu-check [DEVICE]      compare a device with the CPU
+  gpu-check [DEVICE]      compare a device with the CPU, or several with one
   completions SHELL       for bash, elvish, fish, powershell, zsh
   man [COMMAND]           manual pages
 Single stages (assort STAGE --help)
@@ -323,7 +327,10 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         }
         Command::List => list(session),
         Command::Show { experiment, set } => print(resolved(session, &experiment, &set)?.to_toml()),
-        Command::GpuCheck { device } => {
+        Command::GpuCheck { device, ranks } if ranks != 1 => {
+            return check_on_ranks(device, ranks);
+        }
+        Command::GpuCheck { device, .. } => {
             let agrees = (session.registry.devices.check)(device)?;
             return Ok(ExitCode::from(u8::from(!agrees)));
         }
@@ -331,6 +338,17 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
         Command::Man { command } => print(manual(&session.registry, command.as_deref())?),
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Starts this command on several ranks, and returns their exit status.
+fn check_on_ranks(device: DeviceChoice, ranks: usize) -> Result<ExitCode> {
+    programs::check_ranks(ranks)?;
+    let program = env::current_exe().context("finding the file of this program")?;
+    let mut command = programs::launcher(ranks, &program);
+    command.arg("gpu-check").arg(device.to_string());
+    let status = command.status().with_context(|| format!("starting `{}`", programs::LAUNCHER))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(Status::MachineFailed.code())))
 }
 
 /// Reports the progress as JSON, if that is wanted.

@@ -108,28 +108,45 @@ impl Executable {
         if self.ranks == 1 {
             return self.command();
         }
-        let mut command = Command::new(LAUNCHER);
-        command.arg("-n").arg(self.ranks.to_string()).arg(&self.path);
+        let mut command = launcher(self.ranks, &self.path);
         command.args(self.words.iter().flatten());
-        // Open MPI asks root, as in a container, for these two; and by itself starts no more processes
-        // than there are cores, and binds each to a few of them.
-        for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
-            command.env(name, "1");
-        }
-        command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
-        command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
-        command.env("OMPI_MCA_mpi_yield_when_idle", "1");
-        command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
-        command.env("PRTE_MCA_hwloc_default_binding_policy", "none");
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        if env::var_os(THREADS).is_none() {
-            command.env(THREADS, (cores / self.ranks).max(1).to_string());
-        }
         // The launcher would end its processes at an interrupt of the terminal before they have saved.
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         command
     }
+}
+
+/// A command that starts so many processes of a program on this machine, without arguments yet.
+pub fn launcher(ranks: usize, program: &Path) -> Command {
+    let mut command = Command::new(LAUNCHER);
+    command.arg("-n").arg(ranks.to_string()).arg(program);
+    // Open MPI asks root, as in a container, for these two; and by itself starts no more processes
+    // than there are cores, and binds each to a few of them.
+    for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
+        command.env(name, "1");
+    }
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+    command.env("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe");
+    command.env("OMPI_MCA_mpi_yield_when_idle", "1");
+    command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
+    command.env("PRTE_MCA_hwloc_default_binding_policy", "none");
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if env::var_os(THREADS).is_none() {
+        command.env(THREADS, (cores / ranks).max(1).to_string());
+    }
+    command
+}
+
+/// Fails unless this program can share work among so many ranks.
+pub fn check_ranks(ranks: usize) -> Result<()> {
+    ensure!(ranks.is_power_of_two(), "--ranks {ranks} is not a power of two; ask for 1, 2, 4, ...");
+    ensure!(
+        ranks == 1 || stage::HAS_MPI,
+        "--ranks {ranks} needs MPI, and this program is built without it; install Open MPI and libclang, \
+         and build it with `--features mpi`"
+    );
+    Ok(())
 }
 
 /// Starts several processes of a program, connected by MPI.
@@ -169,11 +186,7 @@ impl Programs {
         if ranks == 1 {
             return Ok(());
         }
-        ensure!(
-            stage::HAS_MPI,
-            "--ranks {ranks} needs MPI, and this program is built without it; install Open MPI and libclang, \
-             and build it with `--features mpi`"
-        );
+        check_ranks(ranks)?;
         let mut are_shared = false;
         for (word, program) in self.0.iter_mut().filter(|(_, program)| program.is_own()) {
             match registry.spec(word).map_or(Ranks::One, |spec| spec.ranks) {

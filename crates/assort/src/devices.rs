@@ -1,8 +1,9 @@
 //! What the program can compute on, and whether a device agrees with the CPU.
 
 use anyhow::Result;
-use stage::DeviceChoice;
-use stage::console::print_line;
+use collective::Communicator;
+use stage::console::{print_error, print_line};
+use stage::{DeviceChoice, Status};
 use training::{agreement, network_device};
 use xtask::Devices;
 
@@ -30,8 +31,18 @@ fn resolve(choice: DeviceChoice) -> Result<DeviceChoice> {
     })
 }
 
-/// Compares one training step of small networks on a device with the same by the CPU's kernels.
+/// Compares one training step of small networks on a device with the same by the CPU's kernels. One of several
+/// ranks compares what they share with what it computes alone.
 fn check(choice: DeviceChoice) -> Result<bool> {
+    let communicator = Communicator::of_environment()?;
+    if communicator.size() > 1 {
+        return Ok(check_on_rank(choice, &communicator).unwrap_or_else(|error| {
+            let (rank, ranks) = (communicator.rank(), communicator.size());
+            print_error(format_args!("gpu-check, rank {rank} of {ranks}: {error:#}"));
+            // The others would wait for this one.
+            communicator.abort(Status::of_error(&error).code())
+        }));
+    }
     let device = network_device(choice)?;
     print_line(format_args!("{:?} beside the CPU's kernels", device.location()))?;
     let found = agreement::compare(&device)?;
@@ -39,6 +50,23 @@ fn check(choice: DeviceChoice) -> Result<bool> {
     let wrong = found.iter().filter(|agreement| !agreement.holds()).count();
     print_line(format_args!("{} results, {wrong} beyond their bound", found.len()))?;
     Ok(wrong == 0)
+}
+
+/// The first rank prints the results; they hold if they do on all ranks.
+fn check_on_rank(choice: DeviceChoice, communicator: &Communicator) -> Result<bool> {
+    let device = network_device(choice)?;
+    let found = agreement::compare_ranks(&device, communicator)?;
+    let wrong = found.iter().filter(|agreement| !agreement.holds()).count();
+    if communicator.is_first() {
+        let way = if cfg!(feature = "nccl") && device.is_cuda() { "NCCL" } else { "host memory" };
+        let (ranks, place) = (communicator.size(), device.location());
+        print_line(format_args!("{ranks} ranks, the first on {place:?}, connected through {way}"))?;
+        found.iter().try_for_each(print_line)?;
+        print_line(format_args!("{} results, {wrong} beyond their bound", found.len()))?;
+    } else if wrong > 0 {
+        print_line(format_args!("rank {}: {wrong} beyond their bound", communicator.rank()))?;
+    }
+    Ok(!communicator.any(wrong > 0)?)
 }
 
 /// What this build computes on, and for CUDA the files of its libraries.
@@ -73,12 +101,13 @@ fn libraries() -> Vec<String> {
 }
 
 /// What a program with CUDA needs at run time.
-const LIBRARIES: [(&str, &str); 5] = [
+const LIBRARIES: [(&str, &str); 6] = [
     ("libcuda.so.1", "the driver, of release 580 or later"),
     ("libcudart.so.13", "CUDA 13"),
     ("libcublas.so.13", "CUDA 13"),
     ("libcurand.so.10", "CUDA 13"),
     ("libcudnn.so.9", "cuDNN 9, where built with the feature cudnn"),
+    ("libnccl.so.2", "NCCL 2, where built with the feature nccl"),
 ];
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use std::fmt;
 use anyhow::Result;
 use backbone::{Architecture, Depth, Segment, Stem, resnet};
 use candle_core::{DType, Device, Tensor};
-use layers::{Adam, Gradients, Mode, Modes, Network, Parameters, Sgd};
+use collective::Communicator;
+use layers::{Adam, BatchGroups, Gradients, Mode, Modes, Network, Parameters, Sgd};
 
 use crate::Precision;
 
@@ -74,6 +75,82 @@ pub fn compare(device: &Device) -> Result<Vec<Agreement>> {
         }
     }
     Ok(found)
+}
+
+/// Compares what ranks share on `device` with what this rank computes alone: sums and gathers of vectors with
+/// those in host memory, and a training step in groups with the same on one rank. They have the same bits. All
+/// ranks call it.
+///
+/// # Errors
+///
+/// A rank has ended, or the GPUs cannot be connected.
+pub fn compare_ranks(device: &Device, communicator: &Communicator) -> Result<Vec<Agreement>> {
+    let groups = BatchGroups::new(2 * communicator.size(), communicator.clone())?;
+    let alone = BatchGroups::new(2 * communicator.size(), Communicator::single())?;
+    let plan =
+        resnet::plan(&Architecture { depth: Depth::Eighteen, width: 8, stem: Stem::Plain }, 3)?;
+    let mut found = Vec::new();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let segment = Segment::random("backbone", plan.with_precision(precision.into()), 1)?;
+        let network = match device.is_cpu() {
+            true => segment.network().by_tensor_operations(device),
+            false => segment.network().on(device),
+        };
+        let segment = segment.with_network(network)?;
+        let step = |groups| step_in_groups(segment.in_groups(groups)?, groups);
+        let (got, want) = (step(&groups)?, step(&alone)?);
+        let results = ["output", "gradients", "statistics"].iter().zip(want.iter().zip(&got));
+        found.extend(results.map(|(result, (want, got))| Agreement {
+            what: format!("step in groups, {precision:?}: {result}"),
+            off: distance(want, got),
+            bound: 0.,
+        }));
+    }
+    // Summed whole, and in parts of different lengths.
+    for len in [500, 100_003, 10_000_019] {
+        let own = numbers(communicator.rank() as u64, len);
+        let tensor = Tensor::from_slice(&own, len, device)?;
+        let mut sum = own.clone();
+        communicator.all_reduce_sum(&mut sum)?;
+        let gathered = communicator.all_gather(&own)?;
+        let rows = groups.all_rows(&tensor.reshape((len, 1))?)?;
+        for (kind, want, got) in
+            [("sum", sum, groups.sum(tensor)?), ("gather", gathered, rows.flatten_all()?)]
+        {
+            let (what, off) =
+                (format!("{kind} of {len} numbers"), distance(&want, &got.to_vec1()?));
+            found.push(Agreement { what, off, bound: 0. });
+        }
+    }
+    Ok(found)
+}
+
+/// Output, gradients and statistics of a step whose images the groups share.
+fn step_in_groups(mut segment: Segment, groups: &BatchGroups) -> Result<[Vec<f32>; 3]> {
+    let network: Network = segment.network().clone();
+    let device = network.device();
+    let images = 2 * PICTURES;
+    let rows = |counter: u64, width: usize| -> Result<Tensor> {
+        let noise = crate::noise(1., (images, width), 1, &[counter], &device)?;
+        let noise = noise.unwrap_or(Tensor::zeros((images, width), DType::F32, &device)?);
+        Ok(groups.own_rows(&noise)?)
+    };
+    let pictures = rows(0, 11 * 7 * 3)?;
+    let pictures = pictures.reshape((pictures.dim(0)?, 11, 7, 3))?;
+    let (mut tape, mut gradients) = (network.tape(), network.gradients());
+    let modes = Modes::all(&network, Mode::Batch);
+    let output = segment.forward(&pictures, &modes, Some(&mut tape))?;
+    segment.backward(&mut tape, &rows(1, network.output_width())?, &mut gradients, false)?;
+    gradients.reduce()?;
+    let output = groups.all_rows(&output)?.flatten_all()?.to_vec1()?;
+    Ok([output, gradients.to_vec()?, segment.statistics.to_vec()?])
+}
+
+/// Numbers whose sum depends on the order of addition, different on each rank.
+fn numbers(rank: u64, len: usize) -> Vec<f32> {
+    let scale = [1e-7, 1., 3e4, 0.3][rank as usize % 4];
+    let number = |at: u64| ((at * 7919 + rank * 104_729) % 1013) as f32 * scale - 0.1;
+    (0..len as u64).map(number).collect()
 }
 
 /// The largest allowed difference of each of the [`RESULTS`].
@@ -173,6 +250,25 @@ mod tests {
         }
         // Two ways to compute: not the same bits.
         assert!(found.iter().any(|agreement| agreement.off > 0.));
+        Ok(())
+    }
+
+    #[test]
+    fn ranks_share_a_step_of_tensor_operations_to_the_bit() -> Result<()> {
+        let on_rank = |rank| compare_ranks(&Device::Cpu, &rank);
+        let found: Vec<Result<Vec<Agreement>>> = std::thread::scope(|scope| {
+            let ranks = Communicator::threads(2).expect("a power of two");
+            let threads: Vec<_> =
+                ranks.into_iter().map(|rank| scope.spawn(move || on_rank(rank))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        for found in found {
+            let found = found?;
+            assert_eq!(found.len(), 2 * 3 + 3 * 2);
+            for agreement in &found {
+                assert!(agreement.holds(), "{agreement}");
+            }
+        }
         Ok(())
     }
 
