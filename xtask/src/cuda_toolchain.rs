@@ -1,4 +1,4 @@
-//! `cargo xtask cuda-toolchain`: sets up what building with `--features cuda,cudnn` needs, without
+//! `cargo xtask cuda-toolchain`: sets up what building with `--features cuda,cudnn,nccl` needs, without
 //! a GPU, a driver or an installed CUDA: nvcc, headers and libraries from NVIDIA's Python wheels,
 //! and a stub of the driver library, which no wheel contains.
 //!
@@ -20,7 +20,7 @@ use serde_json::Value;
 
 /// Release 13.0, because candle's kernels ship as PTX, and a driver of release 580 rejects PTX of
 /// later releases.
-const WHEELS: [&str; 9] = [
+const WHEELS: [&str; 10] = [
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-cuda-crt==13.0.*",
     "nvidia-nvvm==13.0.*",
@@ -30,6 +30,7 @@ const WHEELS: [&str; 9] = [
     "nvidia-curand==10.4.0.35",
     "nvidia-cublas==13.0.*",
     "nvidia-cudnn-cu13<9.20",
+    "nvidia-nccl-cu13<2.29",
 ];
 
 /// Sets up the toolchain in `folder` and returns shell commands that make cargo use it.

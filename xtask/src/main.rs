@@ -25,7 +25,7 @@ use xtask::cargo;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
 struct XtaskCli {
-    /// Build `assort` with these cargo features: cuda, cudnn, metal, mpi.
+    /// Build `assort` with these cargo features: cuda, cudnn, metal, mpi, nccl.
     #[arg(long, value_name = "LIST", global = true)]
     features: Option<String>,
     #[command(subcommand)]
@@ -34,7 +34,7 @@ struct XtaskCli {
 
 #[derive(Debug, Subcommand)]
 enum XtaskCommand {
-    /// Sets up what building with `--features cuda,cudnn` needs, and prints the variables to set:
+    /// Sets up what building with `--features cuda,cudnn,nccl` needs, and prints the variables to set:
     /// eval "$(cargo xtask cuda-toolchain)".
     CudaToolchain {
         /// Where to keep it: about 3 GB.
