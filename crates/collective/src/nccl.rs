@@ -1,6 +1,6 @@
 //! Messages from GPU to GPU: NCCL.
 //!
-//! Compiled and type-checked, but not yet run on a GPU.
+//! Compiled and linked, but not yet run on a GPU.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
