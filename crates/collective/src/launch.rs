@@ -8,7 +8,9 @@ use crate::{CommunicationError, Communicator, Result};
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
 
 /// Variables in which they give each process its number among those on its machine.
-const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", SLURM_LOCAL_RANK];
+
+const SLURM_LOCAL_RANK: &str = "SLURM_LOCALID";
 
 /// Where a launcher has put one of several ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place of this process; `None` where `mpirun` or `srun` started no other rank.
+    /// The place of this process; `None` where `mpirun` or `srun` started no other rank, or a launcher that
+    /// does not number the ranks of a machine.
     pub fn of_environment() -> Option<Self> {
         Self::find(|name| env::var(name).ok())
     }
@@ -29,9 +32,11 @@ impl Place {
         if launched(&variable) < 2 {
             return None;
         }
-        let local_rank = LOCAL_RANKS.iter().find_map(|name| variable(name)?.parse().ok())?;
-        // `srun --gpus-per-task` binds GPUs to tasks.
-        Some(Self { local_rank, has_own_gpus: variable("SLURM_GPUS_PER_TASK").is_some() })
+        let known = |name: &'static str| Some((name, variable(name)?.parse().ok()?));
+        let (name, local_rank) = LOCAL_RANKS.into_iter().find_map(known)?;
+        // `srun --gpus-per-task` binds GPUs to tasks. `mpirun` within such a job binds none.
+        let is_bound = name == SLURM_LOCAL_RANK && variable("SLURM_GPUS_PER_TASK").is_some();
+        Some(Self { local_rank, has_own_gpus: is_bound })
     }
 }
 
@@ -116,6 +121,8 @@ mod tests {
             ("SLURM_LOCALID", "0"),
         ];
         assert_eq!(of(&open_mpi), place(1, false));
+        let within_slurm = [&open_mpi[..], &[("SLURM_GPUS_PER_TASK", "1")]].concat();
+        assert_eq!(of(&within_slurm), place(1, false));
         let slurm = [("PMIX_RANK", "5"), ("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_LOCALID", "3")];
         assert_eq!(of(&slurm), place(3, false));
         assert_eq!(of(&[&slurm[..], &[("SLURM_GPUS_PER_TASK", "1")]].concat()), place(3, true));

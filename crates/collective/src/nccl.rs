@@ -31,7 +31,8 @@ impl Nccl {
     /// `communicator`.
     ///
     /// - `stream`: of this rank's GPU. Messages wait for the work that is queued there, and work that is
-    ///   queued later waits for them.
+    ///   queued later waits for them. candle's stream is that of the calling thread, so the same thread must
+    ///   launch the work and exchange.
     ///
     /// # Errors
     ///
@@ -96,7 +97,7 @@ impl Drop for Nccl {
         // cudarc ends the connection without waiting for what partners still read. If the GPU has failed,
         // there is nothing to wait for.
         let comm = self.comm.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let _ = comm.0.stream().synchronize();
+        let _ = comm.0.stream().context().synchronize();
     }
 }
 

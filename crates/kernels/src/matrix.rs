@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_among_any_others() {
-        // So long an inner side that many rows pass it in parts, and one alone at once.
+        // Many rows multiply this inner side in parts, and one row alone in one part.
         let [rows, inner, width] = [150, 1700, 70];
         let (a, b) = (noise(1, rows * inner), noise(2, inner * width));
         let of_b = MatrixOrder { rows: inner, columns: width, is_transposed: false };

@@ -47,8 +47,9 @@ impl<T: ValueElement> PackedProduct<'_, T> {
     /// Calls `finish(pair, sums)` with the tiles of each pair of blocks of columns, in the order (group, block of the
     /// pair). Left tiles are transposed if `TRANSPOSED`.
     ///
-    /// All pairs of columns read the same left tiles. Where these do not fit into [`NEAR`], as many as do pass all pairs
-    /// before the next ones, and the sums of all pairs are kept meanwhile. Each sum is added in the same order either way.
+    /// All pairs of columns read the same left tiles. Where these do not fit into [`NEAR`], the inner side is cut into parts
+    /// that do. Each part is multiplied with all pairs before the next part, and the sums of all pairs are kept
+    /// meanwhile. Each sum is added in the same order either way.
     ///
     /// - `sums`: at least [`sums_len`] numbers, with arbitrary contents.
     pub fn for_each_pair<const TRANSPOSED: bool>(
@@ -80,7 +81,7 @@ impl<T: ValueElement> PackedProduct<'_, T> {
                     let next = match (last < end, pair + 1 < pairs) {
                         (true, _) => right_at(pair, last),
                         (false, true) => right_at(pair + 1, from),
-                        (false, false) => right_at(0, end),
+                        (false, false) => right_at(0, end % inner),
                     };
                     for (two, outputs) in sums.chunks_mut(2 * columns * TILE).enumerate() {
                         let left_at = (2 * two * inner + first) * TILE;
@@ -110,7 +111,7 @@ impl<T: ValueElement> PackedProduct<'_, T> {
     }
 }
 
-/// Tiles along the inner side that pass all pairs of columns before the next ones do, of `inner` in all.
+/// The number of tiles along the inner side in one part, of `inner` in all.
 fn near_tiles(transposed: bool, inner: usize, groups: usize) -> usize {
     let near = NEAR / size_of::<f32>() / TILE / groups / INNER * INNER;
     if transposed { near.max(INNER).min(inner) } else { inner }

@@ -111,11 +111,29 @@ impl BatchGroups {
         Tensor::from_vec(all, (count, width), &Device::Cpu)?.to_device(own.device())
     }
 
-    /// Connects the GPUs of the ranks by NCCL, if `device` is one and the program is built with it.
-    pub(crate) fn connect(&self, _device: &Device) -> Result<()> {
+    /// Connects the GPUs of the ranks by NCCL, if they compute on them and the program is built with it. All
+    /// ranks call it.
+    ///
+    /// # Errors
+    ///
+    /// Some ranks compute on a GPU and some on the CPU; NCCL fails.
+    pub(crate) fn connect(&self, device: &Device) -> Result<()> {
+        let kind = match device {
+            Device::Cpu => 0u8,
+            Device::Cuda(_) => 1,
+            Device::Metal(_) => 2,
+        };
+        let kinds = communicated(self.communicator.all_gather(&[kind]))?;
+        if let Some(rank) = kinds.iter().position(|kind| *kind != kinds[0]) {
+            let [first, other] =
+                [kinds[0], kinds[rank]].map(|kind| ["the CPU", "CUDA", "Metal"][usize::from(kind)]);
+            bail!(
+                "rank 0 computes on {first}, but rank {rank} on {other}; pass a --device that all machines have"
+            )
+        }
         #[cfg(feature = "nccl")]
-        if _device.is_cuda() && self.communicator.size() > 1 && self.nccl.get().is_none() {
-            let stream = _device.as_cuda_device()?.cuda_stream();
+        if device.is_cuda() && self.communicator.size() > 1 && self.nccl.get().is_none() {
+            let stream = device.as_cuda_device()?.cuda_stream();
             let nccl = communicated(Nccl::connect(&self.communicator, &stream))?;
             self.nccl.get_or_init(|| nccl);
         }

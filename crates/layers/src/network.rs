@@ -391,7 +391,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// The GPUs of the ranks cannot be connected.
+    /// Some ranks compute on a GPU and some on the CPU, or the GPUs cannot be connected.
     pub fn in_groups(&self, groups: &BatchGroups) -> Result<Network> {
         groups.connect(&self.device())?;
         Ok(self.with_backend(self.0.backend.in_groups(groups)))

@@ -215,8 +215,8 @@ impl Parameters {
         packed
     }
 
-    /// Frees the packed weights of an entry that are large, where the next pass of training needs others: packing them
-    /// once more costs less than keeping those of all layers.
+    /// Frees the packed weights of an entry if they are large. Packing them again for the next pass of training
+    /// costs less than keeping those of every layer.
     pub(crate) fn free_large_packed(&self, entry: usize) {
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         packed.retain(|(of, packing), _| {

@@ -102,17 +102,17 @@ pub struct Listing {
 ///
 /// The layout is not supported; the message says what was found and what to do.
 pub fn list(root: &Path, config: &Config) -> Result<Listing> {
-    let by_class = list_by_class(root, config);
     let wants_classes = !config.classes.is_empty() || config.images_per_class > 0;
-    if by_class.is_ok() || config.format != Format::Photos || wants_classes {
-        return by_class;
+    match list_by_class(root, config) {
+        Err(error) if config.format == Format::Photos && !wants_classes => {
+            let listing = Listing::of_any_depth(root)?;
+            tracing::info!(
+                "the folders are not taken as classes, so there is no ground truth: {error:#}"
+            );
+            Ok(listing)
+        }
+        by_class => by_class,
     }
-    let listing = Listing::of_any_depth(root)?;
-    tracing::info!(
-        "the folders in `{}` are not those of classes, so they are not taken as ground truth",
-        root.display()
-    );
-    Ok(listing)
 }
 
 fn list_by_class(root: &Path, config: &Config) -> Result<Listing> {
@@ -154,7 +154,11 @@ impl Listing {
     fn of_any_depth(root: &Path) -> Result<Self> {
         let mut listing = Self::of(root);
         let mut pictures = Vec::new();
-        let inside = contents(root)?;
+        let mut inside = contents(root)?;
+        // A link in the source itself is followed, as one to a class folder is.
+        for folder in std::mem::take(&mut inside.folders) {
+            listing.add_all(contents(&folder)?, &mut pictures)?;
+        }
         listing.add_all(inside, &mut pictures)?;
         listing.classes.push((None, pictures));
         listing.check_classes()?;
@@ -552,6 +556,10 @@ mod tests {
             .expect("linked");
         let read = prepare(&path.join("set"), &config()).expect("sound");
         assert_eq!(read.class("cat/a.png"), Some("cat"));
+        pictures(&path, &["set/loose.png"]);
+        let photos = Config { format: Format::Photos, ..config() };
+        let photos = prepare(&path.join("set"), &photos).expect("sound");
+        assert_eq!((photos.names.len(), photos.class("cat/a.png")), (3, None));
         let (name, reason) = &read.skipped("ignored")[0];
         assert_eq!((name.as_str(), reason.as_str()), ("dog/x.png", "is a dangling link"));
     }

@@ -112,8 +112,8 @@ pub struct Config {
 pub enum Format {
     /// Detected from the source.
     Auto,
-    /// Anyone's pictures: as [`Auto`](Self::Auto), but those of a folder may lie at any depth. Where its folders
-    /// are not those of classes, they are no ground truth.
+    /// Photographs: as [`Auto`](Self::Auto), but the pictures of a folder may lie at any depth. Its folders count
+    /// as ground truth only if each picture is directly in the folder of a class.
     Photos,
     /// IDX files in a folder.
     Idx,

@@ -56,7 +56,8 @@ pub enum DeviceChoice {
     Auto,
     /// The processor.
     Cpu,
-    /// A CUDA device by its number. Without one, the first; or of several ranks on a machine, each takes its own.
+    /// A CUDA device by its number. Without a number it is the first one, or, of several ranks on a machine, the one
+    /// of this rank.
     Cuda(Option<usize>),
     /// Apple's GPU.
     Metal,

@@ -50,7 +50,7 @@ fn cuda_number(
 ) -> Result<usize> {
     let of_rank = place.map_or(0, |place| if place.has_own_gpus { 0 } else { place.local_rank });
     let number = match number {
-        None if of_rank >= found.max(1) => bail!(
+        None if found > 0 && of_rank >= found => bail!(
             "rank {of_rank} of this machine, counted from 0, has no GPU: the CUDA driver shows {found}; start \
              at most {found} ranks on each machine, or use --device cpu"
         ),

@@ -485,8 +485,8 @@ mod tests {
     }
 
     #[test]
-    fn few_groups_at_a_time_give_the_same_bits() {
-        let inputs = 4096; // Two groups at a time with AVX2.
+    fn a_long_inner_side_in_parts_gives_the_same_bits() {
+        let inputs = 4096; // More than one part with AVX2.
         let (weights, input) = (noise(1, OUTPUTS * inputs), noise(3, ROWS * inputs));
         for (variant, precision) in ways() {
             let layer = PackedLinear::new(precision, inputs, &weights, None);

@@ -77,7 +77,8 @@ pub(crate) trait Divisible:
     /// Whether mean and deviation are the batch's, and so depend on the input.
     fn is_of_batch(normalised: &Self::Normalised) -> bool;
 
-    /// The sums of a group. Sets the gradient to zero where the norm's ReLU is.
+    /// The sums of a group. It may set the gradient to zero where the norm's ReLU does;
+    /// [`norm_value_gradients`](Self::norm_value_gradients) gets the result.
     fn gradient_sums(
         &self,
         call: &NormGradientCall<Self>,
