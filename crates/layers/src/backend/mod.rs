@@ -334,3 +334,10 @@ pub(crate) struct NormGradientCall<'a, B: Operations> {
     pub input: Option<&'a B::Value>,
     pub output: Option<&'a B::Value>,
 }
+
+impl<'a, B: Operations> NormGradientCall<'a, B> {
+    /// The norm's output, if a ReLU ends it.
+    pub fn relu_output(&self) -> Option<&'a B::Value> {
+        self.norm.relu.then(|| self.output.expect("a norm with a ReLU reads its output again"))
+    }
+}

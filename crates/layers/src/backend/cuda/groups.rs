@@ -69,7 +69,7 @@ impl Divisible for Cuda {
         let NormGradientCall { norm, parameters, .. } = *call;
         let (weight, bias) = (parameters.tensor(norm.weight)?, parameters.tensor(norm.bias)?);
         *gradient = gradient.contiguous()?;
-        norm::gradient_sums(call.normalised, gradient, relu_output(call), [&weight, &bias])?
+        norm::gradient_sums(call.normalised, gradient, call.relu_output(), [&weight, &bias])?
             .flatten_all()
     }
 
@@ -95,14 +95,9 @@ impl Divisible for Cuda {
         let (weight, bias) = (parameters.tensor(norm.weight)?, parameters.tensor(norm.bias)?);
         // Without a ReLU the residual's gradient is the output's.
         let wanted = [of_input, of_residual && norm.relu];
-        let (input, output) = (call.normalised, relu_output(call));
+        let (input, output) = (call.normalised, call.relu_output());
         let [at_input, at_residual] =
             norm::value_gradients(input, &gradient, output, [&weight, &bias], sums, wanted)?;
         Ok([at_input, of_residual.then(|| at_residual.unwrap_or(gradient))])
     }
-}
-
-/// The norm's output, if a ReLU ends it.
-fn relu_output<'a>(call: &NormGradientCall<'a, Cuda>) -> Option<&'a Tensor> {
-    call.norm.relu.then(|| call.output.expect("a norm with a ReLU reads its output again"))
 }

@@ -15,6 +15,7 @@ use kernels::convolution::Geometry;
 use kernels::pooling::Window;
 use kernels::{Precision, Shape};
 
+use super::grouped::Divisible;
 use super::tensors::convolution::TensorConvolution;
 use super::tensors::{self, Tensors};
 use super::{NormCall, NormGradientCall, Operand, Operations, ProductCall};
@@ -137,21 +138,14 @@ impl Operations for Cuda {
     fn batch_norm_gradients(
         &self,
         call: NormGradientCall<Self>,
-        gradient: Tensor,
+        mut gradient: Tensor,
         gradients: &mut Changes,
     ) -> Result<[Option<Tensor>; 2]> {
-        let NormGradientCall { norm, parameters, wanted: [of_input, of_residual], .. } = call;
-        let output =
-            norm.relu.then(|| call.output.expect("a norm with a ReLU reads its output again"));
-        let (weight, bias) = (parameters.tensor(norm.weight)?, parameters.tensor(norm.bias)?);
-        // Without a ReLU the residual's gradient is the output's.
-        let wanted = [of_input, of_residual && norm.relu];
-        let found = norm::gradients(call.normalised, &gradient, output, [&weight, &bias], wanted)?;
+        let sums = self.gradient_sums(&call, &mut gradient)?;
         if call.trained {
-            gradients.push(norm.weight, found.weight);
-            gradients.push(norm.bias, found.bias);
+            Self::norm_weight_gradients(&call, &sums, gradients)?;
         }
-        Ok([found.input, of_residual.then(|| found.residual.unwrap_or(gradient))])
+        self.norm_value_gradients(&call, &sums, gradient)
     }
 
     fn relu(&self, shape: Shape, input: &Tensor) -> Result<Tensor> {

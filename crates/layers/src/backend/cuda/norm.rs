@@ -139,40 +139,10 @@ fn apply_of<T: CudaElement + CudaDType>(
     tensor_of(from_kernel(y)?, z.dims(), z)
 }
 
-/// The gradients of a norm.
-pub(super) struct FusedGradients {
-    /// Of weight and bias, (C) each.
-    pub weight: Tensor,
-    pub bias: Tensor,
-    /// Of the input and of the residual, (N, P, C), as far as they are wanted.
-    pub input: Option<Tensor>,
-    pub residual: Option<Tensor>,
-}
-
-/// - `relu_output`: the norm's output, if a ReLU ends it.
-/// - `wanted`: whether to compute the gradient of the input, and that of the residual.
-pub(super) fn gradients(
-    note: &NormInput,
-    gradient: &Tensor,
-    relu_output: Option<&Tensor>,
-    parameters: [&Tensor; 2],
-    wanted: [bool; 2],
-) -> Result<FusedGradients> {
-    let gradient = gradient.contiguous()?;
-    let sums = gradient_sums(note, &gradient, relu_output, parameters)?;
-    let [input, residual] =
-        value_gradients(note, &gradient, relu_output, parameters, &sums, wanted)?;
-    Ok(FusedGradients {
-        bias: sums.narrow(0, 0, 1)?.flatten_all()?,
-        weight: sums.narrow(0, 1, 1)?.flatten_all()?,
-        input,
-        residual,
-    })
-}
-
 /// The gradients of bias and weight, (2, C).
 ///
 /// - `gradient`: contiguous.
+/// - `relu_output`: the norm's output, if a ReLU ends it.
 pub(super) fn gradient_sums(
     note: &NormInput,
     gradient: &Tensor,

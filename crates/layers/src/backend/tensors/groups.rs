@@ -170,8 +170,7 @@ impl Divisible for Tensors {
         call: &NormGradientCall<Self>,
         gradient: &mut Tensor,
     ) -> Result<Tensor> {
-        if call.norm.relu {
-            let output = call.output.expect("a norm with a ReLU reads its output again");
+        if let Some(output) = call.relu_output() {
             *gradient = norm::relu_gradient(gradient, output)?;
         }
         let found = NormGradients::of(call.normalised, gradient)?;

@@ -145,11 +145,9 @@ impl Operations for Tensors {
         gradients: &mut Changes,
     ) -> Result<[Option<Tensor>; 2]> {
         let NormGradientCall { norm, parameters, wanted: [of_input, of_residual], .. } = call;
-        let gradient = if norm.relu {
-            let output = call.output.expect("a norm with a ReLU reads its output again");
-            norm::relu_gradient(&gradient, output)?
-        } else {
-            gradient
+        let gradient = match call.relu_output() {
+            Some(output) => norm::relu_gradient(&gradient, output)?,
+            None => gradient,
         };
         let found = norm::NormGradients::of(call.normalised, &gradient)?;
         let at_input = if of_input {
