@@ -3,10 +3,9 @@
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Precision;
 use crate::element::{Half, ValueElement};
@@ -21,12 +20,20 @@ struct BufferLine([f32; LINE]);
 
 /// Initialised memory of a fixed length.
 ///
-/// From two huge pages on, it begins at one and the system is asked to use them: a step touches
-/// hundreds of megabytes, where each small page costs a fault at first use and an entry in the
+/// From two huge pages on, memory of the system begins at one and the system is asked to use them: a step
+/// touches hundreds of megabytes, where each small page costs a fault at first use and an entry in the
 /// translation cache.
 struct Lines {
     start: NonNull<BufferLine>,
     len: usize,
+    owner: Owner,
+}
+
+/// Where memory goes when it is dropped.
+enum Owner {
+    System,
+    /// A slab of a pool.
+    Pool(Arc<BufferPool>, usize),
 }
 
 // SAFETY: `Lines` owns its memory, which holds plain numbers.
@@ -36,8 +43,9 @@ unsafe impl Sync for Lines {}
 
 impl Lines {
     fn zeros(len: usize) -> Lines {
+        let owner = Owner::System;
         if len == 0 {
-            return Lines { start: NonNull::dangling(), len };
+            return Lines { start: NonNull::dangling(), len, owner };
         }
         let layout = Lines::layout(len);
         // SAFETY: the layout is not empty.
@@ -50,7 +58,7 @@ impl Lines {
         }
         // SAFETY: the memory was just allocated with this size; zero bytes are zeros of every precision.
         unsafe { memory.write_bytes(0, layout.size()) };
-        Lines { start, len }
+        Lines { start, len, owner }
     }
 
     fn layout(len: usize) -> Layout {
@@ -62,9 +70,13 @@ impl Lines {
 
 impl Drop for Lines {
     fn drop(&mut self) {
-        if self.len > 0 {
+        match &self.owner {
+            _ if self.len == 0 => {}
+            Owner::Pool(pool, slab) => pool.put(*slab, self.start, self.len),
             // SAFETY: allocated in `zeros` with the same layout, and owned by `self`.
-            unsafe { std::alloc::dealloc(self.start.as_ptr().cast(), Lines::layout(self.len)) }
+            Owner::System => unsafe {
+                std::alloc::dealloc(self.start.as_ptr().cast(), Lines::layout(self.len));
+            },
         }
     }
 }
@@ -85,14 +97,13 @@ impl DerefMut for Lines {
     }
 }
 
-/// Numbers that begin on a cache line. Dropping a buffer returns its memory to its [`BufferPool`].
+/// Numbers that begin on a cache line. Dropping a buffer returns its memory to the [`BufferPool`] that it is from.
 ///
 /// A buffer of f32 dereferences to its numbers; only the kernels read those of another precision.
 pub struct Buffer {
     lines: Lines,
     len: usize,
     precision: Precision,
-    pool: Option<Arc<BufferPool>>,
 }
 
 impl Buffer {
@@ -103,8 +114,7 @@ impl Buffer {
 
     /// `len` zeros, outside any pool.
     pub fn zeros_of(precision: Precision, len: usize) -> Buffer {
-        let lines = Lines::zeros(lines_of(precision, len));
-        Buffer { lines, len, precision, pool: None }
+        Buffer { lines: Lines::zeros(lines_of(precision, len)), len, precision }
     }
 
     /// How the numbers are stored.
@@ -186,14 +196,6 @@ impl DerefMut for Buffer {
     }
 }
 
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            pool.put(std::mem::replace(&mut self.lines, Lines::zeros(0)));
-        }
-    }
-}
-
 fn lines_of(precision: Precision, len: usize) -> usize {
     (len * precision.bytes()).div_ceil(size_of::<BufferLine>())
 }
@@ -236,12 +238,74 @@ pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
     unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), 2 * memory.len()) }
 }
 
-/// Free buffers for reuse, so that a step after the first allocates nothing.
+/// Memory for buffers, which is used again, so that a step after the first asks the system for none.
+///
+/// Memory comes from the system in large slabs, of which only what has been written takes up memory. A buffer
+/// is cut from the first free range that is long enough, and free ranges side by side become one: in a backward
+/// pass, the small maps of the last layers so make room for the large gradients of the first.
 #[derive(Default)]
 pub struct BufferPool {
-    /// Sorted by size.
-    free: Mutex<Vec<Lines>>,
-    allocated: AtomicUsize,
+    slabs: Mutex<Vec<Slab>>,
+}
+
+/// Bytes of a slab, unless a buffer is larger.
+const SLAB: usize = if cfg!(miri) { 1 << 20 } else { 512 << 20 };
+
+/// Memory of the system, and which of it is free.
+struct Slab {
+    /// Lines from here are cut.
+    start: NonNull<BufferLine>,
+    /// Free ranges of lines, in order; no two touch.
+    free: Vec<Range<usize>>,
+    /// The line after the last one that was ever in use.
+    touched: usize,
+    /// The memory itself, which is reached through `start` alone.
+    _memory: Vec<f32>,
+}
+
+// SAFETY: a slab owns the memory that its pointer leads to, which holds plain numbers.
+unsafe impl Send for Slab {}
+
+impl Slab {
+    /// A slab of at least so many lines.
+    fn new(lines: usize) -> Slab {
+        let bytes = (lines * size_of::<BufferLine>()).max(SLAB);
+        // Whole pages of zeros, which the system sets up once they are written.
+        let mut memory = pages::zeros((bytes + HUGE_PAGE) / size_of::<f32>());
+        let offset = memory.as_ptr().align_offset(HUGE_PAGE);
+        let start = NonNull::from(&mut memory[offset..]).cast();
+        let all = 0..bytes / size_of::<BufferLine>();
+        Slab { start, free: vec![all], touched: 0, _memory: memory }
+    }
+
+    /// Cuts lines from the first free range that is long enough.
+    fn take(&mut self, wanted: usize) -> Option<NonNull<BufferLine>> {
+        let at = self.free.iter().position(|range| range.len() >= wanted)?;
+        let first = self.free[at].start;
+        self.free[at].start += wanted;
+        if self.free[at].is_empty() {
+            self.free.remove(at);
+        }
+        self.touched = self.touched.max(first + wanted);
+        // SAFETY: the line lies in the memory, whose ranges are inside of it.
+        Some(unsafe { self.start.add(first) })
+    }
+
+    /// Joins lines that are free again to the free ranges beside them.
+    fn put(&mut self, start: NonNull<BufferLine>, len: usize) {
+        // SAFETY: `take` made the pointer from `self.start`.
+        let first = usize::try_from(unsafe { start.offset_from(self.start) }).expect("behind it");
+        let (mut freed, mut at) =
+            (first..first + len, self.free.partition_point(|range| range.start < first));
+        if self.free.get(at).is_some_and(|after| after.start == freed.end) {
+            freed.end = self.free.remove(at).end;
+        }
+        if at > 0 && self.free[at - 1].end == freed.start {
+            at -= 1;
+            freed.start = self.free.remove(at).start;
+        }
+        self.free.insert(at, freed);
+    }
 }
 
 impl BufferPool {
@@ -250,9 +314,10 @@ impl BufferPool {
         Arc::default()
     }
 
-    /// How often the pool had no fitting buffer and allocated one.
-    pub fn allocations(&self) -> usize {
-        self.allocated.load(Ordering::Relaxed)
+    /// The bytes that buffers of this pool have ever reached, which the system holds for it.
+    pub fn touched(&self) -> usize {
+        let slabs = self.slabs();
+        slabs.iter().map(|slab| slab.touched * size_of::<BufferLine>()).sum()
     }
 
     /// A buffer of `len` f32 with arbitrary contents.
@@ -261,32 +326,30 @@ impl BufferPool {
     }
 
     /// A buffer of `len` numbers with arbitrary contents.
-    ///
-    /// Reuses the smallest free buffer that is large enough, if at most half of it would be wasted.
     pub fn take_of(self: &Arc<BufferPool>, precision: Precision, len: usize) -> Buffer {
         let wanted = lines_of(precision, len);
         if wanted == 0 {
-            return Buffer { lines: Lines::zeros(0), len, precision, pool: None };
+            return Buffer::zeros_of(precision, len);
         }
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = free.partition_point(|lines| lines.len() < wanted);
-        let reuse = free.get(at).is_some_and(|lines| lines.len() <= 2 * wanted);
-        let lines = reuse.then(|| free.remove(at));
-        drop(free);
-        let lines = lines.unwrap_or_else(|| {
-            self.allocated.fetch_add(1, Ordering::Relaxed);
-            Lines::zeros(wanted)
+        let mut slabs = self.slabs();
+        let found = |slabs: &mut Vec<Slab>| {
+            let mut slabs = slabs.iter_mut().enumerate();
+            slabs.find_map(|(at, slab)| Some((at, slab.take(wanted)?)))
+        };
+        let (slab, start) = found(&mut slabs).unwrap_or_else(|| {
+            slabs.push(Slab::new(wanted));
+            found(&mut slabs).expect("the new slab is long enough")
         });
-        Buffer { lines, len, precision, pool: Some(Arc::clone(self)) }
+        let owner = Owner::Pool(Arc::clone(self), slab);
+        Buffer { lines: Lines { start, len: wanted, owner }, len, precision }
     }
 
-    fn put(&self, lines: Lines) {
-        if lines.is_empty() {
-            return;
-        }
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = free.partition_point(|other| other.len() < lines.len());
-        free.insert(at, lines);
+    fn put(&self, slab: usize, start: NonNull<BufferLine>, len: usize) {
+        self.slabs()[slab].put(start, len);
+    }
+
+    fn slabs(&self) -> MutexGuard<'_, Vec<Slab>> {
+        self.slabs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -308,26 +371,44 @@ mod tests {
         assert_eq!(again[36], 5.);
         let other = pool.take(40);
         assert_ne!(other.as_ptr(), place);
-        assert_eq!(pool.allocations(), 2);
+        assert_eq!(pool.touched(), 2 * 3 * 64);
     }
 
     #[test]
     fn large_memory_begins_at_a_huge_page_and_is_zero() {
-        let pool = BufferPool::new();
-        let mut buffer = pool.take(2 * HUGE_PAGE);
-        assert_eq!(buffer.as_ptr() as usize % HUGE_PAGE, 0);
-        assert!(buffer.iter().all(|value| *value == 0.));
+        let mut buffer = Buffer::zeros(2 * HUGE_PAGE);
+        let first = BufferPool::new().take(2 * HUGE_PAGE);
+        for buffer in [&buffer, &first] {
+            assert_eq!(buffer.as_ptr() as usize % HUGE_PAGE, 0);
+            assert!(buffer.iter().all(|value| *value == 0.));
+        }
         *buffer.last_mut().expect("many") = 1.;
         assert_eq!(buffer.clone()[2 * HUGE_PAGE - 1], 1.);
-        assert!(pool.take(0).is_empty() && Buffer::zeros(0).is_empty());
+        assert!(BufferPool::new().take(0).is_empty() && Buffer::zeros(0).is_empty());
     }
 
     #[test]
-    fn a_small_request_does_not_take_a_large_buffer() {
+    fn free_ranges_side_by_side_become_one() {
         let pool = BufferPool::new();
-        drop(pool.take(10_000));
+        let mut parts: Vec<Option<Buffer>> = (0..4).map(|_| Some(pool.take(1000))).collect();
+        let places: Vec<_> = parts.iter().flatten().map(|part| part.as_ptr()).collect();
+        // Joined to nothing, to the one behind it, to the rest of the slab, and to both sides.
+        for (freed, ranges) in [(1, 2), (0, 2), (3, 2), (2, 1)] {
+            parts[freed] = None;
+            assert_eq!(pool.slabs()[0].free.len(), ranges, "{freed}");
+        }
+        let all = pool.take(4000);
+        assert_eq!(all.as_ptr(), places[0]);
+    }
+
+    #[test]
+    fn a_buffer_that_no_slab_holds_gets_one_of_its_own() {
+        let pool = BufferPool::new();
         let small = pool.take(100);
-        let large = pool.take(10_000);
-        assert!(small.lines.len() < 10 && large.lines.len() == 625);
+        let large = pool.take(SLAB / size_of::<f32>());
+        let next = pool.take(100);
+        assert_eq!(next.as_ptr() as usize - small.as_ptr() as usize, 7 * 64);
+        drop([small, large, next]);
+        assert_eq!(pool.touched(), 2 * 7 * 64 + SLAB);
     }
 }

@@ -1,6 +1,7 @@
 //! The backward pass: one walk over the plan from its end, for every backend.
 
 use candle_core::{DType, Result, Tensor, bail};
+use kernels::Shape;
 
 use crate::backend::{Backend, NormGradientCall, Operations};
 use crate::flat::{Changes, Flat, Pending};
@@ -23,7 +24,8 @@ impl Network {
     /// # Errors
     ///
     /// An empty tape; a gradient of another type or shape than the output; parameters that were
-    /// changed since; arguments of another network or backend. The tape then keeps its forward pass.
+    /// changed since; arguments of another network or backend. The tape then keeps its forward pass. It is
+    /// empty after an error of the computation itself: memory is freed as the pass goes back.
     pub fn backward(
         &self,
         parameters: &Parameters,
@@ -47,10 +49,12 @@ impl Network {
             let wanted = (output.images, output.channels);
             bail!("the output is {wanted:?} but its gradient is {:?}", gradient.dims())
         }
+        check_gradient(plan, gradient)?;
         let needed = needed(plan, |block| parameters.is_trained(block), input_gradient);
         let gradients = gradients.gather()?;
-        let pass = BackwardArguments { plan, parameters, record, gradient, gradients, needed };
-        let at_input = match (&plan.backend, &record.kept) {
+        let TapeRecord { shapes, kept, .. } = tape.record.take().expect("it was there above");
+        let pass = BackwardArguments { plan, parameters, shapes, gradient, gradients, needed };
+        match (&plan.backend, kept) {
             (Backend::Cpu(cpu), Kept::Cpu(kept)) => kernels::on_workers(|| pass.run(cpu, kept)),
             (Backend::Tensors(tensors), Kept::Tensors(kept)) => pass.run(tensors, kept),
             #[cfg(feature = "cuda")]
@@ -64,10 +68,19 @@ impl Network {
             #[cfg(feature = "cuda")]
             (Backend::GroupedCuda(grouped), Kept::GroupedCuda(kept)) => pass.run(grouped, kept),
             _ => unreachable!("the backends of tape and network were compared"),
-        }?;
-        tape.clear();
-        Ok(at_input)
+        }
     }
+}
+
+/// Fails unless the gradient has the type and the device of the output.
+fn check_gradient(plan: &NetworkPlan, gradient: &Tensor) -> Result<()> {
+    let device = plan.backend.id().device();
+    if gradient.dtype() != DType::F32 || !gradient.device().same_device(&device) {
+        let (dtype, there) = (gradient.dtype(), gradient.device().location());
+        let here = device.location();
+        bail!("the gradient is {dtype:?} on {there:?}, but f32 on {here:?} is expected")
+    }
+    Ok(())
 }
 
 /// Fails unless a forward pass of this plan, on this backend, made the record.
@@ -86,7 +99,7 @@ fn check_record(plan: &NetworkPlan, record: &TapeRecord) -> Result<()> {
 struct BackwardArguments<'a> {
     plan: &'a NetworkPlan,
     parameters: &'a Parameters,
-    record: &'a TapeRecord,
+    shapes: Vec<Shape>,
     gradient: &'a Tensor,
     gradients: &'a mut [Flat],
     needed: Vec<bool>,
@@ -94,23 +107,26 @@ struct BackwardArguments<'a> {
 
 impl BackwardArguments<'_> {
     /// Returns the input's gradient if it is needed.
-    fn run<B: Operations>(self, backend: &B, kept: &Activations<B>) -> Result<Option<Tensor>> {
-        let BackwardArguments { plan, parameters, record, gradient, gradients, needed } = self;
-        let gradient = backend.load(gradient, record.shapes[plan.output], "the gradient")?;
+    fn run<B: Operations>(self, backend: &B, kept: Activations<B>) -> Result<Option<Tensor>> {
+        let BackwardArguments { plan, parameters, shapes, gradient, gradients, needed } = self;
+        let gradient = backend.load(gradient, shapes[plan.output], "the gradient")?;
         let mut pending = vec![Pending::new(); gradients.len()];
         let mut pass = BackwardPass {
             backend,
             plan,
             parameters,
-            record,
+            values: shapes.iter().map(|_| None).collect(),
+            shapes,
             kept,
+            first_reader: plan.kept::<B>(),
+            recomputed: plan.recomputed::<B>(),
             gradients: Changes::of(gradients, &mut pending),
-            values: record.shapes.iter().map(|_| None).collect(),
             needed,
         };
         pass.values[plan.output] = Some(gradient);
         for at in (0..plan.operations.len()).rev() {
             pass.operation(at)?;
+            pass.release(at);
         }
         pass.finish()
     }
@@ -121,8 +137,12 @@ struct BackwardPass<'a, B: Operations> {
     backend: &'a B,
     plan: &'a NetworkPlan,
     parameters: &'a Parameters,
-    record: &'a TapeRecord,
-    kept: &'a Activations<B>,
+    shapes: Vec<Shape>,
+    kept: Activations<B>,
+    /// As [`NetworkPlan::kept`].
+    first_reader: Vec<Option<usize>>,
+    /// As [`NetworkPlan::recomputed`].
+    recomputed: Vec<Option<usize>>,
     gradients: Changes<'a>,
     /// Gradients of values: the sum of what their readers have sent back so far.
     values: Vec<Option<B::Value>>,
@@ -131,29 +151,29 @@ struct BackwardPass<'a, B: Operations> {
 
 impl<B: Operations> BackwardPass<'_, B> {
     fn operation(&mut self, at: usize) -> Result<()> {
-        let (plan, kept, shapes) = (self.plan, self.kept, &self.record.shapes);
-        let operation = &plan.operations[at];
+        let operation = &self.plan.operations[at];
         // Taken, so that its memory is free for the gradients below. A value that does not lead to the
         // output has none.
         let Some(gradient) = self.values[operation.output].take() else { return Ok(()) };
         if !self.needed[operation.output] {
             return Ok(());
         }
-        let (backend, shape) = (self.backend, shapes[operation.input]);
-        match (&operation.work, &kept.notes[at]) {
+        let (backend, shape) = (self.backend, self.shapes[operation.input]);
+        let note = std::mem::replace(&mut self.kept.notes[at], Note::Nothing);
+        match (&operation.work, note) {
             (OperationWork::Product(product), _) => self.product(operation, product, &gradient),
             (OperationWork::BatchNorm(norm), Note::Normalised(normalised)) => {
-                self.batch_norm(operation, norm, normalised, gradient)
+                self.batch_norm(operation, norm, &normalised, gradient)
             }
             (OperationWork::Relu, _) => {
-                let output = kept.values[operation.output].as_ref().expect(KEPT);
+                let output = self.kept.values[operation.output].as_ref().expect(KEPT);
                 let gradient = backend.relu_gradient(shape, output, gradient)?;
                 self.send(operation.input, gradient)
             }
             (OperationWork::MaxPool { .. }, Note::Argmax(argmax)) => {
-                let w = plan.window(operation, shapes).expect("as in the forward pass");
+                let w = self.plan.window(operation, &self.shapes).expect("as in the forward pass");
                 let total = self.values[operation.input].take();
-                let total = backend.max_pool_gradient(&w, argmax, &gradient, total)?;
+                let total = backend.max_pool_gradient(&w, &argmax, &gradient, total)?;
                 self.values[operation.input] = Some(total);
                 Ok(())
             }
@@ -178,9 +198,12 @@ impl<B: Operations> BackwardPass<'_, B> {
         if product.relu || product.residual.is_some() {
             bail!("`{}`: a batch norm is folded into it; it has no backward pass", operation.name)
         }
-        let g = self.plan.geometry(operation, &self.record.shapes).expect("as in the forward pass");
+        let g = self.plan.geometry(operation, &self.shapes).expect("as in the forward pass");
         if self.parameters.is_trained(operation.block) {
-            let input = self.kept.values[operation.input].as_ref().expect(KEPT);
+            let again = self.recomputed[operation.input].map(|norm| self.norm_output(norm));
+            let again = again.transpose()?;
+            let kept = self.kept.values[operation.input].as_ref();
+            let input = again.as_ref().or(kept).expect(KEPT);
             self.backend.weight_gradient(product, &g, input, gradient, &mut self.gradients)?;
         }
         if self.needed[operation.input] {
@@ -190,6 +213,19 @@ impl<B: Operations> BackwardPass<'_, B> {
             parameters.free_large_packed(product.weight);
         }
         Ok(())
+    }
+
+    /// The output of the batch norm at `at` again, as in the forward pass.
+    fn norm_output(&self, at: usize) -> Result<B::Value> {
+        let operation = &self.plan.operations[at];
+        let (OperationWork::BatchNorm(norm), Note::Normalised(normalised)) =
+            (&operation.work, &self.kept.notes[at])
+        else {
+            unreachable!("only batch norms are computed again, before their own backward pass")
+        };
+        let input = self.kept.values[operation.input].as_ref().expect(KEPT);
+        let shape = self.shapes[operation.input];
+        self.backend.norm_output(norm, shape, self.parameters, input, normalised)
     }
 
     fn batch_norm(
@@ -202,7 +238,7 @@ impl<B: Operations> BackwardPass<'_, B> {
         let residual = norm.residual.filter(|residual| self.needed[*residual]);
         let call = NormGradientCall {
             norm,
-            shape: self.record.shapes[operation.input],
+            shape: self.shapes[operation.input],
             parameters: self.parameters,
             trained: self.parameters.is_trained(operation.block),
             wanted: [self.needed[operation.input], residual.is_some()],
@@ -221,9 +257,18 @@ impl<B: Operations> BackwardPass<'_, B> {
         }
     }
 
+    /// Frees what no operation below `at` reads.
+    fn release(&mut self, at: usize) {
+        for (value, first_reader) in self.first_reader.iter().enumerate() {
+            if *first_reader == Some(at) {
+                self.kept.values[value] = None;
+            }
+        }
+    }
+
     /// Adds to the gradient of a value.
     fn send(&mut self, value: usize, gradient: B::Value) -> Result<()> {
-        let shape = self.record.shapes[value];
+        let shape = self.shapes[value];
         self.values[value] = Some(match self.values[value].take() {
             Some(total) => self.backend.add(shape, gradient, total)?,
             None => gradient,
@@ -236,7 +281,7 @@ impl<B: Operations> BackwardPass<'_, B> {
         if !self.needed[0] {
             return Ok(None);
         }
-        let shape = self.record.shapes[0];
+        let shape = self.shapes[0];
         let dimensions = self.plan.input_dimensions(shape);
         match self.values[0].take() {
             Some(gradient) => self.backend.unload(&gradient, shape, &dimensions).map(Some),

@@ -172,8 +172,8 @@ struct ForwardPass<'a, B: Operations> {
     /// Sums over values, from the product that makes a value to the norm that reads it.
     sums: Vec<Option<B::Sums>>,
     notes: Vec<Note<B>>,
-    /// For each value, whether the tape keeps it; empty without a tape.
-    kept: Vec<bool>,
+    /// As [`NetworkPlan::kept`]; empty without a tape.
+    kept: Vec<Option<usize>>,
 }
 
 impl<B: Operations> ForwardPass<'_, B> {
@@ -267,7 +267,7 @@ impl<B: Operations> ForwardPass<'_, B> {
     }
 
     fn keeps(&self, value: usize) -> bool {
-        self.kept.get(value).is_some_and(|kept| *kept)
+        self.kept.get(value).is_some_and(Option::is_some)
     }
 
     fn value(&self, value: usize) -> &B::Value {

@@ -284,9 +284,9 @@ mod tests {
         Ok((parameters, statistics))
     }
 
-    fn allocations(inference: &Inference) -> usize {
+    fn touched(inference: &Inference) -> usize {
         match &inference.network.0.backend {
-            Backend::Cpu(cpu) => cpu.pool.allocations(),
+            Backend::Cpu(cpu) => cpu.pool.touched(),
             other => panic!("a network on the CPU, not {}", other.id()),
         }
     }
@@ -337,9 +337,9 @@ mod tests {
         let all = inference.forward(&pictures()?)?;
         // The first call caches packed weights in memory of the pool, so the second allocates too.
         inference.forward(&pictures()?)?;
-        let before = allocations(&inference);
+        let before = touched(&inference);
         let again = inference.forward(&pictures()?)?;
-        assert_eq!(allocations(&inference), before);
+        assert_eq!(touched(&inference), before);
         assert_eq!(all.to_vec2::<f32>()?, again.to_vec2::<f32>()?);
         let alone = inference.forward(&pictures()?.narrow(0, 3, 1)?)?;
         assert_eq!(alone.to_vec2::<f32>()?[0], all.to_vec2::<f32>()?[3]);

@@ -187,20 +187,36 @@ impl NetworkPlan {
         }
     }
 
-    /// For each value, whether the backward pass of this backend reads it.
-    pub fn kept<B: Operations>(&self) -> Vec<bool> {
-        let mut kept = vec![false; self.channels.len()];
-        for operation in &self.operations {
-            let [input, output] = match &operation.work {
-                OperationWork::Product(_) => [true, false],
-                OperationWork::BatchNorm(norm) => B::norm_reads(norm),
-                OperationWork::Relu => [false, true],
-                OperationWork::MaxPool { .. } | OperationWork::AveragePool => [false, false],
-            };
-            kept[operation.input] |= input;
-            kept[operation.output] |= output;
+    /// For each value, the first operation whose backward pass reads it on this backend; `None` where none
+    /// does, or where it reads a value that is [computed again](Self::recomputed).
+    pub fn kept<B: Operations>(&self) -> Vec<Option<usize>> {
+        let mut kept = vec![None; self.channels.len()];
+        let recomputed = self.recomputed::<B>();
+        for (at, operation) in self.operations.iter().enumerate() {
+            for value in read_again::<B>(operation) {
+                if recomputed[value].is_none() {
+                    kept[value].get_or_insert(at);
+                }
+            }
         }
         kept
+    }
+
+    /// For each value, the batch norm that computes it again in the backward pass on this backend, if one does:
+    /// that of a norm whose output is read by products alone.
+    pub fn recomputed<B: Operations>(&self) -> Vec<Option<usize>> {
+        let mut recomputed = vec![None; self.channels.len()];
+        for (at, operation) in self.operations.iter().enumerate() {
+            if matches!(&operation.work, OperationWork::BatchNorm(norm) if B::recomputes(norm)) {
+                recomputed[operation.output] = Some(at);
+            }
+        }
+        for operation in &self.operations {
+            if !matches!(operation.work, OperationWork::Product(_)) {
+                read_again::<B>(operation).for_each(|value| recomputed[value] = None);
+            }
+        }
+        recomputed
     }
 
     /// Whether a record of the other plan is one of this plan: the same operations on values of the
@@ -240,4 +256,16 @@ impl NetworkPlan {
         };
         Window::new(shapes[operation.input], kernel, stride, padding)
     }
+}
+
+/// The values that the backward pass of an operation reads.
+fn read_again<B: Operations>(operation: &NetworkOperation) -> impl Iterator<Item = usize> {
+    let [input, output] = match &operation.work {
+        OperationWork::Product(_) => [true, false],
+        OperationWork::BatchNorm(norm) => B::norm_reads(norm),
+        OperationWork::Relu => [false, true],
+        OperationWork::MaxPool { .. } | OperationWork::AveragePool => [false, false],
+    };
+    let read = [(input, operation.input), (output, operation.output)];
+    read.into_iter().filter_map(|(read, value)| read.then_some(value))
 }

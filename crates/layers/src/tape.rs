@@ -68,12 +68,12 @@ impl Tape {
 mod tests {
     use candle_core::{Device, Result, Tensor};
 
-    use crate::backend::Backend;
+    use crate::backend::{Backend, Cpu, Tensors};
     use crate::{BatchNorm, Builder, Convolution, Mode, Modes, Network, Pool, Sgd};
 
-    fn allocations(network: &Network) -> usize {
+    fn touched(network: &Network) -> usize {
         match &network.0.backend {
-            Backend::Cpu(cpu) => cpu.pool.allocations(),
+            Backend::Cpu(cpu) => cpu.pool.touched(),
             other => panic!("a network on the CPU, not {}", other.id()),
         }
     }
@@ -104,12 +104,12 @@ mod tests {
         let input = Tensor::rand(-1f32, 1., (3, 6, 8, 3), &Device::Cpu)?;
         let mut forward = |parameters| -> Result<(Vec<Vec<f32>>, usize)> {
             let output = network.forward(parameters, &mut statistics, &input, &modes, None)?;
-            Ok((output.to_vec2()?, allocations(&network)))
+            Ok((output.to_vec2()?, touched(&network)))
         };
-        let (output, allocations) = forward(&first)?;
+        let (output, memory) = forward(&first)?;
         first.free_packed_weights();
-        assert_eq!(forward(&second)?, (output.clone(), allocations));
-        assert!(forward(&first)?.1 > allocations, "the second keeps what it took");
+        assert_eq!(forward(&second)?, (output.clone(), memory));
+        assert!(forward(&first)?.1 > memory, "the second keeps what it took");
         assert_eq!(forward(&first)?.0, output);
         Ok(())
     }
@@ -138,6 +138,26 @@ mod tests {
         Ok(())
     }
 
+    /// The norms of the stem and of a block, of which the last adds a residual.
+    #[test]
+    fn a_norm_that_can_be_computed_again_is_not_kept() -> Result<()> {
+        let network = network()?;
+        let plan = &network.0;
+        let of = |name: &str| {
+            let operations = plan.operations.iter();
+            operations.enumerate().find(|(_, o)| o.name == name).expect("an operation")
+        };
+        let ((bn1, stem), (bn2, block)) = (of("bn1"), of("bn2"));
+        let (kept, recomputed) = (plan.kept::<Cpu>(), plan.recomputed::<Cpu>());
+        assert_eq!((kept[stem.input], kept[stem.output]), (Some(bn1), None));
+        assert_eq!((recomputed[stem.output], recomputed[block.output]), (Some(bn1), None));
+        assert_eq!((kept[block.input], kept[block.output]), (Some(bn2), Some(bn2)));
+        // Tensor operations keep what they have: the norm's input is in the note.
+        assert_eq!(plan.recomputed::<Tensors>(), vec![None; plan.channels.len()]);
+        assert_eq!(plan.kept::<Tensors>()[stem.output], Some(bn1));
+        Ok(())
+    }
+
     #[test]
     fn a_step_after_the_first_takes_its_memory_from_the_pool() -> Result<()> {
         let network = network()?;
@@ -163,9 +183,9 @@ mod tests {
             }
             parameters.sgd(&gradients, &mut momenta, sgd)?;
             gradients.zero();
-            after.push(allocations(&network));
+            after.push(touched(&network));
         }
-        assert!(after[0] > 10, "{after:?}");
+        assert!(after[0] > 100 << 10, "{after:?}");
         assert!(after.iter().all(|count| *count == after[0]), "{after:?}");
         Ok(())
     }

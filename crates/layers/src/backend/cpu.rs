@@ -205,6 +205,12 @@ impl Operations for Cpu {
         [true, norm.relu && norm.residual.is_some()]
     }
 
+    fn recomputes(norm: &Norm) -> bool {
+        // One more pass over a map, against memory for as many maps as the network has such norms. With a
+        // residual, that would have to be at hand too.
+        norm.residual.is_none()
+    }
+
     fn load(&self, tensor: &Tensor, shape: Shape, what: &str) -> Result<Buffer> {
         if tensor.dtype() != DType::F32 || !tensor.device().is_cpu() {
             let (dtype, device) = (tensor.dtype(), tensor.device().location());
@@ -298,6 +304,22 @@ impl Operations for Cpu {
         let times = 2 + usize::from(residual.is_some());
         self.passed(clock, "batch norm", Pass::Forward, shape, times);
         Ok((output, n))
+    }
+
+    fn norm_output(
+        &self,
+        norm: &Norm,
+        shape: Shape,
+        parameters: &Parameters,
+        input: &Buffer,
+        n: &Normalisation,
+    ) -> Result<Buffer> {
+        let clock = profile::start();
+        let (batch, residual, sums) = (n.batch, None, None);
+        let call = NormCall { norm, shape, batch, parameters, residual, sums };
+        let output = self.normalise(&call, Operand::Borrowed(input), n);
+        self.passed(clock, "batch norm", Pass::Backward, shape, 2);
+        Ok(output)
     }
 
     fn batch_norm_gradients(

@@ -191,6 +191,10 @@ impl<B: Divisible> Operations for Grouped<B> {
         B::norm_reads(norm)
     }
 
+    fn recomputes(norm: &Norm) -> bool {
+        B::recomputes(norm)
+    }
+
     fn load(&self, tensor: &Tensor, shape: Shape, what: &str) -> Result<Vec<B::Value>> {
         let groups = self.groups.of_own(shape.images)?.into_iter();
         let load = |images: std::ops::Range<usize>| {
@@ -289,6 +293,20 @@ impl<B: Divisible> Operations for Grouped<B> {
         })?;
         let (output, kept) = normalised.into_iter().unzip();
         Ok((output, NormOfGroups { n, kept }))
+    }
+
+    fn norm_output(
+        &self,
+        norm: &Norm,
+        shape: Shape,
+        parameters: &Parameters,
+        input: &Vec<B::Value>,
+        normalised: &NormOfGroups<B>,
+    ) -> Result<Vec<B::Value>> {
+        self.each_group(self.shapes(shape)?, |group, shape| {
+            let normalised = normalised.of_group(group);
+            self.backend.norm_output(norm, shape, parameters, &input[group], normalised)
+        })
     }
 
     fn batch_norm_gradients(

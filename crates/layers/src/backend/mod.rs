@@ -206,6 +206,12 @@ pub(crate) trait Operations: Sized {
     /// Whether the backward pass of a batch norm reads its input, and its output.
     fn norm_reads(norm: &Norm) -> [bool; 2];
 
+    /// Whether the backward pass computes the output of a batch norm [again](Self::norm_output) where
+    /// it can, in place of keeping it. Only for norms that read their input.
+    fn recomputes(_norm: &Norm) -> bool {
+        false
+    }
+
     /// Reads a caller's f32 tensor; an error names `what` when it is of another type or device.
     fn load(&self, tensor: &Tensor, shape: Shape, what: &str) -> Result<Self::Value>;
 
@@ -240,6 +246,19 @@ pub(crate) trait Operations: Sized {
         input: Operand<Self::Value>,
         statistics: &mut Changes,
     ) -> Result<(Self::Value, Self::Normalised)>;
+
+    /// The output of a batch norm that [`recomputes`](Self::recomputes), from its input and what it kept:
+    /// the same bits as in the forward pass.
+    fn norm_output(
+        &self,
+        _norm: &Norm,
+        _shape: Shape,
+        _parameters: &Parameters,
+        _input: &Self::Value,
+        _normalised: &Self::Normalised,
+    ) -> Result<Self::Value> {
+        unreachable!("this backend keeps the outputs of batch norms")
+    }
 
     /// Adds the gradients of weight and bias to `gradients`; returns those of the input and of the
     /// residual, as far as they are wanted.
