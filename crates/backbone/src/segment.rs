@@ -84,6 +84,12 @@ impl Segment {
         self.network.forward(&self.parameters, &mut self.statistics, input, modes, tape)
     }
 
+    /// The output of every row of each input, as [`Network::forward_each`].
+    pub fn forward_each(&mut self, inputs: &[&Tensor], modes: &Modes) -> Result<Vec<Tensor>> {
+        self.inference = None;
+        self.network.forward_each(&self.parameters, &mut self.statistics, inputs, modes)
+    }
+
     /// The output of every row of `input` on running statistics; each row depends on its own input alone.
     /// Faster than [`forward`](Self::forward), since batch norms are folded into the weights once after
     /// each change: see [`Inference`].

@@ -6,6 +6,7 @@ use kernels::Shape;
 use crate::backend::{Backend, NormGradientCall, Operations};
 use crate::flat::{Changes, Flat, Pending};
 use crate::multiply_adds::needed;
+use crate::parameters::LARGE_PACKED_BYTES;
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
 use crate::tape::{Activations, Kept, Note, TapeRecord};
 use crate::{Gradients, Network, Parameters, Tape};
@@ -210,7 +211,7 @@ impl<B: Operations> BackwardPass<'_, B> {
             let (parameters, total) = (self.parameters, self.values[operation.input].take());
             let total = self.backend.input_gradient(product, &g, parameters, gradient, total)?;
             self.values[operation.input] = Some(total);
-            parameters.free_large_packed(product.weight);
+            parameters.free_packed(product.weight, LARGE_PACKED_BYTES);
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use crate::{BatchGroups, Network};
 
 /// Packed weights that fill more than this are not kept from one pass of training to the next: 3 × 3 weights from 256
 /// channels to 256, in Winograd's form F(4 × 4, 3 × 3) in f32, fill 9 MiB.
-const LARGE_PACKED_BYTES: usize = 8 << 20;
+pub(crate) const LARGE_PACKED_BYTES: usize = 8 << 20;
 
 /// Weights and biases of a network, flat and in f32.
 ///
@@ -215,19 +215,10 @@ impl Parameters {
         packed
     }
 
-    /// Frees the packed weights of an entry if they are large. Packing them again for the next pass of training
-    /// costs less than keeping those of every layer.
-    pub(crate) fn free_large_packed(&self, entry: usize) {
+    /// Frees the packed weights of an entry, if they have more than `bytes`.
+    pub(crate) fn free_packed(&self, entry: usize, bytes: usize) {
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        packed.retain(|(of, packing), _| {
-            *of != entry || packing.packed_bytes() <= LARGE_PACKED_BYTES
-        });
-    }
-
-    /// Frees the packed weights that forward and backward passes cache. The next pass packs them
-    /// again, so call it when the parameters are about to change.
-    pub fn free_packed_weights(&self) {
-        self.packed.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        packed.retain(|(of, packing), _| *of != entry || packing.packed_bytes() <= bytes);
     }
 
     /// How many packings are kept.

@@ -210,7 +210,7 @@ impl RoundTest {
                 step += 1;
                 let [view_1, view_2] = pictures(batch?, &Device::Cpu)?;
                 let Learner { online, target } = &mut learner;
-                let targets = [target.project(&view_1)?, target.project(&view_2)?];
+                let targets = target.project([&view_1, &view_2])?;
                 for (view, projection) in [(&view_1, &targets[1]), (&view_2, &targets[0])] {
                     let seams = online.forward(view, None)?;
                     let loss = (regression_loss(&seams[2], projection)? * 0.5)?;

@@ -105,9 +105,7 @@ pub fn step(
 ) -> Result<()> {
     let Learner { online, target } = learner;
     let Rates { learning_rate, target_decay, noise, seed } = rates;
-    let target_1 = target.project(view_1)?; // Batch statistics, no tape.
-    let target_2 = target.project(view_2)?;
-    target.free_packed_weights();
+    let [target_1, target_2] = target.project([view_1, view_2])?; // Batch statistics, no tape.
     run.note_projections(&target_1)?; // An error when they have collapsed.
     let directions = [(view_1, &target_2), (view_2, &target_1)];
     for (direction, (view, projection)) in directions.into_iter().enumerate() {
@@ -243,7 +241,7 @@ mod tests {
             for batch in views.epoch(epoch, order, 0)? {
                 step += 1;
                 let [view_1, view_2] = pictures(batch?, &Device::Cpu)?;
-                let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+                let [target_1, target_2] = target.project([&view_1, &view_2])?;
                 let pass_1 = online.forward(&view_1, None)?;
                 let pass_2 = online.forward(&view_2, None)?;
                 let loss_1 = regression_loss(&pass_1[2], &target_2)?;

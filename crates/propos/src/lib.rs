@@ -158,15 +158,13 @@ fn passes(
     if config.concatenate_views {
         let images = view_1.dim(0)?;
         let view = Tensor::cat(&[view_1, view_2], 0)?;
-        let projection = target.project(&view)?;
-        target.free_packed_weights();
+        let [projection] = target.project([&view])?;
         let (target_1, target_2) =
             (projection.narrow(0, 0, images)?, projection.narrow(0, images, images)?);
         let directions = vec![(0, target_2.contiguous()?), (images, target_1.contiguous()?)];
         return Ok(vec![OnlinePass { number: 0, view, directions }]);
     }
-    let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
-    target.free_packed_weights();
+    let [target_1, target_2] = target.project([&view_1, &view_2])?;
     Ok(vec![
         OnlinePass { number: 0, view: view_1, directions: vec![(0, target_2)] },
         OnlinePass { number: 1, view: view_2, directions: vec![(0, target_1)] },
@@ -351,7 +349,7 @@ pub(crate) mod tests {
                     let deviation = if extras { 0.3 } else { 0. };
                     training::noise(deviation, (8, 4), 3, &[step as u64, pass], &Cpu)
                 };
-                let (target_1, target_2) = (target.project(&view_1)?, target.project(&view_2)?);
+                let [target_1, target_2] = target.project([&view_1, &view_2])?;
                 let pass_1 = online.forward(&view_1, noise(0)?.as_ref())?;
                 let pass_2 = online.forward(&view_2, noise(1)?.as_ref())?;
                 let mut loss = (regression_loss(&pass_1[2], &target_2)?
@@ -471,7 +469,7 @@ pub(crate) mod tests {
         target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
         let joined = Tensor::cat(&[&view_1, &view_2], 0)?;
         let pass = online.forward(&joined, None)?;
-        let projection = target.project(&joined)?;
+        let [projection] = target.project([&joined])?;
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         let half = |first: usize, other: usize| -> Result<f64> {
             let (prediction, own) = (pass[2].narrow(0, first, 8)?, pass[1].narrow(0, first, 8)?);

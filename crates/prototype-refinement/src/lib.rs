@@ -121,9 +121,8 @@ impl Stage for PrototypeRefinement {
                 let RefinementModel { learner: Learner { online, target }, prototypes } =
                     &mut model;
 
-                let target_1 = target.project(&view_1)?; // Batch statistics, no tape.
-                let target_2 = target.project(&view_2)?;
-                target.free_packed_weights();
+                // Batch statistics, no tape.
+                let [target_1, target_2] = target.project([&view_1, &view_2])?;
                 run.note_projections(&target_1)?; // An error when they have collapsed.
                 let directions = [(&view_1, &target_2), (&view_2, &target_1)];
                 for (direction, (view, projection)) in directions.into_iter().enumerate() {

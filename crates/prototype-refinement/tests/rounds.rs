@@ -201,7 +201,7 @@ fn by_hand(
             };
             let view = |v: usize| Tensor::from_slice(&batch.views[v], (8, 12, 8, 1), &Device::Cpu);
             let views = [view(order[0])?, view(order[1])?];
-            let targets = [target.project(&views[0])?, target.project(&views[1])?];
+            let targets = target.project([&views[0], &views[1]])?;
             let ramp = match config.ramp_epochs {
                 0. => 1.,
                 length => (step as f64 / steps as f64 / length).min(1.),

@@ -299,26 +299,26 @@ impl Target {
         Ok((Self { backbone, projector, groups: BatchGroups::one() }, found))
     }
 
-    /// The projection `(N, P)` of a view, on batch statistics, not normalised. It is a constant of
-    /// the loss: nothing is kept for a backward pass.
+    /// The projection `(N, P)` of each view, on the batch statistics of that view, not normalised. It is a
+    /// constant of the loss: nothing is kept for a backward pass.
     ///
-    /// - `view`: of the pictures of this rank. The projection has the rows of all ranks.
+    /// - `views`: of the pictures of this rank. The projections have the rows of all ranks.
     ///
     /// # Errors
     ///
-    /// `view` does not have the backbone's shape.
-    pub fn project(&mut self, view: &Tensor) -> Result<Tensor> {
+    /// A view does not have the backbone's shape.
+    pub fn project<const VIEWS: usize>(
+        &mut self,
+        views: [&Tensor; VIEWS],
+    ) -> Result<[Tensor; VIEWS]> {
         let modes = Modes::all(self.backbone.network(), Mode::Batch);
-        let embedding = self.backbone.forward(view, &modes, None)?;
+        let embeddings = self.backbone.forward_each(&views, &modes)?;
+        let embeddings: Vec<&Tensor> = embeddings.iter().collect();
         let modes = Modes::all(self.projector.network(), Mode::Batch);
-        self.groups.all_rows(&self.projector.forward(&embedding, &modes, None)?)
-    }
-
-    /// Frees the packed weights that [`project`](Self::project) caches. Call it after the last
-    /// `project` of a step: the online network needs the memory.
-    pub fn free_packed_weights(&self) {
-        self.backbone.parameters.free_packed_weights();
-        self.projector.parameters.free_packed_weights();
+        let projections = self.projector.forward_each(&embeddings, &modes)?;
+        let projections = projections.iter().map(|own| self.groups.all_rows(own));
+        let projections: Vec<Tensor> = projections.collect::<Result<_>>()?;
+        Ok(projections.try_into().expect("one of each view"))
     }
 
     /// The embedding `(N, D)` and the unit-length projection `(N, P)` of pictures, on running
@@ -476,7 +476,7 @@ pub(crate) mod tests {
             (l.online, l.target)
         };
         let (view_1, view_2) = (pictures(1)?, pictures(2)?);
-        let projection = target.project(&view_2)?;
+        let [projection] = target.project([&view_2])?;
         let mut one_by_one = Vec::new();
         for view in [&view_1, &view_2] {
             let mut fresh = learner(3)?.online;
@@ -503,13 +503,14 @@ pub(crate) mod tests {
             let mut learner = learner_in(precision, 3)?;
             let first = learner.online.backbone.segment.parameters.to_vec()?;
             let Learner { online, target } = &mut learner;
-            let projection = target.project(&pictures(2)?)?;
+            let [projection] = target.project([&pictures(2)?])?;
             let pass = online.forward(&pictures(1)?, None)?;
             let gradients = regression_loss(&pass[2], &projection)?.backward()?;
             online.backward(pass, &gradients)?;
             online.step(0.05)?;
             target.follow(online, 0.9)?;
-            let projection = target.project(&pictures(2)?)?.flatten_all()?.to_vec1()?;
+            let [projection] = target.project([&pictures(2)?])?;
+            let projection = projection.flatten_all()?.to_vec1()?;
             Ok((first, projection))
         };
         let (first, exact) = steps(Precision::F32)?;
@@ -538,7 +539,7 @@ pub(crate) mod tests {
     fn steps(learner: &mut Learner) -> anyhow::Result<Vec<NamedTensor>> {
         for step in 0..3 {
             let Learner { online, target } = &mut *learner;
-            let projection = target.project(&pictures(step)?)?;
+            let [projection] = target.project([&pictures(step)?])?;
             let pass = online.forward(&pictures(10 + step)?, None)?;
             let loss = regression_loss(&pass[2], &projection)?;
             online.backward(pass, &loss.backward()?)?;
@@ -600,7 +601,7 @@ pub(crate) mod tests {
         assert_eq!(mean(&target)?, before, "statistics do not follow");
         target.embed(&pictures(1)?)?;
         assert_eq!(mean(&target)?, before, "running statistics are read, not changed");
-        target.project(&pictures(1)?)?;
+        target.project([&pictures(1)?])?;
         assert_ne!(mean(&target)?, before, "batch statistics are gathered");
         Ok(())
     }
@@ -621,7 +622,7 @@ pub(crate) mod tests {
 
     /// The gradients of one pass of the online network, before its step.
     fn gather(learner: &mut Learner, number: u64) -> anyhow::Result<()> {
-        let projection = learner.target.project(&pictures(number + 1)?)?;
+        let [projection] = learner.target.project([&pictures(number + 1)?])?;
         let pass = learner.online.forward(&pictures(number)?, None)?;
         let gradients = regression_loss(&pass[2], &projection)?.backward()?;
         Ok(learner.online.backward(pass, &gradients)?)

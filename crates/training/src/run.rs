@@ -486,7 +486,7 @@ mod tests {
                 }
                 let Learner { online, target } = &mut networks.learner;
                 let number = (10 * epoch + batch) as u64;
-                let projection = target.project(&pictures(2 * number)?)?;
+                let [projection] = target.project([&pictures(2 * number)?])?;
                 run.note_projections(&projection)?;
                 let seams = online.forward(&pictures(2 * number + 1)?, None)?;
                 let loss = regression_loss(&seams[2], &projection)?;

@@ -200,6 +200,8 @@ impl Operations for Cpu {
     /// Bytes, in a buffer of the pool.
     type Argmax = Buffer;
 
+    const PACKS_WEIGHTS: bool = true;
+
     fn norm_reads(norm: &Norm) -> [bool; 2] {
         // Without a residual the input shows where the ReLU is zero.
         [true, norm.relu && norm.residual.is_some()]

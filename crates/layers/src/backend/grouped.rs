@@ -187,6 +187,8 @@ impl<B: Divisible> Operations for Grouped<B> {
     type Normalised = NormOfGroups<B>;
     type Argmax = Vec<B::Argmax>;
 
+    const PACKS_WEIGHTS: bool = B::PACKS_WEIGHTS;
+
     fn norm_reads(norm: &Norm) -> [bool; 2] {
         B::norm_reads(norm)
     }

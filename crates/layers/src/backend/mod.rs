@@ -203,6 +203,9 @@ pub(crate) trait Operations: Sized {
     /// The pixel of each window with its maximum.
     type Argmax;
 
+    /// Whether products pack their weights first, so that inputs gain by passing each product together.
+    const PACKS_WEIGHTS: bool = false;
+
     /// Whether the backward pass of a batch norm reads its input, and its output.
     fn norm_reads(norm: &Norm) -> [bool; 2];
 

@@ -220,8 +220,7 @@ fn timed_parts(
         parts[part] += start.elapsed().as_secs_f64();
         start = Instant::now();
     };
-    let projections = [target.project(view_1)?, target.project(view_2)?];
-    target.free_packed_weights();
+    let projections = target.project([view_1, view_2])?;
     lap(0);
     for (view, projection) in [(view_1, &projections[1]), (view_2, &projections[0])] {
         let seams = online.forward(view, None)?;
