@@ -57,7 +57,7 @@ impl Communicator {
     #[cfg(feature = "mpi")]
     fn started(ranks: usize) -> Result<Self> {
         crate::check_size(ranks)?;
-        let world = crate::mpi::World::new()?;
+        let world = std::sync::Arc::new(crate::mpi::World::new()?);
         let (rank, size) = (world.rank(), world.size());
         if size != ranks {
             return Err(CommunicationError::new(format!(
@@ -65,7 +65,8 @@ impl Communicator {
                  MPI that this program is built with, or with the `srun --mpi=` that fits it"
             )));
         }
-        Ok(Self { rank, size, links: crate::Links::Mpi(std::sync::Arc::new(world)) })
+        let second = world.has_background().then(|| crate::Links::MpiInBackground(world.clone()));
+        Ok(Self::of(rank, size, crate::Links::Mpi(world), second))
     }
 
     #[cfg(not(feature = "mpi"))]

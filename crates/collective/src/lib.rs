@@ -14,7 +14,8 @@
 //! whose messages the feature `nccl` sends by `Nccl`.
 //!
 //! All ranks call the same operations in the same order. A rank that ends makes the operations of the
-//! others fail.
+//! others fail. [Sums in the background](Communicator::sum_in_background) go on while a rank computes, beside its
+//! other operations and in an order of their own.
 //!
 //! ```
 //! use collective::Communicator;
@@ -34,6 +35,7 @@
 //!
 //! This crate knows no tensor and no network.
 
+mod background;
 mod error;
 mod launch;
 #[cfg(feature = "mpi")]
@@ -44,16 +46,20 @@ mod threads;
 mod vectors;
 
 use std::ops::{AddAssign, Range};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 
+pub use background::PendingSum;
 pub use error::CommunicationError;
 pub use launch::Place;
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
 pub use vectors::VectorMemory;
 
+use crate::background::Background;
 use crate::threads::ThreadRank;
 
 type Result<T> = std::result::Result<T, CommunicationError>;
@@ -63,7 +69,19 @@ type Result<T> = std::result::Result<T, CommunicationError>;
 pub struct Communicator {
     rank: usize,
     size: usize,
+    end: Arc<End>,
+}
+
+/// The state that clones of a communicator share.
+#[derive(Debug)]
+struct End {
+    /// Started by the first sum in the background. Dropped before the links, which it may still use.
+    background: OnceLock<Background>,
     links: Links,
+    /// Links between the same ranks for the sums in the background alone.
+    second: Option<Links>,
+    /// Nanoseconds: see [`Communicator::waited`].
+    waited: AtomicU64,
 }
 
 /// How messages travel.
@@ -73,6 +91,9 @@ enum Links {
     Threads(Arc<ThreadRank>),
     #[cfg(feature = "mpi")]
     Mpi(Arc<mpi::World>),
+    /// Messages that are apart from those of `Mpi`, and a thread that sleeps while it waits for them.
+    #[cfg(feature = "mpi")]
+    MpiInBackground(Arc<mpi::World>),
 }
 
 /// Fewer numbers than this for each rank are summed whole: latency outweighs their bytes.
@@ -81,7 +102,7 @@ const WORTH_SPLITTING: usize = 1024;
 impl Communicator {
     /// The only rank.
     pub fn single() -> Self {
-        Self { rank: 0, size: 1, links: Links::Single }
+        Self::of(0, 1, Links::Single, None)
     }
 
     /// As many ranks as threads of this process will take, each with its own communicator.
@@ -90,10 +111,28 @@ impl Communicator {
     ///
     /// The number is not a power of two.
     pub fn threads(size: usize) -> Result<Vec<Self>> {
+        Self::threads_with_latency(size, Duration::ZERO)
+    }
+
+    /// As [`threads`](Self::threads), over links on which every exchange takes so long: to see what a rank waits
+    /// for.
+    ///
+    /// # Errors
+    ///
+    /// The number is not a power of two.
+    pub fn threads_with_latency(size: usize, latency: Duration) -> Result<Vec<Self>> {
         check_size(size)?;
-        let ranks = ThreadRank::all(size).into_iter().enumerate();
-        let end = |(rank, links)| Self { rank, size, links: Links::Threads(Arc::new(links)) };
+        let all = || ThreadRank::all(size, latency).into_iter().map(Arc::new).map(Links::Threads);
+        let ranks = all().zip(all()).enumerate();
+        let end = |(rank, (links, second))| Self::of(rank, size, links, Some(second));
         Ok(ranks.map(end).collect())
+    }
+
+    /// - `second`: links for sums in the background, where there can be any.
+    fn of(rank: usize, size: usize, links: Links, second: Option<Links>) -> Self {
+        let second = second.filter(|_| size > 1);
+        let (background, waited) = (OnceLock::new(), AtomicU64::new(0));
+        Self { rank, size, end: Arc::new(End { background, links, second, waited }) }
     }
 
     /// This rank, from 0.
@@ -109,6 +148,12 @@ impl Communicator {
     /// Whether this is rank 0, the one that writes files.
     pub fn is_first(&self) -> bool {
         self.rank == 0
+    }
+
+    /// The time that this rank has spent in its operations with others so far: in waiting for them and in
+    /// sending. Of a sum in the background, only the wait for its end counts. What other libraries send does not.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.end.waited.load(Ordering::Relaxed))
     }
 
     /// Replaces `values` by their sums over all ranks, on all ranks, added in a binary tree.
@@ -206,7 +251,7 @@ impl Communicator {
     /// - `code`: the exit status.
     pub fn abort(&self, code: u8) -> ! {
         #[cfg(feature = "mpi")]
-        if let Links::Mpi(world) = &self.links {
+        if let Links::Mpi(world) = &self.end.links {
             world.abort(code)
         }
         std::process::exit(i32::from(code))
@@ -255,15 +300,17 @@ impl Communicator {
     /// The partner has ended, or sends another number of values.
     pub fn exchange<T: Pod>(&self, partner: usize, sent: &[T], received: &mut [T]) -> Result<()> {
         let (sent, received) = (bytemuck::cast_slice(sent), bytemuck::cast_slice_mut(received));
-        match &self.links {
-            Links::Single => Ok(()),
-            Links::Threads(links) => links.exchange(partner, sent, received),
+        let clock = Instant::now();
+        match &self.end.links {
+            Links::Single => {}
+            Links::Threads(links) => links.exchange(partner, sent, received)?,
             #[cfg(feature = "mpi")]
-            Links::Mpi(world) => {
-                world.exchange(partner, sent, received);
-                Ok(())
-            }
+            Links::Mpi(world) => world.exchange(partner, sent, received),
+            #[cfg(feature = "mpi")]
+            Links::MpiInBackground(world) => world.exchange_in_background(partner, sent, received),
         }
+        self.end.waited_since(clock);
+        Ok(())
     }
 
     /// Sends values to a partner and receives its own, whose number is not known.
@@ -273,6 +320,12 @@ impl Communicator {
         let mut received = vec![T::zeroed(); count[0] as usize];
         self.exchange(partner, sent, &mut received)?;
         Ok(received)
+    }
+}
+
+impl End {
+    fn waited_since(&self, clock: Instant) {
+        self.waited.fetch_add(clock.elapsed().as_nanos() as u64, Ordering::Relaxed);
     }
 }
 

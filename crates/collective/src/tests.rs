@@ -1,10 +1,15 @@
+use std::sync::Barrier;
 use std::thread;
 
 use super::*;
 
 /// Runs `work` on every rank and returns the results in the order of the ranks.
 fn on_ranks<R: Send>(size: usize, work: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
-    let (ranks, work) = (Communicator::threads(size).expect("a power of two"), &work);
+    run_all(Communicator::threads(size).expect("a power of two"), work)
+}
+
+fn run_all<R: Send>(ranks: Vec<Communicator>, work: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
+    let work = &work;
     thread::scope(|scope| {
         let threads: Vec<_> =
             ranks.into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
@@ -153,4 +158,116 @@ fn a_rank_that_ends_or_differs_is_named_by_the_others() {
     assert!(errors[0].contains("rank 1 sent 8 bytes"), "{errors:?}");
     let error = Communicator::threads(6).expect_err("not a power of two").to_string();
     assert!(error.contains("6 ranks") && error.contains("such as 8"), "{error}");
+}
+
+#[test]
+fn sums_in_the_background_have_the_bits_of_others_and_keep_apart_from_them() {
+    for size in [1, 2, 4, 8] {
+        on_ranks(size, |rank| {
+            assert_eq!(rank.sums_in_background(), size > 1);
+            let lens = [500, 0, 20_011, 7];
+            let leaves = lens.map(|len| leaf(rank.rank(), len));
+            let pending = leaves.clone().map(|leaf| rank.sum_in_background(leaf));
+            // Begun later, and of the same lengths: a message taken for another would pass the check of its length.
+            let sums = lens.map(|len| {
+                let mut sum = leaf(rank.rank() + 1, len);
+                rank.all_reduce_sum(&mut sum).expect("all run");
+                sum
+            });
+            let all = rank.all_gather(&[rank.rank() as u32]).expect("all run");
+            assert_eq!(all.len(), size);
+            for ((pending, own), other) in pending.into_iter().zip(leaves).zip(sums) {
+                let mut expected = own;
+                rank.all_reduce_sum(&mut expected).expect("all run");
+                let sum = pending.wait().expect("all run");
+                assert_eq!(bits(&sum), bits(&expected), "{size} ranks");
+                assert!(size == 1 || sum.is_empty() || bits(&sum) != bits(&other));
+            }
+            assert_eq!(rank.end.background.get().is_some(), size > 1, "a thread on {size} ranks");
+        });
+    }
+}
+
+#[test]
+fn without_a_second_connection_sums_are_made_at_once() {
+    let mut ranks = Communicator::threads(2).expect("a power of two");
+    for rank in &mut ranks {
+        *rank = Communicator::of(rank.rank, rank.size, rank.end.links.clone(), None);
+    }
+    run_all(ranks, |rank| {
+        assert!(!rank.sums_in_background());
+        let pending = rank.sum_in_background(vec![1f32, rank.rank() as f32]);
+        rank.barrier().expect("all run");
+        assert_eq!(pending.wait().expect("all run"), [2., 1.]);
+        assert!(rank.end.background.get().is_none(), "a thread");
+    });
+}
+
+#[test]
+fn a_rank_does_not_wait_for_sums_that_end_while_it_computes() {
+    let (sums, latency) = (8, Duration::from_millis(40));
+    let ranks = Communicator::threads_with_latency(2, latency).expect("a power of two");
+    // A short sum is one exchange on two ranks.
+    let messages = sums * latency;
+    run_all(ranks, |rank| {
+        let pending: Vec<_> =
+            (0..sums).map(|number| rank.sum_in_background(vec![number as f32])).collect();
+        thread::sleep(messages - latency);
+        for (number, pending) in pending.into_iter().enumerate() {
+            assert_eq!(pending.wait().expect("all run"), [2. * number as f32]);
+        }
+        let waited = rank.waited();
+        assert!(waited < messages / 2, "{waited:?} of {messages:?}");
+        // In the foreground every message is waited for.
+        (0..sums).for_each(|_| rank.barrier().expect("all run"));
+        assert!(rank.waited() >= waited + messages);
+    });
+}
+
+#[test]
+fn sums_in_the_background_end_with_their_ranks() {
+    // The first rank ends before its sum is made, and the other before it has begun one.
+    let errors = on_ranks(2, |rank| match rank.is_first() {
+        true => {
+            drop(rank.sum_in_background(vec![1f32]));
+            None
+        }
+        false => {
+            rank.barrier().expect_err("rank 0 has ended");
+            // Rank 0 has sent its share of the first sum before it ended, but not that of the second.
+            let _ = rank.sum_in_background(vec![1f32]).wait();
+            Some(
+                rank.sum_in_background(vec![1f32])
+                    .wait()
+                    .expect_err("rank 0 has ended")
+                    .to_string(),
+            )
+        }
+    });
+    let error = errors[1].as_deref().expect("of rank 1");
+    assert!(error.contains("rank 0 has ended while rank 1 waited for it"), "{error}");
+    // The same words as in the foreground; a sum of other lengths is refused alike.
+    let errors = on_ranks(2, |rank| {
+        let numbers = vec![0f32; 1 + rank.rank()];
+        rank.sum_in_background(numbers).wait().expect_err("other lengths").to_string()
+    });
+    assert!(errors[0].contains("rank 1 sent 8 bytes"), "{errors:?}");
+}
+
+#[test]
+fn abandoned_sums_hold_nobody_up() {
+    let both = Barrier::new(2);
+    on_ranks(2, |rank| {
+        // One rank begins a sum that the other never begins, and both end.
+        if rank.is_first() {
+            drop(rank.sum_in_background(vec![1f32; 10]));
+        }
+        both.wait();
+    });
+    // Later sums are made after those that nobody waits for.
+    on_ranks(4, |rank| {
+        drop(rank.sum_in_background(vec![1f32; 10]));
+        let sum = rank.sum_in_background(vec![rank.rank() as f32]).wait();
+        assert_eq!(sum.expect("all run"), [6.]);
+    });
 }

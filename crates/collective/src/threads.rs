@@ -2,6 +2,8 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use crate::{CommunicationError, Result};
 
@@ -9,14 +11,16 @@ use crate::{CommunicationError, Result};
 #[derive(Debug)]
 pub(crate) struct ThreadRank {
     rank: usize,
+    /// The time that every exchange takes.
+    latency: Duration,
     to: Vec<Sender<Vec<u8>>>,
     from: Vec<Mutex<Receiver<Vec<u8>>>>,
 }
 
 impl ThreadRank {
     /// The ends of all ranks.
-    pub(crate) fn all(size: usize) -> Vec<Self> {
-        let end = |rank| Self { rank, to: Vec::new(), from: Vec::new() };
+    pub(crate) fn all(size: usize, latency: Duration) -> Vec<Self> {
+        let end = |rank| Self { rank, latency, to: Vec::new(), from: Vec::new() };
         let mut ranks: Vec<Self> = (0..size).map(end).collect();
         for from in 0..size {
             for to in 0..size {
@@ -48,6 +52,7 @@ impl ThreadRank {
             )));
         }
         received.copy_from_slice(&message);
+        thread::sleep(self.latency);
         Ok(())
     }
 }

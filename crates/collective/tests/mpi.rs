@@ -1,7 +1,7 @@
 //! Ranks as processes, which `mpirun` starts from these tests; skipped where it is missing.
 
 use std::env;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,8 +53,12 @@ fn digest(ranks: &Communicator) -> u64 {
             total.iter_mut().zip(other).for_each(|(total, other)| *total += other);
         });
         let mut sum = sum.expect("a leaf");
+        // At the same time, of other numbers, so that a message taken for another changes the digest. A factor of two
+        // is exact.
+        let pending = ranks.sum_in_background(sum.iter().map(|number| 2. * number).collect());
         ranks.all_reduce_sum(&mut sum).expect("all run");
-        sum.iter().for_each(|number| add(u64::from(number.to_bits())));
+        let twice = pending.wait().expect("all run");
+        sum.iter().chain(&twice).for_each(|number| add(u64::from(number.to_bits())));
     }
     // In the order of the ranks, each a share of the same eight numbers.
     let share = 8 / ranks.size();
@@ -71,6 +75,7 @@ fn digest(ranks: &Communicator) -> u64 {
 fn processes_compute_the_bits_of_one() {
     if is_child() {
         let ranks = Communicator::of_environment().expect("started by mpirun");
+        assert!(ranks.sums_in_background(), "Open MPI and MPICH let several threads send");
         println!("digest {:x}", digest(&ranks));
         return;
     }
@@ -85,6 +90,37 @@ fn processes_compute_the_bits_of_one() {
     }
 }
 
+/// The exit status of ranks, which end soon.
+fn status_of(mut child: Child, work: &str) -> ExitStatus {
+    let began = Instant::now();
+    loop {
+        match child.try_wait().expect("started") {
+            Some(status) => return status,
+            None if began.elapsed() > Duration::from_secs(30) => {
+                child.kill().expect("running");
+                panic!("{work}: ranks still run after 30 s");
+            }
+            None => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Ranks that all end before they have waited for their sums make them and end MPI as always.
+#[test]
+fn sums_that_nobody_waits_for_do_not_keep_the_ranks_from_ending() {
+    if is_child() {
+        let ranks = Communicator::of_environment().expect("started by mpirun");
+        for len in [10, 40_003] {
+            drop(ranks.sum_in_background(vec![1f32; len]));
+        }
+        return;
+    }
+    let test = "sums_that_nobody_waits_for_do_not_keep_the_ranks_from_ending";
+    let Some(child) = start(test, "abandoned sums", 4) else { return };
+    let status = status_of(child, "abandoned sums");
+    assert!(status.success(), "{status}");
+}
+
 /// A rank that is killed, or fails, ends the others, which wait for it.
 #[test]
 fn a_rank_that_dies_ends_the_others() {
@@ -93,28 +129,23 @@ fn a_rank_that_dies_ends_the_others() {
         ranks.barrier().expect("all run");
         if ranks.rank() == 2 {
             match env::var(WORK).as_deref() {
-                Ok("killed") => drop(
+                Ok("fails") => ranks.abort(5),
+                _ => drop(
                     Command::new("kill").args(["-9", &std::process::id().to_string()]).status(),
                 ),
-                _ => ranks.abort(5),
             }
+        }
+        if env::var(WORK).as_deref() == Ok("killed before a sum in the background") {
+            ranks.sum_in_background(vec![1f32; 5000]).wait().expect("MPI ends this process");
         }
         ranks.barrier().expect("MPI ends this process");
         return;
     }
-    for (work, code) in [("killed", None), ("fails", Some(5))] {
-        let Some(mut child) = start("a_rank_that_dies_ends_the_others", work, 4) else { return };
-        let began = Instant::now();
-        let status = loop {
-            match child.try_wait().expect("started") {
-                Some(status) => break status,
-                None if began.elapsed() > Duration::from_secs(30) => {
-                    child.kill().expect("running");
-                    panic!("{work}: the other ranks still run after 30 s");
-                }
-                None => thread::sleep(Duration::from_millis(50)),
-            }
-        };
+    for (work, code) in
+        [("killed", None), ("killed before a sum in the background", None), ("fails", Some(5))]
+    {
+        let Some(child) = start("a_rank_that_dies_ends_the_others", work, 4) else { return };
+        let status = status_of(child, work);
         assert!(!status.success(), "{work}");
         if let Some(code) = code {
             assert_eq!(status.code(), Some(code), "{work}");
