@@ -4,7 +4,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use kernels::Shape;
 
 use crate::backend::{Backend, NormGradientCall, Operations};
-use crate::flat::{Changes, Flat, Pending};
+use crate::block_sums::{BlockSums, PassGradients};
+use crate::flat::{Changes, Pending};
 use crate::multiply_adds::needed;
 use crate::parameters::LARGE_PACKED_BYTES;
 use crate::plan::{NetworkOperation, NetworkPlan, Norm, OperationWork, Product};
@@ -25,8 +26,9 @@ impl Network {
     /// # Errors
     ///
     /// An empty tape; a gradient of another type or shape than the output; parameters that were
-    /// changed since; arguments of another network or backend. The tape then keeps its forward pass. It is
-    /// empty after an error of the computation itself: memory is freed as the pass goes back.
+    /// changed since; arguments of another network or backend; gradients that expect no further pass. The tape
+    /// then keeps its forward pass. It is empty after an error of the computation itself: memory is freed as the
+    /// pass goes back.
     pub fn backward(
         &self,
         parameters: &Parameters,
@@ -52,7 +54,7 @@ impl Network {
         }
         check_gradient(plan, gradient)?;
         let needed = needed(plan, |block| parameters.is_trained(block), input_gradient);
-        let gradients = gradients.gather()?;
+        let gradients = gradients.gather_pass()?;
         let TapeRecord { shapes, kept, .. } = tape.record.take().expect("it was there above");
         let pass = BackwardArguments { plan, parameters, shapes, gradient, gradients, needed };
         match (&plan.backend, kept) {
@@ -102,7 +104,7 @@ struct BackwardArguments<'a> {
     parameters: &'a Parameters,
     shapes: Vec<Shape>,
     gradient: &'a Tensor,
-    gradients: &'a mut [Flat],
+    gradients: PassGradients<'a>,
     needed: Vec<bool>,
 }
 
@@ -111,7 +113,8 @@ impl BackwardArguments<'_> {
     fn run<B: Operations>(self, backend: &B, kept: Activations<B>) -> Result<Option<Tensor>> {
         let BackwardArguments { plan, parameters, shapes, gradient, gradients, needed } = self;
         let gradient = backend.load(gradient, shapes[plan.output], "the gradient")?;
-        let mut pending = vec![Pending::new(); gradients.len()];
+        let PassGradients { flats, sums } = gradients;
+        let mut pending = vec![Pending::new(); flats.len()];
         let mut pass = BackwardPass {
             backend,
             plan,
@@ -121,13 +124,15 @@ impl BackwardArguments<'_> {
             kept,
             first_reader: plan.kept::<B>(),
             recomputed: plan.recomputed::<B>(),
-            gradients: Changes::of(gradients, &mut pending),
+            gradients: Changes::of(flats, &mut pending),
+            sums,
             needed,
         };
         pass.values[plan.output] = Some(gradient);
         for at in (0..plan.operations.len()).rev() {
             pass.operation(at)?;
             pass.release(at);
+            pass.begin_sum(at)?;
         }
         pass.finish()
     }
@@ -145,6 +150,8 @@ struct BackwardPass<'a, B: Operations> {
     /// As [`NetworkPlan::recomputed`].
     recomputed: Vec<Option<usize>>,
     gradients: Changes<'a>,
+    /// In the last pass of a step.
+    sums: Option<BlockSums<'a>>,
     /// Gradients of values: the sum of what their readers have sent back so far.
     values: Vec<Option<B::Value>>,
     needed: Vec<bool>,
@@ -264,6 +271,17 @@ impl<B: Operations> BackwardPass<'_, B> {
             if *first_reader == Some(at) {
                 self.kept.values[value] = None;
             }
+        }
+    }
+
+    /// Begins to sum the gradients of a block over the ranks, after the first of its operations, the last that adds
+    /// to them.
+    fn begin_sum(&mut self, at: usize) -> Result<()> {
+        match &mut self.sums {
+            Some(sums) if self.plan.is_first_of_block(at) => {
+                sums.begin(self.plan.operations[at].block, self.gradients.flats())
+            }
+            _ => Ok(()),
         }
     }
 

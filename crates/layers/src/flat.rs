@@ -75,6 +75,18 @@ impl FlatLayout {
         Ok(self.entries.len() - 1)
     }
 
+    /// The ranges of some entries; neighbours are joined.
+    pub fn ranges(&self, of: impl Fn(&TensorEntry) -> bool) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for entry in self.entries.iter().filter(|entry| of(entry)) {
+            match ranges.last_mut() {
+                Some(last) if last.end == entry.range.start => last.end = entry.range.end,
+                _ => ranges.push(entry.range.clone()),
+            }
+        }
+        ranges
+    }
+
     pub fn find(&self, name: &str) -> Result<&TensorEntry> {
         match self.by_name.get(name) {
             Some(at) => Ok(&self.entries[*at]),
@@ -220,6 +232,11 @@ impl<'a> Changes<'a> {
     /// - `pending`: empty, one for each of `flats`.
     pub fn of(flats: &'a mut [Flat], pending: &'a mut [Pending]) -> Changes<'a> {
         Changes { flats, pending }
+    }
+
+    /// What is changed.
+    pub fn flats(&mut self) -> &mut [Flat] {
+        self.flats
     }
 
     /// The changes by each group of the batch.

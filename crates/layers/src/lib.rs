@@ -77,6 +77,7 @@
 
 mod backend;
 mod backward;
+mod block_sums;
 mod flat;
 mod forward;
 mod groups;

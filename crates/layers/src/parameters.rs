@@ -9,7 +9,8 @@ use candle_core::{Result, Tensor, bail};
 use kernels::convolution::{Geometry, PackedFor, PackedWeights, Packing};
 use kernels::flat::{Adam, Sgd};
 
-use crate::backend::Cpu;
+use crate::backend::{BackendId, Cpu, Storage};
+use crate::block_sums::{BlockSum, BlockSums, PassGradients};
 use crate::flat::{EntryKind, Flat, TensorEntry};
 use crate::plan::NetworkPlan;
 use crate::profile::{self, Pass};
@@ -234,14 +235,7 @@ impl Parameters {
 
     /// The ranges of the trained blocks.
     fn trained_ranges(&self) -> Vec<Range<usize>> {
-        let mut ranges: Vec<Range<usize>> = Vec::new();
-        for entry in self.entries().iter().filter(|entry| self.trainable[entry.block]) {
-            match ranges.last_mut() {
-                Some(last) if last.end == entry.range.start => last.end = entry.range.end,
-                _ => ranges.push(entry.range.clone()),
-            }
-        }
-        ranges
+        self.flat.layout.ranges(|entry| self.trainable[entry.block])
     }
 }
 
@@ -249,12 +243,16 @@ impl Parameters {
 ///
 /// Those of a network [in groups](Network::in_groups) are kept for each group of this rank, until
 /// [`reduce`](Self::reduce) adds them. Only then can they be read.
-#[derive(Clone)]
 pub struct Gradients {
     /// One, or one for each group of this rank; the first is the sum once they are reduced.
     flats: Vec<Flat>,
     groups: BatchGroups,
     state: GradientState,
+    /// The backward passes that are still to come before the step, once [`expect_passes`](Self::expect_passes) has
+    /// said so.
+    expected: Option<usize>,
+    /// The sums that the last of them has begun.
+    sums: Vec<BlockSum>,
 }
 
 /// What gradients hold.
@@ -263,6 +261,8 @@ enum GradientState {
     Zero,
     /// A part for each group.
     Gathered,
+    /// The last backward pass has begun to sum them over the ranks, block by block.
+    Summing,
     /// The sum of all groups of all ranks.
     Reduced,
 }
@@ -275,6 +275,8 @@ impl Gradients {
             flats: (0..groups.own()).map(flat).collect(),
             groups,
             state: GradientState::Zero,
+            expected: None,
+            sums: Vec::new(),
         }
     }
 
@@ -287,6 +289,24 @@ impl Gradients {
     pub fn zero(&mut self) {
         self.flats.iter_mut().for_each(|flat| flat.storage.zero());
         self.state = GradientState::Zero;
+        self.expected = None;
+        self.sums.clear();
+    }
+
+    /// Announces that these gradients will be complete after so many more backward passes, on every rank. During the
+    /// last one, the CPUs of several ranks then sum the gradients of a block as soon as they are complete, while the
+    /// pass goes on below.
+    ///
+    /// It changes no number, and holds until [`zero`](Self::zero). One more pass is an error. If fewer come, or if
+    /// this is never called, [`reduce`](Self::reduce) makes all sums.
+    ///
+    /// # Errors
+    ///
+    /// The last pass of an earlier announcement has come.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        self.check_open()?;
+        self.expected = Some(passes);
+        Ok(())
     }
 
     /// Adds the gradients of all groups of all ranks: the last act before they are read, on every rank.
@@ -294,20 +314,28 @@ impl Gradients {
     ///
     /// # Errors
     ///
-    /// A rank has ended.
+    /// A rank has ended; or the last backward pass has failed.
     pub fn reduce(&mut self) -> Result<()> {
-        if self.groups.is_one() || self.state != GradientState::Gathered {
-            return Ok(());
-        }
-        let mut distance = 1;
-        while distance < self.flats.len() {
-            for lower in (0..self.flats.len()).step_by(2 * distance) {
-                let (below, above) = self.flats.split_at_mut(lower + distance);
-                below[lower].storage.add(&above[0].storage)?;
+        match self.state {
+            GradientState::Zero | GradientState::Reduced => return Ok(()),
+            GradientState::Gathered if self.groups.is_one() => return Ok(()),
+            GradientState::Gathered => {
+                add_groups(&mut self.flats, Storage::add)?;
+                self.flats[0].storage.sum_over_ranks(&self.groups)?;
             }
-            distance *= 2;
+            GradientState::Summing => {
+                let sums = std::mem::take(&mut self.sums);
+                if sums.iter().map(BlockSum::len).sum::<usize>() < self.flats[0].layout.len {
+                    bail!(
+                        "the gradients are incomplete, since the last backward pass or `reduce` has failed; call \
+                         `zero` and compute the step again"
+                    )
+                }
+                for sum in sums {
+                    sum.finish(&mut self.flats[0])?;
+                }
+            }
         }
-        self.flats[0].storage.sum_over_ranks(&self.groups)?;
         self.state = GradientState::Reduced;
         Ok(())
     }
@@ -318,11 +346,11 @@ impl Gradients {
     }
 
     /// Adds other gradients of the same network. Those of another network or backend, or in other
-    /// groups, are an error.
+    /// groups, are an error, and so is adding after the last [expected](Self::expect_passes) backward pass.
     pub fn add(&mut self, other: &Gradients) -> Result<()> {
         other.flats[0].check_like(&self.flats[0], "the other gradients", "these")?;
         let (own, others) = (self.flats.len(), other.flats.len());
-        if own != others || other.state == GradientState::Reduced {
+        if own != others || other.is_summed() {
             bail!("gradients in {others} groups cannot be added to those in {own}")
         }
         let pairs = self.gather()?.iter_mut().zip(&other.flats);
@@ -353,22 +381,68 @@ impl Gradients {
         Ok(())
     }
 
+    /// The gradients of each group, for a backward pass.
+    pub(crate) fn gather_pass(&mut self) -> Result<PassGradients<'_>> {
+        self.gather()?;
+        self.expected = self.expected.map(|passes| passes - 1);
+        let on_cpu = matches!(self.flats[0].storage.backend(), BackendId::Cpu);
+        let in_background = on_cpu && self.groups.communicator().sums_in_background();
+        let sums = (self.expected == Some(0) && in_background).then(|| {
+            self.state = GradientState::Summing;
+            BlockSums { groups: &self.groups, begun: &mut self.sums }
+        });
+        Ok(PassGradients { flats: &mut self.flats, sums })
+    }
+
     /// The gradients of each group, to add to.
-    pub(crate) fn gather(&mut self) -> Result<&mut [Flat]> {
-        if self.state == GradientState::Reduced {
+    fn gather(&mut self) -> Result<&mut [Flat]> {
+        self.check_open()?;
+        if self.is_summed() {
             bail!("the gradients were reduced; take the step and call `zero` before the next pass")
         }
         self.state = GradientState::Gathered;
         Ok(&mut self.flats)
     }
 
+    /// Fails once the last announced backward pass has come.
+    fn check_open(&self) -> Result<()> {
+        if self.expected == Some(0) {
+            bail!(
+                "the last backward pass that `expect_passes` announced has added to the gradients; announce as many \
+                 as a step has, or take the step and call `zero` first"
+            )
+        }
+        Ok(())
+    }
+
+    fn is_summed(&self) -> bool {
+        matches!(self.state, GradientState::Summing | GradientState::Reduced)
+    }
+
     /// The sum over all groups.
     fn reduced(&self) -> Result<&Flat> {
-        if self.state == GradientState::Gathered && !self.groups.is_one() {
+        let summing = self.state == GradientState::Summing;
+        if summing || self.state == GradientState::Gathered && !self.groups.is_one() {
             bail!("the gradients of the groups have not been added; call `reduce` first")
         }
         Ok(&self.flats[0])
     }
+}
+
+/// Adds to the first storage those of the other groups, in a binary tree over the groups.
+pub(crate) fn add_groups(
+    flats: &mut [Flat],
+    add: impl Fn(&mut Storage, &Storage) -> Result<()>,
+) -> Result<()> {
+    let mut distance = 1;
+    while distance < flats.len() {
+        for lower in (0..flats.len()).step_by(2 * distance) {
+            let (below, above) = flats.split_at_mut(lower + distance);
+            add(&mut below[lower].storage, &above[0].storage)?;
+        }
+        distance *= 2;
+    }
+    Ok(())
 }
 
 /// The memory of [`Parameters::sgd`] between steps: the direction `b` of the last one, initially 0.

@@ -134,6 +134,12 @@ impl NetworkPlan {
         }
     }
 
+    /// Whether no operation before this one belongs to its block: the backward pass then leaves the block.
+    pub fn is_first_of_block(&self, at: usize) -> bool {
+        let block = self.operations[at].block;
+        self.operations[..at].iter().all(|operation| operation.block != block)
+    }
+
     /// The shape of every value for an input of these dimensions.
     pub fn shapes(&self, dimensions: &[usize]) -> Result<Vec<Shape>> {
         let input = match (self.input, dimensions) {

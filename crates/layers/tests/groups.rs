@@ -1,9 +1,12 @@
 //! Training in groups of a batch: the same bits on any number of ranks.
 
+use std::time::Duration;
+
 use candle_core::{Device, Result, Tensor};
 use collective::Communicator;
 use layers::{
-    BatchGroups, BatchNorm, Builder, Convolution, Mode, Modes, Network, Pool, Precision, Sgd,
+    BatchGroups, BatchNorm, Builder, Convolution, Gradients, Mode, Modes, Network, Pool, Precision,
+    Sgd,
 };
 
 /// All operations: convolutions with one in Winograd's form, norms with and without a residual, both
@@ -46,7 +49,14 @@ struct Step {
 }
 
 /// Two passes and a step of one rank.
-fn step(network: &Network, groups: &BatchGroups, frozen: bool) -> Result<Step> {
+///
+/// - `expected`: backward passes that are announced.
+fn step(
+    network: &Network,
+    groups: &BatchGroups,
+    frozen: bool,
+    expected: Option<usize>,
+) -> Result<Step> {
     let network = network.in_groups(groups)?;
     let (mut parameters, mut gradients) = (network.parameters(), network.gradients());
     let (mut statistics, mut momenta) = (network.statistics(), network.momenta());
@@ -58,6 +68,9 @@ fn step(network: &Network, groups: &BatchGroups, frozen: bool) -> Result<Step> {
     if frozen {
         parameters.set_trainable("stem", false)?;
         modes.set("stem", Mode::Running)?;
+    }
+    if let Some(passes) = expected {
+        gradients.expect_passes(passes)?;
     }
     let (mut outputs, mut of_input) = (Vec::new(), Vec::new());
     for (pass, images) in [11, 8].into_iter().enumerate() {
@@ -83,13 +96,27 @@ fn step(network: &Network, groups: &BatchGroups, frozen: bool) -> Result<Step> {
     Ok(Step { outputs, of_input, gradients, parameters, statistics: statistics.to_vec()? })
 }
 
-/// The step on so many ranks, each with kernels on threads of its own.
-fn steps(network: &Network, groups: usize, ranks: usize, frozen: bool) -> Vec<Step> {
+/// The step on so many ranks.
+fn steps(
+    network: &Network,
+    groups: usize,
+    ranks: usize,
+    frozen: bool,
+    expected: Option<usize>,
+) -> Vec<Step> {
     let ranks = Communicator::threads(ranks).expect("a power of two");
+    on_ranks(ranks, |rank| step(network, &BatchGroups::new(groups, rank)?, frozen, expected))
+}
+
+/// Does `work` on every rank, with kernels on threads of its own.
+fn on_ranks<R: Send>(
+    ranks: Vec<Communicator>,
+    work: impl Fn(Communicator) -> Result<R> + Sync,
+) -> Vec<R> {
     std::thread::scope(|scope| {
         let work = |rank| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads");
-            pool.install(|| step(network, &BatchGroups::new(groups, rank)?, frozen))
+            pool.install(|| work(rank))
         };
         let threads: Vec<_> =
             ranks.into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
@@ -106,11 +133,15 @@ fn a_step_has_the_same_bits_on_1_2_and_4_ranks() -> Result<()> {
         for (network, frozen) in
             [(&by_kernels, false), (&by_kernels, true), (&by_tensors, false), (&by_tensors, true)]
         {
-            let one = steps(network, 4, 1, frozen).remove(0);
+            let one = steps(network, 4, 1, frozen, None).remove(0);
             assert!(one.gradients.iter().any(|gradient| *gradient != 0.));
-            for ranks in [2, 4] {
-                for step in steps(network, 4, ranks, frozen) {
-                    assert!(step == one, "{precision:?}, {ranks} ranks, frozen: {frozen}");
+            // Summed at the end; during the second pass; at the end, since the third pass does not come.
+            for expected in [None, Some(2), Some(3)] {
+                for ranks in [1, 2, 4] {
+                    for step in steps(network, 4, ranks, frozen, expected) {
+                        let case = format!("{ranks} ranks, frozen: {frozen}, {expected:?} passes");
+                        assert!(step == one, "{precision:?}, {case}");
+                    }
                 }
             }
         }
@@ -126,8 +157,8 @@ fn groups_compute_what_the_whole_batch_does() -> Result<()> {
     for (network, frozen) in
         [(&by_kernels, false), (&by_kernels, true), (&by_tensors, false), (&by_tensors, true)]
     {
-        let whole = step(&by_kernels, &BatchGroups::one(), frozen)?;
-        let groups = steps(network, 8, 2, frozen).remove(0);
+        let whole = step(&by_kernels, &BatchGroups::one(), frozen, None)?;
+        let groups = steps(network, 8, 2, frozen, None).remove(0);
         assert_ne!(whole.gradients, groups.gradients, "nothing was divided");
         let near = |a: &[f32], b: &[f32], what: &str| {
             assert_eq!(a.len(), b.len(), "{what}");
@@ -172,5 +203,151 @@ fn gradients_of_groups_are_added_before_they_are_read() -> Result<()> {
     let error = network.forward(&parameters, &mut network.statistics(), &three, &modes, None);
     let error = error.expect_err("an empty group").to_string();
     assert!(error.contains("3 images for 4 groups"), "{error}");
+    Ok(())
+}
+
+/// Blocks of a convolution and a norm, of fewer numbers than ranks would sum in parts.
+fn blocks(count: usize) -> Result<Network> {
+    let mut b = Builder::images(3);
+    let c = Convolution { out_channels: 4, kernel: 3, stride: 1, padding: 1 };
+    let norm = BatchNorm { epsilon: 1e-5, momentum: 0.1, relu: true, residual: None };
+    let mut y = b.input();
+    for block in 0..count {
+        b.block(&format!("block{block}"));
+        let z = b.convolution(&format!("conv{block}"), y, c)?;
+        y = b.batch_norm(&format!("bn{block}"), z, norm)?;
+    }
+    // In the first block again: its gradients are complete last, and in two places of the memory.
+    b.block("block0");
+    let y = b.global_average_pool(y)?;
+    let y = b.linear("output", y, 4)?;
+    b.finish(y)
+}
+
+/// Forward and backward passes of one rank, which add to gradients.
+struct Passes {
+    network: Network,
+    groups: BatchGroups,
+    gradients: Gradients,
+}
+
+impl Passes {
+    fn new(network: &Network, rank: Communicator) -> Result<Self> {
+        let groups = BatchGroups::new(4, rank)?;
+        let network = network.in_groups(&groups)?;
+        let gradients = network.gradients();
+        Ok(Self { network, groups, gradients })
+    }
+
+    fn pass(&mut self, seed: usize) -> Result<()> {
+        let Self { network, groups, gradients } = self;
+        let mut parameters = network.parameters();
+        for (at, entry) in network.parameters().entries().iter().enumerate() {
+            let values = numbers(at, &[entry.range.len()])?.to_vec1::<f32>()?;
+            parameters.set(&entry.name, &values)?;
+        }
+        let (modes, mut tape) = (Modes::all(network, Mode::Batch), network.tape());
+        let input = groups.own_rows(&numbers(seed, &[8, 5, 7, 3])?)?;
+        let statistics = &mut network.statistics();
+        network.forward(&parameters, statistics, &input, &modes, Some(&mut tape))?;
+        let gradient = groups.own_rows(&numbers(seed + 1, &[8, 4])?)?;
+        network.backward(&parameters, &mut tape, &gradient, gradients, false).map(|_| ())
+    }
+}
+
+#[test]
+fn gradients_are_summed_over_the_ranks_while_the_last_pass_goes_on() -> Result<()> {
+    let (count, latency) = (5, Duration::from_millis(80));
+    let network = blocks(count)?;
+    let ranks = Communicator::threads_with_latency(2, latency).expect("a power of two");
+    let waited = on_ranks(ranks, |rank| {
+        let mut passes = Passes::new(&network, rank)?;
+        passes.gradients.expect_passes(2)?;
+        passes.pass(1)?;
+        passes.pass(2)?;
+        let before = passes.groups.communicator().waited();
+        passes.gradients.reduce()?;
+        Ok(passes.groups.communicator().waited() - before)
+    });
+    // Every block is one message. The norms of the pass wait for one in each block, too; so little more than the
+    // message of the last block is left at the end.
+    let messages = count as u32 * latency;
+    assert!(waited.iter().all(|waited| *waited < messages / 2), "{waited:?} of {messages:?}");
+    Ok(())
+}
+
+#[test]
+fn no_pass_adds_to_gradients_that_are_being_summed() -> Result<()> {
+    let network = blocks(2)?;
+    for ranks in [1, 2] {
+        let ranks = Communicator::threads(ranks).expect("a power of two");
+        on_ranks(ranks, |rank| {
+            let mut passes = Passes::new(&network, rank)?;
+            passes.gradients.expect_passes(2)?;
+            passes.pass(1)?;
+            passes.pass(2)?;
+            let other = passes.network.gradients();
+            for error in [
+                passes.pass(3).expect_err("a third pass"),
+                passes.gradients.add(&other).expect_err("further gradients"),
+                passes.gradients.expect_passes(1).expect_err("too late"),
+            ] {
+                assert!(error.to_string().contains("`expect_passes`"), "{error}");
+            }
+            let error = passes.gradients.to_vec().expect_err("not added").to_string();
+            assert!(error.contains("call `reduce` first"), "{error}");
+            passes.gradients.reduce()?;
+            let sum = passes.gradients.to_vec()?;
+            passes.gradients.reduce()?;
+            assert_eq!(passes.gradients.to_vec()?, sum, "a second call changes nothing");
+
+            // A step that is abandoned after its last pass, and another one of two passes.
+            passes.gradients.zero();
+            passes.gradients.expect_passes(1)?;
+            passes.pass(4)?;
+            passes.gradients.zero();
+            assert!(passes.gradients.to_vec()?.iter().all(|gradient| *gradient == 0.));
+            passes.pass(1)?;
+            passes.pass(2)?;
+            passes.gradients.reduce()?;
+            assert_eq!(passes.gradients.to_vec()?, sum);
+            Ok(())
+        });
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_that_a_rank_never_sent_are_not_read() -> Result<()> {
+    let network = blocks(2)?;
+    let ranks = Communicator::threads(2).expect("a power of two");
+    on_ranks(ranks, |rank| {
+        let is_first = rank.is_first();
+        let mut passes = Passes::new(&network, rank)?;
+        passes.pass(1)?;
+        passes.gradients.expect_passes(1)?;
+        if is_first {
+            return Ok(());
+        }
+        let error = passes.pass(2).expect_err("a norm of one rank").to_string();
+        assert!(error.contains("rank 0 has ended while rank 1 waited for it"), "{error}");
+        Ok(())
+    });
+    // A rank that ends after its passes, before its sums are made.
+    let ranks = Communicator::threads(2).expect("a power of two");
+    on_ranks(ranks, |rank| {
+        let is_first = rank.is_first();
+        let mut passes = Passes::new(&network, rank)?;
+        passes.gradients.expect_passes(if is_first { 2 } else { 1 })?;
+        passes.pass(1)?;
+        if is_first {
+            return Ok(());
+        }
+        let error = passes.gradients.reduce().expect_err("never sent").to_string();
+        assert!(error.contains("rank 0 has ended while rank 1 waited for it"), "{error}");
+        let error = passes.gradients.reduce().expect_err("still incomplete").to_string();
+        assert!(error.contains("call `zero`"), "{error}");
+        Ok(())
+    });
     Ok(())
 }
