@@ -19,7 +19,8 @@ pub struct Chart {
 }
 
 /// Keys of time and speed, which get no chart.
-const NO_CHART: [&str; 5] = ["epoch", "step", "phase", "seconds", "images-per-second"];
+const NO_CHART: [&str; 6] =
+    ["epoch", "step", "phase", "seconds", "waiting-seconds", "images-per-second"];
 
 /// Returns the charts of a log, whose lines are JSON objects: losses first, then the others by name.
 ///

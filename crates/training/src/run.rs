@@ -15,7 +15,7 @@
 //! last state without the networks, from which a later round loads the momenta.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use backbone::{backbone_file, network_file};
@@ -78,6 +78,8 @@ pub struct Run<'a> {
     sums: BTreeMap<String, (f64, u64)>,
     saved_epochs: Option<usize>,
     epoch_began: Instant,
+    /// The time that this rank had waited for others when the epoch began.
+    waited_before: Duration,
     steps_here: usize,
     progress: Progress,
 }
@@ -120,6 +122,7 @@ impl<'a> Run<'a> {
             sums: BTreeMap::new(),
             saved_epochs: None,
             epoch_began: Instant::now(),
+            waited_before: Duration::ZERO,
             steps_here: 0,
             progress,
         };
@@ -144,6 +147,7 @@ impl<'a> Run<'a> {
     /// The next epoch, from 0; `None` when all are done.
     pub fn next_epoch(&mut self) -> Option<usize> {
         self.epoch_began = Instant::now();
+        self.waited_before = self.job.communicator.waited();
         self.steps_here = 0;
         (self.epochs < self.plan.epochs).then_some(self.epochs)
     }
@@ -319,6 +323,10 @@ impl<'a> Run<'a> {
             line.insert(name.clone(), (sum / *count as f64).into());
         }
         line.insert("seconds".into(), seconds.into());
+        if self.job.communicator.size() > 1 {
+            let waited = self.job.communicator.waited().saturating_sub(self.waited_before);
+            line.insert("waiting-seconds".into(), waited.as_secs_f64().into());
+        }
         line.insert("images-per-second".into(), (images / seconds.max(1e-9)).into());
         self.job.log(&line)
     }
