@@ -116,7 +116,9 @@ impl Stage for Icbpl {
                 // The loss does not use a view whose term has weight 0.
                 let view = (config.view_weight > 0.).then_some(view);
                 let neighbour = (config.neighbour_weight > 0.).then_some(neighbour);
-                let passes = [Some(anchor), view, neighbour].into_iter().flatten();
+                let passes: Vec<_> =
+                    [Some(anchor), view, neighbour].into_iter().flatten().collect();
+                networks.expect_passes(passes.len())?; // Ranks sum the gradients during the last one.
                 networks.backward(passes, &gradients)?;
                 run.check_gradients(&device, || networks.first_gradient_not_finite())?;
                 let [of_backbone, of_head] = rates.each_ref().map(|rate| rate.at(run.step() - 1));

@@ -102,6 +102,18 @@ impl IcbplNetworks {
         })
     }
 
+    /// Announces the backward passes of this step: see [`TrainedSegment::expect_passes`].
+    ///
+    /// # Errors
+    ///
+    /// All passes of an earlier announcement have come, and no step was taken since.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        if let StartingBackbone::Residual { segment, .. } = &mut self.backbone {
+            segment.expect_passes(passes)?;
+        }
+        Ok(self.head.expect_passes(passes)?)
+    }
+
     /// Adds the gradients of the loss to those of this step, pass by pass.
     ///
     /// # Errors

@@ -115,6 +115,7 @@ impl Stage for ImcSwav {
                 run.note_loss(&total)?; // An error when it is not finite.
 
                 let gradients = swapped.backward()?;
+                networks.expect_passes(crops.len())?; // Ranks sum the gradients during the last one.
                 networks.backward(crops, &gradients)?; // Adds to the gradients, crop by crop.
                 run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;
                 let adam = config.adam(learning_rate.at(run.step()));
@@ -170,6 +171,7 @@ fn classify(
     run.note_scalar("logit-penalty", &penalty)?;
     let loss = (information.loss + penalty)?;
     let gradients = loss.backward()?;
+    classifier.expect_passes(seams.len())?;
     for seam in seams {
         backward([&mut *classifier], [seam], &gradients)?; // No gradient reaches the encoder.
     }

@@ -123,6 +123,17 @@ impl ImcSwavNetworks {
         Ok(unit_rows(projection)?.matmul(&self.prototypes.variable.t()?)?)
     }
 
+    /// Announces the backward passes of this step through encoder and projector: see
+    /// [`TrainedSegment::expect_passes`].
+    ///
+    /// # Errors
+    ///
+    /// All passes of an earlier announcement have come, and no step was taken since.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        self.encoder.expect_passes(passes)?;
+        Ok(self.projector.expect_passes(passes)?)
+    }
+
     /// Adds the gradients of the swapped prediction to those of this step: for projector and
     /// encoder crop by crop. Those of the prototypes stay in `gradients`.
     ///

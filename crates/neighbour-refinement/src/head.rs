@@ -91,6 +91,11 @@ impl OnlineHead {
         Ok(HeadPass { input, logits })
     }
 
+    /// Announces the backward passes of this step: see [`TrainedSegment::expect_passes`].
+    pub(crate) fn expect_passes(&mut self, passes: usize) -> candle_core::Result<()> {
+        self.online.expect_passes(passes)
+    }
+
     /// Adds the gradients of one pass to those of this step, and its gradient at the embedding to
     /// `gradients`.
     ///

@@ -124,7 +124,12 @@ impl Stage for NeighbourRefinement {
                 // Batch statistics, no tape.
                 let [target_1, target_2] = target.project([&view_1, &view_2])?;
                 run.note_projections(&target_1)?; // An error when they have collapsed.
-                for (view, projection) in [(&view_1, &target_2), (&view_2, &target_1)] {
+                let directions = [(&view_1, &target_2), (&view_2, &target_1)];
+                online.expect_passes(directions.len())?; // Ranks sum gradients during the last one.
+                if let (Some(head), Some(_)) = (head.as_mut(), &constants.labels) {
+                    head.expect_passes(directions.len())?;
+                }
+                for (view, projection) in directions {
                     let seams = online.forward(view, None)?; // Variables of candle's.
                     let pass = match (head.as_mut(), &constants.labels) {
                         (Some(head), Some(_)) => Some(head.forward(&seams[0])?),

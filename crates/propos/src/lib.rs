@@ -91,7 +91,9 @@ impl Stage for ProPos {
                 let clusters = model.clusters.of(&batch.rows);
                 let views = pictures(batch, &device)?;
                 let Learner { online, target } = &mut model.learner;
-                for pass in passes(config, target, views)? {
+                let passes = passes(config, target, views)?;
+                online.expect_passes(passes.len())?; // Ranks sum the gradients during the last one.
+                for pass in passes {
                     run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
                     let draw = [run.step() as u64, pass.number];
                     let noise = extras.noise(pass.shape()?, job.seed, draw, &device)?;

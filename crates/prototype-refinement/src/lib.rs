@@ -125,6 +125,7 @@ impl Stage for PrototypeRefinement {
                 let [target_1, target_2] = target.project([&view_1, &view_2])?;
                 run.note_projections(&target_1)?; // An error when they have collapsed.
                 let directions = [(&view_1, &target_2), (&view_2, &target_1)];
+                online.expect_passes(directions.len())?; // Ranks sum gradients during the last one.
                 for (direction, (view, projection)) in directions.into_iter().enumerate() {
                     let draw = [step as u64, direction as u64];
                     let noise =

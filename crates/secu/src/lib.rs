@@ -119,6 +119,7 @@ impl Stage for SeCu {
                 run.note_loss(&loss)?; // An error when it is not finite.
 
                 let gradients = loss.backward()?;
+                networks.expect_passes(2)?; // Ranks sum the gradients during the last one.
                 networks.backward(seams_1, &gradients)?; // Adds to the gradients.
                 networks.backward(seams_2, &gradients)?;
                 run.check_gradients(&device, || networks.first_gradient_not_finite(&gradients))?;

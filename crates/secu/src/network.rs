@@ -83,6 +83,16 @@ impl SeCuNetworks {
         Ok([embedding, projection])
     }
 
+    /// Announces the backward passes of this step: see [`TrainedSegment::expect_passes`].
+    ///
+    /// # Errors
+    ///
+    /// All passes of an earlier announcement have come, and no step was taken since.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        self.backbone.expect_passes(passes)?;
+        Ok(self.projector.expect_passes(passes)?)
+    }
+
     /// Adds the gradients of a view to those of this step.
     ///
     /// # Errors

@@ -203,6 +203,18 @@ impl Online {
         Ok([embedding, projection, prediction])
     }
 
+    /// Announces the backward passes of this step, for all three segments: see [`TrainedSegment::expect_passes`].
+    ///
+    /// # Errors
+    ///
+    /// All passes of an earlier announcement have come, and no step was taken since.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        for segment in [&mut self.backbone, &mut self.projector, &mut self.predictor] {
+            segment.expect_passes(passes)?;
+        }
+        Ok(())
+    }
+
     /// Adds the gradients of one pass to those of this step: see [`backward`].
     ///
     /// # Errors
@@ -360,6 +372,7 @@ pub(crate) mod tests {
     use backbone::network_file::NamedTensor;
     use backbone::{Architecture, Depth, Predictor, Projector, Stem};
     use candle_core::Device::Cpu;
+    use collective::Communicator;
 
     use super::*;
     use crate::loss::regression_loss;
@@ -618,6 +631,87 @@ pub(crate) mod tests {
             assert!((length - 1.).abs() < 1e-5, "{length}");
         }
         Ok(())
+    }
+
+    /// Does `work` on threads of this process, one for each rank.
+    fn on_ranks<R: Send>(
+        ranks: usize,
+        work: impl Fn(Communicator) -> anyhow::Result<R> + Sync,
+    ) -> Vec<R> {
+        let (ranks, work) = (Communicator::threads(ranks).expect("a power of two"), &work);
+        std::thread::scope(|scope| {
+            let start = |rank| {
+                scope.spawn(move || {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+                    pool.install(|| work(rank))
+                })
+            };
+            let threads: Vec<_> = ranks.into_iter().map(start).collect();
+            let ends = threads.into_iter().map(|thread| thread.join().expect("no panic"));
+            ends.collect::<anyhow::Result<_>>().expect("all ranks run")
+        })
+    }
+
+    /// One backward pass, whose loss is multiplied by a factor.
+    fn pass(
+        learner: &mut Learner,
+        groups: &BatchGroups,
+        number: u64,
+        factor: f64,
+    ) -> anyhow::Result<()> {
+        let own = |number| groups.own_rows(&pictures(number)?);
+        let projection = learner.target.project(&own(number + 1)?)?;
+        let seams = learner.online.forward(&own(number)?, None)?;
+        let loss = (regression_loss(&seams[2], &projection)? * factor)?;
+        Ok(learner.online.backward(seams, &loss.backward()?)?)
+    }
+
+    #[test]
+    fn announced_passes_change_no_bit_on_any_number_of_ranks() -> anyhow::Result<()> {
+        let steps = |precision, rank, announced| -> anyhow::Result<Vec<Vec<u32>>> {
+            let groups = BatchGroups::new(4, rank)?;
+            let mut learner = learner_in(precision, 3)?.in_groups(&groups)?;
+            for number in [10, 20, 30] {
+                if announced {
+                    learner.online.expect_passes(2)?;
+                }
+                pass(&mut learner, &groups, number, 1.)?;
+                pass(&mut learner, &groups, number + 5, 1.)?;
+                assert_eq!(learner.online.first_gradient_not_finite()?, None);
+                learner.online.step(0.05)?;
+                learner.target.follow(&learner.online, 0.9)?;
+            }
+            let file = Checkpoint::of(&mut learner)?;
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+            Ok(file.floats().map(|(_, _, values)| bits(values)).collect())
+        };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let one = steps(precision, Communicator::single(), false)?;
+            for ranks in [1, 2, 4] {
+                for found in on_ranks(ranks, |rank| steps(precision, rank, true)) {
+                    assert!(found == one, "{precision:?}, {ranks} ranks");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_pass_too_many_is_an_error_and_an_abandoned_step_holds_no_rank_up() {
+        for ranks in [1, 2, 4] {
+            on_ranks(ranks, |rank| {
+                let groups = BatchGroups::new(4, rank)?;
+                let mut learner = learner(3)?.in_groups(&groups)?;
+                learner.online.expect_passes(1)?;
+                pass(&mut learner, &groups, 10, f64::NAN)?;
+                let error = pass(&mut learner, &groups, 20, 1.).expect_err("a second pass");
+                assert!(error.to_string().contains("`expect_passes`"), "{error}");
+                let found = learner.online.first_gradient_not_finite()?;
+                assert_eq!(found.as_deref(), Some("online.backbone.conv1.weight"));
+                // The run stops here: the sums of projector and predictor are not waited for.
+                Ok(())
+            });
+        }
     }
 
     /// The gradients of one pass of the online network, before its step.

@@ -139,6 +139,17 @@ impl<O: Optimizer> TrainedSegment<O> {
         self.segment.forward(input, &modes, None)
     }
 
+    /// Announces the backward passes of this step, before the first one. In the last of them, ranks begin to sum the
+    /// gradients of each block as soon as they are complete, and [`step`](Self::step) waits for the others: see
+    /// [`Gradients::expect_passes`]. Without it, [`step`](Self::step) makes all sums.
+    ///
+    /// # Errors
+    ///
+    /// All passes of an earlier announcement have come, and no step was taken since.
+    pub fn expect_passes(&mut self, passes: usize) -> Result<()> {
+        self.gradients.expect_passes(passes)
+    }
+
     /// Adds the gradients of one forward pass to those of this step; returns the gradient at the
     /// input if `input_gradient` asks for it.
     ///
@@ -146,7 +157,8 @@ impl<O: Optimizer> TrainedSegment<O> {
     ///
     /// # Errors
     ///
-    /// `at_output` has another shape than the seam.
+    /// `at_output` has another shape than the seam, or more passes come than were
+    /// [announced](Self::expect_passes).
     pub fn backward(
         &mut self,
         mut seam: Seam,

@@ -71,6 +71,12 @@ impl RunTable {
             "`batch-groups` in `[{table}.run]` is {groups}, but {ranks} ranks were started, and each needs a group; \
              start fewer, or set {ranks} or more with --set {table}.run.batch-groups={ranks}"
         );
+        if ranks > 1 && job.communicator.is_first() && !job.communicator.sums_in_background() {
+            tracing::warn!(
+                "gradients are summed over the ranks only after the backward passes: this MPI does not let several \
+                 threads send at a time; one with MPI_THREAD_MULTIPLE sums them meanwhile"
+            );
+        }
         Ok(BatchGroups::new(groups, job.communicator.clone())?)
     }
 
