@@ -35,10 +35,11 @@ fn main() -> Result<()> {
     // Two views forward through both networks, and back through one of them.
     let norms = 2. * (2. * joins(&online) + joins(&target));
     let channels = 2. * (2. * channels(&online) + channels(&target));
+    let blocks: usize = online.iter().map(|plan| plan.blocks().len()).sum();
     let outputs = |plans: &[&Network]| plans.iter().map(|plan| plan.output_width()).sum::<usize>();
     let gathered = 2. * batch * (outputs(&online) + projector.output_width()) as f64;
 
-    println!("ranks  gradients  norms  outputs  MB in all  ms  of a step");
+    println!("ranks  gradients  norms  outputs  MB in all  ms  of a step  at best");
     for ranks in [2, 4, 8, 16, 32, 64].map(f64::from) {
         let (share, levels) = ((ranks - 1.) / ranks, ranks.log2());
         let megabytes = [
@@ -47,13 +48,19 @@ fn main() -> Result<()> {
             share * 4. * gathered / 1e6,
         ];
         let all: f64 = megabytes.iter().sum();
-        let messages = levels * (norms + 2. * 3. + 2. * 4.);
+        let messages = levels * (norms + 2. * blocks as f64 + 2. * 4.);
         let time = all / 1e3 / gigabytes + messages * LATENCY;
         let [gradients, norms, outputs] = megabytes;
+        // The gradients travel during the last backward pass, a quarter of the computation; at best, none wait for
+        // its end.
+        let computation = seconds / ranks;
+        let beside = (gradients / 1e3 / gigabytes).min(computation / 4.);
+        let share = |waiting: f64| 100. * waiting / (waiting + computation);
         println!(
-            "{ranks:5}  {gradients:9.1}  {norms:5.1}  {outputs:7.1}  {all:9.1}  {:.1}  {:.0} %",
+            "{ranks:5}  {gradients:9.1}  {norms:5.1}  {outputs:7.1}  {all:9.1}  {:.1}  {:.0} %  {:.0} %",
             1e3 * time,
-            100. * time / (time + seconds / ranks)
+            share(time),
+            share(time - beside)
         );
     }
     Ok(())
