@@ -2,6 +2,7 @@
 
 use std::ops::AddAssign;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -82,6 +83,11 @@ impl Communicator {
         self.end.second.is_some()
     }
 
+    /// How many of the sums begun by [`sum_in_background`](Self::sum_in_background) have been made.
+    pub fn sums_made(&self) -> usize {
+        self.end.made.load(Ordering::Relaxed)
+    }
+
     /// Begins what [`all_reduce_sum`](Self::all_reduce_sum) does, with the same bits. The caller goes on, and may
     /// use the communicator for other operations: their messages are never taken for those of the sum.
     ///
@@ -95,8 +101,10 @@ impl Communicator {
         T: Pod + AddAssign + Send,
     {
         let (found, result) = channel();
+        let made = Arc::clone(&self.end.made);
         let job = move |ranks: &Communicator| {
             let sum = ranks.all_reduce_sum(&mut values).map(|()| values);
+            made.fetch_add(1, Ordering::Relaxed);
             // Nobody waits any more if a step was abandoned.
             let _ = found.send(sum);
         };

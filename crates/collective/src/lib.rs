@@ -46,7 +46,7 @@ mod threads;
 mod vectors;
 
 use std::ops::{AddAssign, Range};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -80,6 +80,8 @@ struct End {
     links: Links,
     /// Links between the same ranks for the sums in the background alone.
     second: Option<Links>,
+    /// See [`Communicator::sums_made`].
+    made: Arc<AtomicUsize>,
     /// Nanoseconds: see [`Communicator::waited`].
     waited: AtomicU64,
 }
@@ -131,8 +133,8 @@ impl Communicator {
     /// - `second`: links for sums in the background, where there can be any.
     fn of(rank: usize, size: usize, links: Links, second: Option<Links>) -> Self {
         let second = second.filter(|_| size > 1);
-        let (background, waited) = (OnceLock::new(), AtomicU64::new(0));
-        Self { rank, size, end: Arc::new(End { background, links, second, waited }) }
+        let (background, made, waited) = Default::default();
+        Self { rank, size, end: Arc::new(End { background, links, second, made, waited }) }
     }
 
     /// This rank, from 0.

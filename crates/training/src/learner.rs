@@ -660,7 +660,7 @@ pub(crate) mod tests {
         factor: f64,
     ) -> anyhow::Result<()> {
         let own = |number| groups.own_rows(&pictures(number)?);
-        let projection = learner.target.project(&own(number + 1)?)?;
+        let [projection] = learner.target.project([&own(number + 1)?])?;
         let seams = learner.online.forward(&own(number)?, None)?;
         let loss = (regression_loss(&seams[2], &projection)? * factor)?;
         Ok(learner.online.backward(seams, &loss.backward()?)?)
