@@ -212,6 +212,39 @@ impl Communicator {
         Ok(all)
     }
 
+    /// The items of this rank, where the ranks share `count` of them: consecutive ones. The numbers of items
+    /// of two ranks differ by at most 1. Values that are gathered of all items are in their order.
+    pub fn share(&self, count: usize) -> Range<usize> {
+        let start = |rank: usize| rank * count / self.size;
+        start(self.rank)..start(self.rank + 1)
+    }
+
+    /// The lists of all ranks on rank 0, in the order of the ranks; none on the others.
+    ///
+    /// - `own`: such as a list for each item of [`share`](Self::share). Ranks may have different numbers
+    ///   of lists, and lists different lengths.
+    ///
+    /// # Errors
+    ///
+    /// A rank has ended.
+    pub fn gather<T: Pod>(&self, own: Vec<Vec<T>>) -> Result<Vec<Vec<T>>> {
+        let mut all = own;
+        for (distance, partner) in self.distances().zip(self.partners()) {
+            let mut count = [0u64];
+            self.exchange(partner, &[all.len() as u64], &mut count)?;
+            if !self.rank.is_multiple_of(2 * distance) {
+                for list in all {
+                    self.exchange_any(partner, &list)?;
+                }
+                return Ok(vec![]);
+            }
+            for _ in 0..count[0] {
+                all.push(self.exchange_any(partner, &[])?);
+            }
+        }
+        Ok(all)
+    }
+
     /// Replaces `values` by those of rank 0.
     ///
     /// # Errors

@@ -146,6 +146,22 @@ fn values_are_gathered_in_order_and_sent_from_the_first_rank() {
 }
 
 #[test]
+fn shared_items_are_gathered_in_their_order_on_the_first_rank() {
+    for ranks in [1, 2, 4, 8] {
+        for items in [0, 1, 3, 8, 13] {
+            let list = |item: usize| vec![item as u16; item % 3];
+            let found = on_ranks(ranks, |rank| {
+                let own = rank.share(items);
+                assert!(own.len().abs_diff(items / ranks) <= 1, "{own:?} of {items}");
+                rank.gather(own.map(list).collect()).expect("all run")
+            });
+            assert_eq!(found[0], (0..items).map(list).collect::<Vec<_>>(), "{ranks} ranks");
+            assert!(found[1..].iter().all(Vec::is_empty), "{found:?}");
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_ends_or_differs_is_named_by_the_others() {
     let errors = on_ranks(2, |rank| match rank.is_first() {
         true => None,

@@ -61,10 +61,10 @@ fn digest(ranks: &Communicator) -> u64 {
         sum.iter().chain(&twice).for_each(|number| add(u64::from(number.to_bits())));
     }
     // In the order of the ranks, each a share of the same eight numbers.
-    let share = 8 / ranks.size();
-    let own: Vec<u16> = (0..share).map(|at| (ranks.rank() * share + at) as u16).collect();
+    let own: Vec<u16> = ranks.share(8).map(|at| at as u16).collect();
     ranks.all_gather(&own).expect("all run").iter().for_each(|number| add(u64::from(*number)));
-    let mut word = if ranks.is_first() { vec![3u8, 4] } else { Vec::new() };
+    let lists = ranks.share(8).map(|at| vec![3u8; at]).collect();
+    let mut word = ranks.gather(lists).expect("all run").concat();
     ranks.broadcast(&mut word).expect("all run");
     word.iter().for_each(|number| add(u64::from(*number)));
     ranks.barrier().expect("all run");
