@@ -12,6 +12,7 @@ use training::{
     Views, check, sampler,
 };
 
+use crate::JoinedViews;
 use crate::objective::{Extras, NoiseSpace};
 
 /// What ProPos can vary. The experiment sets every field; the seed is an argument of the program.
@@ -42,7 +43,8 @@ pub struct Config {
     /// Logit of a cluster without an image in the batch; −10 is published, `-inf` leaves it out.
     pub absent_logit: f64,
     /// Both views through the network as one batch, so that they share their statistics: published
-    /// for CIFAR-20 and ImageNet-Dogs. With `false`, statistics are per view, as in BYOL.
+    /// for CIFAR-20 and ImageNet-Dogs. `batch-groups` then divides the batch evenly. With `false`, statistics
+    /// are per view, as in BYOL.
     pub concatenate_views: bool,
     /// Order of the images.
     pub sampling: Sampling,
@@ -90,12 +92,6 @@ impl Config {
             ("emulate-world-size", self.emulate_world_size),
         ];
         check::at_least(job.name, 1, &counts)?;
-        ensure!(
-            self.run.batch_groups == 1 || !self.concatenate_views,
-            "`concatenate-views` in `[{0}]` joins both views to one batch, which is not divided yet; set it \
-             to false, or `batch-groups` in `[{0}.run]` to 1",
-            job.name
-        );
         let weights = [("noise", self.noise), ("scatter-weight", self.scatter_weight)];
         check::not_negative(job.name, &weights)?;
         check::above_zero(job.name, &[("scatter-temperature", self.scatter_temperature)])?;
@@ -109,7 +105,15 @@ impl Config {
         self.views.check(&format!("{}.views", job.name))?;
         let cost = self.network.picture_cost(&self.input)?;
         let Some(pictures) = check::pictures(job, &self.input)? else { return Ok(Effort::NONE) };
-        self.run.check_groups(job.name, self.plan(pictures.trained).batch_size)?;
+        let images = self.plan(pictures.trained).batch_size;
+        self.run.check_groups(job.name, images)?;
+        ensure!(
+            !self.concatenate_views || images.is_multiple_of(self.run.batch_groups),
+            "`batch-groups` in `[{0}.run]` is {1}, but with `concatenate-views = true` all groups need as many \
+             of the {images} images of a batch; choose fewer groups, or another `batch-size`",
+            job.name,
+            self.run.batch_groups
+        );
         let multiply_adds = self.multiply_adds(pictures.trained, pictures.scored, &cost);
         Ok(Effort::of_multiply_adds(multiply_adds, cost))
     }
@@ -124,6 +128,14 @@ impl Config {
         let e_steps = self.run.epochs.div_ceil(self.reassign) * images;
         let views = 2. * self.plan(images).pictures();
         views * (cost.learning + cost.projection) + (e_steps + scored) as f64 * cost.projection
+    }
+
+    /// How both views pass as one batch, if they do.
+    ///
+    /// - `images`: of a batch.
+    pub(crate) fn joined_views(&self, images: usize) -> Option<JoinedViews> {
+        let of_group = images / self.run.batch_groups;
+        self.concatenate_views.then_some(JoinedViews { images: of_group })
     }
 
     pub(crate) fn learning_rate(&self, steps_per_epoch: usize) -> LearningRate {

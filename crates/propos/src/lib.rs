@@ -74,6 +74,7 @@ impl Stage for ProPos {
         }
         let clusters = EStepClusters::new(config, job, &images, rows, &device);
         let learner = learner.on(&device)?.in_groups(&groups)?;
+        let joined = config.joined_views(plan.batch_size);
         let mut model = ProPosModel { learner, clusters };
         let mut run = Run::resume_or_start(job, config, images.fingerprint(), plan, &mut model)?;
         let views = config.views(&images, job.seed).in_groups(&groups);
@@ -91,7 +92,7 @@ impl Stage for ProPos {
                 let clusters = model.clusters.of(&batch.rows);
                 let views = pictures(batch, &device)?;
                 let Learner { online, target } = &mut model.learner;
-                let passes = passes(config, target, views)?;
+                let passes = passes(joined, target, views)?;
                 online.expect_passes(passes.len())?; // Ranks sum the gradients during the last one.
                 for pass in passes {
                     run.note_projections(&pass.directions[0].1)?; // An error when they have collapsed.
@@ -145,32 +146,59 @@ impl Trained for ProPosModel<'_> {
 struct OnlinePass {
     /// 0 or 1: each pass has its own noise.
     number: u64,
-    /// `(N, H, W, C)`.
+    /// Of the images of this rank, `(N, H, W, C)`.
     view: Tensor,
-    /// For each direction, its first row in `view` and the target's projection of the other view.
+    /// How `view` has both views, if it does.
+    joined: Option<JoinedViews>,
+    /// For each direction, which of the joined views it is of, and the target's projection of the other view.
     directions: Vec<(usize, Tensor)>,
 }
 
 /// The passes of a step: target projections first, on batch statistics and without a tape.
 fn passes(
-    config: &Config,
+    joined: Option<JoinedViews>,
     target: &mut Target,
     [view_1, view_2]: [Tensor; 2],
 ) -> Result<Vec<OnlinePass>> {
-    if config.concatenate_views {
-        let images = view_1.dim(0)?;
-        let view = Tensor::cat(&[view_1, view_2], 0)?;
+    if let Some(views) = joined {
+        let view = views.join([view_1, view_2])?;
         let [projection] = target.project([&view])?;
-        let (target_1, target_2) =
-            (projection.narrow(0, 0, images)?, projection.narrow(0, images, images)?);
-        let directions = vec![(0, target_2.contiguous()?), (images, target_1.contiguous()?)];
-        return Ok(vec![OnlinePass { number: 0, view, directions }]);
+        let directions = vec![(0, views.of(1, &projection)?), (1, views.of(0, &projection)?)];
+        return Ok(vec![OnlinePass { number: 0, view, joined, directions }]);
     }
     let [target_1, target_2] = target.project([&view_1, &view_2])?;
     Ok(vec![
-        OnlinePass { number: 0, view: view_1, directions: vec![(0, target_2)] },
-        OnlinePass { number: 1, view: view_2, directions: vec![(0, target_1)] },
+        OnlinePass { number: 0, view: view_1, joined, directions: vec![(0, target_2)] },
+        OnlinePass { number: 1, view: view_2, joined, directions: vec![(0, target_1)] },
     ])
+}
+
+/// Two views that pass through the networks as one batch: of each group of images view 1, then view 2. So each
+/// rank passes both views of its own images, and the groups have the same rows on any number of ranks.
+#[derive(Debug, Clone, Copy)]
+struct JoinedViews {
+    /// Images of a group, the same in all groups.
+    images: usize,
+}
+
+impl JoinedViews {
+    /// Both views of the images of this rank, each `(N, H, W, C)`, as one batch `(2N, H, W, C)`.
+    fn join(&self, views: [Tensor; 2]) -> candle_core::Result<Tensor> {
+        let (_, height, width, channels) = views[0].dims4()?;
+        let of_group = self.images * height * width * channels;
+        let [view_1, view_2] = views.map(|view| view.reshape(((), of_group)));
+        Tensor::cat(&[view_1?, view_2?], 1)?.reshape(((), height, width, channels))
+    }
+
+    /// The rows of view `view`, 0 or 1, in the order of the images, `(N, D)`.
+    ///
+    /// - `rows`: of the joined views of all ranks, `(2N, D)`.
+    fn of(&self, view: usize, rows: &Tensor) -> candle_core::Result<Tensor> {
+        let width = rows.dim(1)?;
+        let of_group = self.images * width;
+        let groups = rows.reshape(((), 2 * of_group))?;
+        groups.narrow(1, view * of_group, of_group)?.reshape(((), width))
+    }
 }
 
 impl OnlinePass {
@@ -190,8 +218,11 @@ impl OnlinePass {
         run: &mut Run,
     ) -> Result<Tensor> {
         let mut losses = Vec::new();
-        for (first, target) in &self.directions {
-            let rows = |seam: &Tensor| seam.narrow(0, *first, clusters.len());
+        for (view, target) in &self.directions {
+            let rows = |seam: &Tensor| match self.joined {
+                Some(views) => views.of(*view, seam),
+                None => Ok(seam.clone()),
+            };
             let (prediction, projection) = (rows(prediction)?, rows(projection)?);
             let Direction { loss, alignment, scatter } =
                 direction(&prediction, &projection, target, clusters, extras)?;
@@ -275,8 +306,12 @@ pub(crate) mod tests {
     #[test]
     fn ranks_write_the_same_bytes() -> Result<()> {
         let folder = tempfile::tempdir()?;
-        let config = with(|c| c.run.batch_groups = 4);
-        fixture::assert_same_on_ranks::<ProPos>(&config, |out| job(folder.path(), out));
+        for concatenate_views in [false, true] {
+            let config =
+                with(|c| (c.run.batch_groups, c.concatenate_views) = (4, concatenate_views));
+            let job = |out: &str| job(folder.path(), &format!("{out}, {concatenate_views}"));
+            fixture::assert_same_on_ranks::<ProPos>(&config, job);
+        }
         Ok(())
     }
 
@@ -407,6 +442,15 @@ pub(crate) mod tests {
 
     /// The loss of a step, by the online and target networks of a fresh learner.
     fn loss(config: &Config, views: [Tensor; 2], clusters: &[Option<u32>]) -> Result<f64> {
+        Ok(step(config, views, clusters)?.0)
+    }
+
+    /// The same, and the gradient of the backbone's last convolution.
+    fn step(
+        config: &Config,
+        views: [Tensor; 2],
+        clusters: &[Option<u32>],
+    ) -> Result<(f64, Vec<f32>)> {
         let folder = tempfile::tempdir()?;
         let job = job(folder.path(), "out");
         let mut learner = Learner::random(
@@ -414,20 +458,23 @@ pub(crate) mod tests {
             config.optimizer,
             config.run.precision,
             5,
-        )?;
+        )?
+        .in_groups(&config.run.groups(&job)?)?;
         let mut run = Run::resume_or_start(&job, config, "f", config.plan(8), &mut learner)?;
         let Learner { mut online, mut target } = learner;
         // A target that is not the online network, or both directions would be alike.
         target.projector.parameters.set("output.bias", &[0.3, -0.2, 0.5, -0.6])?;
         let mut sum = 0.;
-        let all = passes(config, &mut target, views)?;
+        let all = passes(config.joined_views(8), &mut target, views)?;
         let extras = Extras { noise: 0., ..config.extras(9, 3) };
         for pass in all {
             let seams = online.forward(&pass.view, None)?;
             let loss = pass.loss(&seams, clusters, &extras, &mut run)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
+            online.backward(seams, &loss.backward()?)?;
         }
-        Ok(sum)
+        assert_eq!(online.first_gradient_not_finite()?, None);
+        Ok((sum, online.backbone.gradient("layer4.0.conv2.weight")?))
     }
 
     fn views_of_eight() -> Result<[Tensor; 2]> {
@@ -485,6 +532,44 @@ pub(crate) mod tests {
         Ok(())
     }
 
+    /// Both views of four groups of two images have the loss and the gradients of one batch of all.
+    #[test]
+    fn joined_views_in_groups_learn_what_they_learn_in_one() -> Result<()> {
+        let config = |groups| {
+            with(|c| {
+                (c.concatenate_views, c.scatter_weight, c.run.batch_groups) = (true, 1., groups)
+            })
+        };
+        let (whole, want) = step(&config(1), views_of_eight()?, &CLUSTERS)?;
+        let (grouped, got) = step(&config(4), views_of_eight()?, &CLUSTERS)?;
+        ensure!((whole - grouped).abs() < 1e-5, "{whole} and {grouped}");
+        let length =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+        let off = length(&mut want.iter().zip(&got).map(|(a, b)| a - b));
+        let size = length(&mut want.iter().copied());
+        ensure!(want != got && off < 1e-3 * size, "off by {off} of {size}");
+        Ok(())
+    }
+
+    #[test]
+    fn joined_views_are_in_order_within_each_group() -> Result<()> {
+        let view = |first: f32| Tensor::arange(first, first + 4., &Cpu)?.reshape((4, 1, 1, 1));
+        for (images, want) in
+            [(4, [0f32, 1., 2., 3., 10., 11., 12., 13.]), (2, [0., 1., 10., 11., 2., 3., 12., 13.])]
+        {
+            let views = JoinedViews { images };
+            let joined = views.join([view(0.)?, view(10.)?])?;
+            assert_eq!(joined.dims(), [8, 1, 1, 1]);
+            let rows = joined.reshape((8, 1))?;
+            assert_eq!(rows.flatten_all()?.to_vec1::<f32>()?, want);
+            for (number, first) in [(0, 0.), (1, 10.)] {
+                let found = views.of(number, &rows)?.flatten_all()?.to_vec1::<f32>()?;
+                assert_eq!(found, [first, first + 1., first + 2., first + 3.]);
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn online_and_target_start_from_a_given_backbone() -> Result<()> {
         let folder = tempfile::tempdir()?;
@@ -516,6 +601,12 @@ pub(crate) mod tests {
             (Config { absent_logit: f64::NAN, ..config() }, "absent-logit"),
             (with(|c| c.schedule.last_target_decay = 0.5), "last-target-decay"),
             (with(|c| c.schedule.warmup_epochs = 3.), "warmup-epochs"),
+            (
+                with(|c| {
+                    (c.concatenate_views, c.run.batch_groups, c.run.batch_size) = (true, 4, 10);
+                }),
+                "concatenate-views",
+            ),
         ];
         fixture::assert_refused::<ProPos>(&job, wrong);
         config().check(&Job { device: DeviceChoice::Cuda(None), ..job }).expect_err("no CUDA");
