@@ -23,7 +23,8 @@ pub struct SetupOptions {
     /// Where to compute: auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
-    /// Share each training and embedding among this many processes, which `mpirun` starts; a power of two.
+    /// Share each training, embedding and clustering among this many processes, which `mpirun` starts; a power of
+    /// two.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub ranks: usize,
     /// Read the pictures from here instead of the experiment's own source.

@@ -22,7 +22,7 @@ const LIBRARIES: [(&str, &[&str]); 13] = [
     ("data", &["stage", "bench", "kernels"]),
     ("backbone", &["stage", "layers"]),
     ("training", &["stage", "collective", "data", "layers", "backbone"]),
-    ("frozen", &["stage", "data", "assignment", "kernels"]),
+    ("frozen", &["stage", "collective", "data", "assignment", "kernels"]),
     ("fixture", &["stage", "collective", "data", "layers", "backbone"]),
 ];
 

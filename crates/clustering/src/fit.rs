@@ -61,7 +61,8 @@ pub fn lowest_loss<'a>(
     candidates.into_iter().min_by(|a, b| a.loss.total_cmp(&b.loss))
 }
 
-/// Trains the networks side by side and measures each on the un-augmented images.
+/// Trains the networks side by side and measures each on the un-augmented images. Each rank takes some of them.
+/// The first one returns the candidates of all ranks, the others return none.
 ///
 /// The first half, rounded up, start from k-means' clusters. The last one continues the last round's
 /// network, if there is one and more than one network is trained. The others start at random.
@@ -73,7 +74,7 @@ pub fn lowest_loss<'a>(
 /// # Errors
 ///
 /// A loss is not finite ([`Diverged`]), the user interrupts ([`stage::Interrupted`]), the log cannot be
-/// written, or the device fails.
+/// written, the device fails, or a rank has ended.
 pub fn train(
     config: &Config,
     features: &Features,
@@ -86,12 +87,13 @@ pub fn train(
     let device = training::network_device(job.device)?;
     let embeddings = DrawnEmbeddings::new(features, shape.width, &device);
     let steps = FitSteps::new(config, &embeddings, neighbours, job);
+    let own = job.communicator.share(config.heads);
     let FirstHeads { mut heads, continued } = first_heads(config, shape, previous, job);
 
     // The first half learns the clusters of k-means.
     let labels = Tensor::new(kmeans_assignment, &device)?;
-    let (from_kmeans, _) = heads.split_at_mut(config.heads.div_ceil(2));
-    steps.take(from_kmeans, "start", config.start_epochs, |draw| {
+    let from_kmeans = config.heads.div_ceil(2).clamp(own.start, own.end) - own.start;
+    steps.take(&mut heads[..from_kmeans], "start", config.start_epochs, |draw| {
         let labels = labels.index_select(&Tensor::new(&*draw.images, &device)?, 0)?;
         Ok((embeddings.views(&draw.anchors)?, move |logits: &Tensor| {
             cross_entropy(logits, &labels)
@@ -110,19 +112,36 @@ pub fn train(
         }))
     })?;
 
-    heads
-        .into_iter()
-        .enumerate()
-        .map(|(number, head)| {
-            let continued = continued == Some(number);
-            let memberships = embeddings.memberships(&head)?;
-            let (k, weight) = (shape.clusters, config.entropy_weight);
-            Candidate::new(Some(head), continued, &memberships, k, neighbours, weight)
-        })
-        .collect()
+    let candidates = own.zip(heads).map(|(number, head)| {
+        let continued = continued == Some(number);
+        let memberships = embeddings.memberships(&head)?;
+        let (k, weight) = (shape.clusters, config.entropy_weight);
+        Candidate::new(Some(head), continued, &memberships, k, neighbours, weight)
+    });
+    gathered(candidates.collect::<Result<_>>()?, shape, job)
 }
 
-/// The heads before training, and the index of the last round's.
+/// The candidates of all ranks on the first rank, in their order; none on the others.
+fn gathered(own: Vec<Candidate>, shape: HeadShape, job: &Job) -> Result<Vec<Candidate>> {
+    let ranks = &job.communicator;
+    let continued = ranks.gather(own.iter().map(|one| vec![u8::from(one.continued)]).collect())?;
+    let losses = ranks.gather(own.iter().map(|one| vec![one.loss]).collect())?;
+    let flat = |one: &Candidate| one.head.as_ref().map(Head::flat).unwrap_or_default();
+    let heads = ranks.gather(own.iter().map(flat).collect())?;
+    let labels = own.into_iter().map(|one| (one.assignment, one.confidence));
+    let (assignments, confidences) = labels.unzip();
+    let labels = ranks.gather(assignments)?.into_iter().zip(ranks.gather(confidences)?);
+    let candidates = labels.enumerate().map(|(number, (assignment, confidence))| Candidate {
+        head: Some(Head::of_flat(shape, &heads[number])),
+        continued: continued[number] == [1],
+        assignment,
+        confidence,
+        loss: losses[number][0],
+    });
+    Ok(candidates.collect())
+}
+
+/// The heads of this rank before training, and the number of the last round's among those of all ranks.
 struct FirstHeads {
     heads: Vec<Head>,
     continued: Option<usize>,
@@ -134,17 +153,14 @@ fn first_heads(
     previous: Option<&Previous>,
     job: &Job,
 ) -> FirstHeads {
-    let mut heads: Vec<Head> = (0..config.heads as u64)
-        .map(|number| Head::random(shape, job.seed, &[job.round as u64, number]))
-        .collect();
-    let last = heads.len() - 1;
-    match previous.and_then(|previous| previous.head.as_ref()) {
-        Some(head) if last > 0 => {
-            heads[last] = head.clone();
-            FirstHeads { heads, continued: Some(last) }
-        }
-        _ => FirstHeads { heads, continued: None },
-    }
+    let last = config.heads - 1;
+    let previous = previous.and_then(|previous| previous.head.as_ref()).filter(|_| last > 0);
+    let first = |number: usize| match previous {
+        Some(head) if number == last => head.clone(),
+        _ => Head::random(shape, job.seed, &[job.round as u64, number as u64]),
+    };
+    let heads = job.communicator.share(config.heads).map(first).collect();
+    FirstHeads { heads, continued: previous.map(|_| last) }
 }
 
 /// Embeddings as the file has them. Those that a step draws are scaled to length `√D`, on the device that computes.
@@ -251,6 +267,8 @@ impl<'a> FitSteps<'a> {
     /// `prepare` gives the embeddings of a step, the same for all networks, and the loss of their
     /// logits. The networks are computed side by side: threads decide which goes first,
     /// never what one computes.
+    ///
+    /// - `heads`: those of this rank, perhaps none.
     fn take<L: Fn(&Tensor) -> candle_core::Result<Tensor> + Sync>(
         &self,
         heads: &mut [Head],
@@ -260,12 +278,20 @@ impl<'a> FitSteps<'a> {
     ) -> Result<()> {
         let learner = |head| learner::learner(head, self.device);
         let mut learners = heads.iter().map(learner).collect::<candle_core::Result<Vec<_>>>()?;
-        let mut progress =
-            Progress::new(&format!("{}, {phase}", self.job.label()), epochs as u64, Unit::Steps);
+        let mut progress = match self.job.communicator.is_first() {
+            true => {
+                let label = format!("{}, {phase}", self.job.label());
+                Progress::new(&label, epochs as u64, Unit::Steps)
+            }
+            false => Progress::hidden(),
+        };
         for epoch in 0..epochs {
             let mut losses = Vec::new();
             for draw in &self.epoch(phase, epoch) {
-                self.job.interrupt.check()?;
+                self.job.check_interrupt()?;
+                if learners.is_empty() {
+                    continue;
+                }
                 let (embeddings, loss) = prepare(draw)?;
                 let of_step: Vec<Tensor> = learners
                     .par_iter_mut()
@@ -284,10 +310,15 @@ impl<'a> FitSteps<'a> {
         Ok(())
     }
 
-    /// The mean loss of each network over an epoch's steps, `(heads,)` each. Read once an epoch: no
-    /// step waits for another device.
+    /// The mean loss of each network of all ranks over an epoch's steps, from those of this rank, `(heads,)`
+    /// for each step. Read once an epoch: no step waits for another device.
     fn means(&self, losses: &[Tensor], phase: &str, epoch: usize) -> Result<Vec<f64>> {
-        let losses = Tensor::stack(losses, 1)?.to_vec2::<f32>()?;
+        let own = match losses.is_empty() {
+            true => Vec::new(),
+            false => Tensor::stack(losses, 1)?.flatten_all()?.to_vec1::<f32>()?,
+        };
+        let losses = self.job.communicator.all_gather(&own)?;
+        let losses: Vec<&[f32]> = losses.chunks_exact(self.per_epoch).collect();
         for step in 0..self.per_epoch {
             if let Some(loss) = losses.iter().map(|of| of[step]).find(|loss| !loss.is_finite()) {
                 let message = format!(

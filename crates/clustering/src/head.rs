@@ -60,6 +60,30 @@ impl Head {
         }
     }
 
+    /// Its weights in one list: `W₁`, `b₁`, `W₂`, `b₂`.
+    pub fn flat(&self) -> Vec<f32> {
+        let hidden = [&*self.hidden_weight, &*self.hidden_bias].concat();
+        [&*hidden, &*self.output_weight, &*self.output_bias].concat()
+    }
+
+    /// The head of these weights, in the order of [`flat`](Self::flat).
+    ///
+    /// # Panics
+    ///
+    /// `weights` are fewer than those of a head of this shape.
+    pub fn of_flat(shape: HeadShape, weights: &[f32]) -> Self {
+        let mut rest = weights.iter().copied();
+        let mut next = |count: usize| -> Vec<f32> { rest.by_ref().take(count).collect() };
+        let HeadShape { width, hidden, clusters } = shape;
+        Self {
+            shape,
+            hidden_weight: next(hidden * width),
+            hidden_bias: next(hidden),
+            output_weight: next(clusters * hidden),
+            output_bias: next(clusters),
+        }
+    }
+
     /// Renames its clusters: what was cluster `k` becomes `map[k]`.
     pub fn renumber(&mut self, map: &[u32]) {
         let width = self.shape.hidden;
@@ -145,6 +169,7 @@ mod tests {
         let head = Head::random(SHAPE, 1, &[0]);
         head.write(folder.path())?;
         assert_eq!(Head::read(folder.path(), SHAPE)?, head);
+        assert_eq!(Head::of_flat(SHAPE, &head.flat()), head);
 
         let other = HeadShape { hidden: 6, ..SHAPE };
         let error = format!("{:#}", Head::read(folder.path(), other).expect_err("other extents"));

@@ -5,7 +5,8 @@
 //! the frozen embeddings, so that an image and its neighbours fall into one cluster and all clusters
 //! are used (SCAN, Van Gansbeke et al. 2020); half of them start from k-means, half at random. The
 //! one with the lowest loss is kept. Its assignments are the pseudo-labels; those with confident
-//! outputs and agreeing neighbours are marked as reliable.
+//! outputs and agreeing neighbours are marked as reliable. Ranks share the restarts of k-means, the search for
+//! neighbours and the networks.
 //!
 //! This is the second stage of PLDC. The paper's abstract says that a clustering network yields
 //! reliable assignments which serve as pseudo-labels. Everything beyond that sentence is our
@@ -26,7 +27,7 @@ pub mod loss;
 pub mod reliability;
 
 use anyhow::{Context, Result, bail, ensure};
-use assignment::{KMeans, Metric};
+use assignment::{KMeans, Metric, k_means_on_ranks, nearest_neighbours_on_ranks};
 use data::head::CentreMetric;
 use data::{Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
@@ -97,7 +98,7 @@ impl Stage for Clustering {
             Role::new("refined-head", Origin::RefinedHead),
         ],
         outputs: &[Output::PseudoLabels],
-        ranks: Ranks::One,
+        ranks: Ranks::Any,
     };
     type Config = Config;
 
@@ -160,6 +161,8 @@ impl Stage for Clustering {
             embeddings.index.len(),
             rows.len()
         );
+        let read = format!("{} {} {} {config:?}", images.fingerprint(), job.seed, job.round);
+        job.check_agreement(&read, &format!("{} embeddings", rows.len()))?;
         let (data_set, index) = (embeddings.data_set.clone(), embeddings.index.clone());
         let projection_width = embeddings.projection_width;
         let features = Features::from(embeddings);
@@ -185,8 +188,9 @@ impl Stage for Clustering {
             None => None,
         };
 
-        let clusters = cluster(config, features, previous.as_ref(), job)?;
-
+        let Some(clusters) = cluster(config, features, previous.as_ref(), job)? else {
+            return Ok(()); // The first rank writes the result.
+        };
         match &clusters.head {
             Some(head) => head.write(&job.out)?,
             None => {
@@ -321,43 +325,48 @@ impl Config {
     }
 }
 
-/// The method: k-means and neighbours, networks, the best of them, the reliable assignments.
+/// The method: k-means and neighbours, networks, the best of them, the reliable assignments. The first rank
+/// returns the result, the others `None`.
 ///
 /// # Errors
 ///
 /// There are fewer images than clusters; the clusters collapse into one or a loss is not finite
-/// ([`Diverged`]); the user interrupts ([`stage::Interrupted`]); the log cannot be written.
+/// ([`Diverged`]); the user interrupts ([`stage::Interrupted`]); the log cannot be written; a rank has ended.
 pub fn cluster(
     config: &Config,
     features: Features,
     previous: Option<&Previous>,
     job: &Job,
-) -> Result<Clusters> {
-    let (n, k) = (features.count, job.data.clusters);
+) -> Result<Option<Clusters>> {
+    let (n, k, ranks) = (features.count, job.data.clusters, &job.communicator);
     ensure!(n >= k, "{n} images cannot be sorted into {k} clusters; ask for fewer clusters");
     let projection_width = features.projection.len() / n;
     let unit_projection = with_length(&features.projection, projection_width, 1.0);
 
     // First clusters, and who is near whom.
     let rows = &features.projection;
-    let kmeans = assignment::k_means(rows, n, projection_width, &config.k_means(k), job.seed)?;
+    let (kmeans_config, seed) = (config.k_means(k), job.seed);
+    let kmeans = k_means_on_ranks(rows, n, projection_width, &kmeans_config, seed, ranks)?;
     let neighbours = match config.neighbours.min(n - 1) {
         0 => Vec::new(),
-        m => assignment::nearest_neighbours(&unit_projection, n, projection_width, m)?,
+        m => nearest_neighbours_on_ranks(&unit_projection, n, projection_width, m, ranks)?,
     };
-
-    let centre_metric = centre_metric(rows, projection_width, config.kmeans_metric);
 
     // The networks, and the one that agrees best with itself on un-augmented images.
-    let candidates = match config.heads {
-        0 => {
-            let centres = &kmeans.centres;
-            let memberships = distance_memberships(rows, projection_width, centres, centre_metric);
-            let weight = config.entropy_weight;
-            vec![Candidate::new(None, false, &memberships, k, &neighbours, weight)?]
-        }
+    let mut candidates = match config.heads {
+        0 => Vec::new(),
         _ => fit::train(config, &features, &kmeans.assignment, &neighbours, previous, job)?,
     };
+    if !ranks.is_first() {
+        return Ok(None);
+    }
+    let centre_metric = centre_metric(rows, projection_width, config.kmeans_metric);
+    if config.heads == 0 {
+        let centres = &kmeans.centres;
+        let memberships = distance_memberships(rows, projection_width, centres, centre_metric);
+        let weight = config.entropy_weight;
+        candidates.push(Candidate::new(None, false, &memberships, k, &neighbours, weight)?);
+    }
     let best = lowest_loss(&candidates).context("there is no clustering network")?;
     let (assignment, confidence) = (&best.assignment, best.confidence.clone());
     if k > 1 && assignment.iter().all(|&cluster| cluster == assignment[0]) {
@@ -419,7 +428,7 @@ pub fn cluster(
         "restarted-stability": restarted_stability,
         "reliable-share": share,
     }))?;
-    Ok(Clusters {
+    Ok(Some(Clusters {
         assignment,
         kmeans_assignment: renumber(&kmeans.assignment, &kmeans_map),
         confidence,
@@ -432,7 +441,7 @@ pub fn cluster(
         stability,
         restarted_stability,
         head_agreement,
-    })
+    }))
 }
 
 /// The share of the candidates that agree with `assignment` on each image, `(N,)`. Each is renumbered so

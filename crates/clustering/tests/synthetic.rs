@@ -141,7 +141,7 @@ fn a_tenth_of_the_neighbours_may_be_anyone() -> Result<()> {
 fn networks_do_as_well_as_k_means_and_the_reliable_set_better() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Synthetic { labels, features } = synthetic(2000, 0.3, 0);
-    let clusters = cluster(&config(), features, None, &job(folder.path(), 0))?;
+    let clusters = cluster(&config(), features, None, &job(folder.path(), 0))?.expect("one rank");
 
     let (all, kmeans) =
         (accuracy(&clusters.assignment, &labels), accuracy(&clusters.kmeans_assignment, &labels));
@@ -168,7 +168,8 @@ fn networks_do_as_well_as_k_means_and_the_reliable_set_better() -> Result<()> {
 fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Synthetic { labels, features } = synthetic(2000, 0.225, 1);
-    let first = cluster(&config(), features.clone(), None, &job(folder.path(), 0))?;
+    let first =
+        cluster(&config(), features.clone(), None, &job(folder.path(), 0))?.expect("one rank");
     assert!(accuracy(&first.assignment, &labels) >= 0.99);
     assert!(accuracy(&first.kmeans_assignment, &labels) >= 0.99);
 
@@ -178,7 +179,8 @@ fn clearly_apart_clusters_are_found_and_keep_their_numbers_over_the_rounds() -> 
     let mut head = first.head.expect("a network");
     head.renumber(&turn);
     let previous = Previous { assignment: assignment.clone(), head: Some(head) };
-    let second = cluster(&config(), features.clone(), Some(&previous), &job(folder.path(), 1))?;
+    let second = cluster(&config(), features.clone(), Some(&previous), &job(folder.path(), 1))?
+        .expect("one rank");
     let stability = second.stability.expect("there was a round before");
     assert!(stability > 0.97, "stability {stability}");
     assert!(second.restarted_stability.expect("a network was restarted") > 0.97);
@@ -200,7 +202,8 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
     let Synthetic { labels, features } = synthetic(1000, 0.225, 2);
     for kmeans_metric in [KMeansMetric::Spherical, KMeansMetric::Euclidean] {
         let config = Config { heads: 0, kmeans_metric, ..config() };
-        let clusters = cluster(&config, features.clone(), None, &job(folder.path(), 0))?;
+        let clusters =
+            cluster(&config, features.clone(), None, &job(folder.path(), 0))?.expect("one rank");
         assert_eq!(clusters.assignment, clusters.kmeans_assignment);
         assert!(clusters.head.is_none());
         assert!(accuracy(&clusters.assignment, &labels) >= 0.98);
@@ -243,7 +246,7 @@ fn without_networks_k_means_is_the_result() -> Result<()> {
     }
     // Neighbours are not looked for when there are to be none.
     let config = Config { heads: 0, neighbours: 0, ..config() };
-    let clusters = cluster(&config, features, None, &job(folder.path(), 0))?;
+    let clusters = cluster(&config, features, None, &job(folder.path(), 0))?.expect("one rank");
     assert_eq!(clusters.score, clusters.confidence);
     Ok(())
 }
@@ -256,7 +259,7 @@ fn a_threshold_takes_the_place_of_the_share() -> Result<()> {
     let threshold =
         Config { heads: 0, reliable_share: None, reliable_confidence: Some(0.95), ..config() };
     Clustering::check(&threshold, &job)?;
-    let clusters = cluster(&threshold, features, None, &job)?;
+    let clusters = cluster(&threshold, features, None, &job)?.expect("one rank");
     let above: Vec<bool> = clusters.confidence.iter().map(|&c| c > 0.95).collect();
     assert!(above.contains(&true) && above.contains(&false));
     assert_eq!(clusters.reliable, above);
@@ -298,6 +301,79 @@ fn write_images(path: &Path, count: u32) -> Result<DataSet> {
     images::write(path, 1, (0..count).map(source).collect::<Result<_>>()?)
 }
 
+/// The embeddings that the stage reads.
+fn embeddings(data_set: DataSet, features: Features) -> Embeddings {
+    Embeddings {
+        data_set,
+        index: (0..features.count as u32).collect(),
+        width: WIDTH,
+        projection_width: WIDTH,
+        views: VIEWS,
+        backbone: features.backbone,
+        projection: features.projection,
+        backbone_views: features.backbone_views,
+    }
+}
+
+/// A job on 300 pictures, whose embeddings are written where they are missing.
+fn stage_job(folder: &Path, out: &str) -> Result<Job> {
+    let images = folder.join("images.safetensors");
+    if !images.exists() {
+        let Synthetic { features, .. } = synthetic(300, 0.3, 4);
+        let embeddings = embeddings(write_images(&images, 300)?, features);
+        embeddings.write(&folder.join("embeddings.safetensors"))?;
+    }
+    let data =
+        DataTable { clusters: 4, train_on: vec![Split::Train], score_on: vec![Split::Train] };
+    let mut job = Job::new("clustering", images, folder.join(out), data);
+    job.inputs.insert("embeddings".into(), folder.into());
+    std::fs::create_dir_all(&job.out)?;
+    Ok(job)
+}
+
+/// With three networks, of which four ranks leave one rank without, and with none.
+#[test]
+fn ranks_write_the_same_bytes_also_after_another_number_was_stopped() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for heads in [3, 0] {
+        let config = Config { heads, batch_size: 50, epochs: 2, least_steps: 20, ..config() };
+        let job = |out: &str| {
+            let mut job =
+                stage_job(folder.path(), &format!("{heads} heads, {out}")).expect("a job");
+            if out != "previous" {
+                let previous = folder.path().join(format!("{heads} heads, previous"));
+                job.inputs.insert("previous".into(), previous);
+                (job.round, job.rounds) = (1, 1);
+            }
+            job
+        };
+        Clustering::run(&config, &job("previous"))?;
+        fixture::assert_same_on_ranks::<Clustering>(&config, job);
+        let stopped = job("stopped");
+        assert_eq!(fixture::stops_on_ranks::<Clustering>(&config, &stopped, 2), heads > 0);
+        fixture::run_on_ranks::<Clustering>(&config, &stopped, 4);
+        fixture::assert_same_outputs(&job("1 ranks"), &stopped);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_all_ranks_alike() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = Config { learning_rate: 1e38, ..config() };
+    let job = stage_job(folder.path(), "out")?;
+    let errors: Vec<String> = fixture::results_on_ranks::<Clustering>(&config, 4, |_| &job)
+        .into_iter()
+        .map(|result| {
+            let error = result.expect_err("not finite");
+            assert_eq!(Status::of_error(&error), Status::Diverged, "{error:?}");
+            error.to_string()
+        })
+        .collect();
+    assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+    Ok(())
+}
+
 /// The stage with any number of threads: the same bytes.
 #[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
@@ -307,16 +383,7 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
     let Synthetic { features, .. } = synthetic(1500, 0.3, 4);
     std::fs::create_dir(at("embeddings"))?;
     let data_set = write_images(&at("images.safetensors"), 1500)?;
-    let embeddings = Embeddings {
-        data_set,
-        index: (0..1500).collect(),
-        width: WIDTH,
-        projection_width: WIDTH,
-        views: VIEWS,
-        backbone: features.backbone,
-        projection: features.projection,
-        backbone_views: features.backbone_views,
-    };
+    let embeddings = embeddings(data_set, features);
     embeddings.write(&at("embeddings").join("embeddings.safetensors"))?;
     let config = Config { epochs: 2, least_steps: 20, ..config() };
 

@@ -9,7 +9,11 @@
 //!
 //! [`INPUTS`] and [`run`] make a method a stage. This crate knows no method.
 //!
+//! Several ranks can share a run: each has a [share](collective::Communicator::share) of the heads, and
+//! the first one [gathers](collective::Communicator::gather) what it writes.
+//!
 //! ```
+//! use collective::Communicator;
 //! use frozen::rows::{KMeansTable, Standardisation};
 //!
 //! // Two groups, by the small second column; the first is large and means nothing.
@@ -18,7 +22,7 @@
 //! assert_eq!(standard.apply(&rows)[1], standard.apply(&rows)[3]);
 //!
 //! let k_means = KMeansTable { restarts: 5, iterations: 100, standardise: true };
-//! assert_eq!(k_means.assign(&rows, 2, 2, 0)?.len(), 6);
+//! assert_eq!(k_means.assign(&rows, 2, 2, 0, &Communicator::single())?.len(), 6);
 //! # anyhow::Ok(())
 //! ```
 
@@ -63,15 +67,17 @@ pub fn check_splits(job: &Job) -> Result<()> {
 /// Runs a stage: reads the embeddings, writes the pseudo-labels that `cluster` returns, keeps their
 /// numbers for the next run, and removes the state.
 ///
+/// - `cluster`: returns `None` on all ranks but the first, which writes.
+///
 /// # Errors
 ///
 /// Those of [`FrozenEmbeddings::open`] and of `cluster`; or a file cannot be written.
 pub fn run(
     job: &Job,
-    cluster: impl FnOnce(FrozenEmbeddings) -> Result<PseudoLabels>,
+    cluster: impl FnOnce(FrozenEmbeddings) -> Result<Option<PseudoLabels>>,
 ) -> Result<()> {
     let embeddings = FrozenEmbeddings::open(job)?;
-    let labels = cluster(embeddings)?;
+    let Some(labels) = cluster(embeddings)? else { return Ok(()) };
     numbers::save(&labels, job)?;
     labels.write(&job.out.join(PseudoLabels::FILE))?;
     state::remove(job)

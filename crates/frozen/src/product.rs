@@ -17,6 +17,7 @@ pub trait HeadFloat:
     + Send
     + Sync
     + MatrixNumber
+    + bytemuck::Pod
 {
     /// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`, where `Φ` and `φ` are distribution and density of
     /// the normal distribution: the Gaussian error linear unit (Hendrycks and Gimpel 2016).

@@ -1,7 +1,8 @@
 //! The embeddings of a job, standardised for heads, and k-means on them.
 
 use anyhow::{Result, ensure};
-use assignment::{KMeans, Metric, k_means, nearest_neighbours};
+use assignment::{KMeans, Metric, k_means_on_ranks, nearest_neighbours_on_ranks};
+use collective::Communicator;
 use data::{DataSet, Embeddings, Images, PseudoLabels};
 use serde::{Deserialize, Serialize};
 use stage::Job;
@@ -91,18 +92,24 @@ impl FrozenEmbeddings {
 }
 
 /// The `k` nearest other rows of each row by cosine, nearest first, `(N, k)`, and the mean cosine of
-/// the `k`-th.
+/// the `k`-th. The ranks share the search.
 ///
 /// # Errors
 ///
-/// A row has no direction, or there are fewer than `k` other rows; with `k = 0` both are fine.
-pub fn cosine_neighbours(rows: &[f32], width: usize, k: usize) -> Result<(Vec<u32>, f64)> {
+/// A row has no direction, or there are fewer than `k` other rows; with `k = 0` both are fine. Or a rank
+/// has ended.
+pub fn cosine_neighbours(
+    rows: &[f32],
+    width: usize,
+    k: usize,
+    ranks: &Communicator,
+) -> Result<(Vec<u32>, f64)> {
     if k == 0 {
         return Ok((vec![], 1.));
     }
     let unit = unit_rows(rows, width);
     let n = rows.len() / width;
-    let found = nearest_neighbours(&unit, n, width, k)?;
+    let found = nearest_neighbours_on_ranks(&unit, n, width, k, ranks)?;
     let cosine = |(i, &j): (usize, &u32)| -> f64 {
         let (x, y) = (&unit[i * width..][..width], &unit[j as usize * width..][..width]);
         x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
@@ -194,24 +201,26 @@ impl KMeansTable {
         Ok(())
     }
 
-    /// The cluster of each row of `rows` `(N, D)` by the angle between rows.
+    /// The cluster of each row of `rows` `(N, D)` by the angle between rows. The ranks share the restarts.
     ///
     /// # Errors
     ///
-    /// Those of [`k_means`].
+    /// Those of [`k_means_on_ranks`].
     pub fn assign(
         &self,
         rows: &[f32],
         width: usize,
         clusters: usize,
         seed: u64,
+        ranks: &Communicator,
     ) -> Result<Vec<u32>> {
         let KMeansTable { restarts, iterations, standardise } = *self;
         let metric = Metric::Spherical;
         let config = KMeans { clusters, metric, restarts, iterations, tolerance: 1e-4 };
         let standard = standardise.then(|| Standardisation::of(rows, width).apply(rows));
         let rows = standard.as_deref().unwrap_or(rows);
-        Ok(k_means(rows, rows.len() / width, width, &config, seed)?.assignment)
+        let n = rows.len() / width;
+        Ok(k_means_on_ranks(rows, n, width, &config, seed, ranks)?.assignment)
     }
 }
 
@@ -236,7 +245,8 @@ mod tests {
     #[test]
     fn neighbours_are_those_by_angle() -> Result<()> {
         // Lengths do not matter: (10, 1) is nearer to (1, 0) than (1, 1) is.
-        let (found, last) = cosine_neighbours(&[1., 0., 10., 1., 1., 1.], 2, 1)?;
+        let (found, last) =
+            cosine_neighbours(&[1., 0., 10., 1., 1., 1.], 2, 1, &Communicator::single())?;
         assert_eq!(found, [1, 0, 1]);
         let want = [10. / 101f64.sqrt(), 10. / 101f64.sqrt(), 11. / (202f64).sqrt()];
         assert!((last - want.iter().sum::<f64>() / 3.).abs() < 1e-6, "{last}");
@@ -251,8 +261,9 @@ mod tests {
             .collect();
         let table = |standardise| KMeansTable { restarts: 5, iterations: 50, standardise };
         let by_column = |found: &[u32]| (0..40).all(|i| (found[i] == found[0]) == (i % 2 == 0));
-        assert!(by_column(&table(true).assign(&rows, 2, 2, 0)?));
-        assert!(!by_column(&table(false).assign(&rows, 2, 2, 0)?));
+        let alone = Communicator::single();
+        assert!(by_column(&table(true).assign(&rows, 2, 2, 0, &alone)?));
+        assert!(!by_column(&table(false).assign(&rows, 2, 2, 0, &alone)?));
         let error = KMeansTable { restarts: 0, ..table(true) }.check("temi").expect_err("none");
         assert!(error.to_string().contains("`restarts` in `[temi.k-means]`"), "{error}");
         Ok(())

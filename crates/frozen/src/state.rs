@@ -1,10 +1,13 @@
 //! The state of an interrupted run, from which a stage resumes to the same bits.
 //!
-//! `state.safetensors`, version 1, of a kind of its own for each stage. Header: `identity`, so that the
-//! state of another run is refused, and counts; the tensors are those of the stage. It is removed once
-//! the result is written.
+//! `state.safetensors`, version 2, of a kind of its own for each stage. Header: `identity`, so that the
+//! state of another run is refused, and `steps`, the steps done; the tensors are those of the stage. It is
+//! removed once the result is written.
+//!
+//! The state holds the heads of all ranks, so that another number of ranks can resume.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -15,7 +18,7 @@ use stage::container::{self, Container, Header, Tensor};
 use crate::rows::FrozenEmbeddings;
 
 const FILE: &str = "state.safetensors";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// The file of a run's state.
 pub struct HeadState<'a> {
@@ -48,25 +51,33 @@ impl<'a> HeadState<'a> {
         Ok(Self { job, kind, identity: identity.to_string() })
     }
 
-    /// Opens the state of an interrupted run. If there is none, clears the log and returns `None`.
+    /// Opens the state of an interrupted run, and returns it with the steps done. If there is none, clears
+    /// the log and returns `None`.
     ///
     /// # Errors
     ///
-    /// The state is damaged or belongs to another run.
-    pub fn open(&self) -> Result<Option<Container>> {
+    /// The state is damaged or belongs to another run, or the ranks differ in what they read.
+    pub fn open(&self) -> Result<Option<(Container, usize)>> {
         let path = self.job.out.join(FILE);
-        if !path.exists() {
+        let found = path.exists().then(|| self.read(&path)).transpose()?;
+        let place = format!("step {}", found.as_ref().map_or(0, |(_, steps)| *steps));
+        self.job.check_agreement(&[&self.identity, &*place].concat(), &place)?;
+        if found.is_none() {
             self.job.clear_log()?;
-            return Ok(None);
         }
-        let file = Container::open(&path, self.kind, VERSION)?;
+        Ok(found)
+    }
+
+    fn read(&self, path: &Path) -> Result<(Container, usize)> {
+        let file = Container::open(path, self.kind, VERSION)?;
         ensure!(
             file.header_text("identity")? == self.identity,
             "`{}` belongs to another run (its table, seed, round or images differ); remove the folder, \
              or name another with --out",
             path.display()
         );
-        Ok(Some(file))
+        let steps = file.header_number("steps")? as usize;
+        Ok((file, steps))
     }
 
     /// Removes the log lines of later steps than `done`, which run again, and that of the result.
@@ -77,14 +88,18 @@ impl<'a> HeadState<'a> {
         })
     }
 
-    /// Writes the state.
+    /// Writes the state on the first rank. All ranks call it, and none goes on before it is on disk.
     ///
-    /// - `counts`: header fields.
-    pub fn write(&self, counts: &[(&str, usize)], tensors: &[Tensor]) -> Result<()> {
-        let counts = counts.iter().map(|&(name, count)| (name.to_owned(), count.into()));
-        let mut header: Header = counts.collect();
-        header.insert("identity".to_owned(), self.identity.clone().into());
-        container::write(&self.job.out.join(FILE), self.kind, VERSION, header, tensors)
+    /// - `tensors`: of the heads of all ranks; those of the first rank are written.
+    pub fn write(&self, steps: usize, tensors: &[Tensor]) -> Result<()> {
+        if self.job.communicator.is_first() {
+            let header = Header::from([
+                ("identity".to_owned(), self.identity.clone().into()),
+                ("steps".to_owned(), steps.into()),
+            ]);
+            container::write(&self.job.out.join(FILE), self.kind, VERSION, header, tensors)?;
+        }
+        Ok(self.job.communicator.barrier()?)
     }
 }
 

@@ -5,7 +5,7 @@ use frozen::product::FlatMatrix;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
-use stage::progress::{Progress, Unit};
+use stage::progress::Unit;
 use stage::random::stream;
 use stage::{Interrupted, Job};
 
@@ -15,16 +15,16 @@ use crate::loss;
 use crate::network::{HeadPass, HeadShape};
 use crate::state::HeadRun;
 
-/// The heads before their first step, each drawn separately.
+/// The heads of this rank before their first step, each drawn separately.
 pub fn first_heads(config: &Config, plan: &HeadPlan, job: &Job) -> Vec<LearningHead<f32>> {
     let seed = stage::random::derived(job.seed, &format!("temi round {}", job.round));
     let deviation = config.network.initial_deviation;
-    (0..config.heads as u64)
-        .map(|number| LearningHead::new(&plan.shape, plan.shape.random(deviation, seed, number)))
+    (job.communicator.share(config.heads))
+        .map(|head| LearningHead::new(&plan.shape, plan.shape.random(deviation, seed, head as u64)))
         .collect()
 }
 
-/// Takes the remaining steps.
+/// Takes the remaining steps, in which each rank trains some of the heads.
 ///
 /// - `rows`: standardised embeddings, `(N, D)`.
 /// - `neighbours`: `(N, k)`.
@@ -41,7 +41,7 @@ pub fn train(
     run: &mut HeadRun,
     job: &Job,
 ) -> Result<()> {
-    let mut progress = Progress::new(&job.label(), plan.steps as u64, Unit::Steps);
+    let mut progress = job.progress(plan.steps as u64, Unit::Steps);
     let mut pairs = Pairs::new(plan, rows, neighbours, job);
     while run.steps < plan.steps {
         let update = HeadUpdate {
@@ -55,7 +55,7 @@ pub fn train(
         };
         let drawn = pairs.of_step(run.steps);
         let drawn = FlatMatrix::new(&drawn, plan.shape.width)?;
-        let losses = step(&mut run.heads, &plan.shape, drawn, &update)?;
+        let losses = step(&mut run.heads, &plan.shape, drawn, &update, &job.communicator)?;
         run.note(&losses)?;
         let mean = losses.iter().sum::<f64>() / losses.len() as f64;
         progress.at(run.steps as u64, &format!("loss {mean:.4}"));
@@ -63,7 +63,8 @@ pub fn train(
             run.log(config.run.save_every)?;
             run.save()?;
         }
-        if job.interrupt.is_raised() {
+        // A signal may reach one rank alone.
+        if job.communicator.any(job.interrupt.is_raised())? {
             run.save()?;
             return Err(Interrupted.into());
         }

@@ -6,15 +6,14 @@ use anyhow::Result;
 use frozen::rows::Standardisation;
 use stage::container::Tensor;
 
-use crate::learner::LearningHead;
 use crate::network::{HeadShape, effective_directions};
 
 /// The heads of a consensus, with the cluster of each direction.
 pub struct Ensemble<'a> {
     /// Extents of each head.
     pub shape: HeadShape,
-    /// The heads, the best one first.
-    pub heads: Vec<&'a LearningHead<f32>>,
+    /// The parameters of each head, see [`HeadShape::places`], the best head first.
+    pub heads: Vec<&'a [f32]>,
     /// Maps each direction of each head to one of the consensus, `(H, C)`.
     pub maps: Vec<Vec<u32>>,
     /// The cluster of each direction of the consensus, `(C,)`.
@@ -26,7 +25,7 @@ pub struct Ensemble<'a> {
 }
 
 impl Ensemble<'_> {
-    /// Writes the file into `folder`; of each head the target.
+    /// Writes the file into `folder`.
     ///
     /// # Errors
     ///
@@ -35,13 +34,13 @@ impl Ensemble<'_> {
         let HeadShape { width, hidden, bottleneck, clusters: directions } = self.shape;
         let (h, places) = (self.heads.len(), self.shape.places());
         let joined = |place: std::ops::Range<usize>| -> Vec<f32> {
-            self.heads.iter().flat_map(|head| &head.target[place.clone()]).copied().collect()
+            self.heads.iter().flat_map(|head| &head[place.clone()]).copied().collect()
         };
         let mut aligned = vec![0f32; h * directions * bottleneck];
         for ((head, map), aligned) in
             self.heads.iter().zip(&self.maps).zip(aligned.chunks_exact_mut(directions * bottleneck))
         {
-            let own = effective_directions(&self.shape, &head.target);
+            let own = effective_directions(&self.shape, head);
             for (row, &to) in own.chunks_exact(bottleneck).zip(map) {
                 let to = &mut aligned[to as usize * bottleneck..][..bottleneck];
                 to.iter_mut().zip(row).for_each(|(to, x)| *to = x / self.temperature as f32);

@@ -3,10 +3,13 @@
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
+use collective::Communicator;
 use frozen::product::{AdamStep, FlatMatrix, HeadFloat, SoftmaxRows};
 use rayon::prelude::*;
 
-use crate::loss::{Objective, follow_marginal, head_loss, memberships, pair_weights};
+use crate::loss::{
+    Objective, follow_marginal, head_loss, memberships, pair_agreement, pair_weights,
+};
 use crate::network::{HeadPass, HeadShape};
 
 /// One head in training.
@@ -59,21 +62,24 @@ pub struct HeadUpdate {
     pub still_steps: u64,
 }
 
-/// One step of all heads on `B` pairs. Returns the loss of each head before the step.
+/// One step of all heads on `B` pairs. Returns the loss of each head of all ranks before the step.
 ///
-/// Heads interact through the weights of the pairs alone, so each thread takes a head at a time. Sums
-/// within a head have a fixed order, so that the bits do not depend on the number of threads.
+/// Heads interact through the weights of the pairs alone, so each rank takes some heads, each thread one at a
+/// time, and the ranks exchange what their heads contribute to the weights. Sums have a fixed order, so
+/// that the bits depend neither on the number of threads nor on that of ranks.
 ///
+/// - `heads`: those of this rank.
 /// - `rows`: the first sides of the pairs, then the second ones, `(2B, D)`.
 ///
 /// # Errors
 ///
-/// The rows have another width than the heads.
+/// The rows have another width than the heads, or a rank has ended.
 pub fn step<T: HeadFloat>(
     heads: &mut [LearningHead<T>],
     shape: &HeadShape,
     rows: FlatMatrix<T>,
     update: &HeadUpdate,
+    ranks: &Communicator,
 ) -> Result<Vec<f64>> {
     let (clusters, temperature) = (shape.clusters, update.objective.temperature);
     let passes = PassPool(Mutex::new(vec![]));
@@ -86,8 +92,10 @@ pub fn step<T: HeadFloat>(
         Ok(found)
     };
     let targets = heads.par_iter_mut().map(target_of).collect::<Result<Vec<SoftmaxRows<T>>>>()?;
-    let weights = pair_weights(&targets, clusters);
-    let count = heads.len();
+    let own: Vec<T> = targets.iter().flat_map(|target| pair_agreement(target, clusters)).collect();
+    let agreements = ranks.all_gather(&own)?;
+    let pairs = rows.rows() / 2;
+    let (weights, count) = (pair_weights(&agreements, pairs), agreements.len() / pairs);
     let move_one = |(head, target): (&mut LearningHead<T>, &SoftmaxRows<T>)| -> Result<f64> {
         passes.with(|pass| {
             pass.forward(shape, &head.online, rows)?;
@@ -99,7 +107,8 @@ pub fn step<T: HeadFloat>(
             Ok(loss.wide())
         })
     };
-    heads.par_iter_mut().zip(&targets).map(move_one).collect()
+    let losses = heads.par_iter_mut().zip(&targets).map(move_one).collect::<Result<Vec<f64>>>()?;
+    Ok(ranks.all_gather(&losses)?)
 }
 
 /// Memory of passes, one for each thread at work.
@@ -180,10 +189,18 @@ mod tests {
         vec![LearningHead::new(&TINY, START.to_vec()); count]
     }
 
+    fn step(
+        heads: &mut [LearningHead<f64>],
+        rows: FlatMatrix<f64>,
+        update: &HeadUpdate,
+    ) -> Result<Vec<f64>> {
+        super::step(heads, &TINY, rows, update, &Communicator::single())
+    }
+
     fn steps(heads: &mut [LearningHead<f64>], count: u64, update: HeadUpdate) -> Result<Vec<f64>> {
         let mut losses = vec![];
         for taken in 1..=count {
-            losses = step(heads, &TINY, rows(), &HeadUpdate { step: taken, ..update })?;
+            losses = step(heads, rows(), &HeadUpdate { step: taken, ..update })?;
         }
         Ok(losses)
     }
@@ -211,7 +228,7 @@ mod tests {
         assert_near(&pass.logits, &want, 1e-9);
 
         let mut heads = heads(1);
-        let losses = step(&mut heads, &TINY, rows(), &UPDATE)?;
+        let losses = step(&mut heads, rows(), &UPDATE)?;
         assert_near(&losses, &[-0.887284852], 1e-9);
         assert_near(&heads[0].marginal, &[0.398639620, 0.301360379, 0.300000001], 1e-9);
         // Adam's first moment is a tenth of the gradient.
@@ -237,7 +254,7 @@ mod tests {
         let want = [0.600039760, -0.200039920, 0.299959880, 0.700039720];
         assert_near(&heads[0].target[weight.clone()], &want, 1e-9);
 
-        let losses = step(&mut heads, &TINY, rows(), &HeadUpdate { step: 2, ..UPDATE })?;
+        let losses = step(&mut heads, rows(), &HeadUpdate { step: 2, ..UPDATE })?;
         // The third direction differs by up to 1e-2 from here on.
         assert_near(&losses, &[-0.756050525], 1e-6);
         assert_near(&heads[0].marginal, &[0.457422845, 0.272577153, 0.270000002], 1e-6);
@@ -282,8 +299,8 @@ mod tests {
         let mut swapped = different();
         let order = [3..6, 0..3, 9..12, 6..9].map(|row| &ROWS[row]).concat();
         let swapped_rows = FlatMatrix::new(&order, 3)?;
-        let first = step(&mut swapped, &TINY, swapped_rows, &UPDATE)?;
-        let want = step(&mut different(), &TINY, rows(), &UPDATE)?;
+        let first = step(&mut swapped, swapped_rows, &UPDATE)?;
+        let want = step(&mut different(), rows(), &UPDATE)?;
         assert_near(&first, &want, 1e-12);
         Ok(())
     }
@@ -316,7 +333,7 @@ mod tests {
         assert!(heads[0].second_moments[still.clone()].iter().all(|&m| m == 0.));
         assert_ne!(heads[0].online[places.hidden_weight.clone()], START[places.hidden_weight]);
         let last = HeadUpdate { still_steps: 3, step: 4, ..UPDATE };
-        step(&mut heads, &TINY, rows(), &last)?;
+        step(&mut heads, rows(), &last)?;
         // The first step of Adam moves by the learning rate, whatever the gradient.
         let moved = heads[0].online[places.scales.start] - 1.;
         assert!((moved.abs() - 0.01).abs() < 2e-4, "{moved}");
@@ -329,10 +346,10 @@ mod tests {
         let loss = |online: &[f64], target: &[f64]| -> Result<f64> {
             let mut head = LearningHead::new(&TINY, online.to_vec());
             head.target = target.to_vec();
-            Ok(step(&mut [head], &TINY, rows(), &UPDATE)?[0])
+            Ok(step(&mut [head], rows(), &UPDATE)?[0])
         };
         let mut heads = heads(1);
-        step(&mut heads, &TINY, rows(), &UPDATE)?;
+        step(&mut heads, rows(), &UPDATE)?;
         let mut apart = 0f64;
         for i in 0..14 {
             let (mut up, mut down) = (START, START);

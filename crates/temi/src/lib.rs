@@ -12,7 +12,8 @@
 //!   nearly all heads and its neighbours agree on its cluster.
 //!
 //! k-means on the same rows is always run; its clusters stand in the file and its agreement with the
-//! heads in the log. Everything is computed on the CPU, whatever `--device` says: the heads are small.
+//! heads in the log. Everything is computed on the CPU, whatever `--device` says: the heads are small. Ranks
+//! share the heads, the search for neighbours and the restarts of k-means.
 //! The objective favours clusters of equal size; [`Objective::balance`](loss::Objective) below 1 weakens that.
 //!
 //! Start at [`cluster`]: the method in order. [`learner::step`] is one step, [`loss`] the objective.
@@ -50,7 +51,7 @@ impl Stage for Temi {
         algorithm: 3,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
-        ranks: Ranks::One,
+        ranks: Ranks::Any,
     };
     type Config = Config;
 
@@ -65,22 +66,27 @@ impl Stage for Temi {
     }
 }
 
-/// The method: neighbours, k-means, the heads, their consensus. Writes the head and returns the
-/// pseudo-labels.
+/// The method: neighbours, the heads, k-means, the consensus of the heads. The first rank writes the head and
+/// returns the pseudo-labels; the others return `None`.
 ///
 /// # Errors
 ///
 /// The heads diverge or collapse ([`stage::Diverged`]), the user interrupts ([`stage::Interrupted`]), a
 /// row has no direction, or a file cannot be written.
-pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Result<PseudoLabels> {
-    let (width, clusters) = (embeddings.width, job.data.clusters);
+pub fn cluster(
+    config: &Config,
+    embeddings: FrozenEmbeddings,
+    job: &Job,
+) -> Result<Option<PseudoLabels>> {
+    let (width, clusters, ranks) = (embeddings.width, job.data.clusters, &job.communicator);
     let plan = config.plan(embeddings.count(), width, clusters);
     let state = HeadState::new(job, state::KIND, &embeddings, config)?;
     let first = || fit::first_heads(config, &plan, job);
     let (mut run, starts) = HeadRun::resume_or_start(job, plan, state, first, config.heads)?;
 
     // Neighbours on the raw rows; the heads see standardised ones.
-    let (neighbours, similarity) = cosine_neighbours(&embeddings.rows, width, plan.neighbours)?;
+    let (neighbours, similarity) =
+        cosine_neighbours(&embeddings.rows, width, plan.neighbours, ranks)?;
     let standardisation = Standardisation::of(&embeddings.rows, width);
     let rows = standardisation.apply(&embeddings.rows);
     if starts {
@@ -94,8 +100,14 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     }
     fit::train(config, &plan, &rows, &neighbours, &mut run, job)?;
 
+    let k_means = config.k_means.assign(&embeddings.rows, width, clusters, job.seed, ranks)?;
+    let own = fit::memberships(&run.heads, &plan, config.objective.temperature, &rows)?;
+    let (all, targets) = (ranks.gather(own)?, run.targets()?);
+    if !ranks.is_first() {
+        return Ok(None);
+    }
+
     // The consensus of the heads; the one of the lowest loss numbers the clusters.
-    let all = fit::memberships(&run.heads, &plan, config.objective.temperature, &rows)?;
     let losses = run.losses();
     let order = by_loss(&losses);
     let taken = &order[..((config.consensus.share * order.len() as f64).ceil() as usize).max(1)];
@@ -110,7 +122,6 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     let maps: Vec<Vec<u32>> = found.maps.iter().map(|own| mapped(own, &groups)).collect();
     let agreement = agreement(&chosen, &maps, &assignment, plan.shape.clusters)?;
 
-    let k_means = config.k_means.assign(&embeddings.rows, width, clusters, job.seed)?;
     let result = HeadResult {
         kmeans_assignment: k_means,
         confidence,
@@ -122,14 +133,14 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     log_result(config, &plan, &all, &losses, &agreement, &result, job)?;
     Ensemble {
         shape: plan.shape,
-        heads: taken.iter().map(|&head| &run.heads[head]).collect(),
+        heads: taken.iter().map(|&head| &*targets[head]).collect(),
         maps: found.maps,
         clusters: groups,
         temperature: config.objective.temperature,
         standardisation: &standardisation,
     }
     .write(&job.out, clusters)?;
-    result.pseudo_labels(embeddings, job)
+    Ok(Some(result.pseudo_labels(embeddings, job)?))
 }
 
 /// Indices of the heads by rising loss; ties keep their order.

@@ -45,20 +45,25 @@ pub fn follow_marginal<T: HeadFloat>(marginal: &mut [T], target: &SoftmaxRows<T>
     }
 }
 
-/// The weight of each pair, shared by all heads: `w = 1/H Σ_h Σ_c q₁c q₂c`, `(B,)` in `[0, 1]`.
+/// How far one head agrees on the sides of each pair: `Σ_c q₁c q₂c`, `(B,)` in `[0, 1]`.
 ///
-/// - `targets`: `q` of each head, `(H, 2, B, K)`.
-pub fn pair_weights<T: HeadFloat>(targets: &[SoftmaxRows<T>], clusters: usize) -> Vec<T> {
-    let pairs = targets.first().map_or(0, |target| target.logs.len() / clusters / 2);
+/// - `target`: `q`, `(2, B, K)`.
+pub fn pair_agreement<T: HeadFloat>(
+    target: &SoftmaxRows<T>,
+    clusters: usize,
+) -> impl Iterator<Item = T> {
+    let (first, second) = target.memberships.split_at(target.memberships.len() / 2);
+    let rows = first.chunks_exact(clusters).zip(second.chunks_exact(clusters));
+    rows.map(|(first, second)| first.iter().zip(second).map(|(&a, &b)| a * b).sum())
+}
+
+/// The weight of each of `pairs` pairs, shared by all heads: `w = 1/H Σ_h Σ_c q₁c q₂c`, `(B,)` in `[0, 1]`.
+///
+/// - `agreements`: [`pair_agreement`] of each head, `(H, B)`.
+pub fn pair_weights<T: HeadFloat>(agreements: &[T], pairs: usize) -> Vec<T> {
     let mut weights = vec![T::zero(); pairs];
-    for target in targets {
-        let (first, second) = target.memberships.split_at(pairs * clusters);
-        let rows = first.chunks_exact(clusters).zip(second.chunks_exact(clusters));
-        for (weight, (first, second)) in weights.iter_mut().zip(rows) {
-            *weight += first.iter().zip(second).map(|(&a, &b)| a * b).sum::<T>();
-        }
-    }
-    let heads = T::of(targets.len() as f64);
+    add_rows(&mut weights, agreements);
+    let heads = T::of((agreements.len() / pairs) as f64);
     weights.iter_mut().for_each(|weight| *weight /= heads);
     weights
 }
@@ -156,7 +161,8 @@ pub(crate) mod tests {
         for (marginal, target) in marginals.iter_mut().zip(&target) {
             follow_marginal(marginal, target, 0.9);
         }
-        let weights = pair_weights(&target, 3);
+        let agreements: Vec<f64> = target.iter().flat_map(|q| pair_agreement(q, 3)).collect();
+        let weights = pair_weights(&agreements, 2);
         Case { online, target, marginals, weights }
     }
 
@@ -215,7 +221,7 @@ pub(crate) mod tests {
             let both = memberships(&logits, 10, 0.1);
             let mut marginal = vec![0.1; 10];
             follow_marginal(&mut marginal, &both, 0.);
-            let weights = pair_weights(std::slice::from_ref(&both), 10);
+            let weights = pair_weights(&pair_agreement(&both, 10).collect::<Vec<_>>(), 10);
             let objective = Objective { beta, ..OBJECTIVE };
             [weights[0], head_loss(&both, &both, &weights, &marginal, &objective, 1).0]
         };

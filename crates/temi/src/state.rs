@@ -1,6 +1,6 @@
 //! A run of heads that can stop after any step and resume to the same bits.
 //!
-//! Its state, see [`frozen::state`], is of kind `temi-state`. Header: `steps` done. For `H` heads of `P`
+//! Its state, see [`frozen::state`], is of kind `temi-state`. For `H` heads of `P`
 //! parameters and `K` directions: `online`, `target`, `first-moments`, `second-moments` `(H, P)` and
 //! `marginals` `(H, K)`, f32; `sums (2, H)` u64: the bits of f64, the losses of the current log line and
 //! those that choose the best head.
@@ -21,16 +21,16 @@ pub const KIND: &str = "temi-state";
 
 /// The heads in training, the number of steps done, and the losses.
 pub struct HeadRun<'a> {
-    /// The heads.
+    /// The heads of this rank.
     pub heads: Vec<LearningHead<f32>>,
     /// Steps done.
     pub steps: usize,
     job: &'a Job,
     plan: HeadPlan,
     state: HeadState<'a>,
-    /// Sums of each head's losses since the last line of the log.
+    /// Sums of the losses of each head of all ranks since the last line of the log.
     recent: Vec<f64>,
-    /// Sums of each head's losses over the last `loss_steps` steps of the run.
+    /// Sums of the same over the last `loss_steps` steps of the run.
     last: Vec<f64>,
     line_began: Instant,
     line_steps: usize,
@@ -38,6 +38,9 @@ pub struct HeadRun<'a> {
 
 impl<'a> HeadRun<'a> {
     /// Resumes from the state in the job's folder, or starts with `heads`. Returns whether it started.
+    ///
+    /// - `heads`: those of this rank.
+    /// - `count`: the number of heads of all ranks.
     ///
     /// # Errors
     ///
@@ -60,17 +63,18 @@ impl<'a> HeadRun<'a> {
             line_began: Instant::now(),
             line_steps: 0,
         };
-        let Some(file) = run.state.open()? else {
+        let Some((file, steps)) = run.state.open()? else {
             run.heads = heads();
             return Ok((run, true));
         };
+        run.steps = steps;
         run.load(&file, count)?;
         tracing::info!("resumed after step {} of {}", run.steps, run.plan.steps);
         run.state.drop_later_log_lines(run.steps)?;
         Ok((run, false))
     }
 
-    /// Records a step and its losses.
+    /// Records a step and the losses of the heads of all ranks.
     ///
     /// # Errors
     ///
@@ -122,25 +126,39 @@ impl<'a> HeadRun<'a> {
         Ok(())
     }
 
-    /// Writes the state.
+    /// The targets of the heads of all ranks on the first rank, none on the others.
+    ///
+    /// # Errors
+    ///
+    /// A rank has ended.
+    pub fn targets(&self) -> Result<Vec<Vec<f32>>> {
+        self.gathered(|head| &head.target)
+    }
+
+    fn gathered(&self, of: PartOf) -> Result<Vec<Vec<f32>>> {
+        Ok(self
+            .job
+            .communicator
+            .gather(self.heads.iter().map(|head| of(head).clone()).collect())?)
+    }
+
+    /// Writes the state. All ranks call it.
     pub fn save(&self) -> Result<()> {
-        let (heads, shape) = (self.heads.len(), self.plan.shape);
-        let joined = |of: fn(&LearningHead<f32>) -> &Vec<f32>| -> Vec<f32> {
-            self.heads.iter().flat_map(&of).copied().collect()
-        };
+        let (heads, shape) = (self.recent.len(), self.plan.shape);
+        let joined = |of: PartOf| anyhow::Ok(self.gathered(of)?.concat());
         let sums: Vec<u64> = self.recent.iter().chain(&self.last).map(|x| x.to_bits()).collect();
-        let parts: Vec<Vec<f32>> = PARTS.iter().map(|(_, of)| joined(*of)).collect();
+        let parts = PARTS.iter().map(|(_, of)| joined(*of)).collect::<Result<Vec<_>>>()?;
         let mut tensors = vec![Tensor::u64("sums", &[2, heads], &sums)];
         for ((name, _), values) in PARTS.iter().zip(&parts) {
             tensors.push(Tensor::f32(*name, &[heads, shape.parameters()], values));
         }
-        let marginals = joined(|head| &head.marginal);
+        let marginals = joined(|head| &head.marginal)?;
         tensors.push(Tensor::f32("marginals", &[heads, shape.clusters], &marginals));
-        self.state.write(&[("steps", self.steps)], &tensors)
+        self.state.write(self.steps, &tensors)
     }
 
     fn load(&mut self, file: &Container, heads: usize) -> Result<()> {
-        self.steps = file.header_number("steps")? as usize;
+        let own = self.job.communicator.share(heads);
         let rows = |name: &str, columns: usize| -> Result<Vec<Vec<f32>>> {
             let values = file.f32(name)?;
             ensure!(
@@ -150,7 +168,8 @@ impl<'a> HeadRun<'a> {
                 file.path().display(),
                 values.len()
             );
-            Ok(values.chunks_exact(columns).map(<[f32]>::to_vec).collect())
+            let own = &values[own.start * columns..own.end * columns];
+            Ok(own.chunks_exact(columns).map(<[f32]>::to_vec).collect())
         };
         let parameters = self.plan.shape.parameters();
         let parts = PARTS.iter().map(|(name, _)| rows(name, parameters));
@@ -174,8 +193,10 @@ impl<'a> HeadRun<'a> {
     }
 }
 
-/// The parts of a head that have a value for each parameter.
+/// A part of a head.
 type PartOf = fn(&LearningHead<f32>) -> &Vec<f32>;
+
+/// The parts of a head that have a value for each parameter.
 const PARTS: [(&str, PartOf); 4] = [
     ("online", |head| &head.online),
     ("target", |head| &head.target),

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 use assignment::{argmax_rows, contingency};
+use collective::Communicator;
 use data::{DataSet, PseudoLabels};
 use fixture::features::{MadeFeatures, nuisance};
 use frozen::product::{FlatMatrix, HeadFloat};
@@ -114,9 +115,10 @@ fn result_line(folder: &Path) -> Result<serde_json::Value> {
 fn accuracies(config: &Config, count: usize, seed: u64) -> Result<[f64; 4]> {
     let made = nuisance(count, 10, 6, 0.55, seed);
     let folder = tempfile::tempdir()?;
-    let labels = temi::cluster(config, embeddings(&made), &job(folder.path(), 10))?;
+    let labels =
+        temi::cluster(config, embeddings(&made), &job(folder.path(), 10))?.expect("one rank");
     let table = KMeansTable { restarts: 10, iterations: 300, standardise: true };
-    let standard = table.assign(&made.rows, made.width, 10, 0)?;
+    let standard = table.assign(&made.rows, made.width, 10, 0, &Communicator::single())?;
     let found = [
         accuracy(&labels.kmeans_assignment, &made)?,
         accuracy(&standard, &made)?,
@@ -180,6 +182,27 @@ fn a_run_resumes_to_the_same_bytes_after_any_step() -> Result<()> {
     };
     assert_eq!(steps(&parts.out)?, [3, 6, 7]);
     assert_eq!(steps(&whole.out)?, [3, 6, 7]);
+    Ok(())
+}
+
+/// Three heads, of which four ranks leave one rank without.
+#[test]
+fn ranks_write_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    fixture::assert_same_on_ranks::<Temi>(&tiny(), |out| stage_job(folder.path(), out));
+    Ok(())
+}
+
+#[test]
+fn another_number_of_ranks_resumes_to_the_same_bytes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let whole = stage_job(folder.path(), "whole");
+    Temi::run(&tiny(), &whole)?;
+    let parts = stage_job(folder.path(), "parts");
+    let ranks = [2, 4, 1].into_iter().cycle();
+    let stops = ranks.take_while(|&ranks| fixture::stops_on_ranks::<Temi>(&tiny(), &parts, ranks));
+    assert_eq!(stops.count(), 7, "a step is taken each time");
+    fixture::assert_same_outputs(&whole, &parts);
     Ok(())
 }
 

@@ -12,7 +12,8 @@
 //!
 //! Departures from the authors' program: rows are standardised, because their scale decides how sharp the
 //! first labels are; one space of features, as one file of embeddings is read (the [`model`] takes
-//! several). k-means on the same rows is always run. Everything is computed on the CPU.
+//! several). k-means on the same rows is always run. Everything is computed on the CPU. Ranks share the pairs of
+//! rates, the search for neighbours and the restarts of k-means.
 //!
 //! Start at [`cluster`]: the method in order. [`model`] has the equations.
 
@@ -45,7 +46,7 @@ impl Stage for Turtle {
         algorithm: 3,
         inputs: frozen::INPUTS,
         outputs: &[Output::PseudoLabels],
-        ranks: Ranks::One,
+        ranks: Ranks::Any,
     };
     type Config = Config;
 
@@ -60,26 +61,41 @@ impl Stage for Turtle {
     }
 }
 
-/// The method: the search under each pair of rates, the best labelling, k-means beside it. Writes the
-/// head and returns the pseudo-labels.
+/// The method: the search under each pair of rates, the best labelling, k-means beside it. The first rank writes
+/// the head and returns the pseudo-labels; the others return `None`.
 ///
 /// # Errors
 ///
 /// The search diverges or collapses ([`stage::Diverged`]), the user interrupts ([`stage::Interrupted`]), a
 /// row has no direction, or a file cannot be written.
-pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Result<PseudoLabels> {
-    let (width, clusters) = (embeddings.width, job.data.clusters);
+pub fn cluster(
+    config: &Config,
+    embeddings: FrozenEmbeddings,
+    job: &Job,
+) -> Result<Option<PseudoLabels>> {
+    let (width, clusters, ranks) = (embeddings.width, job.data.clusters, &job.communicator);
     let standardisation = Standardisation::of(&embeddings.rows, width);
     let rows = standardisation.apply(&embeddings.rows);
     let state = HeadState::new(job, search::KIND, &embeddings, config)?;
     let mut search = Search::resume_or_start(config, job, width, state)?;
     search.run(&rows, width)?;
 
+    let layers = search.encoders.iter().map(|encoder| encoder.effective());
+    let own = layers.map(|layer| Labelling::new(layer, &rows, width, config, job));
+    let found = Labelling::gathered(own.collect::<Result<Vec<Labelling>>>()?, job)?;
+    let (neighbours, similarity) = cosine_neighbours(
+        &embeddings.rows,
+        width,
+        config.reliable.neighbours.min(embeddings.count() - 1),
+        ranks,
+    )?;
+    let k_means = config.k_means.assign(&embeddings.rows, width, clusters, job.seed, ranks)?;
+    if !ranks.is_first() {
+        return Ok(None);
+    }
+
     // The labelling that generalises best, among those that use the most clusters, because a single cluster
     // would be learnt without error. Of a tie, the first.
-    let layers = search.encoders.iter().map(|encoder| encoder.effective());
-    let found = layers.map(|layer| Labelling::new(layer, &rows, width, config, job));
-    let found = found.collect::<Result<Vec<Labelling>>>()?;
     let scores: Vec<f64> = found.iter().map(|labelling| labelling.score).collect();
     let rank = |one: &Labelling| (one.clusters_in_use(clusters), one.score);
     let better =
@@ -87,14 +103,9 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
     let best = found.into_iter().reduce(better).context("there are no learning rates")?;
 
     let map = HeadResult::numbering(&best.assignment, &embeddings, clusters)?;
-    let (neighbours, similarity) = cosine_neighbours(
-        &embeddings.rows,
-        width,
-        config.reliable.neighbours.min(embeddings.count() - 1),
-    )?;
     let result = HeadResult {
         assignment: best.assignment.iter().map(|&cluster| map[cluster as usize]).collect(),
-        kmeans_assignment: config.k_means.assign(&embeddings.rows, width, clusters, job.seed)?,
+        kmeans_assignment: k_means,
         trusted: best.confidence.iter().map(|&c| c >= config.reliable.confidence as f32).collect(),
         confidence: best.confidence,
         neighbours,
@@ -110,7 +121,7 @@ pub fn cluster(config: &Config, embeddings: FrozenEmbeddings, job: &Job) -> Resu
         "rand-index-with-k-means": adjusted_rand_index(&with_k_means),
     }))?;
     write_head(&best.layer, &map, &standardisation, job)?;
-    result.pseudo_labels(embeddings, job)
+    Ok(Some(result.pseudo_labels(embeddings, job)?))
 }
 
 /// The labels of the rows by one encoder, and how well a classifier learns them.
@@ -141,6 +152,24 @@ impl Labelling {
         let score = score.score(&some, width, &labels, clusters, job.seed)?;
         let confidence = confidence.into_iter().map(f32::exp).collect();
         Ok(Self { layer, assignment, confidence, score })
+    }
+
+    /// The labellings of all ranks on the first rank, in the order of the pairs of rates; none on the others.
+    fn gathered(own: Vec<Self>, job: &Job) -> Result<Vec<Self>> {
+        let ranks = &job.communicator;
+        let weights = ranks.gather(own.iter().map(|one| one.layer.weight.clone()).collect())?;
+        let biases = ranks.gather(own.iter().map(|one| one.layer.bias.clone()).collect())?;
+        let scores = ranks.gather(own.iter().map(|one| vec![one.score]).collect())?;
+        let labels = own.into_iter().map(|one| (one.assignment, one.confidence));
+        let (assignments, confidences) = labels.unzip();
+        let labels = ranks.gather(assignments)?.into_iter().zip(ranks.gather(confidences)?);
+        let labellings = labels.enumerate().map(|(pair, (assignment, confidence))| Self {
+            layer: LinearLayer { weight: weights[pair].clone(), bias: biases[pair].clone() },
+            assignment,
+            confidence,
+            score: scores[pair][0],
+        });
+        Ok(labellings.collect())
     }
 
     fn clusters_in_use(&self, clusters: usize) -> usize {

@@ -1,8 +1,8 @@
-//! The search for a labelling under each pair of learning rates, which can stop after any step.
+//! The search for a labelling under each pair of learning rates, which can stop after any step. All pairs
+//! take a step before any takes the next, and each rank takes those of some pairs.
 //!
-//! Its state, see [`frozen::state`], is of kind `turtle-state`. Header: `rates`, the current pair, and
-//! `steps` done with it. `encoders (R, P)` f32: the encoder under each pair, as weights, biases, scales;
-//! `first-moment (P,)` and `second-moment (P,)` f32 of the current pair.
+//! Its state, see [`frozen::state`], is of kind `turtle-state`. For `R` pairs and `P` parameters: `encoders`,
+//! as weights, biases, scales, `first-moments` and `second-moments` `(R, P)` f32.
 
 use anyhow::{Result, ensure};
 use frozen::product::FlatMatrix;
@@ -11,7 +11,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use stage::container::{Container, Tensor};
-use stage::progress::{Progress, Unit};
+use stage::progress::Unit;
 use stage::random::stream;
 use stage::{Diverged, Interrupted, Job};
 
@@ -23,15 +23,16 @@ pub const KIND: &str = "turtle-state";
 
 /// The encoders under each pair of learning rates, and the progress of the search.
 pub struct Search<'a> {
-    /// One for each pair.
+    /// One for each pair of this rank.
     pub encoders: Vec<TaskEncoder<f32>>,
+    optimizers: Vec<ListAdam<f32>>,
+    /// The pairs of this rank.
+    rates: &'a [RatePair],
     config: &'a Config,
     job: &'a Job,
     state: HeadState<'a>,
-    /// The current pair, and steps done with it.
-    pair: usize,
+    /// Steps done with each pair.
     steps: usize,
-    adam: ListAdam<f32>,
 }
 
 impl<'a> Search<'a> {
@@ -48,13 +49,15 @@ impl<'a> Search<'a> {
     ) -> Result<Self> {
         let mut random = stream(job.seed, "turtle encoder", &[job.round as u64]);
         let encoder = TaskEncoder::new(first_layer(width, job.data.clusters, &mut random));
-        let adam = ListAdam::new(parameters(&encoder).count());
-        let encoders = vec![encoder; config.rates.len()];
-        let mut search = Self { encoders, config, job, state, pair: 0, steps: 0, adam };
-        if let Some(file) = search.state.open()? {
+        let rates = &config.rates[job.communicator.share(config.rates.len())];
+        let optimizers = vec![ListAdam::new(parameters(&encoder).count()); rates.len()];
+        let encoders = vec![encoder; rates.len()];
+        let mut search = Self { encoders, optimizers, rates, config, job, state, steps: 0 };
+        if let Some((file, steps)) = search.state.open()? {
+            search.steps = steps;
             search.load(&file)?;
-            tracing::info!("resumed at rates {}, after step {}", search.pair, search.steps);
-            search.state.drop_later_log_lines(search.pair * config.steps + search.steps)?;
+            tracing::info!("resumed after step {steps} of {}", config.steps);
+            search.state.drop_later_log_lines(steps)?;
         }
         Ok(search)
     }
@@ -68,49 +71,71 @@ impl<'a> Search<'a> {
     /// A loss is not finite ([`Diverged`]), the user interrupts ([`Interrupted`]), or a file cannot be
     /// written.
     pub fn run(&mut self, rows: &[f32], width: usize) -> Result<()> {
-        let total = self.config.steps * self.config.rates.len();
-        let mut progress = Progress::new(&self.job.label(), total as u64, Unit::Steps);
+        let mut progress = self.job.progress(self.config.steps as u64, Unit::Steps);
         let whole = [FlatMatrix::new(rows, width)?];
         let images = rows.len() / width;
-        while self.pair < self.config.rates.len() {
+        while self.steps < self.config.steps {
             let drawn = (self.config.batch_size < images).then(|| self.batch(rows, width));
-            let (loss, entropy) = match &drawn {
+            let losses = match &drawn {
                 Some(drawn) => self.step(&[FlatMatrix::new(drawn, width)?], width)?,
                 None => self.step(&whole, width)?,
             };
             self.steps += 1;
-            let done = self.pair * self.config.steps + self.steps;
-            progress.at(done as u64, &format!("loss {loss:.4}"));
+            let [losses, entropies] =
+                [0, 1].map(|i| losses.iter().map(|of| of[i]).collect::<Vec<_>>());
+            let lowest = losses.iter().copied().fold(f32::INFINITY, f32::min);
+            progress.at(self.steps as u64, &format!("lowest loss {lowest:.4}"));
             let is_last = self.steps == self.config.steps;
             let is_due = self.steps.is_multiple_of(self.config.save_every) || is_last;
             if is_due {
                 self.job.log(&json!({
                     "phase": "train",
-                    "rates": self.pair,
-                    "step": done,
-                    "cross-entropy": loss,
-                    "entropy": entropy,
+                    "step": self.steps,
+                    "cross-entropy": losses,
+                    "entropy": entropies,
                 }))?;
             }
-            if is_last {
-                (self.pair, self.steps) = (self.pair + 1, 0);
-                self.adam = ListAdam::new(parameters(&self.encoders[0]).count());
-            }
-            if is_due || self.job.interrupt.is_raised() {
+            // A signal may reach one rank alone.
+            let is_interrupted = self.job.communicator.any(self.job.interrupt.is_raised())?;
+            if is_due || is_interrupted {
                 self.save()?;
             }
-            if self.job.interrupt.is_raised() {
+            if is_interrupted {
                 return Err(Interrupted.into());
             }
         }
         Ok(())
     }
 
-    /// One step of the encoder: labels, a new classifier trained on them, the outer gradient. Returns
+    /// One step under every pair of rates. Returns cross-entropy and entropy under each pair of all ranks.
+    fn step(&mut self, spaces: &[FlatMatrix<f32>], width: usize) -> Result<Vec<[f32; 2]>> {
+        let own = (0..self.rates.len()).map(|pair| self.step_under(pair, spaces, width));
+        let own = own.collect::<Result<Vec<_>>>()?;
+        let found = self.job.communicator.all_gather(&own)?;
+        let is_finite = |of: &[f32; 2]| of.iter().all(|x| x.is_finite());
+        if let Some(pair) = found.iter().position(|of| !is_finite(of)) {
+            let RatePair { inner, outer } = self.config.rates[pair];
+            let message = format!(
+                "the loss is {} at step {} under inner rate {inner} and outer rate {outer}; remove this pair \
+                 from `rates` in `[turtle]`",
+                found[pair][0],
+                self.steps + 1
+            );
+            return Err(Diverged(message).into());
+        }
+        Ok(found)
+    }
+
+    /// One step of an encoder: labels, a new classifier trained on them, the outer gradient. Returns
     /// cross-entropy and entropy.
-    fn step(&mut self, spaces: &[FlatMatrix<f32>], width: usize) -> Result<(f32, f32)> {
-        let RatePair { inner, outer } = self.config.rates[self.pair];
-        let encoders = std::slice::from_ref(&self.encoders[self.pair]);
+    fn step_under(
+        &mut self,
+        pair: usize,
+        spaces: &[FlatMatrix<f32>],
+        width: usize,
+    ) -> Result<[f32; 2]> {
+        let RatePair { inner, outer } = self.rates[pair];
+        let encoders = std::slice::from_ref(&self.encoders[pair]);
         let (labels, _) = labels(encoders, spaces)?;
         // The draw depends on the step alone, so that a resumed run is the same run.
         let counters = [self.job.round as u64, self.steps as u64];
@@ -124,18 +149,9 @@ impl<'a> Search<'a> {
             adam.step(inner, weight.iter_mut().chain(bias), gradients);
         }
         let found = outer_loss(encoders, &[classifier], spaces, self.config.balance)?;
-        if !(found.cross_entropy.is_finite() && found.entropy.is_finite()) {
-            let message = format!(
-                "the loss is {} at step {} under inner rate {inner} and outer rate {outer}; remove this pair \
-                 from `rates` in `[turtle]`",
-                found.cross_entropy,
-                self.steps + 1
-            );
-            return Err(Diverged(message).into());
-        }
         let gradients = parameters(&found.gradients[0]);
-        self.adam.step(outer, parameters_mut(&mut self.encoders[self.pair]), gradients);
-        Ok((found.cross_entropy, found.entropy))
+        self.optimizers[pair].step(outer, parameters_mut(&mut self.encoders[pair]), gradients);
+        Ok([found.cross_entropy, found.entropy])
     }
 
     fn batch(&self, rows: &[f32], width: usize) -> Vec<f32> {
@@ -146,34 +162,44 @@ impl<'a> Search<'a> {
     }
 
     fn save(&self) -> Result<()> {
-        let count = parameters(&self.encoders[0]).count();
-        let encoders: Vec<f32> = self.encoders.iter().flat_map(parameters).copied().collect();
-        let (first, second) = self.adam.moments();
+        let gather = |own: Vec<Vec<f32>>| anyhow::Ok(self.job.communicator.gather(own)?.concat());
+        let of_encoder = |encoder| parameters(encoder).copied().collect();
+        let encoders = gather(self.encoders.iter().map(of_encoder).collect())?;
+        let moments = || self.optimizers.iter().map(ListAdam::moments);
+        let first = gather(moments().map(|(first, _)| first.to_vec()).collect())?;
+        let second = gather(moments().map(|(_, second)| second.to_vec()).collect())?;
+        let pairs = self.config.rates.len();
+        let shape = [pairs, encoders.len() / pairs];
         let tensors = [
-            Tensor::f32("encoders", &[self.encoders.len(), count], &encoders),
-            Tensor::f32("first-moment", &[count], first),
-            Tensor::f32("second-moment", &[count], second),
+            Tensor::f32("encoders", &shape, &encoders),
+            Tensor::f32("first-moments", &shape, &first),
+            Tensor::f32("second-moments", &shape, &second),
         ];
-        self.state.write(&[("rates", self.pair), ("steps", self.steps)], &tensors)
+        self.state.write(self.steps, &tensors)
     }
 
     fn load(&mut self, file: &Container) -> Result<()> {
-        self.pair = file.header_number("rates")? as usize;
-        self.steps = file.header_number("steps")? as usize;
-        let count = parameters(&self.encoders[0]).count();
-        let encoders = file.f32("encoders")?;
-        let (first, second) = (file.f32("first-moment")?, file.f32("second-moment")?);
-        ensure!(
-            encoders.len() == count * self.encoders.len()
-                && first.len() == count
-                && second.len() == count,
-            "`{}` has encoders of another size; remove the folder",
-            file.path().display()
-        );
-        for (encoder, values) in self.encoders.iter_mut().zip(encoders.chunks_exact(count)) {
-            parameters_mut(encoder).zip(values).for_each(|(to, &from)| *to = from);
+        let pairs = self.config.rates.len();
+        let own = self.job.communicator.share(pairs);
+        let Some(count) = self.encoders.first().map(|encoder| parameters(encoder).count()) else {
+            return Ok(());
+        };
+        let rows = |name: &str| -> Result<Vec<Vec<f32>>> {
+            let values = file.f32(name)?;
+            ensure!(
+                values.len() == pairs * count,
+                "`{name}` of `{}` are of encoders of another size; remove the folder",
+                file.path().display()
+            );
+            let own = &values[own.start * count..own.end * count];
+            Ok(own.chunks_exact(count).map(<[f32]>::to_vec).collect())
+        };
+        for (encoder, values) in self.encoders.iter_mut().zip(rows("encoders")?) {
+            parameters_mut(encoder).zip(values).for_each(|(to, from)| *to = from);
         }
-        self.adam = ListAdam::resumed(first, second, self.steps);
+        let moments = rows("first-moments")?.into_iter().zip(rows("second-moments")?);
+        let resumed = |(first, second)| ListAdam::resumed(first, second, self.steps);
+        self.optimizers = moments.map(resumed).collect();
         Ok(())
     }
 }

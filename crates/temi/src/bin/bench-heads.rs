@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use bench::{BenchUnit, ComparisonTable, Peers, Side};
 use clap::Parser;
+use collective::Communicator;
 use frozen::product::FlatMatrix;
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
@@ -172,7 +173,8 @@ fn side(folder: &Path) -> Result<()> {
                 step: taken,
                 still_steps: 0,
             };
-            losses = step(&mut heads, &head, FlatMatrix::new(&rows, shape.width)?, &update)?;
+            let rows = FlatMatrix::new(&rows, shape.width)?;
+            losses = step(&mut heads, &head, rows, &update, &Communicator::single())?;
         }
         if taken == shape.steps as u64 {
             let mean = losses.iter().sum::<f64>() / losses.len() as f64;
