@@ -309,6 +309,19 @@ fn no_picture_or_class_is_lost_to_names_in_any_code_page() {
         let read = prepare(&at.join(source), &config()).expect("sound");
         assert_eq!((read.names, read.classes), (folder.names.clone(), folder.classes.clone()));
     }
+    let deeper: (&[u8], &[u8]) = (b"V\xf6gel/\xff/\xe9.jpg", &pictures[4]);
+    put(&at.join("latin").join(path(deeper.0)), deeper.1);
+    let deep = [&entries[..], &[deeper]].concat();
+    let in_tar: Vec<_> = deep.iter().map(|(name, bytes)| (path(name), *bytes)).collect();
+    put(&at.join("deep.tar"), &tar_of(&in_tar));
+    put(&at.join("deep.zip"), &zip_from(3, 0, &deep));
+    let photos = Config { format: Format::Photos, ..config() };
+    let folder = prepare(&at.join("latin"), &photos).expect("sound");
+    assert_eq!((folder.names.len(), folder.class(r"V\xF6gel/\xFF/\xE9.jpg")), (5, None));
+    for source in ["deep.tar", "deep.zip"] {
+        let read = prepare(&at.join(source), &photos).expect("sound");
+        assert_eq!((read.names, read.classes), (folder.names.clone(), folder.classes.clone()));
+    }
     // A class is chosen by its rendered name, a folder of an archive by its bytes or rendered name.
     let some = [r"V\xE4gel", r"V\xF6gel"].map(String::from).to_vec();
     let chosen = prepare(&at.join("latin.tar"), &Config { classes: some, ..config() });

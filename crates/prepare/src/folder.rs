@@ -9,13 +9,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use stage::Split;
 use stage::files::RESULTS_MARK;
 
 use crate::collection::{Load, Sink};
 use crate::names::{below, file_name, left_out};
-use crate::{Config, Format, picture};
+use crate::{Config, picture};
 
 /// The content of a folder, sorted by name.
 #[derive(Debug, Default)]
@@ -64,7 +64,7 @@ pub fn contents(folder: &Path) -> Result<FolderContents> {
                 contents.ignored.push((path, "is a link to a folder that contains it"));
             }
             Ok(kind) if kind.is_dir() && path.join(RESULTS_MARK).exists() => {
-                contents.ignored.push((path, "holds results of assort"));
+                contents.ignored.push((path, HOLDS_RESULTS));
             }
             Ok(kind) if kind.is_dir() => contents.folders.push(path),
             Ok(kind) if kind.is_file() => contents.files.push(path),
@@ -76,6 +76,9 @@ pub fn contents(folder: &Path) -> Result<FolderContents> {
     contents.files.sort();
     Ok(contents)
 }
+
+/// Why a folder with [`RESULTS_MARK`] in it is skipped.
+pub const HOLDS_RESULTS: &str = "holds results of assort";
 
 /// Whether `link` in `folder` points to that folder or to one above it.
 fn leads_back(folder: &Path, link: &Path) -> bool {
@@ -102,17 +105,19 @@ pub struct Listing {
 ///
 /// The layout is not supported; the message says what was found and what to do.
 pub fn list(root: &Path, config: &Config) -> Result<Listing> {
-    let wants_classes = !config.classes.is_empty() || config.images_per_class > 0;
     match list_by_class(root, config) {
-        Err(error) if config.format == Format::Photos && !wants_classes => {
+        Err(error) if config.allows_any_depth() => {
             let listing = Listing::of_any_depth(root)?;
-            tracing::info!(
-                "the folders are not taken as classes, so there is no ground truth: {error:#}"
-            );
+            log_no_classes(&error);
             Ok(listing)
         }
         by_class => by_class,
     }
+}
+
+/// Logs why folders of photographs are not taken as classes.
+pub fn log_no_classes(reason: &Error) {
+    tracing::info!("the folders are not taken as classes, so there is no ground truth: {reason:#}");
 }
 
 fn list_by_class(root: &Path, config: &Config) -> Result<Listing> {
@@ -457,6 +462,7 @@ const FOLDERS: usize = 100;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Format;
     use crate::example::{assert_has, config, jpeg, png, prepare, put, refusal, scratch};
 
     /// Writes a different picture to each of these names, and other bytes to names of archives.
@@ -540,6 +546,10 @@ mod tests {
         let (_folder, path) = scratch();
         pictures(&path, &["n1/a.png", "n2/b.png"]);
         assert_eq!(prepare(&path, &photos()).expect("sound").class("n2/b.png"), Some("n2"));
+        let (_folder, path) = scratch();
+        pictures(&path, &["a.png", "backup.tar"]);
+        assert_eq!(prepare(&path, &photos()).expect("sound").names, ["a.png"]);
+        assert_has(&refusal(&path, &config()), &["`backup.tar`", "`a.png`", "`format`"]);
         let (_folder, path) = scratch();
         pictures(&path, &["deep/er/x.tar"]);
         assert_has(&refusal(&path, &photos()), &["holds no JPEG, PNG or WebP pictures", "x.tar"]);

@@ -114,6 +114,7 @@ pub fn tar(bytes: &[u8]) -> Result<()> {
     fed("x.tar", bytes, |path, sink| {
         let holds = packed::recognise(&path, "");
         packed::read_pictures(&path, "", &[], sink)?;
+        packed::read_photos(&path, "", sink)?;
         packed::read_cifar(&path, "", Format::Auto, sink)?;
         packed::read_stl(&path, "", sink)?;
         holds.map(|_| ())
@@ -125,6 +126,7 @@ pub fn zip(bytes: &[u8]) -> Result<()> {
     fed("x.zip", bytes, |path, sink| {
         let holds = packed::recognise(&path, "");
         packed::read_pictures(&path, "", &[], sink)?;
+        packed::read_photos(&path, "", sink)?;
         holds.map(|_| ())
     })
 }

@@ -67,7 +67,7 @@ use crate::location::Local;
 use crate::source::PictureSource;
 
 /// The version of the output: raised when the same source and table give other files.
-pub const ALGORITHM: u32 = 3;
+pub const ALGORITHM: u32 = 4;
 
 /// The file of pictures, which stages receive as `--images`.
 pub const IMAGES: &str = "images.safetensors";
@@ -112,8 +112,8 @@ pub struct Config {
 pub enum Format {
     /// Detected from the source.
     Auto,
-    /// Photographs: as [`Auto`](Self::Auto), but the pictures of a folder may lie at any depth. Its folders count
-    /// as ground truth only if each picture is directly in the folder of a class.
+    /// Photographs: as [`Auto`](Self::Auto), but the pictures of a folder or an archive may lie at any depth. Its
+    /// folders count as ground truth only if each picture is directly in the folder of a class.
     Photos,
     /// IDX files in a folder.
     Idx,
@@ -207,6 +207,12 @@ impl Config {
     /// Whether the experiment keeps a class of the source.
     pub fn keeps(&self, class: &str) -> bool {
         self.classes.is_empty() || self.classes.iter().any(|kept| kept == class)
+    }
+
+    /// Whether pictures may lie at any depth: photographs may, unless the experiment asks for classes.
+    pub fn allows_any_depth(&self) -> bool {
+        let wants_classes = !self.classes.is_empty() || self.images_per_class > 0;
+        self.format == Format::Photos && !wants_classes
     }
 
     /// Checks that each kept class has `images_per_class` pictures.

@@ -1,21 +1,23 @@
 //! Recognises and reads the content of an archive: pictures, or the published files of a data set.
 //!
 //! Pictures are in one folder per class (at any depth below common folders), in no folder at all,
-//! or in one nested archive per class, like ILSVRC-2012's train archive. Otherwise the archive
-//! holds the binary files of CIFAR or STL-10, or samples of [`webdataset`]. An entry that is not a
-//! regular file below the archive's root is skipped and listed: links, devices, absolute names and
-//! names with `..`.
+//! or in one nested archive per class, like ILSVRC-2012's train archive. Photographs may lie at any
+//! depth, as in a folder ([`read_photos`]). Otherwise the archive holds the binary files of CIFAR or
+//! STL-10, or samples of [`webdataset`]. An entry that is not a regular file below the archive's root
+//! is skipped and listed: links, devices, absolute names and names with `..`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use stage::Split;
 use stage::console::printable;
+use stage::files::RESULTS_MARK;
 
 use crate::archive::{Member, each, each_of_tar};
 use crate::collection::{Load, Sink};
-use crate::folder::SOURCE;
+use crate::folder::{HOLDS_RESULTS, SOURCE, log_no_classes};
+use crate::labels::MOST_CLASSES;
 use crate::names::{file_name, split_name};
 use crate::{Format, cifar, picture, stl, webdataset};
 
@@ -223,8 +225,21 @@ pub fn read_pictures(
     classes: &[String],
     sink: &mut dyn Sink,
 ) -> Result<()> {
-    let shown = path.display().to_string();
-    let mut walk = Walk { shown, within, classes, first: None, label_file: None, sink };
+    let mut walk = Walk::new(path.display().to_string(), within, classes, sink);
+    each(path, within, |member| walk.visit(member, None))?;
+    walk.check()
+}
+
+/// Reads the photographs below the folder `within`, at any depth. Their folders are classes only if they are side by
+/// side, which a first pass over the archive finds out. As in a folder of photographs, archives and labels beside the
+/// pictures are ignored, and so are folders with results of assort.
+///
+/// # Errors
+///
+/// The archive is damaged.
+pub fn read_photos(path: &Path, within: &str, sink: &mut dyn Sink) -> Result<()> {
+    let mut walk = Walk::new(path.display().to_string(), within, &[], sink);
+    walk.survey(path)?;
     each(path, within, |member| walk.visit(member, None))?;
     walk.check()
 }
@@ -239,8 +254,7 @@ pub fn read_class_archives(
     classes: &[String],
     sink: &mut dyn Sink,
 ) -> Result<()> {
-    let shown = String::new();
-    let mut walk = Walk { shown, within: "", classes, first: None, label_file: None, sink };
+    let mut walk = Walk::new(String::new(), "", classes, sink);
     for path in paths {
         walk.shown = path.display().to_string();
         let class = file_name(path);
@@ -252,11 +266,17 @@ pub fn read_class_archives(
     walk.check()
 }
 
-/// One pass over an archive of pictures.
+/// Reads an archive of pictures.
 struct Walk<'a> {
     shown: String,
     within: &'a str,
     classes: &'a [String],
+    /// Whether the pictures are photographs, of which labels and archives beside them are no part.
+    are_photos: bool,
+    /// Whether the folders are classes.
+    has_classes: bool,
+    /// Folders with results of assort, which are skipped.
+    results: BTreeSet<String>,
     /// The first picture and its class folder. All class folders must be beside that one.
     first: Option<(String, String)>,
     /// The first `.cls` file in the folder of a picture without a class.
@@ -264,13 +284,97 @@ struct Walk<'a> {
     sink: &'a mut dyn Sink,
 }
 
-impl Walk<'_> {
+/// The class folder of a picture in this folder. Tiny-ImageNet has a folder `images` in each class folder.
+fn class_folder(folder: &str) -> &str {
+    folder.strip_suffix("/images").unwrap_or(folder)
+}
+
+impl<'a> Walk<'a> {
+    fn new(shown: String, within: &'a str, classes: &'a [String], sink: &'a mut dyn Sink) -> Self {
+        Self {
+            shown,
+            within: within.trim_matches('/'),
+            classes,
+            are_photos: false,
+            has_classes: true,
+            results: BTreeSet::new(),
+            first: None,
+            label_file: None,
+            sink,
+        }
+    }
+
+    /// Passes over an archive of photographs to find out which folders to skip, and whether the others are classes.
+    fn survey(&mut self, path: &Path) -> Result<()> {
+        // A picture in each folder.
+        let mut folders: BTreeMap<String, String> = BTreeMap::new();
+        each(path, self.within, |member| {
+            match member.name().clone() {
+                Ok(name) => {
+                    let (folder, file) = split_name(&name);
+                    let folder = class_folder(folder);
+                    let is_new = folders.len() <= MOST_CLASSES && !folders.contains_key(folder);
+                    if is_new
+                        && (picture::has_extension(file) || picture::is_start(&member.start()?))
+                    {
+                        folders.insert(folder.to_owned(), name);
+                    }
+                }
+                Err((name, _)) => {
+                    if let (folder, RESULTS_MARK) = split_name(&name) {
+                        self.results.insert(folder.to_owned());
+                    }
+                }
+            }
+            Ok(true)
+        })?;
+        folders.retain(|folder, _| self.results_above(folder).is_none());
+        // Otherwise the archive may hold archives of classes.
+        self.are_photos = !folders.is_empty();
+        if let Err(error) = self.check_folders(&folders) {
+            log_no_classes(&error);
+            self.has_classes = false;
+        }
+        Ok(())
+    }
+
+    /// The folder of results that a folder is or is in. The archive as a whole is read, as is a folder with results
+    /// that the user names.
+    fn results_above(&self, folder: &str) -> Option<&str> {
+        let is_above = |results: &&String| {
+            let rest = folder.strip_prefix(results.as_str());
+            !results.is_empty() && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        self.results.iter().find(is_above).map(String::as_str)
+    }
+
+    /// Checks that these folders, each with a picture in it, are those of two classes or more, or that there is none.
+    fn check_folders(&self, folders: &BTreeMap<String, String>) -> Result<()> {
+        let Some((first, name)) = folders.first_key_value() else { return Ok(()) };
+        ensure!(folders.len() <= MOST_CLASSES, "there are more than {MOST_CLASSES} folders");
+        for (folder, other) in folders {
+            self.check_layout((name, first), (other, folder))?;
+        }
+        ensure!(
+            folders.len() > 1 || first.is_empty(),
+            "all pictures are in one folder, `{}`",
+            printable(first)
+        );
+        Ok(())
+    }
+
     /// Reads a file. `archive_class` is the class of the archive that it is in, if any.
     fn visit(&mut self, member: &mut dyn Member, archive_class: Option<&str>) -> Result<bool> {
         let shown = |name: &str| match archive_class {
             Some(class) => format!("{class}/{name}"),
             None => name.to_owned(),
         };
+        let (Ok(path) | Err((path, _))) = member.name();
+        if let Some(results) = self.results_above(split_name(path).0) {
+            let results = results.to_owned();
+            self.sink.ignored(results, HOLDS_RESULTS.to_owned())?;
+            return Ok(true);
+        }
         let name = match member.name() {
             Ok(name) => name.clone(),
             Err((name, reason)) => {
@@ -282,15 +386,13 @@ impl Walk<'_> {
             }
         };
         let (folder, file) = split_name(&name);
-        if archive_class.is_none() && file.ends_with(".tar") && member.stream().is_some() {
+        let may_be_archive = archive_class.is_none() && !self.are_photos;
+        if may_be_archive && file.ends_with(".tar") && member.stream().is_some() {
             return self.visit_archive(member, file);
         }
-        // Tiny-ImageNet has a folder `images` in each class folder.
-        let folder = match folder.strip_suffix("/images") {
-            Some(above) if archive_class.is_none() => above,
-            _ => folder,
-        };
-        let class = archive_class.or((!folder.is_empty()).then(|| split_name(folder).1));
+        let folder = if archive_class.is_none() { class_folder(folder) } else { folder };
+        let is_in_class = self.has_classes && !folder.is_empty();
+        let class = archive_class.or(is_in_class.then(|| split_name(folder).1));
         let has_extension = picture::has_extension(file);
         if let Some(class) = class
             && !self.chooses(class)
@@ -302,7 +404,10 @@ impl Walk<'_> {
             return Ok(true);
         }
         if !has_extension && !picture::is_start(&member.start()?) {
-            if class.is_none() && webdataset::stem_and_extension(file).1 == "cls" {
+            if class.is_none()
+                && !self.are_photos
+                && webdataset::stem_and_extension(file).1 == "cls"
+            {
                 self.label_file.get_or_insert_with(|| name.clone());
             }
             self.sink.ignored(shown(&name), "is not a picture".into())?;
@@ -317,7 +422,11 @@ impl Walk<'_> {
             }
         }
         let folder = archive_class.unwrap_or(folder);
-        self.check_layout(folder, &shown(&name))?;
+        if let Some((first_name, first)) = &self.first
+            && self.has_classes
+        {
+            self.check_layout((first_name, first), (&shown(&name), folder))?;
+        }
         self.first.get_or_insert_with(|| (shown(&name), folder.to_owned()));
         let load = match self.sink.is_known() {
             true => Load::Known,
@@ -345,15 +454,20 @@ impl Walk<'_> {
         Ok(true)
     }
 
-    /// Checks that all class folders are side by side, or that no picture is in a folder. `folder`
-    /// is that of the picture `name`.
-    fn check_layout(&self, folder: &str, name: &str) -> Result<()> {
-        let Some((first_name, first)) = &self.first else { return Ok(()) };
-        let above = |folder| split_name(folder).0;
+    /// Checks that the class folders of two pictures are side by side, or that neither is in a folder. Takes name and
+    /// class folder of each.
+    fn check_layout(
+        &self,
+        (first_name, first): (&str, &str),
+        (name, folder): (&str, &str),
+    ) -> Result<()> {
+        fn above(folder: &str) -> &str {
+            split_name(folder).0
+        }
         if first.is_empty() == folder.is_empty() && above(first) == above(folder) {
             return Ok(());
         }
-        let within = self.within.trim_matches('/');
+        let within = self.within;
         // A folder above one of the two class folders, but not above the other.
         let hint =
             [(above(first), folder), (above(folder), first)].into_iter().find(|(above, other)| {
@@ -406,7 +520,7 @@ mod tests {
     use super::*;
     use crate::Config;
     use crate::example::{
-        assert_has, config, gzip, jpeg, png, prepare, put, refusal, scratch, tar,
+        assert_has, config, gzip, jpeg, png, prepare, put, refusal, scratch, tar, zip,
     };
 
     use crate::tar_file::BLOCK;
@@ -548,6 +662,68 @@ mod tests {
             put(&path.join("x.tar"), &tar(&entries));
             assert_has(&refusal(&path.join("x.tar"), &config()), parts);
         }
+    }
+
+    #[test]
+    fn photos_of_an_archive_lie_at_any_depth_as_in_its_folder() {
+        let photos = || Config { format: Format::Photos, ..config() };
+        let nested = &["2023/summer/a.png", "2023/winter/b.png", "2024/c.png", "d.png"][..];
+        for names in [
+            nested,
+            &["a.png", "2024/b.png", "2024/backup.tar", "0.cls"],
+            &["all/a.png", "all/b.png", "all/notes.txt", "all/.hidden.png"],
+            &[
+                "holiday/1/a.png",
+                "holiday/2/3/b.png",
+                "holiday/page/.assort-results",
+                "holiday/page/c.png",
+            ],
+            &["n1/a.png", "n2/b.png", "n2/images/c.png", "n2/notes.txt"],
+            &["a.png", "b.png", "notes.txt"],
+        ] {
+            let (_folder, path) = scratch();
+            let files: Vec<(&str, Vec<u8>)> = names
+                .iter()
+                .enumerate()
+                .map(|(seed, name)| {
+                    (*name, if name.ends_with(".png") { png(seed) } else { b"text".to_vec() })
+                })
+                .collect();
+            for (name, bytes) in &files {
+                put(&path.join("folder").join(name), bytes);
+            }
+            let folder = prepare(&path.join("folder"), &photos()).expect("sound");
+            let entries: Vec<(&str, &[u8])> =
+                files.iter().rev().map(|(name, bytes)| (*name, &**bytes)).collect();
+            for archive in [tar(&entries), gzip(&tar(&entries)), zip(&entries)] {
+                put(&path.join("archive"), &archive);
+                let read = prepare(&path.join("archive"), &photos()).expect("sound");
+                assert_eq!(read.bytes, folder.bytes, "{names:?}");
+                assert_eq!(read.names, folder.names, "{names:?}");
+                assert_eq!(read.classes, folder.classes, "{names:?}");
+                assert_eq!(read.skipped, folder.skipped, "{names:?}");
+            }
+        }
+        let (_folder, path) = scratch();
+        let files: Vec<Vec<u8>> = (0..nested.len()).map(png).collect();
+        let entries: Vec<(&str, &[u8])> =
+            nested.iter().copied().zip(files.iter().map(Vec::as_slice)).collect();
+        put(&path.join("x.tar"), &tar(&entries));
+        let classes = ["summer", "winter"].map(String::from).to_vec();
+        let chosen = prepare(&path.join("x.tar"), &Config { classes, ..photos() }).expect("sound");
+        assert_eq!(chosen.class_names, ["summer", "winter"], "an experiment may ask for classes");
+        assert_has(&refusal(&path.join("x.tar"), &config()), &["side by side"]);
+        let of_archives = ["n1.tar", "n2.tar"];
+        let inner: Vec<Vec<u8>> = files[..2].iter().map(|file| tar(&[("x.png", file)])).collect();
+        let entries: Vec<(&str, &[u8])> =
+            of_archives.into_iter().zip(inner.iter().map(Vec::as_slice)).collect();
+        put(&path.join("x.tar"), &tar(&entries));
+        let read = prepare(&path.join("x.tar"), &photos()).expect("sound");
+        assert_eq!(
+            read.class_names,
+            ["n1", "n2"],
+            "archives of classes have no pictures beside them"
+        );
     }
 
     #[test]

@@ -96,7 +96,7 @@ impl PictureSource {
             }
         }
         if let Format::Auto | Format::Tar | Format::WebDataset | Format::Parquet = format {
-            let files = packed_files(path, format)?;
+            let files = packed_files(path, config.format)?;
             let is_parquet =
                 files.first().is_some_and(|file| file_name(file).ends_with(".parquet"));
             if files.len() > 1 || !files.is_empty() && (is_parquet || format != Format::Auto) {
@@ -274,6 +274,9 @@ impl PictureSource {
                 packed::read_cifar(path, within, *format, sink)
             }
             Self::StlArchive(path, within) => packed::read_stl(path, within, sink),
+            Self::PictureArchive(path, within) if config.allows_any_depth() => {
+                packed::read_photos(path, within, sink)
+            }
             Self::PictureArchive(path, within) => {
                 packed::read_pictures(path, within, &config.classes, sink)
             }
@@ -365,7 +368,8 @@ fn refuse_foreign(path: &Path, start: &[u8]) -> Result<()> {
     }
 }
 
-/// The Parquet files of a folder, or else its tar archives if it has no subfolders.
+/// The Parquet files of a folder, or else its tar archives if it has no subfolders. Of photographs, none if there are
+/// pictures beside them.
 ///
 /// # Errors
 ///
@@ -380,16 +384,18 @@ fn packed_files(folder: &Path, format: Format) -> Result<Vec<PathBuf>> {
         files = with_ending(".tar");
     }
     let is_picture = |file: &&PathBuf| picture::has_extension(&file_name(file));
-    if format == Format::Auto
-        && let (Some(file), Some(picture)) = (files.first(), inside.files.iter().find(is_picture))
-    {
-        bail!(
-            "`{}` holds `{}` and pictures such as `{}`: pass the one file, or set `format` to \
+    if let (Some(file), Some(picture)) = (files.first(), inside.files.iter().find(is_picture)) {
+        match format {
+            Format::Photos => files.clear(),
+            Format::Auto => bail!(
+                "`{}` holds `{}` and pictures such as `{}`: pass the one file, or set `format` to \
              \"folder\", \"parquet\" or \"tar\"",
-            folder.display(),
-            file_name(file),
-            file_name(picture)
-        );
+                folder.display(),
+                file_name(file),
+                file_name(picture)
+            ),
+            _ => {}
+        }
     }
     Ok(files)
 }
