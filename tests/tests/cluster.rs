@@ -540,10 +540,20 @@ fn another_folder_of_the_same_name_gets_a_run_of_its_own() {
 }
 
 /// Words that only users of an experiment, or of a single program, understand.
-const FOREIGN: [&str; 5] = ["--set", "--source", "--images", "--to", "` in table `["];
+const FOREIGN: [&str; 9] = [
+    "--set",
+    "--source",
+    "--images",
+    "--to",
+    "` in table `[",
+    "`[",
+    "broken-share",
+    "`format",
+    "exit status",
+];
 
-/// Runs `assort cluster PATH`, which must refuse with this exit status. Returns the last line, which users
-/// read first.
+/// Runs `assort cluster PATH`, which must refuse with this exit status. Returns the message: one line, which no other
+/// program's line explains.
 fn refusal(path: &str, folder: &Path, words: &[&str], status: i32) -> String {
     let output = command_on(path, folder, words).output().expect("started");
     let message = stderr(&output);
@@ -551,7 +561,19 @@ fn refusal(path: &str, folder: &Path, words: &[&str], status: i32) -> String {
     for foreign in FOREIGN {
         assert!(!message.contains(foreign), "{path} {words:?}: `{foreign}` in {message}");
     }
-    message.lines().last().unwrap_or_default().to_owned()
+    only_message(&message)
+}
+
+/// The one line of stderr that is not of the log, whose lines begin with a date.
+fn only_message(stderr: &str) -> String {
+    let is_of_log = |line: &&str| line.starts_with("20");
+    let lines: Vec<&str> = stderr.lines().filter(|line| !is_of_log(line)).collect();
+    assert_eq!(lines.len(), 1, "{stderr}");
+    assert!(
+        lines[0].starts_with("assort: ") && stderr.ends_with(&format!("{}\n", lines[0])),
+        "{stderr}"
+    );
+    lines[0].to_owned()
 }
 
 /// Writes a folder of small pictures, each of one colour.
@@ -574,20 +596,23 @@ fn what_cannot_be_clustered_is_refused_before_anything_runs() {
     write_plain(&folder.join("three"), &[0, 100, 200]);
     fs::write(folder.join("texts/notes.txt"), "1").expect("written");
     fs::write(folder.join("file"), "1").expect("written");
+    fs::write(folder.join("text.jpg"), "1").expect("written");
     fs::write(folder.join("other/config.json"), r#"{"model_type": "bert"}"#).expect("written");
     fs::write(folder.join("other/model.safetensors"), "1").expect("written");
     let cases = [
         ("missing", &[][..], &["PATH `missing`", "no such folder"][..]),
         ("missing", &["--link-to", "links"], &["PATH `missing`", "no such folder"]),
-        ("empty", &[], &["PATH `empty`", "JPEG, PNG and WebP"]),
-        ("texts", &[], &["PATH `texts`", "JPEG, PNG and WebP"]),
+        ("empty", &[], &["PATH `empty`", "no JPEG, PNG or WebP pictures", "pass another"]),
+        ("texts", &[], &["PATH `texts`", "no JPEG, PNG or WebP pictures", "pass another"]),
+        ("text.jpg", &[], &["PATH `text.jpg`", "neither a JPEG nor a PNG", "pass a picture"]),
         ("one", &[], &["PATH `one`", "only 1 picture", "at least 2"]),
         ("one", &["--clusters", "2"], &["PATH `one`", "only 1 picture", "at least 2"]),
         ("three", &[], &["PATH `three`", "only 3 pictures", "--clusters 2"]),
-        ("three", &["--clusters", "4"], &["--clusters 4", "only 3 pictures"]),
+        ("three", &["--clusters", "10"], &["--clusters 10", "only 3 pictures"]),
         ("pictures", &["--clusters", "91"], &["--clusters 91", "only 90 pictures"]),
         ("pictures", &["--backbone", "no-such"], &["--backbone", "no-such", "dinov2-small"]),
-        ("pictures", &["--backbone", "no/such"], &["--backbone", "`no/such` is missing"]),
+        ("pictures", &["--backbone", "no/such"], &["--backbone", "`no/such` is missing", "name a"]),
+        ("pictures", &["--backbone", "no.safetensors"], &["--backbone", "is missing", "name a"]),
         ("pictures", &["--backbone", "empty"], &["--backbone", "config.json"]),
         ("pictures", &["--backbone", "other"], &["--backbone", "`bert` is not known"]),
         ("pictures", &["--backbone", "file"], &["--backbone", "not a safetensors file"]),
@@ -614,6 +639,8 @@ fn what_only_a_step_finds_out_is_said_in_the_words_of_the_command() {
     let folder = folder.path();
     write_plain(&folder.join("same"), &[7; 6]);
     write_plain(&folder.join("broken"), &[7; 2]);
+    write_plain(&folder.join("some"), &[7, 90, 180]);
+    fs::write(folder.join("some/notes.jpg"), "no picture").expect("written");
     for name in ["1.jpg", "2.jpg", "3.jpg"] {
         fs::write(folder.join("broken").join(name), "no picture").expect("written");
     }
@@ -624,16 +651,84 @@ fn what_only_a_step_finds_out_is_said_in_the_words_of_the_command() {
     let weights = fs::File::options().write(true).open(folder.join("damaged/model.safetensors"));
     weights.and_then(|file| file.set_len(900)).expect("truncated");
     for (path, words, status, parts) in [
-        ("same", &["--clusters", "2"][..], 4, &["copies", "--clusters", "--backbone"][..]),
+        (
+            "same",
+            &["--clusters", "2"][..],
+            4,
+            &["copies", "--clusters", "--backbone", "runs/photos-same/errors.log"][..],
+        ),
         ("same", &[], 2, &["6 pictures", "--clusters K"]),
-        ("broken", &[], 2, &["PATH `broken`", "unreadable", "50 %"]),
-        ("pictures", &["--backbone", "damaged"], 2, &["0-pretraining", "another --backbone"]),
+        (
+            "broken",
+            &[],
+            2,
+            &["PATH `broken`", "3 of 5 pictures", "50 %", "`1.jpg`", "repair or remove"],
+        ),
+        (
+            "pictures",
+            &["--backbone", "damaged"],
+            2,
+            &["--backbone: `damaged/model.safetensors`", "another --backbone"],
+        ),
     ] {
         let line = refusal(path, folder, words, status);
         for part in parts {
             assert!(line.contains(part), "{path} {words:?}: `{part}` in {line}");
         }
     }
+    let kept = |name: &str| fs::read_to_string(folder.join("runs").join(name).join("errors.log"));
+    for (name, part) in [
+        ("photos-same", "temi: all images fell into one cluster"),
+        ("photos-broken", "prepare: 3 of 5 pictures"),
+        ("photos-pictures", "pretrained: `damaged/model.safetensors`"),
+    ] {
+        let text = kept(name).expect("the messages of the steps");
+        assert!(text.contains(part), "{name}: {text}");
+    }
+
+    // A few unreadable pictures are skipped, and a file has their names.
+    let output = command_on("some", folder, &["--clusters", "2"]).output().expect("started");
+    let message = stderr(&output);
+    assert!(output.status.success(), "{message}");
+    assert!(
+        message.contains("cannot read 1 picture") && message.contains("/skipped.json`"),
+        "{message}"
+    );
+
+    // What is not said in other words is shown with what the command can change.
+    fs::write(folder.join("configs/photos.toml"), QUICK.replace("heads = 2", "heads = 0"))
+        .expect("written");
+    let output = cluster(folder, &["--clusters", "3"]);
+    let line = only_message(&stderr(&output));
+    for part in ["the step `temi` failed", "heads", "tables and keys in this message", "--clusters"]
+    {
+        assert!(line.contains(part), "`{part}` in {line}");
+    }
+}
+
+#[test]
+fn pictures_at_any_depth_of_an_archive_are_grouped_and_predicted() {
+    let folder = photographs();
+    let folder = folder.path();
+    for (number, picture) in
+        fs::read_dir(folder.join("pictures")).expect("there").flatten().enumerate()
+    {
+        let place = folder.join(["holiday", "holiday/2023/summer", "holiday/2024"][number % 3]);
+        fs::create_dir_all(&place).expect("created");
+        fs::rename(picture.path(), place.join(picture.file_name())).expect("moved");
+    }
+    let packed =
+        Command::new("tar").args(["-cf", "holiday.tar", "holiday"]).current_dir(folder).status();
+    assert!(packed.expect("started").success());
+    let output = command_on("holiday.tar", folder, &["--clusters", "3"]).output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let printed = String::from_utf8(output.stdout).expect("UTF-8");
+    assert!(printed.starts_with(&format!("{PICTURES} pictures in 3 clusters")), "{printed}");
+    assert!(!printed.contains("agreement with the folders"), "{printed}");
+    let mut predict = assort();
+    predict.args(["predict", "photos-holiday", "--images", "holiday.tar", "--device", "cpu"]);
+    let output = predict.current_dir(folder).output().expect("started");
+    assert!(output.status.success(), "{}", stderr(&output));
 }
 
 #[test]

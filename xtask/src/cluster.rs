@@ -4,6 +4,9 @@
 //! published backbone, cluster, report. If the number of clusters is not given, the steps up to the
 //! embeddings run first, and the helper `clusters` estimates the number from those.
 //!
+//! The messages of the programs may name tables and keys, which this command does not have. They go to
+//! [`ERRORS`], and the user reads one message, see [`Advice`].
+//!
 //! If the folder of the run has corrections by hand, the report applies them after clustering, also when
 //! pictures were added. No head is trained on them.
 
@@ -87,6 +90,9 @@ impl FromStr for ClusterCount {
     }
 }
 
+/// The file with the messages of failed programs, in the folder of the experiment's runs.
+const ERRORS: &str = "errors.log";
+
 /// The backbone name for training one on the pictures alone.
 const SCRATCH: &str = "scratch";
 
@@ -106,7 +112,6 @@ const MOST: usize = 50;
 pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     let pictures = crate::source::absolute_source(&options.path)?;
     check_flags(session, options, &pictures)?;
-    let setup = setup_options(options);
     let mut experiment = experiment(session, options, &pictures)?;
     find_outside(session, &experiment).context("--backbone")?;
     crate::source::mark_results(&options.runs, &pictures, "--runs")?;
@@ -114,10 +119,13 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
         crate::source::mark_results(out, &pictures, "--out")?;
     }
     experiment.name = owner::claim(&options.runs, &experiment.name, &pictures, &session.interrupt)?;
-    let run = options.runs.join(&experiment.name).join(SEED.to_string());
+    let runs = options.runs.join(&experiment.name);
+    let (run, advice) =
+        (runs.join(SEED.to_string()), Advice::Cluster { errors: runs.join(ERRORS) });
+    let setup = setup_options(options, &advice);
     check_corrections(&run)?;
     check_folders(options, &run)?;
-    let _data = prepare(session, options, &experiment, &pictures)?;
+    let _data = prepare(session, options, &experiment, &pictures, &advice)?;
     let (clusters, range) = match options.clusters {
         ClusterCount::Given(clusters) => (clusters, None),
         ClusterCount::Auto => {
@@ -138,7 +146,8 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
     let results = results.context("a run that is not dry has results")?;
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
     let page = ReportOptions::of_run(&run, options.out.clone());
-    let report = report::summarised(session, &page.with_folders(copy_to, link_to))?;
+    let report =
+        report::summarised(session, &page.with_folders(copy_to, link_to), &runs.join(ERRORS))?;
     let grouping = Grouping { options, run, range, results, report };
     match options.json {
         true => print_line(grouping.json()?),
@@ -309,18 +318,11 @@ fn prepare(
     options: &ClusterOptions,
     experiment: &Experiment,
     pictures: &Path,
+    advice: &Advice,
 ) -> Result<Hold> {
-    let prepared =
-        PreparedData::of(session, experiment, Some(pictures), &options.runs, Advice::Cluster)?;
-    let table = experiment.value("prepare");
-    let broken = table.and_then(|table| table.get("broken-share")?.as_float()).unwrap_or(0.);
-    let path = options.path.display();
+    let prepared = PreparedData::of(session, experiment, Some(pictures), &options.runs, advice)?;
     let explained = |error: Error| match Status::of_error(&error) {
-        Status::BadInput if pictures.is_dir() => error.context(format!(
-            "PATH `{path}`: `assort cluster` reads JPEG, PNG and WebP pictures at any depth of a \
-             folder, and skips unreadable ones up to {:.0} %",
-            100. * broken
-        )),
+        Status::BadInput => error.context(format!("PATH `{}`", options.path.display())),
         _ => error,
     };
     if !prepared.is_done()
@@ -431,14 +433,14 @@ fn find_outside(session: &CommandContext, experiment: &Experiment) -> Result<()>
     Ok(())
 }
 
-fn setup_options(options: &ClusterOptions) -> SetupOptions {
+fn setup_options(options: &ClusterOptions, advice: &Advice) -> SetupOptions {
     SetupOptions {
         device: options.device,
         ranks: 1,
         images: Some(options.path.clone()),
         dry_run: false,
         runs: options.runs.clone(),
-        advice: Advice::Cluster,
+        advice: advice.clone(),
     }
 }
 
@@ -474,7 +476,7 @@ fn estimated(
         Ok(kept) if kept.scored == scored => kept.estimate,
         // Nothing kept, of other embeddings, or damaged: it is computed anew.
         _ => {
-            let estimate = estimate(session, &results.join(EMBEDDINGS), scored.most)?;
+            let estimate = estimate(&setup, &results.join(EMBEDDINGS), scored.most)?;
             fs::create_dir_all(&folder).with_context(|| format!("`{}`", folder.display()))?;
             stage::json::write(&kept, &KeptEstimate { scored, estimate })?;
             estimate
@@ -510,17 +512,19 @@ struct Estimate {
     range: Option<[usize; 2]>,
 }
 
-fn estimate(session: &CommandContext, embeddings: &Path, most: usize) -> Result<Estimate> {
-    let program = Executable::own(CLUSTERS, &session.registry)?;
+fn estimate(setup: &Setup, embeddings: &Path, most: usize) -> Result<Estimate> {
+    let program = Executable::own(CLUSTERS, &setup.session.registry)?;
     let most = most.to_string();
     let mut arguments: Vec<OsString> = vec!["--embeddings".into(), embeddings.into()];
     arguments.extend(["--from", &LEAST.to_string(), "--to", &most, "--json"].map(OsString::from));
     tracing::info!(
         "estimating the number of clusters, from {LEAST} to {most}; --clusters K takes K and skips this"
     );
-    let interrupt = &session.interrupt;
-    let process = Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt };
-    let printed = process.printed()?;
+    let (interrupt, errors) = (&setup.session.interrupt, setup.advice.errors());
+    let process =
+        Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt, errors };
+    let printed = process.printed();
+    let printed = printed.map_err(|error| setup.advice.add_to(error, CLUSTERS, setup.device))?;
     let last = printed.lines().last().unwrap_or_default();
     serde_json::from_str(last)
         .with_context(|| format!("reading the estimate of the helper `{CLUSTERS}`: {last}"))

@@ -57,7 +57,8 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     }
     arguments.extend(options.rest.iter().cloned());
     let interrupt = &session.interrupt;
-    Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt }.show()
+    Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt, errors: None }
+        .show()
 }
 
 /// Finds the embeddings that `which` names: a file, a file in a folder, or the output of the run's

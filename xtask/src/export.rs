@@ -67,5 +67,6 @@ fn write(session: &CommandContext, run: &Recorded, options: &ExportOptions) -> R
     }
     let program = Executable::own(EXPORT, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process { name: EXPORT, program: &program, arguments: &arguments, interrupt }.show()
+    Process { name: EXPORT, program: &program, arguments: &arguments, interrupt, errors: None }
+        .show()
 }

@@ -64,7 +64,7 @@ fn predict(session: &CommandContext, run: &Recorded, options: &PredictOptions) -
     let source = absolute_source(&options.images)?;
     let experiment = experiment(&learnt.experiment, &learnt.network_step.place, &source)?;
     let pictures =
-        PreparedData::of(session, &experiment, Some(&source), &run.runs, Advice::Experiment)?;
+        PreparedData::of(session, &experiment, Some(&source), &run.runs, &Advice::Experiment)?;
     let _pictures = pictures.make(None, false)?;
 
     let prediction = Prediction {
@@ -248,7 +248,7 @@ impl Prediction<'_> {
         program: &'b Executable,
         arguments: &'b [OsString],
     ) -> Process<'b> {
-        Process { name, program, arguments, interrupt: &self.session.interrupt }
+        Process { name, program, arguments, interrupt: &self.session.interrupt, errors: None }
     }
 }
 

@@ -88,7 +88,7 @@ pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
         &experiment,
         source.as_deref(),
         &options.runs,
-        Advice::Experiment,
+        &Advice::Experiment,
     )?;
     prepared.make(options.memory, options.fresh)?;
     print_line(prepared.folder.display())
@@ -103,6 +103,7 @@ fn fetch(session: &CommandContext, address: String) -> Result<()> {
         program: &program,
         arguments: &arguments,
         interrupt: &session.interrupt,
+        errors: None,
     };
     print(process.printed()?)
 }

@@ -56,7 +56,7 @@ impl<'a> PreparedData<'a> {
         experiment: &Experiment,
         source: Option<&Path>,
         runs: &Path,
-        advice: Advice,
+        advice: &Advice,
     ) -> Result<Self> {
         let program = Executable::own(PREPARE, &session.registry)?;
         let source = match source {
@@ -75,6 +75,7 @@ impl<'a> PreparedData<'a> {
         let key = StoreKey::of(&plain_name(&name), record);
         let store = Store::of_data(runs);
         let (folder, experiment) = (store.path(key.name()), experiment.clone());
+        let advice = advice.clone();
         Ok(Self { folder, key, session, experiment, source, state, advice, program, store })
     }
 
@@ -172,6 +173,7 @@ impl<'a> PreparedData<'a> {
             program: &self.program,
             arguments,
             interrupt: &self.session.interrupt,
+            errors: self.advice.errors(),
         }
     }
 

@@ -7,7 +7,7 @@
 //! long as the process.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -31,6 +31,9 @@ pub struct Process<'a> {
     pub arguments: &'a [OsString],
     /// Stops it when raised.
     pub interrupt: &'a Interrupt,
+    /// The file to which our own programs append their errors instead of printing them. The error of a program then
+    /// has its message.
+    pub errors: Option<&'a Path>,
 }
 
 /// Where the stdout of a program goes.
@@ -49,36 +52,40 @@ impl Process<'_> {
     ///
     /// - `claim`: of the folder it writes to.
     pub fn run(&self, claim: Option<&File>) -> Result<()> {
-        let (status, ..) = self.wait(OutputTo::Stderr, claim)?;
-        self.ended(status)
+        self.wait(OutputTo::Stderr, claim).map(drop)
     }
 
     /// Like [`Process::run`], for a step that writes to `folder`; its cost is recorded there.
     pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
         let command = self.program.step_command();
+        let earlier = self.kept_errors().len();
         let (status, _, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;
-        self.ended(status)
+        self.ended(status, earlier)
     }
 
     /// Like [`Process::run`], but its stdout goes to our stdout.
     pub fn show(&self) -> Result<()> {
-        let (status, ..) = self.wait(OutputTo::Stdout, None)?;
-        self.ended(status)
+        self.wait(OutputTo::Stdout, None).map(drop)
     }
 
     /// Runs the program to its end and returns its stdout.
     pub fn printed(&self) -> Result<String> {
-        let (status, printed, _) = self.wait(OutputTo::Caller, None)?;
-        self.ended(status).map(|()| printed)
+        self.wait(OutputTo::Caller, None)
     }
 
-    fn wait(
-        &self,
-        output: OutputTo,
-        claim: Option<&File>,
-    ) -> Result<(ExitStatus, String, StepCost)> {
-        self.wait_for(self.program.command(), output, claim)
+    /// Runs the program to its end and returns its stdout where that goes to the caller.
+    fn wait(&self, output: OutputTo, claim: Option<&File>) -> Result<String> {
+        let earlier = self.kept_errors().len();
+        let (status, printed, _) = self.wait_for(self.program.command(), output, claim)?;
+        self.ended(status, earlier).map(|()| printed)
+    }
+
+    /// The contents of the file for errors.
+    fn kept_errors(&self) -> String {
+        let read = |path| fs::read(path).ok();
+        let bytes = self.errors.and_then(read).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     fn wait_for(
@@ -131,6 +138,9 @@ impl Process<'_> {
         if self.program.is_own() {
             command.env(stage::HELD_BY_STDIN, "1");
         }
+        if let Some(file) = self.errors {
+            command.env(stage::ERROR_FILE, file);
+        }
         if progress::is_json() {
             command.env(progress::JSON_PROGRESS, "1");
         }
@@ -161,19 +171,27 @@ impl Process<'_> {
     }
 
     /// Converts the exit status to a result.
-    fn ended(&self, status: ExitStatus) -> Result<()> {
+    ///
+    /// - `earlier`: the length of the file for errors before the program ran.
+    fn ended(&self, status: ExitStatus, earlier: usize) -> Result<()> {
         let Self { name, .. } = self;
+        let kept = self.kept_errors();
+        // The name of the program is before its message.
+        let message = kept.get(earlier..).and_then(|new| Some(new.trim().split_once(": ")?.1));
+        let with_message = |what: &str| match message {
+            Some(message) => format!("{what}: {message}"),
+            None => format!("{what}; its message is above"),
+        };
         match status.code() {
             Some(code) => match Status::from_code(code) {
                 Some(Status::Done) => Ok(()),
                 Some(Status::Interrupted) => Err(Interrupted.into()),
-                Some(Status::Diverged) => Err(Diverged(format!(
-                    "{name} diverged or collapsed, its message is above"
-                ))
-                .into()),
+                Some(Status::Diverged) => {
+                    Err(Diverged(with_message(&format!("{name} diverged or collapsed"))).into())
+                }
                 Some(Status::MachineFailed) => Err(MachineFailed(format!(
-                    "{name} failed because of the machine, its message is above; what it saved \
-                     is kept"
+                    "{}; what it saved is kept",
+                    with_message(&format!("{name} failed because of the machine"))
                 ))
                 .into()),
                 // As a shell, `mpirun` adds 128 to the signal that ended a rank.
@@ -183,7 +201,10 @@ impl Process<'_> {
                     code - 128
                 ))
                 .into()),
-                _ => bail!("{name} failed with exit status {code}; its message is above"),
+                _ => match message {
+                    Some(message) => bail!("{message}"),
+                    None => bail!("{name} failed with exit status {code}; its message is above"),
+                },
             },
             None if self.interrupt.is_raised() => Err(Interrupted.into()),
             None => Err(killed(name, status)),

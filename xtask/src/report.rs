@@ -107,9 +107,17 @@ pub fn run(session: &CommandContext, options: &ReportOptions) -> Result<()> {
 }
 
 /// Like [`run`], but prints nothing and returns what was written.
-pub fn summarised(session: &CommandContext, options: &ReportOptions) -> Result<ReportSummary> {
+///
+/// - `errors`: the file for the message of the helper, which the error has too.
+pub fn summarised(
+    session: &CommandContext,
+    options: &ReportOptions,
+    errors: &Path,
+) -> Result<ReportSummary> {
     let run = options.which.find()?;
-    let printed = write(session, &run, options, true, |process| process.printed());
+    let printed = write(session, &run, options, true, |process| {
+        Process { errors: Some(errors), ..*process }.printed()
+    });
     let printed = run.removing_damaged(printed, &session.interrupt)?;
     serde_json::from_str(&printed)
         .with_context(|| format!("reading what the helper `{REPORT}` printed: {printed}"))
@@ -183,7 +191,9 @@ fn write<T>(
         arguments.push("--json".into());
     }
     let interrupt = &session.interrupt;
-    start(&Process { name: REPORT, program: &program, arguments: &arguments, interrupt })
+    let process =
+        Process { name: REPORT, program: &program, arguments: &arguments, interrupt, errors: None };
+    start(&process)
 }
 
 /// The run's last finished step that clusters.

@@ -11,6 +11,7 @@ use serde_json::json;
 use stage::finished::{self, Digests};
 use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files, progress};
 
+use crate::advice::Advice;
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Step, StepInput};
 use crate::process::Process;
@@ -105,8 +106,10 @@ impl<'a> ExperimentRun<'a> {
                 if error.is::<stage::Interrupted>() {
                     return Err(error);
                 }
-                tracing::error!("{error:#}");
-                failed.push(step.name());
+                if self.setup.advice == Advice::Experiment {
+                    tracing::error!("{error:#}");
+                }
+                failed.push((step, error));
             }
         }
         if failed.is_empty() {
@@ -116,11 +119,21 @@ impl<'a> ExperimentRun<'a> {
         let files: Vec<_> =
             setup.experiment_files.values().map(|file| format!("`{}`", file.display())).collect();
         let experiment = setup.main().path.display().to_string();
-        bail!(
-            "the check of {} failed, the messages are above; {}",
-            failed.join(", "),
-            setup.advice.of_failed_check(&experiment, &files.join(", "))
-        )
+        let named = failed.iter().map(|(step, _)| step.name()).collect::<Vec<_>>().join(", ");
+        match &setup.advice {
+            Advice::Experiment => bail!(
+                "the check of {named} failed, the messages are above; nothing was started. The experiment is \
+                 `{experiment}`; with --set and [control] it became {}",
+                files.join(", ")
+            ),
+            Advice::Cluster { .. } => {
+                let advised = failed.into_iter().map(|(step, error)| {
+                    let error = setup.advice.add_to(error, &step.program, setup.device);
+                    format!("{error:#}")
+                });
+                bail!("{}", advised.collect::<Vec<_>>().join("; "))
+            }
+        }
     }
 
     /// The effort that the step's program declares; `None` if it declares none.
@@ -267,7 +280,8 @@ impl<'a> ExperimentRun<'a> {
         arguments: &'b [OsString],
     ) -> Process<'b> {
         let program = self.setup.programs.get(&self.setup.plan.steps[position].program);
-        Process { name, program, arguments, interrupt: self.interrupt() }
+        let (interrupt, errors) = (self.interrupt(), self.setup.advice.errors());
+        Process { name, program, arguments, interrupt, errors }
     }
 
     /// The record that `report`, `predict` and `clusters` read.

@@ -83,11 +83,11 @@ impl<'a> Setup<'a> {
                 experiment,
                 source.as_deref(),
                 &options.runs,
-                options.advice,
+                &options.advice,
             )?,
             experiment_files: write_experiments(plan, &options.runs)?,
             runs: options.runs.clone(),
-            advice: options.advice,
+            advice: options.advice.clone(),
         })
     }
 

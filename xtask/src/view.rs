@@ -49,5 +49,5 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     }
     let program = Executable::own(VIEW, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process { name: VIEW, program: &program, arguments: &arguments, interrupt }.show()
+    Process { name: VIEW, program: &program, arguments: &arguments, interrupt, errors: None }.show()
 }

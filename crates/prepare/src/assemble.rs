@@ -25,7 +25,7 @@ use stage::{Interrupted, Split, files};
 use crate::journal::{Journal, What};
 use crate::labels::MOST_CLASSES;
 use crate::sorter::Sorter;
-use crate::{Config, IMAGES, Identical, LABELS, NAMES, Options, SKIPPED};
+use crate::{Config, Format, IMAGES, Identical, LABELS, NAMES, Options, SKIPPED};
 
 /// The size of the data set that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -290,7 +290,8 @@ impl Assembler<'_> {
         names.finish(&data_set, &self.out.join(NAMES))?;
         let (numbers, classes) = sorted(classes, &used);
         labels.finish(&data_set, &self.out.join(LABELS), &numbers, &classes)?;
-        write_skipped(&self.out.join(SKIPPED), skipped)?.report(self.config.identical);
+        let file = self.out.join(SKIPPED);
+        write_skipped(&file, skipped)?.report(self.config.identical, &file);
         Ok(Assembled { images: data_set.images, classes: classes.len() })
     }
 
@@ -407,8 +408,8 @@ impl Skipped {
         *self.0[usize::from(list)].entry(common).or_default() += 1;
     }
 
-    /// Logs the counts.
-    fn report(&self, identical: Identical) {
+    /// Logs the counts, and which file has the names.
+    fn report(&self, identical: Identical, file: &Path) {
         let by_reason = |list: u8| {
             let counts = &self.0[usize::from(list)];
             let mut counts: Vec<_> =
@@ -431,7 +432,7 @@ impl Skipped {
             tracing::info!("identical to an earlier one, and {fate}: {pictures}");
         }
         if self.0.iter().any(|counts| !counts.is_empty()) {
-            tracing::info!("`{SKIPPED}` lists them by name");
+            tracing::info!("`{}` lists them by name", file.display());
         }
     }
 }
@@ -528,10 +529,15 @@ impl Tally {
                 format!("`{}` {}", printable(name), printable(reason))
             };
             let first: Vec<String> = self.examples.iter().map(example).collect();
+            // Who groups photographs has no table to change.
+            let raise = match config.format {
+                Format::Photos => String::new(),
+                _ => format!(", or raise `broken-share = {}`", config.broken_share),
+            };
             bail!(
-                "{broken} of {all} pictures cannot be read, more than `broken-share = {}` allows; \
-                 repair or remove them, or raise the share: {}{}",
-                config.broken_share,
+                "{broken} of {all} pictures cannot be read, more than the {} % that may be skipped; repair or \
+                 remove them{raise}: {}{}",
+                (1e4 * config.broken_share).round() / 100.,
                 first.join("; "),
                 if broken > first.len() { "; ..." } else { "" }
             );

@@ -403,7 +403,7 @@ mod tests {
 
         let fewer = Config { broken_share: 0.4, ..config() };
         let message = refusal(&path, &fewer);
-        assert_has(&message, &["5 of 12", "broken-share = 0.4", "`0/cut.jpg` is broken", "repair"]);
+        assert_has(&message, &["5 of 12", "40 %", "broken-share = 0.4", "`0/cut.jpg` is broken"]);
         let all = Config { broken_share: 0.99, classes: vec![], ..config() };
         put(&path.join("none/a.jpg"), b"");
         put(&path.join("none/b.jpg"), b"");

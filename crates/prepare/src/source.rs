@@ -159,6 +159,12 @@ impl PictureSource {
         }
         refuse_foreign(path, &start)?;
         ensure!(
+            !picture::has_extension(&name),
+            "`{}` is neither a JPEG nor a PNG nor a WebP file, whatever its name says; pass a picture, a folder or \
+             an archive with {SOURCE}",
+            path.display()
+        );
+        ensure!(
             format != Format::Parquet,
             "`{}` is not a Parquet file; pass another one with {SOURCE}",
             path.display()
@@ -609,7 +615,7 @@ mod tests {
     #[test]
     fn errors_say_what_a_file_is_and_what_to_do() {
         let (_folder, path) = scratch();
-        let cases: [(&str, Vec<u8>, &[&str]); 15] = [
+        let cases: [(&str, Vec<u8>, &[&str]); 16] = [
             ("empty.csv", vec![], &["empty.csv", "it is empty"]),
             ("x.csv", b"name,age\nA,1\n".to_vec(), &["no column of paths", "`path`"]),
             ("long.csv", [b"path\n\"".to_vec(), vec![b'x'; 3 << 20]].concat(), &["a line of more"]),
@@ -623,6 +629,7 @@ mod tests {
             ("x.jsonl", b"{\"path\": \"0.jpg\"}\n".to_vec(), &["a JSON document", "as CSV"]),
             ("list.txt", b"0.jpg\n1.jpg\n".to_vec(), &["a text", ".csv"]),
             ("page.zip", b"<html>Log in".to_vec(), &["a web page: download the file again"]),
+            ("notes.jpg", b"no picture".to_vec(), &["neither a JPEG", "whatever its name says"]),
             ("IMG.HEIC", b"\0\0\0\x18ftypheic".to_vec(), &["a HEIC picture", "convert it"]),
             ("7.tar", tar(&[("0.jpg", &jpeg(0)), ("0.cls", b"1")]), &["one class only, `1`"]),
         ];

@@ -140,7 +140,7 @@ fn skipped_files_are_counted_by_reason_on_stderr() {
         "cannot read 2 pictures: 1 × is broken, 1 × is empty",
         "skipped files or folders: 1 × is hidden, 1 × is not a picture",
         "identical to an earlier one, and kept: 1 picture",
-        "`skipped.json` lists them by name",
+        "skipped.json` lists them by name",
     ] {
         assert!(message.contains(part), "{part}: {message}");
     }

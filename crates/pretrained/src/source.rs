@@ -96,7 +96,8 @@ fn local(backbone: &str) -> Result<NetworkFiles> {
     if !path.is_file() {
         ensure!(
             !backbone.contains(['/', '\\', '.']),
-            "the backbone `{backbone}` is missing: there is no such folder or file"
+            "the backbone `{backbone}` is missing: there is no such folder or file; name a folder with config.json and \
+             model.safetensors, or a published network such as dinov2-small"
         );
         names::refuse_unknown(backbone)?;
     }

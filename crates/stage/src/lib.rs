@@ -86,4 +86,4 @@ pub use interrupt::{HELD_BY_STDIN, Interrupt};
 pub use job::Job;
 pub use library::{FOLDER, Library};
 pub use program::{Program, main};
-pub use status::{Diverged, Interrupted, MachineFailed, Status, finish};
+pub use status::{Diverged, ERROR_FILE, Interrupted, MachineFailed, Status, finish};

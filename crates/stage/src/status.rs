@@ -1,7 +1,10 @@
 //! Exit statuses: one set for stages and for the programs that start them.
 
+use std::env;
+use std::ffi::OsStr;
 use std::fmt;
-use std::io::{self, ErrorKind};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use anyhow::{Error, Result};
@@ -58,11 +61,24 @@ impl From<Status> for ExitCode {
     }
 }
 
-/// Ends a program's `main`: prints the error, if there is one, and returns the exit status.
+/// The environment variable that names a file for the error of a program. A caller that reports errors in its own
+/// words sets it: the error is appended to the file and not printed.
+pub const ERROR_FILE: &str = "ASSORT_ERROR_FILE";
+
+/// Ends a program's `main`: prints the error, if there is one, or appends it to the file of [`ERROR_FILE`]. Returns the
+/// exit status.
 pub fn finish(program: &str, result: &Result<()>) -> ExitCode {
     let Err(error) = result else { return Status::Done.into() };
-    console::print_error(format_args!("{program}: {error:#}"));
+    let message = format!("{program}: {error:#}");
+    let is_kept = env::var_os(ERROR_FILE).is_some_and(|file| append(&file, &message).is_ok());
+    if !is_kept {
+        console::print_error(message);
+    }
     Status::of_error(error).into()
+}
+
+fn append(file: &OsStr, message: &str) -> io::Result<()> {
+    writeln!(File::options().create(true).append(true).open(file)?, "{message}")
 }
 
 /// The error of a stage that stopped on request; it can be resumed.
