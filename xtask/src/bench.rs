@@ -22,6 +22,9 @@ pub struct BenchOptions {
     /// A Python interpreter with the libraries to compare with.
     #[arg(long, value_name = "PATH")]
     peer_python: Option<PathBuf>,
+    /// Also time candle's own DINOv2, which is built for it: for embed.
+    #[arg(long)]
+    peer_candle: bool,
     /// Print the rows as one JSON object at the end.
     #[arg(long)]
     json: bool,
@@ -40,12 +43,21 @@ pub fn run(mut options: BenchOptions) -> Result<ExitCode> {
         let names: Vec<&str> = found.keys().map(String::as_str).collect();
         bail!("there is no bench `{what}`; there are {}", names.join(", "))
     };
+    ensure!(
+        !options.peer_candle || what == "embed",
+        "--peer-candle: `{what}` has no peer of candle's; leave it out"
+    );
     if TIMES_ASSORT.contains(&&**what) {
         cargo::build("assort", "assort", None)?;
     }
     let mut command = Command::new(cargo::build(owner, &format!("{PREFIX}{what}"), None)?);
     if let Some(python) = &options.peer_python {
         command.arg("--peer-python").arg(python);
+    }
+    if options.peer_candle {
+        let manifest = root.join("crates/bench/peers").join(CANDLE).join("Cargo.toml");
+        let target = root.join("target").join(CANDLE);
+        command.arg("--peer-candle").arg(cargo::build_outside(&manifest, CANDLE, &target)?);
     }
     if options.json {
         command.arg("--json");
@@ -85,6 +97,9 @@ impl BenchOptions {
 
 const PREFIX: &str = "bench-";
 
+/// The package of the peer that is candle's own, outside of the workspace.
+const CANDLE: &str = "candle-dinov2";
+
 /// What is timed by programs that also start `assort`, which they find beside their own file.
 const TIMES_ASSORT: [&str; 1] = ["embed"];
 
@@ -115,7 +130,13 @@ mod tests {
 
     fn options(what: &str, peer_python: Option<&str>) -> BenchOptions {
         let peer_python = peer_python.map(PathBuf::from);
-        BenchOptions { what: what.into(), peer_python, json: false, rest: vec![] }
+        BenchOptions {
+            what: what.into(),
+            peer_python,
+            peer_candle: false,
+            json: false,
+            rest: vec![],
+        }
     }
 
     #[test]
@@ -126,6 +147,27 @@ mod tests {
         assert_eq!(found.get("embed").map(String::as_str), Some("embed"));
         assert_eq!(found.get("assignment").map(String::as_str), Some("metrics"));
         assert!(found.keys().all(|what| !what.is_empty()), "{found:?}");
+    }
+
+    #[test]
+    fn the_peer_of_candle_is_timed_by_embed_alone_and_has_the_version_of_candle_that_we_have() {
+        let train = BenchOptions { peer_candle: true, ..options("train", None) };
+        let message = run(train).expect_err("no such peer").to_string();
+        assert!(message.contains("--peer-candle") && message.contains("`train`"), "{message}");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let read = |path: &str| -> toml::Table {
+            fs::read_to_string(root.join(path)).expect("a manifest").parse().expect("TOML")
+        };
+        let (ours, peer) =
+            (read("Cargo.toml"), read("crates/bench/peers/candle-dinov2/Cargo.toml"));
+        let version = ours["workspace"]["dependencies"]["candle-core"].as_str().expect("a version");
+        for name in ["candle-core", "candle-nn", "candle-transformers"] {
+            assert_eq!(
+                peer["dependencies"][name].as_str(),
+                Some(&*format!("={version}")),
+                "{name}"
+            );
+        }
     }
 
     #[test]

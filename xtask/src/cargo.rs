@@ -19,6 +19,24 @@ pub fn build(owner: &str, name: &str, features: Option<&str>) -> Result<PathBuf>
     if let Some(features) = features {
         command.args(["--features", features]);
     }
+    executable(command, name)
+}
+
+/// Builds the binary `name` of a package outside of the workspace, optimised, into the folder `target`, and returns its
+/// path.
+///
+/// # Errors
+///
+/// The build fails.
+pub fn build_outside(manifest: &Path, name: &str, target: &Path) -> Result<PathBuf> {
+    let mut command = command();
+    command.args(["build", "--release", "--message-format", "json-render-diagnostics"]);
+    command.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(target);
+    executable(command, name)
+}
+
+/// Runs a build, and returns the path of the binary `name`.
+fn executable(mut command: Command, name: &str) -> Result<PathBuf> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.context("starting cargo")?;
     ensure!(output.status.success(), "building `{name}` failed; cargo's messages are above");

@@ -38,7 +38,7 @@ use anyhow::Result;
 pub use comparison::{BenchUnit, Comparison, ComparisonTable, compare};
 pub use history::History;
 pub use machine::Machine;
-pub use side::{Measurement, Peers, Side, peak_megabytes, serve};
+pub use side::{Measurement, Peers, Side, missing_packages, peak_megabytes, serve};
 
 /// The arguments that every bench program takes.
 #[derive(Debug, Clone, clap::Args)]

@@ -61,6 +61,20 @@ impl Side {
     /// It cannot be started.
     pub fn of_this_program(name: &str, arguments: &[&str], threads: usize) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program's file")?;
+        Self::of_program(name, &program, arguments, threads)
+    }
+
+    /// Starts another program whose arguments make it call [`serve`].
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn of_program(
+        name: &str,
+        program: &Path,
+        arguments: &[&str],
+        threads: usize,
+    ) -> Result<Self> {
         let mut command = Command::new(program);
         command.args(arguments).env("RAYON_NUM_THREADS", threads.to_string());
         Self::start(name, command)
@@ -197,7 +211,12 @@ impl Peers {
     }
 }
 
-fn missing_packages(python: &Path, packages: &[&str]) -> Result<BTreeSet<String>> {
+/// Returns those of `packages` that `python` lacks.
+///
+/// # Errors
+///
+/// `python` is not a Python.
+pub fn missing_packages(python: &Path, packages: &[&str]) -> Result<BTreeSet<String>> {
     const ASK: &str = "import importlib.util as u, sys\n\
                        print(*[p for p in sys.argv[1:] if u.find_spec(p) is None])";
     let output = Command::new(python)

@@ -1,6 +1,6 @@
 //! Times embedding, ours beside PyTorch's where a Python has it.
 //!
-//! `cargo xtask bench embed [--peer-python PATH] [--json] [-- [--only WORD] [--rounds N]]`
+//! `cargo xtask bench embed [--peer-python PATH] [--peer-candle] [--json] [-- [--only WORD] [--rounds N]]`
 //!
 //! What is timed is [`training::Target::embedding`] for residual networks, on running statistics, and
 //! [`Transformer::forward`] for published Vision Transformers: batches of pictures, which are noise that
@@ -9,6 +9,9 @@
 //! PyTorch's own attention. Where a machine cannot compile, without, and the row says so. See
 //! `bench/peer.py` of this crate.
 //!
+//! Further rows compare transformers in f32 with libraries as their users run them ([`libraries`]):
+//! transformers and timm where the Python has them, and candle's own DINOv2.
+//!
 //! The last row compares ours with ours: ViT-S/14 alone, and as its "peer" the programs `prepare` and
 //! `embed` of `assort` on a folder of JPEG files ([`folder`]). Its ratio is the time of the programs
 //! divided by that of the network; the target is at most 1.15. The peak memory and the processor time of
@@ -16,6 +19,8 @@
 
 #[path = "bench-embed/folder.rs"]
 mod folder;
+#[path = "bench-embed/libraries.rs"]
+mod libraries;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -47,6 +52,9 @@ struct BenchEmbedCli {
     /// Pictures of the work that begins with JPEG files.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     pictures: u64,
+    /// The program candle-dinov2 of crates/bench/peers, which `cargo xtask bench embed --peer-candle` builds.
+    #[arg(long, value_name = "PATH")]
+    peer_candle: Option<PathBuf>,
     /// Where the pictures for a side are.
     #[arg(long, hide = true, value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -94,12 +102,13 @@ fn main() -> ExitCode {
             Some(folder) => folder::side(name, folder, arguments.pictures),
             None => side(name),
         },
-        None => compare(&arguments.shared, arguments.pictures),
+        None => compare(&arguments),
     };
     bench::exit("bench-embed", result)
 }
 
-fn compare(arguments: &bench::BenchArguments, pictures: u64) -> Result<()> {
+fn compare(cli: &BenchEmbedCli) -> Result<()> {
+    let BenchEmbedCli { shared: arguments, pictures, peer_candle, .. } = cli;
     let python = arguments.peer_python.as_deref();
     let program = include_str!("../../bench/peer.py");
     let peers = python.map(|python| Peers::new(python, &["torch"], program)).transpose()?;
@@ -122,8 +131,9 @@ fn compare(arguments: &bench::BenchArguments, pictures: u64) -> Result<()> {
             peers,
         )?)?;
     }
+    libraries::add_to(&mut table, arguments, peer_candle.as_deref())?;
     if arguments.wants(folder::WORK) {
-        table.add(folder::compare(arguments, pictures)?)?;
+        table.add(folder::compare(arguments, *pictures)?)?;
     }
     table.finish()
 }
@@ -210,7 +220,12 @@ fn residual(depth: Depth, pixels: usize, precision: Precision) -> Result<Target>
 
 /// Small weights, which all take part, for DINOv2's network of this width.
 fn weights(width: usize) -> Result<TransformerWeights> {
-    let plan = TransformerPlan {
+    Ok(TransformerWeights::new(&plan(width), tensors(width)?)?)
+}
+
+/// DINOv2's network of this width.
+fn plan(width: usize) -> TransformerPlan {
+    TransformerPlan {
         patch_pixels: 14,
         patch_bias: true,
         width,
@@ -227,11 +242,18 @@ fn weights(width: usize) -> Result<TransformerWeights> {
         epsilon: 1e-6,
         attention_pooling: false,
         projection: None,
-    };
+    }
+}
+
+/// Shape and values of tensors by name.
+type NamedTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Small random values for each tensor of the network.
+fn tensors(width: usize) -> Result<NamedTensors> {
     let mut given = BTreeMap::new();
-    for (at, TransformerTensor { name, shape }) in plan.tensors().into_iter().enumerate() {
+    for (at, TransformerTensor { name, shape }) in plan(width).tensors().into_iter().enumerate() {
         let noise = training::noise(0.05, (1, shape.iter().product()), at as u64, &[], &Cpu)?;
         given.insert(name, (shape, noise.context("noise")?.flatten_all()?.to_vec1()?));
     }
-    Ok(TransformerWeights::new(&plan, given)?)
+    Ok(given)
 }
