@@ -310,8 +310,10 @@ impl<'a> FitSteps<'a> {
         Ok(())
     }
 
-    /// The mean loss of each network of all ranks over an epoch's steps, from those of this rank, `(heads,)`
-    /// for each step. Read once an epoch: no step waits for another device.
+    /// The mean loss of each network of all ranks over an epoch's steps. Read once an epoch: no step waits
+    /// for another device.
+    ///
+    /// - `losses`: for each step, those of the networks of this rank, `(heads,)`; none where it has no network.
     fn means(&self, losses: &[Tensor], phase: &str, epoch: usize) -> Result<Vec<f64>> {
         let own = match losses.is_empty() {
             true => Vec::new(),

@@ -109,8 +109,8 @@ impl Config {
         self.run.check_groups(job.name, images)?;
         ensure!(
             !self.concatenate_views || images.is_multiple_of(self.run.batch_groups),
-            "`batch-groups` in `[{0}.run]` is {1}, but with `concatenate-views = true` all groups need as many \
-             of the {images} images of a batch; choose fewer groups, or another `batch-size`",
+            "`batch-groups` in `[{0}.run]` is {1}, which does not divide a batch of {images} images evenly, as \
+             `concatenate-views = true` needs it; choose fewer groups, or another `batch-size`",
             job.name,
             self.run.batch_groups
         );

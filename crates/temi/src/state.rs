@@ -136,10 +136,8 @@ impl<'a> HeadRun<'a> {
     }
 
     fn gathered(&self, of: PartOf) -> Result<Vec<Vec<f32>>> {
-        Ok(self
-            .job
-            .communicator
-            .gather(self.heads.iter().map(|head| of(head).clone()).collect())?)
+        let own = self.heads.iter().map(|head| of(head).clone()).collect();
+        Ok(self.job.communicator.gather(own)?)
     }
 
     /// Writes the state. All ranks call it.
