@@ -2,7 +2,7 @@
 //!
 //! Classes are the direct subfolders of the source, pictures the files directly in those. A picture
 //! in a deeper folder is an error: torchvision would treat `train` and `val` as two classes. Only
-//! [`Format::Photos`] takes pictures at any depth, then without ground truth.
+//! [`Format::Photos`](crate::Format::Photos) takes pictures at any depth, then without ground truth.
 
 use std::fmt;
 use std::fs;
