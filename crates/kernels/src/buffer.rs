@@ -241,8 +241,8 @@ pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
 /// Memory for buffers, which is used again, so that a step after the first asks the system for none.
 ///
 /// Memory comes from the system in large slabs, of which only what has been written takes up memory. A buffer
-/// is cut from the first free range that is long enough, and free ranges side by side become one: in a backward
-/// pass, the small maps of the last layers so make room for the large gradients of the first.
+/// is cut from the first free range that is long enough, and free ranges side by side become one. So in a backward
+/// pass, the small maps of the last layers make room for the large gradients of the first.
 #[derive(Default)]
 pub struct BufferPool {
     slabs: Mutex<Vec<Slab>>,
@@ -314,7 +314,7 @@ impl BufferPool {
         Arc::default()
     }
 
-    /// The bytes that buffers of this pool have ever reached, which the system holds for it.
+    /// Bytes from the start of each slab to the end of its farthest buffer so far: what the pool has used.
     pub fn touched(&self) -> usize {
         let slabs = self.slabs();
         slabs.iter().map(|slab| slab.touched * size_of::<BufferLine>()).sum()

@@ -193,8 +193,8 @@ impl NetworkPlan {
         }
     }
 
-    /// For each value, the first operation whose backward pass reads it on this backend; `None` where none
-    /// does, or where it reads a value that is [computed again](Self::recomputed).
+    /// For each value that the tape keeps on this backend, the first operation whose backward pass reads it; `None`
+    /// for a value that nothing reads, or that is [computed again](Self::recomputed).
     pub fn kept<B: Operations>(&self) -> Vec<Option<usize>> {
         let mut kept = vec![None; self.channels.len()];
         let recomputed = self.recomputed::<B>();
