@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt;
+use std::process::Output;
 
 use serde_json::{Value, json};
-use tests::fake::{Fake, assert_status, send, sources, text};
+use tests::fake::{Fake, assert_status, send, sources, text, until};
 
 fn bench() -> Fake {
     Fake::new(env!("CARGO_BIN_EXE_fake-assort"))
@@ -122,6 +123,68 @@ fn seeds_share_the_data_and_the_table_has_their_mean() {
     assert_eq!(fs::read(&corrections).expect("there"), b"by hand");
     assert_status(&bench.reproduce(&["--seed", "0"]), 0);
     assert!(bench.started().is_empty(), "another seed is not forgotten");
+}
+
+#[test]
+fn jobs_run_at_once_and_give_what_one_at_a_time_gives() {
+    let (one, three) = (bench(), bench());
+    let scores = |output: &Output| {
+        assert_status(output, 0);
+        let stdout = text(&output.stdout);
+        let line = stdout.lines().last().expect("a line");
+        let mut json: Value = serde_json::from_str(line).expect("JSON");
+        json.as_object_mut().expect("an object").retain(|key, _| !key.contains("seconds"));
+        json
+    };
+    let words = ["reproduce", "example.toml", "--seeds", "3", "--json"];
+    let expected = scores(&one.run(&words));
+    let mut command = three.command(&words);
+    command.args(["--jobs", "3"]).env("FAKE_MEET", "pretraining 3").env_remove("RAYON_NUM_THREADS");
+    assert_eq!(scores(&command.output().expect("started")), expected);
+
+    let (mut by_one, mut by_three) = (one.started(), three.started());
+    by_one.sort();
+    by_three.sort();
+    assert_eq!(by_three, by_one);
+
+    // Each has its part of the processors, and its own name in front of its progress.
+    let cores = std::thread::available_parallelism().expect("known").get();
+    let met = fs::read_to_string(three.path("log.met")).expect("there");
+    let mut met: Vec<&str> = met.lines().collect();
+    met.sort();
+    let threads = (cores / 3).max(1);
+    let expected = [0, 1, 2].map(|seed| format!("{seed} {threads} 0-pretraining, seed {seed}"));
+    assert_eq!(met, expected);
+}
+
+#[test]
+fn a_failure_starts_nothing_more_and_other_jobs_end() {
+    let bench = bench();
+    let words = ["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"];
+    let mut command = bench.command(&words);
+    command.env("FAKE_MEET", "pretraining 2").env("FAKE_FAIL", "pretraining/1 4");
+    let output = command.output().expect("started");
+    assert_status(&output, 4);
+    assert!(text(&output.stderr).contains("a message of its own"), "{}", text(&output.stderr));
+    assert!(bench.path("runs/example/0/0-pretraining/done.json").exists(), "it had started");
+    assert!(!bench.path("runs/example/1/0-embed").exists());
+    bench.started();
+    assert_status(&bench.run(&words), 0);
+    assert!(bench.started().contains(&"pretraining 0 again".to_owned()));
+}
+
+#[test]
+fn an_interrupt_reaches_all_jobs() {
+    let bench = bench();
+    let mut command = bench.command(&["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"]);
+    let child = command.env("FAKE_WAIT", "pretraining").process_group(0).spawn().expect("started");
+    let waiting = || fs::read_to_string(bench.path("log.waiting")).unwrap_or_default();
+    until("two programs wait", || waiting().lines().count() == 2);
+    send("-TERM", &child.id().to_string());
+    let output = child.wait_with_output().expect("ended");
+    assert_status(&output, 3);
+    let saved = bench.started().iter().filter(|line| *line == "pretraining saves").count();
+    assert_eq!(saved, 2);
 }
 
 #[test]

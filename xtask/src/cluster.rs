@@ -24,6 +24,7 @@ use stage::{DeviceChoice, Experiment, Output, Status};
 use crate::CommandContext;
 use crate::advice::Advice;
 use crate::clusters::{CLUSTERS, EMBEDDINGS};
+use crate::jobs::{self, RunSteps};
 use crate::owner;
 use crate::plan::{Arm, RunPlan};
 use crate::prepared::PreparedData;
@@ -142,7 +143,7 @@ pub fn run(session: &CommandContext, options: &ClusterOptions) -> Result<()> {
         let all: Vec<usize> = (0..plan.steps.len()).collect();
         refuse_earlier_folders(options, &ExperimentRun::new(SEED, &setup)?, &all)?;
     }
-    let results = run_seeds(session, experiment, &setup, &[SEED], false)?;
+    let results = run_seeds(session, experiment, &setup, &[SEED], false, 1)?;
     let results = results.context("a run that is not dry has results")?;
     let (copy_to, link_to) = (options.copy_to.clone(), options.link_to.clone());
     let page = ReportOptions::of_run(&run, options.out.clone());
@@ -462,7 +463,7 @@ fn estimated(
     let run = ExperimentRun::new(SEED, &setup)?;
     refuse_earlier_folders(options, &run, &positions)?;
     run.check(&positions, false)?;
-    run.execute(&positions, false)?;
+    jobs::execute(&[RunSteps { run: &run, positions }], false, 1)?;
     let (count, results) = (setup.prepared.count()?, run.folder(embed));
     let step = results.file_name().unwrap_or_default().to_string_lossy();
     let scored = Scored {

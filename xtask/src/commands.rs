@@ -14,7 +14,7 @@ use stage::{DeviceChoice, Interrupt, Spec, Status};
 use crate::programs::{self, HELPER};
 use crate::reproduce::resolved;
 use crate::{
-    CommandContext, Registry, cluster, clusters, compare, export, predict, prepare, report,
+    CommandContext, Registry, cluster, clusters, compare, export, jobs, predict, prepare, report,
     reproduce, view,
 };
 
@@ -51,6 +51,8 @@ Examples
         /// Run this many seeds, from --seed on.
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         seeds: Option<u64>,
+        #[command(flatten)]
+        jobs: jobs::JobsOption,
         /// Also write a record of the results into this folder; configs/results keeps those of the project.
         #[arg(long, value_name = "DIR")]
         record: Option<PathBuf>,
@@ -302,12 +304,12 @@ fn follow(session: &CommandContext, command: Command) -> Result<ExitCode> {
             report_progress(options.json);
             cluster::run(session, &options)
         }
-        Command::Reproduce { options, seeds, record, json } => {
+        Command::Reproduce { options, seeds, jobs, record, json } => {
             report_progress(json);
             let seeds = (0..seeds.unwrap_or(1))
                 .map(|more| options.seed.saturating_add(more))
                 .collect::<Vec<_>>();
-            reproduce::reproduce(session, &options, &seeds, record.as_deref(), json)
+            reproduce::reproduce(session, &options, &seeds, jobs.jobs, record.as_deref(), json)
         }
         Command::Prepare { options } => prepare::run(session, &options),
         Command::Stage { place, options, round } => {

@@ -21,6 +21,7 @@ use toml::Value as Toml;
 use crate::CommandContext;
 use crate::cost::StepCost;
 use crate::heads;
+use crate::jobs::{self, RunSteps};
 use crate::plan::{Arm, RunPlan, StepInput};
 use crate::reproduce::resolved;
 use crate::results::{ClassAgreement, MetricsFile, Statistic, aligned, scores_json};
@@ -52,6 +53,8 @@ pub struct CompareOptions {
     /// Print the results as one JSON object at the end, and the progress as JSON lines on stderr.
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    jobs: jobs::JobsOption,
     #[command(flatten)]
     setup: setup::SetupOptions,
 }
@@ -123,7 +126,8 @@ pub fn run(session: &CommandContext, options: &CompareOptions) -> Result<()> {
         return comparisons.iter().try_for_each(TableComparison::print_plan);
     }
     comparisons.iter().try_for_each(TableComparison::check)?;
-    comparisons.iter().try_for_each(TableComparison::execute)?;
+    let steps: Vec<RunSteps> = comparisons.iter().flat_map(TableComparison::run_steps).collect();
+    jobs::execute(&steps, false, options.jobs.jobs)?;
     print_tables(&comparisons, options)
 }
 
@@ -409,11 +413,11 @@ impl<'a> TableComparison<'a> {
         })
     }
 
-    /// Runs all steps that are not finished.
-    fn execute(&self) -> Result<()> {
-        self.entries.iter().enumerate().try_for_each(|(position, entry)| {
-            let steps = self.steps(position);
-            entry.runs.iter().try_for_each(|run| run.execute(&steps, false))
+    /// All steps, in order.
+    fn run_steps(&self) -> impl Iterator<Item = RunSteps<'_>> {
+        self.entries.iter().enumerate().flat_map(|(position, entry)| {
+            let positions = self.steps(position);
+            entry.runs.iter().map(move |run| RunSteps { run, positions: positions.clone() })
         })
     }
 

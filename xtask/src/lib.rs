@@ -19,6 +19,7 @@ mod cost;
 mod export;
 mod gain;
 mod heads;
+mod jobs;
 mod key;
 mod owner;
 mod plan;

@@ -56,8 +56,13 @@ impl Process<'_> {
     }
 
     /// Like [`Process::run`], for a step that writes to `folder`; its cost is recorded there.
-    pub fn run_in(&self, folder: &Path, claim: &File) -> Result<()> {
-        let command = self.program.step_command();
+    ///
+    /// - `sharing`: how many steps share the processors.
+    pub fn run_in(&self, folder: &Path, claim: &File, sharing: usize) -> Result<()> {
+        let mut command = self.program.step_command(sharing);
+        if sharing > 1 {
+            command.env(progress::STEP, self.name);
+        }
         let earlier = self.kept_errors().len();
         let (status, _, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;

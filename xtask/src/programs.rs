@@ -104,11 +104,16 @@ impl Executable {
     }
 
     /// A command that starts the processes that share a step, without arguments yet.
-    pub fn step_command(&self) -> Command {
+    ///
+    /// - `sharing`: how many steps share the processors.
+    pub fn step_command(&self, sharing: usize) -> Command {
         if self.ranks == 1 {
-            return self.command();
+            let mut command = self.command();
+            limit_threads(&mut command, sharing);
+            return command;
         }
         let mut command = launcher(self.ranks, &self.path);
+        limit_threads(&mut command, self.ranks * sharing);
         command.args(self.words.iter().flatten());
         // The launcher would end its processes at an interrupt of the terminal before they have saved.
         #[cfg(unix)]
@@ -131,11 +136,17 @@ pub fn launcher(ranks: usize, program: &Path) -> Command {
     command.env("OMPI_MCA_mpi_yield_when_idle", "1");
     command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
     command.env("PRTE_MCA_hwloc_default_binding_policy", "none");
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if env::var_os(THREADS).is_none() {
-        command.env(THREADS, (cores / ranks).max(1).to_string());
-    }
+    limit_threads(&mut command, ranks);
     command
+}
+
+/// Gives a program its part of the processors, which so many processes share, unless the user's environment says how
+/// many threads it has.
+fn limit_threads(command: &mut Command, processes: usize) {
+    if processes > 1 && env::var_os(THREADS).is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        command.env(THREADS, (cores / processes).max(1).to_string());
+    }
 }
 
 /// Fails unless this program can share work among so many ranks.

@@ -10,6 +10,7 @@ use stage::console::{print, print_line};
 
 use crate::CommandContext;
 use crate::cost::StepCost;
+use crate::jobs::{self, RunSteps};
 use crate::plan::{Arm, RunPlan};
 use crate::prepared::PREPARE;
 use crate::result_record::ResultRecord;
@@ -45,17 +46,19 @@ pub fn resolved(session: &CommandContext, experiment: &str, set: &[String]) -> R
 
 /// Runs the unfinished steps of an experiment for these seeds, and prints the table.
 ///
+/// - `jobs`: how many steps run at once.
 /// - `record`: the folder for a record of the results.
 pub fn reproduce(
     session: &CommandContext,
     options: &ReproduceOptions,
     seeds: &[u64],
+    jobs: usize,
     record: Option<&Path>,
     json: bool,
 ) -> Result<()> {
     let experiment = resolved(session, &options.experiment, &options.set)?;
     let digest = experiment.digest();
-    let results = run_seeds(session, experiment, &options.setup, seeds, options.fresh)?;
+    let results = run_seeds(session, experiment, &options.setup, seeds, options.fresh, jobs)?;
     if let Some(results) = results {
         print(results.table())?;
         if let Some(folder) = record {
@@ -72,12 +75,14 @@ pub fn reproduce(
 /// Runs the unfinished steps of an experiment for these seeds. Returns `None` for a dry run.
 ///
 /// - `fresh`: remove earlier results first.
+/// - `jobs`: how many steps run at once.
 pub fn run_seeds(
     session: &CommandContext,
     experiment: Experiment,
     options: &setup::SetupOptions,
     seeds: &[u64],
     fresh: bool,
+    jobs: usize,
 ) -> Result<Option<ExperimentResults>> {
     let begin = Instant::now();
     let plan = RunPlan::of(&experiment, &session.registry.specs())?;
@@ -94,7 +99,8 @@ pub fn run_seeds(
         runs.iter().try_for_each(|run| setup.say_what_would_run(run, &all, fresh))?;
         return Ok(None);
     }
-    runs.iter().try_for_each(|run| run.execute(&all, fresh))?;
+    let steps: Vec<_> = runs.iter().map(|run| RunSteps { run, positions: all.clone() }).collect();
+    jobs::execute(&steps, fresh, jobs)?;
 
     Ok(Some(ExperimentResults {
         title: experiment.title()?,
@@ -167,7 +173,7 @@ pub fn stage(
     if is_dry {
         return setup.say_what_would_run(&run, &[position], fresh);
     }
-    run.execute(&[position], fresh)?;
+    jobs::execute(&[RunSteps { run: &run, positions: vec![position] }], fresh, 1)?;
     print_line(run.view(position).display())
 }
 

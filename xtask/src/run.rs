@@ -1,4 +1,4 @@
-//! A run: checks the steps of a plan for one seed, then runs them in order.
+//! A run: checks the steps of a plan for one seed, and runs each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -13,7 +13,7 @@ use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files, progress};
 
 use crate::advice::Advice;
 use crate::key::{self, StoreKey, Surroundings};
-use crate::plan::{Step, StepInput};
+use crate::plan::{Arm, Step, StepInput};
 use crate::process::Process;
 use crate::record::{RecordedStep, RunRecord};
 use crate::setup::Setup;
@@ -150,19 +150,21 @@ impl<'a> ExperimentRun<'a> {
         self.process(position, &name, &arguments).printed()
     }
 
-    /// Runs these steps in order, and links finished ones.
+    /// Runs one of these steps, unless it is finished, and links its result.
     ///
-    /// - `fresh`: remove the earlier result of each step right before it runs.
-    pub fn execute(&self, positions: &[usize], fresh: bool) -> Result<()> {
-        self.publish()?;
-        let mut seen = BTreeSet::new();
-        for (number, &position) in positions.iter().enumerate() {
-            // A step of another row may share a result that was just recomputed.
-            let is_first = seen.insert(self.keys[position].name());
-            let event = StepEvents { run: self, position, number: number + 1, of: positions.len() };
-            self.removing_damaged(self.execute_one(&event, fresh && is_first))?;
-        }
-        self.publish()
+    /// - `index`: its index in `positions`.
+    /// - `fresh`: remove its earlier result first.
+    /// - `sharing`: how many steps share the processors with it.
+    pub fn execute_step(
+        &self,
+        positions: &[usize],
+        index: usize,
+        fresh: bool,
+        sharing: usize,
+    ) -> Result<()> {
+        let (position, number, of) = (positions[index], index + 1, positions.len());
+        let events = StepEvents { run: self, position, number, of, sharing };
+        self.removing_damaged(self.execute_one(&events, fresh))
     }
 
     /// Calls [`Store::removing_damaged`] for all steps of the run.
@@ -225,7 +227,8 @@ impl<'a> ExperimentRun<'a> {
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
-        let ended = self.process(position, &name, &arguments).run_in(&folder, claim.file());
+        let ended =
+            self.process(position, &name, &arguments).run_in(&folder, claim.file(), events.sharing);
         let Setup { advice, device, .. } = self.setup;
         ended.map_err(|error| advice.add_to(error, &step.program, *device))?;
         if !finished::is_finished(&folder) {
@@ -291,7 +294,7 @@ impl<'a> ExperimentRun<'a> {
             name: step.name(),
             place: step.place.name.to_owned(),
             round: step.round,
-            is_main: step.arm == crate::plan::Arm::Main,
+            is_main: step.arm == Arm::Main,
             key: key.to_string(),
             earlier: earlier.clone(),
         });
@@ -312,6 +315,21 @@ impl<'a> ExperimentRun<'a> {
     /// The folder of a step's result.
     pub fn folder(&self, position: usize) -> PathBuf {
         self.store.path(self.keys[position].name())
+    }
+
+    /// The name of a step's result in the store.
+    pub fn key(&self, position: usize) -> &str {
+        self.keys[position].name()
+    }
+
+    /// The row of a step.
+    pub fn arm(&self, position: usize) -> Arm {
+        self.setup.plan.steps[position].arm
+    }
+
+    /// The steps whose results a step reads.
+    pub fn inputs(&self, position: usize) -> impl Iterator<Item = usize> {
+        input_steps(&self.setup.plan.steps[position])
     }
 
     /// Whether two steps share one result.
@@ -371,6 +389,8 @@ struct StepEvents<'a> {
     /// From 1.
     number: usize,
     of: usize,
+    /// How many steps share the processors.
+    sharing: usize,
 }
 
 impl StepEvents<'_> {

@@ -1,6 +1,7 @@
 """The PyTorch side of bench-train: one step of BYOL a turn, on noise in memory.
 
-    python peer.py '{"backbone": "resnet18", "pixels": 32, "batch": 128, "precision": "bf16"}' THREADS
+    python peer.py '{"backbone": "resnet18", "width": 64, "channels": 3, "hidden": 4096, "output": 256, "pixels": 32,
+                     "batch": 128, "precision": "bf16"}' THREADS
 
 Two views through the online network forward and backward, two through the target without gradient, the loss, SGD
 with momentum, the moving average. Channels last; bf16 by autocast, which keeps weights and statistics in f32; fused
@@ -42,17 +43,18 @@ class Block(nn.Module):
 
 def resnet(name, pixels):
     """With a 3x3 stem for pictures of at most 32 pixels, else 7x7 with stride 2 and a max-pool."""
-    blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}[name]
+    width, channels = work["width"], work["channels"]
+    blocks = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}[name]
     if pixels <= 32:
-        layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        layers = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     else:
-        layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+        layers = [nn.Conv2d(channels, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
                   nn.MaxPool2d(3, 2, 1)]
-    before = 64
+    before = width
     for stage, count in enumerate(blocks):
         for block in range(count):
-            layers.append(Block(before, 64 << stage, 2 if stage > 0 and block == 0 else 1))
-            before = 64 << stage
+            layers.append(Block(before, width << stage, 2 if stage > 0 and block == 0 else 1))
+            before = width << stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -60,12 +62,15 @@ def perceptron(width, hidden, out):
     return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
 
 
+hidden, output = work["hidden"], work["output"]
+
+
 def branch():
-    net = nn.Sequential(resnet(work["backbone"], work["pixels"]), perceptron(512, 4096, 256))
+    net = nn.Sequential(resnet(work["backbone"], work["pixels"]), perceptron(8 * work["width"], hidden, output))
     return net.to(memory_format=torch.channels_last)
 
 
-online, target, predictor = branch(), branch(), perceptron(256, 4096, 256)
+online, target, predictor = branch(), branch(), perceptron(output, hidden, output)
 target.load_state_dict(online.state_dict())
 target.requires_grad_(False)
 parameters = [*online.parameters(), *predictor.parameters()]
@@ -75,7 +80,7 @@ try:
 except (RuntimeError, TypeError):
     optimizer = torch.optim.SGD(parameters, foreach=True, **settings)
 followed, following = list(online.parameters()), list(target.parameters())
-shape = (work["batch"], 3, work["pixels"], work["pixels"])
+shape = (work["batch"], work["channels"], work["pixels"], work["pixels"])
 views = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2)]
 
 

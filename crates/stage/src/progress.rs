@@ -4,7 +4,7 @@
 //! event is then one line of stderr, an object with the key `event`. Other lines of stderr are text for
 //! people.
 //!
-//! - `progress`: `label` names the work; `done` of `of` (0 if unknown) is finished; `note` is such as the loss.
+//! - `progress`: `label` names the work, or the step where several run at once; `done` of `of` (0 if unknown) is finished; `note` is such as the loss.
 //!   Once two amounts are known, there are also `per-second` of `unit` and `seconds-left`. At most one event a
 //!   second is sent, and one at the end.
 //! - `step`: the step `name` of `seed`, `number` of `of` in its run, has the `state` `starts`, `resumes`,
@@ -21,6 +21,10 @@ use crate::console;
 
 /// Environment variable that makes a program report its progress as JSON.
 pub const JSON_PROGRESS: &str = "ASSORT_JSON_PROGRESS";
+
+/// Environment variable with the name of the step that a program runs beside others. It is then the label of all
+/// progress, in lines: two bars would overwrite each other.
+pub const STEP: &str = "ASSORT_STEP";
 
 /// Set once for the whole process, like the log's subscriber. It changes what is printed and no result.
 static IS_JSON: AtomicBool = AtomicBool::new(false);
@@ -94,9 +98,11 @@ const BETWEEN_EVENTS: Duration = Duration::from_secs(1);
 impl Progress {
     /// Shows `label` and the share of `length` that is done. A length of 0 is unknown.
     pub fn new(label: &str, length: u64, unit: Unit) -> Self {
+        let step = std::env::var(STEP).ok();
+        let label = step.as_deref().unwrap_or(label);
         let form = if is_json() {
             ProgressForm::Json
-        } else if std::io::stderr().is_terminal() {
+        } else if step.is_none() && std::io::stderr().is_terminal() {
             ProgressForm::Bar(bar(label, length))
         } else {
             ProgressForm::Lines

@@ -40,16 +40,20 @@ struct BenchTrainCli {
 /// A network, the pictures it is fed with, and the number type.
 struct TrainWork {
     depth: Depth,
+    /// Channels of the first stage; 64 where the network is the published one.
+    width: usize,
     pixels: usize,
     batch: usize,
     precision: Precision,
 }
 
-const WORKS: [TrainWork; 4] = [
-    TrainWork { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::Bf16 },
-    TrainWork { depth: Depth::Eighteen, pixels: 32, batch: 128, precision: Precision::F32 },
-    TrainWork { depth: Depth::ThirtyFour, pixels: 96, batch: 64, precision: Precision::Bf16 },
-    TrainWork { depth: Depth::ThirtyFour, pixels: 224, batch: 16, precision: Precision::Bf16 },
+const WORKS: [TrainWork; 5] = [
+    // The network of the digits.
+    TrainWork { depth: Depth::Ten, width: 16, pixels: 8, batch: 64, precision: Precision::F32 },
+    TrainWork::published(Depth::Eighteen, 32, 128, Precision::Bf16),
+    TrainWork::published(Depth::Eighteen, 32, 128, Precision::F32),
+    TrainWork::published(Depth::ThirtyFour, 96, 64, Precision::Bf16),
+    TrainWork::published(Depth::ThirtyFour, 224, 16, Precision::Bf16),
 ];
 
 fn main() -> ExitCode {
@@ -89,6 +93,10 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
 }
 
 impl TrainWork {
+    const fn published(depth: Depth, pixels: usize, batch: usize, precision: Precision) -> Self {
+        Self { depth, width: 64, pixels, batch, precision }
+    }
+
     fn named(name: &str) -> Result<&'static Self> {
         WORKS.iter().find(|work| work.name() == name).with_context(|| format!("no work `{name}`"))
     }
@@ -101,6 +109,10 @@ impl TrainWork {
     fn keys(&self) -> Value {
         json!({
             "backbone": self.backbone(),
+            "width": self.width,
+            "channels": self.channels(),
+            "hidden": self.hidden(),
+            "output": self.output(),
             "pixels": self.pixels,
             "batch": self.batch,
             "precision": self.precision_name(),
@@ -112,6 +124,20 @@ impl TrainWork {
         format!("resnet{}", layers.as_str().unwrap_or_default())
     }
 
+    fn channels(&self) -> usize {
+        if self.width < 64 { 1 } else { 3 }
+    }
+
+    /// The hidden width of both heads.
+    fn hidden(&self) -> usize {
+        if self.width < 64 { 512 } else { 4096 }
+    }
+
+    /// The width of projections.
+    fn output(&self) -> usize {
+        if self.width < 64 { 128 } else { 256 }
+    }
+
     fn precision_name(&self) -> &'static str {
         match self.precision {
             Precision::F32 => "f32",
@@ -119,14 +145,13 @@ impl TrainWork {
         }
     }
 
-    /// The published network for pictures of this size.
     fn configuration(&self) -> Configuration {
         let stem = if self.pixels <= 32 { Stem::Plain } else { Stem::Large };
         Configuration {
-            backbone: Architecture { depth: self.depth, width: 64, stem },
-            projector: Projector { hidden: 4096, width: 256 },
-            predictor: Predictor { hidden: 4096 },
-            channels: 3,
+            backbone: Architecture { depth: self.depth, width: self.width, stem },
+            projector: Projector { hidden: self.hidden(), width: self.output() },
+            predictor: Predictor { hidden: self.hidden() },
+            channels: self.channels(),
             input: Value::Null,
         }
     }
@@ -143,11 +168,11 @@ impl TrainWork {
 
     /// Two views of noise.
     fn views(&self) -> Result<[Tensor; 2]> {
-        let &Self { pixels, batch, .. } = self;
+        let (&Self { pixels, batch, .. }, channels) = (self, self.channels());
         let view = |number| -> Result<Tensor> {
-            let shape = (batch, pixels * pixels * 3);
+            let shape = (batch, pixels * pixels * channels);
             let noise = training::noise(1., shape, number, &[], &Cpu)?.context("noise")?;
-            Ok(noise.reshape((batch, pixels, pixels, 3))?)
+            Ok(noise.reshape((batch, pixels, pixels, channels))?)
         };
         Ok([view(1)?, view(2)?])
     }
