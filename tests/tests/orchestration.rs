@@ -174,6 +174,24 @@ fn a_failure_starts_nothing_more_and_other_jobs_end() {
 }
 
 #[test]
+fn a_helper_that_fails_leaves_one_message() {
+    let bench = bench();
+    assert_status(&bench.reproduce(&[]), 0);
+    for (helper, words) in [
+        ("report", &["report", "example"][..]),
+        ("view", &["view", "example"]),
+        ("export", &["export", "example", "--format", "npy"]),
+        ("clusters", &["clusters", "example"]),
+        ("prepare", &["prepare", "hf://models/owner/name"]),
+    ] {
+        let mut command = bench.command(words);
+        let output = command.env("FAKE_FAIL", format!("{helper} 2")).output().expect("started");
+        assert_status(&output, 2);
+        assert_eq!(text(&output.stderr), "assort: a message of its own\n", "{words:?}");
+    }
+}
+
+#[test]
 fn an_interrupt_reaches_all_jobs() {
     let bench = bench();
     let mut command = bench.command(&["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"]);

@@ -3,10 +3,12 @@
 //! A stage names tables and keys of its experiment. A user of `assort cluster` cannot change those. So the messages of
 //! stages are not printed there but kept in a file, and this user reads one message that names what can be changed.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Error, anyhow};
 use stage::{DeviceChoice, Diverged, MachineFailed, Status};
+
+use crate::process::MessageTo;
 
 /// The kind of command, which decides what the user can change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,11 +28,11 @@ const NO_TABLES: &str = "tables and keys in this message belong to the experimen
     can change the pictures, --clusters, --backbone and --device";
 
 impl Advice {
-    /// The file for the messages of the programs, if they are not printed.
-    pub fn errors(&self) -> Option<&Path> {
+    /// Where the messages of the programs go.
+    pub fn message(&self) -> MessageTo<'_> {
         match self {
-            Self::Experiment => None,
-            Self::Cluster { errors } => Some(errors),
+            Self::Experiment => MessageTo::Stderr,
+            Self::Cluster { errors } => MessageTo::ErrorAndFile(errors),
         }
     }
 

@@ -521,9 +521,9 @@ fn estimate(setup: &Setup, embeddings: &Path, most: usize) -> Result<Estimate> {
     tracing::info!(
         "estimating the number of clusters, from {LEAST} to {most}; --clusters K takes K and skips this"
     );
-    let (interrupt, errors) = (&setup.session.interrupt, setup.advice.errors());
+    let (interrupt, message) = (&setup.session.interrupt, setup.advice.message());
     let process =
-        Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt, errors };
+        Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt, message };
     let printed = process.printed();
     let printed = printed.map_err(|error| setup.advice.add_to(error, CLUSTERS, setup.device))?;
     let last = printed.lines().last().unwrap_or_default();

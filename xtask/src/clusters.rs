@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use stage::{Output, Spec};
 
 use crate::CommandContext;
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::record::{Recorded, RecordedStep, Which};
 use crate::store::Hold;
@@ -57,8 +57,14 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     }
     arguments.extend(options.rest.iter().cloned());
     let interrupt = &session.interrupt;
-    Process { name: CLUSTERS, program: &program, arguments: &arguments, interrupt, errors: None }
-        .show()
+    Process {
+        name: CLUSTERS,
+        program: &program,
+        arguments: &arguments,
+        interrupt,
+        message: MessageTo::Error,
+    }
+    .show()
 }
 
 /// Finds the embeddings that `which` names: a file, a file in a folder, or the output of the run's

@@ -10,7 +10,7 @@ use stage::Spec;
 
 use crate::CommandContext;
 use crate::clusters::{EMBEDDINGS, last_embeddings};
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::record::{Recorded, Which};
 use crate::report::LABELS;
@@ -67,6 +67,12 @@ fn write(session: &CommandContext, run: &Recorded, options: &ExportOptions) -> R
     }
     let program = Executable::own(EXPORT, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process { name: EXPORT, program: &program, arguments: &arguments, interrupt, errors: None }
-        .show()
+    Process {
+        name: EXPORT,
+        program: &program,
+        arguments: &arguments,
+        interrupt,
+        message: MessageTo::Error,
+    }
+    .show()
 }

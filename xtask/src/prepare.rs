@@ -11,7 +11,7 @@ use stage::console::{print, print_line};
 use crate::CommandContext;
 use crate::advice::Advice;
 use crate::prepared::{PREPARE, PreparedData};
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::source::absolute_source;
 
@@ -103,7 +103,7 @@ fn fetch(session: &CommandContext, address: String) -> Result<()> {
         program: &program,
         arguments: &arguments,
         interrupt: &session.interrupt,
-        errors: None,
+        message: MessageTo::Error,
     };
     print(process.printed()?)
 }

@@ -173,7 +173,7 @@ impl<'a> PreparedData<'a> {
             program: &self.program,
             arguments,
             interrupt: &self.session.interrupt,
-            errors: self.advice.errors(),
+            message: self.advice.message(),
         }
     }
 

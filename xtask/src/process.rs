@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
 use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status, progress};
+use tempfile::NamedTempFile;
 
 use crate::cost::{self, StepCost};
 use crate::programs::Executable;
@@ -31,9 +32,39 @@ pub struct Process<'a> {
     pub arguments: &'a [OsString],
     /// Stops it when raised.
     pub interrupt: &'a Interrupt,
-    /// The file to which our own programs append their errors instead of printing them. The error of a program then
-    /// has its message.
-    pub errors: Option<&'a Path>,
+    /// Where the message of our own program goes if it fails.
+    pub message: MessageTo<'a>,
+}
+
+/// Where the message of a failed program goes.
+#[derive(Debug, Clone, Copy)]
+pub enum MessageTo<'a> {
+    /// The program prints it. Our error says that it is above.
+    Stderr,
+    /// It becomes our error, and nothing else is printed.
+    Error,
+    /// The same, and it is appended to this file.
+    ErrorAndFile(&'a Path),
+}
+
+/// The file to which a program appends its message.
+struct MessageFile<'a> {
+    path: Option<&'a Path>,
+    /// How much of it others wrote before.
+    earlier: usize,
+}
+
+impl MessageFile<'_> {
+    /// What the file has now.
+    fn contents(&self) -> String {
+        let bytes = self.path.and_then(|path| fs::read(path).ok()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The message without the name of the program before it.
+    fn message(&self) -> Option<String> {
+        Some(self.contents().get(self.earlier..)?.trim().split_once(": ")?.1.to_owned())
+    }
 }
 
 /// Where the stdout of a program goes.
@@ -63,10 +94,9 @@ impl Process<'_> {
         if sharing > 1 {
             command.env(progress::STEP, self.name);
         }
-        let earlier = self.kept_errors().len();
-        let (status, _, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;
+        let (ended, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;
         cost.add_to(folder)?;
-        self.ended(status, earlier)
+        ended.map(drop)
     }
 
     /// Like [`Process::run`], but its stdout goes to our stdout.
@@ -81,28 +111,41 @@ impl Process<'_> {
 
     /// Runs the program to its end and returns its stdout where that goes to the caller.
     fn wait(&self, output: OutputTo, claim: Option<&File>) -> Result<String> {
-        let earlier = self.kept_errors().len();
-        let (status, printed, _) = self.wait_for(self.program.command(), output, claim)?;
-        self.ended(status, earlier).map(|()| printed)
+        self.wait_for(self.program.command(), output, claim)?.0
     }
 
-    /// The contents of the file for errors.
-    fn kept_errors(&self) -> String {
-        let read = |path| fs::read(path).ok();
-        let bytes = self.errors.and_then(read).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
+    /// Runs a command to its end. Returns its result and what it cost.
     fn wait_for(
+        &self,
+        command: Command,
+        output: OutputTo,
+        claim: Option<&File>,
+    ) -> Result<(Result<String>, StepCost)> {
+        let own = match self.message {
+            MessageTo::Error => Some(NamedTempFile::new().context("creating a temporary file")?),
+            MessageTo::Stderr | MessageTo::ErrorAndFile(_) => None,
+        };
+        let path = match self.message {
+            MessageTo::ErrorAndFile(path) => Some(path),
+            MessageTo::Stderr | MessageTo::Error => own.as_ref().map(NamedTempFile::path),
+        };
+        let mut file = MessageFile { path, earlier: 0 };
+        file.earlier = file.contents().len();
+        let (status, printed, cost) = self.run_command(command, output, claim, path)?;
+        Ok((self.ended(status, file.message()).map(|()| printed), cost))
+    }
+
+    fn run_command(
         &self,
         mut command: Command,
         output: OutputTo,
         claim: Option<&File>,
+        message_file: Option<&Path>,
     ) -> Result<(ExitStatus, String, StepCost)> {
         let started = PathBuf::from(command.get_program());
         let began = Instant::now();
         let mut run = || -> io::Result<_> {
-            let mut child = self.complete(&mut command, output, claim)?.spawn()?;
+            let mut child = self.complete(&mut command, output, claim, message_file)?.spawn()?;
             let printed = child.stdout.take().map(|mut stdout| {
                 thread::spawn(move || {
                     let mut bytes = Vec::new();
@@ -128,6 +171,7 @@ impl Process<'_> {
         command: &'c mut Command,
         output: OutputTo,
         claim: Option<&File>,
+        message_file: Option<&Path>,
     ) -> io::Result<&'c mut Command> {
         command.args(self.arguments);
         command.stdout(match output {
@@ -143,7 +187,7 @@ impl Process<'_> {
         if self.program.is_own() {
             command.env(stage::HELD_BY_STDIN, "1");
         }
-        if let Some(file) = self.errors {
+        if let Some(file) = message_file {
             command.env(stage::ERROR_FILE, file);
         }
         if progress::is_json() {
@@ -177,13 +221,10 @@ impl Process<'_> {
 
     /// Converts the exit status to a result.
     ///
-    /// - `earlier`: the length of the file for errors before the program ran.
-    fn ended(&self, status: ExitStatus, earlier: usize) -> Result<()> {
+    /// - `message`: that of the program, if it was not printed.
+    fn ended(&self, status: ExitStatus, message: Option<String>) -> Result<()> {
         let Self { name, .. } = self;
-        let kept = self.kept_errors();
-        // The name of the program is before its message.
-        let message = kept.get(earlier..).and_then(|new| Some(new.trim().split_once(": ")?.1));
-        let with_message = |what: &str| match message {
+        let with_message = |what: &str| match &message {
             Some(message) => format!("{what}: {message}"),
             None => format!("{what}; its message is above"),
         };
@@ -206,7 +247,7 @@ impl Process<'_> {
                     code - 128
                 ))
                 .into()),
-                _ => match message {
+                _ => match &message {
                     Some(message) => bail!("{message}"),
                     None => bail!("{name} failed with exit status {code}; its message is above"),
                 },

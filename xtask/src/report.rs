@@ -13,7 +13,7 @@ use stage::{Output, Spec};
 use crate::CommandContext;
 use crate::clusters::EMBEDDINGS;
 use crate::prepared::source_folder;
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::record::{Recorded, RecordedStep, Which};
 
@@ -116,7 +116,7 @@ pub fn summarised(
 ) -> Result<ReportSummary> {
     let run = options.which.find()?;
     let printed = write(session, &run, options, true, |process| {
-        Process { errors: Some(errors), ..*process }.printed()
+        Process { message: MessageTo::ErrorAndFile(errors), ..*process }.printed()
     });
     let printed = run.removing_damaged(printed, &session.interrupt)?;
     serde_json::from_str(&printed)
@@ -191,8 +191,13 @@ fn write<T>(
         arguments.push("--json".into());
     }
     let interrupt = &session.interrupt;
-    let process =
-        Process { name: REPORT, program: &program, arguments: &arguments, interrupt, errors: None };
+    let process = Process {
+        name: REPORT,
+        program: &program,
+        arguments: &arguments,
+        interrupt,
+        message: MessageTo::Error,
+    };
     start(&process)
 }
 

@@ -283,8 +283,8 @@ impl<'a> ExperimentRun<'a> {
         arguments: &'b [OsString],
     ) -> Process<'b> {
         let program = self.setup.programs.get(&self.setup.plan.steps[position].program);
-        let (interrupt, errors) = (self.interrupt(), self.setup.advice.errors());
-        Process { name, program, arguments, interrupt, errors }
+        let (interrupt, message) = (self.interrupt(), self.setup.advice.message());
+        Process { name, program, arguments, interrupt, message }
     }
 
     /// The record that `report`, `predict` and `clusters` read.

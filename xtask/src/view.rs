@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 
 use crate::CommandContext;
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::record::{CORRECTIONS, Recorded, Which};
 use crate::report::{embeddings_of, inputs, last_clusters};
@@ -49,5 +49,12 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     }
     let program = Executable::own(VIEW, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process { name: VIEW, program: &program, arguments: &arguments, interrupt, errors: None }.show()
+    Process {
+        name: VIEW,
+        program: &program,
+        arguments: &arguments,
+        interrupt,
+        message: MessageTo::Error,
+    }
+    .show()
 }

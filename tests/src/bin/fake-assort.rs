@@ -104,7 +104,9 @@ fn registry() -> Registry {
     let helper = |name| Helper { name, algorithm, main: |words| play(&words) };
     Registry {
         stages,
-        helpers: ["prepare", "predict", "report", "clusters"].map(helper).to_vec(),
+        helpers: ["prepare", "predict", "report", "clusters", "export", "view"]
+            .map(helper)
+            .to_vec(),
         library: Library::default(),
         data: vec![],
         devices: Devices {
