@@ -192,6 +192,19 @@ fn a_helper_that_fails_leaves_one_message() {
 }
 
 #[test]
+fn a_run_whose_plan_cannot_be_written_starts_nothing() {
+    let bench = bench();
+    assert_status(&bench.run(&["prepare", "example.toml"]), 0);
+    fs::create_dir_all(bench.path("runs/example")).expect("created");
+    fs::write(bench.path("runs/example/0"), "in the way").expect("written");
+    bench.started();
+    let output = bench.reproduce(&["--seeds", "2", "--jobs", "2"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("runs/example/0"), "{}", text(&output.stderr));
+    assert!(bench.started().is_empty());
+}
+
+#[test]
 fn an_interrupt_reaches_all_jobs() {
     let bench = bench();
     let mut command = bench.command(&["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"]);

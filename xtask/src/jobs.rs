@@ -60,6 +60,7 @@ pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
                 if task.is_first_of_run
                     && let Err(error) = steps.run.publish()
                 {
+                    schedule.end(number);
                     first_error = Some(error);
                     break;
                 }
@@ -129,13 +130,12 @@ enum TaskState {
 struct Schedule {
     /// Of each step, those before it that must have ended.
     tasks: Vec<(Task, Vec<usize>, TaskState)>,
-    /// How many steps of each run have not started, and not ended.
-    left: Vec<(usize, usize)>,
+    runs: usize,
 }
 
 impl Schedule {
     fn of(runs: &[RunSteps]) -> Self {
-        let mut schedule = Self { tasks: Vec::new(), left: Vec::new() };
+        let mut schedule = Self { tasks: Vec::new(), runs: 0 };
         let mut first_of_key = BTreeMap::new();
         for steps in runs {
             let numbers: BTreeMap<usize, usize> =
@@ -158,13 +158,12 @@ impl Schedule {
 
     /// Adds the steps of a run: what each needs, whether it is the first with its result, and whether it is long.
     fn add_run(&mut self, steps: impl Iterator<Item = (Vec<usize>, bool, bool)>) {
-        let (run, before) = (self.left.len(), self.tasks.len());
+        let run = self.runs;
+        self.runs += 1;
         self.tasks.extend(steps.enumerate().map(|(index, (needs, is_first_of_key, is_long))| {
             let task = Task { run, index, is_first_of_run: false, is_first_of_key, is_long };
             (task, needs, TaskState::Waiting)
         }));
-        let steps = self.tasks.len() - before;
-        self.left.push((steps, steps));
     }
 
     /// The first step that can start.
@@ -192,22 +191,23 @@ impl Schedule {
         together.count().clamp(1, jobs)
     }
 
+    /// Whether all steps of a run have this state.
+    fn all_are(&self, run: usize, wanted: TaskState) -> bool {
+        self.tasks.iter().all(|(task, _, state)| task.run != run || *state == wanted)
+    }
+
     fn start(&mut self, number: usize) -> Task {
-        let (task, _, state) = &mut self.tasks[number];
-        *state = TaskState::Running;
-        let (to_start, to_end) = &mut self.left[task.run];
-        let is_first_of_run = to_start == to_end;
-        *to_start -= 1;
-        Task { is_first_of_run, ..*task }
+        let task = self.tasks[number].0;
+        let is_first_of_run = self.all_are(task.run, TaskState::Waiting);
+        self.tasks[number].2 = TaskState::Running;
+        Task { is_first_of_run, ..task }
     }
 
     /// Ends a step; returns its run if that was the last one of it.
     fn end(&mut self, number: usize) -> Option<usize> {
-        let (task, _, state) = &mut self.tasks[number];
-        *state = TaskState::Ended;
-        let (_, to_end) = &mut self.left[task.run];
-        *to_end -= 1;
-        (*to_end == 0).then_some(task.run)
+        self.tasks[number].2 = TaskState::Ended;
+        let run = self.tasks[number].0.run;
+        self.all_are(run, TaskState::Ended).then_some(run)
     }
 }
 
@@ -218,7 +218,7 @@ mod tests {
     /// Two runs of a training, a long and a short reader of it, and a last step that reads the long one. The second
     /// run shares the training with the first.
     fn schedule() -> Schedule {
-        let mut schedule = Schedule { tasks: Vec::new(), left: Vec::new() };
+        let mut schedule = Schedule { tasks: Vec::new(), runs: 0 };
         let run = |from: usize, training: Vec<usize>| {
             let is_first = training.is_empty();
             let steps = [

@@ -4,8 +4,8 @@
 //! event is then one line of stderr, an object with the key `event`. Other lines of stderr are text for
 //! people.
 //!
-//! - `progress`: `label` names the work, or the step where several run at once; `done` of `of` (0 if unknown) is finished; `note` is such as the loss.
-//!   Once two amounts are known, there are also `per-second` of `unit` and `seconds-left`. At most one event a
+//! - `progress`: `label` names the work, or the step where several run at once; `done` of `of` (0 if unknown) is
+//!   finished; `note` is such as the loss. Once two amounts are known, there are also `per-second` of `unit` and `seconds-left`. At most one event a
 //!   second is sent, and one at the end.
 //! - `step`: the step `name` of `seed`, `number` of `of` in its run, has the `state` `starts`, `resumes`,
 //!   `done` or `done already`.

@@ -37,19 +37,38 @@ struct BenchTrainCli {
     side: Option<String>,
 }
 
+/// Sizes of a network.
+struct NetworkSizes {
+    /// Channels of the pictures.
+    channels: usize,
+    /// Channels of the first stage.
+    width: usize,
+    /// The hidden width of both heads.
+    hidden: usize,
+    /// The width of projections.
+    output: usize,
+}
+
+const PUBLISHED: NetworkSizes = NetworkSizes { channels: 3, width: 64, hidden: 4096, output: 256 };
+const OF_DIGITS: NetworkSizes = NetworkSizes { channels: 1, width: 16, hidden: 512, output: 128 };
+
 /// A network, the pictures it is fed with, and the number type.
 struct TrainWork {
     depth: Depth,
-    /// Channels of the first stage; 64 where the network is the published one.
-    width: usize,
+    sizes: NetworkSizes,
     pixels: usize,
     batch: usize,
     precision: Precision,
 }
 
 const WORKS: [TrainWork; 5] = [
-    // The network of the digits.
-    TrainWork { depth: Depth::Ten, width: 16, pixels: 8, batch: 64, precision: Precision::F32 },
+    TrainWork {
+        depth: Depth::Ten,
+        sizes: OF_DIGITS,
+        pixels: 8,
+        batch: 64,
+        precision: Precision::F32,
+    },
     TrainWork::published(Depth::Eighteen, 32, 128, Precision::Bf16),
     TrainWork::published(Depth::Eighteen, 32, 128, Precision::F32),
     TrainWork::published(Depth::ThirtyFour, 96, 64, Precision::Bf16),
@@ -94,7 +113,7 @@ fn compare(arguments: &bench::BenchArguments) -> Result<()> {
 
 impl TrainWork {
     const fn published(depth: Depth, pixels: usize, batch: usize, precision: Precision) -> Self {
-        Self { depth, width: 64, pixels, batch, precision }
+        Self { depth, sizes: PUBLISHED, pixels, batch, precision }
     }
 
     fn named(name: &str) -> Result<&'static Self> {
@@ -109,10 +128,10 @@ impl TrainWork {
     fn keys(&self) -> Value {
         json!({
             "backbone": self.backbone(),
-            "width": self.width,
-            "channels": self.channels(),
-            "hidden": self.hidden(),
-            "output": self.output(),
+            "width": self.sizes.width,
+            "channels": self.sizes.channels,
+            "hidden": self.sizes.hidden,
+            "output": self.sizes.output,
             "pixels": self.pixels,
             "batch": self.batch,
             "precision": self.precision_name(),
@@ -122,20 +141,6 @@ impl TrainWork {
     fn backbone(&self) -> String {
         let layers = serde_json::to_value(self.depth).unwrap_or_default();
         format!("resnet{}", layers.as_str().unwrap_or_default())
-    }
-
-    fn channels(&self) -> usize {
-        if self.width < 64 { 1 } else { 3 }
-    }
-
-    /// The hidden width of both heads.
-    fn hidden(&self) -> usize {
-        if self.width < 64 { 512 } else { 4096 }
-    }
-
-    /// The width of projections.
-    fn output(&self) -> usize {
-        if self.width < 64 { 128 } else { 256 }
     }
 
     fn precision_name(&self) -> &'static str {
@@ -148,10 +153,10 @@ impl TrainWork {
     fn configuration(&self) -> Configuration {
         let stem = if self.pixels <= 32 { Stem::Plain } else { Stem::Large };
         Configuration {
-            backbone: Architecture { depth: self.depth, width: self.width, stem },
-            projector: Projector { hidden: self.hidden(), width: self.output() },
-            predictor: Predictor { hidden: self.hidden() },
-            channels: self.channels(),
+            backbone: Architecture { depth: self.depth, width: self.sizes.width, stem },
+            projector: Projector { hidden: self.sizes.hidden, width: self.sizes.output },
+            predictor: Predictor { hidden: self.sizes.hidden },
+            channels: self.sizes.channels,
             input: Value::Null,
         }
     }
@@ -168,7 +173,8 @@ impl TrainWork {
 
     /// Two views of noise.
     fn views(&self) -> Result<[Tensor; 2]> {
-        let (&Self { pixels, batch, .. }, channels) = (self, self.channels());
+        let &Self { pixels, batch, .. } = self;
+        let channels = self.sizes.channels;
         let view = |number| -> Result<Tensor> {
             let shape = (batch, pixels * pixels * channels);
             let noise = training::noise(1., shape, number, &[], &Cpu)?.context("noise")?;
