@@ -158,6 +158,20 @@ fn jobs_run_at_once_and_give_what_one_at_a_time_gives() {
 }
 
 #[test]
+fn every_job_that_fails_is_named() {
+    let bench = bench();
+    let mut command = bench.command(&["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"]);
+    command.env("FAKE_MEET", "pretraining 2").env("FAKE_FAIL", "pretraining 2");
+    let output = command.output().expect("started");
+    assert_status(&output, 2);
+    let stderr = text(&output.stderr);
+    for seed in [0, 1] {
+        let message = format!("0-pretraining, seed {seed}: a message of its own");
+        assert_eq!(stderr.matches(&message).count(), 1, "{stderr}");
+    }
+}
+
+#[test]
 fn a_failure_starts_nothing_more_and_other_jobs_end() {
     let bench = bench();
     let words = ["reproduce", "example.toml", "--seeds", "2", "--jobs", "2"];
@@ -165,7 +179,13 @@ fn a_failure_starts_nothing_more_and_other_jobs_end() {
     command.env("FAKE_MEET", "pretraining 2").env("FAKE_FAIL", "pretraining/1 4");
     let output = command.output().expect("started");
     assert_status(&output, 4);
-    assert!(text(&output.stderr).contains("a message of its own"), "{}", text(&output.stderr));
+    let stderr = text(&output.stderr);
+    let last = stderr.lines().last().expect("a line");
+    assert!(
+        last.contains("0-pretraining, seed 1") && last.ends_with("a message of its own"),
+        "{stderr}"
+    );
+    assert_eq!(stderr.matches("a message of its own").count(), 1, "{stderr}");
     assert!(bench.path("runs/example/0/0-pretraining/done.json").exists(), "it had started");
     assert!(!bench.path("runs/example/1/0-embed").exists());
     bench.started();
@@ -188,6 +208,25 @@ fn a_helper_that_fails_leaves_one_message() {
         let output = command.env("FAKE_FAIL", format!("{helper} 2")).output().expect("started");
         assert_status(&output, 2);
         assert_eq!(text(&output.stderr), "assort: a message of its own\n", "{words:?}");
+    }
+}
+
+#[test]
+fn commands_say_which_step_they_show_where_a_later_one_is_missing() {
+    let bench = bench();
+    assert_status(&bench.reproduce(&[]), 0);
+    let last = fs::canonicalize(bench.path("runs/example/0/1-embed")).expect("a link");
+    fs::remove_file(last.join("done.json")).expect("removed");
+    for (words, shown) in [
+        (&["report", "example"][..], "1-clustering"),
+        (&["view", "example"], "1-clustering"),
+        (&["export", "example", "--format", "npy"], "0-embed without clusters"),
+        (&["clusters", "example"], "0-embed"),
+    ] {
+        let output = bench.run(words);
+        assert_status(&output, 0);
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains("1-embed is missing") && stderr.contains(shown), "{stderr}");
     }
 }
 

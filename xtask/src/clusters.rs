@@ -78,6 +78,7 @@ fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Ve
     }
     let run = which.find()?;
     let step = last_embeddings(&run, &session.registry.specs())?;
+    run.warn_if_unfinished(|| format!("the estimate is for the embeddings of {}", step.name));
     let held = run.hold(&[step], &session.interrupt)?;
     Ok((run.path(step).join(EMBEDDINGS), held))
 }

@@ -49,6 +49,9 @@ fn write(session: &CommandContext, run: &Recorded, options: &ExportOptions) -> R
     let embed = last_embeddings(run, &stages)?;
     // In an unfinished run, the last clusters may be of earlier embeddings.
     let clusters = run.unfinished().is_none().then(|| run.last(&stages, Spec::clusters)).flatten();
+    run.warn_if_unfinished(|| {
+        format!("exporting the embeddings of {} without clusters", embed.name)
+    });
     let steps: Vec<_> = [embed].into_iter().chain(clusters).collect();
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments: Vec<OsString> = Vec::new();

@@ -18,8 +18,8 @@ use crate::run::ExperimentRun;
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[group(skip)]
 pub struct JobsOption {
-    /// Run up to this many steps at once, of other seeds, rows or systems; they share the processors. Faster for small
-    /// networks.
+    /// Run up to this many steps at once, from different seeds, systems, and the control; they share the processors.
+    /// Faster for small networks.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
 }
@@ -87,8 +87,15 @@ pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
                 }
             };
             if let Err(error) = result {
-                say_that_others_go_on(&error, schedule.running());
-                first_error.get_or_insert(error);
+                match &first_error {
+                    None => {
+                        say_that_others_go_on(&error, schedule.running());
+                        first_error = Some(error);
+                    }
+                    Some(_) if error.is::<stage::Interrupted>() => {}
+                    // The command ends with the first one and would not name this one.
+                    Some(_) => tracing::error!("{error:#}"),
+                }
             }
         }
     });
@@ -100,7 +107,9 @@ pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
 
 fn say_that_others_go_on(error: &Error, running: usize) {
     if running > 0 && !error.is::<stage::Interrupted>() {
-        tracing::error!("{error:#}; no further step starts, and {running} that run are waited for");
+        tracing::error!(
+            "a step failed: no further steps will start; waiting for {running} still running"
+        );
     }
 }
 

@@ -43,6 +43,8 @@ pub enum MessageTo<'a> {
     Stderr,
     /// It becomes our error, and nothing else is printed.
     Error,
+    /// The same, behind the name of the process.
+    NamedError,
     /// The same, and it is appended to this file.
     ErrorAndFile(&'a Path),
 }
@@ -122,12 +124,14 @@ impl Process<'_> {
         claim: Option<&File>,
     ) -> Result<(Result<String>, StepCost)> {
         let own = match self.message {
-            MessageTo::Error => Some(NamedTempFile::new().context("creating a temporary file")?),
+            MessageTo::Error | MessageTo::NamedError => {
+                Some(NamedTempFile::new().context("creating a temporary file")?)
+            }
             MessageTo::Stderr | MessageTo::ErrorAndFile(_) => None,
         };
         let path = match self.message {
             MessageTo::ErrorAndFile(path) => Some(path),
-            MessageTo::Stderr | MessageTo::Error => own.as_ref().map(NamedTempFile::path),
+            _ => own.as_ref().map(NamedTempFile::path),
         };
         let mut file = MessageFile { path, earlier: 0 };
         file.earlier = file.contents().len();
@@ -248,6 +252,9 @@ impl Process<'_> {
                 ))
                 .into()),
                 _ => match &message {
+                    Some(message) if matches!(self.message, MessageTo::NamedError) => {
+                        bail!("{name}: {message}")
+                    }
                     Some(message) => bail!("{message}"),
                     None => bail!("{name} failed with exit status {code}; its message is above"),
                 },

@@ -311,6 +311,20 @@ impl Recorded {
         self.record.steps.iter().find(is_open)
     }
 
+    /// Warns if the run is not finished.
+    ///
+    /// - `consequence`: what the command does then: "the report shows the result up to 0-clustering".
+    pub fn warn_if_unfinished(&self, consequence: impl FnOnce() -> String) {
+        if let Some(unfinished) = self.unfinished() {
+            tracing::warn!(
+                "{} is not finished: {} is missing or damaged; {}. `assort reproduce` makes it again",
+                self.name(),
+                unfinished.name,
+                consequence()
+            );
+        }
+    }
+
     /// The last finished step whose place satisfies `fits`.
     pub fn last(&self, stages: &[Spec], fits: fn(&Spec) -> bool) -> Option<&RecordedStep> {
         let is_fit = |step: &&RecordedStep| {

@@ -168,14 +168,7 @@ fn write<T>(
     let steps = run.finished();
     let specs = session.registry.specs();
     let last = last_clusters(run, &specs)?;
-    if let Some(unfinished) = run.unfinished() {
-        tracing::warn!(
-            "{} is not finished: {} is missing; the report shows the result up to {}",
-            run.name(),
-            unfinished.name,
-            last.name
-        );
-    }
+    run.warn_if_unfinished(|| format!("the report shows the result up to {}", last.name));
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
     let embedded = embeddings_of(&steps, last, &specs);

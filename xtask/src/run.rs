@@ -14,7 +14,7 @@ use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files, progress};
 use crate::advice::Advice;
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Arm, Step, StepInput};
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::record::{RecordedStep, RunRecord};
 use crate::setup::Setup;
 use crate::store::{self, StepState, Store};
@@ -227,8 +227,12 @@ impl<'a> ExperimentRun<'a> {
         store::show(&self.view(position), &folder)?;
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
-        let ended =
-            self.process(position, &name, &arguments).run_in(&folder, claim.file(), events.sharing);
+        let mut process = self.process(position, &name, &arguments);
+        if events.sharing > 1 {
+            // Printed at once, messages of several steps could not be told apart.
+            process.message = MessageTo::NamedError;
+        }
+        let ended = process.run_in(&folder, claim.file(), events.sharing);
         let Setup { advice, device, .. } = self.setup;
         ended.map_err(|error| advice.add_to(error, &step.program, *device))?;
         if !finished::is_finished(&folder) {

@@ -39,6 +39,7 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     let steps = run.finished();
     let specs = session.registry.specs();
     let last = last_clusters(run, &specs)?;
+    run.warn_if_unfinished(|| format!("the page shows the result up to {}", last.name));
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments = inputs(run, &steps, last, embeddings_of(&steps, last, &specs));
     for (flag, value) in [

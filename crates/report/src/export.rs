@@ -138,10 +138,15 @@ impl ExportTable {
         let values = self.rows.iter().map(|value| value.to_le_bytes());
         write_array(&written[0], "<f4", &[count, self.width], values)?;
         stage::files::write(&written[1], &serde_json::to_vec(&self.names)?)?;
-        if let Some(clusters) = &self.clusters {
-            written.push(out.join("clusters.npy"));
-            let clusters = clusters.iter().map(|cluster| cluster.to_le_bytes());
-            write_array(&written[2], "<u4", &[count], clusters)?;
+        let path = out.join("clusters.npy");
+        match &self.clusters {
+            Some(clusters) => {
+                let clusters = clusters.iter().map(|cluster| cluster.to_le_bytes());
+                write_array(&path, "<u4", &[count], clusters)?;
+                written.push(path);
+            }
+            // An earlier export's would be taken for those of these embeddings.
+            None => stage::files::remove_if_there(&path)?,
         }
         Ok(written)
     }
@@ -389,6 +394,11 @@ mod tests {
         let projections = ExportArguments { space: Space::Projection, ..arguments };
         let array = Tensor::read_npy(&run(&projections)?[0])?;
         assert_eq!(array.to_vec2::<f32>()?, [[1.], [-1.], [1.]]);
+
+        // Of a run without clusters: no earlier clusters stay beside its embeddings.
+        let unclustered = ExportArguments { pseudo_labels: None, ..projections };
+        assert_eq!(run(&unclustered)?.len(), 2);
+        assert!(!folder.path().join("clusters.npy").exists() && !written[2].exists());
         Ok(())
     }
 
