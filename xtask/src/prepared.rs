@@ -10,7 +10,7 @@ use stage::{Claim, Experiment, Interrupt, container, digest, files};
 
 use crate::advice::Advice;
 use crate::key::StoreKey;
-use crate::process::Process;
+use crate::process::{MessageTo, Process};
 use crate::programs::Executable;
 use crate::source::{mark_results, plain_name, state_of, text_of};
 use crate::store::{Hold, StepState, Store};
@@ -173,7 +173,11 @@ impl<'a> PreparedData<'a> {
             program: &self.program,
             arguments,
             interrupt: &self.session.interrupt,
-            message: self.advice.message(),
+            message: match self.advice.message() {
+                // It runs alone, and says all that there is to say.
+                MessageTo::Stderr => MessageTo::Error,
+                other => other,
+            },
         }
     }
 

@@ -109,8 +109,8 @@ impl Store {
     pub fn hold(&self, key: &str, interrupt: &Interrupt) -> Result<Hold> {
         self.hold_if_finished(key, interrupt)?.with_context(|| {
             format!(
-                "the result `{}` is missing: another command removed it; run the same command \
-                 again",
+                "the result `{}` is missing or damaged; `assort reproduce` or `assort cluster` with the same \
+                 values makes it again",
                 self.path(key).display()
             )
         })
@@ -349,7 +349,7 @@ mod tests {
         let (store, interrupt) = (Store::of_steps(folder.path()), Interrupt::default());
         let key = key();
         let error = store.hold(key.name(), &interrupt).expect_err("nothing").to_string();
-        assert!(error.contains("run the same command again"), "{error}");
+        assert!(error.contains("makes it again"), "{error}");
         drop(store.claim(&key, &interrupt).expect("free"));
         store.hold(key.name(), &interrupt).expect_err("not finished");
         fs::create_dir_all(store.path(key.name())).expect("created");
