@@ -658,6 +658,21 @@ fn one_picture_is_a_source_of_one_picture() {
 }
 
 #[test]
+fn a_pattern_of_pictures_is_a_source_of_those_that_match() {
+    let (_folder, at) = scratch();
+    for name in ["a1.jpg", "a2.jpg", "b.jpg"] {
+        put(&at.join(name), &jpeg(1));
+    }
+    put(&at.join("a3.txt"), b"about them");
+    let read = prepare(&at.join("a*"), &config()).expect("two pictures and a text");
+    assert_eq!(
+        (read.names.clone(), read.class_names.len()),
+        (vec!["a1.jpg".into(), "a2.jpg".into()], 0)
+    );
+    assert_eq!(read.skipped("ignored"), [("a3.txt".into(), "is not a picture".into())]);
+}
+
+#[test]
 fn a_data_set_in_a_subfolder_is_suggested() {
     let (_folder, at) = scratch();
     put(&at.join("hub/data/train-0.parquet"), &parquet(&[("x", &png(1), 0)], &["a"]));

@@ -170,10 +170,14 @@ impl Listing {
         Ok(listing)
     }
 
-    /// A single picture as a source.
-    pub fn of_one(picture: &Path) -> Self {
-        let classes = vec![(None, vec![picture.to_owned()])];
-        Self { classes, ..Self::of(picture.parent().unwrap_or(Path::new(""))) }
+    /// Some files of one folder as a source, without classes.
+    pub fn of_some(files: &[PathBuf]) -> Self {
+        let parent = files.first().and_then(|file| file.parent());
+        let mut listing = Self::of(parent.unwrap_or(Path::new("")));
+        let files = FolderContents { files: files.to_vec(), ..FolderContents::default() };
+        let pictures = listing.pictures_among(files);
+        listing.classes.push((None, pictures));
+        listing
     }
 
     /// How many pictures there are.

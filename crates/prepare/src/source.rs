@@ -142,7 +142,7 @@ impl PictureSource {
         let is_auto = format == Format::Auto;
         let mut found = None;
         if is_auto && Encoding::of(&start).is_some() {
-            found = Some(Self::Folder(Listing::of_one(path)));
+            found = Some(Self::Folder(Listing::of_some(&[path.to_owned()])));
         } else if parquet_file::is_parquet(&start) {
             found = Some(Self::Parquet(vec![path.to_owned()], format));
         } else if format == Format::Manifest || is_auto && manifest::is_manifest(&name) {
@@ -203,6 +203,9 @@ impl PictureSource {
     fn of_files(paths: &[PathBuf], format: Format) -> Result<Self> {
         let first = &paths[0];
         let start = start_of(first)?;
+        if format == Format::Auto && picture::is_meant(first) {
+            return Ok(Self::Folder(Listing::of_some(paths)));
+        }
         if parquet_file::is_parquet(&start) {
             return Ok(Self::Parquet(paths.to_vec(), format));
         }
