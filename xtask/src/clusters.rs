@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use stage::{Output, Spec};
 
 use crate::CommandContext;
-use crate::process::{MessageTo, Process};
+use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::{Recorded, RecordedStep, Which};
 use crate::store::Hold;
@@ -57,14 +57,7 @@ pub fn run(session: &CommandContext, options: &ClustersOptions) -> Result<()> {
     }
     arguments.extend(options.rest.iter().cloned());
     let interrupt = &session.interrupt;
-    Process {
-        name: CLUSTERS,
-        program: &program,
-        arguments: &arguments,
-        interrupt,
-        message: MessageTo::Error,
-    }
-    .show()
+    Process::of_helper(CLUSTERS, &program, &arguments, interrupt).show()
 }
 
 /// Finds the embeddings that `which` names: a file, a file in a folder, or the output of the run's
@@ -78,7 +71,7 @@ fn embeddings_of(session: &CommandContext, which: &Which) -> Result<(PathBuf, Ve
     }
     let run = which.find()?;
     let step = last_embeddings(&run, &session.registry.specs())?;
-    run.warn_if_unfinished(|| format!("the estimate is for the embeddings of {}", step.name));
+    run.warn_if_unfinished(format_args!("the estimate is for the embeddings of {}", step.name));
     let held = run.hold(&[step], &session.interrupt)?;
     Ok((run.path(step).join(EMBEDDINGS), held))
 }

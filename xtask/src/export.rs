@@ -10,7 +10,7 @@ use stage::Spec;
 
 use crate::CommandContext;
 use crate::clusters::{EMBEDDINGS, last_embeddings};
-use crate::process::{MessageTo, Process};
+use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::{Recorded, Which};
 use crate::report::LABELS;
@@ -49,9 +49,10 @@ fn write(session: &CommandContext, run: &Recorded, options: &ExportOptions) -> R
     let embed = last_embeddings(run, &stages)?;
     // In an unfinished run, the last clusters may be of earlier embeddings.
     let clusters = run.unfinished().is_none().then(|| run.last(&stages, Spec::clusters)).flatten();
-    run.warn_if_unfinished(|| {
-        format!("exporting the embeddings of {} without clusters", embed.name)
-    });
+    run.warn_if_unfinished(format_args!(
+        "exporting the embeddings of {} without clusters",
+        embed.name
+    ));
     let steps: Vec<_> = [embed].into_iter().chain(clusters).collect();
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments: Vec<OsString> = Vec::new();
@@ -70,12 +71,5 @@ fn write(session: &CommandContext, run: &Recorded, options: &ExportOptions) -> R
     }
     let program = Executable::own(EXPORT, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process {
-        name: EXPORT,
-        program: &program,
-        arguments: &arguments,
-        interrupt,
-        message: MessageTo::Error,
-    }
-    .show()
+    Process::of_helper(EXPORT, &program, &arguments, interrupt).show()
 }

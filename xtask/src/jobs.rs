@@ -1,8 +1,8 @@
-//! Runs the steps of several runs, as many at once as the command line asks for.
+//! Runs the steps of several runs, as many at once as the command line allows.
 //!
-//! A step can start once the steps that it reads are done. Of those that can, the first one in order does, so
-//! that one job at a time runs all steps in order. Steps that run together share the processors; results do not
-//! depend on that, times do.
+//! A step can start once the steps whose results it reads have ended. Among those that can, the first in order
+//! starts; so with one job, all steps run in order. Steps that run at once share the processors. Their times depend
+//! on that, their results do not.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -18,14 +18,23 @@ use crate::run::ExperimentRun;
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[group(skip)]
 pub struct JobsOption {
-    /// Run up to this many steps at once, from different seeds, systems, and the control; they share the processors.
-    /// Faster for small networks.
+    /// Run up to this many steps at once, from different seeds, systems and controls; they share the processors. Faster
+    /// for small networks.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
 }
 
 fn at_least_one(word: &str) -> Result<usize, String> {
     word.parse().ok().filter(|&jobs| jobs > 0).ok_or_else(|| "must be a number from 1".to_owned())
+}
+
+/// What a step has of the machine.
+#[derive(Debug, Clone, Copy)]
+pub struct MachineShare {
+    /// How many steps share the processors.
+    pub steps: usize,
+    /// Whether all that the step prints needs its name, since others may run beside it.
+    pub is_named: bool,
 }
 
 /// The steps of one run that a command runs, in order.
@@ -43,7 +52,7 @@ pub struct RunSteps<'a> {
 ///
 /// # Errors
 ///
-/// Those of the first step that failed. No step starts after it; those that run are waited for.
+/// That of the first step that failed. No further steps start then, but those still running are waited for.
 pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
     let mut schedule = Schedule::of(runs);
     let (mut first_error, mut panicked) = (None, None);
@@ -55,20 +64,20 @@ pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
                 && schedule.running() < jobs
                 && let Some(number) = schedule.next()
             {
-                let (task, sharing) = (schedule.start(number), schedule.sharing(jobs));
-                let steps = &runs[task.run];
-                if task.is_first_of_run
+                let Task { run, index, is_first_of_key, .. } = schedule.tasks[number];
+                let steps = &runs[run];
+                if schedule.all_are(run, TaskState::Waiting)
                     && let Err(error) = steps.run.publish()
                 {
-                    schedule.end(number);
                     first_error = Some(error);
                     break;
                 }
+                schedule.tasks[number].state = TaskState::Running;
+                let share = MachineShare { steps: schedule.sharing(jobs), is_named: jobs > 1 };
                 let ended = ended.clone();
                 scope.spawn(move || {
-                    let anew = fresh && task.is_first_of_key;
-                    let step =
-                        || steps.run.execute_step(&steps.positions, task.index, anew, sharing);
+                    let anew = fresh && is_first_of_key;
+                    let step = || steps.run.execute_step(&steps.positions, index, anew, share);
                     // The receiver is there until all steps have ended.
                     let _ = ended.send((number, catch_unwind(AssertUnwindSafe(step))));
                 });
@@ -76,11 +85,12 @@ pub fn execute(runs: &[RunSteps], fresh: bool, jobs: usize) -> Result<()> {
             if schedule.running() == 0 {
                 break;
             }
-            let Ok((number, result)) = ends.recv() else { break };
-            let ended_run = schedule.end(number);
+            let (number, result) = ends.recv().expect("`ended` is a sender");
+            schedule.tasks[number].state = TaskState::Ended;
+            let run = schedule.tasks[number].run;
             let result = match result {
-                Ok(Ok(())) => ended_run.map_or(Ok(()), |run| runs[run].run.publish()),
-                Ok(Err(error)) => Err(error),
+                Ok(Ok(())) if schedule.all_are(run, TaskState::Ended) => runs[run].run.publish(),
+                Ok(result) => result,
                 Err(panic) => {
                     panicked = Some(panic);
                     Ok(())
@@ -114,17 +124,19 @@ fn say_that_others_go_on(error: &Error, running: usize) {
 }
 
 /// One step of one run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 struct Task {
     /// The run, by index.
     run: usize,
-    /// The step, by index among those that the command runs of this run.
+    /// The step, by index among those of the run that the command runs.
     index: usize,
-    is_first_of_run: bool,
+    /// The steps before it that must have ended.
+    needs: Vec<usize>,
     /// Whether no step before it has the same result.
     is_first_of_key: bool,
-    /// Whether it takes long enough to count where steps share the processors.
+    /// Whether it is long enough to need a part of the processors for itself.
     is_long: bool,
+    state: TaskState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,89 +146,61 @@ enum TaskState {
     Ended,
 }
 
-/// The order of all steps, and the state of each.
-#[derive(Debug)]
+/// All steps in order.
+#[derive(Debug, Default)]
 struct Schedule {
-    /// Of each step, those before it that must have ended.
-    tasks: Vec<(Task, Vec<usize>, TaskState)>,
-    runs: usize,
+    tasks: Vec<Task>,
 }
 
 impl Schedule {
     fn of(runs: &[RunSteps]) -> Self {
-        let mut schedule = Self { tasks: Vec::new(), runs: 0 };
+        let mut schedule = Self::default();
         let mut first_of_key = BTreeMap::new();
-        for steps in runs {
+        for (run, steps) in runs.iter().enumerate() {
             let numbers: BTreeMap<usize, usize> =
                 steps.positions.iter().copied().zip(schedule.tasks.len()..).collect();
-            schedule.add_run(steps.positions.iter().map(|&position| {
-                let mut needs: Vec<usize> = steps
-                    .run
-                    .inputs(position)
-                    .filter_map(|input| numbers.get(&input).copied())
-                    .collect();
-                let key = steps.run.key(position);
-                let earlier = *first_of_key.entry(key).or_insert(numbers[&position]);
-                let is_first = earlier == numbers[&position];
-                needs.extend((!is_first).then_some(earlier));
-                (needs, is_first, steps.run.arm(position) != Arm::Pixels)
-            }));
+            for (index, &position) in steps.positions.iter().enumerate() {
+                let number = numbers[&position];
+                let earlier = *first_of_key.entry(steps.run.key(position)).or_insert(number);
+                let is_first_of_key = earlier == number;
+                let inputs = steps.run.inputs(position);
+                let inputs = inputs.filter_map(|input| numbers.get(&input).copied());
+                schedule.tasks.push(Task {
+                    run,
+                    index,
+                    needs: inputs.chain((!is_first_of_key).then_some(earlier)).collect(),
+                    is_first_of_key,
+                    is_long: steps.run.arm(position) != Arm::Pixels,
+                    state: TaskState::Waiting,
+                });
+            }
         }
         schedule
     }
 
-    /// Adds the steps of a run: what each needs, whether it is the first with its result, and whether it is long.
-    fn add_run(&mut self, steps: impl Iterator<Item = (Vec<usize>, bool, bool)>) {
-        let run = self.runs;
-        self.runs += 1;
-        self.tasks.extend(steps.enumerate().map(|(index, (needs, is_first_of_key, is_long))| {
-            let task = Task { run, index, is_first_of_run: false, is_first_of_key, is_long };
-            (task, needs, TaskState::Waiting)
-        }));
-    }
-
     /// The first step that can start.
     fn next(&self) -> Option<usize> {
-        (0..self.tasks.len()).find(|&number| self.can_start(number))
+        self.tasks.iter().position(|task| self.can_start(task))
     }
 
-    fn can_start(&self, number: usize) -> bool {
-        let (_, needs, state) = &self.tasks[number];
-        let has_ended = |need: &usize| self.tasks[*need].2 == TaskState::Ended;
-        *state == TaskState::Waiting && needs.iter().all(has_ended)
+    fn can_start(&self, task: &Task) -> bool {
+        let has_ended = |need: &usize| self.tasks[*need].state == TaskState::Ended;
+        task.state == TaskState::Waiting && task.needs.iter().all(has_ended)
     }
 
     fn running(&self) -> usize {
-        self.tasks.iter().filter(|(_, _, state)| *state == TaskState::Running).count()
+        self.tasks.iter().filter(|task| task.state == TaskState::Running).count()
     }
 
-    /// How many steps share the processors while no other step ends: those that run, and those that can start beside
-    /// them.
+    /// How many steps share the processors until a step ends: those that run, and those that can start beside them.
     fn sharing(&self, jobs: usize) -> usize {
-        let together = (0..self.tasks.len()).filter(|&number| {
-            let (task, _, state) = &self.tasks[number];
-            task.is_long && (*state == TaskState::Running || self.can_start(number))
-        });
-        together.count().clamp(1, jobs)
+        let runs = |task: &Task| task.state == TaskState::Running || self.can_start(task);
+        self.tasks.iter().filter(|task| task.is_long && runs(task)).count().clamp(1, jobs)
     }
 
     /// Whether all steps of a run have this state.
-    fn all_are(&self, run: usize, wanted: TaskState) -> bool {
-        self.tasks.iter().all(|(task, _, state)| task.run != run || *state == wanted)
-    }
-
-    fn start(&mut self, number: usize) -> Task {
-        let task = self.tasks[number].0;
-        let is_first_of_run = self.all_are(task.run, TaskState::Waiting);
-        self.tasks[number].2 = TaskState::Running;
-        Task { is_first_of_run, ..task }
-    }
-
-    /// Ends a step; returns its run if that was the last one of it.
-    fn end(&mut self, number: usize) -> Option<usize> {
-        self.tasks[number].2 = TaskState::Ended;
-        let run = self.tasks[number].0.run;
-        self.all_are(run, TaskState::Ended).then_some(run)
+    fn all_are(&self, run: usize, state: TaskState) -> bool {
+        self.tasks.iter().filter(|task| task.run == run).all(|task| task.state == state)
     }
 }
 
@@ -227,31 +211,34 @@ mod tests {
     /// Two runs of a training, a long and a short reader of it, and a last step that reads the long one. The second
     /// run shares the training with the first.
     fn schedule() -> Schedule {
-        let mut schedule = Schedule { tasks: Vec::new(), runs: 0 };
-        let run = |from: usize, training: Vec<usize>| {
-            let is_first = training.is_empty();
-            let steps = [
-                (training, is_first, true),
-                (vec![from], true, true),
-                (vec![from], true, false),
-                (vec![from + 1], true, true),
-            ];
-            steps.into_iter()
+        let task = |run: usize, index: usize, needs: Vec<usize>| Task {
+            run,
+            index,
+            is_first_of_key: (run, index) != (1, 0),
+            is_long: index != 2,
+            needs,
+            state: TaskState::Waiting,
         };
-        schedule.add_run(run(0, vec![]));
-        schedule.add_run(run(4, vec![0]));
-        schedule
+        let needs = [vec![], vec![0], vec![0], vec![1], vec![0], vec![4], vec![4], vec![5]];
+        let tasks = needs.into_iter().enumerate().map(|(at, needs)| task(at / 4, at % 4, needs));
+        Schedule { tasks: tasks.collect() }
+    }
+
+    fn set(schedule: &mut Schedule, number: usize, state: TaskState) {
+        schedule.tasks[number].state = state;
     }
 
     #[test]
     fn one_job_takes_all_steps_in_order() {
         let mut schedule = schedule();
         for number in 0..8 {
+            let run = number / 4;
             assert_eq!(schedule.next(), Some(number));
-            let task = schedule.start(number);
-            assert_eq!((task.run, task.index), (number / 4, number % 4));
-            assert_eq!(task.is_first_of_run, number % 4 == 0);
-            assert_eq!(schedule.end(number), (number % 4 == 3).then_some(number / 4));
+            assert_eq!(schedule.all_are(run, TaskState::Waiting), number % 4 == 0);
+            set(&mut schedule, number, TaskState::Running);
+            assert_eq!((schedule.running(), schedule.sharing(1)), (1, 1));
+            set(&mut schedule, number, TaskState::Ended);
+            assert_eq!(schedule.all_are(run, TaskState::Ended), number % 4 == 3);
         }
         assert_eq!((schedule.next(), schedule.running()), (None, 0));
     }
@@ -259,28 +246,28 @@ mod tests {
     #[test]
     fn a_step_waits_for_what_it_reads_and_for_the_same_result() {
         let mut schedule = schedule();
-        schedule.start(0);
+        set(&mut schedule, 0, TaskState::Running);
         assert_eq!(schedule.next(), None, "all others read the training, or have its result");
-        schedule.end(0);
+        set(&mut schedule, 0, TaskState::Ended);
         let mut begun = vec![];
         while let Some(number) = schedule.next() {
-            schedule.start(number);
+            set(&mut schedule, number, TaskState::Running);
             begun.push(number);
         }
         assert_eq!(begun, [1, 2, 4]);
-        schedule.end(4);
+        set(&mut schedule, 4, TaskState::Ended);
         assert_eq!(schedule.next(), Some(5));
-        schedule.end(1);
+        set(&mut schedule, 1, TaskState::Ended);
         assert_eq!(schedule.next(), Some(3));
     }
 
     #[test]
     fn steps_share_the_processors_with_those_that_can_run_beside_them() {
         let mut schedule = schedule();
-        schedule.start(0);
+        set(&mut schedule, 0, TaskState::Running);
         assert_eq!(schedule.sharing(4), 1, "nothing can run beside the training");
-        schedule.end(0);
-        schedule.start(1);
+        set(&mut schedule, 0, TaskState::Ended);
+        set(&mut schedule, 1, TaskState::Running);
         assert_eq!(
             schedule.sharing(4),
             2,

@@ -22,7 +22,7 @@ use crate::advice::Advice;
 use crate::clusters::EMBEDDINGS;
 use crate::key::{self, StoreKey};
 use crate::prepared::PreparedData;
-use crate::process::{MessageTo, Process};
+use crate::process::Process;
 use crate::programs::{Executable, Programs};
 use crate::record::{Recorded, RecordedStep, Which};
 use crate::report::{LABELS, REPORT, ReportSummary};
@@ -248,13 +248,7 @@ impl Prediction<'_> {
         program: &'b Executable,
         arguments: &'b [OsString],
     ) -> Process<'b> {
-        Process {
-            name,
-            program,
-            arguments,
-            interrupt: &self.session.interrupt,
-            message: MessageTo::Error,
-        }
+        Process::of_helper(name, program, arguments, &self.session.interrupt)
     }
 }
 

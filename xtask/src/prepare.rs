@@ -11,7 +11,7 @@ use stage::console::{print, print_line};
 use crate::CommandContext;
 use crate::advice::Advice;
 use crate::prepared::{PREPARE, PreparedData};
-use crate::process::{MessageTo, Process};
+use crate::process::Process;
 use crate::programs::Executable;
 use crate::source::absolute_source;
 
@@ -98,13 +98,7 @@ pub fn run(session: &CommandContext, options: &PrepareOptions) -> Result<()> {
 fn fetch(session: &CommandContext, address: String) -> Result<()> {
     let program = Executable::own(PREPARE, &session.registry)?;
     let arguments = ["--fetch".into(), address.into()];
-    let process = Process {
-        name: PREPARE,
-        program: &program,
-        arguments: &arguments,
-        interrupt: &session.interrupt,
-        message: MessageTo::Error,
-    };
+    let process = Process::of_helper(PREPARE, &program, &arguments, &session.interrupt);
     print(process.printed()?)
 }
 

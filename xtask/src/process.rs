@@ -19,6 +19,7 @@ use stage::{Diverged, Interrupt, Interrupted, MachineFailed, Status, progress};
 use tempfile::NamedTempFile;
 
 use crate::cost::{self, StepCost};
+use crate::jobs::MachineShare;
 use crate::programs::Executable;
 
 /// One start of a program.
@@ -43,10 +44,10 @@ pub enum MessageTo<'a> {
     Stderr,
     /// It becomes our error, and nothing else is printed.
     Error,
-    /// The same, behind the name of the process.
-    NamedError,
-    /// The same, and it is appended to this file.
+    /// Like `Error`, and it is appended to this file.
     ErrorAndFile(&'a Path),
+    /// Like `Error`, after the name of the process.
+    NamedError,
 }
 
 /// The file to which a program appends its message.
@@ -80,7 +81,17 @@ enum OutputTo {
     Caller,
 }
 
-impl Process<'_> {
+impl<'a> Process<'a> {
+    /// A helper that a command starts alone: its message becomes the error of the command.
+    pub fn of_helper(
+        name: &'a str,
+        program: &'a Executable,
+        arguments: &'a [OsString],
+        interrupt: &'a Interrupt,
+    ) -> Self {
+        Self { name, program, arguments, interrupt, message: MessageTo::Error }
+    }
+
     /// Runs the program to its end; its stdout goes to our stderr.
     ///
     /// - `claim`: of the folder it writes to.
@@ -90,10 +101,10 @@ impl Process<'_> {
 
     /// Like [`Process::run`], for a step that writes to `folder`; its cost is recorded there.
     ///
-    /// - `sharing`: how many steps share the processors.
-    pub fn run_in(&self, folder: &Path, claim: &File, sharing: usize) -> Result<()> {
-        let mut command = self.program.step_command(sharing);
-        if sharing > 1 {
+    /// - `share`: what it has of the machine.
+    pub fn run_in(&self, folder: &Path, claim: &File, share: MachineShare) -> Result<()> {
+        let mut command = self.program.step_command(share.steps);
+        if share.is_named {
             command.env(progress::STEP, self.name);
         }
         let (ended, cost) = self.wait_for(command, OutputTo::Stderr, Some(claim))?;

@@ -6,6 +6,7 @@
 //! `clusters` read what the record names, never other files in the folder.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -314,13 +315,13 @@ impl Recorded {
     /// Warns if the run is not finished.
     ///
     /// - `consequence`: what the command does then: "the report shows the result up to 0-clustering".
-    pub fn warn_if_unfinished(&self, consequence: impl FnOnce() -> String) {
+    pub fn warn_if_unfinished(&self, consequence: fmt::Arguments) {
         if let Some(unfinished) = self.unfinished() {
             tracing::warn!(
-                "{} is not finished: {} is missing or damaged; {}. `assort reproduce` makes it again",
+                "{} is not finished: {} is missing or damaged; {}. `assort reproduce` makes it",
                 self.name(),
                 unfinished.name,
-                consequence()
+                consequence
             );
         }
     }

@@ -168,7 +168,7 @@ fn write<T>(
     let steps = run.finished();
     let specs = session.registry.specs();
     let last = last_clusters(run, &specs)?;
-    run.warn_if_unfinished(|| format!("the report shows the result up to {}", last.name));
+    run.warn_if_unfinished(format_args!("the report shows the result up to {}", last.name));
     let _held = run.hold(&steps, &session.interrupt)?;
     let program = Executable::own(REPORT, &session.registry)?;
     let embedded = embeddings_of(&steps, last, &specs);
@@ -184,13 +184,7 @@ fn write<T>(
         arguments.push("--json".into());
     }
     let interrupt = &session.interrupt;
-    let process = Process {
-        name: REPORT,
-        program: &program,
-        arguments: &arguments,
-        interrupt,
-        message: MessageTo::Error,
-    };
+    let process = Process::of_helper(REPORT, &program, &arguments, interrupt);
     start(&process)
 }
 

@@ -12,6 +12,7 @@ use stage::finished::{self, Digests};
 use stage::{DeviceChoice, Effort, Interrupt, Origin, Role, files, progress};
 
 use crate::advice::Advice;
+use crate::jobs::MachineShare;
 use crate::key::{self, StoreKey, Surroundings};
 use crate::plan::{Arm, Step, StepInput};
 use crate::process::{MessageTo, Process};
@@ -154,16 +155,16 @@ impl<'a> ExperimentRun<'a> {
     ///
     /// - `index`: its index in `positions`.
     /// - `fresh`: remove its earlier result first.
-    /// - `sharing`: how many steps share the processors with it.
+    /// - `share`: what it has of the machine.
     pub fn execute_step(
         &self,
         positions: &[usize],
         index: usize,
         fresh: bool,
-        sharing: usize,
+        share: MachineShare,
     ) -> Result<()> {
         let (position, number, of) = (positions[index], index + 1, positions.len());
-        let events = StepEvents { run: self, position, number, of, sharing };
+        let events = StepEvents { run: self, position, number, of, share };
         self.removing_damaged(self.execute_one(&events, fresh))
     }
 
@@ -228,11 +229,11 @@ impl<'a> ExperimentRun<'a> {
         let begin = Instant::now();
         let arguments = self.arguments(position, |_| true);
         let mut process = self.process(position, &name, &arguments);
-        if events.sharing > 1 {
-            // Printed at once, messages of several steps could not be told apart.
+        if events.share.is_named {
+            // What several steps print cannot be told apart.
             process.message = MessageTo::NamedError;
         }
-        let ended = process.run_in(&folder, claim.file(), events.sharing);
+        let ended = process.run_in(&folder, claim.file(), events.share);
         let Setup { advice, device, .. } = self.setup;
         ended.map_err(|error| advice.add_to(error, &step.program, *device))?;
         if !finished::is_finished(&folder) {
@@ -393,8 +394,7 @@ struct StepEvents<'a> {
     /// From 1.
     number: usize,
     of: usize,
-    /// How many steps share the processors.
-    sharing: usize,
+    share: MachineShare,
 }
 
 impl StepEvents<'_> {

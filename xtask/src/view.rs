@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 
 use crate::CommandContext;
-use crate::process::{MessageTo, Process};
+use crate::process::Process;
 use crate::programs::Executable;
 use crate::record::{CORRECTIONS, Recorded, Which};
 use crate::report::{embeddings_of, inputs, last_clusters};
@@ -39,7 +39,7 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     let steps = run.finished();
     let specs = session.registry.specs();
     let last = last_clusters(run, &specs)?;
-    run.warn_if_unfinished(|| format!("the page shows the result up to {}", last.name));
+    run.warn_if_unfinished(format_args!("the page shows the result up to {}", last.name));
     let _held = run.hold(&steps, &session.interrupt)?;
     let mut arguments = inputs(run, &steps, last, embeddings_of(&steps, last, &specs));
     for (flag, value) in [
@@ -50,12 +50,5 @@ fn serve(session: &CommandContext, run: &Recorded, options: &ViewOptions) -> Res
     }
     let program = Executable::own(VIEW, &session.registry)?;
     let interrupt = &session.interrupt;
-    Process {
-        name: VIEW,
-        program: &program,
-        arguments: &arguments,
-        interrupt,
-        message: MessageTo::Error,
-    }
-    .show()
+    Process::of_helper(VIEW, &program, &arguments, interrupt).show()
 }

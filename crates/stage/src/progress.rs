@@ -22,8 +22,8 @@ use crate::console;
 /// Environment variable that makes a program report its progress as JSON.
 pub const JSON_PROGRESS: &str = "ASSORT_JSON_PROGRESS";
 
-/// Environment variable with the name of the step that a program runs beside others. It is then the label of all
-/// progress, in lines: two bars would overwrite each other.
+/// Environment variable with the name of a step that may run beside others. The step's progress then has that name,
+/// and is printed in lines: two bars would overwrite each other.
 pub const STEP: &str = "ASSORT_STEP";
 
 /// Set once for the whole process, like the log's subscriber. It changes what is printed and no result.
