@@ -238,6 +238,19 @@ pub(crate) fn halves_within(memory: &mut [f32]) -> &mut [Half] {
     unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast(), 2 * memory.len()) }
 }
 
+/// Views an even number of halves, at an address that is a multiple of 4, as half as many words.
+///
+/// # Panics
+///
+/// If the number is odd, or the address is not a multiple of 4.
+pub(crate) fn words_within(halves: &mut [Half]) -> &mut [u32] {
+    let (address, len) = (halves.as_mut_ptr().cast::<u32>(), halves.len());
+    assert!(len.is_multiple_of(2) && address.is_aligned());
+    // SAFETY: the same initialised bytes, aligned as just checked; any bits are valid for both, and the
+    // borrow is passed on.
+    unsafe { std::slice::from_raw_parts_mut(address, len / 2) }
+}
+
 /// Memory for buffers, which is used again, so that a step after the first asks the system for none.
 ///
 /// Memory comes from the system in large slabs, of which only what has been written takes up memory. A buffer

@@ -4,6 +4,7 @@ use crate::Buffer;
 use crate::buffer::halves_within;
 use crate::layout::{SIDE, TILE};
 use crate::tiles::{self, TileProduct, TileSession};
+use crate::Variant;
 use crate::variant::for_each_variant;
 
 /// How values and their gradients are stored and multiplied inside a network. Parameters, their
@@ -53,9 +54,8 @@ pub(crate) trait ValueElement: Copy + Send + Sync + 'static {
     /// Scratch memory as numbers of this type.
     fn within(memory: &mut [f32]) -> &mut [Self];
     fn of(buffer: &Buffer) -> &[Self];
-    /// Copies tiles for a product along images: the numbers of two images side by side, channel by
-    /// channel, or transposed for the left side of variants that need that.
-    fn arrange(session: &TileSession, from: &[Self], to: &mut [Self], left: bool);
+    /// Copies tiles for a product along images: the numbers of two images side by side, channel by channel.
+    fn arrange(variant: Variant, from: &[Self], to: &mut [Self]);
     fn of_mut(buffer: &mut Buffer) -> &mut [Self];
     /// `outputs (+)= Σ left · right`, or `Σ leftᵀ · right` with `TRANSPOSED`: see [`tiles`].
     fn product<const TRANSPOSED: bool>(
@@ -114,7 +114,7 @@ impl ValueElement for f32 {
         buffer
     }
 
-    fn arrange(_: &TileSession, from: &[f32], to: &mut [f32], _: bool) {
+    fn arrange(_: Variant, from: &[f32], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
 
@@ -202,12 +202,8 @@ impl ValueElement for Half {
         buffer.halves()
     }
 
-    fn arrange(session: &TileSession, from: &[Half], to: &mut [Half], left: bool) {
-        if left && tiles::needs_left_transposed(session.variant()) {
-            transpose(session.variant(), from, to);
-        } else {
-            pair_images(session.variant(), from, to);
-        }
+    fn arrange(variant: Variant, from: &[Half], to: &mut [Half]) {
+        pair_images(variant, from, to);
     }
 
     fn of_mut(buffer: &mut Buffer) -> &mut [Half] {
@@ -254,24 +250,12 @@ impl ValueElement for Half {
 }
 
 for_each_variant! {
-    fn pair_images(from: &[Half], to: &mut [Half]) {
+    pub(crate) fn pair_images(from: &[Half], to: &mut [Half]) {
         let rows = from.chunks_exact(2 * SIDE).zip(to.chunks_exact_mut(2 * SIDE));
         for (from, to) in rows {
             for lane in 0..SIDE {
                 to[2 * lane] = from[lane];
                 to[2 * lane + 1] = from[SIDE + lane];
-            }
-        }
-    }
-}
-
-for_each_variant! {
-    fn transpose(from: &[Half], to: &mut [Half]) {
-        for (from, to) in from.chunks_exact(TILE).zip(to.chunks_exact_mut(TILE)) {
-            for row in 0..SIDE {
-                for lane in 0..SIDE {
-                    to[lane * SIDE + row] = from[row * SIDE + lane];
-                }
             }
         }
     }

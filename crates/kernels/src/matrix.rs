@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use crate::Variant;
+use crate::{Precision, Variant};
 use crate::buffer::with_scratch;
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, sums_len};
+use crate::packed_product::{GROUPS, PackedProduct, RightTiles, blocks, sums_len};
 use crate::tiles::prefers_left_transposed;
 use crate::transpose::Interleaving;
 
@@ -119,18 +119,18 @@ impl sealed::Product for f32 {
         // A transposed matrix has transposed tiles in memory.
         let transposes = of_a.is_transposed || prefers_left_transposed(variant);
         let blocks = width.div_ceil(SIDE);
-        let [right_len, left_len] =
-            [blocks, GROUPS.min(of_a.rows.div_ceil(SIDE))].map(|n| n * group);
+        let tiles = RightTiles::new(variant, Precision::F32, inner, blocks);
+        let (right_len, left_len) = (tiles.len(), GROUPS.min(of_a.rows.div_ceil(SIDE)) * group);
         let sums_len = sums_len(transposes, inner, blocks, of_a.rows);
         with_scratch(right_len + left_len + sums_len, |scratch| {
             let (right, scratch) = scratch.split_at_mut(right_len);
             let (left, sums) = scratch.split_at_mut(left_len);
-            pack_right(variant, (b, of_b), right);
+            pack_right(variant, (b, of_b), tiles, right);
             for first in (0..of_a.rows).step_by(GROUPS * SIDE) {
                 let rows = first..(first + GROUPS * SIDE).min(of_a.rows);
                 let product = &mut product[rows.start * width..rows.end * width];
                 pack_left(variant, (a, of_a), rows.clone(), transposes, left);
-                let packed = PackedProduct { left, right, inner, blocks, rows: rows.len() };
+                let packed = PackedProduct { left, right, tiles, inner, rows: rows.len() };
                 let finish = |pair, sums: &[f32]| unpack(sums, pair, width, product);
                 if transposes {
                     packed.for_each_pair::<true>(variant, sums, finish);
@@ -142,14 +142,16 @@ impl sealed::Product for f32 {
     }
 }
 
-/// Packs the right side of a product, see [`first_tile`]. Columns past the last one are zero.
-fn pack_right(variant: Variant, (b, of_b): (&[f32], MatrixOrder), right: &mut [f32]) {
+/// Packs the right side of a product. Columns past the last one are zero.
+fn pack_right(
+    variant: Variant,
+    (b, of_b): (&[f32], MatrixOrder),
+    tiles: RightTiles,
+    right: &mut [f32],
+) {
     let (inner, width) = (of_b.rows, of_b.columns);
-    let tiles = inner.div_ceil(SIDE);
-    let all = width.div_ceil(SIDE);
     for (block, lanes) in blocks(0..width).enumerate() {
-        let (first, apart) = (first_tile(tiles, block), columns(all, block / 2));
-        let row = |k: usize| first + k / SIDE * apart * TILE + k % SIDE * SIDE;
+        let row = |k: usize| tiles.tile(k / SIDE, block) + k % SIDE * SIDE;
         if lanes.len() < SIDE {
             (0..inner).for_each(|k| right[row(k)..][..SIDE].fill(0.));
         }

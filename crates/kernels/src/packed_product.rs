@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use crate::element::ValueElement;
 use crate::layout::{SIDE, TILE};
-use crate::tiles::{TileProduct, TileRun, TileSession};
-use crate::variant::Variant;
+use crate::tiles::{TileOrder, TileProduct, TileRun, TileSession};
+use crate::{Precision, Variant};
 
 /// Tiles along the inner side per pass over the rows. Their right factors, for two blocks of columns, stay in
 /// the first-level cache beside as many left ones: 16 KiB in f32, 8 KiB in bf16.
@@ -23,22 +23,60 @@ pub(crate) fn columns(blocks: usize, pair: usize) -> usize {
     (blocks - 2 * pair).min(2)
 }
 
-/// Where the first tile of a block of 16 right columns is, in the order (pair of blocks, block along the inner side, block
-/// of the pair) for `inner` tiles along the inner side. The next ones follow [`columns`] tiles apart.
-pub(crate) fn first_tile(inner: usize, block: usize) -> usize {
-    (block / 2 * 2 * inner + block % 2) * TILE
+/// The order of right tiles: (pair of blocks of 16 columns, block along the inner side, block of the pair), where the
+/// last two are in the [order](TileOrder) of the product.
+#[derive(Clone, Copy)]
+pub(crate) struct RightTiles {
+    order: TileOrder,
+    /// Tiles along the inner side, those of zeros included.
+    inner: usize,
+    /// Blocks of 16 columns.
+    blocks: usize,
+}
+
+impl RightTiles {
+    /// For products of this variant and precision, an inner side of this length and as many blocks of columns.
+    pub fn new(variant: Variant, precision: Precision, inner: usize, blocks: usize) -> RightTiles {
+        let order = TileOrder::of(variant, precision);
+        RightTiles { order, inner: order.inner_tiles(inner.div_ceil(SIDE)), blocks }
+    }
+
+    pub fn order(self) -> TileOrder {
+        self.order
+    }
+
+    /// Tiles along the inner side, those of zeros included.
+    pub fn inner(self) -> usize {
+        self.inner
+    }
+
+    /// Blocks of 16 columns.
+    pub fn blocks(self) -> usize {
+        self.blocks
+    }
+
+    /// Numbers in all tiles.
+    pub fn len(self) -> usize {
+        self.inner * self.blocks * TILE
+    }
+
+    /// Where the tile of a block along the inner side and a block of columns begins.
+    pub fn tile(self, inner: usize, block: usize) -> usize {
+        let columns = columns(self.blocks, block / 2);
+        (block / 2 * 2 * self.inner + self.order.place(inner, block % 2, columns)) * TILE
+    }
 }
 
 /// Up to [`GROUPS`] groups of 16 rows, times a packed right side.
 pub(crate) struct PackedProduct<'a, T> {
-    /// The left tiles, in the order (group, block along the inner side).
+    /// The left tiles, in the order (group, block along the inner side), [paired](TileOrder) where the right ones are.
     pub left: &'a [T],
-    /// The right tiles, see [`first_tile`].
+    /// The right tiles.
     pub right: &'a [T],
+    /// Their order.
+    pub tiles: RightTiles,
     /// Length of the inner side.
     pub inner: usize,
-    /// Blocks of 16 columns.
-    pub blocks: usize,
     /// Rows of the left side.
     pub rows: usize,
 }
@@ -59,17 +97,18 @@ impl<T: ValueElement> PackedProduct<'_, T> {
         mut finish: impl FnMut(usize, &[f32]),
     ) {
         let session = TileSession::begin(variant);
-        let (inner, pairs) = (self.inner.div_ceil(SIDE), self.blocks.div_ceil(2));
+        let RightTiles { inner, blocks, .. } = self.tiles;
+        let pairs = blocks.div_ceil(2);
         let groups = self.rows.div_ceil(SIDE);
         let near = near_tiles(TRANSPOSED, inner, groups);
         let twos = groups.div_ceil(2);
         let right_at = |pair: usize, first: usize| {
-            first_tile(inner, 2 * pair) + first * columns(self.blocks, pair) * TILE
+            self.tiles.tile(first, 2 * pair)
         };
         for from in (0..inner).step_by(near) {
             let end = (from + near).min(inner);
             for pair in 0..pairs {
-                let columns = columns(self.blocks, pair);
+                let columns = columns(blocks, pair);
                 let place = if near == inner { 0 } else { pair * groups * 2 * TILE };
                 let sums = &mut sums[place..][..groups * columns * TILE];
                 for first in (from..end).step_by(INNER) {

@@ -6,11 +6,12 @@ use std::ops::Range;
 use super::finish::FinishOf;
 use super::winograd::{by_size, convolve};
 use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len};
+use crate::buffer::with_scratch_of;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
 use crate::norm::moments_len;
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::tiles::{TileOrder, TileProduct, TileRun, TileSession, pair_left};
 use crate::{Buffer, Shape, Variant};
 
 /// `output = finish(weights ∗ input)`.
@@ -188,18 +189,74 @@ fn gather<T: ValueElement>(
         let pairs = pair_task * pairs / pair_tasks..(pair_task + 1) * pairs / pair_tasks;
         let session = TileSession::begin(variant);
         let (to, session) = (&to, &session);
-        let gather = Gather { session, from, from_shape, packed, taps, to, to_shape, add, finish };
         for first in parts.clone().step_by(near) {
-            for pair in pairs.clone() {
-                gather.pair_of_blocks(first..(first + near).min(parts.end), pair);
-            }
+            let parts = first..(first + near).min(parts.end);
+            with_source(variant, (from, from_shape), taps, to_shape, &parts, |source| {
+                let gather =
+                    Gather { session, source, from_shape, packed, taps, to, to_shape, add, finish };
+                for pair in pairs.clone() {
+                    gather.pair_of_blocks(parts.clone(), pair);
+                }
+            });
         }
+    });
+}
+
+/// Pixels of the source, with their tiles in the order of the product.
+struct Source<'a, T> {
+    numbers: &'a [T],
+    /// The first pixel, counted over all groups.
+    first_pixel: usize,
+    /// Blocks of channels of a pixel, those of zeros included.
+    blocks: usize,
+}
+
+impl<T> Source<'_, T> {
+    /// Distance between pixels, in numbers.
+    fn pixel_len(&self) -> usize {
+        self.blocks * TILE
+    }
+}
+
+/// Calls `work` with the rows of the source that some parts of the destination need: in place, or copied if the
+/// product takes paired tiles. A pixel is copied once for all taps and all blocks of channels.
+fn with_source<T: ValueElement>(
+    variant: Variant,
+    (from, from_shape): (&[T], Shape),
+    taps: &Taps,
+    to_shape: Shape,
+    parts: &Range<usize>,
+    work: impl FnOnce(Source<T>),
+) {
+    let order = TileOrder::of(variant, T::PRECISION);
+    let blocks = order.inner_tiles(from_shape.blocks());
+    if !order.is_paired() {
+        return work(Source { numbers: from, first_pixel: 0, blocks });
+    }
+    let row = |part: usize, last: bool| {
+        let (group, pixels) = to_shape.part(part);
+        let pixel = if last { pixels.end - 1 } else { pixels.start };
+        group * to_shape.height + pixel / to_shape.width
+    };
+    let (height, width) = (from_shape.height, from_shape.width);
+    let rows_read = (row(parts.start, false)..=row(parts.end - 1, true)).flat_map(|row| {
+        let rows = taps.rows[row % to_shape.height].iter();
+        rows.map(move |(_, from)| row / to_shape.height * height + from)
+    });
+    let (first, last) =
+        rows_read.fold((usize::MAX, 0), |(first, last), row| (first.min(row), last.max(row)));
+    // Without any row, all sums are empty.
+    let pixels = if first > last { 0..0 } else { first * width..(last + 1) * width };
+    with_scratch_of::<T, _>(pixels.len() * blocks * TILE, 0, |numbers, _| {
+        let read = pixels.start * from_shape.pixel_len()..pixels.end * from_shape.pixel_len();
+        pair_left(variant, from_shape.blocks(), &from[read], numbers);
+        work(Source { numbers, first_pixel: pixels.start, blocks });
     });
 }
 
 struct Gather<'a, T> {
     session: &'a TileSession,
-    from: &'a [T],
+    source: Source<'a, T>,
     from_shape: Shape,
     packed: &'a [T],
     taps: &'a Taps,
@@ -212,7 +269,7 @@ struct Gather<'a, T> {
 impl<T: ValueElement> Gather<'_, T> {
     /// Computes two blocks of channels of every pixel in `parts`.
     fn pair_of_blocks(&self, parts: Range<usize>, pair: usize) {
-        let all = self.taps.count() * self.from_shape.blocks();
+        let all = self.taps.count() * self.source.blocks;
         let chunk = all.div_ceil(all.div_ceil(T::CHUNK));
         let mut runs = Vec::with_capacity(self.taps.count());
         for begin in (0..all).step_by(chunk) {
@@ -262,7 +319,7 @@ impl<T: ValueElement> Gather<'_, T> {
         terms: Range<usize>,
         runs: &mut Vec<TileRun>,
     ) {
-        let blocks = self.from_shape.blocks();
+        let blocks = self.source.blocks;
         let columns = columns_of(self.to_shape.blocks(), pair);
         let panel = pair * panel_len(self.taps.count(), blocks);
         runs.clear();
@@ -278,8 +335,9 @@ impl<T: ValueElement> Gather<'_, T> {
                     (group * self.from_shape.height + from_y) * self.from_shape.width + from_x;
                 let block = begin - first;
                 let channels = self.from_shape.channels - block * SIDE;
+                let pixel = pixel - self.source.first_pixel;
                 runs.push(TileRun {
-                    left: pixel * self.from_shape.pixel_len() + block * TILE,
+                    left: pixel * self.source.pixel_len() + block * TILE,
                     right: panel + begin * columns * TILE,
                     inner: channels.min((end - begin) * SIDE),
                 });
@@ -309,9 +367,9 @@ impl<T: ValueElement> Gather<'_, T> {
             // `other` differ.
             unsafe { self.to.part(at + 2 * pair * TILE, columns * TILE) }
         };
-        let apart = self.taps.apart * self.from_shape.pixel_len();
+        let apart = self.taps.apart * self.source.pixel_len();
         let product = TileProduct { runs, apart, rows: SIDE, columns, add, ahead: 0 };
         let (output, other) = (place(pixel), other.map(place));
-        T::product_into(self.session, self.from, self.packed, &product, output, other);
+        T::product_into(self.session, self.source.numbers, self.packed, &product, output, other);
     }
 }

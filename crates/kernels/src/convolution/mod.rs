@@ -10,6 +10,7 @@ mod filter;
 mod finish;
 mod gather;
 mod packed;
+mod strips;
 mod weights;
 mod winograd;
 

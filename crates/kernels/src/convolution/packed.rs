@@ -8,6 +8,7 @@ use super::{Geometry, columns_of, panel_len};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
+use crate::tiles::TileOrder;
 use crate::transformer::factor_precision;
 use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
@@ -40,6 +41,7 @@ pub struct Packing {
     packed_for: PackedFor,
     form: Form,
     precision: Precision,
+    order: TileOrder,
     in_channels: usize,
     out_channels: usize,
     kernel: usize,
@@ -55,13 +57,15 @@ impl Geometry {
         packed_for: PackedFor,
     ) -> Packing {
         let form = self.form(variant, precision);
+        let precision = match form {
+            Form::Winograd(_) => factor_precision(variant, precision),
+            Form::Direct => precision,
+        };
         Packing {
             packed_for,
             form,
-            precision: match form {
-                Form::Winograd(_) => factor_precision(variant, precision),
-                Form::Direct => precision,
-            },
+            precision,
+            order: TileOrder::of(variant, precision),
             in_channels: self.input.channels,
             out_channels: self.output.channels,
             kernel: self.kernel,
@@ -72,7 +76,8 @@ impl Geometry {
 impl Packing {
     /// Numbers in the packed weights.
     pub fn packed_len(&self) -> usize {
-        let tiles = self.in_channels.div_ceil(SIDE) * self.out_channels.div_ceil(SIDE) * TILE;
+        let (read, written) = self.channels();
+        let tiles = self.blocks_read(read) * written.div_ceil(SIDE) * TILE;
         match self.form {
             Form::Direct => self.taps() * tiles,
             Form::Winograd(size) => size.positions() * tiles,
@@ -93,6 +98,11 @@ impl Packing {
         self.kernel * self.kernel
     }
 
+    /// Blocks of channels that the product reads, those of zeros included.
+    fn blocks_read(&self, channels: usize) -> usize {
+        self.order.inner_tiles(channels.div_ceil(SIDE))
+    }
+
     /// Channels that the product reads and channels that it writes.
     fn channels(&self) -> (usize, usize) {
         match self.packed_for {
@@ -110,8 +120,8 @@ pub struct PackedWeights {
 
 impl PackedWeights {
     /// Packs weights `(O, I, K, K)` into memory of the pool: tiles of 16 channels read × 16 channels
-    /// written, in the order (pair of blocks written, tap, block read, block of the pair). In
-    /// Winograd's form, transformed positions take the place of taps.
+    /// written, in the order (pair of blocks written, tap, block read, block of the pair), where the last two are in
+    /// the [order](TileOrder) of the product. In Winograd's form, transformed positions take the place of taps.
     ///
     /// # Panics
     ///
@@ -232,7 +242,7 @@ fn fill_tiles<T: ValueElement>(
 ) {
     assert_eq!(packed.len(), packing.packed_len());
     let (read, written) = packing.channels();
-    let (from_blocks, to_blocks) = (read.div_ceil(SIDE), written.div_ceil(SIDE));
+    let (from_blocks, to_blocks) = (packing.blocks_read(read), written.div_ceil(SIDE));
     let panel = panel_len(packing.taps(), from_blocks);
     parallel::for_each_chunk(packed, panel, 2 * packing.weights_len(), |pair, packed| {
         let columns = columns_of(to_blocks, pair);
@@ -243,9 +253,12 @@ fn fill_tiles<T: ValueElement>(
                 if (from + 1) * SIDE > read || (to + 1) * SIDE > written {
                     scratch.fill(0.); // The padding of the last blocks.
                 }
-                fill(from, to, scratch);
+                if from * SIDE < read {
+                    fill(from, to, scratch);
+                }
+                let place = packing.order.place(from, column, columns);
                 for (tap, tile) in scratch.as_chunks().0.iter().enumerate() {
-                    let at = (tap * stride + from * columns + column) * TILE;
+                    let at = (tap * stride + place) * TILE;
                     arrange_right(Variant::fastest(), tile, &mut packed[at..at + TILE]);
                 }
             }

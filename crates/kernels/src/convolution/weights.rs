@@ -6,15 +6,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::filter::Filter;
+use super::strips::StripLayout;
 use super::winograd::{
     self, SquareSize, Squares, by_size, stride, transform_gradient, transform_input,
 };
 use super::{Form, Geometry, columns_of};
 use crate::buffer::with_scratch;
-use crate::element::{ValueElement, by_precision};
+use crate::element::{Half, ValueElement, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::tiles::{
+    StripProduct, TileOrder, TileProduct, TileRun, TileSession, product_of_strips,
+};
 use crate::transformer::factor_precision;
 use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
@@ -23,6 +26,10 @@ use crate::{Buffer, BufferPool, Precision, Variant};
 /// Pixels of a group that are summed at a time, so that both sides stay in the first-level cache for all
 /// taps.
 const SEGMENT: usize = 8;
+/// [`SEGMENT`] for a tile unit, which would take longer to load and store the sums of fewer pixels than to multiply
+/// them. A row of the kernel reads one row of the input for all its taps, and 16 pixels of two blocks on both sides
+/// fill 32 KiB.
+const UNIT_SEGMENT: usize = 16;
 /// Bytes per channel in a strip of pixels, so that both sides and the sums of a pane stay in the
 /// second-level cache.
 const STRIP: usize = 128;
@@ -49,8 +56,17 @@ pub fn weight_gradient(
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
-    let tasks = WeightTasks::new(variant, g, input.precision());
+    let order = TileOrder::of(variant, input.precision());
+    let side_by_side = order.is_paired().then(|| with_groups_as_pixels(g)).flatten();
+    let tasks = WeightTasks::new(variant, side_by_side.as_ref().unwrap_or(g), input.precision());
     let mut scratch = pool.take(tasks.len() * tasks.parts);
+    if order.is_paired() {
+        let (input, output_gradient) = (input.halves(), output_gradient.halves());
+        tasks.run(variant, &mut scratch, |session, task, runs, all| {
+            tasks.sum_on_unit(session, task, runs, input, output_gradient, pool, all);
+        });
+        return tasks.merge(&scratch, gradient);
+    }
     by_precision!(input.precision(), T => {
         let (input, output_gradient) = (T::of(input), T::of(output_gradient));
         tasks.run(variant, &mut scratch, |session, task, runs, all| match tasks.squares {
@@ -61,6 +77,14 @@ pub fn weight_gradient(
         });
     });
     tasks.merge(&scratch, gradient);
+}
+
+/// A linear layer as one row of pixels, with a pixel for each group of images, so that two of them are
+/// neighbours. They lie in memory as those do.
+fn with_groups_as_pixels(g: &Geometry) -> Option<Geometry> {
+    let row = |shape: Shape| Shape { images: SIDE, width: shape.groups(), ..shape };
+    let is_linear = g.kernel == 1 && g.padding == 0 && g.input.pixels() == 1;
+    is_linear.then(|| Geometry { input: row(g.input), output: row(g.output), stride: 1, ..*g })
 }
 
 /// The split of a weight gradient into tasks: (part of the pixels, pane of the weights). It depends on the
@@ -101,12 +125,11 @@ struct StripSide<'a, T> {
 impl<'a, T: ValueElement> StripSide<'a, T> {
     /// The rows in place, or copied to `memory` and arranged if the products need that.
     fn new(
-        session: &TileSession,
+        variant: Variant,
         numbers: &'a [T],
         shape: Shape,
         rows: Range<usize>,
         blocks: &Range<usize>,
-        left: bool,
         memory: &'a mut [T],
     ) -> StripSide<'a, T> {
         let (width, pixel_len) = (shape.width, shape.pixel_len());
@@ -118,7 +141,7 @@ impl<'a, T: ValueElement> StripSide<'a, T> {
         let pixels = rows.start * width..rows.end * width;
         for (pixel, to) in pixels.zip(memory.chunks_exact_mut(step)) {
             let from = &numbers[pixel * pixel_len + blocks.start * TILE..][..step];
-            T::arrange(session, from, to, left);
+            T::arrange(variant, from, to);
         }
         StripSide { numbers: memory, first_row: rows.start, width, step }
     }
@@ -134,6 +157,26 @@ struct StripRuns {
     all: Vec<TileRun>,
     /// Groups of runs: the sum of the weights that they belong to, and the end of the group.
     ends: Vec<(usize, usize)>,
+}
+
+impl StripRuns {
+    /// Makes a group of the runs since the last one, if there are any.
+    fn end(&mut self, sum: usize) {
+        if self.all.len() > self.ends.last().map_or(0, |last| last.1) {
+            self.ends.push((sum, self.all.len()));
+        }
+    }
+}
+
+/// A place in the pane of a task: two blocks of input channels, or one, and a pair of blocks of output channels.
+struct PanePlace {
+    /// The first block and the pair, counted from those of the task.
+    block: usize,
+    pair: usize,
+    /// Input channels in the first block.
+    rows: usize,
+    /// Blocks of the pair.
+    columns: usize,
 }
 
 /// Calls `work` with the lists of this thread, so that they grow only once.
@@ -244,20 +287,96 @@ impl<'a> WeightTasks<'a> {
         for strip in strips {
             let rows = self.rows_of(strip);
             let (read, memory) = (self.rows_read(&rows), T::of_mut(&mut left_memory));
-            let left = StripSide::new(session, input, g.input, read, &task.blocks, true, memory);
+            let variant = session.variant();
+            let left = StripSide::new(variant, input, g.input, read, &task.blocks, memory);
             let (written, memory) = (rows.clone(), T::of_mut(&mut right_memory));
-            let right = StripSide::new(
-                session,
-                output_gradient,
-                g.output,
-                written,
-                &outputs,
-                false,
-                memory,
-            );
+            let right =
+                StripSide::new(variant, output_gradient, g.output, written, &outputs, memory);
             self.collect(rows, &left, &right, runs);
             self.sum_strip(session, task, left.numbers, right.numbers, runs, true, all);
         }
+    }
+
+    /// [`sum`](Self::sum) on a tile unit.
+    #[expect(clippy::too_many_arguments, reason = "source and destination")]
+    fn sum_on_unit(
+        &self,
+        session: &TileSession,
+        task: &WeightTask,
+        runs: &mut StripRuns,
+        input: &[Half],
+        output_gradient: &[Half],
+        pool: &Arc<BufferPool>,
+        all: &Disjoint<f32>,
+    ) {
+        let (layout, outputs, variant) =
+            (StripLayout::new(self.g), self.outputs(task), session.variant());
+        let [left_len, right_len] =
+            [layout.left_len(task.blocks.len()), outputs.len() * layout.column()];
+        let strips = self.strips_of(task);
+        let most = strips.clone().map(|strip| self.rows_read(&self.rows_of(strip)).len()).max();
+        let memory = |rows: usize, len: usize| pool.take_of(Precision::Bf16, rows * len);
+        let mut left = memory(most.unwrap_or(0), left_len);
+        let mut right = memory(self.rows, right_len);
+        let (left, right) = (left.halves_mut(), right.halves_mut());
+        for strip in strips {
+            let (rows, read) = (self.rows_of(strip), self.rows_read(&self.rows_of(strip)));
+            for (row, to) in read.clone().zip(left.chunks_exact_mut(left_len)) {
+                layout.arrange_left(variant, input, row, &task.blocks, to);
+            }
+            for (row, to) in rows.clone().zip(right.chunks_exact_mut(right_len)) {
+                layout.arrange_right(variant, output_gradient, row, &outputs, to);
+            }
+            self.collect_segments(layout, rows, read.start, [left_len, right_len], runs);
+            self.for_each_sum(task, runs, all, |place, runs, outputs| {
+                let left = &left[place.block * SIDE * layout.left_row()..];
+                let right = &right[2 * place.pair * layout.column()..];
+                let (left_row, column) = (layout.left_row(), layout.column());
+                let product = StripProduct { runs, left_row, column, columns: place.columns };
+                product_of_strips(session, left, right, &product, outputs);
+            });
+        }
+    }
+
+    /// Collects the runs of a strip for a tile unit: for some pixels at a time and each tap, one run for each row of
+    /// pixels whose tap lies inside the input or left or right of it.
+    fn collect_segments(
+        &self,
+        layout: StripLayout,
+        strip: Range<usize>,
+        first_read: usize,
+        [left_len, right_len]: [usize; 2],
+        runs: &mut StripRuns,
+    ) {
+        let g = self.g;
+        runs.all.clear();
+        runs.ends.clear();
+        let rows_at_once = (UNIT_SEGMENT / layout.width).max(1);
+        for first in strip.clone().step_by(rows_at_once) {
+            for begin in (0..layout.width).step_by(UNIT_SEGMENT) {
+                let pixels = UNIT_SEGMENT.min(layout.width - begin);
+                for tap in 0..g.taps() {
+                    for row in first..(first + rows_at_once).min(strip.end) {
+                        let Some(read) = self.row_read(row, tap / g.kernel) else { continue };
+                        runs.all.push(TileRun {
+                            left: (read - first_read) * left_len
+                                + layout.left(begin, tap % g.kernel),
+                            right: (row - strip.start) * right_len + begin * TILE,
+                            inner: pixels * SIDE,
+                        });
+                    }
+                    runs.end(tap);
+                }
+            }
+        }
+    }
+
+    /// The row of the input that a row of the kernel meets at a row of outputs, if it lies inside.
+    fn row_read(&self, row: usize, tap_y: usize) -> Option<usize> {
+        let g = self.g;
+        let (group, y) = (row / g.output.height, row % g.output.height);
+        let from = (y * g.stride + tap_y).checked_sub(g.padding)?;
+        (from < g.input.height).then(|| group * g.input.height + from)
     }
 
     /// Sums a part in Winograd's form.
@@ -361,9 +480,7 @@ impl<'a> WeightTasks<'a> {
                         let columns = begin..(begin + SEGMENT).min(g.output.width);
                         self.collect_row(row, columns, tap, left, right, &mut runs.all);
                     }
-                    if runs.all.len() > runs.ends.last().map_or(0, |last| last.1) {
-                        runs.ends.push((tap, runs.all.len()));
-                    }
+                    runs.end(tap);
                 }
             }
         }
@@ -380,21 +497,19 @@ impl<'a> WeightTasks<'a> {
         runs: &mut Vec<TileRun>,
     ) {
         let g = self.g;
-        let (group, y) = (row / g.output.height, row % g.output.height);
-        let from_y = (y * g.stride + tap / g.kernel).checked_sub(g.padding);
-        let Some(from_y) = from_y.filter(|y| *y < g.input.height) else { return };
+        let Some(read) = self.row_read(row, tap / g.kernel) else { return };
         for x in columns {
             let from_x = (x * g.stride + tap % g.kernel).checked_sub(g.padding);
             let Some(from_x) = from_x.filter(|x| *x < g.input.width) else { continue };
             runs.push(TileRun {
-                left: left.offset(group * g.input.height + from_y, from_x),
+                left: left.offset(read, from_x),
                 right: right.offset(row, x),
                 inner: SIDE,
             });
         }
     }
 
-    /// Adds a strip to the pane, or without `add` writes its sums, for two blocks of input channels at a time.
+    /// Adds a strip to the pane, or without `add` writes its sums.
     #[expect(clippy::too_many_arguments, reason = "source and destination")]
     fn sum_strip<T: ValueElement>(
         &self,
@@ -406,11 +521,26 @@ impl<'a> WeightTasks<'a> {
         add: bool,
         all: &Disjoint<f32>,
     ) {
+        self.for_each_sum(task, runs, all, |place, runs, outputs| {
+            let PanePlace { block, pair, rows, columns } = place;
+            let (left, right) = (&left[block * TILE..], &right[2 * pair * TILE..]);
+            let product = TileProduct { runs, apart: TILE, rows, columns, add, ahead: 0 };
+            T::product::<true>(session, left, right, &product, outputs);
+        });
+    }
+
+    /// Calls `add` for every group of runs and every place in the pane, with the sums of its one or two blocks of input
+    /// channels.
+    fn for_each_sum(
+        &self,
+        task: &WeightTask,
+        runs: &StripRuns,
+        all: &Disjoint<f32>,
+        add: impl Fn(PanePlace, &[TileRun], &mut [&mut [f32]]),
+    ) {
         let g = self.g;
         for block in task.blocks.clone().step_by(2) {
-            let left = &left[(block - task.blocks.start) * TILE..];
             for pair in task.pairs.clone() {
-                let right = &right[2 * (pair - task.pairs.start) * TILE..];
                 let columns = columns_of(g.output.blocks(), pair);
                 let tile = |block: usize, sum: usize| {
                     let at = self.tiles(task.part, block, pair).0 + sum * columns * TILE;
@@ -419,14 +549,17 @@ impl<'a> WeightTasks<'a> {
                 };
                 let mut begin = 0;
                 for &(sum, end) in &runs.ends {
-                    let rows = g.input.channels_in(block);
+                    let place = PanePlace {
+                        block: block - task.blocks.start,
+                        pair: pair - task.pairs.start,
+                        rows: g.input.channels_in(block),
+                        columns,
+                    };
                     let runs = &runs.all[begin..end];
-                    let product = TileProduct { runs, apart: TILE, rows, columns, add, ahead: 0 };
                     if block + 1 < task.blocks.end {
-                        let outputs = &mut [tile(block, sum), tile(block + 1, sum)];
-                        T::product::<true>(session, left, right, &product, outputs);
+                        add(place, runs, &mut [tile(block, sum), tile(block + 1, sum)]);
                     } else {
-                        T::product::<true>(session, left, right, &product, &mut [tile(block, sum)]);
+                        add(place, runs, &mut [tile(block, sum)]);
                     }
                     begin = end;
                 }

@@ -22,7 +22,7 @@ use std::marker::PhantomData;
 use crate::element::{Half, ValueElement};
 use crate::layout::{SIDE, TILE};
 use crate::variant::{Instructions, for_each_variant};
-use crate::{Buffer, Variant};
+use crate::{Buffer, Precision, Variant};
 
 /// Consecutive terms of a sum, whose tiles are contiguous on both sides.
 #[derive(Clone, Copy, Debug)]
@@ -65,16 +65,143 @@ pub(crate) struct TileProduct<'a> {
 impl TileProduct<'_> {
     /// # Panics
     ///
-    /// If a tile exceeds its slice, or a count is out of range.
-    fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
+    /// If a tile exceeds its slice, or a count is out of range. `paired`: of tiles that are [paired](TileOrder).
+    fn check(&self, left: usize, right: usize, paired: bool, outputs: &[&mut [f32]]) {
         assert!((1..=2).contains(&self.columns) && self.rows <= SIDE);
         assert!((1..=2).contains(&outputs.len()));
         assert!(outputs.iter().all(|output| output.len() >= self.columns * TILE));
         let apart = self.apart * (outputs.len() - 1);
         for run in self.runs {
-            let len = run.tiles() * TILE;
+            let len = TileOrder { paired }.inner_tiles(run.tiles()) * TILE;
             assert!(run.left + apart + len <= left && run.right + self.columns * len <= right);
         }
+    }
+}
+
+/// The order of the tiles of a product along its inner side.
+///
+/// Left tiles follow one another, and so do right ones, where each term has as many as there are columns. A tile
+/// unit takes two terms at once. So its tiles are *paired*: two left tiles lie side by side, 16 rows of 32 numbers, and
+/// two right tiles of one column one after the other. Their count is even; the second one of the last pair may
+/// be zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct TileOrder {
+    paired: bool,
+}
+
+impl TileOrder {
+    /// The order that products of this variant and precision take.
+    pub fn of(variant: Variant, precision: Precision) -> TileOrder {
+        TileOrder { paired: precision == Precision::Bf16 && variant.has_tile_unit() }
+    }
+
+    pub fn is_paired(self) -> bool {
+        self.paired
+    }
+
+    /// The number of tiles along an inner side of `tiles`, those of zeros included.
+    pub fn inner_tiles(self, tiles: usize) -> usize {
+        if self.paired { tiles.next_multiple_of(2) } else { tiles }
+    }
+
+    /// The place of a right tile among those of its product, in tiles: the one of term `inner` in one of
+    /// `columns` columns.
+    pub fn place(self, inner: usize, column: usize, columns: usize) -> usize {
+        if self.paired {
+            inner / 2 * 2 * columns + 2 * column + inner % 2
+        } else {
+            inner * columns + column
+        }
+    }
+}
+
+/// Copies left tiles to paired ones, for as many groups of `inner` tiles as there are.
+pub(crate) fn pair_left<T: ValueElement>(
+    variant: Variant,
+    inner: usize,
+    from: &[T],
+    to: &mut [T],
+) {
+    let padded = inner.next_multiple_of(2) * TILE;
+    for (from, to) in from.chunks_exact(inner * TILE).zip(to.chunks_exact_mut(padded)) {
+        pair_tiles(variant, from, to);
+    }
+}
+
+for_each_variant! {
+    fn pair_tiles<T: ValueElement>(from: &[T], to: &mut [T]) {
+        for (from, to) in from.chunks(2 * TILE).zip(to.chunks_exact_mut(2 * TILE)) {
+            let (first, second) = from.split_at(TILE);
+            let second = if second.is_empty() { &T::zeros()[..] } else { second };
+            let tiles = first.chunks_exact(SIDE).zip(second.chunks_exact(SIDE));
+            for ((first, second), to) in tiles.zip(to.chunks_exact_mut(2 * SIDE)) {
+                to[..SIDE].copy_from_slice(first);
+                to[SIDE..].copy_from_slice(second);
+            }
+        }
+    }
+}
+
+/// A sum of products over strips of pixels, `output += Σ left · right`, for a tile unit: along the inner side are the
+/// images of neighbouring pixels. See [`product_of_strips`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StripProduct<'a> {
+    /// The terms, added in order: some pixels of a strip, an even number, 16 images each.
+    pub runs: &'a [TileRun],
+    /// Numbers in each row of the left side: 16 for each pixel of the strip.
+    pub left_row: usize,
+    /// Distance from a column of right tiles to the next.
+    pub column: usize,
+    /// Output tiles next to each other, 1 or 2.
+    pub columns: usize,
+}
+
+impl StripProduct<'_> {
+    /// # Panics
+    ///
+    /// If a tile exceeds its slice, or a count is out of range.
+    fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
+        assert!((1..=2).contains(&self.columns) && (1..=2).contains(&outputs.len()));
+        assert!(outputs.iter().all(|output| output.len() >= self.columns * TILE));
+        let last_row = (SIDE * outputs.len() - 1) * self.left_row;
+        let last_column = (self.columns - 1) * self.column;
+        for run in self.runs {
+            assert!(run.inner.is_multiple_of(2 * SIDE));
+            assert!(run.left + last_row + run.inner <= left);
+            assert!(run.right + last_column + run.tiles() * TILE <= right);
+        }
+    }
+}
+
+/// `outputs += Σ left · right`, with the tile unit of the session's variant. The left side has a row for each
+/// channel, of all pixels of the strip, 16 images each; those of the second output are the next 16 channels. A right
+/// tile is one pixel, (image / 2, column, image % 2).
+///
+/// # Panics
+///
+/// If the variant has no tile unit, or a tile lies outside its slice.
+pub(crate) fn product_of_strips(
+    session: &TileSession,
+    left: &[Half],
+    right: &[Half],
+    product: &StripProduct,
+    outputs: &mut [&mut [f32]],
+) {
+    product.check(left.len(), right.len(), outputs);
+    match session.variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Amx => {
+            // SAFETY: the session has set up this thread's tile registers; every tile lies inside
+            // its slice (checked above).
+            unsafe { amx::product_of_strips(&mut amx::Real, left, right, product, outputs) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::AmxEmulated => {
+            let mut unit = amx::Emulated::new();
+            // SAFETY: every tile lies inside its slice (checked above).
+            unsafe { amx::product_of_strips(&mut unit, left, right, product, outputs) }
+        }
+        _ => unreachable!("{} has no tile unit", session.variant),
     }
 }
 
@@ -120,7 +247,7 @@ pub(crate) fn product<const TRANSPOSED: bool>(
     product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    product.check(left.len(), right.len(), outputs);
+    product.check(left.len(), right.len(), false, outputs);
     match session.variant.instructions() {
         #[cfg(target_arch = "x86_64")]
         Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => {
@@ -144,8 +271,7 @@ pub(crate) fn product<const TRANSPOSED: bool>(
 /// [`product`] of bfloat16 tiles, summed in f32.
 ///
 /// Right tiles hold pairs along the inner side: (inner / 2, column, inner % 2). So do left tiles with
-/// `TRANSPOSED`, (inner / 2, row, inner % 2), unless the variant
-/// [needs them transposed](needs_left_transposed).
+/// `TRANSPOSED`, (inner / 2, row, inner % 2). A tile unit takes [paired](TileOrder) tiles, and none transposed.
 pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
     session: &TileSession,
     left: &[Half],
@@ -153,7 +279,9 @@ pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
     product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    product.check(left.len(), right.len(), outputs);
+    let paired = session.variant.has_tile_unit();
+    assert!(!(TRANSPOSED && paired), "a tile unit takes no transposed tiles");
+    product.check(left.len(), right.len(), paired, outputs);
     match session.variant.instructions() {
         #[cfg(target_arch = "x86_64")]
         Instructions::Amx => {
@@ -173,16 +301,6 @@ pub(crate) fn product_of_halves<const TRANSPOSED: bool>(
             unsafe { x86::avx512_bf16::<TRANSPOSED>(left, right, product, outputs) }
         }
         _ => widened::<TRANSPOSED>(session, left, right, product, outputs),
-    }
-}
-
-/// Whether a transposed product of bfloat16 tiles takes left tiles that are already transposed, (row,
-/// inner), instead of paired.
-pub(crate) fn needs_left_transposed(variant: Variant) -> bool {
-    match variant.instructions() {
-        #[cfg(target_arch = "x86_64")]
-        Instructions::Amx | Instructions::AmxEmulated => true,
-        _ => false,
     }
 }
 

@@ -6,8 +6,8 @@ use super::factors::put;
 use crate::buffer::with_scratch_of;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{columns, first_tile};
-use crate::tiles::{TileProduct, TileRun, TileSession};
+use crate::packed_product::{RightTiles, columns};
+use crate::tiles::{TileProduct, TileRun, TileSession, pair_left};
 use crate::variant::for_each_variant;
 use crate::{Buffer, Shape, Variant};
 
@@ -104,15 +104,25 @@ impl HeadExtent {
 fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Destination<T>) {
     let head = HeadExtent::of(call);
     let session = TileSession::begin(variant);
-    let lens =
-        [head.query_blocks, head.key_blocks, head.key_blocks].map(|n| n * head.blocks * TILE);
+    let key_tiles = RightTiles::new(variant, T::PRECISION, head.width, head.key_blocks);
+    let value_tiles = RightTiles::new(variant, T::PRECISION, head.keys, head.blocks);
+    let is_paired = key_tiles.order().is_paired();
+    let query_len = head.query_blocks * head.blocks * TILE;
     let [score_len, output_len] = [head.key_blocks, head.blocks].map(|n| 2 * n * TILE);
+    // Two groups of queries or weights.
+    let paired_len = 2 * key_tiles.inner().max(value_tiles.inner()) * TILE;
+    let paired_len = if is_paired { paired_len } else { 0 };
+    let factor_len = query_len + key_tiles.len() + value_tiles.len() + score_len + paired_len;
     let plain_len = head.queries.max(head.keys) * head.width;
     let sum_len = score_len + output_len + plain_len;
-    with_scratch_of::<T, _>(lens.iter().sum::<usize>() + score_len, sum_len, |factors, sums| {
-        let (queries, factors) = factors.split_at_mut(lens[0]);
-        let (keys, factors) = factors.split_at_mut(lens[1]);
-        let (values, weights) = factors.split_at_mut(lens[2]);
+    with_scratch_of::<T, _>(factor_len, sum_len, |factors, sums| {
+        let (queries, factors) = factors.split_at_mut(query_len);
+        let (keys, factors) = factors.split_at_mut(key_tiles.len());
+        let (values, factors) = factors.split_at_mut(value_tiles.len());
+        let (weights, paired) = factors.split_at_mut(score_len);
+        // Zeros along the inner side stay as they are; those of keys and values are not written again.
+        keys.fill(T::narrow(0.));
+        values.fill(T::narrow(0.));
         let (scores, sums) = sums.split_at_mut(score_len);
         let (output, plain) = sums.split_at_mut(output_len);
         for at in (0..call.heads).map(|h| h * head.width) {
@@ -128,12 +138,12 @@ fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Desti
             );
             pack_rows(variant, plain, head.width, head.queries, queries);
             load(variant, T::of(call.keys.numbers), &call.keys, at, head.width, rotation, plain);
-            pack_columns(variant, plain, head.width, head.keys, keys);
+            pack_columns(variant, plain, head.width, head.keys, key_tiles, keys);
             load(variant, T::of(call.values.numbers), &call.values, at, head.width, None, plain);
-            pack_inner(variant, plain, head.width, head.keys, values);
-            let packed = PackedHead { queries, keys, values };
+            pack_inner(variant, plain, head.width, head.keys, value_tiles, values);
+            let packed = PackedHead { queries, keys, key_tiles, values, value_tiles };
             for first in (0..head.query_blocks).step_by(2) {
-                let sums = attend(&session, head, &packed, first, scores, weights, output);
+                let sums = attend(&session, head, &packed, first, scores, weights, output, paired);
                 write(head, at, first, output, &sums, &mut to);
             }
         }
@@ -144,11 +154,15 @@ fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Desti
 struct PackedHead<'a, T> {
     queries: &'a [T],
     keys: &'a [T],
+    key_tiles: RightTiles,
     values: &'a [T],
+    value_tiles: RightTiles,
 }
 
 /// Computes the attention of one or two groups of 16 queries, from group `first` on. Writes weighted sums of
-/// values to `output`, in tiles (group, block), and returns the divisor of each row.
+/// values to `output`, in tiles (group, block), and returns the divisor of each row. Left tiles are paired in `paired`
+/// where the products need that.
+#[expect(clippy::too_many_arguments, reason = "factors and memory for what comes between")]
 fn attend<T: ValueElement>(
     session: &TileSession,
     head: HeadExtent,
@@ -157,10 +171,12 @@ fn attend<T: ValueElement>(
     scores: &mut [f32],
     weights: &mut [T],
     output: &mut [f32],
+    paired: &mut [T],
 ) -> [f32; 2 * SIDE] {
     let rows = (head.queries - first * SIDE).min(2 * SIDE);
-    let of_scores = Multiplication { first, rows, inner: head.width, columns: head.keys };
-    of_scores.run(session, packed.queries, packed.keys, scores);
+    let queries = &packed.queries[first * head.blocks * TILE..];
+    let of_scores = Multiplication { rows, inner: head.width, tiles: packed.key_tiles };
+    of_scores.run(session, queries, packed.keys, scores, paired);
     let scale = 1. / (head.width as f32).sqrt();
     let (len, mut sums) = (head.key_blocks * TILE, [1f32; 2 * SIDE]);
     for (side, sums) in sums.chunks_mut(SIDE).take(rows.div_ceil(SIDE)).enumerate() {
@@ -168,34 +184,46 @@ fn attend<T: ValueElement>(
             (&mut scores[side * len..][..len], &mut weights[side * len..][..len]);
         softmax(session.variant(), scores, head.keys, scale, weights, sums);
     }
-    let of_output = Multiplication { first: 0, rows, inner: head.keys, columns: head.width };
-    of_output.run(session, weights, packed.values, output);
+    let of_output = Multiplication { rows, inner: head.keys, tiles: packed.value_tiles };
+    of_output.run(session, weights, packed.values, output, paired);
     sums
 }
 
 /// The product of one or two groups of rows with all columns.
 struct Multiplication {
-    /// The first group.
-    first: usize,
     /// Rows in both groups.
     rows: usize,
     inner: usize,
-    columns: usize,
+    tiles: RightTiles,
 }
 
 impl Multiplication {
     /// Writes tiles in the order (group, block of columns).
-    fn run<T: ValueElement>(&self, session: &TileSession, left: &[T], right: &[T], to: &mut [f32]) {
-        let [inner, blocks] = [self.inner, self.columns].map(|n| n.div_ceil(SIDE));
+    fn run<T: ValueElement>(
+        &self,
+        session: &TileSession,
+        left: &[T],
+        right: &[T],
+        to: &mut [f32],
+        paired: &mut [T],
+    ) {
+        let (inner, groups) = (self.inner.div_ceil(SIDE), self.rows.div_ceil(SIDE));
+        let left = if self.tiles.order().is_paired() {
+            pair_left(session.variant(), inner, &left[..groups * inner * TILE], paired);
+            &*paired
+        } else {
+            left
+        };
+        let blocks = self.tiles.blocks();
         let (a, b) = to.split_at_mut(blocks * TILE);
         for pair in 0..blocks.div_ceil(2) {
             let columns = columns(blocks, pair);
-            let (left_at, right_at) = (self.first * inner * TILE, 2 * pair * inner * TILE);
-            let runs = [TileRun { left: left_at, right: right_at, inner: self.inner }];
+            let right_at = self.tiles.tile(0, 2 * pair);
+            let runs = [TileRun { left: 0, right: right_at, inner: self.inner }];
             let rows = self.rows.min(SIDE);
             let product = TileProduct {
                 runs: &runs,
-                apart: inner * TILE,
+                apart: self.tiles.inner() * TILE,
                 rows,
                 columns,
                 add: false,
@@ -275,9 +303,15 @@ for_each_variant! {
 }
 
 for_each_variant! {
-    /// Packs rows as the columns of a right side: pairs of groups of rows, each (block, group of the pair).
-    fn pack_columns<T: ValueElement>(plain: &[f32], width: usize, rows: usize, to: &mut [T]) {
-        let (groups, blocks) = (rows.div_ceil(SIDE), width.div_ceil(SIDE));
+    /// Packs rows as the columns of a right side.
+    fn pack_columns<T: ValueElement>(
+        plain: &[f32],
+        width: usize,
+        rows: usize,
+        tiles: RightTiles,
+        to: &mut [T],
+    ) {
+        let blocks = width.div_ceil(SIDE);
         for (group, values) in plain[..rows * width].chunks(SIDE * width).enumerate() {
             for block in 0..blocks {
                 // Of a constant size, so that the transposition becomes shuffles of registers.
@@ -293,7 +327,7 @@ for_each_variant! {
                         tile[k][row] = square[row][k];
                     }
                 }
-                let at = first_tile(blocks, group) + block * columns(groups, group / 2) * TILE;
+                let at = tiles.tile(block, group);
                 let tile = tile.as_flattened().first_chunk().expect("256 numbers");
                 T::arrange_right(tile, &mut to[at..at + TILE]);
             }
@@ -302,10 +336,15 @@ for_each_variant! {
 }
 
 for_each_variant! {
-    /// Packs rows as the inner side of a right side: pairs of blocks of columns, each (group, block of the
-    /// pair).
-    fn pack_inner<T: ValueElement>(plain: &[f32], width: usize, rows: usize, to: &mut [T]) {
-        let (groups, blocks) = (rows.div_ceil(SIDE), width.div_ceil(SIDE));
+    /// Packs rows as the inner side of a right side.
+    fn pack_inner<T: ValueElement>(
+        plain: &[f32],
+        width: usize,
+        rows: usize,
+        tiles: RightTiles,
+        to: &mut [T],
+    ) {
+        let blocks = width.div_ceil(SIDE);
         for (group, values) in plain[..rows * width].chunks(SIDE * width).enumerate() {
             for block in 0..blocks {
                 let mut tile = [0f32; TILE];
@@ -314,7 +353,7 @@ for_each_variant! {
                         *to = *value;
                     }
                 }
-                let at = first_tile(groups, block) + group * columns(blocks, block / 2) * TILE;
+                let at = tiles.tile(group, block);
                 T::arrange_right(&tile, &mut to[at..at + TILE]);
             }
         }

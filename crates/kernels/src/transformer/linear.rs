@@ -4,20 +4,20 @@ use std::ops::Range;
 
 use super::activation::{gelu_erf, gelu_quick, gelu_tanh, silu};
 use super::{Factors, Gelu};
-use crate::buffer::with_scratch;
-use crate::element::{ValueElement, by_precision};
+use crate::buffer::{with_scratch, with_scratch_of};
+use crate::element::{Half, ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{GROUPS, PackedProduct, blocks, columns, first_tile, sums_len};
-use crate::tiles;
+use crate::packed_product::{GROUPS, PackedProduct, RightTiles, blocks, columns, sums_len};
+use crate::tiles::{self, TileOrder, pair_left};
 use crate::transpose::transpose_tiles;
 use crate::variant::for_each_variant;
 use crate::{Buffer, Precision, Variant};
 
-/// The weights and the bias of a linear layer, packed for products: tiles of 16 inputs × 16 outputs in the
-/// order (pair of output blocks, input block, block of the pair).
+/// The weights and the bias of a linear layer, packed for products of one variant: tiles of 16 inputs × 16 outputs.
 pub struct PackedLinear {
     inputs: usize,
     outputs: usize,
+    tiles: RightTiles,
     /// Outputs of each of the two parts of a gated layer; the blocks of a pair are one of each.
     gated: Option<usize>,
     weights: Buffer,
@@ -32,6 +32,7 @@ impl PackedLinear {
     ///
     /// If the lengths do not fit each other.
     pub fn new(
+        variant: Variant,
         precision: Precision,
         inputs: usize,
         weights: &[f32],
@@ -39,7 +40,7 @@ impl PackedLinear {
     ) -> PackedLinear {
         let outputs = weights.len() / inputs;
         let all: Vec<Range<usize>> = blocks(0..outputs).collect();
-        PackedLinear::pack(precision, [inputs, outputs], None, weights, bias, &all)
+        PackedLinear::pack((variant, precision), [inputs, outputs], None, weights, bias, &all)
     }
 
     /// Packs the weights of a gate, followed by as many of what it gates; both (outputs, inputs).
@@ -48,6 +49,7 @@ impl PackedLinear {
     ///
     /// If the lengths do not fit each other.
     pub fn gated(
+        variant: Variant,
         precision: Precision,
         inputs: usize,
         weights: &[f32],
@@ -58,7 +60,7 @@ impl PackedLinear {
         let half = outputs / 2;
         let pairs = blocks(0..half).zip(blocks(half..outputs));
         let all: Vec<Range<usize>> = pairs.flat_map(|(gate, up)| [gate, up]).collect();
-        PackedLinear::pack(precision, [inputs, outputs], Some(half), weights, bias, &all)
+        PackedLinear::pack((variant, precision), [inputs, outputs], Some(half), weights, bias, &all)
     }
 
     /// The width of the rows that it reads.
@@ -72,7 +74,7 @@ impl PackedLinear {
     }
 
     fn pack(
-        precision: Precision,
+        (variant, precision): (Variant, Precision),
         [inputs, outputs]: [usize; 2],
         gated: Option<usize>,
         weights: &[f32],
@@ -81,30 +83,28 @@ impl PackedLinear {
     ) -> PackedLinear {
         assert!(inputs > 0 && weights.len() == outputs * inputs);
         assert!(bias.is_none_or(|bias| bias.len() == outputs));
-        let inner = inputs.div_ceil(SIDE);
-        let mut packed = Buffer::zeros_of(precision, blocks.len() * inner * TILE);
+        let tiles = RightTiles::new(variant, precision, inputs, blocks.len());
+        let mut packed = Buffer::zeros_of(precision, tiles.len());
         let mut biases = vec![0f32; blocks.len() * SIDE];
         for (at, rows) in blocks.iter().enumerate() {
-            let columns = columns(blocks.len(), at / 2);
-            let first = first_tile(inner, at);
             by_precision!(precision, T => {
-                let packed = &mut T::of_mut(&mut packed)[first..];
-                pack_block(weights, inputs, rows.clone(), columns, packed);
+                pack_block(weights, inputs, rows.clone(), tiles, at, T::of_mut(&mut packed));
             });
             if let Some(bias) = bias {
                 biases[at * SIDE..][..rows.len()].copy_from_slice(&bias[rows.clone()]);
             }
         }
-        PackedLinear { inputs, outputs, gated, weights: packed, bias: biases }
+        PackedLinear { inputs, outputs, tiles, gated, weights: packed, bias: biases }
     }
 }
 
-/// Packs the weights of up to 16 outputs; their tiles are `columns` tiles apart.
+/// Packs the weights of up to 16 outputs, as block `at`.
 fn pack_block<T: ValueElement>(
     weights: &[f32],
     inputs: usize,
     rows: Range<usize>,
-    columns: usize,
+    tiles: RightTiles,
+    at: usize,
     packed: &mut [T],
 ) {
     for (block, inner) in blocks(0..inputs).enumerate() {
@@ -114,7 +114,7 @@ fn pack_block<T: ValueElement>(
                 tile[k * SIDE + lane] = *weight;
             }
         }
-        T::arrange_right(&tile, &mut packed[block * columns * TILE..][..TILE]);
+        T::arrange_right(&tile, &mut packed[tiles.tile(block, at)..][..TILE]);
     }
 }
 
@@ -178,7 +178,8 @@ impl Spread {
 ///
 /// # Panics
 ///
-/// If the rows do not begin at a multiple of 16, or widths, precisions or lengths do not fit.
+/// If the rows do not begin at a multiple of 16, widths, precisions or lengths do not fit, or the layer is packed for
+/// another variant whose products take another order.
 pub fn linear(
     variant: Variant,
     layer: &PackedLinear,
@@ -190,9 +191,12 @@ pub fn linear(
     assert!(rows.start.is_multiple_of(SIDE));
     assert_eq!(matches!(to, LinearOutput::Gated { .. }), layer.gated.is_some());
     let precision = layer.weights.precision();
-    let group = layer.inputs.div_ceil(SIDE) * TILE;
+    let inner = layer.inputs.div_ceil(SIDE);
+    let group = inner * TILE;
+    let order = TileOrder::of(variant, precision);
+    assert_eq!(order, layer.tiles.order(), "the layer is packed for another variant");
     let transposes = precision == Precision::F32 && tiles::prefers_left_transposed(variant);
-    let sums_len = sums_len(transposes, layer.inputs, layer.bias.len() / SIDE, rows.len());
+    let sums_len = sums_len(transposes, layer.inputs, layer.tiles.blocks(), rows.len());
     for first in (0..rows.len()).step_by(GROUPS * SIDE) {
         let count = (rows.len() - first).min(GROUPS * SIDE);
         let tiles = (rows.start + first) / SIDE * group;
@@ -204,6 +208,13 @@ pub fn linear(
                 let (transposed, sums) = scratch.split_at_mut(left.len());
                 transpose_tiles(variant, left, transposed);
                 multiply::<f32, true>(variant, layer, transposed, done, sums, &mut to);
+            });
+        } else if order.is_paired() {
+            let left = &Half::of(&input.numbers)[tiles];
+            let len = count.div_ceil(SIDE) * layer.tiles.inner() * TILE;
+            with_scratch_of::<Half, _>(len, sums_len, |paired, sums| {
+                pair_left(variant, inner, left, paired);
+                multiply::<Half, false>(variant, layer, paired, done, sums, &mut to);
             });
         } else {
             with_scratch(sums_len, |sums| {
@@ -225,11 +236,10 @@ fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     sums: &mut [f32],
     store: &mut LinearOutput,
 ) {
-    let right = T::of(&layer.weights);
-    let blocks = layer.bias.len() / SIDE;
-    let product = PackedProduct { left, right, inner: layer.inputs, blocks, rows: rows.len() };
+    let (right, tiles) = (T::of(&layer.weights), layer.tiles);
+    let product = PackedProduct { left, right, tiles, inner: layer.inputs, rows: rows.len() };
     product.for_each_pair::<TRANSPOSED>(variant, sums, |pair, sums| {
-        let columns = columns(blocks, pair);
+        let columns = columns(tiles.blocks(), pair);
         FinishedPair { layer, rows: rows.clone(), pair, columns }.store(variant, sums, store);
     });
 }
@@ -435,7 +445,7 @@ mod tests {
         let case = LayerCase::new(OUTPUTS);
         for (variant, precision) in ways() {
             let (input, bias) = (case.factors(precision), Some(&case.bias[..]));
-            let layer = PackedLinear::new(precision, INPUTS, &case.weights, bias);
+            let layer = PackedLinear::new(variant, precision, INPUTS, &case.weights, bias);
             let mut added = vec![1f32; ROWS * OUTPUTS];
             let store = LinearOutput::Add { to: &mut added, spread: Spread::NONE };
             linear(variant, &layer, &input, 0..ROWS, store);
@@ -469,7 +479,7 @@ mod tests {
         let case = LayerCase::new(OUTPUTS);
         for (variant, precision) in ways() {
             let input = case.factors(precision);
-            let layer = PackedLinear::new(precision, INPUTS, &case.weights, None);
+            let layer = PackedLinear::new(variant, precision, INPUTS, &case.weights, None);
             let mut all = vec![0f32; ROWS * OUTPUTS];
             let store = LinearOutput::Add { to: &mut all, spread: Spread::NONE };
             linear(variant, &layer, &input, 0..ROWS, store);
@@ -489,7 +499,7 @@ mod tests {
         let inputs = 4096; // More than one part with AVX2.
         let (weights, input) = (noise(1, OUTPUTS * inputs), noise(3, ROWS * inputs));
         for (variant, precision) in ways() {
-            let layer = PackedLinear::new(precision, inputs, &weights, None);
+            let layer = PackedLinear::new(variant, precision, inputs, &weights, None);
             let mut factors = Factors::zeros(precision, ROWS, inputs);
             factors.shape.pack(&input, &mut factors.numbers);
             let mut all = vec![0f32; ROWS * OUTPUTS];
@@ -514,7 +524,7 @@ mod tests {
 
     fn rows_are_spread(variant: Variant) {
         let (case, precision) = (LayerCase::new(OUTPUTS), Precision::F32);
-        let layer = PackedLinear::new(precision, INPUTS, &case.weights, Some(&case.bias));
+        let layer = PackedLinear::new(variant, precision, INPUTS, &case.weights, Some(&case.bias));
         // Runs of 10 rows begin 12 rows apart, from row 2 on; the first 32 rows are left out.
         let spread = Spread { run: 10, stride: 12, first: 2, skip: 32 };
         let rows = ROWS.div_ceil(10) * 12;
@@ -540,7 +550,7 @@ mod tests {
         ];
         for (variant, precision) in ways() {
             let input = case.factors(precision);
-            let layer = PackedLinear::new(precision, INPUTS, &case.weights, Some(&case.bias));
+            let layer = PackedLinear::new(variant, precision, INPUTS, &case.weights, Some(&case.bias));
             for (gelu, plain) in forms {
                 let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
                 linear(variant, &layer, &input, 0..ROWS, LinearOutput::Gelu { to: &mut to, gelu });
@@ -558,7 +568,7 @@ mod tests {
     fn the_first_half_of_a_gated_layer_is_the_gate() {
         let case = LayerCase::new(2 * OUTPUTS);
         for (variant, precision) in ways() {
-            let layer = PackedLinear::gated(precision, INPUTS, &case.weights, Some(&case.bias));
+            let layer = PackedLinear::gated(variant, precision, INPUTS, &case.weights, Some(&case.bias));
             assert_eq!((layer.inputs(), layer.outputs()), (INPUTS, 2 * OUTPUTS));
             let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
             let input = case.factors(precision);

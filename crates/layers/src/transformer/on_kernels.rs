@@ -87,6 +87,7 @@ struct PackedPool {
 #[derive(Clone, Copy)]
 struct Packer<'a> {
     weights: &'a TransformerWeights,
+    variant: Variant,
     precision: Precision,
 }
 
@@ -107,7 +108,7 @@ impl Packer<'_> {
 
     fn layers(&self, names: &[String], inputs: usize) -> PackedLinear {
         let (rows, biases) = self.stacked(names, inputs);
-        PackedLinear::new(self.precision, inputs, &rows, Some(&biases))
+        PackedLinear::new(self.variant, self.precision, inputs, &rows, Some(&biases))
     }
 
     fn layer(&self, name: &str, inputs: usize) -> PackedLinear {
@@ -123,7 +124,7 @@ impl Packer<'_> {
                 *bias *= scale;
             }
         }
-        PackedLinear::new(self.precision, inputs, &rows, Some(&biases))
+        PackedLinear::new(self.variant, self.precision, inputs, &rows, Some(&biases))
     }
 
     /// The patch embedding, for pictures whose channels come last.
@@ -131,7 +132,7 @@ impl Packer<'_> {
         let plan = self.weights.plan();
         let inputs = CHANNELS * plan.patch_pixels * plan.patch_pixels;
         let rows = channels_last(self.weights.tensor("patch.weight"), plan.patch_pixels);
-        PackedLinear::new(self.precision, inputs, &rows, self.weights.get("patch.bias"))
+        PackedLinear::new(self.variant, self.precision, inputs, &rows, self.weights.get("patch.bias"))
     }
 
     fn block(&self, block: usize) -> PackedBlock {
@@ -153,20 +154,20 @@ impl Packer<'_> {
             Mlp::Plain { .. } => self.layer(&name("up"), width),
             Mlp::Gated { .. } => {
                 let (rows, biases) = self.stacked(&["gate", "up"].map(name), width);
-                PackedLinear::gated(self.precision, width, &rows, Some(&biases))
+                PackedLinear::gated(self.variant, self.precision, width, &rows, Some(&biases))
             }
         };
         let down = self.scaled(&name("down"), kind.hidden(), &name("scale2"));
         PackedMlp { kind, up, down }
     }
 
-    fn pool(&self, variant: Variant) -> PackedPool {
+    fn pool(&self) -> PackedPool {
         let d = self.weights.plan().width;
         let mut probe = Factors::zeros(self.precision, 1, d);
         probe.put(0, 0, self.weights.tensor("pool.query"));
         let mut query = Buffer::zeros_of(self.precision, d);
         let output = LinearOutput::Rows { to: &mut query, first: 0 };
-        linear(variant, &self.layer("pool.q", d), &probe, 0..1, output);
+        linear(self.variant, &self.layer("pool.q", d), &probe, 0..1, output);
         PackedPool {
             query,
             kv: self.layers(&["pool.k", "pool.v"].map(str::to_owned), d),
@@ -207,7 +208,7 @@ impl OnKernels {
     pub fn new(weights: &TransformerWeights, variant: Variant, precision: Precision) -> OnKernels {
         let plan = weights.plan().clone();
         let precision = factor_precision(variant, precision);
-        let packer = Packer { weights, precision };
+        let packer = Packer { weights, variant, precision };
         let prefix = ["cls", "registers"].iter().filter_map(|name| weights.get(name));
         let prefix = prefix.flatten().copied().collect();
         let blocks: Vec<PackedBlock> =
@@ -220,7 +221,7 @@ impl OnKernels {
             pre: plan.pre_norm.then(|| NormNumbers::of(weights, "pre")),
             blocks,
             norm: NormNumbers::of(weights, "norm"),
-            pool: plan.attention_pooling.then(|| packer.pool(variant)),
+            pool: plan.attention_pooling.then(|| packer.pool()),
             projection: plan.projection.map(|_| packer.layer("projection", plan.width)),
             plan,
         }
