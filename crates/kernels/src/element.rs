@@ -1,10 +1,10 @@
 //! The types in which values are stored.
 
 use crate::Buffer;
+use crate::Variant;
 use crate::buffer::halves_within;
 use crate::layout::{SIDE, TILE};
-use crate::tiles::{self, TileProduct, TileSession};
-use crate::Variant;
+use crate::tiles::{self, StripProduct, TileProduct, TileSession};
 use crate::variant::for_each_variant;
 
 /// How values and their gradients are stored and multiplied inside a network. Parameters, their
@@ -228,25 +228,53 @@ impl ValueElement for Half {
         output: &mut [Half],
         other: Option<&mut [Half]>,
     ) {
-        let (mut sums, mut others) = (Sums([0.; 2 * TILE]), Sums([0.; 2 * TILE]));
-        let (sums, others) = (&mut sums.0[..output.len()], &mut others.0[..output.len()]);
         let variant = session.variant();
-        if product.add {
-            tiles::widen(variant, output, sums);
-            if let Some(other) = &other {
-                tiles::widen(variant, other, others);
+        session.with_sums(|sums, others| {
+            let (sums, others) = (&mut sums[..output.len()], &mut others[..output.len()]);
+            if product.runs.is_empty() && !product.add {
+                sums.fill(0.);
+                others.fill(0.);
             }
-        }
-        match other {
-            None => Half::product::<false>(session, left, right, product, &mut [sums]),
-            Some(other) => {
-                let outputs = &mut [&mut *sums, &mut *others];
-                Half::product::<false>(session, left, right, product, outputs);
-                round(variant, others, other);
+            if product.add {
+                tiles::widen(variant, output, sums);
+                if let Some(other) = &other {
+                    tiles::widen(variant, other, others);
+                }
             }
-        }
-        round(variant, sums, output);
+            match other {
+                None => Half::product::<false>(session, left, right, product, &mut [sums]),
+                Some(other) => {
+                    let outputs = &mut [&mut *sums, &mut *others];
+                    Half::product::<false>(session, left, right, product, outputs);
+                    tiles::round(variant, others, other);
+                }
+            }
+            tiles::round(variant, sums, output);
+        });
     }
+}
+
+/// [`tiles::product_of_strips`], rounded.
+pub(crate) fn strips_into(
+    session: &TileSession,
+    left: &[Half],
+    right: &[Half],
+    product: &StripProduct,
+    output: &mut [Half],
+    other: Option<&mut [Half]>,
+) {
+    let variant = session.variant();
+    session.with_sums(|sums, others| {
+        let (sums, others) = (&mut sums[..output.len()], &mut others[..output.len()]);
+        match other {
+            None => tiles::product_of_strips(session, left, right, product, &mut [sums]),
+            Some(other) => {
+                tiles::product_of_strips(session, left, right, product, &mut [sums, &mut *others]);
+                tiles::round(variant, others, other);
+            }
+        }
+        tiles::round(variant, sums, output);
+    });
 }
 
 for_each_variant! {
@@ -257,18 +285,6 @@ for_each_variant! {
                 to[2 * lane] = from[lane];
                 to[2 * lane + 1] = from[SIDE + lane];
             }
-        }
-    }
-}
-
-/// Intermediate sums, aligned to a cache line.
-#[repr(align(64))]
-struct Sums([f32; 2 * TILE]);
-
-for_each_variant! {
-    fn round(sums: &[f32], output: &mut [Half]) {
-        for (output, sum) in output.iter_mut().zip(sums) {
-            *output = Half::narrow(*sum);
         }
     }
 }

@@ -55,9 +55,10 @@ impl Variant {
                 all.push(Variant(Instructions::Avx512));
                 if is_x86_feature_detected!("avx512bf16") {
                     all.push(Variant(Instructions::Avx512Bf16));
-                }
-                if crate::tiles::amx_is_usable() {
-                    all.push(Variant(Instructions::Amx));
+                    // Every processor with tiles rounds to bfloat16 as well.
+                    if crate::tiles::amx_is_usable() {
+                        all.push(Variant(Instructions::Amx));
+                    }
                 }
             }
         }

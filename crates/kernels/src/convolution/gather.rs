@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::finish::FinishOf;
 use super::winograd::{by_size, convolve};
-use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len};
+use super::{Finish, Form, Geometry, PackedFor, PackedWeights, columns_of, panel_len, stem};
 use crate::buffer::with_scratch_of;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
@@ -37,6 +37,11 @@ pub fn forward(
     assert!(moments.as_ref().is_none_or(|m| m.len() == moments_len(g.output)));
     let (precision, moments) = (output.precision(), moments.map(Disjoint::new));
     let packed = packed.numbers(g.packing(variant, precision, PackedFor::Forward));
+    if g.form_of(variant, precision, PackedFor::Forward) == Form::RowsOfTaps {
+        let finish = FinishOf::new(finish, moments);
+        let (input, output) = (input.halves(), output.halves_mut());
+        return stem::forward(variant, g, input, packed.halves(), output, &finish);
+    }
     by_precision!(precision, T => {
         let (from, to) = ((T::of(input), g.input), (T::of_mut(output), g.output));
         let finish = FinishOf::new(finish, moments);
@@ -89,6 +94,7 @@ fn in_form<T: ValueElement>(
             });
         }),
         Form::Direct => gather(variant, g, from, T::of(packed), &taps(g), to, add, finish),
+        Form::RowsOfTaps => unreachable!("`form` gives none of these"),
     }
 }
 

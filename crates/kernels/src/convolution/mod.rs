@@ -10,6 +10,7 @@ mod filter;
 mod finish;
 mod gather;
 mod packed;
+mod stem;
 mod strips;
 mod weights;
 mod winograd;
@@ -96,6 +97,14 @@ impl Geometry {
                 }
             }
         }
+    }
+
+    /// [`form`](Self::form), or forward the one for few input channels.
+    fn form_of(&self, variant: Variant, precision: Precision, packed_for: PackedFor) -> Form {
+        if packed_for == PackedFor::Forward && stem::applies(self, variant, precision) {
+            return Form::RowsOfTaps;
+        }
+        self.form(variant, precision)
     }
 
     /// Multiplications of the forward pass, including those with padding.
@@ -210,6 +219,15 @@ mod tests {
             (3, 6, 6, 16, 16, 3, 1, 1),
             (40, 4, 4, 20, 70, 3, 1, 1),
             (2, 13, 4, 16, 33, 3, 1, 1),
+            // Few channels, whose taps a tile unit takes by rows of the kernel: one block of them and two.
+            (17, 6, 35, 3, 40, 3, 1, 1),
+            (2, 12, 5, 10, 20, 3, 2, 1),
+            (3, 19, 13, 4, 33, 7, 2, 3),
+            (2, 4, 4, 16, 5, 2, 1, 0),
+            // A row of pixels longer than what a tile unit sums at a time, and strided neighbours.
+            (5, 4, 37, 20, 18, 3, 1, 1),
+            (5, 7, 37, 20, 18, 3, 2, 1),
+            (70, 1, 1, 40, 33, 1, 1, 0),
         ] {
             let input = Shape::new(images, h, w, from);
             let g = Geometry::new(input, to, kernel, stride, padding).expect("a convolution");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::filter::Filter;
 use super::winograd::{self, SquareSize, by_size};
-use super::{Geometry, columns_of, panel_len};
+use super::{Geometry, columns_of, panel_len, stem};
 use crate::buffer::with_scratch;
 use crate::element::{ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
@@ -30,6 +30,8 @@ pub(super) enum Form {
     Direct,
     /// Winograd's form, with fewer products: see `winograd.rs`.
     Winograd(SquareSize),
+    /// The taps of a row of the kernel together, for few input channels: see `stem.rs`.
+    RowsOfTaps,
 }
 
 /// Everything that decides the order and the type of packed weights.
@@ -56,10 +58,10 @@ impl Geometry {
         precision: Precision,
         packed_for: PackedFor,
     ) -> Packing {
-        let form = self.form(variant, precision);
+        let form = self.form_of(variant, precision, packed_for);
         let precision = match form {
             Form::Winograd(_) => factor_precision(variant, precision),
-            Form::Direct => precision,
+            Form::Direct | Form::RowsOfTaps => precision,
         };
         Packing {
             packed_for,
@@ -81,6 +83,7 @@ impl Packing {
         match self.form {
             Form::Direct => self.taps() * tiles,
             Form::Winograd(size) => size.positions() * tiles,
+            Form::RowsOfTaps => stem::packed_len(self.kernel, self.out_channels),
         }
     }
 
@@ -129,6 +132,11 @@ impl PackedWeights {
     pub fn new(packing: Packing, weights: &[f32], pool: &Arc<BufferPool>) -> PackedWeights {
         assert_eq!(weights.len(), packing.weights_len());
         let mut numbers = pool.take_of(packing.precision, packing.packed_len());
+        if packing.form == Form::RowsOfTaps {
+            let channels = [packing.in_channels, packing.out_channels];
+            stem::pack(packing.kernel, channels, weights, numbers.halves_mut());
+            return PackedWeights { packing, numbers };
+        }
         by_precision!(packing.precision, T => {
             let packed = T::of_mut(&mut numbers);
             match packing.form {
@@ -136,6 +144,7 @@ impl PackedWeights {
                 Form::Winograd(size) => by_size!(size, F => {
                     pack_winograd::<F, T, _, _>(packing, weights, packed);
                 }),
+                Form::RowsOfTaps => unreachable!("packed above"),
             }
         });
         PackedWeights { packing, numbers }

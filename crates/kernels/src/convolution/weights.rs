@@ -10,14 +10,12 @@ use super::strips::StripLayout;
 use super::winograd::{
     self, SquareSize, Squares, by_size, stride, transform_gradient, transform_input,
 };
-use super::{Form, Geometry, columns_of};
+use super::{Form, Geometry, columns_of, stem};
 use crate::buffer::with_scratch;
 use crate::element::{Half, ValueElement, by_precision};
 use crate::layout::{SIDE, Shape, TILE};
 use crate::parallel::{self, Disjoint};
-use crate::tiles::{
-    StripProduct, TileOrder, TileProduct, TileRun, TileSession, product_of_strips,
-};
+use crate::tiles::{StripProduct, TileOrder, TileProduct, TileRun, TileSession, product_of_strips};
 use crate::transformer::factor_precision;
 use crate::transpose::Interleaving;
 use crate::variant::for_each_variant;
@@ -56,6 +54,10 @@ pub fn weight_gradient(
     assert_eq!(input.len(), g.input.len());
     assert_eq!(output_gradient.len(), g.output.len());
     assert_eq!(gradient.len(), g.weights_len());
+    if stem::applies(g, variant, input.precision()) {
+        let (input, output_gradient) = (input.halves(), output_gradient.halves());
+        return stem::weight_gradient(variant, g, input, output_gradient, pool, gradient);
+    }
     let order = TileOrder::of(variant, input.precision());
     let side_by_side = order.is_paired().then(|| with_groups_as_pixels(g)).flatten();
     let tasks = WeightTasks::new(variant, side_by_side.as_ref().unwrap_or(g), input.precision());
@@ -332,7 +334,8 @@ impl<'a> WeightTasks<'a> {
                 let left = &left[place.block * SIDE * layout.left_row()..];
                 let right = &right[2 * place.pair * layout.column()..];
                 let (left_row, column) = (layout.left_row(), layout.column());
-                let product = StripProduct { runs, left_row, column, columns: place.columns };
+                let (apart, columns) = (SIDE * left_row, place.columns);
+                let product = StripProduct { runs, left_row, apart, column, columns, add: true };
                 product_of_strips(session, left, right, &product, outputs);
             });
         }

@@ -17,7 +17,7 @@
 //! some are free, and when other programs use the same core, it has no more than eight.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::arch::x86_64::{__cpuid, __cpuid_count, _MM_HINT_T0, _mm_prefetch, _xgetbv};
 use std::cell::Cell;
 use std::sync::OnceLock;
 
@@ -94,7 +94,14 @@ struct Strides {
     right: usize,
     /// From a column of right tiles to the next.
     column: usize,
+    /// To right tiles that a later product reads, or 0.
+    ahead: usize,
 }
+
+/// Cache lines that each step fetches of what a later product reads.
+const LINES_AHEAD: usize = 4;
+/// Numbers in a cache line.
+const LINE: usize = 2 * SIDE;
 
 /// [`super::product_of_halves`] of one or two left sides and one or two columns.
 ///
@@ -108,10 +115,10 @@ pub(super) unsafe fn product<U: TileUnit>(
     product: &TileProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    let TileProduct { runs, apart, columns, add, .. } = *product;
+    let TileProduct { runs, apart, columns, add, ahead, .. } = *product;
     let right_stride = columns * PAIR;
     let strides =
-        Strides { left_row: 2 * SIDE, left: PAIR, apart, right: right_stride, column: PAIR };
+        Strides { left_row: 2 * SIDE, left: PAIR, apart, right: right_stride, column: PAIR, ahead };
     // SAFETY: promised by the caller.
     unsafe { sums(unit, [left, right], runs, columns, strides, add, outputs) }
 }
@@ -128,11 +135,10 @@ pub(super) unsafe fn product_of_strips<U: TileUnit>(
     product: &StripProduct,
     outputs: &mut [&mut [f32]],
 ) {
-    let StripProduct { runs, left_row, column, columns } = *product;
-    let strides =
-        Strides { left_row, left: 2 * SIDE, apart: SIDE * left_row, right: PAIR, column };
+    let StripProduct { runs, left_row, apart, column, columns, add } = *product;
+    let strides = Strides { left_row, left: 2 * SIDE, apart, right: PAIR, column, ahead: 0 };
     // SAFETY: promised by the caller.
-    unsafe { sums(unit, [left, right], runs, columns, strides, true, outputs) }
+    unsafe { sums(unit, [left, right], runs, columns, strides, add, outputs) }
 }
 
 /// # Safety
@@ -203,9 +209,16 @@ unsafe fn sum<U: TileUnit, const SIDES: usize, const COLUMNS: usize>(
             unit.zero::<2>();
             unit.zero::<3>();
         }
+        let mut ahead = right.wrapping_add(strides.ahead);
         for run in runs {
             let (mut left, mut right) = (left.add(run.left), right.add(run.right));
             for _ in 0..run.inner.div_ceil(2 * SIDE) {
+                if strides.ahead > 0 {
+                    for line in 0..LINES_AHEAD {
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * LINE).cast());
+                    }
+                    ahead = ahead.wrapping_add(LINES_AHEAD * LINE);
+                }
                 unit.load::<4>(left.cast(), left_row);
                 unit.load::<5>(right.cast(), ROW);
                 unit.multiply::<0, 4, 5>();
@@ -521,8 +534,14 @@ fn agrees<U: TileUnit>(unit: &mut U) -> bool {
         let [left, right] = test_values(whole);
         [(1, 1), (1, 2), (2, 1), (2, 2)].into_iter().all(|(sides, columns)| {
             [false, true].into_iter().all(|add| {
-                let wanted =
-                    TileProduct { runs: &runs, apart: 2 * TILE, rows: SIDE, columns, add, ahead: 0 };
+                let wanted = TileProduct {
+                    runs: &runs,
+                    apart: 2 * TILE,
+                    rows: SIDE,
+                    columns,
+                    add,
+                    ahead: 0,
+                };
                 let [mut got, mut want] = [0; 2].map(|_| [[3f32; 2 * TILE]; 2]);
                 // SAFETY: the slices hold 8 and 12 tiles, and the runs with `apart` and two columns use no
                 // more; the caller has set up the registers.

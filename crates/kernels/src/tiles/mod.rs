@@ -116,12 +116,7 @@ impl TileOrder {
 }
 
 /// Copies left tiles to paired ones, for as many groups of `inner` tiles as there are.
-pub(crate) fn pair_left<T: ValueElement>(
-    variant: Variant,
-    inner: usize,
-    from: &[T],
-    to: &mut [T],
-) {
+pub(crate) fn pair_left<T: ValueElement>(variant: Variant, inner: usize, from: &[T], to: &mut [T]) {
     let padded = inner.next_multiple_of(2) * TILE;
     for (from, to) in from.chunks_exact(inner * TILE).zip(to.chunks_exact_mut(padded)) {
         pair_tiles(variant, from, to);
@@ -142,18 +137,22 @@ for_each_variant! {
     }
 }
 
-/// A sum of products over strips of pixels, `output += Σ left · right`, for a tile unit: along the inner side are the
-/// images of neighbouring pixels. See [`product_of_strips`].
+/// A sum of products, `output = Σ left · right`, for a tile unit, whose left side lies in rows that are longer than a tile.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StripProduct<'a> {
-    /// The terms, added in order: some pixels of a strip, an even number, 16 images each.
+    /// The terms, added in order. Their lengths are multiples of 32. The right tiles of one column follow one another.
     pub runs: &'a [TileRun],
-    /// Numbers in each row of the left side: 16 for each pixel of the strip.
+    /// Numbers in each row of the left side.
     pub left_row: usize,
+    /// Distance from the left numbers to those of the second output.
+    pub apart: usize,
     /// Distance from a column of right tiles to the next.
     pub column: usize,
     /// Output tiles next to each other, 1 or 2.
     pub columns: usize,
+    /// Whether to add to the outputs instead of replacing them.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by tile units"))]
+    pub add: bool,
 }
 
 impl StripProduct<'_> {
@@ -163,7 +162,7 @@ impl StripProduct<'_> {
     fn check(&self, left: usize, right: usize, outputs: &[&mut [f32]]) {
         assert!((1..=2).contains(&self.columns) && (1..=2).contains(&outputs.len()));
         assert!(outputs.iter().all(|output| output.len() >= self.columns * TILE));
-        let last_row = (SIDE * outputs.len() - 1) * self.left_row;
+        let last_row = (outputs.len() - 1) * self.apart + (SIDE - 1) * self.left_row;
         let last_column = (self.columns - 1) * self.column;
         for run in self.runs {
             assert!(run.inner.is_multiple_of(2 * SIDE));
@@ -173,9 +172,8 @@ impl StripProduct<'_> {
     }
 }
 
-/// `outputs += Σ left · right`, with the tile unit of the session's variant. The left side has a row for each
-/// channel, of all pixels of the strip, 16 images each; those of the second output are the next 16 channels. A right
-/// tile is one pixel, (image / 2, column, image % 2).
+/// `outputs (+)= Σ left · right`, with the tile unit of the session's variant. Right tiles hold pairs along the inner side:
+/// (inner / 2, column, inner % 2).
 ///
 /// # Panics
 ///
@@ -209,8 +207,13 @@ pub(crate) fn product_of_strips(
 /// clears them when dropped, so it cannot leave its thread.
 pub(crate) struct TileSession {
     variant: Variant,
+    sums: RefCell<[TwoTiles; 2]>,
     not_send: PhantomData<*const ()>,
 }
+
+/// The sums of two tiles, aligned to a cache line.
+#[repr(align(64))]
+struct TwoTiles([f32; 2 * TILE]);
 
 impl TileSession {
     pub fn begin(variant: Variant) -> TileSession {
@@ -218,7 +221,14 @@ impl TileSession {
         if variant.instructions() == Instructions::Amx {
             amx::begin();
         }
-        TileSession { variant, not_send: PhantomData }
+        let sums = RefCell::new([0; 2].map(|_| TwoTiles([0.; 2 * TILE])));
+        TileSession { variant, sums, not_send: PhantomData }
+    }
+
+    /// Calls `work` with memory for the sums of one or two outputs, with arbitrary contents.
+    pub fn with_sums<R>(&self, work: impl FnOnce(&mut [f32], &mut [f32]) -> R) -> R {
+        let [sums, others] = &mut *self.sums.borrow_mut();
+        work(&mut sums.0, &mut others.0)
     }
 
     pub fn variant(&self) -> Variant {
@@ -363,6 +373,31 @@ for_each_variant! {
     pub(crate) fn widen(from: &[Half], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = from.wide();
+        }
+    }
+}
+
+/// Rounds sums to bfloat16.
+///
+/// # Panics
+///
+/// If there is not a sum for each output.
+pub(crate) fn round(variant: Variant, sums: &[f32], output: &mut [Half]) {
+    assert_eq!(sums.len(), output.len());
+    match variant.instructions() {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512Bf16 | Instructions::Amx => {
+            // SAFETY: both variants exist only if the processor has bfloat16 instructions.
+            unsafe { x86::round(sums, output) }
+        }
+        _ => round_by_bits(variant, sums, output),
+    }
+}
+
+for_each_variant! {
+    fn round_by_bits(sums: &[f32], output: &mut [Half]) {
+        for (output, sum) in output.iter_mut().zip(sums) {
+            *output = Half::narrow(*sum);
         }
     }
 }
@@ -572,5 +607,156 @@ mod tests {
             TileProduct { runs: &runs, apart: 0, rows: 16, columns: 2, add: false, ahead: 0 };
         let session = TileSession::begin(Variant::PORTABLE);
         product::<false>(&session, &left, &right, &wanted, &mut [&mut [0.; 2 * TILE]]);
+    }
+
+    /// The variants with a tile unit.
+    fn with_tile_unit() -> impl Iterator<Item = Variant> {
+        Variant::testable().into_iter().filter(|variant| variant.has_tile_unit())
+    }
+
+    /// Small integers, whose products and sums are exact.
+    fn integers(len: usize) -> Vec<Half> {
+        (0..len).map(|at| Half::narrow((at * 7919 % 1013 % 7) as f32 - 3.)).collect()
+    }
+
+    #[test]
+    fn paired_tiles_give_the_sum_of_all_terms_and_their_padding_adds_nothing() {
+        for variant in with_tile_unit() {
+            let session = TileSession::begin(variant);
+            let order = TileOrder::of(variant, Precision::Bf16);
+            assert!(order.is_paired() && !TileOrder::of(variant, Precision::F32).is_paired());
+            for (inner, columns, sides) in [(1, 1, 1), (2, 2, 2), (3, 2, 2), (5, 1, 2), (4, 2, 1)] {
+                let padded = order.inner_tiles(inner);
+                // Row by row: (side, row, inner) and (inner, column).
+                let (rows, width) = (sides * SIDE, columns * SIDE);
+                let (left, right) = (integers(rows * inner * SIDE), integers(inner * SIDE * width));
+                let mut tiles = vec![Half(0); sides * inner * TILE];
+                for (at, value) in left.iter().enumerate() {
+                    let (row, k) = (at / (inner * SIDE), at % (inner * SIDE));
+                    let tile = row / SIDE * inner + k / SIDE;
+                    tiles[tile * TILE + row % SIDE * SIDE + k % SIDE] = *value;
+                }
+                // What is there before must not matter.
+                let mut paired = vec![Half(0x7fc0); sides * padded * TILE];
+                pair_left(variant, inner, &tiles, &mut paired);
+                let mut packed = vec![Half(0); padded * columns * TILE];
+                for (k, column) in (0..inner).flat_map(|k| (0..columns).map(move |c| (k, c))) {
+                    let mut tile = [0f32; TILE];
+                    for (row, tile) in tile.chunks_exact_mut(SIDE).enumerate() {
+                        let from = &right[(k * SIDE + row) * width + column * SIDE..];
+                        tile.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide());
+                    }
+                    let place = order.place(k, column, columns) * TILE;
+                    Half::arrange_right(&tile, &mut packed[place..place + TILE]);
+                }
+                let runs = [TileRun { left: 0, right: 0, inner: inner * SIDE }];
+                let wanted = TileProduct {
+                    runs: &runs,
+                    apart: padded * TILE,
+                    rows: SIDE,
+                    columns,
+                    add: false,
+                    ahead: TILE,
+                };
+                let mut outputs = [[f32::NAN; 2 * TILE]; 2];
+                let mut some: Vec<&mut [f32]> = outputs.iter_mut().map(|o| &mut o[..]).collect();
+                let some = &mut some[..sides];
+                product_of_halves::<false>(&session, &paired, &packed, &wanted, some);
+                for (row, column) in (0..rows).flat_map(|r| (0..width).map(move |c| (r, c))) {
+                    let terms = (0..inner * SIDE).map(|k| {
+                        left[row * inner * SIDE + k].wide() * right[k * width + column].wide()
+                    });
+                    let at = column / SIDE * TILE + row % SIDE * SIDE + column % SIDE;
+                    let got = outputs[row / SIDE][at];
+                    assert_eq!(
+                        got,
+                        terms.sum::<f32>(),
+                        "{variant} {inner} {columns} {row} {column}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// A product of two outputs and two columns: rows of 50 numbers, of which each run reads 32, and right columns
+    /// three tiles apart.
+    fn strips(runs: &[TileRun], add: bool) -> StripProduct<'_> {
+        StripProduct { runs, left_row: 50, apart: 7, column: 3 * TILE, columns: 2, add }
+    }
+
+    const STRIP_LEFT: usize = 15 * 50 + 7 + 9 + 32;
+    const STRIP_RUNS: [TileRun; 2] =
+        [TileRun { left: 9, right: 0, inner: 32 }, TileRun { left: 2, right: TILE, inner: 32 }];
+
+    #[test]
+    fn strips_are_read_where_their_distances_say() {
+        for variant in with_tile_unit() {
+            let session = TileSession::begin(variant);
+            let (left, right) = (integers(STRIP_LEFT), integers(6 * TILE));
+            for add in [false, true] {
+                let mut outputs = [[2f32; 2 * TILE]; 2];
+                let [a, b] = &mut outputs;
+                let wanted = strips(&STRIP_RUNS, add);
+                product_of_strips(&session, &left, &right, &wanted, &mut [a, b]);
+                let places = (0..2 * SIDE).flat_map(|r| (0..2 * SIDE).map(move |c| (r, c)));
+                for (row, column) in places {
+                    let terms = STRIP_RUNS.iter().flat_map(|run| (0..32).map(move |k| (run, k)));
+                    let sum: f32 = terms
+                        .map(|(run, k)| {
+                            let from = run.left + row / SIDE * 7 + row % SIDE * 50 + k;
+                            let tile = run.right + column / SIDE * 3 * TILE;
+                            let at = tile + k / 2 * 2 * SIDE + column % SIDE * 2 + k % 2;
+                            left[from].wide() * right[at].wide()
+                        })
+                        .sum();
+                    let at = column / SIDE * TILE + row % SIDE * SIDE + column % SIDE;
+                    let before = if add { 2. } else { 0. };
+                    assert_eq!(outputs[row / SIDE][at], sum + before, "{variant} {row} {column}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn strips_outside_their_slices_are_refused() {
+        for variant in with_tile_unit() {
+            let tries = [
+                // One number too few on the left, and on the right.
+                (STRIP_LEFT - 1, 6 * TILE, STRIP_RUNS[0].inner),
+                (STRIP_LEFT, 6 * TILE - 1, STRIP_RUNS[0].inner),
+                // Half of what the unit takes at once.
+                (STRIP_LEFT, 6 * TILE, SIDE),
+            ];
+            for (left, right, inner) in tries {
+                let work = || {
+                    let session = TileSession::begin(variant);
+                    let runs = [TileRun { inner, ..STRIP_RUNS[0] }, STRIP_RUNS[1]];
+                    let mut outputs = [[0f32; 2 * TILE]; 2];
+                    let [a, b] = &mut outputs;
+                    let (left, right) = (integers(left), integers(right));
+                    product_of_strips(&session, &left, &right, &strips(&runs, true), &mut [a, b]);
+                };
+                assert!(
+                    std::panic::catch_unwind(work).is_err(),
+                    "{variant} {left} {right} {inner}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_rounded_to_the_nearest_half_in_every_variant() {
+        let mut sums = noise(5 * SIDE + 3);
+        sums[..4].copy_from_slice(&[1. + 1. / 256., 1. + 3. / 256., f32::INFINITY, -0.]);
+        sums[4] = f32::NAN;
+        for variant in Variant::testable() {
+            let mut halves = vec![Half(0); sums.len()];
+            round(variant, &sums, &mut halves);
+            assert!(halves[4].wide().is_nan(), "{variant}");
+            for (at, (half, sum)) in halves.iter().zip(&sums).enumerate().filter(|(at, _)| *at != 4)
+            {
+                assert_eq!(*half, Half::narrow(*sum), "{variant} {at}");
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 
 use super::{TileProduct, TileRun};
-use crate::element::Half;
+use crate::element::{Half, ValueElement};
 use crate::layout::{SIDE, TILE};
 
 /// Numbers in a line of the cache.
@@ -338,5 +338,22 @@ pub(super) fn widen_pairs(from: &[Half], to: &mut [f32]) {
                 _mm256_storeu_si256(to.add(2 + half), _mm256_and_si256(pairs, upper));
             }
         }
+    }
+}
+
+/// See [`super::round`]. The instruction rounds as [`Half::narrow`] does, but makes denormal numbers zero.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) fn round(sums: &[f32], output: &mut [Half]) {
+    let (whole, rest) = sums.as_chunks::<SIDE>();
+    let (rounded, others) = output.as_chunks_mut::<SIDE>();
+    for (sums, output) in whole.iter().zip(rounded) {
+        // SAFETY: 16 floats are a register, and 16 halves are half of one; any bits are valid for both.
+        unsafe {
+            let halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(sums.as_ptr()));
+            _mm256_storeu_si256(output.as_mut_ptr().cast(), transmute::<__m256bh, __m256i>(halves));
+        }
+    }
+    for (sum, output) in rest.iter().zip(others) {
+        *output = Half::narrow(*sum);
     }
 }
