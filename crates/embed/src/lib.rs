@@ -90,7 +90,7 @@ pub struct Embed;
 impl Stage for Embed {
     const SPEC: Spec = Spec {
         name: "embed",
-        algorithm: 5,
+        algorithm: 6,
         inputs: &[Role::new("network", Origin::Network), Role::new("earlier", Origin::EarlierRun)],
         outputs: &[Output::Embeddings],
         ranks: Ranks::Any,

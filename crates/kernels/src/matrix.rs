@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use crate::{Precision, Variant};
 use crate::buffer::with_scratch;
 use crate::layout::{SIDE, TILE};
 use crate::packed_product::{GROUPS, PackedProduct, RightTiles, blocks, sums_len};
 use crate::tiles::prefers_left_transposed;
 use crate::transpose::Interleaving;
+use crate::{Precision, Variant};
 
 /// The extents of a matrix and its order in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +121,8 @@ impl sealed::Product for f32 {
         let blocks = width.div_ceil(SIDE);
         let tiles = RightTiles::new(variant, Precision::F32, inner, blocks);
         let (right_len, left_len) = (tiles.len(), GROUPS.min(of_a.rows.div_ceil(SIDE)) * group);
-        let sums_len = sums_len(transposes, inner, blocks, of_a.rows);
+        let rows_at_once = of_a.rows.min(GROUPS * SIDE);
+        let sums_len = sums_len(transposes, inner, blocks, rows_at_once);
         with_scratch(right_len + left_len + sums_len, |scratch| {
             let (right, scratch) = scratch.split_at_mut(right_len);
             let (left, sums) = scratch.split_at_mut(left_len);

@@ -11,6 +11,13 @@ use crate::{Precision, Variant};
 /// the first-level cache beside as many left ones: 16 KiB in f32, 8 KiB in bf16.
 pub(crate) const INNER: usize = 8;
 
+/// [`INNER`] for a tile unit, which multiplies 8 tiles in the time that loading and storing the sums takes. 32 KiB of right
+/// factors come from the first-level cache, left ones from the second.
+const UNIT_INNER: usize = 32;
+
+/// [`GROUPS`] for a tile unit, so that the next right factors arrive while these are multiplied.
+const UNIT_GROUPS: usize = 16;
+
 /// Groups of 16 rows that are computed at a time.
 pub(crate) const GROUPS: usize = 8;
 
@@ -67,7 +74,12 @@ impl RightTiles {
     }
 }
 
-/// Up to [`GROUPS`] groups of 16 rows, times a packed right side.
+/// Groups of 16 rows that are computed at a time.
+pub(crate) fn groups_at_once(order: TileOrder) -> usize {
+    if order.is_paired() { UNIT_GROUPS } else { GROUPS }
+}
+
+/// Up to [`groups_at_once`] groups of 16 rows, times a packed right side.
 pub(crate) struct PackedProduct<'a, T> {
     /// The left tiles, in the order (group, block along the inner side), [paired](TileOrder) where the right ones are.
     pub left: &'a [T],
@@ -99,21 +111,20 @@ impl<T: ValueElement> PackedProduct<'_, T> {
         let session = TileSession::begin(variant);
         let RightTiles { inner, blocks, .. } = self.tiles;
         let pairs = blocks.div_ceil(2);
+        let step = if self.tiles.order.is_paired() { UNIT_INNER } else { INNER };
         let groups = self.rows.div_ceil(SIDE);
         let near = near_tiles(TRANSPOSED, inner, groups);
         let twos = groups.div_ceil(2);
-        let right_at = |pair: usize, first: usize| {
-            self.tiles.tile(first, 2 * pair)
-        };
+        let right_at = |pair: usize, first: usize| self.tiles.tile(first, 2 * pair);
         for from in (0..inner).step_by(near) {
             let end = (from + near).min(inner);
             for pair in 0..pairs {
                 let columns = columns(blocks, pair);
                 let place = if near == inner { 0 } else { pair * groups * 2 * TILE };
                 let sums = &mut sums[place..][..groups * columns * TILE];
-                for first in (from..end).step_by(INNER) {
+                for first in (from..end).step_by(step) {
                     let at = right_at(pair, first);
-                    let last = (first + INNER).min(end);
+                    let last = (first + step).min(end);
                     let length = (last * SIDE).min(self.inner) - first * SIDE;
                     let panel = (last - first) * columns * TILE;
                     // The right tiles of the next pass. Each call fetches its share of them.
@@ -160,9 +171,9 @@ fn near_tiles(transposed: bool, inner: usize, groups: usize) -> usize {
 ///
 /// - `inner`: length of the inner side.
 /// - `blocks`: blocks of 16 columns.
-/// - `rows`: rows of the left side, of which up to [`GROUPS`] groups are computed at a time.
+/// - `rows`: rows of the left side that are computed at a time.
 pub(crate) fn sums_len(transposed: bool, inner: usize, blocks: usize, rows: usize) -> usize {
-    let (inner, groups) = (inner.div_ceil(SIDE), rows.div_ceil(SIDE).min(GROUPS));
+    let (inner, groups) = (inner.div_ceil(SIDE), rows.div_ceil(SIDE));
     let is_near = groups == 0 || near_tiles(transposed, inner, groups) == inner;
     let pairs = if is_near { 1 } else { blocks.div_ceil(2) };
     pairs * groups * 2 * TILE

@@ -13,32 +13,80 @@ pub enum Gelu {
     Quick,
 }
 
+/// How `a · b + c` is computed. Which one is faster depends on the instructions of a variant.
+pub(super) trait MultiplyAdd {
+    fn multiply_add(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// Rounded once, by an instruction for it. Without one it would be a call.
+pub(super) struct Fused;
+
+/// Rounded twice.
+pub(super) struct Separate;
+
+impl MultiplyAdd for Fused {
+    #[inline(always)]
+    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+impl MultiplyAdd for Separate {
+    #[inline(always)]
+    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+/// Evaluates an expression in which a type name stands for the [`MultiplyAdd`] of a variant.
+macro_rules! by_multiply_add {
+    ($variant:expr, $name:ident => $body:expr) => {
+        match $variant == $crate::Variant::PORTABLE {
+            true => {
+                type $name = $crate::transformer::activation::Separate;
+                $body
+            }
+            false => {
+                type $name = $crate::transformer::activation::Fused;
+                $body
+            }
+        }
+    };
+}
+pub(super) use by_multiply_add;
+
 /// `eˣ`, within 2e-7 of its value for `x` in [−87, 88]; outside, the value at the nearer end. NaN stays NaN.
 ///
 /// `x = n ln 2 + r` with `|r| ≤ ln 2 / 2`; the polynomial for `eʳ` and the two parts of `ln 2` are those of
 /// Cephes' `expf`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    exp_by::<Separate>(x)
+}
+
+/// [`exp`] by one of the two forms of `a · b + c`.
+#[inline(always)]
+pub(super) fn exp_by<M: MultiplyAdd>(x: f32) -> f32 {
     /// Adding it to a small number rounds that number to an integer, which is then in the lowest bits.
     const SHIFT: f32 = 12_582_912.;
     // Not `clamp`: its vector form is slower.
     let x = if x < -87. { -87. } else { x };
     let x = if x > 88. { 88. } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let shifted = M::multiply_add(x, std::f32::consts::LOG2_E, SHIFT);
     let n = shifted - SHIFT;
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let r = M::multiply_add(n, 2.121_944_4e-4, M::multiply_add(n, -0.693_359_4, x));
     let mut p = 1.987_569_1e-4;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
+        p = M::multiply_add(p, r, c);
     }
     let power = shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127) << 23;
-    (p * r * r + r + 1.) * f32::from_bits(power)
+    (M::multiply_add(p * r, r, r) + 1.) * f32::from_bits(power)
 }
 
 /// `σ(x) = 1 / (1 + e⁻ˣ)`.
 #[inline(always)]
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1. / (1. + exp(-x))
+pub(super) fn sigmoid<M: MultiplyAdd>(x: f32) -> f32 {
+    1. / (1. + exp_by::<M>(-x))
 }
 
 /// `x Φ(x)`, within 4e-7.
@@ -46,33 +94,33 @@ pub(super) fn sigmoid(x: f32) -> f32 {
 /// `Φ(−|x|) = e^(−x²/2) t (a₁ + a₂ t + … + a₅ t⁴) / 2` with `t = 1 / (1 + p |x| / √2)`: Abramowitz and
 /// Stegun, formula 7.1.26.
 #[inline(always)]
-pub(super) fn gelu_erf(x: f32) -> f32 {
+pub(super) fn gelu_erf<M: MultiplyAdd>(x: f32) -> f32 {
     let size = x.abs();
-    let t = 1. / (1. + 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2 * size);
+    let t = 1. / M::multiply_add(0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2, size, 1.);
     let mut sum = 1.061_405_4;
     for a in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
-        sum = sum * t + a;
+        sum = M::multiply_add(sum, t, a);
     }
-    let tail = 0.5 * sum * t * exp(-0.5 * x * x);
-    (if x > 0. { x } else { 0. }) - size * tail
+    let tail = 0.5 * sum * t * exp_by::<M>(-0.5 * x * x);
+    M::multiply_add(-size, tail, if x > 0. { x } else { 0. })
 }
 
 /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2 = x σ(√(8/π) (x + 0.044715 x³))`.
 #[inline(always)]
-pub(super) fn gelu_tanh(x: f32) -> f32 {
-    x * sigmoid(1.595_769_2 * (x + 0.044_715 * x * x * x))
+pub(super) fn gelu_tanh<M: MultiplyAdd>(x: f32) -> f32 {
+    x * sigmoid::<M>(1.595_769_2 * M::multiply_add(0.044_715 * x * x, x, x))
 }
 
 /// `x σ(1.702 x)`.
 #[inline(always)]
-pub(super) fn gelu_quick(x: f32) -> f32 {
-    x * sigmoid(1.702 * x)
+pub(super) fn gelu_quick<M: MultiplyAdd>(x: f32) -> f32 {
+    x * sigmoid::<M>(1.702 * x)
 }
 
 /// `x σ(x)`.
 #[inline(always)]
-pub(super) fn silu(x: f32) -> f32 {
-    x * sigmoid(x)
+pub(super) fn silu<M: MultiplyAdd>(x: f32) -> f32 {
+    x * sigmoid::<M>(x)
 }
 
 #[cfg(test)]
@@ -85,6 +133,11 @@ mod tests {
 
     #[test]
     fn exp_is_within_its_bound_and_keeps_nan() {
+        check_exp(exp);
+        check_exp(exp_by::<Fused>);
+    }
+
+    fn check_exp(exp: fn(f32) -> f32) {
         for x in grid(-87., 88.) {
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
             assert!((got / want - 1.).abs() < 2e-7, "{x}: {got}, {want}");
@@ -98,11 +151,16 @@ mod tests {
     /// Pretrained networks, case T12: the three forms at ±1 (the whole range is below), and silu by hand: σ(1) = 0.731058579.
     #[test]
     fn activations_have_the_published_values() {
+        check_published_values::<Separate>();
+        check_published_values::<Fused>();
+    }
+
+    fn check_published_values<M: MultiplyAdd>() {
         let cases = [
-            (gelu_erf as fn(f32) -> f32, 0.841_344_746, -0.158_655_254),
-            (gelu_tanh, 0.841_191_991, -0.158_808_009),
-            (gelu_quick, 0.845_795_766, -0.154_204_234),
-            (silu, 0.731_058_579, -0.268_941_421),
+            (gelu_erf::<M> as fn(f32) -> f32, 0.841_344_746, -0.158_655_254),
+            (gelu_tanh::<M>, 0.841_191_991, -0.158_808_009),
+            (gelu_quick::<M>, 0.845_795_766, -0.154_204_234),
+            (silu::<M>, 0.731_058_579, -0.268_941_421),
         ];
         for (f, one, minus_one) in cases {
             assert!((f64::from(f(1.)) - one).abs() < 2e-7, "{}", f(1.));
@@ -114,15 +172,21 @@ mod tests {
 
     #[test]
     fn gelu_by_tanh_erf_and_quick_match_f64() {
+        check_gelu::<Separate>();
+        check_gelu::<Fused>();
+    }
+
+    fn check_gelu<M: MultiplyAdd>() {
         for x in grid(-9., 9.) {
             let y = f64::from(x);
             let inner = (2. / std::f64::consts::PI).sqrt() * (y + 0.044715 * y * y * y);
             let tanh = 0.5 * y * (1. + inner.tanh());
-            assert!((f64::from(gelu_tanh(x)) - tanh).abs() < 1e-6, "{x}");
+            assert!((f64::from(gelu_tanh::<M>(x)) - tanh).abs() < 1e-6, "{x}");
             let erf = y * normal(y);
-            assert!((f64::from(gelu_erf(x)) - erf).abs() < 1e-6, "{x}: {}, {erf}", gelu_erf(x));
+            let got = gelu_erf::<M>(x);
+            assert!((f64::from(got) - erf).abs() < 1e-6, "{x}: {got}, {erf}");
             let quick = y / (1. + (-1.702 * y).exp());
-            assert!((f64::from(gelu_quick(x)) - quick).abs() < 1e-6, "{x}");
+            assert!((f64::from(gelu_quick::<M>(x)) - quick).abs() < 1e-6, "{x}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Attention of one picture.
 
 use super::Factors;
-use super::activation::exp;
+use super::activation::{MultiplyAdd, by_multiply_add, exp_by};
 use super::factors::put;
 use crate::buffer::with_scratch_of;
 use crate::element::{ValueElement, by_precision};
@@ -144,7 +144,7 @@ fn of_picture<T: ValueElement>(variant: Variant, call: &Attention, mut to: Desti
             let packed = PackedHead { queries, keys, key_tiles, values, value_tiles };
             for first in (0..head.query_blocks).step_by(2) {
                 let sums = attend(&session, head, &packed, first, scores, weights, output, paired);
-                write(head, at, first, output, &sums, &mut to);
+                write(variant, head, at, first, output, &sums, &mut to);
             }
         }
     });
@@ -182,7 +182,10 @@ fn attend<T: ValueElement>(
     for (side, sums) in sums.chunks_mut(SIDE).take(rows.div_ceil(SIDE)).enumerate() {
         let (scores, weights) =
             (&mut scores[side * len..][..len], &mut weights[side * len..][..len]);
-        softmax(session.variant(), scores, head.keys, scale, weights, sums);
+        let variant = session.variant();
+        by_multiply_add!(variant, M => {
+            softmax::<T, M>(variant, scores, head.keys, scale, weights, sums);
+        });
     }
     let of_output = Multiplication { rows, inner: head.keys, tiles: packed.value_tiles };
     of_output.run(session, weights, packed.values, output, paired);
@@ -240,26 +243,26 @@ impl Multiplication {
     }
 }
 
-/// Writes the rows of one or two groups, from group `first` on, divided by their sums, to columns from `at` on.
-fn write<T: ValueElement>(
-    head: HeadExtent,
-    at: usize,
-    first: usize,
-    output: &[f32],
-    sums: &[f32; 2 * SIDE],
-    to: &mut Destination<T>,
-) {
-    let rows = (head.queries - first * SIDE).min(2 * SIDE);
-    for (row, sum) in sums.iter().enumerate().take(rows) {
-        let tiles = &output[row / SIDE * head.blocks * TILE..][..head.blocks * TILE];
-        for (block, tile) in tiles.chunks(TILE).enumerate() {
-            let width = (head.width - block * SIDE).min(SIDE);
-            let mut values = [0f32; SIDE];
-            for (value, x) in values.iter_mut().zip(&tile[row % SIDE * SIDE..][..SIDE]) {
-                *value = x / sum;
+for_each_variant! {
+    /// Writes the rows of one or two groups, from group `first` on, divided by their sums, to columns from `at` on.
+    fn write<T: ValueElement>(
+        head: HeadExtent,
+        at: usize,
+        first: usize,
+        output: &[f32],
+        sums: &[f32; 2 * SIDE],
+        to: &mut Destination<T>,
+    ) {
+        let rows = (head.queries - first * SIDE).min(2 * SIDE);
+        for (row, sum) in sums.iter().enumerate().take(rows) {
+            let tiles = &output[row / SIDE * head.blocks * TILE..][..head.blocks * TILE];
+            for (block, tile) in tiles.chunks_exact(TILE).enumerate() {
+                let width = (head.width - block * SIDE).min(SIDE);
+                let from: &[f32; SIDE] = tile[row % SIDE * SIDE..].first_chunk().expect("a row");
+                let values = from.map(|x| x / sum);
+                let (row, column) = (to.first_row + first * SIDE + row, at + block * SIDE);
+                put(to.shape, to.numbers, row, column, &values[..width]);
             }
-            let (row, column) = (to.first_row + first * SIDE + row, at + block * SIDE);
-            put(to.shape, to.numbers, row, column, &values[..width]);
         }
     }
 }
@@ -362,7 +365,7 @@ for_each_variant! {
 
 for_each_variant! {
     /// `e^(scale (s − largest))` of 16 rows of scores, in tiles, and the sum of each row.
-    fn softmax<T: ValueElement>(
+    fn softmax<T: ValueElement, M: MultiplyAdd>(
         scores: &mut [f32],
         keys: usize,
         scale: f32,
@@ -388,7 +391,7 @@ for_each_variant! {
                 let (scores, to) = (&tile[row * SIDE..][..SIDE], &mut to[row * SIDE..][..SIDE]);
                 for lane in 0..SIDE {
                     // Padding keys weigh e⁻⁸⁷ beside a sum of at least 1, and their values are 0.
-                    let weight = exp((scores[lane] - most) * scale);
+                    let weight = exp_by::<M>((scores[lane] - most) * scale);
                     lanes[lane] += weight;
                     to[lane] = T::narrow(weight);
                 }

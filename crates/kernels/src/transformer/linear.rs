@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::activation::{gelu_erf, gelu_quick, gelu_tanh, silu};
+use super::activation::{MultiplyAdd, by_multiply_add, gelu_erf, gelu_quick, gelu_tanh, silu};
 use super::{Factors, Gelu};
 use crate::buffer::{with_scratch, with_scratch_of};
 use crate::element::{Half, ValueElement, by_precision};
 use crate::layout::{SIDE, TILE};
-use crate::packed_product::{GROUPS, PackedProduct, RightTiles, blocks, columns, sums_len};
+use crate::packed_product::{PackedProduct, RightTiles, blocks, columns, groups_at_once, sums_len};
 use crate::tiles::{self, TileOrder, pair_left};
 use crate::transpose::transpose_tiles;
 use crate::variant::for_each_variant;
@@ -196,9 +196,10 @@ pub fn linear(
     let order = TileOrder::of(variant, precision);
     assert_eq!(order, layer.tiles.order(), "the layer is packed for another variant");
     let transposes = precision == Precision::F32 && tiles::prefers_left_transposed(variant);
-    let sums_len = sums_len(transposes, layer.inputs, layer.tiles.blocks(), rows.len());
-    for first in (0..rows.len()).step_by(GROUPS * SIDE) {
-        let count = (rows.len() - first).min(GROUPS * SIDE);
+    let at_once = rows.len().min(groups_at_once(order) * SIDE);
+    let sums_len = sums_len(transposes, layer.inputs, layer.tiles.blocks(), at_once);
+    for first in (0..rows.len()).step_by(at_once.max(1)) {
+        let count = (rows.len() - first).min(at_once);
         let tiles = (rows.start + first) / SIDE * group;
         let tiles = tiles..tiles + count.div_ceil(SIDE) * group;
         let done = first..first + count;
@@ -227,7 +228,7 @@ pub fn linear(
     }
 }
 
-/// Computes up to [`GROUPS`] groups of rows, whose tiles are `left`, each transposed if `TRANSPOSED`.
+/// Computes up to [`groups_at_once`] groups of rows, whose tiles are `left`, each transposed if `TRANSPOSED`.
 fn multiply<T: ValueElement, const TRANSPOSED: bool>(
     variant: Variant,
     layer: &PackedLinear,
@@ -266,7 +267,9 @@ impl FinishedPair<'_> {
                 let at = row / SIDE * shape.pixel_len() + self.pair * TILE;
                 by_precision!(to.numbers.precision(), T => {
                     let to = &mut T::of_mut(&mut to.numbers)[at..][..TILE];
-                    store_gated(variant, gate, up, biases, to);
+                    by_multiply_add!(variant, M => {
+                        store_gated::<T, M>(variant, gate, up, biases, to);
+                    });
                 });
                 continue;
             }
@@ -301,7 +304,9 @@ impl FinishedPair<'_> {
                 let at = rows.start / SIDE * to.shape.pixel_len() + block * TILE;
                 by_precision!(to.numbers.precision(), T => {
                     let to = &mut T::of_mut(&mut to.numbers)[at..][..TILE];
-                    store_gelu(variant, tile, bias, *gelu, to);
+                    by_multiply_add!(variant, M => {
+                        store_gelu::<T, M>(variant, tile, bias, *gelu, to);
+                    });
                 });
             }
             LinearOutput::Gated { .. } => unreachable!("stored in pairs"),
@@ -324,19 +329,18 @@ for_each_variant! {
         columns: Range<usize>,
     ) {
         for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
-            let to = &mut to[row * width..][columns.start..columns.end];
-            for_each_lane(to, |to, lane| *to = T::narrow(sums[lane] + bias[lane]));
+            let to = &mut to[row * width..][columns.start..];
+            fetch(to, 2 * SIDE);
+            if let Some(to) = whole_block(to, &columns) {
+                for lane in 0..SIDE {
+                    to[lane] = T::narrow(sums[lane] + bias[lane]);
+                }
+            } else {
+                for (lane, to) in to[..columns.len()].iter_mut().enumerate() {
+                    *to = T::narrow(sums[lane] + bias[lane]);
+                }
+            }
         }
-    }
-}
-
-/// Passes up to 16 numbers with their index. All 16 are a loop of constant length, which becomes registers.
-#[inline(always)]
-fn for_each_lane<T>(numbers: &mut [T], mut pass: impl FnMut(&mut T, usize)) {
-    if let Some(all) = numbers.first_chunk_mut::<SIDE>() {
-        all.iter_mut().enumerate().for_each(|(lane, number)| pass(number, lane));
-    } else {
-        numbers.iter_mut().enumerate().for_each(|(lane, number)| pass(number, lane));
     }
 }
 
@@ -351,18 +355,56 @@ for_each_variant! {
         spread: Spread,
     ) {
         for (sums, row) in tile.chunks_exact(SIDE).zip(rows) {
-            let to = &mut to[spread.row(row) * width..][columns.start..columns.end];
-            for_each_lane(to, |to, lane| *to += sums[lane] + bias[lane]);
+            let to = &mut to[spread.row(row) * width..][columns.start..];
+            fetch(to, 2 * SIDE);
+            if let Some(to) = whole_block(to, &columns) {
+                for lane in 0..SIDE {
+                    to[lane] += sums[lane] + bias[lane];
+                }
+            } else {
+                for (lane, to) in to[..columns.len()].iter_mut().enumerate() {
+                    *to += sums[lane] + bias[lane];
+                }
+            }
         }
     }
 }
 
+/// The numbers of a block of 16 columns, of constant size, so that loops over them become registers. The last
+/// block of a row may have fewer.
+#[inline(always)]
+fn whole_block<'a, T>(numbers: &'a mut [T], columns: &Range<usize>) -> Option<&'a mut [T; SIDE]> {
+    if columns.len() == SIDE { numbers.first_chunk_mut() } else { None }
+}
+
+/// Fetches the cache line of a number, if it is one of these. Blocks of columns are stored row by row, and rows are too far
+/// apart for the processor to foresee what the next blocks need.
+#[inline(always)]
+fn fetch<T>(numbers: &[T], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(number) = numbers.get(at) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a fetch changes nothing, and the number exists.
+        #[expect(unsafe_code, reason = "the intrinsic takes a pointer")]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>((&raw const *number).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (numbers, at);
+}
+
 for_each_variant! {
-    fn store_gelu<T: ValueElement>(tile: &[f32], bias: &[f32; SIDE], gelu: Gelu, to: &mut [T]) {
+    fn store_gelu<T: ValueElement, M: MultiplyAdd>(
+        tile: &[f32],
+        bias: &[f32; SIDE],
+        gelu: Gelu,
+        to: &mut [T],
+    ) {
         match gelu {
-            Gelu::Erf => store_through(tile, bias, to, gelu_erf),
-            Gelu::Tanh => store_through(tile, bias, to, gelu_tanh),
-            Gelu::Quick => store_through(tile, bias, to, gelu_quick),
+            Gelu::Erf => store_through(tile, bias, to, gelu_erf::<M>),
+            Gelu::Tanh => store_through(tile, bias, to, gelu_tanh::<M>),
+            Gelu::Quick => store_through(tile, bias, to, gelu_quick::<M>),
         }
     }
 }
@@ -382,11 +424,11 @@ fn store_through<T: ValueElement>(
 }
 
 for_each_variant! {
-    fn store_gated<T: ValueElement>(gate: &[f32], up: &[f32], biases: [&[f32; SIDE]; 2], to: &mut [T]) {
+    fn store_gated<T: ValueElement, M: MultiplyAdd>(gate: &[f32], up: &[f32], biases: [&[f32; SIDE]; 2], to: &mut [T]) {
         let rows = gate.chunks_exact(SIDE).zip(up.chunks_exact(SIDE));
         for (to, (gate, up)) in to.chunks_exact_mut(SIDE).zip(rows) {
             for lane in 0..SIDE {
-                let value = silu(gate[lane] + biases[0][lane]) * (up[lane] + biases[1][lane]);
+                let value = silu::<M>(gate[lane] + biases[0][lane]) * (up[lane] + biases[1][lane]);
                 to[lane] = T::narrow(value);
             }
         }
@@ -396,7 +438,8 @@ for_each_variant! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packed_product::INNER;
+    use crate::packed_product::{GROUPS, INNER};
+    use crate::transformer::activation::Separate;
     use crate::transformer::tests::{noise, rounded, ways};
 
     /// Sizes that are not multiples of a tile, of two blocks of columns, of [`GROUPS`] or of [`INNER`].
@@ -544,13 +587,14 @@ mod tests {
     fn activations_end_a_layer_and_padding_stays_zero() {
         let case = LayerCase::new(OUTPUTS);
         let forms = [
-            (Gelu::Erf, gelu_erf as fn(f32) -> f32),
-            (Gelu::Tanh, gelu_tanh),
-            (Gelu::Quick, gelu_quick),
+            (Gelu::Erf, gelu_erf::<Separate> as fn(f32) -> f32),
+            (Gelu::Tanh, gelu_tanh::<Separate>),
+            (Gelu::Quick, gelu_quick::<Separate>),
         ];
         for (variant, precision) in ways() {
             let input = case.factors(precision);
-            let layer = PackedLinear::new(variant, precision, INPUTS, &case.weights, Some(&case.bias));
+            let layer =
+                PackedLinear::new(variant, precision, INPUTS, &case.weights, Some(&case.bias));
             for (gelu, plain) in forms {
                 let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
                 linear(variant, &layer, &input, 0..ROWS, LinearOutput::Gelu { to: &mut to, gelu });
@@ -568,7 +612,8 @@ mod tests {
     fn the_first_half_of_a_gated_layer_is_the_gate() {
         let case = LayerCase::new(2 * OUTPUTS);
         for (variant, precision) in ways() {
-            let layer = PackedLinear::gated(variant, precision, INPUTS, &case.weights, Some(&case.bias));
+            let layer =
+                PackedLinear::gated(variant, precision, INPUTS, &case.weights, Some(&case.bias));
             assert_eq!((layer.inputs(), layer.outputs()), (INPUTS, 2 * OUTPUTS));
             let mut to = Factors::zeros(precision, ROWS, OUTPUTS);
             let input = case.factors(precision);
@@ -577,7 +622,7 @@ mod tests {
                 let (row, output) = (at / OUTPUTS, at % OUTPUTS);
                 let gate = case.plain(precision, row, output) as f32;
                 let up = case.plain(precision, row, OUTPUTS + output) as f32;
-                check_rounded(precision, got, silu(gate) * up);
+                check_rounded(precision, got, silu::<Separate>(gate) * up);
             }
         }
     }

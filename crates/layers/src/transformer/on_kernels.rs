@@ -132,7 +132,13 @@ impl Packer<'_> {
         let plan = self.weights.plan();
         let inputs = CHANNELS * plan.patch_pixels * plan.patch_pixels;
         let rows = channels_last(self.weights.tensor("patch.weight"), plan.patch_pixels);
-        PackedLinear::new(self.variant, self.precision, inputs, &rows, self.weights.get("patch.bias"))
+        PackedLinear::new(
+            self.variant,
+            self.precision,
+            inputs,
+            &rows,
+            self.weights.get("patch.bias"),
+        )
     }
 
     fn block(&self, block: usize) -> PackedBlock {
