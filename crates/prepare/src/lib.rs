@@ -301,8 +301,13 @@ pub fn run(config: &Config, source: &Path, out: &Path, options: &Options) -> Res
     }
     let assembled = result?;
     let assemble::Assembled { images, classes } = assembled;
-    let of_classes = if classes == 0 { String::new() } else { format!(" of {classes} classes") };
-    tracing::info!("wrote {images} images{of_classes} to `{}`", out.display());
+    let images = stage::console::counted(images, "image");
+    let of_classes = match classes {
+        0 => String::new(),
+        1 => " of 1 class".into(),
+        _ => format!(" of {classes} classes"),
+    };
+    tracing::info!("wrote {images}{of_classes} to `{}`", out.display());
     let digests = finished::Digests::InFiles;
     finished::mark_outputs(out, "prepare", Some(ALGORITHM), digests, is_output)?;
     Journal::remove(out);
