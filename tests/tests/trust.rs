@@ -243,6 +243,22 @@ fn a_source_that_changes_while_it_is_read_is_not_kept() {
 }
 
 #[test]
+fn a_value_that_many_steps_refuse_is_named_once_with_all_of_them() {
+    let bench = bench();
+    assert_status(&bench.reproduce(&[]), 0);
+    let mut refusing = bench.command(&["reproduce", "example.toml", "--dry-run", "--fresh"]);
+    let output = refusing.env("FAKE_REFUSE", "two clusters at least").output();
+    let output = output.expect("started");
+    assert_status(&output, 2);
+    let stderr = text(&output.stderr);
+    let named: Vec<&str> =
+        stderr.lines().filter(|line| line.contains("two clusters at least")).collect();
+    assert_eq!(named.len(), 1, "{stderr}");
+    let steps = "the check of 0-pretraining, 0-embed, 0-clustering, 0-metrics, ";
+    assert!(named[0].contains(steps) && named[0].contains("control/0-embed"), "{stderr}");
+}
+
+#[test]
 fn a_dry_run_finds_what_is_wrong_before_anything_is_prepared() {
     let bench = bench();
     let refused = |words: &[&str], part: &str| {

@@ -96,6 +96,8 @@ impl<'a> ExperimentRun<'a> {
     pub fn check(&self, positions: &[usize], fresh: bool) -> Result<()> {
         let mut checked = BTreeSet::new();
         let mut failed = Vec::new();
+        // Each message once, with the steps that gave it: one wrong value may concern many.
+        let mut messages: Vec<(String, Vec<String>)> = Vec::new();
         for &position in positions {
             let step = &self.setup.plan.steps[position];
             let is_done = self.state(position) == StepState::Done;
@@ -107,8 +109,13 @@ impl<'a> ExperimentRun<'a> {
                 if error.is::<stage::Interrupted>() {
                     return Err(error);
                 }
-                if self.setup.advice == Advice::Experiment {
-                    tracing::error!("{error:#}");
+                let (name, text) = (step.name(), format!("{error:#}"));
+                match text.strip_prefix(&format!("{}: ", check_name(&name))) {
+                    Some(message) => match messages.iter_mut().find(|(text, _)| text == message) {
+                        Some((_, steps)) => steps.push(name),
+                        None => messages.push((message.to_owned(), vec![name])),
+                    },
+                    None => messages.push((text, vec![])),
                 }
                 failed.push((step, error));
             }
@@ -116,15 +123,23 @@ impl<'a> ExperimentRun<'a> {
         if failed.is_empty() {
             return Ok(());
         }
+        if self.setup.advice == Advice::Experiment {
+            for (message, steps) in &messages {
+                match &steps[..] {
+                    [] => tracing::error!("{message}"),
+                    steps => tracing::error!("{}: {message}", check_name(&steps.join(", "))),
+                }
+            }
+        }
         let setup = self.setup;
         let files: Vec<_> =
             setup.experiment_files.values().map(|file| format!("`{}`", file.display())).collect();
         let experiment = setup.main().path.display().to_string();
-        let named = failed.iter().map(|(step, _)| step.name()).collect::<Vec<_>>().join(", ");
         match &setup.advice {
             Advice::Experiment => bail!(
-                "the check of {named} failed, the messages are above; nothing was started. The experiment is \
+                "{} failed, the messages are above; nothing was started. The experiment is \
                  `{experiment}`; with --set and [control] it became {}",
+                if failed.len() == 1 { "a check" } else { "checks" },
                 files.join(", ")
             ),
             Advice::Cluster { .. } => {
@@ -147,8 +162,12 @@ impl<'a> ExperimentRun<'a> {
         let is_done = |position| self.state(position) == StepState::Done;
         let mut arguments = self.arguments(position, is_done);
         arguments.push("--check".into());
-        let name = format!("the check of {}", self.setup.plan.steps[position].name());
-        self.process(position, &name, &arguments).printed()
+        let name = check_name(&self.setup.plan.steps[position].name());
+        let mut process = self.process(position, &name, &arguments);
+        if let MessageTo::Stderr = process.message {
+            process.message = MessageTo::NamedError;
+        }
+        process.printed()
     }
 
     /// Runs one of these steps, unless it is finished, and links its result.
@@ -377,6 +396,11 @@ impl<'a> ExperimentRun<'a> {
         };
         call.arguments(inputs, &self.folder(position))
     }
+}
+
+/// What messages call the check of a step, or of several.
+fn check_name(steps: &str) -> String {
+    format!("the check of {steps}")
 }
 
 /// The steps whose results a step reads.
