@@ -124,7 +124,7 @@ pub struct PackedWeights {
 impl PackedWeights {
     /// Packs weights `(O, I, K, K)` into memory of the pool: tiles of 16 channels read × 16 channels
     /// written, in the order (pair of blocks written, tap, block read, block of the pair), where the last two are in
-    /// the [order](TileOrder) of the product. In Winograd's form, transformed positions take the place of taps.
+    /// the order of the product. In Winograd's form, transformed positions take the place of taps.
     ///
     /// # Panics
     ///
