@@ -228,30 +228,41 @@ impl ValueElement for Half {
         output: &mut [Half],
         other: Option<&mut [Half]>,
     ) {
-        let variant = session.variant();
-        session.with_sums(|sums, others| {
-            let (sums, others) = (&mut sums[..output.len()], &mut others[..output.len()]);
-            if product.runs.is_empty() && !product.add {
-                sums.fill(0.);
-                others.fill(0.);
-            }
-            if product.add {
-                tiles::widen(variant, output, sums);
-                if let Some(other) = &other {
-                    tiles::widen(variant, other, others);
-                }
-            }
-            match other {
-                None => Half::product::<false>(session, left, right, product, &mut [sums]),
-                Some(other) => {
-                    let outputs = &mut [&mut *sums, &mut *others];
-                    Half::product::<false>(session, left, right, product, outputs);
-                    tiles::round(variant, others, other);
-                }
-            }
-            tiles::round(variant, sums, output);
+        let add = product.add;
+        into_rounded(session, add, output, other, |outputs| match product.runs {
+            [] if !add => outputs.iter_mut().for_each(|sums| sums.fill(0.)),
+            _ => Half::product::<false>(session, left, right, product, outputs),
         });
     }
+}
+
+/// Calls `sum` with the sums of one or two outputs, which hold the outputs with `add` and arbitrary numbers without, and
+/// rounds them.
+fn into_rounded(
+    session: &TileSession,
+    add: bool,
+    output: &mut [Half],
+    other: Option<&mut [Half]>,
+    sum: impl FnOnce(&mut [&mut [f32]]),
+) {
+    let variant = session.variant();
+    session.with_sums(|sums, others| {
+        let (sums, others) = (&mut sums[..output.len()], &mut others[..output.len()]);
+        if add {
+            tiles::widen(variant, output, sums);
+        }
+        match other {
+            None => sum(&mut [&mut *sums]),
+            Some(other) => {
+                if add {
+                    tiles::widen(variant, other, others);
+                }
+                sum(&mut [&mut *sums, &mut *others]);
+                tiles::round(variant, others, other);
+            }
+        }
+        tiles::round(variant, sums, output);
+    });
 }
 
 /// [`tiles::product_of_strips`], rounded.
@@ -263,17 +274,9 @@ pub(crate) fn strips_into(
     output: &mut [Half],
     other: Option<&mut [Half]>,
 ) {
-    let variant = session.variant();
-    session.with_sums(|sums, others| {
-        let (sums, others) = (&mut sums[..output.len()], &mut others[..output.len()]);
-        match other {
-            None => tiles::product_of_strips(session, left, right, product, &mut [sums]),
-            Some(other) => {
-                tiles::product_of_strips(session, left, right, product, &mut [sums, &mut *others]);
-                tiles::round(variant, others, other);
-            }
-        }
-        tiles::round(variant, sums, output);
+    let add = product.add;
+    into_rounded(session, add, output, other, |outputs| {
+        tiles::product_of_strips(session, left, right, product, outputs);
     });
 }
 

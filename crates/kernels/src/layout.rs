@@ -116,6 +116,14 @@ impl Shape {
         (group, first..(first + self.part_pixels()).min(self.pixels()))
     }
 
+    /// The rows of pixels of some parts, counted over all groups.
+    pub(crate) fn rows_of_parts(&self, parts: &Range<usize>) -> Range<usize> {
+        let row = |group: usize, pixel: usize| group * self.height + pixel / self.width;
+        let (first_group, first) = self.part(parts.start);
+        let (last_group, last) = self.part(parts.end - 1);
+        row(first_group, first.start)..row(last_group, last.end - 1) + 1
+    }
+
     /// The tiles of a part, as first index and count of numbers, and its images without padding.
     pub(crate) fn span(&self, part: usize) -> (usize, usize, usize) {
         let (group, pixels) = self.part(part);

@@ -239,13 +239,8 @@ fn with_source<T: ValueElement>(
     if !order.is_paired() {
         return work(Source { numbers: from, first_pixel: 0, blocks });
     }
-    let row = |part: usize, last: bool| {
-        let (group, pixels) = to_shape.part(part);
-        let pixel = if last { pixels.end - 1 } else { pixels.start };
-        group * to_shape.height + pixel / to_shape.width
-    };
     let (height, width) = (from_shape.height, from_shape.width);
-    let rows_read = (row(parts.start, false)..=row(parts.end - 1, true)).flat_map(|row| {
+    let rows_read = to_shape.rows_of_parts(parts).flat_map(|row| {
         let rows = taps.rows[row % to_shape.height].iter();
         rows.map(move |(_, from)| row / to_shape.height * height + from)
     });

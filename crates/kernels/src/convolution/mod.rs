@@ -107,6 +107,14 @@ impl Geometry {
         self.form(variant, precision)
     }
 
+    /// The row of the input that a row of the kernel meets at a row of outputs, if it lies inside. Rows of pixels are
+    /// counted over all groups.
+    fn row_met(&self, row: usize, tap: usize) -> Option<usize> {
+        let (group, y) = (row / self.output.height, row % self.output.height);
+        let from = (y * self.stride + tap).checked_sub(self.padding)?;
+        (from < self.input.height).then(|| group * self.input.height + from)
+    }
+
     /// Multiplications of the forward pass, including those with padding.
     fn operations(&self) -> usize {
         self.output.count() * self.output.channels * self.input.channels * self.taps()

@@ -16,7 +16,7 @@ use super::strips::StripLayout;
 use super::{Geometry, columns_of};
 use crate::buffer::{with_scratch, with_scratch_of};
 use crate::element::{Half, strips_into};
-use crate::layout::{SIDE, Shape, TILE};
+use crate::layout::{SIDE, TILE};
 use crate::parallel::{self, Disjoint};
 use crate::tiles::{StripProduct, TileOrder, TileRun, TileSession, product_of_strips};
 use crate::{BufferPool, Precision, Variant};
@@ -110,14 +110,9 @@ impl SourceRows<'_> {
     }
 }
 
-/// Rows of the input that a row of outputs meets, as (row of the kernel, row of the input); both rows of pixels are counted
-/// over all groups.
+/// Rows of the input that a row of outputs meets, as (row of the kernel, row of the input).
 fn rows_met(g: &Geometry, row: usize) -> impl Iterator<Item = (usize, usize)> {
-    let (group, y) = (row / g.output.height, row % g.output.height);
-    (0..g.kernel).filter_map(move |tap| {
-        let from = (y * g.stride + tap).checked_sub(g.padding)?;
-        (from < g.input.height).then(|| (tap, group * g.input.height + from))
-    })
+    (0..g.kernel).filter_map(move |tap| Some((tap, g.row_met(row, tap)?)))
 }
 
 /// The rows of the input from the first to the last that some rows of outputs meet.
@@ -153,7 +148,7 @@ pub(super) fn forward(
         let end = ((task + 1) * per_task).min(parts);
         for first in (task * per_task..end).step_by(at_once) {
             let parts = first..(first + at_once).min(end);
-            let read = rows_read(g, row_of(shape, parts.start)..row_of_last(shape, &parts) + 1);
+            let read = rows_read(g, shape.rows_of_parts(&parts));
             with_scratch_of::<Half, _>(read.len() * SIDE * rows.len, 0, |source, _| {
                 rows.arrange(from, read.clone(), source);
                 let work = ForwardParts { g, rows: &rows, source, first_row: read.start, packed };
@@ -166,18 +161,6 @@ pub(super) fn forward(
             });
         }
     });
-}
-
-/// The row of the first pixel of a part, counted over all groups.
-fn row_of(shape: Shape, part: usize) -> usize {
-    let (group, pixels) = shape.part(part);
-    group * shape.height + pixels.start / shape.width
-}
-
-/// The row of the last pixel of some parts.
-fn row_of_last(shape: Shape, parts: &Range<usize>) -> usize {
-    let (group, pixels) = shape.part(parts.end - 1);
-    group * shape.height + (pixels.end - 1) / shape.width
 }
 
 struct ForwardParts<'a> {
@@ -353,8 +336,7 @@ impl<'a> GradientSums<'a> {
         for (begin, tap) in segments.flat_map(|begin| (0..g.kernel).map(move |tap| (begin, tap))) {
             runs.clear();
             for row in strip.clone() {
-                let met = rows_met(g, row).find(|(met, _)| *met == tap);
-                let Some((_, read)) = met else { continue };
+                let Some(read) = g.row_met(row, tap) else { continue };
                 runs.push(TileRun {
                     left: (read - first_read) * left_len + begin * SIDE,
                     right: (row - strip.start) * right_len + begin * TILE,

@@ -360,7 +360,7 @@ impl<'a> WeightTasks<'a> {
                 let pixels = UNIT_SEGMENT.min(layout.width - begin);
                 for tap in 0..g.taps() {
                     for row in first..(first + rows_at_once).min(strip.end) {
-                        let Some(read) = self.row_read(row, tap / g.kernel) else { continue };
+                        let Some(read) = g.row_met(row, tap / g.kernel) else { continue };
                         runs.all.push(TileRun {
                             left: (read - first_read) * left_len
                                 + layout.left(begin, tap % g.kernel),
@@ -372,14 +372,6 @@ impl<'a> WeightTasks<'a> {
                 }
             }
         }
-    }
-
-    /// The row of the input that a row of the kernel meets at a row of outputs, if it lies inside.
-    fn row_read(&self, row: usize, tap_y: usize) -> Option<usize> {
-        let g = self.g;
-        let (group, y) = (row / g.output.height, row % g.output.height);
-        let from = (y * g.stride + tap_y).checked_sub(g.padding)?;
-        (from < g.input.height).then(|| group * g.input.height + from)
     }
 
     /// Sums a part in Winograd's form.
@@ -500,7 +492,7 @@ impl<'a> WeightTasks<'a> {
         runs: &mut Vec<TileRun>,
     ) {
         let g = self.g;
-        let Some(read) = self.row_read(row, tap / g.kernel) else { return };
+        let Some(read) = g.row_met(row, tap / g.kernel) else { return };
         for x in columns {
             let from_x = (x * g.stride + tap % g.kernel).checked_sub(g.padding);
             let Some(from_x) = from_x.filter(|x| *x < g.input.width) else { continue };

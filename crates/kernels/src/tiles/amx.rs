@@ -8,7 +8,7 @@
 //! unit, [`usable`] compares it with the emulation before it is used.
 //!
 //! A tile of this crate is 16 × 16 numbers, half of what a register can take along the inner side. So two
-//! tiles lie side by side and are multiplied at once: see [`super::TileProduct`] for their order.
+//! tiles lie side by side and are multiplied at once: see [`super::TileOrder`].
 //!
 //! Six of the eight registers are in use, although a product of two left and two right registers would read
 //! each of them only once with all eight. On a Xeon of the fourth generation (Sapphire Rapids), four

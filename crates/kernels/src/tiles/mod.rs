@@ -151,7 +151,6 @@ pub(crate) struct StripProduct<'a> {
     /// Output tiles next to each other, 1 or 2.
     pub columns: usize,
     /// Whether to add to the outputs instead of replacing them.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by tile units"))]
     pub add: bool,
 }
 
